@@ -1,0 +1,1 @@
+"""GPT-J in PyTorch: model, tokenizer, training and serving parts."""

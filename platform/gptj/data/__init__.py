@@ -1,0 +1,1 @@
+"""Rows of text in, packed batches of token ids out."""

@@ -1,0 +1,1 @@
+"""What the deployments share: request and reply types, errors, keys, batching."""

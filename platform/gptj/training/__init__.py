@@ -1,0 +1,1 @@
+"""The training loop: settings, steps, evaluation, checkpoints and resume."""
