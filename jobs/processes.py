@@ -47,13 +47,15 @@ def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
         process.wait(timeout=grace_seconds)
     except subprocess.TimeoutExpired:
         tree += _tree(process)
+    finally:
+        # In `finally`, since an impatient second Ctrl-C may cut the wait short.
         process.kill()
         process.wait()
-    for orphan in tree:
-        # psutil compares start times too, so a reused process id is never hit.
-        if orphan.is_running():
-            orphan.kill()
-    psutil.wait_procs(tree, timeout=5)
+        for orphan in tree:
+            # psutil compares start times too, so a reused process id is never hit.
+            if orphan.is_running():
+                orphan.kill()
+        psutil.wait_procs(tree, timeout=5)
 
 
 def free_ports(count: int) -> list[int]:
