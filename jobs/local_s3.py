@@ -60,6 +60,7 @@ class LocalS3:
         ports = free_ports(len(_PORT_FLAGS))
         command = [
             _program(),
+            "-logtostderr=true",
             "mini",
             f"-dir={folder}",
             f"-ip={HOST}",
@@ -74,12 +75,19 @@ class LocalS3:
             **os.environ,
             "AWS_ACCESS_KEY_ID": access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key,
+            "TMPDIR": str(folder),  # its logs and sockets
         }
-        with running(command, environment=environment, log=log) as process:
-            endpoint = f"http://{HOST}:{ports[_PORT_FLAGS.index('s3.port')]}"
-            server = cls(endpoint, bucket, process.pid, access_key, secret_key)
-            server._wait_until_up(process, log)
-            yield server
+        try:
+            with running(command, environment=environment, log=log) as process:
+                endpoint = f"http://{HOST}:{ports[_PORT_FLAGS.index('s3.port')]}"
+                server = cls(endpoint, bucket, process.pid, access_key, secret_key)
+                server._wait_until_up(process, log)
+                yield server
+        finally:
+            # SeaweedFS leaves its sockets, which it names by port in a place of its own choice.
+            for port in ports:
+                for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    left_behind.unlink()
 
     def _wait_until_up(self, process: subprocess.Popen[bytes], log: Path) -> None:
         client = boto3.client(
