@@ -1,0 +1,248 @@
+"""The shape and settings of a GPT-J: Hugging Face's `config.json` in, a checked object out."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Hugging Face's other names for the same fields.
+ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"n_positions": 256, "n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16},
+    "small": {"n_positions": 1024, "n_embd": 1024, "n_layer": 16, "n_head": 16, "rotary_dim": 32},
+    "6b": {},
+}
+
+
+class GPTJConfig:
+    """Hugging Face's GPTJConfig: the same field names, defaults, aliases and JSON.
+
+    `GPTJConfig(n_layer=2, …)` sets fields by name. Those that we do not know are kept as
+    attributes and written back, as Hugging Face does, so that a round trip loses nothing.
+    A ValueError names the value that no model can have.
+    """
+
+    model_type = "gptj"
+
+    vocab_size: int = 50400  # rows of the embedding: GPT-2's 50257 tokens and 143 unused ones
+    n_positions: int = 2048  # the longest sequence, in tokens
+    n_embd: int = 4096  # width of the residual stream
+    n_layer: int = 28
+    n_head: int = 16  # each is n_embd / n_head wide
+    rotary_dim: int | None = 64  # dimensions of each head that are rotated; None: all
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    activation_function: str = "gelu_new"  # one of ACTIVATIONS
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02  # standard deviation of new weights
+    use_cache: bool = True  # whether forward returns keys and values unless told otherwise
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    problem_type: str | None = None  # how labels are read, one of PROBLEM_TYPES; None: find out
+    architectures: list[str] | None = None  # the class that a checkpoint was saved from
+    dtype: torch.dtype | None = None  # of the stored weights
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    id2label: dict[int, str]  # class numbers to names; its length is num_labels
+    label2id: dict[str, int]
+
+    def __init__(self, **fields: Any) -> None:
+        fields = {name: deepcopy(value) for name, value in fields.items() if name != "model_type"}
+        for alias, name in ALIASES.items():
+            if alias in fields:
+                value = fields.pop(alias)
+                if fields.setdefault(name, value) != value:
+                    raise ValueError(f"{alias}={value} contradicts {name}={fields[name]}")
+        # transformers 4 wrote torch_dtype.
+        self.dtype = parse_dtype(fields.pop("torch_dtype", None))
+        if (dtype := parse_dtype(fields.pop("dtype", None))) is not None:
+            self.dtype = dtype
+        self._set_labels(
+            fields.pop("num_labels", None),
+            fields.pop("id2label", None),
+            fields.pop("label2id", None),
+        )
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self._check()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTJConfig:
+        """One of PRESETS (tiny: 13.4 M parameters at the full vocabulary; small: 305 M; 6b).
+
+        Overrides replace fields, as in `GPTJConfig.preset("tiny", vocab_size=1024)`.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_pretrained(
+        cls, address: str, *, revision: str | None = None, **overrides: Any
+    ) -> GPTJConfig:
+        """The `config.json` of a folder, an `s3://` address or a hub id."""
+        from gptj.checkpoint import load_config  # it reads our class
+
+        return load_config(address, revision=revision, **overrides)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> GPTJConfig:
+        """What `to_dict` or a `config.json` holds; another model's is refused by its name."""
+        if (found := fields.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"this is the configuration of a {found!r} model, not of a 'gptj'")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON; Hugging Face's GPTJConfig reads it."""
+        known = {
+            name: getattr(self, name)
+            for name, value in vars(GPTJConfig).items()
+            if name in GPTJConfig.__annotations__
+        }
+        fields = {"model_type": self.model_type, **known, **vars(self)}
+        if self.dtype is not None:
+            fields["dtype"] = str(self.dtype).removeprefix("torch.")
+        fields["id2label"] = {str(index): label for index, label in self.id2label.items()}
+        return deepcopy(fields)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        self._set_labels(value, None, None)
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_dim(self) -> int:
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def rotated_dim(self) -> int:
+        """How many dimensions of each head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.n_positions
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value: int) -> None:
+        self.n_positions = value
+
+    @property
+    def hidden_size(self) -> int:
+        return self.n_embd
+
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        self.n_embd = value
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.n_head
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int) -> None:
+        self.n_head = value
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.n_layer
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        self.n_layer = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GPTJConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # it can be changed
+
+    def __repr__(self) -> str:
+        return f"GPTJConfig({self.to_json().strip()})"
+
+    def _set_labels(
+        self,
+        num_labels: int | None,
+        id2label: dict[Any, str] | None,
+        label2id: dict[str, int] | None,
+    ) -> None:
+        if id2label is None and label2id is not None:
+            id2label = {index: label for label, index in label2id.items()}
+        if id2label is None:
+            count = 2 if num_labels is None else num_labels
+            if count < 1:
+                raise ValueError(f"num_labels must be 1 or more, got {count}")
+            id2label = {index: f"LABEL_{index}" for index in range(count)}
+        # JSON's keys are text.
+        self.id2label = {int(index): label for index, label in id2label.items()}
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label must number its labels from 0 on, got {self.id2label}")
+        if num_labels is not None and num_labels != len(self.id2label):
+            raise ValueError(f"num_labels={num_labels} contradicts id2label={self.id2label}")
+        self.label2id = label2id or {label: index for index, label in self.id2label.items()}
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and "
+                f"n_head={self.n_head}"
+            )
+        if self.rotated_dim % 2 or not 0 < self.rotated_dim <= self.head_dim:
+            raise ValueError(
+                f"rotary_dim must be even and within the head width of {self.head_dim} "
+                f"(n_embd / n_head), got {self.rotated_dim}"
+            )
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner must be 1 or more, or None, got {self.n_inner}")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {self.activation_function!r}"
+            )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
+            )
+
+
+def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """`torch.float16`, "float16" and "torch.float16" are the same; None stays None."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as float16, got {name!r}")
+    return dtype

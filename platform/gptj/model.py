@@ -1,0 +1,682 @@
+"""GPT-J in PyTorch: token ids (B, L) in, hidden states, logits and losses out.
+
+Shapes, as the ends of names: B batch, L positions of this call, S positions with the past,
+D width, H heads, K head width, R rotated dimensions of a head, V vocabulary, C classes.
+
+Parameter names are those of the published checkpoint (EleutherAI/gpt-j-6B on Hugging Face), so
+that state dicts load both ways with nothing renamed. The architecture: Wang and Komatsuzaki,
+"GPT-J-6B", 2021, https://github.com/kingoflolz/mesh-transformer-jax; the rotation: Su et al.,
+"RoFormer", 2021, https://arxiv.org/abs/2104.09864, equation 34.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gptj.cache import KVCache
+from gptj.config import GPTJConfig
+from gptj.outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100  # positions with this label are not trained on
+ROTARY_BASE = 10000.0
+
+Past = KVCache | Sequence[tuple[Tensor, Tensor]]
+Model = TypeVar("Model", bound="GPTJPreTrainedModel")
+
+
+class GPTJPreTrainedModel(nn.Module):
+    """What the base model and the three heads share: settings, loading, saving, device."""
+
+    config_class = GPTJConfig
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        address: str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        config: GPTJConfig | None = None,
+        **overrides: Any,
+    ) -> Model:
+        """Load a model folder, an `s3://` address or a hub id such as `EleutherAI/gpt-j-6B`.
+
+        Weights go straight into `dtype` on `device`: no second copy of the model is made. The
+        model comes back in evaluation mode.
+
+        Args:
+            dtype: of the weights; None or "auto" keeps the checkpoint's. `torch_dtype` is the
+                same under its older name.
+            revision: a branch, tag or commit of a hub id.
+            config: instead of the folder's `config.json`.
+            overrides: fields of the configuration to replace, such as `id2label`.
+        """
+        from gptj.checkpoint import load_model  # it needs our class, and S3 and the hub
+
+        return load_model(
+            cls,
+            address,
+            dtype=torch_dtype if dtype is None else dtype,
+            device=device,
+            revision=revision,
+            config=config,
+            **overrides,
+        )
+
+    def save_pretrained(self, address: str) -> None:
+        """Write a model folder (local or `s3://`) that we and Hugging Face can load."""
+        from gptj.checkpoint import save_model
+
+        save_model(self, address)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def base_model(self) -> GPTJModel:
+        return cast(GPTJModel, self if isinstance(self, GPTJModel) else self.transformer)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.wte
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only each block's input for the backward pass, and compute the rest again."""
+        self.base_model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing = False
+
+    def initialize(self) -> None:
+        """New weights: normal(0, initializer_range), biases 0, norms 1 and 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class GPTJModel(GPTJPreTrainedModel):
+    """Embedding, blocks, final norm: ids (B, L) to hidden states (B, L, D)."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(GPTJBlock(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Past | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Hugging Face's arguments, with its meaning.
+
+        Args:
+            input_ids: (B, L) of int64; or else
+            inputs_embeds: (B, L, D).
+            past_key_values: the cache of S - L earlier positions, which this call extends.
+            attention_mask: (B, S), 1 where a position may be attended to and 0 on padding; or
+                (B, 1, L, S), boolean or to be added to the scores, used as it is.
+            token_type_ids: (B, L), embedded by wte and added.
+            position_ids: (B, L); by default they count on from the past.
+            use_cache: return the cache; default as configured, off while training with
+                gradient checkpointing.
+            output_attentions: return each layer's probabilities (B, H, L, S).
+            output_hidden_states: return each block's input, and the result.
+            return_dict: False returns a plain tuple of what is not None.
+
+        Raises:
+            ValueError: if not exactly one of input_ids and inputs_embeds is given, or a position
+                is beyond n_positions.
+        """
+        x_BLD = self.drop(self._embed(input_ids, inputs_embeds, token_type_ids))
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recompute and use_cache:
+            use_cache = False  # a block that runs twice would append to the cache twice
+        cache = KVCache.of(past_key_values) if use_cache or past_key_values is not None else None
+        with_attentions = _given(output_attentions, self.config.output_attentions)
+        with_hidden_states = _given(output_hidden_states, self.config.output_hidden_states)
+
+        past = cache.length if cache is not None else 0
+        rotary = Rotary.at(self._positions(position_ids, x_BLD, past), self.config)
+        mask = attention_bias(attention_mask, x_BLD, past)
+        hidden_states, attentions = [], []
+        for block in self.h:
+            hidden_states.append(x_BLD)
+            if recompute:
+                x_BLD, probabilities = checkpoint(
+                    block, x_BLD, rotary, mask, None, with_attentions, use_reentrant=False
+                )
+            else:
+                x_BLD, probabilities = block(x_BLD, rotary, mask, cache, with_attentions)
+            attentions.append(probabilities)
+        x_BLD = self.ln_f(x_BLD)
+        hidden_states.append(x_BLD)
+
+        output = BaseModelOutput(
+            last_hidden_state=x_BLD,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if with_hidden_states else None,
+            attentions=tuple(attentions) if with_attentions else None,
+        )
+        return output if _given(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None
+    ) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        x_BLD: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is not None:
+            x_BLD = x_BLD + self.wte(token_type_ids.view(-1, x_BLD.shape[1]))
+        return x_BLD
+
+    def _positions(self, position_ids: Tensor | None, x_BLD: Tensor, past: int) -> Tensor:
+        end = past + x_BLD.shape[1]
+        if position_ids is None:
+            if end > self.config.n_positions:
+                raise ValueError(
+                    f"a sequence of {end} tokens is longer than the model's "
+                    f"n_positions={self.config.n_positions}; shorten it"
+                )
+            return torch.arange(past, end, device=x_BLD.device)[None]
+        # Reading positions back from a GPU would stall it at every step.
+        if position_ids.device.type == "cpu" and position_ids.numel():
+            last = int(position_ids.max())
+            if last >= self.config.n_positions:
+                raise ValueError(
+                    f"position {last} is not below the model's "
+                    f"n_positions={self.config.n_positions}"
+                )
+        return position_ids.view(-1, x_BLD.shape[1])
+
+
+class GPTJBlock(nn.Module):
+    """x + attention(norm(x)) + mlp(norm(x)): one norm, both branches in parallel."""
+
+    def __init__(self, config: GPTJConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPTJAttention(config, layer)
+        self.mlp = GPTJMLP(config)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotary: Rotary,
+        mask: AttentionBias,
+        cache: KVCache | None,
+        with_probabilities: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        h_BLD = self.ln_1(x_BLD)
+        attended_BLD, probabilities = self.attn(h_BLD, rotary, mask, cache, with_probabilities)
+        return x_BLD + attended_BLD + self.mlp(h_BLD), probabilities
+
+
+class GPTJAttention(nn.Module):
+    """Multi-head causal self-attention with rotated queries and keys."""
+
+    def __init__(self, config: GPTJConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.n_head
+        self.dropout = config.attn_pdrop
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        h_BLD: Tensor,
+        rotary: Rotary,
+        mask: AttentionBias,
+        cache: KVCache | None,
+        with_probabilities: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        q_BLHK = self.q_proj(h_BLD).unflatten(-1, (self.heads, -1))
+        k_BLHK = self.k_proj(h_BLD).unflatten(-1, (self.heads, -1))
+        v_BHLK = self.v_proj(h_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q_BHLK = rotary.rotate(q_BLHK).transpose(1, 2)
+        k_BHSK = rotary.rotate(k_BLHK).transpose(1, 2)
+        v_BHSK = v_BHLK
+        if cache is not None:
+            k_BHSK, v_BHSK = cache.update(self.layer, k_BHSK, v_BHLK)
+        dropout = self.dropout if self.training else 0.0
+        if with_probabilities or mask.blind_rows:
+            a_BHLK, probabilities = attend_visibly(q_BHLK, k_BHSK, v_BHSK, mask, dropout)
+        else:
+            probabilities = None
+            a_BHLK = F.scaled_dot_product_attention(
+                q_BHLK,
+                k_BHSK,
+                v_BHSK,
+                attn_mask=mask.scores,
+                is_causal=mask.is_causal,
+                dropout_p=dropout,
+            )
+        out_BLD = self.out_proj(a_BHLK.transpose(1, 2).flatten(2))
+        return self.resid_dropout(out_BLD), probabilities
+
+
+class GPTJMLP(nn.Module):
+    """Widen, activate, narrow."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.n_embd, config.inner_dim)
+        self.fc_out = nn.Linear(config.inner_dim, config.n_embd)
+        self.activation = config.activation_function
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, h_BLD: Tensor) -> Tensor:
+        out_BLD: Tensor = self.dropout(self.fc_out(activate(self.fc_in(h_BLD), self.activation)))
+        return out_BLD
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Sines and cosines of this call's positions, once for all layers; always fp32.
+
+    They are computed and not stored: a table in the model would lose its precision to
+    `model.half()`, and would have to be found in checkpoints that do not hold it.
+    """
+
+    sin_BL1R: Tensor  # each angle twice, for the two dimensions that it turns
+    cos_BL1R: Tensor
+
+    @classmethod
+    def at(cls, positions_BL: Tensor, config: GPTJConfig) -> Rotary:
+        """Angle of pair i at position p: p / 10000^(2i / R)."""
+        dim = config.rotated_dim
+        exponents = torch.arange(0, dim, 2, device=positions_BL.device).float() / dim
+        angles = positions_BL.float()[:, :, None] * (1.0 / ROTARY_BASE**exponents)
+        angles_BL1R = angles.repeat_interleave(2, dim=-1)[:, :, None, :]
+        return cls(angles_BL1R.sin(), angles_BL1R.cos())
+
+    def rotate(self, x_BLHK: Tensor) -> Tensor:
+        """Turn each pair (2i, 2i + 1) of the first R dimensions; the others stay.
+
+        Computed in fp32 and rounded once, to x's own dtype.
+        """
+        dim = self.sin_BL1R.shape[-1]
+        x_BLHR = x_BLHK[..., :dim].float()
+        turned = torch.stack((-x_BLHR[..., 1::2], x_BLHR[..., ::2]), dim=-1).flatten(-2)
+        rotated = (x_BLHR * self.cos_BL1R + turned * self.sin_BL1R).to(x_BLHK.dtype)
+        if dim == x_BLHK.shape[-1]:
+            return rotated
+        return torch.cat((rotated, x_BLHK[..., dim:]), dim=-1)
+
+
+@dataclass(frozen=True)
+class AttentionBias:
+    """What each query may see: scores to add, or plain causality, which has faster kernels."""
+
+    scores: Tensor | None  # (B or 1, 1, L, S): 0 where visible, the dtype's minimum where not
+    is_causal: bool
+    # Whether gradients must flow through a row that sees nothing. The fused kernels' backward
+    # pass recovers probabilities from log-sum-exp, which rounds them to 1 next to the minimum.
+    blind_rows: bool = False
+
+
+def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> AttentionBias:
+    """Causality and padding, for L queries that follow `past` positions.
+
+    Hidden positions get the dtype's minimum and not minus infinity: a row that sees nothing
+    (padding on the left) then averages over everything, as Hugging Face's does, and is never NaN.
+    """
+    batch, length, _ = x_BLD.shape
+    total = past + length
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.bool:
+            return AttentionBias(attention_mask.to(x_BLD.dtype), is_causal=False)
+        return AttentionBias(_hidden(attention_mask, x_BLD.dtype), is_causal=False)
+    if attention_mask is not None and attention_mask.shape != (batch, total):
+        raise ValueError(
+            f"attention_mask must be (batch, past + new positions) = ({batch}, {total}), "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        if length == 1:
+            return AttentionBias(None, is_causal=False)  # the newest position sees everything
+        if past == 0:
+            return AttentionBias(None, is_causal=True)
+    rows = torch.arange(past, total, device=x_BLD.device)[:, None]
+    visible = (torch.arange(total, device=x_BLD.device)[None, :] <= rows)[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask.to(x_BLD.device, torch.bool)[:, None, None, :]
+    blind_rows = torch.is_grad_enabled() and not bool(visible.any(dim=-1).all())
+    return AttentionBias(_hidden(visible, x_BLD.dtype), is_causal=False, blind_rows=blind_rows)
+
+
+def attend_visibly(
+    q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: AttentionBias, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Attention that also returns its probabilities (B, H, L, S); scores and softmax in fp32."""
+    scores = q_BHLK.float() @ k_BHSK.float().transpose(-1, -2) / math.sqrt(q_BHLK.shape[-1])
+    if mask.is_causal:
+        length = scores.shape[-1]
+        visible = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        scores = scores + _hidden(visible, scores.dtype)
+    elif mask.scores is not None:
+        scores = scores + mask.scores
+    probabilities = F.dropout(scores.softmax(dim=-1).to(v_BHSK.dtype), p=dropout)
+    return probabilities @ v_BHSK, probabilities
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The MLP's activation; gelu_new is the tanh approximation (Hendrycks and Gimpel, 2016)."""
+    if name == "gelu_new":
+        return F.gelu(x, approximate="tanh")
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "relu":
+        return F.relu(x)
+    return F.silu(x)  # GPTJConfig lets no other name through
+
+
+class GPTJForCausalLM(GPTJPreTrainedModel):
+    """The base model and a next-token head."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPTJModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+        self.initialize()
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share wte's matrix with lm_head, if the configuration asks for it."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Past | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """As GPTJModel.forward, and:
+
+        Args:
+            labels: (B, L); position i is trained to give label i + 1; -100 is not counted.
+            logits_to_keep: logits of the last so many positions only, or of the positions in an
+                index tensor; 0 gives all.
+            num_items_in_batch: divide the summed loss by this instead of by the labels counted
+                here: the number in the whole global batch, when this is a part of it.
+        """
+        output = self.transformer(
+            input_ids,
+            past_key_values,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+        )
+        x_BLD = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            x_BLD = x_BLD[:, logits_to_keep]
+        elif logits_to_keep:
+            x_BLD = x_BLD[:, -logits_to_keep:]
+        logits_BLV = self.lm_head(x_BLD)
+        loss = None
+        if labels is not None:
+            loss = causal_lm_loss(logits_BLV, labels, num_items_in_batch)
+        result = CausalLMOutput(
+            loss=loss,
+            logits=logits_BLV,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if _given(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def generate(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        """Continue (B, L) token ids: see gptj.generation.generate."""
+        from gptj.generation import generate  # it calls this model
+
+        return generate(self, input_ids, **arguments)
+
+
+class GPTJForSequenceClassification(GPTJPreTrainedModel):
+    """The base model and a linear map of each sequence's last token to classes."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPTJModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Past | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """As GPTJModel.forward, and:
+
+        Args:
+            labels: (B) of class numbers, (B, C) of 0.0 and 1.0 for several classes at once, or
+                (B) or (B, C) of numbers to regress on; config.problem_type says which, and
+                where it does not, num_labels and the dtype do.
+
+        Raises:
+            ValueError: for a batch of several rows of which the last tokens cannot be told from
+                padding, since neither attention_mask nor pad_token_id is there.
+        """
+        output = self.transformer(
+            input_ids,
+            past_key_values,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+        )
+        x_BLD = output.last_hidden_state
+        last_B = self._last_tokens(input_ids, attention_mask, x_BLD)
+        logits_BC = self.score(x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), last_B])
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits_BC, labels, self.config.problem_type)
+        result = SequenceClassifierOutput(
+            loss=loss,
+            logits=logits_BC,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if _given(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def _last_tokens(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, x_BLD: Tensor
+    ) -> Tensor:
+        """Where each row's last real token is, (B).
+
+        The mask decides where there is one (padding may be the eos token, which a text may also
+        end with); Hugging Face's rule, the last id that is not pad_token_id, where there is none.
+        """
+        batch, length, _ = x_BLD.shape
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real_BL = attention_mask[:, -length:].to(x_BLD.device, torch.bool)
+        elif self.config.pad_token_id is not None and input_ids is not None:
+            real_BL = input_ids != self.config.pad_token_id
+        elif batch == 1 or (self.config.pad_token_id is not None and input_ids is None):
+            return torch.full((batch,), length - 1, device=x_BLD.device)
+        else:
+            raise ValueError(
+                f"a batch of {batch} rows needs an attention_mask, or a pad_token_id in the "
+                f"configuration, to tell each row's last token from padding"
+            )
+        return (real_BL * torch.arange(length, device=x_BLD.device)).argmax(dim=-1)
+
+
+class GPTJForQuestionAnswering(GPTJPreTrainedModel):
+    """The base model and two scores a token: that the answer starts, or ends, there."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPTJModel(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+        """As GPTJModel.forward, and:
+
+        Args:
+            start_positions, end_positions: (B), the answer's first and last token; one that is
+                beyond the sequence is not trained on.
+        """
+        output = self.transformer(
+            input_ids,
+            None,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            False,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+        )
+        start_BL, end_BL = self.qa_outputs(output.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start_loss = span_loss(start_BL, start_positions)
+            loss = (start_loss + span_loss(end_BL, end_positions)) / 2
+        result = QuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_BL.contiguous(),
+            end_logits=end_BL.contiguous(),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if _given(return_dict, self.config.return_dict) else result.to_tuple()
+
+
+def causal_lm_loss(
+    logits_BLV: Tensor, labels_BL: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Cross-entropy of each position's next label, in fp32: a mean, or a sum over `num_items`."""
+    logits = logits_BLV[:, :-1].flatten(0, 1).float()
+    labels = labels_BL[:, 1:].flatten().to(logits.device)
+    if num_items is None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum") / num_items
+
+
+def classification_loss(logits_BC: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """MSE, cross-entropy or binary cross-entropy, in fp32, by the problem's type.
+
+    Without one: a single class is a regression, whole numbers are class numbers, and floats are
+    several classes at once (Hugging Face's rule).
+    """
+    logits, labels = logits_BC.float(), labels.to(logits_BC.device)
+    classes = logits.shape[-1]
+    if problem_type == "regression" or (problem_type is None and classes == 1):
+        return F.mse_loss(logits.view(-1, classes), labels.float().view(-1, classes))
+    whole_numbers = not labels.dtype.is_floating_point
+    if problem_type == "single_label_classification" or (problem_type is None and whole_numbers):
+        return F.cross_entropy(logits, labels.view(-1))
+    return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+def span_loss(logits_BL: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy over the positions of a sequence; those at or beyond its end are ignored."""
+    length = logits_BL.shape[1]
+    positions_B = positions.view(-1).to(logits_BL.device).clamp(0, length)
+    return F.cross_entropy(logits_BL.float(), positions_B, ignore_index=length)
+
+
+def _hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, the dtype's minimum elsewhere."""
+    scores = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return scores.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def _given(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
