@@ -1,0 +1,279 @@
+"""A model folder: a model, its tokenizer and how it came to be; saved, loaded and verified.
+
+`config.json`, `model.safetensors` or shards with an index, the tokenizer's files, `training.json`
+and, written last, `manifest.json` (see gptj.manifest). Hugging Face's `from_pretrained` reads the
+same folder, and folders from Hugging Face load here.
+
+    python -m gptj.checkpoint verify ADDRESS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gptj import storage
+from gptj.config import GPTJConfig, parse_dtype
+from gptj.hub import locate
+from gptj.manifest import (
+    CheckpointError,
+    FolderWriter,
+    Manifest,
+    read_verified,
+    verify,
+)
+from gptj.model import (
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+    GPTJPreTrainedModel,
+)
+from gptj.tokenizer import GPTJTokenizer
+from gptj.weights import TensorSpec, read_weights, write_weights
+
+__all__ = ["CheckpointError", "load_config", "load_model", "save_folder", "save_model", "verify"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+TRAINING = "training.json"
+SAFETENSORS_PATTERNS = ("*.json", "*.safetensors")
+PICKLE_PATTERNS = ("*.json", "pytorch_model*.bin")
+
+# Buffers of old checkpoints, which hold no knowledge: the causal mask and its value.
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
+# What the heads add to the base model; another head's may be left out, and one's own made new.
+HEADS = ("lm_head.", "score.", "qa_outputs.")
+
+Model = TypeVar("Model", bound=GPTJPreTrainedModel)
+
+
+def save_model(
+    model: GPTJPreTrainedModel,
+    address: str,
+    *,
+    tokenizer: GPTJTokenizer | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model folder; it is complete, or it is not there.
+
+    Args:
+        address: a new folder, local or `s3://`.
+        training: how the model came to be, for `training.json`.
+
+    Raises:
+        AlreadyExistsError: if there is a finished checkpoint at the address.
+    """
+    state = _without_shared(model)
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
+    save_folder(
+        address,
+        config_of(model),
+        specs,
+        state.values(),
+        tokenizer=tokenizer,
+        training=training,
+    )
+
+
+def save_folder(
+    address: str,
+    config: GPTJConfig,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    *,
+    tokenizer: GPTJTokenizer | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """As save_model, with tensors that come one at a time in the order of `specs`.
+
+    So a model that is spread over many processes is written without being gathered.
+    """
+    with FolderWriter(address) as writer:
+        write_weights(writer, specs, tensors)
+        for name, content in (tokenizer.files() if tokenizer is not None else {}).items():
+            writer.write(name, content)
+        if training is not None:
+            writer.write(TRAINING, (json.dumps(training, indent=2) + "\n").encode())
+        # After the weights: without it nothing takes an unfinished folder for a model.
+        writer.write(CONFIG, config.to_json().encode())
+
+
+def config_of(model: GPTJPreTrainedModel) -> GPTJConfig:
+    """The configuration as a folder stores it: with the model's class and dtype."""
+    config = GPTJConfig.from_dict(model.config.to_dict())
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if isinstance(model, GPTJForQuestionAnswering):
+        config.num_labels = 2  # start and end: Hugging Face makes as many outputs as labels
+    return config
+
+
+def load_config(address: str, *, revision: str | None = None, **overrides: Any) -> GPTJConfig:
+    """The configuration of a folder, an `s3://` address or a hub id.
+
+    Raises:
+        FileNotFoundError: if there is no config.json.
+        CheckpointError: if it is damaged, or another model's.
+    """
+    folder = locate(address, revision=revision, patterns=(CONFIG, "manifest.json"))
+    return _read_config(folder, Manifest.read(folder), overrides)
+
+
+def load_model(
+    cls: type[Model],
+    address: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    config: GPTJConfig | None = None,
+    **overrides: Any,
+) -> Model:
+    """What `from_pretrained` does; see there for the arguments.
+
+    A head that the checkpoint lacks is made new (and the log says so), another head's weights
+    are left out.
+
+    Raises:
+        FileNotFoundError: if there is no model at the address.
+        CheckpointError: naming what is missing, cut off, altered or of another shape.
+    """
+    folder = locate(address, revision=revision, patterns=SAFETENSORS_PATTERNS)
+    from_hub = folder != address.rstrip("/")
+    if from_hub and not any(f.name.endswith(".safetensors") for f in storage.list_files(folder)):
+        folder = locate(address, revision=revision, patterns=PICKLE_PATTERNS)
+    manifest = Manifest.read(folder)
+    if manifest is not None and not from_hub:  # of a hub id only what is needed is here
+        manifest.check_sizes()
+    if config is None:
+        config = _read_config(folder, manifest, overrides)
+    elif overrides:
+        config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
+    target = None if dtype == "auto" else parse_dtype(dtype)
+
+    with torch.device("meta"):  # no memory, and no time for weights that are replaced at once
+        model = cls(config)
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    loaded: set[str] = set()
+    for stored_name, stored in read_weights(folder, manifest):
+        name = _own_name(stored_name, expected)
+        if name is None:
+            _check_expendable(stored_name, folder)
+            continue
+        if stored.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{stored_name} of {folder} has the shape {tuple(stored.shape)}; a "
+                f"{cls.__name__} of this configuration has {tuple(expected[name].shape)}"
+            )
+        _assign(model, name, stored.to(device=device, dtype=target or stored.dtype))
+        loaded.add(name)
+    if isinstance(model, GPTJForCausalLM) and config.tie_word_embeddings:
+        model.tie_weights()
+        loaded.add("lm_head.weight")
+    _make_missing(model, set(expected) - loaded, folder, torch.device(device))
+    return model.eval()
+
+
+def _read_config(
+    folder: str, manifest: Manifest | None, overrides: Mapping[str, Any]
+) -> GPTJConfig:
+    try:
+        content = read_verified(folder, CONFIG, manifest)
+    except storage.NotFoundError as error:
+        raise storage.NotFoundError(
+            f"{folder} is no model folder: it has no {CONFIG} (or the writing of it was cut short)"
+        ) from error
+    try:
+        fields = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder}/{CONFIG} is damaged: {error}") from error
+    if "num_labels" in overrides or "id2label" in overrides or "label2id" in overrides:
+        fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id")}
+    try:
+        return GPTJConfig.from_dict({**fields, **overrides})
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{CONFIG}: {error}") from error
+
+
+def _own_name(stored: str, expected: Mapping[str, Tensor]) -> str | None:
+    """The parameter that a stored tensor is for: base models have no prefix, heads do."""
+    prefix = GPTJPreTrainedModel.base_model_prefix + "."
+    for name in (stored, prefix + stored, stored.removeprefix(prefix)):
+        if name in expected:
+            return name
+    return None
+
+
+def _check_expendable(name: str, folder: str) -> None:
+    if not name.endswith(OLD_BUFFERS) and not name.startswith(HEADS):
+        raise CheckpointError(
+            f"{folder} has weights that no GPT-J of this configuration has: {name}"
+        )
+
+
+def _assign(model: GPTJPreTrainedModel, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, torch.nn.Parameter(tensor))
+
+
+def _make_missing(
+    model: GPTJPreTrainedModel, missing: set[str], folder: str, device: torch.device
+) -> None:
+    if not missing:
+        return
+    if lacking := sorted(name for name in missing if not name.startswith(HEADS)):
+        raise CheckpointError(f"{folder} is incomplete: {', '.join(lacking)} missing")
+    logger.warning(
+        "%s has no %s: new weights, to be trained before use", folder, ", ".join(sorted(missing))
+    )
+    for name in missing:
+        shape = model.get_parameter(name).shape
+        new = torch.zeros(shape, device=device, dtype=model.dtype)
+        if not name.endswith("bias"):
+            new.normal_(std=model.config.initializer_range)
+        _assign(model, name, new)
+
+
+def _without_shared(model: GPTJPreTrainedModel) -> dict[str, Tensor]:
+    """The state dict without a second name of one tensor (lm_head.weight, if it is tied)."""
+    names = {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+HEAD_CLASSES: dict[str, type[GPTJPreTrainedModel]] = {
+    cls.__name__: cls
+    for cls in (
+        GPTJModel,
+        GPTJForCausalLM,
+        GPTJForSequenceClassification,
+        GPTJForQuestionAnswering,
+    )
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gptj.checkpoint", description="Check a checkpoint against its manifest."
+    )
+    parser.add_argument("command", choices=["verify"])
+    parser.add_argument("address", help="a local folder or an s3:// address")
+    arguments = parser.parse_args()
+    try:
+        manifest = verify(arguments.address)
+    except (CheckpointError, storage.StorageError) as error:
+        sys.exit(str(error))
+    size = sum(record.size for record in manifest.files.values())
+    print(f"{arguments.address}: {len(manifest.files)} files, {size} bytes, as they were written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""Model folders: what is saved loads, here and in transformers; what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from gptj import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+    checkpoint,
+    storage,
+)
+from gptj.manifest import MANIFEST, CheckpointError, FolderWriter
+from gptj.weights import TensorSpec, read_weights, write_weights
+from jobs.local_s3 import LocalS3
+
+CONFIG = GPTJConfig(
+    vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, num_labels=3
+)
+HEADS = {
+    GPTJForCausalLM: transformers.AutoModelForCausalLM,
+    GPTJForSequenceClassification: transformers.AutoModelForSequenceClassification,
+    GPTJForQuestionAnswering: transformers.AutoModelForQuestionAnswering,
+}
+TOKENS = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+
+
+def make(cls: type[Any] = GPTJForCausalLM, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return cls(GPTJConfig(**{**CONFIG.to_dict(), "model_type": "gptj", **fields})).eval()
+
+
+def main_output(output: Any) -> torch.Tensor:
+    return output["start_logits"] if "start_logits" in output.keys() else output["logits"]
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_transformers_loads_our_folder_with_equal_logits(cls: type[Any], tmp_path: Path) -> None:
+    ours = make(cls)
+    ours.save_pretrained(str(tmp_path / "model"))
+    theirs = HEADS[cls].from_pretrained(tmp_path / "model").eval()
+    assert type(theirs).__name__ == cls.__name__
+    with torch.no_grad():
+        expected, found = main_output(ours(TOKENS)), main_output(theirs(TOKENS))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("shard", ["50GB", "40KB"])
+def test_we_load_a_folder_of_transformers_with_equal_logits(
+    cls: type[Any], shard: str, tmp_path: Path
+) -> None:
+    config = transformers.GPTJConfig(**checkpoint.config_of(make(cls)).to_dict())
+    theirs = getattr(transformers, cls.__name__)(config).eval()
+    theirs.save_pretrained(tmp_path / "model", max_shard_size=shard)
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists() == (shard == "40KB")
+    ours = cls.from_pretrained(str(tmp_path / "model"))
+    with torch.no_grad():
+        expected, found = main_output(theirs(TOKENS)), main_output(ours(TOKENS))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert ours.config.id2label == theirs.config.id2label
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_trip_keeps_every_bit(
+    place: str, dtype: torch.dtype, tmp_path: Path, s3: LocalS3
+) -> None:
+    address = str(tmp_path / "model") if place == "folder" else f"s3://gptj/{tmp_path.name}/model"
+    model = make().to(dtype)
+    model.save_pretrained(address)
+    back = GPTJForCausalLM.from_pretrained(address)
+    assert back.dtype == dtype and back.config.dtype == dtype
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    checkpoint.verify(address)
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_shards_round_trip(place: str, tmp_path: Path, s3: LocalS3) -> None:
+    address = str(tmp_path / "m") if place == "folder" else f"s3://gptj/{tmp_path.name}/m"
+    state = make().state_dict()
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
+    with FolderWriter(address) as writer:
+        write_weights(writer, specs, state.values(), shard_bytes=30_000)
+        writer.write("config.json", CONFIG.to_json().encode())
+    shards = [f.name for f in storage.list_files(address) if f.name.endswith(".safetensors")]
+    assert len(shards) > 2 and shards[0].startswith("model-00001-of-")
+    back = GPTJForCausalLM.from_pretrained(address)
+    assert all(torch.equal(back.state_dict()[name], t) for name, t in state.items())
+
+
+def test_dtype_and_device_are_those_asked_for(device: torch.device, tmp_path: Path) -> None:
+    make().save_pretrained(str(tmp_path / "m"))
+    for arguments in ({"dtype": torch.float16}, {"torch_dtype": "float16"}):
+        model = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), device=device, **arguments)
+        assert {p.dtype for p in model.parameters()} == {torch.float16}
+        assert {p.device.type for p in model.parameters()} == {device.type}
+        assert not model.training
+
+
+def test_local_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
+    """Parameters of one file lie as far apart in memory as in the file; writing stays private."""
+    make().save_pretrained(str(tmp_path / "m"))
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    tensors = dict(read_weights(str(tmp_path / "m"), None))
+    addresses = [t.data_ptr() for t in tensors.values()]
+    sizes = [t.numel() * 4 for t in tensors.values()]
+    assert [b - a for a, b in zip(addresses, addresses[1:], strict=False)] == sizes[:-1]
+    model = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("cls", [GPTJForSequenceClassification, GPTJForQuestionAnswering])
+def test_a_language_model_becomes_another_head(
+    cls: type[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make().save_pretrained(str(tmp_path / "m"))
+    model = cls.from_pretrained(str(tmp_path / "m"), num_labels=5)
+    assert torch.equal(model.transformer.wte.weight, make().transformer.wte.weight)
+    assert "new weights" in caplog.text
+    if cls is GPTJForSequenceClassification:
+        assert model.score.weight.shape == (5, 32) and model.score.weight.std() > 0
+
+
+def test_base_model_and_heads_exchange_weights(tmp_path: Path) -> None:
+    make().save_pretrained(str(tmp_path / "head"))
+    base = GPTJModel.from_pretrained(str(tmp_path / "head"))
+    base.save_pretrained(str(tmp_path / "base"))
+    head = GPTJForCausalLM.from_pretrained(str(tmp_path / "base"))
+    assert torch.equal(head.transformer.h[1].mlp.fc_in.weight, base.h[1].mlp.fc_in.weight)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            base(TOKENS).last_hidden_state, theirs(TOKENS).last_hidden_state, rtol=0, atol=1e-5
+        )
+
+
+def test_tied_embeddings_are_stored_once_and_tied_again(tmp_path: Path) -> None:
+    model = make(tie_word_embeddings=True)
+    model.save_pretrained(str(tmp_path / "m"))
+    assert "lm_head.weight" not in dict(read_weights(str(tmp_path / "m"), None))
+    back = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"))
+    assert back.lm_head.weight is back.transformer.wte.weight
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, back(TOKENS).logits, rtol=0, atol=1e-5)
+
+
+def test_old_pickles_load_without_their_buffers(tmp_path: Path) -> None:
+    """As EleutherAI/gpt-j-6B was published: pytorch_model.bin with attn.bias and masked_bias."""
+    model = make()
+    state = dict(model.state_dict())
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e9)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(CONFIG.to_json())
+    for zipped in (True, False):
+        torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        back = GPTJForCausalLM.from_pretrained(str(folder))
+        assert all(torch.equal(back.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.system, (f"touch {tmp_path}/evil",))
+
+    (tmp_path / "config.json").write_text(CONFIG.to_json())
+    torch.save({"transformer.wte.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        GPTJForCausalLM.from_pretrained(str(tmp_path))
+    assert not (tmp_path / "evil").exists()
+
+
+def damage(kind: str, folder: Path) -> str:
+    """Damage a file in a way; returns what the error must name."""
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if kind == "missing":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(content[:-100])
+    elif kind == "altered":
+        content[-50] ^= 1
+        weights.write_bytes(content)
+    elif kind == "config altered":
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace('"n_positions": 64', '"n_positions": 63'))
+        return "config.json"
+    elif kind == "manifest damaged":
+        (folder / MANIFEST).write_text('{"format": 1, "fil')
+        return MANIFEST
+    elif kind == "single file added":
+        weights.rename(folder / "model-1.safetensors")
+        (folder / MANIFEST).write_text(
+            (folder / MANIFEST).read_text().replace("model.safetensors", "model-1.safetensors")
+        )
+        weights.write_bytes(content)
+    return "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "truncated", "altered", "config altered", "manifest damaged", "single file added"],
+)
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_damage_is_refused_by_name(kind: str, place: str, tmp_path: Path, s3: LocalS3) -> None:
+    folder = tmp_path / "m"
+    make().save_pretrained(str(folder))
+    named = damage(kind, folder)
+    address = str(folder)
+    if place == "s3":
+        address = f"s3://gptj/{tmp_path.name}/m"
+        storage.upload_folder(folder, address)
+    with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+        GPTJForCausalLM.from_pretrained(address)
+    if kind != "single file added":  # `verify` reads what the manifest names
+        with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+            checkpoint.verify(address)
+
+
+def test_a_folder_cut_short_is_no_checkpoint(tmp_path: Path, s3: LocalS3) -> None:
+    state = make().state_dict()
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
+
+    def failing() -> Any:
+        yield from list(state.values())[:5]
+        raise RuntimeError("power cut")
+
+    for address in (str(tmp_path / "m"), f"s3://gptj/{tmp_path.name}/m"):
+        with pytest.raises(RuntimeError, match="power cut"):
+            checkpoint.save_folder(address, CONFIG, specs, failing())
+        assert storage.list_files(address) == []
+        with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+            GPTJForCausalLM.from_pretrained(address)
+        with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+            checkpoint.verify(address)
+        make().save_pretrained(address)  # and the place can be used again
+        checkpoint.verify(address)
+
+
+def test_a_finished_folder_is_never_changed(tmp_path: Path, s3: LocalS3) -> None:
+    for address in (str(tmp_path / "m"), f"s3://gptj/{tmp_path.name}/m"):
+        make().save_pretrained(address)
+        with pytest.raises(FileExistsError, match="never changed"):
+            make(n_layer=1).save_pretrained(address)
+        assert GPTJForCausalLM.from_pretrained(address).config.n_layer == 2
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    make().save_pretrained(str(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match=r"mlp\.fc_in\.weight.*\(128, 32\).*\(99, 32\)"):
+        GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), n_inner=99)
+    with pytest.raises(CheckpointError, match=r"incomplete: transformer\.h\.2\.attn.* missing"):
+        GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), n_layer=3)
+    with pytest.raises(CheckpointError, match=r"no GPT-J of this configuration has.*h\.1"):
+        GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), n_layer=1)
+
+
+def test_another_models_folder_is_refused_by_its_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="'llama'"):
+        GPTJConfig.from_pretrained(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no existing folder"):
+        GPTJConfig.from_pretrained(str(tmp_path / "not there"))
+
+
+def test_verify_is_a_command(tmp_path: Path) -> None:
+    make().save_pretrained(str(tmp_path / "m"))
+    command = [sys.executable, "-m", "gptj.checkpoint", "verify", str(tmp_path / "m")]
+    good = subprocess.run(command, capture_output=True, text=True)
+    assert good.returncode == 0 and "2 files" in good.stdout, good.stderr
+    damage("altered", tmp_path / "m")
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 1 and "altered after it was written" in bad.stderr
+
+
+def test_training_and_tokenizer_are_in_the_folder(tmp_path: Path) -> None:
+    from gptj.tokenizer import GPTJTokenizer
+
+    tokenizer = GPTJTokenizer.train(["some text to learn from"], 280)
+    checkpoint.save_model(make(), str(tmp_path / "m"), tokenizer=tokenizer, training={"steps": 3})
+    names = set(json.loads((tmp_path / "m" / MANIFEST).read_text())["files"])
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    back = GPTJTokenizer.from_pretrained(str(tmp_path / "m"))
+    assert back.encode("some text") == tokenizer.encode("some text")
