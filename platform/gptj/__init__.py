@@ -7,6 +7,7 @@ from gptj.model import (
     GPTJForSequenceClassification,
     GPTJModel,
 )
+from gptj.tokenizer import GPTJTokenizer
 
 __all__ = [
     "GPTJConfig",
@@ -14,4 +15,5 @@ __all__ = [
     "GPTJForQuestionAnswering",
     "GPTJForSequenceClassification",
     "GPTJModel",
+    "GPTJTokenizer",
 ]

@@ -1,0 +1,153 @@
+"""How the next token is chosen: logits (B, V) in, token ids (B,) and their log-probabilities out.
+
+Rows of a batch differ in everything: each has parameters and a random generator of its own, so
+that a seeded request gets the same tokens whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+GREEDY_BELOW = 1e-5  # dividing by such a temperature would overflow
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One request's wishes. The defaults change nothing: the model's own distribution."""
+
+    max_tokens: int = 16  # new tokens at most; the prompt is not counted
+    min_tokens: int = 0  # no stop token before so many
+    temperature: float = 1.0  # 0 means the likeliest token
+    top_k: int = 0  # only the k likeliest; 0 means all
+    top_p: float = 1.0  # only the likeliest that together have this probability
+    min_p: float = 0.0  # only those with this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # divides logits of tokens of the prompt or output (CTRL)
+    presence_penalty: float = 0.0  # taken off logits of tokens of the output, once
+    frequency_penalty: float = 0.0  # and for each time
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
+    stop_token_ids: tuple[int, ...] = ()  # end the output, beside eos
+    ignore_eos: bool = False  # eos is a token like others
+    seed: int | None = None  # the same seed, prompt and parameters give the same tokens
+    logprobs: int | None = None  # how many likeliest tokens to report a step; None: no report
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens >= 0, "max_tokens", "0 or more", self.max_tokens)
+        _check(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"in [0, max_tokens={self.max_tokens}]",
+            self.min_tokens,
+        )
+        _check(0 <= self.temperature <= 100, "temperature", "in [0, 100]", self.temperature)
+        _check(self.top_k >= 0, "top_k", "0 or more", self.top_k)
+        _check(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        _check(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
+        _check(
+            0 < self.repetition_penalty <= 100,
+            "repetition_penalty",
+            "in (0, 100]",
+            self.repetition_penalty,
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]", getattr(self, name))
+        for token, bias in self.logit_bias.items():
+            _check(-100 <= bias <= 100, f"logit_bias of token {token}", "in [-100, 100]", bias)
+
+
+def adjust(
+    logits_V: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    stop_ids: Sequence[int],
+) -> Tensor:
+    """One row's logits after penalties, biases and the ban on stopping early; a new tensor.
+
+    Raises:
+        ValueError: for a token in logit_bias that is not in the vocabulary.
+    """
+    logits_V = logits_V.clone()
+    if params.repetition_penalty != 1 and (prompt or output):
+        seen = torch.tensor(sorted({*prompt, *output}), device=logits_V.device)
+        scores = logits_V[seen]
+        penalty = params.repetition_penalty
+        logits_V[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.tensor(output, device=logits_V.device).bincount(minlength=len(logits_V))
+        logits_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    for token, bias in params.logit_bias.items():
+        if not 0 <= token < len(logits_V):
+            raise ValueError(f"logit_bias: {token} is no token of {len(logits_V)}")
+        logits_V[token] += bias
+    if len(output) < params.min_tokens and stop_ids:
+        logits_V[torch.tensor(sorted(stop_ids), device=logits_V.device)] = -torch.inf
+    return logits_V
+
+
+def restrict(logits_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Temperature, then only the tokens that top_k, top_p and min_p leave; the others are -inf.
+
+    In Hugging Face's order; rows with temperature 0 stay as they are.
+    """
+    rows = [
+        row if each.temperature < GREEDY_BELOW else _restrict_row(row / each.temperature, each)
+        for row, each in zip(logits_BV, params, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _restrict_row(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    if 0 < params.top_k < len(logits_V):
+        least = logits_V.topk(params.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
+    if params.top_p < 1:
+        ascending, order = logits_V.sort()
+        outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - params.top_p
+        outside[-1] = False  # the likeliest always stays
+        logits_V = logits_V.masked_fill(outside.scatter(0, order, outside), -torch.inf)
+    if params.min_p > 0:
+        probabilities = logits_V.softmax(dim=-1)
+        unlikely = probabilities < params.min_p * probabilities.max()
+        logits_V = logits_V.masked_fill(unlikely, -torch.inf)
+    return logits_V
+
+
+def choose(
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator | None],
+) -> Tensor:
+    """The next token of each row, (B,) of int64: the likeliest, or drawn by its generator.
+
+    Drawing is argmax(p / e) with e from the exponential distribution, which picks i with
+    probability p_i and needs no normalisation that waits for the device.
+    """
+    restricted = restrict(logits_BV, params)
+    scores = restricted.softmax(dim=-1)
+    for row, (each, generator) in enumerate(zip(params, generators, strict=True)):
+        if each.temperature < GREEDY_BELOW:
+            scores[row] = restricted[row]
+        else:
+            noise = torch.empty_like(scores[row]).exponential_(generator=generator)
+            scores[row] /= noise
+    return scores.argmax(dim=-1)
+
+
+def generator_for(params: SamplingParams, device: torch.device) -> torch.Generator:
+    """A request's own source of randomness, seeded by it or by the system."""
+    generator = torch.Generator(device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed % 2**63)
+    return generator
+
+
+def _check(holds: bool, name: str, range_: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {range_}, got {value}")

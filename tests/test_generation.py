@@ -1,0 +1,269 @@
+"""generate: greedy and beam results equal transformers'; sampling draws what it says."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.sampling import SamplingParams, choose, restrict
+
+CONFIG = GPTJConfig(
+    vocab_size=60,
+    n_positions=64,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    rotary_dim=4,
+    bos_token_id=0,
+    eos_token_id=1,
+    initializer_range=0.3,  # wide, so that probabilities differ and eos comes
+)
+
+
+def models(seed: int = 0) -> tuple[GPTJForCausalLM, Any]:
+    torch.manual_seed(seed)
+    theirs = transformers.GPTJForCausalLM(transformers.GPTJConfig(**CONFIG.to_dict())).eval()
+    ours = GPTJForCausalLM(CONFIG).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def prompts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of 7, 4 and 2 tokens, padded on the left with 2."""
+    tokens = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(tokens)
+    for row, padding in enumerate((0, 3, 5)):
+        tokens[row, :padding] = 2
+        mask[row, :padding] = 0
+    return tokens, mask
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"max_new_tokens": 30},
+        {"max_length": 12},
+        {"max_new_tokens": 25, "min_new_tokens": 20},
+        {"max_new_tokens": 25, "eos_token_id": [1, 5, 9], "pad_token_id": 3},
+        {"max_new_tokens": 20, "repetition_penalty": 1.7},
+        {"max_new_tokens": 15, "use_cache": False},
+        {"max_new_tokens": 20, "num_beams": 4},
+        {"max_new_tokens": 20, "num_beams": 3, "num_return_sequences": 3},
+        {"max_new_tokens": 20, "num_beams": 3, "length_penalty": 2.0},
+        {"max_new_tokens": 20, "num_beams": 3, "length_penalty": -1.0},
+        {"max_new_tokens": 20, "num_beams": 4, "early_stopping": True},
+        {"max_new_tokens": 20, "num_beams": 4, "eos_token_id": [1, 5, 9, 11]},
+        {"max_new_tokens": 20, "num_beams": 2, "min_new_tokens": 10},
+        {"max_new_tokens": 12, "num_beams": 3, "repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+def test_greedy_and_beams_equal_transformers(seed: int, arguments: dict[str, Any]) -> None:
+    """Left-padded batches of random models; exact equality of all tokens."""
+    ours, theirs = models(seed)
+    tokens, mask = prompts(seed)
+    arguments = {"pad_token_id": 2, **arguments}
+    expected = theirs.generate(tokens, attention_mask=mask, do_sample=False, **arguments)
+    found = ours.generate(tokens, attention_mask=mask, **arguments)
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_row_that_ended_is_padded_while_others_go_on() -> None:
+    """And holds no token after its eos."""
+    ours, _ = models(0)
+    tokens, mask = prompts(0)
+    eos_ids = [int(row[9]) for row in ours.generate(tokens, attention_mask=mask, eos_token_id=[])]
+    result = ours.generate(
+        tokens, attention_mask=mask, max_new_tokens=20, eos_token_id=eos_ids[:1], pad_token_id=2
+    )
+    ended = result[0, 7:].tolist()
+    assert set(ended[ended.index(eos_ids[0]) + 1 :]) == {2}
+    assert result.shape[1] > 10
+
+
+def test_padding_is_found_without_a_mask_as_transformers_does() -> None:
+    ours, theirs = models(1)
+    tokens, _ = prompts(1)
+    expected = theirs.generate(tokens, do_sample=False, max_new_tokens=8, pad_token_id=2)
+    assert ours.generate(tokens, max_new_tokens=8, pad_token_id=2).tolist() == expected.tolist()
+
+
+def test_a_seed_repeats_a_sample_and_another_differs() -> None:
+    ours, _ = models()
+    tokens, mask = prompts()
+    arguments: dict[str, Any] = {"do_sample": True, "max_new_tokens": 20, "attention_mask": mask}
+    first = ours.generate(tokens, seed=7, **arguments)
+    assert torch.equal(first, ours.generate(tokens, seed=7, **arguments))
+    assert not torch.equal(first, ours.generate(tokens, seed=8, **arguments))
+    torch.manual_seed(3)
+    by_global = ours.generate(tokens, **arguments)
+    torch.manual_seed(3)
+    assert torch.equal(by_global, ours.generate(tokens, **arguments))
+    assert ours.generate(tokens, seed=1, num_return_sequences=2, **arguments).shape == (6, 27)
+
+
+def test_draws_follow_the_distribution() -> None:
+    """20,000 draws against p: chi-squared with 7 degrees of freedom; 40 has p < 1e-5."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.5])
+    params = SamplingParams(temperature=0.7)
+    expected = (logits / 0.7).softmax(dim=-1) * 20_000
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat(
+        [choose(logits.expand(500, -1), [params] * 500, [generator] * 500) for _ in range(40)]
+    )
+    counts = draws.bincount(minlength=8)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 40
+
+
+@pytest.mark.parametrize(
+    "wish", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8}], ids=str
+)
+def test_restrictions_equal_transformers_warpers(wish: dict[str, Any]) -> None:
+    logits = torch.randn(16, 50, generator=torch.Generator().manual_seed(0)) * 3
+    found = restrict(logits, [SamplingParams(temperature=0.8, **wish)] * 16)
+    expected = transformers.TemperatureLogitsWarper(0.8)(None, logits)
+    if "top_k" in wish:
+        expected = transformers.TopKLogitsWarper(wish["top_k"])(None, expected)
+    if "top_p" in wish:
+        expected = transformers.TopPLogitsWarper(wish["top_p"])(None, expected)
+    if "min_p" in wish:
+        expected = transformers.MinPLogitsWarper(wish["min_p"])(None, expected)
+    torch.testing.assert_close(found, expected)
+
+
+def test_sampling_stays_within_top_k() -> None:
+    ours, _ = models()
+    tokens, mask = prompts()
+    greedy = ours.generate(tokens, attention_mask=mask, max_new_tokens=10)
+    sampled = ours.generate(
+        tokens, attention_mask=mask, max_new_tokens=10, do_sample=True, top_k=1, temperature=5.0
+    )
+    assert torch.equal(greedy, sampled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> None:
+    ours, _ = models()
+    tokens, mask = prompts()
+    result = ours.to(device, dtype).generate(
+        tokens.to(device), attention_mask=mask.to(device), max_new_tokens=5, num_beams=2
+    )
+    assert result.shape[0] == 3 and result.device.type == device.type
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 60}, "7 tokens of the prompt and 60 new ones exceed .* 64"),
+        ({"max_length": 7}, "nothing to generate"),
+        ({"max_new_tokens": 4, "min_new_tokens": 5}, r"min_tokens must be in \[0, max_tokens=4\]"),
+        ({"temperature": -1.0, "do_sample": True}, "temperature must be in .* got -1.0"),
+        ({"temperature": 0.0, "do_sample": True}, "use do_sample=False"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 2, "do_sample": True}, "beam search draws no samples"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 would repeat"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_said(arguments: dict[str, Any], message: str) -> None:
+    ours, _ = models()
+    with pytest.raises(ValueError, match=message):
+        ours.generate(prompts()[0], **arguments)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        models()[0].generate(torch.zeros(1, 0, dtype=torch.long))
+
+
+# https://huggingface.co/docs/transformers/model_doc/gptj, with the import lines changed.
+PAGE_FP32 = """
+from gptj import GPTJForCausalLM, GPTJTokenizer
+
+model = GPTJForCausalLM.from_pretrained("EleutherAI/gpt-j-6B")
+tokenizer = GPTJTokenizer.from_pretrained("EleutherAI/gpt-j-6B")
+
+prompt = (
+    "In a shocking finding, scientists discovered a herd of unicorns living in a remote, "
+    "previously unexplored valley, in the Andes Mountains. Even more surprising to the "
+    "researchers was the fact that the unicorns spoke perfect English."
+)
+
+input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+
+gen_tokens = model.generate(
+    input_ids,
+    do_sample=True,
+    temperature=0.9,
+    max_length=100,
+)
+gen_text = tokenizer.batch_decode(gen_tokens)[0]
+"""
+PAGE_FP16 = """
+from gptj import GPTJForCausalLM, GPTJTokenizer
+import torch
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = GPTJForCausalLM.from_pretrained("EleutherAI/gpt-j-6B", torch_dtype=torch.float16).to(device)
+tokenizer = GPTJTokenizer.from_pretrained("EleutherAI/gpt-j-6B")
+
+prompt = (
+    "In a shocking finding, scientists discovered a herd of unicorns living in a remote, "
+    "previously unexplored valley, in the Andes Mountains. Even more surprising to the "
+    "researchers was the fact that the unicorns spoke perfect English."
+)
+
+input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+
+gen_tokens = model.generate(
+    input_ids,
+    do_sample=True,
+    temperature=0.9,
+    max_length=100,
+)
+gen_text = tokenizer.batch_decode(gen_tokens)[0]
+"""
+
+
+@pytest.mark.parametrize("program", [PAGE_FP32, PAGE_FP16], ids=["fp32", "fp16"])
+def test_the_hugging_face_pages_programs_run(
+    program: str, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
+) -> None:
+    """With the whole vocabulary; the folder EleutherAI/gpt-j-6B stands for the hub's."""
+    folder = tmp_path / "EleutherAI" / "gpt-j-6B"
+    GPTJForCausalLM(GPTJConfig.preset("tiny", n_embd=64)).save_pretrained(str(folder))
+    gptj_tokenizer.save_pretrained(folder)
+    check = "print(gen_tokens.shape[1], model.dtype, gen_text.startswith(prompt))"
+    done = subprocess.run(
+        [sys.executable, "-c", program + check], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    dtype = "torch.float16" if "float16" in program else "torch.float32"
+    length = int(done.stdout.split()[0])
+    assert 46 < length <= 100 and done.stdout.split()[1:] == [dtype, "True"], done.stdout
+
+
+def test_the_probability_of_a_token_is_unchanged_by_others_in_the_batch() -> None:
+    """A row's seeded draw is its own, whatever temperature its neighbours have."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(seed=5)
+    alone = choose(logits[:1], [params], [torch.Generator().manual_seed(5)])
+    others = [SamplingParams(temperature=3.0), SamplingParams(temperature=0)]
+    together = choose(
+        logits,
+        [params, *others],
+        [torch.Generator().manual_seed(5), torch.Generator().manual_seed(6), None],
+    )
+    assert together[0] == alone[0] and together[2] == logits[2].argmax()
+    assert math.isfinite(float(logits[0, alone[0]]))
