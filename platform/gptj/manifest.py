@@ -39,9 +39,9 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     @classmethod
-    def read(cls, folder: str) -> Manifest | None:
+    def read(cls, folder: str, name: str = MANIFEST) -> Manifest | None:
         """The folder's manifest; None if there is none. CheckpointError if it is damaged."""
-        address = storage.join(folder, MANIFEST)
+        address = storage.join(folder, name)
         try:
             content = storage.read_bytes(address)
         except storage.NotFoundError:
@@ -57,14 +57,14 @@ class Manifest:
             raise CheckpointError(f"{address} is damaged: {error!r}") from error
         return cls(folder, files)
 
-    def write(self) -> None:
+    def write(self, name: str = MANIFEST) -> None:
         """Finish the folder. AlreadyExistsError if another writer has."""
         fields = {
             "format": _FORMAT,
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
         }
         content = (json.dumps(fields, indent=2) + "\n").encode()
-        storage.write_bytes(storage.join(self.folder, MANIFEST), content, if_absent=True)
+        storage.write_bytes(storage.join(self.folder, name), content, if_absent=True)
 
     def check_sizes(self) -> None:
         """CheckpointError for files that are missing or cut off: one listing, no reading."""

@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""Fine-tune GPT-J, or train a small one from nothing, on Ray with DeepSpeed.
+
+    ray job submit -- jobs/finetune.py [SETTINGS.yaml] [key=value …]
+
+Without arguments: a tiny language model on the text of Python's documentation, into ./outputs.
+gptj/training/settings.py lists all settings. Results go to storage/run: checkpoints, loss.png,
+TensorBoard's files and, at the end, `model`. The same command again goes on after the last
+checkpoint; once the model is there, it does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from gptj import storage
+from gptj.manifest import Manifest, verify
+from gptj.training.loop import Worker, train
+from gptj.training.settings import Settings, SettingsError, read_settings
+from gptj.training.state import check_goes_on, latest_checkpoint
+from gptj.training.task import make_config, make_data, prepare_tokenizer
+
+logger = logging.getLogger("finetune")
+
+
+def main() -> None:
+    _log_to_stdout()
+    try:
+        settings = read_settings(sys.argv[1:]).resolved()
+        print(f"Settings in force:\n\n{settings.to_yaml()}", flush=True)
+        if Manifest.read(settings.model_folder) is not None:
+            verify(settings.model_folder)
+            print(f"The run is complete already: {settings.model_folder}", flush=True)
+            return
+        ray.init(logging_level=logging.WARNING)
+        on_gpu = check_workers(settings)
+        check_inputs(settings)
+    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+        sys.exit(f"error: {error}")
+    try:
+        build_trainer(settings, on_gpu).fit()
+    except TrainingFailedError as error:
+        sys.exit(
+            f"error: {error}\n\nThe training failed {settings.workers.max_failures + 1} times in "
+            f"all. What is saved in {settings.folder} is kept: the same command goes on from it."
+        )
+    print(f"The model is complete: {settings.model_folder}", flush=True)
+
+
+def check_workers(settings: Settings) -> bool:
+    """Whether the workers run on GPUs. SettingsError if the cluster has no room for them."""
+    workers, cluster = settings.workers, ray.cluster_resources()
+    gpus, cpus = cluster.get("GPU", 0), cluster.get("CPU", 0)
+    on_gpu = workers.device == "gpu" or (workers.device == "auto" and gpus > 0)
+    if not workers.autoscaling:
+        if on_gpu and workers.count > gpus:
+            raise SettingsError(
+                f"workers.count={workers.count} needs as many GPUs, the cluster has {gpus:g}: "
+                f"lower it, or set workers.autoscaling=true if the cluster will grow"
+            )
+        if workers.count * workers.cpus > cpus:
+            raise SettingsError(
+                f"workers.count={workers.count} with workers.cpus={workers.cpus:g} needs "
+                f"{workers.count * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
+                f"set workers.autoscaling=true if the cluster will grow"
+            )
+    if not on_gpu:
+        spread = settings.deepspeed
+        if spread.precision == "fp16":
+            raise SettingsError("deepspeed.precision=fp16 needs GPUs: use bf16 or fp32")
+        if spread.offload_optimizer or spread.offload_parameters:
+            raise SettingsError(
+                "deepspeed.offload_… moves state from GPUs to the host's memory: CPU workers have "
+                "it there already; leave it out"
+            )
+    return on_gpu
+
+
+def check_inputs(settings: Settings) -> None:
+    """Find out now, and not after hours, what is wrong with storage, data or settings."""
+    storage.check_writable(settings.folder)
+    checkpoint = latest_checkpoint(settings.folder)
+    if checkpoint is not None:
+        check_goes_on(settings, checkpoint, settings.workers.count)
+    logger.info("reading the data")
+    tokenizer = prepare_tokenizer(settings)
+    data, _ = make_data(settings, tokenizer)
+    make_config(settings, tokenizer, data)
+
+
+def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:
+    filesystem, path = storage.arrow_filesystem(settings.storage)
+    return TorchTrainer(
+        work,
+        train_loop_config={"settings": settings.model_dump(exclude_unset=True)},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers.count,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": settings.workers.cpus, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=settings.run,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=settings.workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+        ),
+    )
+
+
+def work(config: dict[str, Any]) -> None:
+    """What each worker does."""
+    _log_to_stdout()
+    settings = Settings(**config["settings"])
+    context = ray.train.get_context()
+    begin = ray.train.get_checkpoint()
+
+    def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """Through our storage, which bounds the time, tries again and compares checksums."""
+        address = storage.join(settings.folder, name)
+        storage.upload_folder(checkpoint.path, address)
+        filesystem, path = storage.arrow_filesystem(address)
+        return Checkpoint(path, filesystem)
+
+    def report(metrics: dict[str, float], folder: Path | None, name: str) -> None:
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(folder) if folder is not None else None,
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=upload,
+        )
+
+    address = None
+    if begin is not None:
+        address = f"s3://{begin.path}" if storage.is_s3(settings.storage) else begin.path
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        report=report,
+        checkpoint=address,
+    )
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)
+    train(settings, worker)
+
+
+def _log_to_stdout() -> None:
+    """Our lines as they come, in the job's log too; of libraries only what is wrong."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stdout, format="%(asctime)s %(message)s", force=True
+    )
+    for name in ("gptj", logger.name):
+        logging.getLogger(name).setLevel(logging.INFO)
+    # DeepSpeed calls functions of PyTorch that are to be renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Our settings in DeepSpeed's words, and the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from gptj.training.settings import OptimizerSettings, Settings
+
+NEVER = 10**9
+
+
+def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
+    """The `config` of deepspeed.initialize for workers on "cpu" or "cuda".
+
+    https://www.deepspeed.ai/docs/config-json
+    """
+    optimizer, spread = settings.optimizer, settings.deepspeed
+    on_gpu = device_type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": spread.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,  # needs streams
+    }
+    if spread.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if spread.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.learning_rate,
+                "betas": [optimizer.beta1, optimizer.beta2],
+                "eps": optimizer.epsilon,
+                "weight_decay": optimizer.weight_decay,
+                # On a CPU PyTorch's; DeepSpeed's own ones are for GPUs, and for offloading.
+                "torch_adam": not on_gpu,
+            },
+        },
+        "zero_optimization": zero,
+        "bf16": {"enabled": spread.precision == "bf16"},
+        "fp16": {"enabled": spread.precision == "fp16"},
+        "steps_per_print": NEVER,  # the loop reports
+    }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms, whose size means something, do not."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        # At ZeRO stage 3 a parameter is empty, and knows its shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) > 1 else vectors).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_share(optimizer: OptimizerSettings, step: int, total: int) -> float:
+    """The learning rate of a step (from 0) of `total`, as a share of the highest."""
+    if step < optimizer.warmup_steps:
+        return (step + 1) / (optimizer.warmup_steps + 1)
+    if optimizer.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - optimizer.warmup_steps) / max(1, total - optimizer.warmup_steps))
+    falling = (
+        1 - progress if optimizer.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    )
+    return optimizer.final_share + (1 - optimizer.final_share) * falling

@@ -1,0 +1,271 @@
+"""The training loop of one worker: settings in, a model folder out; no Ray inside.
+
+Every worker (rank) runs `train` with the same settings. DeepSpeed spreads the model's state and
+adds up the gradients; what a step learns from depends on the step's number and the seed alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptj import storage
+from gptj.data.batches import BatchOrder, share
+from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.deepspeed_config import (
+    deepspeed_config,
+    learning_rate_share,
+    parameter_groups,
+)
+from gptj.training.evaluation import Part, evaluate
+from gptj.training.progress import ProgressLog, duration
+from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import Progress, check_goes_on, load_state, save_state
+from gptj.training.task import HEADS, Data, load_tokenizer, make_config, make_data
+from gptj.training.weights import build_model, export_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train together, and what it is told from outside.
+
+    torch.distributed must be initialised, with as many ranks as `world`.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    # Gives a finished local checkpoint folder (None: there is none this time) and measurements
+    # to whoever keeps them, under a name; a barrier: every rank calls it equally often.
+    report: Callable[[dict[str, float], Path | None, str], None]
+    checkpoint: str | None = None  # the address of the training checkpoint to go on from
+
+
+def train(settings: Settings, worker: Worker) -> dict[str, float]:
+    """Train, from the beginning or the last checkpoint on, and export the model.
+
+    Returns:
+        The last evaluation's metrics; without evaluation data the last training loss.
+
+    Raises:
+        SettingsError: if the settings do not fit the data or the checkpoint.
+        CheckpointError: if the checkpoint is damaged.
+    """
+    progress = _find_progress(settings, worker)
+    tokenizer = load_tokenizer(settings)
+    train_data, evaluation_data = make_data(settings, tokenizer)
+    config = make_config(settings, tokenizer, train_data)
+    total = settings.total_steps(len(train_data))
+    if progress.step == 0 and worker.rank == 0:
+        logger.info(
+            "%d training examples, %s evaluation examples, %d steps of %d rows on %d workers",
+            len(train_data),
+            len(evaluation_data) if evaluation_data is not None else "no",
+            total,
+            settings.batch_size,
+            worker.world,
+        )
+    with tempfile.TemporaryDirectory(prefix="gptj-train-") as scratch:
+        run = _Run(settings, worker, progress, total, Path(scratch))
+        engine = run.start(HEADS[settings.task], config)
+        if worker.checkpoint is not None:
+            load_state(engine, worker.checkpoint, run.scratch("resume"), worker.rank, worker.world)
+            if worker.rank == 0:
+                logger.info("going on after step %d of %d", progress.step, total)
+        metrics = run.steps(engine, train_data, evaluation_data)
+        run.export(engine.module, tokenizer, metrics)
+    return metrics
+
+
+def _find_progress(settings: Settings, worker: Worker) -> Progress:
+    if worker.checkpoint is None:
+        return Progress(world=worker.world, settings=settings.model_dump(mode="json"))
+    return check_goes_on(settings, worker.checkpoint, worker.world)
+
+
+class _Run:
+    """What the parts of one worker's training share."""
+
+    def __init__(
+        self, settings: Settings, worker: Worker, progress: Progress, total: int, scratch: Path
+    ) -> None:
+        self.settings = settings
+        self.worker = worker
+        self.progress = progress
+        self.total = total
+        self._scratch = scratch
+        self._log = None
+        if worker.rank == 0:
+            self._log = ProgressLog(progress, scratch, total, settings.log_every)
+
+    def scratch(self, name: str) -> Path:
+        """A new local folder, which ends with the run."""
+        folder = self._scratch / name
+        folder.mkdir()
+        return folder
+
+    def start(self, cls: type[GPTJPreTrainedModel], config: Any) -> Any:
+        """DeepSpeed's engine with the model."""
+        settings, worker = self.settings, self.worker
+        plan = deepspeed_config(settings, worker.device.type)
+        model = build_model(cls, config, settings, plan, worker.rank)
+        if settings.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, settings.optimizer.weight_decay),
+            config=plan,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+                optimizer,
+                lambda step: learning_rate_share(settings.optimizer, step, self.total),
+            ),
+            dist_init_required=False,
+        )
+        # Dropout differs from rank to rank, and repeats with the seed.
+        torch.manual_seed(settings.seed + 1 + worker.rank)
+        return engine
+
+    def steps(
+        self, engine: Any, train_data: Data, evaluation_data: Data | None
+    ) -> dict[str, float]:
+        """Take the steps that are left, with checkpoints and evaluations between them."""
+        settings, progress = self.settings, self.progress
+        order = BatchOrder(len(train_data), settings.batch_size, settings.seed)
+        metrics: dict[str, float] = {}
+        while progress.step < self.total:
+            self._step(engine, train_data, order.indices(progress.step))
+            last = progress.step == self.total
+            if last or _due(progress.step, settings.evaluate_every):
+                metrics = self._evaluate(engine, evaluation_data)
+            if last or _due(progress.step, settings.checkpoint_every):
+                self._checkpoint(engine, metrics)
+        if not metrics:  # the run had been ended just before its export
+            metrics = self._evaluate(engine, evaluation_data)
+        return metrics
+
+    def export(
+        self, model: GPTJPreTrainedModel, tokenizer: GPTJTokenizer, metrics: dict[str, float]
+    ) -> None:
+        """Write the model folder; all ranks together."""
+        started = time.monotonic()
+        address = self.settings.model_folder
+        training = {
+            "settings": self.settings.model_dump(mode="json"),
+            "steps": self.total,
+            "metrics": metrics,
+            "history": self.progress.history,
+            "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        }
+        export_model(model, address, self.settings, tokenizer, training, self.worker.rank)
+        if self._log is not None:
+            self._log.publish(self.settings.folder)
+            self._log.close()
+            logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
+
+    def _step(self, engine: Any, data: Data, indices: list[int]) -> None:
+        """One optimizer step on a global batch, of which this rank computes its share."""
+        settings, worker = self.settings, self.worker
+        engine.train()
+        parts = share(indices, worker.rank, worker.world, settings.micro_batch_size)
+        batches = [data.collate([data[i] for i in part]) for part in parts]  # type: ignore[misc]
+        items = sum(data.count_items(batch) for batch in batches)
+        tokens = sum(data.count_tokens(batch) for batch in batches)
+        counts = torch.tensor([items, tokens], dtype=torch.float64)
+        all_items, all_tokens = self._sum(counts).tolist()
+        if not all_items:
+            raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
+        total = torch.zeros(1, dtype=torch.float64)
+        for batch in batches:
+            loss = summed_loss(engine, batch, data.count_items(batch), worker.device) / all_items
+            total += loss.detach().double().cpu()
+            # DeepSpeed divides by the micro-batches and averages over the ranks: undone here,
+            # since the loss is already a mean over the whole global batch.
+            engine.backward(loss * (settings.accumulation * worker.world))
+            engine.step()
+        mean = float(self._sum(total))
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        self.progress.step += 1
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss of step {self.progress.step} is {mean}: lower optimizer.learning_rate, "
+                f"or use deepspeed.precision=bf16; the last checkpoint is kept"
+            )
+        if self._log is not None:
+            rate = engine.optimizer.param_groups[0]["lr"]
+            self._log.step(mean, rate, norm, int(all_tokens))
+
+    def _evaluate(self, engine: Any, data: Data | None) -> dict[str, float]:
+        if data is None:
+            return {"training_loss": self._last_loss()}
+        metrics = evaluate(
+            engine.module,
+            data,
+            batch_size=self.settings.micro_batch_size,
+            device=self.worker.device,
+            rank=self.worker.rank,
+            world=self.worker.world,
+            reduce=self._gather if self.worker.world > 1 else None,
+        )
+        if self._log is not None:
+            self._log.evaluation(metrics)
+        return metrics
+
+    def _last_loss(self) -> float:
+        """Of the last logged point, which rank 0 knows."""
+        points = [point["loss"] for point in self.progress.history if "loss" in point]
+        loss = torch.tensor([points[-1] if points else 0.0], dtype=torch.float64)
+        return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
+
+    def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
+        name = f"checkpoint-{self.progress.step:08}"
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            path = Path(folder) / name
+            path.mkdir()
+            save_state(engine, path, self.progress, self.worker.rank)
+            self.worker.report({"step": self.progress.step, **metrics}, path, name)
+        if self._log is not None:
+            self._log.publish(self.settings.folder)
+            logger.info("saved %s", storage.join(self.settings.folder, name))
+
+    def _gather(self, part: Part) -> list[Part]:
+        parts: list[Any] = [None] * self.worker.world
+        dist.all_gather_object(parts, part)
+        return parts
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over all ranks; on the device that the ranks' backend talks through."""
+        if self.worker.world == 1:
+            return values
+        values = values.to(self.worker.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+
+def summed_loss(model: Any, batch: dict[str, Tensor], items: int, device: torch.device) -> Tensor:
+    """A micro-batch's loss as a sum over its items (tokens, rows), which batches can share."""
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    module = getattr(model, "module", model)
+    if isinstance(module, GPTJForCausalLM):
+        # Not mean times count: a micro-batch without a counted token has no mean.
+        loss: Tensor = model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        return loss
+    mean: Tensor = model(**inputs).loss
+    return mean * items
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,126 @@
+"""How a run is doing: lines for its log, points for TensorBoard, the loss curve as a picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from gptj import storage
+from gptj.training.state import Progress
+
+logger = logging.getLogger(__name__)
+
+HISTORY = "history.jsonl"
+CURVE = "loss.png"
+TENSORBOARD = "tensorboard"
+
+
+class ProgressLog:
+    """Rank 0's record of a run; what it holds so far is part of the checkpoint.
+
+    Args:
+        progress: where the run is; the points are added to its history.
+        folder: a local one, for TensorBoard's files.
+        total: steps of the whole run.
+    """
+
+    def __init__(self, progress: Progress, folder: Path, total: int, log_every: int) -> None:
+        self.progress = progress
+        self._folder = folder
+        self._total = total
+        self._log_every = log_every
+        self._started = time.monotonic()
+        self._first_step = progress.step
+        self._tokens = 0
+        # Points beyond the checkpoint, which a run that died has left, are not shown.
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=progress.step + 1)
+
+    def step(self, loss: float, learning_rate: float, norm: float, tokens: int) -> None:
+        """Count an optimizer step; every `log_every` steps it becomes a line and a point."""
+        progress = self.progress
+        self._tokens += tokens
+        progress.unlogged.append(loss)
+        if progress.step % self._log_every and progress.step != self._total:
+            return
+        seconds = time.monotonic() - self._started
+        done = progress.step - self._first_step
+        mean = sum(progress.unlogged) / len(progress.unlogged)
+        progress.unlogged.clear()
+        rate = self._tokens / seconds
+        self._add(
+            {
+                "step": progress.step,
+                "loss": mean,
+                "learning_rate": learning_rate,
+                "gradient_norm": norm,
+                "tokens_per_second": rate,
+            }
+        )
+        left = seconds / done * (self._total - progress.step)
+        logger.info(
+            "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
+            "%s tokens/s  %s left",
+            progress.step,
+            self._total,
+            mean,
+            learning_rate,
+            norm,
+            f"{rate:,.0f}",
+            duration(left),
+        )
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        self._add(
+            {"step": self.progress.step, **{f"evaluation_{k}": v for k, v in metrics.items()}}
+        )
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        logger.info("evaluation after step %d: %s", self.progress.step, shown)
+
+    def publish(self, address: str) -> None:
+        """Bring the history, TensorBoard's files and the curve up to date in the run's folder."""
+        self._board.flush()
+        lines = "".join(json.dumps(point) + "\n" for point in self.progress.history)
+        storage.write_bytes(storage.join(address, HISTORY), lines.encode())
+        storage.upload_folder(self._folder / TENSORBOARD, storage.join(address, TENSORBOARD))
+        picture = self._folder / CURVE
+        draw_curve(self.progress.history, picture)
+        storage.upload(picture, storage.join(address, CURVE))
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _add(self, point: dict[str, float]) -> None:
+        self.progress.history.append(point)
+        for name, value in point.items():
+            if name != "step" and math.isfinite(value):
+                self._board.add_scalar(
+                    name.replace("evaluation_", "evaluation/"), value, int(point["step"])
+                )
+
+
+def draw_curve(history: Sequence[dict[str, float]], path: Path) -> None:
+    """The loss over the steps as a PNG file, of training and of evaluation."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("evaluation_loss", "evaluation", "o-")):
+        points = [(point["step"], point[key]) for point in history if key in point]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(xlabel="optimizer steps", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if history:
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def duration(seconds: float) -> str:
+    """As h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,0 +1,168 @@
+"""A training checkpoint: everything that a run needs to go on as if nothing had happened.
+
+A folder that all ranks write together, each its own files: DeepSpeed's shard of weights and
+optimizer (`zero/…`), the state of its random generators, and a manifest of these; rank 0 adds
+`progress.json` with the step, the settings and the measurements so far. The position in the data
+follows from the step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptj import storage
+from gptj.manifest import CheckpointError, Manifest, describe, read_verified
+from gptj.training.settings import Settings, SettingsError, changed
+
+PROGRESS = "progress.json"
+TAG = "zero"  # DeepSpeed's folder within ours
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what was measured on the way."""
+
+    step: int = 0  # optimizer steps done
+    world: int = 1  # ranks that wrote the checkpoint
+    settings: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)  # logged points, by step
+    unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
+
+
+def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:
+    """Write this rank's part into an empty local folder; all ranks call it together."""
+    (folder / TAG).mkdir(parents=True)
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    random = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    torch.save(random, folder / _random_name(rank))
+    if rank == 0:
+        (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
+    # DeepSpeed leaves a copy of its conversion scripts, which are no state.
+    for script in folder.glob("zero_to_*.py"):
+        script.unlink()
+    names = [file.name for file in storage.list_files(str(folder))]
+    describe(str(folder), names).write(_manifest_name(rank, progress.world))
+
+
+def read_progress(address: str) -> Progress:
+    """A checkpoint's progress, after a look at all ranks' manifests and all files' sizes.
+
+    Raises:
+        CheckpointError: naming what is missing, cut off or altered, and the remedy.
+    """
+    try:
+        content = read_verified(address, PROGRESS, _first_manifest(address))
+        progress = Progress(**json.loads(content))
+        for rank in range(progress.world):
+            _manifest(address, rank, progress.world).check_sizes()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; remedy: delete the folder {address}, and the run goes on from the "
+            f"checkpoint before it"
+        ) from error
+    return progress
+
+
+def latest_checkpoint(folder: str) -> str | None:
+    """The address of the newest training checkpoint that all ranks have finished, if any."""
+    manifests: dict[str, set[str]] = {}
+    for file in storage.list_files(folder):
+        name, _, rest = file.name.partition("/")
+        if name.startswith("checkpoint-") and rest.startswith("manifest-"):
+            manifests.setdefault(name, set()).add(rest)
+    finished = [
+        name
+        for name, found in manifests.items()
+        if any(len(found) == int(each[-10:-5]) for each in found)  # manifest-RANK-of-WORLD.json
+    ]
+    return storage.join(folder, max(finished)) if finished else None
+
+
+def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
+    """The progress of the checkpoint that a run is to go on from.
+
+    Raises:
+        SettingsError: if the settings would change what the run computes.
+        CheckpointError: if the checkpoint is damaged.
+    """
+    progress = read_progress(address)
+    if progress.world != world:
+        raise SettingsError(
+            f"{address} was written by {progress.world} workers and can be continued only by as "
+            f"many: set workers.count={progress.world}, or another run="
+        )
+    if different := changed(progress.settings, settings.model_dump(mode="json")):
+        raise SettingsError(
+            f"the run {settings.run!r} would go on from {address} with other settings: "
+            f"{'; '.join(different)}. Set them back, or choose another run="
+        )
+    return progress
+
+
+def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -> None:
+    """Bring this rank back to where the checkpoint was written; all ranks call it together.
+
+    Only the files that this rank needs are copied, into an empty local folder, and compared with
+    the manifests.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut off or altered.
+    """
+    needed: dict[str, Manifest] = {}
+    for writer in range(world):
+        manifest = _manifest(address, writer, world)
+        for name in manifest.files:
+            if name == _random_name(rank) or _is_for(name, rank):
+                needed[name] = manifest
+    storage.download_folder(address, folder, needed)
+    for name, record in describe(str(folder), needed).files.items():
+        needed[name].check_content(name, record.size, record.sha256)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed found no state in {address}/{TAG}")
+    random = torch.load(folder / _random_name(rank), weights_only=True)
+    torch.set_rng_state(random["torch"])
+    if torch.cuda.is_available() and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def _is_for(name: str, rank: int) -> bool:
+    """Whether a rank reads a file of DeepSpeed's: its own shard, or weights that all share."""
+    if not name.startswith(f"{TAG}/"):
+        return False
+    owner = re.search(r"zero_pp_rank_(\d+)_", name)
+    return owner is None or int(owner[1]) == rank
+
+
+def _first_manifest(address: str) -> Manifest:
+    """Rank 0's manifest, whatever the number of ranks."""
+    for file in storage.list_files(address):
+        if file.name.startswith("manifest-00000-of-"):
+            manifest = Manifest.read(address, file.name)
+            assert manifest is not None
+            return manifest
+    raise CheckpointError(f"{address} is no training checkpoint: it has no manifest of rank 0")
+
+
+def _manifest(address: str, rank: int, world: int) -> Manifest:
+    name = _manifest_name(rank, world)
+    manifest = Manifest.read(address, name)
+    if manifest is None:
+        raise CheckpointError(f"{address} is incomplete: {name} is missing")
+    return manifest
+
+
+def _manifest_name(rank: int, world: int) -> str:
+    return f"manifest-{rank:05}-of-{world:05}.json"
+
+
+def _random_name(rank: int) -> str:
+    return f"random-{rank:05}.pt"

@@ -1,0 +1,102 @@
+"""The model of a run into DeepSpeed's hands and out again, never more than one copy a process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from gptj.checkpoint import config_of, load_model, save_folder
+from gptj.config import GPTJConfig
+from gptj.model import GPTJPreTrainedModel
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.settings import Settings
+from gptj.weights import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model(
+    cls: type[GPTJPreTrainedModel],
+    config: GPTJConfig,
+    settings: Settings,
+    deepspeed_settings: dict[str, Any],
+    rank: int,
+) -> GPTJPreTrainedModel:
+    """The model that training begins with: a checkpoint's weights, or new ones from the seed.
+
+    Only rank 0 has them; deepspeed.initialize sends them to the others. At stage 3 the parameters
+    are spread over the ranks as they come, one after the other.
+    """
+    source = None
+    if rank == 0:
+        if settings.model.checkpoint:
+            source = load_model(
+                cls,
+                settings.model.checkpoint,
+                revision=settings.model.revision or None,
+                config=config,
+            )
+        else:
+            torch.manual_seed(settings.seed)
+            source = cls(config)
+    if settings.deepspeed.stage < 3:
+        if source is not None:
+            return source.float() if settings.deepspeed.precision == "fp32" else source
+        with torch.device("meta"):
+            model = cls(config)
+        return model.to_empty(device="cpu")
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_settings):
+        model = cls(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if source is not None:
+                    parameter.copy_(source.get_parameter(name))
+    return model
+
+
+def export_model(
+    model: GPTJPreTrainedModel,
+    address: str,
+    settings: Settings,
+    tokenizer: GPTJTokenizer,
+    training: dict[str, Any],
+    rank: int,
+) -> None:
+    """Write the trained model's folder, in the precision of the training.
+
+    All ranks call it together. At stage 3 each parameter is gathered, written by rank 0 and
+    dropped before the next one.
+    """
+    dtype = PRECISIONS[settings.deepspeed.precision]
+    config = config_of(model)
+    config.dtype = dtype
+    parameters = dict(model.named_parameters())
+    specs = [TensorSpec(name, _shape(p), dtype) for name, p in parameters.items()]
+    tensors = _gathered(parameters, settings.deepspeed.stage)
+    if rank == 0:
+        save_folder(address, config, specs, tensors, tokenizer=tokenizer, training=training)
+    else:
+        for _ in tensors:
+            pass  # this rank's share of the gathering
+
+
+def _gathered(parameters: dict[str, nn.Parameter], stage: int) -> Iterator[Tensor]:
+    for parameter in parameters.values():
+        if stage < 3:
+            yield parameter
+        else:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield parameter
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """At ZeRO stage 3 a parameter is empty, and knows its shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
