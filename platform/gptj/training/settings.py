@@ -228,6 +228,7 @@ class Settings(Section):
 # What may differ when a run goes on: nothing that the result depends on.
 CHANGEABLE = frozenset(
     {
+        "run",
         "checkpoint_every",
         "keep_checkpoints",
         "evaluate_every",

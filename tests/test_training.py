@@ -1,0 +1,310 @@
+"""The training loop on real ranks (gloo) without Ray, against a plain PyTorch loop.
+
+Each group of ranks is started once and trains several times, since starting costs the most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import transformers
+
+from gptj import GPTJConfig, GPTJForCausalLM, checkpoint, storage
+from gptj.data.batches import BatchOrder
+from gptj.manifest import CheckpointError
+from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj.training.loop import Worker, summed_loss, train
+from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import check_goes_on, latest_checkpoint
+from gptj.training.task import make_config, make_data, prepare_tokenizer
+
+STEPS = 6
+MODEL = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 32}
+
+
+def settings_of(folder: Path, run: str, **fields: Any) -> Settings:
+    """A tiny run: rows of different lengths, batches of 8 in micro-batches."""
+    values: dict[str, Any] = {
+        "run": run,
+        "storage": str(folder),
+        "steps": STEPS,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "log_every": 1,
+        "checkpoint_every": 100,
+        "data": {"train": str(folder / "train.jsonl"), "sequence_length": 32},
+        "model": {"preset": "tiny", "config": MODEL},
+        "tokenizer": {"vocab_size": 300},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "gradient_clipping": 0.5},
+        "deepspeed": {"stage": 0},
+    }
+    for key, value in fields.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Settings(**values)
+
+
+def write_text(folder: Path) -> None:
+    """A text that does not fill its last row of tokens: batches have unequal counts."""
+    words = [f"word{n} is {'very ' * (n % 5)}good." for n in range(101)]
+    (folder / "train.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def rank_main(rank: int, world: int, port: int, runs: list[tuple[Settings, str | None]]) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank)
+    )
+    os.environ["WORLD_SIZE"] = str(world)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    for settings, resume in runs:
+
+        def report(
+            metrics: dict[str, float], folder: Path | None, name: str, settings: Settings = settings
+        ) -> None:
+            if folder is not None:
+                storage.upload_folder(folder, storage.join(settings.folder, name))
+            torch.distributed.barrier()
+
+        train(settings, Worker(rank, world, torch.device("cpu"), report, resume))
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(world: int, runs: list[tuple[Settings, str | None]]) -> None:
+    for settings, _ in runs:
+        prepare_tokenizer(settings)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(rank_main, (world, port, runs), nprocs=world)
+
+
+def losses(settings: Settings) -> list[float]:
+    lines = Path(settings.folder, "history.jsonl").read_text().splitlines()
+    return [point["loss"] for point in map(json.loads, lines) if "loss" in point]
+
+
+def reference(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """transformers' model, PyTorch's AdamW, each global batch as a whole: losses and weights."""
+    tokenizer = prepare_tokenizer(settings)
+    data, _ = make_data(settings, tokenizer)
+    config = make_config(settings, tokenizer, data)
+    torch.manual_seed(settings.seed)
+    start = GPTJForCausalLM(config)
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**config.to_dict()))
+    model.load_state_dict(start.state_dict())
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    order = BatchOrder(len(data), 8, settings.seed)
+    found = []
+    for step in range(STEPS):
+        # Warm-up over two steps, then half a cosine from 1 to 0.1.
+        rates = [1 / 3, 2 / 3, 1.0, 0.868198, 0.55, 0.231802]
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * rates[step]
+        batch = data.collate([data[i] for i in order.indices(step)])  # type: ignore[misc]
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found, model.state_dict()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"stage-{stage}": {"deepspeed": {"stage": stage}} for stage in range(4)},
+    "accumulating": {"deepspeed": {"stage": 2}, "micro_batch_size": 1},
+    "recomputing": {"deepspeed": {"stage": 1}, "model": {"gradient_checkpointing": True}},
+    "offloading-2": {"deepspeed": {"stage": 2, "offload_optimizer": True}},
+    "offloading-3": {
+        "deepspeed": {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    },
+    **{
+        f"bf16-{stage}": {"deepspeed": {"stage": stage, "precision": "bf16"}} for stage in (0, 2, 3)
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All variants, each trained by two ranks."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    write_text(folder)
+    variants = [
+        settings_of(folder, name, workers={"count": 2}, **v) for name, v in VARIANTS.items()
+    ]
+    run_ranks(2, [(settings, None) for settings in variants])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "bf16" not in name])
+def test_two_ranks_learn_what_plain_pytorch_learns(name: str, two_ranks: Path) -> None:
+    """Losses of all steps and final weights; only the order of summation may differ.
+
+    The last batch row is shorter, so ranks and micro-batches hold different numbers of tokens:
+    a mean of means would be off by 1e-3.
+    """
+    settings = settings_of(two_ranks, name, workers={"count": 2}, **VARIANTS[name])
+    expected, weights = reference(settings)
+    assert losses(settings) == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0] - 0.5
+    model = GPTJForCausalLM.from_pretrained(settings.model_folder)
+    for key, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-3)  # Adam near zero
+    checkpoint.verify(settings.model_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_half_precision_learns_and_is_exported_as_such(stage: int, two_ranks: Path) -> None:
+    settings = settings_of(
+        two_ranks, f"bf16-{stage}", workers={"count": 2}, **VARIANTS[f"bf16-{stage}"]
+    )
+    expected, _ = reference(settings)
+    assert losses(settings) == pytest.approx(expected, rel=0.05)
+    assert GPTJForCausalLM.from_pretrained(settings.model_folder).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(two_ranks: Path) -> None:
+    """The model with tokenizer and history, a curve, TensorBoard's files, a shard a rank."""
+    settings = settings_of(two_ranks, "stage-2", workers={"count": 2}, **VARIANTS["stage-2"])
+    folder = Path(settings.folder)
+    training = json.loads((folder / "model" / "training.json").read_text())
+    assert training["steps"] == STEPS
+    assert training["settings"]["deepspeed"]["stage"] == 2
+    assert [p["step"] for p in training["history"] if "loss" in p] == list(range(1, STEPS + 1))
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list((folder / "tensorboard").iterdir())
+    last = folder / f"checkpoint-{STEPS:08}"
+    shards = sorted(path.name for path in (last / "zero").iterdir())
+    assert sum("optim_states" in name for name in shards) == 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert theirs.config.vocab_size == 300
+    assert len(transformers.AutoTokenizer.from_pretrained(folder / "model")) == 300
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with dropout, undisturbed and from the checkpoint in the middle, at stages 2 and 3."""
+    folder = tmp_path_factory.mktemp("resumed")
+    write_text(folder)
+    whole, again = [], []
+    for stage in (0, 2, 3):
+        for kind, runs in (("whole", whole), ("again", again)):
+            runs.append(
+                settings_of(
+                    folder,
+                    f"{kind}-{stage}",
+                    checkpoint_every=3,
+                    workers={"count": 2},
+                    model={"config": {**MODEL, "resid_pdrop": 0.2}},
+                    deepspeed={"stage": stage},
+                )
+            )
+    run_ranks(2, [(settings, None) for settings in whole])
+    for first, second in zip(whole, again, strict=True):
+        storage.upload_folder(
+            Path(first.folder, "checkpoint-00000003"),
+            storage.join(second.folder, "checkpoint-00000003"),
+        )
+    middle = "checkpoint-00000003"
+    run_ranks(2, [(settings, storage.join(settings.folder, middle)) for settings in again])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resumed_run_equals_an_undisturbed_one(stage: int, resumed: Path) -> None:
+    """Data, optimizer, schedule and dropout's random state all go on: 1e-6 on each loss."""
+    whole = settings_of(resumed, f"whole-{stage}")
+    again = settings_of(resumed, f"again-{stage}")
+    assert losses(again) == pytest.approx(losses(whole), abs=1e-6)
+    assert len(losses(again)) == STEPS
+    expected = GPTJForCausalLM.from_pretrained(whole.model_folder).state_dict()
+    found = GPTJForCausalLM.from_pretrained(again.model_folder).state_dict()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["missing", "truncated", "altered", "no manifest"])
+def test_a_damaged_checkpoint_is_refused_by_name(kind: str, resumed: Path, tmp_path: Path) -> None:
+    source = Path(resumed, "whole-2", "checkpoint-00000006")
+    storage.upload_folder(source, str(tmp_path / "damaged"))
+    shard = tmp_path / "damaged" / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    named = shard.name
+    content = bytearray(shard.read_bytes())
+    if kind == "missing":
+        shard.unlink()
+    elif kind == "truncated":
+        shard.write_bytes(content[:-1])
+    elif kind == "altered":
+        # Sizes are looked at first; hashes only when the rank copies the file.
+        progress = tmp_path / "damaged" / "progress.json"
+        progress.write_text(progress.read_text().replace('"step": 6', '"step": 5'))
+        named = "progress.json"
+    else:
+        named = "manifest-00001-of-00002.json"
+        (tmp_path / "damaged" / named).unlink()
+    settings = settings_of(resumed, "whole-2")
+    with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+        check_goes_on(settings, str(tmp_path / "damaged"), 2)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
+    folder = str(Path(resumed, "whole-2"))
+    address = latest_checkpoint(folder)
+    assert address is not None and address.endswith("checkpoint-00000006")
+    fields: dict[str, Any] = {
+        "checkpoint_every": 3,
+        "workers": {"count": 2},
+        "model": {"config": {**MODEL, "resid_pdrop": 0.2}},
+        "deepspeed": {"stage": 2},
+    }
+    same = settings_of(resumed, "whole-2", **fields)
+    assert check_goes_on(same, address, 2).step == 6
+    other = settings_of(resumed, "whole-2", **{**fields, "seed": 1})
+    with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
+        check_goes_on(other, address, 2)
+    with pytest.raises(SettingsError, match="written by 2 workers .* set workers.count=2"):
+        check_goes_on(same, address, 4)
+
+
+def test_a_checkpoint_that_not_all_ranks_finished_is_not_the_latest(tmp_path: Path) -> None:
+    for name, manifests in {
+        "checkpoint-00000001": ["manifest-00000-of-00002.json", "manifest-00001-of-00002.json"],
+        "checkpoint-00000002": ["manifest-00000-of-00002.json"],
+    }.items():
+        for manifest in manifests:
+            storage.write_bytes(str(tmp_path / name / manifest), b"{}")
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-00000001")
+    assert latest_checkpoint(str(tmp_path / "nothing")) is None
+
+
+@pytest.mark.parametrize("cls", [GPTJForSequenceClassification, GPTJForQuestionAnswering])
+def test_micro_batches_add_up_to_the_whole_batch(cls: type[Any]) -> None:
+    """Unequal ones too: gradients of sums over items, and not of means of means."""
+    torch.manual_seed(0)
+    model = cls(GPTJConfig(vocab_size=50, pad_token_id=0, **MODEL))
+    batch = {"input_ids": torch.randint(1, 50, (5, 9)), "attention_mask": torch.ones(5, 9).long()}
+    if cls is GPTJForSequenceClassification:
+        batch["labels"] = torch.tensor([0, 1, 1, 0, 1])
+    else:
+        batch["start_positions"] = torch.tensor([0, 1, 2, 3, 4])
+        batch["end_positions"] = torch.tensor([0, 3, 2, 8, 7])
+    whole = model(**batch).loss
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 5))]
+    sums = [summed_loss(model, part, len(part["input_ids"]), torch.device("cpu")) for part in parts]
+    torch.testing.assert_close(sum(sums) / 5, whole)
