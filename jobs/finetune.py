@@ -22,7 +22,6 @@ import ray.train
 import torch
 from ray.train import (
     Checkpoint,
-    CheckpointConfig,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -121,7 +120,6 @@ def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
         ),
     )
 
@@ -131,7 +129,6 @@ def work(config: dict[str, Any]) -> None:
     _log_to_stdout()
     settings = Settings(**config["settings"])
     context = ray.train.get_context()
-    begin = ray.train.get_checkpoint()
 
     def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
         """Through our storage, which bounds the time, tries again and compares checksums."""
@@ -148,15 +145,11 @@ def work(config: dict[str, Any]) -> None:
             checkpoint_upload_fn=upload,
         )
 
-    address = None
-    if begin is not None:
-        address = f"s3://{begin.path}" if storage.is_s3(settings.storage) else begin.path
     worker = Worker(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         device=ray.train.torch.get_device(),
         report=report,
-        checkpoint=address,
     )
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)

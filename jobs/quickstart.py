@@ -71,13 +71,19 @@ DEMONSTRATIONS = (
         "quickstart-classification",
         "jobs/settings/quickstart-classification.yaml",
         "/classification",
-        {"inputs": "The soup was wonderful and the staff were kind."},
+        {"inputs": "The scenery is wonderful, and I was moved by the ending ."},
     ),
     Demonstration(
         "quickstart-question-answering",
         "jobs/settings/quickstart-question-answering.yaml",
         "/question-answering",
-        {"inputs": {"question": "", "context": ""}},
+        {
+            "inputs": {
+                "question": "When was Karin born?",
+                "context": "Karin Frost works as a painter. Karin Frost was born in 1951. "
+                "Karin keeps a brown horse at home.",
+            }
+        },
     ),
 )
 

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ClassificationData
-from gptj.data.question_answering import QuestionAnsweringData, candidates, null_logit
+from gptj.data.question_answering import (
+    QuestionAnsweringData,
+    answer_loss,
+    candidates,
+    null_logit,
+)
 
 MAX_ANSWER_TOKENS = 30  # as in Hugging Face's evaluation of SQuAD
 
@@ -113,7 +118,7 @@ def collect(
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
             if mine:
                 items = data.count_items(batch)
-                part.loss += float(output.loss) * items
+                part.loss += float(_loss(data, output, batch)) * items
                 part.items += items
                 part.outputs.update(zip(mine, _outputs(data, output, mine), strict=False))
     return part
@@ -193,6 +198,14 @@ def _evaluating(model: nn.Module) -> Any:
             yield
     finally:
         model.train(training)
+
+
+def _loss(data: Data, output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """A batch's mean loss, which does not depend on how much padding is in it."""
+    if isinstance(data, QuestionAnsweringData):
+        return answer_loss(output.start_logits, output.end_logits, batch)
+    loss: Tensor = output.loss
+    return loss
 
 
 def _outputs(data: Data, output: Any, examples: Sequence[int]) -> list[Any]:

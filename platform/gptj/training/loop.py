@@ -32,7 +32,14 @@ from gptj.training.deepspeed_config import (
 from gptj.training.evaluation import Part, evaluate
 from gptj.training.progress import ProgressLog, duration
 from gptj.training.settings import Settings, SettingsError
-from gptj.training.state import Progress, check_goes_on, load_state, save_state
+from gptj.training.state import (
+    Progress,
+    check_goes_on,
+    delete_old_checkpoints,
+    latest_checkpoint,
+    load_state,
+    save_state,
+)
 from gptj.training.task import HEADS, Data, load_tokenizer, make_config, make_data
 from gptj.training.weights import build_model, export_model
 
@@ -52,11 +59,10 @@ class Worker:
     # Gives a finished local checkpoint folder (None: there is none this time) and measurements
     # to whoever keeps them, under a name; a barrier: every rank calls it equally often.
     report: Callable[[dict[str, float], Path | None, str], None]
-    checkpoint: str | None = None  # the address of the training checkpoint to go on from
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
-    """Train, from the beginning or the last checkpoint on, and export the model.
+    """Train, from the beginning or the run's last complete checkpoint on, and export the model.
 
     Returns:
         The last evaluation's metrics; without evaluation data the last training loss.
@@ -65,7 +71,10 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         SettingsError: if the settings do not fit the data or the checkpoint.
         CheckpointError: if the checkpoint is damaged.
     """
-    progress = _find_progress(settings, worker)
+    checkpoint = _agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
+    progress = Progress(world=worker.world, settings=settings.model_dump(mode="json"))
+    if checkpoint is not None:
+        progress = check_goes_on(settings, checkpoint, worker.world)
     tokenizer = load_tokenizer(settings)
     train_data, evaluation_data = make_data(settings, tokenizer)
     config = make_config(settings, tokenizer, train_data)
@@ -82,8 +91,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="gptj-train-") as scratch:
         run = _Run(settings, worker, progress, total, Path(scratch))
         engine = run.start(HEADS[settings.task], config)
-        if worker.checkpoint is not None:
-            load_state(engine, worker.checkpoint, run.scratch("resume"), worker.rank, worker.world)
+        if checkpoint is not None:
+            load_state(engine, checkpoint, run.scratch("resume"), worker.rank, worker.world)
             if worker.rank == 0:
                 logger.info("going on after step %d of %d", progress.step, total)
         metrics = run.steps(engine, train_data, evaluation_data)
@@ -91,10 +100,11 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     return metrics
 
 
-def _find_progress(settings: Settings, worker: Worker) -> Progress:
-    if worker.checkpoint is None:
-        return Progress(world=worker.world, settings=settings.model_dump(mode="json"))
-    return check_goes_on(settings, worker.checkpoint, worker.world)
+def _agree(value: str | None) -> str | None:
+    """What rank 0 has found, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 class _Run:
@@ -121,6 +131,8 @@ class _Run:
     def start(self, cls: type[GPTJPreTrainedModel], config: Any) -> Any:
         """DeepSpeed's engine with the model."""
         settings, worker = self.settings, self.worker
+        # It takes over the process group, which it needs before it spreads a new model.
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         plan = deepspeed_config(settings, worker.device.type)
         model = build_model(cls, config, settings, plan, worker.rank)
         if settings.model.gradient_checkpointing:
@@ -238,6 +250,7 @@ class _Run:
             save_state(engine, path, self.progress, self.worker.rank)
             self.worker.report({"step": self.progress.step, **metrics}, path, name)
         if self._log is not None:
+            delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints)
             self._log.publish(self.settings.folder)
             logger.info("saved %s", storage.join(self.settings.folder, name))
 

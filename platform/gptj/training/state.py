@@ -73,17 +73,17 @@ def read_progress(address: str) -> Progress:
 
 def latest_checkpoint(folder: str) -> str | None:
     """The address of the newest training checkpoint that all ranks have finished, if any."""
-    manifests: dict[str, set[str]] = {}
-    for file in storage.list_files(folder):
-        name, _, rest = file.name.partition("/")
-        if name.startswith("checkpoint-") and rest.startswith("manifest-"):
-            manifests.setdefault(name, set()).add(rest)
-    finished = [
-        name
-        for name, found in manifests.items()
-        if any(len(found) == int(each[-10:-5]) for each in found)  # manifest-RANK-of-WORLD.json
-    ]
+    finished = [name for name, complete in _checkpoints(folder).items() if complete]
     return storage.join(folder, max(finished)) if finished else None
+
+
+def delete_old_checkpoints(folder: str, keep: int) -> None:
+    """Delete all but the newest complete checkpoints, and what ranks that died have left."""
+    checkpoints = _checkpoints(folder)
+    kept = sorted(name for name, complete in checkpoints.items() if complete)[-keep:]
+    for name in checkpoints:
+        if name not in kept and name < kept[-1]:
+            storage.delete_folder(storage.join(folder, name))
 
 
 def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
@@ -132,6 +132,21 @@ def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -
     torch.set_rng_state(random["torch"])
     if torch.cuda.is_available() and "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"])
+
+
+def _checkpoints(folder: str) -> dict[str, bool]:
+    """The checkpoints in a run's folder, and whether all ranks have finished them."""
+    manifests: dict[str, set[str]] = {}
+    for file in storage.list_files(folder):
+        name, _, rest = file.name.partition("/")
+        if name.startswith("checkpoint-"):
+            manifests.setdefault(name, set())
+            if rest.startswith("manifest-"):  # manifest-RANK-of-WORLD.json, a rank's last file
+                manifests[name].add(rest)
+    return {
+        name: any(len(found) == int(each[-10:-5]) for each in found)
+        for name, found in manifests.items()
+    }
 
 
 def _is_for(name: str, rank: int) -> bool:

@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""Measure a checkpoint on data, and print one JSON object.
+
+    jobs/evaluate.py CHECKPOINT DATA [key=value …]
+
+CHECKPOINT is a folder, `s3://…` or a hub id; DATA is Parquet, JSON lines, CSV or text: a file,
+folder or pattern, local or `s3://…`, or `sample://NAME/evaluation`. What is measured follows from
+the model's head: perplexity; accuracy and F1, or the error of a regression; exact match and F1.
+Progress goes to standard error. Keys, with their defaults:
+
+    batch_size=8            rows that are computed at a time
+    sequence_length=…       tokens of a row; default: as in training, or else all of the context
+    stride=…                question answering: tokens that windows share; default: as in training
+    columns.NAME=…          our column's name in the data, such as columns.text=review
+    limit=…                 rows of the data to read; default: all
+    unigram=TRAIN_DATA      language modelling: also the perplexity of these data's frequencies
+    dtype=…                 of the weights: float32, bfloat16, float16; default: as stored
+    device=…                cpu or cuda; default: cuda where there is one
+    revision=…              of a hub id
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from gptj import storage
+from gptj.checkpoint import HEAD_CLASSES, TRAINING, load_config
+from gptj.config import GPTJConfig, parse_dtype
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.classification import ClassificationData, LabelSet
+from gptj.data.question_answering import QuestionAnsweringData
+from gptj.data.sources import read_rows
+from gptj.hub import locate
+from gptj.manifest import Manifest, read_verified
+from gptj.model import (
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJPreTrainedModel,
+)
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.evaluation import evaluate, unigram_perplexity
+
+PROGRESS_SECONDS = 5
+DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
+
+logger = logging.getLogger("evaluate")
+
+Positive = Annotated[int, Field(ge=1)]
+Data = CausalLMData | ClassificationData | QuestionAnsweringData
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str
+    data: str
+    batch_size: Positive = 8
+    sequence_length: Positive | None = None
+    stride: Annotated[int, Field(ge=0)] | None = None
+    columns: dict[str, str] = {}
+    limit: Positive | None = None
+    unigram: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        result = measure(read_settings(sys.argv[1:]))
+        print(json.dumps(result, allow_nan=False))
+    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+        sys.exit(f"error: {error}")
+
+
+def read_settings(words: Sequence[str]) -> Settings:
+    """The command line's words, checked; ValueError naming the key, its value and the remedy."""
+    if len(words) < 2 or any("=" not in word for word in words[2:]):
+        raise ValueError(f"the command line is\n{__doc__}")
+    fields: dict[str, Any] = {"checkpoint": words[0], "data": words[1], "columns": {}}
+    for word in words[2:]:
+        key, _, text = word.partition("=")
+        section, _, name = key.partition(".")
+        if section == "columns" and name:
+            fields["columns"][name] = text
+        elif key in Settings.model_fields and key not in ("checkpoint", "data", "columns"):
+            number = key in ("batch_size", "sequence_length", "stride", "limit")
+            fields[key] = yaml.safe_load(text) if number else text
+        else:
+            raise ValueError(f"{word}: there is no such key\n{__doc__}")
+    try:
+        return Settings(**fields)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
+        ) from error
+
+
+def measure(settings: Settings) -> dict[str, float | int | str]:
+    """The metrics of a checkpoint, with what they were measured on."""
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = load_config(settings.checkpoint, revision=settings.revision)
+    head = head_class(config, settings.checkpoint)
+    tokenizer = GPTJTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)
+    data = make_data(settings, head, config, tokenizer)
+    result: dict[str, float | int | str] = {
+        "checkpoint": settings.checkpoint,
+        "data": settings.data,
+        "examples": len(data),
+    }
+    if settings.unigram is not None:
+        if not isinstance(data, CausalLMData):
+            raise ValueError(f"unigram={settings.unigram} is for language models, not {head}")
+        rows = read_rows(settings.unigram, settings.columns)
+        train = CausalLMData(rows, tokenizer, data.sequence_length)
+        result["unigram_perplexity"] = unigram_perplexity(train, data)
+    model = HEAD_CLASSES[head].from_pretrained(
+        settings.checkpoint,
+        dtype=parse_dtype(settings.dtype),
+        device=device,
+        revision=settings.revision,
+    )
+    report_progress(model, math.ceil(len(data) / settings.batch_size))
+    started = time.monotonic()
+    metrics = evaluate(model, data, batch_size=settings.batch_size, device=device)
+    if bad := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+        raise ValueError(
+            f"{', '.join(bad)}: the weights are damaged, or too large for {model.dtype}; "
+            f"remedy: dtype=float32"
+        )
+    return {**result, **metrics, "seconds": round(time.monotonic() - started, 3)}
+
+
+def head_class(config: GPTJConfig, checkpoint: str) -> str:
+    """The name of the model's class; ValueError if it is none that can be measured."""
+    known = [name for name in HEAD_CLASSES if name.startswith("GPTJFor")]
+    for name in config.architectures or []:
+        if name in known:
+            return name
+    raise ValueError(
+        f"{checkpoint}: config.json has architectures={config.architectures}, which must name "
+        f"one of {', '.join(known)}"
+    )
+
+
+def make_data(settings: Settings, head: str, config: GPTJConfig, tokenizer: GPTJTokenizer) -> Data:
+    """The data set of the head's task, cut as in training unless the settings say otherwise."""
+    training = training_settings(settings)
+    length = settings.sequence_length or training.get("sequence_length", config.n_positions)
+    if length > config.n_positions:
+        raise ValueError(
+            f"sequence_length={length} is beyond the model's n_positions={config.n_positions}"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{settings.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
+            f"vocab_size is {config.vocab_size}"
+        )
+    rows = islice(read_rows(settings.data, settings.columns), settings.limit)
+    logger.info("reading %s", settings.data)
+    if head == GPTJForQuestionAnswering.__name__:
+        stride = settings.stride
+        if stride is None:
+            stride = training.get("stride", min(DEFAULT_STRIDE, length // 4))
+        return QuestionAnsweringData(rows, tokenizer, length, stride)
+    if settings.stride is not None:
+        raise ValueError(f"stride={settings.stride} is for question answering, not {head}")
+    if head == GPTJForSequenceClassification.__name__:
+        return ClassificationData(rows, tokenizer, length, LabelSet.of(config))
+    assert head == GPTJForCausalLM.__name__
+    return CausalLMData(rows, tokenizer, length)
+
+
+def training_settings(settings: Settings) -> dict[str, Any]:
+    """How `jobs/finetune.py` read its data for this checkpoint; empty if it is not from there."""
+    folder = locate(settings.checkpoint, revision=settings.revision, patterns=("*.json",))
+    if not storage.exists(storage.join(folder, TRAINING)):
+        return {}
+    training = json.loads(read_verified(folder, TRAINING, Manifest.read(folder)))
+    data: dict[str, Any] = training.get("settings", {}).get("data", {})
+    return data
+
+
+def report_progress(model: GPTJPreTrainedModel, batches: int) -> None:
+    """Log every few seconds how far an evaluation of so many batches is."""
+    started = last = time.monotonic()
+    done = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal done, last
+        done += 1
+        now = time.monotonic()
+        if now - last >= PROGRESS_SECONDS or done == batches:
+            last = now
+            logger.info("batch %d of %d, %.0f s", done, batches, now - started)
+
+    model.register_forward_hook(count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What the tasks' data sets share: token lists held compactly, and padded into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptj.tokenizer import GPTJTokenizer
+
+PAD_MULTIPLE = 8  # lengths of batches: few different shapes, and what tensor cores like
+TOKENIZED_AT_ONCE = 1000  # texts
+
+Item = TypeVar("Item")
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class TokenLists:
+    """Lists of token ids of different lengths in one array, 4 bytes a token."""
+
+    def __init__(self, lists: Iterable[Sequence[int]]) -> None:
+        arrays = [np.asarray(ids, dtype=np.int32) for ids in lists]
+        self._ids = np.concatenate([np.empty(0, np.int32), *arrays])
+        self._ends = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Ids:
+        return self._ids[self._ends[index] : self._ends[index + 1]]
+
+
+def padded(lists: Sequence[Ids], padding: int, limit: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, L) of int64, padded on the right.
+
+    L is the longest length up to a multiple of 8, and `limit` at most.
+    """
+    longest = max(len(ids) for ids in lists)
+    length = max(longest, min(limit, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE))
+    input_ids = torch.full((len(lists), length), padding)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(lists):
+        input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def padding_id(tokenizer: GPTJTokenizer) -> int:
+    """The id that fills up rows; any would do, since masks and labels leave it out."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def count_real_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch that are not padding."""
+    return int(batch["attention_mask"].sum())
+
+
+def groups(items: Iterable[Item], size: int = TOKENIZED_AT_ONCE) -> Iterator[list[Item]]:
+    """The items in lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group

@@ -1,0 +1,400 @@
+"""Question answering: SQuAD's rows in, windows of token ids with their answers' places out.
+
+The question comes first, then as much of the context as fits; a longer context makes several
+windows, which overlap. Serving makes its windows here too, and finds the answers in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptj.data.examples import Ids, TokenLists, count_real_tokens, padded, padding_id
+from gptj.data.sources import DataError, Row
+from gptj.model import span_loss
+from gptj.tokenizer import GPTJTokenizer
+
+NO_ANSWER = 0  # the token that stands for "not in this window": the question's first
+
+Offsets = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A question and a part of its context."""
+
+    input_ids: list[int]
+    # (start, end) of each token in characters of the context, without white space around it;
+    # None for tokens that no answer can begin or end with: the question's, and white space.
+    offsets: list[Offsets | None]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of the context, in characters; (0, 0) says that the answer is not in it."""
+
+    start: int
+    end: int
+    score: float  # probability
+
+
+class Candidate(NamedTuple):
+    """A span of one window, before its logits are compared with the other windows'."""
+
+    logit: float  # of its start and its end together
+    start: int
+    end: int
+
+
+def windows(
+    tokenizer: GPTJTokenizer, question: str, context: str, max_length: int, stride: int
+) -> list[Window]:
+    """A question with each part of a context that fits into `max_length` tokens.
+
+    Args:
+        stride: tokens of the context that a window repeats of the one before it.
+
+    Raises:
+        ValueError: if the question or the context is empty, or the question leaves no room for
+            more than `stride` tokens of the context.
+    """
+    if not question.strip() or not context.strip():
+        raise ValueError(f"the {'context' if question.strip() else 'question'} is empty")
+    try:
+        encoded = tokenizer(
+            question,
+            context,
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_sequence_ids=True,
+        )
+    except ValueError as error:
+        room = max_length - len(tokenizer.encode(question))
+        if room > stride:
+            raise
+        raise ValueError(
+            f"the question has {max_length - room} tokens and leaves {max(room, 0)} of "
+            f"max_length={max_length} for the context, which must be more than stride={stride}; "
+            f"remedy: a shorter question, a larger max_length or a smaller stride"
+        ) from error
+    return [
+        Window(
+            input_ids,
+            [
+                _without_space(context, *offset) if sequence == 1 else None
+                for offset, sequence in zip(offsets, sequence_ids, strict=True)
+            ],
+        )
+        for input_ids, offsets, sequence_ids in zip(
+            encoded["input_ids"], encoded["offset_mapping"], encoded["sequence_ids"], strict=True
+        )
+    ]
+
+
+def best_spans(
+    windows: Sequence[Window],
+    start_logits: Sequence[Tensor],
+    end_logits: Sequence[Tensor],
+    *,
+    top_k: int = 1,
+    max_answer_tokens: int = 15,
+    handle_impossible_answer: bool = False,
+) -> list[Span]:
+    """The likeliest answers over all windows of one question, best first; each span once.
+
+    A span's score is the probability of its start times that of its end, by softmax over the
+    context: for a single window as in Hugging Face's pipeline. What several windows say of the
+    same place counts once, by the highest logit, so that scores add up to 1 at most.
+
+    Args:
+        start_logits, end_logits: (L) of each window; what is beyond its tokens is padding.
+        top_k: how many answers; fewer come back if there are no more.
+        max_answer_tokens: the longest answer.
+        handle_impossible_answer: let the empty answer (0, 0) compete, by the first token's
+            logits in the window that is the surest of an answer.
+    """
+    if top_k < 1 or max_answer_tokens < 1:
+        raise ValueError(
+            f"top_k and max_answer_tokens must be 1 or more, got {top_k} and {max_answer_tokens}"
+        )
+    starts = [_as_array(logits) for logits in start_logits]
+    ends = [_as_array(logits) for logits in end_logits]
+    parts = list(zip(windows, starts, ends, strict=True))
+    found = [
+        candidate
+        for window, start, end in parts
+        for candidate in candidates(window, start, end, max_answer_tokens, top_k)
+    ]
+    totals = [_log_sum_exp(_by_place(windows, logits), null=None) for logits in (starts, ends)]
+    if handle_impossible_answer:
+        null = min(parts, key=lambda part: null_logit(part[1], part[2]))
+        found.append(Candidate(null_logit(null[1], null[2]), 0, 0))
+        totals = [
+            _log_sum_exp(_by_place(windows, logits), null=float(part[NO_ANSWER]))
+            for logits, part in zip((starts, ends), null[1:], strict=True)
+        ]
+    best: dict[Offsets, float] = {}
+    for logit, start_place, end_place in sorted(
+        found, key=lambda each: (-each.logit, each.start, each.end)
+    ):
+        best.setdefault((start_place, end_place), logit)
+    return [
+        Span(*place, score=float(np.exp(logit - sum(totals))))
+        for place, logit in list(best.items())[:top_k]
+    ]
+
+
+def candidates(
+    window: Window,
+    start_logits: np.ndarray[Any, Any],
+    end_logits: np.ndarray[Any, Any],
+    max_answer_tokens: int,
+    top_k: int,
+) -> list[Candidate]:
+    """The `top_k` spans of a window with the largest sums of logits, best first, each once."""
+    tokens = [token for token, offset in enumerate(window.offsets) if offset is not None]
+    if not tokens:
+        return []
+    first, last = tokens[0], tokens[-1] + 1
+    usable = np.array([offset is not None for offset in window.offsets[first:last]])
+    start = np.where(usable, start_logits[first:last], -np.inf)
+    end = np.where(usable, end_logits[first:last], -np.inf)
+    width = min(max_answer_tokens, len(start))
+    # Row t: the spans from token t on, of 1 to `width` tokens.
+    ends = np.lib.stride_tricks.sliding_window_view(
+        np.concatenate([end, np.full(width - 1, -np.inf)]), width
+    )
+    sums = (start[:, None] + ends).ravel()
+    possible = int((sums > -np.inf).sum())
+    found: dict[Offsets, float] = {}
+    wanted = top_k
+    while True:
+        # Several tokens can share a character, and so several spans the same characters.
+        wanted = min(wanted, possible)
+        largest = np.argpartition(-sums, wanted - 1)[:wanted]
+        for place in largest[np.argsort(-sums[largest], kind="stable")].tolist():
+            from_token, more = divmod(place, width)
+            begin, end_offset = (
+                window.offsets[first + from_token],
+                window.offsets[first + from_token + more],
+            )
+            assert begin is not None and end_offset is not None
+            found.setdefault((begin[0], end_offset[1]), float(sums[place]))
+        if len(found) >= top_k or wanted == possible:
+            break
+        wanted *= 2
+    return [Candidate(logit, *place) for place, logit in list(found.items())[:top_k]]
+
+
+def null_logit(start_logits: np.ndarray[Any, Any], end_logits: np.ndarray[Any, Any]) -> float:
+    """What a window says for "the answer is not here"."""
+    return float(start_logits[NO_ANSWER] + end_logits[NO_ANSWER])
+
+
+def answer_loss(start_logits: Tensor, end_logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own loss, but with no probability left for padding: (B, L) logits in, () out.
+
+    Hugging Face's loss, which the model has, lets padding compete for the answer, so that it
+    depends on the lengths of the other rows of a batch. This one does not.
+    """
+    padding = batch["attention_mask"].to(start_logits.device) == 0
+    start_loss, end_loss = (
+        span_loss(logits.float().masked_fill(padding, -torch.inf), positions)
+        for logits, positions in (
+            (start_logits, batch["start_positions"]),
+            (end_logits, batch["end_positions"]),
+        )
+    )
+    return (start_loss + end_loss) / 2
+
+
+class QuestionAnsweringExample(NamedTuple):
+    input_ids: Ids
+    start: int  # the answer's first token, or NO_ANSWER
+    end: int  # its last token, or NO_ANSWER
+    number: int  # of the window in the data set
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a row asks, and the answers that count as right; none: it cannot be answered."""
+
+    context: str
+    answers: tuple[str, ...]
+
+
+class QuestionAnsweringData:
+    """Every window of every row is an example; it is trained on the row's first answer.
+
+    A window without the whole answer, and a row without answers, point at token 0.
+
+    Args:
+        rows: with SQuAD's columns `question`, `context` and
+            `answers` ({"text": [...], "answer_start": [...]} in characters; CSV has it as JSON).
+        max_length: tokens of a window, question and context together.
+        stride: tokens of the context that a window repeats of the one before it.
+
+    Raises:
+        DataError: naming the row whose question leaves no room for the context, or whose answer
+            is not at its place in the context.
+    """
+
+    def __init__(
+        self, rows: Iterable[Row], tokenizer: GPTJTokenizer, max_length: int, stride: int
+    ) -> None:
+        self.max_length = max_length
+        self._padding = padding_id(tokenizer)
+        self.questions: list[Question] = []
+        numbers: list[int] = []
+        lists: list[list[int]] = []
+        offsets: list[np.ndarray[Any, Any]] = []
+        places: list[Offsets] = []
+        for row in rows:
+            question, context = row.text("question"), row.text("context")
+            answers = _answers(row, context)
+            try:
+                parts = windows(tokenizer, question, context, max_length, stride)
+            except ValueError as error:
+                raise row.error("question", str(error)) from error
+            for part in parts:
+                numbers.append(len(self.questions))
+                lists.append(part.input_ids)
+                offsets.append(np.array([offset or _NO_OFFSET for offset in part.offsets]))
+                places.append(_tokens_of(answers[0], part) if answers else (NO_ANSWER, NO_ANSWER))
+            self.questions.append(Question(context, tuple(text for text, _ in answers)))
+        if not lists:
+            raise DataError("the data has no rows")
+        self._token_lists = TokenLists(lists)
+        self._offsets = np.concatenate(offsets).astype(np.int32)  # (tokens of all windows, 2)
+        self._ends = np.cumsum([0, *map(len, lists)])
+        self._places = np.array(places, dtype=np.int32)  # (windows, 2)
+        self._questions = np.array(numbers, dtype=np.int32)  # (windows)
+
+    def __len__(self) -> int:
+        return len(self._token_lists)
+
+    def __getitem__(self, index: int) -> QuestionAnsweringExample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        start, end = self._places[index].tolist()
+        return QuestionAnsweringExample(self._token_lists[index], start, end, index)
+
+    def question_of(self, index: int) -> int:
+        """The number, in `questions`, that a window belongs to."""
+        return int(self._questions[index])
+
+    def window(self, index: int) -> Window:
+        """An example as `best_spans` takes it."""
+        offsets = self._offsets[self._ends[index] : self._ends[index + 1]].tolist()
+        return Window(
+            self._token_lists[index].tolist(),
+            [(start, end) if start >= 0 else None for start, end in offsets],
+        )
+
+    def collate(self, examples: Sequence[QuestionAnsweringExample]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (B, L), `start_positions`, `end_positions` (B), int64."""
+        batch = padded([example.input_ids for example in examples], self._padding, self.max_length)
+        batch["start_positions"] = torch.tensor([example.start for example in examples])
+        batch["end_positions"] = torch.tensor([example.end for example in examples])
+        return batch
+
+    def count_items(self, batch: dict[str, Tensor]) -> int:
+        """Rows: what the loss averages over."""
+        return len(batch["start_positions"])
+
+    def count_tokens(self, batch: dict[str, Tensor]) -> int:
+        return count_real_tokens(batch)
+
+
+_NO_OFFSET = (-1, -1)
+
+
+def _without_space(text: str, start: int, end: int) -> Offsets | None:
+    """A token's place without the white space around its text; None if that is all there is."""
+    token = text[start:end]
+    stripped = token.strip()
+    if not stripped:
+        return None
+    start += len(token) - len(token.lstrip())
+    return start, start + len(stripped)
+
+
+def _answers(row: Row, context: str) -> list[tuple[str, int]]:
+    """The (text, first character) of a row's answers, checked against the context."""
+    value = row.value("answers")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise row.error("answers", f"is no JSON: {error}") from error
+    if value is None:
+        return []
+    match value:
+        case {"text": list(texts), "answer_start": list(starts)} if len(texts) == len(starts):
+            pass
+        case _:
+            raise row.error(
+                "answers",
+                f'must be {{"text": [...], "answer_start": [...]}} of equal lengths, '
+                f"got {value!r:.80}",
+            )
+    answers = []
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
+            raise row.error("answers", f"has no text at a place, but {text!r:.80} at {start!r}")
+        if start < 0 or context[start : start + len(text)] != text:
+            found = context[max(start, 0) : max(start, 0) + len(text)]
+            elsewhere = context.find(text)
+            raise row.error(
+                "answers",
+                f"{text!r:.80} is not at character {start} of the context, where {found!r:.80} is"
+                + (f"; it is at {elsewhere}" if elsewhere >= 0 else ""),
+            )
+        answers.append((text, start))
+    return answers
+
+
+def _tokens_of(answer: tuple[str, int], window: Window) -> Offsets:
+    """The first and last token of an answer, or NO_ANSWER twice if not all of it is there."""
+    text, start = answer
+    end = start + len(text.rstrip())
+    start += len(text) - len(text.lstrip())
+    # A token may begin before the answer, or end after it: "1,000km" can be one token.
+    covering = [
+        (token, place)
+        for token, place in enumerate(window.offsets)
+        if place is not None and place[0] < end and place[1] > start
+    ]
+    if not covering or covering[0][1][0] > start or covering[-1][1][1] < end:
+        return NO_ANSWER, NO_ANSWER
+    return covering[0][0], covering[-1][0]
+
+
+def _as_array(logits: Tensor) -> np.ndarray[Any, Any]:
+    return logits.detach().double().cpu().numpy()
+
+
+def _by_place(
+    windows: Sequence[Window], logits: Sequence[np.ndarray[Any, Any]]
+) -> dict[Offsets, float]:
+    """The highest logit that any window gives to each place of the context."""
+    places: dict[Offsets, float] = {}
+    for window, values in zip(windows, logits, strict=True):
+        for place, logit in zip(window.offsets, values.tolist(), strict=False):
+            if place is not None:
+                places[place] = max(logit, places.get(place, -np.inf))
+    return places
+
+
+def _log_sum_exp(places: dict[Offsets, float], null: float | None) -> float:
+    values = [*places.values(), *([] if null is None else [null])]
+    return float(np.logaddexp.reduce(values))

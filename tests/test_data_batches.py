@@ -1,0 +1,60 @@
+"""Batches: every example once an epoch, whatever the step that a run resumes at or its workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptj.data.batches import BatchOrder, share
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
+def test_every_epoch_has_every_example_once(examples: int, batch: int, seed: int) -> None:
+    order = BatchOrder(examples, batch, seed)
+    steps = -(-3 * examples // batch)
+    stream = [index for step in range(steps) for index in order.indices(step)]
+    assert all(len(order.indices(step)) == batch for step in range(steps))
+    for epoch in range(3):
+        assert sorted(stream[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+
+
+def test_a_step_has_the_same_batch_whatever_came_before_it() -> None:
+    whole = [BatchOrder(100, 7, seed=3).indices(step) for step in range(40)]
+    resumed = BatchOrder(100, 7, seed=3)
+    assert [resumed.indices(step) for step in range(25, 40)] == whole[25:]
+    assert resumed.indices(2) == whole[2]
+
+
+def test_the_order_is_numpys_by_seed_and_epoch() -> None:
+    """Written down, so that a run goes on in the same order after an upgrade."""
+    order = BatchOrder(8, 8, seed=5)
+    assert order.indices(0) == np.random.default_rng([5, 0]).permutation(8).tolist()
+    assert order.indices(1) == np.random.default_rng([5, 1]).permutation(8).tolist()
+    assert order.indices(0) == [1, 4, 2, 3, 7, 5, 6, 0]
+    assert BatchOrder(8, 8, seed=6).indices(0) != order.indices(0) != order.indices(1)
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 12), (1, 1), (2, 3), (3, 4), (4, 1)])
+def test_ranks_share_a_batch_without_rest_or_overlap(world: int, micro_batch: int) -> None:
+    batch = BatchOrder(50, 12, seed=1).indices(3)
+    parts = [share(batch, rank, world, micro_batch) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    assert {len(micro) for part in parts for micro in part} == {micro_batch}
+    assert [index for part in parts for micro in part for index in micro] == batch
+
+
+def test_what_does_not_divide_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="10 examples .* 4 on 2 ranks; remedy: a multiple of 8"):
+        share(range(10), 0, 2, 4)
+    with pytest.raises(ValueError, match="rank=2, world=2"):
+        share(range(8), 2, 2, 4)
+
+
+@pytest.mark.parametrize("fields", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_an_order_of_nothing_is_refused(fields: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        BatchOrder(*fields)
+    with pytest.raises(ValueError, match="step must be 0 or more, got -1"):
+        BatchOrder(1, 1, 0).indices(-1)

@@ -1,0 +1,341 @@
+"""Windows, answers in them, and the best span over them, against plain searches over everything."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptj import GPTJConfig, GPTJForQuestionAnswering, GPTJTokenizer
+from gptj.data.question_answering import (
+    QuestionAnsweringData,
+    Window,
+    best_spans,
+    windows,
+)
+from gptj.data.sources import DataError, Row, read_rows
+
+QUESTION = "Where does she live now?"
+CONTEXT = (
+    "  Anna was born in São Paulo.\n\nShe   moved to New York (USA) in 1999, and 👩‍👩‍👧‍👦"
+    " followed her. "
+    "Today she lives in a small house by the sea, with two dogs; nobody knows its address. "
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> GPTJTokenizer:
+    return GPTJTokenizer.train([QUESTION, CONTEXT, "many other words are here"] * 2, 320)
+
+
+def squad(text: str | None, start: int | None = None, **values: Any) -> Row:
+    """A row whose answer is the first occurrence of `text`, or what is given."""
+    answers = (
+        {"text": [], "answer_start": []}
+        if text is None
+        else {
+            "text": [text],
+            "answer_start": [CONTEXT.index(text) if start is None else start],
+        }
+    )
+    fields = {"question": QUESTION, "context": CONTEXT, "answers": answers, **values}
+    return Row(fields, "squad.jsonl", 7)
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(1000, 0), (40, 0), (40, 10), (30, 3)])
+def test_windows_cover_the_context_with_the_stated_overlap(
+    max_length: int, stride: int, tokenizer: GPTJTokenizer
+) -> None:
+    found = windows(tokenizer, QUESTION, CONTEXT, max_length, stride)
+    question, context = tokenizer.encode(QUESTION), tokenizer.encode(CONTEXT)
+    joined = found[0].input_ids[len(question) :]
+    for window in found[1:]:
+        part = window.input_ids[len(question) :]
+        assert stride == 0 or joined[-stride:] == part[:stride]
+        joined += part[stride:]
+    assert joined == context
+    for window in found:
+        assert len(window.input_ids) == len(window.offsets) <= max_length
+        assert window.input_ids[: len(question)] == question
+        assert window.offsets[: len(question)] == [None] * len(question)
+    assert (len(found) == 1) == (len(question) + len(context) <= max_length)
+
+
+def test_offsets_are_the_tokens_text_without_white_space(tokenizer: GPTJTokenizer) -> None:
+    (window,) = windows(tokenizer, QUESTION, CONTEXT, 1000, 0)
+    question = len(tokenizer.encode(QUESTION))
+    for token, offset in list(zip(window.input_ids, window.offsets, strict=True))[question:]:
+        text = tokenizer.decode(token)
+        if offset is None:
+            assert text.isspace()
+        elif "\ufffd" in text:  # a part of a character has the place of all of it
+            assert text.strip("\ufffd ") in CONTEXT[slice(*offset)]
+        else:
+            assert CONTEXT[slice(*offset)] == text.strip() != ""
+    covered = {place for offset in window.offsets if offset for place in range(*offset)}
+    assert covered == {place for place, letter in enumerate(CONTEXT) if not letter.isspace()}
+
+
+def test_what_leaves_no_room_is_refused_with_the_numbers(tokenizer: GPTJTokenizer) -> None:
+    tokens = len(tokenizer.encode(QUESTION))
+    with pytest.raises(
+        ValueError, match=f"{tokens} tokens and leaves 5 of max_length={tokens + 5}"
+    ):
+        windows(tokenizer, QUESTION, CONTEXT, tokens + 5, 5)
+    with pytest.raises(ValueError, match="leaves 0 of max_length=4 for the context"):
+        windows(tokenizer, QUESTION, CONTEXT, 4, 0)
+    with pytest.raises(ValueError, match="stride must be in"):
+        windows(tokenizer, QUESTION, CONTEXT, 100, -1)
+    with pytest.raises(ValueError, match="the question is empty"):
+        windows(tokenizer, " ", CONTEXT, 100, 0)
+    with pytest.raises(ValueError, match="the context is empty"):
+        windows(tokenizer, QUESTION, "\n", 100, 0)
+
+
+ANSWERS = [
+    "Anna",
+    "São Paulo",
+    "New York (USA)",
+    "USA",
+    "1999",
+    "👩‍👩‍👧‍👦",
+    "the sea",
+    "two",
+    "address",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize(("max_length", "stride"), [(1000, 0), (40, 10), (36, 12)])
+def test_an_answers_tokens_are_the_fewest_that_cover_it(
+    answer: str, max_length: int, stride: int, tokenizer: GPTJTokenizer
+) -> None:
+    data = QuestionAnsweringData([squad(answer)], tokenizer, max_length, stride)
+    first = CONTEXT.index(answer)
+    last = first + len(answer) - 1
+    whole = 0
+    for index, window in enumerate(windows(tokenizer, QUESTION, CONTEXT, max_length, stride)):
+        holding = [
+            [
+                token
+                for token, offset in enumerate(window.offsets)
+                if offset and place in range(*offset)
+            ]
+            for place in (first, last)
+        ]
+        expected = (0, 0)
+        if all(holding):
+            expected = (holding[0][0], holding[1][-1])
+            whole += 1
+        assert (data[index].start, data[index].end) == expected
+        assert data.window(index) == window
+    assert whole > 0
+
+
+def test_rows_without_an_answer_point_at_the_first_token(tokenizer: GPTJTokenizer) -> None:
+    rows = [squad(None), squad(None, answers=None), squad("the sea")]
+    data = QuestionAnsweringData(rows, tokenizer, 1000, 0)
+    assert [(data[i].start, data[i].end) for i in range(2)] == [(0, 0), (0, 0)]
+    assert data[2].start > 0
+    assert [question.answers for question in data.questions] == [(), (), ("the sea",)]
+
+
+def test_answers_may_come_as_json_from_a_csv(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+    answers = json.dumps({"text": ["b c"], "answer_start": [2]}).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'question,context,answers\nwhy?,a b c d,"{answers}"\n')
+    data = QuestionAnsweringData(read_rows(str(tmp_path / "a.csv")), tokenizer, 100, 0)
+    window = data.window(0)
+    start, end = window.offsets[data[0].start], window.offsets[data[0].end]
+    assert start is not None and end is not None and (start[0], end[1]) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            squad("sea", 3),
+            f"'sea' is not at character 3 .*'nna'.*; it is at {CONTEXT.index('sea')}",
+        ),
+        (squad("lake", 3), "'lake' is not at character 3 of the context, where 'nna ' is$"),
+        (squad("sea", -1), "'sea' is not at character -1"),
+        (squad("", 3), "has no text at a place, but '' at 3"),
+        (squad(None, answers={"text": ["a"]}), "answers.*must be .*answer_start"),
+        (squad(None, answers={"text": ["a"], "answer_start": []}), "must be .*of equal lengths"),
+        (squad(None, answers="{"), "column 'answers': is no JSON"),
+        (squad(None, context=""), "column 'question': the context is empty"),
+        (squad(None, question="why " * 100), "column 'question': the question has .*max_length=64"),
+        (squad(None, question=None), "column 'question': must be text, got None"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(row: Row, message: str, tokenizer: GPTJTokenizer) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        QuestionAnsweringData([squad("sea"), row], tokenizer, 64, 16)
+    assert "squad.jsonl, row 7, column" in str(error.value)
+
+
+def test_the_model_takes_a_batch_of_windows(tokenizer: GPTJTokenizer) -> None:
+    data = QuestionAnsweringData([squad("the sea"), squad(None)], tokenizer, 44, 8)
+    batch = data.collate([data[i] for i in range(len(data))])
+    assert set(batch) == {"input_ids", "attention_mask", "start_positions", "end_positions"}
+    assert batch["input_ids"].shape == (len(data), 44)
+    assert data.count_items(batch) == len(data)
+    assert data.count_tokens(batch) == sum(len(data[i].input_ids) for i in range(len(data)))
+    model = GPTJForQuestionAnswering(
+        GPTJConfig(
+            vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8
+        )
+    )
+    assert model(**batch).loss.isfinite()
+
+
+def random_logits(found: list[Window], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    starts = [3 * torch.randn(len(w.input_ids), generator=generator) for w in found]
+    ends = [3 * torch.randn(len(w.input_ids), generator=generator) for w in found]
+    return starts, ends
+
+
+def every_span(
+    found: list[Window], starts: list[Tensor], ends: list[Tensor], max_tokens: int, null: bool
+) -> list[tuple[int, int, float]]:
+    """All spans and their scores, best first, by the definition: loops and no shortcut."""
+    logits: dict[tuple[int, int], float] = {}
+    start_at: dict[tuple[int, int], float] = {}
+    end_at: dict[tuple[int, int], float] = {}
+    for window, start, end in zip(found, starts, ends, strict=True):
+        places = [(t, o) for t, o in enumerate(window.offsets) if o is not None]
+        for t, place in places:
+            start_at[place] = max(float(start[t]), start_at.get(place, -math.inf))
+            end_at[place] = max(float(end[t]), end_at.get(place, -math.inf))
+        for i, first in places:
+            for j, last in places:
+                if i <= j < i + max_tokens:
+                    span = first[0], last[1]
+                    logit = float(start[i]) + float(end[j])
+                    logits[span] = max(logit, logits.get(span, -math.inf))
+    start_total = sum(map(math.exp, start_at.values()))
+    end_total = sum(map(math.exp, end_at.values()))
+    if null:
+        pairs = [(float(s[0]), float(e[0])) for s, e in zip(starts, ends, strict=True)]
+        surest = min(pairs, key=sum)
+        logits[0, 0] = sum(surest)
+        start_total += math.exp(surest[0])
+        end_total += math.exp(surest[1])
+    scores = [(*s, math.exp(logit) / start_total / end_total) for s, logit in logits.items()]
+    return sorted(scores, key=lambda each: -each[2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(1000, 0), (40, 10), (32, 5)]),
+    top_k=st.integers(1, 40),
+    max_tokens=st.integers(1, 60),
+    null=st.booleans(),
+)
+def test_the_best_spans_are_those_of_a_search_over_all(
+    seed: int,
+    shape: tuple[int, int],
+    top_k: int,
+    max_tokens: int,
+    null: bool,
+    tokenizer: GPTJTokenizer,
+) -> None:
+    found = windows(tokenizer, QUESTION, CONTEXT, *shape)
+    starts, ends = random_logits(found, seed)
+    spans = best_spans(
+        found,
+        starts,
+        ends,
+        top_k=top_k,
+        max_answer_tokens=max_tokens,
+        handle_impossible_answer=null,
+    )
+    expected = every_span(found, starts, ends, max_tokens, null)[:top_k]
+    assert [(span.start, span.end) for span in spans] == [each[:2] for each in expected]
+    for span, (_, _, score) in zip(spans, expected, strict=True):
+        assert span.score == pytest.approx(score, rel=1e-9)
+
+
+def test_one_windows_score_is_that_of_hugging_faces_pipeline(tokenizer: GPTJTokenizer) -> None:
+    """Its formula (transformers 4.57, select_starts_ends): softmax over the context's tokens."""
+    found = windows(tokenizer, "why?", "a b c d e f", 1000, 0)
+    starts, ends = random_logits(found, 1)
+    context = torch.tensor([offset is not None for offset in found[0].offsets])
+    start = starts[0].masked_fill(~context, -10000.0).softmax(dim=0)
+    end = ends[0].masked_fill(~context, -10000.0).softmax(dim=0)
+    scores = (start[:, None] * end[None, :]).triu().tril(15 - 1)
+    first, last = divmod(int(scores.argmax()), len(start))
+    (span,) = best_spans(found, starts, ends)
+    begin, finish = found[0].offsets[first], found[0].offsets[last]
+    assert begin is not None and finish is not None
+    assert (span.start, span.end) == (begin[0], finish[1])
+    assert span.score == pytest.approx(float(scores.max()), rel=1e-5)
+
+
+def test_what_several_windows_agree_on_counts_once(tokenizer: GPTJTokenizer) -> None:
+    found = windows(tokenizer, QUESTION, CONTEXT, 40, 14)
+    assert len(found) > 2
+    # The place that most windows see, and all of them are sure of it.
+    place = max(
+        {o for w in found for o in w.offsets if o},
+        key=lambda place: (sum(place in w.offsets for w in found), place),
+    )
+    assert sum(place in w.offsets for w in found) > 1
+    logits = [torch.tensor([20.0 if o == place else 0.0 for o in w.offsets]) for w in found]
+    spans = best_spans(found, logits, logits, top_k=5)
+    assert (spans[0].start, spans[0].end) == place
+    assert spans[0].score > 0.999
+    assert len({(span.start, span.end) for span in spans}) == len(spans) == 5
+
+
+def test_padding_behind_a_window_and_half_precision_do_no_harm(tokenizer: GPTJTokenizer) -> None:
+    found = windows(tokenizer, QUESTION, CONTEXT, 40, 10)
+    starts, ends = random_logits(found, 2)
+    starts = [logits.to(torch.bfloat16) for logits in starts]
+    padded = [torch.cat([logits, torch.full((9,), 100.0)]) for logits in starts]
+    assert best_spans(found, padded, ends) == best_spans(found, starts, ends)
+
+
+def test_a_span_does_not_begin_or_end_with_white_space(tokenizer: GPTJTokenizer) -> None:
+    found = windows(tokenizer, QUESTION, CONTEXT, 1000, 0)
+    starts, ends = random_logits(found, 3)
+    for span in best_spans(found, starts, ends, top_k=500, max_answer_tokens=8):
+        text = CONTEXT[span.start : span.end]
+        assert text and text == text.strip()
+
+
+def test_no_answer_wins_only_where_it_may(tokenizer: GPTJTokenizer) -> None:
+    found = windows(tokenizer, QUESTION, CONTEXT, 1000, 0)
+    logits = [torch.zeros(len(found[0].input_ids))]
+    logits[0][0] = 15.0
+    assert best_spans(found, logits, logits)[0].end > 0
+    nothing, something = best_spans(found, logits, logits, handle_impossible_answer=True, top_k=2)
+    assert (nothing.start, nothing.end) == (0, 0)
+    assert nothing.score > 0.99 > 0.01 > something.score
+
+
+def test_every_answer_of_real_questions_is_found_in_its_window(
+    tokenizer: GPTJTokenizer, shared_data: Path
+) -> None:
+    rows = list(read_rows(str(shared_data / "xquad_en_dev.jsonl")))[:100]
+    data = QuestionAnsweringData(rows, tokenizer, 300, 80)
+    answered = set()
+    for index in range(len(data)):
+        example, question = data[index], data.questions[data.question_of(index)]
+        if example.start:
+            window = data.window(index)
+            begin, finish = window.offsets[example.start], window.offsets[example.end]
+            assert begin is not None and finish is not None
+            found = question.context[begin[0] : finish[1]]
+            assert question.answers[0].strip() in found
+            assert len(found) - len(question.answers[0]) < 8  # the rest of a token, at most
+            answered.add(data.question_of(index))
+    assert len(answered) == len(rows)

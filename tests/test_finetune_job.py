@@ -1,0 +1,182 @@
+"""jobs/finetune.py as users run it: `ray job submit` to a real cluster, results in a real S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gptj import GPTJForCausalLM, checkpoint, storage
+from gptj.training.progress import HISTORY
+from gptj.training.state import latest_checkpoint
+from jobs.local_ray import LocalRay
+from jobs.local_s3 import LocalS3
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+RAY = str(Path(sys.executable).parent / "ray")
+TINY = [
+    "model.config.n_embd=64",
+    "tokenizer.vocab_size=512",
+    "data.sequence_length=64",
+    "workers.count=2",
+]
+
+
+@pytest.fixture(scope="module")
+def node(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
+    """A cluster of four logical CPUs, whose workers know the S3 server."""
+    environment = {**os.environ, **s3_server.environment()}
+    folder = tmp_path_factory.mktemp("ray")
+    with LocalRay.start(folder, cpus=4, environment=environment) as node:
+        yield node
+
+
+@pytest.fixture
+def cluster(node: LocalRay, s3: LocalS3) -> dict[str, str]:
+    """The environment of programs that use the cluster and the S3 server."""
+    return {**os.environ, **node.environment()}
+
+
+def job(cluster: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    """`ray job submit` of the job with settings."""
+    command = [RAY, "job", "submit", "--", str(ROOT / "jobs" / "finetune.py"), *words]
+    return subprocess.Popen(
+        command, env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def direct(cluster: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """The program itself: seconds less than a job."""
+    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
+    return subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True)
+
+
+def losses(run: str) -> dict[int, float]:
+    lines = storage.read_bytes(f"s3://gptj/{run}/{HISTORY}").decode().splitlines()
+    return {p["step"]: p["loss"] for p in map(json.loads, lines) if "loss" in p}
+
+
+def kill_a_worker(node: LocalRay) -> None:
+    """SIGKILL, to one process of a training that has begun on this cluster."""
+    workers = [
+        process
+        for process in psutil.Process(node.process_id).children(recursive=True)
+        if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline())
+    ]
+    assert len(workers) == 2, "the training's workers are not there"
+    workers[-1].kill()
+
+
+def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
+    cluster: dict[str, str], node: LocalRay
+) -> None:
+    """The logged losses after the resume point are equal to 1e-6; so nothing is lost or repeated.
+
+    Dropout is on: the random state has to come back too.
+    """
+    words = [
+        *TINY,
+        "steps=24",
+        "log_every=1",
+        "checkpoint_every=4",
+        "model.config.resid_pdrop=0.1",
+        "storage=s3://gptj",
+    ]
+    undisturbed = job(cluster, "run=undisturbed", *words)
+    output, _ = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, output[-4000:]
+    assert re.search(r"step 24 of 24  loss \d\.\d{4}.* tokens/s .* left", output)
+
+    disturbed = job(cluster, "run=killed", *words)
+    deadline = time.monotonic() + 120
+    while latest_checkpoint("s3://gptj/killed") is None:
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+    kill_a_worker(node)
+    output, _ = disturbed.communicate(timeout=240)
+    assert disturbed.returncode == 0, output[-4000:]
+    resumed = re.search(r"going on after step (\d+) of 24", output)
+    assert resumed is not None and 4 <= int(resumed[1]) < 24, output[-4000:]
+    expected = losses("undisturbed")
+    assert sorted(expected) == list(range(1, 25))
+    assert losses("killed") == pytest.approx(expected, abs=1e-6)
+
+    for run in ("undisturbed", "killed"):
+        checkpoint.verify(f"s3://gptj/{run}/model")
+    model = GPTJForCausalLM.from_pretrained("s3://gptj/killed/model")
+    assert model.config.n_embd == 64
+    kept = {f.name.split("/")[0] for f in storage.list_files("s3://gptj/killed")}
+    assert {"checkpoint-00000024", "checkpoint-00000020", "model", "loss.png"} <= kept
+    assert "checkpoint-00000004" not in kept  # keep_checkpoints=2
+
+    # The same command once more has nothing to do, and other settings find the model in place.
+    again = direct(cluster, "run=killed", *words)
+    assert again.returncode == 0 and "complete already: s3://gptj/killed/model" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("classification", "accuracy"), ("question-answering", "exact_match")]
+)
+def test_the_other_heads_train_on_data_of_ours(
+    task: str, metric: str, cluster: dict[str, str]
+) -> None:
+    words = [f"task={task}", f"run={task}", "storage=s3://gptj", "steps=4", *TINY]
+    process = job(cluster, *words, "deepspeed.stage=3")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-4000:]
+    assert re.search(rf"evaluation after step 4: .*{metric} \d", output)
+    training = json.loads(storage.read_bytes(f"s3://gptj/{task}/model/training.json"))
+    assert metric in training["metrics"]
+    checkpoint.verify(f"s3://gptj/{task}/model")
+
+
+def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Each in seconds, in one line without a traceback, and with exit status 1."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no text"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    store = "storage=s3://gptj/errors"
+    cases = {
+        "there is no such setting": [store, "lerning_rate=1"],
+        "no bucket": ["storage=s3://not-there"],
+        "workers.count=9 .* needs 9 CPUs, the cluster has 4": [
+            store,
+            "workers.count=9",
+            "batch_size=9",
+            "micro_batch_size=1",
+        ],
+        "workers.count=2 needs as many GPUs": [store, "workers.count=2", "workers.device=gpu"],
+        "fp16 needs GPUs": [store, "deepspeed.precision=fp16"],
+        "offload_.* CPU workers": [store, "deepspeed.offload_optimizer=true"],
+        r"bad\.jsonl.*2.*text": [store, f"data.train={tmp_path}/bad.jsonl"],
+        r"broken\.jsonl.*2": [store, f"data.train={tmp_path}/broken.jsonl"],
+        r"missing\.jsonl": [store, f"data.train={tmp_path}/missing.jsonl"],
+        "data.sequence_length=4096 is beyond .*n_positions=256": [
+            store,
+            "run=long",
+            "data.sequence_length=4096",
+        ],
+        "no-model": [store, f"model.checkpoint={tmp_path}/no-model"],
+    }
+
+    def check(case: tuple[str, list[str]]) -> str:
+        message, words = case
+        done = direct(cluster, *words)
+        assert done.returncode == 1, (words, done.stdout, done.stderr)
+        assert re.search(f"error: (.|\n)*{message}", done.stderr), (words, done.stderr)
+        assert "Traceback" not in done.stderr, done.stderr
+        return message
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(check, cases.items()))) == len(cases)
+    assert latest_checkpoint("s3://gptj/errors/finetune") is None
