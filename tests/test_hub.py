@@ -19,7 +19,9 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 
+from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.hub import locate
 from gptj.tokenizer import GPTJTokenizer
 from jobs.processes import free_ports
@@ -203,6 +205,28 @@ for revision in (None, "old"):
     asked = len(hub.requests)
     assert client.run(hub.endpoint, program, offline=True) == printed
     assert len(hub.requests) == asked
+
+
+def test_a_model_loads_by_hub_id_and_revision(client: Client, tmp_path: Path) -> None:
+    """Safetensors at one revision, and at the other only a pickle, as GPT-J was published."""
+    config = GPTJConfig(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    model = GPTJForCausalLM(config)
+    model.save_pretrained(str(tmp_path / "model"))
+    new = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with torch.no_grad():
+        model.lm_head.bias.fill_(7.0)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    pickled = (tmp_path / "pytorch_model.bin").read_bytes()
+    old = {"config.json": new["config.json"], "pytorch_model.bin": pickled}
+    program = f"""
+from gptj import GPTJConfig, GPTJForCausalLM
+print(GPTJForCausalLM.from_pretrained({REPOSITORY!r}).lm_head.bias[0].item())
+old = GPTJForCausalLM.from_pretrained({REPOSITORY!r}, revision="old", torch_dtype="float16")
+print(old.lm_head.bias[0].item(), old.dtype)
+print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
+"""
+    with serving(Hub({MAIN: new, OLD: old})) as hub:
+        assert client.run(hub.endpoint, program) == ["0.0", "7.0 torch.float16", "8"]
 
 
 def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: Client) -> None:

@@ -316,3 +316,30 @@ def test_micro_batches_add_up_to_the_whole_batch(cls: type[Any]) -> None:
     parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 5))]
     sums = [summed_loss(model, part, len(part["input_ids"]), torch.device("cpu")) for part in parts]
     torch.testing.assert_close(sum(sums) / 5, whole)
+
+
+@pytest.mark.parametrize(
+    "cls", [GPTJForCausalLM, GPTJForSequenceClassification, GPTJForQuestionAnswering]
+)
+def test_padding_is_never_trained_on(cls: type[Any]) -> None:
+    """More padding, and other ids on it, change neither the loss nor a gradient."""
+    torch.manual_seed(0)
+    model = cls(GPTJConfig(vocab_size=50, **MODEL))
+    gradients = []
+    for padding, pad_id in ((1, 3), (9, 4)):
+        ids = torch.cat((torch.arange(20).view(2, 10), torch.full((2, padding), pad_id)), dim=1)
+        mask = torch.cat((torch.ones(2, 10), torch.zeros(2, padding)), dim=1).long()
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if cls is GPTJForCausalLM:
+            batch["labels"] = ids.masked_fill(mask == 0, -100)
+        elif cls is GPTJForSequenceClassification:
+            batch["labels"] = torch.tensor([0, 1])
+        else:
+            batch["start_positions"] = torch.tensor([1, 4])
+            batch["end_positions"] = torch.tensor([9, 5])
+        model.zero_grad()
+        loss = summed_loss(model, batch, 2, torch.device("cpu"))
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

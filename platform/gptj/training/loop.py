@@ -22,7 +22,8 @@ from torch import Tensor
 
 from gptj import storage
 from gptj.data.batches import BatchOrder, share
-from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
+from gptj.data.question_answering import answer_loss
+from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.deepspeed_config import (
     deepspeed_config,
@@ -276,7 +277,11 @@ def summed_loss(model: Any, batch: dict[str, Tensor], items: int, device: torch.
         # Not mean times count: a micro-batch without a counted token has no mean.
         loss: Tensor = model(**inputs, use_cache=False, num_items_in_batch=1).loss
         return loss
-    mean: Tensor = model(**inputs).loss
+    if isinstance(module, GPTJForQuestionAnswering):
+        output = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        # Not the model's own loss, in which padding competes for the answer.
+        return answer_loss(output.start_logits, output.end_logits, inputs) * items
+    mean: Tensor = model(**inputs, use_cache=False).loss
     return mean * items
 
 
