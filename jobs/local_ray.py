@@ -72,7 +72,8 @@ class LocalRay:
                 "--disable-usage-stats",
             ]
             variables = {**environment, **_authentication(token), "PATH": _path(environment)}
-            with running(command, environment=variables, log=log) as process:
+            # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.
+            with running(command, environment=variables, log=log, grace_seconds=8) as process:
                 node = cls(head, dashboard, process.pid, token)
                 deadline = time.monotonic() + START_SECONDS
                 while not node._answers():

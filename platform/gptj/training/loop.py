@@ -159,6 +159,8 @@ class _Run:
         settings, progress = self.settings, self.progress
         order = BatchOrder(len(train_data), settings.batch_size, settings.seed)
         metrics: dict[str, float] = {}
+        if self._log is not None:
+            self._log.begin()
         while progress.step < self.total:
             self._step(engine, train_data, order.indices(progress.step))
             last = progress.step == self.total
@@ -192,6 +194,7 @@ class _Run:
     def _step(self, engine: Any, data: Data, indices: list[int]) -> None:
         """One optimizer step on a global batch, of which this rank computes its share."""
         settings, worker = self.settings, self.worker
+        started = time.monotonic()
         engine.train()
         parts = share(indices, worker.rank, worker.world, settings.micro_batch_size)
         batches = [data.collate([data[i] for i in part]) for part in parts]  # type: ignore[misc]
@@ -219,7 +222,7 @@ class _Run:
             )
         if self._log is not None:
             rate = engine.optimizer.param_groups[0]["lr"]
-            self._log.step(mean, rate, norm, int(all_tokens))
+            self._log.step(mean, rate, norm, int(all_tokens), time.monotonic() - started)
 
     def _evaluate(self, engine: Any, data: Data | None) -> dict[str, float]:
         if data is None:

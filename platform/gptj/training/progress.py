@@ -38,22 +38,29 @@ class ProgressLog:
         self._log_every = log_every
         self._started = time.monotonic()
         self._first_step = progress.step
-        self._tokens = 0
+        self._tokens = 0  # of the steps since the last line
+        self._seconds = 0.0
         # Points beyond the checkpoint, which a run that died has left, are not shown.
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=progress.step + 1)
 
-    def step(self, loss: float, learning_rate: float, norm: float, tokens: int) -> None:
+    def begin(self) -> None:
+        """The first step comes now: what was before does not count for the time that is left."""
+        self._started = time.monotonic()
+
+    def step(
+        self, loss: float, learning_rate: float, norm: float, tokens: int, seconds: float
+    ) -> None:
         """Count an optimizer step; every `log_every` steps it becomes a line and a point."""
         progress = self.progress
         self._tokens += tokens
+        self._seconds += seconds
         progress.unlogged.append(loss)
         if progress.step % self._log_every and progress.step != self._total:
             return
-        seconds = time.monotonic() - self._started
-        done = progress.step - self._first_step
         mean = sum(progress.unlogged) / len(progress.unlogged)
+        rate = self._tokens / self._seconds
         progress.unlogged.clear()
-        rate = self._tokens / seconds
+        self._tokens, self._seconds = 0, 0.0
         self._add(
             {
                 "step": progress.step,
@@ -63,7 +70,8 @@ class ProgressLog:
                 "tokens_per_second": rate,
             }
         )
-        left = seconds / done * (self._total - progress.step)
+        elapsed = time.monotonic() - self._started
+        done = progress.step - self._first_step
         logger.info(
             "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
             "%s tokens/s  %s left",
@@ -73,7 +81,7 @@ class ProgressLog:
             learning_rate,
             norm,
             f"{rate:,.0f}",
-            duration(left),
+            duration(elapsed / done * (self._total - progress.step)),
         )
 
     def evaluation(self, metrics: dict[str, float]) -> None:
