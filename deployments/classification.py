@@ -1,0 +1,51 @@
+"""Text classification behind Hugging Face Inference's protocol, as a Ray Serve application.
+
+    POST /classification
+    {"inputs": "A fine film", "parameters": {"top_k": 2}}
+    -> [[{"label": "positive", "score": 0.98}, {"label": "negative", "score": 0.02}]]
+
+Also `GET /classification/health`. The prefix is the application's `route_prefix`.
+"""
+
+# No `from __future__ import annotations`: Ray sends the class, but not the names in such strings.
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.loading import Arguments, load
+from gptj import GPTJForSequenceClassification
+from gptj.serving.app import health, new_app
+from gptj.serving.classification import ClassificationRequest, ClassificationService, LabelScore
+
+app = new_app("GPT-J text classification")
+
+
+@serve.deployment(name="classification")
+@serve.ingress(app)
+class Classification:
+    def __init__(self, arguments: Arguments) -> None:
+        model, tokenizer = load(GPTJForSequenceClassification, arguments)
+        self._service = ClassificationService(
+            model, tokenizer, max_batch=arguments.max_batch, max_waiting=arguments.max_waiting
+        )
+        self._stalled_seconds = arguments.stalled_seconds
+
+    @app.post("/")
+    async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
+        return await self._service.classify(request)
+
+    @app.get("/health")
+    async def health(self) -> dict[str, str]:
+        return health(self._alive(), "the model makes no progress")
+
+    async def check_health(self) -> None:
+        """For Serve, which replaces a replica whose model hangs or has ended."""
+        if not self._alive():
+            raise RuntimeError(f"the model made no step in {self._stalled_seconds} seconds")
+
+    def _alive(self) -> bool:
+        return self._service.alive(self._stalled_seconds)
+
+
+def build(args: Arguments) -> Application:
+    return Classification.bind(args)

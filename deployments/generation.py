@@ -1,0 +1,132 @@
+"""Text generation behind OpenAI's completions API, as a Ray Serve application.
+
+    POST /v1/completions
+    {"prompt": "In a shocking finding, scientists", "max_tokens": 16, "temperature": 0}
+    -> {"id": "cmpl-…", "object": "text_completion", "created": …, "model": "gpt-j-6b",
+        "choices": [{"index": 0, "text": " …", "logprobs": null, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 6, "completion_tokens": 16, "total_tokens": 22}}
+
+Also `GET /v1/models`, `GET /v1/models/{id}`, vLLM's `POST /tokenize`, `POST /detokenize` and
+`GET /tokenizer_info`, and `GET /health`.
+"""
+
+# No `from __future__ import annotations`: Ray sends the class, but not the names in such strings.
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from ray import serve
+from ray.serve import Application
+
+from deployments.loading import Arguments as LoadingArguments
+from deployments.loading import load, name_of
+from gptj import GPTJForCausalLM
+from gptj.engine.batch_engine import BatchEngine
+from gptj.serving.app import health, new_app
+from gptj.serving.completion_service import CompletionService, server_sent
+from gptj.serving.completions import Completion, CompletionRequest, ModelCard, ModelList
+from gptj.serving.errors import NotFoundError
+from gptj.serving.tokenize import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    TokenizeReply,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
+
+app = new_app("GPT-J text generation")
+
+
+class Arguments(LoadingArguments):
+    model_name: str | None = None  # what clients call it; default: by its address
+
+
+@serve.deployment(name="generation")
+@serve.ingress(app)
+class Generation:
+    def __init__(self, arguments: Arguments) -> None:
+        model, tokenizer = load(GPTJForCausalLM, arguments)
+        eos = model.config.eos_token_id
+        text_ids = set(range(len(tokenizer))) - set(tokenizer.unused_ids)
+        self._engine = BatchEngine(
+            model,
+            eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
+            # Rows of the embedding that stand for no text.
+            banned_ids=sorted(set(range(model.config.vocab_size)) - text_ids),
+            max_batch=arguments.max_batch,
+            max_waiting=arguments.max_waiting,
+        )
+        name = arguments.model_name or name_of(arguments.checkpoint)
+        self._tokenizer = tokenizer
+        self._service = CompletionService(self._engine, tokenizer, name)
+        self._stalled_seconds = arguments.stalled_seconds
+        self._card = ModelCard(
+            id=name,
+            created=int(time.time()),
+            root=arguments.checkpoint,
+            max_model_len=model.config.n_positions,
+        )
+
+    @app.post("/v1/completions", response_model=Completion)
+    async def complete(self, request: CompletionRequest) -> Any:
+        self._check_model(request.model)
+        if request.stream:
+            chunks = await self._service.stream(request)
+            return StreamingResponse(
+                server_sent(chunks),
+                media_type="text/event-stream",
+                # A buffering proxy would make it no stream.
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            )
+        return await self._service.complete(request)
+
+    @app.get("/v1/models")
+    async def models(self) -> ModelList:
+        return ModelList(data=[self._card])
+
+    @app.get("/v1/models/{model_id:path}")
+    async def model(self, model_id: str) -> ModelCard:
+        self._check_model(model_id)
+        return self._card
+
+    @app.post("/tokenize", response_model_exclude_none=True)
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
+        self._check_model(request.model)
+        return await asyncio.to_thread(tokenize, self._tokenizer, request, self._card.max_model_len)
+
+    @app.post("/detokenize")
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeReply:
+        self._check_model(request.model)
+        return await asyncio.to_thread(detokenize, self._tokenizer, request)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return await asyncio.to_thread(tokenizer_info, self._tokenizer, self._card.max_model_len)
+
+    @app.get("/health")
+    async def health(self) -> dict[str, str]:
+        return health(self._alive(), "the engine makes no progress")
+
+    async def check_health(self) -> None:
+        """For Serve, which replaces a replica whose engine hangs or has ended."""
+        if not self._alive():
+            raise RuntimeError(f"the engine made no step in {self._stalled_seconds} seconds")
+
+    def _alive(self) -> bool:
+        return self._engine.alive(self._stalled_seconds)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._card.id:
+            raise NotFoundError(
+                f"there is no model {name!r:.200} here, but {self._card.id!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def build(args: Arguments) -> Application:
+    return Generation.bind(args)

@@ -1,0 +1,90 @@
+"""What the three deployments share: their arguments, and a checkpoint on the right device."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from typing import Annotated, Any, Literal, TypeVar
+
+import ray
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from gptj import GPTJTokenizer, storage
+from gptj.checkpoint import TRAINING, load_config
+from gptj.config import parse_dtype
+from gptj.hub import locate
+from gptj.manifest import Manifest, read_verified
+from gptj.model import GPTJPreTrainedModel
+
+Model = TypeVar("Model", bound=GPTJPreTrainedModel)
+
+
+class Arguments(BaseModel):
+    """`args` of an application in serve.yaml; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    checkpoint: str  # a folder, an s3:// address or a hub id
+    revision: str | None = None  # of a hub id
+    # auto: float16 on a GPU; on a CPU bfloat16 where it computes in it (AMX, AVX512-BF16), or
+    # else float32, since emulation is slower than float32 itself.
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_batch: Annotated[int, Field(ge=1)] = 16  # rows that are computed together
+    max_waiting: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
+    # Without a step for so long while there is work, the replica counts as dead and is replaced.
+    stalled_seconds: Annotated[float, Field(gt=0)] = 120
+
+
+def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
+    """The model, ready to compute, and its tokenizer.
+
+    Raises ValueError, saying what is there instead, if the checkpoint has another head.
+    """
+    config = load_config(arguments.checkpoint, revision=arguments.revision)
+    found = config.architectures or [cls.__name__]
+    if cls.__name__ not in found:
+        raise ValueError(
+            f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
+        )
+    tokenizer = GPTJTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{arguments.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
+            f"vocab_size is {config.vocab_size}"
+        )
+    # Ray hides the GPUs that are not this replica's.
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    model = cls.from_pretrained(
+        arguments.checkpoint, dtype=dtype, device=device, revision=arguments.revision
+    )
+    return model, tokenizer
+
+
+def training_data_settings(arguments: Arguments) -> dict[str, Any]:
+    """How the checkpoint's training read its data; empty if it does not say."""
+    patterns = (TRAINING, "manifest.json")
+    folder = locate(arguments.checkpoint, revision=arguments.revision, patterns=patterns)
+    if not storage.exists(storage.join(folder, TRAINING)):
+        return {}
+    training = json.loads(read_verified(folder, TRAINING, Manifest.read(folder)))
+    data: dict[str, Any] = training.get("settings", {}).get("data", {})
+    return data
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """What `dtype: auto` means: see Arguments."""
+    if device.type == "cuda":
+        return torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def name_of(address: str) -> str:
+    """A model's name by its address: a hub id itself, the run of `s3://bucket/run/model`."""
+    if "://" not in address and address.count("/") == 1 and not address.startswith((".", "/")):
+        return address
+    parts = [part for part in posixpath.normpath(address).split("/") if part]
+    return parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]

@@ -1,0 +1,77 @@
+"""Question answering behind Hugging Face Inference's protocol, as a Ray Serve application.
+
+    POST /question-answering
+    {"inputs": {"question": "Where is it?", "context": "It is in Rome."},
+     "parameters": {"top_k": 1, "max_answer_len": 15, "handle_impossible_answer": false}}
+    -> {"answer": "Rome", "start": 9, "end": 13, "score": 0.91}
+
+Also `GET /question-answering/health`. The prefix is the application's `route_prefix`.
+"""
+
+# No `from __future__ import annotations`: Ray sends the class, but not the names in such strings.
+
+from typing import Annotated
+
+from pydantic import Field
+from ray import serve
+from ray.serve import Application
+
+from deployments.loading import Arguments as LoadingArguments
+from deployments.loading import load, training_data_settings
+from gptj import GPTJForQuestionAnswering
+from gptj.serving.app import health, new_app
+from gptj.serving.question_answering import (
+    DEFAULT_STRIDE,
+    DEFAULT_WINDOW,
+    Answer,
+    QuestionAnsweringRequest,
+    QuestionAnsweringService,
+)
+
+app = new_app("GPT-J question answering")
+
+
+class Arguments(LoadingArguments):
+    """`window` and `stride` are as in the training where it is known, or else 384 and 128."""
+
+    window: Annotated[int, Field(ge=2)] | None = None  # tokens of question and context together
+    stride: Annotated[int, Field(ge=0)] | None = None  # tokens that neighbouring windows share
+
+
+@serve.deployment(name="question-answering")
+@serve.ingress(app)
+class QuestionAnswering:
+    def __init__(self, arguments: Arguments) -> None:
+        model, tokenizer = load(GPTJForQuestionAnswering, arguments)
+        trained = training_data_settings(arguments)
+        window = arguments.window or trained.get("sequence_length", DEFAULT_WINDOW)
+        stride = arguments.stride
+        self._service = QuestionAnsweringService(
+            model,
+            tokenizer,
+            window=window,
+            stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
+            max_batch=arguments.max_batch,
+            max_waiting=arguments.max_waiting,
+        )
+        self._stalled_seconds = arguments.stalled_seconds
+
+    @app.post("/")
+    async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
+        return await self._service.answer(request)
+
+    @app.get("/health")
+    async def health(self) -> dict[str, str]:
+        return health(self._alive(), "the model makes no progress")
+
+    async def check_health(self) -> None:
+        """For Serve, which replaces a replica whose model hangs or has ended."""
+        if not self._alive():
+            raise RuntimeError(f"the model made no step in {self._stalled_seconds} seconds")
+
+    def _alive(self) -> bool:
+        return self._service.alive(self._stalled_seconds)
+
+
+def build(args: Arguments) -> Application:
+    return QuestionAnswering.bind(args)

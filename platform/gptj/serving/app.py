@@ -1,0 +1,130 @@
+"""The HTTP application that every deployment starts from: errors, keys, limits; no routes yet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from gptj.engine.batch_thread import ClosedError, QueueFullError
+from gptj.serving.errors import (
+    APIError,
+    InvalidRequestError,
+    ModelError,
+    OverloadedError,
+    UnavailableError,
+    WrongShapeError,
+    error_body,
+    error_response,
+    json_response,
+)
+from gptj.serving.keys import KeyCheck
+from gptj.serving.limits import BodyLimit
+from gptj.serving.paths import PrefixAsRoot
+
+logger = logging.getLogger(__name__)
+
+MAX_REPORTED = 5  # of a body's errors: one wrong list can have thousands
+
+
+def new_app(title: str) -> FastAPI:
+    """An application whose errors all have OpenAI's body, and a declared status."""
+    app = FastAPI(title=title, strict_content_type=False)
+    # The last one added is the first to see a request.
+    app.add_middleware(PrefixAsRoot)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(KeyCheck)
+    app.add_exception_handler(APIError, _on_api_error)
+    app.add_exception_handler(QueueFullError, _on_queue_full)
+    app.add_exception_handler(ClosedError, _on_closed)
+    app.add_exception_handler(RequestValidationError, _on_wrong_shape)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unexpected)
+    return app
+
+
+def health(alive: bool, problem: str) -> dict[str, str]:
+    """The reply of `GET /health`. Raises UnavailableError with the problem."""
+    if not alive:
+        raise UnavailableError(problem)
+    return {"status": "ok"}
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error_response(error)
+
+
+async def _on_queue_full(request: Request, error: Exception) -> Response:
+    return error_response(OverloadedError(str(error)))
+
+
+async def _on_closed(request: Request, error: Exception) -> Response:
+    return error_response(UnavailableError(str(error)))
+
+
+async def _on_wrong_shape(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(shape_error(error.errors()))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What Starlette and FastAPI raise themselves: no such route, wrong method, unreadable body."""
+    assert isinstance(error, HTTPException)
+    status = error.status_code
+    if status == HTTPStatus.NOT_FOUND:
+        message, code = f"there is no {request.method} {request.url.path}", "unknown_url"
+    elif status == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{request.url.path} does not take {request.method}"
+        code = "method_not_allowed"
+    elif status == HTTPStatus.BAD_REQUEST:
+        message, code = "the body is no JSON in UTF-8, or is nested too deeply", "invalid_json"
+    else:
+        message, code = str(error.detail), None
+    type_ = "invalid_request_error" if status < 500 else "server_error"
+    body = error_body(message, type_, code=code)
+    return json_response(status, body, dict(error.headers or {}))
+
+
+async def _on_unexpected(request: Request, error: Exception) -> Response:
+    # Starlette raises it again after the reply, so that the log has it.
+    return error_response(ModelError("an unexpected error of the service; its log has more"))
+
+
+def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """Pydantic's errors of a body in words."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequestError(
+            f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
+            code="invalid_json",
+        )
+    if tuple(first["loc"]) == ("body",):
+        return WrongShapeError(
+            "the body must be a JSON object, sent with the header Content-Type: application/json"
+        )
+    reported = "; ".join(_in_words(each) for each in errors[:MAX_REPORTED])
+    more = len(errors) - MAX_REPORTED
+    return WrongShapeError(
+        reported + (f"; and {more} more" if more > 0 else ""), param=_field(first) or None
+    )
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = "there is no such field"
+    value = error.get("input")
+    told = f", got {value!r:.60}" if isinstance(value, bool | int | float | str) else ""
+    return f"{_field(error)}: {message}{told}"
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """The field as a path, such as `stream_options.include_usage`."""
+    return ".".join(str(part)[:60] for part in error["loc"] if part != "body")

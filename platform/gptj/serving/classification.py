@@ -1,0 +1,163 @@
+"""Hugging Face Inference's text classification: texts in, labels with scores out.
+
+{"inputs": "A fine film", "parameters": {"top_k": 1, "function_to_apply": "softmax"}}
+-> [[{"label": "positive", "score": 0.98}]]
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from torch import Tensor
+
+from gptj.engine.batch_thread import Batcher
+from gptj.model import GPTJForSequenceClassification
+from gptj.serving.completions import RequestModel, checked_text
+from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.results import results_of
+from gptj.tokenizer import GPTJTokenizer
+
+MAX_INPUTS = 256
+
+Function = Literal["softmax", "sigmoid", "none"]
+
+
+def as_texts(value: Any) -> list[str]:
+    """One text or several as a list. ValueError for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a string or a list of strings")
+    if not texts:
+        raise ValueError("must not be an empty list")
+    return [checked_text(text) for text in texts]
+
+
+class ClassificationParameters(RequestModel):
+    top_k: int | None = None  # the likeliest labels only; default: all
+    function_to_apply: Function | None = None  # to the logits; default: by the model's problem
+
+
+class ClassificationRequest(RequestModel):
+    inputs: Annotated[
+        list[str],
+        PlainValidator(as_texts),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+        ),
+    ]
+    parameters: ClassificationParameters = Field(default_factory=ClassificationParameters)
+
+
+class LabelScore(BaseModel):
+    label: str
+    score: float
+
+
+class ClassificationService:
+    """Classifies the texts of concurrent requests together.
+
+    Args:
+        max_batch, max_waiting: texts that are computed together, and that may wait.
+    """
+
+    def __init__(
+        self,
+        model: GPTJForSequenceClassification,
+        tokenizer: GPTJTokenizer,
+        *,
+        max_batch: int,
+        max_waiting: int,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_inputs = min(MAX_INPUTS, max_waiting)
+        self._batcher: Batcher[list[int], Tensor] = Batcher(
+            "classification", self._logits, max_batch=max_batch, max_waiting=max_waiting
+        )
+
+    async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
+        """Each text's labels, the likeliest first. Cancelling the call cancels what waits.
+
+        Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
+        """
+        top_k = request.parameters.top_k
+        if top_k is not None and top_k < 1:
+            raise InvalidRequestError(f"top_k must be 1 or more, got {top_k}", param="top_k")
+        if len(request.inputs) > self._max_inputs:
+            raise InvalidRequestError(
+                f"inputs may have {self._max_inputs} texts, got {len(request.inputs)}: send "
+                f"several requests",
+                param="inputs",
+            )
+        # Long texts take a while: not on the thread that all requests share.
+        ids = await asyncio.to_thread(self._encode, request.inputs)
+        logits = await results_of(self._batcher.submit(ids))
+        function = request.parameters.function_to_apply or self._function()
+        return [self._labels(row, function, top_k) for row in logits]
+
+    def alive(self, within_seconds: float) -> bool:
+        return self._batcher.alive(within_seconds)
+
+    def close(self) -> None:
+        self._batcher.close()
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        context = self._model.config.n_positions
+        rows: list[list[int]] = self._tokenizer(texts)["input_ids"]
+        for number, row in enumerate(rows):
+            which = f"inputs[{number}]" if len(rows) > 1 else "inputs"
+            if not row:
+                raise InvalidRequestError(f"{which} is an empty text", param="inputs")
+            if len(row) > context:
+                raise InvalidRequestError(
+                    f"{which} has {len(row)} tokens, and this model's context is {context}: "
+                    f"shorten the text",
+                    param="inputs",
+                    code="context_length_exceeded",
+                )
+        return rows
+
+    @torch.inference_mode()
+    def _logits(self, rows: Sequence[list[int]]) -> list[Tensor]:
+        """(C) of each row, in fp32 on the CPU."""
+        tokens, mask = right_padded(rows, self._model.device)
+        output = self._model(tokens, attention_mask=mask, use_cache=False, return_dict=True)
+        return list(output.logits.float().cpu())
+
+    def _function(self) -> Function:
+        """Hugging Face's rule."""
+        config = self._model.config
+        if config.problem_type == "regression":
+            return "none"
+        if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+            return "sigmoid"
+        return "softmax"
+
+    def _labels(self, logits: Tensor, function: Function, top_k: int | None) -> list[LabelScore]:
+        if not bool(logits.isfinite().all()):
+            raise ModelError(
+                f"the model's output is not finite: its weights are damaged, or too large for "
+                f"{self._model.dtype}"
+            )
+        if function == "softmax":
+            scores = logits.softmax(dim=-1)
+        else:
+            scores = logits.sigmoid() if function == "sigmoid" else logits
+        best = scores.sort(descending=True, stable=True)
+        names = self._model.config.id2label
+        return [
+            LabelScore(label=names[number], score=score)
+            for number, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ][:top_k]
+
+
+def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) and their mask, of rows that all begin in the first column."""
+    longest = max(map(len, rows))
+    ids = [[*row, *[0] * (longest - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,445 @@
+"""From a completions request to its reply: text to ids, the engine's events to text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from gptj.engine.batch_engine import (
+    BatchEngine,
+    BeamsFound,
+    Event,
+    Failed,
+    Finished,
+    PromptLogprobs,
+    Ticket,
+    TokenEvent,
+)
+from gptj.engine.batch_thread import ClosedError
+from gptj.serving.completions import (
+    DEFAULT_MAX_TOKENS,
+    Choice,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    Prompt,
+    Usage,
+    named,
+)
+from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
+from gptj.serving.text_stream import TextStream
+from gptj.tokenizer import GPTJTokenizer
+
+LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes the same
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    text: str
+    ids: list[int]
+
+
+@dataclass
+class Piece:
+    """What has become certain of an output: a part of its text, with the tokens that begin there.
+
+    Tokens come with their places in the output's text, in characters.
+    """
+
+    text: str = ""
+    tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
+    reason: Reason | None = None  # on the last piece
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.tokens or self.reason)
+
+
+class CompletionService:
+    """Answers completions requests by an engine and a tokenizer.
+
+    Args:
+        model_name: what replies call the model.
+    """
+
+    def __init__(self, engine: BatchEngine, tokenizer: GPTJTokenizer, model_name: str) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        """The whole reply. Cancelling the call cancels the work.
+
+        Raises APIError, QueueFullError or ClosedError.
+        """
+        prompts = await self._encoded(request)
+        if request.use_beam_search:
+            return await self._complete_by_beams(request, prompts)
+        run = self._run(request, prompts)
+        pieces: list[list[Piece]] = [[] for _ in run.outputs]
+        async for index, piece in run.pieces():
+            pieces[index].append(piece)
+        choices: list[Choice] = []
+        for start in range(0, len(run.outputs), request.candidates):
+            candidates = run.outputs[start : start + request.candidates]
+            for output in _best(candidates, request.n):
+                choice = self._choice(request, output, len(choices))
+                for piece in pieces[output.index]:
+                    self._extend(choice, piece)
+                choices.append(choice)
+        return Completion(model=self._model_name, choices=choices, usage=run.usage())
+
+    async def stream(self, request: CompletionRequest) -> AsyncIterator[Completion]:
+        """The reply in chunks: the call itself returns when the first has come, or raises.
+
+        Raises APIError, QueueFullError or ClosedError; later ones come out of the iterator.
+        """
+        prompts = await self._encoded(request)
+        run = self._run(request, prompts)
+        chunks = self._chunks(request, run)
+        first = await anext(chunks)
+        return _chained(first, chunks)
+
+    def _run(self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]) -> _Run:
+        return _Run(
+            self._engine, self._tokenizer, request, prompts, partial(self._max_tokens, request)
+        )
+
+    async def _chunks(self, request: CompletionRequest, run: _Run) -> AsyncIterator[Completion]:
+        with_usage = request.stream_options is not None and request.stream_options.include_usage
+        whole = Completion(model=self._model_name, choices=[])
+        begun: set[int] = set()
+        async for index, piece in run.pieces():
+            output = run.outputs[index]
+            if index in begun:
+                choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
+            else:
+                choice = self._choice(request, output, index)
+                begun.add(index)
+            self._extend(choice, piece)
+            yield whole.model_copy(update={"choices": [choice]})
+        if with_usage:
+            yield whole.model_copy(update={"usage": run.usage()})
+
+    def _choice(self, request: CompletionRequest, output: _Output, index: int) -> Choice:
+        """A choice with what it shows before its first new token: the prompt, if echoed."""
+        choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
+        if request.echo:
+            choice.text = output.prompt.text
+            if choice.logprobs is not None:
+                self._echo_logprobs(choice.logprobs, output)
+        return choice
+
+    def _echo_logprobs(self, logprobs: Logprobs, output: _Output) -> None:
+        scored = output.scored_by.prompt_logprobs
+        assert scored is not None  # it is the first event of a request that asks for it
+        text = TextStream(self._tokenizer)
+        for event in scored.tokens:
+            self._add_logprob(logprobs, event, text.decoded)
+            text.push(event.token_id)
+
+    def _extend(self, choice: Choice, piece: Piece) -> None:
+        choice.text += piece.text
+        choice.finish_reason = piece.reason
+        if choice.logprobs is not None:
+            for event, place in piece.tokens:
+                self._add_logprob(choice.logprobs, event, place)
+
+    def _add_logprob(self, logprobs: Logprobs, event: TokenEvent, place: int) -> None:
+        first_of_prompt = event.logprob is None
+        logprobs.tokens.append(self._token_text(event.token_id))
+        logprobs.token_logprobs.append(None if first_of_prompt else _finite(event.logprob))
+        logprobs.text_offset.append(place)
+        top = {self._token_text(token): _finite(value) for token, value in event.top}
+        logprobs.top_logprobs.append(None if first_of_prompt else top)
+
+    def _token_text(self, token: int) -> str:
+        content = self._tokenizer.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:  # a part of a character, in OpenAI's notation
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    async def _complete_by_beams(
+        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]
+    ) -> Completion:
+        searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
+        try:
+            found = await asyncio.gather(*searches)
+        finally:
+            for search in searches:
+                search.cancel()
+        choices: list[Choice] = []
+        new_tokens = 0
+        for prompt, beams in zip(prompts, found, strict=True):
+            for output in beams.outputs:
+                new_tokens += len(output)
+                text, reason = self._beam_text(request, output)
+                echoed = prompt.text if request.echo else ""
+                choices.append(Choice(index=len(choices), text=echoed + text, finish_reason=reason))
+        usage = _usage(prompts, new_tokens)
+        return Completion(model=self._model_name, choices=choices, usage=usage)
+
+    async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
+        events = _Events()
+        params = request.sampling(self._max_tokens(request, prompt), sample=0)
+        try:
+            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
+        except ValueError as error:
+            raise named(error) from error
+        try:
+            _, event = await events.get()
+        finally:
+            ticket.cancel()
+        if not isinstance(event, BeamsFound):
+            raise _failure(event)
+        return event
+
+    def _beam_text(self, request: CompletionRequest, output: Sequence[int]) -> tuple[str, Reason]:
+        stop_ids = {*request.stop_token_ids}
+        if not request.ignore_eos:
+            stop_ids |= set(self._engine.eos_ids)
+        ended = bool(output) and output[-1] in stop_ids
+        text = TextStream(self._tokenizer, request.stop, request.min_tokens)
+        parts = [text.push(token) for token in (output[:-1] if ended else output)]
+        parts.append(text.finish())
+        return "".join(parts), "stop" if ended or text.stopped else "length"
+
+    async def _encoded(self, request: CompletionRequest) -> list[EncodedPrompt]:
+        """The prompts' ids, all of them known to fit. Raises APIError."""
+        request.check()
+        prompts = self._default_prompt() if request.prompt is None else request.prompt
+        # Long texts take a while: not on the thread that all requests share.
+        encoded = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in prompts])
+        known = len(self._tokenizer)
+        for name, ids in (
+            ("logit_bias", request.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            if wrong := [token for token in ids if not 0 <= token < known]:
+                raise InvalidRequestError(
+                    f"{name}: {wrong[0]} is no token id of this model, which has {known}",
+                    param=name,
+                )
+        for prompt in encoded:
+            request.sampling(self._max_tokens(request, prompt), sample=0)
+        return encoded
+
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+        if isinstance(prompt, list):
+            try:
+                return EncodedPrompt(self._tokenizer.decode(prompt), prompt)
+            except ValueError as error:
+                raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
+        text = prompt or self._default_prompt()[0]
+        return EncodedPrompt(text, self._tokenizer.encode(text))
+
+    def _default_prompt(self) -> list[str]:
+        """As OpenAI's: what separates texts, so that a new one begins."""
+        if self._tokenizer.bos_token is None:
+            raise InvalidRequestError(
+                "prompt must not be empty: this model has no token that begins a text",
+                param="prompt",
+            )
+        return [self._tokenizer.bos_token]
+
+    def _max_tokens(self, request: CompletionRequest, prompt: EncodedPrompt) -> int:
+        length, context = len(prompt.ids), self._engine.context_length
+        least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
+        if length + least > context:
+            raise InvalidRequestError(
+                f"this model's context is {context} tokens, but {length + least} are asked for: "
+                f"{length} of the prompt and {least} of the completion; shorten the prompt"
+                + (" or lower max_tokens" if request.max_tokens else ""),
+                param="prompt" if length >= context else "max_tokens",
+                code="context_length_exceeded",
+            )
+        if request.max_tokens is not None:
+            return request.max_tokens
+        return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), context - length)
+
+
+async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
+    """Chunks as server-sent events; an error, too, since the status has gone out already."""
+    try:
+        async for chunk in chunks:
+            yield f"data: {chunk.model_dump_json()}\n\n"
+    except APIError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+class _Output:
+    """One output while it is generated."""
+
+    def __init__(
+        self, index: int, prompt: EncodedPrompt, scored_by: _Output | None, text: TextStream
+    ) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.scored_by = scored_by or self  # the output whose events report on the prompt
+        self.prompt_logprobs: PromptLogprobs | None = None
+        self.ended = False
+        self.new_tokens = 0
+        self._text = text
+        self._waiting: list[tuple[TokenEvent, int]] = []  # for their text to be certain
+        self._logprob = 0.0
+
+    def take(self, event: Event, start: int) -> Piece:
+        """What an event adds; nothing, perhaps. `start` is the place of the first new character.
+
+        Raises APIError if the event says that the output failed.
+        """
+        piece = Piece()
+        if isinstance(event, PromptLogprobs):
+            self.prompt_logprobs = event
+        elif isinstance(event, TokenEvent):
+            self.new_tokens += 1
+            self._logprob += event.logprob or 0.0
+            self._waiting.append((event, self._text.decoded))
+            piece.text = self._text.push(event.token_id)
+        elif isinstance(event, Finished) and event.reason != "cancelled":
+            self.new_tokens += event.stop_token is not None
+            piece.text = self._text.finish()
+            piece.reason = event.reason
+        else:
+            raise _failure(event)
+        if self._text.stopped:
+            piece.reason = "stop"
+        self.ended = piece.reason is not None
+        everything = self.ended and not self._text.stopped
+        while self._waiting and (everything or self._waiting[0][1] < self._text.sent):
+            token, place = self._waiting.pop(0)
+            piece.tokens.append((token, start + place))
+        return piece
+
+    @property
+    def mean_logprob(self) -> float:
+        return self._logprob / max(1, self.new_tokens)
+
+
+class _Run:
+    """A request's outputs and what the engine says of them."""
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        tokenizer: GPTJTokenizer,
+        request: CompletionRequest,
+        prompts: Sequence[EncodedPrompt],
+        max_tokens: Callable[[EncodedPrompt], int],
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._prompts = prompts
+        self._max_tokens = max_tokens
+        self.outputs: list[_Output] = []
+        for prompt in prompts:
+            first = None
+            for _ in range(request.candidates):
+                text = TextStream(tokenizer, request.stop, request.min_tokens)
+                output = _Output(len(self.outputs), prompt, first, text)
+                first = first or output
+                self.outputs.append(output)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """(number of the output, what has become certain), until all have ended.
+
+        Whatever ends the iteration ends the work. Raises APIError, QueueFullError, ClosedError.
+        """
+        events = _Events()
+        running = len(self.outputs)
+        try:
+            for output in self.outputs:
+                events.tickets.append(self._submit(output, events))
+            while running:
+                index, event = await events.get()
+                output = self.outputs[index]
+                if output.ended:
+                    continue
+                start = len(output.prompt.text) if self._request.echo else 0
+                piece = output.take(event, start)
+                if output.ended:
+                    running -= 1
+                    events.tickets[index].cancel()  # a stop string is none of the engine's
+                if piece:
+                    yield index, piece
+        finally:
+            events.cancel()
+
+    def usage(self) -> Usage:
+        return _usage(self._prompts, sum(output.new_tokens for output in self.outputs))
+
+    def _submit(self, output: _Output, events: _Events) -> Ticket:
+        sample = output.index % self._request.candidates
+        params = self._request.sampling(self._max_tokens(output.prompt), sample)
+        try:
+            return self._engine.submit(output.prompt.ids, params, events.put(output.index))
+        except ValueError as error:
+            raise named(error) from error
+
+
+class _Events:
+    """Events of several requests, from the engine's thread to this event loop."""
+
+    def __init__(self) -> None:
+        self.tickets: list[Ticket] = []
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def put(self, index: int) -> Callable[[Event], None]:
+        """What the engine calls with the events of request `index`."""
+        return lambda event: self._take(index, event)
+
+    async def get(self) -> tuple[int, Event]:
+        return await self._queue.get()
+
+    def cancel(self) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+
+    def _take(self, index: int, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+
+async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _best(candidates: Sequence[_Output], n: int) -> Sequence[_Output]:
+    """The n with the highest log-probability a token, as OpenAI's best_of."""
+    if len(candidates) == n:
+        return candidates
+    return sorted(candidates, key=lambda output: -output.mean_logprob)[:n]
+
+
+def _no_logprobs(request: CompletionRequest) -> Logprobs | None:
+    return None if request.logprobs is None else Logprobs()
+
+
+def _usage(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:
+    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=new_tokens,
+        total_tokens=prompt_tokens + new_tokens,
+    )
+
+
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB
+
+
+def _failure(event: Event) -> APIError:
+    if isinstance(event, Failed) and isinstance(event.error, ClosedError):
+        return UnavailableError(str(event.error))
+    reason = str(event.error) if isinstance(event, Failed) else "it ended early"
+    return ModelError(f"the model failed on this request: {reason}")

@@ -1,0 +1,98 @@
+"""What a client is told when a request fails: a status and OpenAI's error body.
+
+{"error": {"message": "…", "type": "invalid_request_error", "param": "n", "code": null}}
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+
+class APIError(Exception):
+    """A failed request; its kinds have a status and a type each.
+
+    InvalidRequestError (400): what can never work. AuthenticationError (401): no key, or a wrong
+    one. NotFoundError (404): no such model. BodyTooLargeError (413). WrongShapeError (422): fields
+    missing, unknown or of a wrong type. OverloadedError (429): try again later. ModelError (500):
+    our fault. UnavailableError (503): not now.
+
+    Args:
+        message: for the client, with the value and the remedy.
+        param: the field of the request that is wrong, such as `n` or `stream_options`.
+        code: for programs, such as `context_length_exceeded`.
+    """
+
+    status = 500
+    type = "server_error"
+    headers: dict[str, str] = {}
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        return error_body(self.message, self.type, self.param, self.code)
+
+
+class InvalidRequestError(APIError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthenticationError(APIError):
+    status = 401
+    type = "authentication_error"
+    headers = {"WWW-Authenticate": "Bearer"}
+
+
+class NotFoundError(APIError):
+    status = 404
+    type = "not_found_error"
+
+
+class BodyTooLargeError(APIError):
+    status = 413
+    type = "invalid_request_error"
+
+
+class WrongShapeError(APIError):
+    status = 422
+    type = "invalid_request_error"
+
+
+class OverloadedError(APIError):
+    status = 429
+    type = "rate_limit_error"
+    headers = {"Retry-After": "1"}
+
+
+class ModelError(APIError):
+    status = 500
+    type = "server_error"
+
+
+class UnavailableError(APIError):
+    status = 503
+    type = "server_error"
+    headers = {"Retry-After": "1"}
+
+
+def error_body(
+    message: str, type_: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def error_response(error: APIError) -> Response:
+    return json_response(error.status, error.body(), error.headers)
+
+
+def json_response(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:
+    # In ASCII: what is quoted from a request need not be encodable text.
+    content = json.dumps(body, ensure_ascii=True)
+    return Response(content, status, headers, media_type="application/json")

@@ -1,0 +1,59 @@
+"""How much a client may send: bodies are counted while they come in, chunked ones too."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptj.serving.errors import BodyTooLargeError, InvalidRequestError, error_response
+
+MAX_BODY_BYTES = 4 * 2**20
+
+
+class BodyLimit:
+    """Middleware: 413 for a body above `max_bytes`; one below it is read whole, then passed on."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read(scope, receive)
+        except (BodyTooLargeError, InvalidRequestError) as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if body is None:
+            return  # the client has gone
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        declared = dict(scope["headers"]).get(b"content-length")
+        if declared is not None:
+            if not declared.isdigit():
+                raise InvalidRequestError(f"Content-Length must be a number, got {declared!r}")
+            self._check(int(declared[:20]))
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            self._check(size)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise BodyTooLargeError(
+                f"the request's body is larger than {self._max_bytes} bytes: send less at a time"
+            )

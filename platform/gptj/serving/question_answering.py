@@ -1,0 +1,181 @@
+"""Hugging Face Inference's question answering: a question and a context in, a part of it out.
+
+{"inputs": {"question": "Where is it?", "context": "It is in Rome."}}
+-> {"answer": "Rome", "start": 9, "end": 13, "score": 0.91}
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, Field, field_validator
+from torch import Tensor
+
+from gptj.data.question_answering import Window, best_spans, windows
+from gptj.engine.batch_thread import Batcher
+from gptj.model import GPTJForQuestionAnswering
+from gptj.serving.classification import right_padded
+from gptj.serving.completions import RequestModel, checked_text
+from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.results import results_of
+from gptj.tokenizer import GPTJTokenizer
+
+MAX_WINDOWS = 256  # of one request
+MAX_ANSWERS = 100
+MAX_ANSWER_TOKENS = 512
+DEFAULT_WINDOW = 384  # tokens; this and the next are Hugging Face's
+DEFAULT_STRIDE = 128
+
+
+class QuestionAndContext(RequestModel):
+    question: str
+    context: str
+
+    @field_validator("question", "context")
+    @classmethod
+    def _is_text(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("must not be empty")
+        return checked_text(text)
+
+
+class QuestionAnsweringParameters(RequestModel):
+    top_k: int = 1  # how many answers; a list comes back for more than one
+    max_answer_len: int = 15  # tokens
+    max_seq_len: int | None = None  # tokens of a window, question included
+    doc_stride: int | None = None  # tokens of the context that neighbouring windows share
+    handle_impossible_answer: bool = False  # let "", the answer that is not there, compete
+
+
+class QuestionAnsweringRequest(RequestModel):
+    inputs: QuestionAndContext
+    parameters: QuestionAnsweringParameters = Field(default_factory=QuestionAnsweringParameters)
+
+
+class Answer(BaseModel):
+    answer: str
+    start: int  # characters of the context
+    end: int
+    score: float  # probability
+
+
+class QuestionAnsweringService:
+    """Answers concurrent requests together, each by the windows of its context.
+
+    Args:
+        window, stride: tokens, where a request does not say: best those of the training.
+        max_batch, max_waiting: windows that are computed together, and that may wait.
+    """
+
+    def __init__(
+        self,
+        model: GPTJForQuestionAnswering,
+        tokenizer: GPTJTokenizer,
+        *,
+        window: int = DEFAULT_WINDOW,
+        stride: int = DEFAULT_STRIDE,
+        max_batch: int,
+        max_waiting: int,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._window = min(window, model.config.n_positions)
+        self._stride = stride
+        self._max_windows = min(MAX_WINDOWS, max_waiting)
+        self._batcher: Batcher[list[int], tuple[Tensor, Tensor]] = Batcher(
+            "question-answering", self._logits, max_batch=max_batch, max_waiting=max_waiting
+        )
+
+    async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
+        """The likeliest part of the context, or a list of them for top_k above 1.
+
+        Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
+        """
+        # Cutting and comparing long texts takes a while: not on the thread that all share.
+        parts = await asyncio.to_thread(self._windows, request)
+        logits = await results_of(self._batcher.submit([part.input_ids for part in parts]))
+        answers = await asyncio.to_thread(_answers, request, parts, logits)
+        return answers if request.parameters.top_k > 1 else answers[0]
+
+    def alive(self, within_seconds: float) -> bool:
+        return self._batcher.alive(within_seconds)
+
+    def close(self) -> None:
+        self._batcher.close()
+
+    def _windows(self, request: QuestionAnsweringRequest) -> list[Window]:
+        wishes = request.parameters
+        context = self._model.config.n_positions
+        length = self._window if wishes.max_seq_len is None else wishes.max_seq_len
+        _check("top_k", wishes.top_k, 1, MAX_ANSWERS)
+        _check("max_answer_len", wishes.max_answer_len, 1, MAX_ANSWER_TOKENS)
+        _check("max_seq_len", length, 2, context)
+        question = len(self._tokenizer.encode(request.inputs.question))
+        room = length - question
+        if room < 1:
+            raise InvalidRequestError(
+                f"the question has {question} tokens, which leaves nothing of the {length} of a "
+                f"window for the context: shorten it"
+                + (f", or raise max_seq_len (at most {context})" if length < context else ""),
+                param="inputs.question",
+                code="context_length_exceeded",
+            )
+        # A long question leaves short parts of the context: they share half at most.
+        stride = min(self._stride, room // 2) if wishes.doc_stride is None else wishes.doc_stride
+        _check("doc_stride", stride, 0, room - 1)
+        parts = windows(
+            self._tokenizer, request.inputs.question, request.inputs.context, length, stride
+        )
+        if len(parts) > self._max_windows:
+            raise InvalidRequestError(
+                f"the context makes {len(parts)} windows of {length} tokens, and "
+                f"{self._max_windows} are the most: shorten it, or lower doc_stride={stride}",
+                param="inputs",
+                code="context_length_exceeded",
+            )
+        return parts
+
+    @torch.inference_mode()
+    def _logits(self, rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
+        """(L) of starts and of ends for each row, in fp32 on the CPU."""
+        tokens, mask = right_padded(rows, self._model.device)
+        output = self._model(tokens, attention_mask=mask, return_dict=True)
+        starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+        return [
+            (start[: len(row)], end[: len(row)])
+            for row, start, end in zip(rows, starts, ends, strict=True)
+        ]
+
+
+def _answers(
+    request: QuestionAnsweringRequest,
+    parts: Sequence[Window],
+    logits: Sequence[tuple[Tensor, Tensor]],
+) -> list[Answer]:
+    if not all(bool(each.isfinite().all()) for pair in logits for each in pair):
+        raise ModelError("the model's output is not finite: its weights are damaged")
+    wishes = request.parameters
+    spans = best_spans(
+        parts,
+        [start for start, _ in logits],
+        [end for _, end in logits],
+        top_k=wishes.top_k,
+        max_answer_tokens=wishes.max_answer_len,
+        handle_impossible_answer=wishes.handle_impossible_answer,
+    )
+    text = request.inputs.context
+    answers = [
+        Answer(answer=text[span.start : span.end], start=span.start, end=span.end, score=span.score)
+        for span in spans
+    ]
+    # A context without a token that an answer could be has none; Hugging Face says it like this.
+    return answers or [Answer(answer="", start=0, end=0, score=0.0)]
+
+
+def _check(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InvalidRequestError(
+            f"{name} must be in [{least}, {most}], got {value}", param=f"parameters.{name}"
+        )

@@ -1,0 +1,29 @@
+"""Awaiting what a thread computes for one request: all results, or the first error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+from gptj.engine.batch_thread import ClosedError
+from gptj.serving.errors import ModelError
+
+Result = TypeVar("Result")
+
+
+async def results_of(futures: Sequence[Future[Result]]) -> list[Result]:
+    """The results in their order; if the wait is cancelled, what has not begun is cancelled too.
+
+    Raises ClosedError, or ModelError for what else goes wrong in the thread.
+    """
+    try:
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+    except ClosedError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the model failed on this request: {error}") from error
+    finally:
+        for future in futures:
+            future.cancel()

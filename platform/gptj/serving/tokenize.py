@@ -1,0 +1,72 @@
+"""vLLM's API of the tokenizer: `POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, field_validator
+
+from gptj.serving.completions import RequestModel, checked_text
+from gptj.serving.errors import InvalidRequestError
+from gptj.tokenizer import GPTJTokenizer
+
+
+class TokenizeRequest(RequestModel):
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True  # GPT-J's tokenizer has none to add, so both are the same
+    return_token_strs: bool = False
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_text(cls, prompt: str) -> str:
+        return checked_text(prompt)
+
+
+class TokenizeReply(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    tokens: list[int]
+    model: str | None = None
+
+
+class DetokenizeReply(BaseModel):
+    prompt: str
+
+
+def tokenize(
+    tokenizer: GPTJTokenizer, request: TokenizeRequest, max_model_len: int
+) -> TokenizeReply:
+    ids = tokenizer.encode(request.prompt)
+    return TokenizeReply(
+        count=len(ids),
+        max_model_len=max_model_len,
+        tokens=ids,
+        token_strs=tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None,
+    )
+
+
+def detokenize(tokenizer: GPTJTokenizer, request: DetokenizeRequest) -> DetokenizeReply:
+    """Raises InvalidRequestError for an id that is not in the vocabulary."""
+    try:
+        return DetokenizeReply(prompt=tokenizer.decode(request.tokens))
+    except ValueError as error:
+        raise InvalidRequestError(str(error), param="tokens") from error
+
+
+def tokenizer_info(tokenizer: GPTJTokenizer, max_model_len: int) -> dict[str, Any]:
+    """The tokenizer's configuration, as in tokenizer_config.json, with its sizes."""
+    settings: dict[str, Any] = json.loads(tokenizer.files()["tokenizer_config.json"])
+    return {
+        **settings,
+        "model_max_length": max_model_len,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
