@@ -195,6 +195,73 @@ def test_what_a_run_leaves_behind(two_ranks: Path) -> None:
     assert len(transformers.AutoTokenizer.from_pretrained(folder / "model")) == 300
 
 
+TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] = {
+    "multi-label": (
+        {"task": "classification"},
+        [
+            {"text": "red and round", "label": ["red", "round"]},
+            {"text": "red and flat", "label": ["red"]},
+            {"text": "neither here nor there", "label": []},
+        ],
+        {"loss", "accuracy", "f1"},
+    ),
+    "regression": (
+        {"task": "classification", "data": {"problem_type": "regression"}},
+        [{"text": "much", "label": 9}, {"text": "little", "label": 1}],
+        {"loss", "mse", "pearson"},
+    ),
+    "answers": (
+        {"task": "question-answering", "data": {"stride": 4}},
+        [
+            {
+                "question": "Who?",
+                "context": "It was Ann who came by train that day.",
+                "answers": {"text": ["Ann"], "answer_start": [7]},
+            },
+            {
+                "question": "Why?",
+                "context": "Nobody knows.",
+                "answers": {"text": [], "answer_start": []},
+            },
+        ],
+        {"loss", "exact_match", "f1"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
+    """A run a task, by one rank, on a handful of rows that it must learn by heart."""
+    folder = tmp_path_factory.mktemp("tasks")
+    runs = {}
+    for name, (fields, rows, _) in TASKS.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"train": str(path), "evaluation": str(path), **fields.get("data", {})}
+        more = {**fields, "data": data, "steps": 60, "log_every": 20, "evaluate_every": 30}
+        runs[name] = settings_of(folder, name, batch_size=4, **more)
+    run_ranks(1, list(runs.values()))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_each_kind_of_task_learns_its_rows_and_is_measured(
+    name: str, tasks: dict[str, Settings]
+) -> None:
+    settings = tasks[name]
+    training = json.loads(Path(settings.model_folder, "training.json").read_text())
+    metrics = training["metrics"]
+    assert set(metrics) == TASKS[name][2]
+    if name == "regression":
+        assert metrics["mse"] < 0.5
+    else:
+        assert metrics.get("accuracy", metrics.get("exact_match")) == 1
+    evaluated = [p for p in training["history"] if "evaluation_loss" in p]
+    assert [p["step"] for p in evaluated] == [30, 60]
+    assert evaluated[1]["evaluation_loss"] < evaluated[0]["evaluation_loss"]
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs with dropout, undisturbed and from the checkpoint in the middle, at stages 2 and 3."""
