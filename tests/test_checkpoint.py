@@ -19,6 +19,7 @@ from gptj import (
     GPTJForQuestionAnswering,
     GPTJForSequenceClassification,
     GPTJModel,
+    GPTJTokenizer,
     checkpoint,
     storage,
 )
@@ -293,8 +294,6 @@ def test_verify_is_a_command(tmp_path: Path) -> None:
 
 
 def test_training_and_tokenizer_are_in_the_folder(tmp_path: Path) -> None:
-    from gptj.tokenizer import GPTJTokenizer
-
     tokenizer = GPTJTokenizer.train(["some text to learn from"], 280)
     checkpoint.save_model(make(), str(tmp_path / "m"), tokenizer=tokenizer, training={"steps": 3})
     names = set(json.loads((tmp_path / "m" / MANIFEST).read_text())["files"])
@@ -307,3 +306,17 @@ def test_training_and_tokenizer_are_in_the_folder(tmp_path: Path) -> None:
     }
     back = GPTJTokenizer.from_pretrained(str(tmp_path / "m"))
     assert back.encode("some text") == tokenizer.encode("some text")
+    path = tmp_path / "m" / "tokenizer.json"
+    path.write_text(path.read_text().replace("some", "none", 1) + " ")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        GPTJTokenizer.from_pretrained(str(tmp_path / "m"))
+
+
+def test_a_tokenizer_can_be_saved_beside_a_finished_model(tmp_path: Path) -> None:
+    """As Hugging Face's users do; the model's files stay what its manifest says."""
+    make().save_pretrained(str(tmp_path / "m"))
+    tokenizer = GPTJTokenizer.train(["some text to learn from"], 280)
+    tokenizer.save_pretrained(tmp_path / "m")
+    back = GPTJTokenizer.from_pretrained(str(tmp_path / "m"))
+    assert back.encode("some text") == tokenizer.encode("some text")
+    assert GPTJForCausalLM.from_pretrained(str(tmp_path / "m")).config.n_layer == 2

@@ -22,6 +22,7 @@ from tokenizers import processors as post_processors
 
 from gptj import storage
 from gptj.hub import locate
+from gptj.manifest import MANIFEST, Manifest, read_verified
 
 END_OF_TEXT = "<|endoftext|>"
 EXTRA_TOKENS = 143  # <|extratoken_1|> … fill the embedding's 50400 rows; no text has them
@@ -90,13 +91,12 @@ class GPTJTokenizer:
     def from_pretrained(cls, address: str | Path, *, revision: str | None = None) -> GPTJTokenizer:
         """From a folder, an `s3://` address or a hub id: tokenizer.json, or vocab and merges.
 
-        Raises FileNotFoundError if neither is there, ValueError if a file cannot be read.
+        Raises FileNotFoundError if neither is there, ValueError if a file cannot be read or is not
+        what the folder's manifest says.
         """
-        folder = locate(str(address), revision=revision, patterns=TOKENIZER_FILES)
-        names = {file.name for file in storage.list_files(folder)}
-        files = {
-            n: storage.read_bytes(storage.join(folder, n)) for n in TOKENIZER_FILES if n in names
-        }
+        patterns = (*TOKENIZER_FILES, MANIFEST)
+        folder = locate(str(address), revision=revision, patterns=patterns)
+        files = _read_files(folder)
         special_map = _json_object(folder, files, "special_tokens_map.json")
         settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
         if "tokenizer.json" in files:
@@ -541,6 +541,19 @@ def _as_arrays(result: Encoded, kind: str) -> Encoded:
     return Encoded(
         {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
     )
+
+
+def _read_files(folder: str) -> dict[str, bytes]:
+    """The tokenizer's files that there are; those that a manifest names are compared with it."""
+    manifest = Manifest.read(folder)
+    recorded = set() if manifest is None else set(manifest.files)
+    names = {file.name for file in storage.list_files(folder)} | recorded
+    return {
+        # A tokenizer may be saved beside a finished model, as Hugging Face's users do.
+        name: read_verified(folder, name, manifest if name in recorded else None)
+        for name in TOKENIZER_FILES
+        if name in names
+    }
 
 
 def _byte_level_bpe(

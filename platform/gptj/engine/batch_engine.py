@@ -128,6 +128,7 @@ class BatchEngine:
     ) -> None:
         self._model = model
         self.eos_ids = tuple(eos_ids)
+        self.max_waiting = max_waiting
         self._max_batch = max_batch
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=model.device)
         self._thread: BatchThread[_Request] = BatchThread(

@@ -213,6 +213,7 @@ class CompletionService:
     async def _encoded(self, request: CompletionRequest) -> list[EncodedPrompt]:
         """The prompts' ids, all of them known to fit. Raises APIError."""
         request.check()
+        self._check_room(request)
         prompts = self._default_prompt() if request.prompt is None else request.prompt
         # Long texts take a while: not on the thread that all requests share.
         encoded = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in prompts])
@@ -229,6 +230,15 @@ class CompletionService:
         for prompt in encoded:
             request.sampling(self._max_tokens(request, prompt), sample=0)
         return encoded
+
+    def _check_room(self, request: CompletionRequest) -> None:
+        """InvalidRequestError for more outputs than may ever wait: 429 would be no answer."""
+        outputs = len(request.prompt or [""]) * request.candidates
+        if not request.use_beam_search and outputs > self._engine.max_waiting:
+            raise InvalidRequestError(
+                f"{outputs} outputs are more than the {self._engine.max_waiting} that may wait "
+                f"here: send several requests"
+            )
 
     def _encode(self, prompt: Prompt) -> EncodedPrompt:
         if isinstance(prompt, list):
