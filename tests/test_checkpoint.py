@@ -320,3 +320,66 @@ def test_a_tokenizer_can_be_saved_beside_a_finished_model(tmp_path: Path) -> Non
     back = GPTJTokenizer.from_pretrained(str(tmp_path / "m"))
     assert back.encode("some text") == tokenizer.encode("some text")
     assert GPTJForCausalLM.from_pretrained(str(tmp_path / "m")).config.n_layer == 2
+
+
+MEASURED = """
+import sys, threading, time
+from gptj import GPTJForCausalLM
+import gptj.checkpoint
+
+def own_megabytes():  # without mapped files, which the system can drop
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+before = peak = own_megabytes()
+ended = threading.Event()
+
+def watch():
+    global peak
+    while not ended.wait(0.002):
+        peak = max(peak, own_megabytes())
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = GPTJForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2])
+ended.set()
+thread.join()
+print(peak - before, sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """430 MB of fp32."""
+    folder = tmp_path_factory.mktemp("large")
+    config = GPTJConfig(n_embd=1024, n_layer=1, n_head=8, rotary_dim=64)
+    GPTJForCausalLM(config).save_pretrained(str(folder / "m"))
+    return folder / "m"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "dtype", "copies"),
+    [
+        ("folder", "auto", 0.0),  # mapped, not copied
+        ("folder", "float16", 1.0),
+        ("s3", "auto", 1.0),
+        # And a tensor as it is stored, while the next one comes: here each is as large as half of
+        # the model in fp32, of the real one a thirtieth.
+        ("s3", "float16", 3.0),
+    ],
+)
+def test_loading_makes_no_second_copy(
+    place: str, dtype: str, copies: float, large: Path, s3: LocalS3
+) -> None:
+    """Peak memory beside mapped files, in copies of the loaded model; 120 MiB are for programs."""
+    address = str(large)
+    if place == "s3":
+        address = "s3://gptj/large"
+        if not storage.exists(f"{address}/{MANIFEST}"):
+            storage.upload_folder(large, address)
+    command = [sys.executable, "-c", MEASURED, address, dtype]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, size = map(float, done.stdout.split())
+    assert peak < copies * size + 120, f"{peak:.0f} MiB for a model of {size:.0f} MiB"

@@ -492,7 +492,8 @@ class _S3File(io.RawIOBase):
 def _fill(readinto: _ReadInto, target: memoryview, address: str) -> None:
     filled = 0
     while filled < len(target):
-        count = readinto(target[filled:])
+        # A little at a time: HTTP clients make a copy of what is asked for.
+        count = readinto(target[filled : filled + 2**20])
         if not count:
             raise StorageError(
                 f"{address} ends {len(target) - filled} bytes before it should: it is cut off"
