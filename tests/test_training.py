@@ -195,6 +195,74 @@ def test_what_a_run_leaves_behind(two_ranks: Path) -> None:
     assert len(transformers.AutoTokenizer.from_pretrained(folder / "model")) == 300
 
 
+@pytest.fixture(scope="module")
+def continued(two_ranks: Path) -> dict[str, Settings]:
+    """Runs that begin with the model of another one, as it is and under another head."""
+    (two_ranks / "labels.jsonl").write_text(
+        "".join(json.dumps({"text": f"word{n} good.", "label": n % 3}) + "\n" for n in range(24))
+    )
+    tasks: dict[str, dict[str, Any]] = {
+        "text": {"data": {"train": str(two_ranks / "train.jsonl"), "sequence_length": 32}},
+        "labels": {
+            "task": "classification",
+            "data": {
+                "train": str(two_ranks / "labels.jsonl"),
+                "sequence_length": 32,
+                "label_names": ["a", "b", "c"],
+            },
+        },
+    }
+    runs = {
+        f"{name}-{stage}": Settings(
+            run=f"{name}-{stage}",
+            storage=str(two_ranks),
+            steps=2,
+            batch_size=8,
+            micro_batch_size=4,
+            log_every=1,
+            model={"checkpoint": str(two_ranks / "stage-1" / "model")},  # type: ignore[arg-type]
+            deepspeed={"stage": stage},  # type: ignore[arg-type]
+            workers={"count": 2},  # type: ignore[arg-type]
+            **fields,
+        )
+        for stage in (2, 3)
+        for name, fields in tasks.items()
+    }
+    run_ranks(2, list(runs.values()))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_begins_with_the_checkpoints_weights(
+    stage: int, continued: dict[str, Settings]
+) -> None:
+    """The first loss is the loss of the loaded model on the first batch."""
+    settings = continued[f"text-{stage}"]
+    model = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
+    data, _ = make_data(settings, prepare_tokenizer(settings))
+    indices = BatchOrder(len(data), 8, settings.seed).indices(0)
+    batch = data.collate([data[i] for i in indices])  # type: ignore[misc]
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert losses(settings)[0] == pytest.approx(expected, abs=1e-5)
+    assert expected < 5  # a new model's is 5.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_language_model_becomes_a_classifier_with_named_labels(
+    stage: int, continued: dict[str, Settings]
+) -> None:
+    settings = continued[f"labels-{stage}"]
+    model = GPTJForSequenceClassification.from_pretrained(settings.model_folder)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    before = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
+    distance = (model.transformer.wte.weight - before.transformer.wte.weight).abs().max()
+    assert 0 < distance < 0.05  # two steps away from it, and not from new weights
+    assert losses(settings)[0] == pytest.approx(1.0986, abs=0.1)  # ln 3
+
+
 TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] = {
     "multi-label": (
         {"task": "classification"},
