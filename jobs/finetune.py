@@ -30,10 +30,9 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gptj import storage
-from gptj.manifest import Manifest, verify
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
-from gptj.training.state import check_goes_on, latest_checkpoint
+from gptj.training.state import check_goes_on, is_complete, latest_checkpoint
 from gptj.training.task import make_config, make_data, prepare_tokenizer
 
 logger = logging.getLogger("finetune")
@@ -44,8 +43,7 @@ def main() -> None:
     try:
         settings = read_settings(sys.argv[1:]).resolved()
         print(f"Settings in force:\n\n{settings.to_yaml()}", flush=True)
-        if Manifest.read(settings.model_folder) is not None:
-            verify(settings.model_folder)
+        if is_complete(settings):
             print(f"The run is complete already: {settings.model_folder}", flush=True)
             return
         ray.init(logging_level=logging.WARNING)

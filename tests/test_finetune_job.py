@@ -120,7 +120,7 @@ def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
     assert {"checkpoint-00000024", "checkpoint-00000020", "model", "loss.png"} <= kept
     assert "checkpoint-00000004" not in kept  # keep_checkpoints=2
 
-    # The same command once more has nothing to do, and other settings find the model in place.
+    # The same command once more has nothing to do.
     again = direct(cluster, "run=killed", *words)
     assert again.returncode == 0 and "complete already: s3://gptj/killed/model" in again.stdout
 

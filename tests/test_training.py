@@ -22,7 +22,12 @@ from gptj.manifest import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.training.loop import Worker, summed_loss, train
 from gptj.training.settings import Settings, SettingsError
-from gptj.training.state import check_goes_on, delete_old_checkpoints, latest_checkpoint
+from gptj.training.state import (
+    check_goes_on,
+    delete_old_checkpoints,
+    is_complete,
+    latest_checkpoint,
+)
 from gptj.training.task import make_config, make_data, prepare_tokenizer
 
 STEPS = 6
@@ -415,6 +420,15 @@ def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
         check_goes_on(other, address, 2)
     with pytest.raises(SettingsError, match="written by 2 workers .* set workers.count=2"):
         check_goes_on(same, address, 4)
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) -> None:
+    fields = {"workers": {"count": 2}, "deepspeed": {"stage": 2}}
+    assert is_complete(settings_of(two_ranks, "stage-2", **fields))
+    assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
+    with pytest.raises(SettingsError, match="complete, with other settings: steps was 6 and is"):
+        is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))
 
 
 def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:

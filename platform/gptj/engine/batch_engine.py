@@ -287,7 +287,9 @@ class BatchEngine:
             if request.cancelled:
                 self._end(request, Finished("cancelled"))
             elif not sound[row]:
-                self._end(request, Failed(_not_finite(self._model)))
+                error = _not_finite(self._model)
+                logger.error("a request failed: %s", error)
+                self._fail(request, error)
             elif token in request.stop_ids:
                 self._end(request, Finished("stop", token))
             else:

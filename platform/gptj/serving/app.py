@@ -105,14 +105,14 @@ def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
             f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
             code="invalid_json",
         )
-    if tuple(first["loc"]) == ("body",):
+    if tuple(first["loc"]) == ("body",) and first["type"] in ("missing", "model_attributes_type"):
         return WrongShapeError(
             "the body must be a JSON object, sent with the header Content-Type: application/json"
         )
     reported = "; ".join(_in_words(each) for each in errors[:MAX_REPORTED])
     more = len(errors) - MAX_REPORTED
     return WrongShapeError(
-        reported + (f"; and {more} more" if more > 0 else ""), param=_field(first) or None
+        reported + (f"; and {more} more" if more > 0 else ""), param=_field(first)
     )
 
 
@@ -126,5 +126,5 @@ def _in_words(error: Mapping[str, Any]) -> str:
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """The field as a path, such as `stream_options.include_usage`."""
-    return ".".join(str(part)[:60] for part in error["loc"] if part != "body")
+    """The field as a path, such as `stream_options.include_usage`; `body` is all of it."""
+    return ".".join(str(part)[:60] for part in error["loc"][1:]) or "body"

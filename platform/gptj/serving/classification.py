@@ -19,6 +19,7 @@ from gptj.model import GPTJForSequenceClassification
 from gptj.serving.completions import RequestModel, checked_text
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.results import results_of
+from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 256
@@ -74,6 +75,7 @@ class ClassificationService:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
         self._max_inputs = min(MAX_INPUTS, max_waiting)
         self._batcher: Batcher[list[int], Tensor] = Batcher(
             "classification", self._logits, max_batch=max_batch, max_waiting=max_waiting
@@ -106,20 +108,24 @@ class ClassificationService:
         self._batcher.close()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        context = self._model.config.n_positions
-        rows: list[list[int]] = self._tokenizer(texts)["input_ids"]
-        for number, row in enumerate(rows):
-            which = f"inputs[{number}]" if len(rows) > 1 else "inputs"
-            if not row:
+        rows = []
+        for number, text in enumerate(texts):
+            which = f"inputs[{number}]" if len(texts) > 1 else "inputs"
+            if not text:
                 raise InvalidRequestError(f"{which} is an empty text", param="inputs")
-            if len(row) > context:
-                raise InvalidRequestError(
-                    f"{which} has {len(row)} tokens, and this model's context is {context}: "
-                    f"shorten the text",
-                    param="inputs",
-                    code="context_length_exceeded",
-                )
+            self._check_length(f"{which} has at least", self._vocabulary.least_tokens(text))
+            rows.append(self._tokenizer.encode(text))
+            self._check_length(f"{which} has", len(rows[-1]))
         return rows
+
+    def _check_length(self, has: str, length: int) -> None:
+        context = self._model.config.n_positions
+        if length > context:
+            raise InvalidRequestError(
+                f"{has} {length} tokens, and this model's context is {context}: shorten the text",
+                param="inputs",
+                code="context_length_exceeded",
+            )
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]]) -> list[Tensor]:

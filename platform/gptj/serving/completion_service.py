@@ -33,6 +33,7 @@ from gptj.serving.completions import (
 )
 from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
 from gptj.serving.text_stream import TextStream
+from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes the same
@@ -64,12 +65,20 @@ class CompletionService:
     """Answers completions requests by an engine and a tokenizer.
 
     Args:
+        vocabulary: the tokenizer's, for this engine's model.
         model_name: what replies call the model.
     """
 
-    def __init__(self, engine: BatchEngine, tokenizer: GPTJTokenizer, model_name: str) -> None:
+    def __init__(
+        self,
+        engine: BatchEngine,
+        tokenizer: GPTJTokenizer,
+        vocabulary: Vocabulary,
+        model_name: str,
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._model_name = model_name
 
     async def complete(self, request: CompletionRequest) -> Completion:
@@ -84,6 +93,12 @@ class CompletionService:
         pieces: list[list[Piece]] = [[] for _ in run.outputs]
         async for index, piece in run.pieces():
             pieces[index].append(piece)
+        # With log-probabilities of long prompts this takes a while.
+        return await asyncio.to_thread(self._reply, request, run, pieces)
+
+    def _reply(
+        self, request: CompletionRequest, run: _Run, pieces: Sequence[Sequence[Piece]]
+    ) -> Completion:
         choices: list[Choice] = []
         for start in range(0, len(run.outputs), request.candidates):
             candidates = run.outputs[start : start + request.candidates]
@@ -187,7 +202,7 @@ class CompletionService:
 
     async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
         events = _Events()
-        params = request.sampling(self._max_tokens(request, prompt), sample=0)
+        params = request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
         try:
             ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
         except ValueError as error:
@@ -216,7 +231,9 @@ class CompletionService:
         self._check_room(request)
         prompts = self._default_prompt() if request.prompt is None else request.prompt
         # Long texts take a while: not on the thread that all requests share.
-        encoded = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in prompts])
+        encoded = await asyncio.to_thread(
+            lambda: [self._encode(request, prompt) for prompt in prompts]
+        )
         known = len(self._tokenizer)
         for name, ids in (
             ("logit_bias", request.logit_bias),
@@ -228,7 +245,7 @@ class CompletionService:
                     param=name,
                 )
         for prompt in encoded:
-            request.sampling(self._max_tokens(request, prompt), sample=0)
+            request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
         return encoded
 
     def _check_room(self, request: CompletionRequest) -> None:
@@ -240,14 +257,19 @@ class CompletionService:
                 f"here: send several requests"
             )
 
-    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+    def _encode(self, request: CompletionRequest, prompt: Prompt) -> EncodedPrompt:
+        """The text and ids of a prompt that the context has room for. Raises APIError."""
         if isinstance(prompt, list):
+            self._max_tokens(request, len(prompt))
             try:
                 return EncodedPrompt(self._tokenizer.decode(prompt), prompt)
             except ValueError as error:
                 raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
         text = prompt or self._default_prompt()[0]
-        return EncodedPrompt(text, self._tokenizer.encode(text))
+        self._max_tokens(request, self._vocabulary.least_tokens(text), known="at least ")
+        encoded = EncodedPrompt(text, self._tokenizer.encode(text))
+        self._max_tokens(request, len(encoded.ids))
+        return encoded
 
     def _default_prompt(self) -> list[str]:
         """As OpenAI's: what separates texts, so that a new one begins."""
@@ -258,14 +280,15 @@ class CompletionService:
             )
         return [self._tokenizer.bos_token]
 
-    def _max_tokens(self, request: CompletionRequest, prompt: EncodedPrompt) -> int:
-        length, context = len(prompt.ids), self._engine.context_length
+    def _max_tokens(self, request: CompletionRequest, length: int, known: str = "") -> int:
+        """How many tokens may follow a prompt of so many. InvalidRequestError if it has no room."""
+        context = self._engine.context_length
         least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
         if length + least > context:
             raise InvalidRequestError(
-                f"this model's context is {context} tokens, but {length + least} are asked for: "
-                f"{length} of the prompt and {least} of the completion; shorten the prompt"
-                + (" or lower max_tokens" if request.max_tokens else ""),
+                f"this model's context is {context} tokens, but {known}{length + least} are asked "
+                f"for: {known}{length} of the prompt and {least} of the completion; shorten the "
+                + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
                 param="prompt" if length >= context else "max_tokens",
                 code="context_length_exceeded",
             )
@@ -342,7 +365,7 @@ class _Run:
         tokenizer: GPTJTokenizer,
         request: CompletionRequest,
         prompts: Sequence[EncodedPrompt],
-        max_tokens: Callable[[EncodedPrompt], int],
+        max_tokens: Callable[[int], int],
     ) -> None:
         self._engine = engine
         self._request = request
@@ -387,7 +410,7 @@ class _Run:
 
     def _submit(self, output: _Output, events: _Events) -> Ticket:
         sample = output.index % self._request.candidates
-        params = self._request.sampling(self._max_tokens(output.prompt), sample)
+        params = self._request.sampling(self._max_tokens(len(output.prompt.ids)), sample)
         try:
             return self._engine.submit(output.prompt.ids, params, events.put(output.index))
         except ValueError as error:

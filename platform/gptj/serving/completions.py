@@ -14,7 +14,7 @@ from gptj.serving.errors import APIError, InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 128  # outputs of one request: prompts times best_of
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024

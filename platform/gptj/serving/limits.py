@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.errors import BodyTooLargeError, InvalidRequestError, error_response
 
-MAX_BODY_BYTES = 4 * 2**20
+MAX_BODY_BYTES = 2**20  # tokenizing takes a hundred times the memory of the text
 
 
 class BodyLimit:

@@ -125,17 +125,22 @@ class QuestionAnsweringService:
         # A long question leaves short parts of the context: they share half at most.
         stride = min(self._stride, room // 2) if wishes.doc_stride is None else wishes.doc_stride
         _check("doc_stride", stride, 0, room - 1)
-        parts = windows(
+        self._check_windows(request.inputs.context, room, stride)
+        return windows(
             self._tokenizer, request.inputs.question, request.inputs.context, length, stride
         )
-        if len(parts) > self._max_windows:
+
+    def _check_windows(self, text: str, room: int, stride: int) -> None:
+        """Before they are made: InvalidRequestError if there would be too many."""
+        tokens = len(self._tokenizer.encode(text))
+        count = 1 + max(0, -(-(tokens - room) // (room - stride)))
+        if count > self._max_windows:
             raise InvalidRequestError(
-                f"the context makes {len(parts)} windows of {length} tokens, and "
-                f"{self._max_windows} are the most: shorten it, or lower doc_stride={stride}",
-                param="inputs",
+                f"the context's {tokens} tokens make {count} windows of {room} that share "
+                f"{stride}, and {self._max_windows} are the most: shorten it, or lower doc_stride",
+                param="inputs.context",
                 code="context_length_exceeded",
             )
-        return parts
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:

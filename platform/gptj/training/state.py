@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from gptj import storage
-from gptj.manifest import CheckpointError, Manifest, describe, read_verified
+from gptj.checkpoint import TRAINING
+from gptj.manifest import CheckpointError, Manifest, describe, read_verified, verify
 from gptj.training.settings import Settings, SettingsError, changed
 
 PROGRESS = "progress.json"
@@ -105,6 +106,26 @@ def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
             f"{'; '.join(different)}. Set them back, or choose another run="
         )
     return progress
+
+
+def is_complete(settings: Settings) -> bool:
+    """Whether the run has written its model already; each file of it is read and compared.
+
+    Raises:
+        SettingsError: if it has, with other settings.
+        CheckpointError: if the model is damaged.
+    """
+    address = settings.model_folder
+    if Manifest.read(address) is None:
+        return False
+    manifest = verify(address)
+    training = json.loads(read_verified(address, TRAINING, manifest))
+    if different := changed(training["settings"], settings.model_dump(mode="json")):
+        raise SettingsError(
+            f"the run {settings.run!r} is complete, with other settings: {'; '.join(different)}. "
+            f"Choose another run=, or delete {settings.folder}"
+        )
+    return True
 
 
 def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -> None:
