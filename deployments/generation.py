@@ -16,7 +16,7 @@ import asyncio
 import time
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from ray import serve
 from ray.serve import Application
 
@@ -37,6 +37,7 @@ from gptj.serving.tokenize import (
     tokenize,
     tokenizer_info,
 )
+from gptj.serving.vocabulary import Vocabulary
 
 app = new_app("GPT-J text generation")
 
@@ -51,18 +52,17 @@ class Generation:
     def __init__(self, arguments: Arguments) -> None:
         model, tokenizer = load(GPTJForCausalLM, arguments)
         eos = model.config.eos_token_id
-        text_ids = set(range(len(tokenizer))) - set(tokenizer.unused_ids)
+        vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
         self._engine = BatchEngine(
             model,
             eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
-            # Rows of the embedding that stand for no text.
-            banned_ids=sorted(set(range(model.config.vocab_size)) - text_ids),
+            banned_ids=vocabulary.unused_ids,
             max_batch=arguments.max_batch,
             max_waiting=arguments.max_waiting,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         self._tokenizer = tokenizer
-        self._service = CompletionService(self._engine, tokenizer, name)
+        self._service = CompletionService(self._engine, tokenizer, vocabulary, name)
         self._stalled_seconds = arguments.stalled_seconds
         self._card = ModelCard(
             id=name,
@@ -72,7 +72,7 @@ class Generation:
         )
 
     @app.post("/v1/completions", response_model=Completion)
-    async def complete(self, request: CompletionRequest) -> Any:
+    async def complete(self, request: CompletionRequest) -> Response:
         self._check_model(request.model)
         if request.stream:
             chunks = await self._service.stream(request)
@@ -82,7 +82,10 @@ class Generation:
                 # A buffering proxy would make it no stream.
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
-        return await self._service.complete(request)
+        reply = await self._service.complete(request)
+        # As text at once: FastAPI would check and convert it again, on the event loop.
+        content = await asyncio.to_thread(reply.model_dump_json)
+        return Response(content, media_type="application/json")
 
     @app.get("/v1/models")
     async def models(self) -> ModelList:
