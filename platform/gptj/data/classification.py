@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from gptj.config import PROBLEM_TYPES, GPTJConfig
-from gptj.data.examples import Ids, TokenLists, count_real_tokens, groups, padded, padding_id
+from gptj.data.examples import (
+    Ids,
+    TokenLists,
+    compact,
+    count_real_tokens,
+    groups,
+    padded,
+    padding_id,
+)
 from gptj.data.sources import DataError, Row
 from gptj.tokenizer import GPTJTokenizer
 
@@ -89,12 +97,13 @@ class ClassificationData:
         self.max_length = max_length
         self._padding = padding_id(tokenizer)
         kept: list[_Label] = []
-        lists: list[list[int]] = []
+        lists: list[Ids] = []
         for group in groups(rows):
             texts = [row.text("text") for row in group]
             kept += [_Label(row, row.value("label")) for row in group]
-            lists += tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-            for row, ids in zip(group, lists[-len(group) :], strict=True):
+            encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            lists += [compact(ids) for ids in encoded]
+            for row, ids in zip(group, encoded, strict=True):
                 if not ids:
                     raise row.error("text", "is empty")
         if not kept:

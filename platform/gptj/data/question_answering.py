@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptj.data.examples import Ids, TokenLists, count_real_tokens, padded, padding_id
+from gptj.data.examples import Ids, TokenLists, compact, count_real_tokens, padded, padding_id
 from gptj.data.sources import DataError, Row
 from gptj.model import span_loss
 from gptj.tokenizer import GPTJTokenizer
@@ -255,7 +255,7 @@ class QuestionAnsweringData:
         self._padding = padding_id(tokenizer)
         self.questions: list[Question] = []
         numbers: list[int] = []
-        lists: list[list[int]] = []
+        lists: list[Ids] = []
         offsets: list[np.ndarray[Any, Any]] = []
         places: list[Offsets] = []
         for row in rows:
@@ -267,14 +267,16 @@ class QuestionAnsweringData:
                 raise row.error("question", str(error)) from error
             for part in parts:
                 numbers.append(len(self.questions))
-                lists.append(part.input_ids)
-                offsets.append(np.array([offset or _NO_OFFSET for offset in part.offsets]))
+                lists.append(compact(part.input_ids))
+                offsets.append(
+                    np.array([offset or _NO_OFFSET for offset in part.offsets], np.int32)
+                )
                 places.append(_tokens_of(answers[0], part) if answers else (NO_ANSWER, NO_ANSWER))
             self.questions.append(Question(context, tuple(text for text, _ in answers)))
         if not lists:
             raise DataError("the data has no rows")
         self._token_lists = TokenLists(lists)
-        self._offsets = np.concatenate(offsets).astype(np.int32)  # (tokens of all windows, 2)
+        self._offsets = np.concatenate(offsets)  # (tokens of all windows, 2)
         self._ends = np.cumsum([0, *map(len, lists)])
         self._places = np.array(places, dtype=np.int32)  # (windows, 2)
         self._questions = np.array(numbers, dtype=np.int32)  # (windows)
