@@ -52,12 +52,14 @@ def main() -> None:
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
     try:
-        build_trainer(settings, on_gpu).fit()
+        result = build_trainer(settings, on_gpu).fit()
     except TrainingFailedError as error:
         sys.exit(
             f"error: {error}\n\nThe training failed {settings.workers.max_failures + 1} times in "
             f"all. What is saved in {settings.folder} is kept: the same command goes on from it."
         )
+    if result.return_value is not None:
+        sys.exit(f"error: {result.return_value}")
     print(f"The model is complete: {settings.model_folder}", flush=True)
 
 
@@ -122,8 +124,8 @@ def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:
     )
 
 
-def work(config: dict[str, Any]) -> None:
-    """What each worker does."""
+def work(config: dict[str, Any]) -> str | None:
+    """What each worker does; returns what is wrong if another try would not help."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
     context = ray.train.get_context()
@@ -135,10 +137,10 @@ def work(config: dict[str, Any]) -> None:
         filesystem, path = storage.arrow_filesystem(address)
         return Checkpoint(path, filesystem)
 
-    def report(metrics: dict[str, float], folder: Path | None, name: str) -> None:
+    def report(metrics: dict[str, float], folder: Path, name: str) -> None:
         ray.train.report(
             metrics,
-            checkpoint=Checkpoint.from_directory(folder) if folder is not None else None,
+            checkpoint=Checkpoint.from_directory(folder),
             checkpoint_dir_name=name,
             checkpoint_upload_fn=upload,
         )
@@ -151,7 +153,12 @@ def work(config: dict[str, Any]) -> None:
     )
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
-    train(settings, worker)
+    try:
+        train(settings, worker)
+    except (SettingsError, FloatingPointError) as error:
+        # All ranks see these alike, and another try would end alike: nothing for Ray to repeat.
+        return str(error)
+    return None
 
 
 def _log_to_stdout() -> None:

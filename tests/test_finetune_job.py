@@ -141,6 +141,15 @@ def test_the_other_heads_train_on_data_of_ours(
     checkpoint.verify(f"s3://gptj/{task}/model")
 
 
+def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, str]) -> None:
+    """Another try would end alike: the workers are not started again."""
+    words = ["run=diverging", "storage=s3://gptj", "steps=20", *TINY]
+    done = direct(cluster, *words, "model.config.initializer_range=1e30")
+    assert done.returncode == 1
+    assert re.search(r"error: the loss of step \d+ is (nan|inf): lower", done.stderr), done.stderr
+    assert done.stdout.count("training examples") == 1 and "Traceback" not in done.stderr
+
+
 def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
     """Each in seconds, in one line without a traceback, and with exit status 1."""
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no text"}\n')

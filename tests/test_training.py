@@ -71,10 +71,9 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
     for settings in runs:
 
         def report(
-            metrics: dict[str, float], folder: Path | None, name: str, settings: Settings = settings
+            metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
         ) -> None:
-            if folder is not None:
-                storage.upload_folder(folder, storage.join(settings.folder, name))
+            storage.upload_folder(folder, storage.join(settings.folder, name))
             torch.distributed.barrier()
 
         train(settings, Worker(rank, world, torch.device("cpu"), report))

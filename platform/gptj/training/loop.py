@@ -57,9 +57,9 @@ class Worker:
     rank: int
     world: int
     device: torch.device
-    # Gives a finished local checkpoint folder (None: there is none this time) and measurements
-    # to whoever keeps them, under a name; a barrier: every rank calls it equally often.
-    report: Callable[[dict[str, float], Path | None, str], None]
+    # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
+    # name; a barrier: every rank calls it equally often.
+    report: Callable[[dict[str, float], Path, str], None]
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
