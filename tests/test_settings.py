@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_every_settings_file_of_ours_is_valid() -> None:
     assert len(files) >= 6
     for file in files:
         read_settings([str(file)])
+
+
+def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "readme.yaml").write_text(block)
+    assert read_settings([str(tmp_path / "readme.yaml")]).deepspeed.stage == 3
 
 
 def test_relative_addresses_become_whole_and_others_stay(tmp_path: Path) -> None:
