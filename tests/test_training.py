@@ -129,6 +129,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"stage-{stage}": {"deepspeed": {"stage": stage}} for stage in (3, 0, 1, 2)},
     "accumulating": {"deepspeed": {"stage": 2}, "micro_batch_size": 1},
     "recomputing": {"deepspeed": {"stage": 1}, "model": {"gradient_checkpointing": True}},
+    "tied-2": {
+        "deepspeed": {"stage": 2},
+        "model": {"config": {**MODEL, "tie_word_embeddings": True}},
+    },
+    "tied-3": {
+        "deepspeed": {"stage": 3},
+        "model": {"config": {**MODEL, "tie_word_embeddings": True}},
+    },
     "offloading-2": {"deepspeed": {"stage": 2, "offload_optimizer": True}},
     "offloading-3": {
         "deepspeed": {"stage": 3, "offload_optimizer": True, "offload_parameters": True}

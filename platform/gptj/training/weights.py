@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gptj.checkpoint import config_of, load_model, save_folder
 from gptj.config import GPTJConfig
-from gptj.model import GPTJPreTrainedModel
+from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
 from gptj.weights import TensorSpec
@@ -51,7 +51,10 @@ def build_model(
             return source.float() if settings.deepspeed.precision == "fp32" else source
         with torch.device("meta"):
             model = cls(config)
-        return model.to_empty(device="cpu")
+        model = model.to_empty(device="cpu")
+        if isinstance(model, GPTJForCausalLM):
+            model.tie_weights()  # to_empty makes two of a shared matrix
+        return model
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_settings):
         model = cls(config)
     with torch.no_grad():
