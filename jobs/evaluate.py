@@ -112,7 +112,13 @@ def read_settings(words: Sequence[str]) -> Settings:
 
 def measure(settings: Settings) -> dict[str, float | int | str]:
     """The metrics of a checkpoint, with what they were measured on."""
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = torch.cuda.is_available()
+    if settings.device not in (None, "cpu", "cuda") or (settings.device == "cuda" and not on_gpu):
+        raise ValueError(
+            f"device={settings.device}: it is cpu or cuda, and this machine has "
+            f"{'a' if on_gpu else 'no'} CUDA device"
+        )
+    device = torch.device(settings.device or ("cuda" if on_gpu else "cpu"))
     config = load_config(settings.checkpoint, revision=settings.revision)
     head = head_class(config, settings.checkpoint)
     tokenizer = GPTJTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)

@@ -32,7 +32,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from gptj import storage
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
-from gptj.training.state import check_goes_on, is_complete, latest_checkpoint
+from gptj.training.state import (
+    check_goes_on,
+    is_complete,
+    latest_checkpoint,
+    upload_state,
+)
 from gptj.training.task import make_config, make_data, prepare_tokenizer
 
 logger = logging.getLogger("finetune")
@@ -52,6 +57,9 @@ def main() -> None:
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
     try:
+        # Ray's own list of checkpoints, of which we have deleted old ones; we go on from what is
+        # complete in the run's folder.
+        storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
         result = build_trainer(settings, on_gpu).fit()
     except TrainingFailedError as error:
         sys.exit(
@@ -73,6 +81,12 @@ def check_workers(settings: Settings) -> bool:
             raise SettingsError(
                 f"workers.count={workers.count} needs as many GPUs, the cluster has {gpus:g}: "
                 f"lower it, or set workers.autoscaling=true if the cluster will grow"
+            )
+        largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        if workers.cpus > largest:
+            raise SettingsError(
+                f"workers.cpus={workers.cpus:g} must fit one node, and the largest has "
+                f"{largest:g} CPUs: lower it"
             )
         if workers.count * workers.cpus > cpus:
             raise SettingsError(
@@ -133,7 +147,7 @@ def work(config: dict[str, Any]) -> str | None:
     def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
         """Through our storage, which bounds the time, tries again and compares checksums."""
         address = storage.join(settings.folder, name)
-        storage.upload_folder(checkpoint.path, address)
+        upload_state(Path(checkpoint.path), address, worker.rank, worker.world)
         filesystem, path = storage.arrow_filesystem(address)
         return Checkpoint(path, filesystem)
 

@@ -50,7 +50,7 @@ class Load:
                     reply = client.post(f"{self._address}/v1/completions", json=body)
                     complete = reply.json()["usage"]["completion_tokens"] == 100
                     self.replies.append(reply.status_code if complete else reply.text)
-                except (httpx.TransportError, KeyError) as error:
+                except (httpx.TransportError, KeyError, ValueError) as error:  # no JSON, say
                     self.replies.append(repr(error))
 
 

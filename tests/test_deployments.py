@@ -33,6 +33,7 @@ from gptj.checkpoint import save_model
 from gptj.data.question_answering import best_spans, windows
 from gptj.serving.keys import Keys
 from gptj.serving.limits import MAX_BODY_BYTES
+from gptj.serving.question_answering import whole_words
 from gptj.serving.vocabulary import Vocabulary
 from jobs.local_ray import LocalRay
 from jobs.local_s3 import LocalS3
@@ -381,7 +382,7 @@ def test_echo_with_logprobs_scores_the_prompt(service: str, models: Models) -> N
     )
     for place, top in enumerate(logprobs["top_logprobs"][1:]):
         best = expected[place].topk(2).values.tolist()
-        assert sorted(top.values(), reverse=True) == pytest.approx(best, abs=1e-4)
+        assert sorted(top.values(), reverse=True)[:2] == pytest.approx(best, abs=1e-4)
     for place, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True):
         assert token.startswith("bytes:") or prompt[place:].startswith(token)
     assert "bytes:\\xf0" in "".join(logprobs["tokens"]) or "😀" in "".join(logprobs["tokens"])
@@ -420,6 +421,60 @@ def test_best_of_returns_those_of_the_highest_mean_logprob(service: str) -> None
     assert best["usage"]["completion_tokens"] == 5 * 12
     without = complete(service, **{**fields, "logprobs": None}, n=1, best_of=5)["choices"]
     assert without[0]["text"] == expected[0]["text"] and without[0]["logprobs"] is None
+
+
+def test_best_of_counts_the_probability_of_ending(service: str, models: Models) -> None:
+    """An output that ends at once is no better than the others for having no tokens."""
+    eos = models.tokenizer.eos_token_id
+    fields = {
+        "prompt": "The",
+        "temperature": 1,
+        "logprobs": 0,
+        "max_tokens": 2,
+        "logit_bias": {str(eos): 6},
+    }
+    empty = 0
+    for seed in range(6):
+        candidates = complete(service, **fields, seed=seed, n=4)["choices"]
+        if len({choice["text"] == "" for choice in candidates}) == 1:
+            continue
+        best = complete(service, **fields, seed=seed, n=1, best_of=4)["choices"][0]
+        empty += best["text"] == ""
+    assert empty == 0  # by the model alone, eos is far less likely than the other tokens
+
+
+def test_the_chosen_token_is_among_the_top_logprobs(service: str) -> None:
+    reply = complete(service, prompt="The", temperature=2, seed=1, logprobs=1, echo=True)
+    logprobs = reply["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"][0] is None
+    sizes = set()
+    for token, value, top in list(
+        zip(*(logprobs[k] for k in ("tokens", "token_logprobs", "top_logprobs")), strict=True)
+    )[1:]:
+        assert top[token] == value
+        sizes.add(len(top))
+    assert 2 in sizes and sizes <= {1, 2}
+
+
+def test_usage_can_come_with_every_chunk(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model="generation",
+            prompt="The",
+            max_tokens=5,
+            stream=True,
+            extra_body={
+                "ignore_eos": True,
+                "stream_options": {
+                    "include_usage": True,
+                    "continuous_usage_stats": True,
+                    "include_obfuscation": False,
+                },
+            },
+        )
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+    assert len(counts) == len(chunks) and counts == sorted(counts) and counts[-1] == 5
 
 
 def test_each_sampling_field_has_its_effect(service: str, models: Models) -> None:
@@ -473,8 +528,14 @@ def test_beam_search_is_that_of_generate(service: str, models: Models) -> None:
 
 
 def test_a_client_that_leaves_frees_the_engine(service: str) -> None:
-    """Two thousand steps take many seconds; the request after it must not wait for them."""
-    long = {"prompt": "x", "max_tokens": CONTEXT - 10, "ignore_eos": True, "temperature": 1}
+    """Four batches of two thousand steps take half a minute, for which the next would wait."""
+    long = {
+        "prompt": "x",
+        "max_tokens": CONTEXT - 10,
+        "ignore_eos": True,
+        "temperature": 1,
+        "n": 64,
+    }
     for fields in ({"stream": True}, {}):
         started = time.monotonic()
         with httpx.Client(timeout=1.0) as leaving:
@@ -487,7 +548,7 @@ def test_a_client_that_leaves_frees_the_engine(service: str) -> None:
                 with pytest.raises(httpx.ReadTimeout):
                     leaving.post(f"{service}/v1/completions", json=long)
         complete(service, prompt="x", max_tokens=1)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 8
 
 
 def test_the_model_is_listed_under_its_name(client: openai.OpenAI) -> None:
@@ -568,7 +629,7 @@ def test_hugging_faces_client_gets_the_best_span_over_all_windows(
         max_answer_tokens=7,
         handle_impossible_answer=True,
     )
-    asked = {"max_seq_len": 40, "doc_stride": 8, "max_answer_len": 7}
+    asked = {"max_seq_len": 40, "doc_stride": 8, "max_answer_len": 7, "align_to_words": False}
     found = client.question_answering(
         question=question, context=context, top_k=3, handle_impossible_answer=True, **asked
     )
@@ -579,6 +640,30 @@ def test_hugging_faces_client_gets_the_best_span_over_all_windows(
         assert answer.score == pytest.approx(span.score, abs=1e-5)
     best = client.question_answering(question=question, context=context, **asked)
     assert best.answer == context[best.start : best.end]
+
+
+def test_answers_are_whole_words_unless_asked_otherwise(service: str) -> None:
+    text = "It was built in 1951, by O'Neil's firm."
+    for cut, whole in (("uil", "built"), ("95", "1951"), ("rm", "firm"), ("by", "by")):
+        start = text.index(cut)
+        found = whole_words(text, start, start + len(cut))
+        assert text[slice(*found)] == whole
+    client = InferenceClient(model=f"{service}/question-answering")
+    context = " ".join(SENTENCES)
+    answer = client.question_answering(question="Where is it?", context=context)
+    assert (answer.start, answer.end) == whole_words(context, answer.start, answer.end)
+
+
+def test_a_questions_length_can_be_limited(service: str) -> None:
+    client = InferenceClient(model=f"{service}/question-answering")
+    context = " ".join(SENTENCES)
+    long = client.question_answering(
+        question="Where " * 50, context=context, max_question_len=1, align_to_words=False
+    )
+    limited = client.question_answering(
+        question="Where", context=context, max_question_len=1, align_to_words=False
+    )
+    assert long.score == pytest.approx(limited.score, abs=1e-5)
 
 
 def test_concurrent_questions_are_answered_as_alone(service: str) -> None:
@@ -846,8 +931,8 @@ def test_a_full_queue_answers_429_with_retry_after_and_takes_requests_again(serv
                     lambda _: httpx.post(url, json=small, headers=headers, timeout=30), range(4)
                 )
             )
-    statuses = sorted(reply.status_code for reply in replies)
-    assert statuses == [200, 429, 429, 429]
+    # More than one gets through only if the one in work ends meanwhile.
+    assert {reply.status_code for reply in replies} == {200, 429}
     for reply in replies:
         if reply.status_code == 429:
             assert_error(reply, 429, "try again later")

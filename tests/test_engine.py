@@ -359,16 +359,53 @@ def test_the_engine_is_alive_idle_or_busy_and_not_when_it_hangs_or_has_ended(
     model: GPTJForCausalLM,
 ) -> None:
     engine = BatchEngine(model, eos_ids=[EOS])
-    time.sleep(0.7)
-    assert engine.alive(within_seconds=0.65)
+    time.sleep(2)
+    assert engine.alive(within_seconds=1.9)  # an idle one shows it twice a second
     blocker = Blocker(engine)  # a step that does not end
     time.sleep(0.7)
     assert not engine.alive(within_seconds=0.65)
     blocker.release()
     blocker.caller.wait()
-    assert engine.alive(within_seconds=0.65)
+    assert engine.alive(within_seconds=10)
     engine.close()
     assert not engine.alive(within_seconds=100)
+
+
+def test_an_engine_whose_every_batch_fails_is_not_alive() -> None:
+    """As after an error of a GPU, from which only a new process recovers."""
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(CONFIG).eval()
+    engine = BatchEngine(model, eos_ids=[EOS])
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    hook = model.transformer.register_forward_pre_hook(fail)
+    for failures in range(3):
+        assert engine.alive(within_seconds=30), failures
+        (failed,) = submit(engine, PROMPTS[0]).wait()
+        assert isinstance(failed, Failed)
+        deadline = time.monotonic() + 10
+        while engine.alive(30) and failures == 2 and time.monotonic() < deadline:
+            time.sleep(0.01)  # the last event comes just before the batch counts
+    assert not engine.alive(within_seconds=30)
+    hook.remove()
+    submit(engine, PROMPTS[0]).wait()
+    deadline = time.monotonic() + 10
+    while not engine.alive(30) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.alive(within_seconds=30)
+    engine.close()
+
+
+def test_a_beam_search_may_have_every_token_as_a_stop_token(
+    engine: BatchEngine, model: GPTJForCausalLM
+) -> None:
+    caller = Caller()
+    params = SamplingParams(max_tokens=3, stop_token_ids=tuple(range(60)))
+    engine.beam_search(PROMPTS[0], params, BeamParams(num_beams=4), caller)
+    found = caller.wait()[0]
+    assert isinstance(found, BeamsFound) and len(found.outputs[0]) == 1
 
 
 def test_closing_fails_what_waits_and_what_comes(model: GPTJForCausalLM) -> None:

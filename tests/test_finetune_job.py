@@ -125,6 +125,25 @@ def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
     assert again.returncode == 0 and "complete already: s3://gptj/killed/model" in again.stdout
 
 
+def test_a_killed_jobs_run_goes_on_when_it_is_submitted_again(cluster: dict[str, str]) -> None:
+    """Though its oldest checkpoints, which Ray has on its list, are deleted by then."""
+    words = ["run=again", "storage=s3://gptj", "steps=60", "checkpoint_every=2", *TINY]
+    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
+    first = subprocess.Popen(
+        command, env=cluster, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while (latest_checkpoint("s3://gptj/again") or "") < "s3://gptj/again/checkpoint-00000008":
+        assert time.monotonic() < deadline and first.poll() is None, "no checkpoints appeared"
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    done = direct(cluster, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after step" in done.stdout + done.stderr
+    assert sorted(losses("again")) == list(range(10, 61, 10))
+
+
 @pytest.mark.parametrize(
     ("task", "metric"), [("classification", "accuracy"), ("question-answering", "exact_match")]
 )

@@ -182,6 +182,14 @@ def test_what_cannot_be_done_is_said(arguments: dict[str, Any], message: str) ->
         ours.generate(prompts()[0], **arguments)
 
 
+def test_generated_ids_can_be_trained_on() -> None:
+    """As in distillation: they are no inference tensors."""
+    ours, _ = models()
+    ids = ours.generate(prompts()[0], max_new_tokens=3)
+    ours(ids, labels=ids).loss.backward()
+    assert ours.lm_head.bias.grad is not None
+
+
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         models()[0].generate(torch.zeros(1, 0, dtype=torch.long))

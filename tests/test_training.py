@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 import transformers
 
-from gptj import GPTJConfig, GPTJForCausalLM, checkpoint, storage
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, checkpoint, storage
 from gptj.data.batches import BatchOrder
 from gptj.manifest import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
@@ -27,6 +27,7 @@ from gptj.training.state import (
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
+    upload_state,
 )
 from gptj.training.task import make_config, make_data, prepare_tokenizer
 
@@ -73,7 +74,7 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
         def report(
             metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
         ) -> None:
-            storage.upload_folder(folder, storage.join(settings.folder, name))
+            upload_state(folder, storage.join(settings.folder, name), rank, world)
             torch.distributed.barrier()
 
         train(settings, Worker(rank, world, torch.device("cpu"), report))
@@ -436,6 +437,62 @@ def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) 
     assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
     with pytest.raises(SettingsError, match="complete, with other settings: steps was 6 and is"):
         is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))
+
+
+def test_a_classifier_that_is_trained_further_keeps_its_labels(tmp_path: Path) -> None:
+    rows = [{"text": "good", "label": "positive"}, {"text": "bad", "label": "negative"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = GPTJConfig(
+        vocab_size=300, id2label={0: "positive", 1: "negative"}, pad_token_id=0, **MODEL
+    )
+    checkpoint.save_model(
+        GPTJForSequenceClassification(config),
+        str(tmp_path / "m"),
+        tokenizer=GPTJTokenizer.train(["good and bad"], 270),
+    )
+    fields: dict[str, Any] = {
+        "task": "classification",
+        "storage": str(tmp_path),
+        "model": {"checkpoint": str(tmp_path / "m")},
+    }
+    data = {"train": str(tmp_path / "rows.jsonl"), "sequence_length": 8}
+    settings = Settings(**fields, data=data)  # type: ignore[arg-type]
+    tokenizer = prepare_tokenizer(settings)
+    train_data, _ = make_data(settings, tokenizer)
+    found = make_config(settings, tokenizer, train_data)
+    assert found.id2label == {0: "positive", 1: "negative"}
+    names = ["negative", "neutral", "positive"]
+    other = Settings(**fields, data={**data, "label_names": names})  # type: ignore[arg-type]
+    train_data, _ = make_data(other, tokenizer)
+    with pytest.raises(SettingsError, match="tells 2 labels apart .* data.label_names has 3"):
+        make_config(other, tokenizer, train_data)
+
+
+def test_a_tokenizer_is_learned_anew_until_a_checkpoint_depends_on_it(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    assert len(prepare_tokenizer(settings_of(tmp_path, "r", tokenizer={"vocab_size": 300}))) == 300
+    settings = settings_of(tmp_path, "r", tokenizer={"vocab_size": 280})
+    assert len(prepare_tokenizer(settings)) == 280
+    storage.write_bytes(str(tmp_path / "r" / "checkpoint-1" / "manifest-00000-of-00001.json"), b"")
+    settings = settings_of(tmp_path, "r", tokenizer={"vocab_size": 290})
+    assert len(prepare_tokenizer(settings)) == 280
+
+
+def test_a_ranks_manifest_is_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that dies while it copies its shard leaves no checkpoint, nor does a second try."""
+    folder, kept = tmp_path / "local", str(tmp_path / "run" / "checkpoint-00000001")
+    for name in ("zero/shard.pt", "manifest-00000-of-00001.json"):
+        storage.write_bytes(str(folder / name), b"x")
+    upload_state(folder, kept, 0, 1)
+    assert latest_checkpoint(str(tmp_path / "run")) == kept
+
+    def failing(path: Path, address: str) -> None:
+        raise storage.UnreachableError(address)
+
+    monkeypatch.setattr(storage, "upload", failing)
+    with pytest.raises(storage.UnreachableError):
+        upload_state(folder, kept, 0, 1)
+    assert latest_checkpoint(str(tmp_path / "run")) is None
 
 
 def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:

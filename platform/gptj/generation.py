@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 20
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: GPTJForCausalLM,
     input_ids: Tensor,
@@ -237,7 +237,8 @@ def beam_search(
         scores = torch.tensor([[b.score for b in s.running] for s in searches], device=device)
         totals = (log_probs.view(len(searches), num_beams, -1) + scores[:, :, None]).flatten(1)
         # An eos ends a beam, so that each may take one candidate from those that go on.
-        candidates = totals.topk(max(2, 1 + len(eos_ids)) * num_beams)
+        wanted = max(2, 1 + len(eos_ids)) * num_beams
+        candidates = totals.topk(min(wanted, totals.shape[-1]))
         for search, values, places in zip(
             searches, candidates.values.tolist(), candidates.indices.tolist(), strict=True
         ):

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import boto3
 import pyarrow.fs
+from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -270,6 +271,17 @@ def upload_folder(path: str | Path, address: str) -> list[FileInfo]:
     return files
 
 
+def delete(address: str) -> None:
+    """Delete a file; nothing happens if it is not there."""
+    if not is_s3(address):
+        with _explaining_local(address):
+            Path(address).unlink(missing_ok=True)
+        return
+    bucket, key = split_s3(address)
+    with _explaining(bucket, key):
+        _client().delete_object(Bucket=bucket, Key=key)
+
+
 def delete_folder(address: str) -> None:
     """Delete all files below an address; nothing happens if there are none."""
     if not is_s3(address):
@@ -303,11 +315,7 @@ def check_writable(address: str) -> None:
             if not _bucket_exists(bucket):  # some servers make it when a file is written
                 raise _no_bucket(bucket, key)
     write_bytes(probe, b"")
-    if is_s3(address):
-        with _explaining(bucket, key):
-            _client().delete_object(Bucket=bucket, Key=key)
-    else:
-        os.unlink(probe)
+    delete(probe)
 
 
 def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -562,6 +570,11 @@ def _explaining(bucket: str, key: str) -> Iterator[None]:
         ) from error
     except ClientError as error:
         raise _explained(error, bucket, key) from error
+    except Boto3Error as error:  # its transfers wrap what went wrong
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ClientError):
+            raise _explained(cause, bucket, key) from error
+        raise StorageError(f"{place}: {error}") from error
     except (ConnectionError, HTTPClientError) as error:
         raise UnreachableError(
             f"{place}: no answer from {_endpoint()} ({error}); remedy: check the network and "

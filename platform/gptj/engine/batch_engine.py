@@ -54,6 +54,7 @@ class Finished:
 
     reason: Literal["stop", "length", "cancelled"]
     stop_token: int | None = None
+    logprob: float | None = None  # of the stop token; None if not asked for
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class BatchEngine:
         self._thread: BatchThread[_Request] = BatchThread(
             "batch-engine", self._run, self._fail, max_batch=max_batch, max_waiting=max_waiting
         )
+        # A long prompt's forward pass may take minutes on a CPU: it shows that it advances.
+        self._hooks = [
+            block.register_forward_hook(lambda *_: self._thread.beat())
+            for block in model.transformer.h
+        ]
 
     @property
     def context_length(self) -> int:
@@ -181,6 +187,8 @@ class BatchEngine:
     def close(self) -> None:
         """End the thread after the step that it is in; what runs or waits ends as Failed."""
         self._thread.close()
+        for hook in self._hooks:
+            hook.remove()
 
     def _submit(
         self,
@@ -291,7 +299,7 @@ class BatchEngine:
                 logger.error("a request failed: %s", error)
                 self._fail(request, error)
             elif token in request.stop_ids:
-                self._end(request, Finished("stop", token))
+                self._end(request, Finished("stop", token, events[row].logprob))
             else:
                 request.output.append(token)
                 self._emit(request, events[row])

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5  # how often a thread without work shows that it lives
 CLOSE_SECONDS = 60  # for the step that is running
+MAX_FAILED_BATCHES = 3  # in a row: after a GPU's error, say, none will ever succeed again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,6 +62,7 @@ class BatchThread(Generic[Item]):
         self._changed = threading.Condition()
         self._closed = False
         self._last_beat = time.monotonic()
+        self._failed_batches = 0  # since the last that went well
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
@@ -95,7 +97,12 @@ class BatchThread(Generic[Item]):
         self._last_beat = time.monotonic()
 
     def alive(self, within_seconds: float) -> bool:
-        """Whether the work has advanced, or there was none, within so many seconds."""
+        """Whether the work has advanced, or there was none, within so many seconds.
+
+        Not once MAX_FAILED_BATCHES in a row have failed.
+        """
+        if self._failed_batches >= MAX_FAILED_BATCHES:
+            return False
         return self._thread.is_alive() and time.monotonic() - self._last_beat < within_seconds
 
     @property
@@ -117,9 +124,11 @@ class BatchThread(Generic[Item]):
         while batch := self._next_batch():
             try:
                 self._run(batch)
+                self._failed_batches = 0
             # Whatever went wrong ends these items only: the others' turn comes.
             except Exception as error:
                 logger.exception("a batch of %d failed", len(batch))
+                self._failed_batches += 1
                 for item in batch:
                     self._fail(item, error)
 
@@ -170,6 +179,10 @@ class Batcher(Generic[Item, Result]):
     def alive(self, within_seconds: float) -> bool:
         """Whether the thread computes, or waits for work: see BatchThread."""
         return self._thread.alive(within_seconds)
+
+    def beat(self) -> None:
+        """Say that `compute` advances."""
+        self._thread.beat()
 
     def close(self) -> None:
         self._thread.close()

@@ -80,6 +80,8 @@ class ClassificationService:
         self._batcher: Batcher[list[int], Tensor] = Batcher(
             "classification", self._logits, max_batch=max_batch, max_waiting=max_waiting
         )
+        for block in model.transformer.h:  # long batches show that they advance
+            block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
         """Each text's labels, the likeliest first. Cancelling the call cancels what waits.

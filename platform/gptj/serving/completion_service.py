@@ -28,6 +28,7 @@ from gptj.serving.completions import (
     CompletionRequest,
     Logprobs,
     Prompt,
+    StreamOptions,
     Usage,
     named,
 )
@@ -126,7 +127,7 @@ class CompletionService:
         )
 
     async def _chunks(self, request: CompletionRequest, run: _Run) -> AsyncIterator[Completion]:
-        with_usage = request.stream_options is not None and request.stream_options.include_usage
+        options = request.stream_options or StreamOptions()
         whole = Completion(model=self._model_name, choices=[])
         begun: set[int] = set()
         async for index, piece in run.pieces():
@@ -134,11 +135,13 @@ class CompletionService:
             if index in begun:
                 choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
             else:
-                choice = self._choice(request, output, index)
+                # With log-probabilities of a long prompt this takes a while.
+                choice = await asyncio.to_thread(self._choice, request, output, index)
                 begun.add(index)
             self._extend(choice, piece)
-            yield whole.model_copy(update={"choices": [choice]})
-        if with_usage:
+            usage = run.usage() if options.continuous_usage_stats else None
+            yield whole.model_copy(update={"choices": [choice], "usage": usage})
+        if options.include_usage:
             yield whole.model_copy(update={"usage": run.usage()})
 
     def _choice(self, request: CompletionRequest, output: _Output, index: int) -> Choice:
@@ -171,6 +174,8 @@ class CompletionService:
         logprobs.token_logprobs.append(None if first_of_prompt else _finite(event.logprob))
         logprobs.text_offset.append(place)
         top = {self._token_text(token): _finite(value) for token, value in event.top}
+        if not first_of_prompt:  # the token itself, too, where it is not among the likeliest
+            top.setdefault(logprobs.tokens[-1], _finite(event.logprob))
         logprobs.top_logprobs.append(None if first_of_prompt else top)
 
     def _token_text(self, token: int) -> str:
@@ -338,6 +343,7 @@ class _Output:
             piece.text = self._text.push(event.token_id)
         elif isinstance(event, Finished) and event.reason != "cancelled":
             self.new_tokens += event.stop_token is not None
+            self._logprob += event.logprob or 0.0
             piece.text = self._text.finish()
             piece.reason = event.reason
         else:

@@ -106,6 +106,8 @@ _BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
 
 class StreamOptions(RequestModel):
     include_usage: bool = False  # one more chunk at the end, with the numbers of tokens
+    continuous_usage_stats: bool = False  # vLLM's: the numbers so far in each chunk
+    include_obfuscation: Literal[False] = False  # OpenAI's padding of chunks, which we have not
 
 
 class CompletionRequest(RequestModel):

@@ -46,7 +46,9 @@ class QuestionAnsweringParameters(RequestModel):
     max_answer_len: int = 15  # tokens
     max_seq_len: int | None = None  # tokens of a window, question included
     doc_stride: int | None = None  # tokens of the context that neighbouring windows share
+    max_question_len: int | None = None  # tokens; what is longer is cut; default: no limit
     handle_impossible_answer: bool = False  # let "", the answer that is not there, compete
+    align_to_words: bool = True  # widen an answer that begins or ends within a word or number
 
 
 class QuestionAnsweringRequest(RequestModel):
@@ -87,6 +89,8 @@ class QuestionAnsweringService:
         self._batcher: Batcher[list[int], tuple[Tensor, Tensor]] = Batcher(
             "question-answering", self._logits, max_batch=max_batch, max_waiting=max_waiting
         )
+        for block in model.transformer.h:  # long batches show that they advance
+            block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
         """The likeliest part of the context, or a list of them for top_k above 1.
@@ -112,7 +116,8 @@ class QuestionAnsweringService:
         _check("top_k", wishes.top_k, 1, MAX_ANSWERS)
         _check("max_answer_len", wishes.max_answer_len, 1, MAX_ANSWER_TOKENS)
         _check("max_seq_len", length, 2, context)
-        question = len(self._tokenizer.encode(request.inputs.question))
+        text = self._question(request)
+        question = len(self._tokenizer.encode(text))
         room = length - question
         if room < 1:
             raise InvalidRequestError(
@@ -126,9 +131,17 @@ class QuestionAnsweringService:
         stride = min(self._stride, room // 2) if wishes.doc_stride is None else wishes.doc_stride
         _check("doc_stride", stride, 0, room - 1)
         self._check_windows(request.inputs.context, room, stride)
-        return windows(
-            self._tokenizer, request.inputs.question, request.inputs.context, length, stride
-        )
+        return windows(self._tokenizer, text, request.inputs.context, length, stride)
+
+    def _question(self, request: QuestionAnsweringRequest) -> str:
+        """The question, as far as max_question_len allows."""
+        limit = request.parameters.max_question_len
+        if limit is None:
+            return request.inputs.question
+        _check("max_question_len", limit, 1, self._model.config.n_positions)
+        encoded = self._tokenizer(request.inputs.question, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"][:limit]]
+        return request.inputs.question[: ends[-1]]
 
     def _check_windows(self, text: str, room: int, stride: int) -> None:
         """Before they are made: InvalidRequestError if there would be too many."""
@@ -171,12 +184,27 @@ def _answers(
         handle_impossible_answer=wishes.handle_impossible_answer,
     )
     text = request.inputs.context
-    answers = [
-        Answer(answer=text[span.start : span.end], start=span.start, end=span.end, score=span.score)
-        for span in spans
-    ]
+    answers = []
+    for span in spans:
+        start, end = span.start, span.end
+        if wishes.align_to_words and start < end:
+            start, end = whole_words(text, start, end)
+        answers.append(Answer(answer=text[start:end], start=start, end=end, score=span.score))
     # A context without a token that an answer could be has none; Hugging Face says it like this.
     return answers or [Answer(answer="", start=0, end=0, score=0.0)]
+
+
+def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """A place in a text, widened to the words (runs of letters) or numbers that it cuts."""
+    while start > 0 and _joined(text[start - 1], text[start]):
+        start -= 1
+    while end < len(text) and _joined(text[end - 1], text[end]):
+        end += 1
+    return start, end
+
+
+def _joined(left: str, right: str) -> bool:
+    return (left.isalpha() and right.isalpha()) or (left.isdigit() and right.isdigit())
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:

@@ -37,6 +37,7 @@ from gptj.training.state import (
     Progress,
     check_goes_on,
     delete_old_checkpoints,
+    is_complete,
     latest_checkpoint,
     load_state,
     save_state,
@@ -66,12 +67,15 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     """Train, from the beginning or the run's last complete checkpoint on, and export the model.
 
     Returns:
-        The last evaluation's metrics; without evaluation data the last training loss.
+        The last evaluation's metrics; without evaluation data the last training loss; nothing if
+        the model was there already.
 
     Raises:
         SettingsError: if the settings do not fit the data or the checkpoint.
         CheckpointError: if the checkpoint is damaged.
     """
+    if _agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
+        return {}  # the run had been ended just after its export
     checkpoint = _agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world=worker.world, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
@@ -166,6 +170,7 @@ class _Run:
             last = progress.step == self.total
             if last or _due(progress.step, settings.evaluate_every):
                 metrics = self._evaluate(engine, evaluation_data)
+                _check_finite(metrics.get("loss", 0.0), "evaluation", progress.step)
             if last or _due(progress.step, settings.checkpoint_every):
                 self._checkpoint(engine, metrics)
         if not metrics:  # the run had been ended just before its export
@@ -185,10 +190,11 @@ class _Run:
             "history": self.progress.history,
             "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
         }
-        export_model(model, address, self.settings, tokenizer, training, self.worker.rank)
-        if self._log is not None:
+        if self._log is not None:  # the model comes last: once it is there, the run is complete
             self._log.publish(self.settings.folder)
             self._log.close()
+        export_model(model, address, self.settings, tokenizer, training, self.worker.rank)
+        if self._log is not None:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
 
     def _step(self, engine: Any, data: Data, indices: list[int]) -> None:
@@ -215,11 +221,7 @@ class _Run:
         mean = float(self._sum(total))
         norm = float(engine.get_global_grad_norm() or 0.0)
         self.progress.step += 1
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss of step {self.progress.step} is {mean}: lower optimizer.learning_rate, "
-                f"or use deepspeed.precision=bf16; the last checkpoint is kept"
-            )
+        _check_finite(mean, "training", self.progress.step)
         if self._log is not None:
             rate = engine.optimizer.param_groups[0]["lr"]
             self._log.step(mean, rate, norm, int(all_tokens), time.monotonic() - started)
@@ -286,6 +288,14 @@ def summed_loss(model: Any, batch: dict[str, Tensor], items: int, device: torch.
         return answer_loss(output.start_logits, output.end_logits, inputs) * items
     mean: Tensor = model(**inputs, use_cache=False).loss
     return mean * items
+
+
+def _check_finite(loss: float, kind: str, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the {kind} loss after step {step} is {loss}: start another run= with a lower "
+            f"optimizer.learning_rate, or with deepspeed.precision=bf16 in place of fp16"
+        )
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -33,7 +33,13 @@ class SettingsError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        coerce_numbers_to_str=True,  # run=2024 is a name too
+        allow_inf_nan=False,
+    )
 
 
 class DataSettings(Section):
@@ -174,6 +180,8 @@ class Settings(Section):
 
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
         """Keys that do nothing beside the other settings: (key, remedy, reason)."""
+        if self.evaluation_data is None:
+            yield "evaluate_every", "set data.evaluation", "without data.evaluation"
         if self.task != "question-answering":
             yield "data.stride", "set task=question-answering", f"with task={self.task}"
         if self.task != "classification":

@@ -53,6 +53,19 @@ def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None
     describe(str(folder), names).write(_manifest_name(rank, progress.world))
 
 
+def upload_state(folder: Path, address: str, rank: int, world: int) -> None:
+    """Copy what this rank saved to where the checkpoint is kept; its manifest comes last.
+
+    A rank that dies in between leaves no manifest, and so no checkpoint; one that comes here again
+    takes the manifest of its first try away before it changes a file.
+    """
+    manifest = _manifest_name(rank, world)
+    storage.delete(storage.join(address, manifest))
+    names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
+    storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
+    storage.upload(folder / manifest, storage.join(address, manifest))
+
+
 def read_progress(address: str) -> Progress:
     """A checkpoint's progress, after a look at all ranks' manifests and all files' sizes.
 
@@ -83,7 +96,7 @@ def delete_old_checkpoints(folder: str, keep: int) -> None:
     checkpoints = _checkpoints(folder)
     kept = sorted(name for name, complete in checkpoints.items() if complete)[-keep:]
     for name in checkpoints:
-        if name not in kept and name < kept[-1]:
+        if kept and name not in kept and name < kept[-1]:
             storage.delete_folder(storage.join(folder, name))
 
 

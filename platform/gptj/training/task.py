@@ -19,6 +19,7 @@ from gptj.model import (
 )
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings, SettingsError, Task
+from gptj.training.state import latest_checkpoint
 
 Data = CausalLMData | ClassificationData | QuestionAnsweringData
 
@@ -30,7 +31,9 @@ HEADS: dict[Task, type[GPTJPreTrainedModel]] = {
 
 
 def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
-    """The run's tokenizer; one that has to be learned is learned once and kept in the run's folder.
+    """The run's tokenizer; one that has to be learned is kept in the run's folder.
+
+    It is learned anew as long as the run has no checkpoint, which would depend on it.
 
     Raises:
         storage.StorageError, gptj.data.sources.DataError: if the training data cannot be read.
@@ -39,6 +42,8 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
     if address:
         return load_tokenizer(settings)
     folder = storage.join(settings.folder, "tokenizer")
+    if latest_checkpoint(settings.folder) is None:
+        storage.delete_folder(folder)  # of a try that ended before its first checkpoint
     if Manifest.read(folder) is None:
         columns = ("question", "context") if settings.task == "question-answering" else ("text",)
         rows = read_rows(settings.train_data, settings.data.columns)
@@ -59,14 +64,14 @@ def load_tokenizer(settings: Settings) -> GPTJTokenizer:
     return GPTJTokenizer.from_pretrained(storage.join(settings.folder, "tokenizer"))
 
 
-def make_data(
-    settings: Settings, tokenizer: GPTJTokenizer, labels: LabelSet | None = None
-) -> tuple[Data, Data | None]:
+def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> tuple[Data, Data | None]:
     """The training and the evaluation data set.
 
-    Args:
-        labels: a checkpoint's own, if it is to keep them.
+    A classifier that is trained further keeps its labels, unless data.label_names has others.
     """
+    labels = None
+    if settings.task == "classification" and not settings.data.label_names:
+        labels = _trained_labels(settings)
     train = _data(settings, settings.train_data, tokenizer, labels)
     if settings.evaluation_data is None:
         return train, None
@@ -101,6 +106,12 @@ def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPT
             "pad_token_id": tokenizer.pad_token_id,
         }
         config = GPTJConfig(**{**tokens, **config_fields(settings), **labels})
+    trained = _trained_labels(settings) if settings.task == "classification" else None
+    if trained is not None and len(trained.names) != config.num_labels:
+        raise SettingsError(
+            f"{settings.model.checkpoint} tells {len(trained.names)} labels apart "
+            f"({', '.join(trained.names)}), data.label_names has {config.num_labels}"
+        )
     if config.vocab_size < len(tokenizer):
         raise SettingsError(
             f"the model has vocab_size={config.vocab_size} and the tokenizer {len(tokenizer)} "
@@ -114,10 +125,20 @@ def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPT
     return config
 
 
+def _trained_labels(settings: Settings) -> LabelSet | None:
+    """What the run's checkpoint tells apart, if it is a classifier."""
+    if not settings.model.checkpoint:
+        return None
+    config = GPTJConfig.from_pretrained(
+        settings.model.checkpoint, revision=settings.model.revision or None
+    )
+    is_classifier = GPTJForSequenceClassification.__name__ in (config.architectures or ())
+    return LabelSet.of(config) if is_classifier else None
+
+
 def config_fields(settings: Settings) -> dict[str, Any]:
     """A new model's configuration, as far as the settings say."""
-    fields = {"n_positions": 2048, **PRESETS[settings.model.preset], **settings.model.config}
-    return fields
+    return {"n_positions": 2048, **PRESETS[settings.model.preset], **settings.model.config}
 
 
 def _data(
