@@ -127,7 +127,7 @@ def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
 
 def test_a_killed_jobs_run_goes_on_when_it_is_submitted_again(cluster: dict[str, str]) -> None:
     """Though its oldest checkpoints, which Ray has on its list, are deleted by then."""
-    words = ["run=again", "storage=s3://gptj", "steps=60", "checkpoint_every=2", *TINY]
+    words = ["run=again", "storage=s3://gptj", "steps=40", "checkpoint_every=2", *TINY]
     command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
     first = subprocess.Popen(
         command, env=cluster, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -141,7 +141,7 @@ def test_a_killed_jobs_run_goes_on_when_it_is_submitted_again(cluster: dict[str,
     done = direct(cluster, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on after step" in done.stdout + done.stderr
-    assert sorted(losses("again")) == list(range(10, 61, 10))
+    assert sorted(losses("again")) == list(range(10, 41, 10))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,9 @@ def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, s
     words = ["run=diverging", "storage=s3://gptj", "steps=20", *TINY]
     done = direct(cluster, *words, "model.config.initializer_range=1e30")
     assert done.returncode == 1
-    assert re.search(r"error: the loss of step \d+ is (nan|inf): lower", done.stderr), done.stderr
+    assert re.search(
+        r"error: the training loss after step \d+ is (nan|inf): start another run=", done.stderr
+    ), done.stderr
     assert done.stdout.count("training examples") == 1 and "Traceback" not in done.stderr
 
 

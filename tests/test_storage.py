@@ -127,9 +127,12 @@ def test_a_missing_bucket_is_named_with_the_remedy(s3: LocalS3) -> None:
 
 
 def test_a_wrong_key_is_refused_with_the_remedy(
-    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+    s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(storage.AccessDeniedError, match="s3://gptj/some/file.*remedy"):
+        storage.upload(tmp_path / "file", "s3://gptj/some/file")  # by boto3's own transfers
     with pytest.raises(storage.AccessDeniedError, match="s3://gptj/some/.*remedy") as caught:
         storage.check_writable("s3://gptj/some")
     assert s3.secret_key not in str(caught.value) and "wrong" not in str(caught.value)
