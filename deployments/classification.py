@@ -12,7 +12,8 @@ Also `GET /classification/health`. The prefix is the application's `route_prefix
 from ray import serve
 from ray.serve import Application
 
-from deployments.loading import Arguments, load
+from deployments.loading import BatchArguments as Arguments
+from deployments.loading import load
 from gptj import GPTJForSequenceClassification
 from gptj.serving.app import health, new_app
 from gptj.serving.classification import ClassificationRequest, ClassificationService, LabelScore

@@ -14,16 +14,19 @@ Also `GET /v1/models`, `GET /v1/models/{id}`, vLLM's `POST /tokenize`, `POST /de
 
 import asyncio
 import time
-from typing import Any
+from typing import Annotated, Any, Self
 
 from fastapi.responses import Response, StreamingResponse
+from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 
 from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, name_of
 from gptj import GPTJForCausalLM
-from gptj.engine.batch_engine import BatchEngine
+from gptj.engine.cache_size import cache_tokens
+from gptj.engine.choice import Quantization, best_runner
+from gptj.engine.engine import Engine
 from gptj.serving.app import health, new_app
 from gptj.serving.completion_service import CompletionService, server_sent
 from gptj.serving.completions import Completion, CompletionRequest, ModelCard, ModelList
@@ -44,6 +47,39 @@ app = new_app("GPT-J text generation")
 
 class Arguments(LoadingArguments):
     model_name: str | None = None  # what clients call it; default: by its address
+    quantization: Quantization = "none"  # int8: weights in 8 bits, faster and smaller on a CPU
+    max_running: Annotated[int, Field(ge=1)] = 64  # outputs that are generated together
+    step_tokens: Annotated[int, Field(ge=1)] = 256  # new ones of a step: bounds others' pauses
+    prefix_caching: bool = True  # prompts that begin alike are computed once
+    # The cache of keys and values: so many tokens, or else a share of the device's free memory
+    # (default: 0.3 on a CPU, 0.9 on a GPU), and no more than max_running requests can use.
+    cache_tokens: Annotated[int, Field(ge=16)] | None = None
+    cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_cache_size(self) -> Self:
+        if self.cache_tokens is not None and self.cache_share is not None:
+            raise ValueError("cache_tokens and cache_share both state the cache's size: leave one")
+        if self.step_tokens < self.max_running:
+            raise ValueError(
+                f"step_tokens={self.step_tokens} must not be below max_running={self.max_running}: "
+                f"each running output takes one of a step"
+            )
+        return self
+
+
+# Above the class, which Ray sends with what the module has when it is decorated.
+def cache_size(model: GPTJForCausalLM, arguments: Arguments) -> int:
+    """Tokens that the cache has room for."""
+    if arguments.cache_tokens is not None:
+        return arguments.cache_tokens
+    return cache_tokens(
+        model.config,
+        share=arguments.cache_share or (0.9 if model.device.type == "cuda" else 0.3),
+        device=model.device,
+        element_size=model.dtype.itemsize,
+        most=arguments.max_running * model.config.n_positions,
+    )
 
 
 @serve.deployment(name="generation")
@@ -53,12 +89,21 @@ class Generation:
         model, tokenizer = load(GPTJForCausalLM, arguments)
         eos = model.config.eos_token_id
         vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-        self._engine = BatchEngine(
+        context = model.config.n_positions
+        runner = best_runner(
             model,
+            cache_size(model, arguments),
+            quantization=arguments.quantization,
+            release=True,  # one copy of the weights
+        )
+        self._engine = Engine(
+            runner,
             eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
             banned_ids=vocabulary.unused_ids,
-            max_batch=arguments.max_batch,
+            max_running=arguments.max_running,
             max_waiting=arguments.max_waiting,
+            step_tokens=arguments.step_tokens,
+            prefix_caching=arguments.prefix_caching,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         self._tokenizer = tokenizer
@@ -68,7 +113,7 @@ class Generation:
             id=name,
             created=int(time.time()),
             root=arguments.checkpoint,
-            max_model_len=model.config.n_positions,
+            max_model_len=context,
         )
 
     @app.post("/v1/completions", response_model=Completion)

@@ -30,10 +30,15 @@ class Arguments(BaseModel):
     # auto: float16 on a GPU; on a CPU bfloat16 where it computes in it (AMX, AVX512-BF16), or
     # else float32, since emulation is slower than float32 itself.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    max_batch: Annotated[int, Field(ge=1)] = 16  # rows that are computed together
     max_waiting: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
     # Without a step for so long while there is work, the replica counts as dead and is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
+
+
+class BatchArguments(Arguments):
+    """Of a service that computes whole rows, in batches."""
+
+    max_batch: Annotated[int, Field(ge=1)] = 16  # rows that are computed together
 
 
 def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:

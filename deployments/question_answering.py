@@ -16,8 +16,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from deployments.loading import Arguments as LoadingArguments
-from deployments.loading import load, training_data_settings
+from deployments.loading import BatchArguments, load, training_data_settings
 from gptj import GPTJForQuestionAnswering
 from gptj.serving.app import health, new_app
 from gptj.serving.question_answering import (
@@ -31,7 +30,7 @@ from gptj.serving.question_answering import (
 app = new_app("GPT-J question answering")
 
 
-class Arguments(LoadingArguments):
+class Arguments(BatchArguments):
     """`window` and `stride` are as in the training where it is known, or else 384 and 128."""
 
     window: Annotated[int, Field(ge=2)] | None = None  # tokens of question and context together

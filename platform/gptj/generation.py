@@ -221,7 +221,7 @@ def beam_search(
     """The likeliest continuations of each row, best first: see `generate`."""
     device = input_ids.device
     searches = [
-        _Beams(prompt, num_beams, params.max_tokens, set(eos_ids), length_penalty, early_stopping)
+        Beams(prompt, num_beams, params.max_tokens, set(eos_ids), length_penalty, early_stopping)
         for prompt in decoder.real_tokens(input_ids)
     ]
     tokens = input_ids
@@ -236,9 +236,7 @@ def beam_search(
         vocabulary = log_probs.shape[-1]
         scores = torch.tensor([[b.score for b in s.running] for s in searches], device=device)
         totals = (log_probs.view(len(searches), num_beams, -1) + scores[:, :, None]).flatten(1)
-        # An eos ends a beam, so that each may take one candidate from those that go on.
-        wanted = max(2, 1 + len(eos_ids)) * num_beams
-        candidates = totals.topk(min(wanted, totals.shape[-1]))
+        candidates = totals.topk(min(searches[0].candidates, totals.shape[-1]))
         for search, values, places in zip(
             searches, candidates.values.tolist(), candidates.indices.tolist(), strict=True
         ):
@@ -264,13 +262,15 @@ def beam_search(
 
 
 @dataclass(frozen=True)
-class _Beam:
+class Beam:
+    """A continuation that a search goes on with."""
+
     output: list[int]
     score: float  # log-probability
     origin: int  # the beam of the last step that it continues
 
 
-class _Beams:
+class Beams:
     """One prompt's search: beams that go on, and the best that have ended."""
 
     def __init__(
@@ -285,13 +285,19 @@ class _Beams:
         self.prompt = prompt
         self.open = True  # whether a better result may still come
         # All start equal: but for the first, they are kept out by their scores.
-        self.running = [_Beam([], 0.0 if beam == 0 else -1e9, beam) for beam in range(width)]
+        self.running = [Beam([], 0.0 if beam == 0 else -1e9, beam) for beam in range(width)]
         self._width = width
         self._max_tokens = max_tokens
         self._eos_ids = eos_ids
         self._length_penalty = length_penalty
         self._early_stopping = early_stopping
         self._ended: list[tuple[float, list[int]]] = []  # best first
+
+    @property
+    def candidates(self) -> int:
+        """How many continuations a step needs to see."""
+        # An eos ends a beam, so that each may take one candidate from those that go on.
+        return max(2, 1 + len(self._eos_ids)) * self._width
 
     def step(self, candidates: list[tuple[float, int, int]]) -> None:
         """Take the (score, beam, token) of the likeliest continuations, best first."""
@@ -300,7 +306,7 @@ class _Beams:
         for rank, (score, beam, token) in enumerate(candidates):
             output = [*self.running[beam].output, token]
             if token not in self._eos_ids and length < self._max_tokens:
-                going_on.append(_Beam(output, score, beam))
+                going_on.append(Beam(output, score, beam))
             elif rank < self._width and self.open:
                 self._ended.append((self._ranked(score, length), output))
         self._ended.sort(key=lambda each: -each[0])

@@ -138,16 +138,6 @@ def choose(
     return scores.argmax(dim=-1)
 
 
-def generator_for(params: SamplingParams, device: torch.device) -> torch.Generator:
-    """A request's own source of randomness, seeded by it or by the system."""
-    generator = torch.Generator(device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed % 2**63)
-    return generator
-
-
 def _check(holds: bool, name: str, range_: str, value: object) -> None:
     if not holds:
         raise ValueError(f"{name} must be {range_}, got {value}")

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from gptj.engine.batch_engine import (
-    BatchEngine,
+from gptj.engine.batch_thread import ClosedError
+from gptj.engine.engine import Engine, Ticket
+from gptj.engine.events import (
     BeamsFound,
     Event,
     Failed,
     Finished,
     PromptLogprobs,
-    Ticket,
     TokenEvent,
 )
-from gptj.engine.batch_thread import ClosedError
 from gptj.serving.completions import (
     DEFAULT_MAX_TOKENS,
     Choice,
@@ -33,6 +32,7 @@ from gptj.serving.completions import (
     named,
 )
 from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
+from gptj.serving.mailbox import Mailbox
 from gptj.serving.text_stream import TextStream
 from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
@@ -61,6 +61,9 @@ class Piece:
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens or self.reason)
 
+    def __add__(self, later: Piece) -> Piece:
+        return Piece(self.text + later.text, self.tokens + later.tokens, later.reason)
+
 
 class CompletionService:
     """Answers completions requests by an engine and a tokenizer.
@@ -72,7 +75,7 @@ class CompletionService:
 
     def __init__(
         self,
-        engine: BatchEngine,
+        engine: Engine,
         tokenizer: GPTJTokenizer,
         vocabulary: Vocabulary,
         model_name: str,
@@ -81,6 +84,7 @@ class CompletionService:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._model_name = model_name
+        self._mailbox: Mailbox | None = None
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The whole reply. Cancelling the call cancels the work.
@@ -123,8 +127,20 @@ class CompletionService:
 
     def _run(self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]) -> _Run:
         return _Run(
-            self._engine, self._tokenizer, request, prompts, partial(self._max_tokens, request)
+            self._engine,
+            self._tokenizer,
+            request,
+            prompts,
+            partial(self._max_tokens, request),
+            self._events(),
         )
+
+    def _events(self) -> _Events:
+        """For a request of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return _Events(self._mailbox)
 
     async def _chunks(self, request: CompletionRequest, run: _Run) -> AsyncIterator[Completion]:
         options = request.stream_options or StreamOptions()
@@ -206,7 +222,7 @@ class CompletionService:
         return Completion(model=self._model_name, choices=choices, usage=usage)
 
     async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
-        events = _Events()
+        events = self._events()
         params = request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
         try:
             ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
@@ -367,13 +383,15 @@ class _Run:
 
     def __init__(
         self,
-        engine: BatchEngine,
+        engine: Engine,
         tokenizer: GPTJTokenizer,
         request: CompletionRequest,
         prompts: Sequence[EncodedPrompt],
         max_tokens: Callable[[int], int],
+        events: _Events,
     ) -> None:
         self._engine = engine
+        self._events = events
         self._request = request
         self._prompts = prompts
         self._max_tokens = max_tokens
@@ -391,34 +409,46 @@ class _Run:
 
         Whatever ends the iteration ends the work. Raises APIError, QueueFullError, ClosedError.
         """
-        events = _Events()
+        events = self._events
         running = len(self.outputs)
         try:
-            for output in self.outputs:
-                events.tickets.append(self._submit(output, events))
+            for start in range(0, running, self._request.candidates):
+                self._submit(self.outputs[start : start + self._request.candidates])
             while running:
-                index, event = await events.get()
-                output = self.outputs[index]
-                if output.ended:
-                    continue
-                start = len(output.prompt.text) if self._request.echo else 0
-                piece = output.take(event, start)
-                if output.ended:
-                    running -= 1
-                    events.tickets[index].cancel()  # a stop string is none of the engine's
-                if piece:
-                    yield index, piece
+                # What has come meanwhile goes out together: a slow client gets fewer, larger parts.
+                pieces: dict[int, Piece] = {}
+                for index, event in await events.get_all():
+                    if self.outputs[index].ended:
+                        continue
+                    piece = self._take(index, event)
+                    pieces[index] = pieces[index] + piece if index in pieces else piece
+                    running -= self.outputs[index].ended
+                for index, piece in pieces.items():
+                    if piece:
+                        yield index, piece
         finally:
             events.cancel()
+
+    def _take(self, index: int, event: Event) -> Piece:
+        output = self.outputs[index]
+        piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
+        if output.ended:
+            self._events.tickets[index].cancel()  # a stop string is none of the engine's
+        return piece
 
     def usage(self) -> Usage:
         return _usage(self._prompts, sum(output.new_tokens for output in self.outputs))
 
-    def _submit(self, output: _Output, events: _Events) -> Ticket:
-        sample = output.index % self._request.candidates
-        params = self._request.sampling(self._max_tokens(len(output.prompt.ids)), sample)
+    def _submit(self, outputs: Sequence[_Output]) -> None:
+        """Submit one prompt's outputs."""
+        prompt = outputs[0].prompt.ids
+        max_tokens = self._max_tokens(len(prompt))
         try:
-            return self._engine.submit(output.prompt.ids, params, events.put(output.index))
+            self._events.tickets += self._engine.submit_many(
+                prompt,
+                [self._request.sampling(max_tokens, sample) for sample in range(len(outputs))],
+                [self._events.put(output.index) for output in outputs],
+            )
         except ValueError as error:
             raise named(error) from error
 
@@ -426,24 +456,29 @@ class _Run:
 class _Events:
     """Events of several requests, from the engine's thread to this event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, mailbox: Mailbox) -> None:
         self.tickets: list[Ticket] = []
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
     def put(self, index: int) -> Callable[[Event], None]:
         """What the engine calls with the events of request `index`."""
-        return lambda event: self._take(index, event)
+        mailbox, queue = self._mailbox, self._queue
+        return lambda event: mailbox.put(queue, (index, event))
 
     async def get(self) -> tuple[int, Event]:
         return await self._queue.get()
 
+    async def get_all(self) -> list[tuple[int, Event]]:
+        """All that have come; one at least."""
+        events = [await self._queue.get()]
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
+
     def cancel(self) -> None:
         for ticket in self.tickets:
             ticket.cancel()
-
-    def _take(self, index: int, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
 
 async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:

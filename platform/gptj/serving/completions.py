@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
-from gptj.engine.batch_engine import BeamParams
+from gptj.engine.events import BeamParams
 from gptj.sampling import SamplingParams
 from gptj.serving.errors import APIError, InvalidRequestError
 
@@ -146,6 +146,7 @@ class CompletionRequest(RequestModel):
     stop_token_ids: list[int] = Field(default_factory=list)
     use_beam_search: bool = False  # best_of beams, of which the n best are returned
     length_penalty: float = 1.0  # beams rank by log-probability / length ** length_penalty
+    early_stopping: bool = False  # end when as many beams as best_of have ended
 
     @property
     def candidates(self) -> int:
@@ -193,8 +194,9 @@ class CompletionRequest(RequestModel):
                 raise _invalid(name, f"{name} may have {MAX_BIASES} tokens, got {len(given)}")
         if self.use_beam_search:
             self._check_beam_search()
-        elif self.length_penalty != 1:
-            raise _invalid("length_penalty", "length_penalty is for use_beam_search=true")
+        elif self.length_penalty != 1 or self.early_stopping:
+            name = "early_stopping" if self.early_stopping else "length_penalty"
+            raise _invalid(name, f"{name} is for use_beam_search=true")
 
     def _check_beam_search(self) -> None:
         refused = {
@@ -248,7 +250,7 @@ class CompletionRequest(RequestModel):
             raise named(error) from error
 
     def beams(self) -> BeamParams:
-        return BeamParams(self.candidates, self.n, self.length_penalty)
+        return BeamParams(self.candidates, self.n, self.length_penalty, self.early_stopping)
 
 
 def named(error: ValueError) -> APIError:

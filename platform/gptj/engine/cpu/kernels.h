@@ -1,0 +1,326 @@
+// Arithmetic on 512-bit vectors that step.cpp is made of: exp, GELU, layer norm, and products of
+// rows of activations with packed weights in fp32, bf16 or int8.
+//
+// Every result is computed in an order that depends on its own row alone, never on the rows
+// beside it: a request's numbers are the same, bit for bit, in any batch and in any chunks.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+enum class Kind : int { fp32 = 0, bf16 = 1, int8 = 2 };
+
+constexpr int64_t kBlock = 32;   // columns of a block of packed weights: two vectors
+constexpr int64_t kMaxRows = 12;  // rows of a pass over a block: 24 accumulators
+constexpr int64_t kAhead = 2048;  // bytes from a weight to the one that is fetched meanwhile
+constexpr int64_t kGroup = 128;  // inputs that share a scale when activations become int8
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Inputs that one 32-bit word of activations holds.
+inline int64_t per_word(Kind kind) { return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? 2 : 4; }
+
+inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << (n < 0 ? 0 : n)) - 1); }
+
+// e^x to about one unit in the last place (Cephes' polynomial), for x <= 88; below -87 it is 0.
+inline __m512 exp512(__m512 x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_mask_mov_ps(_mm512_maskz_scalef_ps(normal, p, n), nan, x);
+}
+
+// The tanh approximation of GELU, written as x * sigmoid(2u), which is the same.
+inline __m512 gelu512(__m512 x) {
+  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+  const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+  // Clamped so that exp does not overflow: the sigmoid is 0 or 1 there.
+  const __m512 twice = _mm512_mul_ps(u, _mm512_set1_ps(-2.0f * 0.7978845608028654f));
+  const __m512 e = exp512(_mm512_min_ps(_mm512_set1_ps(88.0f), twice));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+inline uint16_t to_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline __m512 load_bf16(const void* p, __mmask16 mask) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+// The sums that a product is made of. `dot` adds, in each of 16 places, the products of one word
+// of weights with the word of activations that all places share.
+struct Fp32 {
+  using Sum = __m512;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum dot(Sum sum, __m512i w, uint32_t a) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(_mm512_set1_epi32(int(a))), sum);
+  }
+};
+
+struct Bf16 {
+  using Sum = __m512;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum dot(Sum sum, __m512i w, uint32_t a) {
+    const __m512i x = _mm512_set1_epi32(int(a));
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+#else
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
+                          _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)),
+                           _mm512_castsi512_ps(_mm512_and_si512(x, high)), sum);
+#endif
+  }
+};
+
+struct Int8 {  // weights are stored with 128 added, as the instruction wants one side unsigned
+  using Sum = __m512i;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Sum dot(Sum sum, __m512i w, uint32_t a) {
+    const __m512i x = _mm512_set1_epi32(int(a));
+#ifdef __AVX512VNNI__
+    // Not by its intrinsic, with which GCC 12 keeps the sums in memory: half the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+#else  // in 16 bits, so that nothing saturates: |255 * 127| * 2 fits 32 bits only
+    const __m512i mask = _mm512_set1_epi16(0x00ff);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, mask),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+  }
+};
+
+// Rows that one pass over a block of weights takes: as even a share of all as there can be.
+struct Pass {
+  int64_t row, count;
+
+  static int64_t passes(int64_t rows) { return ceil_div(rows, kMaxRows); }
+
+  static Pass number(int64_t pass, int64_t rows) {
+    const int64_t least = rows / passes(rows), more = rows % passes(rows);
+    return {pass * least + std::min(pass, more), least + (pass < more)};
+  }
+};
+
+// Rows of activations in a kind's own form, then with the rows of each pass side by side, word by
+// word, as the products read them. In int8 each group of kGroup inputs has a scale, and 128 times its sum,
+// which undoes the 128 that was added to the weights.
+struct Activations {
+  uint32_t* by_row;  // (rows, width)
+  uint32_t* words;   // of each pass: (width, rows of the pass); for one row the same as by_row
+  float* scales;     // (rows, groups)
+  int32_t* offsets;  // (rows, groups)
+  int64_t rows;
+  int64_t width;   // words of a row
+  int64_t groups;  // of a row
+};
+
+// Packed weights (columns, inputs), in blocks of kBlock columns: for each word of inputs, a
+// block's columns lie side by side. Columns beyond the last are 0.
+struct Weights {
+  const void* data;
+  const float* scales;  // (columns), int8 only
+  const float* bias;    // (columns)
+  int64_t columns;
+  int64_t inputs;
+};
+
+// Whether all of a row is finite: int8 could not say so otherwise, and max() drops NaN.
+inline bool finite(const float* x, int64_t n) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16)  // 0 * x is NaN for what is not finite
+    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), _mm512_setzero_ps(), sum);
+  return _mm512_reduce_add_ps(sum) == 0.0f;
+}
+
+// Makes n inputs a row of the activations.
+inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, int64_t row) {
+  uint32_t* own = a.by_row + row * a.width;
+  if (kind == Kind::fp32) {
+    std::memcpy(own, x, size_t(n) * 4);
+  } else if (kind == Kind::bf16) {
+    auto* to = reinterpret_cast<uint16_t*>(own);
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+#endif
+    for (; i < n; ++i) to[i] = to_bf16(x[i]);
+  } else {
+    for (int64_t g = 0; g * kGroup < n; ++g) {
+      const int64_t from = g * kGroup, to = std::min(n, from + kGroup);
+      __m512 most = _mm512_setzero_ps();
+      for (int64_t i = from; i < to; i += 16)
+        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(to - i), x + i)));
+      const float largest = _mm512_reduce_max_ps(most);
+      const float scale = largest / 127.0f;
+      const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t i = from; i < to; i += 16) {
+        const __m512i q =
+            _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first(to - i), x + i), inverse));
+        sum = _mm512_add_epi32(sum, q);
+        _mm_mask_storeu_epi8(reinterpret_cast<int8_t*>(own) + i, first(to - i),
+                             _mm512_cvtepi32_epi8(q));
+      }
+      // A row that is not finite stays so: the engine must see it.
+      a.scales[row * a.groups + g] = finite(x + from, to - from) ? scale : NAN;
+      a.offsets[row * a.groups + g] = 128 * _mm512_reduce_add_epi32(sum);
+    }
+  }
+}
+
+constexpr int64_t kTurned = 64;  // words of each row that one piece of this work turns
+
+// Puts some words of a pass's rows side by side.
+inline void interleave(const Activations& a, int64_t pass_number, int64_t piece) {
+  const Pass pass = Pass::number(pass_number, a.rows);
+  const uint32_t* from = a.by_row + pass.row * a.width;
+  uint32_t* to = a.words + pass.row * a.width;
+  const int64_t end = std::min(a.width, (piece + 1) * kTurned);
+  for (int64_t i = piece * kTurned; i < end; ++i)
+    for (int64_t m = 0; m < pass.count; ++m) to[i * pass.count + m] = from[m * a.width + i];
+}
+
+inline void layer_norm(const float* x, const float* weight, const float* bias, float epsilon,
+                       int64_t n, float* y) {
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16)
+    total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(first(n - i), x + i));
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / float(n));
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = first(n - i);
+    const __m512 d = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + i), mean);
+    squares = _mm512_fmadd_ps(d, d, squares);
+  }
+  const float variance = _mm512_reduce_add_ps(squares) / float(n);
+  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(variance + epsilon));
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 m = first(n - i);
+    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), mean), factor);
+    _mm512_mask_storeu_ps(y + i, m, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(m, weight + i),
+                                                    _mm512_maskz_loadu_ps(m, bias + i)));
+  }
+}
+
+// A block's products with the M rows of a pass: out[m][v] is row m's with its vector v. Beside
+// it the weights that are needed soon are fetched: `lines` for each word, from `ahead` on.
+template <class K, int M>
+inline void product(const Weights& w, int64_t block, const Activations& a, int64_t row,
+                    const char* ahead, int lines, __m512 (&out)[M][2]) {
+  const auto* weights = static_cast<const char*>(w.data) + block * a.width * 128;
+  const uint32_t* words = a.words + row * a.width;
+  const auto run = [&](int64_t from, int64_t to, typename K::Sum (&sum)[M][2]) {
+    for (int64_t i = from; i < to; ++i) {
+      const __m512i w0 = _mm512_loadu_si512(weights + i * 128);
+      const __m512i w1 = _mm512_loadu_si512(weights + i * 128 + 64);
+      if (lines > 0) _mm_prefetch(ahead + i * lines * 64, _MM_HINT_T0);
+      if (lines > 1) _mm_prefetch(ahead + i * lines * 64 + 64, _MM_HINT_T0);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const uint32_t x = words[i * M + m];
+        sum[m][0] = K::dot(sum[m][0], w0, x);
+        sum[m][1] = K::dot(sum[m][1], w1, x);
+      }
+    }
+  };
+  typename K::Sum sum[M][2];
+  if constexpr (std::is_same_v<K, Int8>) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) out[m][0] = out[m][1] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < a.groups; ++g) {
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m)
+        sum[m][0] = sum[m][1] = _mm512_set1_epi32(-a.offsets[(row + m) * a.groups + g]);
+      run(g * (kGroup / 4), std::min(a.width, (g + 1) * (kGroup / 4)), sum);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const __m512 scale = _mm512_set1_ps(a.scales[(row + m) * a.groups + g]);
+        out[m][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][0]), scale, out[m][0]);
+        out[m][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][1]), scale, out[m][1]);
+      }
+    }
+    for (int v = 0; v < 2; ++v) {
+      const int64_t column = block * kBlock + v * 16;
+      const __m512 scale = _mm512_maskz_loadu_ps(first(w.columns - column), w.scales + column);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) out[m][v] = _mm512_mul_ps(out[m][v], scale);
+    }
+  } else {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = K::zero();
+    run(0, a.width, sum);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) out[m][0] = sum[m][0], out[m][1] = sum[m][1];
+  }
+}
+
+// Calls done(row, column, values, mask) with each 16 columns of a block, the bias added.
+template <class K, int M, class Done>
+inline void rows_of_block(const Weights& w, int64_t block, const Activations& a, int64_t row,
+                          const char* ahead, int lines, const Done& done) {
+  __m512 out[M][2];
+  product<K, M>(w, block, a, row, ahead, lines, out);
+  for (int v = 0; v < 2; ++v) {
+    const int64_t column = block * kBlock + v * 16;
+    const __mmask16 mask = first(w.columns - column);
+    if (mask == 0) break;
+    const __m512 bias = _mm512_maskz_loadu_ps(mask, w.bias + column);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) done(row + m, column, _mm512_add_ps(out[m][v], bias), mask);
+  }
+}
+
+// All rows of one block, in passes. A single pass fetches weights a little ahead of itself;
+// of several, the first two fetch half of the next block each, so that the memory is as busy
+// while the processor computes from its cache.
+template <class K, class Done>
+inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {
+  const int64_t passes = Pass::passes(a.rows), bytes = a.width * 128;
+  const char* start = static_cast<const char*>(w.data) + block * bytes;
+  for (int64_t number = 0; number < passes; ++number) {
+    const Pass pass = Pass::number(number, a.rows);
+    const int lines = passes == 1 ? 2 : number < 2 ? 1 : 0;
+    const char* ahead = passes == 1 ? start + kAhead : start + bytes + number * (bytes / 2);
+    switch (pass.count) {
+#define ROWS(M)                                                     \
+  case M:                                                           \
+    rows_of_block<K, M>(w, block, a, pass.row, ahead, lines, done); \
+    break;
+      ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+      ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+#undef ROWS
+    }
+  }
+}

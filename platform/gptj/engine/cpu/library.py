@@ -1,0 +1,157 @@
+"""step.cpp, compiled for this machine and loaded: built once, then kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCES = ("step.cpp", "kernels.h")
+FLAGS = (
+    "-O3 -march=native -std=c++17 -fno-math-errno -shared -fPIC -pthread "
+    "-Wall -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC warns of its own headers
+).split()
+BUILD_SECONDS = 300
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+
+class UnsupportedError(RuntimeError):
+    """This machine cannot run the kernels; the message says what it lacks."""
+
+
+class Sizes(ctypes.Structure):
+    """As in step.cpp."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "kind",
+                "layers",
+                "width",
+                "heads",
+                "head",
+                "rotated",
+                "inner",
+                "vocabulary",
+                "pages",
+                "threads",
+            )
+        ),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class Weights(ctypes.Structure):
+    """As in kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("columns", "inputs")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "norm_bias")),
+        *((name, Weights) for name in ("qkv", "fc_in", "out")),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("embedding", "final_weight", "final_bias")),
+        ("head", Weights),
+        *((name, ctypes.c_void_p) for name in ("sines", "cosines", "keys", "values")),
+        ("layers", ctypes.POINTER(Layer)),
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "starts", "pages", "wanted")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("tokens", "sequences", "pages_per_row", "wanted_count")
+        ),
+        ("logits", ctypes.c_void_p),
+    ]
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library. Raises UnsupportedError without AVX-512, or a compiler that knows it."""
+    missing = [flag for flag in NEEDED if flag not in processor_flags()]
+    if missing:
+        raise UnsupportedError(f"the processor has no {', '.join(missing)}")
+    library = ctypes.CDLL(str(_built()))
+    library.gptj_create.restype = ctypes.c_void_p
+    library.gptj_create.argtypes = [ctypes.POINTER(Sizes), ctypes.POINTER(Model)]
+    library.gptj_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step)]
+    library.gptj_destroy.argtypes = [ctypes.c_void_p]
+    library.gptj_prefer_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.gptj_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.gptj_read.restype = ctypes.c_int64
+    return library
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty on other systems."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _built() -> Path:
+    """The library's path, compiled first if it is not there.
+
+    Its name has the hash of all that it depends on. It is written beside, and renamed when it is
+    whole: processes that build at the same time, or are killed at it, do no harm.
+    """
+    folder = Path(__file__).parent
+    contents = [(folder / name).read_bytes() for name in SOURCES]
+    compiler = _compiler()
+    machine = " ".join([*FLAGS, compiler, _version(compiler), *sorted(processor_flags())])
+    digest = hashlib.sha256(b"\0".join([*contents, machine.encode()])).hexdigest()[:16]
+    target = _cache_folder() / f"step-{digest}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent) as build:
+        path = Path(build) / target.name
+        result = subprocess.run(
+            [compiler, *FLAGS, "-o", str(path), str(folder / SOURCES[0])],
+            capture_output=True,
+            text=True,
+            timeout=BUILD_SECONDS,
+        )
+        if result.returncode != 0:
+            raise UnsupportedError(f"{compiler} cannot build step.cpp: {result.stderr[-2000:]}")
+        os.replace(path, target)
+    return target
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptj"
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX", "g++")
+    found = shutil.which(wanted)
+    if found is None:
+        raise UnsupportedError(f"there is no C++ compiler {wanted!r} (it is named by CXX)")
+    return found
+
+
+def _version(compiler: str) -> str:
+    command = [compiler, "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    return result.stdout.partition("\n")[0]

@@ -1,0 +1,531 @@
+// One step of GPT-J over a paged cache, on threads of its own. A C interface, which library.py
+// calls without the interpreter's lock: the event loop beside it is never held up.
+//
+// All of a step is one parallel run. Its threads take blocks of work from shared counters, so
+// that a thread which the system holds up delays nobody, and meet at a barrier after each part.
+//
+// A page holds 16 positions of a layer: for each head the keys as (words of the head, 16), one
+// vector for one word of all positions, and the values as (16, head).
+
+#include "kernels.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <sched.h>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kPage = 16;    // positions of a page
+constexpr int64_t kQueries = 4;  // of a sequence, that share one reading of keys and values
+
+thread_local int thread_number = 0;  // in its team: the one that calls is 0
+
+// Threads that run one function together. Between runs they sleep; within one they spin a
+// little at the barriers, and then let others have the processor.
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {
+    for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] {
+        thread_number = i;
+        work();
+      });
+  }
+
+  ~Team() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    wake_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+
+  void run(const std::function<void()>& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      ++run_;
+    }
+    wake_.notify_all();
+    job();
+    barrier();
+  }
+
+  void barrier() {
+    const int64_t turn = turn_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.fetch_add(1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins)
+      spins < 4000 ? _mm_pause() : (void)sched_yield();
+  }
+
+ private:
+  void work() {
+    for (int64_t seen = 0;;) {
+      const std::function<void()>* job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return ended_ || run_ != seen; });
+        if (ended_) return;
+        seen = run_;
+        job = job_;
+      }
+      (*job)();
+      barrier();
+    }
+  }
+
+  const int size_;
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  const std::function<void()>* job_ = nullptr;
+  int64_t run_ = 0;
+  bool ended_ = false;
+  std::atomic<int> arrived_{0};
+  std::atomic<int64_t> turn_{0};
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Sizes {
+  int64_t kind;  // of the weights; the cache and the embedding are bf16 unless they are fp32
+  int64_t layers, width, heads, head, rotated, inner, vocabulary, pages, threads;
+  float epsilon;
+};
+
+// Pointers into tensors that Python keeps. Norms and biases are fp32.
+struct Layer {
+  const float *norm_weight, *norm_bias;
+  Weights qkv, fc_in, out;  // out: (width, width + inner), out_proj beside fc_out
+};
+
+struct Model {
+  const void* embedding;           // (vocabulary, width)
+  const float *final_weight, *final_bias;
+  Weights head;
+  const float *sines, *cosines;    // (positions, rotated / 2)
+  void *keys, *values;             // (layers, pages, heads, 16 * head)
+  const Layer* layers;
+};
+
+struct Step {
+  const int32_t *ids, *positions;  // (tokens)
+  const int32_t* starts;           // (sequences + 1)
+  const int32_t* pages;            // (sequences, pages_per_row)
+  const int32_t* wanted;           // (wanted_count)
+  int64_t tokens, sequences, pages_per_row, wanted_count;
+  float* logits;                   // (wanted_count, vocabulary)
+};
+}
+
+namespace {
+
+class Runner {
+ public:
+  Runner(const Sizes& sizes, const Model& model)
+      : s_(sizes),
+        m_(model),
+        layers_(model.layers, model.layers + sizes.layers),
+        kind_(Kind(sizes.kind)),
+        cache_kind_(kind_ == Kind::fp32 ? Kind::fp32 : Kind::bf16),
+        team_(int(sizes.threads)) {
+    m_.layers = layers_.data();
+  }
+
+  void step(const Step& step) {
+    b_ = &step;
+    const int64_t most = std::max(step.tokens, step.wanted_count);
+    const int64_t inputs = s_.width + s_.inner;
+    fit(x_, step.tokens * s_.width);
+    fit(qkv_, step.tokens * 3 * s_.width);
+    fit(branches_, step.tokens * inputs);
+    fit(by_row_, most * ceil_div(inputs, per_word(kind_)));
+    fit(words_, most * ceil_div(inputs, per_word(kind_)));
+    fit(scales_, most * ceil_div(inputs, kGroup));
+    fit(offsets_, most * ceil_div(inputs, kGroup));
+    counters_ = std::vector<Counter>(size_t((7 * s_.layers + 5) * s_.threads));
+    const std::function<void()> job = [this] { run(); };
+    team_.run(job);
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+    Counter() = default;
+    Counter(const Counter&) {}
+    Counter& operator=(const Counter&) { return *this; }
+  };
+
+  template <class T>
+  static void fit(std::vector<T>& buffer, int64_t size) {
+    if (int64_t(buffer.size()) < size) buffer.resize(size_t(size));
+  }
+
+  // One thread's part of the step. Every thread passes the same parts in the same order.
+  void run() {
+    int part = 0;
+    each(part, b_->tokens, [&](int64_t t) { embed(t); });
+    for (int64_t l = 0; l < s_.layers; ++l) {
+      const Layer& layer = layers_[size_t(l)];
+      const Activations normed = activations(b_->tokens, s_.width);
+      each(part, b_->tokens, [&](int64_t t) {
+        norm(normed, t, &x_[size_t(t * s_.width)], layer.norm_weight, layer.norm_bias);
+      });
+      first_product(part, layer, normed);
+      each(part, b_->sequences * s_.heads,
+           [&](int64_t i) { attend(l, i / s_.heads, i % s_.heads); });
+      const int64_t inputs = s_.width + s_.inner;
+      const Activations branches = activations(b_->tokens, inputs);
+      each(part, b_->tokens,
+           [&](int64_t t) { convert(kind_, &branches_[size_t(t * inputs)], inputs, branches, t); });
+      second_product(part, layer, branches);
+    }
+    const Activations last = activations(b_->wanted_count, s_.width);
+    each(part, b_->wanted_count, [&](int64_t i) {
+      norm(last, i, &x_[size_t(b_->wanted[i] * s_.width)], m_.final_weight, m_.final_bias);
+    });
+    multiply(part, m_.head, last,
+             [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
+               _mm512_mask_storeu_ps(b_->logits + row * s_.vocabulary + column, mask, y);
+             });
+  }
+
+  // Shares out `count` pieces of work; returns when all are done. Each thread has a stretch of its
+  // own, which memory is read along, and helps the others when that is done.
+  template <class Work>
+  void each(int& part, int64_t count, const Work& work) {
+    const int64_t threads = s_.threads;
+    Counter* stretches = &counters_[size_t(part++ * threads)];
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t stretch = (thread_number + i) % threads;
+      const int64_t start = count * stretch / threads, end = count * (stretch + 1) / threads;
+      auto& taken = stretches[stretch].next;
+      for (int64_t k; (k = start + taken.fetch_add(1, std::memory_order_relaxed)) < end;) work(k);
+    }
+    team_.barrier();
+  }
+
+  template <class Done>
+  void multiply(int& part, const Weights& w, const Activations& a, const Done& done) {
+    multiply2(part, w, w, 0, a, done, done);
+  }
+
+  // Two products with the same activations, in one part; of the second, `more` blocks.
+  template <class Done, class MoreDone>
+  void multiply2(int& part, const Weights& w, const Weights& second, int64_t more,
+                 const Activations& a, const Done& done, const MoreDone& more_done) {
+    if (a.rows > 1) {
+      const int64_t pieces = ceil_div(a.width, kTurned);
+      each(part, Pass::passes(a.rows) * pieces,
+           [&](int64_t i) { interleave(a, i / pieces, i % pieces); });
+    }
+    const int64_t blocks = ceil_div(w.columns, kBlock);
+    each(part, blocks + more, [&](int64_t block) {
+      if (block < blocks)
+        dispatch(w, block, a, done);
+      else
+        dispatch(second, block - blocks, a, more_done);
+    });
+  }
+
+  template <class Done>
+  void dispatch(const Weights& w, int64_t block, const Activations& a, const Done& done) {
+    if (kind_ == Kind::fp32)
+      block_product<Fp32>(w, block, a, done);
+    else if (kind_ == Kind::bf16)
+      block_product<Bf16>(w, block, a, done);
+    else
+      block_product<Int8>(w, block, a, done);
+  }
+
+  // Queries, keys and values, and beside them the MLP's first half with its activation.
+  void first_product(int& part, const Layer& layer, const Activations& normed) {
+    const int64_t inputs = s_.width + s_.inner;
+    multiply2(
+        part, layer.qkv, layer.fc_in, ceil_div(s_.inner, kBlock), normed,
+        [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
+          _mm512_mask_storeu_ps(&qkv_[size_t(row * 3 * s_.width + column)], mask, y);
+        },
+        [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
+          _mm512_mask_storeu_ps(&branches_[size_t(row * inputs + s_.width + column)], mask,
+                                gelu512(y));
+        });
+  }
+
+  // Both branches' last products at once, added to the residual stream.
+  void second_product(int& part, const Layer& layer, const Activations& branches) {
+    multiply(part, layer.out, branches,
+             [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
+               float* x = &x_[size_t(row * s_.width + column)];
+               _mm512_mask_storeu_ps(x, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, x), y));
+             });
+  }
+
+  void embed(int64_t t) {
+    float* x = &x_[size_t(t * s_.width)];
+    const int64_t from = int64_t(b_->ids[t]) * s_.width;
+    if (cache_kind_ == Kind::fp32) {
+      std::memcpy(x, static_cast<const float*>(m_.embedding) + from, size_t(s_.width) * 4);
+    } else {
+      const auto* row = static_cast<const uint16_t*>(m_.embedding) + from;
+      for (int64_t i = 0; i < s_.width; ++i) x[i] = from_bf16(row[i]);
+    }
+  }
+
+  void norm(const Activations& a, int64_t row, const float* x, const float* weight,
+            const float* bias) {
+    thread_local std::vector<float> y;
+    fit(y, s_.width);
+    layer_norm(x, weight, bias, s_.epsilon, s_.width, y.data());
+    convert(kind_, y.data(), s_.width, a, row);
+  }
+
+  Activations activations(int64_t rows, int64_t inputs) {
+    return {by_row_.data(), rows == 1 ? by_row_.data() : words_.data(), scales_.data(), offsets_.data(), rows,
+            ceil_div(inputs, per_word(kind_)), ceil_div(inputs, kGroup)};
+  }
+
+  // One head of one sequence: its new keys and values go into their pages, then its queries look.
+  void attend(int64_t layer, int64_t sequence, int64_t head) {
+    const int32_t start = b_->starts[sequence], end = b_->starts[sequence + 1];
+    const int32_t* pages = b_->pages + sequence * b_->pages_per_row;
+    if (cache_kind_ == Kind::fp32)
+      attend_in<Fp32>(layer, head, start, end, pages);
+    else
+      attend_in<Bf16>(layer, head, start, end, pages);
+  }
+
+  template <class K>
+  using Element = std::conditional_t<std::is_same_v<K, Fp32>, float, uint16_t>;
+
+  template <class K>
+  static Element<K> element(float x) {
+    if constexpr (std::is_same_v<K, Fp32>) return x;
+    else return to_bf16(x);
+  }
+
+  template <class K>
+  static __m512 load(const Element<K>* p, __mmask16 mask) {
+    if constexpr (std::is_same_v<K, Fp32>) return _mm512_maskz_loadu_ps(mask, p);
+    else return load_bf16(p, mask);
+  }
+
+  // Where a head's part of a page begins.
+  template <class K>
+  Element<K>* page(void* cache, int64_t layer, int64_t number, int64_t head) const {
+    return static_cast<Element<K>*>(cache) +
+           ((layer * s_.pages + number) * s_.heads + head) * kPage * s_.head;
+  }
+
+  template <class K>
+  void attend_in(int64_t layer, int64_t head, int32_t start, int32_t end, const int32_t* pages) {
+    constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;  // elements of a word
+    thread_local std::vector<float> rotated, scores;
+    thread_local std::vector<Element<K>> queries;
+    fit(rotated, s_.head);
+    fit(queries, kQueries * s_.head);
+    for (int32_t t = start; t < end; ++t) {
+      const int32_t position = b_->positions[t];
+      Element<K>* keys = page<K>(m_.keys, layer, pages[position / kPage], head);
+      Element<K>* values = page<K>(m_.values, layer, pages[position / kPage], head);
+      const int64_t place = position % kPage;
+      rotate(t, s_.width, head, rotated.data());
+      for (int64_t k = 0; k < s_.head; ++k)
+        keys[(k / kPair * kPage + place) * kPair + k % kPair] = element<K>(rotated[size_t(k)]);
+      const float* v = &qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)];
+      for (int64_t k = 0; k < s_.head; ++k) values[place * s_.head + k] = element<K>(v[k]);
+    }
+    for (int32_t t = start; t < end; t += kQueries) {
+      const int64_t count = std::min<int64_t>(kQueries, end - t);
+      for (int64_t q = 0; q < count; ++q) {
+        rotate(int32_t(t + q), 0, head, rotated.data());
+        for (int64_t k = 0; k < s_.head; ++k)
+          queries[size_t(q * s_.head + k)] = element<K>(rotated[size_t(k)]);
+      }
+      const auto* words = reinterpret_cast<const uint32_t*>(queries.data());
+      if (count == 1)
+        look<K, 1>(layer, head, t, pages, words, scores);
+      else if (count == 2)
+        look<K, 2>(layer, head, t, pages, words, scores);
+      else if (count == 3)
+        look<K, 3>(layer, head, t, pages, words, scores);
+      else
+        look<K, 4>(layer, head, t, pages, words, scores);
+    }
+  }
+
+  // A head's query or key of a token, its first dimensions turned by the token's position.
+  void rotate(int32_t t, int64_t offset, int64_t head, float* y) const {
+    const float* x = &qkv_[size_t(t * 3 * s_.width + offset + head * s_.head)];
+    const float* sines = m_.sines + b_->positions[t] * (s_.rotated / 2);
+    const float* cosines = m_.cosines + b_->positions[t] * (s_.rotated / 2);
+    for (int64_t i = 0; i < s_.rotated / 2; ++i) {
+      y[2 * i] = x[2 * i] * cosines[i] - x[2 * i + 1] * sines[i];
+      y[2 * i + 1] = x[2 * i + 1] * cosines[i] + x[2 * i] * sines[i];
+    }
+    std::memcpy(y + s_.rotated, x + s_.rotated, size_t(s_.head - s_.rotated) * 4);
+  }
+
+  // Attention of Q consecutive queries, the first of them token t. Scores of the whole context,
+  // then their softmax, then the values: each query's own sums in the order of positions.
+  template <class K, int Q>
+  void look(int64_t layer, int64_t head, int32_t t, const int32_t* pages, const uint32_t* queries,
+            std::vector<float>& scores) {
+    const int64_t length = b_->positions[t] + Q;  // of the last query's context
+    const int64_t page_count = ceil_div(length, kPage), stride = page_count * kPage;
+    fit(scores, Q * stride);
+    constexpr int P = 4 / Q > 0 ? 4 / Q : 1;  // pages at a time: sums that do not wait for others
+    int64_t p = 0;
+    for (; p + P <= page_count; p += P) score<K, Q, P>(layer, head, p, pages, queries, stride, scores.data());
+    for (; p < page_count; ++p) score<K, Q, 1>(layer, head, p, pages, queries, stride, scores.data());
+    float inverse[Q];
+    for (int q = 0; q < Q; ++q)
+      inverse[q] = softmax(&scores[size_t(q * stride)], length - (Q - 1 - q), stride);
+    float* out[Q];
+    for (int q = 0; q < Q; ++q)
+      out[q] = &branches_[size_t((t + q) * (s_.width + s_.inner) + head * s_.head)];
+    for (int64_t k = 0; k < s_.head; k += 64) {
+      __m512 sum[Q][4];
+      __mmask16 mask[4];
+      for (int v = 0; v < 4; ++v) mask[v] = first(s_.head - k - 16 * v);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = _mm512_setzero_ps();
+      for (int64_t position = 0; position < length; ++position) {
+        const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
+                          position % kPage * s_.head + k;
+        __m512 value[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) value[v] = load<K>(row + 16 * v, mask[v]);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) {
+          const __m512 weight = _mm512_set1_ps(scores[size_t(q * stride + position)]);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; ++v) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
+        }
+      }
+      for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < 4; ++v)
+          _mm512_mask_storeu_ps(out[q] + k + 16 * v, mask[v],
+                                _mm512_mul_ps(sum[q][v], _mm512_set1_ps(inverse[q])));
+    }
+  }
+
+  template <class K, int Q, int P>
+  void score(int64_t layer, int64_t head, int64_t p, const int32_t* pages, const uint32_t* queries,
+             int64_t stride, float* scores) {
+    constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;
+    const int64_t words = s_.head / kPair;
+    const Element<K>* keys[P];
+    for (int i = 0; i < P; ++i) keys[i] = page<K>(m_.keys, layer, pages[p + i], head);
+    __m512 sum[Q][P];
+    for (int q = 0; q < Q; ++q)
+      for (int i = 0; i < P; ++i) sum[q][i] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < words; ++w) {
+      __m512i key[P];
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) key[i] = _mm512_loadu_si512(keys[i] + w * kPage * kPair);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 4
+        for (int i = 0; i < P; ++i) sum[q][i] = K::dot(sum[q][i], key[i], queries[q * words + w]);
+    }
+    for (int q = 0; q < Q; ++q)
+      for (int i = 0; i < P; ++i)
+        _mm512_storeu_ps(scores + q * stride + (p + i) * kPage, sum[q][i]);
+  }
+
+  // Scores become weights that are still to be divided by their sum; returns 1 / sum. What is
+  // beyond `length` becomes 0, whatever stands in unused places of a page.
+  float softmax(float* scores, int64_t length, int64_t stride) const {
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(s_.head)));
+    const __m512 least = _mm512_set1_ps(-INFINITY);
+    __m512 most = least;
+    for (int64_t i = 0; i < length; i += 16)
+      most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first(length - i), scores + i));
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < stride; i += 16) {
+      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top), scale);
+      const __m512 e = _mm512_maskz_mov_ps(first(length - i), exp512(x));
+      total = _mm512_add_ps(total, e);
+      _mm512_storeu_ps(scores + i, e);
+    }
+    return 1.0f / _mm512_reduce_add_ps(total);
+  }
+
+  const Sizes s_;
+  Model m_;
+  const std::vector<Layer> layers_;
+  const Kind kind_, cache_kind_;
+  Team team_;
+  const Step* b_ = nullptr;
+  std::vector<Counter> counters_;
+  std::vector<float> x_, qkv_, branches_, scales_;
+  std::vector<uint32_t> by_row_, words_;
+  std::vector<int32_t> offsets_;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Null if memory or threads run out.
+void* gptj_create(const Sizes* sizes, const Model* model) {
+  try {
+    return new Runner(*sizes, *model);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+// 0, or 1 if memory ran out.
+int gptj_step(void* runner, const Step* step) {
+  try {
+    static_cast<Runner*>(runner)->step(*step);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
+void gptj_destroy(void* runner) { delete static_cast<Runner*>(runner); }
+
+// Asks for large pages, which weights are read faster from; the system may decline.
+void gptj_prefer_large_pages(void* data, int64_t bytes) {
+  const uintptr_t page = 4096, from = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t to = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+}
+
+// Reads `bytes` (a multiple of 64) once on so many threads: what a step can at best be as fast as.
+int64_t gptj_read(const void* data, int64_t bytes, int threads) {
+  Team team(threads);
+  std::atomic<int64_t> next{0}, total{0};
+  const int64_t piece = 1 << 17;
+  const std::function<void()> job = [&] {
+    __m512i sums[4] = {};
+    for (int64_t i; (i = next.fetch_add(piece)) < bytes;)
+      for (int64_t end = std::min(bytes, i + piece); i + 256 <= end; i += 256)
+        for (int v = 0; v < 4; ++v)
+          sums[v] = _mm512_add_epi64(
+              sums[v], _mm512_loadu_si512(static_cast<const char*>(data) + i + 64 * v));
+    for (const auto& sum : sums) total += _mm512_reduce_add_epi64(sum);
+  };
+  team.run(job);
+  return total;
+}
+}

@@ -1,0 +1,163 @@
+"""One step of the model over a paged cache: tokens of several sequences in, logits (W, V) out.
+
+The plain way, in PyTorch, on any device: the reference for faster runners. Shapes, as the ends
+of names: R sequences, T tokens of this step, W wanted rows, P pages of a sequence, S positions of
+a sequence's context, D width, H heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptj.config import GPTJConfig
+from gptj.model import GPTJForCausalLM, Rotary
+
+Ints = npt.NDArray[np.int32]
+
+PAGE_SIZE = 16  # positions
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """New tokens of several sequences, one sequence after the other, without padding."""
+
+    ids_T: Ints
+    positions_T: Ints  # each in its own sequence, consecutive there
+    starts: Ints  # (R + 1): sequence r has the tokens starts[r]:starts[r + 1], one at least
+    pages_RP: Ints  # each sequence's pages, in order; what is beyond its context is not read
+    wanted: Ints  # (W): the tokens after which logits are wanted, in this order
+
+
+class Runner(Protocol):
+    """A model with a cache of pages; one thread uses it at a time."""
+
+    config: GPTJConfig
+    device: torch.device  # of the logits
+    page_size: int  # positions of a page
+    num_pages: int
+
+    def step(self, batch: StepBatch) -> Tensor:
+        """Store the tokens' keys and values, and return the wanted logits, (W, V) of fp32.
+
+        A token at position p is kept in its sequence's page p // page_size, place p % page_size,
+        and sees its sequence's positions 0 to p.
+        """
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages, of all layers."""
+
+    def reset(self) -> None:
+        """Make the cache anew, after a step that failed."""
+
+    def close(self) -> None:
+        """Free what the runner holds."""
+
+
+class TorchRunner:
+    """The model's own modules, with an attention that gathers each sequence's pages.
+
+    Args:
+        model: in evaluation mode, on its device.
+        num_pages: of the cache; each holds PAGE_SIZE positions of all layers.
+    """
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, model: GPTJForCausalLM, num_pages: int) -> None:
+        self.config = model.config
+        self.device = model.device
+        self.num_pages = num_pages
+        self._model = model
+        self.reset()
+
+    def step(self, batch: StepBatch) -> Tensor:
+        ids_T = self._on_device(batch.ids_T)
+        positions_T = self._on_device(batch.positions_T)
+        rotary = Rotary.at(positions_T[None], self.config)
+        lengths = np.diff(batch.starts)
+        pages_T = batch.pages_RP[
+            np.repeat(np.arange(len(lengths)), lengths), batch.positions_T // PAGE_SIZE
+        ]
+        places_T = self._on_device(pages_T * PAGE_SIZE + batch.positions_T % PAGE_SIZE)
+        contexts = [self._context(batch, row) for row in range(len(lengths))]
+        x_TD = self._model.transformer.wte(ids_T)
+        for layer, block in enumerate(self._model.transformer.h):
+            x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts)
+        wanted_WD = x_TD[self._on_device(batch.wanted)]
+        logits: Tensor = self._model.lm_head(self._model.transformer.ln_f(wanted_WD))
+        return logits.float()
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        to = torch.tensor(targets, device=self.device)
+        for cache in (self._keys, self._values):
+            cache[:, to] = cache[:, torch.tensor(sources, device=self.device)]
+
+    def reset(self) -> None:
+        config = self.config
+        shape = (config.n_layer, self.num_pages, PAGE_SIZE, config.n_head, config.head_dim)
+        self._keys = torch.zeros(shape, dtype=self._model.dtype, device=self.device)
+        self._values = torch.zeros_like(self._keys)
+
+    def close(self) -> None:
+        del self._keys, self._values
+
+    def _context(self, batch: StepBatch, row: int) -> _Context:
+        start, end = int(batch.starts[row]), int(batch.starts[row + 1])
+        length = int(batch.positions_T[end - 1]) + 1
+        pages = batch.pages_RP[row, : -(-length // PAGE_SIZE)]
+        visible = np.arange(length) <= batch.positions_T[start:end, None]
+        return _Context(
+            slice(start, end),
+            length,
+            self._on_device(pages),
+            torch.from_numpy(visible).to(self.device),
+        )
+
+    def _block(
+        self,
+        block: Any,
+        layer: int,
+        x_TD: Tensor,
+        rotary: Rotary,
+        places_T: Tensor,
+        contexts: Sequence[_Context],
+    ) -> Tensor:
+        h_TD = block.ln_1(x_TD)
+        attn = block.attn
+        q_THK = rotary.rotate(attn.q_proj(h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
+        k_THK = rotary.rotate(attn.k_proj(h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
+        keys, values = self._keys[layer], self._values[layer]
+        keys.flatten(0, 1)[places_T] = k_THK
+        values.flatten(0, 1)[places_T] = attn.v_proj(h_TD).unflatten(-1, (attn.heads, -1))
+        attended = [
+            F.scaled_dot_product_attention(
+                q_THK[context.tokens].transpose(0, 1),
+                keys[context.pages].flatten(0, 1)[: context.length].transpose(0, 1),
+                values[context.pages].flatten(0, 1)[: context.length].transpose(0, 1),
+                attn_mask=context.visible_LS,
+            ).transpose(0, 1)
+            for context in contexts
+        ]
+        out_TD: Tensor = x_TD + attn.out_proj(torch.cat(attended).flatten(1)) + block.mlp(h_TD)
+        return out_TD
+
+    def _on_device(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What one sequence's new tokens see."""
+
+    tokens: slice  # of this step
+    length: int
+    pages: Tensor
+    visible_LS: Tensor

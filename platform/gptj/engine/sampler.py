@@ -1,0 +1,345 @@
+"""The next tokens of a whole batch: logits (R, V) in, token ids and log-probabilities out.
+
+As `gptj.sampling`, which is the reference, but for all rows at once: what rows have in common is
+computed together, and what a row changes (penalties, biases, bans) touches only its own tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gptj.engine.events import TokenEvent
+from gptj.sampling import GREEDY_BELOW, SamplingParams
+
+Top = tuple[tuple[int, float], ...]
+CANDIDATES = 1024  # of a row, among which top_p is looked for before all are sorted
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One entry a row."""
+
+    tokens: list[int]
+    finite: list[bool]  # False: the model's logits were not, and the token means nothing
+    logprobs: list[float | None]  # by the model alone; None where not asked for
+    top: list[Top]  # the likeliest (id, log-probability), best first
+
+
+class Sampler:
+    """Chooses tokens for the requests that were added, in any composition of the batch.
+
+    A drawn token depends on its request's seed, the number of tokens before it, and its own
+    row's logits: neither on the rows beside it nor on steps that were made again.
+
+    Args:
+        banned_ids: never chosen, whatever a request wishes, and of no probability.
+    """
+
+    def __init__(self, vocab_size: int, banned_ids: Sequence[int], device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
+        self._states: dict[int, _State] = {}
+        self._batch = _Batch([], [], device)
+
+    def add(
+        self,
+        key: int,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        stop_ids: Sequence[int],
+        output_ids: Sequence[int] = (),
+    ) -> None:
+        """Take up a request, or take it up again after the given tokens of its output."""
+        for token in params.logit_bias:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"logit_bias: {token} is no token of {self._vocab_size}")
+        self._states[key] = _State(params, prompt_ids, stop_ids, output_ids)
+        self._batch = _Batch([], [], self._device)
+
+    def remove(self, key: int) -> None:
+        """Forget a request; harmless if there is none."""
+        self._states.pop(key, None)
+
+    def sample(self, logits_RV: Tensor, keys: Sequence[int]) -> Choices:
+        """Choose a token for each row, and count it to the output of the row's request.
+
+        Args:
+            logits_RV: fp32; changed in place.
+            keys: of the rows' requests, which were added before; each once.
+        """
+        if self._batch.keys != keys:
+            states = [self._states[key] for key in keys]
+            self._batch = _Batch(list(keys), states, self._device)
+        batch = self._batch
+        # NaN and infinities make a sum what they are; finite logits cannot reach the limit.
+        finite = logits_RV.sum(dim=-1).isfinite()
+        logits_RV.index_fill_(1, self._banned, -torch.inf)
+        logprobs_QV = logits_RV[batch.reporting].log_softmax(dim=-1) if batch.reporting else None
+        if batch.adjusting:
+            for row in batch.adjusting:
+                batch.states[row].note_due(row, batch)
+            batch.adjust(logits_RV)
+        tokens_R = logits_RV.argmax(dim=-1)
+        if batch.drawing:
+            tokens_R[batch.drawing_rows] = batch.draw(logits_RV)
+        tokens, sound = torch.stack((tokens_R, finite.long())).tolist()
+        batch.advance(tokens)
+        logprobs: list[float | None] = [None] * len(tokens)
+        top: list[Top] = [()] * len(tokens)
+        if logprobs_QV is not None:
+            chosen = [tokens[row] for row in batch.reporting]
+            counts = [batch.states[row].params.logprobs or 0 for row in batch.reporting]
+            for row, report in zip(
+                batch.reporting, _reports(logprobs_QV, chosen, counts), strict=True
+            ):
+                logprobs[row], top[row] = report
+        return Choices(tokens, [bool(each) for each in sound], logprobs, top)
+
+    def prompt_logprobs(
+        self, logits_LV: Tensor, following: Sequence[int], count: int
+    ) -> list[TokenEvent]:
+        """What the model thinks of the tokens that follow L positions, and the likeliest."""
+        logits_LV = logits_LV.index_fill(1, self._banned, -torch.inf)
+        reports = _reports(logits_LV.log_softmax(dim=-1), following, [count] * len(following))
+        return [
+            TokenEvent(token, logprob, top)
+            for token, (logprob, top) in zip(following, reports, strict=True)
+        ]
+
+
+class _State:
+    """What the sampler knows of a request."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        stop_ids: Sequence[int],
+        output_ids: Sequence[int],
+    ) -> None:
+        self.params = params
+        self.draws = params.temperature >= GREEDY_BELOW
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        self.length = len(output_ids)  # of the output
+        self.stop_ids = np.array(sorted(stop_ids), np.int64)
+        self.repeats = params.repetition_penalty != 1
+        self.counts = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.bias_ids = np.array(list(params.logit_bias), np.int64)
+        self.biases = np.array(list(params.logit_bias.values()), np.float32)
+        self._places: dict[int, int] = {}  # of tokens in `_tokens`
+        self._tokens = np.zeros(16, np.int64)
+        self._times = np.zeros(16, np.float32)  # in the output; 0 for the prompt's own
+        if self.repeats:
+            for token in prompt_ids:
+                self._count(token, 0)
+        if self.repeats or self.counts:
+            for token in output_ids:
+                self._count(token, 1)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether this row's logits change before a token is chosen, now or later."""
+        return self.repeats or self.counts or len(self.bias_ids) > 0 or self.holds_back
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether it is too early to stop."""
+        return self.length < self.params.min_tokens and len(self.stop_ids) > 0
+
+    def advance(self, token: int) -> None:
+        self.length += 1
+        if self.repeats or self.counts:
+            self._count(token, 1)
+
+    def note_due(self, row: int, batch: _Batch) -> None:
+        """Add this row's changes to the batch's."""
+        params, size = self.params, len(self._places)
+        if size:
+            tokens, times = self._tokens[:size], self._times[:size]
+            if self.repeats:
+                batch.repeats.add(row, tokens, np.full(size, params.repetition_penalty, np.float32))
+            if self.counts:
+                penalty = params.frequency_penalty * times + params.presence_penalty * (times > 0)
+                batch.additions.add(row, tokens, -penalty.astype(np.float32))
+        if len(self.bias_ids):
+            batch.additions.add(row, self.bias_ids, self.biases)
+        if self.holds_back:
+            infinities = np.full(len(self.stop_ids), -np.inf, np.float32)
+            batch.additions.add(row, self.stop_ids, infinities)
+
+    def _count(self, token: int, times: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._tokens):
+            self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+            self._times = np.concatenate((self._times, np.zeros_like(self._times)))
+        self._tokens[place] = token
+        self._times[place] += times
+
+
+class _Entries:
+    """Places in (R, V), with a value each: what one step changes there."""
+
+    def __init__(self) -> None:
+        self._places: list[npt.NDArray[np.int64]] = []
+        self._values: list[npt.NDArray[np.float32]] = []
+        self._rows: list[int] = []
+
+    def add(self, row: int, ids: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> None:
+        self._rows.append(row)
+        self._places.append(ids)
+        self._values.append(values)
+
+    def take(self, logits_RV: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Their places in the flat logits, and their values; none are left."""
+        if not self._rows:
+            return None
+        width = logits_RV.shape[-1]
+        flat = [ids + row * width for row, ids in zip(self._rows, self._places, strict=True)]
+        places = torch.from_numpy(np.concatenate(flat)).to(logits_RV.device)
+        values = torch.from_numpy(np.concatenate(self._values)).to(logits_RV.device)
+        self.__init__()  # type: ignore[misc]
+        return places, values
+
+
+class _Batch:
+    """What a composition of rows has in common; it lasts until the rows change."""
+
+    def __init__(self, keys: list[int], states: list[_State], device: torch.device) -> None:
+        self.keys = keys
+        self.states = states
+        rows = range(len(states))
+        self.reporting = [row for row in rows if states[row].params.logprobs is not None]
+        self.adjusting = [row for row in rows if states[row].adjusts]
+        self.drawing = [row for row in rows if states[row].draws]
+        self.drawing_rows = torch.tensor(self.drawing, dtype=torch.long, device=device)
+        self.repeats = _Entries()
+        self.additions = _Entries()
+        drawn = [states[row] for row in self.drawing]
+        self._seeds = np.array([state.seed for state in drawn], np.uint64)
+        self._lengths = np.array([state.length for state in drawn], np.uint64)
+        params = [state.params for state in drawn]
+        self._top_k = [each.top_k for each in params]
+        self._temperatures = _column([each.temperature for each in params], device)
+        self._restricts_p = any(each.top_p < 1 for each in params)
+        self._top_p = _column([each.top_p for each in params], device)
+        self._restricts_min_p = any(each.min_p > 0 for each in params)
+        least = [math.log(each.min_p) if each.min_p > 0 else -math.inf for each in params]
+        self._log_min_p = _column(least, device)
+
+    def adjust(self, logits_RV: Tensor) -> None:
+        """Repetition penalties first, then all that is added."""
+        flat = logits_RV.view(-1)
+        if entries := self.repeats.take(logits_RV):
+            places, penalties = entries
+            scores = flat[places]
+            flat[places] = torch.where(scores < 0, scores * penalties, scores / penalties)
+        if entries := self.additions.take(logits_RV):
+            flat.index_add_(0, *entries)
+
+    def draw(self, logits_RV: Tensor) -> Tensor:
+        """Tokens (D) of the rows that draw, by the inverse of their distributions' sums."""
+        scores_DV = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
+        sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        totals_D1 = sums_DV[:, -1:]
+        uniform = torch.from_numpy(uniforms(self._seeds, self._lengths)).to(logits_RV.device)
+        # Below the total, and above sums that are equal: so that no token of probability 0 is met.
+        wanted_D1 = torch.minimum(
+            uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
+        )
+        tokens_D = torch.searchsorted(sums_DV, wanted_D1, right=True)[:, 0]
+        return tokens_D.clamp(max=logits_RV.shape[-1] - 1)  # beyond it where nothing is finite
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Count the tokens to the outputs."""
+        for state, token in zip(self.states, tokens, strict=True):
+            state.advance(token)
+        self._lengths += np.uint64(1)
+        if self.adjusting:
+            self.adjusting = [row for row in self.adjusting if self.states[row].adjusts]
+
+    def _restrict(self, scores_DV: Tensor) -> Tensor:
+        """Only what top_k, top_p and min_p leave, in Hugging Face's order; equal ones stay."""
+        width = scores_DV.shape[-1]
+        limited = [k if 0 < k < width else 0 for k in self._top_k]
+        if any(limited):
+            values = scores_DV.topk(max(limited)).values
+            places = torch.tensor([[max(k, 1) - 1] for k in limited], device=scores_DV.device)
+            free = torch.tensor([[k == 0] for k in limited], device=scores_DV.device)
+            least = values.gather(1, places).masked_fill(free, -torch.inf)
+            scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
+        if self._restricts_p:
+            least = self._least_of_top_p(scores_DV)
+            scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
+        if self._restricts_min_p:
+            least = scores_DV.amax(dim=-1, keepdim=True) + self._log_min_p
+            scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
+        return scores_DV
+
+    def _least_of_top_p(self, scores_DV: Tensor) -> Tensor:
+        """The least score (D, 1) that top_p keeps: those above it have less than top_p."""
+        totals_D1 = scores_DV.logsumexp(dim=-1, keepdim=True)
+        count = min(CANDIDATES, scores_DV.shape[-1])
+        while True:
+            values_DC = scores_DV.topk(count).values
+            probabilities = (values_DC - totals_D1).exp()
+            above = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
+            kept = (above < self._top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+            # A row that keeps all candidates may keep more than these.
+            unknown = (kept == count) & (self._top_p < 1)
+            if count == scores_DV.shape[-1] or not bool(unknown.any()):
+                break
+            count = scores_DV.shape[-1]
+        least = values_DC.gather(1, kept - 1)
+        return least.masked_fill(self._top_p >= 1, -torch.inf)
+
+
+def uniforms(
+    seeds: npt.NDArray[np.uint64], numbers: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each seed and number of a draw: SplitMix64, without a state.
+
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(seeds) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+
+def _reports(
+    logprobs_QV: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[tuple[float, Top]]:
+    """Each row's log-probability of its token, and its likeliest `count` tokens."""
+    chosen = torch.tensor(tokens, device=logprobs_QV.device)[:, None]
+    own = logprobs_QV.gather(1, chosen)[:, 0].tolist()
+    most = min(max(counts, default=0), logprobs_QV.shape[-1])
+    best = logprobs_QV.topk(most)
+    values, ids = best.values.tolist(), best.indices.tolist()
+    reports = []
+    for row, (token, logprob, count) in enumerate(zip(tokens, own, counts, strict=True)):
+        pairs = [p for p in zip(ids[row], values[row], strict=True) if p[1] > -math.inf][:count]
+        if pairs and logprob == pairs[-1][1] and token not in dict(pairs):
+            pairs[-1] = (token, logprob)  # of equal ones, the chosen one is shown
+        # Of equal ones, the chosen one is first.
+        pairs.sort(key=lambda pair: (-pair[1], pair[0] != token))
+        reports.append((logprob, tuple(pairs)))
+    return reports

@@ -1,0 +1,341 @@
+"""Who works in the next step, and on which pages. No tensors, no model.
+
+All that decode take part in every step; what is left of the step's token budget goes to prompts,
+in order of arrival. Where pages run out, the newest gives its own back and waits again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptj.engine.beams import BeamSearch, pages_needed
+from gptj.engine.pages import PagePool, extend_digests
+from gptj.engine.request import Request
+from gptj.engine.rows import Rows, Sequence
+from gptj.engine.runner import StepBatch
+from gptj.engine.waiting import WaitingQueue
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a prompt (or of what was preempted) to compute: positions start to end - 1."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    logits: range  # its rows of the step's logits
+
+    @property
+    def last(self) -> bool:
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. Its logits are: a row for each decoding sequence, then beams, then chunks."""
+
+    batch: StepBatch
+    copies: list[tuple[int, int]]  # pages to copy before it, (from, to)
+    decoding: int
+    searches: list[BeamSearch]
+    chunks: list[Chunk]
+
+
+class Scheduler:
+    """Keeps what runs, and takes from the queue what fits.
+
+    Args:
+        left: called with each request that had a row and gives it up.
+        max_length: positions of a sequence.
+        max_running: sequences at a time.
+        step_tokens: new tokens of a step, at most.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        waiting: WaitingQueue,
+        left: Callable[[Request], None],
+        *,
+        page_size: int,
+        max_length: int,
+        max_running: int,
+        step_tokens: int,
+    ) -> None:
+        if not 1 <= max_running <= step_tokens:  # then a prompt has a share beside all others
+            raise ValueError(
+                f"max_running must be in [1, step_tokens={step_tokens}], got {max_running}"
+            )
+        self.running = 0  # sequences, beams and riders that will be some included
+        self.preemptions = 0
+        self.prefix_asked = 0  # tokens
+        self.prefix_hit = 0
+        self.max_running = max_running
+        self.rows = Rows(max_running, -(-max_length // page_size), page_size)
+        self._pool = pool
+        self._waiting = waiting
+        self._left = left
+        self._page_size = page_size
+        self._step_tokens = step_tokens
+        self._counting = np.arange(step_tokens + 1, dtype=np.int32)
+        self._places: dict[Request, Sequence | BeamSearch] = {}
+        self._prefilling: list[Sequence] = []  # in order of arrival
+        self._searches: list[BeamSearch] = []
+        self._forked: list[Sequence] = []  # may still share the page that they write next
+
+    def pages_for(self, request: Request) -> int:
+        """Pages that a request needs at most, if it runs alone."""
+        return pages_needed(
+            request.prompt_length, request.max_length, request.width, self._page_size
+        )
+
+    def plan(self) -> Plan | None:
+        """The next step; None if there is nothing to do."""
+        copies = self._give_pages()
+        for search in self._searches:
+            copies += search.prepare()
+        decoding = len(self.rows)
+        beams = sum(search.width for search in self._searches)
+        chunks = self._chunks(self._step_tokens - decoding - beams, decoding + beams)
+        if not (decoding or beams or chunks):
+            return None
+        searches = list(self._searches)
+        return Plan(self._batch(searches, chunks), copies, decoding, searches, chunks)
+
+    def note_computed(self, chunk: Chunk) -> None:
+        chunk.sequence.computed = chunk.end
+        self._register(chunk.sequence)
+
+    def decode(self, sequence: Sequence) -> None:
+        """All of it is computed: each rider goes on in a row of its own, with the same pages."""
+        self._prefilling.remove(sequence)
+        first, *others = sequence.riders
+        sequence.riders = [first]
+        first.group = None
+        self.rows.append(sequence)
+        for rider in others:
+            rider.group = None
+            self._pool.share(sequence.pages)
+            if len(rider.digests) < len(first.digests):
+                rider.digests = list(first.digests)
+            fork = Sequence([rider], list(sequence.pages), sequence.computed, sequence.registered)
+            self._places[rider] = fork
+            self.rows.append(fork)
+            self._forked.append(fork)
+        if others:
+            self._forked.append(sequence)
+
+    def search(self, sequence: Sequence) -> BeamSearch:
+        """The prompt is computed: its beams take over."""
+        self._prefilling.remove(sequence)
+        (request,) = sequence.riders
+        search = BeamSearch(
+            request,
+            sequence.pages,
+            sequence.spare,
+            self._pool,
+            self._page_size,
+            self.rows.pages.shape[1],
+        )
+        self._places[request] = search
+        self._searches.append(search)
+        return search
+
+    def drop(self, request: Request, *, damaged: bool = False) -> None:
+        """A request has ended: its pages are free, unless others share them.
+
+        Args:
+            damaged: its pages are not to be found again.
+        """
+        place = self._places.pop(request)
+        self.running -= request.width
+        if damaged:
+            self._pool.forget(place.pages)
+        if isinstance(place, BeamSearch):
+            self._searches.remove(place)
+            place.release()
+        elif place.row >= 0:
+            self._leave_row(place, register=not damaged)
+            self._pool.release(place.pages)
+        else:
+            place.riders.remove(request)
+            if not place.riders:
+                self._prefilling.remove(place)
+                self._pool.release(place.pages)
+                self._pool.release(place.spare)
+
+    def runs(self, request: Request) -> bool:
+        return request in self._places
+
+    def reset(self) -> list[Request]:
+        """Forget all pages, as their content is lost; returns the requests that ran on them."""
+        lost = list(self._places)
+        for request in self.rows.requests:
+            self._left(request)
+        self.rows.clear()
+        self._places.clear()
+        self._prefilling.clear()
+        self._searches.clear()
+        self._forked.clear()
+        self._pool.clear()
+        self.running = 0
+        return lost
+
+    def _give_pages(self) -> list[tuple[int, int]]:
+        """A page of its own for each decoding sequence's next position; (from, to) to copy."""
+        copies = []
+        needing = self.rows.at_border() + [each for each in self._forked if each.row >= 0]
+        self._forked = []
+        # The oldest first: whom it preempts has got no page yet.
+        for sequence in sorted(needing, key=lambda each: each.number):
+            if sequence.row < 0:  # preempted just now
+                continue
+            place = int(self.rows.positions[sequence.row]) // self._page_size
+            full = place == len(sequence.pages)
+            if not full and self._pool.references(sequence.pages[-1]) == 1:
+                continue
+            while not self._pool.free and sequence.row >= 0:
+                self._preempt_newest()
+            if sequence.row < 0:
+                continue
+            (page,) = self._pool.take(1)
+            if full:
+                sequence.computed = place * self._page_size
+                self._register(sequence)
+                sequence.pages.append(page)
+            else:
+                copies.append((sequence.pages[-1], page))
+                self._pool.release(sequence.pages[-1:])
+                sequence.pages[-1] = page
+            self.rows.set_last_page(sequence)
+        return copies
+
+    def _preempt_newest(self) -> None:
+        newest = max(self.rows.sequences + self._prefilling, key=lambda each: each.number)
+        riders = list(newest.riders)
+        for request in riders:
+            self.drop(request)
+        self.preemptions += len(riders)
+        self._waiting.put_back(riders)
+
+    def _leave_row(self, sequence: Sequence, *, register: bool) -> None:
+        self.rows.remove(sequence)
+        if register:
+            self._register(sequence)
+        self._left(sequence.riders[0])
+
+    def _register(self, sequence: Sequence) -> None:
+        """Let the pool know the pages that have become full."""
+        full = sequence.computed // self._page_size
+        if sequence.registered < full and self._pool.caching:
+            digests = sequence.riders[0].digests
+            extend_digests(digests, sequence.tokens, self._page_size)
+            for place in range(sequence.registered, full):
+                self._pool.register(sequence.pages[place], digests[place])
+            sequence.registered = full
+
+    def _chunks(self, budget: int, logits: int) -> list[Chunk]:
+        """What prompts get computed with so many tokens; `logits` rows are others'."""
+        chunks: list[Chunk] = []
+        waiting = iter(list(self._prefilling))
+        while budget > 0 and (sequence := next(waiting, None) or self._admit()):
+            start = sequence.computed
+            end = min(start + budget, len(sequence.tokens))
+            wanted = end - start if sequence.scores else int(end == len(sequence.tokens))
+            chunks.append(Chunk(sequence, start, end, range(logits, logits + wanted)))
+            budget -= end - start
+            logits += wanted
+        return chunks
+
+    def _admit(self) -> Sequence | None:
+        """Start on the first that waits, with all outputs of its prompt, if there is room."""
+        while head := self._waiting.head(max(1, self.max_running - self.running)):
+            first = head[0]
+            if first.width > self.max_running - self.running:
+                return None
+            whole = any(request.scores_prompt for request in head)
+            known = [] if whole else self._known_pages(first)
+            if not self._fits(first, known, len(head)):
+                return None
+            # Unless they were cancelled since.
+            if riders := self._waiting.take(head):
+                return self._start(riders, known, whole)
+        return None
+
+    def _known_pages(self, request: Request) -> list[int]:
+        """Cached pages with its first tokens; the last token is left, for its logits."""
+        if not self._pool.caching:
+            return []
+        extend_digests(request.digests, request.tokens, self._page_size)
+        return self._pool.find(request.digests[: (len(request.tokens) - 1) // self._page_size])
+
+    def _fits(self, request: Request, known: list[int], riders: int) -> bool:
+        """Whether there are pages for it, and some for those that run to grow."""
+        if not self.running:
+            return True  # it was refused at once if that were not so
+        needed = -(-len(request.tokens) // self._page_size)
+        if request.beams is not None or len(request.tokens) > request.prompt_length:
+            # To be preempted again and again would cost more than to wait.
+            needed = self.pages_for(request)
+        growing = len(self.rows) + sum(len(sequence.riders) for sequence in self._prefilling)
+        reserve = growing + riders - 1
+        return needed - len(known) + reserve <= self._pool.free - self._pool.unused(known)
+
+    def _start(self, riders: list[Request], known: list[int], whole: bool) -> Sequence:
+        first = riders[0]
+        count = -(-len(first.tokens) // self._page_size)
+        self._pool.share(known)
+        sequence = Sequence(
+            riders,
+            known + self._pool.take(count - len(known)),
+            computed=len(known) * self._page_size,
+            registered=len(known),
+            scores={request: [] for request in riders if request.scores_prompt},
+        )
+        if first.beams is not None:
+            sequence.spare = self._pool.take(self.pages_for(first) - count)
+        if self._pool.caching and not whole:
+            self.prefix_asked += len(first.tokens)
+            self.prefix_hit += sequence.computed
+        now = time.monotonic()
+        for request in riders:
+            self._places[request] = sequence
+            self.running += request.width
+            request.started = request.started or now
+        self._prefilling.append(sequence)
+        return sequence
+
+    def _batch(self, searches: list[BeamSearch], chunks: list[Chunk]) -> StepBatch:
+        rows, count = self.rows, len(self.rows)
+        if not searches and not chunks:
+            each = self._counting[: count + 1]
+            return StepBatch(
+                rows.ids[:count], rows.positions[:count], each, rows.pages[:count], each[:count]
+            )
+        ids, positions = [rows.ids[:count]], [rows.positions[:count]]
+        for search in searches:
+            ids.append(search.ids)
+            positions.append(np.full(search.width, search.position, dtype=np.int32))
+            rows.pages[count : count + search.width] = search.table  # beyond the decoding ones
+            count += search.width
+        starts, wanted = [self._counting[: count + 1]], [self._counting[:count]]
+        end = count
+        for chunk in chunks:
+            ids.append(np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int32))
+            positions.append(np.arange(chunk.start, chunk.end, dtype=np.int32))
+            rows.pages[count, : len(chunk.sequence.pages)] = chunk.sequence.pages
+            count += 1
+            end += chunk.end - chunk.start
+            starts.append(np.array([end], dtype=np.int32))
+            wanted.append(np.arange(end - len(chunk.logits), end, dtype=np.int32))
+        return StepBatch(
+            np.concatenate(ids),
+            np.concatenate(positions),
+            np.concatenate(starts),
+            rows.pages[:count],
+            np.concatenate(wanted),
+        )

@@ -1,0 +1,313 @@
+"""The runners: logits over a paged cache, against the model without one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.engine.choice import best_runner, page_bytes
+from gptj.engine.cpu import library
+from gptj.engine.cpu.packing import pack, quantized
+from gptj.engine.cpu.runner import CpuRunner
+from gptj.engine.runner import Runner, StepBatch, TorchRunner
+
+PAGE = 16
+LENGTH = 60
+# Differences to the model in fp32, in units of the logits' standard deviation. fp32: the order of
+# summation; bf16: 8 bits of each weight; int8: 7 bits of weights and activations.
+TOLERANCES = {"torch": 1e-5, "fp32": 1e-5, "bf16": 0.05, "int8": 0.12}
+
+needs_kernels = pytest.mark.skipif(
+    not set(library.NEEDED) <= library.processor_flags(), reason="the processor has no AVX-512"
+)
+
+
+def config(**changes: object) -> GPTJConfig:
+    settings = dict(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
+    return GPTJConfig(**{**settings, **changes})
+
+
+# Shapes in which something does not fill a vector or a block, and GPT-J's own head width.
+SHAPES = {
+    "plain": {},
+    "wide heads": dict(n_embd=512, n_head=2, rotary_dim=64, vocab_size=97),
+    "odd sizes": dict(n_embd=40, n_head=4, rotary_dim=6, vocab_size=101, n_inner=52),
+    "all rotated": dict(n_embd=96, n_head=2, rotary_dim=None),
+}
+
+
+def random_model(**changes: object) -> GPTJForCausalLM:
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(config(**changes)).eval()
+    for parameter in model.parameters():
+        # Norms and biases that do something, and logits that differ.
+        noise = torch.randn_like(parameter)
+        parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.1 * noise
+    return model
+
+
+@dataclass
+class Case:
+    model: GPTJForCausalLM
+    runner: Runner
+    tolerance: float
+
+
+@pytest.fixture(params=["torch", "fp32", "bf16", "int8"])
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
+    """Makes a model with a runner of each kind; fp32, bf16 and int8 are our kernels."""
+    if request.param != "torch" and not set(library.NEEDED) <= library.processor_flags():
+        pytest.skip("the processor has no AVX-512")
+    runners: list[Runner] = []
+
+    def make_case(num_pages: int = 32, **changes: object) -> Case:
+        model = random_model(**changes)
+        runner: Runner
+        if request.param == "torch":
+            runner = TorchRunner(model, num_pages)
+        else:
+            runner = CpuRunner(model, num_pages, request.param)
+        runners.append(runner)
+        return Case(model, runner, TOLERANCES[request.param])
+
+    yield make_case
+    for runner in runners:
+        runner.close()
+
+
+def numbers(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def random_ids(count: int, vocabulary: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, count).astype(np.int32)
+
+
+@torch.inference_mode()
+def step(runner: Runner, *sequences: tuple[np.ndarray, int, list[int]]) -> list[Tensor]:
+    """One step of (ids, position of the first, pages); all logits of each sequence."""
+    lengths = [len(ids) for ids, _, _ in sequences]
+    most = max(len(pages) for _, _, pages in sequences)
+    logits = runner.step(
+        StepBatch(
+            np.concatenate([ids for ids, _, _ in sequences]),
+            np.concatenate([first + np.arange(len(ids)) for ids, first, _ in sequences]).astype(
+                np.int32
+            ),
+            np.cumsum([0, *lengths]).astype(np.int32),
+            np.array([pages + [0] * (most - len(pages)) for _, _, pages in sequences], np.int32),
+            np.arange(sum(lengths), dtype=np.int32),
+        )
+    )
+    return list(logits.split(lengths))
+
+
+@torch.inference_mode()
+def reference(model: GPTJForCausalLM, ids: np.ndarray) -> Tensor:
+    return model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].float()
+
+
+def assert_near(case: Case, ours: Tensor, ids: np.ndarray) -> None:
+    theirs = reference(case.model, ids)
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.std()) < case.tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_the_models_over_scattered_pages_and_in_chunks(
+    make: Callable[..., Case], shape: str
+) -> None:
+    case = make(**SHAPES[shape])
+    ids = random_ids(LENGTH, case.model.config.vocab_size)
+    pages = [7, 3, 31, 0]
+    chunks = [
+        step(case.runner, (ids[start:end], start, pages))[0]
+        for start, end in ((0, 25), (25, 26), (26, 48), (48, LENGTH))
+    ]
+    assert_near(case, torch.cat(chunks), ids)
+
+
+def test_sequences_of_a_step_do_not_mix(make: Callable[..., Case]) -> None:
+    case = make()
+    long, short = random_ids(LENGTH, 300, 1), random_ids(9, 300, 2)
+    step(case.runner, (long[:50], 0, [1, 2, 3, 4]))
+    after, whole = step(case.runner, (long[50:], 50, [1, 2, 3, 4]), (short, 0, [5]))
+    assert_near(case, whole, short)
+    assert float((after - reference(case.model, long)[50:]).abs().max()) < 2 * case.tolerance
+
+
+def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
+    case = make()
+    ids = random_ids(LENGTH, 300)
+    step(case.runner, (ids[:20], 0, [1, 2]))
+    with torch.inference_mode():
+        case.runner.copy_pages([2], [9])
+    other = random_ids(10, 300, 5)
+    step(case.runner, (other, 20, [1, 2]))  # overwrites what follows in page 2, not in page 9
+    (rest,) = step(case.runner, (ids[20:30], 20, [1, 9]))
+    assert float((rest - reference(case.model, ids[:30])[20:]).abs().max()) < 2 * case.tolerance
+
+
+def test_a_cache_made_anew_works(make: Callable[..., Case]) -> None:
+    case = make()
+    ids = random_ids(LENGTH, 300)
+    step(case.runner, (ids, 0, [1, 2, 3, 4]))
+    case.runner.reset()
+    assert_near(case, step(case.runner, (ids, 0, [4, 3, 2, 1]))[0], ids)
+
+
+def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[..., Case]) -> None:
+    """A page may have been another request's, whose output was not finite."""
+    case = make()
+    ids = random_ids(LENGTH, 300)
+    (clean,) = step(case.runner, (ids[:20], 0, [1, 2]))
+    wte = case.model.transformer.wte.weight
+    if isinstance(case.runner, CpuRunner):
+        case.runner._cache[:, :, 1:3] = torch.nan
+    else:
+        assert isinstance(case.runner, TorchRunner) and wte.isfinite().all()
+        case.runner._keys[:, 1:3] = torch.nan
+        case.runner._values[:, 1:3] = torch.nan
+    (again,) = step(case.runner, (ids[:20], 0, [1, 2]))
+    assert torch.equal(clean, again)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_kernels_give_the_same_bits_in_any_batch_and_chunks(kind: str) -> None:
+    runner = CpuRunner(random_model(n_embd=192, n_head=3), 256, kind, threads=2)  # type: ignore[arg-type]
+    ids = random_ids(40, 300)
+    (whole,) = step(runner, (ids, 0, [0, 1, 2]))
+    one_by_one = [step(runner, (ids[i : i + 1], i, [3, 4, 5]))[0] for i in range(40)]
+    assert torch.equal(whole, torch.cat(one_by_one))
+    for others in (1, 7, 12, 13, 30):
+        beside = [(random_ids(3, 300, other), 0, [20 + other]) for other in range(others)]
+        assert torch.equal(whole, step(runner, *beside, (ids, 0, [6, 7, 8]))[-1]), others
+    runner.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_give_the_same_bits_on_any_number_of_threads(threads: int) -> None:
+    model = random_model()
+    ids = random_ids(LENGTH, 300)
+    results = []
+    for count in (2, threads):
+        runner = CpuRunner(model, 8, "bf16", threads=count)
+        results += step(runner, (ids, 0, [0, 1, 2, 3]))
+        runner.close()
+    assert torch.equal(*results)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_kernels_do_not_hide_what_is_not_finite(kind: str, broken: float) -> None:
+    model = random_model()
+    model.transformer.wte.weight.data[5, 3] = broken
+    runner = CpuRunner(model, 8, kind)  # type: ignore[arg-type]
+    bad, good = step(runner, (numbers(1, 5, 2), 0, [0]), (numbers(1, 6, 2), 0, [1]))
+    assert good.isfinite().all()
+    assert not bad[1].isfinite().any()
+    runner.close()
+
+
+@needs_kernels
+def test_a_released_model_lives_on_in_the_runner_alone() -> None:
+    model = random_model()
+    ids = random_ids(LENGTH, 300)
+    expected = reference(model, ids)
+    runner = best_runner(model, 100, release=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 0
+    (logits,) = step(runner, (ids, 0, [0, 1, 2, 3]))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    runner.close()
+
+
+def test_quantized_weights_are_within_half_a_step() -> None:
+    weight = torch.randn(33, 64)
+    weight[7] = 0
+    unsigned, scales = quantized(weight)
+    restored = (unsigned.float() - 128) * scales[:, None]
+    assert ((restored - weight).abs() <= 0.5001 * scales[:, None]).all()
+    assert unsigned.min() >= 1  # symmetric
+
+
+@pytest.mark.parametrize(("kind", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
+def test_packed_weights_take_their_width_and_no_more(kind: str, size: int) -> None:
+    weight = torch.randn(64, 32)
+    packed = pack(weight, None, kind, lambda size: torch.empty(size, dtype=torch.uint8))  # type: ignore[arg-type]
+    assert packed.data.nbytes == 64 * 32 * size
+    scales = 64 * 4 if kind == "int8" else 0
+    assert packed.bytes_read == packed.data.nbytes + 64 * 4 + scales
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [(dict(activation_function="relu"), "gelu_new"), (dict(n_inner=50), "n_inner=50")],
+)
+def test_a_model_that_the_kernels_do_not_know_runs_on_pytorch_and_the_log_says_why(
+    changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_model(**changes)
+    with caplog.at_level(logging.WARNING):
+        runner = best_runner(model, 64)
+    assert isinstance(runner, TorchRunner)
+    if set(library.NEEDED) <= library.processor_flags():
+        assert reason in caplog.text
+    ids = random_ids(LENGTH, 300)
+    torch.testing.assert_close(
+        step(runner, (ids, 0, [3, 2, 1, 0]))[0], reference(model, ids), rtol=0, atol=1e-5
+    )
+    with pytest.raises(library.UnsupportedError, match="int8"):
+        best_runner(model, 64, quantization="int8")
+
+
+@needs_kernels
+def test_without_a_compiler_there_is_a_reason_and_a_plain_runner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.load.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(best_runner(random_model(), 64), TorchRunner)
+    assert "no-such-compiler" in caplog.text
+    library.load.cache_clear()
+
+
+@needs_kernels
+def test_the_library_is_built_once_and_left_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = library._built()
+    written = first.stat().st_mtime_ns
+    assert library._built() == first and first.stat().st_mtime_ns == written
+    assert [path.name for path in (tmp_path / "gptj").iterdir()] == [first.name]
+
+
+def test_the_cache_has_whole_pages_and_at_least_the_tokens_asked_for() -> None:
+    runner = best_runner(random_model(), 17)
+    assert runner.num_pages == 2 and runner.page_size == PAGE
+    assert page_bytes(runner.config, 4) == 2 * 2 * 16 * 64 * 4
+    with pytest.raises(ValueError, match="cache_tokens must be 1 or more, got 0"):
+        best_runner(random_model(), 0)
+    runner.close()
+
+
+def test_runs_on_every_device(device: torch.device) -> None:
+    model = random_model().to(device)
+    ids = random_ids(LENGTH, 300)
+    runner = best_runner(model, 64)
+    (logits,) = step(runner, (ids, 0, [3, 2, 1, 0]))
+    expected = model(torch.from_numpy(ids.astype(np.int64))[None].to(device)).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    runner.close()
