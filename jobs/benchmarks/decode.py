@@ -1,0 +1,133 @@
+"""Tokens a second of the engine alone: prompts of random ids, greedy, eos ignored."""
+
+from __future__ import annotations
+
+import queue
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptj import GPTJForCausalLM
+from gptj.engine.choice import best_runner
+from gptj.engine.cpu.runner import CpuRunner
+from gptj.engine.engine import Engine
+from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.runner import Runner
+from gptj.sampling import SamplingParams
+from jobs.benchmarks.machine import read_bandwidth
+
+WARM_UP_TOKENS = 4
+SPARE_TOKENS = 16
+TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
+
+
+@dataclass(frozen=True)
+class Decode:
+    model: str
+    dtype: str  # bfloat16, float32, float16 or int8
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """One measurement a batch size; the first one has the memory's limit as well."""
+        torch.set_num_threads(self.threads)
+        before = read_bandwidth(self.threads)
+        most = max(self.batches)
+        runner = self._runner(most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS))
+        engine = Engine(
+            runner,
+            eos_ids=[],
+            max_running=most,
+            step_tokens=max(512, most),
+            prefix_caching=False,
+        )
+        results = []
+        try:
+            for batch in self.batches:
+                results.append(self._measure(engine, batch, runner.config.vocab_size))
+        finally:
+            engine.close()
+            runner.close()
+        bandwidth = max(before, read_bandwidth(self.threads))
+        for result in results:
+            if isinstance(runner, CpuRunner):
+                steps = result["decode_tokens_per_s"] / result["batch"]
+                share = runner.bytes_read * steps / bandwidth
+                result |= {
+                    "weights_mb_a_step": round(runner.bytes_read / 1e6, 1),
+                    "read_gb_per_s": round(bandwidth / 1e9, 1),
+                    "share_of_memory_limit": round(share, 3),
+                }
+            yield result
+
+    def _runner(self, cache_tokens: int) -> Runner:
+        stored = "bfloat16" if self.dtype == "int8" else self.dtype
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = GPTJForCausalLM.from_pretrained(self.model, dtype=stored, device=device)
+        quantization = "int8" if self.dtype == "int8" else "none"
+        return best_runner(model, cache_tokens, quantization=quantization, release=True)
+
+    def _measure(self, engine: Engine, batch: int, vocabulary: int) -> dict[str, Any]:
+        numbers = random.Random(0)
+        below = min(TEXT_IDS, vocabulary)
+        prompts = [
+            [numbers.randrange(below) for _ in range(self.prompt_tokens)] for _ in range(batch)
+        ]
+        generate(engine, prompts, WARM_UP_TOKENS)
+        timing = generate(engine, prompts, self.new_tokens)
+        return {
+            "engine": "gptj",
+            "dtype": self.dtype,
+            "batch": batch,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "threads": self.threads,
+            "tokens": timing.tokens,
+            "tokens_per_s": round(timing.tokens / timing.seconds, 1),
+            # By the median time between two tokens, when all prompts have been computed.
+            "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
+        }
+
+
+@dataclass(frozen=True)
+class Timing:
+    tokens: int
+    seconds: float  # prompts included
+    step_seconds: float
+
+
+def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
+    """Continue all prompts together. Raises the error of one that fails."""
+    events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+
+    def note(event: Event) -> None:
+        events.put((time.perf_counter(), event))
+
+    start = time.perf_counter()
+    for prompt in prompts:
+        engine.submit(prompt, params, note)
+    running, tokens = len(prompts), 0
+    moments: list[float] = []
+    while running:
+        moment, event = events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, TokenEvent):
+            tokens += 1
+            if running == len(prompts):
+                moments.append(moment)
+        running -= isinstance(event, Finished)
+    seconds = time.perf_counter() - start
+    # The last row's token of each step: later steps have all rows.
+    steps = moments[len(prompts) - 1 :: len(prompts)][-new_tokens:]
+    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    step = statistics.median(gaps[len(gaps) // 2 :]) if gaps else seconds
+    return Timing(tokens, seconds, step)

@@ -1,0 +1,117 @@
+"""A streaming load on any `POST /v1/completions`: tokens a second, and how long clients wait."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Load:
+    url: str
+    model: str
+    rounds: int  # requests of each client
+    prompt_tokens: int
+    new_tokens: int
+    vocabulary: int  # prompts are random ids below it
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def run(self, concurrency: int) -> dict[str, Any]:
+        """So many clients, each with one request at a time."""
+        numbers = random.Random(concurrency)
+        prompts = [
+            [numbers.randrange(self.vocabulary) for _ in range(self.prompt_tokens)]
+            for _ in range(concurrency * self.rounds)
+        ]
+        measured: list[_Reply] = []
+        failures: list[str] = []
+        lock = threading.Lock()
+
+        def client() -> None:
+            while True:
+                with lock:
+                    if not prompts:
+                        return
+                    prompt = prompts.pop()
+                try:
+                    reply = self._ask(prompt)
+                except (OSError, ValueError) as error:  # counted, and shown: never timed
+                    with lock:
+                        failures.append(repr(error))
+                else:
+                    with lock:
+                        measured.append(reply)
+
+        start = time.perf_counter()
+        threads = [threading.Thread(target=client) for _ in range(concurrency)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - start
+        first = sorted(reply.first for reply in measured)
+        gaps = sorted((reply.end - reply.first) / max(reply.tokens - 1, 1) for reply in measured)
+        return {
+            "concurrency": concurrency,
+            "requests": len(measured),
+            "failed": len(failures),
+            "failures": failures[:3],
+            "tokens_per_s": round(sum(reply.tokens for reply in measured) / seconds, 1),
+            "ttft_p50_ms": _milliseconds(first, 0.5),
+            "ttft_p99_ms": _milliseconds(first, 0.99),
+            "tpot_p50_ms": _milliseconds(gaps, 0.5),
+            "tpot_p99_ms": _milliseconds(gaps, 0.99),
+        }
+
+    def _ask(self, prompt: list[int]) -> _Reply:
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": self.new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        headers = {"content-type": "application/json", **self.headers}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        start = time.perf_counter()
+        first, tokens = None, 0
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as lines:
+            for line in lines:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise ValueError(event["error"])
+                if event["choices"] and first is None:
+                    first = time.perf_counter() - start
+                if event.get("usage"):
+                    tokens = event["usage"]["completion_tokens"]
+        if first is None or tokens != self.new_tokens:
+            raise ValueError(f"{tokens} of {self.new_tokens} tokens came")
+        return _Reply(first, time.perf_counter() - start, tokens)
+
+
+@dataclass(frozen=True)
+class _Reply:
+    first: float  # seconds to the first token
+    end: float
+    tokens: int
+
+
+def _milliseconds(values: list[float], share: float) -> float | None:
+    if not values:
+        return None
+    if share == 0.5:
+        return round(statistics.median(values) * 1e3, 1)
+    return round(values[min(len(values) - 1, int(share * len(values)))] * 1e3, 1)
