@@ -22,8 +22,17 @@ constexpr int64_t kGroup = 128;  // inputs that share a scale when activations b
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Inputs that one 32-bit word of activations holds.
+// Inputs that one 32-bit word of weights holds.
 inline int64_t per_word(Kind kind) { return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? 2 : 4; }
+
+// Words of activations that meet one word of weights. Without the instruction for pairs of bf16,
+// each input has a word of its own, widened once and not again for every column.
+#ifdef __AVX512BF16__
+constexpr int64_t kBf16Words = 1;
+#else
+constexpr int64_t kBf16Words = 2;
+#endif
+inline int64_t words_each(Kind kind) { return kind == Kind::bf16 ? kBf16Words : 1; }
 
 inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << (n < 0 ? 0 : n)) - 1); }
 
@@ -54,11 +63,22 @@ inline __m512 gelu512(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-inline uint16_t to_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// To the nearest bf16, ties to even, in each place's upper half, as fp32; NaN stays NaN.
+inline __m512 round_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i kept = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+  return _mm512_castsi512_ps(_mm512_and_si512(kept, _mm512_set1_epi32(int(0xffff0000))));
+}
+
+inline __m256i to_bf16(__m512 x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16));
+#endif
 }
 
 inline float from_bf16(uint16_t x) {
@@ -74,35 +94,61 @@ inline __m512 load_bf16(const void* p, __mmask16 mask) {
 }
 
 // The sums that a product is made of. `dot` adds, in each of 16 places, the products of one word
-// of weights with the word of activations that all places share.
+// of weights with the word of activations that all places share. In a product `split` prepares
+// weights for all rows, whose words for them are `kWords`, `stride` words apart.
 struct Fp32 {
   using Sum = __m512;
+  using Split = __m512i;
+  static constexpr int64_t kWords = 1;
   static Sum zero() { return _mm512_setzero_ps(); }
+  static Split split(__m512i w) { return w; }
   static Sum dot(Sum sum, __m512i w, uint32_t a) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(_mm512_set1_epi32(int(a))), sum);
   }
+  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
 };
+
+struct Halves {  // of words with two bf16, as fp32
+  __m512 low, high;
+};
+
+inline Halves halves(__m512i w) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))))};
+}
 
 struct Bf16 {
   using Sum = __m512;
+  static constexpr int64_t kWords = kBf16Words;
   static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum dot(Sum sum, __m512i w, uint32_t a) {
-    const __m512i x = _mm512_set1_epi32(int(a));
 #ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
-#else
-    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
-                          _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)),
-                           _mm512_castsi512_ps(_mm512_and_si512(x, high)), sum);
-#endif
+  using Split = __m512i;
+  static Split split(__m512i w) { return w; }
+  static Sum dot(Sum sum, __m512i w, uint32_t a) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(a)));
   }
+  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
+#else
+  using Split = Halves;
+  static Split split(__m512i w) { return halves(w); }
+  static Sum dot(Sum sum, __m512i w, uint32_t a) {
+    const Halves both = halves(w), x = halves(_mm512_set1_epi32(int(a)));
+    return _mm512_fmadd_ps(both.high, x.high, _mm512_fmadd_ps(both.low, x.low, sum));
+  }
+  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t stride) {
+    const auto word = [&](int64_t i) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(a[i]))); };
+    return _mm512_fmadd_ps(w.high, word(stride), _mm512_fmadd_ps(w.low, word(0), sum));
+  }
+#endif
 };
 
 struct Int8 {  // weights are stored with 128 added, as the instruction wants one side unsigned
   using Sum = __m512i;
+  using Split = __m512i;
+  static constexpr int64_t kWords = 1;
   static Sum zero() { return _mm512_setzero_si512(); }
+  static Split split(__m512i w) { return w; }
+  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
   static Sum dot(Sum sum, __m512i w, uint32_t a) {
     const __m512i x = _mm512_set1_epi32(int(a));
 #ifdef __AVX512VNNI__
@@ -135,12 +181,13 @@ struct Pass {
 // word, as the products read them. In int8 each group of kGroup inputs has a scale, and 128 times its sum,
 // which undoes the 128 that was added to the weights.
 struct Activations {
-  uint32_t* by_row;  // (rows, width)
-  uint32_t* words;   // of each pass: (width, rows of the pass); for one row the same as by_row
+  uint32_t* by_row;  // (rows, words)
+  uint32_t* turned;  // of each pass: (words, rows of the pass); for one row the same as by_row
   float* scales;     // (rows, groups)
   int32_t* offsets;  // (rows, groups)
   int64_t rows;
-  int64_t width;   // words of a row
+  int64_t width;   // words of a row of weights
+  int64_t words;   // of a row
   int64_t groups;  // of a row
 };
 
@@ -164,18 +211,19 @@ inline bool finite(const float* x, int64_t n) {
 
 // Makes n inputs a row of the activations.
 inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, int64_t row) {
-  uint32_t* own = a.by_row + row * a.width;
+  uint32_t* own = a.by_row + row * a.words;
   if (kind == Kind::fp32) {
     std::memcpy(own, x, size_t(n) * 4);
   } else if (kind == Kind::bf16) {
-    auto* to = reinterpret_cast<uint16_t*>(own);
-    int64_t i = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 mask = first(n - i);
+      const __m512 y = _mm512_maskz_loadu_ps(mask, x + i);
 #ifdef __AVX512BF16__
-    for (; i + 16 <= n; i += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                          (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+      _mm256_mask_storeu_epi16(reinterpret_cast<uint16_t*>(own) + i, mask, to_bf16(y));
+#else
+      _mm512_mask_storeu_ps(own + i, mask, round_bf16(y));
 #endif
-    for (; i < n; ++i) to[i] = to_bf16(x[i]);
+    }
   } else {
     for (int64_t g = 0; g * kGroup < n; ++g) {
       const int64_t from = g * kGroup, to = std::min(n, from + kGroup);
@@ -205,11 +253,11 @@ constexpr int64_t kTurned = 64;  // words of each row that one piece of this wor
 // Puts some words of a pass's rows side by side.
 inline void interleave(const Activations& a, int64_t pass_number, int64_t piece) {
   const Pass pass = Pass::number(pass_number, a.rows);
-  const uint32_t* from = a.by_row + pass.row * a.width;
-  uint32_t* to = a.words + pass.row * a.width;
-  const int64_t end = std::min(a.width, (piece + 1) * kTurned);
+  const uint32_t* from = a.by_row + pass.row * a.words;
+  uint32_t* to = a.turned + pass.row * a.words;
+  const int64_t end = std::min(a.words, (piece + 1) * kTurned);
   for (int64_t i = piece * kTurned; i < end; ++i)
-    for (int64_t m = 0; m < pass.count; ++m) to[i * pass.count + m] = from[m * a.width + i];
+    for (int64_t m = 0; m < pass.count; ++m) to[i * pass.count + m] = from[m * a.words + i];
 }
 
 inline void layer_norm(const float* x, const float* weight, const float* bias, float epsilon,
@@ -240,18 +288,18 @@ template <class K, int M>
 inline void product(const Weights& w, int64_t block, const Activations& a, int64_t row,
                     const char* ahead, int lines, __m512 (&out)[M][2]) {
   const auto* weights = static_cast<const char*>(w.data) + block * a.width * 128;
-  const uint32_t* words = a.words + row * a.width;
+  const uint32_t* words = a.turned + row * a.words;
   const auto run = [&](int64_t from, int64_t to, typename K::Sum (&sum)[M][2]) {
     for (int64_t i = from; i < to; ++i) {
-      const __m512i w0 = _mm512_loadu_si512(weights + i * 128);
-      const __m512i w1 = _mm512_loadu_si512(weights + i * 128 + 64);
+      const auto w0 = K::split(_mm512_loadu_si512(weights + i * 128));
+      const auto w1 = K::split(_mm512_loadu_si512(weights + i * 128 + 64));
       if (lines > 0) _mm_prefetch(ahead + i * lines * 64, _MM_HINT_T0);
       if (lines > 1) _mm_prefetch(ahead + i * lines * 64 + 64, _MM_HINT_T0);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
-        const uint32_t x = words[i * M + m];
-        sum[m][0] = K::dot(sum[m][0], w0, x);
-        sum[m][1] = K::dot(sum[m][1], w1, x);
+        const uint32_t* x = words + i * K::kWords * M + m;
+        sum[m][0] = K::dot(sum[m][0], w0, x, M);
+        sum[m][1] = K::dot(sum[m][1], w1, x, M);
       }
     }
   };

@@ -7,6 +7,7 @@ numbers do not depend on the rows beside it, bit for bit.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,7 +64,8 @@ class CpuRunner:
             self._model = self._packed(model, release)
         shape = (config.n_layer, num_pages, config.n_head, self.page_size * config.head_dim)
         cache_type = torch.float32 if kind == "fp32" else torch.bfloat16
-        self._cache = torch.zeros(2, *shape, dtype=cache_type)
+        size = 2 * math.prod(shape) * cache_type.itemsize
+        self._cache = self._allocate(size).view(cache_type).view(2, *shape).zero_()
         self._model.keys = self._cache[0].data_ptr()
         self._model.values = self._cache[1].data_ptr()
         sizes = library.Sizes(

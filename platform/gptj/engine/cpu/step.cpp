@@ -153,8 +153,9 @@ class Runner {
     fit(x_, step.tokens * s_.width);
     fit(qkv_, step.tokens * 3 * s_.width);
     fit(branches_, step.tokens * inputs);
-    fit(by_row_, most * ceil_div(inputs, per_word(kind_)));
-    fit(words_, most * ceil_div(inputs, per_word(kind_)));
+    const int64_t words = ceil_div(inputs, per_word(kind_)) * words_each(kind_);
+    fit(by_row_, most * words);
+    fit(turned_, most * words);
     fit(scales_, most * ceil_div(inputs, kGroup));
     fit(offsets_, most * ceil_div(inputs, kGroup));
     counters_ = std::vector<Counter>(size_t((7 * s_.layers + 5) * s_.threads));
@@ -229,7 +230,7 @@ class Runner {
   void multiply2(int& part, const Weights& w, const Weights& second, int64_t more,
                  const Activations& a, const Done& done, const MoreDone& more_done) {
     if (a.rows > 1) {
-      const int64_t pieces = ceil_div(a.width, kTurned);
+      const int64_t pieces = ceil_div(a.words, kTurned);
       each(part, Pass::passes(a.rows) * pieces,
            [&](int64_t i) { interleave(a, i / pieces, i % pieces); });
     }
@@ -295,8 +296,9 @@ class Runner {
   }
 
   Activations activations(int64_t rows, int64_t inputs) {
-    return {by_row_.data(), rows == 1 ? by_row_.data() : words_.data(), scales_.data(), offsets_.data(), rows,
-            ceil_div(inputs, per_word(kind_)), ceil_div(inputs, kGroup)};
+    const int64_t width = ceil_div(inputs, per_word(kind_));
+    return {by_row_.data(), rows == 1 ? by_row_.data() : turned_.data(), scales_.data(),
+            offsets_.data(), rows, width, width * words_each(kind_), ceil_div(inputs, kGroup)};
   }
 
   // One head of one sequence: its new keys and values go into their pages, then its queries look.
@@ -312,16 +314,30 @@ class Runner {
   template <class K>
   using Element = std::conditional_t<std::is_same_v<K, Fp32>, float, uint16_t>;
 
+  // Numbers as the cache holds them.
   template <class K>
-  static Element<K> element(float x) {
-    if constexpr (std::is_same_v<K, Fp32>) return x;
-    else return to_bf16(x);
+  void store(const float* x, Element<K>* y) const {
+    for (int64_t i = 0; i < s_.head; i += 16) {
+      const __mmask16 mask = first(s_.head - i);
+      const __m512 part = _mm512_maskz_loadu_ps(mask, x + i);
+      if constexpr (std::is_same_v<K, Fp32>) _mm512_mask_storeu_ps(y + i, mask, part);
+      else _mm256_mask_storeu_epi16(y + i, mask, to_bf16(part));
+    }
   }
 
   template <class K>
   static __m512 load(const Element<K>* p, __mmask16 mask) {
     if constexpr (std::is_same_v<K, Fp32>) return _mm512_maskz_loadu_ps(mask, p);
     else return load_bf16(p, mask);
+  }
+
+  template <class K>
+  static constexpr int64_t kLine = 64 / sizeof(Element<K>);  // elements of a line of the cache
+
+  // A thread takes heads one after the other, and a page has them side by side: what the next one
+  // reads is fetched while this one computes.
+  static void fetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
 
   // Where a head's part of a page begins.
@@ -335,8 +351,9 @@ class Runner {
   void attend_in(int64_t layer, int64_t head, int32_t start, int32_t end, const int32_t* pages) {
     constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;  // elements of a word
     thread_local std::vector<float> rotated, scores;
-    thread_local std::vector<Element<K>> queries;
+    thread_local std::vector<Element<K>> queries, key;
     fit(rotated, s_.head);
+    fit(key, s_.head);
     fit(queries, kQueries * s_.head);
     for (int32_t t = start; t < end; ++t) {
       const int32_t position = b_->positions[t];
@@ -344,17 +361,17 @@ class Runner {
       Element<K>* values = page<K>(m_.values, layer, pages[position / kPage], head);
       const int64_t place = position % kPage;
       rotate(t, s_.width, head, rotated.data());
+      store<K>(rotated.data(), key.data());
       for (int64_t k = 0; k < s_.head; ++k)
-        keys[(k / kPair * kPage + place) * kPair + k % kPair] = element<K>(rotated[size_t(k)]);
-      const float* v = &qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)];
-      for (int64_t k = 0; k < s_.head; ++k) values[place * s_.head + k] = element<K>(v[k]);
+        keys[(k / kPair * kPage + place) * kPair + k % kPair] = key[size_t(k)];
+      store<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)],
+               values + place * s_.head);
     }
     for (int32_t t = start; t < end; t += kQueries) {
       const int64_t count = std::min<int64_t>(kQueries, end - t);
       for (int64_t q = 0; q < count; ++q) {
         rotate(int32_t(t + q), 0, head, rotated.data());
-        for (int64_t k = 0; k < s_.head; ++k)
-          queries[size_t(q * s_.head + k)] = element<K>(rotated[size_t(k)]);
+        store<K>(rotated.data(), &queries[size_t(q * s_.head)]);
       }
       const auto* words = reinterpret_cast<const uint32_t*>(queries.data());
       if (count == 1)
@@ -404,12 +421,14 @@ class Runner {
       for (int v = 0; v < 4; ++v) mask[v] = first(s_.head - k - 16 * v);
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = _mm512_setzero_ps();
+      const int64_t next = kPage * s_.head;  // elements to where the next head's values are
       for (int64_t position = 0; position < length; ++position) {
         const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
                           position % kPage * s_.head + k;
         __m512 value[4];
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) value[v] = load<K>(row + 16 * v, mask[v]);
+        for (int64_t i = 0; i < 64; i += kLine<K>) fetch(row + next + i);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) {
           const __m512 weight = _mm512_set1_ps(scores[size_t(q * stride + position)]);
@@ -437,7 +456,10 @@ class Runner {
     for (int64_t w = 0; w < words; ++w) {
       __m512i key[P];
 #pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) key[i] = _mm512_loadu_si512(keys[i] + w * kPage * kPair);
+      for (int i = 0; i < P; ++i) {
+        key[i] = _mm512_loadu_si512(keys[i] + w * kPage * kPair);
+        fetch(keys[i] + (words + w) * kPage * kPair);  // the next head's
+      }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
@@ -475,7 +497,7 @@ class Runner {
   const Step* b_ = nullptr;
   std::vector<Counter> counters_;
   std::vector<float> x_, qkv_, branches_, scales_;
-  std::vector<uint32_t> by_row_, words_;
+  std::vector<uint32_t> by_row_, turned_;
   std::vector<int32_t> offsets_;
 };
 
