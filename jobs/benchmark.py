@@ -6,13 +6,18 @@
                              [--peers DIR --scripts DIR]
     jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
+    jobs/benchmark.py mlperf --model DIR --dtype … [--scenario offline|server|both]
+                             [--prompts DATA] [--prompt-tokens 64] [--samples 24]
+                             [--min-duration 10] [--target-qps 1] [--concurrency 32]
+                             [--logs outputs/mlperf] [--url ADDRESS]
     jobs/benchmark.py model DIR
 
 Prints one JSON object a line: the machine and the settings in force first, then measurements,
 then medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a
 folder with the environments `vllm` and `hf`, other engines run in turn with ours, one at a time;
 --scripts is the folder of their decode_*.py. `model` writes a random GPT-J of 305 M parameters
-with GPT-2's vocabulary (a development dependency carries it) to measure with.
+with GPT-2's vocabulary (a development dependency carries it) to measure with. `mlperf` asks the
+service as MLPerf's load generator does (another one): see jobs/benchmarks/mlperf.py.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import machine
+from jobs.benchmarks import machine, mlperf
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.load import Load
 from jobs.benchmarks.serve import MODEL_NAME, ours, vllm
@@ -61,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--scripts", type=Path)
         else:
             command.add_argument("--rounds", type=int, default=2)
+    mlperf.add_arguments(commands.add_parser("mlperf"))
     commands.add_parser("model").add_argument("folder")
     given = parser.parse_args(arguments)
     if given.command == "model":
@@ -70,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--peers needs --scripts, the folder of decode_vllm.py")
     settings = {name: str(value) for name, value in vars(given).items()}
     _show({**machine.description(), "settings": settings})
+    if given.command == "mlperf":
+        for row in mlperf.measure(given):
+            _show(row)
+        return
     rows = decode(given) if given.command == "decode" else serve(given)
     summary = summarized(rows)
     for row in summary:
