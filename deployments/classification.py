@@ -14,11 +14,12 @@ from ray.serve import Application
 
 from deployments.loading import BatchArguments as Arguments
 from deployments.loading import load
+from deployments.metrics import serve_metrics
 from gptj import GPTJForSequenceClassification
 from gptj.serving.app import health, new_app
 from gptj.serving.classification import ClassificationRequest, ClassificationService, LabelScore
 
-app = new_app("GPT-J text classification")
+app = new_app("GPT-J text classification", serve_metrics)
 
 
 @serve.deployment(name="classification")

@@ -23,6 +23,7 @@ from ray.serve import Application
 
 from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, name_of
+from deployments.metrics import EngineReporter, serve_metrics
 from gptj import GPTJForCausalLM
 from gptj.engine.cache_size import cache_tokens
 from gptj.engine.choice import Quantization, best_runner
@@ -42,7 +43,7 @@ from gptj.serving.tokenize import (
 )
 from gptj.serving.vocabulary import Vocabulary
 
-app = new_app("GPT-J text generation")
+app = new_app("GPT-J text generation", serve_metrics)
 
 
 class Arguments(LoadingArguments):
@@ -107,7 +108,10 @@ class Generation:
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         self._tokenizer = tokenizer
-        self._service = CompletionService(self._engine, tokenizer, vocabulary, name)
+        self._service = CompletionService(
+            self._engine, tokenizer, vocabulary, name, serve_metrics()
+        )
+        self._reporter = EngineReporter(self._engine.stats)
         self._stalled_seconds = arguments.stalled_seconds
         self._card = ModelCard(
             id=name,

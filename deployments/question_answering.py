@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.loading import BatchArguments, load, training_data_settings
+from deployments.metrics import serve_metrics
 from gptj import GPTJForQuestionAnswering
 from gptj.serving.app import health, new_app
 from gptj.serving.question_answering import (
@@ -27,7 +28,7 @@ from gptj.serving.question_answering import (
     QuestionAnsweringService,
 )
 
-app = new_app("GPT-J question answering")
+app = new_app("GPT-J question answering", serve_metrics)
 
 
 class Arguments(BatchArguments):

@@ -3,21 +3,23 @@
 
     jobs/benchmark.py decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
                              [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
-                             [--peers DIR --scripts DIR]
+                             [--peers DIR]
     jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
     jobs/benchmark.py mlperf --model DIR --dtype … [--scenario offline|server|both]
                              [--prompts DATA] [--prompt-tokens 64] [--samples 24]
                              [--min-duration 10] [--target-qps 1] [--concurrency 32]
                              [--logs outputs/mlperf] [--url ADDRESS]
+    jobs/benchmark.py perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
     jobs/benchmark.py model DIR
 
 Prints one JSON object a line: the machine and the settings in force first, then measurements,
 then medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a
-folder with the environments `vllm` and `hf`, other engines run in turn with ours, one at a time;
---scripts is the folder of their decode_*.py. `model` writes a random GPT-J of 305 M parameters
-with GPT-2's vocabulary (a development dependency carries it) to measure with. `mlperf` asks the
-service as MLPerf's load generator does (another one): see jobs/benchmarks/mlperf.py.
+folder with the environments that jobs/benchmarks/peers/setup.sh makes, other engines run in turn
+with ours, one at a time. `model` writes a random GPT-J of 305 M parameters
+with GPT-2's vocabulary (a development dependency carries it) to measure with. `perplexity` says
+what the engine's number formats cost on a text, in rows as long as the model's context. `mlperf` asks the service as MLPerf's load generator does, or another
+one at --url: see jobs/benchmarks/mlperf.py.
 """
 
 from __future__ import annotations
@@ -37,10 +39,20 @@ from typing import Any
 from jobs.benchmarks import machine, mlperf
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.load import Load
+from jobs.benchmarks.perplexity import Perplexity
 from jobs.benchmarks.serve import MODEL_NAME, ours, vllm
 
-PEERS = {"decode_vllm.py": "vllm", "decode_ct2.py": "hf", "decode_hf.py": "hf"}
+PEER_SCRIPT = Path(__file__).parent / "benchmarks" / "peers" / "decode.py"
+# Each with its environment, in the number formats that it has.
+PEERS = (
+    ("vllm", "vllm", "bfloat16"),
+    ("ctranslate2", "hf", "int8"),
+    ("ctranslate2", "hf", "float32"),
+    ("transformers", "hf", "bfloat16"),
+    ("transformers", "hf", "float32"),
+)
 PEER_SECONDS = 1800
+DTYPES = ("bfloat16", "float32", "float16", "int8")
 Row = dict[str, Any]
 
 
@@ -52,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
         command = commands.add_parser(name)
         command.add_argument("--model", required=True)
-        command.add_argument(
-            "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
-        )
+        command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
         sizes = "--batch" if name == "decode" else "--concurrency"
         command.add_argument(sizes, default=default_batch, type=_numbers, dest="sizes")
         command.add_argument("--prompt-tokens", type=int, default=64)
@@ -63,21 +73,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--peers", type=Path)
         if name == "decode":
             command.add_argument("--threads", type=int, default=os.cpu_count())
-            command.add_argument("--scripts", type=Path)
         else:
             command.add_argument("--rounds", type=int, default=2)
     mlperf.add_arguments(commands.add_parser("mlperf"))
+    command = commands.add_parser("perplexity")
+    command.add_argument("--model", required=True)
+    command.add_argument("--data", required=True)
+    command.add_argument("--dtypes", default="float32,bfloat16,int8", type=_dtypes)
     commands.add_parser("model").add_argument("folder")
     given = parser.parse_args(arguments)
     if given.command == "model":
         write_model(given.folder)
         return
-    if given.command == "decode" and given.peers and not given.scripts:
-        parser.error("--peers needs --scripts, the folder of decode_vllm.py")
     settings = {name: str(value) for name, value in vars(given).items()}
     _show({**machine.description(), "settings": settings})
     if given.command == "mlperf":
         for row in mlperf.measure(given):
+            _show(row)
+        return
+    if given.command == "perplexity":
+        for row in Perplexity(given.model, given.data, given.dtypes).run():
             _show(row)
         return
     rows = decode(given) if given.command == "decode" else serve(given)
@@ -94,9 +109,9 @@ def decode(given: argparse.Namespace) -> list[Row]:
         ours_ = Decode(given.model, given.dtype, tuple(given.sizes), *settings)
         rows += [_show(row) for row in ours_.run()]
         if given.peers:
-            for script, environment in PEERS.items():
+            for engine, environment, dtype in PEERS:
                 python = given.peers / environment / "bin" / "python"
-                rows += [_show(row) for row in _peer(python, given.scripts / script, given)]
+                rows += [_show(row) for row in _peer(python, engine, dtype, given)]
     return rows
 
 
@@ -136,10 +151,11 @@ def _loaded(
             yield _show({"engine": engine, "dtype": dtype, **load.run(concurrency)})
 
 
-def _peer(python: Path, script: Path, given: argparse.Namespace) -> list[Row]:
+def _peer(python: Path, engine: str, dtype: str, given: argparse.Namespace) -> list[Row]:
     """Another engine's measurements, in its own environment."""
-    command = [str(python), str(script), given.model, "--batch", ",".join(map(str, given.sizes))]
-    command += ["--prompt", str(given.prompt_tokens), "--new", str(given.new_tokens)]
+    command = [str(python), str(PEER_SCRIPT), engine, given.model, f"--dtype={dtype}"]
+    command += [f"--batch={','.join(map(str, given.sizes))}", f"--threads={given.threads}"]
+    command += [f"--prompt-tokens={given.prompt_tokens}", f"--new-tokens={given.new_tokens}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
@@ -198,6 +214,13 @@ def write_model(folder: str) -> None:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(DTYPES):
+        raise argparse.ArgumentTypeError(f"{text}: each must be one of {', '.join(DTYPES)}")
+    return names
 
 
 def _show(row: Row) -> Row:

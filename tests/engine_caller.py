@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine.engine import Engine
+from gptj.engine.engine import Engine, Ticket
 from gptj.engine.events import (
     BeamParams,
     BeamsFound,
@@ -60,6 +60,8 @@ def alone(model: GPTJForCausalLM, prompt: list[int], **arguments: Any) -> list[i
 class Caller:
     """Collects a request's events."""
 
+    ticket: Ticket  # of what `submit` has submitted
+
     def __init__(self, then: Callable[[Event], None] | None = None) -> None:
         self.events: list[Event] = []
         self.ended = threading.Event()
@@ -104,7 +106,8 @@ class Caller:
 
 def submit(engine: Engine, prompt: list[int], **params: Any) -> Caller:
     caller = Caller()
-    engine.submit(prompt, SamplingParams(**{"max_tokens": 12, "temperature": 0, **params}), caller)
+    wishes = SamplingParams(**{"max_tokens": 12, "temperature": 0, **params})
+    caller.ticket = engine.submit(prompt, wishes, caller)
     return caller
 
 

@@ -401,18 +401,19 @@ def event_ends(event: Event) -> bool:
     return isinstance(event, Finished | Failed)
 
 
-def test_finished_says_how_long_the_request_queued(model: GPTJForCausalLM) -> None:
+def test_a_ticket_says_how_long_its_request_queued(model: GPTJForCausalLM) -> None:
     gate = Gate()
     engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_running=1)
     running = held(engine, gate)
     waiting = submit(engine, PROMPTS[0])
+    assert waiting.ticket.queued_seconds is None
     time.sleep(0.2)
     gate.open()
-    (first, second) = (caller.wait()[-1] for caller in (running, waiting))
-    assert isinstance(first, Finished) and isinstance(second, Finished)
-    assert first.queued_seconds is not None and second.queued_seconds is not None
-    assert 0 <= first.queued_seconds < second.queued_seconds
-    assert second.queued_seconds >= 0.2
+    running.wait()
+    waiting.wait()
+    first, second = running.ticket.queued_seconds, waiting.ticket.queued_seconds
+    assert first is not None and second is not None
+    assert 0 <= first < second and second >= 0.2
     engine.close()
 
 

@@ -168,7 +168,10 @@ def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, s
     assert re.search(
         r"error: the training loss after step \d+ is (nan|inf): start another run=", done.stderr
     ), done.stderr
-    assert done.stdout.count("training examples") == 1 and "Traceback" not in done.stderr
+    assert done.stdout.count("training examples") == 1
+    # Ray's own cleaner, killed at the end, sometimes shows one.
+    ours = [line for line in done.stderr.splitlines() if "(PlacementGroupCleaner " not in line]
+    assert "Traceback" not in "\n".join(ours)
 
 
 def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import queue
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gptj import GPTJForCausalLM
-from gptj.engine.choice import best_runner
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.engine.choice import Quantization, best_runner
 from gptj.engine.cpu.runner import CpuRunner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
@@ -40,7 +40,8 @@ class Decode:
         torch.set_num_threads(self.threads)
         before = read_bandwidth(self.threads)
         most = max(self.batches)
-        runner = self._runner(most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS))
+        cache_tokens = most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS)
+        runner = load_runner(self.model, self.dtype, lambda _: cache_tokens)
         engine = Engine(
             runner,
             eos_ids=[],
@@ -67,13 +68,6 @@ class Decode:
                 }
             yield result
 
-    def _runner(self, cache_tokens: int) -> Runner:
-        stored = "bfloat16" if self.dtype == "int8" else self.dtype
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = GPTJForCausalLM.from_pretrained(self.model, dtype=stored, device=device)
-        quantization = "int8" if self.dtype == "int8" else "none"
-        return best_runner(model, cache_tokens, quantization=quantization, release=True)
-
     def _measure(self, engine: Engine, batch: int, vocabulary: int) -> dict[str, Any]:
         numbers = random.Random(0)
         below = min(TEXT_IDS, vocabulary)
@@ -94,6 +88,16 @@ class Decode:
             # By the median time between two tokens, when all prompts have been computed.
             "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
         }
+
+
+def load_runner(address: str, dtype: str, cache_tokens: Callable[[GPTJConfig], int]) -> Runner:
+    """A model on the GPU, where there is one; int8 weights are made of bf16 ones."""
+    stored = "bfloat16" if dtype == "int8" else dtype
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPTJForCausalLM.from_pretrained(address, dtype=stored, device=device)
+    quantization: Quantization = "int8" if dtype == "int8" else "none"
+    tokens = cache_tokens(model.config)
+    return best_runner(model, tokens, quantization=quantization, release=True)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ class Ticket:
         self._engine = engine
         self._request = request
 
+    @property
+    def queued_seconds(self) -> float | None:
+        """From being submitted to the first step that worked on it; None if there was none yet."""
+        request = self._request
+        return None if request.started is None else request.started - request.submitted
+
     def cancel(self) -> None:
         """End the request at the next step, or at once while it waits; harmless when it ended."""
         self._engine._cancel(self._request)

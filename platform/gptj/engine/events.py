@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -37,8 +37,6 @@ class Finished:
     reason: Literal["stop", "length", "cancelled"]
     stop_token: int | None = None
     logprob: float | None = None  # of the stop token; None if not asked for
-    # From being submitted to the first step that worked on it; None if there was none.
-    queued_seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

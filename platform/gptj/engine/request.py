@@ -63,5 +63,4 @@ class Request:
         stop_token: int | None = None,
         logprob: float | None = None,
     ) -> Finished:
-        queued = None if self.started is None else self.started - self.submitted
-        return Finished(reason, stop_token, logprob, queued)
+        return Finished(reason, stop_token, logprob)

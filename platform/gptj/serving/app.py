@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -26,6 +26,8 @@ from gptj.serving.errors import (
 )
 from gptj.serving.keys import KeyCheck
 from gptj.serving.limits import BodyLimit
+from gptj.serving.metrics import NoRecorder, Recorder
+from gptj.serving.observing import Observing
 from gptj.serving.paths import PrefixAsRoot
 
 logger = logging.getLogger(__name__)
@@ -33,13 +35,18 @@ logger = logging.getLogger(__name__)
 MAX_REPORTED = 5  # of a body's errors: one wrong list can have thousands
 
 
-def new_app(title: str) -> FastAPI:
-    """An application whose errors all have OpenAI's body, and a declared status."""
+def new_app(title: str, recorder: Callable[[], Recorder] = NoRecorder) -> FastAPI:
+    """An application whose errors all have OpenAI's body, and a declared status.
+
+    Args:
+        recorder: makes what requests are recorded by, in the process that serves.
+    """
     app = FastAPI(title=title, strict_content_type=False)
     # The last one added is the first to see a request.
-    app.add_middleware(PrefixAsRoot)
     app.add_middleware(BodyLimit)
     app.add_middleware(KeyCheck)
+    app.add_middleware(Observing, recorder=recorder)
+    app.add_middleware(PrefixAsRoot)
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(QueueFullError, _on_queue_full)
     app.add_exception_handler(ClosedError, _on_closed)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Literal
 
-from gptj.engine.batch_thread import ClosedError
-from gptj.engine.engine import Engine, Ticket
-from gptj.engine.events import (
-    BeamsFound,
-    Event,
-    Failed,
-    Finished,
-    PromptLogprobs,
-    TokenEvent,
+from gptj.engine.engine import Engine
+from gptj.engine.events import BeamsFound, TokenEvent
+from gptj.serving.completion_run import (
+    CompletionRun,
+    EncodedPrompt,
+    Events,
+    Output,
+    Piece,
+    Reason,
+    failure,
+    usage_of,
 )
 from gptj.serving.completions import (
     DEFAULT_MAX_TOKENS,
@@ -28,41 +29,16 @@ from gptj.serving.completions import (
     Logprobs,
     Prompt,
     StreamOptions,
-    Usage,
     named,
 )
-from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
+from gptj.serving.errors import APIError, InvalidRequestError
 from gptj.serving.mailbox import Mailbox
+from gptj.serving.metrics import Recorder
 from gptj.serving.text_stream import TextStream
 from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes the same
-Reason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    text: str
-    ids: list[int]
-
-
-@dataclass
-class Piece:
-    """What has become certain of an output: a part of its text, with the tokens that begin there.
-
-    Tokens come with their places in the output's text, in characters.
-    """
-
-    text: str = ""
-    tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
-    reason: Reason | None = None  # on the last piece
-
-    def __bool__(self) -> bool:
-        return bool(self.text or self.tokens or self.reason)
-
-    def __add__(self, later: Piece) -> Piece:
-        return Piece(self.text + later.text, self.tokens + later.tokens, later.reason)
 
 
 class CompletionService:
@@ -71,6 +47,7 @@ class CompletionService:
     Args:
         vocabulary: the tokenizer's, for this engine's model.
         model_name: what replies call the model.
+        recorder: gets the times of outputs.
     """
 
     def __init__(
@@ -79,8 +56,10 @@ class CompletionService:
         tokenizer: GPTJTokenizer,
         vocabulary: Vocabulary,
         model_name: str,
+        recorder: Recorder,
     ) -> None:
         self._engine = engine
+        self._recorder = recorder
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._model_name = model_name
@@ -91,10 +70,11 @@ class CompletionService:
 
         Raises APIError, QueueFullError or ClosedError.
         """
+        start = time.perf_counter()
         prompts = await self._encoded(request)
         if request.use_beam_search:
             return await self._complete_by_beams(request, prompts)
-        run = self._run(request, prompts)
+        run = self._run(request, prompts, start)
         pieces: list[list[Piece]] = [[] for _ in run.outputs]
         async for index, piece in run.pieces():
             pieces[index].append(piece)
@@ -102,7 +82,7 @@ class CompletionService:
         return await asyncio.to_thread(self._reply, request, run, pieces)
 
     def _reply(
-        self, request: CompletionRequest, run: _Run, pieces: Sequence[Sequence[Piece]]
+        self, request: CompletionRequest, run: CompletionRun, pieces: Sequence[Sequence[Piece]]
     ) -> Completion:
         choices: list[Choice] = []
         for start in range(0, len(run.outputs), request.candidates):
@@ -119,30 +99,37 @@ class CompletionService:
 
         Raises APIError, QueueFullError or ClosedError; later ones come out of the iterator.
         """
+        start = time.perf_counter()
         prompts = await self._encoded(request)
-        run = self._run(request, prompts)
+        run = self._run(request, prompts, start)
         chunks = self._chunks(request, run)
         first = await anext(chunks)
         return _chained(first, chunks)
 
-    def _run(self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]) -> _Run:
-        return _Run(
+    def _run(
+        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt], start: float
+    ) -> CompletionRun:
+        return CompletionRun(
             self._engine,
             self._tokenizer,
             request,
             prompts,
             partial(self._max_tokens, request),
             self._events(),
+            self._recorder,
+            start,
         )
 
-    def _events(self) -> _Events:
+    def _events(self) -> Events:
         """For a request of the running event loop."""
         loop = asyncio.get_running_loop()
         if self._mailbox is None or self._mailbox.loop is not loop:
             self._mailbox = Mailbox(loop)
-        return _Events(self._mailbox)
+        return Events(self._mailbox)
 
-    async def _chunks(self, request: CompletionRequest, run: _Run) -> AsyncIterator[Completion]:
+    async def _chunks(
+        self, request: CompletionRequest, run: CompletionRun
+    ) -> AsyncIterator[Completion]:
         options = request.stream_options or StreamOptions()
         whole = Completion(model=self._model_name, choices=[])
         begun: set[int] = set()
@@ -160,7 +147,7 @@ class CompletionService:
         if options.include_usage:
             yield whole.model_copy(update={"usage": run.usage()})
 
-    def _choice(self, request: CompletionRequest, output: _Output, index: int) -> Choice:
+    def _choice(self, request: CompletionRequest, output: Output, index: int) -> Choice:
         """A choice with what it shows before its first new token: the prompt, if echoed."""
         choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
         if request.echo:
@@ -169,7 +156,7 @@ class CompletionService:
                 self._echo_logprobs(choice.logprobs, output)
         return choice
 
-    def _echo_logprobs(self, logprobs: Logprobs, output: _Output) -> None:
+    def _echo_logprobs(self, logprobs: Logprobs, output: Output) -> None:
         scored = output.scored_by.prompt_logprobs
         assert scored is not None  # it is the first event of a request that asks for it
         text = TextStream(self._tokenizer)
@@ -218,7 +205,7 @@ class CompletionService:
                 text, reason = self._beam_text(request, output)
                 echoed = prompt.text if request.echo else ""
                 choices.append(Choice(index=len(choices), text=echoed + text, finish_reason=reason))
-        usage = _usage(prompts, new_tokens)
+        usage = usage_of(prompts, new_tokens)
         return Completion(model=self._model_name, choices=choices, usage=usage)
 
     async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
@@ -233,7 +220,9 @@ class CompletionService:
         finally:
             ticket.cancel()
         if not isinstance(event, BeamsFound):
-            raise _failure(event)
+            raise failure(event)
+        if ticket.queued_seconds is not None:
+            self._recorder.queued(ticket.queued_seconds)
         return event
 
     def _beam_text(self, request: CompletionRequest, output: Sequence[int]) -> tuple[str, Reason]:
@@ -328,166 +317,13 @@ async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-class _Output:
-    """One output while it is generated."""
-
-    def __init__(
-        self, index: int, prompt: EncodedPrompt, scored_by: _Output | None, text: TextStream
-    ) -> None:
-        self.index = index
-        self.prompt = prompt
-        self.scored_by = scored_by or self  # the output whose events report on the prompt
-        self.prompt_logprobs: PromptLogprobs | None = None
-        self.ended = False
-        self.new_tokens = 0
-        self._text = text
-        self._waiting: list[tuple[TokenEvent, int]] = []  # for their text to be certain
-        self._logprob = 0.0
-
-    def take(self, event: Event, start: int) -> Piece:
-        """What an event adds; nothing, perhaps. `start` is the place of the first new character.
-
-        Raises APIError if the event says that the output failed.
-        """
-        piece = Piece()
-        if isinstance(event, PromptLogprobs):
-            self.prompt_logprobs = event
-        elif isinstance(event, TokenEvent):
-            self.new_tokens += 1
-            self._logprob += event.logprob or 0.0
-            self._waiting.append((event, self._text.decoded))
-            piece.text = self._text.push(event.token_id)
-        elif isinstance(event, Finished) and event.reason != "cancelled":
-            self.new_tokens += event.stop_token is not None
-            self._logprob += event.logprob or 0.0
-            piece.text = self._text.finish()
-            piece.reason = event.reason
-        else:
-            raise _failure(event)
-        if self._text.stopped:
-            piece.reason = "stop"
-        self.ended = piece.reason is not None
-        everything = self.ended and not self._text.stopped
-        while self._waiting and (everything or self._waiting[0][1] < self._text.sent):
-            token, place = self._waiting.pop(0)
-            piece.tokens.append((token, start + place))
-        return piece
-
-    @property
-    def mean_logprob(self) -> float:
-        return self._logprob / max(1, self.new_tokens)
-
-
-class _Run:
-    """A request's outputs and what the engine says of them."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: GPTJTokenizer,
-        request: CompletionRequest,
-        prompts: Sequence[EncodedPrompt],
-        max_tokens: Callable[[int], int],
-        events: _Events,
-    ) -> None:
-        self._engine = engine
-        self._events = events
-        self._request = request
-        self._prompts = prompts
-        self._max_tokens = max_tokens
-        self.outputs: list[_Output] = []
-        for prompt in prompts:
-            first = None
-            for _ in range(request.candidates):
-                text = TextStream(tokenizer, request.stop, request.min_tokens)
-                output = _Output(len(self.outputs), prompt, first, text)
-                first = first or output
-                self.outputs.append(output)
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the output, what has become certain), until all have ended.
-
-        Whatever ends the iteration ends the work. Raises APIError, QueueFullError, ClosedError.
-        """
-        events = self._events
-        running = len(self.outputs)
-        try:
-            for start in range(0, running, self._request.candidates):
-                self._submit(self.outputs[start : start + self._request.candidates])
-            while running:
-                # What has come meanwhile goes out together: a slow client gets fewer, larger parts.
-                pieces: dict[int, Piece] = {}
-                for index, event in await events.get_all():
-                    if self.outputs[index].ended:
-                        continue
-                    piece = self._take(index, event)
-                    pieces[index] = pieces[index] + piece if index in pieces else piece
-                    running -= self.outputs[index].ended
-                for index, piece in pieces.items():
-                    if piece:
-                        yield index, piece
-        finally:
-            events.cancel()
-
-    def _take(self, index: int, event: Event) -> Piece:
-        output = self.outputs[index]
-        piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
-        if output.ended:
-            self._events.tickets[index].cancel()  # a stop string is none of the engine's
-        return piece
-
-    def usage(self) -> Usage:
-        return _usage(self._prompts, sum(output.new_tokens for output in self.outputs))
-
-    def _submit(self, outputs: Sequence[_Output]) -> None:
-        """Submit one prompt's outputs."""
-        prompt = outputs[0].prompt.ids
-        max_tokens = self._max_tokens(len(prompt))
-        try:
-            self._events.tickets += self._engine.submit_many(
-                prompt,
-                [self._request.sampling(max_tokens, sample) for sample in range(len(outputs))],
-                [self._events.put(output.index) for output in outputs],
-            )
-        except ValueError as error:
-            raise named(error) from error
-
-
-class _Events:
-    """Events of several requests, from the engine's thread to this event loop."""
-
-    def __init__(self, mailbox: Mailbox) -> None:
-        self.tickets: list[Ticket] = []
-        self._mailbox = mailbox
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-    def put(self, index: int) -> Callable[[Event], None]:
-        """What the engine calls with the events of request `index`."""
-        mailbox, queue = self._mailbox, self._queue
-        return lambda event: mailbox.put(queue, (index, event))
-
-    async def get(self) -> tuple[int, Event]:
-        return await self._queue.get()
-
-    async def get_all(self) -> list[tuple[int, Event]]:
-        """All that have come; one at least."""
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
-        return events
-
-    def cancel(self) -> None:
-        for ticket in self.tickets:
-            ticket.cancel()
-
-
 async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:
     yield first
     async for chunk in rest:
         yield chunk
 
 
-def _best(candidates: Sequence[_Output], n: int) -> Sequence[_Output]:
+def _best(candidates: Sequence[Output], n: int) -> Sequence[Output]:
     """The n with the highest log-probability a token, as OpenAI's best_of."""
     if len(candidates) == n:
         return candidates
@@ -498,22 +334,6 @@ def _no_logprobs(request: CompletionRequest) -> Logprobs | None:
     return None if request.logprobs is None else Logprobs()
 
 
-def _usage(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:
-    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=new_tokens,
-        total_tokens=prompt_tokens + new_tokens,
-    )
-
-
 def _finite(logprob: float | None) -> float:
     assert logprob is not None
     return logprob if math.isfinite(logprob) else LEAST_LOGPROB
-
-
-def _failure(event: Event) -> APIError:
-    if isinstance(event, Failed) and isinstance(event.error, ClosedError):
-        return UnavailableError(str(event.error))
-    reason = str(event.error) if isinstance(event, Failed) else "it ended early"
-    return ModelError(f"the model failed on this request: {reason}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from gptj.engine.events import BeamParams
 from gptj.sampling import SamplingParams
 from gptj.serving.errors import APIError, InvalidRequestError
+from gptj.serving.observing import request_id
 
 DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 128  # outputs of one request: prompts times best_of
@@ -292,7 +292,7 @@ class Choice(BaseModel):
 class Completion(BaseModel):
     """A reply, or a chunk of a stream."""
 
-    id: str = Field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    id: str = Field(default_factory=lambda: f"cmpl-{request_id()}")
     object: Literal["text_completion"] = "text_completion"
     created: int = Field(default_factory=lambda: int(time.time()))
     model: str

@@ -1,0 +1,105 @@
+"""Our numbers among Ray's, for Prometheus: see the README for their exported names."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+
+from ray.serve import metrics
+
+from gptj.engine.stats import EngineStats
+
+LEAST_SECONDS, MOST_SECONDS, RATIO = 1e-3, 600.0, 1.15  # buckets fine enough for percentiles
+REPORT_SECONDS = 1.0
+
+GAUGES = ("running", "waiting", "pages_used", "pages_cached", "pages_total", "last_batch_size")
+
+
+def boundaries() -> list[float]:
+    """Of the histograms' buckets: from a millisecond to ten minutes, each 15 % wider."""
+    bounds = [LEAST_SECONDS]
+    while bounds[-1] < MOST_SECONDS:
+        bounds.append(bounds[-1] * RATIO)
+    return bounds
+
+
+class ServeMetrics:
+    """A Recorder; one a process, made in the replica: see serve_metrics."""
+
+    def __init__(self) -> None:
+        self._requests = metrics.Counter(
+            "gptj_requests", "Requests that were answered.", ("route", "status")
+        )
+        self._seconds = self._histogram(
+            "gptj_request_seconds", "From a request to its reply's last byte.", ("route",)
+        )
+        self._first = self._histogram(
+            "gptj_time_to_first_token_seconds", "From a request to its output's first token."
+        )
+        self._gap = self._histogram(
+            "gptj_time_per_output_token_seconds", "Between an output's tokens, on average."
+        )
+        self._queued = self._histogram(
+            "gptj_queue_seconds", "From a request to the first step that worked on it."
+        )
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self._requests.inc(1, {"route": route, "status": str(status)})
+        self._seconds.observe(seconds, {"route": route})
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def token_gap(self, seconds: float) -> None:
+        self._gap.observe(seconds)
+
+    def queued(self, seconds: float) -> None:
+        self._queued.observe(seconds)
+
+    def _histogram(
+        self, name: str, description: str, tags: tuple[str, ...] = ()
+    ) -> metrics.Histogram:
+        return metrics.Histogram(name, description, boundaries=boundaries(), tag_keys=tags)
+
+
+@cache
+def serve_metrics() -> ServeMetrics:
+    """This process's."""
+    return ServeMetrics()
+
+
+class EngineReporter:
+    """Reports an engine's numbers each second, from a thread of its own."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+        self._last: dict[str, int] = {}
+        names = [each.name for each in fields(EngineStats)]
+        self._gauges = {
+            name: metrics.Gauge(f"gptj_engine_{name}", f"The engine's {name} now.")
+            for name in names
+            if name in GAUGES
+        }
+        self._counters = {
+            name: metrics.Counter(f"gptj_engine_{name}", f"The engine's {name} since its start.")
+            for name in names
+            if name not in GAUGES
+        }
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="engine-metrics", daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(REPORT_SECONDS):
+            stats = self._stats()
+            for name, gauge in self._gauges.items():
+                gauge.set(getattr(stats, name))
+            for name, counter in self._counters.items():
+                value = getattr(stats, name)
+                if more := value - self._last.get(name, 0):
+                    counter.inc(more)
+                self._last[name] = value

@@ -1,0 +1,128 @@
+"""Tokens a second of another engine on the CPU, in that engine's own environment.
+
+    decode.py vllm|ctranslate2|transformers MODEL --dtype bfloat16|float32|int8 --batch 1,8,16
+              [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
+
+Prompts of random ids, greedy, eos ignored, prefix caching off; a JSON object a batch size. It
+imports nothing of ours: the environment has the engine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
+WARM_UP_TOKENS = 4
+
+Prompts = list[list[int]]
+Generate = Callable[[Prompts, int], int]  # prompts and new tokens of each in, tokens that came out
+
+
+def vllm(model: str, dtype: str, threads: int) -> Generate:
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model, dtype=dtype, max_model_len=1024, enforce_eager=True, enable_prefix_caching=False
+    )
+
+    def generate(prompts: Prompts, new_tokens: int) -> int:
+        wishes = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = engine.generate(inputs, wishes, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    return generate
+
+
+def ctranslate2(model: str, dtype: str, threads: int) -> Generate:
+    import ctranslate2
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    folder = f"{model.rstrip('/')}-ctranslate2-{dtype}"
+    if not Path(folder).exists():
+        ctranslate2.converters.TransformersConverter(model).convert(folder, quantization=dtype)
+    engine = ctranslate2.Generator(folder, device="cpu", intra_threads=threads, compute_type=dtype)
+
+    def generate(prompts: Prompts, new_tokens: int) -> int:
+        outputs = engine.generate_batch(
+            [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts],
+            max_length=new_tokens,
+            min_length=new_tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return sum(len(output.sequences_ids[0]) for output in outputs)
+
+    return generate
+
+
+def transformers(model: str, dtype: str, threads: int) -> Generate:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import GPTJForCausalLM
+
+    torch.set_num_threads(threads)
+    loaded = GPTJForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+
+    @torch.inference_mode()
+    def generate(prompts: Prompts, new_tokens: int) -> int:
+        ids = torch.tensor(prompts)
+        output = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=50256,
+        )
+        return output[:, ids.shape[1] :].numel()
+
+    return generate
+
+
+ENGINES = {"vllm": vllm, "ctranslate2": ctranslate2, "transformers": transformers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--batch", required=True)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    generate = ENGINES[given.engine](given.model, given.dtype, given.threads)
+    numbers = random.Random(0)
+    for batch in map(int, given.batch.split(",")):
+        prompts = [
+            [numbers.randrange(TEXT_IDS) for _ in range(given.prompt_tokens)] for _ in range(batch)
+        ]
+        generate(prompts, WARM_UP_TOKENS)
+        start = time.perf_counter()
+        tokens = generate(prompts, given.new_tokens)
+        seconds = time.perf_counter() - start
+        row = {"engine": given.engine, "dtype": given.dtype, "batch": batch, "tokens": tokens}
+        print(json.dumps({**row, "tokens_per_s": round(tokens / seconds, 1)}), flush=True)
+
+
+if __name__ == "__main__":  # vLLM starts processes that import this file
+    main()
