@@ -18,8 +18,8 @@ then medians over the repeats and their ratios to vLLM's, and at last a table. W
 folder with the environments that jobs/benchmarks/peers/setup.sh makes, other engines run in turn
 with ours, one at a time. `model` writes a random GPT-J of 305 M parameters
 with GPT-2's vocabulary (a development dependency carries it) to measure with. `perplexity` says
-what the engine's number formats cost on a text, in rows as long as the model's context. `mlperf` asks the service as MLPerf's load generator does, or another
-one at --url: see jobs/benchmarks/mlperf.py.
+what the engine's number formats cost on a text, in rows as long as the model's context. `mlperf`
+asks our service, or one at --url, as MLPerf's load generator does: see jobs/benchmarks/mlperf.py.
 """
 
 from __future__ import annotations

@@ -385,7 +385,10 @@ def test_openais_client_shows_the_raw_reply(client: openai.OpenAI, models: Model
     )
     assert (raw.status_code, raw.retries_taken) == (200, 0)
     assert raw.headers["content-type"] == "application/json"
-    assert raw.parse().choices[0].text == text_of(models, greedy(models, PROMPTS[0]))
+    reply = raw.parse()
+    assert reply.choices[0].text == text_of(models, greedy(models, PROMPTS[0]))
+    assert reply._request_id == raw.headers["x-request-id"]
+    assert reply.id == f"cmpl-{reply._request_id}"
 
 
 def test_concurrent_requests_get_what_they_get_alone(service: str, models: Models) -> None:
@@ -549,6 +552,28 @@ def test_eos_ends_an_output_and_is_not_shown(service: str, models: Models) -> No
     reply = complete(service, prompt="x", logit_bias={str(eos): 100})
     assert reply["choices"][0]["text"] == "" and reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["completion_tokens"] == 1
+
+
+def test_eos_is_among_the_logprobs_as_the_last_token(service: str, models: Models) -> None:
+    """With text before it, echoed and without, and streamed."""
+    tokenizer = models.tokenizer
+    eos, prompt = tokenizer.eos_token_id, tokenizer.encode(PROMPTS[0])
+    expected = models.generation(torch.tensor([prompt])).logits[0, -1].detach().log_softmax(dim=-1)
+    fields: dict[str, Any] = {"prompt": PROMPTS[0], "logprobs": 2, "logit_bias": {str(eos): 100}}
+    for echo in (False, True):
+        (choice,) = complete(service, **fields, echo=echo)["choices"]
+        logprobs, before = choice["logprobs"], len(prompt) if echo else 0
+        assert logprobs["tokens"][before:] == [tokenizer.eos_token]
+        assert logprobs["text_offset"][before:] == [len(choice["text"])]
+        assert logprobs["token_logprobs"][-1] == pytest.approx(float(expected[eos]), abs=1e-4)
+        top = logprobs["top_logprobs"][-1]
+        assert sorted(top.values())[-2:] == pytest.approx(
+            sorted(expected.topk(2).values.tolist()), abs=1e-4
+        )
+        assert_alike(streamed(service, **fields, echo=echo), [choice])
+    after = complete(service, **fields, min_tokens=3)
+    assert after["choices"][0]["logprobs"]["tokens"][3:] == [tokenizer.eos_token]
+    assert after["usage"]["completion_tokens"] == 4
 
 
 def test_beam_search_is_that_of_generate(service: str, models: Models) -> None:
