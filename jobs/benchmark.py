@@ -6,6 +6,10 @@
                              [--peers DIR]
     jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
+    jobs/benchmark.py mlperf --model DIR --dtype … [--scenario offline|server|both]
+                             [--prompts DATA] [--prompt-tokens 64] [--samples 24]
+                             [--min-duration 10] [--target-qps 1] [--concurrency 32]
+                             [--logs outputs/mlperf] [--url ADDRESS]
     jobs/benchmark.py perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
     jobs/benchmark.py model DIR
 
@@ -14,7 +18,8 @@ then medians over the repeats and their ratios to vLLM's, and at last a table. W
 folder with the environments that jobs/benchmarks/peers/setup.sh makes, other engines run in turn
 with ours, one at a time. `model` writes a random GPT-J of 305 M parameters
 with GPT-2's vocabulary (a development dependency carries it) to measure with. `perplexity` says
-what the engine's number formats cost on a text, in rows as long as the model's context.
+what the engine's number formats cost on a text, in rows as long as the model's context. `mlperf`
+asks our service, or one at --url, as MLPerf's load generator does: see jobs/benchmarks/mlperf.py.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import machine
+from jobs.benchmarks import machine, mlperf
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.load import Load
 from jobs.benchmarks.perplexity import Perplexity
@@ -70,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--threads", type=int, default=os.cpu_count())
         else:
             command.add_argument("--rounds", type=int, default=2)
+    mlperf.add_arguments(commands.add_parser("mlperf"))
     command = commands.add_parser("perplexity")
     command.add_argument("--model", required=True)
     command.add_argument("--data", required=True)
@@ -81,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     settings = {name: str(value) for name, value in vars(given).items()}
     _show({**machine.description(), "settings": settings})
+    if given.command == "mlperf":
+        for row in mlperf.measure(given):
+            _show(row)
+        return
     if given.command == "perplexity":
         for row in Perplexity(given.model, given.data, given.dtypes).run():
             _show(row)

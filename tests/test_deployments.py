@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ import openai
 import pytest
 import torch
 import yaml
+from fastapi import Request
+from http_server import listening
 from huggingface_hub import InferenceClient
 from pydantic import ValidationError
 
@@ -31,6 +34,9 @@ from gptj import (
 )
 from gptj.checkpoint import save_model
 from gptj.data.question_answering import best_spans, windows
+from gptj.serving.app import new_app
+from gptj.serving.completions import Choice, Completion
+from gptj.serving.errors import APIError, OverloadedError, UnavailableError
 from gptj.serving.keys import Keys
 from gptj.serving.limits import MAX_BODY_BYTES
 from gptj.serving.question_answering import whole_words
@@ -346,6 +352,45 @@ def test_openais_client_reads_a_stream_and_its_usage(client: openai.OpenAI, mode
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_openais_async_client_reads_several_streams_at_once(service: str, models: Models) -> None:
+    """One of them is left after its first chunk, which the others do not notice."""
+
+    async def read(client: openai.AsyncOpenAI, prompt: str, leave: bool) -> str:
+        stream = await client.completions.create(
+            model="generation", prompt=prompt, max_tokens=12, temperature=0, stream=True
+        )
+        text = ""
+        async with stream:
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                if leave:
+                    break
+        return text
+
+    async def read_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{service}/v1", api_key="none") as client:
+            return await asyncio.gather(
+                *(read(client, prompt, leave=prompt == PROMPTS[0]) for prompt in PROMPTS)
+            )
+
+    texts = asyncio.run(read_all())
+    expected = [text_of(models, greedy(models, prompt)) for prompt in PROMPTS]
+    assert texts[1:] == expected[1:]
+    assert expected[0].startswith(texts[0])
+
+
+def test_openais_client_shows_the_raw_reply(client: openai.OpenAI, models: Models) -> None:
+    raw = client.completions.with_raw_response.create(
+        model="generation", prompt=PROMPTS[0], max_tokens=12, temperature=0
+    )
+    assert (raw.status_code, raw.retries_taken) == (200, 0)
+    assert raw.headers["content-type"] == "application/json"
+    reply = raw.parse()
+    assert reply.choices[0].text == text_of(models, greedy(models, PROMPTS[0]))
+    assert reply._request_id == raw.headers["x-request-id"]
+    assert reply.id == f"cmpl-{reply._request_id}"
+
+
 def test_concurrent_requests_get_what_they_get_alone(service: str, models: Models) -> None:
     """More than a batch holds, of all lengths, streamed and not, greedy and drawn."""
 
@@ -509,6 +554,28 @@ def test_eos_ends_an_output_and_is_not_shown(service: str, models: Models) -> No
     assert reply["usage"]["completion_tokens"] == 1
 
 
+def test_eos_is_among_the_logprobs_as_the_last_token(service: str, models: Models) -> None:
+    """With text before it, echoed and without, and streamed."""
+    tokenizer = models.tokenizer
+    eos, prompt = tokenizer.eos_token_id, tokenizer.encode(PROMPTS[0])
+    expected = models.generation(torch.tensor([prompt])).logits[0, -1].detach().log_softmax(dim=-1)
+    fields: dict[str, Any] = {"prompt": PROMPTS[0], "logprobs": 2, "logit_bias": {str(eos): 100}}
+    for echo in (False, True):
+        (choice,) = complete(service, **fields, echo=echo)["choices"]
+        logprobs, before = choice["logprobs"], len(prompt) if echo else 0
+        assert logprobs["tokens"][before:] == [tokenizer.eos_token]
+        assert logprobs["text_offset"][before:] == [len(choice["text"])]
+        assert logprobs["token_logprobs"][-1] == pytest.approx(float(expected[eos]), abs=1e-4)
+        top = logprobs["top_logprobs"][-1]
+        assert sorted(top.values())[-2:] == pytest.approx(
+            sorted(expected.topk(2).values.tolist()), abs=1e-4
+        )
+        assert_alike(streamed(service, **fields, echo=echo), [choice])
+    after = complete(service, **fields, min_tokens=3)
+    assert after["choices"][0]["logprobs"]["tokens"][3:] == [tokenizer.eos_token]
+    assert after["usage"]["completion_tokens"] == 4
+
+
 def test_beam_search_is_that_of_generate(service: str, models: Models) -> None:
     reply = complete(
         service, prompt=PROMPTS[:2], use_beam_search=True, n=2, best_of=4, length_penalty=0.5
@@ -527,26 +594,22 @@ def test_beam_search_is_that_of_generate(service: str, models: Models) -> None:
     assert [choice["text"] for choice in reply["choices"]] == expected
 
 
-def test_a_client_that_leaves_frees_the_engine(service: str) -> None:
+def test_a_client_that_leaves_frees_the_engine(service: str, client: openai.OpenAI) -> None:
     """Four batches of two thousand steps take half a minute, for which the next would wait."""
-    long = {
-        "prompt": "x",
-        "max_tokens": CONTEXT - 10,
-        "ignore_eos": True,
-        "temperature": 1,
-        "n": 64,
-    }
-    for fields in ({"stream": True}, {}):
+    long: dict[str, Any] = {"prompt": "x", "max_tokens": CONTEXT - 10, "temperature": 1, "n": 64}
+    for stream in (True, False):
         started = time.monotonic()
-        with httpx.Client(timeout=1.0) as leaving:
-            if fields:
-                url = f"{service}/v1/completions"
-                with leaving.stream("POST", url, json={**long, **fields}) as reply:
-                    lines = reply.iter_lines()
-                    assert next(lines).startswith("data: ")
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    leaving.post(f"{service}/v1/completions", json=long)
+        if stream:
+            url = f"{service}/v1/completions"
+            body = {**long, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", url, json=body) as reply:
+                lines = reply.iter_lines()
+                assert next(lines).startswith("data: ")
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=1.0).completions.create(
+                    model="generation", **long, extra_body={"ignore_eos": True}
+                )
         complete(service, prompt="x", max_tokens=1)
         assert time.monotonic() - started < 8
 
@@ -940,6 +1003,87 @@ def test_a_full_queue_answers_429_with_retry_after_and_takes_requests_again(serv
     assert httpx.post(url, json=small, headers=headers, timeout=30).status_code == 200
     many = httpx.post(url, json={**small, "n": 5}, headers=headers)
     assert_error(many, 400, "5 outputs are more than")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "status", "param", "code"),
+    [
+        ({"n": 0}, openai.BadRequestError, 400, "n", None),
+        ({"prompt": LONG}, openai.BadRequestError, 400, "prompt", "context_length_exceeded"),
+        ({"model": "another"}, openai.NotFoundError, 404, "model", "model_not_found"),
+        ({"prompt": "x" * MAX_BODY_BYTES}, openai.APIStatusError, 413, None, None),
+        ({"extra_body": {"no": 1}}, openai.UnprocessableEntityError, 422, "no", None),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_openais_client_tells_an_error_by_its_class(
+    client: openai.OpenAI,
+    fields: dict[str, Any],
+    error: type[openai.APIStatusError],
+    status: int,
+    param: str | None,
+    code: str | None,
+) -> None:
+    with pytest.raises(error) as caught:
+        client.completions.create(**{"model": "generation", "prompt": "x", **fields})
+    assert (caught.value.status_code, caught.value.param, caught.value.code) == (
+        status,
+        param,
+        code,
+    )
+    assert caught.value.body["message"] in caught.value.message  # type: ignore[index]
+
+
+def test_openais_client_gets_through_to_a_full_service_by_trying_again(service: str) -> None:
+    """The long request is in work, one more may wait, and the others are refused at first."""
+    refused = asyncio.Event()
+    waits: list[str] = []
+
+    async def note(reply: Any) -> None:
+        if reply.status_code == 429:
+            waits.append(reply.headers["retry-after"])
+            refused.set()
+
+    async def ask() -> list[Any]:
+        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"response": [note]})
+        url = f"{service}/guarded/v1"
+        async with openai.AsyncOpenAI(
+            base_url=url, api_key=KEY, max_retries=8, http_client=http_client
+        ) as client:
+            model = {"model": "org/guarded", "prompt": "x"}
+            long = await client.completions.create(
+                **model, max_tokens=CONTEXT - 10, stream=True, extra_body={"ignore_eos": True}
+            )
+            await anext(long)
+            create = client.completions.with_raw_response.create
+            asked = [asyncio.create_task(create(**model, max_tokens=1)) for _ in range(3)]
+            await asyncio.wait_for(refused.wait(), 30)
+            await long.close()
+            return await asyncio.gather(*asked)
+
+    replies = asyncio.run(ask())
+    assert all(reply.parse().choices for reply in replies)
+    assert sum(reply.retries_taken for reply in replies) == len(waits) >= 1
+    assert all(int(wait) >= 1 for wait in waits)
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full"), UnavailableError("not now")], ids=str)
+def test_openais_client_tries_again_after_both_errors_that_pass(error: APIError) -> None:
+    app = new_app("a service that is in trouble once")
+    asked: list[str] = []
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Completion:
+        asked.append(request.headers["x-stainless-retry-count"])
+        if len(asked) == 1:
+            raise error
+        return Completion(model="a-model", choices=[Choice(index=0, text="at last")])
+
+    with listening(app) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=1)
+        reply = client.completions.create(model="a-model", prompt="x")
+    assert reply.choices[0].text == "at last"
+    assert asked == ["0", "1"]
 
 
 def test_every_service_is_healthy_after_all_of_this(service: str) -> None:

@@ -37,6 +37,7 @@ class Finished:
     reason: Literal["stop", "length", "cancelled"]
     stop_token: int | None = None
     logprob: float | None = None  # of the stop token; None if not asked for
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest in its place, as TokenEvent has them
 
 
 @dataclass(frozen=True)

@@ -62,5 +62,6 @@ class Request:
         reason: Literal["stop", "length", "cancelled"],
         stop_token: int | None = None,
         logprob: float | None = None,
+        top: tuple[tuple[int, float], ...] = (),
     ) -> Finished:
-        return Finished(reason, stop_token, logprob)
+        return Finished(reason, stop_token, logprob, top)

@@ -137,7 +137,8 @@ class Stepper:
             if not finite[row]:
                 damaged.append(request)
             elif token in request.stop_ids:
-                ended.append((request, request.finished("stop", token, logprobs[row])))
+                end = request.finished("stop", token, logprobs[row], top[row])
+                ended.append((request, end))
             else:
                 request.tokens.append(token)
                 self._emit(request, TokenEvent(token, logprobs[row], top[row]))

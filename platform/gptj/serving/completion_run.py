@@ -75,8 +75,13 @@ class Output:
             self._waiting.append((event, self._text.decoded))
             piece.text = self._text.push(event.token_id)
         elif isinstance(event, Finished) and event.reason != "cancelled":
-            self.new_tokens += event.stop_token is not None
-            self._logprob += event.logprob or 0.0
+            if event.stop_token is not None:
+                # It has no text, but a log-probability, which clients count on: lm_eval takes the
+                # last entry for the new token's, and those before it for the prompt's.
+                self.new_tokens += 1
+                self._logprob += event.logprob or 0.0
+                token = TokenEvent(event.stop_token, event.logprob, event.top)
+                self._waiting.append((token, self._text.decoded))
             piece.text = self._text.finish()
             piece.reason = event.reason
         else:
