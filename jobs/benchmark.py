@@ -4,6 +4,7 @@
     jobs/benchmark.py decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
                              [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
                              [--peers DIR --scripts DIR]
+    jobs/benchmark.py decode --preset 6b …  (random weights, made on the device)
     jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
     jobs/benchmark.py model DIR
@@ -29,6 +30,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gptj.config import PRESETS
 from jobs.benchmarks import machine
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.load import Load
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
         command = commands.add_parser(name)
-        command.add_argument("--model", required=True)
+        command.add_argument("--model", required=name == "serve")
         command.add_argument(
             "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
         )
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--repeats", type=int, default=1)
         command.add_argument("--peers", type=Path)
         if name == "decode":
+            command.add_argument("--preset", choices=PRESETS)  # random weights of these shapes
             command.add_argument("--threads", type=int, default=os.cpu_count())
             command.add_argument("--scripts", type=Path)
         else:
@@ -66,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.command == "model":
         write_model(given.folder)
         return
+    if given.command == "decode" and (given.model is None) == (given.preset is None):
+        parser.error("either --model or --preset says what to measure")
+    if given.command == "decode" and given.preset and given.peers:
+        parser.error("--peers read their weights from a folder: give one with --model")
     if given.command == "decode" and given.peers and not given.scripts:
         parser.error("--peers needs --scripts, the folder of decode_vllm.py")
     settings = {name: str(value) for name, value in vars(given).items()}
@@ -81,7 +88,13 @@ def decode(given: argparse.Namespace) -> list[Row]:
     rows = []
     for _ in range(given.repeats):
         settings = (given.prompt_tokens, given.new_tokens, given.threads)
-        ours_ = Decode(given.model, given.dtype, tuple(given.sizes), *settings)
+        ours_ = Decode(
+            given.model or given.preset,
+            given.dtype,
+            tuple(given.sizes),
+            *settings,
+            random=given.preset is not None,
+        )
         rows += [_show(row) for row in ours_.run()]
         if given.peers:
             for script, environment in PEERS.items():

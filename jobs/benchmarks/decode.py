@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from gptj import GPTJForCausalLM
+from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.choice import best_runner
 from gptj.engine.cpu.runner import CpuRunner
+from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
 from gptj.engine.runner import Runner
 from gptj.sampling import SamplingParams
-from jobs.benchmarks.machine import read_bandwidth
+from jobs.benchmarks.machine import gpu_read_bandwidth, read_bandwidth
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
@@ -28,17 +29,18 @@ TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
 
 @dataclass(frozen=True)
 class Decode:
-    model: str
+    model: str  # a folder or an address, or the name of a preset
     dtype: str  # bfloat16, float32, float16 or int8
     batches: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
     threads: int
+    random: bool = False  # weights made on the device, of the model that is a preset
 
     def run(self) -> Iterator[dict[str, Any]]:
         """One measurement a batch size; the first one has the memory's limit as well."""
         torch.set_num_threads(self.threads)
-        before = read_bandwidth(self.threads)
+        before = self._bandwidth()
         most = max(self.batches)
         runner = self._runner(most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS))
         engine = Engine(
@@ -55,9 +57,9 @@ class Decode:
         finally:
             engine.close()
             runner.close()
-        bandwidth = max(before, read_bandwidth(self.threads))
+        bandwidth = max(before, self._bandwidth())
         for result in results:
-            if isinstance(runner, CpuRunner):
+            if isinstance(runner, CpuRunner | CudaRunner):
                 steps = result["decode_tokens_per_s"] / result["batch"]
                 share = runner.bytes_read * steps / bandwidth
                 result |= {
@@ -67,10 +69,16 @@ class Decode:
                 }
             yield result
 
+    def _bandwidth(self) -> float:
+        return gpu_read_bandwidth() if torch.cuda.is_available() else read_bandwidth(self.threads)
+
     def _runner(self, cache_tokens: int) -> Runner:
         stored = "bfloat16" if self.dtype == "int8" else self.dtype
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = GPTJForCausalLM.from_pretrained(self.model, dtype=stored, device=device)
+        if self.random:
+            model = random_model(self.model, getattr(torch, stored), device)
+        else:
+            model = GPTJForCausalLM.from_pretrained(self.model, dtype=stored, device=device)
         quantization = "int8" if self.dtype == "int8" else "none"
         return best_runner(model, cache_tokens, quantization=quantization, release=True)
 
@@ -94,6 +102,16 @@ class Decode:
             # By the median time between two tokens, when all prompts have been computed.
             "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
         }
+
+
+def random_model(preset: str, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
+    """New weights of a preset's shapes, made where they are used: nothing is read."""
+    with torch.device("meta"):
+        model = GPTJForCausalLM(GPTJConfig.preset(preset))
+    model = model.to(dtype).to_empty(device=device).eval()
+    torch.manual_seed(0)
+    model.initialize()
+    return model
 
 
 @dataclass(frozen=True)
