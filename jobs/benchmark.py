@@ -93,7 +93,7 @@ def decode(given: argparse.Namespace) -> list[Row]:
             given.dtype,
             tuple(given.sizes),
             *settings,
-            random=given.preset is not None,
+            is_preset=given.preset is not None,
         )
         rows += [_show(row) for row in ours_.run()]
         if given.peers:

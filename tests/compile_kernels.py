@@ -21,6 +21,7 @@ from gptj import GPTJConfig
 from gptj.engine.cuda.inputs import InputsMaker
 from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.operations import Inputs, LayerCache
+from gptj.engine.cuda.products import CANDIDATES, multiply_row
 from gptj.engine.cuda.weights import Norm
 
 # GPU, compute capability, shared memory that a program may have, dtype.
@@ -42,7 +43,7 @@ class NoDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._target.arch  # what is compiled for one device is not taken for another's
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -74,6 +75,9 @@ def compiled(capability: int, dtype: torch.dtype) -> list[Any]:
         q_THK = operations.spread(entered, wide, (table, table), inputs, cache, joined)
         operations.attend(q_THK, inputs, cache, joined)
     tile = torch.zeros(1, 4, dtype=torch.int32)
+    entry = torch.zeros(3 * width + inner, width, dtype=dtype)
+    for blocks in CANDIDATES:
+        multiply_row(x_TD.to(dtype), entry, blocks)
     chunk = Inputs(tile, tile, tile, inputs.tables_RP, 0, tiles_N4=tile)
     operations.attend(q_THK, chunk, cache, joined)
     return kernels

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptj import GPTJConfig
-from gptj.engine.cuda.launch import MAX_SPLITS, TritonOperations
+from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.operations import TILE, Chunk, Inputs, LayerCache
 from gptj.engine.cuda.plain import PlainOperations
+from gptj.engine.cuda.products import Blocks, multiply_row
 from gptj.engine.cuda.weights import Norm
 from gptj.model import Rotary
 
@@ -29,21 +31,23 @@ SHAPES = {
     "head width 256": dict(n_embd=512, n_head=2, rotary_dim=64, n_inner=1100),
     "head width 10": dict(n_embd=40, n_head=4, rotary_dim=6, n_inner=52),
 }
-shapes = pytest.mark.parametrize("shape", SHAPES)
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "fp16"])
+shapes = pytest.mark.parametrize(
+    ("shape", "dtype"), list(zip(SHAPES, TOLERANCES, strict=True)), ids=["256 fp32", "10 fp16"]
+)
 
 
-def setting(shape: str, dtype: torch.dtype, processors: int = 4) -> Setting:
-    return Setting(GPTJConfig(n_positions=PAGES * PAGE, **SHAPES[shape]), dtype, processors)
+def setting(shape: str, dtype: torch.dtype) -> Setting:
+    return Setting(GPTJConfig(n_positions=PAGES * PAGE, **SHAPES[shape]), dtype)
 
 
 class Setting:
     """A layer's cache of random numbers, and both forms of the operations."""
 
-    def __init__(self, config: GPTJConfig, dtype: torch.dtype, processors: int) -> None:
+    def __init__(self, config: GPTJConfig, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.config, self.dtype = config, dtype
-        self.triton = TritonOperations(config, dtype, processors)
+        self.triton = TritonOperations(config, dtype, processors=1)
         self.plain = PlainOperations(dtype, config.layer_norm_epsilon)
         self.cache = self._new_cache()
 
@@ -84,21 +88,19 @@ def singles(contexts: list[int]) -> Inputs:
     return Inputs(numbers([0] * count), positions, positions, numbers(pages.tolist()), count)
 
 
-@pytest.mark.parametrize("processors", [1, 4, 132])
-@dtypes
+@pytest.mark.parametrize(("processors", "splits"), [(1, 1), (2, 2), (8, 8)])
 @shapes
 def test_single_tokens_see_ragged_contexts_over_scattered_pages(
-    shape: str, dtype: torch.dtype, processors: int
+    shape: str, dtype: torch.dtype, processors: int, splits: int
 ) -> None:
-    """Contexts that end before, at and after a page's border; cut in none, some and many runs."""
+    """Contexts that end before, at and after a page's border; some with fewer pages than runs."""
     contexts = [1, 15, 16, 17, 100, PAGES * PAGE]
-    it = setting(shape, dtype, processors)
-    splits = it.triton.splits(len(contexts))
-    assert (splits == 1) == (processors == 1) and (splits == MAX_SPLITS) == (processors == 132)
+    it = setting(shape, dtype)
+    it.triton = TritonOperations(it.config, dtype, processors * it.config.n_head // 2)
+    assert it.triton.splits(len(contexts)) == splits
     it.attended(singles(contexts))
 
 
-@dtypes
 @shapes
 def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dtype) -> None:
     """Chunks that end before, at and after a tile's border, with and without a past."""
@@ -144,7 +146,6 @@ def test_what_lies_beyond_a_context_is_not_seen(dtype: torch.dtype) -> None:
     assert torch.equal(clean, other)
 
 
-@dtypes
 @shapes
 def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
     shape: str, dtype: torch.dtype
@@ -171,7 +172,6 @@ def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
     assert torch.equal(results[0][2], results[1][2])
 
 
-@dtypes
 @shapes
 def test_the_residual_stream_is_added_to_and_normed(shape: str, dtype: torch.dtype) -> None:
     it = setting(shape, dtype)
@@ -189,10 +189,20 @@ def test_the_residual_stream_is_added_to_and_normed(shape: str, dtype: torch.dty
             it.near(ours, theirs)
 
 
+@dtypes
+@pytest.mark.parametrize("blocks", [Blocks(1, 64, 4), Blocks(4, 32, 4)])
+def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
+    dtype: torch.dtype, blocks: Blocks
+) -> None:
+    it = setting("head width 10", dtype)
+    x_1C, weight = it.random(1, 100), it.random(37, 100)
+    it.near(multiply_row(x_1C, weight, blocks), F.linear(x_1C.float(), weight.float()))
+
+
 @pytest.mark.slow
-def test_the_kernels_compile_for_gpus_that_are_not_here() -> None:
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B on an A100, an L4 and an H100."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).parent / "compile_kernels.py"
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=500

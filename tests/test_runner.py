@@ -90,6 +90,8 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
     """Makes a model with a runner of each kind; fp32, bf16 and int8 are our CPU kernels."""
     if request.param in KINDS and not set(library.NEEDED) <= library.processor_flags():
         pytest.skip("the processor has no AVX-512")
+    if request.param == "triton fp16" and GPU.type == "cpu":
+        pytest.skip("no CUDA device on this machine")
     runners: list[Runner] = []
 
     def make_case(num_pages: int = 32, **changes: object) -> Case:

@@ -35,7 +35,7 @@ class Decode:
     prompt_tokens: int
     new_tokens: int
     threads: int
-    random: bool = False  # weights made on the device, of the model that is a preset
+    is_preset: bool = False  # its weights are random, and made on the device
 
     def run(self) -> Iterator[dict[str, Any]]:
         """One measurement a batch size; the first one has the memory's limit as well."""
@@ -75,7 +75,7 @@ class Decode:
     def _runner(self, cache_tokens: int) -> Runner:
         stored = "bfloat16" if self.dtype == "int8" else self.dtype
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.random:
+        if self.is_preset:
             model = random_model(self.model, getattr(torch, stored), device)
         else:
             model = GPTJForCausalLM.from_pretrained(self.model, dtype=stored, device=device)

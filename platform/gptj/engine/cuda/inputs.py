@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gptj.engine.cuda.operations import TILE, Chunk, Inputs
 from gptj.engine.runner import Ints, StepBatch
+
+Vector = TypeVar("Vector", Tensor, Ints)
 
 ALIGNED = 4  # numbers: 16 bytes, for which kernels are compiled once
 
@@ -18,22 +22,16 @@ ALIGNED = 4  # numbers: 16 bytes, for which kernels are compiled once
 class Outline:
     """Where the parts of a step's numbers lie in one vector."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        self._shapes = shapes
-        self._starts = [0]
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        self._parts: list[tuple[slice, tuple[int, ...]]] = []
+        self.size = 0
         for shape in shapes:
-            size = -(-int(np.prod(shape)) // ALIGNED) * ALIGNED
-            self._starts.append(self._starts[-1] + size)
+            length = math.prod(shape)
+            self._parts.append((slice(self.size, self.size + length), shape))
+            self.size += -(-length // ALIGNED) * ALIGNED
 
-    @property
-    def size(self) -> int:
-        return self._starts[-1]
-
-    def views(self, vector: Tensor) -> list[Tensor]:
-        return [
-            vector[start : start + int(np.prod(shape))].view(shape)
-            for start, shape in zip(self._starts, self._shapes, strict=False)
-        ]
+    def views(self, vector: Vector) -> list[Vector]:
+        return [vector[part].reshape(shape) for part, shape in self._parts]
 
 
 class InputsMaker:
@@ -65,7 +63,7 @@ class InputsMaker:
         count = len(batch.ids_T)
         outline = self._outline_of_singles(size)
         vector = self._vector(outline.size)
-        ids, positions, slots, tables = (each.numpy() for each in outline.views(vector))
+        ids, positions, slots, tables = outline.views(vector.numpy())
         ids[count:], positions[count:] = 0, 0
         slots[count:] = self._scratch * self._page_size
         tables[count:] = self._scratch
@@ -87,17 +85,15 @@ class InputsMaker:
         )
         tiles = [tile for chunk in chunks for tile in _tiles(chunk)]
         outline = Outline(
-            [
-                (tokens,),
-                (tokens,),
-                (tokens,),
-                (rows, self._max_pages),
-                (len(tiles), 4),
-                batch.wanted.shape,
-            ]
+            (tokens,),
+            (tokens,),
+            (tokens,),
+            (rows, self._max_pages),
+            (len(tiles), 4),
+            batch.wanted.shape,
         )
         vector = self._vector(outline.size)
-        parts = [each.numpy() for each in outline.views(vector)]
+        parts = outline.views(vector.numpy())
         parts[0][:] = batch.ids_T
         parts[1][:] = batch.positions_T
         parts[2][:] = self._slots(batch, np.repeat(np.arange(rows), lengths))
@@ -119,13 +115,13 @@ class InputsMaker:
         )
 
     def _outline_of_singles(self, size: int) -> Outline:
-        return Outline([(size,), (size,), (size,), (size, self._max_pages)])
+        return Outline((size,), (size,), (size,), (size, self._max_pages))
 
     def _vector(self, size: int) -> Tensor:
         # PyTorch keeps pinned memory from its next user until the copy from it has ended.
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
-    def _slots(self, batch: StepBatch, rows_T: Ints) -> Ints:
+    def _slots(self, batch: StepBatch, rows_T: npt.NDArray[np.integer]) -> Ints:
         pages = batch.pages_RP[rows_T, batch.positions_T // self._page_size]
         slots: Ints = pages * self._page_size + batch.positions_T % self._page_size
         return slots

@@ -256,3 +256,30 @@ def attend_chunks(
     target = joined + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
     found = (weighted / total[:, None]).to(joined.dtype.element_ty)
     tl.store(target, found, mask=real)
+
+
+@triton.jit
+def multiply_row(
+    x,  # (INPUTS)
+    weight,  # (columns, INPUTS)
+    product,  # (columns)
+    columns,
+    INPUTS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """One program for some columns of one row's product: it reads the weights, and does little."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inputs = tl.arange(0, BLOCK_INPUTS)
+    terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)
+    for first in tl.range(0, INPUTS, BLOCK_INPUTS):
+        place = first + inputs
+        within = place < INPUTS
+        loaded = (column < columns)[:, None] & within[None, :]
+        values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
+        weights = tl.load(
+            weight + column[:, None] * INPUTS + place[None, :], mask=loaded, other=0.0
+        )
+        terms += weights.to(tl.float32) * values[None, :]
+    found = tl.sum(terms, axis=1)
+    tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)

@@ -11,10 +11,12 @@ from torch import Tensor
 from gptj.config import GPTJConfig
 from gptj.engine.cuda import kernels
 from gptj.engine.cuda.operations import TILE, Inputs, LayerCache
-from gptj.engine.cuda.weights import Norm
+from gptj.engine.cuda.products import Products
+from gptj.engine.cuda.weights import Norm, Weights
 
 BLOCK_INNER = 1024
-BLOCK_PLACES = 32
+# Places of a context that a chunk's tile looks at together, and warps: what registers hold.
+CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the bytes of a number
 MAX_SPLITS = 32
 # Programs a multiprocessor that attend to single tokens: four can be there at a time, and twice
 # as many even out contexts of different lengths.
@@ -33,11 +35,20 @@ class TritonOperations:
         self._config = config
         self._dtype = dtype
         self._processors = processors
+        self._products = Products()
         self._row = config.n_embd + config.inner_dim
         self._block_width = triton.next_power_of_2(config.n_embd)
         # A tensor core's products have 16 terms at least.
         self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # exponentials are to base 2
+
+    def prepare(self, weights: Weights) -> None:
+        self._products.measure([layer.entry for layer in weights.layers])
+        self._products.measure([layer.exit for layer in weights.layers])
+        self._products.measure([weights.head_VD])
+
+    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
+        return self._products.multiply(x_TC, weight)
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
@@ -104,9 +115,8 @@ class TritonOperations:
         programs do not.
         """
         programs = singles * self._config.n_head
-        return min(
-            MAX_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))
-        )
+        wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))
+        return min(wanted, MAX_SPLITS)
 
     def _attend_singles(
         self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor
@@ -151,6 +161,7 @@ class TritonOperations:
         self, q_THK: Tensor, inputs: Inputs, tiles_N4: Tensor, cache: LayerCache, joined: Tensor
     ) -> None:
         config = self._config
+        places, warps = CHUNK_BLOCKS[self._dtype.itemsize]
         kernels.attend_chunks[(len(tiles_N4), config.n_head)](
             q_THK,
             cache.keys,
@@ -166,6 +177,7 @@ class TritonOperations:
             PAGES=inputs.tables_RP.shape[1],
             ROW=self._row,
             TILE=TILE,
-            BLOCK_PLACES=BLOCK_PLACES,
+            BLOCK_PLACES=places,
             STAGES=2,
+            num_warps=warps,
         )

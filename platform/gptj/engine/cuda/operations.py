@@ -1,4 +1,4 @@
-"""What a step does beside its matrix products: three operations, each of which has two forms.
+"""What a step does, as four operations, each of which has two forms.
 
 `plain` is PyTorch, on any device; `kernels` is Triton. Shapes, as the ends of names: R sequences,
 T tokens, P pages of a sequence, D width, H heads, K head width, I inner width of the MLP.
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gptj.engine.cuda.weights import Norm
+from gptj.engine.cuda.weights import Norm, Weights
 
 TILE = 32  # tokens of a chunk that one program of the kernel attends with
 
@@ -54,6 +54,12 @@ class LayerCache:
 
 class Operations(Protocol):
     """Sums, norms, rotations and softmax are computed in fp32, and rounded once."""
+
+    def prepare(self, weights: Weights) -> None:
+        """Choose what is fastest for these weights, on a GPU; before the first step or never."""
+
+    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
+        """x (T, inputs) by weight (columns, inputs): (T, columns)."""
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm

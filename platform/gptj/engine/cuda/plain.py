@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.cuda.operations import Inputs, LayerCache
-from gptj.engine.cuda.weights import Norm
+from gptj.engine.cuda.weights import Norm, Weights
 from gptj.model import Rotary
 
 
@@ -21,6 +21,12 @@ class PlainOperations:
     def __init__(self, dtype: torch.dtype, epsilon: float) -> None:
         self._dtype = dtype
         self._epsilon = epsilon
+
+    def prepare(self, weights: Weights) -> None:
+        """There is nothing to choose."""
+
+    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x_TC, weight)
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
@@ -42,23 +48,25 @@ class PlainOperations:
     ) -> Tensor:
         heads, page_size, head_dim = cache.keys.shape[1:]
         width = heads * head_dim
-        q, k, v, inner = entered.split([width, width, width, entered.shape[1] - 3 * width], dim=1)
+        q, k, v = (
+            entered[:, start : start + width].reshape(-1, heads, head_dim)
+            for start in range(0, 3 * width, width)
+        )
         turns = [
             table[inputs.positions_T].repeat_interleave(2, dim=-1)[None, :, None]
             for table in rotary
         ]
         turning = Rotary(*turns)
-        q_THK = turning.rotate(q.unflatten(1, (heads, head_dim))[None])[0]
-        k_THK = turning.rotate(k.unflatten(1, (heads, head_dim))[None])[0]
+        q_THK, k_THK = turning.rotate(q[None])[0], turning.rotate(k[None])[0]
         pages_T, places_T = inputs.slots_T // page_size, inputs.slots_T % page_size
         cache.keys[pages_T, :, places_T] = k_THK
-        cache.values[pages_T, :, places_T] = v.unflatten(1, (heads, head_dim))
-        joined[:, width:] = F.gelu(inner.float() + bias_I, approximate="tanh")
+        cache.values[pages_T, :, places_T] = v
+        joined[:, width:] = F.gelu(entered[:, 3 * width :].float() + bias_I, approximate="tanh")
         return q_THK
 
     def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
         singles = inputs.singles
-        joined_THK = joined[:, : q_THK[0].numel()].unflatten(1, q_THK.shape[1:])
+        joined_THK = joined[:, : q_THK[0].numel()].view(q_THK.shape)
         if singles:
             joined_THK[:singles] = _attend_singly(
                 q_THK[:singles], inputs.tables_RP[:singles], inputs.positions_T[:singles], cache

@@ -6,6 +6,8 @@ Shapes, as the ends of names: T tokens of a step, R sequences, W wanted rows, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,20 +59,27 @@ class CudaRunner:
         max_pages = -(-config.n_positions // PAGE_SIZE)
         self._inputs = InputsMaker(self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE)
         self._logits = torch.zeros(MAX_SIZE, config.vocab_size, dtype=dtype, device=self.device)
+        # Kernels are launched on the current device.
+        on_gpu = self.device.type == "cuda"
+        self._current: AbstractContextManager[Any] = (
+            torch.cuda.device(self.device) if on_gpu else nullcontext()
+        )
         self._graphs: Graphs | None = None
-        if self.device.type == "cuda":
-            self._prepare()
+        if on_gpu:
+            with self._current:
+                self._prepare()
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> Tensor:
         batch.check(self.config, self.page_size, self.num_pages)
         count = len(batch.ids_T)
-        single = count == len(batch.starts) - 1 and np.array_equal(batch.wanted, range(count))
-        if single and count <= MAX_SIZE:
-            return self._step_singles(batch)
-        inputs = self._inputs.of(batch)
-        h_TD = self._hidden(inputs)
-        return self._head(h_TD[inputs.wanted_W]).float()
+        single = count == len(batch.starts) - 1 and np.array_equal(batch.wanted, np.arange(count))
+        with self._current:
+            if single and count <= MAX_SIZE:
+                return self._step_singles(batch)
+            inputs = self._inputs.of(batch)
+            h_TD = self._hidden(inputs)
+            return self._head(h_TD[inputs.wanted_W]) + self._weights.head_bias_V
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         pages = torch.tensor([sources, targets], pin_memory=self.device.type == "cuda")
@@ -92,8 +101,8 @@ class CudaRunner:
             self._graphs.replay(size)
         else:
             self._compute_singles(size)
-        # A copy: the next step writes there.
-        return self._logits[:count].to(torch.float32, copy=True)
+        # A sum of its own, in fp32: the next step writes to the same place.
+        return self._logits[:count] + self._weights.head_bias_V
 
     def _compute_singles(self, size: int) -> None:
         """On static tensors alone."""
@@ -109,7 +118,7 @@ class CudaRunner:
             h_TD = operations.add_and_norm(x_TD, added_TD, bias_D, layer.norm)
             joined = h_TD.new_empty(len(h_TD), layer.exit.shape[1])
             q_THK = operations.spread(
-                F.linear(h_TD, layer.entry),
+                operations.multiply(h_TD, layer.entry),
                 layer.entry_bias_I,
                 (weights.sines, weights.cosines),
                 inputs,
@@ -117,15 +126,17 @@ class CudaRunner:
                 joined,
             )
             operations.attend(q_THK, inputs, cache, joined)
-            added_TD, bias_D = F.linear(joined, layer.exit), layer.exit_bias_D
+            added_TD, bias_D = operations.multiply(joined, layer.exit), layer.exit_bias_D
         return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
 
     def _head(self, h_WD: Tensor) -> Tensor:
-        return F.linear(h_WD, self._weights.head_VD, self._weights.head_bias_V)
+        """Logits without their bias, in the model's dtype."""
+        return self._operations.multiply(h_WD, self._weights.head_VD)
 
     @torch.inference_mode()
     def _prepare(self) -> None:
-        """Compile what any step needs, and record the graphs."""
+        """Measure and compile what any step needs, and record the graphs."""
+        self._operations.prepare(self._weights)
         # A single token and a chunk, on the scratch page.
         numbers, starts = np.array([0, 0, 1], np.int32), np.array([0, 1, 3], np.int32)
         pages = np.full((2, 1), self.num_pages, np.int32)

@@ -50,6 +50,7 @@ def _try_out(operations: TritonOperations, width: int, device: torch.device) -> 
     """Triton needs a C compiler and a writable cache, and says so only when it compiles."""
     row = torch.zeros(1, width, device=device)
     try:
-        operations.add_and_norm(row, None, None, Norm(row[0], row[0]))
+        with torch.cuda.device(device):
+            operations.add_and_norm(row, None, None, Norm(row[0], row[0]))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         raise UnsupportedError(f"Triton cannot compile for {device}: {error}") from error

@@ -39,7 +39,7 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Norm
     head_VD: Tensor
-    head_bias_V: Tensor
+    head_bias_V: Tensor  # fp32
     sines: Tensor  # (positions, rotated / 2), fp32
     cosines: Tensor
 
@@ -77,7 +77,7 @@ def take(model: GPTJForCausalLM, *, release: bool) -> Weights:
         tuple(layers),
         _norm(model.transformer.ln_f),
         model.lm_head.weight.detach(),
-        model.lm_head.bias.detach(),
+        _copied(model.lm_head.bias),
         rotary.sin_BL1R[0, :, 0, ::2].contiguous(),
         rotary.cos_BL1R[0, :, 0, ::2].contiguous(),
     )
