@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from engine_caller import alone, submit, tiny_model, tokens
 
 from gptj import GPTJForCausalLM
+from gptj.engine import choice
 from gptj.engine.cpu.library import UnsupportedError
 from gptj.engine.cuda.graphs import MAX_SIZE, SIZES, size_for
 from gptj.engine.cuda.operations import Operations
@@ -131,6 +133,23 @@ class ElsewhereModel(GPTJForCausalLM):
     """Says that it is on a GPU, of which there is none here."""
 
     device = torch.device("cuda")  # type: ignore[assignment]
+
+
+def test_without_kernels_a_gpu_runs_on_pytorch_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(model: GPTJForCausalLM) -> Operations:
+        raise UnsupportedError("Triton cannot be imported")
+
+    plain = object()
+    monkeypatch.setattr(choice, "operations_for", unsupported)
+    monkeypatch.setattr(choice, "TorchRunner", lambda model, num_pages: plain)
+    model = ElsewhereModel(tiny_model().config)
+    with caplog.at_level(logging.WARNING):
+        assert choice.best_runner(model, 64) is plain
+    assert "on PyTorch, without our kernels: Triton cannot be imported" in caplog.text
+    with pytest.raises(UnsupportedError, match="int8 is not available: the model is on cuda"):
+        choice.best_runner(model, 64, quantization="int8")
 
 
 @pytest.mark.parametrize(

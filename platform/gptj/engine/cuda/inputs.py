@@ -1,4 +1,7 @@
-"""A StepBatch in, its Inputs out: all of a step's numbers go to the device in one copy."""
+"""A StepBatch in, its Inputs out: all of a step's numbers go to the device in one copy.
+
+Shapes as in operations.py.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ class InputsMaker:
     Args:
         max_pages: of a sequence: the width of all page tables.
         scratch: the page that padding is written to.
+        most_singles: of a step whose numbers have a place of their own.
     """
 
     def __init__(

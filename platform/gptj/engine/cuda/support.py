@@ -15,6 +15,7 @@ from gptj.model import GPTJForCausalLM
 if TYPE_CHECKING:
     from gptj.engine.cuda.launch import TritonOperations
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16, and copies that go on beside computing
 
 
@@ -31,6 +32,8 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
         raise UnsupportedError(
             f"the kernels compute gelu_new, and the model has {config.activation_function}"
         )
+    if model.dtype not in DTYPES:
+        raise UnsupportedError(f"the kernels have no {model.dtype}")
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
