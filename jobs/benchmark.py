@@ -4,6 +4,7 @@
     jobs/benchmark.py decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
                              [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
                              [--peers DIR]
+    jobs/benchmark.py decode --preset 6b …  (random weights, made on the device)
     jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
     jobs/benchmark.py mlperf --model DIR --dtype … [--scenario offline|server|both]
@@ -36,6 +37,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gptj.config import PRESETS
 from jobs.benchmarks import machine, mlperf
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.load import Load
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
         command = commands.add_parser(name)
-        command.add_argument("--model", required=True)
+        command.add_argument("--model", required=name == "serve")
         command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
         sizes = "--batch" if name == "decode" else "--concurrency"
         command.add_argument(sizes, default=default_batch, type=_numbers, dest="sizes")
@@ -72,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--repeats", type=int, default=1)
         command.add_argument("--peers", type=Path)
         if name == "decode":
+            command.add_argument("--preset", choices=PRESETS)  # random weights of these shapes
             command.add_argument("--threads", type=int, default=os.cpu_count())
         else:
             command.add_argument("--rounds", type=int, default=2)
@@ -85,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.command == "model":
         write_model(given.folder)
         return
+    if given.command == "decode" and (given.model is None) == (given.preset is None):
+        parser.error("either --model or --preset says what to measure")
+    if given.command == "decode" and given.preset and given.peers:
+        parser.error("--peers read their weights from a folder: give one with --model")
     settings = {name: str(value) for name, value in vars(given).items()}
     _show({**machine.description(), "settings": settings})
     if given.command == "mlperf":
@@ -106,7 +113,13 @@ def decode(given: argparse.Namespace) -> list[Row]:
     rows = []
     for _ in range(given.repeats):
         settings = (given.prompt_tokens, given.new_tokens, given.threads)
-        ours_ = Decode(given.model, given.dtype, tuple(given.sizes), *settings)
+        ours_ = Decode(
+            given.model or given.preset,
+            given.dtype,
+            tuple(given.sizes),
+            *settings,
+            is_preset=given.preset is not None,
+        )
         rows += [_show(row) for row in ours_.run()]
         if given.peers:
             for engine, environment, dtype in PEERS:

@@ -14,6 +14,9 @@ import torch
 from gptj import GPTJTokenizer
 from jobs.local_s3 import LocalS3
 
+# Without a GPU, Triton's kernels run in its interpreter, which it decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Two cores: more threads than that only wait for each other.
 torch.set_num_threads(2)
 # No test reaches for a hub on the internet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +16,27 @@ from torch import Tensor
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.choice import best_runner, page_bytes
 from gptj.engine.cpu import library
-from gptj.engine.cpu.packing import pack, quantized
+from gptj.engine.cpu.packing import KINDS, pack, quantized
 from gptj.engine.cpu.runner import CpuRunner
+from gptj.engine.cuda.launch import TritonOperations
+from gptj.engine.cuda.plain import PlainOperations
+from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.runner import Runner, StepBatch, TorchRunner
 
 PAGE = 16
 LENGTH = 60
 # Differences to the model in fp32, in units of the logits' standard deviation. fp32: the order of
-# summation; bf16: 8 bits of each weight; int8: 7 bits of weights and activations.
-TOLERANCES = {"torch": 1e-5, "fp32": 1e-5, "bf16": 0.05, "int8": 0.12}
+# summation; fp16 and bf16: 11 and 8 bits of each number; int8: 7 bits of weights and activations.
+TOLERANCES = {
+    "torch": 1e-5,
+    "plain": 1e-5,
+    "triton": 1e-5,
+    "triton fp16": 0.01,
+    "fp32": 1e-5,
+    "bf16": 0.05,
+    "int8": 0.12,
+}
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 needs_kernels = pytest.mark.skipif(
     not set(library.NEEDED) <= library.processor_flags(), reason="the processor has no AVX-512"
@@ -54,18 +67,31 @@ def random_model(**changes: object) -> GPTJForCausalLM:
     return model
 
 
+def gpu_runner(model: GPTJForCausalLM, num_pages: int, kind: str) -> CudaRunner:
+    """The GPU's runner; where there is none, on the CPU, with PyTorch or Triton's interpreter."""
+    dtype = torch.float16 if kind == "triton fp16" else torch.float32
+    model = copy.deepcopy(model).to(GPU, dtype)
+    if kind == "plain":
+        operations = PlainOperations(dtype, model.config.layer_norm_epsilon)
+        return CudaRunner(model, num_pages, operations)
+    # As if of six multiprocessors: contexts are then cut for some sizes of a batch, not for all.
+    return CudaRunner(model, num_pages, TritonOperations(model.config, dtype, 6))
+
+
 @dataclass
 class Case:
-    model: GPTJForCausalLM
+    model: GPTJForCausalLM  # in fp32, on the CPU
     runner: Runner
     tolerance: float
 
 
-@pytest.fixture(params=["torch", "fp32", "bf16", "int8"])
+@pytest.fixture(params=list(TOLERANCES))
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
-    """Makes a model with a runner of each kind; fp32, bf16 and int8 are our kernels."""
-    if request.param != "torch" and not set(library.NEEDED) <= library.processor_flags():
+    """Makes a model with a runner of each kind; fp32, bf16 and int8 are our CPU kernels."""
+    if request.param in KINDS and not set(library.NEEDED) <= library.processor_flags():
         pytest.skip("the processor has no AVX-512")
+    if request.param == "triton fp16" and GPU.type == "cpu":
+        pytest.skip("no CUDA device on this machine")
     runners: list[Runner] = []
 
     def make_case(num_pages: int = 32, **changes: object) -> Case:
@@ -73,6 +99,8 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
         runner: Runner
         if request.param == "torch":
             runner = TorchRunner(model, num_pages)
+        elif request.param not in KINDS:
+            runner = gpu_runner(model, num_pages, request.param)
         else:
             runner = CpuRunner(model, num_pages, request.param)
         runners.append(runner)
@@ -107,7 +135,7 @@ def step(runner: Runner, *sequences: tuple[np.ndarray, int, list[int]]) -> list[
             np.arange(sum(lengths), dtype=np.int32),
         )
     )
-    return list(logits.split(lengths))
+    return list(logits.cpu().split(lengths))
 
 
 @torch.inference_mode()
@@ -170,7 +198,7 @@ def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[...
     ids = random_ids(LENGTH, 300)
     (clean,) = step(case.runner, (ids[:20], 0, [1, 2]))
     wte = case.model.transformer.wte.weight
-    if isinstance(case.runner, CpuRunner):
+    if isinstance(case.runner, CpuRunner | CudaRunner):
         case.runner._cache[:, :, 1:3] = torch.nan
     else:
         assert isinstance(case.runner, TorchRunner) and wte.isfinite().all()

@@ -15,11 +15,12 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.choice import Quantization, best_runner
 from gptj.engine.cpu.runner import CpuRunner
+from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
 from gptj.engine.runner import Runner
 from gptj.sampling import SamplingParams
-from jobs.benchmarks.machine import read_bandwidth
+from jobs.benchmarks.machine import gpu_read_bandwidth, read_bandwidth
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
@@ -28,20 +29,23 @@ TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
 
 @dataclass(frozen=True)
 class Decode:
-    model: str
+    model: str  # a folder or an address, or the name of a preset
     dtype: str  # bfloat16, float32, float16 or int8
     batches: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
     threads: int
+    is_preset: bool = False  # its weights are random, and made on the device
 
     def run(self) -> Iterator[dict[str, Any]]:
         """One measurement a batch size; the first one has the memory's limit as well."""
         torch.set_num_threads(self.threads)
-        before = read_bandwidth(self.threads)
+        before = self._bandwidth()
         most = max(self.batches)
         cache_tokens = most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS)
-        runner = load_runner(self.model, self.dtype, lambda _: cache_tokens)
+        runner = load_runner(
+            self.model, self.dtype, lambda _: cache_tokens, is_preset=self.is_preset
+        )
         engine = Engine(
             runner,
             eos_ids=[],
@@ -56,9 +60,9 @@ class Decode:
         finally:
             engine.close()
             runner.close()
-        bandwidth = max(before, read_bandwidth(self.threads))
+        bandwidth = max(before, self._bandwidth())
         for result in results:
-            if isinstance(runner, CpuRunner):
+            if isinstance(runner, CpuRunner | CudaRunner):
                 steps = result["decode_tokens_per_s"] / result["batch"]
                 share = runner.bytes_read * steps / bandwidth
                 result |= {
@@ -67,6 +71,9 @@ class Decode:
                     "share_of_memory_limit": round(share, 3),
                 }
             yield result
+
+    def _bandwidth(self) -> float:
+        return gpu_read_bandwidth() if torch.cuda.is_available() else read_bandwidth(self.threads)
 
     def _measure(self, engine: Engine, batch: int, vocabulary: int) -> dict[str, Any]:
         numbers = random.Random(0)
@@ -90,14 +97,34 @@ class Decode:
         }
 
 
-def load_runner(address: str, dtype: str, cache_tokens: Callable[[GPTJConfig], int]) -> Runner:
-    """A model on the GPU, where there is one; int8 weights are made of bf16 ones."""
+def load_runner(
+    model: str, dtype: str, cache_tokens: Callable[[GPTJConfig], int], *, is_preset: bool = False
+) -> Runner:
+    """A model on the GPU, where there is one; int8 weights are made of bf16 ones.
+
+    Args:
+        model: its address, or the name of a preset, which gets random weights.
+        cache_tokens: how many the cache has room for.
+    """
     stored = "bfloat16" if dtype == "int8" else dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPTJForCausalLM.from_pretrained(address, dtype=stored, device=device)
+    if is_preset:
+        loaded = random_model(model, getattr(torch, stored), device)
+    else:
+        loaded = GPTJForCausalLM.from_pretrained(model, dtype=stored, device=device)
     quantization: Quantization = "int8" if dtype == "int8" else "none"
-    tokens = cache_tokens(model.config)
-    return best_runner(model, tokens, quantization=quantization, release=True)
+    tokens = cache_tokens(loaded.config)
+    return best_runner(loaded, tokens, quantization=quantization, release=True)
+
+
+def random_model(preset: str, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
+    """New weights of a preset's shapes, made where they are used: nothing is read."""
+    with torch.device("meta"):
+        model = GPTJForCausalLM(GPTJConfig.preset(preset))
+    model = model.to(dtype).to_empty(device=device).eval()
+    torch.manual_seed(0)
+    model.initialize()
+    return model
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,20 @@ def read_bandwidth(threads: int) -> float:
     return best
 
 
+def gpu_read_bandwidth() -> float:
+    """Bytes a second at which the GPU reads its memory at best, adding up what it reads."""
+    memory = torch.zeros(BYTES, dtype=torch.float32, device="cuda")
+    best = 0.0
+    for _ in range(TIMES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        memory.sum()
+        end.record()
+        end.synchronize()
+        best = max(best, memory.nbytes / start.elapsed_time(end) * 1e3)
+    return best
+
+
 def _processor() -> str:
     names = Path("/proc/cpuinfo")
     for line in names.read_text().splitlines() if names.exists() else ():

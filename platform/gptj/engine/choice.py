@@ -11,6 +11,8 @@ from gptj.config import GPTJConfig
 from gptj.engine.cpu.library import UnsupportedError
 from gptj.engine.cpu.packing import Kind
 from gptj.engine.cpu.runner import CpuRunner
+from gptj.engine.cuda.runner import CudaRunner
+from gptj.engine.cuda.support import operations_for
 from gptj.engine.runner import PAGE_SIZE, Runner, TorchRunner
 from gptj.model import GPTJForCausalLM
 
@@ -28,7 +30,9 @@ def best_runner(
     quantization: Quantization = "none",
     release: bool = False,
 ) -> Runner:
-    """Our kernels on a CPU with AVX-512, and else PyTorch, which the log then says with why.
+    """Our kernels on a CPU with AVX-512 or a GPU with Triton, and else PyTorch.
+
+    Where it is PyTorch, the log says why.
 
     Args:
         model: in evaluation mode, on its device.
@@ -43,21 +47,28 @@ def best_runner(
     if cache_tokens < 1:
         raise ValueError(f"cache_tokens must be 1 or more, got {cache_tokens}")
     num_pages = -(-cache_tokens // PAGE_SIZE)
-    kind = "int8" if quantization == "int8" else KINDS.get(model.dtype)
     try:
-        if kind is None:
-            raise UnsupportedError(f"the kernels have no {model.dtype}")
-        return CpuRunner(model, num_pages, kind, release=release)
+        if model.device.type == "cpu":
+            return CpuRunner(model, num_pages, _kind(model, quantization), release=release)
+        if quantization != "none":
+            raise UnsupportedError(f"the model is on {model.device}")
+        return CudaRunner(model, num_pages, operations_for(model), release=release)
     except UnsupportedError as error:
         if quantization != "none":
             raise UnsupportedError(
                 f"quantization={quantization} is not available: {error}"
             ) from error
-        if model.device.type == "cpu":
-            logger.warning("generation runs on PyTorch, without our kernels: %s", error)
+        logger.warning("generation runs on PyTorch, without our kernels: %s", error)
         return TorchRunner(model, num_pages)
 
 
 def page_bytes(config: GPTJConfig, element_size: int) -> int:
     """Bytes of a page of the cache: keys and values of PAGE_SIZE positions in all layers."""
     return 2 * config.n_layer * PAGE_SIZE * config.n_embd * element_size
+
+
+def _kind(model: GPTJForCausalLM, quantization: Quantization) -> Kind:
+    kind = "int8" if quantization == "int8" else KINDS.get(model.dtype)
+    if kind is None:
+        raise UnsupportedError(f"the kernels have no {model.dtype}")
+    return kind

@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,9 @@ class Sampler:
         # NaN and infinities make a sum what they are; finite logits cannot reach the limit.
         finite = logits_RV.sum(dim=-1).isfinite()
         logits_RV.index_fill_(1, self._banned, -torch.inf)
-        logprobs_QV = logits_RV[batch.reporting].log_softmax(dim=-1) if batch.reporting else None
+        logprobs_QV = None
+        if batch.reporting:
+            logprobs_QV = logits_RV[batch.reporting_rows].log_softmax(dim=-1)
         if batch.adjusting:
             for row in batch.adjusting:
                 batch.states[row].note_due(row, batch)
@@ -204,8 +207,8 @@ class _Entries:
             return None
         width = logits_RV.shape[-1]
         flat = [ids + row * width for row, ids in zip(self._rows, self._places, strict=True)]
-        places = torch.from_numpy(np.concatenate(flat)).to(logits_RV.device)
-        values = torch.from_numpy(np.concatenate(self._values)).to(logits_RV.device)
+        places = _sent(np.concatenate(flat), logits_RV.device)
+        values = _sent(np.concatenate(self._values), logits_RV.device)
         self.__init__()  # type: ignore[misc]
         return places, values
 
@@ -220,7 +223,8 @@ class _Batch:
         self.reporting = [row for row in rows if states[row].params.logprobs is not None]
         self.adjusting = [row for row in rows if states[row].adjusts]
         self.drawing = [row for row in rows if states[row].draws]
-        self.drawing_rows = torch.tensor(self.drawing, dtype=torch.long, device=device)
+        self.reporting_rows = _sent(np.array(self.reporting, np.int64), device)
+        self.drawing_rows = _sent(np.array(self.drawing, np.int64), device)
         self.repeats = _Entries()
         self.additions = _Entries()
         drawn = [states[row] for row in self.drawing]
@@ -250,7 +254,7 @@ class _Batch:
         scores_DV = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
-        uniform = torch.from_numpy(uniforms(self._seeds, self._lengths)).to(logits_RV.device)
+        uniform = _sent(uniforms(self._seeds, self._lengths), logits_RV.device)
         # Below the total, and above sums that are equal: so that no token of probability 0 is met.
         wanted_D1 = torch.minimum(
             uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
@@ -272,8 +276,8 @@ class _Batch:
         limited = [k if 0 < k < width else 0 for k in self._top_k]
         if any(limited):
             values = scores_DV.topk(max(limited)).values
-            places = torch.tensor([[max(k, 1) - 1] for k in limited], device=scores_DV.device)
-            free = torch.tensor([[k == 0] for k in limited], device=scores_DV.device)
+            places = _sent(np.array([[max(k, 1) - 1] for k in limited]), scores_DV.device)
+            free = _sent(np.array([[k == 0] for k in limited]), scores_DV.device)
             least = values.gather(1, places).masked_fill(free, -torch.inf)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
         if self._restricts_p:
@@ -330,7 +334,15 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    return _sent(np.array(values, np.float32), device)[:, None]
+
+
+def _sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """On the device; on a GPU without waiting for what is still computed there."""
+    tensor = torch.from_numpy(numbers)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
 
 
 def _reports(

@@ -92,7 +92,7 @@ class CpuRunner:
 
     def step(self, batch: StepBatch) -> Tensor:
         assert self._handle is not None, "closed"
-        self._check_batch(batch)
+        batch.check(self.config, self.page_size, self.num_pages)
         wanted = len(batch.wanted)
         logits = torch.empty(wanted, self.config.vocab_size)
         step = library.Step(
@@ -126,18 +126,6 @@ class CpuRunner:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
-
-    def _check_batch(self, batch: StepBatch) -> None:
-        """The kernels trust what they get: a wrong number would read foreign memory."""
-        for array in (batch.ids_T, batch.positions_T, batch.starts, batch.pages_RP, batch.wanted):
-            assert array.dtype == "int32" and array.flags.c_contiguous
-        assert 0 <= batch.ids_T.min() and batch.ids_T.max() < self.config.vocab_size
-        last = int(batch.positions_T.max())
-        assert 0 <= batch.positions_T.min() and last < self.config.n_positions
-        assert last < batch.pages_RP.shape[1] * self.page_size
-        assert 0 <= batch.pages_RP.min() and batch.pages_RP.max() < self.num_pages
-        assert batch.starts[0] == 0 and batch.starts[-1] == len(batch.ids_T)
-        assert len(batch.pages_RP) == len(batch.starts) - 1
 
     def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
         config = self.config

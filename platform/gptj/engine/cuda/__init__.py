@@ -1,0 +1,1 @@
+"""The engine's runner for NVIDIA GPUs: fused weights, Triton kernels and CUDA graphs."""

@@ -1,0 +1,285 @@
+"""The operations of a step as Triton kernels; `launch` calls them.
+
+Sums, norms, rotations and softmax are in fp32. Exponentials are to base 2, with scores scaled
+accordingly. Names in capitals are known when a kernel is compiled; BLOCK_… is the next power of
+two that Triton's ranges need.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_and_norm(
+    x,  # (T, WIDTH), fp32, changed in place
+    added,  # (T, WIDTH)
+    added_bias,  # (WIDTH), fp32
+    weight,  # (WIDTH), fp32
+    bias,
+    normed,  # (T, WIDTH)
+    epsilon,
+    ADDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """One program a token."""
+    columns = tl.arange(0, BLOCK_WIDTH)
+    inside = columns < WIDTH
+    places = tl.program_id(0).to(tl.int64) * WIDTH + columns
+    row = tl.load(x + places, mask=inside, other=0.0)
+    if ADDS:
+        row += tl.load(added + places, mask=inside, other=0.0).to(tl.float32)
+        row += tl.load(added_bias + columns, mask=inside, other=0.0)
+        tl.store(x + places, row, mask=inside)
+    mean = tl.sum(row, axis=0) / WIDTH
+    centred = tl.where(inside, row - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + epsilon)
+    weights = tl.load(weight + columns, mask=inside, other=0.0)
+    biases = tl.load(bias + columns, mask=inside, other=0.0)
+    values = centred * scale * weights + biases
+    tl.store(normed + places, values.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def spread(
+    entered,  # (T, 3 * HEADS * HEAD_DIM + INNER)
+    inner_bias,  # (INNER), fp32
+    sines,  # (positions, ROTATED / 2), fp32
+    cosines,
+    positions,  # (T)
+    slots,  # (T)
+    queries,  # (T, HEADS, HEAD_DIM)
+    keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
+    values,
+    joined,  # (T, HEADS * HEAD_DIM + INNER)
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """Programs of a token: one a head, then one for each BLOCK_INNER of the inner values."""
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    width = HEADS * HEAD_DIM
+    source = entered + token * (3 * width + INNER)
+    if part < HEADS:
+        dims = tl.arange(0, BLOCK_DIM)
+        inside = dims < HEAD_DIM
+        turned = dims < ROTATED
+        position = tl.load(positions + token)
+        angles = position * (ROTATED // 2) + dims // 2
+        cosine = tl.load(cosines + angles, mask=turned, other=1.0)
+        sine = tl.load(sines + angles, mask=turned, other=0.0)
+        # (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin).
+        signed = tl.where(dims % 2 == 0, -sine, sine)
+        head = source + part * HEAD_DIM
+        q = tl.load(head + dims, mask=inside, other=0.0).to(tl.float32)
+        q_beside = tl.load(head + (dims ^ 1), mask=turned, other=0.0).to(tl.float32)
+        k = tl.load(head + width + dims, mask=inside, other=0.0).to(tl.float32)
+        k_beside = tl.load(head + width + (dims ^ 1), mask=turned, other=0.0).to(tl.float32)
+        v = tl.load(head + 2 * width + dims, mask=inside, other=0.0)
+        q = (q * cosine + q_beside * signed).to(queries.dtype.element_ty)
+        k = (k * cosine + k_beside * signed).to(keys.dtype.element_ty)
+        tl.store(queries + token * width + part * HEAD_DIM + dims, q, mask=inside)
+        slot = tl.load(slots + token)
+        page = (slot // PAGE_SIZE).to(tl.int64)
+        place = ((page * HEADS + part) * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM
+        tl.store(keys + place + dims, k, mask=inside)
+        tl.store(values + place + dims, v, mask=inside)
+    else:
+        columns = (part - HEADS) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
+        within = columns < INNER
+        x = tl.load(source + 3 * width + columns, mask=within, other=0.0).to(tl.float32)
+        x += tl.load(inner_bias + columns, mask=within, other=0.0)
+        # gelu_new: x / 2 * (1 + tanh(u)) is x * sigmoid(2 u).
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        target = joined + token * (width + INNER) + width + columns
+        tl.store(target, x.to(joined.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def attend_singles(
+    queries,  # (R, HEADS, HEAD_DIM)
+    keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
+    values,
+    tables,  # (R, PAGES)
+    positions,  # (R)
+    joined,  # (R, ROW), of which HEADS * HEAD_DIM columns are written
+    sums,  # (R, HEADS, SPLITS, HEAD_DIM), fp32; of no use with one split
+    scales,  # (R, HEADS, SPLITS, 2), fp32: the largest score, and the exponentials' sum
+    scale,  # of scores
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    ROW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program for a token, a head and a run of its pages. Dao et al., "Flash-Decoding", 2023.
+
+    One token a sequence is bound by reading keys and values, so products are plain sums; the
+    pages to come are loaded while one is computed with.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    context = tl.load(positions + row) + 1
+    pages = (context + PAGE_SIZE - 1) // PAGE_SIZE
+    run = (pages + SPLITS - 1) // SPLITS
+    first = split * run
+    last = tl.minimum(first + run, pages)
+    dims = tl.arange(0, BLOCK_DIM)
+    inside = dims < HEAD_DIM
+    places = tl.arange(0, PAGE_SIZE)
+    within = places[:, None] * HEAD_DIM + dims[None, :]
+    query = queries + (row * HEADS + head) * HEAD_DIM
+    q = tl.load(query + dims, mask=inside, other=0.0).to(tl.float32) * scale
+    largest = -float("inf")
+    total = 0.0
+    weighted = tl.zeros([BLOCK_DIM], tl.float32)
+    for number in tl.range(first, last, num_stages=STAGES):
+        page = tl.load(tables + row * PAGES + number).to(tl.int64)
+        block = (page * HEADS + head) * (PAGE_SIZE * HEAD_DIM) + within
+        seen = number * PAGE_SIZE + places < context
+        # What lies beyond the context may be anything, NaN too.
+        loaded = seen[:, None] & inside[None, :]
+        k = tl.load(keys + block, mask=loaded, other=0.0).to(tl.float32)
+        v = tl.load(values + block, mask=loaded, other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(q[None, :] * k, axis=1), -float("inf"))
+        raised = tl.maximum(largest, tl.max(scores, axis=0))
+        weights = tl.exp2(scores - raised)
+        shrink = tl.exp2(largest - raised)
+        total = total * shrink + tl.sum(weights, axis=0)
+        weighted = weighted * shrink + tl.sum(weights[:, None] * v, axis=0)
+        largest = raised
+    if SPLITS == 1:
+        target = joined + row * ROW + head * HEAD_DIM + dims
+        tl.store(target, (weighted / total).to(joined.dtype.element_ty), mask=inside)
+    else:
+        index = (row * HEADS + head) * SPLITS + split
+        tl.store(sums + index * HEAD_DIM + dims, weighted, mask=inside)
+        tl.store(scales + index * 2, largest)
+        tl.store(scales + index * 2 + 1, total)
+
+
+@triton.jit
+def join_splits(
+    sums,  # (R, HEADS, SPLITS, HEAD_DIM), fp32
+    scales,  # (R, HEADS, SPLITS, 2), fp32
+    joined,  # (R, ROW)
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ROW: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One program for a token and a head: what its splits have found, weighed together."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    index = (row * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
+    dims = tl.arange(0, BLOCK_DIM)
+    inside = dims < HEAD_DIM
+    largest = tl.load(scales + index * 2)
+    totals = tl.load(scales + index * 2 + 1)
+    weights = tl.exp2(largest - tl.max(largest, axis=0))  # 0 for a split without pages
+    parts = tl.load(
+        sums + index[:, None] * HEAD_DIM + dims[None, :], mask=inside[None, :], other=0.0
+    )
+    found = tl.sum(parts * weights[:, None], axis=0) / tl.sum(totals * weights, axis=0)
+    target = joined + row * ROW + head * HEAD_DIM + dims
+    tl.store(target, found.to(joined.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attend_chunks(
+    queries,  # (T, HEADS, HEAD_DIM)
+    keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
+    values,
+    tables,  # (R, PAGES)
+    tiles,  # (N, 4): row, first token, tokens, position of the first
+    joined,  # (T, ROW)
+    scale,  # of scores
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    ROW: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program for a tile and a head. Dao et al., "FlashAttention", 2022."""
+    tile = tiles + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    row = tl.load(tile).to(tl.int64)
+    start = tl.load(tile + 1).to(tl.int64)
+    tokens = tl.load(tile + 2)
+    position = tl.load(tile + 3)
+    dims = tl.arange(0, BLOCK_DIM)
+    inside = dims < HEAD_DIM
+    lines = tl.arange(0, TILE)
+    real = (lines < tokens)[:, None] & inside[None, :]
+    query = queries + ((start + lines)[:, None] * HEADS + head) * HEAD_DIM + dims[None, :]
+    q = tl.load(query, mask=real, other=0.0)
+    largest = tl.full([TILE], -float("inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    weighted = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+    context = position + tokens
+    for first in tl.range(0, context, BLOCK_PLACES, num_stages=STAGES):
+        places = first + tl.arange(0, BLOCK_PLACES)
+        seen = places < context
+        pages = tl.load(tables + row * PAGES + places // PAGE_SIZE, mask=seen, other=0)
+        slots = (pages.to(tl.int64) * HEADS + head) * PAGE_SIZE + places % PAGE_SIZE
+        block = slots[:, None] * HEAD_DIM + dims[None, :]
+        loaded = seen[:, None] & inside[None, :]
+        k = tl.load(keys + block, mask=loaded, other=0.0)
+        v = tl.load(values + block, mask=loaded, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        # Lines beyond the tile's tokens see what its last one does: they are not stored.
+        visible = (places[None, :] <= position + lines[:, None]) & seen[None, :]
+        scores = tl.where(visible, scores, -float("inf"))
+        raised = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - raised[:, None])
+        shrink = tl.exp2(largest - raised)
+        total = total * shrink + tl.sum(weights, axis=1)
+        weighted = weighted * shrink[:, None]
+        weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
+        largest = raised
+    target = joined + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
+    found = (weighted / total[:, None]).to(joined.dtype.element_ty)
+    tl.store(target, found, mask=real)
+
+
+@triton.jit
+def multiply_row(
+    x,  # (INPUTS)
+    weight,  # (columns, INPUTS)
+    product,  # (columns)
+    columns,
+    INPUTS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """One program for some columns of one row's product: it reads the weights, and does little."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inputs = tl.arange(0, BLOCK_INPUTS)
+    terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)
+    for first in tl.range(0, INPUTS, BLOCK_INPUTS):
+        place = first + inputs
+        within = place < INPUTS
+        loaded = (column < columns)[:, None] & within[None, :]
+        values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
+        weights = tl.load(
+            weight + column[:, None] * INPUTS + place[None, :], mask=loaded, other=0.0
+        )
+        terms += weights.to(tl.float32) * values[None, :]
+    found = tl.sum(terms, axis=1)
+    tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)
