@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Programs that we start by name (ray, serve, weed, ninja) come from the environment too.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: environment test check format quickstart serve clean
+.PHONY: environment test check format quickstart serve bench clean
 
 environment: $(VENV)/installed
 
@@ -33,5 +33,14 @@ quickstart: environment
 serve: environment
 	$(BIN)/python -m jobs.quickstart --keep-serving
 
+# Our engine alone; with PEERS=DIR, made by jobs/benchmarks/peers/setup.sh, beside other engines.
+bench: environment
+	test -e .bench/model/manifest.json || $(BIN)/python jobs/benchmark.py model .bench/model
+	$(BIN)/python jobs/benchmark.py decode --model .bench/model --dtype bfloat16 $(BESIDE)
+	$(BIN)/python jobs/benchmark.py decode --model .bench/model --dtype int8
+	$(BIN)/python jobs/benchmark.py decode --model .bench/model --dtype float32
+	$(BIN)/python jobs/benchmark.py serve --model .bench/model --dtype bfloat16 $(BESIDE)
+BESIDE = $(if $(PEERS),--peers $(abspath $(PEERS)))
+
 clean:
-	rm -rf $(VENV) .quickstart outputs build *.egg-info
+	rm -rf $(VENV) .quickstart .bench outputs build *.egg-info
