@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 import gptj
-from gptj import GPTJConfig, GPTJPreTrainedModel
+from gptj import GPTJConfig
 from gptj.interop.exporter import ExportFormat, export_weights
 from gptj.interop.importer import import_weights
+from gptj.model import GPTJPreTrainedModel
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE / "fixtures"

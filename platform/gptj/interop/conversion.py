@@ -38,8 +38,10 @@ def read_all(tensors: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> It
     """
     progress = _Progress(specs)
     for tensor, spec in zip(tensors, specs, strict=True):
-        yield _read(tensor, spec)
+        values = _read(tensor, spec)
         progress.count(spec)
+        yield values
+        del values  # before the next one is read
 
 
 def _read(tensor: StoredTensor, spec: TensorSpec) -> Tensor:

@@ -52,11 +52,12 @@ class AskedFile(io.RawIOBase):
         if not len(target):
             return 0
         say("read", self._position, len(target))
-        got = sys.stdin.buffer.readinto(target)  # type: ignore[attr-defined]
-        if got != len(target):
+        content = sys.stdin.buffer.read(len(target))
+        if len(content) != len(target):
             raise EOFError("the process that asked is gone")
-        self._position += got
-        return int(got)
+        target[:] = content
+        self._position += len(content)
+        return len(content)
 
 
 def say(*values: object) -> None:
@@ -105,7 +106,7 @@ def _kind(item: h5py.Dataset) -> str:
         raise ValueError(f"{item.name} has the dtype {item.dtype}, and should be of floats")
     if item.dtype.newbyteorder("<") != item.dtype:
         raise ValueError(f"{item.name} is big-endian")
-    return item.dtype.name
+    return str(item.dtype.name)
 
 
 def main() -> None:

@@ -203,7 +203,7 @@ def _joined(name: str, leaf: _Leaf, axis: int, transpose: bool) -> StoredTensor:
 
     def load(dtype: torch.dtype) -> Tensor:
         target = torch.empty(shape, dtype=dtype)
-        places = target.split(part_shape[axis], dim=axis)
+        places = torch.split(target, part_shape[axis], dim=axis)
         for place, part in zip(places, leaf.parts, strict=True):
             values = part.load(part.dtype)
             fill(place, values.T if transpose else values, name)
@@ -228,9 +228,11 @@ def _embedding(name: str, leaf: _Leaf, bias: _Leaf) -> StoredTensor:
     def load(dtype: torch.dtype) -> Tensor:
         added = _sum(bias)
         target = torch.empty(rows * len(leaf.parts), width, dtype=dtype)
-        for place, part in zip(target.split(rows), leaf.parts, strict=True):
+        for place, part in zip(torch.split(target, rows), leaf.parts, strict=True):
             values = part.load(part.dtype)
-            for some, sums in zip(values.split(_ROWS), place.split(_ROWS), strict=True):
+            for some, sums in zip(
+                torch.split(values, _ROWS), torch.split(place, _ROWS), strict=True
+            ):
                 fill(sums, some + added, name)  # in float32
         return target
 

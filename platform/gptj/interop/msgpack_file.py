@@ -106,7 +106,9 @@ def _array(spec: TensorSpec, before: bytes) -> Iterator[Piece]:
 def _array_header(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
     packer = msgpack.Packer()
     size = math.prod(shape) * dtype.itemsize
-    inner = packer.pack_array_header(3) + packer.pack(shape) + packer.pack(DTYPE_NAMES[dtype])
+    inner: bytes = (
+        packer.pack_array_header(3) + packer.pack(shape) + packer.pack(DTYPE_NAMES[dtype])
+    )
     inner += b"\xc6" + struct.pack(">I", size)
     return b"\xc9" + struct.pack(">IB", len(inner) + size, ARRAY) + inner
 
