@@ -255,6 +255,15 @@ def test_hdf5_files_that_point_elsewhere_are_refused(tmp_path: Path) -> None:
         assert attempt(index_hdf5, tmp_path / name, content) is not None, name
 
 
+def test_a_stream_with_a_file_twice_is_refused(tmp_path: Path) -> None:
+    """Which of the two would count depends on the program that unpacks it."""
+    member = good_tar()[: 512 + 1024]
+    path = tmp_path / "file.tar.zst"
+    path.write_bytes(zstandard.compress(member * 2 + bytes(1024)))
+    with pytest.raises(CheckpointError, match=r"shard_0/0\.npz twice"):
+        tar_stream.unpack(str(path), tmp_path)
+
+
 def test_a_stream_that_grows_without_end_stops_at_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-SHARD_BYTES = 12_000  # several files, the embedding in one
+SHARD, SHARD_BYTES = "12KB", 12_000  # several files, the embedding in one
 CLASSES: dict[str, tuple[ExportFormat, str]] = {
     "FlaxGPTJModel": ("flax", "GPTJModel"),
     "FlaxGPTJForCausalLM": ("flax", "GPTJForCausalLM"),
@@ -123,7 +123,7 @@ def we_load_what_they_save(python: Path, folder: Path) -> list[bool]:
     folder.mkdir()
     plan = []
     for seed, (theirs, (_, name)) in enumerate(CLASSES.items()):
-        for shard in ("5GB", f"{SHARD_BYTES}B"):
+        for shard in ("5GB", SHARD):
             place = str(folder / f"{theirs}-{shard}")
             step = {"class": theirs, "folder": place, "output": f"{place}.json"}
             config = {**CONFIG, "num_labels": LABELS.get(name, 2)}
@@ -144,9 +144,9 @@ def we_load_what_they_save(python: Path, folder: Path) -> list[bool]:
 def write_fixtures(folder: Path) -> None:
     """Whole files of each class and, of two, shards; with what the class computes."""
     chosen = [f"{theirs}-5GB" for theirs in CLASSES]
-    chosen += [f"{theirs}-{SHARD_BYTES}B" for theirs in ("FlaxGPTJForCausalLM", "TFGPTJModel")]
+    chosen += [f"{theirs}-{SHARD}" for theirs in ("FlaxGPTJForCausalLM", "TFGPTJModel")]
     for name in chosen:
-        place = FIXTURES / name.replace("-5GB", "").replace(f"-{SHARD_BYTES}B", "-shards")
+        place = FIXTURES / name.replace("-5GB", "").replace(f"-{SHARD}", "-shards")
         place.mkdir(parents=True, exist_ok=True)
         for path in sorted((folder / name).iterdir()):
             (place / path.name).write_bytes(path.read_bytes())
@@ -161,7 +161,7 @@ def make(name: str) -> GPTJPreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.2, generator=generator)
+            parameter.normal_(0, 0.5, generator=generator)
     return model.eval()
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from gptj.interop.progress import Progress
 from gptj.interop.tensors import StoredTensor
 from gptj.weights import TensorSpec
-
-PROGRESS_SECONDS = 5
-
-logger = logging.getLogger(__name__)
 
 
 def specs_of(tensors: Iterable[StoredTensor], dtype: torch.dtype | None) -> list[TensorSpec]:
@@ -36,10 +31,11 @@ def read_all(tensors: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> It
 
     A tensor is read when it is asked for, and not kept.
     """
-    progress = _Progress(specs)
-    for tensor, spec in zip(tensors, specs, strict=True):
+    progress, done = Progress(sum(spec.size for spec in specs)), 0
+    for number, (tensor, spec) in enumerate(zip(tensors, specs, strict=True), 1):
         values = _read(tensor, spec)
-        progress.count(spec)
+        done += spec.size
+        progress.reach(done, f"tensor {number} of {len(specs)}")
         yield values
         del values  # before the next one is read
 
@@ -48,31 +44,3 @@ def _read(tensor: StoredTensor, spec: TensorSpec) -> Tensor:
     values = tensor.load(spec.dtype)
     assert tuple(values.shape) == spec.shape, f"{spec.name}: {tuple(values.shape)}"
     return values.contiguous()
-
-
-class _Progress:
-    """Logs tensors and bytes that are done, and the time that is left at the present rate."""
-
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._tensors, self._bytes = len(specs), sum(spec.size for spec in specs)
-        self._done = self._done_bytes = 0
-        self._started = self._last = time.monotonic()
-
-    def count(self, spec: TensorSpec) -> None:
-        self._done += 1
-        self._done_bytes += spec.size
-        now = time.monotonic()
-        if now - self._last < PROGRESS_SECONDS and self._done < self._tensors:
-            return
-        self._last = now
-        passed = now - self._started
-        left = passed * (self._bytes - self._done_bytes) / max(1, self._done_bytes)
-        logger.info(
-            "tensor %d of %d, %.2f of %.2f GB, %.0f s, %.0f s left",
-            self._done,
-            self._tensors,
-            self._done_bytes / 1e9,
-            self._bytes / 1e9,
-            passed,
-            left,
-        )

@@ -14,7 +14,7 @@ from gptj.interop.tensors import StoredTensor
 from gptj.manifest import CheckpointError
 from gptj.storage import FileInfo
 from gptj.tokenizer import TOKENIZER_FILES
-from gptj.weights import INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE, SINGLE_FILE
+from gptj.weights import KINDS
 
 FormatName = Literal["huggingface", "mesh-transformer-jax", "flax", "tensorflow"]
 MESH: FormatName = "mesh-transformer-jax"
@@ -37,7 +37,7 @@ class Format:
 FOLDERS = (
     Format(
         "huggingface",
-        ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE)),
+        KINDS,
         (("*.safetensors",), ("pytorch_model*.bin",)),
         open_huggingface,
     ),

@@ -57,8 +57,8 @@ def index_hdf5(address: str) -> list[StoredTensor]:
 
 def _ask_child(address: str, size: int) -> Iterator[tuple[str, list[int], str, int]]:
     """What the process that looks into the file finds; it gets the bytes that it asks for."""
-    # -I: it imports what is installed, and none of the modules that lie beside it.
-    command = [sys.executable, "-I", str(Path(__file__).with_name("hdf5_index.py")), str(size)]
+    # -P: it imports what is installed, and none of the modules that lie beside it.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_index.py")), str(size)]
     with (
         storage.open_read(address, buffer_bytes=2**16) as file,
         subprocess.Popen(

@@ -25,6 +25,8 @@ OBJECTS_LIMIT = 100_000
 DEPTH_LIMIT = 32  # of groups in groups
 MESSAGE_LIMIT = 500  # characters
 
+DTYPES = ("float16", "float32", "float64", "int32", "int64")
+
 Array = tuple[str, tuple[int, ...], str, int]
 
 
@@ -102,7 +104,7 @@ def _kind(item: h5py.Dataset) -> str:
     if isinstance(kind, h5py.h5t.TypeFloatID) and kind.get_size() == 2:
         if kind.get_fields() == (15, 7, 8, 0, 7) and kind.get_ebias() == 127:
             return "bfloat16"
-    if item.dtype.kind not in "fi" or item.dtype.itemsize not in (2, 4, 8):
+    if item.dtype.name not in DTYPES:
         raise ValueError(f"{item.name} has the dtype {item.dtype}, and should be of floats")
     if item.dtype.newbyteorder("<") != item.dtype:
         raise ValueError(f"{item.name} is big-endian")

@@ -11,7 +11,6 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,6 +18,7 @@ from typing import IO
 import zstandard
 
 from gptj import storage
+from gptj.interop.progress import Progress
 from gptj.manifest import CheckpointError
 
 SUFFIXES = (".tar.zst", ".tar.zstd")
@@ -42,15 +42,19 @@ def unpack(address: str, folder: Path) -> None:
         OSError: if the disk is full.
     """
     logger.info("unpacking %s into %s", address, folder)
+    progress = Progress(storage.size(address))
     try:
-        with _decompressed(address) as stream:
+        with storage.open_read(address) as file, _decompressed(file) as stream:
             for member in _members(stream, address):
+                progress.reach(file.tell(), f"unpacking {member.name}")
                 match = _MEMBER.fullmatch(member.name)
                 if match is None or not member.regular:
                     _copy(stream, None, member, address)
                     continue
                 path = folder / f"shard_{int(match[1])}" / f"{int(match[2])}.npz"
                 path.parent.mkdir(exist_ok=True)
+                if path.exists():
+                    raise CheckpointError(f"{address} is damaged: it has {member.name} twice")
                 if member.size > shutil.disk_usage(folder).free:
                     raise OSError(
                         f"{folder} has no room for {member.name} of {member.size} bytes; remedy: "
@@ -60,8 +64,6 @@ def unpack(address: str, folder: Path) -> None:
                     _copy(stream, target, member, address)
     except zstandard.ZstdError as error:
         raise CheckpointError(f"{address} is damaged, or no zstd stream: {error}") from error
-    except FileExistsError as error:
-        raise CheckpointError(f"{address} has a shard's file twice: {error.filename}") from error
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,9 @@ class _Member:
     regular: bool  # a plain file
 
 
-@contextmanager
-def _decompressed(address: str) -> Iterator[IO[bytes]]:
-    with storage.open_read(address) as file:
-        decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT)
-        with decompressor.stream_reader(file, read_across_frames=True, closefd=False) as stream:
-            yield stream
+def _decompressed(file: IO[bytes]) -> zstandard.ZstdDecompressionReader:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT)
+    return decompressor.stream_reader(file, read_across_frames=True, closefd=False)
 
 
 def _members(stream: IO[bytes], address: str) -> Iterator[_Member]:
