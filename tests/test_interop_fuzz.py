@@ -232,6 +232,14 @@ def test_arrays_that_numpy_would_not_write_are_refused(tmp_path: Path) -> None:
     assert "CRC" in (attempt(open_npz, tmp_path / "flipped", bytes(flipped)) or "")
 
 
+def test_a_pickle_of_more_numbers_than_it_stores_is_refused(tmp_path: Path) -> None:
+    """A number that is repeated without end is small in the file, and would not be in memory."""
+    content = io.BytesIO()
+    torch.save({"wte": torch.zeros(1).expand(10**6, 10**6)}, content)
+    error = attempt(index_pickle, tmp_path / "file", content.getvalue())
+    assert error is not None and "(1000000, 1000000), and 1 numbers are stored" in error
+
+
 def test_hdf5_files_that_point_elsewhere_are_refused(tmp_path: Path) -> None:
     """Links, arrays in other files, and arrays that would grow when they are read."""
     secret = tmp_path / "secret"

@@ -20,7 +20,7 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM, checkpoint
 from gptj.interop import flax, tensorflow
 from gptj.interop.layout import Layout
-from gptj.weights import SINGLE_FILE, TensorSpec, _header
+from gptj.weights import SINGLE_FILE, TensorSpec
 
 JOBS = Path(__file__).parents[1] / "jobs"
 MB = 10**6
@@ -71,6 +71,16 @@ def write_holes(path: Path, pieces: Sequence[tuple[bytes, int]]) -> None:
         file.truncate(file.tell())
 
 
+def safetensors_header(specs: list[TensorSpec]) -> bytes:
+    fields, end = {}, 0
+    for spec in specs:
+        place = [end, end + spec.size]
+        fields[spec.name] = {"dtype": "F16", "shape": spec.shape, "data_offsets": place}
+        end += spec.size
+    text = json.dumps(fields).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_layout(folder: Path, layout: Layout, specs: list[TensorSpec]) -> None:
     cls = GPTJForCausalLM.__name__
     renamed = []
@@ -112,7 +122,8 @@ def write_source(kind: str, folder: Path, n_embd: int, n_layer: int) -> list[Ten
     config, specs = specs_of(n_embd, n_layer)
     (folder / "config.json").write_text(config.to_json())
     if kind == "safetensors":
-        write_holes(folder / SINGLE_FILE, [(_header(specs), sum(spec.size for spec in specs))])
+        size = sum(spec.size for spec in specs)
+        write_holes(folder / SINGLE_FILE, [(safetensors_header(specs), size)])
     elif kind == "pickle":
         with torch.serialization.skip_data():
             state = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}

@@ -8,6 +8,7 @@ disk, and no file needs memory for more than one tensor.
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -70,9 +71,15 @@ def _stored(name: str, fake: Tensor, address: str, size: int) -> StoredTensor:
         raise CheckpointError(f"{address}: {name} lies beyond the end of the file: it is damaged")
     shape, stride, offset = tuple(fake.shape), fake.stride(), fake.storage_offset()
     dtype = fake.dtype
+    count = storage_bytes // dtype.itemsize
+    reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
+    if math.prod(shape) > count or (math.prod(shape) and reach > count):
+        raise CheckpointError(
+            f"{address}: {name} has the shape {shape}, and {count} numbers are stored for it"
+        )
 
     def load(target: torch.dtype) -> Tensor:
-        held = torch.empty(storage_bytes // dtype.itemsize, dtype=dtype)
+        held = torch.empty(count, dtype=dtype)
         storage.read_into(address, start, bytes_of(held))
         return narrowed(held.as_strided(shape, stride, offset), target, name)
 
