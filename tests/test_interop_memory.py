@@ -151,7 +151,7 @@ def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_format_goes_in_and_out_tensor_by_tensor(tmp_path: Path) -> None:
     """What a job adds to the programs that it needs; 50 MB are for reading a file's contents."""
-    write_source("safetensors", tmp_path / "tiny", n_embd=16, n_layer=1)
+    write_source("safetensors", tmp_path / "tiny", n_embd=128, n_layer=1)
     # The first job loads what all of them need, and does not count.
     jobs = [["import_weights.py", str(tmp_path / "tiny"), str(tmp_path / "ours-tiny")]]
     for kind in ("safetensors", "pickle", "mesh", "tensorflow"):

@@ -71,9 +71,9 @@ def _stored(name: str, fake: Tensor, address: str, size: int) -> StoredTensor:
         raise CheckpointError(f"{address}: {name} lies beyond the end of the file: it is damaged")
     shape, stride, offset = tuple(fake.shape), fake.stride(), fake.storage_offset()
     dtype = fake.dtype
-    count = storage_bytes // dtype.itemsize
+    count, needed = storage_bytes // dtype.itemsize, math.prod(shape)
     reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
-    if math.prod(shape) > count or (math.prod(shape) and reach > count):
+    if needed > count or (needed > 0 and reach > count):
         raise CheckpointError(
             f"{address}: {name} has the shape {shape}, and {count} numbers are stored for it"
         )
