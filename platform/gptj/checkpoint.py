@@ -37,7 +37,7 @@ from gptj.model import (
     GPTJPreTrainedModel,
 )
 from gptj.tokenizer import GPTJTokenizer
-from gptj.weights import TensorSpec, read_weights, write_weights
+from gptj.weights import SHARD_BYTES, TensorSpec, read_weights, write_weights
 
 __all__ = ["CheckpointError", "load_config", "load_model", "save_folder", "save_model", "verify"]
 
@@ -92,19 +92,32 @@ def save_folder(
     *,
     tokenizer: GPTJTokenizer | None = None,
     training: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """As save_model, with tensors that come one at a time in the order of `specs`.
 
     So a model that is spread over many processes is written without being gathered.
     """
     with FolderWriter(address) as writer:
-        write_weights(writer, specs, tensors)
-        for name, content in (tokenizer.files() if tokenizer is not None else {}).items():
-            writer.write(name, content)
-        if training is not None:
-            writer.write(TRAINING, (json.dumps(training, indent=2) + "\n").encode())
-        # After the weights: without it nothing takes an unfinished folder for a model.
-        writer.write(CONFIG, config.to_json().encode())
+        write_weights(writer, specs, tensors, shard_bytes)
+        write_small_files(writer, config, tokenizer, training)
+
+
+def write_small_files(
+    writer: FolderWriter,
+    config: GPTJConfig,
+    tokenizer: GPTJTokenizer | None,
+    training: Mapping[str, Any] | None,
+) -> None:
+    """What a folder has beside its weights, to be written after them.
+
+    Without a configuration nothing takes an unfinished folder for a model.
+    """
+    for name, content in (tokenizer.files() if tokenizer is not None else {}).items():
+        writer.write(name, content)
+    if training is not None:
+        writer.write(TRAINING, (json.dumps(training, indent=2) + "\n").encode())
+    writer.write(CONFIG, config.to_json().encode())
 
 
 def config_of(model: GPTJPreTrainedModel) -> GPTJConfig:

@@ -184,13 +184,16 @@ def read_into(address: str, start: int, target: memoryview) -> None:
 
 
 @contextmanager
-def open_read(address: str) -> Iterator[IO[bytes]]:
-    """A file to read from and to seek in; from S3 it comes in pieces, as they are asked for."""
+def open_read(address: str, *, buffer_bytes: int = PART_BYTES // 4) -> Iterator[IO[bytes]]:
+    """A file to read from and to seek in; from S3 it comes in pieces, as they are asked for.
+
+    `buffer_bytes` is the smallest piece: small ones are for reading here and there.
+    """
     if not is_s3(address):
         with _explaining_local(address), open(address, "rb") as file:
             yield file
         return
-    with io.BufferedReader(_S3File(address, size(address)), buffer_size=PART_BYTES // 4) as buffer:
+    with io.BufferedReader(_S3File(address, size(address)), buffer_size=buffer_bytes) as buffer:
         yield buffer
 
 

@@ -27,6 +27,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+KINDS = ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))
 SHARD_BYTES = 5 * 10**9
 READ_BYTES = 64 * 2**20  # read together, if tensors are smaller
 HEADER_LIMIT = 100 * 2**20  # as the reference implementation's
@@ -70,7 +71,7 @@ def write_weights(
 
     Each is converted to its spec's dtype; a tensor that does not have its spec's shape is a bug.
     """
-    shards = _split(specs, shard_bytes)
+    shards = split_shards(specs, shard_bytes)
     source = iter(tensors)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -89,6 +90,22 @@ def write_weights(
         writer.write(INDEX_FILE, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
 
+def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """The tensors in their order, in as few files of at most `shard_bytes` as that allows.
+
+    A tensor that is larger has a file of its own.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.size > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.size
+    return shards
+
+
 def read_weights(folder: str, manifest: Manifest | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model folder with its name, in the dtype that it is stored in, on the CPU.
 
@@ -101,7 +118,7 @@ def read_weights(folder: str, manifest: Manifest | None) -> Iterator[tuple[str, 
         CheckpointError: naming the file that is missing, damaged or altered.
     """
     names = {file.name for file in storage.list_files(folder)}
-    for name in _weight_files(folder, names):
+    for name in weight_files(folder, names):
         address = storage.join(folder, name)
         if name.endswith(".bin"):
             if storage.is_s3(folder):
@@ -118,8 +135,18 @@ def read_weights(folder: str, manifest: Manifest | None) -> Iterator[tuple[str, 
             yield from _read_mapped(address, name, manifest)
 
 
-def _weight_files(folder: str, names: set[str]) -> list[str]:
-    for single, index in ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE)):
+def weight_files(
+    folder: str, names: set[str], kinds: Sequence[tuple[str, str]] = KINDS
+) -> list[str]:
+    """The files with weights among the `names` of a folder: of the first kind that it has.
+
+    Args:
+        kinds: names of a single file, and of the index of several.
+
+    Raises:
+        CheckpointError: if there are none, one is missing, or the index is damaged.
+    """
+    for single, index in kinds:
         if single in names:
             return [single]
         if index in names:
@@ -132,9 +159,25 @@ def _weight_files(folder: str, names: set[str]) -> list[str]:
                 if shard not in names:  # which also keeps an index from naming files elsewhere
                     raise CheckpointError(f"{folder} is incomplete: {shard} is missing")
             return shards
-    raise CheckpointError(
-        f"{folder} has no weights: neither {SINGLE_FILE}, {INDEX_FILE} nor {PICKLE_FILE}"
-    )
+    looked_for = ", ".join(name for kind in kinds for name in kind)
+    raise CheckpointError(f"{folder} has no weights: there is none of {looked_for}")
+
+
+def index_safetensors(address: str) -> list[tuple[TensorSpec, int]]:
+    """The tensors of a safetensors file, local or on S3, and where each begins, in bytes.
+
+    Raises:
+        CheckpointError: if the header is damaged, or the file is longer or shorter than it says.
+    """
+    total = storage.size(address)
+    if total < 8:
+        raise CheckpointError(f"{address} is cut off: it has fewer than 8 bytes")
+    length = int.from_bytes(storage.read_bytes(address, 0, 8), "little")
+    readable = length <= min(HEADER_LIMIT, total - 8)
+    entries = _parse_header(storage.read_bytes(address, 8, length) if readable else b"", address)
+    data = 8 + length
+    _check_end(entries, data, total, address)
+    return [(TensorSpec(e.name, e.shape, e.dtype), data + e.start) for e in entries]
 
 
 def _read_mapped(
@@ -268,18 +311,6 @@ def _runs(entries: list[_Entry]) -> list[list[_Entry]]:
         else:
             runs.append([entry])
     return runs
-
-
-def _split(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.size > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.size
-    return shards
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:

@@ -1,0 +1,103 @@
+"""Whether weights are those of a GPT-J: tensors and a configuration in, the same checked out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gptj.checkpoint import HEAD_CLASSES, OLD_BUFFERS
+from gptj.config import GPTJConfig
+from gptj.interop.tensors import StoredTensor
+from gptj.manifest import CheckpointError
+from gptj.model import (
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+    GPTJPreTrainedModel,
+)
+
+PREFIX = GPTJPreTrainedModel.base_model_prefix + "."
+HEADS: dict[str, type[GPTJPreTrainedModel]] = {
+    "lm_head.": GPTJForCausalLM,
+    "score.": GPTJForSequenceClassification,
+    "qa_outputs.": GPTJForQuestionAnswering,
+}
+_NAMED = 8  # problems in a message
+
+
+def fit(
+    tensors: Sequence[StoredTensor], config: GPTJConfig, source: str
+) -> tuple[GPTJConfig, list[StoredTensor]]:
+    """The tensors of a model in its order and under its names, with the class in `architectures`.
+
+    The class follows from the heads that there are; the causal masks of old checkpoints are left
+    out.
+
+    Raises:
+        CheckpointError: naming what is missing, too much, or of a wrong shape or dtype.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if tensor.name.endswith(OLD_BUFFERS):
+            continue
+        name = tensor.name.removeprefix(PREFIX)
+        if name in stored:
+            raise CheckpointError(f"{source} has {tensor.name} twice")
+        stored[name] = tensor
+    cls = _class_of(stored, config, source)
+    if config.n_layer > len(stored):  # and no model of a million layers is made to find out
+        raise CheckpointError(
+            f"{source} has {len(stored)} tensors, too few for the {config.n_layer} layers of its "
+            f"configuration"
+        )
+    fitted = GPTJConfig.from_dict(config.to_dict())
+    fitted.architectures = [cls.__name__]
+    if cls is GPTJForQuestionAnswering and fitted.num_labels != 2:
+        fitted.num_labels = 2  # start and end
+    with torch.device("meta"):
+        model = cls(fitted)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    shared = set(dict(model.named_parameters(remove_duplicate=False))) - set(expected)
+    found = {name: stored.pop(name.removeprefix(PREFIX), None) for name in expected}
+    for name in shared:  # the second name of one tensor
+        stored.pop(name, None)
+
+    problems = [
+        *(f"{name} is missing" for name, tensor in found.items() if tensor is None),
+        *(f"{tensor.name} is in no {cls.__name__}" for tensor in stored.values()),
+        *(
+            f"{name} has the shape {tensor.shape}, and by the configuration {expected[name]}"
+            for name, tensor in found.items()
+            if tensor is not None and tensor.shape != expected[name]
+        ),
+        *(
+            f"{name} has the dtype {tensor.dtype}, and should be of floats"
+            for name, tensor in found.items()
+            if tensor is not None and not tensor.dtype.is_floating_point
+        ),
+    ]
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise CheckpointError(
+            f"{source} does not hold the {cls.__name__} of its configuration: "
+            + "; ".join(problems[:_NAMED])
+            + more
+        )
+    return fitted, [tensor.renamed(name) for name, tensor in found.items() if tensor is not None]
+
+
+def _class_of(
+    names: dict[str, StoredTensor], config: GPTJConfig, source: str
+) -> type[GPTJPreTrainedModel]:
+    declared = HEAD_CLASSES.get((config.architectures or [""])[0])
+    heads = [cls for prefix, cls in HEADS.items() if any(name.startswith(prefix) for name in names)]
+    if declared in heads or (declared is not None and not heads):
+        return declared
+    if len(heads) > 1:
+        raise CheckpointError(
+            f"{source} has several heads ({', '.join(cls.__name__ for cls in heads)}), and its "
+            f"configuration's architectures={config.architectures} names none of them"
+        )
+    return heads[0] if heads else GPTJModel

@@ -1,0 +1,104 @@
+"""Which of the formats an address holds: found by looking, or as the caller says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gptj import storage
+from gptj.hub import locate
+from gptj.interop import flax, mesh_transformer, tar_stream, tensorflow
+from gptj.interop.huggingface import open_file as open_huggingface
+from gptj.interop.tensors import StoredTensor
+from gptj.manifest import CheckpointError
+from gptj.storage import FileInfo
+from gptj.tokenizer import TOKENIZER_FILES
+from gptj.weights import KINDS
+
+FormatName = Literal["huggingface", "mesh-transformer-jax", "flax", "tensorflow"]
+MESH: FormatName = "mesh-transformer-jax"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of model folder: its files of weights, and what opens one of them."""
+
+    name: FormatName
+    kinds: Sequence[tuple[str, str]]  # a single file, and the index of several
+    patterns: Sequence[Sequence[str]]  # what to get from a hub; the first that has weights
+    open_file: Callable[[str], list[StoredTensor]]
+
+    def matches(self, files: Iterable[FileInfo]) -> bool:
+        looked_for = {name for kind in self.kinds for name in kind}
+        return any(file.name in looked_for for file in files)
+
+
+FOLDERS = (
+    Format(
+        "huggingface",
+        KINDS,
+        (("*.safetensors",), ("pytorch_model*.bin",)),
+        open_huggingface,
+    ),
+    Format(
+        "flax",
+        ((flax.SINGLE_FILE, flax.INDEX_FILE),),
+        (("flax_model*.msgpack",),),
+        flax.open_file,
+    ),
+    Format(
+        "tensorflow",
+        ((tensorflow.SINGLE_FILE, tensorflow.INDEX_FILE),),
+        (("tf_model*.h5",),),
+        tensorflow.open_file,
+    ),
+)
+FORMATS: tuple[FormatName, ...] = (*(each.name for each in FOLDERS), MESH)
+_SMALL_FILES = ("*.json", *TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights are, and in which format; None: mesh-transformer-jax."""
+
+    address: str  # a folder, or one file of mesh-transformer-jax in a tar.zst
+    format: Format | None
+    files: Sequence[FileInfo]
+
+
+def find(address: str, name: FormatName | None, revision: str | None) -> Place:
+    """Look what there is at a folder, an `s3://` address, a hub id or a `.tar.zst` file.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        CheckpointError: if what there is has none of the formats, or not the given one.
+    """
+    if tar_stream.is_stream(address):
+        if name not in (None, MESH) or revision is not None:
+            raise ValueError(
+                f"{address} is a file in the format {MESH} and has no revisions; drop "
+                + (f"the format {name}" if name not in (None, MESH) else f"revision {revision}")
+            )
+        return Place(address, None, [])
+    wanted = [each for each in FOLDERS if name in (None, each.name)]
+    for each in wanted:
+        for patterns in each.patterns:
+            folder = locate(address, revision=revision, patterns=(*_SMALL_FILES, *patterns))
+            files = storage.list_files(folder)
+            if each.matches(files):
+                return Place(folder, each, files)
+            if folder == address.rstrip("/"):  # no hub: all files are there
+                break
+    if name in (None, MESH):
+        folder = locate(address, revision=revision, patterns=_SMALL_FILES)
+        files = storage.list_files(folder)
+        if mesh_transformer.is_checkpoint(files):
+            return Place(folder, None, files)
+    looked_for = [kind for each in wanted for names in each.kinds for kind in names]
+    if name in (None, MESH):
+        looked_for.append("shard_0/0.npz")
+    raise CheckpointError(
+        f"{address} has no weights that we know how to read: there is none of "
+        f"{', '.join(looked_for)}"
+    )

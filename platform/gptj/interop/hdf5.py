@@ -1,0 +1,151 @@
+"""HDF5 files of plain arrays: found in place, and written from front to back.
+
+The HDF5 library is C code, and the files come from anywhere. So it only looks for the arrays, in a
+process of its own with bounded time and memory, and their bytes are read by us. And it only writes
+files with holes where the arrays are to be, which are filled while the file goes to its place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from gptj import storage
+from gptj.interop.pieces import Piece
+from gptj.interop.tensors import StoredTensor, tensor_in_file
+from gptj.manifest import CheckpointError
+from gptj.weights import TensorSpec
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+# An attribute has to fit an object's header; longer lists are written in parts, as Keras does.
+ATTRIBUTE_BYTES = 64_000
+
+
+def index_hdf5(address: str) -> list[StoredTensor]:
+    """The arrays of a file, by their paths in it.
+
+    Raises:
+        CheckpointError: if the file is damaged, or an array is not stored in one plain piece.
+    """
+    size = storage.size(address)
+    tensors = []
+    for name, shape, kind, start in _ask_child(address, size):
+        length = math.prod(shape) * DTYPES[kind].itemsize
+        if start + length > size:
+            raise CheckpointError(f"{address} is damaged: {name} ends behind the file")
+        places = [(start, length)]
+        tensors.append(tensor_in_file(name, tuple(shape), DTYPES[kind], address, places))
+    return tensors
+
+
+def _ask_child(address: str, size: int) -> Iterator[tuple[str, list[int], str, int]]:
+    """What the process that looks into the file finds; it gets the bytes that it asks for."""
+    # -P: it imports what is installed, and none of the modules that lie beside it.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_index.py")), str(size)]
+    with (
+        storage.open_read(address, buffer_bytes=2**16) as file,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as child,
+    ):
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        try:
+            for line in child.stdout:
+                kind, *values = json.loads(line)
+                if kind == "array":
+                    yield values[0], values[1], values[2], values[3]
+                else:
+                    file.seek(values[0])
+                    child.stdin.write(file.read(values[1]))
+                    child.stdin.flush()
+        except (BrokenPipeError, json.JSONDecodeError):
+            child.kill()  # it died in the middle of something: what it ended with says why
+        reason = child.stderr.read().decode(errors="replace").strip()
+    if child.returncode != 0:
+        reason = reason or f"the HDF5 library ended with {child.returncode}"
+        raise CheckpointError(f"{address} is no readable HDF5 file: {reason}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is to be written at the root or in a group: arrays by path, and lists of names."""
+
+    path: str
+    arrays: Sequence[tuple[str, TensorSpec]]
+    lists: dict[str, list[str]]  # attributes
+
+
+def plan_hdf5(groups: Sequence[Group]) -> list[Piece]:
+    """A file with everything but the arrays' bytes, which are to follow their pieces."""
+    places: list[tuple[int, TensorSpec]] = []
+    with tempfile.TemporaryDirectory(prefix="gptj-hdf5-") as folder:
+        path = Path(folder, "holes.h5")  # and so it takes hardly any space on disk
+        with h5py.File(path, "w") as file:
+            for group in groups:
+                target = file.require_group(group.path)
+                for name, values in group.lists.items():
+                    _write_list(target, name, values)
+                for name, spec in group.arrays:
+                    dataset = _make_hole(target, name, spec)
+                    if spec.size:
+                        places.append((dataset.get_offset(), spec))
+        pieces, position = [], 0
+        with open(path, "rb") as written:
+            for start, spec in sorted(places, key=lambda place: place[0]):
+                written.seek(position)
+                pieces.append(Piece(written.read(start - position), spec, 0, spec.size))
+                position = start + spec.size
+            written.seek(position)
+            return [*pieces, Piece(written.read(), None, 0, 0)]
+
+
+def _make_hole(target: h5py.Group, name: str, spec: TensorSpec) -> h5py.h5d.DatasetID:
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    space = h5py.h5s.create_simple(spec.shape)
+    return h5py.h5d.create(
+        target.id, name.encode(), hdf5_type(spec.dtype), space, dcpl=layout, lcpl=links
+    )
+
+
+def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
+    """HDF5's type of numbers; NumPy, and so h5py, has no name for bfloat16."""
+    if dtype == torch.bfloat16:
+        kind = h5py.h5t.IEEE_F16LE.copy()
+        kind.set_fields(15, 7, 8, 0, 7)  # sign, exponent and mantissa: where, how many bits
+        kind.set_ebias(127)
+        return kind
+    return h5py.h5t.py_create(np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<"))
+
+
+def _write_list(target: h5py.Group, name: str, values: list[str]) -> None:
+    encoded = [value.encode() for value in values]
+    parts = max(1, math.ceil(sum(map(len, encoded)) / ATTRIBUTE_BYTES))
+    while any(np.asarray(part).nbytes > ATTRIBUTE_BYTES for part in np.array_split(encoded, parts)):
+        parts += 1
+    if parts == 1:
+        target.attrs[name] = encoded
+        return
+    for number, part in enumerate(np.array_split(encoded, parts)):
+        target.attrs[f"{name}{number}"] = part

@@ -1,0 +1,70 @@
+"""Weights from anywhere in, a model folder of ours out, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from gptj import storage
+from gptj.checkpoint import save_folder
+from gptj.config import GPTJConfig, parse_dtype
+from gptj.interop.conversion import common_dtype, read_all, specs_of
+from gptj.interop.formats import FormatName
+from gptj.interop.source import open_source
+
+
+def import_weights(
+    source: str,
+    destination: str,
+    *,
+    format: FormatName | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    config: str | None = None,
+    tokenizer: str | None = None,
+    scratch: str | None = None,
+) -> GPTJConfig:
+    """Write a model folder; it is complete, or it is not there. Returns its configuration.
+
+    See open_source for the other arguments.
+
+    Args:
+        destination: a new folder, local or `s3://`.
+        dtype: float16, bfloat16 or float32; None: as stored.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as open_source does.
+        AlreadyExistsError: if there is something at the destination.
+    """
+    target = parse_dtype(dtype)
+    check_new(destination)
+    with open_source(
+        source,
+        format=format,
+        revision=revision,
+        config=config,
+        tokenizer=tokenizer,
+        scratch=scratch,
+    ) as opened:
+        specs = specs_of(opened.tensors, target)
+        opened.config.dtype = common_dtype(specs)
+        save_folder(
+            destination,
+            opened.config,
+            specs,
+            read_all(opened.tensors, specs),
+            tokenizer=opened.tokenizer,
+            training=opened.training,
+        )
+        return opened.config
+
+
+def check_new(destination: str) -> None:
+    """AlreadyExistsError if a folder has files, StorageError if nothing can be written there."""
+    files = storage.list_files(destination)
+    if files:
+        names = sorted({PurePosixPath(file.name).parts[0] for file in files})[:5]
+        raise storage.AlreadyExistsError(
+            f"{destination} holds files already ({', '.join(names)}), perhaps of a run that was "
+            f"cut short; write to another address, or delete it first"
+        )
+    storage.check_writable(destination)

@@ -1,0 +1,92 @@
+"""PyTorch's `.bin` files: tensors in, found without reading them.
+
+Only tensors are unpickled (`weights_only=True`), and only their places: PyTorch tells the offset of
+each in the file when it loads under a FakeTensorMode
+(https://docs.pytorch.org/docs/stable/notes/serialization.html). So a file on S3 needs no copy on
+disk, and no file needs memory for more than one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gptj import storage
+from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
+from gptj.manifest import CheckpointError
+
+# A file of PyTorch before 1.6 has no offsets, and is held in memory as a whole.
+OLD_FORMAT_LIMIT = 256 * 2**20  # bytes
+
+
+def index_pickle(address: str) -> list[StoredTensor]:
+    """The tensors of a state dict that `torch.save` wrote.
+
+    Raises:
+        CheckpointError: if the file is damaged, holds more than tensors, or is of the format
+            before PyTorch 1.6 and too large for memory.
+    """
+    size = storage.size(address)
+    zipped = size >= 4 and storage.read_bytes(address, 0, 4) == b"PK\x03\x04"
+    if not zipped and size > OLD_FORMAT_LIMIT:
+        raise CheckpointError(
+            f"{address} is damaged, or in the format before PyTorch 1.6, which cannot be read "
+            f"tensor by tensor; remedy: torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
+    state = _load(address, fake=zipped)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise CheckpointError(f"{address} holds no plain state dict: tensors by their names")
+    if zipped:
+        return [_stored(name, tensor, address, size) for name, tensor in state.items()]
+    return [_held(name, tensor) for name, tensor in state.items()]
+
+
+def _load(address: str, fake: bool) -> Any:
+    try:
+        with storage.open_read(address, buffer_bytes=2**16) as file:
+            if not fake:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            with FakeTensorMode():
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{address} is damaged, or holds more than tensors and could run code: refused"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{address} is damaged: {error}") from error
+
+
+def _stored(name: str, fake: Tensor, address: str, size: int) -> StoredTensor:
+    """A tensor that is a view of bytes in the file."""
+    storage_bytes = fake.untyped_storage().nbytes()
+    start = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
+    if start is None or start + storage_bytes > size:
+        raise CheckpointError(f"{address}: {name} lies beyond the end of the file: it is damaged")
+    shape, stride, offset = tuple(fake.shape), fake.stride(), fake.storage_offset()
+    dtype = fake.dtype
+    count, needed = storage_bytes // dtype.itemsize, math.prod(shape)
+    reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
+    if needed > count or (needed > 0 and reach > count):
+        raise CheckpointError(
+            f"{address}: {name} has the shape {shape}, and {count} numbers are stored for it"
+        )
+
+    def load(target: torch.dtype) -> Tensor:
+        held = torch.empty(count, dtype=dtype)
+        storage.read_into(address, start, bytes_of(held))
+        return narrowed(held.as_strided(shape, stride, offset), target, name)
+
+    return StoredTensor(name, shape, dtype, load)
+
+
+def _held(name: str, tensor: Tensor) -> StoredTensor:
+    return StoredTensor(
+        name, tuple(tensor.shape), tensor.dtype, lambda dtype: narrowed(tensor, dtype, name)
+    )
