@@ -357,13 +357,13 @@ def split_s3(address: str) -> tuple[str, str]:
     return bucket, key
 
 
-def for_each(action: Callable[[Item], Any], items: Iterable[Item]) -> None:
+def for_each(action: Callable[[Item], Any], items: Iterable[Item], at_once: int = PARALLEL) -> None:
     """Call `action` on every item, some at a time; the first error stops it and is raised."""
     work = list(items)
     if len(work) == 1:
         action(work[0])
     elif work:
-        with ThreadPoolExecutor(min(PARALLEL, len(work))) as pool:
+        with ThreadPoolExecutor(min(at_once, len(work))) as pool:
             futures = [pool.submit(action, item) for item in work]
             try:
                 for future in futures:
