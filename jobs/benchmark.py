@@ -6,13 +6,17 @@
                              [--peers DIR --scripts DIR]
     jobs/benchmark.py serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
+    jobs/benchmark.py load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
+                             [--no-s3] [--keep]
     jobs/benchmark.py model DIR
 
 Prints one JSON object a line: the machine and the settings in force first, then measurements,
 then medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a
 folder with the environments `vllm` and `hf`, other engines run in turn with ours, one at a time;
 --scripts is the folder of their decode_*.py. `model` writes a random GPT-J of 305 M parameters
-with GPT-2's vocabulary (a development dependency carries it) to measure with.
+with GPT-2's vocabulary (a development dependency carries it) to measure with. `load` writes a
+random model in fp16 into DIR and, unless told otherwise, a second copy into an S3 server there;
+reads them in processes of their own (see jobs/benchmarks/load_weights.py), and deletes them.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks import machine
+from gptj import storage
+from gptj.manifest import MANIFEST
+from jobs.benchmarks import load_weights, machine
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.load import Load
 from jobs.benchmarks.serve import MODEL_NAME, ours, vllm
@@ -61,6 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--scripts", type=Path)
         else:
             command.add_argument("--rounds", type=int, default=2)
+    command = commands.add_parser("load")
+    command.add_argument("--folder", required=True, type=Path)
+    command.add_argument("--size", default="6b", choices=["6b", "small", "tiny"])
+    command.add_argument("--repeats", type=int, default=1)
+    command.add_argument(
+        "--readers", nargs="+", choices=load_weights.READERS, default=load_weights.READERS
+    )
+    command.add_argument("--no-s3", action="store_true")
+    command.add_argument("--keep", action="store_true", help="the model on disk")
     commands.add_parser("model").add_argument("folder")
     given = parser.parse_args(arguments)
     if given.command == "model":
@@ -70,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--peers needs --scripts, the folder of decode_vllm.py")
     settings = {name: str(value) for name, value in vars(given).items()}
     _show({**machine.description(), "settings": settings})
+    if given.command == "load":
+        load(given)
+        return
     rows = decode(given) if given.command == "decode" else serve(given)
     summary = summarized(rows)
     for row in summary:
@@ -104,6 +122,25 @@ def serve(given: argparse.Namespace) -> list[Row]:
                 python = given.peers / "vllm" / "bin" / "python"
                 rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
     return rows
+
+
+def load(given: argparse.Namespace) -> None:
+    """Write the model, read it from disk and from S3, and delete it."""
+    folder, server = str(given.folder / f"load-{given.size}"), given.folder / "load-s3"
+    try:
+        if not storage.exists(storage.join(folder, MANIFEST)):
+            _show(load_weights.create(folder, given.size))
+        rows = [_show(row) for row in load_weights.from_disk(folder, given.readers, given.repeats)]
+        if not given.no_s3:
+            rows += [_show(row) for row in load_weights.from_s3(folder, server, given.repeats)]
+    finally:
+        storage.delete_folder(str(server))
+        if not given.keep:
+            storage.delete_folder(folder)
+    summary = load_weights.summarized(rows)
+    for row in summary:
+        _show(row)
+    print(load_weights.table(summary))
 
 
 def _loaded(
