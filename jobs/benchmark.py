@@ -132,7 +132,8 @@ def load(given: argparse.Namespace) -> None:
             _show(load_weights.create(folder, given.size))
         rows = [_show(row) for row in load_weights.from_disk(folder, given.readers, given.repeats)]
         if not given.no_s3:
-            rows += [_show(row) for row in load_weights.from_s3(folder, server, given.repeats)]
+            from_s3 = load_weights.from_s3(folder, server, given.readers, given.repeats)
+            rows += [_show(row) for row in from_s3]
     finally:
         storage.delete_folder(str(server))
         if not given.keep:

@@ -602,7 +602,8 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
     if code in ("AccessDenied", "403", "Forbidden"):
         return AccessDeniedError(
             f"{place}: access denied by {_endpoint()}; remedy: let these credentials read, list "
-            f"and write bucket {bucket!r}, key {key!r}, or use others"
+            f"and write bucket {bucket!r}, key {key!r}, or use others (AWS_ACCESS_KEY_ID, "
+            f"AWS_SECRET_ACCESS_KEY)"
         )
     if code in ("InvalidRange", "416"):
         return StorageError(f"{place} is shorter than it should be: it is cut off")

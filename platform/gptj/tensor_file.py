@@ -101,7 +101,9 @@ def read_header(address: str) -> tuple[bytes, list[StoredTensor]]:
 def _tensor(name: str, fields: Any, data: int, address: str) -> StoredTensor:
     if not isinstance(fields, dict):
         raise _damaged(address, name, f"{shown(fields)} describes no tensor")
-    dtype_name, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype_name: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise _damaged(
