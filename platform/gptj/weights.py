@@ -191,7 +191,7 @@ def _read_one(
 
 def _memory(size: int) -> mmap.mmap:
     """Bytes that are the system's again at once when nobody uses them, in large pages if it can."""
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
