@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.loading import BatchArguments as Arguments
-from deployments.loading import load
+from deployments.loading import load, loading_turn
 from deployments.metrics import serve_metrics
 from gptj import GPTJForSequenceClassification
 from gptj.serving.app import health, new_app
@@ -26,7 +26,8 @@ app = new_app("GPT-J text classification", serve_metrics)
 @serve.ingress(app)
 class Classification:
     def __init__(self, arguments: Arguments) -> None:
-        model, tokenizer = load(GPTJForSequenceClassification, arguments)
+        with loading_turn(arguments):
+            model, tokenizer = load(GPTJForSequenceClassification, arguments)
         self._service = ClassificationService(
             model, tokenizer, max_batch=arguments.max_batch, max_waiting=arguments.max_waiting
         )

@@ -22,7 +22,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.loading import Arguments as LoadingArguments
-from deployments.loading import load, name_of
+from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
 from gptj import GPTJForCausalLM
 from gptj.engine.cache_size import cache_tokens
@@ -87,16 +87,17 @@ def cache_size(model: GPTJForCausalLM, arguments: Arguments) -> int:
 @serve.ingress(app)
 class Generation:
     def __init__(self, arguments: Arguments) -> None:
-        model, tokenizer = load(GPTJForCausalLM, arguments)
+        with loading_turn(arguments):
+            model, tokenizer = load(GPTJForCausalLM, arguments)
+            runner = best_runner(
+                model,
+                cache_size(model, arguments),
+                quantization=arguments.quantization,
+                release=True,  # one copy of the weights
+            )
         eos = model.config.eos_token_id
         vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
         context = model.config.n_positions
-        runner = best_runner(
-            model,
-            cache_size(model, arguments),
-            quantization=arguments.quantization,
-            release=True,  # one copy of the weights
-        )
         self._engine = Engine(
             runner,
             eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import posixpath
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import ray
@@ -11,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from gptj import GPTJTokenizer, storage
-from gptj.checkpoint import TRAINING, load_config
+from gptj.checkpoint import TRAINING, load_config, training_data
 from gptj.config import parse_dtype
+from gptj.file_lock import turn
 from gptj.hub import locate
 from gptj.manifest import Manifest, read_verified
 from gptj.model import GPTJPreTrainedModel
@@ -30,6 +34,10 @@ class Arguments(BaseModel):
     # auto: float16 on a GPU; on a CPU bfloat16 where it computes in it (AMX, AVX512-BF16), or
     # else float32, since emulation is slower than float32 itself.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    verify: bool = True  # compare each file's SHA-256 with the checkpoint's manifest
+    # Replicas that load on one node at the same time; the others wait, and then find the files in
+    # the system's memory. What a replica needs only while it loads is there so many times at most.
+    loads_at_once: Annotated[int, Field(ge=1)] = 1
     max_waiting: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
     # Without a step for so long while there is work, the replica counts as dead and is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
@@ -39,6 +47,15 @@ class BatchArguments(Arguments):
     """Of a service that computes whole rows, in batches."""
 
     max_batch: Annotated[int, Field(ge=1)] = 16  # rows that are computed together
+
+
+def loading_turn(arguments: Arguments) -> AbstractContextManager[None]:
+    """Wait until this replica may load; a block's length of a place that the node's users share.
+
+    A replica that is killed meanwhile leaves its place at once.
+    """
+    places = Path(tempfile.gettempdir()) / f"gptj-loading-{os.getuid()}"
+    return turn(places, arguments.loads_at_once)
 
 
 def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
@@ -62,7 +79,11 @@ def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model = cls.from_pretrained(
-        arguments.checkpoint, dtype=dtype, device=device, revision=arguments.revision
+        arguments.checkpoint,
+        dtype=dtype,
+        device=device,
+        revision=arguments.revision,
+        verify=arguments.verify,
     )
     return model, tokenizer
 
@@ -73,9 +94,8 @@ def training_data_settings(arguments: Arguments) -> dict[str, Any]:
     folder = locate(arguments.checkpoint, revision=arguments.revision, patterns=patterns)
     if not storage.exists(storage.join(folder, TRAINING)):
         return {}
-    training = json.loads(read_verified(folder, TRAINING, Manifest.read(folder)))
-    data: dict[str, Any] = training.get("settings", {}).get("data", {})
-    return data
+    content = read_verified(folder, TRAINING, Manifest.read(folder))
+    return training_data(content, storage.join(folder, TRAINING))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

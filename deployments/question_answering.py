@@ -16,7 +16,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from deployments.loading import BatchArguments, load, training_data_settings
+from deployments.loading import BatchArguments, load, loading_turn, training_data_settings
 from deployments.metrics import serve_metrics
 from gptj import GPTJForQuestionAnswering
 from gptj.serving.app import health, new_app
@@ -42,7 +42,8 @@ class Arguments(BatchArguments):
 @serve.ingress(app)
 class QuestionAnswering:
     def __init__(self, arguments: Arguments) -> None:
-        model, tokenizer = load(GPTJForQuestionAnswering, arguments)
+        with loading_turn(arguments):
+            model, tokenizer = load(GPTJForQuestionAnswering, arguments)
         trained = training_data_settings(arguments)
         window = arguments.window or trained.get("sequence_length", DEFAULT_WINDOW)
         stride = arguments.stride

@@ -12,15 +12,19 @@
                              [--min-duration 10] [--target-qps 1] [--concurrency 32]
                              [--logs outputs/mlperf] [--url ADDRESS]
     jobs/benchmark.py perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
+    jobs/benchmark.py load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
+                             [--no-s3] [--keep]
     jobs/benchmark.py model DIR
 
 Prints one JSON object a line: the machine and the settings in force first, then measurements,
 then medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a
 folder with the environments that jobs/benchmarks/peers/setup.sh makes, other engines run in turn
-with ours, one at a time. `model` writes a random GPT-J of 305 M parameters
-with GPT-2's vocabulary (a development dependency carries it) to measure with. `perplexity` says
-what the engine's number formats cost on a text, in rows as long as the model's context. `mlperf`
-asks our service, or one at --url, as MLPerf's load generator does: see jobs/benchmarks/mlperf.py.
+with ours, one at a time. `model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary
+(a development dependency carries it) to measure with. `perplexity` says what the engine's number
+formats cost on a text, in rows as long as the model's context. `mlperf` asks our service, or one
+at --url, as MLPerf's load generator does: see jobs/benchmarks/mlperf.py. `load` writes a random
+model in fp16 into DIR and, unless told otherwise, a second copy into an S3 server there, reads
+them in processes of their own (see jobs/benchmarks/load_weights.py), and deletes them.
 """
 
 from __future__ import annotations
@@ -37,10 +41,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gptj import storage
 from gptj.config import PRESETS
-from jobs.benchmarks import machine, mlperf
+from gptj.manifest import MANIFEST
+from jobs.benchmarks import load_weights, machine, mlperf
 from jobs.benchmarks.decode import TEXT_IDS, Decode
-from jobs.benchmarks.load import Load
+from jobs.benchmarks.http_load import Load
 from jobs.benchmarks.perplexity import Perplexity
 from jobs.benchmarks.serve import MODEL_NAME, ours, vllm
 
@@ -83,6 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--model", required=True)
     command.add_argument("--data", required=True)
     command.add_argument("--dtypes", default="float32,bfloat16,int8", type=_dtypes)
+    command = commands.add_parser("load")
+    command.add_argument("--folder", required=True, type=Path)
+    command.add_argument("--size", default="6b", choices=["6b", "small", "tiny"])
+    command.add_argument("--repeats", type=int, default=1)
+    command.add_argument(
+        "--readers", nargs="+", choices=load_weights.READERS, default=load_weights.READERS
+    )
+    command.add_argument("--no-s3", action="store_true")
+    command.add_argument("--keep", action="store_true", help="the model on disk")
     commands.add_parser("model").add_argument("folder")
     given = parser.parse_args(arguments)
     if given.command == "model":
@@ -101,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.command == "perplexity":
         for row in Perplexity(given.model, given.data, given.dtypes).run():
             _show(row)
+        return
+    if given.command == "load":
+        load(given)
         return
     rows = decode(given) if given.command == "decode" else serve(given)
     summary = summarized(rows)
@@ -142,6 +160,26 @@ def serve(given: argparse.Namespace) -> list[Row]:
                 python = given.peers / "vllm" / "bin" / "python"
                 rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
     return rows
+
+
+def load(given: argparse.Namespace) -> None:
+    """Write the model, read it from disk and from S3, and delete it."""
+    folder, server = str(given.folder / f"load-{given.size}"), given.folder / "load-s3"
+    try:
+        if not storage.exists(storage.join(folder, MANIFEST)):
+            _show(load_weights.create(folder, given.size))
+        rows = [_show(row) for row in load_weights.from_disk(folder, given.readers, given.repeats)]
+        if not given.no_s3:
+            from_s3 = load_weights.from_s3(folder, server, given.readers, given.repeats)
+            rows += [_show(row) for row in from_s3]
+    finally:
+        storage.delete_folder(str(server))
+        if not given.keep:
+            storage.delete_folder(folder)
+    summary = load_weights.summarized(rows)
+    for row in summary:
+        _show(row)
+    print(load_weights.table(summary))
 
 
 def _loaded(

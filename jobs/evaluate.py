@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from gptj import storage
-from gptj.checkpoint import HEAD_CLASSES, TRAINING, load_config
+from gptj.checkpoint import HEAD_CLASSES, TRAINING, load_config, training_data
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import ClassificationData, LabelSet
@@ -196,9 +196,8 @@ def training_settings(settings: Settings) -> dict[str, Any]:
     folder = locate(settings.checkpoint, revision=settings.revision, patterns=("*.json",))
     if not storage.exists(storage.join(folder, TRAINING)):
         return {}
-    training = json.loads(read_verified(folder, TRAINING, Manifest.read(folder)))
-    data: dict[str, Any] = training.get("settings", {}).get("data", {})
-    return data
+    content = read_verified(folder, TRAINING, Manifest.read(folder))
+    return training_data(content, storage.join(folder, TRAINING))
 
 
 def report_progress(model: GPTJPreTrainedModel, batches: int) -> None:

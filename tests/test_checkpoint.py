@@ -112,19 +112,65 @@ def test_dtype_and_device_are_those_asked_for(device: torch.device, tmp_path: Pa
         assert not model.training
 
 
-def test_local_weights_are_mapped_and_not_copied(tmp_path: Path) -> None:
-    """Parameters of one file lie as far apart in memory as in the file; writing stays private."""
+MAPPED = """
+import sys
+from pathlib import Path
+from gptj import GPTJForCausalLM
+
+model = GPTJForCausalLM.from_pretrained(sys.argv[1])
+sum(float(p.sum()) for p in model.parameters())
+print("loaded", flush=True)
+sys.stdin.readline()
+own = {"Rss": 0, "Shared_Clean": 0}
+counts = False
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    name, *rest = line.split()
+    if "-" in name:
+        counts = line.endswith("model.safetensors")
+    elif counts and name[:-1] in own:
+        own[name[:-1]] += int(rest[0]) * 1024
+print(own["Rss"], own["Shared_Clean"])
+"""
+
+
+def test_processes_share_the_pages_of_local_weights(tmp_path: Path) -> None:
+    make().save_pretrained(str(tmp_path / "m"))
+    command = [sys.executable, "-c", MAPPED, str(tmp_path / "m")]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    for each in processes:
+        assert each.stdout is not None and each.stdout.readline() == "loaded\n"
+    measured, _ = processes[0].communicate("", timeout=60)
+    processes[1].communicate("", timeout=60)
+    used, shared = map(int, measured.split())
+    size = (tmp_path / "m" / "model.safetensors").stat().st_size
+    assert size * 0.95 < shared == used, "all of it is in memory, and none of it twice"
+
+
+def test_writing_to_local_weights_stays_private(tmp_path: Path) -> None:
     make().save_pretrained(str(tmp_path / "m"))
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
-    tensors = dict(read_weights(str(tmp_path / "m"), None))
-    addresses = [t.data_ptr() for t in tensors.values()]
-    sizes = [t.numel() * 4 for t in tensors.values()]
-    assert [b - a for a, b in zip(addresses, addresses[1:], strict=False)] == sizes[:-1]
     model = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+
+
+def test_the_memory_of_mapped_weights_goes_with_each_of_them(tmp_path: Path) -> None:
+    """So that who copies or packs them one by one never has two of all."""
+    make().save_pretrained(str(tmp_path / "m"))
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    tensors = [tensor for _, tensor in read_weights(str(tmp_path / "m"), None)]
+    assert mappings() == len(tensors)
+    parts = tensors.pop().view(-1)[:3]
+    del tensors
+    assert mappings() == 1 and torch.isfinite(parts).all()
+    del parts
+    assert mappings() == 0
 
 
 @pytest.mark.parametrize("cls", [GPTJForSequenceClassification, GPTJForQuestionAnswering])
@@ -287,10 +333,80 @@ def test_verify_is_a_command(tmp_path: Path) -> None:
     make().save_pretrained(str(tmp_path / "m"))
     command = [sys.executable, "-m", "gptj.checkpoint", "verify", str(tmp_path / "m")]
     good = subprocess.run(command, capture_output=True, text=True)
-    assert good.returncode == 0 and "2 files" in good.stdout, good.stderr
+    assert good.returncode == 0 and "good: 2 files" in good.stdout, good.stderr
     damage("altered", tmp_path / "m")
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 1 and "altered after it was written" in bad.stderr
+
+
+def said_by_verify(address: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.main(["verify", address])
+    assert isinstance(ended.value.code, str), "status 1, and the reason"
+    return ended.value.code
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3: LocalS3) -> None:
+    folder = tmp_path / "m"
+    with FolderWriter(str(folder)) as writer:
+        for name in ("altered", "longer", "shorter", "missing", "good", "lied-size", "lied-hash"):
+            writer.write(name, b"0123456789")
+    (folder / "altered").write_bytes(b"0123456780")
+    (folder / "longer").write_bytes(b"0123456789a")
+    (folder / "shorter").write_bytes(b"012345678")
+    (folder / "missing").unlink()
+    (folder / "extra").write_bytes(b"")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["lied-size"]["size"] = 11
+    manifest["files"]["lied-hash"]["sha256"] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    address = str(folder)
+    if place == "s3":
+        address = f"s3://gptj/{tmp_path.name}/m"
+        storage.upload_folder(folder, address)
+    lines = [line.removeprefix(f"{address}/") for line in said_by_verify(address).splitlines()]
+    reasons = {line.split()[0]: line for line in lines}
+    assert len(lines) == len(reasons) == 7 and "good" not in reasons
+    assert "altered after it was written" in reasons["altered"]
+    assert "has 11 bytes and should have 10" in reasons["longer"]
+    assert reasons["shorter"].endswith("it is cut off")
+    assert reasons["missing"] == "missing is missing"
+    assert "is not in the folder's manifest" in reasons["extra"]
+    assert "has 10 bytes and should have 11" in reasons["lied-size"]
+    assert "the manifest says " + "0" * 64 in reasons["lied-hash"]
+
+
+def test_verify_says_what_is_wrong_with_an_address(
+    tmp_path: Path, s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "nor any other file" in said_by_verify(str(tmp_path / "not there"))
+    make().save_pretrained(str(tmp_path / "m"))
+    (tmp_path / "m" / MANIFEST).unlink()
+    assert "its writing was cut short" in said_by_verify(str(tmp_path / "m"))
+    assert "nor any other file" in said_by_verify(f"s3://gptj/{tmp_path.name}/not-there")
+    assert "no bucket 'other'" in said_by_verify("s3://other/model")
+    with pytest.raises(FileNotFoundError, match="no bucket 'other'"):
+        GPTJForCausalLM.from_pretrained("s3://other/model")
+    assert "s3://bucket/key" in said_by_verify("s3://")
+    (tmp_path / MANIFEST).write_text("{")
+    assert f"{tmp_path / MANIFEST} is damaged" in said_by_verify(str(tmp_path))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    said = said_by_verify(f"s3://gptj/{tmp_path.name}/m")
+    assert "access denied" in said and "AWS_SECRET_ACCESS_KEY" in said
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_hashes_are_compared_unless_told_otherwise(place: str, tmp_path: Path, s3: LocalS3) -> None:
+    make().save_pretrained(str(tmp_path / "m"))
+    damage("altered", tmp_path / "m")
+    address = str(tmp_path / "m")
+    if place == "s3":
+        address = f"s3://gptj/{tmp_path.name}/m"
+        storage.upload_folder(tmp_path / "m", address)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was altered"):
+        GPTJForCausalLM.from_pretrained(address)
+    assert GPTJForCausalLM.from_pretrained(address, verify=False).config.n_layer == 2
 
 
 def test_training_and_tokenizer_are_in_the_folder(tmp_path: Path) -> None:

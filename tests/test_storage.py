@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import socket
+import threading
 from pathlib import Path
 
 import boto3
@@ -152,6 +155,72 @@ def test_a_server_that_is_not_there_is_named(s3: LocalS3, monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     with pytest.raises(storage.UnreachableError, match=f"{port}.*remedy: check the network"):
         storage.read_bytes("s3://gptj/some")
+
+
+class Breaking:
+    """Passes connections on to a server; the first reply of more than `limit` bytes is cut off."""
+
+    def __init__(self, server: int, limit: int) -> None:
+        self._server, self._limit = server, limit
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.accepted = self.broken = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # closed: the test has ended
+            self.accepted += 1
+            server = socket.create_connection(("127.0.0.1", self._server))
+            for one, other, cuts in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._pass_on, args=(one, other, cuts), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket, cuts: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):  # the other direction has been closed
+            while data := one.recv(2**16):
+                passed += len(data)
+                if cuts and passed > self._limit and not self.broken:
+                    self.broken += 1
+                    break
+                other.sendall(data)
+        for each in (one, other):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_connection_that_breaks_in_the_middle_is_tried_again(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(2_000_000)
+    address = f"s3://gptj/{secrets.token_hex(6)}"
+    storage.write_bytes(address, content)
+    breaking = Breaking(int(s3.endpoint.rpartition(":")[2]), 1_000_000)
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{breaking.port}")
+        assert storage.read_bytes(address) == content
+        assert breaking.broken == 1
+    finally:
+        breaking.close()
+
+
+def test_connections_are_used_again(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"s3://gptj/{secrets.token_hex(6)}"
+    storage.write_bytes(address, bytes(1000))
+    between = Breaking(int(s3.endpoint.rpartition(":")[2]), 10**9)
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
+        for _ in range(5):
+            storage.read_bytes(address)
+        assert between.accepted == 1
+    finally:
+        between.close()
 
 
 def test_an_address_without_a_bucket_and_a_whole_bucket_are_refused() -> None:

@@ -13,15 +13,18 @@ import argparse
 import json
 import logging
 import sys
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from gptj import storage
+from gptj.checkpoint_cache import CheckpointCache, Lease
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.hub import locate
+from gptj.json_object import parse_object
 from gptj.manifest import (
     CheckpointError,
     FolderWriter,
@@ -39,7 +42,15 @@ from gptj.model import (
 from gptj.tokenizer import GPTJTokenizer
 from gptj.weights import SHARD_BYTES, TensorSpec, read_weights, write_weights
 
-__all__ = ["CheckpointError", "load_config", "load_model", "save_folder", "save_model", "verify"]
+__all__ = [
+    "CheckpointError",
+    "load_config",
+    "load_model",
+    "save_folder",
+    "save_model",
+    "training_data",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +152,19 @@ def load_config(address: str, *, revision: str | None = None, **overrides: Any) 
     return _read_config(folder, Manifest.read(folder), overrides)
 
 
+def training_data(content: bytes, address: str) -> dict[str, Any]:
+    """How a training read its data, by its `training.json`; empty if that does not say.
+
+    Raises CheckpointError if the file is damaged.
+    """
+    fields: Any = parse_object(content, address)
+    for name in ("settings", "data"):
+        fields = fields.get(name, {})
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{address} is damaged: its {name} must be an object")
+    return cast(dict[str, Any], fields)
+
+
 def load_model(
     cls: type[Model],
     address: str,
@@ -149,6 +173,7 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     config: GPTJConfig | None = None,
+    verify: bool = True,
     **overrides: Any,
 ) -> Model:
     """What `from_pretrained` does; see there for the arguments.
@@ -165,19 +190,60 @@ def load_model(
     if from_hub and not any(f.name.endswith(".safetensors") for f in storage.list_files(folder)):
         folder = locate(address, revision=revision, patterns=PICKLE_PATTERNS)
     manifest = Manifest.read(folder)
-    if manifest is not None and not from_hub:  # of a hub id only what is needed is here
-        manifest.check_sizes()
-    if config is None:
-        config = _read_config(folder, manifest, overrides)
-    elif overrides:
-        config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
-    target = None if dtype == "auto" else parse_dtype(dtype)
+    lease = _lease(folder, manifest, verify)
+    try:
+        if lease is not None and manifest is not None:
+            folder, verify = lease.folder, False  # the cache has done it
+            manifest = Manifest(folder, manifest.files)
+        elif manifest is not None and not from_hub:  # of a hub id only what is needed is here
+            manifest.check_sizes()
+        if config is None:
+            config = _read_config(folder, manifest, overrides)
+        elif overrides:
+            config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
+        target = None if dtype == "auto" else parse_dtype(dtype)
+        tensors = read_weights(folder, manifest, verify=verify)
+        model, in_use = _assembled(cls, config, folder, tensors, target, torch.device(device))
+    except BaseException:
+        if lease is not None:
+            lease.close()
+        raise
+    if lease is not None:
+        if in_use:  # its files are the model's memory: they stay as long as it does
+            weakref.finalize(model, lease.close)
+        else:
+            lease.close()
+    return model.eval()
 
-    with torch.device("meta"):  # no memory, and no time for weights that are replaced at once
-        model = cls(config)
+
+def _lease(folder: str, manifest: Manifest | None, verify: bool) -> Lease | None:
+    """A copy in this node's cache, if there is a cache, for a finished folder of S3."""
+    cache = CheckpointCache.from_environment()
+    if cache is None or manifest is None or not storage.is_s3(folder):
+        return None
+    return cache.lease(folder, manifest, verify=verify)
+
+
+def _assembled(
+    cls: type[Model],
+    config: GPTJConfig,
+    folder: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> tuple[Model, bool]:
+    """The model of these tensors, and whether it uses their memory and not only copies."""
+    try:
+        with torch.device("meta"):  # no memory, and no time for weights that are replaced at once
+            model = cls(config)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder}/{CONFIG}: no model can be made of this configuration: {error}"
+        ) from error
     expected = dict(model.named_parameters(remove_duplicate=False))
     loaded: set[str] = set()
-    for stored_name, stored in read_weights(folder, manifest):
+    in_use = False
+    for stored_name, stored in tensors:
         name = _own_name(stored_name, expected)
         if name is None:
             _check_expendable(stored_name, folder)
@@ -187,13 +253,20 @@ def load_model(
                 f"{stored_name} of {folder} has the shape {tuple(stored.shape)}; a "
                 f"{cls.__name__} of this configuration has {tuple(expected[name].shape)}"
             )
-        _assign(model, name, stored.to(device=device, dtype=target or stored.dtype))
+        if not stored.is_floating_point():
+            raise CheckpointError(
+                f"{stored_name} of {folder} has the dtype {stored.dtype}, which is no weight's"
+            )
+        weight = stored.to(device=device, dtype=dtype or stored.dtype)
+        in_use |= weight is stored
+        _assign(model, name, weight)
         loaded.add(name)
+        del stored, weight  # before the next one is read
     if isinstance(model, GPTJForCausalLM) and config.tie_word_embeddings:
         model.tie_weights()
         loaded.add("lm_head.weight")
-    _make_missing(model, set(expected) - loaded, folder, torch.device(device))
-    return model.eval()
+    _make_missing(model, set(expected) - loaded, folder, device)
+    return model, in_use
 
 
 def _read_config(
@@ -202,13 +275,11 @@ def _read_config(
     try:
         content = read_verified(folder, CONFIG, manifest)
     except storage.NotFoundError as error:
+        storage.list_files(folder)  # raises, if it is the bucket that is missing
         raise storage.NotFoundError(
             f"{folder} is no model folder: it has no {CONFIG} (or the writing of it was cut short)"
         ) from error
-    try:
-        fields = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder}/{CONFIG} is damaged: {error}") from error
+    fields = parse_object(content, storage.join(folder, CONFIG))
     if "num_labels" in overrides or "id2label" in overrides or "label2id" in overrides:
         fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id")}
     try:
@@ -244,7 +315,8 @@ def _make_missing(
     if not missing:
         return
     if lacking := sorted(name for name in missing if not name.startswith(HEADS)):
-        raise CheckpointError(f"{folder} is incomplete: {', '.join(lacking)} missing")
+        more = f" and {len(lacking) - 20} more" if len(lacking) > 20 else ""
+        raise CheckpointError(f"{folder} is incomplete: {', '.join(lacking[:20])}{more} missing")
     logger.warning(
         "%s has no %s: new weights, to be trained before use", folder, ", ".join(sorted(missing))
     )
@@ -273,19 +345,21 @@ HEAD_CLASSES: dict[str, type[GPTJPreTrainedModel]] = {
 }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gptj.checkpoint", description="Check a checkpoint against its manifest."
     )
     parser.add_argument("command", choices=["verify"])
     parser.add_argument("address", help="a local folder or an s3:// address")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         manifest = verify(arguments.address)
-    except (CheckpointError, storage.StorageError) as error:
+    except (ValueError, storage.StorageError) as error:
         sys.exit(str(error))
-    size = sum(record.size for record in manifest.files.values())
-    print(f"{arguments.address}: {len(manifest.files)} files, {size} bytes, as they were written")
+    print(
+        f"{arguments.address}: good: {len(manifest.files)} files, {manifest.size} bytes, as they "
+        f"were written"
+    )
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+MOST_LAYERS = 1000
+MOST_LABELS = 1_000_000
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Hugging Face's other names for the same fields.
@@ -69,7 +72,9 @@ class GPTJConfig:
             if alias in fields:
                 value = fields.pop(alias)
                 if fields.setdefault(name, value) != value:
-                    raise ValueError(f"{alias}={value} contradicts {name}={fields[name]}")
+                    raise ValueError(
+                        f"{alias}={shown(value)} contradicts {name}={shown(fields[name])}"
+                    )
         # transformers 4 wrote torch_dtype.
         self.dtype = parse_dtype(fields.pop("torch_dtype", None))
         if (dtype := parse_dtype(fields.pop("dtype", None))) is not None:
@@ -80,7 +85,10 @@ class GPTJConfig:
             fields.pop("label2id", None),
         )
         for name, value in fields.items():
+            if hasattr(GPTJConfig, name) and name not in GPTJConfig.__annotations__:
+                raise ValueError(f"{name} is no field of a configuration")
             setattr(self, name, value)
+        self._check_types()
         self._check()
 
     @classmethod
@@ -106,7 +114,11 @@ class GPTJConfig:
     def from_dict(cls, fields: dict[str, Any]) -> GPTJConfig:
         """What `to_dict` or a `config.json` holds; another model's is refused by its name."""
         if (found := fields.get("model_type", cls.model_type)) != cls.model_type:
-            raise ValueError(f"this is the configuration of a {found!r} model, not of a 'gptj'")
+            raise ValueError(
+                f"this is the configuration of a {shown(found)} model, not of a 'gptj'"
+            )
+        if "self" in fields:
+            raise ValueError("self is no field of a configuration")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,26 +204,78 @@ class GPTJConfig:
         id2label: dict[Any, str] | None,
         label2id: dict[str, int] | None,
     ) -> None:
+        for labels in (id2label, label2id):
+            if labels is not None and not isinstance(labels, dict):
+                raise ValueError(
+                    f"id2label and label2id must map one to the other, got {shown(labels)}"
+                )
         if id2label is None and label2id is not None:
+            if not all(_is_count(index) for index in label2id.values()):
+                raise ValueError(
+                    f"label2id must map labels to their numbers, got {shown(label2id)}"
+                )
             id2label = {index: label for label, index in label2id.items()}
+        if num_labels is not None and not _is_count(num_labels, MOST_LABELS):
+            raise ValueError(f"num_labels must be 1 to {MOST_LABELS}, got {shown(num_labels)}")
         if id2label is None:
             count = 2 if num_labels is None else num_labels
             if count < 1:
                 raise ValueError(f"num_labels must be 1 or more, got {count}")
             id2label = {index: f"LABEL_{index}" for index in range(count)}
+        if not all(isinstance(label, str) for label in id2label.values()):
+            raise ValueError(f"labels must be texts, got {shown(id2label)}")
         # JSON's keys are text.
         self.id2label = {int(index): label for index, label in id2label.items()}
         if sorted(self.id2label) != list(range(len(self.id2label))):
-            raise ValueError(f"id2label must number its labels from 0 on, got {self.id2label}")
+            raise ValueError(
+                f"id2label must number its labels from 0 on, got {shown(self.id2label)}"
+            )
         if num_labels is not None and num_labels != len(self.id2label):
-            raise ValueError(f"num_labels={num_labels} contradicts id2label={self.id2label}")
+            raise ValueError(f"num_labels={num_labels} contradicts id2label={shown(self.id2label)}")
         self.label2id = label2id or {label: index for index, label in self.id2label.items()}
 
-    def _check(self) -> None:
+    def _check_types(self) -> None:
+        """Files hold anything: a field of the wrong kind is named here, not met much later."""
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+            if not _is_count(value) or value < 1:
+                raise ValueError(f"{name} must be a whole number of 1 or more, got {shown(value)}")
+        if self.n_layer > MOST_LAYERS:
+            raise ValueError(f"n_layer must be at most {MOST_LAYERS}, got {self.n_layer}")
+        for name in ("rotary_dim", "n_inner", "bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be a whole number or null, got {shown(value)}")
+        eos = self.eos_token_id
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(each) is int for each in ids):
+            raise ValueError(
+                f"eos_token_id must be a whole number, some, or null, got {shown(eos)}"
+            )
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ValueError(f"{name} must be a number of 0 or more, got {shown(value)}")
+        if not _is_number(self.layer_norm_epsilon) or self.layer_norm_epsilon <= 0:
+            raise ValueError(
+                f"layer_norm_epsilon must be a number above 0, got {shown(self.layer_norm_epsilon)}"
+            )
+        for name in (
+            "use_cache",
+            "tie_word_embeddings",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+        names = self.architectures
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(each, str) for each in names)
+        ):
+            raise ValueError(f"architectures must be a list of names, got {shown(names)}")
+
+    def _check(self) -> None:
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and "
@@ -227,14 +291,15 @@ class GPTJConfig:
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
                 f"activation_function must be one of {', '.join(ACTIVATIONS)}, "
-                f"got {self.activation_function!r}"
+                f"got {shown(self.activation_function)}"
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
-                f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
+                f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, "
+                f"got {shown(self.problem_type)}"
             )
 
 
@@ -242,7 +307,16 @@ def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     """`torch.float16`, "float16" and "torch.float16" are the same; None stays None."""
     if name is None or isinstance(name, torch.dtype):
         return name
-    dtype = getattr(torch, name.removeprefix("torch."), None)
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type such as float16, got {name!r}")
+        raise ValueError(f"dtype must be a floating-point type such as float16, got {shown(name)}")
     return dtype
+
+
+def _is_count(value: Any, most: int = 2**40) -> bool:
+    """Whether it is a whole number that can count something; True is none."""
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # which NaN is not

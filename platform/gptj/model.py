@@ -60,6 +60,7 @@ class GPTJPreTrainedModel(nn.Module):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         config: GPTJConfig | None = None,
+        verify: bool = True,
         **overrides: Any,
     ) -> Model:
         """Load a model folder, an `s3://` address or a hub id such as `EleutherAI/gpt-j-6B`.
@@ -72,6 +73,9 @@ class GPTJPreTrainedModel(nn.Module):
                 same under its older name.
             revision: a branch, tag or commit of a hub id.
             config: instead of the folder's `config.json`.
+            verify: compare each file's SHA-256 with the folder's manifest, where it has one. It
+                takes a core for each 1.5 GB/s, and is not felt beside a disk or a network; for
+                files that are in memory already it is what takes the time.
             overrides: fields of the configuration to replace, such as `id2label`.
         """
         from gptj.checkpoint import load_model  # it needs our class, and S3 and the hub
@@ -83,6 +87,7 @@ class GPTJPreTrainedModel(nn.Module):
             device=device,
             revision=revision,
             config=config,
+            verify=verify,
             **overrides,
         )
 

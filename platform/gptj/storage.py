@@ -8,6 +8,7 @@ appears as a whole or not at all, on both kinds of storage.
 
 from __future__ import annotations
 
+import http.client
 import io
 import os
 import posixpath
@@ -19,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import boto3
 import pyarrow.fs
@@ -37,6 +38,7 @@ from botocore.exceptions import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # without a byte from the server
@@ -159,7 +161,7 @@ def read_into(address: str, start: int, target: memoryview) -> None:
     if not is_s3(address):
         with _explaining_local(address), io.FileIO(address) as file:
             file.seek(start)
-            _fill(file.readinto, target, address)
+            _fill(file, target, address)
         return
     bucket, key = split_s3(address)
 
@@ -172,8 +174,7 @@ def read_into(address: str, start: int, target: memoryview) -> None:
                     reply = _client().get_object(
                         Bucket=bucket, Key=key, Range=f"bytes={first}-{first + len(part) - 1}"
                     )
-                    with closing(reply["Body"]) as body:
-                        _fill(cast(_ReadInto, body.readinto), part, address)
+                    _receive(reply, part, address)
                 return
             except UnreachableError:
                 # botocore tries again until the headers are there; the rest is ours.
@@ -360,13 +361,13 @@ def split_s3(address: str) -> tuple[str, str]:
     return bucket, key
 
 
-def for_each(action: Callable[[Item], Any], items: Iterable[Item]) -> None:
+def for_each(action: Callable[[Item], Any], items: Iterable[Item], at_once: int = PARALLEL) -> None:
     """Call `action` on every item, some at a time; the first error stops it and is raised."""
     work = list(items)
     if len(work) == 1:
         action(work[0])
     elif work:
-        with ThreadPoolExecutor(min(PARALLEL, len(work))) as pool:
+        with ThreadPoolExecutor(min(at_once, len(work))) as pool:
             futures = [pool.submit(action, item) for item in work]
             try:
                 for future in futures:
@@ -377,7 +378,6 @@ def for_each(action: Callable[[Item], Any], items: Iterable[Item]) -> None:
                 raise
 
 
-_ReadInto = Callable[[memoryview], int | None]
 _DEFAULT_REGION = "us-east-1"
 _UNFINISHED = ".unfinished"
 _TRANSFER = TransferConfig(
@@ -500,15 +500,48 @@ class _S3File(io.RawIOBase):
         return len(target)
 
 
-def _fill(readinto: _ReadInto, target: memoryview, address: str) -> None:
+def _receive(reply: GetObjectOutputTypeDef, target: memoryview, address: str) -> None:
+    """Fill `target` with the body of an S3 reply.
+
+    Straight from the socket, by the http.client below urllib3 below botocore: what they read they
+    copy, and hold the interpreter's lock meanwhile, at which parallel requests would queue.
+    """
+    if (length := reply["ContentLength"]) < len(target):
+        raise _ends_early(address, len(target) - length)
+    with closing(reply["Body"]) as body:
+        response: Any = body._raw_stream  # type: ignore[attr-defined]
+        filled = 0
+        try:
+            while filled < len(target):
+                count = response._fp.readinto(target[filled:])
+                if not count:
+                    break
+                filled += count
+            if filled == len(target):
+                response.read(1)  # nothing is left, and the connection can be used again
+                return
+        except (OSError, http.client.HTTPException) as error:
+            raise _broken(address, filled, len(target), repr(error)) from error
+        raise _broken(address, filled, len(target), "the server closed it")
+
+
+def _broken(address: str, filled: int, size: int, reason: str) -> UnreachableError:
+    return UnreachableError(
+        f"{address}: the connection to {_endpoint()} broke after {filled} of {size} bytes "
+        f"({reason}); remedy: check the network"
+    )
+
+
+def _ends_early(address: str, missing: int) -> StorageError:
+    return StorageError(f"{address} ends {missing} bytes before it should: it is cut off")
+
+
+def _fill(file: io.FileIO, target: memoryview, address: str) -> None:
     filled = 0
     while filled < len(target):
-        # A little at a time: HTTP clients make a copy of what is asked for.
-        count = readinto(target[filled : filled + 2**20])
+        count = file.readinto(target[filled:])
         if not count:
-            raise StorageError(
-                f"{address} ends {len(target) - filled} bytes before it should: it is cut off"
-            )
+            raise _ends_early(address, len(target) - filled)
         filled += count
 
 
@@ -605,7 +638,8 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
     if code in ("AccessDenied", "403", "Forbidden"):
         return AccessDeniedError(
             f"{place}: access denied by {_endpoint()}; remedy: let these credentials read, list "
-            f"and write bucket {bucket!r}, key {key!r}, or use others"
+            f"and write bucket {bucket!r}, key {key!r}, or use others (AWS_ACCESS_KEY_ID, "
+            f"AWS_SECRET_ACCESS_KEY)"
         )
     if code in ("InvalidRange", "416"):
         return StorageError(f"{place} is shorter than it should be: it is cut off")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index as whole_number
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from tokenizers import processors as post_processors
 
 from gptj import storage
 from gptj.hub import locate
+from gptj.json_object import parse_object
 from gptj.manifest import MANIFEST, Manifest, read_verified
 
 END_OF_TEXT = "<|endoftext|>"
@@ -113,6 +115,10 @@ class GPTJTokenizer:
             except ValueError as error:
                 raise _unreadable(folder, "vocab.json with merges.txt", error) from error
             added = _json_object(folder, files, "added_tokens.json")
+            if not all(type(number) is int for number in added.values()):
+                raise ValueError(
+                    f"{storage.join(folder, 'added_tokens.json')} must map tokens to their ids"
+                )
             _add_tokens(tokenizer, added, special=False)
         else:
             raise FileNotFoundError(
@@ -122,17 +128,18 @@ class GPTJTokenizer:
         default = END_OF_TEXT if END_OF_TEXT in known else None
         for name in ("bos_token", "eos_token", "unk_token"):
             settings.setdefault(name, default)
-        _make_special(tokenizer, _special_tokens(settings) & set(known))
-        longest = settings.get("model_max_length")
-        return cls(
-            tokenizer,
-            bos_token=_token_text(settings["bos_token"]),
-            eos_token=_token_text(settings["eos_token"]),
-            pad_token=_token_text(settings.get("pad_token")),
-            # Hugging Face writes 1e30 for "unknown".
-            model_max_length=int(longest) if longest and longest < 1e9 else None,
-            padding_side=settings.get("padding_side", "right"),
-        )
+        try:
+            _make_special(tokenizer, _special_tokens(settings) & set(known))
+            return cls(
+                tokenizer,
+                bos_token=_token_text(settings["bos_token"]),
+                eos_token=_token_text(settings["eos_token"]),
+                pad_token=_token_text(settings.get("pad_token")),
+                model_max_length=_longest(settings.get("model_max_length")),
+                padding_side=_side(settings.get("padding_side", "right")),
+            )
+        except ValueError as error:
+            raise _unreadable(folder, "tokenizer_config.json", error) from error
 
     @classmethod
     def from_vocabulary(
@@ -595,19 +602,17 @@ def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
     """The special tokens that a tokenizer's configuration names."""
     several = ("additional_special_tokens", "extra_special_tokens")
     values = [settings[name] for name in _SPECIAL_NAMES if name in settings]
-    values += [v for name in several for v in settings.get(name) or ()]
+    for name in several:
+        found = settings.get(name) or []
+        if not isinstance(found, list | dict):  # a newer form names them
+            raise ValueError(f"{name} must be a list of tokens, got {shown(found)}")
+        values += found.values() if isinstance(found, dict) else found
     return {text for value in values if (text := _token_text(value)) is not None}
 
 
 def _json_object(folder: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """A file's JSON object; an empty one if there is no such file."""
-    try:
-        content = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise _unreadable(folder, name, error) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{storage.join(folder, name)} must be a JSON object")
-    return content
+    return parse_object(files.get(name, b"{}"), storage.join(folder, name))
 
 
 def _unreadable(folder: str, name: str, error: Exception) -> ValueError:
@@ -625,9 +630,27 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
     return merges
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
-    """A token's text; Hugging Face writes some as objects."""
-    return token["content"] if isinstance(token, dict) else token
+def _token_text(token: Any) -> str | None:
+    """A token's text; Hugging Face writes some as objects. ValueError if it is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"a token must be a text, got {shown(token)}")
+    return text
+
+
+def _longest(tokens: Any) -> int | None:
+    """model_max_length, for which Hugging Face writes 1e30 where it is unknown."""
+    if tokens is None:
+        return None
+    if type(tokens) not in (int, float) or not tokens >= 0:
+        raise ValueError(f"model_max_length must be a number of tokens, got {shown(tokens)}")
+    return int(tokens) if 0 < tokens < 1e9 else None
+
+
+def _side(side: Any) -> Side:
+    if side not in ("left", "right"):
+        raise ValueError(f"padding_side must be left or right, got {shown(side)}")
+    return "left" if side == "left" else "right"
 
 
 def _byte_of_character() -> dict[str, int]:

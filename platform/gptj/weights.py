@@ -1,9 +1,7 @@
 """Weights of a model folder: tensors into safetensors files and back, at most one copy in memory.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes of the header's length,
-little-endian; the header, JSON of names, dtypes, shapes and offsets; then the tensors' bytes.
-We write it ourselves since a model that is spread over processes arrives parameter by parameter,
-and read it ourselves since S3 has no memory map.
+We write the format ourselves since a model that is spread over processes arrives parameter by
+parameter, and read it ourselves since S3 has no memory map.
 """
 
 from __future__ import annotations
@@ -12,8 +10,9 @@ import hashlib
 import json
 import mmap
 import pickle
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,11 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.manifest import CheckpointError, FolderWriter, Manifest
+from gptj.json_object import parse_object
+from gptj.manifest import CheckpointError, FolderWriter, Manifest, read_verified
+from gptj.mapping import map_stretch
+from gptj.streaming import merged, pieces, stream
+from gptj.tensor_file import DTYPES, StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,21 +32,9 @@ PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 KINDS = ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))
 SHARD_BYTES = 5 * 10**9
-READ_BYTES = 64 * 2**20  # read together, if tensors are smaller
-HEADER_LIMIT = 100 * 2**20  # as the reference implementation's
+RUN_BYTES = 16 * 2**20  # of small tensors that are read together
+FILES_AT_ONCE = 4  # from S3: each is hashed by a thread of its own
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -106,41 +97,48 @@ def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[Ten
     return shards
 
 
-def read_weights(folder: str, manifest: Manifest | None) -> Iterator[tuple[str, Tensor]]:
+def read_weights(
+    folder: str, manifest: Manifest | None, *, verify: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model folder with its name, in the dtype that it is stored in, on the CPU.
 
-    Local files are mapped into memory: nothing is read until a tensor is used, unless there is a
-    manifest, whose hashes are checked first. From S3 the bytes go into the tensors' own memory,
-    the next ones while the last are used; there the hash is known, and checked, when a file's last
-    tensor has been given out. Tensors may be views of shared memory, and may be written to.
+    The order is any. Local files are mapped into memory, each tensor on its own, so that its
+    memory goes with it; with a manifest all are hashed first, side by side. From S3 the bytes go
+    into the tensors' own memory, several files at a time, while the last tensors are used; a
+    file's hash is known, and checked, when its last tensor has been given out. Tensors may be
+    views of shared memory, and may be written to.
+
+    Args:
+        verify: compare the SHA-256 of each file with the manifest.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or altered.
     """
     names = {file.name for file in storage.list_files(folder)}
-    for name in weight_files(folder, names):
+    files = weight_files(folder, names, manifest)
+    if manifest is not None:
+        for name in files:
+            manifest.record(name)  # one that was added later is none of the checkpoint's
+    if storage.is_s3(folder):
+        yield from _read_remote(folder, files, manifest if verify else None)
+        return
+    if manifest is not None and verify:
+        manifest.check_files(files)
+    for name in files:
         address = storage.join(folder, name)
-        if name.endswith(".bin"):
-            if storage.is_s3(folder):
-                raise CheckpointError(
-                    f"{address} is a pickle, which is read from local folders only; "
-                    f"convert it to safetensors"
-                )
-            if manifest is not None:
-                _check_mapped(name, _map(address), manifest)
-            yield from _read_pickle(address)
-        elif storage.is_s3(folder):
-            yield from _read_remote(address, name, manifest)
-        else:
-            yield from _read_mapped(address, name, manifest)
+        yield from _read_pickle(address) if name.endswith(".bin") else _read_mapped(address)
 
 
 def weight_files(
-    folder: str, names: set[str], kinds: Sequence[tuple[str, str]] = KINDS
+    folder: str,
+    names: set[str],
+    manifest: Manifest | None,
+    kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> list[str]:
     """The files with weights among the `names` of a folder: of the first kind that it has.
 
     Args:
+        manifest: the folder's, which an index is compared with.
         kinds: names of a single file, and of the index of several.
 
     Raises:
@@ -150,11 +148,15 @@ def weight_files(
         if single in names:
             return [single]
         if index in names:
-            content = storage.read_bytes(storage.join(folder, index))
-            try:
-                shards = sorted(set(json.loads(content)["weight_map"].values()))
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{folder}/{index} is damaged: {error!r}") from error
+            address = storage.join(folder, index)
+            weight_map = parse_object(read_verified(folder, index, manifest), address).get(
+                "weight_map"
+            )
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(shard, str) for shard in weight_map.values()
+            ):
+                raise CheckpointError(f"{address} is damaged: it has no map of weights to files")
+            shards = sorted(set(weight_map.values()))
             for shard in shards:
                 if shard not in names:  # which also keeps an index from naming files elsewhere
                     raise CheckpointError(f"{folder} is incomplete: {shard} is missing")
@@ -163,82 +165,67 @@ def weight_files(
     raise CheckpointError(f"{folder} has no weights: there is none of {looked_for}")
 
 
-def index_safetensors(address: str) -> list[tuple[TensorSpec, int]]:
-    """The tensors of a safetensors file, local or on S3, and where each begins, in bytes.
-
-    Raises:
-        CheckpointError: if the header is damaged, or the file is longer or shorter than it says.
-    """
-    total = storage.size(address)
-    if total < 8:
-        raise CheckpointError(f"{address} is cut off: it has fewer than 8 bytes")
-    length = int.from_bytes(storage.read_bytes(address, 0, 8), "little")
-    readable = length <= min(HEADER_LIMIT, total - 8)
-    entries = _parse_header(storage.read_bytes(address, 8, length) if readable else b"", address)
-    data = 8 + length
-    _check_end(entries, data, total, address)
-    return [(TensorSpec(e.name, e.shape, e.dtype), data + e.start) for e in entries]
-
-
-def _read_mapped(
-    address: str, name: str, manifest: Manifest | None
-) -> Iterator[tuple[str, Tensor]]:
-    mapped = _map(address)
-    if manifest is not None:
-        _check_mapped(name, mapped, manifest)
-    start = int.from_bytes(mapped[:8], "little")
-    entries = _parse_header(mapped[8 : 8 + start] if start <= HEADER_LIMIT else b"", address)
-    data = 8 + start
-    _check_end(entries, data, len(mapped), address)
-    for entry in entries:
-        yield entry.name, entry.view(mapped, data + entry.start)
-
-
-def _map(address: str) -> mmap.mmap:
+def _read_mapped(address: str) -> Iterator[tuple[str, Tensor]]:
+    _, tensors = read_header(address)
     with open(address, "rb") as file:
-        if storage.size(address) < 8:
-            raise CheckpointError(f"{address} is cut off: it has fewer than 8 bytes")
-        # Private: who trains the model writes to memory, and never to the file.
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def _check_mapped(name: str, mapped: mmap.mmap, manifest: Manifest) -> None:
-    manifest.check_content(name, len(mapped), hashlib.sha256(mapped).hexdigest())
+        for tensor in tensors:
+            yield tensor.name, tensor.view(map_stretch(file.fileno(), tensor.start, tensor.size))
 
 
 def _read_remote(
-    address: str, name: str, manifest: Manifest | None
+    folder: str, files: Sequence[str], manifest: Manifest | None
 ) -> Iterator[tuple[str, Tensor]]:
-    total = storage.size(address)
-    if total < 8:
-        raise CheckpointError(f"{address} is cut off: it has fewer than 8 bytes")
-    prefix = storage.read_bytes(address, 0, 8)
-    length = int.from_bytes(prefix, "little")
-    header = (
-        storage.read_bytes(address, 8, length) if length <= min(HEADER_LIMIT, total - 8) else b""
-    )
-    entries = _parse_header(header, address)
-    data = 8 + length
-    _check_end(entries, data, total, address)
-    digest = hashlib.sha256(prefix + header)
+    if pickles := [name for name in files if name.endswith(".bin")]:
+        raise CheckpointError(
+            f"{storage.join(folder, pickles[0])} is a pickle, which is read from local folders "
+            f"only; convert it to safetensors"
+        )
+    lanes = min(FILES_AT_ONCE, len(files))
+    with ThreadPoolExecutor(storage.PARALLEL) as fetchers:
+        ahead = storage.PARALLEL // lanes
+        sources = [_read_one(folder, name, manifest, fetchers, ahead) for name in files]
+        yield from merged(sources, lanes)
 
-    def read(run: list[_Entry]) -> bytearray:
-        buffer = bytearray(run[-1].end - run[0].start)
-        storage.read_into(address, data + run[0].start, memoryview(buffer))
-        return buffer
 
-    runs = _runs(entries)
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, runs[0]) if runs else None
-        for run, following in zip(runs, [*runs[1:], None], strict=True):
-            assert coming is not None
-            buffer = coming.result()
-            coming = reader.submit(read, following) if following is not None else None
-            digest.update(buffer)
-            for entry in run:
-                yield entry.name, entry.view(buffer, entry.start - run[0].start)
+def _read_one(
+    folder: str, name: str, manifest: Manifest | None, fetchers: Executor, ahead: int
+) -> Iterator[tuple[str, Tensor]]:
+    address = storage.join(folder, name)
+    header, tensors = read_header(address)
+    digest, size = hashlib.sha256(header), len(header)
+    runs = _runs(tensors)
+    buffers: deque[mmap.mmap] = deque()
+
+    def targets() -> Iterator[memoryview]:
+        for run in runs:
+            buffers.append(_memory(run[-1].end - run[0].start))
+            yield from pieces(memoryview(buffers[-1]))
+
+    parts = stream(address, len(header), targets(), fetchers, ahead)
+    for run in runs:
+        start, length = run[0].start, run[-1].end - run[0].start
+        while size < start + length:
+            part = next(parts)
+            if manifest is not None:
+                digest.update(part)
+            size += len(part)
+            del part
+        buffer = buffers.popleft()
+        views = deque((each.name, each.view(buffer, each.start - start)) for each in run)
+        del buffer  # it goes with the last of its tensors
+        while views:
+            yield views.popleft()
     if manifest is not None:
-        manifest.check_content(name, total, digest.hexdigest())
+        manifest.check_content(name, size, digest.hexdigest())
+
+
+def _memory(size: int) -> mmap.mmap:
+    """Bytes that are the system's again at once when nobody uses them.
+
+    In pages of the usual size: to find large ones in a full memory took three times as long as
+    filling it.
+    """
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _read_pickle(address: str) -> Iterator[tuple[str, Tensor]]:
@@ -255,61 +242,16 @@ def _read_pickle(address: str) -> Iterator[tuple[str, Tensor]]:
     yield from state.items()
 
 
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # bytes, from the end of the header
-    end: int
-
-    def view(self, buffer: Any, offset: int) -> Tensor:
-        """The tensor in a writable buffer of bytes; they share memory."""
-        count = torch.Size(self.shape).numel()
-        if count == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        flat = torch.frombuffer(buffer, dtype=self.dtype, count=count, offset=offset)
-        return flat.view(self.shape)
-
-
-def _parse_header(header: bytes, address: str) -> list[_Entry]:
-    """The tensors by their place in the file."""
-    try:
-        fields = json.loads(header)
-        fields.pop("__metadata__", None)
-        entries = [
-            _Entry(name, DTYPES[each["dtype"]], tuple(each["shape"]), *each["data_offsets"])
-            for name, each in fields.items()
-        ]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{address} is no readable safetensors file: {error!r}") from error
-    entries.sort(key=lambda entry: entry.start)
-    end = 0
-    for entry in entries:
-        size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
-        if entry.start != end or entry.end - entry.start != size:
-            raise CheckpointError(f"{address} is damaged: the place of {entry.name} is wrong")
-        end = entry.end
-    return entries
-
-
-def _check_end(entries: list[_Entry], data: int, total: int, address: str) -> None:
-    expected = data + (entries[-1].end if entries else 0)
-    if total != expected:
-        raise CheckpointError(
-            f"{address} has {total} bytes and its header promises {expected}: it is "
-            + ("cut off" if total < expected else "damaged")
-        )
-
-
-def _runs(entries: list[_Entry]) -> list[list[_Entry]]:
-    """Neighbours that are read together: many small tensors, or one large."""
-    runs: list[list[_Entry]] = []
-    for entry in entries:
-        if runs and entry.end - runs[-1][0].start <= READ_BYTES:
-            runs[-1].append(entry)
+def _runs(tensors: list[StoredTensor]) -> list[list[StoredTensor]]:
+    """Neighbours that are read together: several small tensors, or one large."""
+    runs: list[list[StoredTensor]] = []
+    for tensor in tensors:
+        if tensor.size == 0:
+            continue
+        if runs and tensor.end - runs[-1][0].start <= RUN_BYTES:
+            runs[-1].append(tensor)
         else:
-            runs.append([entry])
+            runs.append([tensor])
     return runs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gptj.interop.pickles import index_pickle
 from gptj.interop.tensors import StoredTensor, tensor_in_file
-from gptj.weights import index_safetensors
+from gptj.tensor_file import read_header
 
 
 def open_file(address: str) -> list[StoredTensor]:
@@ -12,6 +12,6 @@ def open_file(address: str) -> list[StoredTensor]:
     if address.endswith(".bin"):
         return index_pickle(address)
     return [
-        tensor_in_file(spec.name, spec.shape, spec.dtype, address, [(start, spec.size)])
-        for spec, start in index_safetensors(address)
+        tensor_in_file(each.name, each.shape, each.dtype, address, [(each.start, each.size)])
+        for each in read_header(address)[1]
     ]

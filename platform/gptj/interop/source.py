@@ -97,7 +97,7 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
         config = given or _published_config(tensors, address)
     else:
         tensors = []
-        for name in weight_files(place.address, names, place.format.kinds):
+        for name in weight_files(place.address, names, manifest, place.format.kinds):
             tensors += place.format.open_file(storage.join(place.address, name))
         config = given or _folder_config(place, names)
         if place.format.name == "tensorflow":

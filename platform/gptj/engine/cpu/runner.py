@@ -128,25 +128,31 @@ class CpuRunner:
             self.close()
 
     def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
+        """All weights in the kernels' order; with `release` each goes as soon as it is packed."""
         config = self.config
+        let_go = _release if release else _keep_as_it_is
+        stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
+        # The embedding stays as it is: mapped from its file, if it has the right type.
+        embedding_VD = model.transformer.wte.weight.detach().to(stored)
+        embedding = self._keep(embedding_VD if release else embedding_VD.clone())
+        head = self._linear(model.lm_head.weight, model.lm_head.bias)
+        let_go(model.lm_head, model.transformer.wte)
         layers = (library.Layer * config.n_layer)()
         for layer, block in zip(layers, model.transformer.h, strict=True):
             assert isinstance(block, GPTJBlock)
             attn, mlp = block.attn, block.mlp
-            qkv = torch.cat((attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight))
-            out = torch.cat((attn.out_proj.weight, mlp.fc_out.weight), dim=1)
+            projections = (attn.q_proj, attn.k_proj, attn.v_proj)
             layer.norm_weight, layer.norm_bias = self._norm(block.ln_1)
-            layer.qkv = self._linear(qkv, None)
+            layer.qkv = self._linear(torch.cat([each.weight for each in projections]), None)
+            let_go(*projections)
             layer.fc_in = self._linear(mlp.fc_in.weight, mlp.fc_in.bias)
-            layer.out = self._linear(out, mlp.fc_out.bias)
-            if release:
-                _release(block)
-        head = self._linear(model.lm_head.weight, model.lm_head.bias)
-        stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
-        embedding = self._keep(model.transformer.wte.weight.to(stored).clone())
+            let_go(mlp.fc_in)
+            layer.out = self._linear(
+                torch.cat((attn.out_proj.weight, mlp.fc_out.weight), dim=1), mlp.fc_out.bias
+            )
+            let_go(block)
         final_weight, final_bias = self._norm(model.transformer.ln_f)
-        if release:
-            _release(model)
+        let_go(model)
         rotary = Rotary.at(torch.arange(config.n_positions)[None], config)
         return library.Model(
             embedding,
@@ -199,6 +205,11 @@ def _check(model: GPTJForCausalLM) -> None:
         )
 
 
-def _release(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.new_empty(0)
+def _release(*modules: nn.Module) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _keep_as_it_is(*modules: nn.Module) -> None:
+    """The model is used on."""
