@@ -261,7 +261,7 @@ def edit(kind: str, state: dict[str, torch.Tensor], fields: dict[str, Any]) -> N
     elif kind == "dtype":
         state["transformer.ln_f.bias"] = torch.zeros(32, dtype=torch.int32)
     elif kind == "layers":
-        fields["n_layer"] = 10**9
+        fields["n_layer"] = 999
     elif kind == "another model":
         fields["model_type"] = "llama"
     elif kind == "several heads":
@@ -281,7 +281,7 @@ def edit(kind: str, state: dict[str, torch.Tensor], fields: dict[str, Any]) -> N
         ("too much", r"h\.7\.attn\.k_proj\.weight is in no GPTJForCausalLM"),
         ("shape", r"h\.1\.mlp\.fc_in\.bias has the shape \(7,\), and by .* \(128,\)"),
         ("dtype", r"ln_f\.bias has the dtype torch\.int32"),
-        ("layers", "too few for the 1000000000 layers"),
+        ("layers", "too few for the 999 layers"),
         ("another model", "'llama'"),
         ("several heads", "several heads.*GPTJForCausalLM, GPTJForSequenceClassification"),
         ("no head", r"lm_head\.\w+ is missing; lm_head\.\w+ is missing"),
