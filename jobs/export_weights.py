@@ -52,7 +52,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--shard-bytes",
         type=int,
         default=SHARD_BYTES,
-        help="of one file with weights, at most; default: %(default)s",
+        help="of the weights in one file, at most; default: %(default)s",
     )
     arguments = parser.parse_args(words)
     if arguments.shard_bytes < 1:

@@ -77,7 +77,9 @@ def test_what_is_exported_imports_again_bit_by_bit(
     assert any(name.endswith(".index.json") for name in names) == (files == "shards")
     for name in names:
         if "-of-" in name:
-            assert (tmp_path / "exported" / name).stat().st_size < shard_bytes + 60_000
+            assert (
+                tmp_path / "exported" / name
+            ).stat().st_size < shard_bytes + 100_000  # names beside weights
     import_weights(exported, back)
     found = cls.from_pretrained(back)
     for name, tensor in model.state_dict().items():

@@ -44,7 +44,7 @@ def export_weights(
         destination: a new folder, local or `s3://`.
         dtype: float16, bfloat16 or float32; None: as stored.
         revision: of a hub id.
-        shard_bytes: of a file with weights, at most.
+        shard_bytes: of the weights in one file, at most.
 
     Raises:
         FileNotFoundError, CheckpointError: as open_source does.
