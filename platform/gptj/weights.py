@@ -150,15 +150,13 @@ def _read_remote(
             f"{storage.join(folder, pickles[0])} is a pickle, which is read from local folders "
             f"only; convert it to safetensors"
         )
-    lanes = min(FILES_AT_ONCE, len(files))
     with ThreadPoolExecutor(storage.PARALLEL) as fetchers:
-        ahead = storage.PARALLEL // lanes
-        sources = [_read_one(folder, name, manifest, fetchers, ahead) for name in files]
-        yield from merged(sources, lanes)
+        sources = [_read_one(folder, name, manifest, fetchers) for name in files]
+        yield from merged(sources, min(FILES_AT_ONCE, len(files)))
 
 
 def _read_one(
-    folder: str, name: str, manifest: Manifest | None, fetchers: Executor, ahead: int
+    folder: str, name: str, manifest: Manifest | None, fetchers: Executor
 ) -> Iterator[tuple[str, Tensor]]:
     address = storage.join(folder, name)
     header, tensors = read_header(address)
@@ -171,7 +169,8 @@ def _read_one(
             buffers.append(_memory(run[-1].end - run[0].start))
             yield from pieces(memoryview(buffers[-1]))
 
-    parts = stream(address, len(header), targets(), fetchers, ahead)
+    # Each file has enough asked for to keep all fetchers busy, if it waits for its first part.
+    parts = stream(address, len(header), targets(), fetchers, storage.PARALLEL)
     for run in runs:
         start, length = run[0].start, run[-1].end - run[0].start
         while size < start + length:
