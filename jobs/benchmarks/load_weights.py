@@ -23,9 +23,11 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ PIECE_BYTES = 8 * 2**20
 THREADS = 4  # of the plain read; more are no faster
 PARTS = 16  # requests of the plain download at a time, as storage's
 PROBES = 2000
+DROP_SECONDS = 0.5
 SECONDS = 1800  # of one measurement at most
 S3_READERS = ("plain", "gptj", "gptj-unverified")
 
@@ -99,7 +102,10 @@ def from_disk(folder: str, readers: Sequence[str], repeats: int) -> Iterator[Row
 
 
 def from_s3(folder: str, place: Path, readers: Sequence[str], repeats: int) -> Iterator[Row]:
-    """From a server on this machine, whose own files are not in the system's cache."""
+    """From a server on this machine, whose files are kept out of this machine's memory.
+
+    A server elsewhere would not fill it either; here its files and the model would not fit.
+    """
     with LocalS3.start(place) as server:
         os.environ.update(server.environment())
         address = "s3://gptj/load"
@@ -113,8 +119,9 @@ def from_s3(folder: str, place: Path, readers: Sequence[str], repeats: int) -> I
         for _ in range(repeats):
             for reader in (each for each in readers if each in S3_READERS):
                 os.sync()
-                drop(place)
-                yield {"from": "s3", "cache": "cold", **measure(reader, address)}
+                with dropping(place):
+                    row = measure(reader, address)
+                yield {"from": "s3", "cache": "cold", **row}
 
 
 def measure(reader: str, address: str) -> Row:
@@ -131,11 +138,33 @@ def drop(folder: Path) -> None:
     """Have the system forget a folder's files, which must have been written out."""
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # the server has deleted it meanwhile
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def dropping(folder: Path) -> Iterator[None]:
+    """Have the system forget a folder's files again and again, for the length of the block."""
+    drop(folder)
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(DROP_SECONDS):
+            drop(folder)
+
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work)
+        try:
+            yield
+        finally:
+            ended.set()
+        future.result()
 
 
 def cached_share(folder: Path) -> float:

@@ -30,7 +30,7 @@ from pathlib import Path
 from gptj import storage
 from gptj.file_lock import FileLock
 from gptj.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
-from gptj.streaming import stream
+from gptj.streaming import new_parts, stream
 
 FOLDER_VARIABLE = "GPTJ_CACHE_FOLDER"
 SIZE_VARIABLE = "GPTJ_CACHE_GB"
@@ -224,11 +224,9 @@ def _delete(lock: FileLock) -> None:
 
 def _copy(address: str, path: Path, size: int) -> FileRecord:
     """Write an object of S3 to a local file; its size and SHA-256."""
-    lengths = (min(storage.PART_BYTES, size - at) for at in range(0, size, storage.PART_BYTES))
-    targets = (memoryview(bytearray(length)) for length in lengths)
     digest = hashlib.sha256()
     with ThreadPoolExecutor(PARTS_AHEAD) as fetchers, path.open("wb") as file:
-        for part in stream(address, 0, targets, fetchers, PARTS_AHEAD):
-            file.write(part)
-            digest.update(part)
+        for part in stream(address, 0, new_parts(size), fetchers, PARTS_AHEAD):
+            file.write(part[0])
+            digest.update(part[0])
     return FileRecord(size, digest.hexdigest())

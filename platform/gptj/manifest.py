@@ -22,7 +22,7 @@ from typing import IO, Any
 from gptj import storage
 from gptj.json_object import CheckpointError as CheckpointError
 from gptj.json_object import parse_object, read_small
-from gptj.streaming import stream
+from gptj.streaming import new_parts, stream
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -257,13 +257,9 @@ def hash_file(address: str) -> FileRecord:
     digest, size = hashlib.sha256(), 0
     if storage.is_s3(address):
         size = storage.size(address)
-        lengths = (
-            min(storage.PART_BYTES, size - start) for start in range(0, size, storage.PART_BYTES)
-        )
         with ThreadPoolExecutor(_PARTS_AHEAD) as fetchers:
-            targets = (memoryview(bytearray(length)) for length in lengths)
-            for part in stream(address, 0, targets, fetchers, _PARTS_AHEAD):
-                digest.update(part)
+            for part in stream(address, 0, new_parts(size), fetchers, _PARTS_AHEAD):
+                digest.update(part[0])
         return FileRecord(size, digest.hexdigest())
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with storage.open_read(address) as file:

@@ -14,7 +14,7 @@ import os
 import posixpath
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -163,25 +163,32 @@ def read_into(address: str, start: int, target: memoryview) -> None:
             file.seek(start)
             _fill(file, target, address)
         return
+    parts = range(0, len(target), PART_BYTES)
+    for_each(
+        lambda offset: read_scattered(
+            address, start + offset, [target[offset : offset + PART_BYTES]]
+        ),
+        parts,
+    )
+
+
+def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
+    """Fill several buffers, one after the other, from byte `start` of an object of S3 on.
+
+    By one request. StorageError if the object ends before all are full.
+    """
     bucket, key = split_s3(address)
-
-    def read_part(offset: int) -> None:
-        part = target[offset : offset + PART_BYTES]
-        first = start + offset
-        for attempt in range(1, TRIES + 1):
-            try:
-                with _explaining(bucket, key):
-                    reply = _client().get_object(
-                        Bucket=bucket, Key=key, Range=f"bytes={first}-{first + len(part) - 1}"
-                    )
-                    _receive(reply, part, address)
-                return
-            except UnreachableError:
-                # botocore tries again until the headers are there; the rest is ours.
-                if attempt == TRIES:
-                    raise
-
-    for_each(read_part, range(0, len(target), PART_BYTES))
+    end = start + sum(len(each) for each in targets) - 1
+    for attempt in range(1, TRIES + 1):
+        try:
+            with _explaining(bucket, key):
+                reply = _client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end}")
+                _receive(reply, targets, address)
+            return
+        except UnreachableError:
+            # botocore tries again until the headers are there; the rest is ours.
+            if attempt == TRIES:
+                raise
 
 
 @contextmanager
@@ -500,34 +507,37 @@ class _S3File(io.RawIOBase):
         return len(target)
 
 
-def _receive(reply: GetObjectOutputTypeDef, target: memoryview, address: str) -> None:
-    """Fill `target` with the body of an S3 reply.
+def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], address: str) -> None:
+    """Fill the targets with the body of an S3 reply.
 
     Straight from the socket, by the http.client below urllib3 below botocore: what they read they
     copy, and hold the interpreter's lock meanwhile, at which parallel requests would queue.
     """
-    if (length := reply["ContentLength"]) < len(target):
-        raise _ends_early(address, len(target) - length)
+    size = sum(len(each) for each in targets)
+    if (length := reply["ContentLength"]) < size:
+        raise _ends_early(address, size - length)
+    received = 0
     with closing(reply["Body"]) as body:
         response: Any = body._raw_stream  # type: ignore[attr-defined]
-        filled = 0
         try:
-            while filled < len(target):
-                count = response._fp.readinto(target[filled:])
-                if not count:
-                    break
-                filled += count
-            if filled == len(target):
-                response.read(1)  # nothing is left, and the connection can be used again
-                return
+            for target in targets:
+                filled = 0
+                while filled < len(target):
+                    count = response._fp.readinto(target[filled:])
+                    if not count:
+                        raise _broken(address, received, size, "the server closed it")
+                    filled += count
+                    received += count
+            response.read(1)  # nothing is left, and the connection can be used again
+        except StorageError:
+            raise
         except (OSError, http.client.HTTPException) as error:
-            raise _broken(address, filled, len(target), repr(error)) from error
-        raise _broken(address, filled, len(target), "the server closed it")
+            raise _broken(address, received, size, repr(error)) from error
 
 
-def _broken(address: str, filled: int, size: int, reason: str) -> UnreachableError:
+def _broken(address: str, received: int, size: int, reason: str) -> UnreachableError:
     return UnreachableError(
-        f"{address}: the connection to {_endpoint()} broke after {filled} of {size} bytes "
+        f"{address}: the connection to {_endpoint()} broke after {received} of {size} bytes "
         f"({reason}); remedy: check the network"
     )
 

@@ -17,24 +17,27 @@ from gptj import storage
 Item = TypeVar("Item")
 
 
-def stream(
-    address: str, start: int, targets: Iterable[memoryview], fetchers: Executor, ahead: int
-) -> Iterator[memoryview]:
-    """Fill the targets one after the other from byte `start` of a file on.
+Part = list[memoryview]  # buffers that one request fills
 
-    Each is yielded when it is full, in their order; at most `ahead` are being filled. A target
-    should have storage.PART_BYTES at most: one request.
+
+def stream(
+    address: str, start: int, parts: Iterable[Part], fetchers: Executor, ahead: int
+) -> Iterator[Part]:
+    """Fill the parts one after the other from byte `start` of an object of S3 on.
+
+    Each is yielded when it is full, in their order; at most `ahead` are being filled. A part
+    should have storage.PART_BYTES at most.
 
     Raises:
-        storage.StorageError: if the file ends early, or cannot be read.
+        storage.StorageError: if the object ends early, or cannot be read.
     """
-    coming: deque[tuple[Future[None], memoryview]] = deque()
+    coming: deque[tuple[Future[None], Part]] = deque()
     position = start
     try:
-        for target in targets:
-            future = fetchers.submit(storage.read_into, address, position, target)
-            coming.append((future, target))
-            position += len(target)
+        for part in parts:
+            future = fetchers.submit(storage.read_scattered, address, position, part)
+            coming.append((future, part))
+            position += sum(len(each) for each in part)
             if len(coming) == ahead:
                 yield _first(coming)
         while coming:
@@ -44,10 +47,10 @@ def stream(
             future.cancel()
 
 
-def pieces(view: memoryview) -> Iterator[memoryview]:
-    """A buffer in pieces of a request's size."""
-    for offset in range(0, len(view), storage.PART_BYTES):
-        yield view[offset : offset + storage.PART_BYTES]
+def new_parts(size: int) -> Iterator[Part]:
+    """Parts in memory of their own, for all of a file."""
+    for start in range(0, size, storage.PART_BYTES):
+        yield [memoryview(bytearray(min(storage.PART_BYTES, size - start)))]
 
 
 def merged(sources: Sequence[Iterator[Item]], threads: int) -> Iterator[Item]:
@@ -94,7 +97,7 @@ def merged(sources: Sequence[Iterator[Item]], threads: int) -> Iterator[Item]:
             room.release(len(sources) + 1)
 
 
-def _first(coming: deque[tuple[Future[None], memoryview]]) -> memoryview:
-    future, target = coming.popleft()
+def _first(coming: deque[tuple[Future[None], Part]]) -> Part:
+    future, part = coming.popleft()
     future.result()
-    return target
+    return part

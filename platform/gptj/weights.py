@@ -23,7 +23,7 @@ from gptj import storage
 from gptj.json_object import parse_object
 from gptj.manifest import CheckpointError, FolderWriter, Manifest, read_verified
 from gptj.mapping import map_stretch
-from gptj.streaming import merged, pieces, stream
+from gptj.streaming import Part, merged, stream
 from gptj.tensor_file import DTYPES, StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -180,15 +180,13 @@ def _read_remote(
             f"{storage.join(folder, pickles[0])} is a pickle, which is read from local folders "
             f"only; convert it to safetensors"
         )
-    lanes = min(FILES_AT_ONCE, len(files))
     with ThreadPoolExecutor(storage.PARALLEL) as fetchers:
-        ahead = storage.PARALLEL // lanes
-        sources = [_read_one(folder, name, manifest, fetchers, ahead) for name in files]
-        yield from merged(sources, lanes)
+        sources = [_read_one(folder, name, manifest, fetchers) for name in files]
+        yield from merged(sources, min(FILES_AT_ONCE, len(files)))
 
 
 def _read_one(
-    folder: str, name: str, manifest: Manifest | None, fetchers: Executor, ahead: int
+    folder: str, name: str, manifest: Manifest | None, fetchers: Executor
 ) -> Iterator[tuple[str, Tensor]]:
     address = storage.join(folder, name)
     header, tensors = read_header(address)
@@ -196,20 +194,34 @@ def _read_one(
     runs = _runs(tensors)
     buffers: deque[mmap.mmap] = deque()
 
-    def targets() -> Iterator[memoryview]:
+    def parts() -> Iterator[Part]:
+        """Cut where S3 keeps its own parts, wherever tensors begin and end."""
+        part: Part = []
+        position = len(header)
         for run in runs:
             buffers.append(_memory(run[-1].end - run[0].start))
-            yield from pieces(memoryview(buffers[-1]))
+            rest = memoryview(buffers[-1])
+            while rest:
+                piece = rest[: storage.PART_BYTES - position % storage.PART_BYTES]
+                part.append(piece)
+                rest = rest[len(piece) :]
+                position += len(piece)
+                if position % storage.PART_BYTES == 0:
+                    yield part
+                    part = []
+        if part:
+            yield part
 
-    parts = stream(address, len(header), targets(), fetchers, ahead)
+    # Each file has enough asked for to keep all fetchers busy, if it waits for its first part.
+    coming = stream(address, len(header), parts(), fetchers, storage.PARALLEL)
     for run in runs:
-        start, length = run[0].start, run[-1].end - run[0].start
-        while size < start + length:
-            part = next(parts)
-            if manifest is not None:
-                digest.update(part)
-            size += len(part)
-            del part
+        start = run[0].start
+        while size < run[-1].end:
+            for piece in next(coming):
+                size += len(piece)
+                if manifest is not None:
+                    digest.update(piece)
+                del piece
         buffer = buffers.popleft()
         views = deque((each.name, each.view(buffer, each.start - start)) for each in run)
         del buffer  # it goes with the last of its tensors
