@@ -83,7 +83,8 @@ def test_nothing_ends_before_the_longest_request(objects: list[Object]) -> None:
     drain = int(command[command.index("--seconds") + 1])
     assert longest < drain < pod["terminationGracePeriodSeconds"]
     assert longest < service["spec"]["rayClusterDeletionDelaySeconds"]
-    (generation,) = config["applications"][0]["deployments"]
-    assert longest <= generation["graceful_shutdown_timeout_s"] < drain
+    for application in config["applications"]:
+        (deployment,) = application["deployments"]
+        assert longest <= deployment["graceful_shutdown_timeout_s"] < drain
     assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True
