@@ -96,19 +96,20 @@ def missing(
     """
     faults = []
     for expression in expressions:
-        labels = set(OF_THE_SCRAPE)
+        labels: set[str] | None = set(OF_THE_SCRAPE)
         for metric in sorted(expression.metrics()):
             if not gpus and "_gpus_" in metric:
                 if metric.removeprefix("ray_") not in _of_ray_nodes():
                     faults.append(f"{expression.place}: Ray reports no {metric}")
             elif metric in uncounted:
-                continue
+                labels = None  # which it has shows with its first count
             elif metric not in export:
                 faults.append(f"{expression.place}: no {metric} is exported")
-            else:
+            elif labels is not None:
                 labels |= export[metric]
-        for label in sorted(expression.labels() - labels):
-            faults.append(f"{expression.place}: none of its metrics has a label {label}")
+        if labels is not None:
+            for label in sorted(expression.labels() - labels):
+                faults.append(f"{expression.place}: none of its metrics has a label {label}")
     return faults
 
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import k8s_metrics
 import yaml
 from manifests import (
     K8S,
@@ -226,19 +225,3 @@ def test_the_image_is_pinned_unprivileged_and_small_in_context() -> None:
     kustomization = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())
     (image,) = kustomization["images"]
     assert image == {"name": "gptj-platform", "newTag": PROJECT["version"]}
-
-
-def test_expressions_of_rules_and_dashboards_name_our_metrics_or_rays() -> None:
-    """What a live cluster exports of them is compared in tests with one."""
-    for expression in [
-        *k8s_metrics.rules(),
-        *(each for name in ("serving", "engine", "training") for each in k8s_metrics.panels(name)),
-    ]:
-        assert expression.metrics(), expression
-        for metric in expression.metrics():
-            assert metric.startswith(("ray_gptj_", "ray_serve_", "ray_node_")), expression
-    export = {"ray_gptj_training_step": {"run"}}
-    wrong = k8s_metrics.Expression("here", "max by (rum) (ray_gptj_training_step)")
-    assert k8s_metrics.missing(export, [wrong]) == ["here: none of its metrics has a label rum"]
-    gone = k8s_metrics.Expression("here", 'sum(rate(ray_gptj_x_total{run="a"}[5m]))')
-    assert "here: no ray_gptj_x_total is exported" in k8s_metrics.missing(export, [gone])
