@@ -98,12 +98,14 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
       tree=$work/$stage
       if [[ $base == debian:*-slim ]]; then
         local release=${base#debian:}
-        [ -d "$tree" ] || debootstrap --variant=minbase "${release%-slim}" "$tree" > "$work/debootstrap.log"
+        base=debian-${release%-slim}
+        [ -d "$work/$base" ] \
+          || debootstrap --variant=minbase "${release%-slim}" "$work/$base" > "$work/debootstrap.log"
       else
-        rm -rf --one-file-system "$tree"
-        cp -a "$work/$base" "$tree"
         eval "environment=(${stages[$base]})"
       fi
+      rm -rf --one-file-system "$tree"
+      cp -a "$work/$base" "$tree"
       ;;
     *)
       if [ -z "$tree" ]; then return; fi
