@@ -1,6 +1,6 @@
 """Empties this node before it goes: Kubernetes runs it when it is about to end a worker's pod.
 
-    python -m deployments.drain [--seconds 640]
+    python -m deployments.drain [--seconds 640] [--node ID]
 
 Ray is told that the node will be gone in so many seconds. Serve then starts the node's replicas
 elsewhere, and ends those here, and its proxy, once their last requests are answered. The command
@@ -28,15 +28,21 @@ SILENCE_SECONDS = 60.0
 def main() -> None:
     parser = argparse.ArgumentParser(description="Empty this node of Serve's replicas.")
     parser.add_argument("--seconds", type=int, default=640, help="as long as it may take")
+    parser.add_argument("--node", metavar="ID", help="default: the one at this machine's address")
     arguments = parser.parse_args()
+    print(drain(arguments.node or node_here(), arguments.seconds), flush=True)
+
+
+def node_here() -> str:
+    """The id of the node at this machine's address."""
     address = get_node_ip_address()
     nodes = list_nodes(filters=[("node_ip", "=", address), ("state", "=", "ALIVE")])
     if len(nodes) != 1:
         sys.exit(f"error: {address} should be one live node of the cluster, it is {len(nodes)}")
-    print(drain(nodes[0].node_id, arguments.seconds), flush=True)
+    return str(nodes[0].node_id)
 
 
-def drain(node: str, seconds: int, *, poll: float = POLL_SECONDS) -> str:
+def drain(node: str, seconds: int) -> str:
     """Announce the node's end and wait until nothing serves there; returns how that went.
 
     Raises subprocess.CalledProcessError if Ray does not accept it.
@@ -62,7 +68,7 @@ def drain(node: str, seconds: int, *, poll: float = POLL_SECONDS) -> str:
         else:
             if not left:
                 return f"nothing serves here any more, after {now - start:.0f} s"
-        time.sleep(poll)
+        time.sleep(POLL_SECONDS)
     return f"after {seconds} s there still are {', '.join(left)}"
 
 

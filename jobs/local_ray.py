@@ -27,6 +27,7 @@ START_SECONDS = 120
 class LocalRay:
     port: int  # the head's, where drivers connect
     dashboard_port: int  # where jobs are submitted
+    metrics_port: int  # where Prometheus reads
     process_id: int
     token: str = field(repr=False)  # without it every call to the cluster is refused
 
@@ -53,7 +54,7 @@ class LocalRay:
         come up within two minutes.
         """
         token = secrets.token_hex(32)
-        head, dashboard, agent, client = free_ports(4)
+        head, dashboard, agent, client, metrics = free_ports(5)
         log = folder / "ray.log"
         # Ray's socket paths must stay under 107 bytes, which a folder of the user's may exceed.
         with tempfile.TemporaryDirectory(prefix="gptj-ray-") as sessions:
@@ -67,6 +68,7 @@ class LocalRay:
                 f"--dashboard-port={dashboard}",
                 f"--dashboard-agent-listen-port={agent}",
                 f"--ray-client-server-port={client}",
+                f"--metrics-export-port={metrics}",
                 f"--num-cpus={cpus}",
                 f"--temp-dir={sessions}",
                 "--disable-usage-stats",
@@ -74,7 +76,7 @@ class LocalRay:
             variables = {**environment, **_authentication(token), "PATH": _path(environment)}
             # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.
             with running(command, environment=variables, log=log, grace_seconds=8) as process:
-                node = cls(head, dashboard, process.pid, token)
+                node = cls(head, dashboard, metrics, process.pid, token)
                 deadline = time.monotonic() + START_SECONDS
                 while not node._answers():
                     if process.poll() is not None or time.monotonic() > deadline:
