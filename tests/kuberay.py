@@ -39,8 +39,9 @@ class Here:
     ports of their own, except that all of Serve's proxies listen on one of 127.0.0.1; the names of
     services are addresses. Paths: what pods mount is in `folder`. Sizes: object stores of 80 MB.
     The image: Python and HOME (with DeepSpeed's operators, once built) are this machine's, the
-    working directory is `workdir`. What is not there: Kubernetes, so that no autoscaler runs and
-    no init container waits.
+    working directory is `workdir`, with a smaller training. Services: S3 is LocalS3, Redis is
+    Debian's with the manifest's settings. What is not there: Kubernetes, so that no autoscaler runs
+    and no init container waits.
     """
 
     folder: Path
