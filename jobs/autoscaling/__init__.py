@@ -1,0 +1,1 @@
+"""Parts of jobs/simulate_autoscaling.py: traffic, replicas, Ray Serve's autoscaler, a report."""

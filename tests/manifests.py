@@ -1,0 +1,136 @@
+"""The manifests of k8s/, as kustomize builds them, and ways to find things in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+K8S = ROOT / "k8s"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+Object = dict[str, Any]
+
+
+def program() -> list[str]:
+    """kubectl of our environment, or what the machine has."""
+    for path in (Path(sys.executable).parent / "kubectl", shutil.which("kubectl")):
+        if path is not None and Path(path).exists():
+            return [str(path), "kustomize"]
+    if found := shutil.which("kustomize"):
+        return [found, "build"]
+    pytest.skip("neither kubectl nor kustomize is here")
+
+
+def build(name: str, scratch: Path) -> list[Object]:
+    """An overlay, with the components that follow its name, as objects."""
+    overlay, *components = name.split("-")
+    folder = K8S / "overlays" / overlay
+    if components:
+        folder = scratch
+        kustomization = {
+            "resources": [os.path.relpath(K8S / "overlays" / overlay, folder)],
+            "components": [
+                os.path.relpath(K8S / "components" / name, folder) for name in components
+            ],
+            "namespace": "gptj",
+        }
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    done = subprocess.run([*program(), str(folder)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def of_kind(objects: list[Object], *kinds: str) -> list[Object]:
+    return [each for each in objects if each["kind"] in kinds]
+
+
+def named(objects: list[Object], kind: str, name: str) -> Object:
+    (found,) = [each for each in of_kind(objects, kind) if each["metadata"]["name"] == name]
+    return found
+
+
+def clusters(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
+    """Each RayService and RayJob with its RayCluster's specification."""
+    for each in of_kind(objects, "RayService"):
+        yield each, each["spec"]["rayClusterConfig"]
+    for each in of_kind(objects, "RayJob"):
+        yield each, each["spec"]["rayClusterSpec"]
+
+
+def templates(objects: list[Object]) -> Iterator[Object]:
+    """All pod templates, with the autoscaler's container that KubeRay adds to a head."""
+    for each in of_kind(objects, "StatefulSet"):
+        yield each["spec"]["template"]
+    for _, cluster in clusters(objects):
+        head = json.loads(json.dumps(cluster["headGroupSpec"]["template"]))
+        if cluster.get("enableInTreeAutoscaling"):
+            options = cluster["autoscalerOptions"]
+            head["spec"]["containers"].append(
+                {
+                    "name": "autoscaler",
+                    "image": head["spec"]["containers"][0]["image"],
+                    "resources": options["resources"],
+                    "securityContext": options["securityContext"],
+                }
+            )
+        yield head
+        yield from (group["template"] for group in cluster["workerGroupSpecs"])
+    for each in of_kind(objects, "RayJob"):
+        yield each["spec"]["submitterPodTemplate"]
+
+
+def component(template: Object) -> str:
+    return template["metadata"]["labels"]["app.kubernetes.io/component"]
+
+
+def containers(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
+    for template in templates(objects):
+        for kind in ("initContainers", "containers"):
+            for container in template["spec"].get(kind, []):
+                yield template, container
+
+
+@cache
+def secrets(overlay: str) -> dict[str, set[str]]:
+    """What k8s/secrets.sh makes, with its keys."""
+    keys = {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-key"}
+    done = subprocess.run(
+        [str(K8S / "secrets.sh"), overlay],
+        env={**os.environ, **keys},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    made = list(yaml.safe_load_all(done.stdout))
+    for secret in made:
+        kubernetes_validate.validate(secret, kubernetes_validate.latest_version(), strict=True)
+        assert secret["metadata"]["namespace"] == "gptj"
+        values = {**secret.get("stringData", {}), **secret.get("data", {})}
+        assert all(len(value) >= 16 or value in keys.values() for value in values.values())
+    return {
+        each["metadata"]["name"]: {*each.get("stringData", {}), *each.get("data", {})}
+        for each in made
+    }
+
+
+def selects(selector: Object, labels: dict[str, str]) -> bool:
+    if any(labels.get(key) != value for key, value in selector.get("matchLabels", {}).items()):
+        return False
+    for rule in selector.get("matchExpressions", []):
+        assert rule["operator"] == "In"
+        if labels.get(rule["key"]) not in rule["values"]:
+            return False
+    return True

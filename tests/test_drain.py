@@ -1,0 +1,95 @@
+"""deployments.drain, which Kubernetes runs before it ends a pod, on a cluster of three nodes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from jobs.local_ray import LocalRay
+from jobs.processes import HOST, free_ports, running
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str  # answers with the id of the node that its replica is on
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of one replica; there is room for it on either of two workers."""
+    folder = tmp_path_factory.mktemp("drain")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+    }
+    with ExitStack() as stack:
+        node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
+        for number in range(2):
+            agent, metrics, port = free_ports(3)
+            command = [
+                *(str(Path(sys.executable).parent / "ray"), "start", "--block"),
+                *(f"--address={HOST}:{node.port}", "--num-cpus=1"),
+                f"--dashboard-agent-listen-port={agent}",
+                f"--metrics-export-port={metrics}",
+            ]
+            stack.enter_context(
+                running(
+                    command,
+                    environment={**environment, **node.environment()},
+                    log=folder / f"worker-{number}.log",
+                    grace_seconds=2,
+                )
+            )
+        config = {
+            "http_options": {"host": HOST, "port": port},
+            "applications": [{"name": "slow", "import_path": "slow_service:app"}],
+        }
+        httpx.put(
+            f"{node.dashboard}/api/serve/applications/",
+            json=config,
+            headers={"Authorization": f"Bearer {node.token}"},
+            timeout=60,
+        ).raise_for_status()
+        url = f"http://{HOST}:{port}/"
+        deadline = time.monotonic() + 90
+        while not _answers(url):
+            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
+            time.sleep(0.2)
+        of_a_pod = {**environment, **node.environment()}
+        del of_a_pod["RAY_API_SERVER_ADDRESS"]
+        yield Service(url, of_a_pod)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_nodes_last_requests_are_answered_and_new_ones_elsewhere(service: Service) -> None:
+    """The command itself, without the variables that a pod does not have."""
+    first = httpx.get(service.url, timeout=30).text
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(httpx.get, service.url, params={"seconds": 8}, timeout=60)
+        time.sleep(1)
+        command = [sys.executable, "-m", "deployments.drain", "--seconds=60", f"--node={first}"]
+        done = subprocess.run(command, env=service.environment, capture_output=True, text=True)
+        assert last.done(), "the drain did not wait for the request"
+    assert done.returncode == 0 and "nothing serves here any more" in done.stdout, done
+    assert (last.result().status_code, last.result().text) == (200, first)
+    assert httpx.get(service.url, timeout=30).text != first
