@@ -44,8 +44,9 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 60  # without a byte from the server
 TRIES = 4  # of one request, with growing pauses
 PARALLEL = 16  # requests at a time
-PART_BYTES = 16 * 2**20  # of a multipart transfer; S3 allows 10,000 parts
-MAX_PARTS = 10_000
+PART_BYTES = 16 * 2**20  # of a multipart transfer
+WRITE_PART_BYTES = 8 * 2**20  # of a file that is written piece by piece: some are in memory
+MAX_PARTS = 10_000  # S3's limit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -222,13 +223,13 @@ def open_write(address: str, *, expected_size: int | None = None) -> Iterator[IO
     """A file to write to from front to back; it appears when the block has ended well.
 
     To S3 it goes in parts while it is written, so that memory holds some parts and no disk is
-    needed. `expected_size` (bytes) makes parts large enough for a file of more than 160 GB.
+    needed. `expected_size` (bytes) makes parts large enough for a file of more than 80 GB.
     """
     if not is_s3(address):
         with _writing_local(address, if_absent=False) as file:
             yield file
         return
-    part_bytes = max(PART_BYTES, -(-(expected_size or 0) // MAX_PARTS))
+    part_bytes = max(WRITE_PART_BYTES, -(-(expected_size or 0) // MAX_PARTS))
     upload = _MultipartUpload(address, part_bytes)
     try:
         yield upload  # type: ignore[misc]  # it has write(), which is all that is promised
@@ -409,7 +410,9 @@ class _MultipartUpload:
         for start in range(0, len(view), self._part_bytes):
             self._buffer += view[start : start + self._part_bytes]
             while len(self._buffer) >= self._part_bytes:
-                self._send(bytes(self._buffer[: self._part_bytes]))
+                with memoryview(self._buffer) as filled:
+                    part = bytes(filled[: self._part_bytes])
+                self._send(part)
                 del self._buffer[: self._part_bytes]
         return len(view)
 
