@@ -35,7 +35,8 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Pat
     assert len({row["token"] for row in runs if "token" in row}) == 1
     for row in runs:
         if row["from"] == "disk":
-            assert row["cached_share"] == (1.0 if row["cache"] == "warm" else 0.0)
+            share = row["cached_share"]
+            assert share > 0.9 if row["cache"] == "warm" else share < 0.1
     assert list(tmp_path.iterdir()) == []
     assert done.stdout.splitlines()[-1].startswith("| s3 |")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -47,7 +48,7 @@ PROMPT = (464, 3290)  # "The dog"; short, since fp16 is slow on processors witho
 PIECE_BYTES = 8 * 2**20
 THREADS = 4  # of the plain read; more are no faster
 PARTS = 16  # requests of the plain download at a time, as storage's
-PROBES = 2000
+PROBES = 200
 DROP_SECONDS = 0.5
 SECONDS = 1800  # of one measurement at most
 S3_READERS = ("plain", "gptj", "gptj-unverified")
@@ -168,21 +169,27 @@ def dropping(folder: Path) -> Iterator[None]:
 
 
 def cached_share(folder: Path) -> float:
-    """How much of the weights the system has in its cache, by random probes."""
+    """How much of the weights the system has in its cache, by probes of pages far apart.
+
+    Each page is probed once at most, since a probe that fails has its page read.
+    """
     files = weight_files(str(folder))
-    cached = 0
-    for number in range(PROBES):
-        file = files[number % len(files)]
-        offset = number * 7919 * 4096 % file.size
+    step = max(mmap.PAGESIZE, sum(f.size for f in files) // PROBES // mmap.PAGESIZE * mmap.PAGESIZE)
+    probes = cached = 0
+    for file in files:
         descriptor = os.open(file.address, os.O_RDONLY)
         try:
-            os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
-            cached += 1
-        except BlockingIOError:
-            pass  # the answer: it would have to come from the disk
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # and nothing around it
+            for offset in range(0, file.size, step):
+                probes += 1
+                try:
+                    os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+                    cached += 1
+                except BlockingIOError:
+                    pass  # the answer: it would have to come from the disk
         finally:
             os.close(descriptor)
-    return round(cached / PROBES, 3)
+    return round(cached / probes, 3)
 
 
 def summarized(rows: Sequence[Row]) -> list[Row]:
