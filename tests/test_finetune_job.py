@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
+import k8s_metrics
 import psutil
 import pytest
 
@@ -20,6 +22,7 @@ from gptj.training.progress import HISTORY
 from gptj.training.state import latest_checkpoint
 from jobs.local_ray import LocalRay
 from jobs.local_s3 import LocalS3
+from jobs.processes import HOST, running, tail
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +39,11 @@ TINY = [
 @pytest.fixture(scope="module")
 def node(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
     """A cluster of four logical CPUs, whose workers know the S3 server."""
-    environment = {**os.environ, **s3_server.environment()}
+    environment = {
+        **os.environ,
+        **s3_server.environment(),
+        "RAY_metrics_report_interval_ms": "1000",
+    }
     folder = tmp_path_factory.mktemp("ray")
     with LocalRay.start(folder, cpus=4, environment=environment) as node:
         yield node
@@ -172,6 +179,45 @@ def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, s
     # Ray's own cleaner, killed at the end, sometimes shows one.
     ours = [line for line in done.stderr.splitlines() if "(PlacementGroupCleaner " not in line]
     assert "Traceback" not in "\n".join(ours)
+
+
+def test_prometheus_reads_how_trainings_go(
+    cluster: dict[str, str], node: LocalRay, tmp_path: Path
+) -> None:
+    """All that the dashboard and the alerts name, from a training that goes on and one that fails.
+
+    The failed one's count stays after its end.
+    """
+    seen: dict[str, set[str]] = {}
+
+    def look() -> dict[str, set[str]]:
+        try:
+            text = httpx.get(f"http://{HOST}:{node.metrics_port}/metrics", timeout=30).text
+        except httpx.ConnectError:  # Ray's reporter comes up after the rest of the node
+            return seen
+        for name, labels in k8s_metrics.exported(text).items():
+            seen.setdefault(name, set()).update(labels)
+        return seen
+
+    words = ["storage=s3://gptj", "log_every=5", *TINY]
+    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
+    going = [*command, "run=watched", "steps=200", "evaluate_every=50"]
+    with running(going, environment=cluster, log=tmp_path / "watched.log") as process:
+        while process.poll() is None:
+            look()
+            time.sleep(0.5)
+    assert process.returncode == 0, tail(tmp_path / "watched.log")
+    failed = direct(cluster, *words, "run=failing", "model.config.initializer_range=1e30")
+    assert failed.returncode == 1
+    named = [
+        *k8s_metrics.panels("training"),
+        *(each for each in k8s_metrics.rules() if "Training" in each.place),
+    ]
+    assert len(named) > 8
+    deadline = time.monotonic() + 15
+    while faults := k8s_metrics.missing(look(), named):
+        assert time.monotonic() < deadline, faults
+        time.sleep(0.5)
 
 
 def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
