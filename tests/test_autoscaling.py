@@ -14,7 +14,7 @@ from test_deployments import CONTEXT, SERVE_CONFIG, make_models, save_all, servi
 
 from jobs.local_ray import LocalRay
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CALLERS = 8
 SECONDS = 90  # for the controller to notice, and a replica to start or end

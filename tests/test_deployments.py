@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import huggingface_hub
 import openai
 import pytest
 import torch
@@ -650,6 +651,13 @@ def scores(models: Models, text: str) -> dict[str, float]:
     return dict(zip(models.classification.config.id2label.values(), probabilities, strict=True))
 
 
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's client asks our service, though the tests ask no hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.usefixtures("online")
 def test_hugging_faces_client_classifies(service: str, models: Models) -> None:
     client = InferenceClient(model=f"{service}/classification")
     found = client.text_classification(PROMPTS[1])
@@ -676,6 +684,7 @@ def test_concurrent_texts_are_classified_as_alone(service: str, models: Models) 
             assert {e["label"]: e["score"] for e in listed} == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.usefixtures("online")
 def test_hugging_faces_client_gets_the_best_span_over_all_windows(
     service: str, models: Models
 ) -> None:
@@ -705,6 +714,7 @@ def test_hugging_faces_client_gets_the_best_span_over_all_windows(
     assert best.answer == context[best.start : best.end]
 
 
+@pytest.mark.usefixtures("online")
 def test_answers_are_whole_words_unless_asked_otherwise(service: str) -> None:
     text = "It was built in 1951, by O'Neil's firm."
     for cut, whole in (("uil", "built"), ("95", "1951"), ("rm", "firm"), ("by", "by")):
@@ -717,6 +727,7 @@ def test_answers_are_whole_words_unless_asked_otherwise(service: str) -> None:
     assert (answer.start, answer.end) == whole_words(context, answer.start, answer.end)
 
 
+@pytest.mark.usefixtures("online")
 def test_a_questions_length_can_be_limited(service: str) -> None:
     client = InferenceClient(model=f"{service}/question-answering")
     context = " ".join(SENTENCES)

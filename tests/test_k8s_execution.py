@@ -273,7 +273,6 @@ def test_the_probes_answer_without_a_token(serving: Serving, kind: str) -> None:
 
 def test_prometheus_reads_all_that_rules_and_dashboards_name(serving: Serving) -> None:
     """But for what trainings report, which tests/test_finetune_job.py looks at."""
-    pytest.importorskip("deployments.metrics", reason="the services have no metrics of ours")
     expressions = [
         *(each for each in k8s_metrics.rules() if "Training" not in each.place),
         *k8s_metrics.panels("serving"),

@@ -22,7 +22,7 @@ from gptj.checkpoint import save_model
 from jobs.processes import HOST
 from tests.test_deployments import SENTENCES, SERVE_CONFIG, serving
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 CANARY = "xyzzy canary phrase"
 REQUESTS = 50
 PROMPT_WORDS = 10
@@ -163,7 +163,6 @@ def test_numbers_agree_with_the_clients_own(service: Service) -> None:
             (0.99, slowest[-2], slowest[-1]),
         ):
             ours = percentile(samples, name, share, **labels)
-            print(name, share, least, most, ours)
             assert 0.9 * least - 0.01 < ours < 1.1 * most + 0.01, (name, share)
     assert samples["ray_gptj_engine_tokens_out_total", ()] == tokens_out
     assert samples["ray_gptj_engine_tokens_in_total", ()] > REQUESTS * PROMPT_WORDS
