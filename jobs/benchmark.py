@@ -54,10 +54,9 @@ PEER_SCRIPT = Path(__file__).parent / "benchmarks" / "peers" / "decode.py"
 # Each with its environment, in the number formats that it has.
 PEERS = (
     ("vllm", "vllm", "bfloat16"),
+    ("vllm", "vllm", "float32"),
     ("ctranslate2", "hf", "int8"),
-    ("ctranslate2", "hf", "float32"),
     ("transformers", "hf", "bfloat16"),
-    ("transformers", "hf", "float32"),
 )
 PEER_SECONDS = 1800
 DTYPES = ("bfloat16", "float32", "float16", "int8")
@@ -214,7 +213,7 @@ def _peer(python: Path, engine: str, dtype: str, given: argparse.Namespace) -> l
 
 
 def summarized(rows: Sequence[Row]) -> list[Row]:
-    """Medians over repeats, and the ratio to vLLM's tokens a second at the same size."""
+    """Medians over repeats, and the ratio to vLLM's tokens a second in bf16 at the same size."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         size = row["batch"] if "batch" in row else row["concurrency"]
@@ -227,7 +226,11 @@ def summarized(rows: Sequence[Row]) -> list[Row]:
             if all(isinstance(row.get(name), int | float) for row in each)
         }
         summary.append({**numbers, "engine": engine, "dtype": dtype, "size": size})
-    theirs = {row["size"]: row["tokens_per_s"] for row in summary if row["engine"] == "vllm"}
+    theirs = {
+        row["size"]: row["tokens_per_s"]
+        for row in summary
+        if (row["engine"], row["dtype"]) == ("vllm", "bfloat16")
+    }
     for row in summary:
         if row["size"] in theirs:
             row["times_vllm"] = round(row["tokens_per_s"] / theirs[row["size"]], 2)
