@@ -19,8 +19,8 @@ from jobs.local_s3 import LocalS3
 # Without a GPU, Triton's kernels run in its interpreter, which it decides when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Two cores: more threads than that only wait for each other.
-torch.set_num_threads(2)
+# Two cores: more threads than that only wait for each other, also those of tests side by side.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # No test reaches for a hub on the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
