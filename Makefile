@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Most of a test's time is waiting for programs to start: three at a time, on two cores.
 test: environment
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 check: environment

@@ -27,9 +27,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+# They take half the time of all: side by side with the others, they begin with them.
+LONGEST = ("test_finetune_job", "test_training")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: most mistakes show within a minute."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    side_by_side = "PYTEST_XDIST_WORKER" in os.environ
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        longest = side_by_side and item.path.stem in LONGEST
+        return not longest, item.get_closest_marker("slow") is not None
+
+    items.sort(key=place)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

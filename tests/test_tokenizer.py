@@ -510,7 +510,8 @@ def test_tokens_are_looked_up_whole(ours: GPTJTokenizer) -> None:
 def test_missing_settings_are_errors_with_a_remedy(
     folder: Path, gpt2_vocabulary: tuple[Any, Any]
 ) -> None:
-    vocabulary, merges = gpt2_vocabulary
+    shared, merges = gpt2_vocabulary
+    vocabulary = dict(shared)  # other tests use it too
     ours = GPTJTokenizer.from_vocabulary(vocabulary, merges)
     with pytest.raises(ValueError, match="tokenizer.pad_token = tokenizer.eos_token"):
         ours(BATCH, padding=True)
