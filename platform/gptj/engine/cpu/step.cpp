@@ -25,8 +25,6 @@ namespace {
 
 constexpr int64_t kPage = 16;    // positions of a page
 constexpr int64_t kQueries = 4;  // of a sequence, that share one reading of keys and values
-constexpr int64_t kPiecesEach = 4;  // pieces of attention for a thread, at least
-constexpr int64_t kScores = 1 << 16;  // that are kept at a time, or one head's
 
 thread_local int thread_number = 0;  // in its team: the one that calls is 0
 
@@ -181,10 +179,6 @@ class Runner {
   // One thread's part of the step. Every thread passes the same parts in the same order.
   void run() {
     int part = 0;
-    // As few groups of heads as keep all threads busy: a page has its heads side by side, and
-    // memory is read faster along long stretches.
-    const int64_t groups =
-        std::min(s_.heads, ceil_div(kPiecesEach * s_.threads, std::max<int64_t>(1, b_->sequences)));
     each(part, b_->tokens, [&](int64_t t) { embed(t); });
     for (int64_t l = 0; l < s_.layers; ++l) {
       const Layer& layer = layers_[size_t(l)];
@@ -193,10 +187,8 @@ class Runner {
         norm(normed, t, &x_[size_t(t * s_.width)], layer.norm_weight, layer.norm_bias);
       });
       first_product(part, layer, normed);
-      each(part, b_->sequences * groups, [&](int64_t i) {
-        attend(l, i / groups, s_.heads * (i % groups) / groups,
-               s_.heads * (i % groups + 1) / groups);
-      });
+      each(part, b_->sequences * s_.heads,
+           [&](int64_t i) { attend(l, i / s_.heads, i % s_.heads); });
       const int64_t inputs = s_.width + s_.inner;
       const Activations branches = activations(b_->tokens, inputs);
       each(part, b_->tokens,
@@ -309,26 +301,18 @@ class Runner {
             offsets_.data(), rows, width, width * words_each(kind_), ceil_div(inputs, kGroup)};
   }
 
-  // Some heads of one sequence: new keys and values go into their pages, then the queries look.
-  void attend(int64_t layer, int64_t sequence, int64_t head, int64_t end_head) {
+  // One head of one sequence: its new keys and values go into their pages, then its queries look.
+  void attend(int64_t layer, int64_t sequence, int64_t head) {
     const int32_t start = b_->starts[sequence], end = b_->starts[sequence + 1];
     const int32_t* pages = b_->pages + sequence * b_->pages_per_row;
-    const int64_t context = b_->positions[end - 1] / kPage * kPage + kPage;
-    const int64_t most = std::max<int64_t>(1, kScores / (context * std::min<int64_t>(kQueries, end - start)));
-    for (; head < end_head; head += most) {
-      const int64_t count = std::min(most, end_head - head);
-      if (cache_kind_ == Kind::fp32)
-        attend_in<Fp32>(layer, head, count, start, end, pages);
-      else
-        attend_in<Bf16>(layer, head, count, start, end, pages);
-    }
+    if (cache_kind_ == Kind::fp32)
+      attend_in<Fp32>(layer, head, start, end, pages);
+    else
+      attend_in<Bf16>(layer, head, start, end, pages);
   }
 
   template <class K>
   using Element = std::conditional_t<std::is_same_v<K, Fp32>, float, uint16_t>;
-
-  template <class K>
-  static constexpr int64_t kPerWord = std::is_same_v<K, Fp32> ? 1 : 2;  // elements
 
   // Numbers as the cache holds them.
   template <class K>
@@ -347,6 +331,15 @@ class Runner {
     else return load_bf16(p, mask);
   }
 
+  template <class K>
+  static constexpr int64_t kLine = 64 / sizeof(Element<K>);  // elements of a line of the cache
+
+  // A thread takes heads one after the other, and a page has them side by side: what the next one
+  // reads is fetched while this one computes.
+  static void fetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
+
   // Where a head's part of a page begins.
   template <class K>
   Element<K>* page(void* cache, int64_t layer, int64_t number, int64_t head) const {
@@ -355,47 +348,41 @@ class Runner {
   }
 
   template <class K>
-  void attend_in(int64_t layer, int64_t head, int64_t heads, int32_t start, int32_t end,
-                 const int32_t* pages) {
-    thread_local std::vector<float> rotated;
-    thread_local std::vector<Element<K>> queries;
+  void attend_in(int64_t layer, int64_t head, int32_t start, int32_t end, const int32_t* pages) {
+    constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;  // elements of a word
+    thread_local std::vector<float> rotated, scores;
+    thread_local std::vector<Element<K>> queries, key;
     fit(rotated, s_.head);
-    fit(queries, heads * kQueries * s_.head);
-    for (int32_t t = start; t < end; ++t)
-      for (int64_t h = 0; h < heads; ++h) remember<K>(layer, head + h, t, pages, rotated.data());
+    fit(key, s_.head);
+    fit(queries, kQueries * s_.head);
+    for (int32_t t = start; t < end; ++t) {
+      const int32_t position = b_->positions[t];
+      Element<K>* keys = page<K>(m_.keys, layer, pages[position / kPage], head);
+      Element<K>* values = page<K>(m_.values, layer, pages[position / kPage], head);
+      const int64_t place = position % kPage;
+      rotate(t, s_.width, head, rotated.data());
+      store<K>(rotated.data(), key.data());
+      for (int64_t k = 0; k < s_.head; ++k)
+        keys[(k / kPair * kPage + place) * kPair + k % kPair] = key[size_t(k)];
+      store<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)],
+               values + place * s_.head);
+    }
     for (int32_t t = start; t < end; t += kQueries) {
       const int64_t count = std::min<int64_t>(kQueries, end - t);
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t q = 0; q < count; ++q) {
-          rotate(int32_t(t + q), 0, head + h, rotated.data());
-          store<K>(rotated.data(), &queries[size_t((h * count + q) * s_.head)]);
-        }
+      for (int64_t q = 0; q < count; ++q) {
+        rotate(int32_t(t + q), 0, head, rotated.data());
+        store<K>(rotated.data(), &queries[size_t(q * s_.head)]);
+      }
       const auto* words = reinterpret_cast<const uint32_t*>(queries.data());
       if (count == 1)
-        look<K, 1>(layer, head, heads, t, pages, words);
+        look<K, 1>(layer, head, t, pages, words, scores);
       else if (count == 2)
-        look<K, 2>(layer, head, heads, t, pages, words);
+        look<K, 2>(layer, head, t, pages, words, scores);
       else if (count == 3)
-        look<K, 3>(layer, head, heads, t, pages, words);
+        look<K, 3>(layer, head, t, pages, words, scores);
       else
-        look<K, 4>(layer, head, heads, t, pages, words);
+        look<K, 4>(layer, head, t, pages, words, scores);
     }
-  }
-
-  // Puts a token's key and value of a head into their page.
-  template <class K>
-  void remember(int64_t layer, int64_t head, int32_t t, const int32_t* pages, float* rotated) {
-    constexpr int64_t kPair = kPerWord<K>;
-    thread_local std::vector<Element<K>> key;
-    fit(key, s_.head);
-    const int64_t number = pages[b_->positions[t] / kPage], place = b_->positions[t] % kPage;
-    rotate(t, s_.width, head, rotated);
-    store<K>(rotated, key.data());
-    Element<K>* keys = page<K>(m_.keys, layer, number, head);
-    for (int64_t k = 0; k < s_.head; ++k)
-      keys[(k / kPair * kPage + place) * kPair + k % kPair] = key[size_t(k)];
-    store<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)],
-             page<K>(m_.values, layer, number, head) + place * s_.head);
   }
 
   // A head's query or key of a token, its first dimensions turned by the token's position.
@@ -410,83 +397,56 @@ class Runner {
     std::memcpy(y + s_.rotated, x + s_.rotated, size_t(s_.head - s_.rotated) * 4);
   }
 
-  // Attention of Q consecutive queries, the first of them token t, in some heads. Scores of the
-  // whole context, then their softmax, then the values: each query's own sums in the order of
-  // positions. `queries` has (heads, Q, words of a head).
+  // Attention of Q consecutive queries, the first of them token t. Scores of the whole context,
+  // then their softmax, then the values: each query's own sums in the order of positions.
   template <class K, int Q>
-  void look(int64_t layer, int64_t head, int64_t heads, int32_t t, const int32_t* pages,
-            const uint32_t* queries) {
-    thread_local std::vector<float> scores, sums, inverses;
+  void look(int64_t layer, int64_t head, int32_t t, const int32_t* pages, const uint32_t* queries,
+            std::vector<float>& scores) {
     const int64_t length = b_->positions[t] + Q;  // of the last query's context
     const int64_t page_count = ceil_div(length, kPage), stride = page_count * kPage;
-    const int64_t words = s_.head / kPerWord<K>;
-    fit(scores, heads * Q * stride);
-    fit(inverses, heads * Q);
+    fit(scores, Q * stride);
     constexpr int P = 4 / Q > 0 ? 4 / Q : 1;  // pages at a time: sums that do not wait for others
     int64_t p = 0;
-    for (; p + P <= page_count; p += P)
-      for (int64_t h = 0; h < heads; ++h)
-        score<K, Q, P>(layer, head + h, p, pages, queries + h * Q * words, stride,
-                       &scores[size_t(h * Q * stride)]);
-    for (; p < page_count; ++p)
-      for (int64_t h = 0; h < heads; ++h)
-        score<K, Q, 1>(layer, head + h, p, pages, queries + h * Q * words, stride,
-                       &scores[size_t(h * Q * stride)]);
-    for (int64_t i = 0; i < heads * Q; ++i)
-      inverses[size_t(i)] =
-          softmax(&scores[size_t(i * stride)], length - (Q - 1 - i % Q), stride);
-    sums.assign(size_t(heads * Q * s_.head), 0.0f);
-    for (p = 0; p < page_count; ++p)
-      for (int64_t h = 0; h < heads; ++h)
-        add_values<K, Q>(page<K>(m_.values, layer, pages[p], head + h),
-                         std::min(kPage, length - p * kPage),
-                         &scores[size_t(h * Q * stride + p * kPage)], stride,
-                         &sums[size_t(h * Q * s_.head)]);
-    for (int64_t i = 0; i < heads * Q; ++i) {
-      const int64_t row = (t + i % Q) * (s_.width + s_.inner);
-      float* out = &branches_[size_t(row + (head + i / Q) * s_.head)];
-      for (int64_t k = 0; k < s_.head; ++k)
-        out[k] = sums[size_t(i * s_.head + k)] * inverses[size_t(i)];
-    }
-  }
-
-  // Adds a page's values (positions, head), by their weights (Q, stride), to the sums (Q, head).
-  template <class K, int Q>
-  void add_values(const Element<K>* values, int64_t positions, const float* weights,
-                  int64_t stride, float* sums) const {
+    for (; p + P <= page_count; p += P) score<K, Q, P>(layer, head, p, pages, queries, stride, scores.data());
+    for (; p < page_count; ++p) score<K, Q, 1>(layer, head, p, pages, queries, stride, scores.data());
+    float inverse[Q];
+    for (int q = 0; q < Q; ++q)
+      inverse[q] = softmax(&scores[size_t(q * stride)], length - (Q - 1 - q), stride);
+    float* out[Q];
+    for (int q = 0; q < Q; ++q)
+      out[q] = &branches_[size_t((t + q) * (s_.width + s_.inner) + head * s_.head)];
     for (int64_t k = 0; k < s_.head; k += 64) {
-      __mmask16 mask[4];
       __m512 sum[Q][4];
-#pragma GCC unroll 4
+      __mmask16 mask[4];
       for (int v = 0; v < 4; ++v) mask[v] = first(s_.head - k - 16 * v);
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v)
-          sum[q][v] = _mm512_maskz_loadu_ps(mask[v], sums + q * s_.head + k + 16 * v);
-      for (int64_t i = 0; i < positions; ++i) {
+      for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = _mm512_setzero_ps();
+      const int64_t next = kPage * s_.head;  // elements to where the next head's values are
+      for (int64_t position = 0; position < length; ++position) {
+        const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
+                          position % kPage * s_.head + k;
         __m512 value[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) value[v] = load<K>(values + i * s_.head + k + 16 * v, mask[v]);
+        for (int v = 0; v < 4; ++v) value[v] = load<K>(row + 16 * v, mask[v]);
+        for (int64_t i = 0; i < 64; i += kLine<K>) fetch(row + next + i);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) {
-          const __m512 weight = _mm512_set1_ps(weights[q * stride + i]);
+          const __m512 weight = _mm512_set1_ps(scores[size_t(q * stride + position)]);
 #pragma GCC unroll 4
           for (int v = 0; v < 4; ++v) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
         }
       }
-#pragma GCC unroll 4
       for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
         for (int v = 0; v < 4; ++v)
-          _mm512_mask_storeu_ps(sums + q * s_.head + k + 16 * v, mask[v], sum[q][v]);
+          _mm512_mask_storeu_ps(out[q] + k + 16 * v, mask[v],
+                                _mm512_mul_ps(sum[q][v], _mm512_set1_ps(inverse[q])));
     }
   }
 
   template <class K, int Q, int P>
   void score(int64_t layer, int64_t head, int64_t p, const int32_t* pages, const uint32_t* queries,
              int64_t stride, float* scores) {
-    constexpr int64_t kPair = kPerWord<K>;
+    constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;
     const int64_t words = s_.head / kPair;
     const Element<K>* keys[P];
     for (int i = 0; i < P; ++i) keys[i] = page<K>(m_.keys, layer, pages[p + i], head);
@@ -496,7 +456,10 @@ class Runner {
     for (int64_t w = 0; w < words; ++w) {
       __m512i key[P];
 #pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) key[i] = _mm512_loadu_si512(keys[i] + w * kPage * kPair);
+      for (int i = 0; i < P; ++i) {
+        key[i] = _mm512_loadu_si512(keys[i] + w * kPage * kPair);
+        fetch(keys[i] + (words + w) * kPage * kPair);  // the next head's
+      }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
