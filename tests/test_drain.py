@@ -54,6 +54,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
                     grace_seconds=2,
                 )
             )
+            # One after the other: two raylets of one machine that start at the same time may
+            # choose the same names for their sockets, and one ends.
+            _wait_for_nodes(node, 2 + number)
         config = {
             "http_options": {"host": HOST, "port": port},
             "applications": [{"name": "slow", "import_path": "slow_service:app"}],
@@ -72,6 +75,20 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         of_a_pod = {**environment, **node.environment()}
         del of_a_pod["RAY_API_SERVER_ADDRESS"]
         yield Service(url, of_a_pod)
+
+
+def _wait_for_nodes(node: LocalRay, count: int) -> None:
+    headers = {"Authorization": f"Bearer {node.token}"}
+    deadline = time.monotonic() + 90
+    alive: list[str] = []
+    while len(alive) != count:
+        assert time.monotonic() < deadline, f"{count} nodes should be alive: {alive}"
+        time.sleep(0.2)
+        reply = httpx.get(f"{node.dashboard}/nodes?view=summary", headers=headers, timeout=30)
+        summary = reply.raise_for_status().json()["data"]["summary"]
+        alive = [
+            each["raylet"]["nodeId"] for each in summary if each["raylet"]["state"] == "ALIVE"
+        ]
 
 
 def _answers(url: str) -> bool:
