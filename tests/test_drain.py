@@ -86,9 +86,7 @@ def _wait_for_nodes(node: LocalRay, count: int) -> None:
         time.sleep(0.2)
         reply = httpx.get(f"{node.dashboard}/nodes?view=summary", headers=headers, timeout=30)
         summary = reply.raise_for_status().json()["data"]["summary"]
-        alive = [
-            each["raylet"]["nodeId"] for each in summary if each["raylet"]["state"] == "ALIVE"
-        ]
+        alive = [each["raylet"]["nodeId"] for each in summary if each["raylet"]["state"] == "ALIVE"]
 
 
 def _answers(url: str) -> bool:

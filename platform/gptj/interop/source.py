@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gptj import storage
@@ -19,6 +17,7 @@ from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find
 from gptj.interop.tensors import StoredTensor
 from gptj.manifest import CheckpointError, Manifest, read_verified, verify
+from gptj.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.weights import weight_files
 
@@ -75,9 +74,9 @@ def open_source(
     place = find(address, format, revision)
     given = None if config is None else _read_config(config)
     if tar_stream.is_stream(address):
-        with tempfile.TemporaryDirectory(prefix="gptj-import-", dir=scratch) as folder:
-            tar_stream.unpack(address, Path(folder))
-            unpacked = Place(folder, None, storage.list_files(folder))
+        with scratch_folder(scratch) as folder:
+            tar_stream.unpack(address, folder)
+            unpacked = Place(str(folder), None, storage.list_files(str(folder)))
             if not mesh_transformer.is_checkpoint(unpacked.files):
                 raise CheckpointError(f"{address} has no shard_0/0.npz in it")
             yield _source(address, unpacked, given, tokenizer)

@@ -24,6 +24,7 @@ from gptj import storage
 from gptj.data.batches import BatchOrder, share
 from gptj.data.question_answering import answer_loss
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
+from gptj.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.deepspeed_config import (
     deepspeed_config,
@@ -95,8 +96,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             settings.batch_size,
             worker.world,
         )
-    with tempfile.TemporaryDirectory(prefix="gptj-train-") as scratch:
-        run = _Run(settings, worker, progress, total, Path(scratch))
+    with scratch_folder() as scratch:
+        run = _Run(settings, worker, progress, total, scratch)
         engine = run.start(HEADS[settings.task], config)
         if checkpoint is not None:
             load_state(engine, checkpoint, run.scratch("resume"), worker.rank, worker.world)
