@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Replay a day of bursty requests against a Serve config's autoscaling settings, without a cluster.
 
-    jobs/simulate_autoscaling.py k8s/base/serve.yaml [--machine h100] [--node-seconds 0]
-        [--requests-per-s 8] [--hours 24] [--seed 0] [--set max_replicas=8]
+    jobs/simulate_autoscaling.py k8s/base/serve.yaml [--application generation] [--machine h100]
+        [--node-seconds 0] [--requests-per-s 8] [--hours 24] [--seed 0] [--set max_replicas=8]
         [--set target_ongoing_requests=16,32,48 …] [--plot day.png]
 
 The autoscaler is Ray Serve's own; replicas are simulated, at the rates of `--machine` (those are in
-jobs/autoscaling/machines.py, with what they are based on); `--node-seconds` is the time until a new
+jobs/autoscaling/machines.py, with what they are based on). The generation application's replicas
+give a token of each output a step; the others' compute batches of whole rows, `--prompt-tokens` is
+a row's length, and the first token's time is the reply's. `--node-seconds` is the time until a new
 machine is there for a new replica. `--set` changes a setting of `autoscaling_config`; with several
 values, separated by commas, every combination is simulated on the same requests.
 
@@ -18,6 +20,7 @@ minutes; and at last a table. `--plot` draws a single one's day.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import sys
@@ -26,8 +29,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from deployments.loading import BatchArguments
 from jobs.autoscaling.machines import MACHINES
 from jobs.autoscaling.report import Row, intervals, plot, summary, table
 from jobs.autoscaling.simulation import Service, simulate
@@ -68,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show({"machine": asdict(machine), "start_seconds": round(machine.start_seconds, 1)})
     _show({"traffic": asdict(traffic)})
     requests = arrivals(traffic)
+    if service.step_tokens is None:  # the reply is one token's work
+        requests = replace(requests, outputs=np.ones_like(requests.outputs))
     rows = []
     for change in changes:
         settings = service.autoscaling | change
@@ -94,21 +101,22 @@ def read_service(path: Path, application: str) -> Service:
     (deployment,) = found[application]["deployments"]
     if "autoscaling_config" not in deployment:
         raise ValueError(f"{path}: {application} has a fixed number of replicas")
-    from deployments.generation import Arguments
-
-    engine = Arguments(**found[application]["args"])
-    running = engine.max_running + engine.max_waiting
-    if deployment["max_ongoing_requests"] > running:
+    module = importlib.import_module(found[application]["import_path"].partition(":")[0])
+    arguments = module.Arguments(**found[application]["args"])
+    whole_rows = isinstance(arguments, BatchArguments)
+    together = arguments.max_batch if whole_rows else arguments.max_running
+    room = together + arguments.max_waiting
+    if deployment["max_ongoing_requests"] > room:
         raise ValueError(
-            f"{path}: max_ongoing_requests is {deployment['max_ongoing_requests']}, and the engine "
-            f"takes no more than max_running + max_waiting = {running}"
+            f"{path}: max_ongoing_requests is {deployment['max_ongoing_requests']}, and a replica "
+            f"takes no more than its {together} together and max_waiting: {room}"
         )
     return Service(
         autoscaling=deployment["autoscaling_config"],
         max_ongoing_requests=deployment["max_ongoing_requests"],
         max_queued_requests=deployment.get("max_queued_requests", -1),
-        max_running=engine.max_running,
-        step_tokens=engine.step_tokens,
+        max_running=together,
+        step_tokens=None if whole_rows else arguments.step_tokens,
     )
 
 

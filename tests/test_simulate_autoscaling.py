@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingContext
 from gptj import GPTJConfig
 from jobs.autoscaling.autoscaler import Autoscaler, Clock, simulated_time
 from jobs.autoscaling.machines import KV_6B, MACHINES, WEIGHTS_6B, Machine
-from jobs.autoscaling.replica import Replica, Request
+from jobs.autoscaling.replica import Request, RowsReplica, TokensReplica
 from jobs.autoscaling.report import first_tokens, summary
 from jobs.autoscaling.simulation import CONTROL_SECONDS, Outcome, Service, simulate
 from jobs.autoscaling.traffic import Arrivals, Traffic, arrivals
@@ -98,7 +98,7 @@ def test_a_long_prompt_takes_as_many_steps_as_it_fills() -> None:
 
 def test_outputs_that_decode_together_share_each_step() -> None:
     """Sixteen at once: the first's prompt is a step, the others' the next; then 10 ms a token."""
-    replica = Replica(0, MACHINE, max_running=16, step_tokens=256)
+    replica = TokensReplica(0, MACHINE, max_running=16, step_tokens=256)
     requests = [Request(number, 1.0, 16, 101) for number in range(16)]
     for request in requests:
         replica.add(1.0, request)
@@ -114,13 +114,30 @@ def test_no_more_run_than_the_engine_has_rows_for_or_the_cache_has_room_for() ->
     """The third waits for the end of the first two; so it does where the cache holds two."""
     for rows, cache in ((2, 100_000), (16, 299)):
         machine = replace(MACHINE, cache_tokens=cache)
-        replica = Replica(0, machine, max_running=rows, step_tokens=256)
+        replica = TokensReplica(0, machine, max_running=rows, step_tokens=256)
         requests = [Request(number, 0.0, 50, 51) for number in range(3)]
         for request in requests:
             replica.add(0.0, request)
         while replica.ongoing:
             replica.work(replica.due)
         assert requests[2].first > min(requests[0].end, requests[1].end)
+
+
+def test_whole_rows_are_computed_in_batches_as_long_as_their_longest() -> None:
+    """The first at once; of those that came meanwhile as many as a batch takes, then the rest."""
+    replica = RowsReplica(0, PROMPTS_ONLY, max_batch=3)
+    rows = [Request(number, 0.0, 100 * (number + 1), 1) for number in range(5)]
+    for row in rows:
+        replica.add(0.0, row)
+    ends = []
+    while replica.ongoing:
+        ends.append([(request.number, request.end) for request in replica.work(replica.due)])
+    assert ends == [
+        [(0, pytest.approx(0.001))],
+        [(number, pytest.approx(0.001 + 3 * 0.004)) for number in (1, 2, 3)],
+        [(4, pytest.approx(0.013 + 0.005))],
+    ]
+    assert replica.due == float("inf") and [row.first for row in rows] == [row.end for row in rows]
 
 
 def test_waiting_times_are_those_of_queueing_theory() -> None:
@@ -281,6 +298,18 @@ def test_several_values_are_compared_on_the_same_requests(
     few, many = objects[2:]
     assert few["requests"] == many["requests"]
     assert few["replica_hours"] >= many["replica_hours"]
+
+
+@pytest.mark.parametrize("application", ["classification", "question-answering"])
+def test_services_of_whole_rows_are_simulated_too(
+    application: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At next to no load a reply takes a step, about 5.5 ms, and one replica is enough."""
+    options = ["--hours", "0.5", "--requests-per-s", "0.5", "--prompt-tokens", "64"]
+    main([str(SERVE_CONFIG), "--application", application, *options])
+    outcome = json.loads(capsys.readouterr().out.splitlines()[2])
+    assert outcome["ttft_p50_s"] == pytest.approx(0.0055, abs=0.001)
+    assert outcome["replicas_max"] == 1 and outcome["served"] == outcome["requests"] > 300
 
 
 def test_machines_say_what_they_are_based_on() -> None:

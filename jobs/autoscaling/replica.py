@@ -1,11 +1,12 @@
-"""A simulated replica: requests in, the times of their first and last tokens out.
+"""Simulated replicas: requests in, the times of their first and last tokens out.
 
-It works as gptj.engine's scheduler does: each output that runs takes one token of a step, and what
-is left of `step_tokens` goes to prompts in order of arrival. Steps with prompts are simulated one
-by one. Between them all steps take equally long until an output ends, so that only those moments
-are computed. Contexts count with their mean length over a request's life, and a prompt that comes
-in the middle of a step without prompts does not wait for its end (half a step on average, some
-milliseconds on a GPU).
+One that generates works as gptj.engine's scheduler does: each output that runs takes one token of a
+step, and what is left of `step_tokens` goes to prompts in order of arrival. Steps with prompts are
+simulated one by one. Between them all steps take equally long until an output ends, so that only
+those moments are computed. Contexts count with their mean length over a request's life, and a
+prompt that comes in the middle of a step without prompts does not wait for its end (half a step on
+average, some milliseconds on a GPU). One that computes whole rows works as gptj.engine.batch_thread
+does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass
 from math import inf
+from typing import Protocol
 
 from jobs.autoscaling.machines import Machine
 
@@ -40,15 +42,63 @@ class Prompt:
     chunk: int = 0  # of them in the step that runs
 
 
-class Replica:
+class Replica(Protocol):
+    number: int
+    ongoing: int  # given to it and not ended
+    due: float  # when something happens next, if nothing arrives before
+
+    def add(self, now: float, request: Request) -> None: ...
+
+    def work(self, now: float) -> list[Request]:
+        """What is due at `now` happens; returns the requests that end with it."""
+
+
+class RowsReplica:
+    """Rows that are computed together, each padded to the longest; the others wait."""
+
+    def __init__(self, number: int, machine: Machine, max_batch: int) -> None:
+        self.number = number
+        self.ongoing = 0
+        self.due = inf
+        self._machine = machine
+        self._max_batch = max_batch
+        self._waiting: deque[Request] = deque()
+        self._batch: list[Request] = []
+
+    def add(self, now: float, request: Request) -> None:
+        self.ongoing += 1
+        self._waiting.append(request)
+        if self.due == inf:
+            self._begin(now)
+
+    def work(self, now: float) -> list[Request]:
+        ended = self._batch
+        for request in ended:
+            request.first = request.end = now
+        self.ongoing -= len(ended)
+        self._begin(now)
+        return ended
+
+    def _begin(self, now: float) -> None:
+        rows = min(len(self._waiting), self._max_batch)
+        self._batch = [self._waiting.popleft() for _ in range(rows)]
+        self.due = inf
+        if self._batch:
+            tokens = rows * max(request.prompt for request in self._batch)
+            self.due = now + self._machine.step_seconds(0, 0, tokens)
+
+
+class TokensReplica:
+    """Outputs that grow by a token a step, and pieces of prompts beside them."""
+
     def __init__(self, number: int, machine: Machine, max_running: int, step_tokens: int) -> None:
         if not 1 <= max_running <= step_tokens:
             raise ValueError(
                 f"max_running must be in [1, step_tokens={step_tokens}], got {max_running}"
             )
         self.number = number
-        self.ongoing = 0  # given to it and not ended
-        self.due = inf  # when something happens next, if nothing arrives before
+        self.ongoing = 0
+        self.due = inf
         self._machine = machine
         self._max_running = max_running
         self._step_tokens = step_tokens
@@ -76,7 +126,6 @@ class Replica:
             self._plan()
 
     def work(self, now: float) -> list[Request]:
-        """What is due at `now` happens; returns the requests that end with it."""
         self._advance(now)
         ended = self._finish_step() if now >= self._step_end else []
         while self._decoding and self._decoding[0][0] - self._progress <= ROUNDING:

@@ -18,7 +18,7 @@ from typing import Any
 
 from jobs.autoscaling.autoscaler import Autoscaler, Clock, simulated_time
 from jobs.autoscaling.machines import Machine
-from jobs.autoscaling.replica import Replica, Request
+from jobs.autoscaling.replica import Replica, Request, RowsReplica, TokensReplica
 from jobs.autoscaling.traffic import Arrivals
 
 CONTROL_SECONDS = 1.0  # Ray's controller decides ten times as often, on reports of every 10 s
@@ -31,8 +31,14 @@ class Service:
     autoscaling: dict[str, Any]
     max_ongoing_requests: int
     max_queued_requests: int  # -1: no limit
-    max_running: int
-    step_tokens: int
+    max_running: int  # or rows of a batch
+    step_tokens: int | None  # None: it computes whole rows, and has no other tokens to give
+
+    def replica(self, number: int, machine: Machine) -> Replica:
+        """A new one, without requests."""
+        if self.step_tokens is None:
+            return RowsReplica(number, machine, self.max_running)
+        return TokensReplica(number, machine, self.max_running, self.step_tokens)
 
 
 @dataclass(frozen=True)
@@ -196,8 +202,7 @@ class _Simulation:
         )
 
     def _begin(self, ordered: float) -> None:
-        service = self._service
-        replica = Replica(self._numbers, self._machine, service.max_running, service.step_tokens)
+        replica = self._service.replica(self._numbers, self._machine)
         self._ordered[replica.number] = ordered
         self._numbers += 1
         self._running.append(replica)
