@@ -1,11 +1,13 @@
 """Empties this node before it goes: Kubernetes runs it when it is about to end a worker's pod.
 
-    python -m deployments.drain [--seconds 640] [--node ID]
+    python -m deployments.drain [--seconds 1240] [--node ID]
 
 Ray is told that the node will be gone in so many seconds. Serve then starts the node's replicas
-elsewhere, and ends those here, and its proxy, once their last requests are answered. The command
-ends when they have ended, when the time is over, or when the head has been silent for a minute
-(the whole cluster is ending, say). It belongs to the cluster of RAY_ADDRESS.
+elsewhere. Those here take requests until their successors do, but no longer than until a
+deployment's `graceful_shutdown_timeout_s` before the end, and end, and the node's proxy with them,
+once their last requests are answered. The command ends when they have ended, when the time is over,
+or when the head has been silent for a minute (the whole cluster is ending, say). It belongs to the
+cluster of RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SILENCE_SECONDS = 60.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Empty this node of Serve's replicas.")
-    parser.add_argument("--seconds", type=int, default=640, help="as long as it may take")
+    parser.add_argument("--seconds", type=int, default=1240, help="as long as it may take")
     parser.add_argument("--node", metavar="ID", help="default: the one at this machine's address")
     arguments = parser.parse_args()
     print(drain(arguments.node or node_here(), arguments.seconds), flush=True)

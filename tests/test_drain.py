@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
@@ -97,15 +99,36 @@ def _answers(url: str) -> bool:
 
 
 def test_a_nodes_last_requests_are_answered_and_new_ones_elsewhere(service: Service) -> None:
-    """The command itself, without the variables that a pod does not have."""
+    """The command itself, without the variables that a pod does not have.
+
+    There is time for the successor to start first, so that no request waits for it.
+    """
     first = httpx.get(service.url, timeout=30).text
-    with ThreadPoolExecutor(1) as pool:
+    drained = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
         last = pool.submit(httpx.get, service.url, params={"seconds": 8}, timeout=60)
         time.sleep(1)
-        command = [sys.executable, "-m", "deployments.drain", "--seconds=60", f"--node={first}"]
-        done = subprocess.run(command, env=service.environment, capture_output=True, text=True)
+        meanwhile = pool.submit(_ask, service.url, drained)
+        command = [sys.executable, "-m", "deployments.drain", "--seconds=180", f"--node={first}"]
+        try:
+            done = subprocess.run(command, env=service.environment, capture_output=True, text=True)
+        finally:
+            drained.set()
         assert last.done(), "the drain did not wait for the request"
     assert done.returncode == 0 and "nothing serves here any more" in done.stdout, done
     assert (last.result().status_code, last.result().text) == (200, first)
-    # Its replica may have to start first.
-    assert httpx.get(service.url, timeout=120).text != first
+    nodes = meanwhile.result()
+    change = len(list(takewhile(lambda node: node == first, nodes)))
+    assert change > 0 and first not in nodes[change:] and len(set(nodes[change:])) == 1, nodes
+    assert httpx.get(service.url, timeout=30).text == nodes[-1]
+
+
+def _ask(url: str, ended: threading.Event) -> list[str]:
+    """The nodes that answered, one request after another; each must be answered."""
+    nodes = []
+    while not ended.is_set():
+        reply = httpx.get(url, timeout=30)
+        assert reply.status_code == 200, reply.text
+        nodes.append(reply.text)
+        time.sleep(0.1)
+    return nodes

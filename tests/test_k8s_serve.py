@@ -71,6 +71,10 @@ def test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(
         assert 2 * serving + trainers["maxReplicas"] * float(gpus) <= float(quota)
 
 
+# For a replica on a new machine: k8s/sizing.md's assumptions come to under nine minutes.
+START_ELSEWHERE_SECONDS = 600
+
+
 def test_nothing_ends_before_the_longest_request(objects: list[Object]) -> None:
     (service,) = of_kind(objects, "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
@@ -85,6 +89,7 @@ def test_nothing_ends_before_the_longest_request(objects: list[Object]) -> None:
     assert longest < service["spec"]["rayClusterDeletionDelaySeconds"]
     for application in config["applications"]:
         (deployment,) = application["deployments"]
-        assert longest <= deployment["graceful_shutdown_timeout_s"] < drain
+        graceful = deployment["graceful_shutdown_timeout_s"]
+        assert longest <= graceful <= drain - START_ELSEWHERE_SECONDS
     assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True
