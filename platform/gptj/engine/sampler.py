@@ -81,8 +81,7 @@ class Sampler:
             states = [self._states[key] for key in keys]
             self._batch = _Batch(list(keys), states, self._device)
         batch = self._batch
-        # NaN and infinities make a sum what they are; finite logits cannot reach the limit.
-        finite = logits_RV.sum(dim=-1).isfinite()
+        finite = _finite(logits_RV)
         logits_RV.index_fill_(1, self._banned, -torch.inf)
         logprobs_QV = None
         if batch.reporting:
@@ -306,11 +305,23 @@ class _Batch:
         return least.masked_fill(self._top_p >= 1, -torch.inf)
 
 
+# On a CPU NumPy is asked: its argmax takes a twentieth of the time on one core, and PyTorch's
+# threads would go on spinning after a sum, on the cores that the kernels want for the next step.
+
+
+def _finite(logits_RV: Tensor) -> Tensor:
+    """Whether each row is finite, (R)."""
+    # NaN and infinities make a sum what they are; finite logits cannot reach the limit.
+    if logits_RV.device.type != "cpu":
+        return logits_RV.sum(dim=-1).isfinite()
+    with np.errstate(invalid="ignore", over="ignore"):
+        return torch.from_numpy(np.isfinite(logits_RV.numpy().sum(axis=-1)))
+
+
 def _argmax(logits_RV: Tensor) -> Tensor:
     """The likeliest token of each row, (R); the first of equal ones."""
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(dim=-1)
-    # NumPy's takes a twentieth of the time on one core.
     return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
 
 
