@@ -18,6 +18,7 @@ Kind = Literal["fp32", "bf16", "int8"]
 
 KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8")  # their numbers in kernels.h
 BLOCK = 32  # columns
+PIECE = 8 * BLOCK  # columns that are packed at a time, in a core's cache
 PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
 
 
@@ -47,22 +48,25 @@ def pack(
         allocate: gives a tensor of so many bytes.
     """
     columns, inputs = weight.shape
-    scales = None
-    if kind == "int8":
-        words, scales = quantized(weight)
-    else:
-        words = weight.to(torch.float32 if kind == "fp32" else torch.bfloat16)
-    per_word = PER_WORD[kind]
-    blocks = -(-columns // BLOCK)
-    whole = columns // BLOCK
-    size = blocks * BLOCK * inputs * words.element_size()
-    packed = allocate(size).view(words.dtype).view(blocks, inputs // per_word, BLOCK, per_word)
-    split = words[: whole * BLOCK].view(whole, BLOCK, inputs // per_word, per_word)
-    packed[:whole].copy_(split.transpose(1, 2))
-    if whole < blocks:
-        packed[whole] = 0
-        rest = words[whole * BLOCK :].view(-1, inputs // per_word, per_word)
-        packed[whole, :, : len(rest)] = rest.transpose(0, 1)
+    blocks, width = -(-columns // BLOCK), inputs // PER_WORD[kind]  # in words
+    packed = allocate(blocks * BLOCK * width * 4).view(torch.int32).view(blocks, width, BLOCK)
+    if columns % BLOCK:
+        packed[-1] = 0
+    scales = torch.empty(columns) if kind == "int8" else None
+    # In pieces: what is converted is soon used, and adds little to the memory in use.
+    for start in range(0, columns, PIECE):
+        rows = weight[start : start + PIECE]
+        if scales is not None:
+            values, scales[start : start + PIECE] = quantized(rows)
+        else:
+            values = rows.to(torch.float32 if kind == "fp32" else torch.bfloat16).contiguous()
+        # Words of 32 bits, which PyTorch moves faster than their parts.
+        words = values.view(torch.int32)
+        first, whole = start // BLOCK, len(words) // BLOCK
+        packed[first : first + whole] = words[: whole * BLOCK].view(whole, BLOCK, -1).mT
+        rest = words[whole * BLOCK :]
+        if len(rest):
+            packed[first + whole, :, : len(rest)] = rest.T
     if bias is None:
         bias = torch.zeros(columns)
     return PackedLinear(packed, scales, bias.detach().float().clone(), columns, inputs)
@@ -70,6 +74,7 @@ def pack(
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Unsigned bytes (128 stands for 0) and each row's scale: symmetric, rounded to nearest."""
-    scales = weight.float().abs().amax(dim=1) / 127
-    steps = weight.float() / torch.where(scales > 0, scales, 1.0)[:, None]
-    return (steps.round() + 128).to(torch.uint8), scales
+    steps = weight.to(torch.float32, copy=True)
+    scales = torch.linalg.vector_norm(steps, torch.inf, dim=1) / 127
+    steps.div_(torch.where(scales > 0, scales, 1.0)[:, None]).round_().add_(128)
+    return steps.to(torch.uint8), scales
