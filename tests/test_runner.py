@@ -16,7 +16,7 @@ from torch import Tensor
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.choice import best_runner, page_bytes
 from gptj.engine.cpu import library
-from gptj.engine.cpu.packing import KINDS, pack, quantized
+from gptj.engine.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.cpu.runner import CpuRunner
 from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.plain import PlainOperations
@@ -260,6 +260,56 @@ def test_a_released_model_lives_on_in_the_runner_alone() -> None:
     runner.close()
 
 
+@needs_kernels
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_given_back_while_they_are_packed_unless_they_are_the_embedding(
+    tied: bool,
+) -> None:
+    model = random_model(tie_word_embeddings=tied, vocab_size=3000)
+    ids = random_ids(LENGTH, 300)
+    expected = reference(model, ids)
+    weight = model.lm_head.weight.detach()
+    runner = best_runner(model, 100, release=True)
+    assert (weight == 0).float().mean() == (0 if tied else pytest.approx(1, abs=0.05))
+    (logits,) = step(runner, (ids, 0, [0, 1, 2, 3]))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    runner.close()
+
+
+def new_bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("shapes", "beside"),
+    [
+        ([(100, 64)], False),
+        ([(300, 64), (20, 64), (600, 64)], False),  # which do not end with a block
+        ([(256, 8)] * 3, False),
+        ([(300, 64), (300, 200)], True),
+    ],
+)
+def test_several_weights_are_packed_as_the_one_that_they_make(
+    kind: Kind, shapes: list[tuple[int, int]], beside: bool
+) -> None:
+    weights = [torch.randn(shape) for shape in shapes]
+    spent: list[Tensor] = []
+    packed = pack(weights, None, kind, new_bytes, beside=beside, spent=spent.append)
+    whole = torch.cat(weights, dim=int(beside))
+    assert sum(map(torch.numel, spent)) == whole.numel()
+    words = torch.zeros(-(-len(whole) // 32) * 32, packed.data.shape[1], dtype=torch.int32)
+    if kind == "int8":
+        values, scales = quantized(whole)
+        assert packed.scales is not None and torch.equal(packed.scales, scales)
+    else:
+        values = whole.to(torch.float32 if kind == "fp32" else torch.bfloat16)
+    words[: len(whole)] = values.view(torch.int32)
+    blocks, width, _ = packed.data.shape
+    assert torch.equal(packed.data, words.view(blocks, 32, width).transpose(1, 2))
+    assert (packed.columns, packed.inputs) == whole.shape
+
+
 def test_quantized_weights_are_within_half_a_step() -> None:
     weight = torch.randn(33, 64)
     weight[7] = 0
@@ -272,7 +322,7 @@ def test_quantized_weights_are_within_half_a_step() -> None:
 @pytest.mark.parametrize(("kind", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
 def test_packed_weights_take_their_width_and_no_more(kind: str, size: int) -> None:
     weight = torch.randn(64, 32)
-    packed = pack(weight, None, kind, lambda size: torch.empty(size, dtype=torch.uint8))  # type: ignore[arg-type]
+    packed = pack([weight], None, kind, new_bytes)  # type: ignore[arg-type]
     assert packed.data.nbytes == 64 * 32 * size
     scales = 64 * 4 if kind == "int8" else 0
     assert packed.bytes_read == packed.data.nbytes + 64 * 4 + scales

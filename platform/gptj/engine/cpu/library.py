@@ -95,6 +95,7 @@ def load() -> ctypes.CDLL:
     library.gptj_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step)]
     library.gptj_destroy.argtypes = [ctypes.c_void_p]
     library.gptj_prefer_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.gptj_discard.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.gptj_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.gptj_read.restype = ctypes.c_int64
     return library

@@ -7,7 +7,7 @@ their first byte to their last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,26 +40,35 @@ class PackedLinear:
 
 
 def pack(
-    weight: Tensor, bias: Tensor | None, kind: Kind, allocate: Callable[[int], Tensor]
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    kind: Kind,
+    allocate: Callable[[int], Tensor],
+    *,
+    beside: bool = False,
+    spent: Callable[[Tensor], None] = lambda rows: None,
 ) -> PackedLinear:
-    """Pack a weight (columns, inputs) of any float type.
+    """Pack weights (columns, inputs) of any float type into one matrix.
 
     Args:
         allocate: gives a tensor of so many bytes.
+        beside: they share the columns, and not the inputs.
+        spent: is called with rows of the weights that have been packed.
     """
-    columns, inputs = weight.shape
+    columns = len(weights[0]) if beside else sum(map(len, weights))
+    inputs = sum(each.shape[1] for each in weights) if beside else weights[0].shape[1]
     blocks, width = -(-columns // BLOCK), inputs // PER_WORD[kind]  # in words
     packed = allocate(blocks * BLOCK * width * 4).view(torch.int32).view(blocks, width, BLOCK)
     if columns % BLOCK:
         packed[-1] = 0
     scales = torch.empty(columns) if kind == "int8" else None
-    # In pieces: what is converted is soon used, and adds little to the memory in use.
-    for start in range(0, columns, PIECE):
-        rows = weight[start : start + PIECE]
+    start = 0
+    for rows in _pieces(weights, beside):
+        piece = rows[0] if len(rows) == 1 else torch.cat(rows, dim=int(beside))
         if scales is not None:
-            values, scales[start : start + PIECE] = quantized(rows)
+            values, scales[start : start + PIECE] = quantized(piece)
         else:
-            values = rows.to(torch.float32 if kind == "fp32" else torch.bfloat16).contiguous()
+            values = piece.to(torch.float32 if kind == "fp32" else torch.bfloat16).contiguous()
         # Words of 32 bits, which PyTorch moves faster than their parts.
         words = values.view(torch.int32)
         first, whole = start // BLOCK, len(words) // BLOCK
@@ -67,9 +76,31 @@ def pack(
         rest = words[whole * BLOCK :]
         if len(rest):
             packed[first + whole, :, : len(rest)] = rest.T
+        for each in rows:
+            spent(each)
+        start += len(piece)
     if bias is None:
         bias = torch.zeros(columns)
     return PackedLinear(packed, scales, bias.detach().float().clone(), columns, inputs)
+
+
+def _pieces(weights: Sequence[Tensor], beside: bool) -> Iterator[list[Tensor]]:
+    """Rows of the weights that make whole blocks together; the last ones need not."""
+    if beside:
+        for start in range(0, len(weights[0]), PIECE):
+            yield [weight[start : start + PIECE] for weight in weights]
+        return
+    rows: list[Tensor] = []
+    for weight in weights:
+        start = 0
+        while start < len(weight):
+            rows.append(weight[start : start + PIECE - sum(map(len, rows))])
+            start += len(rows[-1])
+            if sum(map(len, rows)) == PIECE:
+                yield rows
+                rows = []
+    if rows:
+        yield rows
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

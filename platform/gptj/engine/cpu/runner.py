@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ class CpuRunner:
         kind: of the weights; int8 is symmetric, a scale an output, with activations in int8
             too, a scale for each 128 inputs.
         threads: that compute, the calling one included; default: PyTorch's number.
-        release: take the weights out of the model while they are packed, so that there is one
-            copy of them in memory: the model is of no use afterwards.
+        release: take the weights out of the model while they are packed, piece by piece, so that
+            there is one copy of them in memory: the model is of no use afterwards, nor is what
+            else shares its weights' memory.
 
     Raises:
         UnsupportedError: if this processor, or this model's configuration, is not supported.
@@ -131,11 +132,14 @@ class CpuRunner:
         """All weights in the kernels' order; with `release` each goes as soon as it is packed."""
         config = self.config
         let_go = _release if release else _keep_as_it_is
+        spent = self._discard if release else _keep_rows
         stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
         # The embedding stays as it is: mapped from its file, if it has the right type.
-        embedding_VD = model.transformer.wte.weight.detach().to(stored)
+        wte, lm_head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
+        embedding_VD = wte.to(stored)
         embedding = self._keep(embedding_VD if release else embedding_VD.clone())
-        head = self._linear(model.lm_head.weight, model.lm_head.bias)
+        tied = wte.data_ptr() == lm_head.data_ptr()
+        head = self._linear([lm_head], model.lm_head.bias, _keep_rows if tied else spent)
         let_go(model.lm_head, model.transformer.wte)
         layers = (library.Layer * config.n_layer)()
         for layer, block in zip(layers, model.transformer.h, strict=True):
@@ -143,13 +147,12 @@ class CpuRunner:
             attn, mlp = block.attn, block.mlp
             projections = (attn.q_proj, attn.k_proj, attn.v_proj)
             layer.norm_weight, layer.norm_bias = self._norm(block.ln_1)
-            layer.qkv = self._linear(torch.cat([each.weight for each in projections]), None)
+            layer.qkv = self._linear([each.weight for each in projections], None, spent)
             let_go(*projections)
-            layer.fc_in = self._linear(mlp.fc_in.weight, mlp.fc_in.bias)
+            layer.fc_in = self._linear([mlp.fc_in.weight], mlp.fc_in.bias, spent)
             let_go(mlp.fc_in)
-            layer.out = self._linear(
-                torch.cat((attn.out_proj.weight, mlp.fc_out.weight), dim=1), mlp.fc_out.bias
-            )
+            last = [attn.out_proj.weight, mlp.fc_out.weight]
+            layer.out = self._linear(last, mlp.fc_out.bias, spent, beside=True)
             let_go(block)
         final_weight, final_bias = self._norm(model.transformer.ln_f)
         let_go(model)
@@ -166,8 +169,17 @@ class CpuRunner:
             layers,
         )
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> library.Weights:
-        packed: PackedLinear = pack(weight, bias, self._kind, self._allocate)
+    def _linear(
+        self,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        spent: Callable[[Tensor], None],
+        *,
+        beside: bool = False,
+    ) -> library.Weights:
+        packed: PackedLinear = pack(
+            weights, bias, self._kind, self._allocate, beside=beside, spent=spent
+        )
         self._bytes_read += packed.bytes_read
         scales = None if packed.scales is None else self._keep(packed.scales)
         return library.Weights(
@@ -184,6 +196,10 @@ class CpuRunner:
         if size >= LEAST_BYTES:
             self._library.gptj_prefer_large_pages(memory.data_ptr(), size)
         return memory
+
+    def _discard(self, rows: Tensor) -> None:
+        if rows.is_contiguous():
+            self._library.gptj_discard(rows.data_ptr(), rows.nbytes)
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
@@ -213,3 +229,7 @@ def _release(*modules: nn.Module) -> None:
 
 def _keep_as_it_is(*modules: nn.Module) -> None:
     """The model is used on."""
+
+
+def _keep_rows(rows: Tensor) -> None:
+    """Somebody else uses them."""

@@ -501,6 +501,13 @@ class Runner {
   std::vector<int32_t> offsets_;
 };
 
+// Of the whole pages within; it is advice, which the system may decline.
+void advise(void* data, int64_t bytes, int advice) {
+  const uintptr_t page = 4096, from = (uintptr_t(data) + page - 1) / page * page;
+  const uintptr_t to = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, advice);
+}
+
 }  // namespace
 
 extern "C" {
@@ -527,11 +534,10 @@ int gptj_step(void* runner, const Step* step) {
 void gptj_destroy(void* runner) { delete static_cast<Runner*>(runner); }
 
 // Asks for large pages, which weights are read faster from; the system may decline.
-void gptj_prefer_large_pages(void* data, int64_t bytes) {
-  const uintptr_t page = 4096, from = (uintptr_t(data) + page - 1) / page * page;
-  const uintptr_t to = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-}
+void gptj_prefer_large_pages(void* data, int64_t bytes) { advise(data, bytes, MADV_HUGEPAGE); }
+
+// Gives the memory back to the system. What is read there afterwards is anything.
+void gptj_discard(void* data, int64_t bytes) { advise(data, bytes, MADV_DONTNEED); }
 
 // Reads `bytes` (a multiple of 64) once on so many threads: what a step can at best be as fast as.
 int64_t gptj_read(const void* data, int64_t bytes, int threads) {
