@@ -20,6 +20,7 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM, checkpoint
 from gptj.interop import flax, tensorflow
 from gptj.interop.layout import Layout
+from gptj.skeleton import without_weights
 from gptj.weights import SINGLE_FILE, TensorSpec
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -57,7 +58,7 @@ def specs_of(n_embd: int, n_layer: int) -> tuple[GPTJConfig, list[TensorSpec]]:
     config = GPTJConfig(
         vocab_size=256, n_positions=64, n_embd=n_embd, n_layer=n_layer, n_head=8, rotary_dim=16
     )
-    with torch.device("meta"):
+    with without_weights():
         state = GPTJForCausalLM(config).state_dict()
     return config, [TensorSpec(n, tuple(t.shape), torch.float16) for n, t in state.items()]
 

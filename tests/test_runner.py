@@ -270,7 +270,8 @@ def test_weights_are_given_back_while_they_are_packed_unless_they_are_the_embedd
     expected = reference(model, ids)
     weight = model.lm_head.weight.detach()
     runner = best_runner(model, 100, release=True)
-    assert (weight == 0).float().mean() == (0 if tied else pytest.approx(1, abs=0.05))
+    gone = float((weight == 0).float().mean())
+    assert gone == 0 if tied else gone > 0.7  # whole pages of each piece
     (logits,) = step(runner, (ids, 0, [0, 1, 2, 3]))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     runner.close()

@@ -20,6 +20,7 @@ from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
 from gptj.engine.runner import Runner
 from gptj.sampling import SamplingParams
+from gptj.skeleton import without_weights
 from jobs.benchmarks.machine import gpu_read_bandwidth, read_bandwidth
 
 WARM_UP_TOKENS = 4
@@ -119,7 +120,7 @@ def load_runner(
 
 def random_model(preset: str, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
     """New weights of a preset's shapes, made where they are used: nothing is read."""
-    with torch.device("meta"):
+    with without_weights():
         model = GPTJForCausalLM(GPTJConfig.preset(preset))
     model = model.to(dtype).to_empty(device=device).eval()
     torch.manual_seed(0)

@@ -40,6 +40,7 @@ from torch import Tensor
 from gptj import GPTJConfig, GPTJForCausalLM, storage
 from gptj.checkpoint import CONFIG, config_of
 from gptj.manifest import MANIFEST, FolderWriter
+from gptj.skeleton import without_weights
 from gptj.weights import SHARD_BYTES, TensorSpec, write_weights
 from jobs.local_s3 import LocalS3
 
@@ -59,7 +60,7 @@ Row = dict[str, Any]
 def create(folder: str, size: str) -> Row:
     """Write a random GPT-J of a preset in fp16, tensor by tensor, in three files or more."""
     start = time.perf_counter()
-    with torch.device("meta"):
+    with without_weights():
         model = GPTJForCausalLM(GPTJConfig.preset(size))
     model = model.to(torch.float16)
     specs = [TensorSpec(n, tuple(p.shape), torch.float16) for n, p in model.named_parameters()]

@@ -39,6 +39,7 @@ from gptj.model import (
     GPTJModel,
     GPTJPreTrainedModel,
 )
+from gptj.skeleton import without_weights
 from gptj.tokenizer import GPTJTokenizer
 from gptj.weights import SHARD_BYTES, TensorSpec, read_weights, write_weights
 
@@ -234,7 +235,7 @@ def _assembled(
 ) -> tuple[Model, bool]:
     """The model of these tensors, and whether it uses their memory and not only copies."""
     try:
-        with torch.device("meta"):  # no memory, and no time for weights that are replaced at once
+        with without_weights():  # no memory, and no time for weights that are replaced at once
             model = cls(config)
     except RuntimeError as error:
         raise CheckpointError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from gptj.checkpoint import HEAD_CLASSES, OLD_BUFFERS
 from gptj.config import GPTJConfig
 from gptj.interop.tensors import StoredTensor
@@ -17,6 +15,7 @@ from gptj.model import (
     GPTJModel,
     GPTJPreTrainedModel,
 )
+from gptj.skeleton import without_weights
 
 PREFIX = GPTJPreTrainedModel.base_model_prefix + "."
 HEADS: dict[str, type[GPTJPreTrainedModel]] = {
@@ -56,7 +55,7 @@ def fit(
     fitted.architectures = [cls.__name__]
     if cls is GPTJForQuestionAnswering and fitted.num_labels != 2:
         fitted.num_labels = 2  # start and end
-    with torch.device("meta"):
+    with without_weights():
         model = cls(fitted)
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     shared = set(dict(model.named_parameters(remove_duplicate=False))) - set(expected)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gptj.checkpoint import config_of, load_model, save_folder
 from gptj.config import GPTJConfig
 from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
+from gptj.skeleton import without_weights
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
 from gptj.weights import TensorSpec
@@ -49,7 +50,7 @@ def build_model(
     if settings.deepspeed.stage < 3:
         if source is not None:
             return source.float() if settings.deepspeed.precision == "fp32" else source
-        with torch.device("meta"):
+        with without_weights():
             model = cls(config)
         model = model.to_empty(device="cpu")
         if isinstance(model, GPTJForCausalLM):
