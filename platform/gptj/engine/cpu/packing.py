@@ -7,6 +7,7 @@ their first byte to their last.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,13 +63,16 @@ def pack(
     if columns % BLOCK:
         packed[-1] = 0
     scales = torch.empty(columns) if kind == "int8" else None
+    held = _scratch(PIECE, inputs, torch.bfloat16 if kind == "bf16" else torch.float32)
+    unsigned = _scratch(PIECE if kind == "int8" else 0, inputs, torch.uint8)
     start = 0
     for rows in _pieces(weights, beside):
-        piece = rows[0] if len(rows) == 1 else torch.cat(rows, dim=int(beside))
+        values = held[: len(rows[0]) if beside else sum(map(len, rows))]
+        end = start + len(values)
+        torch.cat(rows, dim=int(beside), out=values)
         if scales is not None:
-            values, scales[start : start + PIECE] = quantized(piece)
-        else:
-            values = piece.to(torch.float32 if kind == "fp32" else torch.bfloat16).contiguous()
+            scales[start:end] = _quantize(values)
+            values = unsigned[: len(values)].copy_(values)
         # Words of 32 bits, which PyTorch moves faster than their parts.
         words = values.view(torch.int32)
         first, whole = start // BLOCK, len(words) // BLOCK
@@ -78,7 +82,7 @@ def pack(
             packed[first + whole, :, : len(rest)] = rest.T
         for each in rows:
             spent(each)
-        start += len(piece)
+        start = end
     if bias is None:
         bias = torch.zeros(columns)
     return PackedLinear(packed, scales, bias.detach().float().clone(), columns, inputs)
@@ -106,6 +110,19 @@ def _pieces(weights: Sequence[Tensor], beside: bool) -> Iterator[list[Tensor]]:
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Unsigned bytes (128 stands for 0) and each row's scale: symmetric, rounded to nearest."""
     steps = weight.to(torch.float32, copy=True)
-    scales = torch.linalg.vector_norm(steps, torch.inf, dim=1) / 127
-    steps.div_(torch.where(scales > 0, scales, 1.0)[:, None]).round_().add_(128)
+    scales = _quantize(steps)
     return steps.to(torch.uint8), scales
+
+
+def _quantize(weight: Tensor) -> Tensor:
+    """The same in place, in fp32; returns the scales."""
+    scales: Tensor = torch.linalg.vector_norm(weight, torch.inf, dim=1) / 127
+    weight.div_(torch.where(scales > 0, scales, 1.0)[:, None]).round_().add_(128)
+    return scales
+
+
+def _scratch(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory that is the system's again afterwards: malloc would keep a part for each matrix."""
+    size = rows * width * dtype.itemsize
+    memory = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
+    return memory.view(dtype).view(rows, width)
