@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_what_a_killed_process_left_goes_and_what_a_running_one_has_stays(tmp_pa
     finally:
         running.kill()
         running.wait(timeout=10)
+
+
+def test_many_that_come_and_go_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    def one(number: int) -> bool:
+        with scratch_folder(tmp_path) as folder:
+            (folder / str(number)).touch()
+            return [file.name for file in folder.iterdir()] == [str(number)]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(300)))
+    (root,) = tmp_path.iterdir()
+    assert [file.name for file in root.iterdir()] == ["lock"]
 
 
 def test_another_users_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

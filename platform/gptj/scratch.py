@@ -50,7 +50,10 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
         try:
             yield content
         finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(content)
+            with FileLock(root / LOCK) as alone:  # as whoever looks for abandoned ones
+                alone.take()
+                shutil.rmtree(folder)
 
 
 def _delete_abandoned(root: Path) -> None:
