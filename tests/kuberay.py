@@ -145,6 +145,13 @@ class Pod:
         return httpx.get(f"http://{host}:{port}{probe['path']}", timeout=10).status_code
 
 
+def nodes_alive(dashboard: str, token: str) -> int:
+    headers = {"Authorization": f"Bearer {token}"}
+    reply = httpx.get(f"{dashboard}/nodes?view=summary", headers=headers, timeout=30)
+    summary = reply.raise_for_status().json()["data"]["summary"]
+    return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
+
+
 class Cluster:
     """The head and the workers of a rayClusterSpec."""
 
@@ -212,11 +219,7 @@ class Cluster:
         return reply.status_code == 200
 
     def nodes_alive(self) -> int:
-        reply = httpx.get(
-            f"{self.dashboard}/nodes?view=summary", headers=self.authorization, timeout=30
-        )
-        summary = reply.raise_for_status().json()["data"]["summary"]
-        return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
+        return nodes_alive(self.dashboard, self._token)
 
     def _start(self, name: str, group: Object, ports: Ports) -> Pod:
         head = name == "head"

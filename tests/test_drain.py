@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from kuberay import nodes_alive
 
 from jobs.local_ray import LocalRay
 from jobs.processes import HOST, free_ports, running
@@ -80,15 +81,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def _wait_for_nodes(node: LocalRay, count: int) -> None:
-    headers = {"Authorization": f"Bearer {node.token}"}
     deadline = time.monotonic() + 90
-    alive: list[str] = []
-    while len(alive) != count:
-        assert time.monotonic() < deadline, f"{count} nodes should be alive: {alive}"
+    while (alive := nodes_alive(node.dashboard, node.token)) != count:
+        assert time.monotonic() < deadline, f"{count} nodes should be alive, {alive} are"
         time.sleep(0.2)
-        reply = httpx.get(f"{node.dashboard}/nodes?view=summary", headers=headers, timeout=30)
-        summary = reply.raise_for_status().json()["data"]["summary"]
-        alive = [each["raylet"]["nodeId"] for each in summary if each["raylet"]["state"] == "ALIVE"]
 
 
 def _answers(url: str) -> bool:

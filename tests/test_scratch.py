@@ -15,7 +15,7 @@ from gptj.scratch import scratch_folder
 
 # By its path: importing the package would take each process a second.
 HOLD = f"""
-import importlib.util, sys, time, types
+import sys, time, types
 sys.modules["gptj"] = package = types.ModuleType("gptj")
 package.__path__ = [{str(Path(scratch.__file__).parent)!r}]
 from gptj.scratch import scratch_folder
