@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import ray
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptj import GPTJTokenizer, storage
+from gptj.addresses import normalized
 from gptj.checkpoint import TRAINING, load_config, training_data
 from gptj.config import parse_dtype
 from gptj.file_lock import turn
@@ -29,7 +30,8 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    checkpoint: str  # a folder, an s3:// address or a hub id
+    # A folder, an s3:// address or a hub id.
+    checkpoint: Annotated[str, AfterValidator(normalized)]
     revision: str | None = None  # of a hub id
     # auto: float16 on a GPU; on a CPU bfloat16 where it computes in it (AMX, AVX512-BF16), or
     # else float32, since emulation is slower than float32 itself.

@@ -44,6 +44,7 @@ from typing import Any
 from gptj import storage
 from gptj.config import PRESETS
 from gptj.manifest import MANIFEST
+from jobs import command_line
 from jobs.benchmarks import load_weights, machine, mlperf
 from jobs.benchmarks.decode import TEXT_IDS, Decode
 from jobs.benchmarks.http_load import Load
@@ -70,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
         command = commands.add_parser(name)
-        command.add_argument("--model", required=name == "serve")
+        command.add_argument("--model", type=command_line.address, required=name == "serve")
         command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
         sizes = "--batch" if name == "decode" else "--concurrency"
         command.add_argument(sizes, default=default_batch, type=_numbers, dest="sizes")
         command.add_argument("--prompt-tokens", type=int, default=64)
         command.add_argument("--new-tokens", type=int, default=new)
         command.add_argument("--repeats", type=int, default=1)
-        command.add_argument("--peers", type=Path)
+        command.add_argument("--peers", type=command_line.folder)
         if name == "decode":
             command.add_argument("--preset", choices=PRESETS)  # random weights of these shapes
             command.add_argument("--threads", type=int, default=os.cpu_count())
@@ -85,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--rounds", type=int, default=2)
     mlperf.add_arguments(commands.add_parser("mlperf"))
     command = commands.add_parser("perplexity")
-    command.add_argument("--model", required=True)
-    command.add_argument("--data", required=True)
+    command.add_argument("--model", type=command_line.address, required=True)
+    command.add_argument("--data", type=command_line.data_address, required=True)
     command.add_argument("--dtypes", default="float32,bfloat16,int8", type=_dtypes)
     command = commands.add_parser("load")
-    command.add_argument("--folder", required=True, type=Path)
+    command.add_argument("--folder", required=True, type=command_line.folder)
     command.add_argument("--size", default="6b", choices=["6b", "small", "tiny"])
     command.add_argument("--repeats", type=int, default=1)
     command.add_argument(
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     command.add_argument("--no-s3", action="store_true")
     command.add_argument("--keep", action="store_true", help="the model on disk")
-    commands.add_parser("model").add_argument("folder")
+    commands.add_parser("model").add_argument("folder", type=command_line.address)
     given = parser.parse_args(arguments)
     if given.command == "model":
         write_model(given.folder)

@@ -27,15 +27,17 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.checkpoint import HEAD_CLASSES, TRAINING, load_config, training_data
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.causal_lm import CausalLMData
@@ -59,20 +61,21 @@ DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
 logger = logging.getLogger("evaluate")
 
 Positive = Annotated[int, Field(ge=1)]
+DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
 Data = CausalLMData | ClassificationData | QuestionAnsweringData
 
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: str
-    data: str
+    checkpoint: Annotated[str, AfterValidator(normalized)]
+    data: DataAddress
     batch_size: Positive = 8
     sequence_length: Positive | None = None
     stride: Annotated[int, Field(ge=0)] | None = None
     columns: dict[str, str] = {}
     limit: Positive | None = None
-    unigram: str | None = None
+    unigram: DataAddress | None = None
     dtype: str | None = None
     device: str | None = None
     revision: str | None = None

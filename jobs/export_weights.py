@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from gptj.interop.exporter import EXPORT_FORMATS, export_weights
 from gptj.weights import SHARD_BYTES
+from jobs import command_line
 from jobs.import_weights import DTYPES
 
 
@@ -43,8 +44,8 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source")
-    parser.add_argument("destination")
+    parser.add_argument("source", type=command_line.address)
+    parser.add_argument("destination", type=command_line.address)
     parser.add_argument("--format", choices=EXPORT_FORMATS, required=True)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from gptj.interop.formats import FORMATS
 from gptj.interop.importer import import_weights
+from jobs import command_line
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -46,23 +47,28 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source")
-    parser.add_argument("destination")
+    parser.add_argument("source", type=command_line.address)
+    parser.add_argument("destination", type=command_line.address)
     parser.add_argument("--format", choices=FORMATS, help="default: found by looking")
     parser.add_argument("--dtype", choices=DTYPES, help="of the new weights; default: as stored")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--config",
         metavar="JSON",
+        type=command_line.address,
         help="the model's configuration, of Hugging Face or mesh-transformer-jax, where SOURCE "
         "has none; needed for checkpoints of mesh-transformer-jax that are not GPT-J-6B",
     )
     parser.add_argument(
-        "--tokenizer", metavar="ADDRESS", help="a folder or hub id; default: SOURCE's, if any"
+        "--tokenizer",
+        metavar="ADDRESS",
+        type=command_line.address,
+        help="a folder or hub id; default: SOURCE's, if any",
     )
     parser.add_argument(
         "--scratch",
         metavar="FOLDER",
+        type=command_line.folder,
         help="where a .tar.zst is unpacked, and deleted again; default: the system's",
     )
     return parser.parse_args(words)

@@ -33,6 +33,7 @@ import numpy as np
 import yaml
 
 from deployments.loading import BatchArguments
+from jobs import command_line
 from jobs.autoscaling.machines import MACHINES
 from jobs.autoscaling.report import Row, intervals, plot, summary, table
 from jobs.autoscaling.simulation import Service, simulate
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=Traffic.hours)
     parser.add_argument("--seed", type=int, default=Traffic.seed)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE[,VALUE…]")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=command_line.folder)
     given = parser.parse_args(arguments)
     try:
         changes = combinations(given.set)

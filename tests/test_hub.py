@@ -260,7 +260,7 @@ def test_folders_and_s3_addresses_pass_through(tmp_path: Path) -> None:
             locate(address, revision="main", patterns=[])
 
 
-@pytest.mark.parametrize("address", ["/no/such/folder", "./model", "a/b/c", "", "some one/model"])
+@pytest.mark.parametrize("address", ["/no/such/folder", "./model", "a/b/c", "some one/model"])
 def test_what_can_be_no_hub_id_is_refused_without_asking(address: str) -> None:
     with pytest.raises(FileNotFoundError, match="no existing folder, no s3:// address and no hub"):
         locate(address, revision=None, patterns=[])

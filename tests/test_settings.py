@@ -35,7 +35,7 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
     settings = read_settings(["task=classification", "data.label_names=[bad, good]", "epochs=2"])
     assert Settings(**settings.model_dump(exclude_unset=True)) == settings
     file = tmp_path / "again.yaml"
-    file.write_text(Settings().to_yaml().replace("epochs: 1.0\n", ""))
+    file.write_text(re.sub(".*(epochs|: '').*\n", "", Settings().to_yaml()))
     with pytest.raises(SettingsError, match="has no effect"):
         read_settings([str(file)])  # it sets everything, also what causal-lm does not use
 

@@ -31,6 +31,7 @@ from deployments.loading import best_dtype
 from gptj import GPTJForCausalLM
 from gptj.engine.choice import best_runner
 from gptj.engine.engine import Engine
+from jobs import command_line
 from jobs.benchmarks import machine
 from jobs.benchmarks.decode import TEXT_IDS, generate
 from jobs.benchmarks.serve import SERVE_CONFIG
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", type=command_line.address)
     parser.add_argument("--starts", type=int, default=5)
     given = parser.parse_args(arguments)
     show(machine.description() | {"model": given.model})

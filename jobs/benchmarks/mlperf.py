@@ -20,6 +20,7 @@ from pathlib import Path
 from gptj import GPTJTokenizer
 from gptj.checkpoint import load_config
 from gptj.data.sources import read_rows
+from jobs import command_line
 from jobs.benchmarks.decode import TEXT_IDS
 from jobs.benchmarks.loadgen import MAX_TOKENS, MLPerf, Row, Scenario, load_generator
 from jobs.benchmarks.serve import ours
@@ -28,19 +29,23 @@ MAX_PROMPT_TOKENS = 1919
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", type=command_line.address, required=True)
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
     )
     parser.add_argument("--url", help="a service that runs already, such as http://host:8000")
     parser.add_argument("--scenario", default="both", choices=["offline", "server", "both"])
-    parser.add_argument("--prompts", help="a data set with the column text; default: random ids")
+    parser.add_argument(
+        "--prompts",
+        type=command_line.data_address,
+        help="a data set with the column text; default: random ids",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of random prompts")
     parser.add_argument("--samples", type=int, default=24, help="at least; MLPerf's are 13368")
     parser.add_argument("--min-duration", type=float, default=10, help="seconds; MLPerf's: 600")
     parser.add_argument("--target-qps", type=float, default=1, help="samples a second")
     parser.add_argument("--concurrency", type=int, default=32, help="requests in flight")
-    parser.add_argument("--logs", type=Path, default=Path("outputs/mlperf"))
+    parser.add_argument("--logs", type=command_line.folder, default=Path("outputs/mlperf"))
 
 
 def measure(given: argparse.Namespace) -> Iterator[Row]:

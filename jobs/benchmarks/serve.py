@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from gptj.addresses import absolute
 from jobs.local_ray import LocalRay
 from jobs.processes import HOST, free_ports, running, tail
 
@@ -33,7 +34,7 @@ def ours(model: str, arguments: dict[str, Any], folder: Path) -> Iterator[str]:
     config = yaml.safe_load(SERVE_CONFIG.read_text())
     application = config["applications"][0]
     application["args"] = {
-        "checkpoint": str(Path(model).resolve()),
+        "checkpoint": absolute(model) if Path(model).exists() else model,
         "model_name": MODEL_NAME,
         **arguments,
     }

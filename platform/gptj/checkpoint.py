@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.checkpoint_cache import CheckpointCache, Lease
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.hub import locate
@@ -70,7 +72,7 @@ Model = TypeVar("Model", bound=GPTJPreTrainedModel)
 
 def save_model(
     model: GPTJPreTrainedModel,
-    address: str,
+    address: str | os.PathLike[str],
     *,
     tokenizer: GPTJTokenizer | None = None,
     training: Mapping[str, Any] | None = None,
@@ -97,7 +99,7 @@ def save_model(
 
 
 def save_folder(
-    address: str,
+    address: str | os.PathLike[str],
     config: GPTJConfig,
     specs: Sequence[TensorSpec],
     tensors: Iterable[Tensor],
@@ -142,7 +144,9 @@ def config_of(model: GPTJPreTrainedModel) -> GPTJConfig:
     return config
 
 
-def load_config(address: str, *, revision: str | None = None, **overrides: Any) -> GPTJConfig:
+def load_config(
+    address: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
+) -> GPTJConfig:
     """The configuration of a folder, an `s3://` address or a hub id.
 
     Raises:
@@ -168,7 +172,7 @@ def training_data(content: bytes, address: str) -> dict[str, Any]:
 
 def load_model(
     cls: type[Model],
-    address: str,
+    address: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
@@ -186,8 +190,9 @@ def load_model(
         FileNotFoundError: if there is no model at the address.
         CheckpointError: naming what is missing, cut off, altered or of another shape.
     """
+    address = normalized(address)
     folder = locate(address, revision=revision, patterns=SAFETENSORS_PATTERNS)
-    from_hub = folder != address.rstrip("/")
+    from_hub = folder != address
     if from_hub and not any(f.name.endswith(".safetensors") for f in storage.list_files(folder)):
         folder = locate(address, revision=revision, patterns=PICKLE_PATTERNS)
     manifest = Manifest.read(folder)
@@ -354,12 +359,12 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("address", help="a local folder or an s3:// address")
     arguments = parser.parse_args(given)
     try:
-        manifest = verify(arguments.address)
+        address = normalized(arguments.address)
+        manifest = verify(address)
     except (ValueError, storage.StorageError) as error:
         sys.exit(str(error))
     print(
-        f"{arguments.address}: good: {len(manifest.files)} files, {manifest.size} bytes, as they "
-        f"were written"
+        f"{address}: good: {len(manifest.files)} files, {manifest.size} bytes, as they were written"
     )
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptj import storage
+from gptj.addresses import local_path
 from gptj.file_lock import FileLock
 from gptj.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from gptj.streaming import new_parts, stream
@@ -58,7 +59,7 @@ class CheckpointCache:
 
     @classmethod
     def from_environment(cls) -> CheckpointCache | None:
-        """None if it is off. ValueError for a folder without a size, or a size that is none."""
+        """None if it is off. ValueError for a folder without a size, or that is none, or a size."""
         folder, size = os.environ.get(FOLDER_VARIABLE), os.environ.get(SIZE_VARIABLE)
         if not folder and not size:
             return None
@@ -73,7 +74,7 @@ class CheckpointCache:
             limit = 0
         if limit <= 0:
             raise ValueError(f"{SIZE_VARIABLE} must be a positive number of GB, got {size!r}")
-        return cls(Path(folder), limit)
+        return cls(local_path(folder), limit)
 
     def lease(self, address: str, manifest: Manifest, *, verify: bool = True) -> Lease | None:
         """A folder with the checkpoint's files, fetched first if they are not there.

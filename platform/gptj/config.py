@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from copy import deepcopy
 from reprlib import repr as shown
 from typing import Any
@@ -103,7 +104,7 @@ class GPTJConfig:
 
     @classmethod
     def from_pretrained(
-        cls, address: str, *, revision: str | None = None, **overrides: Any
+        cls, address: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> GPTJConfig:
         """The `config.json` of a folder, an `s3://` address or a hub id."""
         from gptj.checkpoint import load_config  # it reads our class

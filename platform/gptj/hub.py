@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from gptj.storage import is_s3
+from gptj.addresses import is_s3, normalized
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def locate(address: str, *, revision: str | None, patterns: Sequence[str]) -> str:
+def locate(
+    address: str | os.PathLike[str], *, revision: str | None, patterns: Sequence[str]
+) -> str:
     """The folder or `s3://` address where the files of a model or tokenizer can be read.
+
+    Folders and `s3://` addresses come back as gptj.addresses spells them.
 
     A hub id such as `EleutherAI/gpt-j-6B` is downloaded to the hub's cache first (only files
     that match `patterns`).
@@ -33,12 +38,14 @@ def locate(address: str, *, revision: str | None, patterns: Sequence[str]) -> st
 
     Raises:
         FileNotFoundError: if it is none of the three, or the hub does not have it.
-        ValueError: for a revision of something that has none.
+        ValueError: for a revision of something that has none; AddressError for what can be no
+            address.
     """
-    if is_s3(address) or (address and Path(address).is_dir()):  # Path("") is "."
+    address = normalized(address)
+    if is_s3(address) or Path(address).is_dir():
         if revision is not None:
             raise ValueError(f"only hub ids have revisions, {address} is a folder: drop {revision}")
-        return address.rstrip("/") or address
+        return address
     if HUB_ID.fullmatch(address) is None:
         raise FileNotFoundError(
             f"{address!r} is no existing folder, no s3:// address and no hub id (owner/name)"

@@ -20,6 +20,7 @@ from reprlib import repr as shown
 from typing import IO, Any
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.json_object import CheckpointError as CheckpointError
 from gptj.json_object import parse_object, read_small
 from gptj.streaming import new_parts, stream
@@ -205,8 +206,8 @@ class FolderWriter:
     has a manifest: finished folders never change.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder.rstrip("/")
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = normalized(folder)
         self._files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> FolderWriter:

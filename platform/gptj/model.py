@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -53,7 +54,7 @@ class GPTJPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        address: str,
+        address: str | os.PathLike[str],
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -91,7 +92,7 @@ class GPTJPreTrainedModel(nn.Module):
             **overrides,
         )
 
-    def save_pretrained(self, address: str) -> None:
+    def save_pretrained(self, address: str | os.PathLike[str]) -> None:
         """Write a model folder (local or `s3://`) that we and Hugging Face can load."""
         from gptj.checkpoint import save_model
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gptj.addresses import local_path
 from gptj.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,10 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
         parent: where there is room; None: the system's folder for temporary files.
 
     Raises:
+        AddressError: if the parent is no local folder.
         PermissionError: if another user has made the place where ours would be.
     """
-    root = Path(parent or tempfile.gettempdir()) / f"gptj-scratch-{os.getuid()}"
+    root = local_path(parent or tempfile.gettempdir()) / f"gptj-scratch-{os.getuid()}"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = root.stat().st_uid
     if owner != os.getuid():

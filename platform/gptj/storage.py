@@ -1,9 +1,9 @@
 """One way to read and write local paths and `s3://bucket/key` addresses: bytes in, bytes out.
 
-S3 goes through boto3, which reads the usual AWS variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an instance's role). Every request has a time limit
-and a bounded number of tries, and carries a checksum that the server verifies. What is written
-appears as a whole or not at all, on both kinds of storage.
+Addresses are those of gptj.addresses. S3 goes through boto3, which reads the usual AWS variables
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an instance's
+role). Every request has a time limit and a bounded number of tries, and carries a checksum that the
+server verifies. What is written appears as a whole or not at all, on both kinds of storage.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import http.client
 import io
 import os
-import posixpath
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,11 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+
+from gptj.addresses import absolute, local_path
+from gptj.addresses import is_s3 as is_s3
+from gptj.addresses import join as join
+from gptj.addresses import split_s3 as split_s3
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -83,21 +87,10 @@ class FileInfo:
     size: int  # bytes
 
 
-def is_s3(address: str) -> bool:
-    return address.startswith("s3://")
-
-
-def join(address: str, *parts: str) -> str:
-    """The address of something in a folder."""
-    if is_s3(address):
-        return posixpath.join(address.rstrip("/"), *parts)
-    return os.path.join(address, *parts)
-
-
 def exists(address: str) -> bool:
     """Whether there is a file at the address."""
     if not is_s3(address):
-        return Path(address).is_file()
+        return local_path(address).is_file()
     try:
         size(address)
     except NotFoundError:
@@ -109,7 +102,7 @@ def size(address: str) -> int:
     """Bytes of a file; NotFoundError if it is not there."""
     if not is_s3(address):
         with _explaining_local(address):
-            return Path(address).stat().st_size
+            return local_path(address).stat().st_size
     bucket, key = split_s3(address)
     with _explaining(bucket, key):
         return _client().head_object(Bucket=bucket, Key=key)["ContentLength"]
@@ -121,7 +114,7 @@ def list_files(folder: str) -> list[FileInfo]:
     NotFoundError if its bucket does not exist. Files that are still being written are not listed.
     """
     if not is_s3(folder):
-        root = Path(folder)
+        root = local_path(folder)
         paths = (path for path in root.rglob("*") if path.is_file())
         files = [
             FileInfo(str(path), path.relative_to(root).as_posix(), path.stat().st_size)
@@ -130,7 +123,7 @@ def list_files(folder: str) -> list[FileInfo]:
         ]
         return sorted(files, key=lambda file: file.name)
     bucket, key = split_s3(folder)
-    prefix = key.rstrip("/") + "/" if key else ""
+    prefix = f"{key}/" if key else ""
     files = []
     with _explaining(bucket, key):
         pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
@@ -160,7 +153,7 @@ def read_into(address: str, start: int, target: memoryview) -> None:
     StorageError if the file ends before `target` is full.
     """
     if not is_s3(address):
-        with _explaining_local(address), io.FileIO(address) as file:
+        with _explaining_local(address), io.FileIO(local_path(address)) as file:
             file.seek(start)
             _fill(file, target, address)
         return
@@ -199,7 +192,7 @@ def open_read(address: str, *, buffer_bytes: int = PART_BYTES // 4) -> Iterator[
     `buffer_bytes` is the smallest piece: small ones are for reading here and there.
     """
     if not is_s3(address):
-        with _explaining_local(address), open(address, "rb") as file:
+        with _explaining_local(address), local_path(address).open("rb") as file:
             yield file
         return
     with io.BufferedReader(_S3File(address, size(address)), buffer_size=buffer_bytes) as buffer:
@@ -243,7 +236,7 @@ def download(address: str, path: str | Path) -> None:
     """Copy a file to a local path, in parallel parts; the path's folders are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if not is_s3(address):
-        with _explaining_local(address), open(address, "rb") as source:
+        with _explaining_local(address), local_path(address).open("rb") as source:
             with _writing_local(str(path), if_absent=False) as target:
                 shutil.copyfileobj(source, target, PART_BYTES)
         return
@@ -287,7 +280,7 @@ def delete(address: str) -> None:
     """Delete a file; nothing happens if it is not there."""
     if not is_s3(address):
         with _explaining_local(address):
-            Path(address).unlink(missing_ok=True)
+            local_path(address).unlink(missing_ok=True)
         return
     bucket, key = split_s3(address)
     with _explaining(bucket, key):
@@ -297,14 +290,14 @@ def delete(address: str) -> None:
 def delete_folder(address: str) -> None:
     """Delete all files below an address; nothing happens if there are none."""
     if not is_s3(address):
-        if Path(address).exists():
+        if local_path(address).exists():
             with _explaining_local(address):
-                shutil.rmtree(address)
+                shutil.rmtree(local_path(address))
         return
     bucket, key = split_s3(address)
-    if not key.strip("/"):
+    if not key:
         raise ValueError(f"refusing to empty the whole bucket {bucket}")
-    keys = [split_s3(file.address)[1] for file in list_files(address)]
+    keys = [file.address.removeprefix(f"s3://{bucket}/") for file in list_files(address)]
     for start in range(0, len(keys), 1000):  # S3's limit for a request
         with _explaining(bucket, key):
             reply = _client().delete_objects(
@@ -336,7 +329,7 @@ def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
     It uses the same server and credentials, with the same limits of time and tries.
     """
     if not is_s3(address):
-        return pyarrow.fs.LocalFileSystem(), os.path.abspath(address)
+        return pyarrow.fs.LocalFileSystem(), absolute(address)
     bucket, key = split_s3(address)
     session = boto3.Session()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -359,14 +352,6 @@ def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
         **arguments,
     )
     return filesystem, f"{bucket}/{key}".rstrip("/")
-
-
-def split_s3(address: str) -> tuple[str, str]:
-    """`s3://bucket/key` as (bucket, key); ValueError for anything else."""
-    bucket, _, key = address.removeprefix("s3://").partition("/")
-    if not is_s3(address) or not bucket:
-        raise ValueError(f"an S3 address is s3://bucket/key, got {address!r}")
-    return bucket, key
 
 
 def for_each(action: Callable[[Item], Any], items: Iterable[Item], at_once: int = PARALLEL) -> None:
@@ -561,7 +546,7 @@ def _fill(file: io.FileIO, target: memoryview, address: str) -> None:
 @contextmanager
 def _writing_local(address: str, if_absent: bool) -> Iterator[IO[bytes]]:
     """A file beside the path, synced and moved there at the end."""
-    path = Path(address)
+    path = local_path(address)
     with _explaining_local(address):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from tokenizers import processors as post_processors
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.hub import locate
 from gptj.json_object import parse_object
 from gptj.manifest import MANIFEST, Manifest, read_verified
@@ -97,7 +98,7 @@ class GPTJTokenizer:
         what the folder's manifest says.
         """
         patterns = (*TOKENIZER_FILES, MANIFEST)
-        folder = locate(str(address), revision=revision, patterns=patterns)
+        folder = locate(address, revision=revision, patterns=patterns)
         files = _read_files(folder)
         special_map = _json_object(folder, files, "special_tokens_map.json")
         settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
@@ -184,8 +185,9 @@ class GPTJTokenizer:
 
     def save_pretrained(self, address: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder, local or `s3://`."""
+        folder = normalized(address)
         for name, content in self.files().items():
-            storage.write_bytes(storage.join(str(address), name), content)
+            storage.write_bytes(storage.join(folder, name), content)
 
     def files(self) -> dict[str, bytes]:
         """The content of the files that `from_pretrained`, ours and Hugging Face's, reads."""

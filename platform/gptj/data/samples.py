@@ -15,7 +15,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SCHEME = "sample://"
+from gptj.addresses import SAMPLE
+
 SEED = 2021
 SIZES = {"reviews": (2000, 400), "questions": (3000, 300)}  # rows to train on, and to measure with
 EVALUATION_EVERY = 5  # one of so many topics of the documentation is kept for evaluation
@@ -23,9 +24,9 @@ EVALUATION_EVERY = 5  # one of so many topics of the documentation is kept for e
 
 def read(address: str) -> Iterator[dict[str, Any]]:
     """The rows of a sample; ValueError if there is none of that name."""
-    name, _, part = address.removeprefix(SCHEME).partition("/")
+    name, _, part = address.removeprefix(SAMPLE).partition("/")
     if name not in _SAMPLES or part not in ("", "evaluation"):
-        known = ", ".join(f"{SCHEME}{name}[/evaluation]" for name in _SAMPLES)
+        known = ", ".join(f"{SAMPLE}{name}[/evaluation]" for name in _SAMPLES)
         raise ValueError(f"{address} is no built-in sample; there are {known}")
     return _SAMPLES[name](part == "evaluation")
 

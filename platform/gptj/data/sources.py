@@ -19,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from gptj import storage
+from gptj.addresses import SAMPLE, normalized
 from gptj.data import samples
 
 
@@ -70,10 +71,12 @@ def read_rows(address: str, columns: Mapping[str, str] | None = None) -> Iterato
         DataError: at once, if the address has no files that can be read, or files of several
             kinds; while reading, naming the row, if a file is damaged or lacks a column; at the
             end, if there was no row.
+        AddressError: if the address can be none.
         StorageError: if there is nothing at the address, or it cannot be reached.
     """
     columns = dict(columns or {})
-    if address.startswith(samples.SCHEME):
+    address = normalized(address, samples=True)
+    if address.startswith(SAMPLE):
         try:
             rows = samples.read(address)
         except ValueError as error:
@@ -135,8 +138,6 @@ def _matching(pattern: str) -> list[str]:
     """The files that fit a pattern; `*` does not reach over a `/`."""
     before = pattern.partition("*")[0]
     folder, _, _ = before.rpartition("/")
-    if storage.is_s3(pattern) and folder in ("s3:/", "s3:"):
-        raise DataError(f"{pattern}: a bucket's name cannot be a pattern")
     wanted = pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
     root = folder or ("/" if before.startswith("/") else ".")
     return [

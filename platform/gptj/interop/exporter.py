@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from gptj.addresses import normalized
 from gptj.checkpoint import save_folder, write_small_files
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop import flax, tensorflow
@@ -52,6 +53,7 @@ def export_weights(
         AlreadyExistsError: if there is something at the destination.
     """
     target = parse_dtype(dtype)
+    source, destination = normalized(source), normalized(destination)
     check_new(destination)
     with open_source(source, revision=revision) as opened:
         if format == "huggingface":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.hub import locate
 from gptj.interop import flax, mesh_transformer, tar_stream, tensorflow
 from gptj.interop.huggingface import open_file as open_huggingface
@@ -73,7 +74,9 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
     Raises:
         FileNotFoundError: if there is nothing.
         CheckpointError: if what there is has none of the formats, or not the given one.
+        gptj.addresses.AddressError: for what can be no address.
     """
+    address = normalized(address)
     if tar_stream.is_stream(address):
         if name not in (None, MESH) or revision is not None:
             raise ValueError(
@@ -88,7 +91,7 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
             files = storage.list_files(folder)
             if each.matches(files):
                 return Place(folder, each, files)
-            if folder == address.rstrip("/"):  # no hub: all files are there
+            if folder == address:  # no hub: all files are there
                 break
     if name in (None, MESH):
         folder = locate(address, revision=revision, patterns=_SMALL_FILES)

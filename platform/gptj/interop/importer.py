@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.checkpoint import save_folder
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop.conversion import common_dtype, read_all, specs_of
@@ -21,7 +22,7 @@ def import_weights(
     dtype: str | None = None,
     config: str | None = None,
     tokenizer: str | None = None,
-    scratch: str | None = None,
+    scratch: str | Path | None = None,
 ) -> GPTJConfig:
     """Write a model folder; it is complete, or it is not there. Returns its configuration.
 
@@ -36,6 +37,9 @@ def import_weights(
         AlreadyExistsError: if there is something at the destination.
     """
     target = parse_dtype(dtype)
+    source, destination = normalized(source), normalized(destination)
+    config = None if config is None else normalized(config)
+    tokenizer = None if tokenizer is None else normalized(tokenizer)
     check_new(destination)
     with open_source(
         source,

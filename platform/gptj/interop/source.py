@@ -7,9 +7,11 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gptj import storage
+from gptj.addresses import normalized
 from gptj.checkpoint import CONFIG, TRAINING
 from gptj.config import GPTJConfig
 from gptj.interop import mesh_transformer, tar_stream
@@ -54,7 +56,7 @@ def open_source(
     revision: str | None = None,
     config: str | None = None,
     tokenizer: str | None = None,
-    scratch: str | None = None,
+    scratch: str | Path | None = None,
 ) -> Iterator[Source]:
     """Open what an address holds, and check that it is a whole GPT-J.
 
@@ -71,6 +73,7 @@ def open_source(
         FileNotFoundError: if there is nothing at the address.
         CheckpointError: naming what is missing, damaged, or does not fit.
     """
+    address = normalized(address)
     place = find(address, format, revision)
     given = None if config is None else _read_config(config)
     if tar_stream.is_stream(address):
@@ -86,7 +89,7 @@ def open_source(
 
 def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str | None) -> Source:
     manifest = Manifest.read(place.address)
-    if manifest is not None and place.address == address.rstrip("/"):  # no part of a hub's folder
+    if manifest is not None and place.address == address:  # no part of a hub's folder
         logger.info("comparing %s with its manifest", address)
         verify(place.address)
     names = {file.name for file in place.files}

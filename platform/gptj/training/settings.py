@@ -7,18 +7,23 @@ keys, wrong types and contradictions are a SettingsError before anything has beg
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gptj import storage
+from gptj.addresses import AddressError, absolute, normalized
 from gptj.config import PRESETS, GPTJConfig
 
 Task = Literal["causal-lm", "classification", "question-answering"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Positive = Annotated[int, Field(ge=1)]
+# Given ones are never empty: `data.train=$FORGOTTEN` is a mistake, and no wish for the default.
+Address = Annotated[str, AfterValidator(normalized)]
+DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
 
 # Data that needs no download, for each task.
 SAMPLES: Mapping[str, str] = {
@@ -45,8 +50,10 @@ class Section(BaseModel):
 class DataSettings(Section):
     """What is learned from."""
 
-    train: str = ""  # file, folder or glob, local or s3://; empty: the task's sample
-    evaluation: str = ""  # the same; empty: the sample's evaluation part, or no evaluation
+    # File, folder or glob, local or s3://, or sample://; left out: the task's sample.
+    train: DataAddress = ""
+    # The same; left out: the sample's evaluation part, or no evaluation.
+    evaluation: DataAddress = ""
     columns: dict[str, str] = {}  # our column name: the file's
     sequence_length: Positive = 128  # tokens of a row; longer texts are cut, contexts windowed
     stride: Annotated[int, Field(ge=0)] = 32  # question answering: tokens that windows share
@@ -57,7 +64,7 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """What learns: a checkpoint to go on from, or a new model."""
 
-    checkpoint: str = ""  # folder, s3:// or hub id; empty: a new model
+    checkpoint: Address = ""  # folder, s3:// or hub id; left out: a new model
     revision: str = ""  # of a hub id
     preset: Literal["tiny", "small", "6b"] = "tiny"  # of a new model
     config: dict[str, Any] = {}  # fields of GPTJConfig to replace
@@ -75,7 +82,8 @@ class ModelSettings(Section):
 class TokenizerSettings(Section):
     """How text becomes ids: a checkpoint brings its own tokenizer."""
 
-    address: str = ""  # folder, s3:// or hub id with a tokenizer; empty: the checkpoint's, or new
+    # Folder, s3:// or hub id with a tokenizer; left out: the checkpoint's, or a new one.
+    address: Address = ""
     vocab_size: Positive = 2048  # of a new one, learned from the training data
 
 
@@ -124,7 +132,7 @@ class Settings(Section):
     """Everything that a run is made of."""
 
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "finetune"
-    storage: str = "outputs"  # folder or s3://; results go to storage/run
+    storage: Address = "outputs"  # folder or s3://; results go to storage/run
     task: Task = "causal-lm"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     epochs: Annotated[float, Field(gt=0)] = 1  # times that the training data is seen
@@ -165,7 +173,7 @@ class Settings(Section):
     def resolved(self) -> Settings:
         """With whole paths instead of local relative ones: workers run in other folders."""
         fields = self.model_dump(exclude_unset=True)
-        fields["storage"] = _resolve(self.storage)
+        fields["storage"] = absolute(self.storage)
         for section, key in (
             ("data", "train"),
             ("data", "evaluation"),
@@ -174,8 +182,8 @@ class Settings(Section):
         ):
             if value := fields.get(section, {}).get(key):
                 # What is not there may be a hub id; if it is neither, its reader says so.
-                if key in ("train", "evaluation") or Path(value).exists():
-                    fields[section][key] = _resolve(value)
+                if section == "data" or Path(value).exists():
+                    fields[section][key] = absolute(value, samples=section == "data")
         return Settings(**fields)
 
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
@@ -290,6 +298,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _read_file(address: str) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(storage.read_bytes(address))
+    except AddressError as error:
+        raise SettingsError(f"the settings file: {error}") from error
     except storage.NotFoundError as error:
         raise SettingsError(f"there is no settings file {address}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -339,10 +349,6 @@ def _names(path: Sequence[str | int]) -> list[str]:
     for name in path:
         section = section.model_fields[name].annotation
     return list(section.model_fields)
-
-
-def _resolve(address: str) -> str:
-    return address if "://" in address else str(Path(address).absolute())
 
 
 def _set_keys(section: Section, prefix: str = "") -> set[str]:

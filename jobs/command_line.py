@@ -1,0 +1,32 @@
+"""Types of our command lines' words, for argparse: errors say what is wrong and the remedy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gptj.addresses import AddressError, local_path, normalized
+
+
+def address(text: str) -> str:
+    """A path, `s3://bucket/key` or, where a checkpoint is read, a hub id."""
+    try:
+        return normalized(text)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def data_address(text: str) -> str:
+    """A path or pattern, `s3://bucket/key` or `sample://NAME`."""
+    try:
+        return normalized(text, samples=True)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def folder(text: str) -> Path:
+    """A folder of this machine."""
+    try:
+        return local_path(text)
+    except AddressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
