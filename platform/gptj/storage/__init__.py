@@ -1,0 +1,200 @@
+"""One way to read and write local paths and `s3://bucket/key` addresses: bytes in, bytes out.
+
+Addresses are those of gptj.addresses. S3 goes through boto3, which reads the usual AWS variables
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an instance's
+role). Every request has a time limit and a bounded number of tries, and carries a checksum that the
+server verifies. What is written appears as a whole or not at all, on both kinds of storage.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO
+
+from gptj.addresses import is_s3, join, split_s3
+from gptj.storage import local, s3
+from gptj.storage.arrow import arrow_filesystem
+from gptj.storage.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    NotFoundError,
+    StorageError,
+    UnreachableError,
+)
+from gptj.storage.listing import FileInfo
+from gptj.storage.parallel import PARALLEL, for_each
+from gptj.storage.s3 import PART_BYTES
+from gptj.storage.s3_client import bucket_exists, explaining, no_bucket
+
+__all__ = [
+    "PARALLEL",
+    "PART_BYTES",
+    "AccessDeniedError",
+    "AlreadyExistsError",
+    "FileInfo",
+    "NotFoundError",
+    "StorageError",
+    "UnreachableError",
+    "arrow_filesystem",
+    "check_writable",
+    "delete",
+    "delete_folder",
+    "download",
+    "download_folder",
+    "exists",
+    "for_each",
+    "is_s3",
+    "join",
+    "list_files",
+    "open_read",
+    "open_write",
+    "read_bytes",
+    "read_into",
+    "read_scattered",
+    "size",
+    "split_s3",
+    "upload",
+    "upload_folder",
+    "write_bytes",
+]
+
+
+def exists(address: str) -> bool:
+    """Whether there is a file at the address."""
+    return s3.exists(address) if is_s3(address) else local.exists(address)
+
+
+def size(address: str) -> int:
+    """Bytes of a file; NotFoundError if it is not there."""
+    return s3.size(address) if is_s3(address) else local.size(address)
+
+
+def list_files(folder: str) -> list[FileInfo]:
+    """All files below a folder, by name; an empty list if there is none.
+
+    NotFoundError if its bucket does not exist. Files that are still being written are not listed.
+    """
+    return s3.list_files(folder) if is_s3(folder) else local.list_files(folder)
+
+
+def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes:
+    """A file, or `length` bytes of it from `start` on.
+
+    NotFoundError if there is no such file, StorageError if it ends before `start + length`.
+    """
+    if length is None:
+        length = size(address) - start
+    content = bytearray(length)
+    read_into(address, start, memoryview(content))
+    return bytes(content)
+
+
+def read_into(address: str, start: int, target: memoryview) -> None:
+    """Fill `target` from byte `start` of a file on, large ones by parallel requests.
+
+    StorageError if the file ends before `target` is full.
+    """
+    (s3 if is_s3(address) else local).read_into(address, start, target)
+
+
+def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
+    """Fill several buffers, one after the other, from byte `start` of an object of S3 on.
+
+    By one request. StorageError if the object ends before all are full.
+    """
+    s3.read_scattered(address, start, targets)
+
+
+def open_read(
+    address: str, *, buffer_bytes: int = PART_BYTES // 4
+) -> AbstractContextManager[IO[bytes]]:
+    """A file to read from and to seek in; from S3 it comes in pieces, as they are asked for.
+
+    `buffer_bytes` is the smallest piece: small ones are for reading here and there.
+    """
+    if is_s3(address):
+        return s3.open_read(address, buffer_bytes)
+    return local.open_read(address)
+
+
+def write_bytes(address: str, content: bytes, *, if_absent: bool = False) -> None:
+    """Write a whole file; `if_absent` raises AlreadyExistsError if there is one already."""
+    if is_s3(address):
+        s3.write_bytes(address, content, if_absent=if_absent)
+        return
+    with local.open_write(address, if_absent=if_absent) as file:
+        file.write(content)
+
+
+def open_write(
+    address: str, *, expected_size: int | None = None
+) -> AbstractContextManager[IO[bytes]]:
+    """A file to write to from front to back; it appears when the block has ended well.
+
+    To S3 it goes in parts while it is written, so that memory holds some parts and no disk is
+    needed. `expected_size` (bytes) makes parts large enough for a file of more than 80 GB.
+    """
+    if is_s3(address):
+        return s3.open_write(address, expected_size)
+    return local.open_write(address, if_absent=False)
+
+
+def download(address: str, path: str | Path) -> None:
+    """Copy a file to a local path, in parallel parts; the path's folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    (s3.download if is_s3(address) else local.copy)(address, Path(path))
+
+
+def upload(path: str | Path, address: str) -> None:
+    """Copy a local file to an address, in parallel parts."""
+    if is_s3(address):
+        s3.upload(Path(path), address)
+    else:
+        download(str(path), address)
+
+
+def download_folder(
+    address: str, path: str | Path, names: Iterable[str] | None = None
+) -> list[FileInfo]:
+    """Copy a folder's files (those of the given relative names) to a local folder."""
+    wanted = None if names is None else set(names)
+    files = [file for file in list_files(address) if wanted is None or file.name in wanted]
+    if wanted is not None and (missing := wanted - {file.name for file in files}):
+        raise NotFoundError(f"{address} has no {', '.join(sorted(missing))}")
+    for_each(lambda file: download(file.address, Path(path, file.name)), files)
+    return files
+
+
+def upload_folder(path: str | Path, address: str) -> list[FileInfo]:
+    """Copy a local folder's files to an address."""
+    files = list_files(str(path))
+    for_each(lambda file: upload(file.address, join(address, file.name)), files)
+    return files
+
+
+def delete(address: str) -> None:
+    """Delete a file; nothing happens if it is not there."""
+    (s3 if is_s3(address) else local).delete(address)
+
+
+def delete_folder(address: str) -> None:
+    """Delete all files below an address; nothing happens if there are none."""
+    (s3 if is_s3(address) else local).delete_folder(address)
+
+
+def check_writable(address: str) -> None:
+    """Write a small file below the address and delete it; raise StorageError if that fails.
+
+    For the start of long work, so that a missing bucket does not show at its end.
+    """
+    probe = join(address, f".writable-{secrets.token_hex(8)}")
+    if is_s3(address):
+        bucket, key = split_s3(probe)
+        with explaining(bucket, key):
+            if not bucket_exists(bucket):  # some servers make it when a file is written
+                raise no_bucket(bucket, key)
+    write_bytes(probe, b"")
+    delete(probe)

@@ -1,0 +1,28 @@
+"""Many small waits at the same time: an action and its items in, the first error out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+PARALLEL = 16  # requests at a time
+
+Item = TypeVar("Item")
+
+
+def for_each(action: Callable[[Item], Any], items: Iterable[Item], at_once: int = PARALLEL) -> None:
+    """Call `action` on every item, some at a time; the first error stops it and is raised."""
+    work = list(items)
+    if len(work) == 1:
+        action(work[0])
+    elif work:
+        with ThreadPoolExecutor(min(at_once, len(work))) as pool:
+            futures = [pool.submit(action, item) for item in work]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
