@@ -2,13 +2,13 @@
 
 Addresses are those of gptj.addresses. S3 goes through boto3, which reads the usual AWS variables
 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an instance's
-role). Every request has a time limit and a bounded number of tries, and carries a checksum that the
-server verifies. What is written appears as a whole or not at all, on both kinds of storage.
+role). Every request has a time limit and carries a checksum that the server verifies; outages are
+waited for (gptj.storage.retries). What is written appears as a whole or not at all, on both kinds
+of storage.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +27,7 @@ from gptj.storage.errors import (
 from gptj.storage.listing import FileInfo
 from gptj.storage.parallel import PARALLEL, for_each
 from gptj.storage.s3 import PART_BYTES
-from gptj.storage.s3_client import bucket_exists, explaining, no_bucket
+from gptj.storage.s3_client import retry_policy
 
 __all__ = [
     "PARALLEL",
@@ -39,9 +39,11 @@ __all__ = [
     "StorageError",
     "UnreachableError",
     "arrow_filesystem",
+    "be_patient",
     "check_writable",
     "delete",
     "delete_folder",
+    "delete_unfinished",
     "download",
     "download_folder",
     "exists",
@@ -185,16 +187,30 @@ def delete_folder(address: str) -> None:
     (s3 if is_s3(address) else local).delete_folder(address)
 
 
-def check_writable(address: str) -> None:
-    """Write a small file below the address and delete it; raise StorageError if that fails.
+def delete_unfinished(folder: str) -> None:
+    """Delete what writers into a folder that were killed have left, which no listing shows.
 
-    For the start of long work, so that a missing bucket does not show at its end.
+    For a folder that nobody else is writing to now.
     """
-    probe = join(address, f".writable-{secrets.token_hex(8)}")
-    if is_s3(address):
-        bucket, key = split_s3(probe)
-        with explaining(bucket, key):
-            if not bucket_exists(bucket):  # some servers make it when a file is written
-                raise no_bucket(bucket, key)
-    write_bytes(probe, b"")
-    delete(probe)
+    if is_s3(folder):
+        s3.abort_uploads(folder)
+    else:
+        local.delete_unfinished(folder)
+
+
+def be_patient() -> None:
+    """Wait for minutes if S3 does not answer, from the first request on.
+
+    Otherwise only a server that has answered this process is waited for. For processes of a run
+    that has been checked where it was started.
+    """
+    retry_policy().patient = True
+
+
+def check_writable(address: str) -> None:
+    """Do what the end of long work does, with small files below the address; delete them again.
+
+    For the start, so that a missing bucket, a folder of somebody else or a server that lacks what
+    we need does not show at the end. Raises StorageError.
+    """
+    (s3 if is_s3(address) else local).check_writable(address)

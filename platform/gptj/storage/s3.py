@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import http.client
 import io
+import logging
+import secrets
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import ClientError
 
-from gptj.addresses import split_s3
+from gptj.addresses import join, split_s3
 from gptj.storage import local
-from gptj.storage.errors import NotFoundError, StorageError, UnreachableError, ends_early
+from gptj.storage.errors import (
+    AlreadyExistsError,
+    NotFoundError,
+    StorageError,
+    UnreachableError,
+    ends_early,
+)
 from gptj.storage.listing import FileInfo
 from gptj.storage.parallel import PARALLEL, for_each
-from gptj.storage.s3_client import TRIES, client, endpoint, explaining
-from gptj.storage.s3_upload import MAX_PARTS, WRITE_PART_BYTES, MultipartUpload
+from gptj.storage.s3_client import (
+    OTHER_SERVER,
+    bucket_exists,
+    client,
+    endpoint,
+    explaining,
+    no_bucket,
+    retry_policy,
+    was_retried,
+)
+from gptj.storage.s3_upload import (
+    MAX_PARTS,
+    WRITE_PART_BYTES,
+    MultipartUpload,
+    StreamingUpload,
+    upload_file,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+logger = logging.getLogger(__name__)
 
 PART_BYTES = 16 * 2**20  # of a multipart transfer
 _TRANSFER = TransferConfig(
@@ -74,35 +103,65 @@ def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> N
     """
     bucket, key = split_s3(address)
     end = start + sum(len(each) for each in targets) - 1
-    for attempt in range(1, TRIES + 1):
+    first_failure = 0.0
+    for attempts in count(1):
         try:
             with explaining(bucket, key):
                 reply = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end}")
                 _receive(reply, targets, address)
             return
-        except UnreachableError:
-            # botocore tries again until the headers are there; the rest is ours.
-            if attempt == TRIES:
+        except _BrokenError as error:  # after the headers, of which the client takes care
+            first_failure = first_failure or time.monotonic()
+            pause = retry_policy().pause(attempts, first_failure, str(error))
+            if pause is None:
                 raise
+            time.sleep(pause)
+
+
+def is_folder(address: str) -> bool:
+    """Whether there is a bucket, or any file below an address; its bucket must exist."""
+    bucket, key = split_s3(address)
+    with explaining(bucket, key):
+        prefix = f"{key}/" if key else ""
+        reply = client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    return not key or "Contents" in reply
+
+
+def opened(address: str, buffer_bytes: int) -> io.BufferedReader:
+    return io.BufferedReader(_S3File(address, size(address)), buffer_size=buffer_bytes)
 
 
 @contextmanager
 def open_read(address: str, buffer_bytes: int) -> Iterator[IO[bytes]]:
-    with io.BufferedReader(_S3File(address, size(address)), buffer_size=buffer_bytes) as buffer:
+    with opened(address, buffer_bytes) as buffer:
         yield buffer
 
 
 def write_bytes(address: str, content: bytes, *, if_absent: bool) -> None:
     bucket, key = split_s3(address)
     condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
-    with explaining(bucket, key):
-        client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+    try:
+        with explaining(bucket, key):
+            client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+    except AlreadyExistsError as error:
+        retried = was_retried(error.__cause__, "PreconditionFailed", "412")
+        if not retried or not _holds(address, content):
+            raise
+
+
+def _holds(address: str, content: bytes) -> bool:
+    found = memoryview(bytearray(len(content)))
+    if size(address) != len(content):
+        return False
+    if content:
+        read_scattered(address, 0, [found])
+    return found == content
 
 
 @contextmanager
 def open_write(address: str, expected_size: int | None) -> Iterator[IO[bytes]]:
     part_bytes = max(WRITE_PART_BYTES, -(-(expected_size or 0) // MAX_PARTS))
-    upload = MultipartUpload(address, part_bytes)
+    upload = StreamingUpload(address, part_bytes)
     try:
         yield upload  # type: ignore[misc]  # it has write(), which is all that is promised
     except BaseException:
@@ -119,14 +178,26 @@ def download(address: str, path: Path) -> None:
 
 def upload(path: Path, address: str) -> None:
     bucket, key = split_s3(address)
-    with local.open_read(str(path)):
-        pass  # a missing file is the caller's, and no matter of S3
+    if (length := local.size(str(path))) > PART_BYTES:
+        upload_file(path, address, length, PART_BYTES)
+        return
+    with local.open_read(str(path)) as file, explaining(bucket, key):
+        client().put_object(Bucket=bucket, Key=key, Body=file)
+
+
+def copy(address: str, other: str) -> None:
+    """By the server itself."""
+    bucket, key = split_s3(address)
+    to_bucket, to_key = split_s3(other)
     with explaining(bucket, key):
-        client().upload_file(str(path), bucket, key, Config=_TRANSFER)
+        client().copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, Config=_TRANSFER)
 
 
 def delete(address: str) -> None:
-    bucket, key = split_s3(address)
+    _delete_key(*split_s3(address))
+
+
+def _delete_key(bucket: str, key: str) -> None:
     with explaining(bucket, key):
         client().delete_object(Bucket=bucket, Key=key)
 
@@ -135,15 +206,97 @@ def delete_folder(address: str) -> None:
     bucket, key = split_s3(address)
     if not key:
         raise ValueError(f"refusing to empty the whole bucket {bucket}")
-    keys = [file.address.removeprefix(f"s3://{bucket}/") for file in list_files(address)]
-    for start in range(0, len(keys), 1000):  # S3's limit for a request
+    prefix = f"s3://{bucket}/"
+    _delete_keys(bucket, [file.address.removeprefix(prefix) for file in list_files(address)])
+
+
+def abort_uploads(folder: str) -> None:
+    """Free what uploads into a folder take that have not ended.
+
+    Only a warning if these credentials may not: nothing depends on it.
+    """
+    bucket, key = split_s3(folder)
+    prefix = f"{key}/" if key else ""
+    try:
         with explaining(bucket, key):
-            reply = client().delete_objects(
-                Bucket=bucket,
-                Delete={"Objects": [{"Key": k} for k in keys[start : start + 1000]], "Quiet": True},
+            pages = client().get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+                for upload in page.get("Uploads", []):
+                    logger.info(
+                        "aborting an unfinished upload of s3://%s/%s", bucket, upload["Key"]
+                    )
+                    client().abort_multipart_upload(
+                        Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+    except StorageError as error:
+        logger.warning("unfinished uploads stay on the server: %s", error)
+
+
+def check_writable(folder: str) -> None:
+    """Do what the end of long work does, with two small files, and delete them.
+
+    StorageError if the server, or what these credentials may do, is not enough for it.
+    """
+    bucket, key = split_s3(folder)
+    with explaining(bucket, key):
+        if not bucket_exists(bucket):  # some servers make it when a file is written
+            raise no_bucket(bucket, key)
+    probe = join(folder, f".writable-{secrets.token_hex(8)}")
+    written = []
+    try:
+        write_bytes(probe, b"new", if_absent=True)
+        written.append(probe)
+        try:
+            write_bytes(probe, b"newer", if_absent=True)
+        except AlreadyExistsError:
+            pass  # as it should be: two writers of a checkpoint are kept apart by it
+        else:
+            raise StorageError(
+                f"{folder}: {endpoint()} passes over If-None-Match, and so would let a second run "
+                f"overwrite a finished checkpoint; {OTHER_SERVER}"
             )
-        for error in reply.get("Errors", []):
-            raise StorageError(f"cannot delete s3://{bucket}/{error['Key']}: {error['Message']}")
+        in_parts = probe + "-in-parts"
+        upload = MultipartUpload(in_parts)
+        written.append(in_parts)
+        upload.complete([upload.send(1, b"new")])
+    except BaseException:
+        with suppress(StorageError):  # the first error says more
+            _delete_keys(bucket, [split_s3(each)[1] for each in written])
+        raise
+    _delete_keys(bucket, [split_s3(each)[1] for each in written])
+
+
+# Instead of several keys in one request, one in each: for servers that want a checksum which
+# boto3 does not send any more, or know no such request.
+_NO_BATCHES = ("MissingContentMD5", "NotImplemented", "501", "MethodNotAllowed", "405")
+
+
+def _delete_keys(bucket: str, keys: Sequence[str]) -> None:
+    for start in range(0, len(keys), 1000):  # S3's limit for a request
+        batch = keys[start : start + 1000]
+        try:
+            with explaining(bucket, batch[0]):
+                failed = _delete_batch(bucket, batch)
+        except StorageError as error:
+            if not _knows_no_batches(error.__cause__):
+                raise
+            failed = list(batch)
+        for_each(partial(_delete_key, bucket), failed)
+
+
+def _knows_no_batches(error: BaseException | None) -> bool:
+    if not isinstance(error, ClientError):
+        return False
+    found = error.response.get("Error", {})
+    return found.get("Code", "") in _NO_BATCHES or "content-md5" in found.get("Message", "").lower()
+
+
+def _delete_batch(bucket: str, keys: Sequence[str]) -> list[str]:
+    """The keys that the server could not delete, and may if it is asked again."""
+    reply = client().delete_objects(
+        Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    )
+    return [error["Key"] for error in reply.get("Errors", [])]
 
 
 class _S3File(io.RawIOBase):
@@ -193,11 +346,11 @@ def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], addre
             for target in targets:
                 filled = 0
                 while filled < len(target):
-                    count = response._fp.readinto(target[filled:])
-                    if not count:
+                    read = response._fp.readinto(target[filled:])
+                    if not read:
                         raise _broken(address, received, size, "the server closed it")
-                    filled += count
-                    received += count
+                    filled += read
+                    received += read
             response.read(1)  # nothing is left, and the connection can be used again
         except StorageError:
             raise
@@ -205,8 +358,12 @@ def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], addre
             raise _broken(address, received, size, repr(error)) from error
 
 
-def _broken(address: str, received: int, size: int, reason: str) -> UnreachableError:
-    return UnreachableError(
+class _BrokenError(UnreachableError):
+    """The connection broke in the middle of a file."""
+
+
+def _broken(address: str, received: int, size: int, reason: str) -> _BrokenError:
+    return _BrokenError(
         f"{address}: the connection to {endpoint()} broke after {received} of {size} bytes "
         f"({reason}); remedy: check the network"
     )

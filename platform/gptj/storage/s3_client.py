@@ -18,6 +18,7 @@ from botocore.exceptions import (
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
+    SSLError,
 )
 
 from gptj.storage.errors import (
@@ -28,45 +29,55 @@ from gptj.storage.errors import (
     UnreachableError,
 )
 from gptj.storage.parallel import PARALLEL
+from gptj.storage.retries import Retries
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60  # without a byte from the server
-TRIES = 4  # of one request, with growing pauses
-DEFAULT_REGION = "us-east-1"
-_AWS_VARIABLES = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
+OTHER_SERVER = (
+    "remedy: a server with conditional writes, such as AWS S3, or a newer release of this one"
 )
 
 
 def client() -> S3Client:
     """boto3's client for the environment as it is now; making one takes a while."""
-    return _client_for(os.getpid(), *(os.environ.get(name) for name in _AWS_VARIABLES))
+    return _current()[0]
+
+
+def retry_policy() -> Retries:
+    """What decides whether the client's requests are tried again."""
+    return _current()[1]
+
+
+def _current() -> tuple[S3Client, Retries]:
+    variables = sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))
+    return _client_for(os.getpid(), tuple(variables))
 
 
 @lru_cache(maxsize=4)
-def _client_for(process_id: int, *variables: str | None) -> S3Client:
+def _client_for(
+    process_id: int, variables: tuple[tuple[str, str], ...]
+) -> tuple[S3Client, Retries]:
     # A session of our own, since boto3's default one is not safe to use from several threads.
-    return boto3.Session().client(
-        "s3",
-        region_name=os.environ.get("AWS_REGION") or None,
-        config=Config(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"total_max_attempts": TRIES, "mode": "standard"},
-            max_pool_connections=4 * PARALLEL,
-            signature_version="s3v4",
-        ),
-    )
+    try:
+        client = boto3.Session().client(
+            "s3",
+            region_name=os.environ.get("AWS_REGION") or None,
+            config=Config(
+                connect_timeout=CONNECT_SECONDS,
+                read_timeout=READ_SECONDS,
+                retries={"total_max_attempts": 1, "mode": "standard"},  # ours come instead
+                max_pool_connections=4 * PARALLEL,
+                signature_version="s3v4",
+            ),
+        )
+    except ValueError as error:  # of an endpoint that is no URL
+        raise StorageError(f"{error}; remedy: correct AWS_ENDPOINT_URL") from error
+    retries = Retries(client.meta.endpoint_url)
+    client.meta.events.register("needs-retry.s3", retries.needs_retry)  # type: ignore[arg-type]
+    return client, retries
 
 
 @contextmanager
@@ -87,6 +98,12 @@ def explaining(bucket: str, key: str) -> Iterator[None]:
         if isinstance(cause, ClientError):
             raise _explained(cause, bucket, key) from error
         raise StorageError(f"{place}: {error}") from error
+    except SSLError as error:
+        raise UnreachableError(
+            f"{place}: no safe connection to {endpoint()} ({error}); remedy: AWS_CA_BUNDLE=FILE "
+            f"names the certificates of the authority that the server's is from; it is "
+            f"{os.environ.get('AWS_CA_BUNDLE')!r}"
+        ) from error
     except (ConnectionError, HTTPClientError) as error:
         raise UnreachableError(
             f"{place}: no answer from {endpoint()} ({error}); remedy: check the network and "
@@ -117,6 +134,17 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
             f"and write bucket {bucket!r}, key {key!r}, or use others (AWS_ACCESS_KEY_ID, "
             f"AWS_SECRET_ACCESS_KEY)"
         )
+    if code in ("NotImplemented", "501"):
+        return StorageError(
+            f"{place}: {endpoint()} does not know a kind of request that we need, such as writing "
+            f"on the condition that there is no file yet, If-None-Match ({message or code}); "
+            f"{OTHER_SERVER}"
+        )
+    if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed"):
+        return StorageError(
+            f"{place}: bucket {bucket!r} is in another region ({message or code}); remedy: set "
+            f"AWS_REGION to the bucket's, and AWS_ENDPOINT_URL only for servers that are not AWS"
+        )
     if code in ("InvalidRange", "416"):
         return StorageError(f"{place} is shorter than it should be: it is cut off")
     return StorageError(f"{place}: {code} {message}".rstrip())
@@ -127,6 +155,17 @@ def no_bucket(bucket: str, key: str) -> NotFoundError:
         f"s3://{bucket}/{key}: there is no bucket {bucket!r} at {endpoint()}; remedy: create it, "
         f"or correct the address or AWS_ENDPOINT_URL"
     )
+
+
+def was_retried(error: BaseException | None, *codes: str) -> bool:
+    """Whether a request failed with one of these codes, and not at its first try.
+
+    Then an earlier try may have done what was wanted, and its reply was lost.
+    """
+    if not isinstance(error, ClientError):
+        return False
+    found = error.response.get("Error", {}).get("Code", "")
+    return found in codes and error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
 
 
 def bucket_exists(bucket: str) -> bool:

@@ -1,28 +1,132 @@
-"""Bytes written one after the other in, an object of S3 out: the parts of a multipart upload."""
+"""Multipart uploads to S3: bytes written one after the other, or a file of the disk, in parts."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from s3transfer.utils import ReadFileChunk
 
 from gptj.addresses import split_s3
-from gptj.storage.parallel import PARALLEL
-from gptj.storage.s3_client import client, explaining
+from gptj.storage.errors import NotFoundError, StorageError
+from gptj.storage.parallel import PARALLEL, for_each
+from gptj.storage.s3_client import client, explaining, was_retried
 
-WRITE_PART_BYTES = 8 * 2**20  # some are in memory
+if TYPE_CHECKING:
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef as Part
+
+WRITE_PART_BYTES = 8 * 2**20  # of a file that is written piece by piece: some are in memory
 MAX_PARTS = 10_000  # S3's limit
+
+logger = logging.getLogger(__name__)
 
 
 class MultipartUpload:
+    """An upload that has begun: parts in any order, then all of them or nothing."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._bucket, self._key = split_s3(address)
+        self._lock = Lock()
+        self._size = 0  # bytes of the parts that were sent
+        with explaining(self._bucket, self._key):
+            self._upload_id = client().create_multipart_upload(
+                Bucket=self._bucket, Key=self._key, ChecksumAlgorithm="CRC32"
+            )["UploadId"]
+
+    def send(self, number: int, body: Any) -> Part:
+        """Send a part, of at least 5 MiB unless it is the last; numbers start at 1."""
+        with explaining(self._bucket, self._key):
+            reply = client().upload_part(
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                PartNumber=number,
+                Body=body,
+                ChecksumAlgorithm="CRC32",
+            )
+        sent: Part = {"ETag": reply["ETag"], "PartNumber": number}
+        with self._lock:
+            self._size += len(body)
+        if "ChecksumCRC32" in reply:
+            sent["ChecksumCRC32"] = reply["ChecksumCRC32"]
+        return sent
+
+    def complete(self, parts: Iterable[Part]) -> None:
+        parts = list(parts)
+        try:
+            with explaining(self._bucket, self._key):
+                client().complete_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=self._key,
+                    UploadId=self._upload_id,
+                    MultipartUpload={"Parts": parts},
+                )
+        except StorageError as error:
+            if not was_retried(error.__cause__, "NoSuchUpload") or not self._is_there(parts):
+                raise
+
+    def _is_there(self, parts: Sequence[Part]) -> bool:
+        """Whether the object is the one that these parts make."""
+        try:
+            with explaining(self._bucket, self._key):
+                found = client().head_object(Bucket=self._bucket, Key=self._key)
+        except NotFoundError:
+            return False
+        digests = [part["ETag"].strip('"') for part in parts]
+        etag = f"-{len(parts)}"
+        if all(re.fullmatch("[0-9a-f]{32}", digest) for digest in digests):  # not if encrypted
+            etag = hashlib.md5(bytes.fromhex("".join(digests))).hexdigest() + etag
+        return found["ContentLength"] == self._size and found["ETag"].strip('"').endswith(etag)
+
+    def abort(self) -> None:
+        """Forget what was sent: the server would keep, and bill, the parts.
+
+        Only a warning if that fails: it is what was wrong before that matters.
+        """
+        try:
+            with explaining(self._bucket, self._key):
+                client().abort_multipart_upload(
+                    Bucket=self._bucket, Key=self._key, UploadId=self._upload_id
+                )
+        except StorageError as error:
+            logger.warning("an unfinished upload stays on the server: %s", error)
+
+
+def upload_file(path: Path, address: str, size: int, part_bytes: int) -> None:
+    """A large file of the disk, read part by part as it is sent."""
+    part_bytes = max(part_bytes, -(-size // MAX_PARTS))
+    upload = MultipartUpload(address)
+    starts = range(0, size, part_bytes)
+    sent: dict[int, Part] = {}
+
+    def send(number: int) -> None:
+        with ReadFileChunk.from_filename(str(path), starts[number - 1], part_bytes) as body:
+            sent[number] = upload.send(number, body)
+
+    try:
+        for_each(send, range(1, len(starts) + 1))
+        upload.complete(sent[number] for number in sorted(sent))
+    except BaseException:
+        upload.abort()
+        raise
+
+
+class StreamingUpload:
     """Bytes written one after the other, sent in parts by threads while more are written."""
 
     def __init__(self, address: str, part_bytes: int) -> None:
         self._address = address
-        self._bucket, self._key = split_s3(address)
         self._part_bytes = part_bytes
         self._buffer = bytearray()
-        self._upload_id: str | None = None
-        self._parts: list[Future[dict[str, Any]]] = []
+        self._upload: MultipartUpload | None = None
+        self._parts: list[Future[Part]] = []
         self._pool = ThreadPoolExecutor(PARALLEL // 4)
 
     def write(self, content: bytes | bytearray | memoryview) -> int:
@@ -38,21 +142,14 @@ class MultipartUpload:
 
     def finish(self) -> None:
         try:
-            with explaining(self._bucket, self._key):
-                if self._upload_id is None:  # it fits one request
-                    client().put_object(
-                        Bucket=self._bucket, Key=self._key, Body=bytes(self._buffer)
-                    )
-                    return
-                if self._buffer:
-                    self._send(bytes(self._buffer))
-                parts = [future.result() for future in self._parts]
-                client().complete_multipart_upload(
-                    Bucket=self._bucket,
-                    Key=self._key,
-                    UploadId=self._upload_id,
-                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
-                )
+            if self._upload is None:  # it fits one request
+                bucket, key = split_s3(self._address)
+                with explaining(bucket, key):
+                    client().put_object(Bucket=bucket, Key=key, Body=bytes(self._buffer))
+                return
+            if self._buffer:
+                self._send(bytes(self._buffer))
+            self._upload.complete([future.result() for future in self._parts])
         except BaseException:
             self.abort()
             raise
@@ -60,40 +157,18 @@ class MultipartUpload:
             self._pool.shutdown()
 
     def abort(self) -> None:
-        """Forget what was sent: the server would keep, and bill, the parts."""
         self._pool.shutdown(cancel_futures=True)
-        if self._upload_id is not None:
-            upload_id, self._upload_id = self._upload_id, None
-            with explaining(self._bucket, self._key):
-                client().abort_multipart_upload(
-                    Bucket=self._bucket, Key=self._key, UploadId=upload_id
-                )
+        if self._upload is not None:
+            self._upload.abort()
+            self._upload = None
 
     def _send(self, part: bytes) -> None:
-        if self._upload_id is None:
-            with explaining(self._bucket, self._key):
-                self._upload_id = client().create_multipart_upload(
-                    Bucket=self._bucket, Key=self._key, ChecksumAlgorithm="CRC32"
-                )["UploadId"]
+        if self._upload is None:
+            self._upload = MultipartUpload(self._address)
         waiting = [future for future in self._parts if not future.done()]
         if len(waiting) >= PARALLEL // 4:  # bound the memory
             wait(waiting, return_when=FIRST_COMPLETED)
         for future in self._parts:
             if future.done():
                 future.result()  # a part that failed ends the upload now
-        self._parts.append(self._pool.submit(self._send_part, len(self._parts) + 1, part))
-
-    def _send_part(self, number: int, part: bytes) -> dict[str, Any]:
-        with explaining(self._bucket, self._key):
-            reply = client().upload_part(
-                Bucket=self._bucket,
-                Key=self._key,
-                UploadId=self._upload_id or "",
-                PartNumber=number,
-                Body=part,
-                ChecksumAlgorithm="CRC32",
-            )
-        sent: dict[str, Any] = {"ETag": reply["ETag"], "PartNumber": number}
-        if "ChecksumCRC32" in reply:
-            sent["ChecksumCRC32"] = reply["ChecksumCRC32"]
-        return sent
+        self._parts.append(self._pool.submit(self._upload.send, len(self._parts) + 1, part))

@@ -9,6 +9,7 @@ follows from the step.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from gptj import storage
 from gptj.checkpoint import TRAINING
 from gptj.manifest import CheckpointError, Manifest, describe, read_verified, verify
 from gptj.training.settings import Settings, SettingsError, changed
+
+logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 TAG = "zero"  # DeepSpeed's folder within ours
@@ -92,12 +95,18 @@ def latest_checkpoint(folder: str) -> str | None:
 
 
 def delete_old_checkpoints(folder: str, keep: int) -> None:
-    """Delete all but the newest complete checkpoints, and what ranks that died have left."""
-    checkpoints = _checkpoints(folder)
-    kept = sorted(name for name, complete in checkpoints.items() if complete)[-keep:]
-    for name in checkpoints:
-        if kept and name not in kept and name < kept[-1]:
-            storage.delete_folder(storage.join(folder, name))
+    """Delete all but the newest complete checkpoints, and what ranks that died have left.
+
+    What cannot be deleted is only a warning: the run does not depend on it.
+    """
+    try:
+        checkpoints = _checkpoints(folder)
+        kept = sorted(name for name, complete in checkpoints.items() if complete)[-keep:]
+        for name in checkpoints:
+            if kept and name not in kept and name < kept[-1]:
+                storage.delete_folder(storage.join(folder, name))
+    except storage.StorageError as error:
+        logger.warning("an old checkpoint stays in %s: %s", folder, error)
 
 
 def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
