@@ -112,6 +112,7 @@ def check_workers(settings: Settings) -> bool:
 def check_inputs(settings: Settings) -> None:
     """Find out now, and not after hours, what is wrong with storage, data or settings."""
     storage.check_writable(settings.folder)
+    storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
         check_goes_on(settings, checkpoint, settings.workers.count)
@@ -145,6 +146,7 @@ def work(config: dict[str, Any]) -> str | None:
     """What each worker does; returns what is wrong if another try would not help."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
+    storage.be_patient()
     context = ray.train.get_context()
 
     def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:

@@ -21,6 +21,7 @@ from faulty_s3 import Fault, FaultyS3, Reply, Request
 
 from gptj import storage
 from gptj.data.sources import read_rows
+from gptj.scratch import scratch_folder
 from gptj.training.state import delete_old_checkpoints
 from jobs.local_s3 import LocalS3
 
@@ -306,8 +307,12 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
         assert ".writable" not in str(caught.value)
         with pytest.raises(storage.StorageError, match=message):
             storage.write_bytes(f"{folder}/name", b"")
+        with pytest.raises(storage.StorageError, match="nothing can be written to"):
+            with scratch_folder(folder):
+                raise AssertionError("it was made")
 
 
+@pytest.mark.slow
 def test_a_folder_of_somebody_else_is_named() -> None:
     """As another user, since root may write anywhere."""
     if os.getuid() != 0:

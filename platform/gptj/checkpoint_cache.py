@@ -31,6 +31,7 @@ from gptj import storage
 from gptj.addresses import local_path
 from gptj.file_lock import FileLock
 from gptj.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
+from gptj.storage.local import make_folder
 from gptj.streaming import new_parts, stream
 
 FOLDER_VARIABLE = "GPTJ_CACHE_FOLDER"
@@ -88,7 +89,7 @@ class CheckpointCache:
 
         Raises:
             CheckpointError: if what S3 has does not fit the manifest.
-            storage.StorageError: if S3 cannot be read.
+            storage.StorageError: if S3 cannot be read, or the cache's folder cannot be made.
         """
         if manifest.size > self.limit:
             logger.warning(
@@ -98,7 +99,7 @@ class CheckpointCache:
                 self.limit,
             )
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         key = _key(manifest)
         entry = Manifest(str(self.folder / key), manifest.files)
         lock = FileLock(self.folder / f"{key}.lock")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gptj.addresses import local_path
 from gptj.file_lock import FileLock
+from gptj.storage.local import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,11 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
 
     Raises:
         AddressError: if the parent is no local folder.
+        StorageError: if the place for it cannot be made.
         PermissionError: if another user has made the place where ours would be.
     """
     root = local_path(parent or tempfile.gettempdir()) / f"gptj-scratch-{os.getuid()}"
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(root, mode=0o700)
     owner = root.stat().st_uid
     if owner != os.getuid():
         raise PermissionError(f"{root} belongs to user {owner}; remedy: delete it, or set TMPDIR")

@@ -124,10 +124,10 @@ def check_writable(folder: str) -> None:
     delete(str(probe))
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o777) -> None:
     """Make a folder, and those above it. StorageError that says which one it is that cannot be."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode, parents=True, exist_ok=True)
     except OSError as error:
         raise _KINDS.get(type(error), StorageError)(_unwritable(path, error)) from error
 

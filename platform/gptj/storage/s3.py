@@ -7,13 +7,14 @@ import io
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from boto3.exceptions import RetriesExceededError
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
@@ -103,19 +104,13 @@ def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> N
     """
     bucket, key = split_s3(address)
     end = start + sum(len(each) for each in targets) - 1
-    first_failure = 0.0
-    for attempts in count(1):
-        try:
-            with explaining(bucket, key):
-                reply = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end}")
-                _receive(reply, targets, address)
-            return
-        except _BrokenError as error:  # after the headers, of which the client takes care
-            first_failure = first_failure or time.monotonic()
-            pause = retry_policy().pause(attempts, first_failure, str(error))
-            if pause is None:
-                raise
-            time.sleep(pause)
+
+    def read() -> None:
+        with explaining(bucket, key):
+            reply = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end}")
+            _receive(reply, targets, address)
+
+    _outlasting(read)
 
 
 def is_folder(address: str) -> bool:
@@ -172,8 +167,17 @@ def open_write(address: str, expected_size: int | None) -> Iterator[IO[bytes]]:
 
 def download(address: str, path: Path) -> None:
     bucket, key = split_s3(address)
-    with explaining(bucket, key):
-        client().download_file(bucket, key, str(path), Config=_TRANSFER)
+
+    def fetch() -> None:
+        try:
+            with explaining(bucket, key):
+                client().download_file(bucket, key, str(path), Config=_TRANSFER)
+        except UnreachableError as error:
+            if isinstance(error.__cause__, RetriesExceededError):  # boto3's, which do not wait
+                raise _BrokenError(str(error)) from error
+            raise
+
+    _outlasting(fetch)
 
 
 def upload(path: Path, address: str) -> None:
@@ -359,7 +363,21 @@ def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], addre
 
 
 class _BrokenError(UnreachableError):
-    """The connection broke in the middle of a file."""
+    """The connection broke in the middle of a file: until there the client tries again."""
+
+
+def _outlasting(action: Callable[[], None]) -> None:
+    """Call it until no connection breaks in it, for as long as its policy says."""
+    first_failure = 0.0
+    for attempts in count(1):
+        try:
+            return action()
+        except _BrokenError as error:
+            first_failure = first_failure or time.monotonic()
+            pause = retry_policy().pause(attempts, first_failure, str(error))
+            if pause is None:
+                raise
+            time.sleep(pause)
 
 
 def _broken(address: str, received: int, size: int, reason: str) -> _BrokenError:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import boto3
-from boto3.exceptions import Boto3Error
+from boto3.exceptions import Boto3Error, RetriesExceededError
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -97,7 +97,8 @@ def explaining(bucket: str, key: str) -> Iterator[None]:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ClientError):
             raise _explained(cause, bucket, key) from error
-        raise StorageError(f"{place}: {error}") from error
+        kind = UnreachableError if isinstance(error, RetriesExceededError) else StorageError
+        raise kind(f"{place}: {error}") from error
     except SSLError as error:
         raise UnreachableError(
             f"{place}: no safe connection to {endpoint()} ({error}); remedy: AWS_CA_BUNDLE=FILE "
