@@ -94,9 +94,9 @@ class Retries:
             if time.monotonic() - self._logged < LOG_SECONDS:
                 return
             self._logged = time.monotonic()
-        limit = f", for {PATIENCE_SECONDS / 60:g} minutes at most" if self.patient else ""
+        limit = f" for up to {PATIENCE_SECONDS / 60:g} minutes" if self.patient else ""
         logger.warning(
-            "S3 at %s fails since %.0f s and is tried again%s: %s",
+            "S3 at %s has been failing for %.0f s, trying again%s: %s",
             self.endpoint,
             waited,
             limit,

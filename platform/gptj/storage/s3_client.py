@@ -118,9 +118,12 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
     place = f"s3://{bucket}/{key}"
     code = error.response.get("Error", {}).get("Code", "")
     message = error.response.get("Error", {}).get("Message", "")
-    if code == "NoSuchBucket" or (code == "404" and not bucket_exists(bucket)):
+    if code == "404":
+        with explaining(bucket, key):
+            code = "NoSuchKey" if bucket_exists(bucket) else "NoSuchBucket"
+    if code == "NoSuchBucket":
         return no_bucket(bucket, key)
-    if code in ("NoSuchKey", "404"):
+    if code == "NoSuchKey":
         return NotFoundError(f"{place} is not there: bucket {bucket!r} has no key {key!r}")
     if code in ("PreconditionFailed", "412"):
         return AlreadyExistsError(f"{place} exists already")
