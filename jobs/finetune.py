@@ -146,7 +146,8 @@ def work(config: dict[str, Any]) -> str | None:
     """What each worker does; returns what is wrong if another try would not help."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
-    storage.be_patient()
+    if storage.is_s3(settings.storage):
+        storage.be_patient()
     context = ray.train.get_context()
 
     def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:

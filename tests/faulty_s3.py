@@ -34,6 +34,7 @@ class Reply:
     code: str = ""
     message: str = "made up"
     headers: dict[str, str] = field(default_factory=dict)
+    text: str = ""  # instead of an error
 
 
 # Instead of a reply: the connection is reset before the server gets the request, or after it, or is
@@ -148,8 +149,8 @@ class FaultyS3:
 
 
 def _error(reply: Reply) -> bytes:
-    if not reply.code:
-        return b""
+    if reply.text or not reply.code:
+        return reply.text.encode()
     return (
         f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{reply.code}</Code>'
         f"<Message>{reply.message}</Message></Error>"

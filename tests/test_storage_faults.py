@@ -20,6 +20,7 @@ import trustme
 from faulty_s3 import Fault, FaultyS3, Reply, Request
 
 from gptj import storage
+from gptj.addresses import AddressError
 from gptj.data.sources import read_rows
 from gptj.scratch import scratch_folder
 from gptj.training.state import delete_old_checkpoints
@@ -56,6 +57,24 @@ def test_the_consoles_folder_marker_is_no_file(s3: LocalS3, folder: str) -> None
         assert [row.values for row in read_rows(address)] == [{"text": "one"}]
     storage.delete_folder(f"{folder}/mk/")
     assert storage.list_files(folder) == []
+
+
+def test_a_key_that_leads_elsewhere_is_refused_and_writes_nothing(
+    faulty: FaultyS3, folder: str, tmp_path: Path
+) -> None:
+    """What a server lists becomes names of local files."""
+    key = storage.split_s3(folder)[1]
+    for name in ("../outside/x", "/outside", "a//b"):
+        listing = (
+            f"<ListBucketResult><IsTruncated>false</IsTruncated><Contents><Key>{key}/{name}</Key>"
+            f"<Size>1</Size></Contents></ListBucketResult>"
+        )
+        faulty.fault = lambda request, text=listing: (
+            Reply(200, text=text) if "list-type" in request.path else None
+        )
+        with pytest.raises(AddressError, match="has // or a part"):
+            storage.download_folder(folder, tmp_path / "in")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_without_conditional_writes_is_refused_at_the_start(
@@ -266,6 +285,24 @@ def test_arrow_lists_copies_and_moves(s3: LocalS3, folder: str) -> None:
     assert [file.name for file in storage.list_files(folder)] == ["copy", "moved"]
     with filesystem.open_input_file(f"{path}/moved") as file:
         assert file.read_at(1, 0) == b"a"
+
+
+def test_ray_train_keeps_its_files_through_it(s3: LocalS3, folder: str, tmp_path: Path) -> None:
+    from ray.train.v2._internal.execution import storage as ray_storage
+
+    (tmp_path / "up/deep").mkdir(parents=True)
+    (tmp_path / "up/a").write_bytes(b"a")
+    (tmp_path / "up/deep/b").write_bytes(os.urandom(10_000_000))
+    filesystem, path = storage.arrow_filesystem(folder)
+    context = ray_storage.StorageContext(path, "run", filesystem)
+    pickle.loads(pickle.dumps(context))._check_validation_file()
+    ray_storage._upload_to_fs_path(str(tmp_path / "up"), filesystem, f"{path}/run/checkpoint")
+    ray_storage._download_from_fs_path(filesystem, f"{path}/run/checkpoint", str(tmp_path / "down"))
+    for name in ("a", "deep/b"):
+        assert (tmp_path / "down" / name).read_bytes() == (tmp_path / "up" / name).read_bytes()
+    ray_storage.delete_fs_path(filesystem, f"{path}/run/checkpoint")
+    names = [file.name for file in storage.list_files(folder)]
+    assert names == ["run/.validate_storage_marker"]
 
 
 def test_a_file_system_without_hard_links_is_named(

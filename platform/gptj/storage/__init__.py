@@ -146,8 +146,9 @@ def open_write(
 
 def download(address: str, path: str | Path) -> None:
     """Copy a file to a local path, in parallel parts; the path's folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    (s3.download if is_s3(address) else local.copy)(address, Path(path))
+    copy = s3.download if is_s3(address) else local.copy  # what is no address, makes no folder
+    local.make_folder(Path(path).parent)
+    copy(address, Path(path))
 
 
 def upload(path: str | Path, address: str) -> None:
