@@ -15,6 +15,7 @@ from ray.serve import Application
 from deployments.loading import BatchArguments as Arguments
 from deployments.loading import load, loading_turn
 from deployments.metrics import serve_metrics
+from deployments.preflight import check_before_deploying
 from gptj import GPTJForSequenceClassification
 from gptj.serving.app import health, new_app
 from gptj.serving.classification import ClassificationRequest, ClassificationService, LabelScore
@@ -51,4 +52,5 @@ class Classification:
 
 
 def build(args: Arguments) -> Application:
+    check_before_deploying(GPTJForSequenceClassification, args)
     return Classification.bind(args)

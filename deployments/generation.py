@@ -24,6 +24,7 @@ from ray.serve import Application
 from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
+from deployments.preflight import check_before_deploying
 from gptj import GPTJForCausalLM
 from gptj.engine.cache_size import cache_tokens
 from gptj.engine.choice import Quantization, best_runner
@@ -182,4 +183,5 @@ class Generation:
 
 
 def build(args: Arguments) -> Application:
+    check_before_deploying(GPTJForCausalLM, args)
     return Generation.bind(args)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptj import GPTJTokenizer, storage
 from gptj.addresses import normalized
-from gptj.checkpoint import TRAINING, load_config, training_data
+from gptj.checkpoint import TRAINING, check_complete, load_config, training_data
 from gptj.config import parse_dtype
 from gptj.file_lock import turn
 from gptj.hub import locate
@@ -60,10 +60,13 @@ def loading_turn(arguments: Arguments) -> AbstractContextManager[None]:
     return turn(places, arguments.loads_at_once)
 
 
-def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
-    """The model, ready to compute, and its tokenizer.
+def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> GPTJTokenizer:
+    """What can be known of a checkpoint without reading its weights; returns its tokenizer.
 
-    Raises ValueError, saying what is there instead, if the checkpoint has another head.
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if files are missing, cut off or damaged.
+        ValueError: if it has another head, or a tokenizer that does not fit.
     """
     config = load_config(arguments.checkpoint, revision=arguments.revision)
     found = config.architectures or [cls.__name__]
@@ -71,12 +74,19 @@ def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )
+    check_complete(arguments.checkpoint, revision=arguments.revision)
     tokenizer = GPTJTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{arguments.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
             f"vocab_size is {config.vocab_size}"
         )
+    return tokenizer
+
+
+def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
+    """The model, ready to compute, and its tokenizer. Raises what `check` does."""
+    tokenizer = check(cls, arguments)
     # Ray hides the GPUs that are not this replica's.
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)

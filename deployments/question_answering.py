@@ -18,6 +18,7 @@ from ray.serve import Application
 
 from deployments.loading import BatchArguments, load, loading_turn, training_data_settings
 from deployments.metrics import serve_metrics
+from deployments.preflight import check_before_deploying
 from gptj import GPTJForQuestionAnswering
 from gptj.serving.app import health, new_app
 from gptj.serving.question_answering import (
@@ -75,4 +76,5 @@ class QuestionAnswering:
 
 
 def build(args: Arguments) -> Application:
+    check_before_deploying(GPTJForQuestionAnswering, args)
     return QuestionAnswering.bind(args)

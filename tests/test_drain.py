@@ -16,10 +16,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from kuberay import nodes_alive
+from worker_node import worker_node
 
 from jobs.local_ray import LocalRay
-from jobs.processes import HOST, free_ports, running
+from jobs.processes import HOST, free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -42,24 +42,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with ExitStack() as stack:
         node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
         for number in range(2):
-            agent, metrics, port = free_ports(3)
-            command = [
-                *(str(Path(sys.executable).parent / "ray"), "start", "--block"),
-                *(f"--address={HOST}:{node.port}", "--num-cpus=1"),
-                f"--dashboard-agent-listen-port={agent}",
-                f"--metrics-export-port={metrics}",
-            ]
-            stack.enter_context(
-                running(
-                    command,
-                    environment={**environment, **node.environment()},
-                    log=folder / f"worker-{number}.log",
-                    grace_seconds=2,
-                )
-            )
-            # One after the other: two raylets of one machine that start at the same time may
-            # choose the same names for their sockets, and one ends.
-            _wait_for_nodes(node, 2 + number)
+            log = folder / f"worker-{number}.log"
+            stack.enter_context(worker_node(node, log, cpus=1, environment=environment))
+        (port,) = free_ports(1)
         config = {
             "http_options": {"host": HOST, "port": port},
             "applications": [{"name": "slow", "import_path": "slow_service:app"}],
@@ -78,13 +63,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         of_a_pod = {**environment, **node.environment()}
         del of_a_pod["RAY_API_SERVER_ADDRESS"]
         yield Service(url, of_a_pod)
-
-
-def _wait_for_nodes(node: LocalRay, count: int) -> None:
-    deadline = time.monotonic() + 90
-    while (alive := nodes_alive(node.dashboard, node.token)) != count:
-        assert time.monotonic() < deadline, f"{count} nodes should be alive, {alive} are"
-        time.sleep(0.2)
 
 
 def _answers(url: str) -> bool:

@@ -43,10 +43,11 @@ from gptj.model import (
 )
 from gptj.skeleton import without_weights
 from gptj.tokenizer import GPTJTokenizer
-from gptj.weights import SHARD_BYTES, TensorSpec, read_weights, write_weights
+from gptj.weights import SHARD_BYTES, TensorSpec, read_weights, weight_files, write_weights
 
 __all__ = [
     "CheckpointError",
+    "check_complete",
     "load_config",
     "load_model",
     "save_folder",
@@ -155,6 +156,24 @@ def load_config(
     """
     folder = locate(address, revision=revision, patterns=(CONFIG, "manifest.json"))
     return _read_config(folder, Manifest.read(folder), overrides)
+
+
+def check_complete(address: str, *, revision: str | None = None) -> None:
+    """Check that all files are there in their full size, without reading the weights.
+
+    Of a folder without a manifest only the names are known, of a hub id nothing.
+
+    Raises:
+        FileNotFoundError: if there is no folder.
+        CheckpointError: if a file is missing or cut off.
+    """
+    folder = locate(address, revision=revision, patterns=(CONFIG, "manifest.json"))
+    if folder != address.rstrip("/"):  # from the hub, and only these files of it are here
+        return
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        manifest.check_sizes()
+    weight_files(folder, {file.name for file in storage.list_files(folder)}, manifest)
 
 
 def training_data(content: bytes, address: str) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""Checks a checkpoint while its application is built, before Serve touches a running replica.
+
+A deploy whose checkpoint is missing, incomplete or of another head fails at once, and the replicas
+that run go on answering.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deployments.loading import Arguments, check
+from gptj.model import GPTJPreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 300.0
+
+
+def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
+    """Check the checkpoint where replicas run, with that node's network and credentials.
+
+    Serve builds applications on the head, which may have no access to the checkpoints. As long as
+    no node takes replicas there is nothing to check from, and nothing that a bad checkpoint could
+    replace.
+
+    Raises:
+        ValueError: saying what is wrong with the checkpoint, or why it cannot be read.
+    """
+    if not ray.is_initialized():
+        problem = _problem(cls, arguments)
+    elif (node := _replica_node()) is None:
+        logger.warning("%s is not checked: no node takes replicas yet", arguments.checkpoint)
+        return
+    elif node == ray.get_runtime_context().get_node_id():
+        problem = _problem(cls, arguments)
+    else:
+        strategy = NodeAffinitySchedulingStrategy(node, soft=True)
+        task = ray.remote(num_cpus=0, max_retries=3)(_problem)
+        reference = task.options(scheduling_strategy=strategy).remote(cls, arguments)
+        problem = ray.get(reference, timeout=TIMEOUT_SECONDS)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _problem(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> str | None:
+    """What is wrong with the checkpoint, as text: Ray would wrap an exception in a traceback."""
+    try:
+        check(cls, arguments)
+    except (ValueError, OSError) as error:
+        return f"the checkpoint cannot be deployed: {error}"
+    return None
+
+
+def _replica_node() -> str | None:
+    """A node that takes replicas: this one if it does."""
+    nodes = [
+        str(node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
+    ]
+    here = ray.get_runtime_context().get_node_id()
+    return here if here in nodes else next(iter(nodes), None)
