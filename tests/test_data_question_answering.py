@@ -21,6 +21,7 @@ from gptj.data.question_answering import (
     windows,
 )
 from gptj.data.sources import DataError, Row, read_rows
+from gptj.data.words import Words
 
 QUESTION = "Where does she live now?"
 CONTEXT = (
@@ -202,26 +203,39 @@ def random_logits(found: list[Window], seed: int) -> tuple[list[Tensor], list[Te
     return starts, ends
 
 
+def spans_of(
+    window: Window, start: Tensor, end: Tensor, max_tokens: int
+) -> dict[tuple[int, int], float]:
+    """The highest logit of each span of a window."""
+    logits: dict[tuple[int, int], float] = {}
+    places = [(t, o) for t, o in enumerate(window.offsets) if o is not None]
+    for i, first in places:
+        for j, last in places:
+            if i <= j < i + max_tokens:
+                span = first[0], last[1]
+                logits[span] = max(float(start[i]) + float(end[j]), logits.get(span, -math.inf))
+    return logits
+
+
+def total_of(found: list[Window], logits: list[Tensor]) -> float:
+    """The sum of exponentials over all places of the context."""
+    at: dict[tuple[int, int], float] = {}
+    for window, values in zip(found, logits, strict=True):
+        for place, value in zip(window.offsets, values.tolist(), strict=True):
+            if place is not None:
+                at[place] = max(value, at.get(place, -math.inf))
+    return sum(map(math.exp, at.values()))
+
+
 def every_span(
     found: list[Window], starts: list[Tensor], ends: list[Tensor], max_tokens: int, null: bool
 ) -> list[tuple[int, int, float]]:
     """All spans and their scores, best first, by the definition: loops and no shortcut."""
     logits: dict[tuple[int, int], float] = {}
-    start_at: dict[tuple[int, int], float] = {}
-    end_at: dict[tuple[int, int], float] = {}
     for window, start, end in zip(found, starts, ends, strict=True):
-        places = [(t, o) for t, o in enumerate(window.offsets) if o is not None]
-        for t, place in places:
-            start_at[place] = max(float(start[t]), start_at.get(place, -math.inf))
-            end_at[place] = max(float(end[t]), end_at.get(place, -math.inf))
-        for i, first in places:
-            for j, last in places:
-                if i <= j < i + max_tokens:
-                    span = first[0], last[1]
-                    logit = float(start[i]) + float(end[j])
-                    logits[span] = max(logit, logits.get(span, -math.inf))
-    start_total = sum(map(math.exp, start_at.values()))
-    end_total = sum(map(math.exp, end_at.values()))
+        for span, logit in spans_of(window, start, end, max_tokens).items():
+            logits[span] = max(logit, logits.get(span, -math.inf))
+    start_total, end_total = total_of(found, starts), total_of(found, ends)
     if null:
         pairs = [(float(s[0]), float(e[0])) for s, e in zip(starts, ends, strict=True)]
         surest = min(pairs, key=sum)
@@ -262,6 +276,37 @@ def test_the_best_spans_are_those_of_a_search_over_all(
     assert [(span.start, span.end) for span in spans] == [each[:2] for each in expected]
     for span, (_, _, score) in zip(spans, expected, strict=True):
         assert span.score == pytest.approx(score, rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(1000, 0), (40, 10), (32, 5)]),
+    top_k=st.integers(1, 60),
+    max_tokens=st.integers(1, 60),
+)
+def test_whole_words_have_the_probability_of_all_their_spans(
+    seed: int, shape: tuple[int, int], top_k: int, max_tokens: int, tokenizer: GPTJTokenizer
+) -> None:
+    """By the definition: the spans of a window add up, and the window that is surest counts."""
+    found = windows(tokenizer, QUESTION, CONTEXT, *shape)
+    starts, ends = random_logits(found, seed)
+    words = Words(CONTEXT)
+    total = total_of(found, starts) * total_of(found, ends)
+    expected: dict[tuple[int, int], float] = {}
+    for window, start, end in zip(found, starts, ends, strict=True):
+        sums: dict[tuple[int, int], float] = {}
+        for span, logit in spans_of(window, start, end, max_tokens).items():
+            place = words.widen(*span)
+            sums[place] = sums.get(place, 0) + math.exp(logit) / total
+        for place, score in sums.items():
+            expected[place] = max(score, expected.get(place, 0))
+    spans = best_spans(found, starts, ends, top_k=top_k, max_answer_tokens=max_tokens, words=words)
+    ranked = sorted(expected, key=lambda place: -expected[place])[:top_k]
+    assert [(span.start, span.end) for span in spans] == ranked
+    for span in spans:
+        assert span.score == pytest.approx(expected[span.start, span.end], rel=1e-9)
+    assert sum(span.score for span in spans) < 1 + 1e-9
 
 
 def test_one_windows_score_is_that_of_hugging_faces_pipeline(tokenizer: GPTJTokenizer) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptj.data.examples import Ids, TokenLists, compact, count_real_tokens, padded, padding_id
 from gptj.data.sources import DataError, Row
+from gptj.data.words import Words
 from gptj.model import span_loss
 from gptj.tokenizer import GPTJTokenizer
 
@@ -108,6 +109,7 @@ def best_spans(
     top_k: int = 1,
     max_answer_tokens: int = 15,
     handle_impossible_answer: bool = False,
+    words: Words | None = None,
 ) -> list[Span]:
     """The likeliest answers over all windows of one question, best first; each span once.
 
@@ -121,6 +123,7 @@ def best_spans(
         max_answer_tokens: the longest answer.
         handle_impossible_answer: let the empty answer (0, 0) compete, by the first token's
             logits in the window that is the surest of an answer.
+        words: the context's; widens each answer to whole words, see candidates.
     """
     if top_k < 1 or max_answer_tokens < 1:
         raise ValueError(
@@ -132,7 +135,7 @@ def best_spans(
     found = [
         candidate
         for window, start, end in parts
-        for candidate in candidates(window, start, end, max_answer_tokens, top_k)
+        for candidate in candidates(window, start, end, max_answer_tokens, top_k, words)
     ]
     totals = [_log_sum_exp(_by_place(windows, logits), null=None) for logits in (starts, ends)]
     if handle_impossible_answer:
@@ -159,8 +162,14 @@ def candidates(
     end_logits: np.ndarray[Any, Any],
     max_answer_tokens: int,
     top_k: int,
+    words: Words | None = None,
 ) -> list[Candidate]:
-    """The `top_k` spans of a window with the largest sums of logits, best first, each once."""
+    """The `top_k` spans of a window with the largest sums of logits, best first, each once.
+
+    Args:
+        words: the context's; spans are widened to whole words, and the probabilities of those
+            that become the same one are added.
+    """
     tokens = [token for token, offset in enumerate(window.offsets) if offset is not None]
     if not tokens:
         return []
@@ -173,6 +182,8 @@ def candidates(
     ends = np.lib.stride_tricks.sliding_window_view(
         np.concatenate([end, np.full(width - 1, -np.inf)]), width
     )
+    if words is not None:
+        return _whole_words(window.offsets[first:last], start[:, None] + ends, words, top_k)
     sums = (start[:, None] + ends).ravel()
     possible = int((sums > -np.inf).sum())
     found: dict[Offsets, float] = {}
@@ -193,6 +204,45 @@ def candidates(
             break
         wanted *= 2
     return [Candidate(logit, *place) for place, logit in list(found.items())[:top_k]]
+
+
+def _whole_words(
+    offsets: Sequence[Offsets | None], sums: np.ndarray[Any, Any], words: Words, top_k: int
+) -> list[Candidate]:
+    """The `top_k` best spans of a window as whole words.
+
+    Args:
+        sums: (tokens, width), the logits of the spans that begin at a token, by their length;
+            minus infinity where there is none.
+    """
+    # A span's first token alone decides where its words begin, and its last where they end.
+    starts, start_of = np.unique([0 if o is None else o[0] for o in offsets], return_inverse=True)
+    ends, end_of = np.unique([0 if o is None else o[1] for o in offsets], return_inverse=True)
+    froms, lengths = np.nonzero(sums > -np.inf)
+    # Several tokens can share a character: spans of the same characters count once.
+    highest = np.full(len(starts) * len(ends), -np.inf)
+    spans = start_of[froms] * len(ends) + end_of[froms + lengths]
+    np.maximum.at(highest, spans, sums[froms, lengths])
+    spans = np.flatnonzero(highest > -np.inf)
+    logits = highest[spans]
+    begins, begin_of = np.unique([words.start(each) for each in starts], return_inverse=True)
+    finishes, finish_of = np.unique([words.end(each) for each in ends], return_inverse=True)
+    answers = begin_of[spans // len(ends)] * len(finishes) + finish_of[spans % len(ends)]
+    # The logarithm of the sum of exponentials, for each answer.
+    highest = np.full(len(begins) * len(finishes), -np.inf)
+    np.maximum.at(highest, answers, logits)
+    totals = np.bincount(answers, np.exp(logits - highest[answers]))
+    found = np.flatnonzero(totals)
+    merged = highest[found] + np.log(totals[found])
+    best = np.argsort(-merged, kind="stable")[:top_k]
+    return [
+        Candidate(
+            float(merged[each]),
+            int(begins[found[each] // len(finishes)]),
+            int(finishes[found[each] % len(finishes)]),
+        )
+        for each in best
+    ]
 
 
 def null_logit(start_logits: np.ndarray[Any, Any], end_logits: np.ndarray[Any, Any]) -> float:

@@ -26,6 +26,7 @@ from gptj.data.question_answering import (
     candidates,
     null_logit,
 )
+from gptj.data.words import Words
 
 MAX_ANSWER_TOKENS = 30  # as in Hugging Face's evaluation of SQuAD
 
@@ -131,7 +132,8 @@ def metrics(data: Data, parts: Iterable[Part]) -> dict[str, float]:
     classification: `loss`, `accuracy`, `f1` (mean over the classes that occur).
     multi-label classification: `loss`, `accuracy` (of whole rows), `f1` (over all decisions).
     regression: `loss`, `mse`, and `pearson` (mean over outputs) unless a side is constant.
-    question-answering: `loss`, `exact_match`, `f1`, as SQuAD counts, from 0 to 1.
+    question-answering: `loss`, `exact_match`, `f1`, as SQuAD counts, from 0 to 1, of answers in
+    whole words, as the service gives them.
     """
     merged = Part()
     for part in parts:
@@ -224,7 +226,8 @@ def _outputs(data: Data, output: Any, examples: Sequence[int]) -> list[Any]:
 
 def _answer(data: QuestionAnsweringData, example: int, start: Array, end: Array) -> Answer:
     null = null_logit(start, end)
-    best = candidates(data.window(example), start, end, MAX_ANSWER_TOKENS, top_k=1)
+    words = Words(data.questions[data.question_of(example)].context)
+    best = candidates(data.window(example), start, end, MAX_ANSWER_TOKENS, 1, words)
     if not best:
         return Answer(0, 0, -math.inf, null)
     return Answer(best[0].start, best[0].end, best[0].logit, null)
