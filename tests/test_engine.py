@@ -116,6 +116,9 @@ def test_requests_with_different_parameters_share_a_batch(
         for prompt, setting in zip(PROMPTS, settings, strict=True)
     ]
     assert outputs[2] == alone(model, PROMPTS[2], repetition_penalty=1.5)
+    assert outputs[2] != alone(model, PROMPTS[2])
+    unpenalised = {**settings[3], "presence_penalty": 0.0}
+    assert outputs[3] != submit(engine, PROMPTS[3], **unpenalised).ids
     assert outputs[4] == [17] * 12
 
 
@@ -342,6 +345,8 @@ def test_beam_search_heeds_min_tokens_and_penalties(engine: Engine, model: GPTJF
         ):
             expected = alone(model, prompt, num_beams=beams, pad_token_id=0, **more)
             check_beams(caller, [expected])
+            if more:  # or else there would be nothing to heed
+                assert expected != alone(model, prompt, num_beams=beams, pad_token_id=0)
 
 
 def test_a_beam_search_may_have_every_token_as_a_stop_token(engine: Engine) -> None:

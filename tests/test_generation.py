@@ -78,6 +78,15 @@ def test_greedy_and_beams_equal_transformers(seed: int, arguments: dict[str, Any
     assert found.tolist() == expected.tolist()
 
 
+def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
+    ours, _ = models(0)
+    tokens, mask = prompts(0)
+    arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 20}
+    greedy = ours.generate(tokens, **arguments)
+    drawn = ours.generate(tokens, do_sample=True, temperature=5.0, top_p=0.0, seed=1, **arguments)
+    assert torch.equal(drawn, greedy)
+
+
 def test_a_row_that_ended_is_padded_while_others_go_on() -> None:
     """And holds no token after its eos."""
     ours, _ = models(0)

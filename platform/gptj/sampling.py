@@ -23,7 +23,7 @@ class SamplingParams:
     min_tokens: int = 0  # no stop token before so many
     temperature: float = 1.0  # 0 means the likeliest token
     top_k: int = 0  # only the k likeliest; 0 means all
-    top_p: float = 1.0  # only the likeliest that together have this probability
+    top_p: float = 1.0  # only the likeliest that together have this probability; 0: the likeliest
     min_p: float = 0.0  # only those with this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # divides logits of tokens of the prompt or output (CTRL)
     presence_penalty: float = 0.0  # taken off logits of tokens of the output, once
@@ -45,7 +45,7 @@ class SamplingParams:
         )
         _check(0 <= self.temperature <= 100, "temperature", "in [0, 100]", self.temperature)
         _check(self.top_k >= 0, "top_k", "0 or more", self.top_k)
-        _check(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        _check(0 <= self.top_p <= 1, "top_p", "in [0, 1]", self.top_p)
         _check(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         _check(
             0 < self.repetition_penalty <= 100,
@@ -57,6 +57,11 @@ class SamplingParams:
             _check(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]", getattr(self, name))
         for token, bias in self.logit_bias.items():
             _check(-100 <= bias <= 100, f"logit_bias of token {token}", "in [-100, 100]", bias)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, and none drawn."""
+        return self.temperature < GREEDY_BELOW or self.top_p == 0
 
 
 def adjust(
@@ -92,10 +97,10 @@ def adjust(
 def restrict(logits_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Temperature, then only the tokens that top_k, top_p and min_p leave; the others are -inf.
 
-    In Hugging Face's order; rows with temperature 0 stay as they are.
+    In Hugging Face's order; greedy rows stay as they are.
     """
     rows = [
-        row if each.temperature < GREEDY_BELOW else _restrict_row(row / each.temperature, each)
+        row if each.greedy else _restrict_row(row / each.temperature, each)
         for row, each in zip(logits_BV, params, strict=True)
     ]
     return torch.stack(rows)
@@ -130,7 +135,7 @@ def choose(
     restricted = restrict(logits_BV, params)
     scores = restricted.softmax(dim=-1)
     for row, (each, generator) in enumerate(zip(params, generators, strict=True)):
-        if each.temperature < GREEDY_BELOW:
+        if each.greedy:
             scores[row] = restricted[row]
         else:
             noise = torch.empty_like(scores[row]).exponential_(generator=generator)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptj.engine.events import TokenEvent
-from gptj.sampling import GREEDY_BELOW, SamplingParams
+from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]
 CANDIDATES = 1024  # of a row, among which top_p is looked for before all are sorted
@@ -129,7 +129,7 @@ class _State:
         output_ids: Sequence[int],
     ) -> None:
         self.params = params
-        self.draws = params.temperature >= GREEDY_BELOW
+        self.draws = not params.greedy
         self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self.length = len(output_ids)  # of the output
         self.stop_ids = np.array(sorted(stop_ids), np.int64)

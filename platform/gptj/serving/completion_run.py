@@ -11,7 +11,7 @@ from typing import Literal
 from gptj.engine.batch_thread import ClosedError
 from gptj.engine.engine import Engine, Ticket
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
-from gptj.serving.completions import CompletionRequest, Usage, named
+from gptj.serving.completions import CompletionRequest, Usage
 from gptj.serving.errors import APIError, ModelError, UnavailableError
 from gptj.serving.mailbox import Mailbox
 from gptj.serving.metrics import Recorder
@@ -23,8 +23,9 @@ Reason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    text: str
+    text: str  # its whole characters
     ids: list[int]
+    begun: bytes = b""  # of a last character that the ids do not complete
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Output:
                 self._logprob += event.logprob or 0.0
                 token = TokenEvent(event.stop_token, event.logprob, event.top)
                 self._waiting.append((token, self._text.decoded))
-            piece.text = self._text.finish()
+            piece.text = self._text.finish(event.stop_token)
             piece.reason = event.reason
         else:
             raise failure(event)
@@ -128,7 +129,7 @@ class CompletionRun:
         for prompt in prompts:
             first = None
             for _ in range(request.candidates):
-                text = TextStream(tokenizer, request.stop, request.min_tokens)
+                text = text_stream(tokenizer, request, prompt)
                 output = Output(len(self.outputs), prompt, first, text)
                 first = first or output
                 self.outputs.append(output)
@@ -181,7 +182,7 @@ class CompletionRun:
                 [self._events.put(output.index) for output in outputs],
             )
         except ValueError as error:
-            raise named(error) from error
+            raise self._request.named(error) from error
 
 
 class OutputClock:
@@ -234,6 +235,20 @@ class Events:
     def cancel(self) -> None:
         for ticket in self.tickets:
             ticket.cancel()
+
+
+def text_stream(
+    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: EncodedPrompt
+) -> TextStream:
+    """For an output of a prompt."""
+    return TextStream(
+        tokenizer,
+        request.stop,
+        request.min_tokens,
+        include_stop=request.include_stop_str_in_output,
+        begun=prompt.begun,
+        echoed=request.echo,
+    )
 
 
 def usage_of(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:

@@ -19,6 +19,7 @@ from gptj.serving.completion_run import (
     Piece,
     Reason,
     failure,
+    text_stream,
     usage_of,
 )
 from gptj.serving.completions import (
@@ -29,12 +30,11 @@ from gptj.serving.completions import (
     Logprobs,
     Prompt,
     StreamOptions,
-    named,
 )
 from gptj.serving.errors import APIError, InvalidRequestError
 from gptj.serving.mailbox import Mailbox
 from gptj.serving.metrics import Recorder
-from gptj.serving.text_stream import TextStream
+from gptj.serving.text_stream import TextStream, unfinished
 from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
 
@@ -202,7 +202,7 @@ class CompletionService:
         for prompt, beams in zip(prompts, found, strict=True):
             for output in beams.outputs:
                 new_tokens += len(output)
-                text, reason = self._beam_text(request, output)
+                text, reason = self._beam_text(request, prompt, output)
                 echoed = prompt.text if request.echo else ""
                 choices.append(Choice(index=len(choices), text=echoed + text, finish_reason=reason))
         usage = usage_of(prompts, new_tokens)
@@ -214,7 +214,7 @@ class CompletionService:
         try:
             ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
         except ValueError as error:
-            raise named(error) from error
+            raise request.named(error) from error
         try:
             _, event = await events.get()
         finally:
@@ -225,14 +225,16 @@ class CompletionService:
             self._recorder.queued(ticket.queued_seconds)
         return event
 
-    def _beam_text(self, request: CompletionRequest, output: Sequence[int]) -> tuple[str, Reason]:
+    def _beam_text(
+        self, request: CompletionRequest, prompt: EncodedPrompt, output: Sequence[int]
+    ) -> tuple[str, Reason]:
         stop_ids = {*request.stop_token_ids}
         if not request.ignore_eos:
             stop_ids |= set(self._engine.eos_ids)
         ended = bool(output) and output[-1] in stop_ids
-        text = TextStream(self._tokenizer, request.stop, request.min_tokens)
+        text = text_stream(self._tokenizer, request, prompt)
         parts = [text.push(token) for token in (output[:-1] if ended else output)]
-        parts.append(text.finish())
+        parts.append(text.finish(output[-1] if ended else None))
         return "".join(parts), "stop" if ended or text.stopped else "length"
 
     async def _encoded(self, request: CompletionRequest) -> list[EncodedPrompt]:
@@ -264,7 +266,8 @@ class CompletionService:
         if not request.use_beam_search and outputs > self._engine.max_waiting:
             raise InvalidRequestError(
                 f"{outputs} outputs are more than the {self._engine.max_waiting} that may wait "
-                f"here: send several requests"
+                f"here: send several requests",
+                param=request.sequences_field,
             )
 
     def _encode(self, request: CompletionRequest, prompt: Prompt) -> EncodedPrompt:
@@ -272,9 +275,12 @@ class CompletionService:
         if isinstance(prompt, list):
             self._max_tokens(request, len(prompt))
             try:
-                return EncodedPrompt(self._tokenizer.decode(prompt), prompt)
+                text = self._tokenizer.decode(prompt)
             except ValueError as error:
                 raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
+            # Each id has a byte at least, and a character 4 at most.
+            begun = unfinished(b"".join(map(self._tokenizer.token_bytes, prompt[-3:])))
+            return EncodedPrompt(text[:-1] if begun else text, prompt, begun)
         text = prompt or self._default_prompt()[0]
         self._max_tokens(request, self._vocabulary.least_tokens(text), known="at least ")
         encoded = EncodedPrompt(text, self._tokenizer.encode(text))
@@ -299,22 +305,37 @@ class CompletionService:
                 f"this model's context is {context} tokens, but {known}{length + least} are asked "
                 f"for: {known}{length} of the prompt and {least} of the completion; shorten the "
                 + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
-                param="prompt" if length >= context else "max_tokens",
+                param=self._too_long(request, length),
                 code="context_length_exceeded",
             )
         if request.max_tokens is not None:
             return request.max_tokens
         return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), context - length)
 
+    def _too_long(self, request: CompletionRequest, length: int) -> str:
+        """The field to change, where a prompt of so many tokens has no room for its output."""
+        if length >= self._engine.context_length:
+            return "prompt"
+        return "min_tokens" if request.max_tokens is None and request.min_tokens else "max_tokens"
+
 
 async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
     """Chunks as server-sent events; an error, too, since the status has gone out already."""
     try:
         async for chunk in chunks:
-            yield f"data: {chunk.model_dump_json()}\n\n"
+            yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
     except APIError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def on_one_line(content: str) -> str:
+    """JSON whose strings have no line separator: JSON allows three that end lines elsewhere."""
+    if content.isascii():
+        return content
+    for separator in ("\u0085", "\u2028", "\u2029"):
+        content = content.replace(separator, f"\\u{ord(separator):04x}")
+    return content
 
 
 async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:

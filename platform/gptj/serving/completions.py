@@ -5,7 +5,15 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from gptj.engine.events import BeamParams
 from gptj.sampling import SamplingParams
@@ -18,12 +26,16 @@ MAX_LOGPROBS = 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
+MAX_INTEGER = 2**1023  # a float's range; Python prints no integers above 4,300 digits
 
 Prompt = str | list[int]
 
 
 class RequestModel(BaseModel):
-    """A body: unknown fields and wrong types are errors, null is the same as left out."""
+    """A body: unknown fields and wrong types are errors, null is the same as left out.
+
+    No integer is larger than MAX_INTEGER, so that what is computed with one can be printed.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -35,6 +47,18 @@ class RequestModel(BaseModel):
         if isinstance(fields, dict):
             return {name: value for name, value in fields.items() if value is not None}
         return fields
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_huge_integers(cls, value: Any) -> Any:
+        left = [value]
+        while left:  # and not by recursion, since a client decides how deep it goes
+            each = left.pop()
+            if isinstance(each, int) and not -MAX_INTEGER < each < MAX_INTEGER:
+                raise ValueError(f"integers have {MAX_INTEGER.bit_length()} bits at most")
+            if isinstance(each, list):
+                left += each
+        return value
 
 
 def as_prompts(value: Any) -> list[Prompt]:
@@ -144,6 +168,7 @@ class CompletionRequest(RequestModel):
     min_tokens: int = 0  # neither eos nor a stop before so many
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False  # end after the stop that was met, not before it
     use_beam_search: bool = False  # best_of beams, of which the n best are returned
     length_penalty: float = 1.0  # beams rank by log-probability / length ** length_penalty
     early_stopping: bool = False  # end when as many beams as best_of have ended
@@ -152,6 +177,13 @@ class CompletionRequest(RequestModel):
     def candidates(self) -> int:
         """Outputs that are generated for each prompt."""
         return self.n if self.best_of is None else self.best_of
+
+    @property
+    def sequences_field(self) -> str:
+        """The field to lower where there are too many outputs."""
+        if self.prompt is not None and len(self.prompt) > 1:
+            return "prompt"
+        return "n" if self.best_of is None else "best_of"
 
     def check(self) -> None:
         """InvalidRequestError for fields that contradict each other or a limit."""
@@ -176,7 +208,7 @@ class CompletionRequest(RequestModel):
         prompts = 1 if self.prompt is None else len(self.prompt)
         if prompts * self.candidates > MAX_SEQUENCES:
             raise _invalid(
-                "prompt" if prompts > 1 else "n",
+                self.sequences_field,
                 f"{prompts} prompts with {self.candidates} outputs each are more than "
                 f"{MAX_SEQUENCES} outputs: send several requests",
             )
@@ -247,16 +279,17 @@ class CompletionRequest(RequestModel):
                 prompt_logprobs=self.logprobs if scores_prompt else None,
             )
         except ValueError as error:
-            raise named(error) from error
+            raise self.named(error) from error
 
     def beams(self) -> BeamParams:
         return BeamParams(self.candidates, self.n, self.length_penalty, self.early_stopping)
 
-
-def named(error: ValueError) -> APIError:
-    """A ValueError of the library, whose message begins with the field that it is about."""
-    field = str(error).split(maxsplit=1)[0].rstrip(":")
-    return _invalid(field if field in CompletionRequest.model_fields else None, str(error))
+    def named(self, error: ValueError) -> APIError:
+        """A ValueError of the library, whose message begins with the field that it is about."""
+        field = str(error).split(maxsplit=1)[0].rstrip(":")
+        if field == "num_beams":
+            field = self.sequences_field
+        return _invalid(field if field in CompletionRequest.model_fields else None, str(error))
 
 
 def _invalid(param: str | None, message: str) -> InvalidRequestError:

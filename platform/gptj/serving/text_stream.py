@@ -18,10 +18,22 @@ class TextStream:
     Args:
         stop: strings that end the output; the text ends before the first one.
         min_tokens: no stop string counts before so many tokens.
+        include_stop: the text ends after the stop string, or after a stop token's own text.
+        begun: the first bytes of a character, with which the prompt ends. It belongs to this text
+            if the output completes it.
+        echoed: the prompt is shown too. Its last character then becomes U+FFFD if the output does
+            not complete it, and is left out otherwise.
     """
 
     def __init__(
-        self, tokenizer: GPTJTokenizer, stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        tokenizer: GPTJTokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        include_stop: bool = False,
+        begun: bytes = b"",
+        echoed: bool = False,
     ) -> None:
         if any(not text for text in stop):
             raise ValueError("a stop string must not be empty")
@@ -30,24 +42,48 @@ class TextStream:
         self.decoded = 0  # characters of whole tokens so far, returned or held back
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._longest = max((len(text) for text in stop), default=1)
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
+        self._echoed = echoed
         self._tokens = 0
         self._held = ""
+        self._passed = ""  # the end of what was returned, where a stop string may have begun
         # What is no UTF-8 becomes U+FFFD, as in the tokenizer's decode.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(begun)
+        self._first = begun  # the first character's bytes, until it is there
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token; perhaps none."""
         self._tokens += 1
-        return self._add(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return self._add(self._decode(self._tokenizer.token_bytes(token_id)))
 
-    def finish(self) -> str:
-        """The rest, when no token follows; a character that is cut off becomes U+FFFD."""
-        text = self._add(self._decoder.decode(b"", final=True))
+    def finish(self, stop_token: int | None = None) -> str:
+        """The rest, when no token follows; a character that is cut off becomes U+FFFD.
+
+        Args:
+            stop_token: the id that ended the output. Special tokens have no text.
+        """
+        text = ""
+        if stop_token is not None and self._include_stop:
+            if self._tokenizer.decode([stop_token], skip_special_tokens=True):
+                text = self.push(stop_token)
+        text += self._add(self._decode(b"", final=True))
         if self.stopped:
             return text
         rest, self._held = self._held, ""
         return text + self._send(rest)
+
+    def _decode(self, content: bytes, final: bool = False) -> str:
+        text = self._decoder.decode(content, final)
+        if self._first:
+            self._first += content
+            if text:
+                completed = self._first.startswith(text[0].encode())
+                self._first = b""
+                return text if completed or self._echoed else text[1:]
+        return text
 
     def _add(self, new: str) -> str:
         if self.stopped:
@@ -55,24 +91,44 @@ class TextStream:
         self._held += new
         self.decoded += len(new)
         if self._stop and self._tokens >= self._min_tokens:
-            places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-            if places:
+            end = self._end()
+            if end is not None:
                 self.stopped = True
-                text, self._held = self._held[: min(places)], ""
+                text, self._held = self._held[:end], ""
                 return self._send(text)
         end = len(self._held) - self._possible_stop()
         text, self._held = self._held[:end], self._held[end:]
         return self._send(text)
 
+    def _end(self) -> int | None:
+        """Where what is held ends, if it completes a stop string: the one that begins first."""
+        text, passed = self._passed + self._held, len(self._passed)
+        places = [
+            (place, place + len(stop))
+            for stop in self._stop
+            if (place := text.find(stop, max(0, passed - len(stop) + 1))) >= 0
+        ]
+        return None if not places else min(places)[1 if self._include_stop else 0] - passed
+
     def _send(self, text: str) -> str:
         self.sent += len(text)
+        if self._include_stop and self._longest > 1:
+            self._passed = (self._passed + text)[1 - self._longest :]
         return text
 
     def _possible_stop(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
+        """How many characters at the end may be the beginning of a stop string to leave out."""
+        if self._include_stop:
+            return 0
+        for size in range(min(self._longest - 1, len(self._held)), 0, -1):
             end = self._held[-size:]
             if any(stop.startswith(end) for stop in self._stop):
                 return size
         return 0
+
+
+def unfinished(content: bytes) -> bytes:
+    """The bytes at the end that begin a character and do not complete it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(content[-3:])  # no more, since a character has 4 at most
+    return decoder.getstate()[0]
