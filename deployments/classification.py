@@ -7,8 +7,9 @@
 Also `GET /classification/health`. The prefix is the application's `route_prefix`.
 """
 
-# No `from __future__ import annotations`: Ray sends the class, but not the names in such strings.
+# No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
@@ -17,14 +18,11 @@ from deployments.loading import load, loading_turn
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForSequenceClassification
-from gptj.serving.app import health, new_app
-from gptj.serving.classification import ClassificationRequest, ClassificationService, LabelScore
-
-app = new_app("GPT-J text classification", serve_metrics)
+from gptj.serving.classification import ClassificationService, classification_app
 
 
 @serve.deployment(name="classification")
-@serve.ingress(app)
+@serve.ingress()
 class Classification:
     def __init__(self, arguments: Arguments) -> None:
         with loading_turn(arguments):
@@ -34,13 +32,8 @@ class Classification:
         )
         self._stalled_seconds = arguments.stalled_seconds
 
-    @app.post("/")
-    async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
-        return await self._service.classify(request)
-
-    @app.get("/health")
-    async def health(self) -> dict[str, str]:
-        return health(self._alive(), "the model makes no progress")
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return classification_app(self._service, self._alive, serve_metrics())
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose model hangs or has ended."""

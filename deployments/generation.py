@@ -10,13 +10,12 @@ Also `GET /v1/models`, `GET /v1/models/{id}`, vLLM's `POST /tokenize`, `POST /de
 `GET /tokenizer_info`, and `GET /health`.
 """
 
-# No `from __future__ import annotations`: Ray sends the class, but not the names in such strings.
+# No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
-import asyncio
 import time
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from fastapi.responses import Response, StreamingResponse
+from fastapi import FastAPI
 from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
@@ -29,22 +28,10 @@ from gptj import GPTJForCausalLM
 from gptj.engine.cache_size import cache_tokens
 from gptj.engine.choice import Quantization, best_runner
 from gptj.engine.engine import Engine
-from gptj.serving.app import health, new_app
-from gptj.serving.completion_service import CompletionService, server_sent
-from gptj.serving.completions import Completion, CompletionRequest, ModelCard, ModelList
-from gptj.serving.errors import NotFoundError
-from gptj.serving.tokenize import (
-    DetokenizeReply,
-    DetokenizeRequest,
-    TokenizeReply,
-    TokenizeRequest,
-    detokenize,
-    tokenize,
-    tokenizer_info,
-)
+from gptj.serving.completion_service import CompletionService
+from gptj.serving.completions import ModelCard
+from gptj.serving.generation import generation_app
 from gptj.serving.vocabulary import Vocabulary
-
-app = new_app("GPT-J text generation", serve_metrics)
 
 
 class Arguments(LoadingArguments):
@@ -85,7 +72,7 @@ def cache_size(model: GPTJForCausalLM, arguments: Arguments) -> int:
 
 
 @serve.deployment(name="generation")
-@serve.ingress(app)
+@serve.ingress()
 class Generation:
     def __init__(self, arguments: Arguments) -> None:
         with loading_turn(arguments):
@@ -122,48 +109,10 @@ class Generation:
             max_model_len=context,
         )
 
-    @app.post("/v1/completions", response_model=Completion)
-    async def complete(self, request: CompletionRequest) -> Response:
-        self._check_model(request.model)
-        if request.stream:
-            chunks = await self._service.stream(request)
-            return StreamingResponse(
-                server_sent(chunks),
-                media_type="text/event-stream",
-                # A buffering proxy would make it no stream.
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
-        reply = await self._service.complete(request)
-        # As text at once: FastAPI would check and convert it again, on the event loop.
-        content = await asyncio.to_thread(reply.model_dump_json)
-        return Response(content, media_type="application/json")
-
-    @app.get("/v1/models")
-    async def models(self) -> ModelList:
-        return ModelList(data=[self._card])
-
-    @app.get("/v1/models/{model_id:path}")
-    async def model(self, model_id: str) -> ModelCard:
-        self._check_model(model_id)
-        return self._card
-
-    @app.post("/tokenize", response_model_exclude_none=True)
-    async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
-        self._check_model(request.model)
-        return await asyncio.to_thread(tokenize, self._tokenizer, request, self._card.max_model_len)
-
-    @app.post("/detokenize")
-    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeReply:
-        self._check_model(request.model)
-        return await asyncio.to_thread(detokenize, self._tokenizer, request)
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info(self) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenizer_info, self._tokenizer, self._card.max_model_len)
-
-    @app.get("/health")
-    async def health(self) -> dict[str, str]:
-        return health(self._alive(), "the engine makes no progress")
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return generation_app(
+            self._service, self._tokenizer, self._card, self._alive, serve_metrics()
+        )
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose engine hangs or has ended."""
@@ -172,14 +121,6 @@ class Generation:
 
     def _alive(self) -> bool:
         return self._engine.alive(self._stalled_seconds)
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._card.id:
-            raise NotFoundError(
-                f"there is no model {name!r:.200} here, but {self._card.id!r}",
-                param="model",
-                code="model_not_found",
-            )
 
 
 def build(args: Arguments) -> Application:

@@ -8,10 +8,11 @@
 Also `GET /question-answering/health`. The prefix is the application's `route_prefix`.
 """
 
-# No `from __future__ import annotations`: Ray sends the class, but not the names in such strings.
+# No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
 from typing import Annotated
 
+from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
@@ -20,16 +21,12 @@ from deployments.loading import BatchArguments, load, loading_turn, training_dat
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForQuestionAnswering
-from gptj.serving.app import health, new_app
 from gptj.serving.question_answering import (
     DEFAULT_STRIDE,
     DEFAULT_WINDOW,
-    Answer,
-    QuestionAnsweringRequest,
     QuestionAnsweringService,
+    question_answering_app,
 )
-
-app = new_app("GPT-J question answering", serve_metrics)
 
 
 class Arguments(BatchArguments):
@@ -40,7 +37,7 @@ class Arguments(BatchArguments):
 
 
 @serve.deployment(name="question-answering")
-@serve.ingress(app)
+@serve.ingress()
 class QuestionAnswering:
     def __init__(self, arguments: Arguments) -> None:
         with loading_turn(arguments):
@@ -58,13 +55,8 @@ class QuestionAnswering:
         )
         self._stalled_seconds = arguments.stalled_seconds
 
-    @app.post("/")
-    async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
-        return await self._service.answer(request)
-
-    @app.get("/health")
-    async def health(self) -> dict[str, str]:
-        return health(self._alive(), "the model makes no progress")
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return question_answering_app(self._service, self._alive, serve_metrics())
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose model hangs or has ended."""

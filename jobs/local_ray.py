@@ -21,6 +21,7 @@ from pathlib import Path
 from jobs.processes import HOST, free_ports, running, tail
 
 START_SECONDS = 120
+PROXY_MIDDLEWARES = "deployments.proxy:middlewares"  # of Serve's HTTP proxies, if any start
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ class LocalRay:
                 f"--temp-dir={sessions}",
                 "--disable-usage-stats",
             ]
-            variables = {**environment, **_authentication(token), "PATH": _path(environment)}
+            variables = {
+                **environment,
+                **_authentication(token),
+                "PATH": _path(environment),
+                "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_MIDDLEWARES,
+            }
             # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.
             with running(command, environment=variables, log=log, grace_seconds=8) as process:
                 node = cls(head, dashboard, metrics, process.pid, token)

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from jobs.processes import HOST, free_ports
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(app: ASGIApp) -> Iterator[str]:
     """Its address, for the length of the block."""
     (port,) = free_ports(1)
-    server = uvicorn.Server(uvicorn.Config(app, HOST, port, log_level="warning"))
+    config = uvicorn.Config(app, HOST, port, log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

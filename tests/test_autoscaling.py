@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from test_deployments import CONTEXT, SERVE_CONFIG, make_models, save_all, serving
+from serve_cluster import SERVE_CONFIG, save_all, serving
+from serving_models import CONTEXT, make_models
 
 from jobs.local_ray import LocalRay
 

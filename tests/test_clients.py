@@ -1,6 +1,6 @@
 """Clients nobody here wrote ask the service: lm_eval, and MLPerf's load generator.
 
-For openai's and Hugging Face's, see test_deployments.py.
+For openai's and Hugging Face's, see test_serving_*.py.
 """
 
 from __future__ import annotations

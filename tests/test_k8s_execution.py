@@ -23,7 +23,7 @@ import pytest
 import yaml
 from kuberay import Cluster, Here, Pod
 from manifests import ROOT, Object, build, named
-from test_deployments import make_models
+from serving_models import make_models
 
 from gptj import manifest
 from gptj.checkpoint import save_model

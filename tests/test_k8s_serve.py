@@ -12,6 +12,8 @@ from manifests import (
     of_kind,
 )
 
+from jobs.local_ray import PROXY_MIDDLEWARES
+
 
 def test_serve_gets_serve_yaml_with_another_place(objects: list[Object]) -> None:
     """All but the block `place` is the file's; there the same settings, on all addresses."""
@@ -39,6 +41,18 @@ def test_serve_takes_the_configuration_and_its_import_paths_exist(objects: list[
         )
         (deployment,) = application["deployments"]
         assert built._bound_deployment.name == deployment["name"]
+
+
+def test_the_proxies_of_serve_have_our_middlewares(objects: list[Object]) -> None:
+    (environment,) = [
+        each["data"]
+        for each in of_kind(objects, "ConfigMap")
+        if each["metadata"]["name"].startswith("environment")
+    ]
+    path = environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
+    assert path == PROXY_MIDDLEWARES  # as on one machine
+    module, _, name = path.partition(":")
+    assert getattr(importlib.import_module(module), name)()
 
 
 def test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(

@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from serve_cluster import SERVE_CONFIG, serving
+from serving_models import SENTENCES
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.checkpoint import save_model
 from jobs.processes import HOST
-from tests.test_deployments import SENTENCES, SERVE_CONFIG, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 CANARY = "xyzzy canary phrase"

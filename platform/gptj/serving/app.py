@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gptj.engine.batch_thread import ClosedError, QueueFullError
+from gptj.serving.edge import Edge
 from gptj.serving.errors import (
     APIError,
     InvalidRequestError,
@@ -24,29 +25,29 @@ from gptj.serving.errors import (
     error_response,
     json_response,
 )
-from gptj.serving.keys import KeyCheck
+from gptj.serving.keys import KeyCheck, Keys
 from gptj.serving.limits import BodyLimit
 from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.observing import Observing
-from gptj.serving.paths import PrefixAsRoot
+from gptj.serving.paths import Routing
 
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 5  # of a body's errors: one wrong list can have thousands
 
 
-def new_app(title: str, recorder: Callable[[], Recorder] = NoRecorder) -> FastAPI:
+def new_app(title: str, recorder: Recorder | None = None) -> FastAPI:
     """An application whose errors all have OpenAI's body, and a declared status.
 
-    Args:
-        recorder: makes what requests are recorded by, in the process that serves.
+    Who may ask is decided by this process's GPTJ_API_KEYS. Raises ValueError if it names no key.
     """
-    app = FastAPI(title=title, strict_content_type=False)
+    app = FastAPI(title=title, strict_content_type=False, redirect_slashes=False)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit)
-    app.add_middleware(KeyCheck)
-    app.add_middleware(Observing, recorder=recorder)
-    app.add_middleware(PrefixAsRoot)
+    app.add_middleware(KeyCheck, keys=Keys.from_environment())
+    app.add_middleware(Edge)
+    app.add_middleware(Observing, recorder=recorder or NoRecorder())
+    app.add_middleware(Routing)
     app.add_exception_handler(APIError, _on_api_error)
     app.add_exception_handler(QueueFullError, _on_queue_full)
     app.add_exception_handler(ClosedError, _on_closed)
@@ -56,11 +57,14 @@ def new_app(title: str, recorder: Callable[[], Recorder] = NoRecorder) -> FastAP
     return app
 
 
-def health(alive: bool, problem: str) -> dict[str, str]:
-    """The reply of `GET /health`. Raises UnavailableError with the problem."""
-    if not alive:
-        raise UnavailableError(problem)
-    return {"status": "ok"}
+def add_health(app: FastAPI, alive: Callable[[], bool], problem: str) -> None:
+    """Add `GET /health`: 200 while `alive()`, and else 503 with the problem."""
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not alive():
+            raise UnavailableError(problem)
+        return {"status": "ok"}
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -119,7 +123,7 @@ def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     reported = "; ".join(_in_words(each) for each in errors[:MAX_REPORTED])
     more = len(errors) - MAX_REPORTED
     return WrongShapeError(
-        reported + (f"; and {more} more" if more > 0 else ""), param=_field(first)
+        reported + (f"; and {more} more" if more > 0 else ""), param=_field(first) or None
     )
 
 
@@ -129,9 +133,12 @@ def _in_words(error: Mapping[str, Any]) -> str:
         message = "there is no such field"
     value = error.get("input")
     told = f", got {value!r:.60}" if isinstance(value, bool | int | float | str) else ""
-    return f"{_field(error)}: {message}{told}"
+    return f"{_field(error) or 'body'}: {message}{told}"
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """The field as a path, such as `stream_options.include_usage`; `body` is all of it."""
-    return ".".join(str(part)[:60] for part in error["loc"][1:]) or "body"
+    """The field as a path, such as `stream_options.include_usage` or `tokens[3]`; empty for all."""
+    path = ""
+    for part in error["loc"][1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}"
+    return path.removeprefix(".")

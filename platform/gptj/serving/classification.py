@@ -7,17 +7,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from fastapi import FastAPI
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForSequenceClassification
+from gptj.serving.app import add_health, new_app
 from gptj.serving.completions import RequestModel, checked_text
 from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
 from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
@@ -90,7 +93,9 @@ class ClassificationService:
         """
         top_k = request.parameters.top_k
         if top_k is not None and top_k < 1:
-            raise InvalidRequestError(f"top_k must be 1 or more, got {top_k}", param="top_k")
+            raise InvalidRequestError(
+                f"top_k must be 1 or more, got {top_k}", param="parameters.top_k"
+            )
         if len(request.inputs) > self._max_inputs:
             raise InvalidRequestError(
                 f"inputs may have {self._max_inputs} texts, got {len(request.inputs)}: send "
@@ -114,18 +119,19 @@ class ClassificationService:
         for number, text in enumerate(texts):
             which = f"inputs[{number}]" if len(texts) > 1 else "inputs"
             if not text:
-                raise InvalidRequestError(f"{which} is an empty text", param="inputs")
-            self._check_length(f"{which} has at least", self._vocabulary.least_tokens(text))
+                raise InvalidRequestError(f"{which} is an empty text", param=which)
+            self._check_length(which, "at least ", self._vocabulary.least_tokens(text))
             rows.append(self._tokenizer.encode(text))
-            self._check_length(f"{which} has", len(rows[-1]))
+            self._check_length(which, "", len(rows[-1]))
         return rows
 
-    def _check_length(self, has: str, length: int) -> None:
+    def _check_length(self, which: str, known: str, length: int) -> None:
         context = self._model.config.n_positions
         if length > context:
             raise InvalidRequestError(
-                f"{has} {length} tokens, and this model's context is {context}: shorten the text",
-                param="inputs",
+                f"{which} has {known}{length} tokens, and this model's context is {context}: "
+                f"shorten the text",
+                param=which,
                 code="context_length_exceeded",
             )
 
@@ -161,6 +167,20 @@ class ClassificationService:
             LabelScore(label=names[number], score=score)
             for number, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ][:top_k]
+
+
+def classification_app(
+    service: ClassificationService, alive: Callable[[], bool], recorder: Recorder | None = None
+) -> FastAPI:
+    """Routes of a service."""
+    app = new_app("GPT-J text classification", recorder)
+    add_health(app, alive, "the model makes no progress")
+
+    @app.post("/")
+    async def classify(request: ClassificationRequest) -> list[list[LabelScore]]:
+        return await service.classify(request)
+
+    return app
 
 
 def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -53,10 +53,9 @@ class Keys:
 class KeyCheck:
     """Middleware: 401 for every path but OPEN_PATHS without a key, before the body is read."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
-        # Here and not earlier: an app is sent to its process, whose environment counts.
-        self._keys = Keys.from_environment()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptj.serving.edge import offers_upgrade
 from gptj.serving.errors import BodyTooLargeError, InvalidRequestError, error_response
 
 MAX_BODY_BYTES = 2**20  # tokenizing takes a hundred times the memory of the text
@@ -50,7 +51,18 @@ class BodyLimit:
             size += len(parts[-1])
             self._check(size)
             if not message.get("more_body", False):
+                self._check_complete(scope, declared, size)
                 return b"".join(parts)
+
+    def _check_complete(self, scope: Scope, declared: bytes | None, size: int) -> None:
+        """uvicorn does not read the body of a request that offers to switch protocols."""
+        announced = declared not in (None, b"0") or b"transfer-encoding" in dict(scope["headers"])
+        if size == 0 and announced and offers_upgrade(scope):
+            raise InvalidRequestError(
+                "the body was not read, since the request offers to switch protocols: send it "
+                "without the header Upgrade (curl --http1.1, or HTTP_1_1 in Java's client)",
+                code="upgrade_not_supported",
+            )
 
     def _check(self, size: int) -> None:
         if size > self._max_bytes:

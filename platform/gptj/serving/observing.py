@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable
 from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,14 +29,11 @@ class Observing:
 
     Serve's proxy has put an X-Request-Id on the request, the client's own if it sent one, and
     puts it on the reply: what is made here has the same id, unless it would be a strange one.
-
-    Args:
-        recorder: makes the recorder, when the first request comes: in the process that serves.
     """
 
-    def __init__(self, app: ASGIApp, recorder: Callable[[], Recorder]) -> None:
+    def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
         self._app = app
-        self._recorder = recorder()
+        self._recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

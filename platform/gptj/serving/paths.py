@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 def route_path(scope: Scope) -> str:
@@ -14,14 +14,31 @@ def route_path(scope: Scope) -> str:
     return path or "/"
 
 
-class PrefixAsRoot:
-    """Middleware: `POST /prefix` reaches the route `/`, which is else at `/prefix/` only."""
+class Routing:
+    """Middleware: routes answer with a slash at the end and without, and to HEAD as to GET.
+
+    `POST /prefix` reaches the route `/`. Redirecting instead, as Starlette does, needs an absolute
+    address, and its scheme is not known behind a proxy that ends TLS.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        prefix = scope.get("root_path", "").rstrip("/")
-        if scope["type"] == "http" and prefix and scope["path"] == prefix:
-            scope = {**scope, "path": prefix + "/"}
+        if scope["type"] == "http":
+            prefix = scope.get("root_path", "").rstrip("/")
+            path = route_path(scope)
+            scope = {**scope, "path": prefix + (path.rstrip("/") or "/")}
+            if scope["method"] == "HEAD":
+                scope["method"] = "GET"
+                send = _without_body(send)
         await self._app(scope, receive, send)
+
+
+def _without_body(send: Send) -> Send:
+    async def headers_only(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return headers_only

@@ -7,18 +7,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from fastapi import FastAPI
 from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from gptj.data.question_answering import Window, best_spans, windows
+from gptj.data.words import Words
 from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForQuestionAnswering
+from gptj.serving.app import add_health, new_app
 from gptj.serving.classification import right_padded
 from gptj.serving.completions import RequestModel, checked_text
 from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
 
@@ -48,7 +52,7 @@ class QuestionAnsweringParameters(RequestModel):
     doc_stride: int | None = None  # tokens of the context that neighbouring windows share
     max_question_len: int | None = None  # tokens; what is longer is cut; default: no limit
     handle_impossible_answer: bool = False  # let "", the answer that is not there, compete
-    align_to_words: bool = True  # widen an answer that begins or ends within a word or number
+    align_to_words: bool = True  # widen an answer that begins or ends within a word
 
 
 class QuestionAnsweringRequest(RequestModel):
@@ -167,6 +171,20 @@ class QuestionAnsweringService:
         ]
 
 
+def question_answering_app(
+    service: QuestionAnsweringService, alive: Callable[[], bool], recorder: Recorder | None = None
+) -> FastAPI:
+    """Routes of a service."""
+    app = new_app("GPT-J question answering", recorder)
+    add_health(app, alive, "the model makes no progress")
+
+    @app.post("/")
+    async def answer(request: QuestionAnsweringRequest) -> Answer | list[Answer]:
+        return await service.answer(request)
+
+    return app
+
+
 def _answers(
     request: QuestionAnsweringRequest,
     parts: Sequence[Window],
@@ -174,7 +192,7 @@ def _answers(
 ) -> list[Answer]:
     if not all(bool(each.isfinite().all()) for pair in logits for each in pair):
         raise ModelError("the model's output is not finite: its weights are damaged")
-    wishes = request.parameters
+    wishes, text = request.parameters, request.inputs.context
     spans = best_spans(
         parts,
         [start for start, _ in logits],
@@ -182,29 +200,14 @@ def _answers(
         top_k=wishes.top_k,
         max_answer_tokens=wishes.max_answer_len,
         handle_impossible_answer=wishes.handle_impossible_answer,
+        words=Words(text) if wishes.align_to_words else None,
     )
-    text = request.inputs.context
-    answers = []
-    for span in spans:
-        start, end = span.start, span.end
-        if wishes.align_to_words and start < end:
-            start, end = whole_words(text, start, end)
-        answers.append(Answer(answer=text[start:end], start=start, end=end, score=span.score))
+    answers = [
+        Answer(answer=text[span.start : span.end], start=span.start, end=span.end, score=span.score)
+        for span in spans
+    ]
     # A context without a token that an answer could be has none; Hugging Face says it like this.
     return answers or [Answer(answer="", start=0, end=0, score=0.0)]
-
-
-def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
-    """A place in a text, widened to the words (runs of letters) or numbers that it cuts."""
-    while start > 0 and _joined(text[start - 1], text[start]):
-        start -= 1
-    while end < len(text) and _joined(text[end - 1], text[end]):
-        end += 1
-    return start, end
-
-
-def _joined(left: str, right: str) -> bool:
-    return (left.isalpha() and right.isalpha()) or (left.isdigit() and right.isdigit())
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:
