@@ -333,9 +333,15 @@ def check_beams(found: Caller, expected: list[list[int]]) -> None:
 
 
 def test_beam_search_heeds_min_tokens_and_penalties(engine: Engine, model: GPTJForCausalLM) -> None:
-    for ours, theirs in (
-        ({"min_tokens": 8}, {"min_new_tokens": 8}),
-        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+    plain = alone(model, PROMPTS[2], num_beams=4, pad_token_id=0)
+    stops = [EOS, plain[2]]  # which plain beams meet early
+    for ours, theirs, without in (
+        (
+            {"min_tokens": 8, "stop_token_ids": tuple(stops)},
+            {"min_new_tokens": 8, "eos_token_id": stops},
+            {"eos_token_id": stops},
+        ),
+        ({"repetition_penalty": 20.0}, {"repetition_penalty": 20.0}, {}),
     ):
         found = search(engine, PROMPTS[2], BeamParams(4), max_tokens=12, **ours)
         again = search(engine, PROMPTS[4], BeamParams(2), max_tokens=12)
@@ -345,8 +351,9 @@ def test_beam_search_heeds_min_tokens_and_penalties(engine: Engine, model: GPTJF
         ):
             expected = alone(model, prompt, num_beams=beams, pad_token_id=0, **more)
             check_beams(caller, [expected])
-            if more:  # or else there would be nothing to heed
-                assert expected != alone(model, prompt, num_beams=beams, pad_token_id=0)
+        # Or else there would be nothing to heed.
+        heeded = alone(model, PROMPTS[2], num_beams=4, pad_token_id=0, **theirs)
+        assert heeded != alone(model, PROMPTS[2], num_beams=4, pad_token_id=0, **without)
 
 
 def test_a_beam_search_may_have_every_token_as_a_stop_token(engine: Engine) -> None:

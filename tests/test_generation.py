@@ -178,7 +178,7 @@ def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> N
         ({"max_new_tokens": 4, "min_new_tokens": 5}, r"min_tokens must be in \[0, max_tokens=4\]"),
         ({"temperature": -1.0, "do_sample": True}, "temperature must be in .* got -1.0"),
         ({"temperature": 0.0, "do_sample": True}, "use do_sample=False"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": -0.1}, r"top_p must be in \[0, 1\], got -0.1"),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "do_sample": True}, "beam search draws no samples"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 would repeat"),

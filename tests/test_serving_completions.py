@@ -305,30 +305,27 @@ def test_each_sampling_field_has_its_effect(service: str, models: Models) -> Non
     [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}],
     ids=str,
 )
-def test_a_penalty_ends_a_repetition(
+def test_a_penalty_makes_another_token_the_likeliest(
     service: str, models: Models, penalty: dict[str, float]
 ) -> None:
-    """A bias that makes one token the likeliest for ever, until it is penalised: step by step."""
+    """Of two that are favoured almost alike, so that both repeat; step by step."""
     prompt = models.tokenizer.encode(PROMPTS[2])
-    token = models.tokenizer.encode("T")[0]
+    one, other = models.tokenizer.encode("Tx")
 
-    def expected(bias: float, penalties: dict[str, float]) -> list[int]:
-        params = SamplingParams(logit_bias={token: bias}, **penalties)
+    def expected(gap: int, penalties: dict[str, float]) -> list[int]:
+        params = SamplingParams(logit_bias={one: 60.0, other: 60.0 - gap}, **penalties)
         output: list[int] = []
         for _ in range(12):
             logits = models.generation(torch.tensor([[*prompt, *output]])).logits[0, -1].detach()
             output.append(int(adjust(logits, params, prompt, output, []).argmax()))
         return output
 
-    bias = next(each for each in range(1, 100) if expected(each, {}) == [token] * 12)
-    penalised = expected(bias, penalty)
-    assert penalised != [token] * 12
-    fields: dict[str, Any] = {"prompt": prompt, "ignore_eos": True, "logprobs": 0}
-    fields["logit_bias"] = {str(token): bias}
-    for penalties, ids in (({}, [token] * 12), (penalty, penalised)):
+    gap = next(each for each in range(-15, 15) if expected(each, {}) != expected(each, penalty))
+    fields: dict[str, Any] = {"prompt": prompt, "ignore_eos": True}
+    fields["logit_bias"] = {str(one): 60.0, str(other): 60.0 - gap}
+    for penalties in ({}, penalty):
         (choice,) = complete(service, **fields, **penalties)["choices"]
-        assert choice["text"] == models.tokenizer.decode(ids)
-        assert len(choice["logprobs"]["tokens"]) == 12
+        assert choice["text"] == models.tokenizer.decode(expected(gap, penalties))
 
 
 def test_eos_ends_an_output_and_is_not_shown(service: str, models: Models) -> None:

@@ -98,22 +98,20 @@ def test_routes_answer_to_head_and_with_a_slash_at_the_end(service: str) -> None
         assert client.head("/guarded/v1/models").status_code == 401
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+@pytest.mark.parametrize("path", ["/v1/completions", "/classification", "/guarded/health"])
+def test_a_header_that_cannot_be_read_is_refused(service: str, path: str) -> None:
+    """Those that Serve's proxy reads, before it looks for an application."""
+    for name in (
         "X-Request-Id",
         "X-Request-Timeout-Seconds",
         "X-Request-Disconnect-Disabled",
         "X-Session-Id",
         "Serve-Multiplexed-Model-Id",
         "Serve_Multiplexed_Model_Id",
-    ],
-)
-@pytest.mark.parametrize("path", ["/v1/completions", "/classification", "/guarded/health"])
-def test_a_header_that_cannot_be_read_is_refused(service: str, path: str, name: str) -> None:
-    for value in (b"\xe9", b"a\xff\xfeb", b"\x80" * 200):
-        reply = httpx.post(service + path, content=BODY, headers={name: value}, timeout=30)
-        assert_error(reply, 400, f"the header {name.lower()} is not valid UTF-8")
+    ):
+        for value in (b"\xe9", b"a\xff\xfeb", b"\x80" * 200):
+            reply = httpx.post(service + path, content=BODY, headers={name: value}, timeout=30)
+            assert_error(reply, 400, f"the header {name.lower()} is not valid UTF-8")
 
 
 def test_any_bytes_are_allowed_in_other_headers(service: str) -> None:
