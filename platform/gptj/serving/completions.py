@@ -26,7 +26,7 @@ MAX_LOGPROBS = 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
-MAX_INTEGER = 2**1023  # a float's range; Python prints no integers above 4,300 digits
+MAX_BITS = 1024  # of integers: a float's range; Python prints none above 4,300 digits
 
 Prompt = str | list[int]
 
@@ -34,7 +34,7 @@ Prompt = str | list[int]
 class RequestModel(BaseModel):
     """A body: unknown fields and wrong types are errors, null is the same as left out.
 
-    No integer is larger than MAX_INTEGER, so that what is computed with one can be printed.
+    No integer has more than MAX_BITS, so that what is computed with one can be printed.
     """
 
     model_config = ConfigDict(
@@ -54,8 +54,8 @@ class RequestModel(BaseModel):
         left = [value]
         while left:  # and not by recursion, since a client decides how deep it goes
             each = left.pop()
-            if isinstance(each, int) and not -MAX_INTEGER < each < MAX_INTEGER:
-                raise ValueError(f"integers have {MAX_INTEGER.bit_length()} bits at most")
+            if isinstance(each, int) and each.bit_length() > MAX_BITS:
+                raise ValueError(f"integers have {MAX_BITS} bits at most")
             if isinstance(each, list):
                 left += each
         return value
