@@ -86,6 +86,15 @@ def test_each_answer_comes_once_with_the_probability_of_all_its_spans(
             assert each["answer"] == context[slice(*place)]
 
 
+def test_as_many_answers_come_as_are_asked_for(service: str) -> None:
+    question = "Who is the chancellor of Germany?"
+    context = "Angelina Merkelson was the chancellor of Germany."
+    found = answers(service, question, context, top_k=20, max_seq_len=64)
+    assert len({(each["start"], each["end"]) for each in found}) == len(found) == 20
+    scores = [each["score"] for each in found]
+    assert scores == sorted(scores, reverse=True)
+
+
 def test_no_answer_is_widened_to_none(service: str) -> None:
     """The empty answer takes part once, where it may, and stays empty."""
     found = answers(service, "Who?", SENTENCES[0], top_k=100, handle_impossible_answer=True)
