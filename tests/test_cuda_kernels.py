@@ -196,7 +196,10 @@ def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
 ) -> None:
     it = setting("head width 10", dtype)
     x_1C, weight = it.random(1, 100), it.random(37, 100)
-    it.near(multiply_row(x_1C, weight, blocks), F.linear(x_1C.float(), weight.float()))
+    expected = F.linear(x_1C.float(), weight.float())
+    it.near(multiply_row(x_1C, weight, blocks, wide=False), expected)
+    wide = multiply_row(x_1C, weight, blocks, wide=True)
+    torch.testing.assert_close(wide, expected, rtol=0, atol=1e-4)  # nothing is rounded but sums
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from gptj.engine.cpu.runner import CpuRunner
 from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.plain import PlainOperations
 from gptj.engine.cuda.runner import CudaRunner
-from gptj.engine.runner import Runner, StepBatch, TorchRunner
+from gptj.engine.runner import PageCopy, Runner, StepBatch, TorchRunner, independent
 
 PAGE = 16
 LENGTH = 60
@@ -177,7 +177,7 @@ def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
     ids = random_ids(LENGTH, 300)
     step(case.runner, (ids[:20], 0, [1, 2]))
     with torch.inference_mode():
-        case.runner.copy_pages([2], [9])
+        case.runner.copy_pages([PageCopy(2, 9, filled=4)])
     other = random_ids(10, 300, 5)
     step(case.runner, (other, 20, [1, 2]))  # overwrites what follows in page 2, not in page 9
     (rest,) = step(case.runner, (ids[20:30], 20, [1, 9]))

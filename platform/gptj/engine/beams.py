@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptj.engine.pages import PagePool
 from gptj.engine.request import Request
-from gptj.engine.runner import Ints
+from gptj.engine.runner import Ints, PageCopy
 from gptj.generation import Beams
 from gptj.sampling import adjust
 
@@ -90,17 +90,17 @@ class BeamSearch:
         assert self.request.beams is not None
         return tuple(map(tuple, self._beams.best(self.request.beams.num_results)))
 
-    def prepare(self) -> list[tuple[int, int]]:
-        """A page of its own for each beam's next position; returns (from, to) pages to copy."""
+    def prepare(self) -> list[PageCopy]:
+        """A page of its own for each beam's next position; returns what is to be copied."""
         copies = []
-        place = self.position // self._page_size
+        place, filled = divmod(self.position, self._page_size)
         for beam, tail in enumerate(self._tails):
             if len(self.pages) + len(tail) == place:
                 tail.append(self._spare.pop())
             elif self._pool.references(tail[-1]) > 1:
-                copies.append((tail[-1], self._spare.pop()))
+                copies.append(PageCopy(tail[-1], self._spare.pop(), filled))
                 self._pool.release(tail[-1:])
-                tail[-1] = copies[-1][1]
+                tail[-1] = copies[-1].target
             self.table[beam, place] = tail[-1]
         return copies
 

@@ -7,9 +7,10 @@ a sequence's context, D width, H heads, K head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.config import GPTJConfig
+from gptj.engine.wide import multiply_wide, wide_sums
 from gptj.model import GPTJForCausalLM, Rotary
 
 Ints = npt.NDArray[np.int32]
@@ -48,6 +50,33 @@ class StepBatch:
         assert len(self.pages_RP) == len(self.starts) - 1
 
 
+class PageCopy(NamedTuple):
+    """The first `filled` positions of page `source` go to page `target`, in all layers."""
+
+    source: int
+    target: int
+    filled: int
+
+
+def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
+    """The copies in runs whose members may be made in any order, or at once.
+
+    A page that was just copied may have been freed and handed out since: its copy comes first.
+    """
+    run: list[PageCopy] = []
+    read: set[int] = set()
+    written: set[int] = set()
+    for copy in copies:
+        if copy.source in written or copy.target in read or copy.target in written:
+            yield run
+            run, read, written = [], set(), set()
+        run.append(copy)
+        read.add(copy.source)
+        written.add(copy.target)
+    if run:
+        yield run
+
+
 class Runner(Protocol):
     """A model with a cache of pages; one thread uses it at a time."""
 
@@ -63,14 +92,19 @@ class Runner(Protocol):
         and sees its sequence's positions 0 to p.
         """
 
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy whole pages, of all layers."""
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy what is filled of some pages, one copy after the other."""
 
     def reset(self) -> None:
         """Make the cache anew, after a step that failed."""
 
     def close(self) -> None:
         """Free what the runner holds."""
+
+
+class ResizableRunner(Runner, Protocol):
+    def resize(self, num_pages: int) -> None:
+        """Have so many pages, without content, in place of those before."""
 
 
 class TorchRunner:
@@ -86,11 +120,19 @@ class TorchRunner:
     def __init__(self, model: GPTJForCausalLM, num_pages: int) -> None:
         self.config = model.config
         self.device = model.device
-        self.num_pages = num_pages
         self._model = model
+        self.resize(num_pages)
+
+    def resize(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._keys = self._values = torch.empty(0)  # never two caches
         self.reset()
 
     def step(self, batch: StepBatch) -> Tensor:
+        with wide_sums():
+            return self._step(batch)
+
+    def _step(self, batch: StepBatch) -> Tensor:
         ids_T = self._on_device(batch.ids_T)
         positions_T = self._on_device(batch.positions_T)
         rotary = Rotary.at(positions_T[None], self.config)
@@ -99,18 +141,20 @@ class TorchRunner:
             np.repeat(np.arange(len(lengths)), lengths), batch.positions_T // PAGE_SIZE
         ]
         places_T = self._on_device(pages_T * PAGE_SIZE + batch.positions_T % PAGE_SIZE)
-        contexts = [self._context(batch, row) for row in range(len(lengths))]
+        contexts = self._contexts(batch, positions_T)
         x_TD = self._model.transformer.wte(ids_T)
         for layer, block in enumerate(self._model.transformer.h):
             x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts)
         wanted_WD = x_TD[self._on_device(batch.wanted)]
-        logits: Tensor = self._model.lm_head(self._model.transformer.ln_f(wanted_WD))
-        return logits.float()
+        head = self._model.lm_head
+        logits_WV = multiply_wide(self._model.transformer.ln_f(wanted_WD), head.weight)
+        logits_WV += head.bias
+        return logits_WV
 
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        to = torch.tensor(targets, device=self.device)
-        for cache in (self._keys, self._values):
-            cache[:, to] = cache[:, torch.tensor(sources, device=self.device)]
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for source, target, filled in copies:
+            for cache in (self._keys, self._values):
+                cache[:, target, :filled] = cache[:, source, :filled]
 
     def reset(self) -> None:
         config = self.config
@@ -121,17 +165,16 @@ class TorchRunner:
     def close(self) -> None:
         del self._keys, self._values
 
-    def _context(self, batch: StepBatch, row: int) -> _Context:
-        start, end = int(batch.starts[row]), int(batch.starts[row + 1])
-        length = int(batch.positions_T[end - 1]) + 1
-        pages = batch.pages_RP[row, : -(-length // PAGE_SIZE)]
-        visible = np.arange(length) <= batch.positions_T[start:end, None]
-        return _Context(
-            slice(start, end),
-            length,
-            self._on_device(pages),
-            torch.from_numpy(visible).to(self.device),
-        )
+    def _contexts(self, batch: StepBatch, positions_T: Tensor) -> list[_Context]:
+        tables_RP = self._on_device(batch.pages_RP)
+        places_S = torch.arange(self.config.n_positions, device=self.device)
+        contexts = []
+        for row, (start, end) in enumerate(pairwise(batch.starts.tolist())):
+            length = int(batch.positions_T[end - 1]) + 1
+            pages = tables_RP[row, : -(-length // PAGE_SIZE)]
+            visible_LS = places_S[:length] <= positions_T[start:end, None]
+            contexts.append(_Context(slice(start, end), length, pages, visible_LS))
+        return contexts
 
     def _block(
         self,
@@ -150,12 +193,13 @@ class TorchRunner:
         keys.flatten(0, 1)[places_T] = k_THK
         values.flatten(0, 1)[places_T] = attn.v_proj(h_TD).unflatten(-1, (attn.heads, -1))
         attended = [
+            # Of four dimensions: for three PyTorch has no fused kernel.
             F.scaled_dot_product_attention(
-                q_THK[context.tokens].transpose(0, 1),
-                keys[context.pages].flatten(0, 1)[: context.length].transpose(0, 1),
-                values[context.pages].flatten(0, 1)[: context.length].transpose(0, 1),
-                attn_mask=context.visible_LS,
-            ).transpose(0, 1)
+                q_THK[context.tokens].transpose(0, 1)[None],
+                keys[context.pages].flatten(0, 1)[: context.length].transpose(0, 1)[None],
+                values[context.pages].flatten(0, 1)[: context.length].transpose(0, 1)[None],
+                attn_mask=context.visible_LS[None, None],
+            )[0].transpose(0, 1)
             for context in contexts
         ]
         out_TD: Tensor = x_TD + attn.out_proj(torch.cat(attended).flatten(1)) + block.mlp(h_TD)

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from gptj.engine.events import TokenEvent
+from gptj.engine.transfer import sent
 from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]
-CANDIDATES = 1024  # of a row, among which top_p is looked for before all are sorted
+CANDIDATES = 1024  # of a row, among which top_p is looked for first; then among FURTHER times as many
+FURTHER = 8
+ROWS = 128  # of a prompt's logits that are looked at together
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Sampler:
             states = [self._states[key] for key in keys]
             self._batch = _Batch(list(keys), states, self._device)
         batch = self._batch
-        finite = _finite(logits_RV)
+        finite_R = finite(logits_RV)
         logits_RV.index_fill_(1, self._banned, -torch.inf)
         logprobs_QV = None
         if batch.reporting:
@@ -90,10 +93,18 @@ class Sampler:
             for row in batch.adjusting:
                 batch.states[row].note_due(row, batch)
             batch.adjust(logits_RV)
-        tokens_R = _argmax(logits_RV)
-        if batch.drawing:
-            tokens_R[batch.drawing_rows] = batch.draw(logits_RV)
-        tokens, sound = torch.stack((tokens_R, finite.long())).tolist()
+        likeliest_R = _argmax(logits_RV)
+        # The host waits for the device here, once: what it decides by comes with the tokens.
+        while True:
+            tokens_R, unsure_R = likeliest_R.clone(), torch.zeros_like(likeliest_R)
+            if batch.drawing:
+                tokens_D, unsure_D = batch.draw(logits_RV)
+                tokens_R[batch.drawing_rows] = tokens_D
+                unsure_R[batch.drawing_rows] = unsure_D.long()
+            tokens, sound, unsure = torch.stack((tokens_R, finite_R.long(), unsure_R)).tolist()
+            if not any(unsure):
+                break
+            batch.look_further()
         batch.advance(tokens)
         logprobs: list[float | None] = [None] * len(tokens)
         top: list[Top] = [()] * len(tokens)
@@ -110,12 +121,16 @@ class Sampler:
         self, logits_LV: Tensor, following: Sequence[int], count: int
     ) -> list[TokenEvent]:
         """What the model thinks of the tokens that follow L positions, and the likeliest."""
-        logits_LV = logits_LV.index_fill(1, self._banned, -torch.inf)
-        reports = _reports(logits_LV.log_softmax(dim=-1), following, [count] * len(following))
-        return [
-            TokenEvent(token, logprob, top)
-            for token, (logprob, top) in zip(following, reports, strict=True)
-        ]
+        events = []
+        for start in range(0, len(following), ROWS):  # whole copies of all would be large
+            tokens = following[start : start + ROWS]
+            allowed = logits_LV[start : start + ROWS].index_fill(1, self._banned, -torch.inf)
+            reports = _reports(allowed.log_softmax(dim=-1), tokens, [count] * len(tokens))
+            events += [
+                TokenEvent(token, logprob, top)
+                for token, (logprob, top) in zip(tokens, reports, strict=True)
+            ]
+        return events
 
 
 class _State:
@@ -206,8 +221,8 @@ class _Entries:
             return None
         width = logits_RV.shape[-1]
         flat = [ids + row * width for row, ids in zip(self._rows, self._places, strict=True)]
-        places = _sent(np.concatenate(flat), logits_RV.device)
-        values = _sent(np.concatenate(self._values), logits_RV.device)
+        places = sent(np.concatenate(flat), logits_RV.device)
+        values = sent(np.concatenate(self._values), logits_RV.device)
         self.__init__()  # type: ignore[misc]
         return places, values
 
@@ -222,10 +237,11 @@ class _Batch:
         self.reporting = [row for row in rows if states[row].params.logprobs is not None]
         self.adjusting = [row for row in rows if states[row].adjusts]
         self.drawing = [row for row in rows if states[row].draws]
-        self.reporting_rows = _sent(np.array(self.reporting, np.int64), device)
-        self.drawing_rows = _sent(np.array(self.drawing, np.int64), device)
+        self.reporting_rows = sent(np.array(self.reporting, np.int64), device)
+        self.drawing_rows = sent(np.array(self.drawing, np.int64), device)
         self.repeats = _Entries()
         self.additions = _Entries()
+        self._candidates = CANDIDATES
         drawn = [states[row] for row in self.drawing]
         self._seeds = np.array([state.seed for state in drawn], np.uint64)
         self._lengths = np.array([state.length for state in drawn], np.uint64)
@@ -248,18 +264,27 @@ class _Batch:
         if entries := self.additions.take(logits_RV):
             flat.index_add_(0, *entries)
 
-    def draw(self, logits_RV: Tensor) -> Tensor:
-        """Tokens (D) of the rows that draw, by the inverse of their distributions' sums."""
-        scores_DV = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
+    def draw(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (D) of the rows that draw, by the inverse of their distributions' sums.
+
+        Also, for each, whether top_p keeps more than was looked at: then `look_further`, and draw
+        again.
+        """
+        scores_DV, unsure_D = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
-        uniform = _sent(uniforms(self._seeds, self._lengths), logits_RV.device)
+        uniform = sent(uniforms(self._seeds, self._lengths), logits_RV.device)
         # Below the total, and above sums that are equal: so that no token of probability 0 is met.
         wanted_D1 = torch.minimum(
             uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
         )
         tokens_D = torch.searchsorted(sums_DV, wanted_D1, right=True)[:, 0]
-        return tokens_D.clamp(max=logits_RV.shape[-1] - 1)  # beyond it where nothing is finite
+        # Beyond the vocabulary where nothing is finite.
+        return tokens_D.clamp(max=logits_RV.shape[-1] - 1), unsure_D
+
+    def look_further(self) -> None:
+        """Among more candidates for top_p, for as long as these rows are together."""
+        self._candidates *= FURTHER
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Count the tokens to the outputs."""
@@ -269,47 +294,49 @@ class _Batch:
         if self.adjusting:
             self.adjusting = [row for row in self.adjusting if self.states[row].adjusts]
 
-    def _restrict(self, scores_DV: Tensor) -> Tensor:
-        """Only what top_k, top_p and min_p leave, in Hugging Face's order; equal ones stay."""
+    def _restrict(self, scores_DV: Tensor) -> tuple[Tensor, Tensor]:
+        """Only what top_k, top_p and min_p leave, in Hugging Face's order; equal ones stay.
+
+        And whether top_p may leave more, (D).
+        """
         width = scores_DV.shape[-1]
+        unsure_D = torch.zeros(len(scores_DV), dtype=torch.bool, device=scores_DV.device)
         limited = [k if 0 < k < width else 0 for k in self._top_k]
         if any(limited):
             values = scores_DV.topk(max(limited)).values
-            places = _sent(np.array([[max(k, 1) - 1] for k in limited]), scores_DV.device)
-            free = _sent(np.array([[k == 0] for k in limited]), scores_DV.device)
+            places = sent(np.array([[max(k, 1) - 1] for k in limited]), scores_DV.device)
+            free = sent(np.array([[k == 0] for k in limited]), scores_DV.device)
             least = values.gather(1, places).masked_fill(free, -torch.inf)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
         if self._restricts_p:
-            least = self._least_of_top_p(scores_DV)
+            least, unsure_D = self._least_of_top_p(scores_DV)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
         if self._restricts_min_p:
             least = scores_DV.amax(dim=-1, keepdim=True) + self._log_min_p
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
-        return scores_DV
+        return scores_DV, unsure_D
 
-    def _least_of_top_p(self, scores_DV: Tensor) -> Tensor:
-        """The least score (D, 1) that top_p keeps: those above it have less than top_p."""
+    def _least_of_top_p(self, scores_DV: Tensor) -> tuple[Tensor, Tensor]:
+        """The least score (D, 1) that top_p keeps: those above it have less than top_p.
+
+        And whether it may keep less likely ones than the candidates, (D).
+        """
         totals_D1 = scores_DV.logsumexp(dim=-1, keepdim=True)
-        count = min(CANDIDATES, scores_DV.shape[-1])
-        while True:
-            values_DC = scores_DV.topk(count).values
-            probabilities = (values_DC - totals_D1).exp()
-            above = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
-            kept = (above < self._top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-            # A row that keeps all candidates may keep more than these.
-            unknown = (kept == count) & (self._top_p < 1)
-            if count == scores_DV.shape[-1] or not bool(unknown.any()):
-                break
-            count = scores_DV.shape[-1]
+        count = min(self._candidates, scores_DV.shape[-1])
+        values_DC = scores_DV.topk(count).values
+        probabilities = (values_DC - totals_D1).exp()
+        above = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
+        kept = (above < self._top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+        unsure = (kept == count) & (self._top_p < 1) & (count < scores_DV.shape[-1])
         least = values_DC.gather(1, kept - 1)
-        return least.masked_fill(self._top_p >= 1, -torch.inf)
+        return least.masked_fill(self._top_p >= 1, -torch.inf), unsure[:, 0]
 
 
 # On a CPU NumPy is asked: its argmax takes a twentieth of the time on one core, and PyTorch's
 # threads would go on spinning after a sum, on the cores that the kernels want for the next step.
 
 
-def _finite(logits_RV: Tensor) -> Tensor:
+def finite(logits_RV: Tensor) -> Tensor:
     """Whether each row is finite, (R)."""
     # NaN and infinities make a sum what they are; finite logits cannot reach the limit.
     if logits_RV.device.type != "cpu":
@@ -345,26 +372,19 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return _sent(np.array(values, np.float32), device)[:, None]
-
-
-def _sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """On the device; on a GPU without waiting for what is still computed there."""
-    tensor = torch.from_numpy(numbers)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return sent(np.array(values, np.float32), device)[:, None]
 
 
 def _reports(
     logprobs_QV: Tensor, tokens: Sequence[int], counts: Sequence[int]
 ) -> list[tuple[float, Top]]:
     """Each row's log-probability of its token, and its likeliest `count` tokens."""
-    chosen = torch.tensor(tokens, device=logprobs_QV.device)[:, None]
-    own = logprobs_QV.gather(1, chosen)[:, 0].tolist()
+    chosen = sent(np.array(tokens, np.int64), logprobs_QV.device)[:, None]
     most = min(max(counts, default=0), logprobs_QV.shape[-1])
     best = logprobs_QV.topk(most)
-    values, ids = best.values.tolist(), best.indices.tolist()
+    found = torch.cat((logprobs_QV.gather(1, chosen), best.values), dim=1).tolist()
+    own, values = [each[0] for each in found], [each[1:] for each in found]
+    ids = best.indices.tolist()
     reports = []
     for row, (token, logprob, count) in enumerate(zip(tokens, own, counts, strict=True)):
         pairs = [p for p in zip(ids[row], values[row], strict=True) if p[1] > -math.inf][:count]

@@ -16,7 +16,7 @@ from gptj.engine.beams import BeamSearch, pages_needed
 from gptj.engine.pages import PagePool, extend_digests
 from gptj.engine.request import Request
 from gptj.engine.rows import Rows, Sequence
-from gptj.engine.runner import StepBatch
+from gptj.engine.runner import PageCopy, StepBatch
 from gptj.engine.waiting import WaitingQueue
 
 
@@ -39,7 +39,7 @@ class Plan:
     """One step. Its logits are: a row for each decoding sequence, then beams, then chunks."""
 
     batch: StepBatch
-    copies: list[tuple[int, int]]  # pages to copy before it, (from, to)
+    copies: list[PageCopy]  # before it
     decoding: int
     searches: list[BeamSearch]
     chunks: list[Chunk]
@@ -185,8 +185,8 @@ class Scheduler:
         self.running = 0
         return lost
 
-    def _give_pages(self) -> list[tuple[int, int]]:
-        """A page of its own for each decoding sequence's next position; (from, to) to copy."""
+    def _give_pages(self) -> list[PageCopy]:
+        """A page of its own for each decoding sequence's next position; what is to be copied."""
         copies = []
         needing = self.rows.at_border() + [each for each in self._forked if each.row >= 0]
         self._forked = []
@@ -194,7 +194,7 @@ class Scheduler:
         for sequence in sorted(needing, key=lambda each: each.number):
             if sequence.row < 0:  # preempted just now
                 continue
-            place = int(self.rows.positions[sequence.row]) // self._page_size
+            place, filled = divmod(int(self.rows.positions[sequence.row]), self._page_size)
             full = place == len(sequence.pages)
             if not full and self._pool.references(sequence.pages[-1]) == 1:
                 continue
@@ -208,7 +208,7 @@ class Scheduler:
                 self._register(sequence)
                 sequence.pages.append(page)
             else:
-                copies.append((sequence.pages[-1], page))
+                copies.append(PageCopy(sequence.pages[-1], page, filled))
                 self._pool.release(sequence.pages[-1:])
                 sequence.pages[-1] = page
             self.rows.set_last_page(sequence)

@@ -14,8 +14,9 @@ from gptj.engine.events import BeamsFound, Failed, Finished, PromptLogprobs, Tok
 from gptj.engine.request import Request
 from gptj.engine.rows import Sequence
 from gptj.engine.runner import Ints, Runner
-from gptj.engine.sampler import Sampler
+from gptj.engine.sampler import Sampler, finite
 from gptj.engine.scheduler import Chunk, Plan, Scheduler
+from gptj.engine.transfer import sent
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ class Stepper:
 
     def run(self, plan: Plan) -> None:
         if plan.copies:
-            sources, targets = zip(*plan.copies, strict=True)
-            self._runner.copy_pages(sources, targets)
+            self._runner.copy_pages(plan.copies)
         logits_WV = self._runner.step(plan.batch)
         self.steps += 1
         self.last_batch_size = len(plan.batch.starts) - 1
@@ -89,7 +89,7 @@ class Stepper:
         """Keep what the model thinks of the prompt's tokens, for those who asked."""
         sequence = chunk.sequence
         following = sequence.tokens[chunk.start + 1 : chunk.end + 1]
-        if not logits_LV.isfinite().all():
+        if not finite(logits_LV).all():
             for request in list(sequence.riders):
                 self._fail(request, self._not_finite(), damaged=True)
             return
@@ -203,4 +203,4 @@ def _select(logits_WV: Tensor, rows: list[int]) -> Tensor:
     """These rows of the logits; without a copy where they lie together."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return logits_WV[rows[0] : rows[0] + len(rows)]
-    return logits_WV[torch.tensor(rows, device=logits_WV.device)]
+    return logits_WV[sent(np.array(rows), logits_WV.device)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gptj.engine.cpu import library
 from gptj.engine.cpu.packing import KINDS, Kind, PackedLinear, pack
-from gptj.engine.runner import StepBatch
+from gptj.engine.runner import PageCopy, StepBatch
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 LEAST_BYTES = 2**21  # from which on large pages are asked for
@@ -112,8 +112,10 @@ class CpuRunner:
             raise MemoryError(f"no memory for a step of {len(batch.ids_T)} tokens")
         return logits
 
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self._cache[:, :, torch.tensor(targets)] = self._cache[:, :, torch.tensor(sources)]
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for source, target, filled in copies:
+            end = filled * self.config.head_dim  # of each head's share of a page
+            self._cache[:, :, target, :, :end] = self._cache[:, :, source, :, :end]
 
     def reset(self) -> None:
         self._cache.zero_()

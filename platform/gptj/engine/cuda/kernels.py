@@ -258,6 +258,27 @@ def attend_chunks(
     tl.store(target, found, mask=real)
 
 
+@triton.jit(do_not_specialize=["pages"])
+def copy_pages(
+    cache,  # (keys and values of the layers, pages, HEADS, PAGE_SIZE, HEAD_DIM)
+    copies,  # (N, 3): from page, to page, filled places
+    pages,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for a copy, a layer's keys or values, and a head."""
+    copy = copies + tl.program_id(0).to(tl.int64) * 3
+    part = tl.program_id(1).to(tl.int64) * pages
+    head = tl.program_id(2)
+    source = ((part + tl.load(copy)) * HEADS + head) * (PAGE_SIZE * HEAD_DIM)
+    target = ((part + tl.load(copy + 1)) * HEADS + head) * (PAGE_SIZE * HEAD_DIM)
+    numbers = tl.arange(0, BLOCK)
+    filled = numbers < tl.load(copy + 2) * HEAD_DIM
+    tl.store(cache + target + numbers, tl.load(cache + source + numbers, mask=filled), mask=filled)
+
+
 @triton.jit
 def multiply_row(
     x,  # (INPUTS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +15,8 @@ from gptj.engine.cuda import kernels
 from gptj.engine.cuda.operations import TILE, Inputs, LayerCache
 from gptj.engine.cuda.products import Products
 from gptj.engine.cuda.weights import Norm, Weights
+from gptj.engine.runner import PageCopy
+from gptj.engine.transfer import sent
 
 BLOCK_INNER = 1024
 # Places of a context that a chunk's tile looks at together, and warps: what registers hold.
@@ -44,11 +48,11 @@ class TritonOperations:
 
     def prepare(self, weights: Weights) -> None:
         self._products.measure([layer.entry for layer in weights.layers])
-        self._products.measure([layer.exit for layer in weights.layers])
-        self._products.measure([weights.head_VD])
+        self._products.measure([layer.exit for layer in weights.layers], wide=True)
+        self._products.measure([weights.head_VD], wide=True)
 
-    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
-        return self._products.multiply(x_TC, weight)
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        return self._products.multiply(x_TC, weight, wide=wide)
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
@@ -107,6 +111,18 @@ class TritonOperations:
             self._attend_singles(q_THK, inputs, cache, joined)
         if inputs.tiles_N4 is not None:
             self._attend_chunks(q_THK, inputs, inputs.tiles_N4, cache, joined)
+
+    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
+        heads, page_size, head_dim = cache.shape[3:]
+        kernels.copy_pages[(len(copies), cache[:, :, 0, 0, 0, 0].numel(), heads)](
+            cache,
+            sent(np.array(copies, np.int32), cache.device),
+            cache.shape[2],
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=page_size,
+            BLOCK=triton.next_power_of_2(page_size * head_dim),
+        )
 
     def splits(self, singles: int) -> int:
         """Into how many runs of pages a token's context is cut, so that all processors work.

@@ -6,12 +6,14 @@ T tokens, P pages of a sequence, D width, H heads, K head width, I inner width o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from gptj.engine.cuda.weights import Norm, Weights
+from gptj.engine.runner import PageCopy
 
 TILE = 32  # tokens of a chunk that one program of the kernel attends with
 
@@ -58,8 +60,12 @@ class Operations(Protocol):
     def prepare(self, weights: Weights) -> None:
         """Choose what is fastest for these weights, on a GPU; before the first step or never."""
 
-    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
-        """x (T, inputs) by weight (columns, inputs): (T, columns)."""
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        """x (T, inputs) by weight (columns, inputs): (T, columns).
+
+        Args:
+            wide: the sums stay in fp32; otherwise they are rounded to the weight's dtype.
+        """
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
@@ -67,7 +73,7 @@ class Operations(Protocol):
         """Add to the fp32 residual stream, in place, and return its layer norm.
 
         Args:
-            added_TD: what the last layer's matrix product gave, and
+            added_TD: what the last layer's matrix product gave, of any dtype, and
             bias_D: its bias; or None before the first layer.
         """
 
@@ -92,3 +98,11 @@ class Operations(Protocol):
 
     def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
         """Let each token see its sequence up to itself; into the first D columns of `joined`."""
+
+    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
+        """Copy in all layers, in any order.
+
+        Args:
+            cache: (2, layers, pages, H, page size, K).
+            copies: of which none reads or writes what another one writes.
+        """

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.cuda.operations import Inputs, LayerCache
 from gptj.engine.cuda.weights import Norm, Weights
+from gptj.engine.runner import PageCopy
+from gptj.engine.wide import multiply_wide
 from gptj.model import Rotary
 
 
@@ -25,8 +29,8 @@ class PlainOperations:
     def prepare(self, weights: Weights) -> None:
         """There is nothing to choose."""
 
-    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x_TC, weight)
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
@@ -81,12 +85,18 @@ class PlainOperations:
                 for part in (cache.keys, cache.values)
             )
             places = torch.arange(length, device=q_THK.device)
-            joined_THK[tokens] = F.scaled_dot_product_attention(
-                q_THK[tokens].transpose(0, 1),
-                keys,
-                values,
-                attn_mask=places <= inputs.positions_T[tokens, None],
-            ).transpose(0, 1)
+            # Of four dimensions: for three PyTorch has no fused kernel.
+            attended = F.scaled_dot_product_attention(
+                q_THK[tokens].transpose(0, 1)[None],
+                keys[None],
+                values[None],
+                attn_mask=(places <= inputs.positions_T[tokens, None])[None, None],
+            )
+            joined_THK[tokens] = attended[0].transpose(0, 1)
+
+    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
+        for source, target, filled in copies:
+            cache[:, :, target, :, :filled] = cache[:, :, source, :, :filled]
 
 
 def _attend_singly(

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from gptj.engine.cuda import kernels
+from gptj.engine.wide import multiply_wide
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +42,25 @@ class Products:
     def __init__(self) -> None:
         self._chosen: dict[torch.Size, Blocks] = {}  # by the weight's shape
 
-    def multiply(self, x_TC: Tensor, weight: Tensor) -> Tensor:
-        """x (T, inputs) by weight (columns, inputs): (T, columns)."""
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        """See Operations."""
         blocks = self._chosen.get(weight.shape) if len(x_TC) == 1 else None
-        return F.linear(x_TC, weight) if blocks is None else multiply_row(x_TC, weight, blocks)
+        if blocks is not None:
+            return multiply_row(x_TC, weight, blocks, wide=wide)
+        return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
-    def measure(self, weights: Sequence[Tensor]) -> None:
+    def measure(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
         """Choose for weights of one shape and type, on their GPU."""
         first = weights[0]
         x = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
+        self._chosen.pop(first.shape, None)
         times: dict[Blocks | None, float] = {
-            None: _seconds(lambda weight: F.linear(x, weight), weights)
+            None: _seconds(lambda weight: self.multiply(x, weight, wide=wide), weights)
         }
         for blocks in CANDIDATES:
 
             def multiply(weight: Tensor, blocks: Blocks = blocks) -> Tensor:
-                return multiply_row(x, weight, blocks)
+                return multiply_row(x, weight, blocks, wide=wide)
 
             times[blocks] = _seconds(multiply, weights)
         best = min(times, key=lambda each: times[each])
@@ -71,9 +75,10 @@ class Products:
         )
 
 
-def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks) -> Tensor:
+def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks, *, wide: bool) -> Tensor:
     columns, inputs = weight.shape
-    product = torch.empty(1, columns, dtype=x_1C.dtype, device=x_1C.device)
+    dtype = torch.float32 if wide else x_1C.dtype
+    product = torch.empty(1, columns, dtype=dtype, device=x_1C.device)
     kernels.multiply_row[(triton.cdiv(columns, blocks.columns),)](
         x_1C,
         weight,

@@ -1,0 +1,66 @@
+"""The largest steps that there may be, computed once: what they need beside the cache shows then.
+
+PyTorch's allocator keeps what a step has taken, libraries load their kernels and make their
+workspaces with the first call. So after a rehearsal, what a GPU has free is free for the cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gptj.engine.limits import Limits
+from gptj.engine.runner import Ints, Runner, StepBatch
+from gptj.engine.sampler import Sampler
+from gptj.sampling import SamplingParams
+
+# All that the sampler can be asked for. Logits that are all equal leave top_p all tokens.
+WISHES = SamplingParams(
+    temperature=0.5,
+    top_k=1000,
+    top_p=0.99,
+    min_p=1e-6,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    logit_bias={0: 1.0},
+    logprobs=20,
+)
+PROMPT_LOGPROBS = 20
+
+
+@torch.inference_mode()
+def rehearse(runner: Runner, limits: Limits) -> None:
+    """All sequences decode at the end of their context; then prompts fill what a step has left.
+
+    Every position is in page 0, whose content means nothing afterwards.
+    """
+    context, vocabulary = runner.config.n_positions, runner.config.vocab_size
+    sampler = Sampler(vocabulary, (), runner.device)
+    keys = list(range(limits.max_running))
+    for key in keys:
+        sampler.add(key, WISHES, [0], [])
+    logits_RV = runner.step(_batch(runner, [1] * limits.max_running))
+    sampler.sample(logits_RV.zero_(), keys)
+    del logits_RV
+    decoding = min(limits.max_running - 1, limits.step_tokens - 1)
+    left = limits.step_tokens - decoding
+    chunks = [min(context, left - start) for start in range(0, left, context)]
+    logits_LV = runner.step(_batch(runner, [1] * decoding + chunks))
+    following = [0] * len(logits_LV)
+    sampler.prompt_logprobs(logits_LV, following, min(PROMPT_LOGPROBS, vocabulary))
+
+
+def _batch(runner: Runner, lengths: list[int]) -> StepBatch:
+    """The last tokens of whole contexts, so many of each; logits are wanted after all."""
+    context = runner.config.n_positions
+    starts: Ints = np.cumsum([0, *lengths]).astype(np.int32)
+    positions = [np.arange(context - length, context) for length in lengths]
+    tokens = int(starts[-1])
+    pages = np.zeros((len(lengths), -(-context // runner.page_size)), np.int32)
+    return StepBatch(
+        np.zeros(tokens, np.int32),
+        np.concatenate(positions).astype(np.int32),
+        starts,
+        pages,
+        np.arange(tokens, dtype=np.int32),
+    )
