@@ -25,9 +25,11 @@ from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForCausalLM
-from gptj.engine.cache_size import cache_tokens
+from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.choice import Quantization, best_runner
 from gptj.engine.engine import Engine
+from gptj.engine.limits import Limits
+from gptj.engine.runner import Runner
 from gptj.serving.completion_service import CompletionService
 from gptj.serving.completions import ModelCard
 from gptj.serving.generation import generation_app
@@ -37,11 +39,15 @@ from gptj.serving.vocabulary import Vocabulary
 class Arguments(LoadingArguments):
     model_name: str | None = None  # what clients call it; default: by its address
     quantization: Quantization = "none"  # int8: weights in 8 bits, faster and smaller on a CPU
-    max_running: Annotated[int, Field(ge=1)] = 64  # outputs that are generated together
-    step_tokens: Annotated[int, Field(ge=1)] = 256  # new ones of a step: bounds others' pauses
+    # Outputs that are generated together, and new tokens of a step, which bound others' pauses.
+    # Default: 64 and 256 on a CPU; on a GPU as many as its cache has room for, up to 256 outputs
+    # of 512 tokens, and four tokens for each, 256 at least (gptj.engine.limits).
+    max_running: Annotated[int, Field(ge=1)] | None = None
+    step_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_caching: bool = True  # prompts that begin alike are computed once
-    # The cache of keys and values: so many tokens, or else a share of the device's free memory
-    # (default: 0.3 on a CPU, 0.9 on a GPU), and no more than max_running requests can use.
+    # The cache of keys and values: so many tokens, or else a share of the device's free memory,
+    # and no more than max_running requests can use. On a CPU the default is 0.3; on a GPU 0.95 of
+    # what the weights and the largest steps leave.
     cache_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -49,7 +55,8 @@ class Arguments(LoadingArguments):
     def _one_cache_size(self) -> Self:
         if self.cache_tokens is not None and self.cache_share is not None:
             raise ValueError("cache_tokens and cache_share both state the cache's size: leave one")
-        if self.step_tokens < self.max_running:
+        step, running = self.step_tokens, self.max_running
+        if step is not None and running is not None and step < running:
             raise ValueError(
                 f"step_tokens={self.step_tokens} must not be below max_running={self.max_running}: "
                 f"each running output takes one of a step"
@@ -58,17 +65,23 @@ class Arguments(LoadingArguments):
 
 
 # Above the class, which Ray sends with what the module has when it is decorated.
-def cache_size(model: GPTJForCausalLM, arguments: Arguments) -> int:
-    """Tokens that the cache has room for."""
-    if arguments.cache_tokens is not None:
-        return arguments.cache_tokens
-    return cache_tokens(
-        model.config,
-        share=arguments.cache_share or (0.9 if model.device.type == "cuda" else 0.3),
-        device=model.device,
-        element_size=model.dtype.itemsize,
-        most=arguments.max_running * model.config.n_positions,
+def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Runner, Limits]:
+    """The model with its cache, and how much a step does."""
+    share = arguments.cache_share or DEFAULT_SHARES[model.device.type]
+    limits = Limits.of(
+        model.device,
+        arguments.cache_tokens or room(model.config, model.device, share, model.dtype.itemsize),
+        model.config.n_positions,
+        max_running=arguments.max_running,
+        step_tokens=arguments.step_tokens,
     )
+    runner = best_runner(
+        model,
+        arguments.cache_tokens or CacheShare(share, limits),
+        quantization=arguments.quantization,
+        release=True,  # one copy of the weights
+    )
+    return runner, limits
 
 
 @serve.deployment(name="generation")
@@ -77,12 +90,7 @@ class Generation:
     def __init__(self, arguments: Arguments) -> None:
         with loading_turn(arguments):
             model, tokenizer = load(GPTJForCausalLM, arguments)
-            runner = best_runner(
-                model,
-                cache_size(model, arguments),
-                quantization=arguments.quantization,
-                release=True,  # one copy of the weights
-            )
+            runner, limits = new_engine_runner(model, arguments)
         eos = model.config.eos_token_id
         vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
         context = model.config.n_positions
@@ -90,9 +98,9 @@ class Generation:
             runner,
             eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
             banned_ids=vocabulary.unused_ids,
-            max_running=arguments.max_running,
+            max_running=limits.max_running,
             max_waiting=arguments.max_waiting,
-            step_tokens=arguments.step_tokens,
+            step_tokens=limits.step_tokens,
             prefix_caching=arguments.prefix_caching,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)

@@ -30,11 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from deployments.loading import BatchArguments
+from gptj import GPTJConfig
+from gptj.engine.limits import Limits
 from jobs import command_line
-from jobs.autoscaling.machines import MACHINES
+from jobs.autoscaling.machines import MACHINES, Machine
 from jobs.autoscaling.report import Row, intervals, plot, summary, table
 from jobs.autoscaling.simulation import Service, simulate
 from jobs.autoscaling.traffic import Traffic, arrivals
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=given.seed,
         )
         machine = MACHINES[given.machine].with_node(given.node_seconds)
-        service = read_service(given.config, given.application)
+        service = read_service(given.config, given.application, machine)
     except ValueError as error:
         parser.error(str(error))
     if given.plot and len(changes) > 1:
@@ -90,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
 
 
-def read_service(path: Path, application: str) -> Service:
-    """The numbers of an application of one deployment.
+def read_service(path: Path, application: str, machine: Machine) -> Service:
+    """The numbers of an application of one deployment, on that machine.
 
     Raises ValueError if the file has no such application, or if its deployment does not scale.
     """
@@ -105,7 +108,17 @@ def read_service(path: Path, application: str) -> Service:
     module = importlib.import_module(found[application]["import_path"].partition(":")[0])
     arguments = module.Arguments(**found[application]["args"])
     whole_rows = isinstance(arguments, BatchArguments)
-    together = arguments.max_batch if whole_rows else arguments.max_running
+    if whole_rows:
+        together, step_tokens = arguments.max_batch, None
+    else:
+        limits = Limits.of(
+            torch.device(machine.device),
+            machine.cache_tokens,
+            GPTJConfig().n_positions,
+            max_running=arguments.max_running,
+            step_tokens=arguments.step_tokens,
+        )
+        together, step_tokens = limits.max_running, limits.step_tokens
     room = together + arguments.max_waiting
     if deployment["max_ongoing_requests"] > room:
         raise ValueError(
@@ -117,7 +130,7 @@ def read_service(path: Path, application: str) -> Service:
         max_ongoing_requests=deployment["max_ongoing_requests"],
         max_queued_requests=deployment.get("max_queued_requests", -1),
         max_running=together,
-        step_tokens=None if whole_rows else arguments.step_tokens,
+        step_tokens=step_tokens,
     )
 
 

@@ -133,7 +133,7 @@ class WatchedRunner(TorchRunner):
         num_pages: int,
         before: Callable[[StepBatch], None] = lambda batch: None,
     ) -> None:
-        self.resets = -1  # the cache is made for the first time
+        self.resets = 0
         self.before = before
         self.lengths: list[list[int]] = []  # new tokens of each sequence, a list a step
         super().__init__(model, num_pages)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.jit import KernelInterface
 
 from gptj import GPTJConfig
+from gptj.engine.cpu.library import UnsupportedError
+from gptj.engine.cuda import kernels, products
 from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.operations import TILE, Chunk, Inputs, LayerCache
 from gptj.engine.cuda.plain import PlainOperations
 from gptj.engine.cuda.products import Blocks, multiply_row
+from gptj.engine.cuda.support import try_out
 from gptj.engine.cuda.weights import Norm
+from gptj.engine.runner import PageCopy
 from gptj.model import Rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,6 +207,113 @@ def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
     it.near(multiply_row(x_1C, weight, blocks, wide=False), expected)
     wide = multiply_row(x_1C, weight, blocks, wide=True)
     torch.testing.assert_close(wide, expected, rtol=0, atol=1e-4)  # nothing is rounded but sums
+
+
+@shapes
+def test_copied_pages_hold_what_was_filled(shape: str, dtype: torch.dtype) -> None:
+    it = setting(shape, dtype)
+    config = it.config
+    cache = it.random(2, 3, 7, config.n_head, PAGE, config.head_dim)
+    copies = [PageCopy(1, 2, filled=5), PageCopy(3, 4, filled=PAGE), PageCopy(1, 6, filled=1)]
+    ours, theirs = cache.clone(), cache.clone()
+    it.triton.copy_pages(ours, copies)
+    it.plain.copy_pages(theirs, copies)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours[:, :, 2, :, :5], cache[:, :, 1, :, :5])
+    assert torch.equal(ours[:, :, 2, :, 5:], cache[:, :, 2, :, 5:])
+
+
+def test_caches_of_more_than_2_31_numbers_are_addressed_whole() -> None:
+    """On a CPU only the pages that are touched take memory, of 17 GB."""
+    it = setting("head width 256", torch.float32)
+    config = it.config
+    last = 2**31 // (config.n_head * PAGE * config.head_dim) + 5
+    whole = torch.empty(2, 1, last + 1, config.n_head, PAGE, config.head_dim, device=DEVICE)
+    page = it.random(2, config.n_head, PAGE, config.head_dim)
+    whole[:, 0, last - 1] = page
+    it.triton.copy_pages(whole, [PageCopy(last - 1, last, filled=PAGE)])
+    assert torch.equal(whole[:, 0, last], page)
+
+    it.cache = LayerCache(whole[0, 0], whole[1, 0])
+    table = numbers([[last] + [0] * (PAGES - 1)])
+    zeros, slots = numbers([0, 0]), numbers([last * PAGE, last * PAGE + 1])
+    rotary = (torch.zeros(PAGES * PAGE, 32, device=DEVICE),) * 2
+    entered = it.random(2, 3 * config.n_embd + config.inner_dim)
+    bias_I = torch.zeros(config.inner_dim, device=DEVICE)
+    inputs = Inputs(zeros, zeros, slots, table, 2)
+    it.triton.spread(entered, bias_I, rotary, inputs, it.cache, it.joined(2))
+    values = entered[:, 2 * config.n_embd : 3 * config.n_embd].view(2, config.n_head, -1)
+    assert torch.equal(it.cache.values[last, :, :2], values.transpose(0, 1))
+
+    it.attended(Inputs(zeros[:1], numbers([PAGE - 1]), slots[:1], table, 1))
+    chunk = Chunk(0, 0, PAGE, 0)
+    many, places = numbers([0] * PAGE), numbers(list(range(PAGE)))
+    tiles = numbers([[0, 0, PAGE, 0]])
+    it.attended(Inputs(many, places, many, table, 0, (chunk,), tiles))
+
+
+class Broken:
+    """A kernel that fails as it is launched."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: object, **names: object) -> None:
+            raise self._error
+
+        return launch
+
+
+KERNELS = [
+    name
+    for name, kernel in vars(kernels).items()
+    if isinstance(kernel, KernelInterface) and name != "multiply_row"
+]
+ERRORS = [
+    OutOfResources(300_000, 232_448, "shared memory"),
+    PTXASError("ptxas fatal"),
+    OSError("no space left on device"),
+    RuntimeError("no C compiler was found"),
+]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_tried_before_the_model_is_taken(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = setting("head width 10", torch.float32)
+    monkeypatch.setattr(kernels, name, Broken(ERRORS[0]))
+    with pytest.raises(UnsupportedError, match="OutOfResources: out of resource: shared memory"):
+        try_out(it.triton, DEVICE)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_triton_lacks_is_a_reason_for_pytorch_and_no_failure(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = setting("head width 10", torch.float32)
+    try_out(it.triton, DEVICE)
+    monkeypatch.setattr(kernels, "attend_chunks", Broken(error))
+    with pytest.raises(UnsupportedError, match=f"{type(error).__name__}: "):
+        try_out(it.triton, DEVICE)
+
+
+def test_a_product_that_does_not_compile_is_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
+        multiply(weights[0])
+        return 1.0
+
+    it = setting("head width 10", torch.float32)
+    weight, row = it.random(37, 100), it.random(1, 100)
+    monkeypatch.setattr(products, "_seconds", seconds)
+    monkeypatch.setattr(kernels, "multiply_row", Broken(ERRORS[0]))
+    chooser = products.Products()
+    chooser.measure([weight], wide=True)
+    assert caplog.text.count("is not multiplied with") == len(products.CANDIDATES)
+    it.near(chooser.multiply(row, weight, wide=True), F.linear(row, weight))
 
 
 @pytest.mark.slow

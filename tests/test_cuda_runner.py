@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine_caller import alone, submit, tiny_model, tokens
+from torch import Tensor
 
 from gptj import GPTJForCausalLM
 from gptj.engine import choice
@@ -117,6 +118,61 @@ def test_a_released_model_lives_on_in_the_runner_alone(device: torch.device) -> 
     matrices = 4 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert runner.bytes_read == matrices + biases - embedding.nbytes
     runner.close()
+
+
+class Watched(PlainOperations):
+    """Notes whether sums in less than fp32 were allowed to the products."""
+
+    reduced: list[bool] = []
+
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        matmul = torch.backends.cuda.matmul
+        self.reduced += [
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+        ]
+        return super().multiply(x_TC, weight, wide=wide)
+
+
+def test_products_add_up_in_fp32_and_the_processs_setting_stays() -> None:
+    model = tiny_model()
+    runner = CudaRunner(model, 8, Watched(model.dtype, model.config.layer_norm_epsilon))
+    runner.step(singles([5], [0], [[0]]))
+    matmul = torch.backends.cuda.matmul
+    assert len(Watched.reduced) == 2 * (2 * model.config.n_layer + 1) and not any(Watched.reduced)
+    assert matmul.allow_fp16_reduced_precision_reduction
+    assert matmul.allow_bf16_reduced_precision_reduction
+    runner.close()
+
+
+def test_a_layers_output_may_exceed_fp16(device: torch.device) -> None:
+    """The residual stream, which it is added to, is fp32, and the last norm makes it small."""
+    model = tiny_model()
+    model.transformer.h[0].mlp.fc_out.weight.data *= 3e4
+    half = model.to(torch.float16)
+    runner = CudaRunner(copy.deepcopy(half).to(device), 8, operations(half.to(device)))
+    model = half.cpu().float()
+    outputs: list[Tensor] = []
+    model.transformer.h[0].mlp.register_forward_hook(lambda *found: outputs.append(found[-1]))
+    with torch.inference_mode():
+        expected = model(torch.tensor([[5]])).logits[0]
+    assert float(outputs[0].abs().max()) > 1.1 * torch.finfo(torch.float16).max
+    logits = runner.step(singles([5], [0], [[0]]))
+    torch.testing.assert_close(logits.cpu(), expected, rtol=0, atol=0.05)
+    runner.close()
+
+
+def test_a_cache_of_another_size_is_as_good_as_a_new_one(device: torch.device) -> None:
+    model = tiny_model(device=device)
+    runner = CudaRunner(model, 1, operations(model))
+    runner.step(singles([9], [0], [[0]]))
+    runner.resize(8)
+    fresh = CudaRunner(model, 8, operations(model))
+    batch = singles([5, 6, 7], [0, 0, 0], [[7], [3], [0]])
+    assert runner.num_pages == 8
+    assert torch.equal(runner.step(batch), fresh.step(batch))
+    for each in (runner, fresh):
+        each.close()
 
 
 def test_each_number_of_rows_has_the_least_size_with_room() -> None:

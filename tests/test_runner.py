@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine.choice import best_runner, page_bytes
+from gptj.engine import sampler
+from gptj.engine.cache_size import page_bytes
+from gptj.engine.choice import best_runner
 from gptj.engine.cpu import library
 from gptj.engine.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.cpu.runner import CpuRunner
@@ -22,6 +27,7 @@ from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.plain import PlainOperations
 from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.runner import PageCopy, Runner, StepBatch, TorchRunner, independent
+from gptj.sampling import SamplingParams
 
 PAGE = 16
 LENGTH = 60
@@ -76,6 +82,10 @@ def gpu_runner(model: GPTJForCausalLM, num_pages: int, kind: str) -> CudaRunner:
         return CudaRunner(model, num_pages, operations)
     # As if of six multiprocessors: contexts are then cut for some sizes of a batch, not for all.
     return CudaRunner(model, num_pages, TritonOperations(model.config, dtype, 6))
+
+
+# Operators by which the host waits for a number of the device.
+WAITING = {"is_nonzero", "item", "_local_scalar_dense", "nonzero", "equal"}
 
 
 @dataclass
@@ -206,6 +216,91 @@ def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[...
         case.runner._values[:, 1:3] = torch.nan
     (again,) = step(case.runner, (ids[:20], 0, [1, 2]))
     assert torch.equal(clean, again)
+
+
+@pytest.mark.parametrize("kind", ["torch", "plain", pytest.param("cpu", marks=needs_kernels)])
+def test_logits_that_round_to_one_number_of_bf16_are_told_apart(kind: str) -> None:
+    """Near 20 bf16's numbers are 0.125 apart: 20 and 20.0625 would be one, and the first win."""
+    model = random_model().to(torch.bfloat16)
+    model.transformer.ln_f.weight.data.fill_(0)
+    model.transformer.ln_f.bias.data.fill_(0.5)
+    model.lm_head.weight.data.fill_(0)
+    model.lm_head.bias.data.fill_(0)
+    model.lm_head.weight.data[5:7] = 0.625
+    model.lm_head.weight.data[6, 0] += 0.125
+    runner: Runner
+    if kind == "torch":
+        runner = TorchRunner(model, 8)
+    elif kind == "plain":
+        operations = PlainOperations(torch.bfloat16, model.config.layer_norm_epsilon)
+        runner = CudaRunner(model, 8, operations)
+    else:
+        runner = CpuRunner(model, 8, "bf16")
+    for ids in (numbers(7), numbers(7, 8, 9)):  # as a decode step, and as a chunk
+        (logits,) = step(runner, (ids, 0, [2]))
+        assert logits.dtype == torch.float32
+        assert logits[-1, 5:7].tolist() == [20.0, 20.0625] and int(logits[-1].argmax()) == 6
+    runner.close()
+
+
+class Operators(TorchDispatchMode):
+    """The names of PyTorch's operators that were called, and which kernels attention took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attention: list[SDPBackend] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.names.add(function.__name__.partition(".")[0])
+        if function is torch.ops.aten.scaled_dot_product_attention.default:
+            self.attention.append(SDPBackend(torch._fused_sdp_choice(*args, **kwargs)))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["torch", "plain"])
+def test_attention_has_the_shape_for_which_there_are_fused_kernels(kind: str) -> None:
+    """Also on a T4, which has PyTorch's alone. A step waits for no number of the device's."""
+    model = random_model()
+    runner = TorchRunner(model, 8) if kind == "torch" else gpu_runner(model, 8, "plain")
+    with Operators() as called:
+        step(runner, (random_ids(20, 300), 0, [1, 2]), (random_ids(1, 300), 0, [3]))
+    assert called.attention == [SDPBackend.FLASH_ATTENTION] * 2 * model.config.n_layer
+    assert not called.names & WAITING
+    runner.close()
+
+
+def test_sampling_waits_for_the_device_when_the_tokens_are_there_and_not_before() -> None:
+    """Also where top_p keeps more tokens than are looked at first: then all is drawn again."""
+    wide = SamplingParams(temperature=1.0, top_p=0.95, min_p=1e-9, seed=5, logprobs=3)
+    narrow = replace(wide, top_p=0.2, presence_penalty=0.5, logit_bias={3: 1.0})
+    logits_RV = torch.linspace(0, 1, 9000).repeat(2, 1)[:, torch.randperm(9000)]
+    expected = []
+    for first in (sampler.CANDIDATES, 9000):
+        chooser = sampler.Sampler(9000, [7], torch.device("cpu"))
+        for key, params in enumerate((wide, narrow)):
+            chooser.add(key, params, [1], [])
+        chooser._batch = sampler._Batch(
+            [0, 1], [chooser._states[0], chooser._states[1]], torch.device("cpu")
+        )
+        chooser._batch._candidates = first
+        with torch.inference_mode(), Operators() as called:
+            expected.append([chooser.sample(logits_RV.clone(), [0, 1]) for _ in range(20)])
+        assert chooser._batch._candidates > 8000  # 0.95 of nearly equal ones
+        assert not called.names & WAITING
+    assert expected[0] == expected[1]
+
+
+def test_copies_are_made_at_once_unless_one_needs_what_another_changes() -> None:
+    a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
+    freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
+    assert list(independent([a, b])) == [[a, b]]
+    assert list(independent([a, freed])) == [[a], [freed]]  # page 1 was handed out again
+    assert list(independent([a, b, again, freed])) == [[a, b], [again, freed]]
+    assert list(independent([])) == []
 
 
 @needs_kernels

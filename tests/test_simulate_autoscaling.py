@@ -261,7 +261,14 @@ def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value()
     with pytest.raises(ValueError, match="not NAME=VALUE"):
         combinations(["max_replicas"])
     with pytest.raises(ValueError, match="no application 'poems', but"):
-        read_service(SERVE_CONFIG, "poems")
+        read_service(SERVE_CONFIG, "poems", MACHINE)
+
+
+def test_a_services_limits_are_those_of_the_machine() -> None:
+    """As a replica would choose them there: serve.yaml states none."""
+    found = {name: read_service(SERVE_CONFIG, "generation", MACHINES[name]) for name in MACHINES}
+    limits = {name: (each.max_running, each.step_tokens) for name, each in found.items()}
+    assert limits == {"h100": (256, 1024), "a10g": (45, 256), "cpu-305m": (64, 256)}
 
 
 def test_combinations_are_all_of_them() -> None:

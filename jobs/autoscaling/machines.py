@@ -42,6 +42,7 @@ class Machine:
     load_bytes_per_s: float  # from the store to where the replica computes
     node_s: float  # until a new machine is there; 0 where one waits
     gpus: int = 1
+    device: str = "cuda"  # or cpu
 
     def step_seconds(self, decoding: int, context_tokens: float, prompt_tokens: float) -> float:
         """One step of so many outputs, with so many cached tokens, beside a piece of prompt."""
@@ -71,7 +72,7 @@ def gpu(name: str, memory_gb: float, bandwidth_gb: float, tflops: float) -> Mach
         flop_per_token=FLOP_6B,
         flop_per_s=COMPUTE_SHARE * tflops * 1e12,
         kv_bytes_per_token=KV_6B,
-        # The deployment's default: 0.9 of what the weights leave.
+        # The deployment's default is 0.95 of what the weights and the largest steps leave.
         cache_tokens=int(0.9 * (memory_gb * GIGA - WEIGHTS_6B) / KV_6B),
         step_overhead_s=0.0,  # within the share of the limit
         start_s=START_SECONDS + GPU_START_SECONDS,
@@ -96,6 +97,7 @@ CPU = Machine(
     start_s=START_SECONDS,
     load_bytes_per_s=LOAD_BYTES_PER_S,
     node_s=0.0,
+    device="cpu",
 )
 MACHINES = {
     machine.name: machine

@@ -25,6 +25,7 @@ from gptj import storage
 from gptj.addresses import normalized
 from gptj.checkpoint_cache import CheckpointCache, Lease
 from gptj.config import GPTJConfig, parse_dtype
+from gptj.devices import check_device
 from gptj.hub import locate
 from gptj.json_object import parse_object
 from gptj.manifest import (
@@ -208,8 +209,10 @@ def load_model(
     Raises:
         FileNotFoundError: if there is no model at the address.
         CheckpointError: naming what is missing, cut off, altered or of another shape.
+        UnsupportedDeviceError: if PyTorch has no code for the GPU.
     """
     address = normalized(address)
+    check_device(device)
     folder = locate(address, revision=revision, patterns=SAFETENSORS_PATTERNS)
     from_hub = folder != address
     if from_hub and not any(f.name.endswith(".safetensors") for f in storage.list_files(folder)):

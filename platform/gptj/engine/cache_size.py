@@ -1,38 +1,79 @@
-"""How large a cache of keys and values may be: a share of the device's memory, in tokens."""
+"""How large a cache of keys and values may be: a share of the device's memory, in tokens.
+
+On a GPU the model is loaded with a small cache, and computes the largest steps that there may be:
+what is free then, beside weights, graphs, workspaces and steps, is what the share is of.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gptj.config import GPTJConfig
-from gptj.engine.choice import page_bytes
-from gptj.engine.runner import PAGE_SIZE
+from gptj.engine.limits import Limits
+from gptj.engine.rehearsal import rehearse
+from gptj.engine.runner import PAGE_SIZE, ResizableRunner
 
+logger = logging.getLogger(__name__)
+
+# What allocations in blocks of other sizes than those that were free may lose, and what a CPU's
+# other programs need.
+DEFAULT_SHARES = {"cuda": 0.95, "cpu": 0.3}
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def cache_tokens(
-    config: GPTJConfig,
-    *,
-    share: float,
-    device: torch.device,
-    element_size: int,
-    most: int,
-) -> int:
-    """Positions that fit in a share of the device's free memory, whole pages and at most `most`.
+@dataclass(frozen=True)
+class CacheShare:
+    """A cache of a share of the device's memory, and no more than the limits can use."""
+
+    share: float  # of what is free with the weights loaded; in (0, 1)
+    limits: Limits  # of the steps, for which a GPU's memory must have room as well
+
+
+def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> None:
+    """Give a GPU's runner the cache that there is room for, when all else has its memory.
 
     Args:
-        share: of the memory that is free now, with the weights loaded; in (0, 1).
+        runner: with as small a cache as there is.
+        element_size: bytes of a number in the cache.
+
+    Raises:
+        ValueError: as `tokens_within`.
+    """
+    torch.cuda.empty_cache()  # what loading has used is free as well
+    before, _ = torch.cuda.mem_get_info(runner.device)
+    rehearse(runner, size.limits)
+    free, _ = torch.cuda.mem_get_info(runner.device)
+    most = size.limits.max_running * runner.config.n_positions
+    tokens = tokens_within(
+        runner.config, free, share=size.share, element_size=element_size, most=most
+    )
+    runner.resize(-(-tokens // PAGE_SIZE))
+    logger.info(
+        "the largest steps take %.2f GB; the cache holds %d tokens in %.2f of the other %.2f GB",
+        (before - free) / 1e9,
+        tokens,
+        runner.num_pages * page_bytes(runner.config, element_size) / 1e9,
+        free / 1e9,
+    )
+
+
+def tokens_within(
+    config: GPTJConfig, free: int, *, share: float, element_size: int, most: int
+) -> int:
+    """Positions that fit in a share of so many free bytes, whole pages and at most `most`.
+
+    Args:
         element_size: bytes of a number in the cache.
         most: positions that can be of any use: those of all requests that run together.
 
     Raises:
         ValueError: if not even one request of the model's whole context would fit.
     """
-    free = free_bytes(device)
     page = page_bytes(config, element_size)
     tokens = min(int(free * share / page) * PAGE_SIZE, most)
     if tokens < min(config.n_positions, most):
@@ -43,6 +84,16 @@ def cache_tokens(
             f"state cache_tokens, or take a device with more memory"
         )
     return tokens
+
+
+def room(config: GPTJConfig, device: torch.device, share: float, element_size: int) -> int:
+    """Positions for which a share of what is free now would be enough, in whole pages."""
+    return int(free_bytes(device) * share) // page_bytes(config, element_size) * PAGE_SIZE
+
+
+def page_bytes(config: GPTJConfig, element_size: int) -> int:
+    """Bytes of a page of the cache: keys and values of PAGE_SIZE positions in all layers."""
+    return 2 * config.n_layer * PAGE_SIZE * config.n_embd * element_size
 
 
 def free_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from gptj.engine.batch_thread import ClosedError
 from gptj.engine.events import BeamParams, Failed, OnEvent
+from gptj.engine.limits import Limits
 from gptj.engine.pages import PagePool
 from gptj.engine.request import Request
 from gptj.engine.runner import Runner
@@ -59,7 +60,8 @@ class Engine:
         runner: the model with its cache; the thread's alone until the engine is closed.
         eos_ids: end an output, unless its request ignores them.
         banned_ids: never chosen, and of no probability: ids that stand for no text.
-        max_running: sequences that are worked on together; each beam is one.
+        max_running: sequences that are worked on together; each beam is one. None: what suits
+            the runner's device, as for step_tokens; see Limits.
         max_waiting: requests that may wait for their turn.
         step_tokens: new tokens of a step at most, max_running or more: a prompt longer than
             what running requests leave of them takes several steps.
@@ -72,9 +74,9 @@ class Engine:
         *,
         eos_ids: Sequence[int],
         banned_ids: Sequence[int] = (),
-        max_running: int = 64,
+        max_running: int | None = None,
         max_waiting: int = 1024,
-        step_tokens: int = 256,
+        step_tokens: int | None = None,
         prefix_caching: bool = True,
     ) -> None:
         self.eos_ids = tuple(eos_ids)
@@ -83,14 +85,21 @@ class Engine:
         sampler = Sampler(runner.config.vocab_size, banned_ids, runner.device)
         self._pool = PagePool(runner.num_pages, caching=prefix_caching)
         self._waiting = WaitingQueue(max_waiting)
+        limits = Limits.of(
+            runner.device,
+            runner.num_pages * runner.page_size,
+            self.context_length,
+            max_running=max_running,
+            step_tokens=step_tokens,
+        )
         self._scheduler = Scheduler(
             self._pool,
             self._waiting,
             lambda request: sampler.remove(request.number),
             page_size=runner.page_size,
             max_length=self.context_length,
-            max_running=max_running,
-            step_tokens=step_tokens,
+            max_running=limits.max_running,
+            step_tokens=limits.step_tokens,
         )
         self._stepper = Stepper(runner, self._scheduler, sampler, banned_ids, self._waiting.cancel)
         self._numbers = itertools.count()

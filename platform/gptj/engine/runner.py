@@ -125,8 +125,11 @@ class TorchRunner:
 
     def resize(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        config = self.config
+        shape = (config.n_layer, num_pages, PAGE_SIZE, config.n_head, config.head_dim)
         self._keys = self._values = torch.empty(0)  # never two caches
-        self.reset()
+        self._keys = torch.zeros(shape, dtype=self._model.dtype, device=self.device)
+        self._values = torch.zeros_like(self._keys)
 
     def step(self, batch: StepBatch) -> Tensor:
         with wide_sums():
@@ -157,10 +160,8 @@ class TorchRunner:
                 cache[:, target, :filled] = cache[:, source, :filled]
 
     def reset(self) -> None:
-        config = self.config
-        shape = (config.n_layer, self.num_pages, PAGE_SIZE, config.n_head, config.head_dim)
-        self._keys = torch.zeros(shape, dtype=self._model.dtype, device=self.device)
-        self._values = torch.zeros_like(self._keys)
+        self._keys.zero_()
+        self._values.zero_()
 
     def close(self) -> None:
         del self._keys, self._values

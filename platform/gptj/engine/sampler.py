@@ -10,7 +10,6 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,9 @@ from gptj.engine.transfer import sent
 from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]
-CANDIDATES = 1024  # of a row, among which top_p is looked for first; then among FURTHER times as many
+CANDIDATES = (
+    1024  # of a row, among which top_p is looked for first; then among FURTHER times as many
+)
 FURTHER = 8
 ROWS = 128  # of a prompt's logits that are looked at together
 

@@ -23,7 +23,7 @@ def multiply_wide(x_TC: Tensor, weight: Tensor) -> Tensor:
     if x_TC.device.type == "cuda":
         return torch.mm(x_TC, weight.t(), out_dtype=torch.float32)
     x_TC = x_TC.float()
-    return torch.cat([F.linear(x_TC, part.float()) for part in weight.split(BLOCK)], dim=1)
+    return torch.cat([F.linear(x_TC, part.float()) for part in torch.split(weight, BLOCK)], dim=1)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor
 from gptj import storage
 from gptj.data.batches import BatchOrder, share
 from gptj.data.question_answering import answer_loss
+from gptj.devices import check_device
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
 from gptj.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -76,7 +77,9 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     Raises:
         SettingsError: if the settings do not fit the data or the checkpoint.
         CheckpointError: if the checkpoint is damaged.
+        UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
     """
+    check_device(worker.device)
     if _agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
         return {}  # the run had been ended just after its export
     checkpoint = _agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)

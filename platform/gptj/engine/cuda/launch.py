@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from gptj.config import GPTJConfig
 from gptj.engine.cuda import kernels
+from gptj.engine.cuda.graphs import MAX_SIZE, SIZES
+from gptj.engine.cuda.inputs import InputsMaker
 from gptj.engine.cuda.operations import TILE, Inputs, LayerCache
 from gptj.engine.cuda.products import Products
 from gptj.engine.cuda.weights import Norm, Weights
-from gptj.engine.runner import PageCopy
+from gptj.engine.runner import PAGE_SIZE, PageCopy
 from gptj.engine.transfer import sent
 
 BLOCK_INNER = 1024
@@ -45,6 +48,39 @@ class TritonOperations:
         # A tensor core's products have 16 terms at least.
         self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # exponentials are to base 2
+
+    def try_out(self, device: torch.device) -> None:
+        """Launch all kernels, compiled as steps launch them, on a cache of two pages.
+
+        What `prepare` measures is not among them: it leaves out what fails.
+        """
+        config = self._config
+        width, inner = config.n_embd, config.inner_dim
+
+        def zeros(*shape: int, dtype: torch.dtype = self._dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        cache = zeros(2, 1, 2, config.n_head, PAGE_SIZE, config.head_dim)
+        layer = LayerCache(cache[0, 0], cache[1, 0])
+        vector, inner_bias = zeros(width, dtype=torch.float32), zeros(inner, dtype=torch.float32)
+        norm = Norm(vector, vector)
+        table = zeros(config.n_positions, config.rotated_dim // 2, dtype=torch.float32)
+        max_pages = -(-config.n_positions // PAGE_SIZE)
+        maker = InputsMaker(device, max_pages, PAGE_SIZE, 1, MAX_SIZE)
+        # For each number of splits the least number of single tokens that has it; and a chunk.
+        sizes = {self.splits(size): size for size in reversed(SIZES)}.values()
+        tile = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=device)
+        chunk = replace(maker.static(1), singles=0, tiles_N4=tile)
+        for inputs in (*map(maker.static, sizes), chunk):
+            tokens = len(inputs.ids_T)
+            x_TD, added_TD = (zeros(tokens, width, dtype=torch.float32) for _ in range(2))
+            joined = zeros(tokens, width + inner)
+            self.add_and_norm(x_TD, None, None, norm)
+            self.add_and_norm(x_TD, added_TD, vector, norm)
+            entered = zeros(tokens, 3 * width + inner)
+            q_THK = self.spread(entered, inner_bias, (table, table), inputs, layer, joined)
+            self.attend(q_THK, inputs, layer, joined)
+        self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
 
     def prepare(self, weights: Weights) -> None:
         self._products.measure([layer.entry for layer in weights.layers])

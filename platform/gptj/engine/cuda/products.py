@@ -62,7 +62,10 @@ class Products:
             def multiply(weight: Tensor, blocks: Blocks = blocks) -> Tensor:
                 return multiply_row(x, weight, blocks, wide=wide)
 
-            times[blocks] = _seconds(multiply, weights)
+            try:
+                times[blocks] = _seconds(multiply, weights)
+            except triton.TritonError as error:
+                logger.warning("one row by weights is not multiplied with %s: %s", blocks, error)
         best = min(times, key=lambda each: times[each])
         if best is not None:
             self._chosen[first.shape] = best

@@ -9,7 +9,6 @@ import torch
 
 from gptj.engine.cpu.library import UnsupportedError
 from gptj.engine.cuda.operations import Operations
-from gptj.engine.cuda.weights import Norm
 from gptj.model import GPTJForCausalLM
 
 if TYPE_CHECKING:
@@ -45,15 +44,25 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
     except ImportError as error:
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
     operations = TritonOperations(config, model.dtype, properties.multi_processor_count)
-    _try_out(operations, config.n_embd, device)
+    with torch.cuda.device(device):
+        try_out(operations, device)
+        torch.cuda.synchronize()
     return operations
 
 
-def _try_out(operations: TritonOperations, width: int, device: torch.device) -> None:
-    """Triton needs a C compiler and a writable cache, and says so only when it compiles."""
-    row = torch.zeros(1, width, device=device)
+def try_out(operations: TritonOperations, device: torch.device) -> None:
+    """Run each kernel once, while the model can still be given to PyTorch alone.
+
+    Triton needs a C compiler and a writable cache, and its kernels shared memory and registers:
+    it says so only when it compiles or launches them.
+
+    Raises:
+        UnsupportedError: naming what failed.
+    """
+    from triton import TritonError
+
     try:
-        with torch.cuda.device(device):
-            operations.add_and_norm(row, None, None, Norm(row[0], row[0]))
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        raise UnsupportedError(f"Triton cannot compile for {device}: {error}") from error
+        operations.try_out(device)
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        kind = type(error).__name__
+        raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error
