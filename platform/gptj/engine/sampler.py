@@ -97,13 +97,14 @@ class Sampler:
         likeliest_R = _argmax(logits_RV)
         # The host waits for the device here, once: what it decides by comes with the tokens.
         while True:
-            tokens_R, unsure_R = likeliest_R.clone(), torch.zeros_like(likeliest_R)
+            found = [likeliest_R, finite_R.long()]
             if batch.drawing:
+                drawn = (0, batch.drawing_rows)
                 tokens_D, unsure_D = batch.draw(logits_RV)
-                tokens_R[batch.drawing_rows] = tokens_D
-                unsure_R[batch.drawing_rows] = unsure_D.long()
-            tokens, sound, unsure = torch.stack((tokens_R, finite_R.long(), unsure_R)).tolist()
-            if not any(unsure):
+                found[0] = likeliest_R.index_copy(*drawn, tokens_D)
+                found.append(torch.zeros_like(likeliest_R).index_copy(*drawn, unsure_D.long()))
+            tokens, sound, *unsure = torch.stack(found).tolist()
+            if not any(map(any, unsure)):
                 break
             batch.look_further()
         batch.advance(tokens)

@@ -27,12 +27,13 @@ class Graphs:
     Args:
         step: computes a step of the given size, on static tensors only, at the same addresses
             each time; what it computes stands in one of them.
+        stream: to record on. cuBLAS has a workspace for each, and keeps it: graphs that replace
+            others are recorded on the same.
     """
 
-    def __init__(self, step: Callable[[int], None], device: torch.device) -> None:
+    def __init__(self, step: Callable[[int], None], stream: torch.cuda.Stream) -> None:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         for size in reversed(SIZES):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

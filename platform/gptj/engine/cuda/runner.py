@@ -57,6 +57,7 @@ class CudaRunner:
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
                 operations.prepare(self._weights)
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
@@ -80,7 +81,7 @@ class CudaRunner:
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
                 # On zeros: page 0, which nobody has yet, is written to.
-                self._graphs = Graphs(self._compute_singles, self.device)
+                self._graphs = Graphs(self._compute_singles, self._stream)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> Tensor:
