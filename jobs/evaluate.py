@@ -3,20 +3,25 @@
 
     jobs/evaluate.py CHECKPOINT DATA [key=value …]
 
-CHECKPOINT is a folder, `s3://…` or a hub id; DATA is Parquet, JSON lines, CSV or text: a file,
-folder or pattern, local or `s3://…`, or `sample://NAME/evaluation`. What is measured follows from
-the model's head: perplexity; accuracy and F1, or the error of a regression; exact match and F1.
-Progress goes to standard error. Keys, with their defaults:
+CHECKPOINT is a folder, `s3://…` or a hub id; DATA is Parquet, JSON, CSV or text (also .gz, .zst): a
+file, folder or pattern, local or `s3://…`, or `sample://NAME/evaluation`. What is measured follows
+from the model's head: perplexity; accuracy and F1, or the error of a regression; exact match and
+F1. Progress, and how labels were read, goes to standard error. Keys, with their defaults:
 
     batch_size=8            rows that are computed at a time
     sequence_length=…       tokens of a row; default: as in training, or else all of the context
     stride=…                question answering: tokens that windows share; default: as in training
     columns.NAME=…          our column's name in the data, such as columns.text=review
+    delimiter=…             of CSV; default: the one in the header
+    label_names={…}         what the data have for each label, such as {1: World, 2: Sports};
+                            default: as in training
     limit=…                 rows of the data to read; default: all
     unigram=TRAIN_DATA      language modelling: also the perplexity of these data's frequencies
     dtype=…                 of the weights: float32, bfloat16, float16; default: as stored
     device=…                cpu or cuda; default: cuda where there is one
     revision=…              of a hub id
+
+Names as in training's settings (data.columns.text, data.label_names) are understood too.
 """
 
 from __future__ import annotations
@@ -26,15 +31,15 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
 import torch
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
+from yaml import YAMLError
 
 from gptj import storage
 from gptj.addresses import normalized
@@ -43,6 +48,7 @@ from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.question_answering import QuestionAnsweringData
+from gptj.data.rows import Row
 from gptj.data.sources import read_rows
 from gptj.hub import locate
 from gptj.manifest import Manifest, read_verified
@@ -54,9 +60,13 @@ from gptj.model import (
 )
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.evaluation import evaluate, unigram_perplexity
+from gptj.training.settings import COLUMNS, DataSettings, Delimiter, Task, parse_yaml
+from gptj.training.task import HEADS
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
+
+TASKS: dict[str, Task] = {cls.__name__: task for task, cls in HEADS.items()}
 
 logger = logging.getLogger("evaluate")
 
@@ -66,7 +76,7 @@ Data = CausalLMData | ClassificationData | QuestionAnsweringData
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     checkpoint: Annotated[str, AfterValidator(normalized)]
     data: DataAddress
@@ -74,6 +84,8 @@ class Settings(BaseModel):
     sequence_length: Positive | None = None
     stride: Annotated[int, Field(ge=0)] | None = None
     columns: dict[str, str] = {}
+    delimiter: Delimiter | None = None
+    label_names: dict[str, str] | None = None
     limit: Positive | None = None
     unigram: DataAddress | None = None
     dtype: str | None = None
@@ -98,11 +110,14 @@ def read_settings(words: Sequence[str]) -> Settings:
     for word in words[2:]:
         key, _, text = word.partition("=")
         section, _, name = key.partition(".")
+        if section == "data" and name.partition(".")[0] in DataSettings.model_fields:
+            key = name
+            section, _, name = key.partition(".")
         if section == "columns" and name:
             fields["columns"][name] = text
         elif key in Settings.model_fields and key not in ("checkpoint", "data", "columns"):
-            number = key in ("batch_size", "sequence_length", "stride", "limit")
-            fields[key] = yaml.safe_load(text) if number else text
+            is_yaml = key in ("batch_size", "sequence_length", "stride", "limit", "label_names")
+            fields[key] = _parsed(word, text) if is_yaml else text
         else:
             raise ValueError(f"{word}: there is no such key\n{__doc__}")
     try:
@@ -111,6 +126,13 @@ def read_settings(words: Sequence[str]) -> Settings:
         raise ValueError(
             "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
         ) from error
+
+
+def _parsed(word: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YAMLError as error:
+        raise ValueError(f"{word:.200}: the value is no YAML: {error}") from error
 
 
 def measure(settings: Settings) -> dict[str, float | int | str]:
@@ -134,7 +156,7 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
     if settings.unigram is not None:
         if not isinstance(data, CausalLMData):
             raise ValueError(f"unigram={settings.unigram} is for language models, not {head}")
-        rows = read_rows(settings.unigram, settings.columns)
+        rows = data_rows(settings, settings.unigram, "causal-lm")
         train = CausalLMData(rows, tokenizer, data.sequence_length)
         result["unigram_perplexity"] = unigram_perplexity(train, data)
     model = HEAD_CLASSES[head].from_pretrained(
@@ -179,8 +201,8 @@ def make_data(settings: Settings, head: str, config: GPTJConfig, tokenizer: GPTJ
             f"{settings.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
             f"vocab_size is {config.vocab_size}"
         )
-    rows = islice(read_rows(settings.data, settings.columns), settings.limit)
     logger.info("reading %s", settings.data)
+    rows = islice(data_rows(settings, settings.data, TASKS[head]), settings.limit)
     if head == GPTJForQuestionAnswering.__name__:
         stride = settings.stride
         if stride is None:
@@ -189,9 +211,27 @@ def make_data(settings: Settings, head: str, config: GPTJConfig, tokenizer: GPTJ
     if settings.stride is not None:
         raise ValueError(f"stride={settings.stride} is for question answering, not {head}")
     if head == GPTJForSequenceClassification.__name__:
-        return ClassificationData(rows, tokenizer, length, LabelSet.of(config))
+        labels = LabelSet.of(config)
+        written = settings.label_names or training.get("label_names")
+        if isinstance(written, dict):
+            labels = labels.translated(written)
+        data = ClassificationData(rows, tokenizer, length, labels)
+        logger.info("%s", data.summary())
+        return data
+    if settings.label_names is not None:
+        raise ValueError(f"label_names={settings.label_names} is for classifiers, not {head}")
     assert head == GPTJForCausalLM.__name__
     return CausalLMData(rows, tokenizer, length)
+
+
+def data_rows(settings: Settings, address: str, task: Task) -> Iterator[Row]:
+    """The rows at an address, with the columns of a task."""
+    if unknown := settings.columns.keys() - set(COLUMNS[task]):
+        raise ValueError(
+            f"columns.{min(unknown)}: there is no such column; a {task} model reads "
+            f"{', '.join(COLUMNS[task])}"
+        )
+    return read_rows(address, COLUMNS[task], settings.columns, delimiter=settings.delimiter)
 
 
 def training_settings(settings: Settings) -> dict[str, Any]:

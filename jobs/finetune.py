@@ -30,6 +30,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gptj import storage
+from gptj.data.classification import ClassificationData
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
@@ -118,8 +119,12 @@ def check_inputs(settings: Settings) -> None:
         check_goes_on(settings, checkpoint, settings.workers.count)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
-    data, _ = make_data(settings, tokenizer)
-    make_config(settings, tokenizer, data)
+    train_data, evaluation_data = make_data(settings, tokenizer)
+    for name, data in (("training", train_data), ("evaluation", evaluation_data)):
+        if isinstance(data, ClassificationData):
+            logger.info("%s data: %s", name, data.summary())
+    settings.total_steps(len(train_data))
+    make_config(settings, tokenizer, train_data)
 
 
 def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:

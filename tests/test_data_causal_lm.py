@@ -102,7 +102,7 @@ def test_what_cannot_be_learned_from_is_refused(tokenizer: GPTJTokenizer) -> Non
 
 def test_a_real_book_is_packed_without_loss(tokenizer: GPTJTokenizer, shared_data: Path) -> None:
     path = shared_data / "tinyshakespeare.txt"
-    data = CausalLMData(read_rows(str(path)), tokenizer, 128)
+    data = CausalLMData(read_rows(str(path), ["text"]), tokenizer, 128)
     text = tokenizer.decode(torch.from_numpy(data.tokens).long(), skip_special_tokens=True)
     assert path.read_text().startswith(text)
     assert len(path.read_text()) - len(text) <= 10  # a last token that predicts nothing

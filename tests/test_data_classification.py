@@ -11,6 +11,7 @@ import torch
 from gptj import GPTJConfig, GPTJForSequenceClassification, GPTJTokenizer
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.sources import DataError, Row, read_rows
+from gptj.training.settings import COLUMNS
 
 TEXTS = [
     "good and fine",
@@ -171,6 +172,8 @@ def test_the_model_takes_a_batch_and_sees_no_padding(
 
 
 def test_sst2_has_two_labels(tokenizer: GPTJTokenizer, shared_data: Path) -> None:
-    data = ClassificationData(read_rows(str(shared_data / "sst2_dev.jsonl")), tokenizer, 64)
+    data = ClassificationData(
+        read_rows(str(shared_data / "sst2_dev.jsonl"), COLUMNS["classification"]), tokenizer, 64
+    )
     assert data.labels.names == ("negative", "positive")
     assert 0.4 < data.targets.mean() < 0.6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ CONTEXT = (
 @pytest.fixture(scope="module")
 def tokenizer() -> GPTJTokenizer:
     return GPTJTokenizer.train([QUESTION, CONTEXT, "many other words are here"] * 2, 320)
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    return read_rows(str(path), ["question", "context", "answers"])
 
 
 def squad(text: str | None, start: int | None = None, **values: Any) -> Row:
@@ -151,7 +156,7 @@ def test_rows_without_an_answer_point_at_the_first_token(tokenizer: GPTJTokenize
 def test_answers_may_come_as_json_from_a_csv(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     answers = json.dumps({"text": ["b c"], "answer_start": [2]}).replace('"', '""')
     (tmp_path / "a.csv").write_text(f'question,context,answers\nwhy?,a b c d,"{answers}"\n')
-    data = QuestionAnsweringData(read_rows(str(tmp_path / "a.csv")), tokenizer, 100, 0)
+    data = QuestionAnsweringData(rows_of(tmp_path / "a.csv"), tokenizer, 100, 0)
     window = data.window(0)
     start, end = window.offsets[data[0].start], window.offsets[data[0].end]
     assert start is not None and end is not None and (start[0], end[1]) == (2, 5)
@@ -370,7 +375,7 @@ def test_no_answer_wins_only_where_it_may(tokenizer: GPTJTokenizer) -> None:
 def test_every_answer_of_real_questions_is_found_in_its_window(
     tokenizer: GPTJTokenizer, shared_data: Path
 ) -> None:
-    rows = list(read_rows(str(shared_data / "xquad_en_dev.jsonl")))[:100]
+    rows = list(rows_of(shared_data / "xquad_en_dev.jsonl"))[:100]
     data = QuestionAnsweringData(rows, tokenizer, 300, 80)
     answered = set()
     for index in range(len(data)):

@@ -8,10 +8,14 @@ import json
 import pytest
 
 from gptj.data.sources import Row, read_rows
+from gptj.training.settings import COLUMNS
 
 
 def rows(address: str) -> list[Row]:
-    return list(read_rows(f"sample://{address}"))
+    task = {"documentation": "causal-lm", "reviews": "classification"}.get(
+        address.partition("/")[0], "question-answering"
+    )
+    return list(read_rows(f"sample://{address}", COLUMNS[task]))
 
 
 @pytest.mark.parametrize("name", ["documentation", "reviews", "questions"])

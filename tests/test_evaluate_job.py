@@ -26,6 +26,7 @@ from gptj.data.causal_lm import CausalLMData
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.sources import read_rows
 from gptj.training.evaluation import evaluate, unigram_perplexity
+from gptj.training.settings import COLUMNS
 from jobs.evaluate import measure, read_settings
 from jobs.local_s3 import LocalS3
 
@@ -73,7 +74,7 @@ def test_the_command_prints_one_json_object(tokenizer: GPTJTokenizer, tmp_path: 
     assert result.returncode == 0, result.stderr
     (line,) = result.stdout.splitlines()
     found = json.loads(line)
-    expected = CausalLMData(read_rows(data, {"text": "body"}), tokenizer, 64)
+    expected = CausalLMData(read_rows(data, ["text"], {"text": "body"}), tokenizer, 64)
     model = GPTJForCausalLM.from_pretrained(checkpoint)
     metrics = evaluate(model, expected, batch_size=4, device=model.device)
     assert found.pop("seconds") > 0
@@ -128,7 +129,11 @@ def test_data_are_cut_as_in_training_unless_told_otherwise(
         return measure(read_settings([checkpoint, squad, "device=cpu", *words]))["examples"]
 
     def windows(length: int, stride: int) -> int:
-        return len(QuestionAnsweringData(read_rows(squad), tokenizer, length, stride))
+        return len(
+            QuestionAnsweringData(
+                read_rows(squad, COLUMNS["question-answering"]), tokenizer, length, stride
+            )
+        )
 
     assert examples(trained) == windows(40, 10)
     assert examples(trained, "stride=30") == windows(40, 30)

@@ -36,6 +36,7 @@ from gptj.training.evaluation import (
     overlap_f1,
     unigram_perplexity,
 )
+from gptj.training.settings import COLUMNS
 
 TEXTS = [
     f"the {noun} is {word}" for noun in ("cat", "dog", "house") for word in ("old", "new", "so")
@@ -308,7 +309,10 @@ def test_a_part_that_is_missing_is_noticed(tokenizer: GPTJTokenizer) -> None:
 @pytest.mark.slow
 def test_a_tiny_model_learns_the_made_up_questions(tokenizer: GPTJTokenizer) -> None:
     """From nothing, in half a minute: what the first run of the product rests on."""
-    train, held_out = (list(read_rows(f"sample://questions{end}")) for end in ("", "/evaluation"))
+    train, held_out = (
+        list(read_rows(f"sample://questions{end}", COLUMNS["question-answering"]))
+        for end in ("", "/evaluation")
+    )
     texts = [row.text(column) for row in train for column in ("question", "context")]
     tokenizer = GPTJTokenizer.train(texts, 1024)
     data = QuestionAnsweringData(train, tokenizer, 128, 32)

@@ -23,7 +23,7 @@ STEPS = 120
 
 def trained(folder: str) -> CausalLMData:
     """A small model that has learned our sample text, saved; and other text to measure with."""
-    rows = list(read_rows(TRAIN))
+    rows = list(read_rows(TRAIN, ["text"]))
     tokenizer = GPTJTokenizer.train([row.text("text") for row in rows], vocab_size=512)
     torch.manual_seed(0)
     config = GPTJConfig(
@@ -45,7 +45,7 @@ def trained(folder: str) -> CausalLMData:
         optimizer.step()
         optimizer.zero_grad()
     save_model(model.eval(), folder, tokenizer=tokenizer)
-    return CausalLMData(read_rows(TEXT), tokenizer, config.n_positions)
+    return CausalLMData(read_rows(TEXT, ["text"]), tokenizer, config.n_positions)
 
 
 @pytest.mark.slow

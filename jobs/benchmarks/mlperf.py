@@ -89,7 +89,7 @@ def _prompts(given: argparse.Namespace) -> list[list[int]]:
     limit = min(MAX_PROMPT_TOKENS, config.n_positions - MAX_TOKENS)
     if given.prompts:
         tokenizer = GPTJTokenizer.from_pretrained(given.model)
-        rows = itertools.islice(read_rows(given.prompts), given.samples)
+        rows = itertools.islice(read_rows(given.prompts, ["text"]), given.samples)
         return [tokenizer.encode(row.text("text"))[:limit] for row in rows]
     if not 1 <= given.prompt_tokens <= limit:
         raise ValueError(

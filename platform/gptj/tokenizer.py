@@ -61,6 +61,10 @@ class Encoded(dict[str, Any]):
         )
 
 
+class NoTokenizerError(FileNotFoundError):
+    """A folder that has no tokenizer."""
+
+
 class GPTJTokenizer:
     """A byte-level BPE tokenizer with the special tokens of a model.
 
@@ -94,8 +98,8 @@ class GPTJTokenizer:
     def from_pretrained(cls, address: str | Path, *, revision: str | None = None) -> GPTJTokenizer:
         """From a folder, an `s3://` address or a hub id: tokenizer.json, or vocab and merges.
 
-        Raises FileNotFoundError if neither is there, ValueError if a file cannot be read or is not
-        what the folder's manifest says.
+        Raises NoTokenizerError (a FileNotFoundError) if neither is there, ValueError if a file
+        cannot be read or is not what the folder's manifest says.
         """
         patterns = (*TOKENIZER_FILES, MANIFEST)
         folder = locate(address, revision=revision, patterns=patterns)
@@ -122,7 +126,7 @@ class GPTJTokenizer:
                 )
             _add_tokens(tokenizer, added, special=False)
         else:
-            raise FileNotFoundError(
+            raise NoTokenizerError(
                 f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt"
             )
         known = tokenizer.get_vocab(with_added_tokens=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptj.data.examples import Ids, count_real_tokens, groups, padded, padding_id
-from gptj.data.sources import DataError, Row
+from gptj.data.rows import DataError, Row
 from gptj.model import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
 

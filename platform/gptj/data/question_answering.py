@@ -6,7 +6,6 @@ windows, which overlap. Serving makes its windows here too, and finds the answer
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gptj.data.examples import Ids, TokenLists, compact, count_real_tokens, padded, padding_id
-from gptj.data.sources import DataError, Row
+from gptj.data.json_rows import lone_surrogate, parse_json
+from gptj.data.rows import DataError, Row, shown
 from gptj.data.words import Words
 from gptj.model import span_loss
 from gptj.tokenizer import GPTJTokenizer
@@ -58,6 +58,8 @@ def windows(
 ) -> list[Window]:
     """A question with each part of a context that fits into `max_length` tokens.
 
+    White space around the question is left out.
+
     Args:
         stride: tokens of the context that a window repeats of the one before it.
 
@@ -65,8 +67,9 @@ def windows(
         ValueError: if the question or the context is empty, or the question leaves no room for
             more than `stride` tokens of the context.
     """
-    if not question.strip() or not context.strip():
-        raise ValueError(f"the {'context' if question.strip() else 'question'} is empty")
+    question = question.strip()
+    if not question or not context.strip():
+        raise ValueError(f"the {'context' if question else 'question'} is empty")
     try:
         encoded = tokenizer(
             question,
@@ -289,7 +292,8 @@ class QuestionAnsweringData:
 
     Args:
         rows: with SQuAD's columns `question`, `context` and
-            `answers` ({"text": [...], "answer_start": [...]} in characters; CSV has it as JSON).
+            `answers` ({"text": [...], "answer_start": [...]} in characters, or a list of
+            {"text": ..., "answer_start": ...}; CSV has it as JSON, and an empty cell for none).
         max_length: tokens of a window, question and context together.
         stride: tokens of the context that a window repeats of the one before it.
 
@@ -384,25 +388,27 @@ def _answers(row: Row, context: str) -> list[tuple[str, int]]:
     """The (text, first character) of a row's answers, checked against the context."""
     value = row.value("answers")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise row.error("answers", f"is no JSON: {error}") from error
-    if value is None:
-        return []
+        value = _parsed(row, value)
     match value:
+        case None:
+            return []
         case {"text": list(texts), "answer_start": list(starts)} if len(texts) == len(starts):
             pass
+        case list(items) if all(isinstance(item, dict) for item in items):
+            texts = [item.get("text") for item in items]
+            starts = [item.get("answer_start") for item in items]
         case _:
             raise row.error(
                 "answers",
                 f'must be {{"text": [...], "answer_start": [...]}} of equal lengths, '
-                f"got {value!r:.80}",
+                f"got {shown(value)}",
             )
     answers = []
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
-            raise row.error("answers", f"has no text at a place, but {text!r:.80} at {start!r}")
+            raise row.error(
+                "answers", f"has no text at a place, but {shown(text)} at {shown(start)}"
+            )
         if start < 0 or context[start : start + len(text)] != text:
             found = context[max(start, 0) : max(start, 0) + len(text)]
             elsewhere = context.find(text)
@@ -413,6 +419,19 @@ def _answers(row: Row, context: str) -> list[tuple[str, int]]:
             )
         answers.append((text, start))
     return answers
+
+
+def _parsed(row: Row, text: str) -> Any:
+    """Answers that are written as text, as in CSV; none if it is empty."""
+    if not text.strip():
+        return None
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise row.error("answers", f"is not valid JSON: {error}; got {shown(text)}") from error
+    if (half := lone_surrogate(value)) is not None:
+        raise row.error("answers", f"has half of a surrogate pair in {shown(half)}")
+    return value
 
 
 def _tokens_of(answer: tuple[str, int], window: Window) -> Offsets:

@@ -138,14 +138,15 @@ class QuestionAnsweringService:
         return windows(self._tokenizer, text, request.inputs.context, length, stride)
 
     def _question(self, request: QuestionAnsweringRequest) -> str:
-        """The question, as far as max_question_len allows."""
+        """The question without white space around it, as far as max_question_len allows."""
         limit = request.parameters.max_question_len
+        question = request.inputs.question.strip()
         if limit is None:
-            return request.inputs.question
+            return question
         _check("max_question_len", limit, 1, self._model.config.n_positions)
-        encoded = self._tokenizer(request.inputs.question, return_offsets_mapping=True)
+        encoded = self._tokenizer(question, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"][:limit]]
-        return request.inputs.question[: ends[-1]]
+        return question[: ends[-1]].rstrip()
 
     def _check_windows(self, text: str, room: int, stride: int) -> None:
         """Before they are made: InvalidRequestError if there would be too many."""

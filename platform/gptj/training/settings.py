@@ -6,17 +6,26 @@ keys, wrong types and contradictions are a SettingsError before anything has beg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gptj import storage
 from gptj.addresses import AddressError, absolute, normalized
-from gptj.config import PRESETS, GPTJConfig
+from gptj.config import ALIASES, PRESETS, GPTJConfig
 
 Task = Literal["causal-lm", "classification", "question-answering"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -25,11 +34,39 @@ Positive = Annotated[int, Field(ge=1)]
 Address = Annotated[str, AfterValidator(normalized)]
 DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
 
+
+def _one_character(text: str) -> str:
+    text = "\t" if text == "\\t" else text
+    if len(text) != 1 or text in '"\r\n':
+        raise ValueError(f"must be one character, and no quotation mark, got {text!r}")
+    return text
+
+
+Delimiter = Annotated[str, AfterValidator(_one_character)]
+
 # Data that needs no download, for each task.
 SAMPLES: Mapping[str, str] = {
     "causal-lm": "sample://documentation",
     "classification": "sample://reviews",
     "question-answering": "sample://questions",
+}
+
+# Our names of the columns that each task reads.
+COLUMNS: Mapping[Task, tuple[str, ...]] = {
+    "causal-lm": ("text",),
+    "classification": ("text", "label"),
+    "question-answering": ("question", "context", "answers"),
+}
+
+# Fields of GPTJConfig that other settings decide.
+DECIDED_ELSEWHERE = {
+    "id2label": "data.label_names",
+    "label2id": "data.label_names",
+    "num_labels": "data.label_names",
+    "problem_type": "data.problem_type",
+    "architectures": "task",
+    "dtype": "deepspeed.precision",
+    "torch_dtype": "deepspeed.precision",
 }
 
 
@@ -48,17 +85,25 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """What is learned from."""
+    """What is learned from: Parquet, JSON lines or arrays, SQuAD's file, CSV, text; .gz and .zst.
+
+    Labels are names: text or a number in the data stands for the label of that name. Whole numbers
+    are class numbers where there are no names, or none that is a number, and they begin with 0.
+    Lists are names, class numbers, or a 0 or 1 for each label; lists of other numbers are values
+    to predict. What can be read in two ways is refused; the log says what was decided.
+    """
 
     # File, folder or glob, local or s3://, or sample://; left out: the task's sample.
     train: DataAddress = ""
     # The same; left out: the sample's evaluation part, or no evaluation.
     evaluation: DataAddress = ""
-    columns: dict[str, str] = {}  # our column name: the file's
+    columns: dict[str, str] = {}  # our column name (see COLUMNS): the file's
+    delimiter: Delimiter | None = None  # of CSV; None: the one in the header (comma, ;, tab or |)
     sequence_length: Positive = 128  # tokens of a row; longer texts are cut, contexts windowed
     stride: Annotated[int, Field(ge=0)] = 32  # question answering: tokens that windows share
     problem_type: ProblemType | None = None  # classification; None: as the labels look
-    label_names: list[str] = []  # in the order of their numbers; empty: as the data has them
+    # In the order of their numbers, or {what the data have: name}; empty: as the data have them.
+    label_names: list[str] | dict[str, str] = []
 
 
 class ModelSettings(Section):
@@ -70,8 +115,28 @@ class ModelSettings(Section):
     config: dict[str, Any] = {}  # fields of GPTJConfig to replace
     gradient_checkpointing: bool = False  # less memory, a third more time
 
+    @field_validator("config")
+    @classmethod
+    def _known_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Under our names; the configuration itself keeps fields that it does not know."""
+        named: dict[str, Any] = {}
+        for key, value in fields.items():
+            name = ALIASES.get(key, key)
+            if key in DECIDED_ELSEWHERE:
+                raise ValueError(f"{key} is no field to set here: it is {DECIDED_ELSEWHERE[key]}")
+            if name not in GPTJConfig.__annotations__:
+                known = sorted({*GPTJConfig.__annotations__, *ALIASES} - DECIDED_ELSEWHERE.keys())
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+                raise ValueError(f"there is no field {key!r}; {hint}")
+            if named.setdefault(name, value) != value:
+                raise ValueError(f"{key}={value!r} contradicts {name}={named[name]!r}")
+        return named
+
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
+        if self.checkpoint:  # whose own shape counts
+            return self
         try:
             GPTJConfig(**{**PRESETS[self.preset], **self.config})
         except (ValueError, TypeError) as error:
@@ -80,7 +145,7 @@ class ModelSettings(Section):
 
 
 class TokenizerSettings(Section):
-    """How text becomes ids: a checkpoint brings its own tokenizer."""
+    """How text becomes ids: a checkpoint brings its own tokenizer, if it has one."""
 
     # Folder, s3:// or hub id with a tokenizer; left out: the checkpoint's, or a new one.
     address: Address = ""
@@ -150,6 +215,14 @@ class Settings(Section):
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     workers: WorkerSettings = WorkerSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null_epochs(cls, fields: Any) -> Any:
+        """`epochs: null` leaves them out, beside `steps`."""
+        if isinstance(fields, Mapping) and fields.get("epochs", ...) is None:
+            return {key: value for key, value in fields.items() if key != "epochs"}
+        return fields
+
     @model_validator(mode="after")
     def _check(self) -> Settings:
         share = self.micro_batch_size * self.workers.count
@@ -160,6 +233,14 @@ class Settings(Section):
             )
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: give one of the two")
+        if self.steps is not None:
+            self.total_steps(0)
+        for name in self.data.columns:
+            if name not in COLUMNS[self.task]:
+                raise ValueError(
+                    f"data.columns.{name}: task={self.task} has no such column; it has "
+                    f"{', '.join(COLUMNS[self.task])}"
+                )
         for key, needed, wrong in self._without_effect():
             if key in _set_keys(self):
                 raise ValueError(f"{key} has no effect {wrong}: leave it out, or {needed}")
@@ -196,7 +277,7 @@ class Settings(Section):
             for key in ("data.problem_type", "data.label_names"):
                 yield key, "set task=classification", f"with task={self.task}"
         if self.model.checkpoint:
-            for key in ("model.preset", "tokenizer.address", "tokenizer.vocab_size"):
+            for key in ("model.preset", "tokenizer.vocab_size"):
                 yield key, "drop model.checkpoint", "on a checkpoint, which brings its own"
         else:
             yield "model.revision", "set model.checkpoint", "without model.checkpoint"
@@ -232,10 +313,19 @@ class Settings(Section):
         return self.batch_size // (self.micro_batch_size * self.workers.count)
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run, on so many training examples."""
-        if self.steps is not None:
-            return self.steps
-        return max(1, round(self.epochs * examples / self.batch_size))
+        """Optimizer steps of the whole run, on so many training examples.
+
+        SettingsError if the warm-up would be longer.
+        """
+        total = self.steps
+        if total is None:
+            total = max(1, round(self.epochs * examples / self.batch_size))
+        if self.optimizer.warmup_steps > total:
+            raise SettingsError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's "
+                f"{total} steps, so that the learning rate would never be reached: lower it"
+            )
+        return total
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -261,12 +351,14 @@ CHANGEABLE = frozenset(
 def read_settings(words: Sequence[str]) -> Settings:
     """Settings from a command line: `[SETTINGS.yaml] [key=value …]`.
 
-    Values are YAML, so `steps=5` is a number and `data.label_names=[a,b]` a list.
+    Values are YAML, so `steps=5` is a number and `data.label_names=[a,b]` a list. `steps=` replaces
+    the file's `epochs`, and `epochs=` its `steps`.
 
     Raises:
         SettingsError: naming the file or key, and what it may be.
     """
     fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for position, word in enumerate(words):
         key, equals, text = word.partition("=")
         if not equals:
@@ -275,9 +367,13 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields = _read_file(word)
             continue
         try:
-            _put(fields, key, _parse(text))
+            given[key] = _parse(text)
+            _put(fields, key, given[key])
         except yaml.YAMLError as error:
-            raise SettingsError(f"{word}: the value is no YAML: {error}") from error
+            raise SettingsError(f"{word:.200}: the value is no YAML: {error}") from error
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given.get(one) is not None and other not in given:
+            fields.pop(other, None)
     try:
         return Settings(**fields)
     except ValidationError as error:
@@ -297,7 +393,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _read_file(address: str) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(storage.read_bytes(address))
+        fields = parse_yaml(storage.read_bytes(address))
     except AddressError as error:
         raise SettingsError(f"the settings file: {error}") from error
     except storage.NotFoundError as error:
@@ -311,8 +407,36 @@ def _read_file(address: str) -> dict[str, Any]:
     return fields
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(content: bytes | str) -> Any:
+    """A YAML document's value; YAMLError also for keys that are there twice and for numbers of
+    thousands of digits or nesting that Python cannot hold."""
+    try:
+        return yaml.load(content, _UniqueKeysLoader)  # a safe loader
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+_MARKS = tuple("|,:*&#%!@^")  # that mean something in YAML, and nothing alone: data.delimiter=|
+
+
 def _parse(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
+    if text in _MARKS:
+        return text
+    value = parse_yaml(text) if text else ""
     if isinstance(value, str):
         try:
             return float(value)  # YAML takes 1e-4, which has no point, for a word
@@ -334,7 +458,8 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for each in error.errors():
-        key = ".".join(str(part) for part in each["loc"]) or "settings"
+        # Not the names of the types that a value may have.
+        key = ".".join(str(part) for part in each["loc"] if "[" not in str(part)) or "settings"
         message = each["msg"].removeprefix("Value error, ")
         if each["type"] == "extra_forbidden":
             message = f"there is no such setting; there are {', '.join(_names(each['loc'][:-1]))}"
@@ -365,7 +490,7 @@ def _set_keys(section: Section, prefix: str = "") -> set[str]:
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in fields.items():
-        if isinstance(value, Mapping) and key not in ("config", "columns"):
+        if isinstance(value, Mapping) and key not in ("config", "columns", "label_names"):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gptj import storage
@@ -9,6 +11,7 @@ from gptj.config import PRESETS, GPTJConfig
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.question_answering import QuestionAnsweringData
+from gptj.data.rows import Row
 from gptj.data.sources import read_rows
 from gptj.manifest import FolderWriter, Manifest
 from gptj.model import (
@@ -17,8 +20,8 @@ from gptj.model import (
     GPTJForSequenceClassification,
     GPTJPreTrainedModel,
 )
-from gptj.tokenizer import GPTJTokenizer
-from gptj.training.settings import Settings, SettingsError, Task
+from gptj.tokenizer import GPTJTokenizer, NoTokenizerError
+from gptj.training.settings import COLUMNS, Settings, SettingsError, Task
 from gptj.training.state import latest_checkpoint
 
 Data = CausalLMData | ClassificationData | QuestionAnsweringData
@@ -46,7 +49,7 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
         storage.delete_folder(folder)  # of a try that ended before its first checkpoint
     if Manifest.read(folder) is None:
         columns = ("question", "context") if settings.task == "question-answering" else ("text",)
-        rows = read_rows(settings.train_data, settings.data.columns)
+        rows = _rows(settings, settings.train_data, columns)
         texts = (row.text(column) for row in rows for column in columns)
         tokenizer = GPTJTokenizer.train(texts, settings.tokenizer.vocab_size)
         tokenizer.model_max_length = config_fields(settings)["n_positions"]
@@ -57,21 +60,49 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
 
 
 def load_tokenizer(settings: Settings) -> GPTJTokenizer:
-    """The tokenizer that `prepare_tokenizer` has made sure of."""
-    address = settings.model.checkpoint or settings.tokenizer.address
-    if address:
-        return GPTJTokenizer.from_pretrained(address, revision=settings.model.revision or None)
-    return GPTJTokenizer.from_pretrained(storage.join(settings.folder, "tokenizer"))
+    """The tokenizer that `prepare_tokenizer` has made sure of.
+
+    One without a padding token, such as the published one, pads with eos: what is exported is used
+    in batches.
+    """
+    tokenizer = _stored_tokenizer(settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _stored_tokenizer(settings: Settings) -> GPTJTokenizer:
+    checkpoint, address = settings.model.checkpoint, settings.tokenizer.address
+    if checkpoint:
+        try:
+            own = GPTJTokenizer.from_pretrained(
+                checkpoint, revision=settings.model.revision or None
+            )
+        except NoTokenizerError as error:
+            if not address:
+                raise SettingsError(f"{error}; remedy: tokenizer.address=") from error
+        else:
+            if address:
+                raise SettingsError(
+                    f"tokenizer.address={address} beside model.checkpoint={checkpoint}, which has "
+                    f"a tokenizer of its own: leave it out"
+                )
+            return own
+    return GPTJTokenizer.from_pretrained(address or storage.join(settings.folder, "tokenizer"))
 
 
 def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> tuple[Data, Data | None]:
     """The training and the evaluation data set.
 
-    A classifier that is trained further keeps its labels, unless data.label_names has others.
+    A classifier that is trained further keeps its labels.
+
+    Raises:
+        DataError: naming what cannot be read.
+        SettingsError: if the settings contradict a classifier's labels.
     """
-    labels = None
-    if settings.task == "classification" and not settings.data.label_names:
-        labels = _trained_labels(settings)
+    labels = _trained_labels(settings) if settings.task == "classification" else None
+    if labels is not None:
+        labels = _as_set(settings, labels)
     train = _data(settings, settings.train_data, tokenizer, labels)
     if settings.evaluation_data is None:
         return train, None
@@ -84,7 +115,8 @@ def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPT
     """The configuration of the run's model.
 
     Raises:
-        SettingsError: if the model has too few positions or vocabulary entries for the data.
+        SettingsError: if the model has too few positions or vocabulary entries for the data, or is
+            a checkpoint of another shape.
     """
     labels: dict[str, Any] = {}
     if isinstance(data, ClassificationData):
@@ -92,12 +124,15 @@ def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPT
             "id2label": data.labels.id2label,
             "problem_type": data.labels.problem_type,
         }
-    if settings.model.checkpoint:
+    checkpoint = settings.model.checkpoint
+    if checkpoint:
+        revision = settings.model.revision or None
+        _check_shape(settings, GPTJConfig.from_pretrained(checkpoint, revision=revision))
         config = GPTJConfig.from_pretrained(
-            settings.model.checkpoint,
-            revision=settings.model.revision or None,
-            **{**settings.model.config, **labels},
+            checkpoint, revision=revision, **{**settings.model.config, **labels}
         )
+        if "pad_token_id" not in settings.model.config and tokenizer.pad_token_id is not None:
+            config.pad_token_id = tokenizer.pad_token_id  # it pads what the model is given
     else:
         tokens = {
             "vocab_size": len(tokenizer),
@@ -106,16 +141,15 @@ def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPT
             "pad_token_id": tokenizer.pad_token_id,
         }
         config = GPTJConfig(**{**tokens, **config_fields(settings), **labels})
-    trained = _trained_labels(settings) if settings.task == "classification" else None
-    if trained is not None and len(trained.names) != config.num_labels:
-        raise SettingsError(
-            f"{settings.model.checkpoint} tells {len(trained.names)} labels apart "
-            f"({', '.join(trained.names)}), data.label_names has {config.num_labels}"
-        )
     if config.vocab_size < len(tokenizer):
         raise SettingsError(
             f"the model has vocab_size={config.vocab_size} and the tokenizer {len(tokenizer)} "
-            f"entries: raise model.config.vocab_size"
+            f"entries: "
+            + (
+                f"{settings.tokenizer.address or checkpoint} is not the tokenizer of {checkpoint}"
+                if checkpoint
+                else "raise model.config.vocab_size"
+            )
         )
     if config.n_positions < settings.data.sequence_length:
         raise SettingsError(
@@ -123,6 +157,31 @@ def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPT
             f"n_positions={config.n_positions}: lower it, or raise model.config.n_positions"
         )
     return config
+
+
+# What a checkpoint's weights are made for.
+_SHAPE = (
+    "vocab_size",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "rotary_dim",
+    "n_inner",
+    "activation_function",
+    "layer_norm_epsilon",
+    "tie_word_embeddings",
+)
+
+
+def _check_shape(settings: Settings, config: GPTJConfig) -> None:
+    for name in _SHAPE:
+        found = getattr(config, name)
+        if settings.model.config.get(name, found) != found:
+            raise SettingsError(
+                f"model.config.{name}={settings.model.config[name]!r}, but "
+                f"{settings.model.checkpoint} has {name}={found!r}, which its weights are made "
+                f"for: leave it out"
+            )
 
 
 def _trained_labels(settings: Settings) -> LabelSet | None:
@@ -136,6 +195,40 @@ def _trained_labels(settings: Settings) -> LabelSet | None:
     return LabelSet.of(config) if is_classifier else None
 
 
+def _as_set(settings: Settings, trained: LabelSet) -> LabelSet:
+    """A checkpoint's labels with what the settings say of them; its head stays as it is.
+
+    Only class numbers without names (LABEL_0, …) may get names.
+    """
+    checkpoint, data = settings.model.checkpoint, settings.data
+    if data.problem_type not in (None, trained.problem_type):
+        raise SettingsError(
+            f"data.problem_type={data.problem_type}, but {checkpoint} is trained for "
+            f"{trained.problem_type}: leave it out"
+        )
+    if not data.label_names:
+        return trained
+    written = data.label_names
+    names = tuple(dict.fromkeys(written.values()) if isinstance(written, dict) else written)
+    known, given = ", ".join(trained.names), ", ".join(names)
+    if trained.is_nameless and len(names) == len(trained.names):
+        trained = replace(trained, names=names)
+    if set(names) != set(trained.names):
+        raise SettingsError(
+            f"{checkpoint} tells {len(trained.names)} labels apart ({known:.300}), and "
+            f"data.label_names has {len(names)} ({given:.300}): leave it out, or begin with a "
+            f"checkpoint that is no classifier"
+        )
+    if isinstance(written, dict):
+        return trained.translated(written)
+    if names != trained.names:
+        raise SettingsError(
+            f"data.label_names is in another order ({given:.300}) than the outputs of "
+            f"{checkpoint} ({known:.300}): leave it out, or give them in that order"
+        )
+    return trained
+
+
 def config_fields(settings: Settings) -> dict[str, Any]:
     """A new model's configuration, as far as the settings say."""
     return {"n_positions": 2048, **PRESETS[settings.model.preset], **settings.model.config}
@@ -144,7 +237,7 @@ def config_fields(settings: Settings) -> dict[str, Any]:
 def _data(
     settings: Settings, address: str, tokenizer: GPTJTokenizer, labels: LabelSet | None
 ) -> Data:
-    rows = read_rows(address, settings.data.columns)
+    rows = _rows(settings, address, COLUMNS[settings.task])
     length = settings.data.sequence_length
     if settings.task == "causal-lm":
         return CausalLMData(rows, tokenizer, length)
@@ -159,3 +252,8 @@ def _data(
         label_names=settings.data.label_names or None,
         problem_type=settings.data.problem_type,
     )
+
+
+def _rows(settings: Settings, address: str, columns: Sequence[str]) -> Iterator[Row]:
+    data = settings.data
+    return read_rows(address, columns, data.columns, delimiter=data.delimiter)

@@ -1,0 +1,101 @@
+"""A CSV file's bytes in, records out: all cells are text, and what they mean is decided later."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import IO
+
+from gptj.data.records import BadFileError, BadRecordError, Record, check_header
+from gptj.data.rows import shown
+
+DELIMITERS = (",", ";", "\t", "|")  # that are looked for
+LARGEST_CELL = 2**28  # characters; an open quotation mark would make the whole file one cell
+
+
+def read_csv(file: IO[bytes], wanted: Sequence[str], delimiter: str | None) -> Iterator[Record]:
+    """The wanted columns of each record, numbered without the header.
+
+    Args:
+        delimiter: None finds it: the first of DELIMITERS that gives a header with all wanted
+            columns.
+    """
+    csv.field_size_limit(LARGEST_CELL)  # of the process: there is no other one
+    # Bytes that are not UTF-8 become lone surrogates, so that their record can be named.
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    head: list[str] = []  # the lines that were read to find the header
+    if delimiter is None:
+        delimiter = _delimiter(head, text, wanted)
+    names = _header(head, text, delimiter)
+    check_header(names, wanted, f" (at the delimiter {delimiter!r}; data.delimiter= sets another)")
+    places = [(name, names.index(name)) for name in wanted]
+    reader = csv.reader(chain(head, text), delimiter=delimiter, strict=True)
+    number = -1  # the header
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise BadRecordError(
+                number + 1, f'{error}; remedy: quote it as CSV does: "a ""b"" c"'
+            ) from error
+        if cells is None:
+            return
+        if not cells:  # an empty line
+            continue
+        number += 1
+        if number == 0:
+            continue
+        if len(cells) != len(names):
+            raise BadRecordError(
+                number,
+                f"has {len(cells)} cells and the header {len(names)}, at the delimiter "
+                f"{delimiter!r}; remedy: quote cells that contain it",
+            )
+        values = {name: cells[place] for name, place in places}
+        for name, cell in values.items():
+            if not _is_text(cell):
+                raise BadRecordError(number, f"is not UTF-8: {shown(cell)}", name)
+        yield number, values
+
+
+def _delimiter(head: list[str], text: io.TextIOWrapper, wanted: Sequence[str]) -> str:
+    """That whose header has all wanted columns, or else the most columns."""
+    found: dict[str, int] = {}
+    for delimiter in DELIMITERS:
+        names = _header(head, text, delimiter)
+        if all(name in names for name in wanted):
+            return delimiter
+        found[delimiter] = len(names)
+    return max(found, key=lambda delimiter: found[delimiter])
+
+
+def _header(head: list[str], text: io.TextIOWrapper, delimiter: str) -> list[str]:
+    """The first record's cells; the lines that were read for it are kept in `head`."""
+
+    def lines() -> Iterator[str]:
+        yield from head
+        while line := text.readline():
+            head.append(line)
+            yield line
+
+    try:
+        names = next((cells for cells in csv.reader(lines(), delimiter=delimiter) if cells), [])
+    except csv.Error as error:
+        raise BadFileError(f"has a header that cannot be read: {error}") from error
+    if not names:
+        raise BadFileError("is empty: it has no header")
+    for name in names:
+        if not _is_text(name):
+            raise BadFileError(f"is not UTF-8: {shown(name)}; remedy: save it as UTF-8")
+    return names
+
+
+def _is_text(cell: str) -> bool:
+    """Whether it has no bytes that were not UTF-8."""
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

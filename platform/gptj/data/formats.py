@@ -1,0 +1,116 @@
+"""Which kinds of files can be read, and how a file's bytes become records."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Literal, cast
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from gptj.data.csv_rows import read_csv
+from gptj.data.json_rows import read_json
+from gptj.data.records import BadRecordError, MissingColumnsError, Record, check_header
+
+Kind = Literal["parquet", "json", "csv", "text"]
+
+KINDS: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+}
+CODECS = {".gz": "gzip", ".zst": "zstd"}  # around any of them but Parquet, as in .jsonl.gz
+READABLE = f"{', '.join(KINDS)}, or one of them with {' or '.join(CODECS)}"
+
+PARQUET_ROWS = 1024  # at a time
+UNPACKED_BYTES = 2**20  # at a time
+
+
+@dataclass(frozen=True)
+class Format:
+    kind: Kind
+    codec: str | None
+    ending: str  # of the file's name, such as .csv.gz
+
+
+def format_of(name: str) -> Format | None:
+    """By the ending of a file's name; None for what cannot be read."""
+    rest, ending = os.path.splitext(name.lower())
+    if ending in CODECS:
+        inner = os.path.splitext(rest)[1]
+        kind = KINDS.get(inner)
+        if kind is None or kind == "parquet":
+            return None
+        return Format(kind, CODECS[ending], inner + ending)
+    return Format(KINDS[ending], None, ending) if ending in KINDS else None
+
+
+def read_records(
+    file: IO[bytes], format: Format, wanted: Sequence[str], delimiter: str | None
+) -> Iterator[Record]:
+    """A file's records, of which only the wanted columns are kept.
+
+    Raises:
+        BadFileError, BadRecordError, MissingColumnsError: for data that do not fit.
+        OSError, pyarrow.ArrowException, UnicodeDecodeError: for damaged files.
+    """
+    if format.codec is not None:
+        unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), format.codec)
+        file = io.BufferedReader(cast(io.RawIOBase, unpacked), UNPACKED_BYTES)
+    match format.kind:
+        case "parquet":
+            return _read_parquet(file, wanted)
+        case "json":
+            return read_json(file, wanted)
+        case "csv":
+            return read_csv(file, wanted, delimiter)
+        case "text":
+            return _read_text(file, wanted)
+
+
+def _read_text(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+    """A whole file is one document."""
+    if list(wanted) != ["text"]:
+        raise MissingColumnsError(None, ["text"])
+    yield 1, {"text": file.read().decode("utf-8-sig")}
+
+
+def _read_parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+    parquet = pyarrow.parquet.ParquetFile(file)
+    check_header(parquet.schema_arrow.names, wanted)
+    number = 0
+    for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=list(wanted)):
+        columns = [_values(batch.column(name), name, number) for name in wanted]
+        for values in zip(*columns, strict=True):
+            number += 1
+            yield number, dict(zip(wanted, values, strict=True))
+
+
+def _values(column: Any, name: str, before: int) -> list[Any]:
+    """A column's values as JSON would have them: dates and times as text, decimals as numbers."""
+    types = pyarrow.types
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_temporal(column.type):  # Python's own dates end with the year 9999
+        column = pyarrow.compute.cast(column, pyarrow.string())
+    elif types.is_decimal(column.type):
+        whole = column.type.scale <= 0
+        column = pyarrow.compute.cast(column, pyarrow.int64() if whole else pyarrow.float64())
+    elif types.is_float16(column.type):
+        column = pyarrow.compute.cast(column, pyarrow.float32())
+    try:
+        return cast(list[Any], column.to_pylist())
+    except (ValueError, OverflowError):  # what row?
+        for number, scalar in enumerate(column, before + 1):
+            try:
+                scalar.as_py()
+            except (ValueError, OverflowError) as error:
+                raise BadRecordError(number, f"cannot be read: {error}", name) from error
+        raise

@@ -1,0 +1,470 @@
+"""Labels as files have them in, a classifier's targets out.
+
+Labels are names. A number stands for the label of that name; where no label has a number for a
+name, whole numbers are class numbers, which count from 0. How the labels are written is decided
+over all rows of the training data, and other files are read alike.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptj.config import PROBLEM_TYPES, GPTJConfig
+from gptj.data.json_rows import parse_json
+from gptj.data.rows import DataError, Row, shown
+
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+
+Array = np.ndarray[Any, Any]
+LabelNames = Sequence[str] | Mapping[str, str]  # in their order, or what the data write for each
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """What a classifier tells apart: its outputs' names in order, and how labels are read."""
+
+    names: tuple[str, ...]
+    problem_type: str  # one of gptj.config.PROBLEM_TYPES
+    # What the data write for each label, and whether lists are multi-hot; None: not yet decided.
+    written: Mapping[str, int] | None = field(default=None, compare=False)
+    multi_hot: bool | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
+            )
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"label names must be one or more, each once, got {self.names}")
+        if self.problem_type == SINGLE_LABEL and len(self.names) < 2:
+            raise ValueError(f"all rows have the label {self.names[0]!r}: nothing to tell apart")
+
+    @classmethod
+    def of(cls, config: GPTJConfig) -> LabelSet:
+        """What a model was trained to tell apart."""
+        names = tuple(config.id2label[number] for number in range(config.num_labels))
+        # Hugging Face's rule where the type is not written down.
+        default = REGRESSION if len(names) == 1 else SINGLE_LABEL
+        return cls(names, config.problem_type or default)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.names))
+
+    @property
+    def is_nameless(self) -> bool:
+        """Whether the names say no more than class numbers: LABEL_0 to LABEL_n."""
+        return self.names == _numbered_names(len(self.names))
+
+    def translated(self, written: Mapping[str, str]) -> LabelSet:
+        """The same labels, in data that write them as the mapping's keys."""
+        if unknown := [name for name in written.values() if name not in self.names]:
+            raise ValueError(
+                f"data.label_names translates to {unknown[0]!r}, which is not one of the labels "
+                f"{_some(self.names)}"
+            )
+        numbers = {key: self.names.index(name) for key, name in written.items()}
+        return replace(self, written=_by_name(self.names) | numbers)
+
+
+class ReadLabels(NamedTuple):
+    """What `read_labels` has found."""
+
+    labels: LabelSet
+    # (N) class numbers, (N, C) of 0 and 1, or (N) or (N, C) numbers
+    targets: Array
+    reading: str  # what was decided, in words
+
+
+def read_labels(
+    rows: Sequence[Row],
+    labels: LabelSet | None = None,
+    names: LabelNames | None = None,
+    problem_type: str | None = None,
+) -> ReadLabels:
+    """The targets of all rows, by their column `label`.
+
+    Args:
+        rows: one or more.
+        labels: what is known from training; None finds it out, by the other two where given.
+        names: the labels' names in their order, or a mapping of what the data write to names.
+        problem_type: one of gptj.config.PROBLEM_TYPES.
+
+    Raises:
+        DataError: naming the row that does not fit, or both readings of what is ambiguous.
+    """
+    found = [_Label(row, row.value("label")) for row in rows]
+    known = _known(labels, names, problem_type)
+    if not rows[0].typed:
+        found = _typed(found, known)
+    match known.problem_type or _problem_type(found, known):
+        case "regression":
+            return _read_numbers(found, known)
+        case "multi_label_classification":
+            return _read_lists(found, known)
+        case kind:
+            return _read_single(found, known, kind)
+
+
+class _Label(NamedTuple):
+    row: Row
+    value: Any
+
+    def error(self, why: str) -> DataError:
+        return self.row.error("label", why)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is said about the labels before a row is looked at."""
+
+    problem_type: str | None
+    names: tuple[str, ...] | None
+    table: Mapping[str, int] | None  # what stands for each name
+    decided: bool  # whether the table has all that the data may write
+    labels: LabelSet | None  # of training
+
+
+def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str | None) -> _Known:
+    if labels is not None:
+        table = labels.written or _by_name(labels.names)
+        decided = labels.written is not None
+        return _Known(labels.problem_type, labels.names, table, decided, labels)
+    if names is None:
+        return _Known(problem_type, None, None, False, None)
+    if not isinstance(names, Mapping):
+        return _Known(problem_type, tuple(names), _by_name(names), False, None)
+    if problem_type == REGRESSION:
+        raise DataError("data.label_names with keys is for labels; a regression takes a list")
+    unique = tuple(dict.fromkeys(names.values()))
+    table = _by_name(unique) | {key: unique.index(name) for key, name in names.items()}
+    return _Known(problem_type, unique, table, True, None)
+
+
+# As a program writes numbers: neither 001 nor +1, which are names.
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+_LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+
+
+def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
+    """Text as numbers or lists, where all rows are such."""
+    problem_type, table = known.problem_type, known.table
+    texts = [str(label.value).strip() for label in labels]
+    for label, text in zip(labels, texts, strict=True):
+        if not text:
+            raise label.error("is empty")
+
+    def all_as(convert: Callable[[str], Any]) -> list[_Label]:
+        return [_Label(label.row, convert(text)) for label, text in zip(labels, texts, strict=True)]
+
+    if problem_type is None and table is not None and all(text in table for text in texts):
+        return all_as(str)
+    if problem_type != SINGLE_LABEL and all(text.startswith("[") for text in texts):
+        lists = []
+        for label, text in zip(labels, texts, strict=True):
+            try:
+                lists.append(_Label(label.row, parse_json(text)))
+            except ValueError as error:
+                raise label.error(
+                    f'must be a list in JSON, such as ["a", "b"], got {shown(text)}; remedy: '
+                    f"data.problem_type=single_label_classification if it is a name"
+                ) from error
+        return lists
+    if problem_type == MULTI_LABEL:
+        return all_as(str)
+    if problem_type == REGRESSION:
+        return all_as(lambda text: float(text) if _NUMBER.fullmatch(text) else text)
+    if all(_WHOLE.fullmatch(text) for text in texts):
+        return all_as(int)
+    if problem_type is None and all(_NUMBER.fullmatch(text) for text in texts):
+        return all_as(float)
+    return all_as(str)
+
+
+def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
+    """By the kind of the values, which must be one for all rows."""
+    values = [label.value for label in labels]
+    if known.table is not None and _all_named(values, known.table):
+        return SINGLE_LABEL
+    for kind, problem_type in _KINDS:
+        if all(kind(value) for value in values):
+            return problem_type
+    if all(map(_is_number_list, values)):
+        return _kind_of_number_lists(labels, known)
+    first = labels[0]
+    for kind in (*(kind for kind, _ in _KINDS), _is_number_list):
+        # A kind that the first row is and another one is not.
+        other = next((label for label in labels if not kind(label.value)), first)
+        if kind(first.value) and other is not first:
+            raise other.error(
+                f"is {shown(other.value)}, but that of {first.row} is {shown(first.value)}; "
+                f"remedy: one kind of label in all rows"
+            )
+    raise first.error(
+        f"must be a name, a class number, a float, or a list of names or of numbers, "
+        f"got {shown(first.value)}"
+    )
+
+
+def _kind_of_number_lists(labels: Sequence[_Label], known: _Known) -> str:
+    """Multi-hot, class numbers, or measured values; DataError if two of them are possible."""
+    first = labels[0]
+    width = _width(labels)
+    whole = all(type(value) is int for value in _values(labels))
+    expected = width == len(known.names) if known.names else width is not None and width > 1
+    if expected and _are_zero_one(labels):
+        return MULTI_LABEL
+    if known.table is not None and _all_named(_values(labels), known.table):
+        return MULTI_LABEL
+    if width is None:
+        return MULTI_LABEL if whole else REGRESSION  # whose numbers are as many in all rows
+    if not whole:
+        return REGRESSION
+    raise first.error(
+        f"lists of {width} whole numbers in all rows, such as {shown(first.value)}, can be class "
+        f"numbers or values to predict; remedy: data.problem_type={MULTI_LABEL} or "
+        f"data.problem_type={REGRESSION}"
+    )
+
+
+def _is_multi_hot(labels: Sequence[_Label], names: Sequence[str] | None) -> bool:
+    """Whether the lists are 0s and 1s, one for each label, and not names or class numbers."""
+    width = _width(labels)
+    if not width or not _are_zero_one(labels):
+        return False
+    if names is None and width == 1 and all(type(label.value[0]) is int for label in labels):
+        raise labels[0].error(
+            "lists of one 0 or 1 in all rows can be one label, off or on, or the class numbers of "
+            "two; remedy: data.label_names=[NAME] or data.label_names=[NAME, NAME]"
+        )
+    return names is None or width == len(names)
+
+
+def _width(labels: Sequence[_Label]) -> int | None:
+    """How many values all lists have; None if not the same number."""
+    widths = {len(label.value) for label in labels}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _are_zero_one(labels: Sequence[_Label]) -> bool:
+    return all(
+        isinstance(value, int | float) and value in (0, 1)
+        for label in labels
+        for value in label.value
+    )
+
+
+def _class_numbers(labels: Sequence[_Label], values: Sequence[Any]) -> tuple[str, ...]:
+    """The names of class numbers, which must be 0 to n."""
+    for label in labels:
+        for value in _listed(label.value):
+            if not _is_whole(value):
+                raise label.error(f"{shown(value)} is neither a name nor a class number")
+    numbers = sorted({int(value) for value in values})
+    if numbers[0] != 0 or numbers[-1] != len(numbers) - 1:
+        gap = next((n for n, number in enumerate(numbers) if n != number), None)
+        without = f" without {gap}" if gap is not None and numbers[0] >= 0 else ""
+        all_numbers = ", ".join(map(str, numbers[:12])) + (", …" if len(numbers) > 12 else "")
+        raise labels[0].error(
+            f"class numbers must be 0 to n without a gap, got {shown(numbers[0])} to "
+            f"{shown(numbers[-1])}{without}; remedy: data.label_names=[{all_numbers}] if they are "
+            f"names, data.label_names={{{numbers[0]}: NAME, …}} to name them, or "
+            f"data.problem_type={REGRESSION} for ratings"
+        )
+    return _numbered_names(len(numbers))
+
+
+def _found(labels: Sequence[_Label], known: _Known, problem_type: str) -> LabelSet:
+    """The labels of the data, and how they are written."""
+    if known.labels is not None and known.decided:
+        return known.labels
+    values = _values(labels)
+    names, table = known.names, known.table
+    if names is None or table is None:
+        if all(isinstance(value, str) for value in values):
+            names = tuple(sorted(set(values)))
+        else:
+            names = _class_numbers(labels, values)
+        table = _by_name(names)
+    if not known.decided and _are_class_numbers(values, names):
+        table = {**table, **{str(number): number for number in range(len(names))}}
+    return _label_set(labels, names, problem_type, table, multi_hot=False)
+
+
+def _are_class_numbers(values: Sequence[Any], names: tuple[str, ...]) -> bool:
+    """Whether the data have numbers that can only be class numbers."""
+    if not values or not all(map(_is_whole, values)) or _has_numbers(names):
+        return False
+    # Numbers that count from 1 could be in range too, unless there is a 0.
+    unmistakable = min(values) == 0 or all(isinstance(value, bool) for value in values)
+    return unmistakable or names == _numbered_names(len(names))
+
+
+def _label_set(
+    labels: Sequence[_Label],
+    names: Sequence[str],
+    problem_type: str,
+    table: Mapping[str, int] | None,
+    multi_hot: bool | None,
+) -> LabelSet:
+    try:
+        return LabelSet(tuple(names), problem_type, table, multi_hot)
+    except ValueError as error:
+        raise labels[0].error(str(error)) from error
+
+
+def _read_single(labels: Sequence[_Label], known: _Known, problem_type: str) -> ReadLabels:
+    found = _found(labels, known, problem_type)
+    targets = [_class_number(label, label.value, found, labels) for label in labels]
+    return ReadLabels(found, np.array(targets, dtype=np.int64), _how(labels, found))
+
+
+def _read_lists(labels: Sequence[_Label], known: _Known) -> ReadLabels:
+    for label in labels:
+        if not isinstance(label.value, list):
+            raise label.error(f"must be a list of names or of 0 and 1, got {shown(label.value)}")
+    multi_hot = known.labels.multi_hot if known.labels is not None else None
+    if multi_hot is None:
+        multi_hot = _is_multi_hot(labels, known.names)
+    if not multi_hot:
+        found = _found(labels, known, MULTI_LABEL)
+        return ReadLabels(found, _set_targets(labels, found), f"in lists {_how(labels, found)}")
+    names = known.names or _numbered_names(len(labels[0].value))
+    found = _label_set(labels, names, MULTI_LABEL, known.table or _by_name(names), multi_hot=True)
+    for label in labels:
+        if len(label.value) != len(names) or not _are_zero_one([label]):
+            raise label.error(
+                f"must be a 0 or 1 for each of {len(names)} labels, got {shown(label.value)}"
+            )
+    targets = np.array([label.value for label in labels], dtype=np.float32)
+    return ReadLabels(found, targets, "from lists of a 0 or 1 for each")
+
+
+def _set_targets(labels: Sequence[_Label], known: LabelSet) -> Array:
+    """(N, C): 1 for each label in a row's list."""
+    targets = np.zeros((len(labels), len(known.names)), dtype=np.float32)
+    for row, label in enumerate(labels):
+        for value in label.value:
+            number = _class_number(label, value, known, labels)
+            if targets[row, number]:
+                raise label.error(
+                    f"{shown(label.value)} has {shown(value)} twice: it is no list of labels, and "
+                    f"no list of a 0 or 1 for each of {len(known.names)} labels"
+                )
+            targets[row, number] = 1
+    return targets
+
+
+def _read_numbers(labels: Sequence[_Label], known: _Known) -> ReadLabels:
+    names = known.names or _numbered_names(len(_listed(labels[0].value)))
+    found = known.labels or _label_set(labels, names, REGRESSION, None, None)
+    rows = []
+    for label in labels:
+        numbers = _listed(label.value)
+        if not all(map(_is_finite, numbers)):
+            raise label.error(f"must be a finite number, got {shown(label.value)}")
+        if len(numbers) != len(names):
+            raise label.error(f"must be {len(names)} numbers, got {shown(label.value)}")
+        rows.append(numbers)
+    targets = np.array(rows, dtype=np.float32)
+    return ReadLabels(found, targets if len(names) > 1 else targets[:, 0], "as numbers")
+
+
+def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequence[_Label]) -> int:
+    assert known.written is not None
+    number = _lookup(value, known.written)
+    if number is not None:
+        return number
+    why = f"{shown(value)} is not one of the labels {_some(known.names)}"
+    if _is_whole(value) and not _has_numbers(known.names):
+        first = min(int(each) for each in _values(all_labels) if _is_whole(each))
+        named = [f"{first + number}: {name}" for number, name in enumerate(known.names[:12])]
+        why += (
+            f"; whole numbers are class numbers only where they begin with 0, not with "
+            f"{shown(first)}; remedy: data.label_names={{{', '.join(named)}}}, or what they stand "
+            f"for"
+        )
+    raise label.error(why)
+
+
+def _how(labels: Sequence[_Label], found: LabelSet) -> str:
+    numbers = all(map(_is_whole, _values(labels))) and not _has_numbers(found.names)
+    return "by class number" if numbers else "by name"
+
+
+def _lookup(value: Any, table: Mapping[str, int]) -> int | None:
+    """The class number of a value; None if it is not in the table."""
+    match value:
+        case str():
+            return table.get(value)
+        case bool():
+            written = (str(value), str(value).lower(), str(int(value)))
+            return next((table[text] for text in written if text in table), None)
+        case int():
+            return table.get(str(value))
+        case float():
+            number = table.get(str(value))
+            return table.get(str(int(value))) if number is None and _is_whole(value) else number
+    return None
+
+
+def _all_named(values: Iterable[Any], table: Mapping[str, int]) -> bool:
+    return all(_lookup(value, table) is not None for value in values)
+
+
+def _has_numbers(names: Iterable[str]) -> bool:
+    return any(_LIKE_A_NUMBER.fullmatch(name) for name in names)
+
+
+def _values(labels: Iterable[_Label]) -> list[Any]:
+    """All values, those in lists one by one."""
+    return [value for label in labels for value in _listed(label.value)]
+
+
+def _by_name(names: Iterable[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _numbered_names(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names):.300}"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def _is_number_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that fp32 can hold."""
+    return _is_number(value) and abs(value) <= np.finfo(np.float32).max and math.isfinite(value)
+
+
+# The first that fits all rows decides: whole numbers are class numbers, unless some have a point.
+_KINDS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda value: isinstance(value, str), SINGLE_LABEL),
+    (lambda value: isinstance(value, int), SINGLE_LABEL),
+    (_is_number, REGRESSION),
+    (lambda value: isinstance(value, list) and all(isinstance(i, str) for i in value), MULTI_LABEL),
+)

@@ -1,0 +1,44 @@
+"""What the readers of single files (Parquet, JSON, CSV, text) give, and how they say what is wrong.
+
+They know no addresses and no settings; gptj.data.sources puts both into the messages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+Record = tuple[int, dict[str, Any]]  # its number from 1 on, and the wanted columns' values
+
+
+class BadRecordError(Exception):
+    """A record that cannot be read."""
+
+    def __init__(self, number: int, why: str, column: str | None = None) -> None:
+        super().__init__(why)
+        self.number = number
+        self.column = column
+
+
+class MissingColumnsError(Exception):
+    """A record, or a whole file (None), has not all of the wanted columns."""
+
+    def __init__(self, number: int | None, there: Sequence[str], hint: str = "") -> None:
+        super().__init__(f"there are {', '.join(there)}{hint}")
+        self.number = number
+        self.there = there
+        self.hint = hint  # what else may be the reason
+
+
+class BadFileError(Exception):
+    """A file that cannot be read."""
+
+
+def check_header(names: Sequence[str], wanted: Sequence[str], hint: str = "") -> None:
+    """That a file has all wanted columns, and none twice (unnamed ones may be many)."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        raise BadFileError(f"has the column {twice[0]!r} twice; remedy: rename or drop one")
+    if any(name not in names for name in wanted):
+        raise MissingColumnsError(None, names, hint)
