@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from gptj import GPTJConfig, GPTJForSequenceClassification, GPTJTokenizer
 from gptj.data.classification import ClassificationData, LabelSet
+from gptj.data.examples import TOKENIZED_AT_ONCE
 from gptj.data.sources import DataError, Row, read_rows
 from gptj.training.settings import COLUMNS
 
@@ -26,11 +29,16 @@ def tokenizer() -> GPTJTokenizer:
     return GPTJTokenizer.train(TEXTS, 270)
 
 
-def rows(*labels: Any) -> list[Row]:
+def rows(*labels: Any, typed: bool = True) -> list[Row]:
     return [
-        Row({"text": TEXTS[i % len(TEXTS)], "label": label}, "f.jsonl", i + 1)
+        Row({"text": TEXTS[i % len(TEXTS)], "label": label}, "f.jsonl", i + 1, typed=typed)
         for i, label in enumerate(labels)
     ]
+
+
+def cells(*labels: str) -> list[Row]:
+    """As a CSV file has them."""
+    return rows(*labels, typed=False)
 
 
 SINGLE, MULTI, REGRESSION = (
@@ -71,8 +79,8 @@ def test_names_can_be_given_in_an_order_of_their_own(tokenizer: GPTJTokenizer) -
     )
     assert data.targets.tolist() == [0, 2]
     assert data.labels.id2label == {0: "low", 1: "mid", 2: "high"}
-    data = ClassificationData(rows(1, 1), tokenizer, 32, label_names=["low", "high"])
-    assert data.targets.tolist() == [1, 1]
+    data = ClassificationData(rows(1, 0, 1), tokenizer, 32, label_names=["low", "high"])
+    assert data.targets.tolist() == [1, 0, 1]
 
 
 def test_ratings_in_whole_numbers_can_be_regressed_on(tokenizer: GPTJTokenizer) -> None:
@@ -114,6 +122,11 @@ def test_a_models_configuration_gives_the_labels_back(
         ([None, "a"], "row 1, column 'label': must be a name"),
         ([{"a": 1}], "row 1, column 'label': must be a name"),
         ([0, 2], "class numbers must be 0 to n without a gap, got 0 to 2 without 1; remedy"),
+        (
+            [3, 1, 2],
+            r"got 1 to 3 without 0; remedy: data.label_names=\[1, 2, 3\] if they are names, "
+            r"data.label_names=\{1: NAME, …\} to name them, or data.problem_type=regression",
+        ),
         ([-1, 0], "class numbers must be 0 to n without a gap, got -1 to 0; remedy"),
         (["a", "a"], "all rows have the label 'a'"),
         ([[], []], "label names must be one or more"),
@@ -177,3 +190,243 @@ def test_sst2_has_two_labels(tokenizer: GPTJTokenizer, shared_data: Path) -> Non
     )
     assert data.labels.names == ("negative", "positive")
     assert 0.4 < data.targets.mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "names", "targets"),
+    [
+        (["1", "0", "2"], SINGLE, ("LABEL_0", "LABEL_1", "LABEL_2"), [1, 0, 2]),
+        (["0", "1", "unknown"], SINGLE, ("0", "1", "unknown"), [0, 1, 2]),
+        (["002", "001"], SINGLE, ("001", "002"), [1, 0]),
+        (["10:30", "09:15"], SINGLE, ("09:15", "10:30"), [1, 0]),
+        (["2024-01-31", "2023-01-31"], SINGLE, ("2023-01-31", "2024-01-31"), [1, 0]),
+        (["true", "false"], SINGLE, ("false", "true"), [1, 0]),
+        (["+1", "-1"], SINGLE, ("+1", "-1"), [0, 1]),
+        (["9" * 5000, "1"], REGRESSION, (), "must be a finite number"),
+        (["0.5", "2", "-1.5e1"], REGRESSION, ("LABEL_0",), [0.5, 2.0, -15.0]),
+        (["[0.5, 1]", "[2, 3]"], REGRESSION, ("LABEL_0", "LABEL_1"), [[0.5, 1.0], [2.0, 3.0]]),
+        (['["b"]', "[]", '["a", "b"]'], MULTI, ("a", "b"), [[0, 1], [0, 0], [1, 1]]),
+        (["[0, 1]", "[1, 1]"], MULTI, ("LABEL_0", "LABEL_1"), [[0, 1], [1, 1]]),
+        (["[0, 1]", "['a']"], MULTI, (), r"row 2, column 'label': must be a list in JSON, such as"),
+        (["a", ""], SINGLE, (), "row 2, column 'label': is empty"),
+    ],
+)
+def test_cells_of_text_are_read_as_all_of_them_look(
+    labels: list[str],
+    problem_type: str,
+    names: tuple[str, ...],
+    targets: Any,
+    tokenizer: GPTJTokenizer,
+) -> None:
+    if isinstance(targets, str):
+        with pytest.raises(DataError, match=targets):
+            ClassificationData(cells(*labels), tokenizer, 32)
+        return
+    data = ClassificationData(cells(*labels), tokenizer, 32)
+    assert data.labels == LabelSet(names, problem_type)
+    assert data.targets.tolist() == targets
+
+
+def test_what_is_said_of_the_labels_wins_over_how_cells_look(tokenizer: GPTJTokenizer) -> None:
+    data = ClassificationData(cells("1", "5"), tokenizer, 32, problem_type=REGRESSION)
+    assert data.targets.tolist() == [1.0, 5.0]
+    data = ClassificationData(cells("1.5", "0.5"), tokenizer, 32, problem_type=SINGLE)
+    assert data.labels.names == ("0.5", "1.5")
+    data = ClassificationData(cells("1.5", "0.5"), tokenizer, 32, label_names=["1.5", "0.5"])
+    assert data.targets.tolist() == [0, 1] and data.labels.problem_type == SINGLE
+    with pytest.raises(DataError, match="row 2, column 'label': must be a finite number, got 'x'"):
+        ClassificationData(cells("1", "x"), tokenizer, 32, problem_type=REGRESSION)
+    with pytest.raises(DataError, match="row 1, column 'label': must be a list of names or of 0"):
+        ClassificationData(cells("a", "b"), tokenizer, 32, problem_type=MULTI)
+
+
+def test_labels_of_digits_are_names_in_every_file(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+    """A file that happens to have only digits is read like the one that has a word as well."""
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,2\nc,unknown\n")
+    (tmp_path / "eval.csv").write_text("text,label\na,1\nb,2\n")
+    (tmp_path / "eval.jsonl").write_text(
+        '{"text": "a", "label": 1}\n{"text": "b", "label": "2"}\n{"text": "b", "label": 2.0}\n'
+    )
+
+    def read(name: str, labels: LabelSet | None = None) -> ClassificationData:
+        found = read_rows(str(tmp_path / name), COLUMNS["classification"])
+        return ClassificationData(found, tokenizer, 32, labels)
+
+    train = read("train.csv")
+    assert train.labels.names == ("1", "2", "unknown")
+    assert read("eval.csv", train.labels).targets.tolist() == [0, 1]
+    assert read("eval.jsonl", train.labels).targets.tolist() == [0, 1, 1]
+    # A checkpoint has only the names.
+    config = GPTJConfig(id2label=train.labels.id2label, problem_type=SINGLE)
+    assert read("eval.csv", LabelSet.of(config)).targets.tolist() == [0, 1]
+    assert train.summary() == (
+        "3 rows, single_label_classification, labels by name: 1: 1, 2: 1, unknown: 1"
+    )
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+def test_names_that_are_digits_are_matched_by_name(form: Any, tokenizer: GPTJTokenizer) -> None:
+    labels = [str(n) if form is cells else n for n in (1, 2, 1, 3)]
+    data = ClassificationData(form(*labels), tokenizer, 32, label_names=["1", "2", "3"])
+    assert data.targets.tolist() == [0, 1, 0, 2]
+    assert data.labels == LabelSet(("1", "2", "3"), SINGLE)
+    data = ClassificationData(form(*labels), tokenizer, 32, label_names=["3", "2", "1"])
+    assert data.targets.tolist() == [2, 1, 2, 0]
+    zero = "0" if form is cells else 0
+    with pytest.raises(
+        DataError, match="row 2, column 'label': '?0'? is not one of the labels 1, "
+    ):
+        ClassificationData(form(labels[0], zero), tokenizer, 32, label_names=["1", "2"])
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+def test_class_numbers_that_begin_with_one_have_a_way_in(
+    form: Any, tokenizer: GPTJTokenizer
+) -> None:
+    """AG News: 1 to 4, whose names stand in a file beside it."""
+    names = ["World", "Sports", "Business", "Sci/Tech"]
+    labels = [str(n) if form is cells else n for n in (3, 1, 2, 4)]
+    with pytest.raises(DataError, match=r"got 1 to 4 without 0; remedy: data.label_names=\[1, 2, "):
+        ClassificationData(form(*labels), tokenizer, 32)
+    given = {str(number): name for number, name in enumerate(names, 1)}
+    data = ClassificationData(form(*labels), tokenizer, 32, label_names=given)
+    assert data.labels == LabelSet(tuple(names), SINGLE)
+    assert data.targets.tolist() == [2, 0, 1, 3]
+    held_out = ClassificationData(form(labels[0], labels[0]), tokenizer, 32, data.labels)
+    assert held_out.targets.tolist() == [2, 2]
+    # Silently shifted, if the last class is not there.
+    for few in (labels, labels[:3]):
+        with pytest.raises(DataError) as error:
+            ClassificationData(form(*few), tokenizer, 32, label_names=names)
+        assert "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}" in str(error.value)
+    trained = LabelSet.of(GPTJConfig(id2label=dict(enumerate(names)), problem_type=SINGLE))
+    with pytest.raises(DataError, match="begin with 0, not with 1; remedy: data.label_names={1: "):
+        ClassificationData(form(*labels[1:3]), tokenizer, 32, trained)
+    held_out = ClassificationData(form(*labels[1:3]), tokenizer, 32, trained.translated(given))
+    assert held_out.targets.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="translates to 'Weather', which is not one of the labels"):
+        trained.translated({"1": "Weather"})
+
+
+def test_evaluation_data_are_read_as_the_training_data_were(tokenizer: GPTJTokenizer) -> None:
+    numbered = ClassificationData(rows(0, 1), tokenizer, 32, label_names=["low", "high"]).labels
+    assert ClassificationData(rows(1, 1), tokenizer, 32, numbered).targets.tolist() == [1, 1]
+    named = ClassificationData(rows("low", "high"), tokenizer, 32).labels
+    with pytest.raises(DataError, match="0 is not one of the labels high, low"):
+        ClassificationData(rows(0, 1), tokenizer, 32, named)
+    nameless = ClassificationData(rows(0, 1), tokenizer, 32).labels
+    for labels in (nameless, LabelSet(nameless.names, SINGLE)):
+        assert ClassificationData(rows(1), tokenizer, 32, labels).targets.tolist() == [1]
+        assert ClassificationData(cells("LABEL_1"), tokenizer, 32, labels).targets.tolist() == [1]
+    ids = ClassificationData(rows([0], [1], [0, 1], []), tokenizer, 32).labels
+    assert ClassificationData(rows([0, 1]), tokenizer, 32, ids).targets.tolist() == [[1, 1]]
+    hot = ClassificationData(rows([0, 1], [1, 0]), tokenizer, 32).labels
+    assert ClassificationData(rows([0, 1]), tokenizer, 32, hot).targets.tolist() == [[0, 1]]
+    with pytest.raises(DataError, match=r"row 2.*must be a 0 or 1 for each of 2 labels, got \[1\]"):
+        ClassificationData(rows([0, 1], [1]), tokenizer, 32, hot)
+
+
+NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+@pytest.mark.parametrize("problem_type", [None, MULTI])
+@pytest.mark.parametrize("label_names", [None, ["a", "b", "c"], ["0", "1", "2"]])
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_lists_of_a_0_or_1_for_each_label_are_multi_hot(
+    kind: type, label_names: list[str] | None, problem_type: str | None, tokenizer: GPTJTokenizer
+) -> None:
+    labels = [[0, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    data = ClassificationData(
+        rows(*([kind(value) for value in each] for each in labels)),
+        tokenizer,
+        32,
+        label_names=label_names,
+        problem_type=problem_type,
+    )
+    assert data.labels == LabelSet(tuple(label_names or NUMBERED), MULTI)
+    assert data.targets.tolist() == labels
+    assert data.targets.dtype == "float32"
+    assert data.summary().endswith(
+        f"labels from lists of a 0 or 1 for each: {data.labels.names[0]}: 2, "
+        f"{data.labels.names[1]}: 2, {data.labels.names[2]}: 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "names", "targets"),
+    [
+        ([[0, 2], [1]], {}, NUMBERED, [[1, 0, 1], [0, 1, 0]]),
+        ([[0, 2], [1, 0]], {"problem_type": MULTI}, NUMBERED, [[1, 0, 1], [1, 1, 0]]),
+        ([[0], [1]], {"problem_type": MULTI, "label_names": ["a", "b"]}, ("a", "b"),
+         [[1, 0], [0, 1]]),
+        ([[0], [1]], {"problem_type": MULTI, "label_names": ["a"]}, ("a",), [[0], [1]]),
+        ([[1, 2], [3, 1]], {"label_names": ["1", "2", "3"]}, ("1", "2", "3"),
+         [[1, 1, 0], [1, 0, 1]]),
+        ([[1, 2], []], {"label_names": {"1": "a", "2": "b"}}, ("a", "b"), [[1, 1], [0, 0]]),
+        ([[0, 1], [1, 0]], {"label_names": ["a", "b", "c"], "problem_type": MULTI},
+         ("a", "b", "c"), [[1, 1, 0], [1, 1, 0]]),
+    ],
+)  # fmt: skip
+def test_other_lists_of_numbers_are_class_numbers_or_names(
+    labels: Any, given: Any, names: Any, targets: Any, tokenizer: GPTJTokenizer
+) -> None:
+    data = ClassificationData(rows(*labels), tokenizer, 32, **given)
+    assert data.labels == LabelSet(names, MULTI)
+    assert data.targets.tolist() == targets
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "message"),
+    [
+        ([[0, 2], [1, 3]], {}, "lists of 2 whole numbers in all rows, such as .0, 2., can be class "
+         "numbers or values to predict; remedy: data.problem_type=multi_label_classification or "
+         "data.problem_type=regression"),
+        ([[0], [1]], {}, "can be class numbers or values to predict"),
+        ([[0], [1]], {"problem_type": MULTI}, "one label, off or on, or the class numbers of two; "
+         r"remedy: data.label_names=\[NAME\] or data.label_names=\[NAME, NAME\]"),
+        ([[0, 1, 0], [1, 0]], {"problem_type": MULTI}, r"row 1.*\[0, 1, 0\] has 0 twice: it is no "
+         "list of labels, and no list of a 0 or 1 for each of 2"),
+        ([[0, 1, 0]], {"problem_type": MULTI, "label_names": ["a", "b"]}, "has 0 twice"),
+        ([[0.5, 1]], {"problem_type": MULTI}, "0.5 is neither a name nor a class number"),
+        ([["a"], [1]], {"problem_type": MULTI}, "'a' is neither a name nor a class number"),
+        ([["a", "a"], ["b"]], {}, r"\['a', 'a'\] has 'a' twice"),
+        ([0, 1], {"problem_type": MULTI}, "must be a list of names or of 0 and 1, got 0"),
+        ([[0], [1]], {"problem_type": SINGLE}, r"row 1.*must be a name or a class number, got"),
+        ([1e300], {"problem_type": REGRESSION}, "must be a finite number, got 1e"),
+        ([10**400], {"problem_type": REGRESSION}, "must be a finite number, got 1000"),
+        ([1.5], {"problem_type": REGRESSION, "label_names": {"a": "b"}}, "a regression takes a"),
+    ],
+)  # fmt: skip
+def test_lists_that_can_be_read_in_two_ways_are_refused(
+    labels: Any, given: Any, message: str, tokenizer: GPTJTokenizer
+) -> None:
+    with pytest.raises(DataError, match=message):
+        ClassificationData(rows(*labels), tokenizer, 32, **given)
+
+
+class Text(str):
+    """One that weak references can be made to."""
+
+
+def test_no_text_is_kept_with_a_label(tokenizer: GPTJTokenizer) -> None:
+    texts: list[weakref.ref[Text]] = []
+
+    def many() -> Iterator[Row]:
+        for number in range(2 * TOKENIZED_AT_ONCE + 1):
+            text = Text(f"good {number}")
+            texts.append(weakref.ref(text))
+            yield Row({"text": text, "label": number % 2}, "f.jsonl", number + 1)
+        assert texts[0]() is None  # it goes with the texts that were tokenized with it
+
+    assert len(ClassificationData(many(), tokenizer, 5)) == len(texts)
+
+
+def test_a_summary_counts_the_labels(tokenizer: GPTJTokenizer) -> None:
+    data = ClassificationData(rows("b", "a", "b"), tokenizer, 32)
+    assert data.summary() == ("3 rows, single_label_classification, labels by name: a: 1, b: 2")
+    data = ClassificationData(rows(0, 1), tokenizer, 32, label_names=["low", "high"])
+    assert data.summary().endswith("labels by class number: low: 1, high: 1")
+    data = ClassificationData(rows(0.5, 1.5), tokenizer, 32)
+    assert data.summary() == "2 rows, regression, labels as numbers from 0.5 to 1.5"
+    data = ClassificationData(rows(*map(str, range(30))), tokenizer, 32)
+    assert data.summary().endswith("26: 1, and 10 more")

@@ -116,14 +116,14 @@ class ClassificationData:
     def summary(self) -> str:
         """How the labels were read, and how many rows have each."""
         names = self.labels.names
-        read = f"{len(self)} rows, {self.labels.problem_type}, labels read {self._reading}"
+        read = f"{len(self)} rows, {self.labels.problem_type}, labels {self._reading}"
         if self.labels.problem_type == REGRESSION:
             return f"{read} from {self.targets.min():g} to {self.targets.max():g}"
         if self.labels.problem_type == MULTI_LABEL:
             counts = self.targets.sum(axis=0).astype(int)
         else:
             counts = np.bincount(self.targets, minlength=len(names))
-        counted = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+        counted = [f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
         more = f", and {len(names) - MOST_COUNTED} more" if len(names) > MOST_COUNTED else ""
         return f"{read}: {', '.join(counted[:MOST_COUNTED])}{more}"
 

@@ -7,7 +7,6 @@ over all rows of the training data, and other files are read alike.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,6 +150,9 @@ def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str 
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
@@ -321,6 +323,9 @@ def _label_set(
 
 
 def _read_single(labels: Sequence[_Label], known: _Known, problem_type: str) -> ReadLabels:
+    for label in labels:
+        if isinstance(label.value, list):
+            raise label.error(f"must be a name or a class number, got {shown(label.value)}")
     found = _found(labels, known, problem_type)
     targets = [_class_number(label, label.value, found, labels) for label in labels]
     return ReadLabels(found, np.array(targets, dtype=np.int64), _how(labels, found))
@@ -458,7 +463,7 @@ def _is_number_list(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     """Whether it is a number that fp32 can hold."""
-    return _is_number(value) and abs(value) <= np.finfo(np.float32).max and math.isfinite(value)
+    return _is_number(value) and abs(value) <= _LARGEST
 
 
 # The first that fits all rows decides: whole numbers are class numbers, unless some have a point.
