@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from gptj.data.question_answering import (
     windows,
 )
 from gptj.data.sources import DataError, Row, read_rows
+from gptj.serving.question_answering import QuestionAnsweringRequest, QuestionAnsweringService
 from gptj.data.words import Words
 
 QUESTION = "Where does she live now?"
@@ -162,6 +164,57 @@ def test_answers_may_come_as_json_from_a_csv(tmp_path: Path, tokenizer: GPTJToke
     assert start is not None and end is not None and (start[0], end[1]) == (2, 5)
 
 
+def test_an_empty_cell_of_answers_is_no_answer(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+    (tmp_path / "a.csv").write_text(
+        "question,context,answers\nwhy?,a b,\nwhen?,c d,[]\nwho?,e,null\n"
+    )
+    data = QuestionAnsweringData(rows_of(tmp_path / "a.csv"), tokenizer, 100, 0)
+    assert [question.answers for question in data.questions] == [(), (), ()]
+
+
+def test_answers_may_be_a_list_as_in_squads_own_file(tokenizer: GPTJTokenizer) -> None:
+    answers = [{"text": text, "answer_start": CONTEXT.index(text)} for text in ("the sea", "sea")]
+    data = QuestionAnsweringData([squad(None, answers=answers)], tokenizer, 1000, 0)
+    as_columns = QuestionAnsweringData([squad("the sea")], tokenizer, 1000, 0)
+    assert data[0].start == as_columns[0].start and data[0].end == as_columns[0].end
+    assert data.questions[0].answers == ("the sea", "sea")
+
+
+@pytest.mark.parametrize("space", [" " * 70, "\n\t \u00a0\u3000"])
+def test_white_space_around_a_question_is_no_part_of_it(
+    space: str, tokenizer: GPTJTokenizer
+) -> None:
+    """In training and in serving, where it could take all of the question's room."""
+    plain = windows(tokenizer, "where?", CONTEXT, 64, 8)
+    assert windows(tokenizer, f"{space}where?{space}", CONTEXT, 64, 8) == plain
+    data = QuestionAnsweringData([squad("sea", question=f"{space}where?")], tokenizer, 64, 8)
+    assert [data.window(index) for index in range(len(data))] == plain
+    model = GPTJForQuestionAnswering(
+        GPTJConfig(
+            vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8
+        )
+    ).eval()
+    service = QuestionAnsweringService(
+        model, tokenizer, window=64, stride=8, max_batch=4, max_waiting=64
+    )
+
+    def answer(question: str, **parameters: Any) -> Any:
+        request = QuestionAnsweringRequest.model_validate(
+            {"inputs": {"question": question, "context": CONTEXT}, "parameters": parameters}
+        )
+        return asyncio.run(service.answer(request))
+
+    try:
+        assert answer(f"{space}where?{space}") == answer("where?")
+        assert answer(f"{space}👩 where?", max_question_len=1) == answer("👩")
+        assert answer(f"a{space}where?", max_question_len=2) == answer("a")
+        assert answer(f"{space}where?{space}", max_question_len=3) == answer(
+            "where?", max_question_len=3
+        )
+    finally:
+        service.close()
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -174,7 +227,16 @@ def test_answers_may_come_as_json_from_a_csv(tmp_path: Path, tokenizer: GPTJToke
         (squad("", 3), "has no text at a place, but '' at 3"),
         (squad(None, answers={"text": ["a"]}), "answers.*must be .*answer_start"),
         (squad(None, answers={"text": ["a"], "answer_start": []}), "must be .*of equal lengths"),
-        (squad(None, answers="{"), "column 'answers': is no JSON"),
+        (squad(None, answers="{"), "column 'answers': is not valid JSON: .* got '{'"),
+        (squad(None, answers="[" * 100_000), "column 'answers': is not valid JSON: .*too deeply"),
+        (
+            squad(None, answers='{"text": ' + "1" * 5000 + "}"),
+            "answers': is not valid JSON: .*4300",
+        ),
+        (squad(None, answers='[{"text": "\\ud800"}]'), "answers': has half of a surrogate pair"),
+        (squad(None, answers=[{"text": "sea"}]), "has no text at a place, but 'sea' at None"),
+        (squad(None, answers=["sea"]), r"must be .*got \['sea'\]"),
+        (squad(None, question=" \n"), "column 'question': the question is empty"),
         (squad(None, context=""), "column 'question': the context is empty"),
         (squad(None, question="why " * 100), "column 'question': the question has .*max_length=64"),
         (squad(None, question=None), "column 'question': must be text, got None"),

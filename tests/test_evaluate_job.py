@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -167,6 +168,13 @@ def test_checkpoint_and_data_may_be_in_s3(
         (["model", "data", "batch_size=0"], "batch_size=0: .*greater than or equal to 1"),
         (["model", "data", "limit=some"], "limit='some': .*integer"),
         (["model", "data", "stride=-1"], "stride=-1: .*greater than or equal to 0"),
+        (["model", "data", "data.batch_size=4"], "data.batch_size=4: there is no such key"),
+        (["model", "data", "delimiter=;;"], "delimiter=';;': .*must be one character"),
+        (
+            ["model", "data", "label_names={1: a, 1: b}"],
+            "label_names=.* the key '1' is there twice",
+        ),
+        (["model", "data", "limit=" + "9" * 5000], "the value is no YAML: .*4300"),
     ],
 )
 def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> None:
@@ -180,7 +188,13 @@ def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> No
         (["sequence_length=65"], "sequence_length=65 is beyond the model's n_positions=64"),
         (["stride=3"], "stride=3 is for question answering, not GPTJForCausalLM"),
         (["dtype=int8"], "dtype must be a floating-point type such as float16, got 'int8'"),
-        (["columns.text=body"], "no column 'body' .*there are 'text'"),
+        (["columns.text=body"], "no column 'body' .*there are 'text'; remedy: data.columns.text="),
+        (
+            ["data.columns.label=x"],
+            "columns.label: there is no such column; a causal-lm model reads",
+        ),
+        (["label_names={1: a}"], "label_names={'1': 'a'} is for classifiers, not GPTJForCausalLM"),
+        (["data.delimiter=;"], "data.delimiter=';' is for CSV"),
         (["revision=main"], "only hub ids have revisions"),
     ],
 )
@@ -214,3 +228,78 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
     save_model(broken, str(tmp_path / "broken"), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="loss is nan.*remedy: dtype=float32"):
         measure(read_settings([str(tmp_path / "broken"), data]))
+
+
+def test_labels_are_read_as_in_training_or_as_is_said(
+    tokenizer: GPTJTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Class numbers that begin with 1: by the training's settings, or by the command line's."""
+    (tmp_path / "test.csv").write_text(
+        "Class Index;Description\n" + "".join(f"{n % 2 + 1};{TEXTS[n % 2]}\n" for n in range(8))
+    )
+    labels = {"id2label": {0: "World", 1: "Sports"}}
+    written = {"1": "World", "2": "Sports"}
+    trained = saved(
+        GPTJForSequenceClassification, tokenizer, tmp_path / "t",
+        trained_with(label_names=written), **labels,
+    )  # fmt: skip
+    other = saved(GPTJForSequenceClassification, tokenizer, tmp_path / "o", **labels)
+    words = [
+        str(tmp_path / "test.csv"),
+        "data.columns.text=Description",
+        "columns.label=Class Index",
+        "device=cpu",
+    ]
+    with caplog.at_level("INFO"):
+        expected = measure(read_settings([trained, *words]))
+    assert "8 rows, single_label_classification, labels by class" in caplog.text
+    assert "World: 4, Sports: 4" in caplog.text
+    with pytest.raises(ValueError, match=r"data.label_names=\{1: World, 2: Sports\}"):
+        measure(read_settings([other, *words]))
+    for key in ("label_names", "data.label_names"):
+        found = measure(read_settings([other, *words, f"{key}={{1: World, 2: Sports}}"]))
+        assert found["loss"] == expected["loss"]
+    swapped = measure(read_settings([other, *words, "label_names={1: Sports, 2: World}"]))
+    assert swapped["accuracy"] == pytest.approx(1 - float(expected["accuracy"]))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "csv.gz"])
+def test_a_classifier_of_names_that_are_digits_is_measured_by_name(
+    ending: str, tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    rows = [{"text": TEXTS[n % 2], "label": n % 2 + 1} for n in range(8)]
+    path = tmp_path / f"data.{ending}"
+    if "csv" in ending:
+        text = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
+    elif ending == "json":
+        text = json.dumps(rows, indent=1)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    model = saved(
+        GPTJForSequenceClassification, tokenizer, tmp_path / "m",
+        id2label={0: "1", 1: "2", 2: "unknown"},
+    )  # fmt: skip
+    found = measure(read_settings([model, str(path), "device=cpu"]))
+    by_name = [{**row, "label": str(row["label"])} for row in rows]
+    expected = measure(
+        read_settings([model, written(tmp_path / "names.jsonl", by_name), "device=cpu"])
+    )
+    assert found["loss"] == expected["loss"]
+
+
+def test_a_reader_is_measured_on_squads_own_file(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    answers = [{"text": "cat", "answer_start": 4}]
+    question = {"question": "  which?", "id": "1", "answers": answers}
+    paragraph = {"context": TEXTS[0], "qas": [question, {**question, "answers": []}]}
+    document = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps(document))
+    reader = saved(GPTJForQuestionAnswering, tokenizer, tmp_path / "q")
+    found = measure(read_settings([reader, str(tmp_path / "dev-v2.0.json"), "device=cpu"]))
+    squad = [
+        {"question": "which?", "context": TEXTS[0], "answers": given}
+        for given in ({"text": ["cat"], "answer_start": [4]}, None)
+    ]
+    expected = measure(read_settings([reader, written(tmp_path / "s.jsonl", squad), "device=cpu"]))
+    assert found["examples"] == 2
+    assert {**found, **{k: expected[k] for k in ("data", "seconds")}} == expected

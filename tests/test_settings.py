@@ -59,7 +59,7 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
         (["data.stride=4"], "data.stride has no effect with task=causal-lm"),
         (["data.label_names=[a]"], "data.label_names has no effect"),
         (["model.checkpoint=m", "model.preset=tiny"], "model.preset has no effect on a checkpoint"),
-        (["model.checkpoint=m", "tokenizer.address=t"], "tokenizer.address has no effect"),
+        (["model.checkpoint=m", "tokenizer.vocab_size=999"], "tokenizer.vocab_size has no effect"),
         (["model.revision=main"], "model.revision has no effect without model.checkpoint"),
         (["tokenizer.address=t", "tokenizer.vocab_size=999"], "on a tokenizer that exists"),
         (["optimizer.schedule=constant", "optimizer.final_share=0"], "final_share has no effect"),
@@ -71,12 +71,94 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
         (["missing.yaml"], "there is no settings file missing.yaml"),
         (["run.name=x", "run=y", "run.name=x"], "run: .*|run.name: run is a value"),
         (["data={"], "the value is no YAML"),
+        (["steps=" + "9" * 5000], "the value is no YAML: .*4300"),
+        (["model.config=" + "[" * 5000], "the value is no YAML"),
+        (["model.config={n_layer: 1, n_layer: 2}"], "the key 'n_layer' is there twice"),
+        (["model.config.n_layers=4"], "there is no field 'n_layers'; did you mean n_layer?"),
+        (["model.checkpoint=m", "model.config.n_layers=4"], "did you mean n_layer?"),
+        (["model.config.zzz=4"], "there is no field 'zzz'; there are activation_function, .*n_l"),
+        (["model.config.num_labels=3"], "num_labels is no field to set here: it is data.label_nam"),
+        (["model.config.dtype=bfloat16"], "dtype is no field .*: it is deepspeed.precision"),
+        (["model.config={n_layer: 1, num_hidden_layers: 2}"], "num_hidden_layers=2 contradicts n_"),
+        (["steps=6", "optimizer.warmup_steps=1000"], "warmup_steps=1000 is more than .* 6 steps"),
+        (
+            ["data.columns.txt=review"],
+            "data.columns.txt: task=causal-lm has no such column; .* text",
+        ),
+        (["data.columns.label=stars"], "data.columns.label: task=causal-lm has no such column"),
+        (["data.delimiter=;;"], "data.delimiter: must be one character, .* got ';;'"),
+        (["task=classification", "data.label_names=abc"], "data.label_names: .*got 'abc'"),
+        (["epochs=null", "steps=null", "epochs=0"], "epochs: .* got 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         read_settings(words)
+
+
+def test_steps_replace_a_files_epochs_and_the_other_way_round(tmp_path: Path) -> None:
+    def read(content: str, *words: str) -> Settings:
+        (tmp_path / "s.yaml").write_text(content)
+        return read_settings([str(tmp_path / "s.yaml"), *words])
+
+    assert read("epochs: 3", "steps=10").total_steps(1000) == 10
+    assert read("steps: 10", "epochs=2").total_steps(160) == 20
+    assert read("epochs: null\nsteps: 10").total_steps(1000) == 10
+    assert read("steps: 10", "epochs=null").total_steps(1000) == 10
+    assert read("epochs: 2", "steps=null").total_steps(160) == 20
+    assert read("epochs: null").total_steps(160) == 10
+    with pytest.raises(SettingsError, match="steps=10 and epochs=3.0: give one"):
+        read("epochs: 3\nsteps: 10")
+    with pytest.raises(SettingsError, match="give one"):
+        read("epochs: 3", "steps=10", "epochs=2")
+    assert "epochs" not in read("epochs: 3", "steps=10").model_fields_set
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_refused_once_the_data_are_known() -> None:
+    settings = read_settings(["batch_size=16", "optimizer.warmup_steps=7"])
+    assert settings.total_steps(7 * 16) == 7
+    with pytest.raises(SettingsError, match="warmup_steps=7 is more than the run's 6 steps"):
+        settings.total_steps(6 * 16)
+
+
+def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    for content, key in (
+        ("steps: 1\nseed: 1\nsteps: 2\n", "steps"),
+        ("data:\n  train: a\n  train: b\n", "train"),
+        ("task: classification\ndata: {label_names: {1: a, '1': b}}\n", "1"),
+    ):
+        (tmp_path / "s.yaml").write_text(content)
+        with pytest.raises(
+            SettingsError, match=f"s.yaml is no YAML: .*the key '{key}' is there tw"
+        ):
+            read_settings([str(tmp_path / "s.yaml")])
+    (tmp_path / "s.yaml").write_text("data: &d {train: a}\nmodel: {config: {n_layer: 1}}\n")
+    assert read_settings([str(tmp_path / "s.yaml")]).data.train == "a"
+
+
+def test_the_models_fields_have_hugging_faces_other_names_too() -> None:
+    settings = read_settings(["model.config.num_hidden_layers=3", "model.config.hidden_size=64"])
+    assert settings.model.config == {"n_layer": 3, "n_embd": 64}
+
+
+def test_label_names_are_a_list_or_say_what_the_data_have() -> None:
+    def names(text: str) -> object:
+        return read_settings(["task=classification", f"data.label_names={text}"]).data.label_names
+
+    assert names("[1, 2, 3]") == ["1", "2", "3"]
+    assert names("{1: World, 2: Sports}") == {"1": "World", "2": "Sports"}
+    before = read_settings(["task=classification", "data.label_names={1: a, 2: b}"])
+    after = read_settings(["task=classification", "data.label_names={2: a, 1: b}"])
+    (difference,) = changed(before.model_dump(mode="json"), after.model_dump(mode="json"))
+    assert difference.startswith("data.label_names was {'1': 'a', '2': 'b'} and is now")
+
+
+@pytest.mark.parametrize(
+    ("text", "delimiter"), [(";", ";"), ("|", "|"), (",", ","), ("\\t", "\t"), ("\t", "\t")]
+)
+def test_a_delimiter_can_be_given_as_it_is(text: str, delimiter: str) -> None:
+    assert read_settings([f"data.delimiter={text}"]).data.delimiter == delimiter
 
 
 def test_a_file_that_is_no_settings_is_refused(tmp_path: Path) -> None:

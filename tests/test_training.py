@@ -17,7 +17,7 @@ import torch.multiprocessing as multiprocessing
 import transformers
 import yaml
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, checkpoint, storage
+from gptj import GPTJConfig, GPTJForCausalLM, checkpoint, storage
 from gptj.data.batches import BatchOrder
 from gptj.manifest import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
@@ -471,35 +471,6 @@ def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) 
     assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
     with pytest.raises(SettingsError, match="complete, with other settings: steps was 6 and is"):
         is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))
-
-
-def test_a_classifier_that_is_trained_further_keeps_its_labels(tmp_path: Path) -> None:
-    rows = [{"text": "good", "label": "positive"}, {"text": "bad", "label": "negative"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = GPTJConfig(
-        vocab_size=300, id2label={0: "positive", 1: "negative"}, pad_token_id=0, **MODEL
-    )
-    checkpoint.save_model(
-        GPTJForSequenceClassification(config),
-        str(tmp_path / "m"),
-        tokenizer=GPTJTokenizer.train(["good and bad"], 270),
-    )
-    fields: dict[str, Any] = {
-        "task": "classification",
-        "storage": str(tmp_path),
-        "model": {"checkpoint": str(tmp_path / "m")},
-    }
-    data = {"train": str(tmp_path / "rows.jsonl"), "sequence_length": 8}
-    settings = Settings(**fields, data=data)  # type: ignore[arg-type]
-    tokenizer = prepare_tokenizer(settings)
-    train_data, _ = make_data(settings, tokenizer)
-    found = make_config(settings, tokenizer, train_data)
-    assert found.id2label == {0: "positive", 1: "negative"}
-    names = ["negative", "neutral", "positive"]
-    other = Settings(**fields, data={**data, "label_names": names})  # type: ignore[arg-type]
-    train_data, _ = make_data(other, tokenizer)
-    with pytest.raises(SettingsError, match="tells 2 labels apart .* data.label_names has 3"):
-        make_config(other, tokenizer, train_data)
 
 
 def test_a_tokenizer_is_learned_anew_until_a_checkpoint_depends_on_it(tmp_path: Path) -> None:

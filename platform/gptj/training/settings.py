@@ -430,7 +430,7 @@ def parse_yaml(content: bytes | str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-_MARKS = tuple("|,:*&#%!@^")  # that mean something in YAML, and nothing alone: data.delimiter=|
+_MARKS = tuple("|,:*&#%!@^\t")  # that mean something in YAML, and nothing alone: data.delimiter=|
 
 
 def _parse(text: str) -> Any:
