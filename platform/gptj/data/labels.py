@@ -390,12 +390,13 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
     why = f"{shown(value)} is not one of the labels {_some(known.names)}"
     if _is_whole(value) and not _has_numbers(known.names):
         first = min(int(each) for each in _values(all_labels) if _is_whole(each))
+        if first and not known.is_nameless:
+            why += (
+                f"; whole numbers are class numbers only where they begin with 0, not with "
+                f"{shown(first)}"
+            )
         named = [f"{first + number}: {name}" for number, name in enumerate(known.names[:12])]
-        why += (
-            f"; whole numbers are class numbers only where they begin with 0, not with "
-            f"{shown(first)}; remedy: data.label_names={{{', '.join(named)}}}, or what they stand "
-            f"for"
-        )
+        why += f"; remedy: say what they stand for, as in data.label_names={{{', '.join(named)}}}"
     raise label.error(why)
 
 

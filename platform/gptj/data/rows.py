@@ -16,7 +16,7 @@ class DataError(ValueError):
 class Row:
     values: dict[str, Any]
     source: str  # the file's address
-    number: int  # from 1 on; of JSON lines the line's, of CSV without the header
+    number: int  # from 1 on; of JSON lines the line's, of CSV without the header or empty lines
     # Our names of columns that have another one in the file.
     columns: Mapping[str, str] = field(default_factory=dict)
     typed: bool = True  # False: every value is text, whatever it means, as CSV has it
