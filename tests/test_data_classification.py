@@ -300,7 +300,9 @@ def test_class_numbers_that_begin_with_one_have_a_way_in(
             ClassificationData(form(*few), tokenizer, 32, label_names=names)
         assert "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}" in str(error.value)
     trained = LabelSet.of(GPTJConfig(id2label=dict(enumerate(names)), problem_type=SINGLE))
-    with pytest.raises(DataError, match="begin with 0, not with 1; remedy: .*data.label_names={1: "):
+    with pytest.raises(
+        DataError, match="begin with 0, not with 1; remedy: .*data.label_names={1: "
+    ):
         ClassificationData(form(*labels[1:3]), tokenizer, 32, trained)
     held_out = ClassificationData(form(*labels[1:3]), tokenizer, 32, trained.translated(given))
     assert held_out.targets.tolist() == [0, 1]

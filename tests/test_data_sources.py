@@ -320,9 +320,8 @@ BACKSLASH_U = "\\u"
 def test_what_json_allows_and_nobody_can_use_is_named(
     form: str, line: str, message: str, tmp_path: Path
 ) -> None:
-    fine = (
-        '{"text": "fine ' + f'{BACKSLASH_U}d83d{BACKSLASH_U}de00", "other": "{BACKSLASH_U}d800"}}'
-    )
+    other = f'{{"text": "{BACKSLASH_U}d800", "a": 1, "a": 2}}'  # in a column that nobody reads
+    fine = f'{{"text": "fine {BACKSLASH_U}d83d{BACKSLASH_U}de00", "other": {other}}}'
     path = tmp_path / "data.json"
     text = f"{fine}\n{line}\n" if form == "lines" else f"[{fine},\n{line}]"
     path.write_bytes(text.encode("latin-1"))

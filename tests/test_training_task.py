@@ -48,7 +48,7 @@ def settings_of(folder: Path, labels: list[Any], **fields: Any) -> Settings:
 
 def parts(settings: Settings) -> tuple[GPTJTokenizer, ClassificationData, GPTJConfig]:
     tokenizer = prepare_tokenizer(settings)
-    data, _ = make_data(settings, tokenizer)
+    data = make_data(settings, tokenizer)[0]
     assert isinstance(data, ClassificationData)
     return tokenizer, data, make_config(settings, tokenizer, data)
 
@@ -155,10 +155,10 @@ def test_a_checkpoints_shape_stays(
         values["data"]["stride"] = 4
     settings = Settings(**values)
     found = prepare_tokenizer(settings)
-    data, _ = make_data(settings, found)
+    data = make_data(settings, found)[0]
     with pytest.raises(SettingsError, match=message):
         make_config(settings, found, data)
-    same = {"n_layer": 2, "vocab_size": 270, "resid_pdrop": 0.1, "n_positions": 64}
+    same = {"n_layer": 2, "n_inner": 128, "vocab_size": 270, "resid_pdrop": 0.1, "n_positions": 64}
     values["model"]["config"] = same
     config = make_config(Settings(**values), found, data)
     assert (config.n_layer, config.resid_pdrop, config.n_positions) == (2, 0.1, 64)

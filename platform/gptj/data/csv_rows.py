@@ -29,7 +29,8 @@ def read_csv(file: IO[bytes], wanted: Sequence[str], delimiter: str | None) -> I
     if delimiter is None:
         delimiter = _delimiter(head, text, wanted)
     names = _header(head, text, delimiter)
-    check_header(names, wanted, f" (at the delimiter {delimiter!r}; data.delimiter= sets another)")
+    hint = f" (the first line, at the delimiter {delimiter!r}; data.delimiter= sets another)"
+    check_header(names, wanted, hint)
     places = [(name, names.index(name)) for name in wanted]
     reader = csv.reader(chain(head, text), delimiter=delimiter, strict=True)
     number = -1  # the header

@@ -142,7 +142,7 @@ def _fields(value: Any, text: str, number: int, wanted: Sequence[str]) -> dict[s
     if not isinstance(value, dict):
         raise _not_an_object(number, text)
     if any(text.count(f'"{name}"') > 1 for name in wanted):
-        _check_unique(text, number)
+        _check_unique(text, number, wanted)
     fields = _wanted(value, number, wanted)
     if not text.isascii() or "\\ud" in text or "\\uD" in text:
         _check_characters(fields, number)
@@ -155,16 +155,15 @@ def _wanted(value: dict[str, Any], number: int, wanted: Sequence[str]) -> dict[s
     return {name: value[name] for name in wanted}
 
 
-def _check_unique(text: str, number: int) -> None:
-    """BadRecordError if an object has the same key twice, of which json takes the last."""
+def _check_unique(text: str, number: int, wanted: Sequence[str]) -> None:
+    """BadRecordError if an object has a wanted key twice, of which json takes the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise BadRecordError(number, f"has the key {twice!r} twice")
-        return fields
+        keys = [key for key, _ in pairs]
+        for name in wanted:
+            if keys.count(name) > 1:
+                raise BadRecordError(number, f"has the key {name!r} twice")
+        return dict(pairs)
 
     json.loads(text, object_pairs_hook=unique)
 

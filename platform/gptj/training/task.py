@@ -176,7 +176,8 @@ _SHAPE = (
 def _check_shape(settings: Settings, config: GPTJConfig) -> None:
     for name in _SHAPE:
         found = getattr(config, name)
-        if settings.model.config.get(name, found) != found:
+        as_number = {"n_inner": config.inner_dim, "rotary_dim": config.rotated_dim}.get(name)
+        if settings.model.config.get(name, found) not in (found, as_number):
             raise SettingsError(
                 f"model.config.{name}={settings.model.config[name]!r}, but "
                 f"{settings.model.checkpoint} has {name}={found!r}, which its weights are made "
