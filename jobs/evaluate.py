@@ -60,8 +60,9 @@ from gptj.model import (
 )
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.evaluation import evaluate, unigram_perplexity
-from gptj.training.settings import COLUMNS, DataSettings, Delimiter, Task, parse_yaml
+from gptj.training.settings import COLUMNS, DataSettings, Delimiter, Task
 from gptj.training.task import HEADS
+from gptj.yaml_value import parse_yaml
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window

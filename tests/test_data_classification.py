@@ -292,6 +292,7 @@ def test_class_numbers_that_begin_with_one_have_a_way_in(
     data = ClassificationData(form(*labels), tokenizer, 32, label_names=given)
     assert data.labels == LabelSet(tuple(names), SINGLE)
     assert data.targets.tolist() == [2, 0, 1, 3]
+    assert "labels as data.label_names has them: World: 1, Sports: 1, " in data.summary()
     held_out = ClassificationData(form(labels[0], labels[0]), tokenizer, 32, data.labels)
     assert held_out.targets.tolist() == [2, 2]
     # Silently shifted, if the last class is not there.

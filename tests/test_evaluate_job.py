@@ -252,7 +252,7 @@ def test_labels_are_read_as_in_training_or_as_is_said(
     ]
     with caplog.at_level("INFO"):
         expected = measure(read_settings([trained, *words]))
-    assert "8 rows, single_label_classification, labels by class" in caplog.text
+    assert "8 rows, single_label_classification, labels as data.label_names has" in caplog.text
     assert "World: 4, Sports: 4" in caplog.text
     with pytest.raises(ValueError, match=r"data.label_names=\{1: World, 2: Sports\}"):
         measure(read_settings([other, *words]))

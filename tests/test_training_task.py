@@ -18,6 +18,7 @@ from gptj import (
     checkpoint,
 )
 from gptj.data.classification import ClassificationData
+from gptj.data.rows import DataError
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.task import make_config, make_data, prepare_tokenizer
 
@@ -212,3 +213,15 @@ def test_what_comes_of_a_checkpoint_without_padding_runs_in_transformers(
         tmp_path, ["a", "b"], model={"checkpoint": base, "config": {"pad_token_id": 3}}
     )
     assert parts(given)[2].pad_token_id == 3
+
+
+def test_all_columns_that_are_missing_are_named_before_a_tokenizer_is_learned(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.csv").write_text("Class Index;Description\n1;good\n")
+    settings = settings_of(tmp_path, [], data={"train": str(tmp_path / "a.csv")})
+    with pytest.raises(
+        DataError, match="no column 'text' and no column 'label'; there are 'Class I"
+    ):
+        prepare_tokenizer(settings)
+    assert not (tmp_path / "finetune").exists()

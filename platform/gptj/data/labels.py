@@ -401,8 +401,12 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
 
 
 def _how(labels: Sequence[_Label], found: LabelSet) -> str:
-    numbers = all(map(_is_whole, _values(labels))) and not _has_numbers(found.names)
-    return "by class number" if numbers else "by name"
+    assert found.written is not None
+    if _all_named(_values(labels), _by_name(found.names)):
+        return "by name"
+    others = {key: number for key, number in found.written.items() if key not in found.names}
+    counted = others == {str(number): number for number in range(len(found.names))}
+    return "by class number" if counted else "as data.label_names has them"
 
 
 def _lookup(value: Any, table: Mapping[str, int]) -> int | None:

@@ -7,7 +7,7 @@ keys, wrong types and contradictions are a SettingsError before anything has beg
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from pydantic import (
 from gptj import storage
 from gptj.addresses import AddressError, absolute, normalized
 from gptj.config import ALIASES, PRESETS, GPTJConfig
+from gptj.yaml_value import parse_yaml
 
 Task = Literal["causal-lm", "classification", "question-answering"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -405,29 +406,6 @@ def _read_file(address: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise SettingsError(f"{address} must hold keys and values, got a {type(fields).__name__}")
     return fields
-
-
-class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which PyYAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(content: bytes | str) -> Any:
-    """A YAML document's value; YAMLError also for keys that are there twice and for numbers of
-    thousands of digits or nesting that Python cannot hold."""
-    try:
-        return yaml.load(content, _UniqueKeysLoader)  # a safe loader
-    except (ValueError, RecursionError) as error:
-        raise yaml.YAMLError(str(error)) from error
 
 
 _MARKS = tuple("|,:*&#%!@^\t")  # that mean something in YAML, and nothing alone: data.delimiter=|

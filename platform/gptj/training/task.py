@@ -49,7 +49,8 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
         storage.delete_folder(folder)  # of a try that ended before its first checkpoint
     if Manifest.read(folder) is None:
         columns = ("question", "context") if settings.task == "question-answering" else ("text",)
-        rows = _rows(settings, settings.train_data, columns)
+        # All columns of the task: what is missing is said at once.
+        rows = _rows(settings, settings.train_data, COLUMNS[settings.task])
         texts = (row.text(column) for row in rows for column in columns)
         tokenizer = GPTJTokenizer.train(texts, settings.tokenizer.vocab_size)
         tokenizer.model_max_length = config_fields(settings)["n_positions"]
