@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptj import GPTJConfig, GPTJForSequenceClassification, GPTJTokenizer
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.examples import TOKENIZED_AT_ONCE
+from gptj.data.labels import read_labels
 from gptj.data.sources import DataError, Row, read_rows
 from gptj.training.settings import COLUMNS
 
@@ -234,6 +237,9 @@ def test_what_is_said_of_the_labels_wins_over_how_cells_look(tokenizer: GPTJToke
     assert data.labels.names == ("0.5", "1.5")
     data = ClassificationData(cells("1.5", "0.5"), tokenizer, 32, label_names=["1.5", "0.5"])
     assert data.targets.tolist() == [0, 1] and data.labels.problem_type == SINGLE
+    data = ClassificationData(cells("2.0", "1.0"), tokenizer, 32, label_names=["1", "2"])
+    assert data.targets.tolist() == [1, 0]
+    assert ClassificationData(cells("2.0"), tokenizer, 32, data.labels).targets.tolist() == [1]
     with pytest.raises(DataError, match="row 2, column 'label': must be a finite number, got 'x'"):
         ClassificationData(cells("1", "x"), tokenizer, 32, problem_type=REGRESSION)
     with pytest.raises(DataError, match="row 1, column 'label': must be a list of names or of 0"):
@@ -405,6 +411,45 @@ def test_lists_that_can_be_read_in_two_ways_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         ClassificationData(rows(*labels), tokenizer, 32, **given)
+
+
+SCALARS = st.one_of(
+    st.sampled_from(["0", "1", "2", "a", "b", "001", "1.0", "1.5", "true", "[0, 1]", '["a"]', " "]),
+    st.integers(-1, 3),
+    st.sampled_from([0.0, 1.0, 2.0, 0.5]),
+    st.booleans(),
+    st.sampled_from([None, 10**400, float("nan"), 1e300]),
+)
+LABELS = st.one_of(
+    st.lists(st.one_of(SCALARS, st.lists(SCALARS, max_size=3)), min_size=1, max_size=4),
+    *(
+        st.lists(each, min_size=1, max_size=4)
+        for kind in (st.sampled_from(["a", "b", "1"]), st.integers(0, 3), st.sampled_from([0, 1]))
+        for each in (kind, st.lists(kind, max_size=3), st.lists(kind, min_size=2, max_size=2))
+    ),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    labels=LABELS,
+    typed=st.booleans(),
+    names=st.sampled_from([None, ["a", "b"], ["0", "1", "2"], {"1": "a", "2": "b"}]),
+    problem_type=st.sampled_from([None, SINGLE, MULTI, REGRESSION]),
+)
+def test_each_row_is_read_alike_wherever_it_stands(
+    labels: list[Any], typed: bool, names: Any, problem_type: str | None
+) -> None:
+    """Alone in a file of its own as among the training rows; or the training rows are refused."""
+    found = rows(*(each if typed else str(each) for each in labels), typed=typed)
+    try:
+        train = read_labels(found, None, names, problem_type)
+    except DataError as error:
+        assert "column 'label'" in str(error) or "data.label_names" in str(error)
+        return
+    for row, target in zip(found, train.targets, strict=True):
+        alone = read_labels([row], train.labels).targets
+        assert alone.tolist() == [target.tolist()]
 
 
 class Text(str):

@@ -57,7 +57,9 @@ def read_csv(file: IO[bytes], wanted: Sequence[str], delimiter: str | None) -> I
         values = {name: cells[place] for name, place in places}
         for name, cell in values.items():
             if not _is_text(cell):
-                raise BadRecordError(number, f"is not UTF-8: {shown(cell)}", name)
+                raise BadRecordError(
+                    number, f"is not UTF-8: {shown(cell)}; remedy: save the file as UTF-8", name
+                )
         yield number, values
 
 

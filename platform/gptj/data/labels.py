@@ -166,7 +166,7 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
     def all_as(convert: Callable[[str], Any]) -> list[_Label]:
         return [_Label(label.row, convert(text)) for label, text in zip(labels, texts, strict=True)]
 
-    if problem_type is None and table is not None and all(text in table for text in texts):
+    if problem_type in (None, SINGLE_LABEL) and table and all(text in table for text in texts):
         return all_as(str)
     if problem_type != SINGLE_LABEL and all(text.startswith("[") for text in texts):
         lists = []
@@ -185,7 +185,7 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
         return all_as(lambda text: float(text) if _NUMBER.fullmatch(text) else text)
     if all(_WHOLE.fullmatch(text) for text in texts):
         return all_as(int)
-    if problem_type is None and all(_NUMBER.fullmatch(text) for text in texts):
+    if (problem_type is None or table) and all(_NUMBER.fullmatch(text) for text in texts):
         return all_as(float)
     return all_as(str)
 
