@@ -6,15 +6,14 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import IO, Literal, cast
 
 import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 
 from gptj.data.csv_rows import read_csv
 from gptj.data.json_rows import read_json
-from gptj.data.records import BadRecordError, MissingColumnsError, Record, check_header
+from gptj.data.parquet_rows import read_parquet
+from gptj.data.records import MissingColumnsError, Record
 
 Kind = Literal["parquet", "json", "csv", "text"]
 
@@ -29,7 +28,6 @@ KINDS: dict[str, Kind] = {
 CODECS = {".gz": "gzip", ".zst": "zstd"}  # around any of them but Parquet, as in .jsonl.gz
 READABLE = f"{', '.join(KINDS)}, or one of them with {' or '.join(CODECS)}"
 
-PARQUET_ROWS = 1024  # at a time
 UNPACKED_BYTES = 2**20  # at a time
 
 
@@ -59,14 +57,14 @@ def read_records(
 
     Raises:
         BadFileError, BadRecordError, MissingColumnsError: for data that do not fit.
-        OSError, pyarrow.ArrowException, UnicodeDecodeError: for damaged files.
+        DamagedFileError, OSError, UnicodeDecodeError: for damaged files.
     """
     if format.codec is not None:
         unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), format.codec)
         file = io.BufferedReader(cast(io.RawIOBase, unpacked), UNPACKED_BYTES)
     match format.kind:
         case "parquet":
-            return _read_parquet(file, wanted)
+            return read_parquet(file, wanted)
         case "json":
             return read_json(file, wanted)
         case "csv":
@@ -80,37 +78,3 @@ def _read_text(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
     if list(wanted) != ["text"]:
         raise MissingColumnsError(None, ["text"])
     yield 1, {"text": file.read().decode("utf-8-sig")}
-
-
-def _read_parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
-    parquet = pyarrow.parquet.ParquetFile(file)
-    check_header(parquet.schema_arrow.names, wanted)
-    number = 0
-    for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=list(wanted)):
-        columns = [_values(batch.column(name), name, number) for name in wanted]
-        for values in zip(*columns, strict=True):
-            number += 1
-            yield number, dict(zip(wanted, values, strict=True))
-
-
-def _values(column: Any, name: str, before: int) -> list[Any]:
-    """A column's values as JSON would have them: dates and times as text, decimals as numbers."""
-    types = pyarrow.types
-    if types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if types.is_temporal(column.type):  # Python's own dates end with the year 9999
-        column = pyarrow.compute.cast(column, pyarrow.string())
-    elif types.is_decimal(column.type):
-        whole = column.type.scale <= 0
-        column = pyarrow.compute.cast(column, pyarrow.int64() if whole else pyarrow.float64())
-    elif types.is_float16(column.type):
-        column = pyarrow.compute.cast(column, pyarrow.float32())
-    try:
-        return cast(list[Any], column.to_pylist())
-    except (ValueError, OverflowError):  # what row?
-        for number, scalar in enumerate(column, before + 1):
-            try:
-                scalar.as_py()
-            except (ValueError, OverflowError) as error:
-                raise BadRecordError(number, f"cannot be read: {error}", name) from error
-        raise

@@ -32,7 +32,11 @@ class MissingColumnsError(Exception):
 
 
 class BadFileError(Exception):
-    """A file that cannot be read."""
+    """A file that cannot be read at all."""
+
+
+class DamagedFileError(Exception):
+    """A file that cannot be read from a place on."""
 
 
 def check_header(names: Sequence[str], wanted: Sequence[str], hint: str = "") -> None:

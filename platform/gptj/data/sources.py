@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import pyarrow
-
 from gptj import storage
 from gptj.addresses import SAMPLE, normalized
 from gptj.data import samples
 from gptj.data.formats import READABLE, Format, format_of, read_records
-from gptj.data.records import BadFileError, BadRecordError, MissingColumnsError, Record
+from gptj.data.records import (
+    BadFileError,
+    BadRecordError,
+    DamagedFileError,
+    MissingColumnsError,
+    Record,
+)
 from gptj.data.rows import DataError, Row
 
 __all__ = ["DataError", "Row", "read_rows"]
@@ -170,5 +174,5 @@ def _read(
             raise _missing(address, names, error) from error
         except storage.StorageError:
             raise
-        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        except (DamagedFileError, UnicodeDecodeError, OSError) as error:
             raise DataError(f"{address}, after row {number}: cannot be read: {error}") from error

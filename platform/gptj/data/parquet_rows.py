@@ -1,0 +1,56 @@
+"""A Parquet file's bytes in, records out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, cast
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from gptj.data.records import BadRecordError, DamagedFileError, Record, check_header
+
+ROWS = 1024  # at a time
+
+
+def read_parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+    """The wanted columns of each record; no others are read. DamagedFileError where it ends."""
+    try:
+        yield from _records(file, wanted)
+    except pyarrow.ArrowException as error:
+        raise DamagedFileError(str(error)) from error
+
+
+def _records(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+    parquet = pyarrow.parquet.ParquetFile(file)
+    check_header(parquet.schema_arrow.names, wanted)
+    number = 0
+    for batch in parquet.iter_batches(batch_size=ROWS, columns=list(wanted)):
+        columns = [_values(batch.column(name), name, number) for name in wanted]
+        for values in zip(*columns, strict=True):
+            number += 1
+            yield number, dict(zip(wanted, values, strict=True))
+
+
+def _values(column: Any, name: str, before: int) -> list[Any]:
+    """A column's values as JSON would have them: dates and times as text, decimals as numbers."""
+    types = pyarrow.types
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_temporal(column.type):  # Python's own dates end with the year 9999
+        column = pyarrow.compute.cast(column, pyarrow.string())
+    elif types.is_decimal(column.type):
+        whole = column.type.scale <= 0
+        column = pyarrow.compute.cast(column, pyarrow.int64() if whole else pyarrow.float64())
+    elif types.is_float16(column.type):
+        column = pyarrow.compute.cast(column, pyarrow.float32())
+    try:
+        return cast(list[Any], column.to_pylist())
+    except (ValueError, OverflowError):  # what row?
+        for number, scalar in enumerate(column, before + 1):
+            try:
+                scalar.as_py()
+            except (ValueError, OverflowError) as error:
+                raise BadRecordError(number, f"cannot be read: {error}", name) from error
+        raise
