@@ -147,7 +147,7 @@ def test_every_way_in_refuses_it(
         lambda: import_weights(str(tmp_path), nowhere, tokenizer=address),
         lambda: export_weights(address, nowhere, format="flax"),
         lambda: export_weights(str(tmp_path), address, format="flax"),
-        lambda: read_rows(address),
+        lambda: read_rows(address, ["text"]),
         lambda: storage.write_bytes(address, b""),
         lambda: storage.read_bytes(address),
         lambda: storage.check_writable(address),
@@ -218,7 +218,7 @@ def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.M
     import_weights("~/model", "~/copy")
     checkpoint.main(["verify", "~/copy"])
     (tmp_path / "home/rows.txt").write_text("one two")
-    assert [row.values for row in read_rows("~/*.txt")] == [{"text": "one two"}]
+    assert [row.values for row in read_rows("~/*.txt", ["text"])] == [{"text": "one two"}]
     settings = read_settings(["storage=~/out", "data.train=~/rows.txt", "model.checkpoint=~/model"])
     assert settings.model_folder == str(tmp_path / "home/out/finetune/model")
     assert settings.train_data == str(tmp_path / "home/rows.txt")

@@ -23,8 +23,8 @@ from gptj.data.question_answering import (
     windows,
 )
 from gptj.data.sources import DataError, Row, read_rows
-from gptj.serving.question_answering import QuestionAnsweringRequest, QuestionAnsweringService
 from gptj.data.words import Words
+from gptj.serving.question_answering import QuestionAnsweringRequest, QuestionAnsweringService
 
 QUESTION = "Where does she live now?"
 CONTEXT = (
