@@ -96,9 +96,9 @@ def gptj_tokenizer(gpt2_vocabulary: Vocabulary) -> GPTJTokenizer:
     return GPTJTokenizer.from_vocabulary(*gpt2_vocabulary)
 
 
-@pytest.fixture(scope="session", params=["local", "gpu", "gpu-irsa-kueue"])
+@pytest.fixture(scope="session", params=["local", "gpu", "gpu+irsa+kueue"])
 def objects(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """The manifests of each overlay, and of one with everything that can be added to it."""
+    """All that a cluster gets: each overlay, and one with everything that can be added to it."""
     return manifests.build(request.param, tmp_path_factory.mktemp("manifests"))

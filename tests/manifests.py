@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,47 @@ def program() -> list[str]:
     pytest.skip("neither kubectl nor kustomize is here")
 
 
+# Which kustomization a component is for, where it is not serving's alone.
+COMPONENTS_OF = {
+    "irsa": ("overlays", "training/overlays"),
+    "kueue": ("training/overlays",),
+    "node-local-dns": ("namespace",),
+    "cilium": ("overlays",),
+}
+
+
 def build(name: str, scratch: Path) -> list[Object]:
-    """An overlay, with the components that follow its name, as objects."""
-    overlay, *components = name.split("-")
-    folder = K8S / "overlays" / overlay
+    """All that a cluster gets: the namespace's objects, serving's and training's.
+
+    Args:
+        name: an overlay, and with "+" before each, components that are added to it.
+        scratch: an empty folder.
+    """
+    overlay, *components = name.split("+")
+    return [
+        each
+        for part in ("namespace", "overlays", "training/overlays")
+        for each in kustomize(
+            K8S / part if part == "namespace" else K8S / part / overlay,
+            [each for each in components if part in COMPONENTS_OF.get(each, ("overlays",))],
+            scratch / part,
+        )
+    ]
+
+
+def kustomize(folder: Path, components: Sequence[str] = (), scratch: Path = Path()) -> list[Object]:
+    """The objects of one kustomization, with components of k8s/components added."""
     if components:
-        folder = scratch
+        scratch.mkdir(parents=True)
         kustomization = {
-            "resources": [os.path.relpath(K8S / "overlays" / overlay, folder)],
+            "resources": [os.path.relpath(folder, scratch)],
             "components": [
-                os.path.relpath(K8S / "components" / name, folder) for name in components
+                os.path.relpath(K8S / "components" / each, scratch) for each in components
             ],
             "namespace": "gptj",
         }
-        (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        (scratch / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        folder = scratch
     done = subprocess.run([*program(), str(folder)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     return list(yaml.safe_load_all(done.stdout))

@@ -56,7 +56,7 @@ SMALLER_MODEL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
-    """What `kubectl apply -k k8s/overlays/local` sends."""
+    """The namespace, serving and training on a laptop's cluster."""
     return build("local", tmp_path_factory.mktemp("overlay"))
 
 
@@ -106,7 +106,7 @@ def here(
         folder=folder,
         workdir=image(folder / "image"),
         serve_port=free_ports(1)[0],
-        names={"http://s3:8333": s3_server.endpoint, "redis:6379": redis["address"]},
+        names={"http://seaweedfs:8333": s3_server.endpoint, "redis:6379": redis["address"]},
         secrets={
             ("s3", "AWS_ACCESS_KEY_ID"): s3_server.access_key,
             ("s3", "AWS_SECRET_ACCESS_KEY"): s3_server.secret_key,

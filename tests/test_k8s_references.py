@@ -59,8 +59,7 @@ def test_every_container_states_its_needs_and_shows_its_health(objects: list[Obj
             assert container["readinessProbe"] and container["livenessProbe"]
     classes = {each["metadata"]["name"] for each in of_kind(objects, "PriorityClass")}
     for template in templates(objects):
-        if component(template) != "s3":
-            assert template["spec"]["priorityClassName"] in classes
+        assert template["spec"]["priorityClassName"] in classes
 
 
 def test_volumes_config_maps_and_secrets_exist(objects: list[Object]) -> None:
@@ -191,6 +190,7 @@ def test_the_jobs_settings_are_right_and_fit_its_workers(objects: list[Object]) 
 def test_overlays_and_components_hold_differences_as_json_patches() -> None:
     for path in [
         *K8S.glob("overlays/*/kustomization.yaml"),
+        *K8S.glob("training/overlays/*/kustomization.yaml"),
         *K8S.glob("components/*/kustomization.yaml"),
     ]:
         kustomization = yaml.safe_load(path.read_text())

@@ -133,7 +133,11 @@ def in_block(address: str, block: Object) -> bool:
 
 def test_connections_are_those_that_are_needed(objects: list[Object]) -> None:
     local = bool(
-        [each for each in of_kind(objects, "StatefulSet") if each["metadata"]["name"] == "s3"]
+        [
+            each
+            for each in of_kind(objects, "StatefulSet")
+            if each["metadata"]["name"] == "seaweedfs"
+        ]
     )
     wanted = {
         ("ingress", "serving-worker", 8000),
