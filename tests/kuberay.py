@@ -1,34 +1,39 @@
-"""What KubeRay 1.7 makes of rendered manifests, as processes of this machine instead of pods.
+"""The pods that KubeRay 1.7.0 builds of rendered manifests, as processes of this machine.
 
-A pod of Ray is one `ray start --block`, with parameters and variables from the manifest and from
-the operator. `Cluster` takes them from a rendered RayService or RayJob; `Here` has all that must
-differ on one machine, and nothing else differs.
+`Cluster` takes pods, services and jobs from kuberay_operator.py and does the kubelet's part: init
+containers, variables, mounted config maps, the command. `Here` has all that must differ on one
+machine, and nothing else differs.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from subprocess import Popen
 
 import httpx
+import kuberay_operator
 import psutil
 import yaml
-from manifests import Object, named
+from manifests import Object, named, selects
 
 from jobs.processes import HOST, free_ports, running, tail
 
 BIN = Path(sys.executable).parent
 HEAD_IP = "127.0.0.2"
 UP_SECONDS = 90
-BINARY = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+SUFFIX = "abcde"  # of a cluster's name, where KubeRay's is random
+# What needs Kubernetes' API, which is not here: no autoscaler and no disruption budget.
+NOT_HERE = ("autoscaler", "disruption-budget")
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,10 @@ class Here:
 
     Hosts and ports: pods have addresses on loopback, from 127.0.0.2 on (which Linux has), and free
     ports of their own, except that all of Serve's proxies listen on one of 127.0.0.1; the names of
-    services are addresses. Paths: what pods mount is in `folder`. Sizes: object stores of 80 MB.
-    The image: Python and HOME (with DeepSpeed's operators, once built) are this machine's, the
-    working directory is `workdir`, with a smaller training. Services: S3 is LocalS3, Redis is
-    Debian's with the manifest's settings. What is not there: Kubernetes, so that no autoscaler runs
-    and no init container waits.
+    services are addresses. Paths: what pods mount is in `folder`. The image: Python and HOME (with
+    DeepSpeed's operators, once built) are this machine's, the working directory is `workdir`, with
+    a smaller training. Services: S3 is LocalS3, Redis is Debian's with the manifest's settings.
+    What is not there: Kubernetes, and so the containers of NOT_HERE.
     """
 
     folder: Path
@@ -49,7 +53,6 @@ class Here:
     serve_port: int
     names: Mapping[str, str]  # what manifests call something, and what it is here
     secrets: Mapping[tuple[str, str], str] = field(repr=False)  # by name and key
-    object_store_bytes: int = 80_000_000
 
     def value(self, text: str) -> str:
         for name, here in self.names.items():
@@ -74,7 +77,6 @@ class Here:
             "node-ip-address": ip,
             "metrics-export-port": str(ports.metrics),
             "dashboard-agent-listen-port": str(ports.agent),
-            "object-store-memory": str(self.object_store_bytes),
             "temp-dir": str(sessions),
         }
 
@@ -116,7 +118,7 @@ class Pod:
     ip: str
     ports: Ports
     process: Popen[bytes]
-    container: Object
+    built: Object  # as KubeRay makes it
     log: Path
     serve_port: int
 
@@ -138,7 +140,7 @@ class Pod:
 
     def probe(self, kind: str) -> int:
         """The status that the kubelet's HTTP probe gets; it sends no token."""
-        probe = self.container[kind]["httpGet"]
+        probe = self.built["spec"]["containers"][0][kind]["httpGet"]
         host, port = (
             (HOST, self.serve_port) if probe["port"] == "serve" else (self.ip, self.ports.agent)
         )
@@ -153,13 +155,12 @@ def nodes_alive(dashboard: str, token: str) -> int:
 
 
 class Cluster:
-    """The head and the workers of a rayClusterSpec."""
+    """The RayCluster of a RayService or RayJob: its head, its workers and what goes with them."""
 
-    def __init__(
-        self, name: str, spec: Object, objects: Sequence[Object], here: Here, token: str
-    ) -> None:
-        self.name = name
-        self._spec = spec
+    def __init__(self, owner: Object, objects: Sequence[Object], here: Here, token: str) -> None:
+        self.owner = owner
+        self.object = kuberay_operator.ray_cluster(owner, SUFFIX)
+        self.object["metadata"]["uid"] = f"{self.name}-uid"
         self._objects = objects
         self._here = here
         self._token = token
@@ -167,6 +168,12 @@ class Cluster:
         self._sessions = Path()
         self._starts = 0
         self._head_ports = Ports.free()
+        head = self.object["spec"]["headGroupSpec"]
+        head["rayStartParams"] |= here.head_parameters(self._head_ports)
+
+    @property
+    def name(self) -> str:
+        return str(self.object["metadata"]["name"])
 
     @property
     def dashboard(self) -> str:
@@ -184,23 +191,52 @@ class Cluster:
         with tempfile.TemporaryDirectory(prefix="k8s-ray-") as sessions, self._pods:
             self._sessions = Path(sessions)
             head = self.start_head()
-            (group,) = self._spec["workerGroupSpecs"]
+            (group,) = self.object["spec"]["workerGroupSpecs"]
             workers = []
             # One after the other, since starting takes a raylet a core for some seconds.
             for number in range(group["replicas"]):
-                workers.append(self._start(f"worker-{number}", group, Ports.free()))
+                workers.append(self._start_worker(group, number))
                 self.wait_for_nodes(1 + len(workers))
             yield head, workers
 
     def start_head(self) -> Pod:
         """Also after its end: on the same address, as its service keeps it."""
-        head = self._start("head", self._spec["headGroupSpec"], self._head_ports)
+        cluster = deepcopy(self.object)
+        group = cluster["spec"]["headGroupSpec"]
+        group["rayStartParams"] |= self._parameters(HEAD_IP, self._head_ports)
+        head = self._run("head", HEAD_IP, self._head_ports, kuberay_operator.head_pod(cluster))
         deadline = time.monotonic() + UP_SECONDS
         while not self._answers("/api/jobs/"):
             if head.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the head of {self.name} is not up:\n{tail(head.log)}")
             time.sleep(0.2)
         return head
+
+    def _start_worker(self, group: Object, number: int) -> Pod:
+        group, ip, ports = deepcopy(group), f"127.0.0.{number + 3}", Ports.free()
+        group["rayStartParams"] |= self._parameters(ip, ports)
+        built = kuberay_operator.worker_pod(self.object, group, number)
+        return self._run(f"worker-{number}", ip, ports, built)
+
+    def _parameters(self, ip: str, ports: Ports) -> dict[str, str]:
+        self._starts += 1  # a new pod has an empty /tmp/ray
+        return self._here.parameters(ip, ports, self._sessions / f"{self._starts}")
+
+    def submit(self, submission: str, seconds: float) -> int:
+        """Run the Job that submits the RayJob's entrypoint and follows it; its exit status."""
+        job = kuberay_operator.submitter(self.owner, self.object, submission)
+        pod = {**job["spec"]["template"]["spec"], "metadata": job["spec"]["template"]["metadata"]}
+        (container,) = pod["containers"]
+        log = self._here.folder / f"{self.name}-submitter.log"
+        environment = self._environment(container, pod["metadata"])
+        with running(self._command(container, environment), environment=environment, log=log) as it:
+            return it.wait(timeout=seconds)
+
+    def served_by(self, pods: Sequence[Pod]) -> list[Pod]:
+        """Those of the pods to which the service for requests sends them."""
+        service = kuberay_operator.serve_service(self.owner, self.object)
+        selector = {"matchLabels": service["spec"]["selector"]}
+        return [pod for pod in pods if selects(selector, pod.built["metadata"]["labels"])]
 
     def wait_for_nodes(self, count: int) -> None:
         deadline = time.monotonic() + UP_SECONDS
@@ -221,35 +257,40 @@ class Cluster:
     def nodes_alive(self) -> int:
         return nodes_alive(self.dashboard, self._token)
 
-    def _start(self, name: str, group: Object, ports: Ports) -> Pod:
-        head = name == "head"
-        spec = group["template"]["spec"]
-        container = spec["containers"][0]
-        self._mount(spec)
-        environment = self._operator_environment(head) | self._environment(container)
-        parameters = self._operator_parameters(container, head) | group["rayStartParams"]
-        ip = HEAD_IP if head else f"127.0.0.{int(name.removeprefix('worker-')) + 3}"
-        self._starts += 1  # a new pod has an empty /tmp/ray
-        parameters |= self._here.parameters(ip, ports, self._sessions / f"{self._starts}")
-        if head:
-            parameters |= self._here.head_parameters(ports)
-        command = ["env", f"--chdir={self._here.workdir}", str(BIN / "ray"), "start", "--block"]
-        command += ["--head"] if head else [f"--address={environment['RAY_ADDRESS']}"]
-        for key, value in parameters.items():
-            # The pod's shell puts the variable in.
-            value = value.replace("$REDIS_PASSWORD", environment.get("REDIS_PASSWORD", ""))
-            command.append(f"--{key}" if value == "true" else f"--{key}={value}")
+    def _run(self, name: str, ip: str, ports: Ports, built: Object) -> Pod:
+        """What the kubelet does with a pod: init containers, then Ray's container."""
+        spec, metadata = built["spec"], {**built["metadata"], "name": f"{self.name}-{name}"}
         log = self._here.folder / f"{self.name}-{name}.log"
+        for container in (*spec.get("initContainers", []), *spec["containers"]):
+            self._mount(spec, container)
+        for container in spec.get("initContainers", []):
+            if container["name"] not in NOT_HERE:
+                environment = self._environment(container, metadata)
+                command = self._command(container, environment)
+                with log.open("ab") as output:
+                    subprocess.run(
+                        command,
+                        env=environment,
+                        stdout=output,
+                        stderr=output,
+                        check=True,
+                        timeout=UP_SECONDS,
+                    )
+        ray, *others = spec["containers"]
+        assert all(each["name"] in NOT_HERE for each in others)
+        environment = self._environment(ray, metadata)
         process = self._pods.enter_context(
-            running(command, environment=environment, log=log, grace_seconds=0)
+            running(
+                self._command(ray, environment), environment=environment, log=log, grace_seconds=0
+            )
         )
-        pod = Pod(name, ip, ports, process, container, log, self._here.serve_port)
+        pod = Pod(name, ip, ports, process, built, log, self._here.serve_port)
         self._pods.callback(pod.kill)
         return pod
 
-    def _mount(self, spec: Object) -> None:
+    def _mount(self, spec: Object, container: Object) -> None:
         """The config maps among the volumes, as files."""
-        for mount in spec["containers"][0].get("volumeMounts", []):
+        for mount in container.get("volumeMounts", []):
             (volume,) = (each for each in spec["volumes"] if each["name"] == mount["name"])
             if "configMap" in volume:
                 data = named(self._objects, "ConfigMap", volume["configMap"]["name"])["data"]
@@ -258,56 +299,41 @@ class Cluster:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(content)
 
-    def _operator_parameters(self, container: Object, head: bool) -> dict[str, str]:
-        """What KubeRay adds: the limits, and where it has things of its own."""
-        limits = container["resources"]["limits"]
-        parameters = {
-            "num-cpus": str(ceil(quantity(limits["cpu"]))),
-            "memory": str(int(quantity(limits["memory"]))),
-        }
-        if head and self._spec.get("enableInTreeAutoscaling"):
-            parameters["no-monitor"] = "true"
-        if head and "gcsFaultToleranceOptions" in self._spec:
-            parameters["redis-password"] = "$REDIS_PASSWORD"
-        return parameters
+    def _command(self, container: Object, environment: Mapping[str, str]) -> list[str]:
+        """The container's, in the image's working directory, with $(VARIABLES) put in."""
+        words = [*container["command"], *container.get("args", [])]
+        for name, value in environment.items():
+            words = [word.replace(f"$({name})", value) for word in words]
+        here = [self._here.command(self._name(word)) for word in words]
+        return ["env", f"--chdir={self._here.workdir}", *here]
 
-    def _operator_environment(self, head: bool) -> dict[str, str]:
-        environment = self._here.image() | {
-            "RAY_CLUSTER_NAME": self.name,
-            "RAY_ADDRESS": f"{HEAD_IP}:{self._head_ports.head}",
-            "RAY_PORT": str(self._head_ports.head),
-            "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
-        }
-        if self._spec.get("authOptions", {}).get("mode") == "token":
-            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
-        options = self._spec.get("gcsFaultToleranceOptions")
-        if options and head:
-            environment |= {
-                "RAY_REDIS_ADDRESS": self._here.value(options["redisAddress"]),
-                "REDIS_PASSWORD": self._secret(options["redisPassword"]["valueFrom"]),
-                "RAY_external_storage_namespace": f"{self.name}-uid",
-            }
-        return environment
+    def _name(self, text: str) -> str:
+        """With addresses of this machine for the names of services, and for the head's own."""
+        address = kuberay_operator.head_address(self.object)
+        text = text.replace(f"{address}:8265", f"{HOST}:{self._head_ports.dashboard}")
+        text = text.replace(address, HEAD_IP)
+        own = f"{self._head_ports.head}"
+        return self._here.value(re.sub(rf"\b127\.0\.0\.1:{own}\b", f"{HEAD_IP}:{own}", text))
 
-    def _environment(self, container: Object) -> dict[str, str]:
-        """`envFrom` and `env` of the manifest."""
-        environment: dict[str, str] = {}
+    def _environment(self, container: Object, metadata: Object) -> dict[str, str]:
+        """The image's variables, then `envFrom` and `env`."""
+        environment = self._here.image()
         for source in container.get("envFrom", []):
             data = named(self._objects, "ConfigMap", source["configMapRef"]["name"])["data"]
-            environment |= {name: self._here.value(value) for name, value in data.items()}
+            environment |= {name: self._name(value) for name, value in data.items()}
         for variable in container.get("env", []):
-            if "value" in variable:
-                environment[variable["name"]] = self._here.value(variable["value"])
-            else:
-                environment[variable["name"]] = self._secret(variable["valueFrom"])
+            value = variable.get("value")
+            if value is None:
+                value = self._value_from(variable["valueFrom"], metadata)
+            environment[variable["name"]] = self._name(value)
         return environment
 
-    def _secret(self, source: Object) -> str:
+    def _value_from(self, source: Object, metadata: Object) -> str:
+        if "fieldRef" in source:
+            path = source["fieldRef"]["fieldPath"].removeprefix("metadata.")
+            found = re.fullmatch(r"labels\['(.*)'\]", path)
+            return str(metadata["labels"][found[1]] if found else metadata[path])
         reference = source["secretKeyRef"]
+        if (reference["name"], reference["key"]) == (self.name, "auth_token"):
+            return self._token
         return self._here.secrets[reference["name"], reference["key"]]
-
-
-def quantity(text: str) -> float:
-    """Kubernetes' notation of an amount: 500m, 4Gi."""
-    number = text.rstrip("".join(set("".join(BINARY))))
-    return float(number) * BINARY[text[len(number) :]]

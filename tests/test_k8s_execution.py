@@ -136,29 +136,16 @@ def image(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def job(objects: list[Object], here: Here) -> dict[str, Any]:
     """The RayJob on a cluster of its own; what Ray's jobs API says of it at its end."""
-    spec = named(objects, "RayJob", "finetune")["spec"]
-    cluster = Cluster("finetune", spec["rayClusterSpec"], objects, here, secrets.token_hex(32))
-    submission = {
-        "entrypoint": here.command(spec["entrypoint"]),
-        "submission_id": "finetune-abcde",
-        "runtime_env": yaml.safe_load(spec.get("runtimeEnvYAML", "{}")),
-        "metadata": spec.get("metadata", {}),
-    }
+    cluster = Cluster(named(objects, "RayJob", "finetune"), objects, here, secrets.token_hex(32))
     with cluster.pods():
+        submitted = cluster.submit("finetune-fghij", JOB_SECONDS)
         with httpx.Client(
             base_url=cluster.dashboard, headers=cluster.authorization, timeout=60
         ) as client:
-            client.post("/api/jobs/", json=submission).raise_for_status()
-            deadline = time.monotonic() + JOB_SECONDS
-            while True:
-                info = client.get("/api/jobs/finetune-abcde").raise_for_status().json()
-                if info["status"] in ("SUCCEEDED", "FAILED", "STOPPED"):
-                    break
-                assert time.monotonic() < deadline, info
-                time.sleep(0.5)
-            logs = client.get("/api/jobs/finetune-abcde/logs").json()["logs"]
+            info = client.get("/api/jobs/finetune-fghij").raise_for_status().json()
+            logs = client.get("/api/jobs/finetune-fghij/logs").json()["logs"]
     (here.folder / "job.log").write_text(f"{info}\n{logs}")
-    return {**info, "logs": logs}
+    return {**info, "logs": logs, "submitter": submitted}
 
 
 @dataclass
@@ -194,11 +181,10 @@ def serving(
 ) -> Iterator[Serving]:
     """The RayService: its cluster, and its Serve config sent to it as the operator does."""
     assert job["status"] == "SUCCEEDED", job["logs"]
-    service = named(objects, "RayService", "gptj")["spec"]
-    config = here.serve_config(service["serveConfigV2"])
+    service = named(objects, "RayService", "gptj")
+    config = here.serve_config(service["spec"]["serveConfigV2"])
     save_other_models(config, s3_server)
-    token = secrets.token_hex(32)
-    cluster = Cluster("gptj", service["rayClusterConfig"], objects, here, token)
+    cluster = Cluster(service, objects, here, secrets.token_hex(32))
     with cluster.pods() as (head, workers):
         reply = httpx.put(
             f"{cluster.dashboard}/api/serve/applications/",
@@ -229,7 +215,7 @@ def save_other_models(config: Object, s3: LocalS3) -> None:
 def test_the_training_job_succeeds_and_leaves_the_model_that_is_served(
     objects: list[Object], here: Here, job: dict[str, Any], s3: LocalS3
 ) -> None:
-    assert job["status"] == "SUCCEEDED", job["logs"]
+    assert (job["submitter"], job["status"]) == (0, "SUCCEEDED"), job["logs"]
     config = here.serve_config(named(objects, "RayService", "gptj")["spec"]["serveConfigV2"])
     (address,) = (
         each["args"]["checkpoint"]
@@ -237,6 +223,10 @@ def test_the_training_job_succeeds_and_leaves_the_model_that_is_served(
         if each["name"] == "generation"
     )
     manifest.verify(address)
+
+
+def test_the_service_for_requests_leads_to_the_workers(serving: Serving) -> None:
+    assert serving.cluster.served_by([serving.head, *serving.workers]) == serving.workers
 
 
 def test_each_service_answers_whoever_has_a_key(serving: Serving) -> None:
