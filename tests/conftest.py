@@ -96,7 +96,7 @@ def gptj_tokenizer(gpt2_vocabulary: Vocabulary) -> GPTJTokenizer:
     return GPTJTokenizer.from_vocabulary(*gpt2_vocabulary)
 
 
-@pytest.fixture(scope="session", params=["local", "gpu", "gpu+irsa+kueue"])
+@pytest.fixture(scope="session", params=["local", "gpu", "gpu+irsa+kueue+node-local-dns+cilium"])
 def objects(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:

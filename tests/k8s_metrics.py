@@ -21,7 +21,18 @@ MONITORING = Path(__file__).resolve().parents[1] / "k8s" / "components" / "monit
 # Words of PromQL in our expressions; every other word must be a metric or a label.
 FUNCTIONS = {
     *("sum", "avg", "max", "min", "count", "by", "without"),
-    *("rate", "increase", "changes", "histogram_quantile", "absent"),
+    *("rate", "increase", "changes", "histogram_quantile", "absent", "unless", "on"),
+}
+# What is not Ray's, with its labels: KubeRay's as in ray-operator/controllers/ray/metrics of 1.7.0
+# (ray_service_metrics.go:28, ray_job_metrics.go:31), those of pods as in kube-state-metrics'
+# docs/metrics/workload/pod-metrics.md.
+OF_OPERATORS = {
+    "kuberay_service_info": {"name", "namespace", "uid"},
+    "kuberay_service_condition_ready": {"name", "namespace", "uid", "condition"},
+    "kuberay_service_condition_upgrade_in_progress": {"name", "namespace", "uid", "condition"},
+    "kuberay_job_deployment_status": {"name", "namespace", "uid", "deployment_status"},
+    "kube_pod_container_status_ready": {"container", "pod", "namespace", "uid"},
+    "kube_pod_container_status_terminated": {"container", "pod", "namespace", "uid"},
 }
 # Labels that Prometheus adds when it reads a pod.
 OF_THE_SCRAPE = {"pod", "namespace", "instance", "job", "container"}
@@ -38,14 +49,14 @@ class Expression:
         """The names in it that are metrics."""
         bare = re.sub(r'"[^"]*"', "", self.text)
         bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", bare)  # selectors and ranges
-        bare = re.sub(r"\b(by|without)\s*\([^)]*\)", " ", bare)
+        bare = re.sub(r"\b(by|without|on)\s*\([^)]*\)", " ", bare)
         return set(re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*", bare)) - FUNCTIONS
 
     def labels(self) -> set[str]:
         """The labels that it selects or groups by."""
         bare = re.sub(r'"[^"]*"', '""', self.text)
         selected = re.findall(r'([a-zA-Z_]\w*)\s*(?:=~|!~|!=|=)\s*""', bare)
-        grouped = re.findall(r"\b(?:by|without)\s*\(([^)]*)\)", bare)
+        grouped = re.findall(r"\b(?:by|without|on)\s*\(([^)]*)\)", bare)
         return {*selected, *(label.strip() for group in grouped for label in group.split(","))}
 
 
@@ -101,6 +112,9 @@ def missing(
             if not gpus and "_gpus_" in metric:
                 if metric.removeprefix("ray_") not in _of_ray_nodes():
                     faults.append(f"{expression.place}: Ray reports no {metric}")
+            elif metric in OF_OPERATORS:
+                if labels is not None:
+                    labels |= OF_OPERATORS[metric]
             elif metric in uncounted:
                 labels = None  # which it has shows with its first count
             elif metric not in export:

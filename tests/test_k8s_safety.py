@@ -133,6 +133,20 @@ def in_block(address: str, block: Object) -> bool:
     )
 
 
+def test_with_cilium_the_head_reaches_the_api_server_as_an_entity(objects: list[Object]) -> None:
+    """https://github.com/cilium/cilium/issues/14724: an address block does not match it."""
+    labels = {component(each): each["metadata"]["labels"] for each in templates(objects)}
+    for each in of_kind(objects, "CiliumNetworkPolicy"):
+        spec = each["spec"]
+        (rule,) = spec["egress"]
+        assert rule["toEntities"] == ["kube-apiserver"]
+        ports = {port["port"] for port in rule["toPorts"][0]["ports"]}
+        kubernetes = named(objects, "NetworkPolicy", "autoscaler")["spec"]["egress"][0]["ports"]
+        assert ports == {str(port["port"]) for port in kubernetes}
+        chosen = {name for name in labels if selects(spec["endpointSelector"], labels[name])}
+        assert chosen == {"serving-head"}
+
+
 def test_connections_are_those_that_are_needed(objects: list[Object]) -> None:
     local = bool(
         [
@@ -178,8 +192,15 @@ def test_connections_are_those_that_are_needed(objects: list[Object]) -> None:
         ("serving-worker", "169.254.169.254", 80),
         ("serving-worker", "169.254.169.254", 443),
         ("serving-worker", "10.96.0.1", 443),
+        ("operator", "serving-head", 8000),
+        ("serving-worker", "169.254.20.10", 80),
         ("serving-worker", "52.216.0.1", 80),
     }
+    node_local = {("serving-worker", "169.254.20.10", 53), ("redis", "169.254.20.10", 53)}
+    if any(each["metadata"]["name"] == "node-local-dns" for each in objects):
+        wanted |= node_local
+    else:
+        unwanted |= node_local
     for each in wanted:
         assert reaches(objects, *each), each
     for each in unwanted:

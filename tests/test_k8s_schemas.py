@@ -22,7 +22,9 @@ from manifests import (
 )
 
 CRDS = ROOT.parent / "shared" / "kuberay"
-CUSTOM = {"RayService", "RayJob", "PodMonitor", "PrometheusRule", "LocalQueue"}
+CUSTOM = {
+    *("RayService", "RayJob", "PodMonitor", "PrometheusRule", "LocalQueue", "CiliumNetworkPolicy"),
+}
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 
 
@@ -96,6 +98,7 @@ FIELDS = {
     "PodMonitor": {"selector", "podMetricsEndpoints"},
     "PrometheusRule": {"groups"},
     "LocalQueue": {"clusterQueue"},
+    "CiliumNetworkPolicy": {"endpointSelector", "egress"},
     "ClusterQueue": {"namespaceSelector", "queueingStrategy", "resourceGroups"},
     "ResourceFlavor": {"nodeLabels", "tolerations"},
 }
