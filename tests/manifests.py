@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kuberay_operator
 import kubernetes_validate
 import pytest
 import yaml
@@ -97,26 +97,24 @@ def clusters(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
         yield each, each["spec"]["rayClusterSpec"]
 
 
+def made_clusters(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
+    """Each RayService and RayJob with the RayCluster that KubeRay makes of it."""
+    for owner in of_kind(objects, "RayService", "RayJob"):
+        yield owner, kuberay_operator.ray_cluster(owner, "abcde")
+
+
 def templates(objects: list[Object]) -> Iterator[Object]:
-    """All pod templates, with the autoscaler's container that KubeRay adds to a head."""
+    """All pods that run in the namespace: Ray's as KubeRay builds them."""
+    for owner, cluster in made_clusters(objects):
+        yield kuberay_operator.head_pod(cluster)
+        for group in cluster["spec"]["workerGroupSpecs"]:
+            yield kuberay_operator.worker_pod(cluster, group)
+        if owner["kind"] == "RayJob":
+            yield kuberay_operator.submitter(owner, cluster, "finetune-fghij")["spec"]["template"]
+        if "gcsFaultToleranceOptions" in cluster["spec"]:
+            yield kuberay_operator.redis_cleanup(cluster)["spec"]["template"]
     for each in of_kind(objects, "StatefulSet"):
         yield each["spec"]["template"]
-    for _, cluster in clusters(objects):
-        head = json.loads(json.dumps(cluster["headGroupSpec"]["template"]))
-        if cluster.get("enableInTreeAutoscaling"):
-            options = cluster["autoscalerOptions"]
-            head["spec"]["containers"].append(
-                {
-                    "name": "autoscaler",
-                    "image": head["spec"]["containers"][0]["image"],
-                    "resources": options["resources"],
-                    "securityContext": options["securityContext"],
-                }
-            )
-        yield head
-        yield from (group["template"] for group in cluster["workerGroupSpecs"])
-    for each in of_kind(objects, "RayJob"):
-        yield each["spec"]["submitterPodTemplate"]
 
 
 def component(template: Object) -> str:

@@ -16,7 +16,7 @@ import kuberay_operator as operator
 import pytest
 import yaml
 from kuberay_operator import quantity
-from manifests import K8S, Object, kustomize, named, of_kind, selects
+from manifests import K8S, Object, kustomize, made_clusters, named, of_kind, selects, templates
 
 OVERLAYS = sorted(path.parent for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 TRAININGS = sorted(
@@ -24,29 +24,9 @@ TRAININGS = sorted(
 )
 
 
-def clusters(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
-    """Each RayService and RayJob with the RayCluster that KubeRay makes of it."""
-    for owner in of_kind(objects, "RayService", "RayJob"):
-        yield owner, operator.ray_cluster(owner, "abcde")
-
-
-def pods(objects: list[Object]) -> Iterator[Object]:
-    """All pods that run in the namespace."""
-    for owner, cluster in clusters(objects):
-        yield operator.head_pod(cluster)
-        for group in cluster["spec"]["workerGroupSpecs"]:
-            yield operator.worker_pod(cluster, group)
-        if owner["kind"] == "RayJob":
-            yield operator.submitter(owner, cluster, "finetune-fghij")["spec"]["template"]
-        if "gcsFaultToleranceOptions" in cluster["spec"]:
-            yield operator.redis_cleanup(cluster)["spec"]["template"]
-    for each in of_kind(objects, "StatefulSet"):
-        yield each["spec"]["template"]
-
-
 def services(objects: list[Object]) -> Iterator[Object]:
     yield from of_kind(objects, "Service")
-    for owner, cluster in clusters(objects):
+    for owner, cluster in made_clusters(objects):
         yield operator.head_service(cluster)
         yield operator.head_service(cluster, owner)
         if owner["kind"] == "RayService":
@@ -75,7 +55,7 @@ def test_requests_go_to_the_workers_through_a_service_of_the_heads_ports(
 
 
 def test_no_pod_gets_variables_for_services(objects: list[Object]) -> None:
-    for pod in pods(objects):
+    for pod in templates(objects):
         assert pod["spec"]["enableServiceLinks"] is False, pod["metadata"]["labels"]
 
 
@@ -122,7 +102,7 @@ def test_the_object_store_fits_into_shared_memory(
     from ray._private import utils as ray_utils
 
     checked = 0
-    for pod in pods(objects):
+    for pod in templates(objects):
         ray = pod["spec"]["containers"][0]
         found = re.search(r"ray start .*", str(ray.get("args")))
         if not found or "ray job submit" in str(ray["args"]):
@@ -142,7 +122,7 @@ def test_the_object_store_fits_into_shared_memory(
 
 def test_pods_of_ray_are_never_restarted_by_the_kubelet(objects: list[Object]) -> None:
     """KubeRay makes new ones; with autoscaler v2 it sees to it, for trainings we do."""
-    for pod in pods(objects):
+    for pod in templates(objects):
         if pod["metadata"]["labels"].get("ray.io/is-ray-node"):
             assert pod["spec"]["restartPolicy"] == "Never"
 

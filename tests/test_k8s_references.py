@@ -17,6 +17,7 @@ from manifests import (
     clusters,
     component,
     containers,
+    made_clusters,
     named,
     of_kind,
     secrets,
@@ -52,9 +53,9 @@ def test_every_container_states_its_needs_and_shows_its_health(objects: list[Obj
         # What has no more memory than it asked for is not ended when the node is short of it.
         if container["name"] != "autoscaler":
             assert resources["requests"]["memory"] == resources["limits"]["memory"]
-        if container in template["spec"]["containers"] and container["name"] not in (
-            "submitter",
-            "autoscaler",
+        cleanup = template["metadata"]["labels"].get("ray.io/node-type") == "redis-cleanup"
+        if container in template["spec"]["containers"] and not (
+            cleanup or container["name"] in ("submitter", "autoscaler")
         ):
             assert container["readinessProbe"] and container["livenessProbe"]
     classes = {each["metadata"]["name"] for each in of_kind(objects, "PriorityClass")}
@@ -64,7 +65,11 @@ def test_every_container_states_its_needs_and_shows_its_health(objects: list[Obj
 
 def test_volumes_config_maps_and_secrets_exist(objects: list[Object]) -> None:
     maps = {each["metadata"]["name"]: each["data"] for each in of_kind(objects, "ConfigMap")}
-    known = secrets("local" if "local" in str(of_kind(objects, "Ingress")) else "gpu")
+    known = {
+        **secrets("local" if "local" in str(of_kind(objects, "Ingress")) else "gpu"),
+        # Made by KubeRay, of each cluster's name: raycluster_controller.go:454.
+        **{each["metadata"]["name"]: {"auth_token"} for _, each in made_clusters(objects)},
+    }
     for template, container in containers(objects):
         claims = {"data"} if component(template) in ("redis", "s3") else set()
         volumes = {each["name"]: each for each in template["spec"].get("volumes", [])}
