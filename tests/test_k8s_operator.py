@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,20 @@ def test_a_difference_is_found_in_any_field() -> None:
     assert differences({"a": 1}, {}) == [".a: ours 1, KubeRay's None"]
     assert differences({"a": [1]}, {"a": [1, 2]}) != []
     assert differences({"a": {}, "b": None}, {}) == []
+
+
+def test_each_line_that_is_cited_is_the_one_that_was_meant() -> None:
+    """Its text is written down beside it: what a citation shows can be read without KubeRay."""
+    folder = Path(__file__).parent
+    cited: dict[str, str] = yaml.safe_load((folder / "kuberay_golden" / "cited.yaml").read_text())
+    readme = (folder.parent / "k8s" / "README.md").read_text()
+    found = {
+        f"{path}:{line}" for path, line in re.findall(r"kuberay/blob/v1\.7\.0/(\S+)#L(\d+)", readme)
+    }
+    assert readme.count("ray-project/kuberay/") == readme.count("kuberay/blob/v1.7.0/")
+    for path, lines in re.findall(
+        r"((?:\w+/)?\w+\.go)((?::\d+(?:,| and)? ?)+)", (folder / "kuberay_operator.py").read_text()
+    ):
+        for line in re.findall(r"\d+", lines):
+            found.add(f"ray-operator/controllers/ray/{path}:{line}")
+    assert found == cited.keys()
