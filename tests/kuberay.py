@@ -52,7 +52,7 @@ class Here:
     workdir: Path
     serve_port: int
     names: Mapping[str, str]  # what manifests call something, and what it is here
-    secrets: Mapping[tuple[str, str], str] = field(repr=False)  # by name and key
+    secrets: dict[tuple[str, str], str] = field(repr=False)  # by name and key
 
     def value(self, text: str) -> str:
         for name, here in self.names.items():

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,30 +60,48 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     return build("local", tmp_path_factory.mktemp("overlay"))
 
 
+@dataclass
+class Redis:
+    """Debian's, with the settings of the manifest but for the folder, the port and the host."""
+
+    program: str
+    folder: Path
+    settings: str
+    port: int
+    password: str = ""
+    process: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def start(self, password: str) -> None:
+        """Also anew, as when its pod is restarted: its disk is what it was."""
+        self.process.close()
+        self.password = password
+        path, log = self.folder / "redis.conf", self.folder / "redis.log"
+        text = self.settings.replace("dir /data", f"dir {self.folder}")
+        path.write_text(f"{text}\nport {self.port}\nbind {HOST}\nrequirepass {password}\n")
+        process = self.process.enter_context(
+            running([self.program, str(path)], environment={}, log=log)
+        )
+        while b"PONG" not in redis_answer(self.port, password):
+            assert process.poll() is None, tail(log)
+            time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
-def redis(
-    objects: list[Object], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, str]]:
-    """Debian's, with the settings of the manifest; its address and password."""
+def redis(objects: list[Object], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no redis-server; remedy: apt-get install redis-server")
-    folder = tmp_path_factory.mktemp("redis")
-    (port,) = free_ports(1)
-    password = secrets.token_hex(16)
     container = named(objects, "StatefulSet", "redis")["spec"]["template"]["spec"]
     (settings,) = (each for each in container["volumes"] if "configMap" in each)
     text = named(objects, "ConfigMap", settings["configMap"]["name"])["data"]["redis.conf"]
-    path = folder / "redis.conf"
-    # What is different here: the folder, the port and the host.
-    text = text.replace("dir /data", f"dir {folder}")
-    path.write_text(f"{text}\nport {port}\nbind {HOST}\nrequirepass {password}\n")
-    log = folder / "redis.log"
-    with running([program, str(path)], environment={}, log=log) as process:
-        while b"PONG" not in redis_answer(port, password):
-            assert process.poll() is None, tail(log)
-            time.sleep(0.05)
-        yield {"address": f"{HOST}:{port}", "password": password}
+    found = Redis(program, tmp_path_factory.mktemp("redis"), text, free_ports(1)[0])
+    with found.process:
+        found.start(secrets.token_hex(16))
+        yield found
 
 
 def redis_answer(port: int, password: str) -> bytes:
@@ -97,20 +115,18 @@ def redis_answer(port: int, password: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def here(
-    s3_server: LocalS3, redis: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Here:
+def here(s3_server: LocalS3, redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> Here:
     """All that is different on this machine; kuberay.Here says more."""
     folder = tmp_path_factory.mktemp("cluster")
     return Here(
         folder=folder,
         workdir=image(folder / "image"),
         serve_port=free_ports(1)[0],
-        names={"http://seaweedfs:8333": s3_server.endpoint, "redis:6379": redis["address"]},
+        names={"http://seaweedfs:8333": s3_server.endpoint, "redis:6379": redis.address},
         secrets={
             ("s3", "AWS_ACCESS_KEY_ID"): s3_server.access_key,
             ("s3", "AWS_SECRET_ACCESS_KEY"): s3_server.secret_key,
-            ("redis", "password"): redis["password"],
+            ("redis", "password"): redis.password,
             ("api-keys", "GPTJ_API_KEYS"): KEY,
         },
     )
@@ -289,6 +305,25 @@ def test_losing_the_head_loses_no_deployment_and_requests_go_on(serving: Serving
         serving.head.kill()
         assert not psutil.pid_exists(serving.head.process.pid)
         wait_for_more(replies)  # with no head at all
+        serving.head = serving.cluster.start_head()
+        serving.cluster.wait_for_nodes(1 + len(serving.workers))
+        after = replicas(serving.wait_until_running())
+        wait_for_more(replies)
+    assert set(replies.seen) == {200}
+    assert after == before, "replicas were started anew"
+
+
+def test_a_new_password_of_redis_needs_only_redis_to_be_restarted(
+    serving: Serving, redis: Redis, here: Here
+) -> None:
+    """The head ends by itself, and its successor has the new one, by the secret."""
+    before = replicas(serving.applications())
+    with asking(serving) as replies:
+        redis.start(secrets.token_hex(16))
+        here.secrets["redis", "password"] = redis.password
+        serving.head.process.wait(timeout=60)
+        serving.head.kill()  # what it left
+        wait_for_more(replies)
         serving.head = serving.cluster.start_head()
         serving.cluster.wait_for_nodes(1 + len(serving.workers))
         after = replicas(serving.wait_until_running())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
 import yaml
-from manifests import K8S, ROOT, Object, of_kind, program
+from kuberay_operator import quantity
+from manifests import K8S, ROOT, Object, of_kind, program, templates
 
 README = (K8S / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
@@ -126,3 +128,20 @@ def test_places_to_edit_are_found_by_the_readmes_search() -> None:
         "k8s/overlays/gpu/kustomization.yaml",
         "k8s/base/ingress.yaml",
     } <= set(found)
+
+
+def test_a_laptop_has_room_for_what_the_pods_ask_for(objects: list[Object]) -> None:
+    if "nvidia.com/gpu" in str(objects):
+        return
+    ((cpus, memory),) = re.findall(r"the pods ask for (\d+) CPUs and (\d+) GiB", README)
+    asked = {"cpu": Decimal(0), "memory": Decimal(0)}
+    for template in templates(objects):
+        labels = template["metadata"]["labels"]
+        if labels.get("ray.io/node-type") == "redis-cleanup":
+            continue  # at its end
+        count = 2 if labels["app.kubernetes.io/component"] == "serving-worker" else 1
+        for container in template["spec"]["containers"]:
+            for kind in asked:
+                asked[kind] += count * quantity(container["resources"]["requests"][kind])
+    assert int(cpus) - 1 < asked["cpu"] <= int(cpus)
+    assert int(memory) - 1 < asked["memory"] / 2**30 <= int(memory)

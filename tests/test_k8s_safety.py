@@ -143,7 +143,7 @@ def test_with_cilium_the_head_reaches_the_api_server_as_an_entity(objects: list[
         (rule,) = spec["egress"]
         assert rule["toEntities"] == ["kube-apiserver"]
         ports = {port["port"] for port in rule["toPorts"][0]["ports"]}
-        kubernetes = named(objects, "NetworkPolicy", "autoscaler")["spec"]["egress"][0]["ports"]
+        kubernetes = named(objects, "NetworkPolicy", "api-server")["spec"]["egress"][0]["ports"]
         assert ports == {str(port["port"]) for port in kubernetes}
         chosen = {name for name in labels if selects(spec["endpointSelector"], labels[name])}
         assert chosen == {"serving-head"}
@@ -172,6 +172,7 @@ def test_connections_are_those_that_are_needed(objects: list[Object]) -> None:
         ("training-worker", "52.216.0.1", 443),
         ("training-head", "52.216.0.1", 443),
         ("serving-head", "10.96.0.1", 443),
+        ("serving-head", "172.18.0.2", 6443),
     }
     if local:
         wanted |= {(f"{each}", "s3", 8333) for each in ("serving-worker", "training-worker")}
