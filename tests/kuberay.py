@@ -31,6 +31,7 @@ from jobs.processes import HOST, free_ports, running, tail
 BIN = Path(sys.executable).parent
 HEAD_IP = "127.0.0.2"
 UP_SECONDS = 90
+TRIES = 3
 SUFFIX = "abcde"  # of a cluster's name, where KubeRay's is random
 # What needs Kubernetes' API, which is not here: no autoscaler and no disruption budget.
 NOT_HERE = ("autoscaler", "disruption-budget")
@@ -195,8 +196,7 @@ class Cluster:
             workers = []
             # One after the other, since starting takes a raylet a core for some seconds.
             for number in range(group["replicas"]):
-                workers.append(self._start_worker(group, number))
-                self.wait_for_nodes(1 + len(workers))
+                workers.append(self._joined_worker(group, number, 2 + number))
             yield head, workers
 
     def start_head(self) -> Pod:
@@ -211,6 +211,17 @@ class Cluster:
                 raise RuntimeError(f"the head of {self.name} is not up:\n{tail(head.log)}")
             time.sleep(0.2)
         return head
+
+    def _joined_worker(self, group: Object, number: int, nodes: int) -> Pod:
+        """KubeRay makes a new pod of one that ended: a raylet has 30 s to start, loaded or not."""
+        for _ in range(TRIES):
+            worker = self._start_worker(group, number)
+            deadline = time.monotonic() + UP_SECONDS
+            while worker.process.poll() is None and time.monotonic() < deadline:
+                if self.nodes_alive() == nodes:
+                    return worker
+                time.sleep(0.2)
+        raise RuntimeError(f"{worker.name} of {self.name} does not join:\n{tail(worker.log)}")
 
     def _start_worker(self, group: Object, number: int) -> Pod:
         group, ip, ports = deepcopy(group), f"127.0.0.{number + 3}", Ports.free()
