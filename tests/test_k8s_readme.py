@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import kuberay_operator
 import yaml
 from kuberay_operator import quantity
-from manifests import K8S, ROOT, Object, of_kind, program, templates
+from manifests import K8S, ROOT, Object, made_clusters, of_kind, program, templates
 
 README = (K8S / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
@@ -66,7 +69,6 @@ def test_files_folders_and_objects_in_the_commands_exist(objects: list[Object]) 
     service = of_kind(objects, "RayService")[0]["metadata"]["name"]
     made_by_kuberay = {
         ("service", f"{service}-serve-svc"),
-        ("service", f"{service}-head-svc"),
         ("job", of_kind(objects, "RayJob")[0]["metadata"]["name"]),
     }
     secrets = {("secret", name) for name in ("s3", "redis", "api-keys")}
@@ -145,3 +147,23 @@ def test_a_laptop_has_room_for_what_the_pods_ask_for(objects: list[Object]) -> N
                 asked[kind] += count * quantity(container["resources"]["requests"][kind])
     assert int(cpus) - 1 < asked["cpu"] <= int(cpus)
     assert int(memory) - 1 < asked["memory"] / 2**30 <= int(memory)
+
+
+def test_why_a_cluster_does_not_come_up_is_asked_of_that_cluster(objects: list[Object]) -> None:
+    """On a first deployment there is no active one, and no service of the RayService's head."""
+    (block,) = [each for each in BLOCKS if "serve status" in each]
+    assert block.index("pendingServiceStatus") < block.index("activeServiceStatus")
+    assert "gptj-head-svc" not in block
+    _, cluster = next(made_clusters(objects))
+    head = kuberay_operator.head_service(cluster)
+    assert head["metadata"]["name"] == f"{cluster['metadata']['name']}-head-svc"
+    assert {port["port"] for port in head["spec"]["ports"]} >= {8265}
+
+
+def test_the_patch_of_a_running_cluster_changes_what_it_has(objects: list[Object]) -> None:
+    (patch,) = re.findall(r"patch raycluster .*-p '(\[.*?\])'", README.replace("\\\n", " "))
+    (operation,) = json.loads(patch)
+    found: Any = next(made_clusters(objects))[1]
+    for key in operation["path"].strip("/").split("/"):
+        found = found[int(key) if key.isdigit() else key]
+    assert type(found) is type(operation["value"]) and operation["op"] == "replace"
