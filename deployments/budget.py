@@ -82,9 +82,15 @@ class Busy(requests.RequestException):
 
 
 def apply(kubernetes: Kubernetes, cluster: str, keep: int) -> str:
-    """Create or update the budget that `keep` workers of the cluster stay; returns its name."""
+    """Create or update the budget that `keep` workers of the cluster stay; says what was done.
+
+    A cluster that is being deleted needs none: KubeRay then runs the head's pod once more, to clear
+    its state in Redis.
+    """
     inside = f"namespaces/{kubernetes.namespace}"
     owner = kubernetes.ask("GET", f"/apis/ray.io/v1/{inside}/rayclusters/{cluster}")
+    if owner["metadata"].get("deletionTimestamp"):
+        return f"{cluster} is being deleted"
     name = f"{cluster}-workers"
     budget = {
         "apiVersion": "policy/v1",
@@ -109,7 +115,7 @@ def apply(kubernetes: Kubernetes, cluster: str, keep: int) -> str:
     }
     path = f"/apis/policy/v1/{inside}/poddisruptionbudgets/{name}?fieldManager=gptj&force=true"
     kubernetes.ask("PATCH", path, json=budget)
-    return name
+    return f"{name} keeps {keep}"
 
 
 def main() -> None:
@@ -120,10 +126,10 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=1, help="workers that are never evicted")
     arguments = parser.parse_args()
     try:
-        name = apply(Kubernetes.of_this_pod(), arguments.cluster, arguments.keep)
+        done = apply(Kubernetes.of_this_pod(), arguments.cluster, arguments.keep)
     except requests.RequestException as error:
         sys.exit(f"error: no disruption budget for {arguments.cluster}: {error}")
-    print(f"{name} keeps {arguments.keep}", flush=True)
+    print(done, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class ApiServer:
 
     refusals: list[int] = field(default_factory=list)  # statuses of the next replies
     budgets: dict[str, Any] = field(default_factory=dict)
+    deleting: dict[str, str] = field(default_factory=dict)  # of the cluster's metadata
     address: str = ""
 
     def handle(self, request: BaseHTTPRequestHandler) -> tuple[int, Any]:
@@ -42,7 +43,7 @@ class ApiServer:
             "GET",
             f"/apis/ray.io/v1/namespaces/gptj/rayclusters/{CLUSTER}",
         ):
-            return 200, {"metadata": {"name": CLUSTER, "uid": "the-uid"}}
+            return 200, {"metadata": {"name": CLUSTER, "uid": "the-uid", **self.deleting}}
         folder = "/apis/policy/v1/namespaces/gptj/poddisruptionbudgets/"
         if request.command == "PATCH" and path.startswith(folder):
             assert query == "fieldManager=gptj&force=true"
@@ -95,7 +96,8 @@ def server(tmp_path: Path) -> Iterator[ApiServer]:
 def test_the_budget_is_of_this_clusters_workers_and_goes_with_it(
     server: ApiServer, tmp_path: Path, objects: list[Object]
 ) -> None:
-    assert apply(Kubernetes(server.address, tmp_path), CLUSTER, 1) == f"{CLUSTER}-workers"
+    done = apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
+    assert done == f"{CLUSTER}-workers keeps 1"
     budget = server.budgets[f"{CLUSTER}-workers"]
     kubernetes_validate.validate(budget, "1.33", strict=True)
     (owner,) = budget["metadata"]["ownerReferences"]
@@ -109,6 +111,12 @@ def test_the_budget_is_of_this_clusters_workers_and_goes_with_it(
         head = kuberay_operator.head_pod(cluster)
         assert selects(budget["spec"]["selector"], worker["metadata"]["labels"]) is counts
         assert not selects(budget["spec"]["selector"], head["metadata"]["labels"])
+
+
+def test_a_cluster_that_is_being_deleted_gets_none(server: ApiServer, tmp_path: Path) -> None:
+    server.deleting = {"deletionTimestamp": "2026-11-26T08:00:00Z"}
+    assert "being deleted" in apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
+    assert not server.budgets
 
 
 def test_a_busy_server_is_asked_again(server: ApiServer, tmp_path: Path) -> None:
