@@ -35,6 +35,9 @@ class Kubernetes:
 
     @classmethod
     def of_this_pod(cls) -> Kubernetes:
+        """Raises LookupError where no pod is."""
+        if "KUBERNETES_SERVICE_HOST" not in os.environ:
+            raise LookupError("KUBERNETES_SERVICE_HOST is not set: this runs in a pod only")
         host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
         return cls(f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
 
@@ -127,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         done = apply(Kubernetes.of_this_pod(), arguments.cluster, arguments.keep)
-    except requests.RequestException as error:
+    except (LookupError, requests.RequestException) as error:
         sys.exit(f"error: no disruption budget for {arguments.cluster}: {error}")
     print(done, flush=True)
 

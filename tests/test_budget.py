@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -138,6 +139,15 @@ def test_a_refusal_is_said_at_once_and_in_the_servers_words(
     with pytest.raises(requests.RequestException, match="503"):
         apply(Kubernetes(server.address, tmp_path, try_seconds=0), CLUSTER, 1)
     assert not server.budgets
+
+
+def test_elsewhere_than_in_a_pod_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.budget", CLUSTER], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no disruption budget for {CLUSTER}: KUBERNETES_")
 
 
 def test_the_head_may_do_what_it_asks_for_and_no_more(objects: list[Object]) -> None:
