@@ -31,6 +31,7 @@ from jobs.processes import HOST, free_ports, running, tail
 BIN = Path(sys.executable).parent
 HEAD_IP = "127.0.0.2"
 UP_SECONDS = 90
+INIT_SECONDS = 240  # for all that init containers wait for
 TRIES = 3
 SUFFIX = "abcde"  # of a cluster's name, where KubeRay's is random
 # What needs Kubernetes' API, which is not here: no autoscaler and no disruption budget.
@@ -285,7 +286,7 @@ class Cluster:
                         stdout=output,
                         stderr=output,
                         check=True,
-                        timeout=UP_SECONDS,
+                        timeout=INIT_SECONDS,
                     )
         ray, *others = spec["containers"]
         assert all(each["name"] in NOT_HERE for each in others)
