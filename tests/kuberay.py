@@ -169,6 +169,7 @@ class Cluster:
         self._pods = ExitStack()
         self._sessions = Path()
         self._starts = 0
+        self._waited: set[str] = set()
         self._head_ports = Ports.free()
         head = self.object["spec"]["headGroupSpec"]
         head["rayStartParams"] |= here.head_parameters(self._head_ports)
@@ -276,7 +277,8 @@ class Cluster:
         for container in (*spec.get("initContainers", []), *spec["containers"]):
             self._mount(spec, container)
         for container in spec.get("initContainers", []):
-            if container["name"] not in NOT_HERE:
+            # Each once for a cluster: what one worker has waited for is there for all.
+            if container["name"] not in (*NOT_HERE, *self._waited):
                 environment = self._environment(container, metadata)
                 command = self._command(container, environment)
                 with log.open("ab") as output:
@@ -288,6 +290,7 @@ class Cluster:
                         check=True,
                         timeout=INIT_SECONDS,
                     )
+                self._waited.add(container["name"])
         ray, *others = spec["containers"]
         assert all(each["name"] in NOT_HERE for each in others)
         environment = self._environment(ray, metadata)
