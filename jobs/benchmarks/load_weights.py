@@ -32,9 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 import torch
-from botocore.config import Config
 from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
@@ -290,6 +288,9 @@ def _read(pieces: Sequence[tuple[storage.FileInfo, int, int]]) -> None:
 
 def _download(pieces: Sequence[tuple[storage.FileInfo, int, int]]) -> None:
     """By boto3 itself, a range a request."""
+    import boto3
+    from botocore.config import Config
+
     client = boto3.client("s3", config=Config(max_pool_connections=PARTS))
 
     def get(piece: tuple[storage.FileInfo, int, int]) -> None:

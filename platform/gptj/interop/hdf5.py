@@ -15,16 +15,22 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 import torch
 
 from gptj import storage
+from gptj.extras import Extra, require
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor, tensor_in_file
 from gptj.manifest import CheckpointError
 from gptj.weights import TensorSpec
+
+if TYPE_CHECKING:
+    import h5py
+else:
+    h5py = Extra("h5py", "weights of TensorFlow")
 
 DTYPES = {
     "float16": torch.float16,
@@ -44,6 +50,7 @@ def index_hdf5(address: str) -> list[StoredTensor]:
     Raises:
         CheckpointError: if the file is damaged, or an array is not stored in one plain piece.
     """
+    require("h5py", "weights of TensorFlow")  # which the other process would miss
     size = storage.size(address)
     tensors = []
     for name, shape, kind, start in _ask_child(address, size):

@@ -11,15 +11,21 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import msgpack
 import torch
 
 from gptj import storage
+from gptj.extras import Extra
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor, tensor_in_file
 from gptj.manifest import CheckpointError
 from gptj.weights import TensorSpec
+
+if TYPE_CHECKING:
+    import msgpack
+else:
+    msgpack = Extra("msgpack", "weights of Flax")
 
 ARRAY = 1  # the extension's type
 CHUNKED = "__msgpack_chunked_array__"

@@ -13,13 +13,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-import zstandard
+from typing import IO, TYPE_CHECKING
 
 from gptj import storage
+from gptj.extras import Extra
 from gptj.interop.progress import Progress
 from gptj.manifest import CheckpointError
+
+if TYPE_CHECKING:
+    import zstandard
+else:
+    zstandard = Extra("zstandard", "a .tar.zst file")
 
 SUFFIXES = (".tar.zst", ".tar.zstd")
 WINDOW_LIMIT = 2**27  # bytes of memory that a stream may ask for: zstd's own default

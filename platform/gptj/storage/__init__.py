@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from gptj.addresses import is_s3, join, split_s3
-from gptj.storage import local, s3
-from gptj.storage.arrow import arrow_filesystem
+from gptj.extras import Extra
+from gptj.storage import local
 from gptj.storage.errors import (
     AccessDeniedError,
     AlreadyExistsError,
@@ -25,9 +25,18 @@ from gptj.storage.errors import (
     UnreachableError,
 )
 from gptj.storage.listing import FileInfo
-from gptj.storage.parallel import PARALLEL, for_each
-from gptj.storage.s3 import PART_BYTES
-from gptj.storage.s3_client import retry_policy
+from gptj.storage.parallel import PARALLEL, PART_BYTES, for_each
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+    from gptj.storage import arrow as _arrow
+    from gptj.storage import s3 as _s3
+    from gptj.storage import s3_client as _s3_client
+else:
+    _arrow = Extra("gptj.storage.arrow", "a file system of pyarrow")
+    _s3 = Extra("gptj.storage.s3", "an s3:// address", "boto3")
+    _s3_client = Extra("gptj.storage.s3_client", "an s3:// address", "boto3")
 
 __all__ = [
     "PARALLEL",
@@ -66,12 +75,12 @@ __all__ = [
 
 def exists(address: str) -> bool:
     """Whether there is a file at the address."""
-    return s3.exists(address) if is_s3(address) else local.exists(address)
+    return _s3.exists(address) if is_s3(address) else local.exists(address)
 
 
 def size(address: str) -> int:
     """Bytes of a file; NotFoundError if it is not there."""
-    return s3.size(address) if is_s3(address) else local.size(address)
+    return _s3.size(address) if is_s3(address) else local.size(address)
 
 
 def list_files(folder: str) -> list[FileInfo]:
@@ -79,7 +88,7 @@ def list_files(folder: str) -> list[FileInfo]:
 
     NotFoundError if its bucket does not exist. Files that are still being written are not listed.
     """
-    return s3.list_files(folder) if is_s3(folder) else local.list_files(folder)
+    return _s3.list_files(folder) if is_s3(folder) else local.list_files(folder)
 
 
 def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes:
@@ -99,7 +108,7 @@ def read_into(address: str, start: int, target: memoryview) -> None:
 
     StorageError if the file ends before `target` is full.
     """
-    (s3 if is_s3(address) else local).read_into(address, start, target)
+    (_s3 if is_s3(address) else local).read_into(address, start, target)
 
 
 def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
@@ -107,7 +116,7 @@ def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> N
 
     By one request. StorageError if the object ends before all are full.
     """
-    s3.read_scattered(address, start, targets)
+    _s3.read_scattered(address, start, targets)
 
 
 def open_read(
@@ -118,14 +127,14 @@ def open_read(
     `buffer_bytes` is the smallest piece: small ones are for reading here and there.
     """
     if is_s3(address):
-        return s3.open_read(address, buffer_bytes)
+        return _s3.open_read(address, buffer_bytes)
     return local.open_read(address)
 
 
 def write_bytes(address: str, content: bytes, *, if_absent: bool = False) -> None:
     """Write a whole file; `if_absent` raises AlreadyExistsError if there is one already."""
     if is_s3(address):
-        s3.write_bytes(address, content, if_absent=if_absent)
+        _s3.write_bytes(address, content, if_absent=if_absent)
         return
     with local.open_write(address, if_absent=if_absent) as file:
         file.write(content)
@@ -140,13 +149,13 @@ def open_write(
     needed. `expected_size` (bytes) makes parts large enough for a file of more than 80 GB.
     """
     if is_s3(address):
-        return s3.open_write(address, expected_size)
+        return _s3.open_write(address, expected_size)
     return local.open_write(address, if_absent=False)
 
 
 def download(address: str, path: str | Path) -> None:
     """Copy a file to a local path, in parallel parts; the path's folders are made."""
-    copy = s3.download if is_s3(address) else local.copy  # what is no address, makes no folder
+    copy = _s3.download if is_s3(address) else local.copy  # what is no address, makes no folder
     local.make_folder(Path(path).parent)
     copy(address, Path(path))
 
@@ -154,7 +163,7 @@ def download(address: str, path: str | Path) -> None:
 def upload(path: str | Path, address: str) -> None:
     """Copy a local file to an address, in parallel parts."""
     if is_s3(address):
-        s3.upload(Path(path), address)
+        _s3.upload(Path(path), address)
     else:
         download(str(path), address)
 
@@ -180,12 +189,12 @@ def upload_folder(path: str | Path, address: str) -> list[FileInfo]:
 
 def delete(address: str) -> None:
     """Delete a file; nothing happens if it is not there."""
-    (s3 if is_s3(address) else local).delete(address)
+    (_s3 if is_s3(address) else local).delete(address)
 
 
 def delete_folder(address: str) -> None:
     """Delete all files below an address; nothing happens if there are none."""
-    (s3 if is_s3(address) else local).delete_folder(address)
+    (_s3 if is_s3(address) else local).delete_folder(address)
 
 
 def delete_unfinished(folder: str) -> None:
@@ -194,7 +203,7 @@ def delete_unfinished(folder: str) -> None:
     For a folder that nobody else is writing to now.
     """
     if is_s3(folder):
-        s3.abort_uploads(folder)
+        _s3.abort_uploads(folder)
     else:
         local.delete_unfinished(folder)
 
@@ -205,7 +214,7 @@ def be_patient() -> None:
     Otherwise only a server that has answered this process is waited for. For processes of a run
     that has been checked where it was started.
     """
-    retry_policy().patient = True
+    _s3_client.retry_policy().patient = True
 
 
 def check_writable(address: str) -> None:
@@ -214,4 +223,9 @@ def check_writable(address: str) -> None:
     For the start, so that a missing bucket, a folder of somebody else or a server that lacks what
     we need does not show at the end. Raises StorageError.
     """
-    (s3 if is_s3(address) else local).check_writable(address)
+    (_s3 if is_s3(address) else local).check_writable(address)
+
+
+def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """pyarrow's file system for an address, and the path in it, for Ray Train."""
+    return _arrow.arrow_filesystem(address)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 PARALLEL = 16  # requests at a time
+PART_BYTES = 16 * 2**20  # of a large transfer, of which several go at a time
 
 Item = TypeVar("Item")
 

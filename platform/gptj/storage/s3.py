@@ -28,7 +28,7 @@ from gptj.storage.errors import (
     ends_early,
 )
 from gptj.storage.listing import FileInfo
-from gptj.storage.parallel import PARALLEL, for_each
+from gptj.storage.parallel import PARALLEL, PART_BYTES, for_each
 from gptj.storage.s3_client import (
     OTHER_SERVER,
     bucket_exists,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 16 * 2**20  # of a multipart transfer
 _TRANSFER = TransferConfig(
     multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL
 )

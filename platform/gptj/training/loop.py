@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +23,7 @@ from gptj import storage
 from gptj.data.batches import BatchOrder, share
 from gptj.data.question_answering import answer_loss
 from gptj.devices import check_device
+from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
 from gptj.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -48,6 +48,7 @@ from gptj.training.task import HEADS, Data, load_tokenizer, make_config, make_da
 from gptj.training.weights import build_model, export_model
 
 logger = logging.getLogger(__name__)
+deepspeed = Extra("deepspeed", "training")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
-
 from gptj import storage
+from gptj.extras import Extra
 from gptj.training.state import Progress
 
 logger = logging.getLogger(__name__)
+matplotlib = Extra("matplotlib", "the picture of a training run's loss")
+tensorboard = Extra("torch.utils.tensorboard", "a training run's files for TensorBoard")
 
 HISTORY = "history.jsonl"
 CURVE = "loss.png"
@@ -50,7 +50,9 @@ class ProgressLog:
         self._tokens = 0  # of the steps since the last line
         self._seconds = 0.0
         # Points beyond the checkpoint, which a run that died has left, are not shown.
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=progress.step + 1)
+        self._board = tensorboard.SummaryWriter(
+            str(folder / TENSORBOARD), purge_step=progress.step + 1
+        )
 
     def begin(self) -> None:
         """The first step comes now: what was before does not count for the time that is left."""
@@ -125,7 +127,7 @@ class ProgressLog:
 
 def draw_curve(history: Sequence[dict[str, float]], path: Path) -> None:
     """The loss over the steps as a PNG file, of training and of evaluation."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("evaluation_loss", "evaluation", "o-")):
         points = [(point["step"], point[key]) for point in history if key in point]

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
 from gptj.checkpoint import config_of, load_model, save_folder
 from gptj.config import GPTJConfig
+from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
 from gptj.skeleton import without_weights
 from gptj.tokenizer import GPTJTokenizer
@@ -19,6 +19,7 @@ from gptj.training.settings import Settings
 from gptj.weights import TensorSpec
 
 logger = logging.getLogger(__name__)
+deepspeed = Extra("deepspeed", "training")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
