@@ -110,7 +110,7 @@ def load_runner(
     stored = "bfloat16" if dtype == "int8" else dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_preset:
-        loaded = random_model(model, getattr(torch, stored), device)
+        loaded = random_model(GPTJConfig.preset(model), getattr(torch, stored), device)
     else:
         loaded = GPTJForCausalLM.from_pretrained(model, dtype=stored, device=device)
     quantization: Quantization = "int8" if dtype == "int8" else "none"
@@ -118,10 +118,10 @@ def load_runner(
     return best_runner(loaded, tokens, quantization=quantization, release=True)
 
 
-def random_model(preset: str, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
-    """New weights of a preset's shapes, made where they are used: nothing is read."""
+def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
+    """New weights, made where they are used: nothing is read."""
     with without_weights():
-        model = GPTJForCausalLM(GPTJConfig.preset(preset))
+        model = GPTJForCausalLM(config)
     model = model.to(dtype).to_empty(device=device).eval()
     torch.manual_seed(0)
     model.initialize()

@@ -1,0 +1,222 @@
+"""Run the parts of the check, each in a process of its own; see check.sh.
+
+The parts stand in the order of their worth. A crash, a time-out or the end of the time costs one
+part, and is itself a line of the results. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn
+
+import report
+from results import Results
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+LEAST_SECONDS = 8  # of a part: less is not worth its start
+LOG_BYTES = 8 * 2**20
+INSTALL_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script beside this one."""
+
+    name: str
+    seconds: int  # at most, on a GPU
+
+
+PARTS = (
+    Part("card", 40),  # versions, bandwidth, matrix peak: what all shares are of
+    Part("loading", 60),
+    Part("correctness", 75),
+    Part("speed", 100),
+    Part("steps", 40),  # a profile
+    Part("suite", 75),  # the tests of the GPU's code
+    Part("operators", 75),
+    Part("stress", 50),
+    Part("training", 90),
+    Part("peers", 45),
+    Part("sanitizer", 60),
+)
+
+
+class Stopped(Exception):
+    """Somebody ends the check."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every part was done and nothing that was checked was wrong, else 1."""
+    given = _arguments(arguments)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.jsonl", "log.txt", report.REPORT):
+        (given.out / name).unlink(missing_ok=True)
+    results = Results(given.out, "check")
+    end = time.monotonic() + given.seconds
+    chosen = [part for part in PARTS if not given.only or part.name in given.only]
+    results.add("begins", parts=[part.name for part in chosen], rehearsal=given.rehearse)
+    with tempfile.TemporaryDirectory(prefix="gptj-check-", dir=_writable(given.out)) as folder:
+        with open(given.out / "log.txt", "ab", buffering=0) as log:
+            try:
+                environment = _environment(Path(folder), given, results, log)
+                for part in chosen:
+                    _run(part, environment, end, given, results, log)
+            except Stopped:
+                results.add("stopped")
+    print(report.write(given.out))
+    return 0 if results.good() else 1
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tests/gpu/check.sh", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--wheels", type=Path)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[])
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.only) - {part.name for part in PARTS}:
+        parser.error(f"--only: there is no part {', '.join(sorted(unknown))}")
+    given.out = given.out.resolve()
+    return given
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped
+
+
+def _run(
+    part: Part,
+    environment: dict[str, str],
+    end: float,
+    given: argparse.Namespace,
+    results: Results,
+    log: IO[bytes],
+) -> None:
+    """One part, until it ends or its time does; how it went is a line of the results."""
+    left = end - time.monotonic()
+    limit = left if given.rehearse else min(left, part.seconds)
+    if limit < LEAST_SECONDS:
+        results.add("part", of=part.name, outcome="no time left", seconds=0)
+        return
+    log.write(f"\n==== {part.name}\n".encode())
+    begin, start = log.seek(0, os.SEEK_END), time.monotonic()
+    # Its own end comes a little before ours, so that it can choose what to leave out.
+    own = {**environment, "GPTJ_CHECK_SECONDS": str(limit - 3)}
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(HERE / f"{part.name}.py"), str(given.out)],
+        cwd=REPOSITORY,
+        env=own,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    outcome: dict[str, Any] = {"outcome": "done"}
+    try:
+        if code := process.wait(timeout=limit):
+            outcome = {"outcome": "failed", "exit_code": code, "log": _tail(given.out, begin)}
+    except subprocess.TimeoutExpired:
+        outcome = {"outcome": "time-out", "log": _tail(given.out, begin)}
+    finally:
+        try:  # and whatever it has started
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    seconds = round(time.monotonic() - start, 1)
+    results.add("part", of=part.name, seconds=seconds, limit=round(limit, 1), **outcome)
+    _shorten(given.out / "log.txt")
+
+
+def _environment(
+    folder: Path, given: argparse.Namespace, results: Results, log: IO[bytes]
+) -> dict[str, str]:
+    """Of the parts: everything that is written goes to the folder, and nothing is fetched."""
+    paths = [REPOSITORY / "platform", REPOSITORY]
+    if given.wheels is not None:
+        site = folder / "site"
+        _install(given.wheels, site, results, log)
+        paths.append(site)
+    before = os.environ.get("PYTHONPATH")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*([before] if before else []), *map(str, paths)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "GPTJ_CHECK_REHEARSE": "1" if given.rehearse else "",
+    }
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "MPLCONFIGDIR"):
+        environment[name] = str(folder / name.lower())
+    if given.rehearse:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    else:  # extensions that a rehearsal compiles are kept with those of other tests
+        environment["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
+    return environment
+
+
+def _install(wheels: Path, site: Path, results: Results, log: IO[bytes]) -> None:
+    """Unpack the wheels where the parts look; one that does not fit is left out, and named."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    command += ["--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--target"]
+    start = time.monotonic()
+    failed = []
+    found = sorted(wheels.glob("*.whl"))
+    try:
+        if _ends_well([*command, str(site), *map(str, found)], log):
+            found_one_by_one = []
+        else:
+            shutil.rmtree(site, ignore_errors=True)
+            found_one_by_one = found
+        failed = [
+            wheel.name
+            for wheel in found_one_by_one
+            if not _ends_well([*command, str(site), str(wheel)], log)
+        ]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failed = [repr(error)]
+    seconds = round(time.monotonic() - start, 1)
+    results.add("wheels", count=len(found), failed=failed, seconds=seconds)
+
+
+def _ends_well(command: list[str], log: IO[bytes]) -> bool:
+    return subprocess.run(command, stdout=log, stderr=log, timeout=INSTALL_SECONDS).returncode == 0
+
+
+def _writable(out: Path) -> str:
+    """A folder for caches and models: not in OUT, whose size is limited, if there is another."""
+    for folder in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
+        if folder and os.access(folder, os.W_OK):
+            return folder
+    return str(out)
+
+
+def _tail(out: Path, begin: int, most: int = 2000) -> str:
+    with open(out / "log.txt", "rb") as file:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - most))
+        return file.read().decode(errors="replace")
+
+
+def _shorten(path: Path) -> None:
+    if path.stat().st_size > LOG_BYTES:
+        content = path.read_bytes()[-LOG_BYTES // 2 :]
+        path.write_bytes(content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

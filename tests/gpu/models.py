@@ -1,0 +1,108 @@
+"""Models, runners and engines of the check: GPT-J 6B's shapes with random weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from unittest import mock
+
+import numpy as np
+import torch
+from checking import Check
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.engine import choice
+from gptj.engine.cuda.launch import TritonOperations
+from gptj.engine.cuda.operations import Operations
+from gptj.engine.cuda.plain import PlainOperations
+from gptj.engine.cuda.runner import CudaRunner
+from gptj.engine.engine import Engine
+from gptj.engine.runner import StepBatch
+from jobs.benchmarks.decode import TEXT_IDS, random_model
+
+SPREAD = 0.02  # of weights; norms and biases differ from 1 and 0 by five times as much
+
+
+def new_model(check: Check, config: GPTJConfig, dtype: torch.dtype) -> GPTJForCausalLM:
+    """On the device, with norms and biases that do something."""
+    model = random_model(config, dtype, check.device.kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 5 * SPREAD * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def new_runner(
+    check: Check, model: GPTJForCausalLM, pages: int, *, interpreted: bool = False
+) -> CudaRunner:
+    """The runner that a deployment gets, which takes the model's weights.
+
+    AssertionError if it is another one than that with our kernels: the log has the reason.
+
+    Args:
+        interpreted: a rehearsal, too, has our kernels, and not the plain operations, which take
+            a hundredth of the time.
+    """
+    if check.rehearsal:
+        operations: Operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
+        if interpreted:
+            operations = TritonOperations(model.config, model.dtype, processors=6)
+        return CudaRunner(model, pages, operations, release=True)
+    runner = choice.best_runner(model, pages * CudaRunner.page_size, release=True)
+    assert isinstance(runner, CudaRunner), f"the model got a {type(runner).__name__}"
+    return runner
+
+
+def plain_runner(model: GPTJForCausalLM, pages: int) -> CudaRunner:
+    """The same steps in PyTorch, without graphs."""
+    operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
+    with mock.patch("gptj.engine.cuda.runner.Graphs", lambda *arguments: None):
+        return CudaRunner(model, pages, operations)
+
+
+def new_engine(runner: CudaRunner, max_running: int, step_tokens: int) -> Engine:
+    """Without prefix caching: every prompt is computed."""
+    return Engine(
+        runner,
+        eos_ids=[],
+        max_running=max_running,
+        step_tokens=max(step_tokens, max_running),
+        prefix_caching=False,
+    )
+
+
+def prompts(config: GPTJConfig, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Random ids."""
+    numbers, below = random.Random(seed), min(TEXT_IDS, config.vocab_size)
+    return [[numbers.randrange(below) for _ in range(length)] for length in lengths]
+
+
+def one_chunk(ids: Sequence[int], pages: Sequence[int]) -> StepBatch:
+    """A step of one new sequence's tokens, with logits after the last."""
+    count = len(ids)
+    return StepBatch(
+        np.array(ids, np.int32),
+        np.arange(count, dtype=np.int32),
+        np.array([0, count], np.int32),
+        np.array([pages], np.int32),
+        np.array([count - 1], np.int32),
+    )
+
+
+def cache_bytes_a_token(config: GPTJConfig, dtype: torch.dtype) -> int:
+    """Keys and values of a position, in all layers."""
+    return 2 * config.n_layer * config.n_embd * dtype.itemsize
+
+
+def matrix_parameters(config: GPTJConfig) -> int:
+    """Weights that every token is multiplied by, the head's apart."""
+    width, inner = config.n_embd, config.inner_dim
+    return config.n_layer * (4 * width * width + 2 * width * inner)
+
+
+def prefill_operations(config: GPTJConfig, tokens: int) -> float:
+    """Floating-point operations of a prompt, with logits after its last token."""
+    products = 2 * matrix_parameters(config) * tokens + 2 * config.n_embd * config.vocab_size
+    attention = config.n_layer * 2 * config.n_embd * tokens * (tokens + 1)  # causal: the half
+    return float(products + attention)

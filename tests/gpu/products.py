@@ -1,0 +1,101 @@
+"""Part 6: matrix products of the model's shapes, in fp16 and fp8, for 1 to 2,048 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from checking import Check
+from torch import Tensor
+
+from gptj.engine.cuda.products import CANDIDATES, Blocks, multiply_row
+
+ROWS = (1, 4, 16, 64, 256, 1024, 2048, 2, 8, 32, 128, 512)
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of FP8
+
+
+def measure(check: Check) -> None:
+    config = check.config()
+    width, inner = config.n_embd, config.inner_dim
+    shapes = {
+        "entry": (3 * width + inner, width),
+        "exit": (width, width + inner),
+        "head": (config.vocab_size, width),
+    }
+    weights = {
+        name: torch.randn(shape, device=check.device.kind).mul_(0.02).half()
+        for name, shape in shapes.items()
+    }
+    for rows in check.pick(ROWS, (1, 16)):
+        for name, weight in weights.items():
+            values = {"matrix": name, "shape": list(weight.shape), "rows": rows}
+            if check.late("product", 3, **values):
+                continue
+            x = torch.randn(rows, weight.shape[1], device=check.device.kind).half()
+            for kind, ready in products(x, weight, check.pick(CANDIDATES, CANDIDATES[2:3])):
+                with check.attempt("product", kind=kind, **values):
+                    function, stored = ready()
+                    _add(check, function, stored, x, weight, kind=kind, **values)
+
+
+def products(
+    x: Tensor, weight: Tensor, candidates: Sequence[Blocks]
+) -> Iterator[tuple[str, Callable[[], tuple[Callable[[], Tensor], Tensor]]]]:
+    """Kinds of products; each makes a function and the weight as it is stored."""
+    yield "fp16", lambda: (lambda: F.linear(x, weight), weight)
+    if len(x) == 1:
+        for blocks in candidates:
+            yield (
+                f"fp16, our kernel {blocks.columns} x {blocks.inputs}, {blocks.warps} warps",
+                lambda blocks=blocks: (lambda: multiply_row(x, weight, blocks), weight),
+            )
+    yield "fp8 by tensor", lambda: _fp8(x, weight, by_row=False)
+    yield "fp8 by row", lambda: _fp8(x, weight, by_row=True)
+
+
+def _fp8(x: Tensor, weight: Tensor, *, by_row: bool) -> tuple[Callable[[], Tensor], Tensor]:
+    """x and weight in 8 bits, with a scale for all or one for each row; the product in bf16."""
+    dims = {"dim": 1, "keepdim": True} if by_row else {}
+    scale_x, scale_w = (t.float().abs().amax(**dims) / LARGEST for t in (x, weight))
+    x8, w8 = (x.float() / scale_x).to(FP8), (weight.float() / scale_w).to(FP8)
+
+    def product() -> Tensor:
+        return torch._scaled_mm(
+            x8,
+            w8.t(),
+            scale_a=scale_x,
+            scale_b=scale_w.t() if by_row else scale_w,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+
+    return product, w8
+
+
+def _add(
+    check: Check,
+    function: Callable[[], Tensor],
+    stored: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    **values: object,
+) -> None:
+    expected = x.float() @ weight[:1024].float().t()
+    found = function()[:, :1024].float()
+    error = float((found - expected).norm() / expected.norm())
+    timing = check.time(function, repeats=5, calls=10)
+    seconds = timing["ms"] / 1e3
+    operations = 2.0 * x.shape[0] * weight.numel()
+    check.add(
+        "product",
+        **values,
+        tflops=operations / seconds / 1e12,
+        gb_per_s=stored.nbytes / seconds / 1e9,
+        share_of_read_bandwidth=stored.nbytes / seconds / check.bandwidth,
+        share_of_matrix_peak=operations / seconds / check.matrix_peak,
+        relative_error=error,
+        right=error < 0.08,  # 8 bits of which three are the number's
+        **timing,
+    )

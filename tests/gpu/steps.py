@@ -1,0 +1,189 @@
+"""Part 5: where the time of a step goes: kernels, idle GPU, and the host's Python.
+
+From PyTorch's profiler, which records a replayed graph's kernels one by one. Its traces are kept
+beside the results (chrome://tracing opens them).
+"""
+
+from __future__ import annotations
+
+import cProfile
+import gzip
+import json
+import pstats
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from checking import Check, run
+from models import new_engine, new_model, new_runner, one_chunk, prompts
+from torch.profiler import ProfilerActivity, profile
+
+from gptj.engine.cuda.runner import CudaRunner
+from gptj.engine.events import Event, Finished, TokenEvent
+from gptj.sampling import SamplingParams
+from jobs.benchmarks.decode import generate
+
+BATCHES = (1, 64)
+STEPS = 12  # that are profiled
+LINES = 15  # of a table
+TRACE_BYTES = 4 * 2**20  # compressed; larger ones are left out
+
+
+def main(check: Check) -> None:
+    model = new_model(check, check.config(), torch.float16)
+    runner = new_runner(check, model, check.pick(64 * 16, 64))
+    prompt = check.pick(1024, 20)
+    (ids,) = prompts(runner.config, [prompt])
+    batch = one_chunk(ids, range(-(-prompt // runner.page_size)))
+    for batch_size in check.pick(BATCHES, (1, 3)):
+        with check.attempt("decode step", batch=batch_size):
+            decoding(check, runner, batch_size)
+    with check.attempt("prefill step"):
+        runner.step(batch)
+        trace = traced(check, lambda: [runner.step(batch) for _ in range(3)], "prefill")
+        check.add("prefill step", tokens=prompt, **summary(trace, 3))
+    for batch_size in check.pick(BATCHES, (3,)):
+        with check.attempt("host time", batch=batch_size):
+            host(check, runner, batch_size)
+    runner.close()
+
+
+def decoding(check: Check, runner: CudaRunner, batch: int) -> None:
+    """Some steps of the engine, sampling included, while all sequences decode."""
+    engine = new_engine(runner, batch, check.pick(512, 16))
+    steps = check.pick(STEPS, 2)
+    reached, released, ended = threading.Event(), threading.Event(), threading.Semaphore(0)
+    tokens = 0
+
+    def note(event: Event) -> None:  # in the engine's thread, which it may hold
+        nonlocal tokens
+        tokens += isinstance(event, TokenEvent)
+        if tokens == 4 * batch and not reached.is_set():
+            reached.set()
+            released.wait(60)
+        if isinstance(event, Finished):
+            ended.release()
+
+    params = SamplingParams(max_tokens=4 + steps, temperature=0, ignore_eos=True)
+
+    def go_on() -> None:
+        released.set()
+        for _ in range(batch):
+            ended.acquire(timeout=60)
+
+    try:
+        generate(engine, prompts(runner.config, [check.pick(128, 4)] * batch), 4)
+        for prompt in prompts(runner.config, [check.pick(128, 4)] * batch):
+            engine.submit(prompt, params, note)
+        reached.wait(60)
+        trace = traced(check, go_on, f"decode-{batch}")
+    finally:
+        released.set()
+        engine.close()
+    check.add("decode step", batch=batch, steps=steps, **summary(trace, steps))
+
+
+def traced(check: Check, function: Callable[[], object], name: str) -> list[dict[str, Any]]:
+    """The events of the device while a function runs; (its operations on a CPU)."""
+    activity = ProfilerActivity.CPU if check.rehearsal else ProfilerActivity.CUDA
+    with profile(activities=[activity]) as profiler:
+        function()
+        check.device.synchronize()
+    path = Path(check.out) / f"trace-{name}.json"
+    profiler.export_chrome_trace(str(path))
+    content = path.read_bytes()
+    path.unlink()
+    compressed = gzip.compress(content, 6)
+    if len(compressed) < TRACE_BYTES and not check.rehearsal:
+        path.with_suffix(".json.gz").write_bytes(compressed)
+    kinds = ("cpu_op",) if check.rehearsal else ("kernel", "gpu_memcpy", "gpu_memset")
+    events = json.loads(content)["traceEvents"]
+    return [each for each in events if each.get("ph") == "X" and each.get("cat") in kinds]
+
+
+def summary(events: Sequence[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Milliseconds of a step, by kernel, and how long the device had nothing to do."""
+    if not events:
+        return {"error": "the profiler has recorded nothing"}
+    spans = sorted((each["ts"], each["ts"] + each["dur"]) for each in events)
+    begin, end = spans[0][0], max(last for _, last in spans)
+    busy, reached, gaps = 0.0, begin, []
+    for first, last in spans:
+        if first > reached:
+            gaps.append(first - reached)
+        busy += max(0.0, last - max(first, reached))
+        reached = max(reached, last)
+    by_kernel: dict[str, list[float]] = defaultdict(list)
+    for each in events:
+        by_kernel[each["name"][:90]].append(each["dur"])
+    slowest = sorted(by_kernel.items(), key=lambda item: -sum(item[1]))[:LINES]
+    return {
+        "ms": (end - begin) / steps / 1e3,
+        "busy_ms": busy / steps / 1e3,
+        "idle_ms": (end - begin - busy) / steps / 1e3,
+        "idle_share": 1 - busy / (end - begin),
+        "longest_gaps_us": sorted(gaps, reverse=True)[:5],
+        "launches": len(events) / steps,
+        "kernels": [
+            {
+                "name": name,
+                "ms": sum(times) / steps / 1e3,
+                "share": sum(times) / busy,
+                "calls": len(times) / steps,
+                "us_each": sum(times) / len(times),
+            }
+            for name, times in slowest
+        ],
+    }
+
+
+def host(check: Check, runner: CudaRunner, batch: int) -> None:
+    """Functions of the engine's thread, by their own time; the profiler itself takes some."""
+    engine = new_engine(runner, batch, check.pick(512, 16))
+    steps = check.pick(64, 4)
+    profiler = cProfile.Profile()
+    ended = threading.Semaphore(0)
+    tokens = 0
+
+    def note(event: Event) -> None:  # in the engine's thread, whose functions are profiled
+        nonlocal tokens
+        tokens += isinstance(event, TokenEvent)
+        if tokens == batch * 2 and isinstance(event, TokenEvent):
+            profiler.enable()
+        if tokens == batch * (2 + steps) and isinstance(event, TokenEvent):
+            profiler.disable()
+        if isinstance(event, Finished):
+            ended.release()
+
+    params = SamplingParams(max_tokens=4 + steps, temperature=0, ignore_eos=True)
+    try:
+        for prompt in prompts(runner.config, [check.pick(64, 4)] * batch):
+            engine.submit(prompt, params, note)
+        for _ in range(batch):
+            ended.acquire(timeout=60)
+    finally:
+        engine.close()
+    found = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    slowest = sorted(found.items(), key=lambda item: -item[1][2])[:LINES]
+    check.add(
+        "host time",
+        batch=batch,
+        steps=steps,
+        ms=sum(own for _, _, own, _, _ in found.values()) / steps * 1e3,
+        functions=[
+            {
+                "name": f"{Path(file).name}:{line} {name}"[:90],
+                "own_ms": own / steps * 1e3,
+                "with_called_ms": whole / steps * 1e3,
+                "calls": calls / steps,
+            }
+            for (file, line, name), (_, calls, own, whole, _) in slowest
+        ],
+    )
+
+
+if __name__ == "__main__":
+    run(main)
