@@ -27,7 +27,7 @@ from gptj.engine.cuda.operations import Inputs, LayerCache
 from gptj.engine.runner import StepBatch
 
 PAGE = 16
-SINGLES = ((1, 1024), (64, 192), (64, 1024), (256, 192), (8, 2048))  # sequences, context
+SINGLES = ((64, 1024), (1, 1024), (64, 192), (256, 192), (8, 2048))  # sequences, context
 CHUNKS = (2048, 512, 128)  # tokens of one prompt without a past
 TUNED_SINGLES = (
     {"STAGES": 1},
@@ -39,6 +39,7 @@ TUNED_SINGLES = (
     {"STAGES": 2, "num_warps": 2},
     {"STAGES": 4, "num_warps": 2},
 )
+TUNED = 2  # of SINGLES: each combination of constants is compiled, which takes a second
 PROGRAMS = (4, 16)  # a multiprocessor, beside our own choice
 TUNED_CHUNKS = (
     {"BLOCK_PLACES": 64, "num_warps": 8},
@@ -120,9 +121,9 @@ class Layer:
 
 def measure(check: Check) -> None:
     layer = Layer(check, check.pick(4096, 64) + 1)  # 1.1 GB: no cache holds it
-    for count, context in check.pick(SINGLES, ((2, 20),)):
+    for number, (count, context) in enumerate(check.pick(SINGLES, ((2, 20),))):
         with check.attempt("attention of single tokens", rows=count, context=context):
-            singles(check, layer, count, context)
+            singles(check, layer, count, context, tuned=number < TUNED)
     for tokens in check.pick(CHUNKS, (20,)):
         with check.attempt("attention of a prompt", tokens=tokens):
             prompt(check, layer, tokens)
@@ -131,7 +132,7 @@ def measure(check: Check) -> None:
         copies(check)
 
 
-def singles(check: Check, layer: Layer, count: int, context: int) -> None:
+def singles(check: Check, layer: Layer, count: int, context: int, *, tuned: bool) -> None:
     """Bound by reading keys and values once: shares are of the read bandwidth."""
     config = layer.config
     function = layer.attending(layer.inputs([1] * count, [context] * count))
@@ -153,11 +154,11 @@ def singles(check: Check, layer: Layer, count: int, context: int) -> None:
             )
 
     add("ours", function)
-    for changes in check.pick(TUNED_SINGLES, TUNED_SINGLES[:1]):
+    for changes in check.pick(TUNED_SINGLES, TUNED_SINGLES[:1]) if tuned else ():
         if not check.late("attention of single tokens", 4, way=str(changes), **values):
             with overriding(**changes):
                 add(f"ours, {changes}", function)
-    for programs in check.pick(PROGRAMS, PROGRAMS[:1]):
+    for programs in check.pick(PROGRAMS, PROGRAMS[:1]) if tuned else ():
         with mock.patch.object(launch, "PROGRAMS", programs):
             add(f"ours, PROGRAMS={programs}", function)
     heads, width = config.n_head, config.head_dim

@@ -26,8 +26,10 @@ from results import Results
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 LEAST_SECONDS = 8  # of a part: less is not worth its start
+GRACE_SECONDS = 3  # of a part whose time is over
 LOG_BYTES = 8 * 2**20
 INSTALL_SECONDS = 60
+SHOWN = 10_000  # characters of the report: parts, goals and correctness come first
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,21 @@ class Part:
 
     name: str
     seconds: int  # at most, on a GPU
+    least: int = 0  # that are kept for it by the parts before
 
 
 PARTS = (
     Part("card", 40),  # versions, bandwidth, matrix peak: what all shares are of
     Part("loading", 60),
-    Part("correctness", 75),
-    Part("speed", 100),
+    Part("correctness", 90),
+    Part("speed", 110),
     Part("steps", 40),  # a profile
-    Part("suite", 75),  # the tests of the GPU's code
-    Part("operators", 75),
-    Part("stress", 50),
-    Part("training", 90),
-    Part("peers", 45),
-    Part("sanitizer", 60),
+    Part("suite", 60, least=20),  # the tests of the GPU's code
+    Part("operators", 70, least=20),
+    Part("stress", 60, least=20),
+    Part("training", 90, least=30),
+    Part("peers", 45, least=20),
+    Part("sanitizer", 60, least=20),
 )
 
 
@@ -73,11 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open(given.out / "log.txt", "ab", buffering=0) as log:
             try:
                 environment = _environment(Path(folder), given, results, log)
-                for part in chosen:
-                    _run(part, environment, end, given, results, log)
+                for number, part in enumerate(chosen):
+                    kept = sum(later.least for later in chosen[number + 1 :])
+                    limit = end - time.monotonic()
+                    if not given.rehearse:
+                        limit = min(part.seconds, max(limit - kept, min(limit, part.least)))
+                    _run(part, limit, environment, given.out, results, log)
             except Stopped:
                 results.add("stopped")
-    print(report.write(given.out))
+    print(report.write(given.out)[:SHOWN])
     return 0 if results.good() else 1
 
 
@@ -101,15 +108,13 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def _run(
     part: Part,
+    limit: float,
     environment: dict[str, str],
-    end: float,
-    given: argparse.Namespace,
+    out: Path,
     results: Results,
     log: IO[bytes],
 ) -> None:
     """One part, until it ends or its time does; how it went is a line of the results."""
-    left = end - time.monotonic()
-    limit = left if given.rehearse else min(left, part.seconds)
     if limit < LEAST_SECONDS:
         results.add("part", of=part.name, outcome="no time left", seconds=0)
         return
@@ -118,7 +123,7 @@ def _run(
     # Its own end comes a little before ours, so that it can choose what to leave out.
     own = {**environment, "GPTJ_CHECK_SECONDS": str(limit - 3)}
     process = subprocess.Popen(
-        [sys.executable, "-u", str(HERE / f"{part.name}.py"), str(given.out)],
+        [sys.executable, "-u", str(HERE / f"{part.name}.py"), str(out)],
         cwd=REPOSITORY,
         env=own,
         stdin=subprocess.DEVNULL,
@@ -129,18 +134,29 @@ def _run(
     outcome: dict[str, Any] = {"outcome": "done"}
     try:
         if code := process.wait(timeout=limit):
-            outcome = {"outcome": "failed", "exit_code": code, "log": _tail(given.out, begin)}
+            outcome = {"outcome": "failed", "exit_code": code, "log": _tail(out, begin)}
     except subprocess.TimeoutExpired:
-        outcome = {"outcome": "time-out", "log": _tail(given.out, begin)}
+        outcome = {"outcome": "time-out", "log": _tail(out, begin)}
     finally:
-        try:  # and whatever it has started
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+        _end(process)
     seconds = round(time.monotonic() - start, 1)
     results.add("part", of=part.name, seconds=seconds, limit=round(limit, 1), **outcome)
-    _shorten(given.out / "log.txt")
+    _shorten(out / "log.txt")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """A process and all that it has started, which get a moment to unlock what they hold."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def _environment(
@@ -167,6 +183,8 @@ def _environment(
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     else:  # extensions that a rehearsal compiles are kept with those of other tests
         environment["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        environment["HOME"] = str(folder)
     return environment
 
 
@@ -175,19 +193,13 @@ def _install(wheels: Path, site: Path, results: Results, log: IO[bytes]) -> None
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     command += ["--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--target"]
     start = time.monotonic()
-    failed = []
     found = sorted(wheels.glob("*.whl"))
+    failed = []
     try:
-        if _ends_well([*command, str(site), *map(str, found)], log):
-            found_one_by_one = []
-        else:
+        if not _ends_well([*command, str(site), *map(str, found)], log):
             shutil.rmtree(site, ignore_errors=True)
-            found_one_by_one = found
-        failed = [
-            wheel.name
-            for wheel in found_one_by_one
-            if not _ends_well([*command, str(site), str(wheel)], log)
-        ]
+            one_by_one = {each.name: [*command, str(site), str(each)] for each in found}
+            failed = [name for name, each in one_by_one.items() if not _ends_well(each, log)]
     except (OSError, subprocess.TimeoutExpired) as error:
         failed = [repr(error)]
     seconds = round(time.monotonic() - start, 1)

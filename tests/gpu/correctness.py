@@ -210,11 +210,11 @@ def _alternate(check: Check, paged: Paged, rows: Sequence[int], name: str) -> No
     length = len(paged.known.ids)
     # The same row is the same in all of them; the largest has filled all pages last.
     batches = [paged.decoding([length - row % 3 for row in range(count)]) for count in sorted(rows)]
-    first = [paged.runner.step(batch).cpu() for batch in batches]
+    first = [paged.runner.step(batch) for batch in batches]
     numbers, steps, wrong = random.Random(0), check.pick(500, 2), 0
     for _ in range(steps):
         place = numbers.randrange(len(batches))
-        wrong += not torch.equal(paged.runner.step(batches[place]).cpu(), first[place])
+        wrong += not torch.equal(paged.runner.step(batches[place]), first[place])
     check.add("alternating sizes", dtype=name, steps=steps, wrong=wrong, right=wrong == 0)
 
 

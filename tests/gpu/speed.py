@@ -27,6 +27,7 @@ from jobs.benchmarks.decode import Timing, generate
 
 BATCHES = (1, 64, 8, 32, 128, 256)
 STEP_TOKENS = (1024, 2048, 512)
+CHUNKED = (64, 256)  # batches whose prompts take several steps
 PROMPT, NEW = 128, 128
 PREFILLS = (128, 1024, 2048)
 BEAMS = 4
@@ -41,23 +42,29 @@ def main(check: Check) -> None:
     room = cache_room(check, cache)
     runner = new_runner(check, new_model(check, config, torch.float16), room // 16)
     check.add("cache", positions=room, gb=room * cache_bytes_a_token(config, torch.float16) / 1e9)
-    for step_tokens in check.pick(STEP_TOKENS, (16,)):
-        for batch in batches:
-            values = {"batch": batch, "step_tokens": step_tokens}
-            if not check.late("decode", 12, **values):
-                with check.attempt("decode", **values):
-                    decode(check, runner, batch, step_tokens)
-        if step_tokens == check.pick(STEP_TOKENS, (16,))[0]:
-            with check.attempt("prefill"):
-                prefill(check, runner)
-            if not check.late("beams", 15):
-                with check.attempt("beams"):
-                    beams(check, runner)
-    for step_tokens in check.pick((512, 1024, 2048), (16,)):
-        if not check.late("pauses", 8, step_tokens=step_tokens):
-            with check.attempt("pauses", step_tokens=step_tokens):
-                pauses(check, runner, step_tokens)
+    step_tokens, *others = check.pick(STEP_TOKENS, (16,))
+    for batch in batches:
+        _decode(check, runner, batch, step_tokens)
+    with check.attempt("prefill"):
+        prefill(check, runner)
+    if not check.late("beams", 15):
+        with check.attempt("beams"):
+            beams(check, runner)
+    for each in check.pick(sorted(STEP_TOKENS), [16]):
+        if not check.late("pauses", 8, step_tokens=each):
+            with check.attempt("pauses", step_tokens=each):
+                pauses(check, runner, each)
+    for each in others:
+        for batch in CHUNKED:
+            _decode(check, runner, batch, each)
     runner.close()
+
+
+def _decode(check: Check, runner: CudaRunner, batch: int, step_tokens: int) -> None:
+    values = {"batch": batch, "step_tokens": step_tokens}
+    if not check.late("decode", 12, **values):
+        with check.attempt("decode", **values):
+            decode(check, runner, batch, step_tokens)
 
 
 def cache_room(check: Check, wanted: int) -> int:

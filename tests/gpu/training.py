@@ -31,7 +31,7 @@ from gptj.training.task import make_config, make_data, prepare_tokenizer
 from jobs.benchmarks.decode import random_model
 
 # Of the losses beside the CPU's in fp32. fp16 begins with steps that its loss scale lets go.
-NEAR = {"fp32": 1e-3, "bf16": 0.15, "fp16": 1.5}
+NEAR = {"fp32": 1e-3, "bf16": 0.3, "fp16": 1.5}
 # Stage 3 first: it needs the ranks before another run has set up DeepSpeed. PyTorch's AdamW, as on
 # the CPU, unless the optimizer is what is tried.
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -51,6 +51,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     },
 }
 COMPILE_SECONDS = 45
+REHEARSED = ("stage 3, bf16, recomputing", "stage 2, fp32")
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 32}
 MODEL = {"n_embd": 256, "n_layer": 4, "n_head": 8, "rotary_dim": 16, "n_positions": 128}
 
@@ -67,14 +68,15 @@ def main(check: Check) -> None:
             expected = on_the_cpu(_settings(check, folder, "cpu", {}, False))
             check.add("training on the CPU", losses=expected)
         with ranks(check):
-            for variant, (deepspeed, recomputing) in VARIANTS.items():
+            for variant in check.pick(tuple(VARIANTS), REHEARSED):
+                deepspeed, recomputing = VARIANTS[variant]
                 if not check.late("training", 10, variant=variant):
                     settings = _settings(check, folder, variant, deepspeed, recomputing)
                     with check.attempt("training", variant=variant):
                         compare(check, variant, settings, expected, compiled=False)
-            for variant, deepspeed in COMPILED.items():
+            for variant in check.pick(tuple(COMPILED), ("offloading all, stage 3",)):
                 if not check.late("training", COMPILE_SECONDS, variant=variant):
-                    settings = _settings(check, folder, variant, deepspeed, False)
+                    settings = _settings(check, folder, variant, COMPILED[variant], False)
                     with check.attempt("training", variant=variant):
                         compare(check, variant, settings, expected, compiled=True)
 
@@ -197,8 +199,7 @@ def one_layer(check: Check) -> None:
         for layers in (1, 3):
             config = check.config(layers)
             timings[layers] = _forward_and_backward(check, config, rows, length, recomputing)
-        count = 2 if not check.rehearsal else max(1, check.config(3).n_layer - 1)
-        milliseconds = (timings[3] - timings[1]) / count
+        milliseconds = (timings[3] - timings[1]) / 2
         one = check.config(1)
         tokens = rows * length
         attention = 2 * one.n_embd * length * (length + 1) * rows
