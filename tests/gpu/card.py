@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(check: Check) -> None:
         folder=os.environ.get("TMPDIR"),
         folder_free_gb=shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free / 1e9,
         shm_free_gb=shutil.disk_usage("/dev/shm").free / 1e9 if Path("/dev/shm").is_dir() else None,
-        **{name: _last_line(command) for name, command in PROGRAMS.items()},
+        **{name: _version(command) for name, command in PROGRAMS.items()},
     )
     check.add("card", **card(check))
     with check.attempt("settings"):
@@ -63,8 +64,10 @@ def main(check: Check) -> None:
 
 
 def card(check: Check) -> dict[str, object]:
+    smi = _smi(QUERY)
     if check.rehearsal:
-        return {"name": "none: a rehearsal on a CPU", **check.device.memory(), **_smi(QUERY)}
+        name = f"{smi.pop('name', 'no card')} (rehearsed on a CPU)"
+        return {"name": name, **check.device.memory(), **smi}
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -73,7 +76,7 @@ def card(check: Check) -> dict[str, object]:
         "l2_mb": getattr(properties, "L2_cache_size", 0) / 1e6,
         "cards": torch.cuda.device_count(),
         **check.device.memory(),
-        **_smi(QUERY),
+        **{key: value for key, value in smi.items() if key != "name"},
     }
 
 
@@ -146,9 +149,10 @@ def _first_line(command: list[str]) -> str | None:
     return lines[0] if lines else None
 
 
-def _last_line(command: list[str]) -> str | None:
+def _version(command: list[str]) -> str | None:
+    """The line with a number of a version."""
     lines = _lines(command)
-    return lines[-1] if lines else None
+    return next((line for line in lines if re.search(r"\d+\.\d", line)), None)
 
 
 def _lines(command: list[str]) -> list[str]:

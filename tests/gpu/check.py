@@ -164,14 +164,17 @@ def _environment(
 ) -> dict[str, str]:
     """Of the parts: everything that is written goes to the folder, and nothing is fetched."""
     paths = [REPOSITORY / "platform", REPOSITORY]
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     if given.wheels is not None:
         site = folder / "site"
         _install(given.wheels, site, results, log)
         paths.append(site)
+        programs.append(str(site / "bin"))  # ninja, with which DeepSpeed compiles
     before = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*([before] if before else []), *map(str, paths)]),
+        "PATH": os.pathsep.join(programs),
         "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": str(folder),
         "HF_HUB_OFFLINE": "1",

@@ -209,7 +209,7 @@ def _correctness(rows: Sequence[Row]) -> list[str]:
                 "what": what,
                 "dtype": dtype,
                 "checked": len(each),
-                "right": sum(row.get("right") is True for row in each),
+                "right": sum(row["right"] for row in each) if "right" in each[0] else "",
                 "largest difference": max(numbers, default=""),
                 "rows": ", ".join(str(row["rows"]) for row in each if "rows" in row),
             }

@@ -173,7 +173,7 @@ def beams(check: Check, runner: CudaRunner) -> None:
 
 def pauses(check: Check, runner: CudaRunner, step_tokens: int) -> None:
     """Between the tokens of 32 streams, first alone and then while long prompts arrive."""
-    streams, new, long, arrivals = check.pick((32, 320, 2032, 6), (2, 8, 60, 1))
+    streams, new, long, arrivals = check.pick((32, 320, 2032, 6), (2, 8, 40, 1))
     engine = new_engine(runner, streams + 8, step_tokens)
     moments: list[list[float]] = [[] for _ in range(streams)]
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
