@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     given.out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.jsonl", "log.txt", report.REPORT):
-        (given.out / name).unlink(missing_ok=True)
+    for before in ("results.jsonl", "log.txt", report.REPORT, "trace-*"):
+        for path in given.out.glob(before):
+            path.unlink()
     results = Results(given.out, "check")
     end = time.monotonic() + given.seconds
     chosen = [part for part in PARTS if not given.only or part.name in given.only]
@@ -93,7 +94,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--only", type=lambda text: text.split(","), default=[])
-    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--seconds", type=float, default=470)
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(arguments)
     if unknown := set(given.only) - {part.name for part in PARTS}:

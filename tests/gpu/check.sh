@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command of eight minutes, without internet or Ray:
 #
-#     tests/gpu/check.sh OUT [--wheels DIR] [--only PART,PART] [--seconds 480] [--rehearse]
+#     tests/gpu/check.sh OUT [--wheels DIR] [--only PART,PART] [--seconds 470] [--rehearse]
 #
 # OUT gets results.jsonl (a line for each measurement, the moment it is there), report.md and log.txt,
 # and no more than a few MB. DIR has the wheels of what the machine lacks: tests/gpu/wheels.py makes
