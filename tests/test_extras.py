@@ -23,6 +23,11 @@ EXTRAS = (
 PARTS = {
     "gptj.training": "pydantic",
     "gptj.serving": "pydantic",
+    "gptj.storage.arrow": "pyarrow",
+    "gptj.storage.retries": "botocore",
+    "gptj.storage.s3": "boto3",
+    "gptj.storage.s3_client": "boto3",
+    "gptj.storage.s3_upload": "boto3",
     "gptj.engine.cuda.kernels": "triton",
     "gptj.engine.cuda.launch": "triton",
     "gptj.engine.cuda.products": "triton",
