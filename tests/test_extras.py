@@ -108,7 +108,7 @@ ids = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=[])
 engine = Engine(best_runner(model, 64), eos_ids=[])
 timing = generate(engine, [[5, 6]], 3)
 engine.close()
-rows = read_rows({str(tmp_path / "rows.jsonl")!r})
+rows = read_rows({str(tmp_path / "rows.jsonl")!r}, ["text"])
 text, error = next(rows).text("text"), ""
 try:
     next(rows)
@@ -125,7 +125,7 @@ USES = {
     'storage.read_bytes("s3://bucket/key")': "boto3",
     'storage.list_files("s3://bucket/key")': "boto3",
     'storage.arrow_filesystem("folder")': "pyarrow",
-    'list(read_rows("rows.csv"))': "pyarrow",
+    'list(read_rows("rows.parquet", ["text"]))': "pyarrow",
     'index_hdf5("rows.csv")': "h5py",
     "plan_msgpack({})": "msgpack",
     'unpack("rows.csv", Path("."))': "zstandard",
@@ -137,6 +137,7 @@ USES = {
 
 def test_who_uses_a_missing_extra_is_told_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "rows.parquet").write_bytes(b"")
     script = f"""
 import json, os
 from pathlib import Path

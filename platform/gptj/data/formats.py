@@ -6,14 +6,18 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Literal, cast
-
-import pyarrow
+from typing import IO, TYPE_CHECKING, Literal, cast
 
 from gptj.data.csv_rows import read_csv
 from gptj.data.json_rows import read_json
 from gptj.data.parquet_rows import read_parquet
 from gptj.data.records import MissingColumnsError, Record
+from gptj.extras import Extra
+
+if TYPE_CHECKING:
+    import pyarrow
+else:
+    pyarrow = Extra("pyarrow", "reading packed files")
 
 Kind = Literal["parquet", "json", "csv", "text"]
 

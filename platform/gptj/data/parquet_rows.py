@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, cast
-
-import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from gptj.data.records import BadRecordError, DamagedFileError, Record, check_header
+from gptj.extras import Extra
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+else:
+    pyarrow = Extra("pyarrow", "reading Parquet files")
 
 ROWS = 1024  # at a time
 
