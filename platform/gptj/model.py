@@ -194,7 +194,8 @@ class GPTJModel(GPTJPreTrainedModel):
         mask = attention_bias(attention_mask, x_BLD, past)
         hidden_states, attentions = [], []
         for block in self.h:
-            hidden_states.append(x_BLD)
+            if with_hidden_states:  # each is the size of a batch: only what is asked for is kept
+                hidden_states.append(x_BLD)
             if recompute:
                 x_BLD, probabilities = checkpoint(
                     block, x_BLD, rotary, mask, None, with_attentions, use_reentrant=False
@@ -203,7 +204,8 @@ class GPTJModel(GPTJPreTrainedModel):
                 x_BLD, probabilities = block(x_BLD, rotary, mask, cache, with_attentions)
             attentions.append(probabilities)
         x_BLD = self.ln_f(x_BLD)
-        hidden_states.append(x_BLD)
+        if with_hidden_states:
+            hidden_states.append(x_BLD)
 
         output = BaseModelOutput(
             last_hidden_state=x_BLD,
