@@ -4,8 +4,11 @@
 #   k8s/secrets.sh local | kubectl create -f -
 #   AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… k8s/secrets.sh gpu | kubectl create -f -
 #
-# `create` leaves secrets that are there already as they are.
+# A second word is the namespace, gptj otherwise. `create` leaves secrets that are there already as
+# they are.
 set -euo pipefail
+
+namespace=${2:-gptj}
 
 case ${1-} in
   local)
@@ -25,17 +28,17 @@ esac
 cat << END
 apiVersion: v1
 kind: Secret
-metadata: { name: s3, namespace: gptj }
+metadata: { name: s3, namespace: $namespace }
 stringData: { AWS_ACCESS_KEY_ID: "$access", AWS_SECRET_ACCESS_KEY: "$secret" }
 ---
 apiVersion: v1
 kind: Secret
-metadata: { name: redis, namespace: gptj }
+metadata: { name: redis, namespace: $namespace }
 stringData: { password: "$(openssl rand -hex 32)" }
 ---
 apiVersion: v1
 kind: Secret
-metadata: { name: api-keys, namespace: gptj }
+metadata: { name: api-keys, namespace: $namespace }
 stringData: { GPTJ_API_KEYS: "$(openssl rand -hex 32)" }
 END
 
@@ -49,7 +52,7 @@ if [ "$1" = local ]; then # in the overlay gpu, cert-manager makes the certifica
 ---
 apiVersion: v1
 kind: Secret
-metadata: { name: tls, namespace: gptj }
+metadata: { name: tls, namespace: $namespace }
 type: kubernetes.io/tls
 data: { tls.crt: "$(base64 -w0 "$folder/certificate")", tls.key: "$(base64 -w0 "$folder/key")" }
 END

@@ -1,4 +1,7 @@
-"""step.cpp, compiled for this machine and loaded: built once, then kept in the user's cache."""
+"""step.cpp, compiled for this machine and loaded: built once, then kept in the user's cache.
+
+An image may have it beside its source.
+"""
 
 from __future__ import annotations
 
@@ -122,9 +125,11 @@ def _built() -> Path:
     compiler = _compiler()
     machine = " ".join([*FLAGS, compiler, _version(compiler), *sorted(processor_flags())])
     digest = hashlib.sha256(b"\0".join([*contents, machine.encode()])).hexdigest()[:16]
-    target = _cache_folder() / f"step-{digest}.so"
-    if target.exists():
-        return target
+    name = f"step-{digest}.so"
+    target = _cache_folder() / name
+    for path in (folder / name, target):
+        if path.exists():
+            return path
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as build:
         path = Path(build) / target.name
