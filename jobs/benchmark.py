@@ -24,7 +24,8 @@ with ours, one at a time. `model` writes a random GPT-J of 305 M parameters with
 formats cost on a text, in rows as long as the model's context. `mlperf` asks our service, or one
 at --url, as MLPerf's load generator does: see jobs/benchmarks/mlperf.py. `load` writes a random
 model in fp16 into DIR and, unless told otherwise, a second copy into an S3 server there, reads
-them in processes of their own (see jobs/benchmarks/load_weights.py), and deletes them.
+them in processes of their own (see jobs/benchmarks/load_weights.py), from S3 with and without the
+node's cache of checkpoints, and deletes them.
 """
 
 from __future__ import annotations

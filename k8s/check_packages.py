@@ -3,8 +3,8 @@
     python k8s/check_packages.py VARIANT constraints.txt
 
 VARIANT is cpu or cuda. Every package must be one that constraints.txt pins; the operators of
-DeepSpeed that training uses must be built ahead, for cuda with code for each GPU that the Dockerfile
-names, and load. Fails with a sentence; prints what it saw.
+DeepSpeed that training uses must be built ahead, for cuda with code for each GPU that the
+Dockerfile names, and load. Fails with a sentence; prints what it saw.
 """
 
 from __future__ import annotations

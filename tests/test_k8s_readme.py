@@ -93,7 +93,7 @@ def test_image_names_and_build_arguments_are_those_of_the_manifests() -> None:
     for words in built:
         (argument,) = [word for word in words if word.startswith("VARIANT=")]
         variant = argument.partition("=")[2]
-        assert f"AS toolkit-{variant}" in dockerfile
+        assert f"AS run-{variant}" in dockerfile
         tag = words[words.index("-t") + 1]
         overlay = {"cpu": "local", "cuda": "gpu"}[variant]
         folder = K8S / "overlays" / overlay / "kustomization.yaml"

@@ -30,6 +30,7 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Pat
         *(("disk", cache, reader) for cache in ("cold", "warm") for reader in READERS),
         ("s3", "cold", "plain"),
         ("s3", "cold", "gptj"),
+        *(("s3, cached", cache, "gptj") for cache in ("empty", "cold", "warm")),
     }
     # The same weights and prompt: transformers and we say the same, from disk and from S3.
     assert len({row["token"] for row in runs if "token" in row}) == 1
@@ -38,7 +39,7 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Pat
             share = row["cached_share"]
             assert share > 0.9 if row["cache"] == "warm" else share < 0.1
     assert list(tmp_path.iterdir()) == []
-    assert done.stdout.splitlines()[-1].startswith("| s3 |")
+    assert done.stdout.splitlines()[-1].startswith("| s3, cached | warm |")
 
 
 def test_ratios_are_medians_beside_the_plain_read() -> None:
@@ -48,3 +49,13 @@ def test_ratios_are_medians_beside_the_plain_read() -> None:
     plain, ours = load_weights.summarized(rows)
     assert plain["seconds"] == 2.0 and "times_plain" not in plain
     assert ours["times_plain"] == 1.5 and ours["with_token_times_plain"] == 2.5
+
+
+def test_the_cache_is_measured_beside_s3_itself_until_the_first_token() -> None:
+    ours = {"reader": "gptj", "first_token_seconds": 1.0}
+    rows = [
+        {"from": "s3", "cache": "cold", "seconds": 7.0, **ours},
+        {"from": "s3, cached", "cache": "warm", "seconds": 1.0, **ours},
+    ]
+    direct, cached = load_weights.summarized(rows)
+    assert cached["with_token_times_s3"] == 0.25 and "with_token_times_s3" not in direct

@@ -30,9 +30,7 @@ def peak(config: GPTJConfig, rows: int, length: int, *, padded: bool) -> int:
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 512), (8, 2048), (32, 2048)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_batch_of_6b_holds_what_the_arithmetic_says(
-    rows: int, length: int, padded: bool
-) -> None:
+def test_a_batch_of_6b_holds_what_the_arithmetic_says(rows: int, length: int, padded: bool) -> None:
     """Never less; what it counts beside is attention's copy of the mask."""
     held = peak(SIX_B, rows, length, padded=padded)
     counted = memory.activation_bytes(SIX_B, rows, length)
@@ -53,9 +51,7 @@ def test_weights_and_cache_are_what_the_model_and_the_runner_take() -> None:
     )
     weights = memory.weight_bytes(GPTJForCausalLM, config)
     room = 10**7
-    settings = memory.generation(
-        config, weights + memory.CONTEXT_BYTES + memory.STEP_BYTES + room
-    )
+    settings = memory.generation(config, weights + memory.CONTEXT_BYTES + memory.STEP_BYTES + room)
     with LiveBytes() as live:
         runner = TorchRunner(model, settings.cache_tokens // 16)
     assert room - 2**16 < live.now <= room

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
 from gptj.checkpoint import CONFIG, config_of
+from gptj.checkpoint_cache import FOLDER_VARIABLE, SIZE_VARIABLE
 from gptj.manifest import MANIFEST, FolderWriter
 from gptj.skeleton import without_weights
 from gptj.weights import SHARD_BYTES, TensorSpec, write_weights
@@ -51,6 +52,7 @@ PROBES = 200
 DROP_SECONDS = 0.5
 SECONDS = 1800  # of one measurement at most
 S3_READERS = ("plain", "gptj", "gptj-unverified")
+CACHE_READERS = ("gptj", "gptj-unverified")  # those that use the node's cache of checkpoints
 
 Row = dict[str, Any]
 
@@ -104,7 +106,8 @@ def from_disk(folder: str, readers: Sequence[str], repeats: int) -> Iterator[Row
 def from_s3(folder: str, place: Path, readers: Sequence[str], repeats: int) -> Iterator[Row]:
     """From a server on this machine, whose files are kept out of this machine's memory.
 
-    A server elsewhere would not fill it either; here its files and the model would not fit.
+    A server elsewhere would not fill it either; here its files and the model would not fit. Then
+    through the node's cache: while it is empty, with the files on its disk, and in its memory too.
     """
     with LocalS3.start(place) as server:
         os.environ.update(server.environment())
@@ -122,12 +125,32 @@ def from_s3(folder: str, place: Path, readers: Sequence[str], repeats: int) -> I
                 with dropping(place):
                     row = measure(reader, address)
                 yield {"from": "s3", "cache": "cold", **row}
+            for reader in (each for each in readers if each in CACHE_READERS):
+                yield from _through_cache(reader, address, place)
 
 
-def measure(reader: str, address: str) -> Row:
-    """One measurement, in a process of its own."""
+def _through_cache(reader: str, address: str, place: Path) -> Iterator[Row]:
+    """The node's cache has its folder beside the server's."""
+    folder = place.with_name(f"{place.name}-cache")
+    size = 2 * sum(file.size for file in storage.list_files(address)) / 1e9
+    environment = {FOLDER_VARIABLE: str(folder), SIZE_VARIABLE: str(size)}
+    try:
+        for cache in ("empty", "cold", "warm"):
+            os.sync()
+            if cache == "cold":
+                drop(folder)
+            with dropping(place):
+                row = measure(reader, address, environment)
+            yield {"from": "s3, cached", "cache": cache, **row}
+    finally:
+        storage.delete_folder(str(folder))
+
+
+def measure(reader: str, address: str, environment: Mapping[str, str] | None = None) -> Row:
+    """One measurement, in a process of its own, with these variables beside its own."""
     command = [sys.executable, "-m", "jobs.benchmarks.load_weights", reader, address]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    variables = {**os.environ, **(environment or {})}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=variables)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
     row: Row = json.loads(result.stdout.splitlines()[-1])
@@ -208,16 +231,25 @@ def summarized(rows: Sequence[Row]) -> list[Row]:
         if (row["from"], row["cache"]) in plain and row["reader"] != "plain":
             base = plain[row["from"], row["cache"]]
             row["times_plain"] = round(row["seconds"] / base, 2)
-            row["with_token_times_plain"] = round(
-                (row["seconds"] + row["first_token_seconds"]) / base, 2
+            row["with_token_times_plain"] = round(until_token(row) / base, 2)
+    direct = {r["reader"]: r for r in summary if r["from"] == "s3"}
+    for row in summary:
+        if row["from"] == "s3, cached" and row["reader"] in direct:
+            row["with_token_times_s3"] = round(
+                until_token(row) / until_token(direct[row["reader"]]), 2
             )
     return summary
+
+
+def until_token(row: Row) -> float:
+    """Seconds: loading, and the first token, which reads what is mapped."""
+    return float(row["seconds"] + row["first_token_seconds"])
 
 
 def table(summary: Sequence[Row]) -> str:
     """A Markdown table."""
     names = ["from", "cache", "reader", "seconds", "times_plain", "first_token_seconds"]
-    names += ["gb_per_s", "peak_gb", "peak_of_size"]
+    names += ["with_token_times_s3", "gb_per_s", "peak_gb", "peak_of_size"]
     lines = [names, ["---"] * len(names)]
     lines += [[str(row.get(name, "")) for name in names] for row in summary]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

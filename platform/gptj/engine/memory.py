@@ -25,8 +25,8 @@ from gptj.model import (
 from gptj.skeleton import without_weights
 
 GIB = 2**30
-# What PyTorch reports as a card's total, the least of those that are sold with so many GB: T4 (14.56
-# GiB), A10G and L4 (22.0), A100 (39.4), A100 and H100 (79.1), from messages of memory errors.
+# What PyTorch reports as a card's total, the least of those that are sold with so many GB, from
+# messages of memory errors: T4 (14.56 GiB), A10G and L4 (22.0), A100 (39.4), A100 and H100 (79.1).
 CARDS = {16: 14.5 * GIB, 24: 22.0 * GIB, 40: 39.3 * GIB, 80: 79.0 * GIB}
 # Assumptions, since no GPU was at hand: a process's CUDA context with its libraries' kernels; and,
 # of a generation service, the logits, recorded graphs and the allocator's gaps.
@@ -34,7 +34,7 @@ CONTEXT_BYTES = 0.6e9
 STEP_BYTES = 1.0e9
 # Of what the allocator holds, how much tensors can use.
 ALLOCATOR_SHARE = 0.9
-# Ray's own processes of a worker pod, and a replica's: programs, libraries, and weights on their way.
+# A worker pod's own memory: Ray's processes, and a replica's programs and weights on their way.
 RAY_HOST_BYTES = 3 * GIB
 REPLICA_HOST_BYTES = 6 * GIB
 # Outputs that run together at most, and the tokens of one at its end, in k8s/sizing.md's traffic.
@@ -94,9 +94,7 @@ def generation(config: GPTJConfig, card_bytes: float) -> Generation:
     return Generation(tokens, max(1, min(MOST_RUNNING, tokens // MEAN_REQUEST_TOKENS)))
 
 
-def rows(
-    cls: type[GPTJPreTrainedModel], config: GPTJConfig, card_bytes: float, most: int
-) -> Rows:
+def rows(cls: type[GPTJPreTrainedModel], config: GPTJConfig, card_bytes: float, most: int) -> Rows:
     """How many replicas share a card, and the rows of a batch of each, a power of two up to `most`.
 
     As many replicas as leave room for the largest batch, and one anyway.

@@ -1,0 +1,309 @@
+"""Overlays for other cards, and components that not everybody adds: built and checked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_k8s_references as references
+import test_k8s_safety as safety
+import test_k8s_schemas as schemas
+import test_k8s_serve as serve
+import yaml
+from kuberay import quantity
+from manifests import K8S, Object, named, of_kind, program, selects, templates
+from ray.serve._private.utils import get_capacity_adjusted_num_replicas
+
+from gptj import (
+    GPTJConfig,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+)
+from gptj.engine import memory
+
+SIX_B = GPTJConfig.preset("6b")
+CARDS = {"gpu-16": 16, "gpu": 24, "gpu-40": 40, "gpu-80": 80}
+COMPONENTS = ("shared-cache", "incremental-upgrade", "spot")
+
+
+def built(overlay: str, *components: str, scratch: Path) -> list[Object]:
+    """An overlay with components that are added to it."""
+    folder = K8S / "overlays" / overlay
+    if components:
+        kustomization = {
+            "namespace": "gptj",
+            "resources": [os.path.relpath(folder, scratch)],
+            "components": [
+                os.path.relpath(K8S / "components" / each, scratch) for each in components
+            ],
+        }
+        (scratch / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        folder = scratch
+    done = subprocess.run([*program(), str(folder)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """The overlay for 24 GB."""
+    return built("gpu", scratch=tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module", params=[*CARDS, *COMPONENTS])
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An overlay for a card, or the one for 24 GB with a component; and its name."""
+    name, scratch = request.param, tmp_path_factory.mktemp("variant")
+    if name in CARDS:
+        return name, built(name, scratch=scratch)
+    return name, built("gpu", name, scratch=scratch)
+
+
+def test_kubernetes_and_kuberay_know_what_is_built(
+    variant: tuple[str, list[Object]], plain: list[Object]
+) -> None:
+    """What differs from the overlay for 24 GB, which other tests check."""
+    _, objects = variant
+    schemas.test_ray_objects_keep_the_operators_rules(objects)
+    schemas.test_names_and_labels_are_within_kubernetes_limits(objects)
+    changed = [each for each in objects if each not in plain]
+    schemas.test_each_object_is_what_kubernetes_knows(changed)
+    schemas.test_pod_templates_of_ray_objects_are_what_kubernetes_knows(changed)
+    for each in of_kind(changed, "RayService", "RayJob"):
+        schemas.test_each_ray_object_is_what_kuberay_knows(changed, each["kind"])
+
+
+def test_what_is_built_is_as_safe(variant: tuple[str, list[Object]]) -> None:
+    _, objects = variant
+    safety.test_every_pod_passes_the_restricted_standard(objects)
+    safety.test_no_secret_is_written_down(objects)
+    safety.test_accounts_have_no_rights_of_their_own_and_no_token(objects)
+    safety.test_connections_are_those_that_are_needed(objects)
+    references.test_images_are_pinned_and_those_that_we_build(objects)
+
+
+def test_serve_takes_what_is_built(variant: tuple[str, list[Object]]) -> None:
+    name, objects = variant
+    serve.test_serve_gets_serve_yaml_with_another_place(objects)
+    serve.test_serve_takes_the_configuration_and_its_import_paths_exist(objects)
+    if name != "incremental-upgrade":  # its clusters start with one worker, and grow
+        serve.test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(objects)
+
+
+@pytest.mark.parametrize("overlay", CARDS)
+def test_settings_of_a_card_are_the_arithmetics(overlay: str, tmp_path: Path) -> None:
+    card = memory.CARDS[CARDS[overlay]]
+    (service,) = of_kind(built(overlay, scratch=tmp_path), "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    applications = {each["name"]: each for each in config["applications"]}
+    text = applications["generation"]
+    fitting = memory.generation(SIX_B, card)
+    assert text["args"]["cache_tokens"] == fitting.cache_tokens
+    assert text["args"]["max_running"] == fitting.max_running
+    scaling = text["deployments"][0]["autoscaling_config"]
+    assert scaling["target_ongoing_requests"] == min(12, fitting.max_running // 3)
+    assert text["deployments"][0]["ray_actor_options"]["num_gpus"] == 1
+    for name, head, most in (
+        ("classification", GPTJForSequenceClassification, 32),
+        ("question-answering", GPTJForQuestionAnswering, 16),
+    ):
+        rows = memory.rows(head, SIX_B, card, most)
+        assert applications[name]["args"]["max_batch"] == rows.max_batch
+        gpus = applications[name]["deployments"][0]["ray_actor_options"]["num_gpus"]
+        assert gpus == 1 / rows.replicas_per_card
+    assert {each["args"]["dtype"] for each in applications.values()} == {"float16"}
+    # The pod's own memory: its processes, and all of /dev/shm.
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    replicas = max(
+        int(1 / each["deployments"][0]["ray_actor_options"]["num_gpus"])
+        for each in applications.values()
+    )
+    (shared,) = [v for v in pod["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"]
+    needed = memory.host_bytes(replicas) + quantity(shared["emptyDir"]["sizeLimit"])
+    assert quantity(pod["containers"][0]["resources"]["requests"]["memory"]) >= needed
+
+
+def test_the_documents_table_of_cards_is_the_arithmetics(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory.main()
+    assert capsys.readouterr().out in (K8S / "sizing.md").read_text()
+
+
+def test_the_cache_of_checkpoints_has_room_on_its_volume(
+    variant: tuple[str, list[Object]],
+) -> None:
+    """In every pod that loads models, and on a claim that outlives pods where that is added."""
+    name, objects = variant
+    (service,) = of_kind(objects, "RayService")
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    container = pod["containers"][0]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    (mount,) = [
+        each
+        for each in container["volumeMounts"]
+        if each["mountPath"] == variables["GPTJ_CACHE_FOLDER"]
+    ]
+    (volume,) = [each for each in pod["volumes"] if each["name"] == mount["name"]]
+    limit = float(variables["GPTJ_CACHE_GB"]) * 1e9
+    model = memory.weight_bytes(GPTJForSequenceClassification, SIX_B)
+    if name == "shared-cache":
+        claim = volume["persistentVolumeClaim"]["claimName"]
+        spec = named(objects, "PersistentVolumeClaim", claim)["spec"]
+        assert spec["accessModes"] == ["ReadWriteMany"]  # of several nodes' pods
+        assert limit < quantity(spec["resources"]["requests"]["storage"])
+        assert limit >= 6 * model  # three models, and those that come after them
+    else:
+        assert limit < quantity(volume["emptyDir"]["sizeLimit"])
+        assert limit >= 3 * model
+
+
+GROWN = [(1, 2), (2, 3), (4, 6), (6, 9)]
+
+
+@pytest.mark.parametrize(("replicas", "at_most"), GROWN)
+def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
+    replicas: int, at_most: int, tmp_path: Path
+) -> None:
+    """Serve's own rounding, in the order of KubeRay 1.7.0's reconcileServeTargetCapacity."""
+    (service,) = of_kind(built("gpu", "incremental-upgrade", scratch=tmp_path), "RayService")
+    surge = service["spec"]["upgradeStrategy"]["clusterUpgradeOptions"]["maxSurgePercent"]
+    old, new, most = 100, 0, 0
+    while old > 0:
+        if old + new > 100:
+            old = max(0, old - surge)
+        else:
+            new = min(100, new + surge)
+        most = max(most, sum(get_capacity_adjusted_num_replicas(replicas, c) for c in (old, new)))
+    assert new == 100 and most == at_most
+    text = (K8S / "README.md").read_text()
+    assert f"| {replicas} | {2 * replicas} | {at_most} |" in text
+
+
+def test_an_upgrade_in_steps_keeps_the_operators_rules(tmp_path: Path) -> None:
+    """ValidateClusterUpgradeOptions, and the names of createGateway and of Istio's deployment."""
+    objects = built("gpu", "incremental-upgrade", scratch=tmp_path)
+    (service,), (ingress,) = of_kind(objects, "RayService"), of_kind(objects, "Ingress")
+    cluster, strategy = service["spec"]["rayClusterConfig"], service["spec"]["upgradeStrategy"]
+    assert strategy["type"] == "NewClusterWithIncrementalUpgrade"
+    assert cluster["enableInTreeAutoscaling"] is True
+    options = strategy["clusterUpgradeOptions"]
+    assert 0 < options["stepSizePercent"] <= options["maxSurgePercent"] <= 100
+    assert options["intervalSeconds"] > 0
+    gateway = f"{service['metadata']['name']}-gateway"
+    backend = {"name": f"{gateway}-{options['gatewayClassName']}", "port": {"number": 80}}
+    for path in ingress["spec"]["rules"][0]["http"]["paths"]:
+        assert path["backend"]["service"] == backend
+    # Its pods are none of ours, and reach Serve's proxies all the same.
+    pods = {"gateway.networking.k8s.io/gateway-name": gateway}
+    (policy,) = [
+        each["spec"]
+        for each in of_kind(objects, "NetworkPolicy")
+        if each["spec"]["podSelector"] and selects(each["spec"]["podSelector"], pods)
+    ]
+    serving = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]
+    assert selects(policy["egress"][0]["to"][0]["podSelector"], serving)
+    (admitted,) = [
+        each["spec"]
+        for each in of_kind(objects, "NetworkPolicy")
+        if selects(each["spec"]["podSelector"], serving)
+        and any(
+            selects(peer.get("podSelector", {"matchLabels": {"none": "of these"}}), pods)
+            for rule in each["spec"].get("ingress", [])
+            for peer in rule["from"]
+        )
+    ]
+    assert admitted["ingress"][0]["ports"] == [{"port": 8000, "protocol": "TCP"}]
+
+
+def test_training_on_spot_machines_keeps_its_head_on_others(tmp_path: Path) -> None:
+    (job,) = of_kind(built("gpu", "spot", scratch=tmp_path), "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    pod, head = workers["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"gptj/pool": "training-spot"}
+    assert {each["key"] for each in pod["tolerations"]} == {"nvidia.com/gpu", "gptj/spot"}
+    assert "nodeSelector" not in head and "tolerations" not in head
+    assert pod["terminationGracePeriodSeconds"] < 30 and job["spec"]["backoffLimit"] > 3
+
+
+def test_a_teams_deployment_is_whole_and_in_its_own_namespace(
+    plain: list[Object], tmp_path: Path
+) -> None:
+    objects = built("team", scratch=tmp_path)
+    (namespace,) = of_kind(objects, "Namespace")
+    own = namespace["metadata"]["name"]
+    assert own != "gptj"
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for each in objects:
+        if each["kind"] not in schemas.CLUSTER_WIDE:
+            assert each["metadata"]["namespace"] == own
+    known = ("ResourceQuota", "LimitRange", "RoleBinding", "Namespace", "Ingress")
+    schemas.test_each_object_is_what_kubernetes_knows(of_kind(objects, *known))
+    schemas.test_each_ray_object_is_what_kuberay_knows(objects, "RayService")
+    (ingress,), (gpu_ingress,) = of_kind(objects, "Ingress"), of_kind(plain, "Ingress")
+    assert ingress["spec"]["rules"][0]["host"] != gpu_ingress["spec"]["rules"][0]["host"]
+    assert ingress["spec"]["tls"][0]["hosts"] == [ingress["spec"]["rules"][0]["host"]]
+    # Members see all but secrets and train; they change no service, and no role of their own.
+    roles = {each["roleRef"]["name"] for each in of_kind(objects, "RoleBinding")}
+    assert roles == {"view", "rayjob-editor-role", "rayservice-viewer-role"}
+    for binding in of_kind(objects, "RoleBinding"):
+        assert [(each["kind"], each["name"]) for each in binding["subjects"]] == [("Group", own)]
+        assert binding["roleRef"]["kind"] == "ClusterRole"
+    made = subprocess.run(
+        [str(K8S / "secrets.sh"), "local", own], capture_output=True, text=True, check=True
+    )
+    for secret in yaml.safe_load_all(made.stdout):
+        assert secret["metadata"]["namespace"] == own
+
+
+def test_a_teams_quota_has_room_for_two_serving_clusters_and_a_training(tmp_path: Path) -> None:
+    objects = built("team", scratch=tmp_path)
+    hard = named(objects, "ResourceQuota", "team")["spec"]["hard"]
+    (service,), (job,) = of_kind(objects, "RayService"), of_kind(objects, "RayJob")
+    counts: list[tuple[int, Object]] = []
+    serving, training = service["spec"]["rayClusterConfig"], job["spec"]["rayClusterSpec"]
+    for times, cluster in ((2, serving), (1, training)):
+        counts.append((times, cluster["headGroupSpec"]["template"]))
+        for group in cluster["workerGroupSpecs"]:
+            counts.append((times * group["maxReplicas"], group["template"]))
+    counts.append((1, job["spec"]["submitterPodTemplate"]))
+    counts += [(1, each["spec"]["template"]) for each in of_kind(objects, "StatefulSet")]
+    for resource in ("cpu", "memory"):
+        needed = sum(
+            times * quantity(container["resources"]["requests"][resource])
+            for times, template in counts
+            for container in template["spec"]["containers"]
+        )
+        autoscaler = serving["autoscalerOptions"]["resources"]["requests"][resource]
+        needed += 2 * quantity(autoscaler)
+        assert needed <= quantity(hard[f"requests.{resource}"]), resource
+    assert sum(times for times, _ in counts) <= int(hard["pods"])
+
+
+def test_root_file_systems_are_read_only_and_temporary_files_have_a_volume(
+    objects: list[Object],
+) -> None:
+    """What is written goes to volumes: /tmp with HOME, Ray's logs, shared memory, data."""
+    for template in templates(objects):
+        for container in template["spec"]["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            if container["name"] in ("redis", "autoscaler"):
+                continue
+            mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+            (volume,) = [v for v in template["spec"]["volumes"] if v["name"] == mounts["/tmp"]]
+            assert volume["emptyDir"]["sizeLimit"]
+    (service,) = of_kind(objects, "RayService")
+    sidecar = service["spec"]["rayClusterConfig"]["autoscalerOptions"]
+    assert {"name": "temporary", "mountPath": "/tmp"} in sidecar["volumeMounts"]
+    for init in (
+        container
+        for template in templates(objects)
+        for container in template["spec"].get("initContainers", [])
+    ):
+        assert init["securityContext"]["readOnlyRootFilesystem"] is True
