@@ -160,13 +160,14 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
 
 declare -A environment=() stages=()
 tree="" folder=/ user=0:0 current=none line=""
-while IFS= read -r part || [ -n "$part" ]; do
+mapfile -t parts < k8s/Dockerfile # at once: who changes it meanwhile changes nothing here
+for part in "${parts[@]}"; do
   if [[ $part == \#* || -z $part ]]; then continue; fi
   line+=${part%\\}
   if [[ $part == *\\ ]]; then line+=" "; continue; fi
   follow "${line%% *}" "${line#* }"
   line=""
-done < k8s/Dockerfile
+done
 
 image=$work/image
 for path in opt/venv app; do du --summarize --block-size=1M "$image/$path"; done

@@ -84,6 +84,22 @@ def test_operators_are_checked_for_each_gpu_that_they_are_built_for(check: Modul
     assert listed.endswith("+PTX"), "newer GPUs compile the last one's PTX"
 
 
+def test_operators_have_bf16_with_older_gpus_in_the_list() -> None:
+    """DeepSpeed leaves BF16_AVAILABLE out below 8.0: no source of fused_adam may look at it."""
+    import deepspeed
+    from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
+
+    package, builder = Path(deepspeed.__file__).parent, FusedAdamBuilder()
+    sources = [package / "ops" / each for each in builder.sources()]
+    while sources:
+        source = sources.pop()
+        text = source.read_text()
+        assert "BF16_AVAILABLE" not in text, source
+        for name in re.findall(r'^#include "(.*)"', text, re.M):
+            folders = [package / "ops" / each for each in builder.include_paths()]
+            sources += [each / name for each in folders if (each / name).exists()]
+
+
 def test_code_for_gpus_is_found_in_a_library(check: ModuleType, tmp_path: Path) -> None:
     """Two containers, as nvcc leaves one a source file, among other bytes."""
 
