@@ -38,6 +38,7 @@ def program() -> list[str]:
 COMPONENTS_OF = {
     "irsa": ("overlays", "training/overlays"),
     "kueue": ("training/overlays",),
+    "spot": ("training/overlays",),
     "node-local-dns": ("namespace",),
     "cilium": ("overlays",),
 }
@@ -51,11 +52,17 @@ def build(name: str, scratch: Path) -> list[Object]:
         scratch: an empty folder.
     """
     overlay, *components = name.split("+")
+    folders = {
+        "namespace": K8S / "namespace",
+        "overlays": K8S / "overlays" / overlay,
+        # Cards differ for serving only.
+        "training/overlays": K8S / "training" / "overlays" / overlay.partition("-")[0],
+    }
     return [
         each
-        for part in ("namespace", "overlays", "training/overlays")
+        for part, folder in folders.items()
         for each in kustomize(
-            K8S / part if part == "namespace" else K8S / part / overlay,
+            folder,
             [each for each in components if part in COMPONENTS_OF.get(each, ("overlays",))],
             scratch / part,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import test_k8s_safety as safety
 import test_k8s_schemas as schemas
 import test_k8s_serve as serve
 import yaml
-from kuberay import quantity
-from manifests import K8S, Object, named, of_kind, program, selects, templates
+from kuberay_operator import quantity
+from manifests import K8S, Object, build, kustomize, named, of_kind, selects, templates
 from ray.serve._private.utils import get_capacity_adjusted_num_replicas
 
 from gptj import (
@@ -25,41 +24,22 @@ from gptj import (
 from gptj.engine import memory
 
 SIX_B = GPTJConfig.preset("6b")
+TEAM = K8S / "team"
 CARDS = {"gpu-16": 16, "gpu": 24, "gpu-40": 40, "gpu-80": 80}
 COMPONENTS = ("shared-cache", "incremental-upgrade", "spot")
-
-
-def built(overlay: str, *components: str, scratch: Path) -> list[Object]:
-    """An overlay with components that are added to it."""
-    folder = K8S / "overlays" / overlay
-    if components:
-        kustomization = {
-            "namespace": "gptj",
-            "resources": [os.path.relpath(folder, scratch)],
-            "components": [
-                os.path.relpath(K8S / "components" / each, scratch) for each in components
-            ],
-        }
-        (scratch / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        folder = scratch
-    done = subprocess.run([*program(), str(folder)], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    return list(yaml.safe_load_all(done.stdout))
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     """The overlay for 24 GB."""
-    return built("gpu", scratch=tmp_path_factory.mktemp("plain"))
+    return build("gpu", tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module", params=[*CARDS, *COMPONENTS])
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An overlay for a card, or the one for 24 GB with a component; and its name."""
     name, scratch = request.param, tmp_path_factory.mktemp("variant")
-    if name in CARDS:
-        return name, built(name, scratch=scratch)
-    return name, built("gpu", name, scratch=scratch)
+    return name, build(name if name in CARDS else f"gpu+{name}", scratch)
 
 
 def test_kubernetes_and_kuberay_know_what_is_built(
@@ -96,7 +76,7 @@ def test_serve_takes_what_is_built(variant: tuple[str, list[Object]]) -> None:
 @pytest.mark.parametrize("overlay", CARDS)
 def test_settings_of_a_card_are_the_arithmetics(overlay: str, tmp_path: Path) -> None:
     card = memory.CARDS[CARDS[overlay]]
-    (service,) = of_kind(built(overlay, scratch=tmp_path), "RayService")
+    (service,) = of_kind(build(overlay, tmp_path), "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     applications = {each["name"]: each for each in config["applications"]}
     text = applications["generation"]
@@ -171,7 +151,7 @@ def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
     replicas: int, at_most: int, tmp_path: Path
 ) -> None:
     """Serve's own rounding, in the order of KubeRay 1.7.0's reconcileServeTargetCapacity."""
-    (service,) = of_kind(built("gpu", "incremental-upgrade", scratch=tmp_path), "RayService")
+    (service,) = of_kind(build("gpu+incremental-upgrade", tmp_path), "RayService")
     surge = service["spec"]["upgradeStrategy"]["clusterUpgradeOptions"]["maxSurgePercent"]
     old, new, most = 100, 0, 0
     while old > 0:
@@ -187,7 +167,7 @@ def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
 
 def test_an_upgrade_in_steps_keeps_the_operators_rules(tmp_path: Path) -> None:
     """ValidateClusterUpgradeOptions, and the names of createGateway and of Istio's deployment."""
-    objects = built("gpu", "incremental-upgrade", scratch=tmp_path)
+    objects = build("gpu+incremental-upgrade", tmp_path)
     (service,), (ingress,) = of_kind(objects, "RayService"), of_kind(objects, "Ingress")
     cluster, strategy = service["spec"]["rayClusterConfig"], service["spec"]["upgradeStrategy"]
     assert strategy["type"] == "NewClusterWithIncrementalUpgrade"
@@ -222,7 +202,7 @@ def test_an_upgrade_in_steps_keeps_the_operators_rules(tmp_path: Path) -> None:
 
 
 def test_training_on_spot_machines_keeps_its_head_on_others(tmp_path: Path) -> None:
-    (job,) = of_kind(built("gpu", "spot", scratch=tmp_path), "RayJob")
+    (job,) = of_kind(build("gpu+spot", tmp_path), "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
     pod, head = workers["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]
@@ -232,27 +212,48 @@ def test_training_on_spot_machines_keeps_its_head_on_others(tmp_path: Path) -> N
     assert pod["terminationGracePeriodSeconds"] < 30 and job["spec"]["backoffLimit"] > 3
 
 
+@pytest.fixture(scope="module")
+def team() -> list[Object]:
+    return [
+        each for part in ("namespace", "serving", "training") for each in kustomize(TEAM / part)
+    ]
+
+
 def test_a_teams_deployment_is_whole_and_in_its_own_namespace(
-    plain: list[Object], tmp_path: Path
+    team: list[Object], plain: list[Object]
 ) -> None:
-    objects = built("team", scratch=tmp_path)
-    (namespace,) = of_kind(objects, "Namespace")
+    (namespace,) = of_kind(team, "Namespace")
     own = namespace["metadata"]["name"]
     assert own != "gptj"
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    for each in objects:
+    for each in team:
         if each["kind"] not in schemas.CLUSTER_WIDE:
             assert each["metadata"]["namespace"] == own
+    # All that others have, and what is a team's own.
+    names = {(each["kind"], each["metadata"]["name"]) for each in team}
+    others = {(each["kind"], each["metadata"]["name"]) for each in plain}
+    assert others - names == {("Namespace", "gptj")}
+    assert {kind for kind, _ in names - others} == {
+        "LimitRange",
+        "Namespace",
+        "ResourceQuota",
+        "RoleBinding",
+    }
     known = ("ResourceQuota", "LimitRange", "RoleBinding", "Namespace", "Ingress")
-    schemas.test_each_object_is_what_kubernetes_knows(of_kind(objects, *known))
-    schemas.test_each_ray_object_is_what_kuberay_knows(objects, "RayService")
-    (ingress,), (gpu_ingress,) = of_kind(objects, "Ingress"), of_kind(plain, "Ingress")
+    schemas.test_each_object_is_what_kubernetes_knows(of_kind(team, *known))
+    schemas.test_each_ray_object_is_what_kuberay_knows(team, "RayService")
+    (ingress,), (gpu_ingress,) = of_kind(team, "Ingress"), of_kind(plain, "Ingress")
     assert ingress["spec"]["rules"][0]["host"] != gpu_ingress["spec"]["rules"][0]["host"]
     assert ingress["spec"]["tls"][0]["hosts"] == [ingress["spec"]["rules"][0]["host"]]
     # Members see all but secrets and train; they change no service, and no role of their own.
-    roles = {each["roleRef"]["name"] for each in of_kind(objects, "RoleBinding")}
+    bindings = [
+        each
+        for each in of_kind(team, "RoleBinding")
+        if each["metadata"]["name"].startswith("members-")
+    ]
+    roles = {each["roleRef"]["name"] for each in bindings}
     assert roles == {"view", "rayjob-editor-role", "rayservice-viewer-role"}
-    for binding in of_kind(objects, "RoleBinding"):
+    for binding in bindings:
         assert [(each["kind"], each["name"]) for each in binding["subjects"]] == [("Group", own)]
         assert binding["roleRef"]["kind"] == "ClusterRole"
     made = subprocess.run(
@@ -262,8 +263,10 @@ def test_a_teams_deployment_is_whole_and_in_its_own_namespace(
         assert secret["metadata"]["namespace"] == own
 
 
-def test_a_teams_quota_has_room_for_two_serving_clusters_and_a_training(tmp_path: Path) -> None:
-    objects = built("team", scratch=tmp_path)
+def test_a_teams_quota_has_room_for_two_serving_clusters_and_a_training(
+    team: list[Object],
+) -> None:
+    objects = team
     hard = named(objects, "ResourceQuota", "team")["spec"]["hard"]
     (service,), (job,) = of_kind(objects, "RayService"), of_kind(objects, "RayJob")
     counts: list[tuple[int, Object]] = []
