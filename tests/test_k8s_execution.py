@@ -122,7 +122,11 @@ def here(s3_server: LocalS3, redis: Redis, tmp_path_factory: pytest.TempPathFact
         folder=folder,
         workdir=image(folder / "image"),
         serve_port=free_ports(1)[0],
-        names={"http://seaweedfs:8333": s3_server.endpoint, "redis:6379": redis.address},
+        names={
+            "http://seaweedfs:8333": s3_server.endpoint,
+            "redis:6379": redis.address,
+            "/var/cache/gptj": str(folder / "checkpoints"),
+        },
         secrets={
             ("s3", "AWS_ACCESS_KEY_ID"): s3_server.access_key,
             ("s3", "AWS_SECRET_ACCESS_KEY"): s3_server.secret_key,
