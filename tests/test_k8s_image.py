@@ -14,7 +14,8 @@ from manifests import K8S, ROOT
 DOCKERFILE = (K8S / "Dockerfile").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, re.M))
-# What torch 2.13.0's wheel for CUDA asks for on Linux, with the extras of cuda-toolkit 13.0.3.
+# What torch 2.13.0's wheel for CUDA asks for on Linux, with the extras of cuda-toolkit 13.0.3, and
+# DeepSpeed beside it.
 TORCH_ASKS = (
     "cuda-bindings",
     "cuda-pathfinder",
@@ -30,6 +31,7 @@ TORCH_ASKS = (
     "nvidia-cusolver",
     "nvidia-cusparse",
     "nvidia-cusparselt-cu13",
+    "nvidia-ml-py",  # DeepSpeed, where PyTorch has CUDA
     "nvidia-nccl-cu13",
     "nvidia-nvjitlink",
     "nvidia-nvshmem-cu13",
