@@ -44,6 +44,7 @@ from typing import Any
 
 from gptj import storage
 from gptj.config import PRESETS
+from gptj.json_object import to_json
 from gptj.manifest import MANIFEST
 from jobs import command_line
 from jobs.benchmarks import load_weights, machine, mlperf
@@ -280,7 +281,7 @@ def _dtypes(text: str) -> tuple[str, ...]:
 
 
 def _show(row: Row) -> Row:
-    print(json.dumps(row), flush=True)
+    print(to_json(row), flush=True)
     return row
 
 

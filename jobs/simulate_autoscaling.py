@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,6 +35,7 @@ import yaml
 from deployments.loading import BatchArguments
 from gptj import GPTJConfig
 from gptj.engine.limits import Limits
+from gptj.json_object import to_json
 from jobs import command_line
 from jobs.autoscaling.machines import MACHINES, Machine
 from jobs.autoscaling.report import Row, intervals, plot, summary, table
@@ -147,7 +147,7 @@ def combinations(changes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _show(row: Row) -> None:
-    print(json.dumps(row), flush=True)
+    print(to_json(row), flush=True)
 
 
 if __name__ == "__main__":

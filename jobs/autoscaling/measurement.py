@@ -31,6 +31,7 @@ from deployments.loading import best_dtype
 from gptj import GPTJForCausalLM
 from gptj.engine.choice import best_runner
 from gptj.engine.engine import Engine
+from gptj.json_object import to_json
 from jobs import command_line
 from jobs.benchmarks import machine
 from jobs.benchmarks.decode import TEXT_IDS, generate
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
+    print(to_json(row), flush=True)
 
 
 def engine_seconds(address: str) -> Iterator[dict[str, Any]]:

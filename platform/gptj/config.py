@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from copy import deepcopy
 from reprlib import repr as shown
 from typing import Any
 
 import torch
+
+from gptj.json_object import to_json
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 MOST_LAYERS = 1000
@@ -136,7 +137,7 @@ class GPTJConfig:
         return deepcopy(fields)
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return to_json(self.to_dict(), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
     @property
     def num_labels(self) -> int:

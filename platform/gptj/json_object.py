@@ -1,12 +1,16 @@
-"""A small JSON file of a checkpoint: its bytes in, an object out, or an error with the file's name.
+"""JSON in and out: a checkpoint's small files read with care, and text that any reader takes.
 
-Whatever the bytes are: cut off, nested a million deep, no text at all. Memory stays bounded by the
-limit of a file's size.
+What is read may be cut off, nested a million deep, no text at all: the error names the file, and
+memory stays bounded by the limit of a file's size. What is written has no NaN and no infinity,
+which Python writes and JSON does not have.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from gptj import storage
@@ -37,3 +41,30 @@ def read_small(address: str) -> bytes:
             f"{address} has {size} bytes; such a file has at most {LIMIT_BYTES}: it is damaged"
         )
     return storage.read_bytes(address, 0, size)
+
+
+def to_json(
+    value: Any, *, indent: int | None = None, ensure_ascii: bool = True, sort_keys: bool = False
+) -> str:
+    """As json.dumps, with null in place of each number that is not finite."""
+    dumps = partial(
+        json.dumps,
+        indent=indent,
+        ensure_ascii=ensure_ascii,
+        sort_keys=sort_keys,
+        allow_nan=False,
+    )
+    try:
+        return dumps(value)
+    except ValueError:  # rare: only then is the value copied
+        return dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value

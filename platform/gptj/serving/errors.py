@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from starlette.responses import Response
+
+from gptj.json_object import to_json
 
 
 class APIError(Exception):
@@ -94,5 +95,5 @@ def error_response(error: APIError) -> Response:
 
 def json_response(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:
     # In ASCII: what is quoted from a request need not be encodable text.
-    content = json.dumps(body, ensure_ascii=True)
+    content = to_json(body, ensure_ascii=True)
     return Response(content, status, headers, media_type="application/json")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gptj import storage
 from gptj.extras import Extra
+from gptj.json_object import to_json
 from gptj.training.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class ProgressLog:
     def publish(self, address: str) -> None:
         """Bring the history, TensorBoard's files and the curve up to date in the run's folder."""
         self._board.flush()
-        lines = "".join(json.dumps(point) + "\n" for point in self.progress.history)
+        lines = "".join(to_json(point) + "\n" for point in self.progress.history)
         storage.write_bytes(storage.join(address, HISTORY), lines.encode())
         storage.upload_folder(self._folder / TENSORBOARD, storage.join(address, TENSORBOARD))
         picture = self._folder / CURVE
@@ -116,7 +116,7 @@ class ProgressLog:
         self._board.close()
 
     def _add(self, point: dict[str, float]) -> None:
-        self.progress.history.append(point)
+        self.progress.history.append({**point})
         self._watch(point)
         for name, value in point.items():
             if name != "step" and math.isfinite(value):
@@ -125,12 +125,12 @@ class ProgressLog:
                 )
 
 
-def draw_curve(history: Sequence[dict[str, float]], path: Path) -> None:
+def draw_curve(history: Sequence[Mapping[str, float | None]], path: Path) -> None:
     """The loss over the steps as a PNG file, of training and of evaluation."""
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("evaluation_loss", "evaluation", "o-")):
-        points = [(point["step"], point[key]) for point in history if key in point]
+        points = [(point["step"], point[key]) for point in history if point.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(xlabel="optimizer steps", ylabel="loss")
