@@ -10,11 +10,11 @@ same folder, and folders from Hugging Face load here.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -27,7 +27,7 @@ from gptj.checkpoint_cache import CheckpointCache, Lease
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.devices import check_device
 from gptj.hub import locate
-from gptj.json_object import parse_object
+from gptj.json_object import parse_object, to_json
 from gptj.manifest import (
     CheckpointError,
     FolderWriter,
@@ -44,7 +44,14 @@ from gptj.model import (
 )
 from gptj.skeleton import without_weights
 from gptj.tokenizer import GPTJTokenizer
-from gptj.weights import SHARD_BYTES, TensorSpec, read_weights, weight_files, write_weights
+from gptj.weights import (
+    SHARD_BYTES,
+    TensorSpec,
+    one_dtype,
+    read_weights,
+    weight_files,
+    write_weights,
+)
 
 __all__ = [
     "CheckpointError",
@@ -68,6 +75,11 @@ PICKLE_PATTERNS = ("*.json", "pytorch_model*.bin")
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
 # What the heads add to the base model; another head's may be left out, and one's own made new.
 HEADS = ("lm_head.", "score.", "qa_outputs.")
+
+UNTIED = (
+    "%s has an lm_head.weight that differs from its embedding, though its configuration says "
+    "tie_word_embeddings: it is kept, and the two are not tied"
+)
 
 Model = TypeVar("Model", bound=GPTJPreTrainedModel)
 
@@ -132,7 +144,7 @@ def write_small_files(
     for name, content in (tokenizer.files() if tokenizer is not None else {}).items():
         writer.write(name, content)
     if training is not None:
-        writer.write(TRAINING, (json.dumps(training, indent=2) + "\n").encode())
+        writer.write(TRAINING, (to_json(training, indent=2) + "\n").encode())
     writer.write(CONFIG, config.to_json().encode())
 
 
@@ -203,8 +215,10 @@ def load_model(
 ) -> Model:
     """What `from_pretrained` does; see there for the arguments.
 
-    A head that the checkpoint lacks is made new (and the log says so), another head's weights
-    are left out.
+    A head that the checkpoint lacks is made new, another head's weights are left out; weights
+    that are stored in several dtypes become one (the configuration's, if it is among them, or that
+    of most), and a stored lm_head that differs from the embedding is kept, whatever the
+    configuration says of ties. The log says so.
 
     Raises:
         FileNotFoundError: if there is no model at the address.
@@ -290,9 +304,10 @@ def _assembled(
         _assign(model, name, weight)
         loaded.add(name)
         del stored, weight  # before the next one is read
+    if dtype is None:
+        _unite_dtypes(model, loaded, folder)
     if isinstance(model, GPTJForCausalLM) and config.tie_word_embeddings:
-        model.tie_weights()
-        loaded.add("lm_head.weight")
+        _tie(model, loaded, folder)
     _make_missing(model, set(expected) - loaded, folder, device)
     return model, in_use
 
@@ -335,6 +350,46 @@ def _check_expendable(name: str, folder: str) -> None:
 def _assign(model: GPTJPreTrainedModel, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, torch.nn.Parameter(tensor))
+
+
+def _unite_dtypes(model: GPTJPreTrainedModel, loaded: set[str], folder: str) -> None:
+    """Convert what has another dtype than the others; what has not stays as it is."""
+    numbers: Counter[torch.dtype] = Counter()
+    for name in loaded:
+        weight = model.get_parameter(name)
+        numbers[weight.dtype] += weight.numel()
+    if len(numbers) < 2:
+        return
+    target = one_dtype(numbers, model.config.dtype)
+    logger.warning(
+        "%s has weights in %s: all become %s", folder, ", ".join(sorted(map(str, numbers))), target
+    )
+    for name in loaded:
+        weight = model.get_parameter(name)
+        if weight.dtype == target:
+            continue
+        converted = weight.detach().to(target)
+        if bool((converted.isinf() & weight.isfinite()).any()):
+            raise CheckpointError(
+                f"{name} of {folder} has values that are too large for {target}, the dtype of its "
+                f"other weights; remedy: dtype=float32"
+            )
+        _assign(model, name, converted)
+
+
+def _tie(model: GPTJForCausalLM, loaded: set[str], folder: str) -> None:
+    """One matrix for embedding and head, unless two different ones are stored."""
+    head, embedding = "lm_head.weight", "transformer.wte.weight"
+    if head in loaded and embedding not in loaded:
+        _assign(model, embedding, model.lm_head.weight.detach())
+        loaded.add(embedding)
+    if head in loaded and not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+        logger.warning(UNTIED, folder)
+        config = GPTJConfig.from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
+        model.config = model.transformer.config = config
+        return
+    model.tie_weights()
+    loaded.add(head)
 
 
 def _make_missing(

@@ -11,7 +11,7 @@ import json
 import mmap
 import pickle
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,18 @@ class TensorSpec:
     def size(self) -> int:
         """Bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def one_dtype(numbers: Mapping[torch.dtype, int], preferred: torch.dtype | None) -> torch.dtype:
+    """The dtype for weights that are stored in several.
+
+    Args:
+        numbers: how many are stored in each.
+        preferred: the configuration's, which wins if some are stored in it; or else the majority's.
+    """
+    if preferred is not None and preferred in numbers:
+        return preferred
+    return max(numbers, key=lambda dtype: numbers[dtype])
 
 
 def write_weights(

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from gptj.config import GPTJConfig
 from gptj.interop.progress import Progress
 from gptj.interop.tensors import StoredTensor
-from gptj.weights import TensorSpec
+from gptj.weights import TensorSpec, one_dtype
+
+logger = logging.getLogger(__name__)
 
 
-def specs_of(tensors: Iterable[StoredTensor], dtype: torch.dtype | None) -> list[TensorSpec]:
-    """What is to be written: in one dtype, or each in its own (None)."""
-    return [TensorSpec(t.name, t.shape, dtype or t.dtype) for t in tensors]
+def specs_of(
+    tensors: Sequence[StoredTensor], dtype: torch.dtype | None, config: GPTJConfig
+) -> list[TensorSpec]:
+    """What is to be written, all in one dtype, which the configuration is given too.
 
-
-def common_dtype(specs: Iterable[TensorSpec]) -> torch.dtype:
-    """The dtype that most numbers have, which a configuration names."""
+    Args:
+        dtype: None: as stored; if that is several, see gptj.weights.one_dtype.
+    """
     numbers: Counter[torch.dtype] = Counter()
-    for spec in specs:
-        numbers[spec.dtype] += spec.size // spec.dtype.itemsize
-    return numbers.most_common(1)[0][0]
+    for tensor in tensors:
+        numbers[tensor.dtype] += math.prod(tensor.shape)
+    config.dtype = dtype or one_dtype(numbers, config.dtype)
+    if dtype is None and len(numbers) > 1:
+        logger.warning(
+            "weights are stored as %s: all become %s",
+            ", ".join(sorted(map(str, numbers))),
+            config.dtype,
+        )
+    return [TensorSpec(tensor.name, tensor.shape, config.dtype) for tensor in tensors]
 
 
 def read_all(tensors: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from gptj.addresses import normalized
 from gptj.checkpoint import save_folder, write_small_files
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop import flax, tensorflow
-from gptj.interop.conversion import common_dtype, read_all, specs_of
+from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.importer import check_new
 from gptj.interop.layout import Layout
 from gptj.interop.pieces import tensors_of, write_pieces
@@ -43,7 +43,7 @@ def export_weights(
     Args:
         source: a model folder, local or `s3://`, or a hub id.
         destination: a new folder, local or `s3://`.
-        dtype: float16, bfloat16 or float32; None: as stored.
+        dtype: float16, bfloat16 or float32; None: as stored; if that is several, one of them.
         revision: of a hub id.
         shard_bytes: of the weights in one file, at most.
 
@@ -57,8 +57,7 @@ def export_weights(
     check_new(destination)
     with open_source(source, revision=revision) as opened:
         if format == "huggingface":
-            specs = specs_of(opened.tensors, target)
-            opened.config.dtype = common_dtype(specs)
+            specs = specs_of(opened.tensors, target, opened.config)
             save_folder(
                 destination,
                 opened.config,
@@ -87,8 +86,7 @@ def _export(
     tensors = [_renamed(tensor, layout, cls) for tensor in _untied(source)]
     stored = {tensor.name: tensor for tensor in tensors}
     config.tie_word_embeddings = False  # each of these formats stores both
-    specs = specs_of(tensors, dtype)
-    config.dtype = common_dtype(specs)
+    specs = specs_of(tensors, dtype, config)
     shards = split_shards(specs, shard_bytes)
     names = [
         layout.single if len(shards) == 1 else layout.shard.format(number, len(shards))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from gptj.checkpoint import HEAD_CLASSES, OLD_BUFFERS
+import torch
+
+from gptj.checkpoint import HEAD_CLASSES, OLD_BUFFERS, UNTIED
 from gptj.config import GPTJConfig
 from gptj.interop.tensors import StoredTensor
 from gptj.manifest import CheckpointError
@@ -23,6 +26,9 @@ HEADS: dict[str, type[GPTJPreTrainedModel]] = {
     "score.": GPTJForSequenceClassification,
     "qa_outputs.": GPTJForQuestionAnswering,
 }
+
+logger = logging.getLogger(__name__)
+
 _NAMED = 8  # problems in a message
 
 
@@ -46,6 +52,7 @@ def fit(
             raise CheckpointError(f"{source} has {tensor.name} twice")
         stored[name] = tensor
     cls = _class_of(stored, config, source)
+    config = _tied_or_not(stored, config, cls, source)
     if config.n_layer > len(stored):  # and no model of a million layers is made to find out
         raise CheckpointError(
             f"{source} has {len(stored)} tensors, too few for the {config.n_layer} layers of its "
@@ -85,6 +92,29 @@ def fit(
             + more
         )
     return fitted, [tensor.renamed(name) for name, tensor in found.items() if tensor is not None]
+
+
+def _tied_or_not(
+    stored: dict[str, StoredTensor],
+    config: GPTJConfig,
+    cls: type[GPTJPreTrainedModel],
+    source: str,
+) -> GPTJConfig:
+    """The configuration without tie_word_embeddings, if the head differs from the embedding.
+
+    If only the head is stored, it becomes the embedding too.
+    """
+    head, embedding = stored.get("lm_head.weight"), stored.get("wte.weight")
+    if cls is not GPTJForCausalLM or not config.tie_word_embeddings or head is None:
+        return config
+    if embedding is None:
+        stored["wte.weight"] = head.renamed("transformer.wte.weight")
+        return config
+    dtype = torch.promote_types(head.dtype, embedding.dtype)
+    if torch.equal(head.load(dtype), embedding.load(dtype)):
+        return config
+    logger.warning(UNTIED, source)
+    return GPTJConfig.from_dict({**config.to_dict(), "tie_word_embeddings": False})
 
 
 def _class_of(

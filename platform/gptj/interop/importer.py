@@ -8,7 +8,7 @@ from gptj import storage
 from gptj.addresses import normalized
 from gptj.checkpoint import save_folder
 from gptj.config import GPTJConfig, parse_dtype
-from gptj.interop.conversion import common_dtype, read_all, specs_of
+from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.formats import FormatName
 from gptj.interop.source import open_source
 
@@ -30,7 +30,7 @@ def import_weights(
 
     Args:
         destination: a new folder, local or `s3://`.
-        dtype: float16, bfloat16 or float32; None: as stored.
+        dtype: float16, bfloat16 or float32; None: as stored; if that is several, one of them.
 
     Raises:
         FileNotFoundError, CheckpointError: as open_source does.
@@ -49,8 +49,7 @@ def import_weights(
         tokenizer=tokenizer,
         scratch=scratch,
     ) as opened:
-        specs = specs_of(opened.tensors, target)
-        opened.config.dtype = common_dtype(specs)
+        specs = specs_of(opened.tensors, target, opened.config)
         save_folder(
             destination,
             opened.config,
