@@ -26,15 +26,19 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
 from gptj.data.classification import ClassificationData
+from gptj.training.failures import UnrecoverableError, unrecoverable
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     check_goes_on,
+    check_same_data,
     is_complete,
     latest_checkpoint,
     upload_state,
@@ -62,17 +66,39 @@ def main() -> None:
         # Ray's own list of checkpoints, of which we have deleted old ones; we go on from what is
         # complete in the run's folder.
         storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
-        result = build_trainer(settings, on_gpu).fit()
+        build_trainer(settings, on_gpu).fit()
     except TrainingFailedError as error:
         count_failure(settings.run)
-        sys.exit(
-            f"error: {error}\n\nThe training failed {settings.workers.max_failures + 1} times in "
-            f"all. What is saved in {settings.folder} is kept: the same command goes on from it."
-        )
-    if result.return_value is not None:
-        count_failure(settings.run)
-        sys.exit(f"error: {result.return_value}")
+        sys.exit(f"error: {explained(error, settings)}")
     print(f"The model is complete: {settings.model_folder}", flush=True)
+
+
+def explained(error: TrainingFailedError, settings: Settings) -> str:
+    """What to tell the user: the cause once, how often it was tried, and what is kept."""
+    if (cause := _last_cause(error)) is not None:
+        return str(cause)
+    tries = settings.workers.max_failures + 1
+    # Ray gives up on workers after so many failures, and on itself after one.
+    often = isinstance(error, WorkerGroupError) and tries > 1
+    return (
+        f"{error}\n\n"
+        + (f"The training failed {tries} times in all. " if often else "")
+        + f"What is saved in {settings.folder} is kept: the same command goes on from it."
+    )
+
+
+class EndAtOnce(UserCallback):
+    """Ends the run, however many failures are allowed, when another try would end alike.
+
+    Ray calls it in the controller, with what workers raised. The other workers, which may wait for
+    one that has failed, end with the controller's error.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for _, error in sorted(worker_exceptions.items()):
+            if isinstance(error, UnrecoverableError):
+                _leave_to_driver()
+                raise ControllerError(error)  # of which the failure policy lets none be tried again
 
 
 def check_workers(settings: Settings) -> bool:
@@ -116,15 +142,17 @@ def check_inputs(settings: Settings) -> None:
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
-        check_goes_on(settings, checkpoint, settings.workers.count)
+        progress = check_goes_on(settings, checkpoint, settings.workers.count)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
-    train_data, evaluation_data = make_data(settings, tokenizer)
-    for name, data in (("training", train_data), ("evaluation", evaluation_data)):
-        if isinstance(data, ClassificationData):
-            logger.info("%s data: %s", name, data.summary())
-    settings.total_steps(len(train_data))
-    make_config(settings, tokenizer, train_data)
+    data = make_data(settings, tokenizer)
+    if checkpoint is not None:
+        check_same_data(settings, checkpoint, progress, data.fingerprints)
+    for name, each in (("training", data.train), ("evaluation", data.evaluation)):
+        if isinstance(each, ClassificationData):
+            logger.info("%s data: %s", name, each.summary())
+    settings.total_steps(len(data.train))
+    make_config(settings, tokenizer, data.train)
 
 
 def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:
@@ -143,12 +171,13 @@ def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.workers.max_failures),
+            callbacks=[EndAtOnce()],
         ),
     )
 
 
-def work(config: dict[str, Any]) -> str | None:
-    """What each worker does; returns what is wrong if another try would not help."""
+def work(config: dict[str, Any]) -> None:
+    """What each worker does. UnrecoverableError if another try would end alike."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
     if storage.is_s3(settings.storage):
@@ -183,10 +212,26 @@ def work(config: dict[str, Any]) -> str | None:
     try:
         with metrics:
             train(settings, worker)
-    except (SettingsError, FloatingPointError) as error:
-        # All ranks see these alike, and another try would end alike: nothing for Ray to repeat.
-        return str(error)
-    return None
+    except Exception as error:
+        message = unrecoverable(error)
+        if message is None:
+            raise
+        _leave_to_driver()
+        raise UnrecoverableError(message) from error
+
+
+def _leave_to_driver() -> None:
+    """Keep Ray's tracebacks of what the driver will say in one line in its files."""
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.addFilter(lambda _: _last_cause(sys.exc_info()[1]) is None)
+
+
+def _last_cause(error: BaseException | None) -> UnrecoverableError | None:
+    """What ended a run, however many tries were left; None for any other error."""
+    if isinstance(error, ControllerError):
+        error = error.controller_failure
+    return error if isinstance(error, UnrecoverableError) else None
 
 
 def _log_to_stdout() -> None:

@@ -16,8 +16,9 @@ import httpx
 import k8s_metrics
 import psutil
 import pytest
+import torch
 
-from gptj import GPTJForCausalLM, checkpoint, storage
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, checkpoint, storage
 from gptj.training.progress import HISTORY
 from gptj.training.state import latest_checkpoint
 from jobs.local_ray import LocalRay
@@ -173,12 +174,42 @@ def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, s
     done = direct(cluster, *words, "model.config.initializer_range=1e30")
     assert done.returncode == 1
     assert re.search(
-        r"error: the training loss after step \d+ is (nan|inf): start another run=", done.stderr
+        r"^error: the training diverged: the training loss is (nan|inf) at step 1\. Start another "
+        r"run= with .*\. There is no checkpoint yet$",
+        done.stderr,
+        re.MULTILINE,
     ), done.stderr
+    # Said once, by the driver, whatever the number of workers.
+    assert (done.stdout + done.stderr).count("the training diverged") == 1
     assert done.stdout.count("training examples") == 1
     # Ray's own cleaner, killed at the end, sometimes shows one.
     ours = [line for line in done.stderr.splitlines() if "(PlacementGroupCleaner " not in line]
     assert "Traceback" not in "\n".join(ours)
+
+
+def test_what_one_worker_alone_meets_ends_the_run_at_once(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    """Worker 0 alone reads the weights, which are damaged; worker 1 waits for it in a collective.
+
+    Four tries are allowed, and none of them would end otherwise.
+    """
+    torch.manual_seed(0)
+    tokenizer = GPTJTokenizer.train(["some text to learn from"], 300)
+    config = GPTJConfig(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, rotary_dim=4, n_positions=64
+    )
+    checkpoint.save_model(GPTJForCausalLM(config), str(tmp_path / "m"), tokenizer=tokenizer)
+    content = bytearray((tmp_path / "m" / "model.safetensors").read_bytes())
+    content[-50] ^= 1
+    (tmp_path / "m" / "model.safetensors").write_bytes(content)
+    words = [f"model.checkpoint={tmp_path}/m", "data.sequence_length=64", "workers.count=2"]
+    done = direct(cluster, "run=damaged", "storage=s3://gptj", "steps=2", *words)
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert re.search(r"^error: \S+model\.safetensors was altered", done.stderr, re.MULTILINE), said
+    assert said.count("was altered after it was written") == 1
+    assert "failed 4 times" not in said and said.count("training examples") == 1
 
 
 def test_prometheus_reads_how_trainings_go(

@@ -5,11 +5,14 @@ Each group of ranks is started once and trains several times, since starting cos
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from gptj.manifest import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.training import loop
 from gptj.training.deepspeed_config import deepspeed_config
+from gptj.training.failures import UnrecoverableError
 from gptj.training.loop import Worker, summed_loss, train
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
@@ -85,7 +89,15 @@ def check_released(model: torch.nn.Module) -> None:
         assert not matrix or parameter.ds_status.name == "NOT_AVAILABLE", name
 
 
+def ended(settings: Settings, rank: int) -> Path:
+    """Where a rank writes why its run ended before its time."""
+    return Path(settings.storage, f"{settings.run}.rank-{rank}")
+
+
 def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
+    """A rank's runs; in a folder of its own beside the others', if there is one, as on a node."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chdir(f"../node-{rank}")
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank)
     )
@@ -106,7 +118,10 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
             upload_state(folder, storage.join(settings.folder, name), rank, world)
             torch.distributed.barrier()
 
-        train(settings, Worker(rank, world, torch.device("cpu"), report))
+        try:
+            train(settings, Worker(rank, world, torch.device("cpu"), report))
+        except (SettingsError, UnrecoverableError) as error:  # of all ranks together
+            ended(settings, rank).write_text(str(error))
     torch.distributed.destroy_process_group()
 
 
@@ -119,15 +134,30 @@ def run_ranks(world: int, runs: list[Settings]) -> None:
     multiprocessing.spawn(rank_main, (world, port, runs), nprocs=world)
 
 
-def losses(settings: Settings) -> list[float]:
+def logged(settings: Settings, name: str) -> list[float]:
     lines = Path(settings.folder, "history.jsonl").read_text().splitlines()
-    return [point["loss"] for point in map(json.loads, lines) if "loss" in point]
+    return [point[name] for point in map(json.loads, lines) if name in point]
 
 
-def reference(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """transformers' model, PyTorch's AdamW, each global batch as a whole: losses and weights."""
+def losses(settings: Settings) -> list[float]:
+    return logged(settings, "loss")
+
+
+class Reference(NamedTuple):
+    losses: list[float]
+    norms: list[float]  # of the gradients, before they are clipped
+    rates: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+# Warm-up over two steps, then half a cosine from 1 to 0.1.
+RATES = [1e-2 * share for share in (1 / 3, 2 / 3, 1.0, 0.868198, 0.55, 0.231802)]
+
+
+def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
+    """transformers' model, PyTorch's AdamW in fp32, each global batch as a whole."""
     tokenizer = prepare_tokenizer(settings)
-    data, _ = make_data(settings, tokenizer)
+    data = make_data(settings, tokenizer).train
     config = make_config(settings, tokenizer, data)
     torch.manual_seed(settings.seed)
     start = GPTJForCausalLM(config)
@@ -138,20 +168,18 @@ def reference(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     order = BatchOrder(len(data), 8, settings.seed)
-    found = []
-    for step in range(STEPS):
-        # Warm-up over two steps, then half a cosine from 1 to 0.1.
-        rates = [1 / 3, 2 / 3, 1.0, 0.868198, 0.55, 0.231802]
+    found, norms = [], []
+    for step, rate in enumerate(rates):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * rates[step]
+            group["lr"] = rate
         batch = data.collate([data[i] for i in order.indices(step)])  # type: ignore[misc]
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
         optimizer.zero_grad()
         found.append(loss.item())
-    return found, model.state_dict()
+    return Reference(found, norms, rates, model.state_dict())
 
 
 SHIPPED = yaml.safe_load((Path(__file__).parents[1] / "k8s/base/finetune.yaml").read_text())
@@ -179,17 +207,70 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"gradient_checkpointing": SHIPPED["model"]["gradient_checkpointing"]},
     },
 }
+# One step of each precision at each stage.
+FIRST_STEPS: dict[str, dict[str, Any]] = {
+    f"first-{precision}-{stage}": {
+        "steps": 1,
+        "optimizer": {"warmup_steps": 0},
+        "deepspeed": {"stage": stage, "precision": precision},
+    }
+    for precision in ("fp32", "bf16")
+    for stage in (0, 1, 2, 3)
+}
+# What ends before its time, and what must be said then.
+ENDING: dict[str, tuple[dict[str, Any], str]] = {
+    # Weights of 1e30 are finite, and nothing that they compute is.
+    **{
+        f"too-fast-{stage}": (
+            {
+                "steps": 1,
+                "optimizer": {"learning_rate": 1e30, "warmup_steps": 0},
+                "deepspeed": {"stage": stage},
+            },
+            r"the loss with the new weights is nan at step 1\..*There is no checkpoint yet",
+        )
+        for stage in (0, 3)
+    },
+    # The first step's weights still give a loss, and no gradients any more.
+    "too-fast-later": (
+        {
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
+            "optimizer": {"learning_rate": 1e4, "warmup_steps": 0, "weight_decay": 0},
+            "deepspeed": {"stage": 2},
+        },
+        r"the gradient norm is (nan|inf) at step 2\..* The last good checkpoint is "
+        r".*checkpoint-00000001$",
+    ),
+    "other-rows": (
+        {"data": {"train": "rows.jsonl"}},
+        r"the workers have read different data from data\.train=rows\.jsonl: worker 0 1 rows "
+        r"\(sha256 \w+…\), worker 1 2 rows \(sha256 \w+…\)",
+    ),
+    "no-rows": (
+        {"data": {"train": "train.jsonl", "evaluation": "held-out.jsonl"}},
+        r"worker 1 could not read the data: .*held-out\.jsonl",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All variants, each trained by two ranks."""
+    """All variants, each trained by two ranks, which have a folder each as on two nodes."""
     folder = tmp_path_factory.mktemp("two-ranks")
     write_text(folder)
-    variants = [
-        settings_of(folder, name, workers={"count": 2}, **v) for name, v in VARIANTS.items()
-    ]
-    run_ranks(2, variants)
+    line = (folder / "train.jsonl").read_text()
+    for rank in (0, 1):
+        (folder / f"node-{rank}").mkdir()
+        (folder / f"node-{rank}" / "train.jsonl").write_text(line)
+        (folder / f"node-{rank}" / "rows.jsonl").write_text(line * (rank + 1))
+    (folder / "node-0" / "held-out.jsonl").write_text(line)
+    variants = {**VARIANTS, **FIRST_STEPS, **{name: v for name, (v, _) in ENDING.items()}}
+    with contextlib.chdir(folder / "node-0"):
+        run_ranks(
+            2,
+            [settings_of(folder, name, workers={"count": 2}, **v) for name, v in variants.items()],
+        )
     return folder
 
 
@@ -202,9 +283,11 @@ def test_two_ranks_learn_what_plain_pytorch_learns(name: str, two_ranks: Path) -
     a mean of means would be off by 1e-3.
     """
     settings = settings_of(two_ranks, name, workers={"count": 2}, **VARIANTS[name])
-    expected, weights = reference(settings)
+    expected, norms, rates, weights = reference(settings)
     assert losses(settings) == pytest.approx(expected, abs=2e-5)
     assert expected[-1] < expected[0] - 0.5
+    assert logged(settings, "gradient_norm") == pytest.approx(norms, rel=1e-3)
+    assert logged(settings, "learning_rate") == pytest.approx(rates, rel=1e-5)
     model = GPTJForCausalLM.from_pretrained(settings.model_folder)
     for key, weight in model.state_dict().items():
         torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-3)  # Adam near zero
@@ -218,9 +301,54 @@ def test_half_precision_learns_and_is_exported_as_such(stage: int, two_ranks: Pa
     settings = settings_of(
         two_ranks, f"bf16-{stage}", workers={"count": 2}, **VARIANTS[f"bf16-{stage}"]
     )
-    expected, _ = reference(settings)
-    assert losses(settings) == pytest.approx(expected, rel=0.05)
+    assert losses(settings) == pytest.approx(reference(settings).losses, rel=0.05)
     assert GPTJForCausalLM.from_pretrained(settings.model_folder).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST_STEPS)
+def test_the_first_update_is_adams_at_every_stage(name: str, two_ranks: Path) -> None:
+    """Adam's first update is the learning rate, 1e-2, wherever there is a gradient.
+
+    In bf16 weights are rounded by 2e-5 on average, and gradients near zero change their sign. An
+    optimizer that had taken a step before would be off by a quarter of the learning rate.
+    """
+    settings = settings_of(two_ranks, name, workers={"count": 2}, **FIRST_STEPS[name])
+    expected = reference(settings, [1e-2])
+    model = GPTJForCausalLM.from_pretrained(settings.model_folder, dtype="float32")
+    off = torch.cat(
+        [(w - expected.weights[key]).abs().flatten() for key, w in model.state_dict().items()]
+    )
+    half = settings.deepspeed.precision == "bf16"
+    assert off.mean() < (3e-4 if half else 1e-6)
+    assert logged(settings, "gradient_norm") == pytest.approx(expected.norms, rel=2e-2)
+    assert logged(settings, "learning_rate") == [1e-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENDING)
+def test_what_cannot_go_on_ends_with_its_reason_on_all_ranks(name: str, two_ranks: Path) -> None:
+    fields, message = ENDING[name]
+    settings = settings_of(two_ranks, name, workers={"count": 2}, **fields)
+    for rank in (0, 1):
+        assert re.search(message, ended(settings, rank).read_text()), ended(settings, rank)
+    assert not Path(settings.model_folder).exists()
+
+
+@pytest.mark.slow
+def test_the_last_good_checkpoint_is_kept_when_a_training_diverges(two_ranks: Path) -> None:
+    """Its weights are finite, and so is what they compute."""
+    settings = settings_of(
+        two_ranks, "too-fast-later", workers={"count": 2}, **ENDING["too-fast-later"][0]
+    )
+    kept = latest_checkpoint(settings.folder)
+    assert kept is not None and kept in ended(settings, 0).read_text()
+    assert len(list(Path(settings.folder).glob("checkpoint-*"))) == 1
+    state = torch.load(Path(kept, "zero", "mp_rank_00_model_states.pt"), weights_only=False)
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=300, **MODEL))
+    model.load_state_dict(state["module"])
+    tokens = torch.arange(20)[None]
+    assert bool(model(tokens).logits.isfinite().all())
 
 
 @pytest.mark.slow
@@ -248,8 +376,15 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
     (two_ranks / "labels.jsonl").write_text(
         "".join(json.dumps({"text": f"word{n} good.", "label": n % 3}) + "\n" for n in range(24))
     )
+    # Its configuration says of two matrices that they are one.
+    source, untied = two_ranks / "stage-1" / "model", two_ranks / "untied-model"
+    shutil.copytree(source, untied, ignore=shutil.ignore_patterns("manifest.json"))
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    text = {"data": {"train": str(two_ranks / "train.jsonl"), "sequence_length": 32}}
     tasks: dict[str, dict[str, Any]] = {
-        "text": {"data": {"train": str(two_ranks / "train.jsonl"), "sequence_length": 32}},
+        "text": text,
+        "untied": {**text, "model": {"checkpoint": str(untied)}},
         "labels": {
             "task": "classification",
             "data": {
@@ -267,10 +402,9 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
             batch_size=8,
             micro_batch_size=4,
             log_every=1,
-            model={"checkpoint": str(two_ranks / "stage-1" / "model")},  # type: ignore[arg-type]
             deepspeed={"stage": stage},  # type: ignore[arg-type]
             workers={"count": 2},  # type: ignore[arg-type]
-            **fields,
+            **{"model": {"checkpoint": str(source)}, **fields},
         )
         for stage in (2, 3)
         for name, fields in tasks.items()
@@ -280,14 +414,15 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["text", "untied"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_training_begins_with_the_checkpoints_weights(
-    stage: int, continued: dict[str, Settings]
+    stage: int, task: str, continued: dict[str, Settings]
 ) -> None:
     """The first loss is the loss of the loaded model on the first batch."""
-    settings = continued[f"text-{stage}"]
+    settings = continued[f"{task}-{stage}"]
     model = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
-    data, _ = make_data(settings, prepare_tokenizer(settings))
+    data = make_data(settings, prepare_tokenizer(settings)).train
     indices = BatchOrder(len(data), 8, settings.seed).indices(0)
     batch = data.collate([data[i] for i in indices])  # type: ignore[misc]
     with torch.no_grad():
@@ -377,22 +512,28 @@ def test_each_kind_of_task_learns_its_rows_and_is_measured(
     assert evaluated[1]["evaluation_loss"] < evaluated[0]["evaluation_loss"]
 
 
+RESUMED: dict[str, dict[str, Any]] = {
+    **{str(stage): {"stage": stage} for stage in (0, 2, 3)},
+    "0-bf16": {"stage": 0, "precision": "bf16"},
+}
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs with dropout, undisturbed and from the checkpoint in the middle, at stages 2 and 3."""
     folder = tmp_path_factory.mktemp("resumed")
     write_text(folder)
     whole, again = [], []
-    for stage in (0, 2, 3):
+    for name, spread in RESUMED.items():
         for kind, runs in (("whole", whole), ("again", again)):
             runs.append(
                 settings_of(
                     folder,
-                    f"{kind}-{stage}",
+                    f"{kind}-{name}",
                     checkpoint_every=3,
                     workers={"count": 2},
                     model={"config": {**MODEL, "resid_pdrop": 0.2}},
-                    deepspeed={"stage": stage},
+                    deepspeed=spread,
                 )
             )
     run_ranks(2, whole)
@@ -406,11 +547,11 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_resumed_run_equals_an_undisturbed_one(stage: int, resumed: Path) -> None:
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_undisturbed_one(name: str, resumed: Path) -> None:
     """Data, optimizer, schedule and dropout's random state all go on: 1e-6 on each loss."""
-    whole = settings_of(resumed, f"whole-{stage}")
-    again = settings_of(resumed, f"again-{stage}")
+    whole = settings_of(resumed, f"whole-{name}")
+    again = settings_of(resumed, f"again-{name}")
     assert losses(again) == pytest.approx(losses(whole), abs=1e-6)
     assert len(losses(again)) == STEPS
     expected = GPTJForCausalLM.from_pretrained(whole.model_folder).state_dict()

@@ -49,7 +49,7 @@ def settings_of(folder: Path, labels: list[Any], **fields: Any) -> Settings:
 
 def parts(settings: Settings) -> tuple[GPTJTokenizer, ClassificationData, GPTJConfig]:
     tokenizer = prepare_tokenizer(settings)
-    data = make_data(settings, tokenizer)[0]
+    data = make_data(settings, tokenizer).train
     assert isinstance(data, ClassificationData)
     return tokenizer, data, make_config(settings, tokenizer, data)
 
@@ -156,7 +156,7 @@ def test_a_checkpoints_shape_stays(
         values["data"]["stride"] = 4
     settings = Settings(**values)
     found = prepare_tokenizer(settings)
-    data = make_data(settings, found)[0]
+    data = make_data(settings, found).train
     with pytest.raises(SettingsError, match=message):
         make_config(settings, found, data)
     same = {"n_layer": 2, "n_inner": 128, "vocab_size": 270, "resid_pdrop": 0.1, "n_positions": 64}

@@ -107,7 +107,7 @@ def _settings(
 
 def on_the_cpu(settings: Settings) -> list[float]:
     """Losses of a plain loop in fp32, each global batch as a whole."""
-    data, _ = make_data(settings, prepare_tokenizer(settings))
+    data = make_data(settings, prepare_tokenizer(settings)).train
     config = make_config(settings, prepare_tokenizer(settings), data)
     torch.manual_seed(settings.seed)
     model = GPTJForCausalLM(config).train()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gptj.training.settings import OptimizerSettings, Settings
+from gptj.training.settings import DeepSpeedSettings, OptimizerSettings, Settings
 
 NEVER = 10**9
 
@@ -32,7 +32,7 @@ def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.accumulation,
-        "gradient_clipping": optimizer.gradient_clipping,
+        "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -49,6 +49,11 @@ def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
         "fp16": {"enabled": spread.precision == "fp16"},
         "steps_per_print": NEVER,  # the loop reports
     }
+
+
+def clips_gradients(spread: DeepSpeedSettings) -> bool:
+    """Whether DeepSpeed does; in fp32 at stage 0 the loop does, since DeepSpeed drops the norm."""
+    return spread.stage > 0 or spread.precision != "fp32"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

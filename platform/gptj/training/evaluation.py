@@ -9,7 +9,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -111,7 +111,7 @@ def collect(
             f"rank={rank}, world={world}"
         )
     part = Part()
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(data), batch_size * world):
             first = start + rank * batch_size
             mine = range(first, min(first + batch_size, len(data)))
@@ -153,6 +153,20 @@ def metrics(data: Data, parts: Iterable[Part]) -> dict[str, float]:
     raise TypeError(f"no metrics for a {type(data).__name__}")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and as it was after that."""
+    training = model.training
+    model.eval()
+    try:
+        # Not inference_mode: ZeRO-3 keeps weights that it gathers here for the next training
+        # step, which may not use tensors made in that mode.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def unigram_perplexity(train: CausalLMData, evaluation: CausalLMData) -> float:
     """Perplexity of guessing by frequency alone, over the tokens that a model is measured on.
 
@@ -186,20 +200,6 @@ def normalized(text: str) -> str:
     """Lower case, without punctuation, articles and surplus white space."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Any:
-    """The model in evaluation mode, and as it was after that."""
-    training = model.training
-    model.eval()
-    try:
-        # Not inference_mode: ZeRO-3 keeps weights that it gathers here for the next training
-        # step, which may not use tensors made in that mode.
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _loss(data: Data, output: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -11,13 +11,14 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptj import storage
 from gptj.data.batches import BatchOrder, share
@@ -27,25 +28,29 @@ from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
 from gptj.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
+from gptj.training.agreement import agree, read_alike
 from gptj.training.deepspeed_config import (
+    clips_gradients,
     deepspeed_config,
     learning_rate_share,
     parameter_groups,
 )
-from gptj.training.evaluation import Part, evaluate
+from gptj.training.evaluation import Part, evaluate, evaluating
+from gptj.training.failures import DivergedError, naming_full_disk
 from gptj.training.progress import ProgressLog, duration
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
     Progress,
     check_goes_on,
+    check_same_data,
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
     load_state,
     save_state,
 )
-from gptj.training.task import HEADS, Data, load_tokenizer, make_config, make_data
-from gptj.training.weights import build_model, export_model
+from gptj.training.task import HEADS, Data, make_config
+from gptj.training.weights import all_finite, build_model, export_model, undo_first_step
 
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")
@@ -76,19 +81,26 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         the model was there already.
 
     Raises:
-        SettingsError: if the settings do not fit the data or the checkpoint.
+        SettingsError: if the settings do not fit the data or the checkpoint, or the data is not
+            what the run began with.
         CheckpointError: if the checkpoint is damaged.
         UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
+        DivergedError: if a loss, a gradient or a weight is not finite. Nothing of that is saved:
+            the last checkpoint is a good one.
+        UnrecoverableError: for what else another try would meet again.
     """
     check_device(worker.device)
-    if _agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
+    if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
         return {}  # the run had been ended just after its export
-    checkpoint = _agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
+    checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world=worker.world, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
         progress = check_goes_on(settings, checkpoint, worker.world)
-    tokenizer = load_tokenizer(settings)
-    train_data, evaluation_data = make_data(settings, tokenizer)
+    tokenizer, data = read_alike(settings, worker.world)
+    if checkpoint is not None:
+        check_same_data(settings, checkpoint, progress, data.fingerprints)
+    progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
+    train_data, evaluation_data = data.train, data.evaluation
     config = make_config(settings, tokenizer, train_data)
     total = settings.total_steps(len(train_data))
     if progress.step == 0 and worker.rank == 0:
@@ -100,8 +112,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             settings.batch_size,
             worker.world,
         )
-    with scratch_folder() as scratch:
-        run = _Run(settings, worker, progress, total, scratch)
+    with scratch_folder() as scratch, naming_full_disk(scratch):
+        run = _Run(settings, worker, progress, total, scratch, checkpoint)
         engine = run.start(HEADS[settings.task], config)
         if checkpoint is not None:
             load_state(engine, checkpoint, run.scratch("resume"), worker.rank, worker.world)
@@ -112,24 +124,24 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     return metrics
 
 
-def _agree(value: str | None) -> str | None:
-    """What rank 0 has found, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
 class _Run:
     """What the parts of one worker's training share."""
 
     def __init__(
-        self, settings: Settings, worker: Worker, progress: Progress, total: int, scratch: Path
+        self,
+        settings: Settings,
+        worker: Worker,
+        progress: Progress,
+        total: int,
+        scratch: Path,
+        checkpoint: str | None,
     ) -> None:
         self.settings = settings
         self.worker = worker
         self.progress = progress
         self.total = total
         self._scratch = scratch
+        self._checkpoint_address = checkpoint  # the newest
         self._log = None
         if worker.rank == 0:
             self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
@@ -159,6 +171,8 @@ class _Run:
             ),
             dist_init_required=False,
         )
+        if settings.deepspeed.stage == 0:
+            undo_first_step(engine)
         # Dropout differs from rank to rank, and repeats with the seed.
         torch.manual_seed(settings.seed + 1 + worker.rank)
         return engine
@@ -175,13 +189,16 @@ class _Run:
         while progress.step < self.total:
             self._step(engine, train_data, order.indices(progress.step))
             last = progress.step == self.total
-            if last or _due(progress.step, settings.evaluate_every):
+            evaluated = last or _due(progress.step, settings.evaluate_every)
+            if evaluated:
                 metrics = self._evaluate(engine, evaluation_data)
-                _check_finite(metrics.get("loss", 0.0), "evaluation", progress.step)
             if last or _due(progress.step, settings.checkpoint_every):
+                probe = None if evaluated and evaluation_data is not None else train_data
+                self._check_weights(engine, probe, order)
                 self._checkpoint(engine, metrics)
         if not metrics:  # the run had been ended just before its export
             metrics = self._evaluate(engine, evaluation_data)
+            self._check_weights(engine, train_data, order)
         return metrics
 
     def export(
@@ -194,6 +211,7 @@ class _Run:
             "settings": self.settings.model_dump(mode="json"),
             "steps": self.total,
             "metrics": metrics,
+            "data": self.progress.data,
             "history": self.progress.history,
             "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
         }
@@ -217,21 +235,86 @@ class _Run:
         all_items, all_tokens = self._sum(counts).tolist()
         if not all_items:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
-        total = torch.zeros(1, dtype=torch.float64)
-        for batch in batches:
+        total = torch.zeros(1, dtype=torch.float64, device=worker.device)
+        rate = engine.optimizer.param_groups[0]["lr"]  # afterwards it is the next step's
+        clipped = None
+        for number, batch in enumerate(batches, 1):
             loss = summed_loss(engine, batch, data.count_items(batch), worker.device) / all_items
-            total += loss.detach().double().cpu()
+            total += loss.detach()
             # DeepSpeed divides by the micro-batches and averages over the ranks: undone here,
             # since the loss is already a mean over the whole global batch.
             engine.backward(loss * (settings.accumulation * worker.world))
-            engine.step()
+            if number == len(batches) and not clips_gradients(settings.deepspeed):
+                clipped = _clip_gradients(engine.module, settings.optimizer.gradient_clipping)
+            self._update(engine)
         mean = float(self._sum(total))
-        norm = float(engine.get_global_grad_norm() or 0.0)
+        norm = float(engine.get_global_grad_norm() if clipped is None else clipped)
         self.progress.step += 1
-        _check_finite(mean, "training", self.progress.step)
+        self._check_finite("the training loss", mean)
+        if settings.deepspeed.precision != "fp16" or engine.was_step_applied():
+            # A norm that is none is -1 to DeepSpeed. In fp16 it skips such steps, and lowers the
+            # loss scale.
+            self._check_finite("the gradient norm", math.nan if norm < 0 else norm)
         if self._log is not None:
-            rate = engine.optimizer.param_groups[0]["lr"]
             self._log.step(mean, rate, norm, int(all_tokens), time.monotonic() - started)
+
+    def _update(self, engine: Any) -> None:
+        """DeepSpeed's step: an update after the last micro-batch.
+
+        DivergedError if fp16 has no lower loss scale: DeepSpeed raises an error that has no type
+        of its own, and at stage 0 would skip all further steps.
+        """
+        what = "gradients overflow in fp16 at the lowest loss scale"
+        scaling = getattr(engine.optimizer, "loss_scale_config", None)  # stage 0's
+        lowest = scaling is not None and scaling.cur_scale == scaling.min_loss_scale
+        last = engine.is_gradient_accumulation_boundary()
+        try:
+            engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise self._diverged(what, ahead=1) from error
+        if lowest and last and engine.optimizer.overflow:
+            raise self._diverged(what, ahead=1)
+
+    def _check_weights(self, engine: Any, data: Data | None, order: BatchOrder) -> None:
+        """Before weights are saved: that they are finite, and so is a loss that they give.
+
+        Finite weights can be so large that nothing they compute is.
+
+        Args:
+            data: of which the last step's first rows are computed again; None: the weights have
+                just been evaluated.
+        """
+        settings, worker, step = self.settings, self.worker, self.progress.step
+        bad = (~all_finite(engine.module)).double().to(worker.device)
+        loss = torch.zeros(1, dtype=torch.float64, device=worker.device)
+        if data is not None:
+            rows = share(
+                order.indices(step - 1), worker.rank, worker.world, settings.micro_batch_size
+            )[0]
+            batch = data.collate([data[i] for i in rows])  # type: ignore[misc]
+            with evaluating(engine.module):
+                items = data.count_items(batch)
+                loss += summed_loss(engine.module, batch, items, worker.device)
+        weights, mean = self._sum(torch.cat((bad.view(1), loss))).tolist()
+        self._check_finite("a weight", math.nan if weights else 0.0)
+        self._check_finite("the loss with the new weights", mean)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise self._diverged(f"{what} is {value}")
+
+    def _diverged(self, what: str, *, ahead: int = 0) -> DivergedError:
+        """At the last step that is counted, or `ahead` of it."""
+        kept = self._checkpoint_address
+        half = self.settings.deepspeed.precision == "fp16"
+        return DivergedError(
+            f"the training diverged: {what} at step {self.progress.step + ahead}. Start another "
+            f"run= with a lower optimizer.learning_rate"
+            + (", or with deepspeed.precision=bf16. " if half else ". ")
+            + (f"The last good checkpoint is {kept}" if kept else "There is no checkpoint yet")
+        )
 
     def _evaluate(self, engine: Any, data: Data | None) -> dict[str, float]:
         if data is None:
@@ -245,14 +328,16 @@ class _Run:
             world=self.worker.world,
             reduce=self._gather if self.worker.world > 1 else None,
         )
+        self._check_finite("the evaluation loss", metrics["loss"])
         if self._log is not None:
             self._log.evaluation(metrics)
         return metrics
 
     def _last_loss(self) -> float:
         """Of the last logged point, which rank 0 knows."""
-        points = [point["loss"] for point in self.progress.history if "loss" in point]
-        loss = torch.tensor([points[-1] if points else 0.0], dtype=torch.float64)
+        points = [point.get("loss") for point in self.progress.history]
+        known = [loss for loss in points if loss is not None]
+        loss = torch.tensor([known[-1] if known else 0.0], dtype=torch.float64)
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
@@ -260,12 +345,14 @@ class _Run:
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             path = Path(folder) / name
             path.mkdir()
-            save_state(engine, path, self.progress, self.worker.rank)
+            with naming_full_disk(path):
+                save_state(engine, path, self.progress, self.worker.rank)
             self.worker.report({"step": self.progress.step, **metrics}, path, name)
+        self._checkpoint_address = storage.join(self.settings.folder, name)
         if self._log is not None:
             delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints)
             self._log.publish(self.settings.folder)
-            logger.info("saved %s", storage.join(self.settings.folder, name))
+            logger.info("saved %s", self._checkpoint_address)
 
     def _gather(self, part: Part) -> list[Part]:
         parts: list[Any] = [None] * self.worker.world
@@ -297,12 +384,13 @@ def summed_loss(model: Any, batch: dict[str, Tensor], items: int, device: torch.
     return mean * items
 
 
-def _check_finite(loss: float, kind: str, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the {kind} loss after step {step} is {loss}: start another run= with a lower "
-            f"optimizer.learning_rate, or with deepspeed.precision=bf16 in place of fp16"
-        )
+def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
+    """Scale the gradients down to a norm of `limit`, if that is not 0; the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit:
+        clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def _due(step: int, every: int | None) -> bool:

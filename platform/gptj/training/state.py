@@ -2,8 +2,8 @@
 
 A folder that all ranks write together, each its own files: DeepSpeed's shard of weights and
 optimizer (`zero/…`), the state of its random generators, and a manifest of these; rank 0 adds
-`progress.json` with the step, the settings and the measurements so far. The position in the data
-follows from the step.
+`progress.json` with the step, the settings, the data's fingerprints and the measurements so far.
+The position in the data follows from the step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import torch
 
 from gptj import storage
 from gptj.checkpoint import TRAINING
+from gptj.json_object import to_json
 from gptj.manifest import CheckpointError, Manifest, describe, read_verified, verify
+from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import Settings, SettingsError, changed
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,9 @@ class Progress:
     step: int = 0  # optimizer steps done
     world: int = 1  # ranks that wrote the checkpoint
     settings: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)  # logged points, by step
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
+    # Logged points, by step; in a file a number that is not finite becomes None.
+    history: list[dict[str, float | None]] = field(default_factory=list)
     unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
 
 
@@ -48,7 +53,7 @@ def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None
         random["cuda"] = torch.cuda.get_rng_state()
     torch.save(random, folder / _random_name(rank))
     if rank == 0:
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
+        (folder / PROGRESS).write_text(to_json(asdict(progress)))
     # DeepSpeed leaves a copy of its conversion scripts, which are no state.
     for script in folder.glob("zero_to_*.py"):
         script.unlink()
@@ -128,6 +133,21 @@ def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
             f"{'; '.join(different)}. Set them back, or choose another run="
         )
     return progress
+
+
+def check_same_data(
+    settings: Settings, address: str, progress: Progress, found: Mapping[str, Fingerprint]
+) -> None:
+    """SettingsError, with both values, if the data is not what the checkpoint was trained on."""
+    places = {"train": settings.train_data, "evaluation": settings.evaluation_data}
+    for name, fields in progress.data.items():
+        before, now = Fingerprint(**fields), found[name]
+        if before != now:
+            raise SettingsError(
+                f"the run {settings.run!r} would go on from {address} with other data: "
+                f"data.{name}={places[name]} had {before} and has {now}. Bring the data back as it "
+                f"was, or choose another run="
+            )
 
 
 def is_complete(settings: Settings) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptj import storage
 from gptj.config import PRESETS, GPTJConfig
@@ -21,6 +21,7 @@ from gptj.model import (
     GPTJPreTrainedModel,
 )
 from gptj.tokenizer import GPTJTokenizer, NoTokenizerError
+from gptj.training.fingerprint import CountedRows, Fingerprint
 from gptj.training.settings import COLUMNS, Settings, SettingsError, Task
 from gptj.training.state import latest_checkpoint
 
@@ -31,6 +32,14 @@ HEADS: dict[Task, type[GPTJPreTrainedModel]] = {
     "classification": GPTJForSequenceClassification,
     "question-answering": GPTJForQuestionAnswering,
 }
+
+
+class TaskData(NamedTuple):
+    """What a run learns from and is measured on."""
+
+    train: Data
+    evaluation: Data | None
+    fingerprints: dict[str, Fingerprint]  # of "train" and "evaluation"
 
 
 def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
@@ -92,8 +101,8 @@ def _stored_tokenizer(settings: Settings) -> GPTJTokenizer:
     return GPTJTokenizer.from_pretrained(address or storage.join(settings.folder, "tokenizer"))
 
 
-def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> tuple[Data, Data | None]:
-    """The training and the evaluation data set.
+def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> TaskData:
+    """Read the training and the evaluation data.
 
     A classifier that is trained further keeps its labels.
 
@@ -104,12 +113,15 @@ def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> tuple[Data, Data 
     labels = _trained_labels(settings) if settings.task == "classification" else None
     if labels is not None:
         labels = _as_set(settings, labels)
-    train = _data(settings, settings.train_data, tokenizer, labels)
+    train, fingerprint = _data(settings, settings.train_data, tokenizer, labels)
+    fingerprints = {"train": fingerprint}
     if settings.evaluation_data is None:
-        return train, None
+        return TaskData(train, None, fingerprints)
     if isinstance(train, ClassificationData):
         labels = train.labels
-    return train, _data(settings, settings.evaluation_data, tokenizer, labels)
+    evaluation, fingerprint = _data(settings, settings.evaluation_data, tokenizer, labels)
+    fingerprints["evaluation"] = fingerprint
+    return TaskData(train, evaluation, fingerprints)
 
 
 def make_config(settings: Settings, tokenizer: GPTJTokenizer, data: Data) -> GPTJConfig:
@@ -238,22 +250,26 @@ def config_fields(settings: Settings) -> dict[str, Any]:
 
 def _data(
     settings: Settings, address: str, tokenizer: GPTJTokenizer, labels: LabelSet | None
-) -> Data:
-    rows = _rows(settings, address, COLUMNS[settings.task])
+) -> tuple[Data, Fingerprint]:
+    columns = COLUMNS[settings.task]
+    rows = CountedRows(_rows(settings, address, columns), columns)
     length = settings.data.sequence_length
+    data: Data
     if settings.task == "causal-lm":
-        return CausalLMData(rows, tokenizer, length)
-    if settings.task == "question-answering":
-        return QuestionAnsweringData(rows, tokenizer, length, settings.data.stride)
-    if labels is not None:
-        return ClassificationData(rows, tokenizer, length, labels)
-    return ClassificationData(
-        rows,
-        tokenizer,
-        length,
-        label_names=settings.data.label_names or None,
-        problem_type=settings.data.problem_type,
-    )
+        data = CausalLMData(rows, tokenizer, length)
+    elif settings.task == "question-answering":
+        data = QuestionAnsweringData(rows, tokenizer, length, settings.data.stride)
+    elif labels is not None:
+        data = ClassificationData(rows, tokenizer, length, labels)
+    else:
+        data = ClassificationData(
+            rows,
+            tokenizer,
+            length,
+            label_names=settings.data.label_names or None,
+            problem_type=settings.data.problem_type,
+        )
+    return data, rows.fingerprint
 
 
 def _rows(settings: Settings, address: str, columns: Sequence[str]) -> Iterator[Row]:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from gptj.checkpoint import config_of, load_model, save_folder
@@ -48,6 +51,10 @@ def build_model(
         else:
             torch.manual_seed(settings.seed)
             source = cls(config)
+    # A checkpoint's own head may have turned out to be another than its embedding.
+    tied = [config.tie_word_embeddings if source is None else source.config.tie_word_embeddings]
+    dist.broadcast_object_list(tied)
+    config.tie_word_embeddings = tied[0]
     if settings.deepspeed.stage < 3:
         if source is not None:
             return source.float() if settings.deepspeed.precision == "fp32" else source
@@ -65,6 +72,40 @@ def build_model(
                 if source is not None:
                     parameter.copy_(source.get_parameter(name))
     return model
+
+
+def undo_first_step(engine: Any) -> None:
+    """Bring the optimizer back to where it was before its first step.
+
+    At stage 0 in half precision DeepSpeed takes a step without gradients to make the optimizer's
+    state: Adam then corrects the first update as if it were the second (0.743 of the right one),
+    and the fp32 masters have decayed once (https://github.com/deepspeedai/DeepSpeed/issues/5104).
+    """
+    wrapper = engine.optimizer
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        pairs = [
+            pair
+            for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            for pair in zip(masters, weights, strict=True)
+        ]
+    elif isinstance(wrapper, FP16_Optimizer):
+        pairs = list(zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True))
+    else:  # fp32: no masters, no step
+        return
+    wrapper.optimizer.state.clear()  # the next step makes it
+    with torch.no_grad():
+        for master, weight in pairs:
+            master.copy_(weight)
+
+
+def all_finite(model: nn.Module) -> Tensor:
+    """Whether this rank's part of the weights is; on their device, where nobody waits for it."""
+    extremes: list[Tensor] = []
+    for parameter in model.parameters():
+        part = getattr(parameter, "ds_tensor", parameter).detach()  # its shard, at stage 3
+        if part.numel():
+            extremes += torch.aminmax(part)  # NaN, if one is among them
+    return torch.stack([each.float() for each in extremes]).isfinite().all()
 
 
 def export_model(

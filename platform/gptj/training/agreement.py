@@ -1,0 +1,58 @@
+"""What all ranks must see alike before they train: compared, and refused on all of them together.
+
+A rank that has read other data, or none, would leave the others waiting for it in a collective.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.failures import UnrecoverableError, unrecoverable
+from gptj.training.settings import Settings, SettingsError
+from gptj.training.task import TaskData, load_tokenizer, make_data
+
+
+def agree(value: str | None) -> str | None:
+    """What rank 0 has found, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def read_alike(settings: Settings, world: int) -> tuple[GPTJTokenizer, TaskData]:
+    """The tokenizer and the data, after a comparison of what all `world` ranks have read.
+
+    Raises:
+        SettingsError: on all ranks, if the data differs.
+        UnrecoverableError, RuntimeError: on all ranks, with the message of the one that failed;
+            the latter if another try may succeed.
+    """
+    read: tuple[GPTJTokenizer, TaskData] | None = None
+    fault: tuple[str, bool] | None = None  # a message, and whether another try would end alike
+    try:
+        tokenizer = load_tokenizer(settings)
+        read = tokenizer, make_data(settings, tokenizer)
+    except (ValueError, OSError) as error:
+        final = unrecoverable(error)
+        fault = (final or str(error), final is not None)
+    mine = read[1].fingerprints if read is not None else {}
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, (fault, mine))
+    for rank, (each, _) in enumerate(found):
+        if each is not None:
+            message = f"worker {rank} could not read the data: {each[0]}"
+            raise UnrecoverableError(message) if each[1] else RuntimeError(message)
+    for rank, (_, theirs) in enumerate(found):
+        for name, first in found[0][1].items():
+            if theirs[name] != first:
+                address = settings.train_data if name == "train" else settings.evaluation_data
+                raise SettingsError(
+                    f"the workers have read different data from data.{name}={address}: worker 0 "
+                    f"{first}, worker {rank} {theirs[name]}. Put it where all nodes read the same: "
+                    f"on S3, or in a folder that they share"
+                )
+    assert read is not None
+    return read

@@ -1,0 +1,88 @@
+"""Which errors end a run: those that another try would meet again.
+
+A worker that dies, or a server that does not answer, is worth another try. Settings that cannot
+work, data that changed, a damaged checkpoint, a training that diverged or a full disk are not.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptj.data.sources import DataError
+from gptj.manifest import CheckpointError
+from gptj.storage import AccessDeniedError, AlreadyExistsError, NotFoundError
+from gptj.training.settings import SettingsError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PROBE_BYTES = 8 * 2**20
+
+
+class UnrecoverableError(Exception):
+    """Another try would end alike; the message has the cause and the remedy."""
+
+
+class DivergedError(UnrecoverableError):
+    """A loss, a gradient or a weight is not finite; the message names the step."""
+
+
+class DiskFullError(UnrecoverableError):
+    """No room for temporary files or results; the message names the folder."""
+
+
+_SAME_AGAIN = (
+    UnrecoverableError,
+    SettingsError,
+    DataError,
+    CheckpointError,
+    NotFoundError,
+    AlreadyExistsError,
+    AccessDeniedError,
+)
+
+
+def unrecoverable(error: BaseException) -> str | None:
+    """The message of an error that another try would meet again; None for any other."""
+    if isinstance(error, _SAME_AGAIN):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return f"the disk is full: {error}"
+        cause = cause.__cause__
+    return None
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Raise DiskFullError for what fails in the block because `folder` has no room.
+
+    PyTorch's writers say only that a stream is broken; so the disk itself is asked.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_full(folder):
+            raise
+        size = shutil.disk_usage(folder).total
+        raise DiskFullError(
+            f"the disk of {folder}, {size / 1e9:.3g} GB in all, is full; remedy: free space there, "
+            f"or set TMPDIR for the workers to a folder with room for each worker's part of a "
+            f"checkpoint"
+        ) from error
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a few megabytes find no room."""
+    probe = folder / "probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error.errno in _FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    return False

@@ -1,0 +1,51 @@
+"""What a run learns from, in a few bytes: how many rows, and a digest of what is in them.
+
+A run that goes on compares it with what it began with, and the ranks with one another: a run on
+other data would repeat rows, skip them, or wait for ever for a rank that has fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from gptj.data.sources import Row
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of one data set; equal for equal values in the same order, whatever the files are called."""
+
+    rows: int
+    sha256: str  # hexadecimal
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows (sha256 {self.sha256[:16]}…)"
+
+
+class CountedRows:
+    """Rows on their way to a data set, which is to read them all: then `fingerprint` is theirs.
+
+    Args:
+        columns: what the data set reads of a row; other columns may change.
+    """
+
+    def __init__(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
+        self._rows = rows
+        self._columns = columns
+        self._digest = hashlib.sha256()
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._rows:
+            values = [row.values.get(column) for column in self._columns]
+            # Values that are not JSON's, such as dates, by their text.
+            self._digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+            self._count += 1
+            yield row
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self._count, self._digest.hexdigest())

@@ -1,0 +1,67 @@
+"""What a run learned from is told apart from anything else, before a step is taken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import Progress, check_same_data
+from gptj.training.task import make_data, prepare_tokenizer
+
+ROWS = [{"text": f"text {n}", "label": ["a", "b"][n % 2], "id": n} for n in range(10)]
+
+
+def settings_of(folder: Path, rows: list[dict[str, Any]], **fields: Any) -> Settings:
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Settings(
+        storage=str(folder),
+        task="classification",
+        data={"train": str(folder / "train.jsonl"), **fields},  # type: ignore[arg-type]
+        tokenizer={"vocab_size": 270},  # type: ignore[arg-type]
+    )
+
+
+def fingerprints(settings: Settings) -> dict[str, Any]:
+    return make_data(settings, prepare_tokenizer(settings)).fingerprints
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (ROWS[:9], r"had 10 rows \(sha256 \w{16}…\) and has 9 rows \(sha256 \w{16}…\)"),
+        ([*ROWS, ROWS[0]], "had 10 rows .* and has 11 rows"),
+        ([ROWS[1], ROWS[0], *ROWS[2:]], "had 10 rows .* and has 10 rows"),
+        ([{**ROWS[0], "text": "text 0 "}, *ROWS[1:]], "had 10 rows .* and has 10 rows"),
+        ([{**ROWS[0], "label": "b"}, *ROWS[1:]], "had 10 rows .* and has 10 rows"),
+    ],
+    ids=["fewer", "more", "another order", "another text", "another label"],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    changed: list[dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    before = fingerprints(settings_of(tmp_path, ROWS))
+    progress = Progress(step=3, data={name: asdict(each) for name, each in before.items()})
+    check_same_data(settings_of(tmp_path, ROWS), "checkpoint-3", progress, before)
+    settings = settings_of(tmp_path, changed)
+    with pytest.raises(SettingsError, match=rf"checkpoint-3 .*train\.jsonl {message}.*another run"):
+        check_same_data(settings, "checkpoint-3", progress, fingerprints(settings))
+
+
+def test_only_what_is_read_counts(tmp_path: Path) -> None:
+    """Other columns may change, and files be renamed; the evaluation's rows may not."""
+    before = fingerprints(settings_of(tmp_path, ROWS))
+    rows = [{**row, "id": None, "more": 1} for row in ROWS]
+    assert fingerprints(settings_of(tmp_path, rows)) == before
+    (tmp_path / "held-out.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    settings = settings_of(tmp_path, ROWS, evaluation=str(tmp_path / "held-out.jsonl"))
+    first = fingerprints(settings)
+    assert first["train"] == before["train"] and first["evaluation"].rows == 1
+    progress = Progress(data={name: asdict(each) for name, each in first.items()})
+    (tmp_path / "held-out.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    with pytest.raises(SettingsError, match=r"data\.evaluation=.*held-out\.jsonl had 1 rows"):
+        check_same_data(settings, "checkpoint-3", progress, fingerprints(settings))
