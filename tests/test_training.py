@@ -182,7 +182,9 @@ def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
     return Reference(found, norms, rates, model.state_dict())
 
 
-SHIPPED = yaml.safe_load((Path(__file__).parents[1] / "k8s/base/finetune.yaml").read_text())
+SHIPPED = yaml.safe_load(
+    (Path(__file__).parents[1] / "k8s/training/base/finetune.yaml").read_text()
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     # Stage 3 first: it needs the ranks before DeepSpeed has been initialised by another run.
     **{f"stage-{stage}": {"deepspeed": {"stage": stage}} for stage in (3, 0, 1, 2)},
@@ -201,7 +203,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "deepspeed": {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
     },
     **{f"bf16-{stage}": {"deepspeed": {"stage": stage, "precision": "bf16"}} for stage in (0, 2)},
-    # As k8s/base/finetune.yaml trains GPT-J.
+    # As k8s/training/base/finetune.yaml trains GPT-J.
     "bf16-3": {
         "deepspeed": SHIPPED["deepspeed"],
         "model": {"gradient_checkpointing": SHIPPED["model"]["gradient_checkpointing"]},
