@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from gptj.config import GPTJConfig
-from gptj.engine.choice import page_bytes
+from gptj.engine.cache_size import page_bytes
 from gptj.engine.runner import PAGE_SIZE
 from gptj.model import (
     GPTJForCausalLM,
