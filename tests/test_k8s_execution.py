@@ -148,6 +148,7 @@ def image(folder: Path) -> Path:
     training["model"] = {"config": SMALLER_MODEL}
     training["tokenizer"] = {"vocab_size": 512}
     training["data"] = {"sequence_length": 64}
+    training["optimizer"]["warmup_steps"] = 1
     training["workers"] = {"count": 1}
     (settings / TRAINING).write_text(yaml.safe_dump(training))
     return folder

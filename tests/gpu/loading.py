@@ -9,7 +9,7 @@ from checking import Check, run
 from models import new_engine, new_runner, prompts
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine.cache_size import cache_tokens
+from gptj.engine.cache_size import free_bytes, tokens_within
 from gptj.engine.cuda.runner import CudaRunner
 from jobs.benchmarks.decode import generate, random_model
 
@@ -34,10 +34,10 @@ def with_runner(check: Check) -> None:
     check.add("memory", when="with the model", **check.device.memory())
     most = check.pick(256, 2)
     tokens = check.pick(
-        cache_tokens(
+        tokens_within(
             config,
+            free_bytes(model.device),
             share=SHARE,
-            device=model.device,
             element_size=2,
             most=most * config.n_positions,
         ),

@@ -12,7 +12,7 @@ from checking import Check, run
 from models import cache_bytes_a_token, new_engine, new_model, new_runner, prompts
 from torch import Tensor
 
-from gptj.engine.cache_size import cache_tokens
+from gptj.engine.cache_size import free_bytes, tokens_within
 from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
@@ -131,10 +131,10 @@ def nearly_all_memory(check: Check) -> None:
     model = new_model(check, config, torch.float16)
     streams, length, new = check.pick((128, 900, 24), (2, 20, 3))
     tokens = check.pick(
-        cache_tokens(
+        tokens_within(
             config,
+            free_bytes(model.device),
             share=SHARE,
-            device=model.device,
             element_size=2,
             most=256 * config.n_positions,
         ),
