@@ -24,7 +24,7 @@ def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments)
 
     Serve builds applications on the head, which may have no access to the checkpoints. As long as
     no node takes replicas there is nothing to check from, and nothing that a bad checkpoint could
-    replace.
+    replace. Outside a cluster nothing is checked, since nothing is deployed.
 
     Raises:
         ValueError: saying what is wrong with the checkpoint, or why it cannot be read.
@@ -34,7 +34,7 @@ def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments)
     if (node := _replica_node()) is None:
         logger.warning("%s is not checked: no node takes replicas yet", arguments.checkpoint)
         return
-    elif node == ray.get_runtime_context().get_node_id():
+    if node == ray.get_runtime_context().get_node_id():
         problem = _problem(cls, arguments)
     else:
         strategy = NodeAffinitySchedulingStrategy(node, soft=True)
