@@ -33,8 +33,8 @@ from jobs.processes import HOST, free_ports, running, tail
 pytestmark = pytest.mark.slow
 
 KEY = "a-key-of-the-test"
-JOB_SECONDS = 240
-DEPLOY_SECONDS = 120
+JOB_SECONDS = 480
+DEPLOY_SECONDS = 300
 METRICS_SECONDS = 30
 # What no request of this module brings about, and so is not exported yet.
 UNCOUNTED = (

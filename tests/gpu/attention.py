@@ -24,7 +24,7 @@ from gptj.engine.cuda import launch
 from gptj.engine.cuda.inputs import InputsMaker
 from gptj.engine.cuda.launch import TritonOperations
 from gptj.engine.cuda.operations import Inputs, LayerCache
-from gptj.engine.runner import StepBatch
+from gptj.engine.runner import PageCopy, StepBatch
 
 PAGE = 16
 SINGLES = ((64, 1024), (1, 1024), (64, 192), (256, 192), (8, 2048))  # sequences, context
@@ -217,10 +217,8 @@ def copies(check: Check) -> None:
     layers = runner.config.n_layer
     size = cache_bytes_a_token(runner.config, torch.float16) * PAGE
     for count in check.pick((1, 64, 192), (1, 2)):
-        sources, targets = list(range(count)), list(range(256, 256 + count))
-        timing = check.time(
-            lambda s=sources, t=targets: runner.copy_pages(s, t), repeats=5, calls=5
-        )
+        pages = [PageCopy(source, 256 + source, filled=PAGE) for source in range(count)]
+        timing = check.time(lambda pages=pages: runner.copy_pages(pages), repeats=5, calls=5)
         check.add(
             "copies of pages",
             pages=count,
