@@ -35,13 +35,13 @@ quickstart: environment
 serve: environment
 	$(BIN)/python -m jobs.quickstart --keep-serving
 
-# Our engine alone; with PEERS=DIR, made by jobs/benchmarks/peers/setup.sh, beside other engines.
+# Our engine alone; with PEERS=DIR, made by platform/gptj_bench/peers/setup.sh, beside other engines.
 bench: environment
-	test -e .bench/model/manifest.json || $(BIN)/python jobs/benchmark.py model .bench/model
-	$(BIN)/python jobs/benchmark.py decode --model .bench/model --dtype bfloat16 $(BESIDE)
-	$(BIN)/python jobs/benchmark.py decode --model .bench/model --dtype int8
-	$(BIN)/python jobs/benchmark.py decode --model .bench/model --dtype float32
-	$(BIN)/python jobs/benchmark.py serve --model .bench/model --dtype bfloat16 $(BESIDE)
+	test -e .bench/model/manifest.json || $(BIN)/python -m gptj_bench model .bench/model
+	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype bfloat16 $(BESIDE)
+	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype int8
+	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype float32
+	$(BIN)/python -m gptj_bench serve --model .bench/model --dtype bfloat16 $(BESIDE)
 BESIDE = $(if $(PEERS),--peers $(abspath $(PEERS)))
 
 clean:

@@ -25,15 +25,15 @@ from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForCausalLM
+from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
-from gptj.engine.choice import Quantization, best_runner
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
-from gptj.engine.runner import Runner
-from gptj.serving.completion_service import CompletionService
-from gptj.serving.completions import ModelCard
-from gptj.serving.generation import generation_app
-from gptj.serving.vocabulary import Vocabulary
+from gptj.engine.runners.base import Runner
+from gptj.serving.completions.app import generation_app
+from gptj.serving.completions.schemas import ModelCard
+from gptj.serving.completions.service import CompletionService
+from gptj.serving.completions.vocabulary import Vocabulary
 
 
 class Arguments(LoadingArguments):

@@ -14,13 +14,13 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptj import GPTJTokenizer, storage
-from gptj.addresses import normalized
-from gptj.checkpoint import TRAINING, check_complete, load_config, training_data
+from gptj.checkpoints.checkpoint import TRAINING, check_complete, load_config, training_data
+from gptj.checkpoints.hub import locate
+from gptj.checkpoints.manifest import Manifest, read_verified
 from gptj.config import parse_dtype
-from gptj.file_lock import turn
-from gptj.hub import locate
-from gptj.manifest import Manifest, read_verified
 from gptj.model import GPTJPreTrainedModel
+from gptj.storage.addresses import normalized
+from gptj.storage.file_lock import turn
 
 Model = TypeVar("Model", bound=GPTJPreTrainedModel)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import uvicorn.protocols.websockets.auto as websockets
 from starlette.middleware import Middleware
 
-from gptj.serving.edge import Edge
+from gptj.serving.middleware.edge import Edge
 
 
 def middlewares() -> list[Middleware]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gptj.addresses import AddressError, local_path, normalized
+from gptj.storage.addresses import AddressError, local_path, normalized
 
 
 def address(text: str) -> str:

@@ -42,27 +42,27 @@ from torch import nn
 from yaml import YAMLError
 
 from gptj import storage
-from gptj.addresses import normalized
-from gptj.checkpoint import HEAD_CLASSES, TRAINING, load_config, training_data
+from gptj.checkpoints.checkpoint import HEAD_CLASSES, TRAINING, load_config, training_data
+from gptj.checkpoints.hub import locate
+from gptj.checkpoints.manifest import Manifest, read_verified
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
-from gptj.hub import locate
-from gptj.manifest import Manifest, read_verified
 from gptj.model import (
     GPTJForCausalLM,
     GPTJForQuestionAnswering,
     GPTJForSequenceClassification,
     GPTJPreTrainedModel,
 )
+from gptj.serialization.yaml_value import parse_yaml
+from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.evaluation import evaluate, unigram_perplexity
 from gptj.training.settings import COLUMNS, DataSettings, Delimiter, Task
 from gptj.training.task import HEADS
-from gptj.yaml_value import parse_yaml
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window

@@ -17,8 +17,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from gptj.checkpoints.weights import SHARD_BYTES
 from gptj.interop.exporter import EXPORT_FORMATS, export_weights
-from gptj.weights import SHARD_BYTES
 from jobs import command_line
 from jobs.import_weights import DTYPES
 

@@ -30,10 +30,11 @@ from typing import Any
 
 import yaml
 
-from gptj import checkpoint, storage
-from jobs.local_ray import LocalRay
-from jobs.local_s3 import LocalS3
-from jobs.processes import running, tail
+from gptj import storage
+from gptj.checkpoints import checkpoint
+from gptj_local.processes import running, tail
+from gptj_local.ray import LocalRay
+from gptj_local.s3 import LocalS3
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".quickstart"

@@ -183,7 +183,7 @@ enter "$image" "$user" /app '
   for program in bash g++ wget ps ray serve python ninja; do command -v $program > /dev/null; done
   bash -lc "command -v ray" > /dev/null
   python -c "import gptj, deployments.generation, jobs.finetune, torch; print(torch.__version__)"
-  ls platform/gptj/engine/cpu/*.so 2> /dev/null || echo "the kernels are not built ahead"
+  ls platform/gptj/engine/runners/cpu/*.so 2> /dev/null || echo "the kernels are not built ahead"
 '
 echo "== its packages"
 cp k8s/check_packages.py constraints.txt "$work/written/tmp/"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptj import GPTJTokenizer
-from jobs.local_s3 import LocalS3
+from gptj_local.s3 import LocalS3
 
 # What a fixture alone needs, it imports: a GPU's tests run where little else is installed.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptj.json_object import to_json
+from gptj.serialization.json_object import to_json
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
 MOST_LAYERS = 1000
@@ -108,7 +108,7 @@ class GPTJConfig:
         cls, address: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> GPTJConfig:
         """The `config.json` of a folder, an `s3://` address or a hub id."""
-        from gptj.checkpoint import load_config  # it reads our class
+        from gptj.checkpoints.checkpoint import load_config  # it reads our class
 
         return load_config(address, revision=revision, **overrides)
 

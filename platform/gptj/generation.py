@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptj.cache import KVCache
+from gptj.kv_cache import KVCache
 from gptj.sampling import SamplingParams, adjust, choose
 
 if TYPE_CHECKING:

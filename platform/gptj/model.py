@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gptj.cache import KVCache
 from gptj.config import GPTJConfig
+from gptj.kv_cache import KVCache
 from gptj.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -79,7 +79,7 @@ class GPTJPreTrainedModel(nn.Module):
                 files that are in memory already it is what takes the time.
             overrides: fields of the configuration to replace, such as `id2label`.
         """
-        from gptj.checkpoint import load_model  # it needs our class, and S3 and the hub
+        from gptj.checkpoints.checkpoint import load_model  # it needs our class, and S3 and the hub
 
         return load_model(
             cls,
@@ -94,7 +94,7 @@ class GPTJPreTrainedModel(nn.Module):
 
     def save_pretrained(self, address: str | os.PathLike[str]) -> None:
         """Write a model folder (local or `s3://`) that we and Hugging Face can load."""
-        from gptj.checkpoint import save_model
+        from gptj.checkpoints.checkpoint import save_model
 
         save_model(self, address)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptj.cache import KVCache
+from gptj.kv_cache import KVCache
 
 
 @dataclass

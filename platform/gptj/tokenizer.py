@@ -22,10 +22,10 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from tokenizers import processors as post_processors
 
 from gptj import storage
-from gptj.addresses import normalized
-from gptj.hub import locate
-from gptj.json_object import parse_object
-from gptj.manifest import MANIFEST, Manifest, read_verified
+from gptj.checkpoints.hub import locate
+from gptj.checkpoints.manifest import MANIFEST, Manifest, read_verified
+from gptj.serialization.json_object import parse_object
+from gptj.storage.addresses import normalized
 
 END_OF_TEXT = "<|endoftext|>"
 EXTRA_TOKENS = 143  # <|extratoken_1|> … fill the embedding's 50400 rows; no text has them

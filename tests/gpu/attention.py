@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.jit import KernelInterface
 
-from gptj.engine.cuda import launch
-from gptj.engine.cuda.inputs import InputsMaker
-from gptj.engine.cuda.launch import TritonOperations
-from gptj.engine.cuda.operations import Inputs, LayerCache
-from gptj.engine.runner import PageCopy, StepBatch
+from gptj.engine.runners.base import PageCopy, StepBatch
+from gptj.engine.runners.cuda import launch
+from gptj.engine.runners.cuda.inputs import InputsMaker
+from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 
 PAGE = 16
 SINGLES = ((64, 1024), (1, 1024), (64, 192), (256, 192), (8, 2048))  # sequences, context

@@ -15,7 +15,7 @@ import triton.language as tl
 from checking import DTYPES, Check, run
 from torch import Tensor
 
-from jobs.benchmarks import machine
+from gptj_bench import machine
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy", "tokenizers", "pytest")
 PROGRAMS = {

@@ -20,10 +20,10 @@ from models import new_engine, new_model, new_runner, plain_runner, prompts
 from torch import Tensor
 
 from gptj import GPTJForCausalLM
-from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Failed, Finished, TokenEvent
-from gptj.engine.runner import StepBatch
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 
 PAGE = CudaRunner.page_size

@@ -10,8 +10,8 @@ from models import new_engine, new_runner, prompts
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.cache_size import free_bytes, tokens_within
-from gptj.engine.cuda.runner import CudaRunner
-from jobs.benchmarks.decode import generate, random_model
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj_bench.decode import generate, random_model
 
 SHARE = 0.9  # of free memory, a deployment's default for the cache
 FILE_LAYERS = 4  # of the model that goes through files

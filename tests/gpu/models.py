@@ -11,14 +11,14 @@ import torch
 from checking import Check
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine import choice
-from gptj.engine.cuda.launch import TritonOperations
-from gptj.engine.cuda.operations import Operations
-from gptj.engine.cuda.plain import PlainOperations
-from gptj.engine.cuda.runner import CudaRunner
+from gptj.engine import backends as choice
 from gptj.engine.engine import Engine
-from gptj.engine.runner import StepBatch
-from jobs.benchmarks.decode import TEXT_IDS, random_model
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.operations import Operations
+from gptj.engine.runners.cuda.plain import PlainOperations
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj_bench.decode import TEXT_IDS, random_model
 
 SPREAD = 0.02  # of weights; norms and biases differ from 1 and 0 by five times as much
 
@@ -57,7 +57,7 @@ def new_runner(
 def plain_runner(model: GPTJForCausalLM, pages: int) -> CudaRunner:
     """The same steps in PyTorch, without graphs."""
     operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
-    with mock.patch("gptj.engine.cuda.runner.Graphs", lambda *arguments: None):
+    with mock.patch("gptj.engine.runners.cuda.runner.Graphs", lambda *arguments: None):
         return CudaRunner(model, pages, operations)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checking import Check
 from torch import Tensor
 
-from gptj.engine.cuda.products import CANDIDATES, Blocks, multiply_row
+from gptj.engine.runners.cuda.products import CANDIDATES, Blocks, multiply_row
 
 ROWS = (1, 4, 16, 64, 256, 1024, 2048, 2, 8, 32, 128, 512)
 FP8 = torch.float8_e4m3fn

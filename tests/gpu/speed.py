@@ -20,10 +20,10 @@ from models import (
     prompts,
 )
 
-from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.events import BeamParams, Event, Failed, Finished, TokenEvent
+from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
-from jobs.benchmarks.decode import Timing, generate
+from gptj_bench.decode import Timing, generate
 
 BATCHES = (1, 64, 8, 32, 128, 256)
 STEP_TOKENS = (1024, 2048, 512)

@@ -21,10 +21,10 @@ from checking import Check, run
 from models import new_engine, new_model, new_runner, one_chunk, prompts
 from torch.profiler import ProfilerActivity, profile
 
-from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.events import Event, Finished, TokenEvent
+from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
-from jobs.benchmarks.decode import generate
+from gptj_bench.decode import generate
 
 BATCHES = (1, 64)
 STEPS = 12  # that are profiled

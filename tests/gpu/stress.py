@@ -13,12 +13,12 @@ from models import cache_bytes_a_token, new_engine, new_model, new_runner, promp
 from torch import Tensor
 
 from gptj.engine.cache_size import free_bytes, tokens_within
-from gptj.engine.cuda.runner import CudaRunner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
-from gptj.engine.runner import StepBatch
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
-from jobs.benchmarks.decode import generate
+from gptj_bench.decode import generate
 
 THREADS = 64
 SHARE = 0.98

@@ -47,7 +47,7 @@ def run_tests(
         command += ["-p", "no:cacheprovider", "-W", "ignore", "--tb=short", f"--junitxml={report}"]
         if not before and not check.rehearsal and importlib.util.find_spec("xdist"):
             command += ["-n", str(WORKERS)]
-        command += [str(Path("tests") / f"{name}.py") for name in files]
+        command += [str(*REPOSITORY.glob(f"tests/*/{name}.py")) for name in files]
         command += ["-k", f"({names}) and not compile_for"]
         log = Path(folder) / "log.txt"
         with log.open("wb") as file:  # a pipe would be waited for as long as anybody holds it

@@ -28,7 +28,7 @@ from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings
 from gptj.training.state import upload_state
 from gptj.training.task import make_config, make_data, prepare_tokenizer
-from jobs.benchmarks.decode import random_model
+from gptj_bench.decode import random_model
 
 # Of the losses beside the CPU's in fp32. fp16 begins with steps that its loss scale lets go.
 NEAR = {"fp32": 1e-3, "bf16": 0.3, "fp16": 1.5}

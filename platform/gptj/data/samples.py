@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gptj.addresses import SAMPLE
+from gptj.storage.addresses import SAMPLE
 
 SEED = 2021
 SIZES = {"reviews": (2000, 400), "questions": (3000, 300)}  # rows to train on, and to measure with

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from gptj import storage
-from gptj.addresses import SAMPLE, normalized
 from gptj.data import samples
 from gptj.data.formats import READABLE, Format, format_of, read_records
 from gptj.data.records import (
@@ -23,6 +22,7 @@ from gptj.data.records import (
     Record,
 )
 from gptj.data.rows import DataError, Row
+from gptj.storage.addresses import SAMPLE, normalized
 
 __all__ = ["DataError", "Row", "read_rows"]
 

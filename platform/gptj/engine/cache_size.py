@@ -16,7 +16,7 @@ import torch
 from gptj.config import GPTJConfig
 from gptj.engine.limits import Limits
 from gptj.engine.rehearsal import rehearse
-from gptj.engine.runner import PAGE_SIZE, ResizableRunner
+from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner
 
 logger = logging.getLogger(__name__)
 

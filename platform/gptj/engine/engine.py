@@ -18,9 +18,9 @@ import torch
 from gptj.engine.batch_thread import ClosedError
 from gptj.engine.events import BeamParams, Failed, OnEvent
 from gptj.engine.limits import Limits
-from gptj.engine.pages import PagePool
+from gptj.engine.page_pool import PagePool
 from gptj.engine.request import Request
-from gptj.engine.runner import Runner
+from gptj.engine.runners.base import Runner
 from gptj.engine.sampler import Sampler
 from gptj.engine.scheduler import Scheduler
 from gptj.engine.stats import EngineStats

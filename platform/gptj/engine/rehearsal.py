@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gptj.engine.limits import Limits
-from gptj.engine.runner import Ints, Runner, StepBatch
+from gptj.engine.runners.base import Ints, Runner, StepBatch
 from gptj.engine.sampler import Sampler
 from gptj.sampling import SamplingParams
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptj.engine.events import TokenEvent
-from gptj.engine.transfer import sent
+from gptj.engine.runners.transfer import sent
 from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]

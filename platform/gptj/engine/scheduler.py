@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptj.engine.beams import BeamSearch, pages_needed
-from gptj.engine.pages import PagePool, extend_digests
+from gptj.engine.beam_search import BeamSearch, pages_needed
+from gptj.engine.decode_batch import Rows, Sequence
+from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
-from gptj.engine.rows import Rows, Sequence
-from gptj.engine.runner import PageCopy, StepBatch
+from gptj.engine.runners.base import PageCopy, StepBatch
 from gptj.engine.waiting import WaitingQueue
 
 

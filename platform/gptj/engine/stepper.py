@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptj.engine.beams import BeamSearch, Floats, likeliest
+from gptj.engine.beam_search import BeamSearch, Floats, likeliest
+from gptj.engine.decode_batch import Sequence
 from gptj.engine.events import BeamsFound, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Request
-from gptj.engine.rows import Sequence
-from gptj.engine.runner import Ints, Runner
+from gptj.engine.runners.base import Ints, Runner
+from gptj.engine.runners.transfer import sent
 from gptj.engine.sampler import Sampler, finite
 from gptj.engine.scheduler import Chunk, Plan, Scheduler
-from gptj.engine.transfer import sent
 
 logger = logging.getLogger(__name__)
 

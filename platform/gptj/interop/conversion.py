@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gptj.checkpoints.weights import TensorSpec, one_dtype
 from gptj.config import GPTJConfig
 from gptj.interop.progress import Progress
 from gptj.interop.tensors import StoredTensor
-from gptj.weights import TensorSpec, one_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def specs_of(
     """What is to be written, all in one dtype, which the configuration is given too.
 
     Args:
-        dtype: None: as stored; if that is several, see gptj.weights.one_dtype.
+        dtype: None: as stored; if that is several, see gptj.checkpoints.weights.one_dtype.
     """
     numbers: Counter[torch.dtype] = Counter()
     for tensor in tensors:

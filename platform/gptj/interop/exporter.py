@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from gptj.addresses import normalized
-from gptj.checkpoint import save_folder, write_small_files
+from gptj.checkpoints.checkpoint import save_folder, write_small_files
+from gptj.checkpoints.manifest import FolderWriter
+from gptj.checkpoints.weights import SHARD_BYTES, split_shards
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop import flax, tensorflow
 from gptj.interop.conversion import read_all, specs_of
@@ -17,9 +18,8 @@ from gptj.interop.layout import Layout
 from gptj.interop.pieces import tensors_of, write_pieces
 from gptj.interop.source import Source, open_source
 from gptj.interop.tensors import StoredTensor
-from gptj.manifest import FolderWriter
 from gptj.model import GPTJForCausalLM
-from gptj.weights import SHARD_BYTES, split_shards
+from gptj.storage.addresses import normalized
 
 ExportFormat = Literal["huggingface", "flax", "tensorflow"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = ("huggingface", "flax", "tensorflow")

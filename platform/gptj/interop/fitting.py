@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from gptj.checkpoint import HEAD_CLASSES, OLD_BUFFERS, UNTIED
+from gptj.checkpoints.checkpoint import HEAD_CLASSES, OLD_BUFFERS, UNTIED
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.skeleton import without_weights
 from gptj.config import GPTJConfig
 from gptj.interop.tensors import StoredTensor
-from gptj.manifest import CheckpointError
 from gptj.model import (
     GPTJForCausalLM,
     GPTJForQuestionAnswering,
@@ -18,7 +19,6 @@ from gptj.model import (
     GPTJModel,
     GPTJPreTrainedModel,
 )
-from gptj.skeleton import without_weights
 
 PREFIX = GPTJPreTrainedModel.base_model_prefix + "."
 HEADS: dict[str, type[GPTJPreTrainedModel]] = {

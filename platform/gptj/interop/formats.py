@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptj import storage
-from gptj.addresses import normalized
-from gptj.hub import locate
+from gptj.checkpoints.hub import locate
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.weights import KINDS
 from gptj.interop import flax, mesh_transformer, tar_stream, tensorflow
 from gptj.interop.huggingface import open_file as open_huggingface
 from gptj.interop.tensors import StoredTensor
-from gptj.manifest import CheckpointError
 from gptj.storage import FileInfo
+from gptj.storage.addresses import normalized
 from gptj.tokenizer import TOKENIZER_FILES
-from gptj.weights import KINDS
 
 FormatName = Literal["huggingface", "mesh-transformer-jax", "flax", "tensorflow"]
 MESH: FormatName = "mesh-transformer-jax"
@@ -74,7 +74,7 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
     Raises:
         FileNotFoundError: if there is nothing.
         CheckpointError: if what there is has none of the formats, or not the given one.
-        gptj.addresses.AddressError: for what can be no address.
+        gptj.storage.addresses.AddressError: for what can be no address.
     """
     address = normalized(address)
     if tar_stream.is_stream(address):

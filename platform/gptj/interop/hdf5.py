@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from gptj import storage
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.weights import TensorSpec
 from gptj.extras import Extra, require
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor, tensor_in_file
-from gptj.manifest import CheckpointError
-from gptj.weights import TensorSpec
 
 if TYPE_CHECKING:
     import h5py

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from gptj.checkpoints.tensor_file import read_header
 from gptj.interop.pickles import index_pickle
 from gptj.interop.tensors import StoredTensor, tensor_in_file
-from gptj.tensor_file import read_header
 
 
 def open_file(address: str) -> list[StoredTensor]:

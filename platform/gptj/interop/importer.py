@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from gptj import storage
-from gptj.addresses import normalized
-from gptj.checkpoint import save_folder
+from gptj.checkpoints.checkpoint import save_folder
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.formats import FormatName
 from gptj.interop.source import open_source
+from gptj.storage.addresses import normalized
 
 
 def import_weights(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from gptj.checkpoints.weights import TensorSpec
 from gptj.interop.pieces import Piece
-from gptj.weights import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from gptj import storage
+from gptj.checkpoints.manifest import CheckpointError
 from gptj.interop.npz import Member, index_npz, open_member
 from gptj.interop.tensors import StoredTensor, fill
-from gptj.manifest import CheckpointError
 from gptj.storage import FileInfo
 
 SHARD_FILE = re.compile(r"(?:(?P<step>.*)/)?shard_(?P<shard>\d{1,4})/(?P<piece>\d{1,4})\.npz")

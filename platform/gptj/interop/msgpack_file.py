@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptj import storage
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.weights import TensorSpec
 from gptj.extras import Extra
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor, tensor_in_file
-from gptj.manifest import CheckpointError
-from gptj.weights import TensorSpec
 
 if TYPE_CHECKING:
     import msgpack

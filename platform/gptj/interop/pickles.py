@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptj import storage
+from gptj.checkpoints.manifest import CheckpointError
 from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
-from gptj.manifest import CheckpointError
 
 # A file of PyTorch before 1.6 has no offsets, and is held in memory as a whole.
 OLD_FORMAT_LIMIT = 256 * 2**20  # bytes

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gptj.checkpoints.manifest import FolderWriter
+from gptj.checkpoints.weights import TensorSpec
 from gptj.interop.tensors import bytes_of
-from gptj.manifest import FolderWriter
-from gptj.weights import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from gptj import storage
-from gptj.addresses import normalized
-from gptj.checkpoint import CONFIG, TRAINING
+from gptj.checkpoints.checkpoint import CONFIG, TRAINING
+from gptj.checkpoints.manifest import CheckpointError, Manifest, read_verified, verify
+from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
 from gptj.interop import mesh_transformer, tar_stream
 from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find
 from gptj.interop.tensors import StoredTensor
-from gptj.manifest import CheckpointError, Manifest, read_verified, verify
-from gptj.scratch import scratch_folder
+from gptj.storage.addresses import normalized
+from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
-from gptj.weights import weight_files
 
 # A configuration of mesh-transformer-jax has these names for our fields.
 MESH_FIELDS = {

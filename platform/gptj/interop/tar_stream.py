@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from gptj import storage
+from gptj.checkpoints.manifest import CheckpointError
 from gptj.extras import Extra
 from gptj.interop.progress import Progress
-from gptj.manifest import CheckpointError
 
 if TYPE_CHECKING:
     import zstandard

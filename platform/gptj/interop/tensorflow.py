@@ -13,12 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.weights import TensorSpec
 from gptj.interop.hdf5 import Group, index_hdf5, plan_hdf5
 from gptj.interop.layout import Layout
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor
-from gptj.manifest import CheckpointError
-from gptj.weights import TensorSpec
 
 SINGLE_FILE = "tf_model.h5"
 INDEX_FILE = "tf_model.h5.index.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.manifest import CheckpointError
+from gptj.checkpoints.manifest import CheckpointError
 
 
 @dataclass(frozen=True)

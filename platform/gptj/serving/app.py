@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gptj.engine.batch_thread import ClosedError, QueueFullError
-from gptj.serving.edge import Edge
 from gptj.serving.errors import (
     APIError,
     InvalidRequestError,
@@ -25,11 +24,12 @@ from gptj.serving.errors import (
     error_response,
     json_response,
 )
-from gptj.serving.keys import KeyCheck, Keys
-from gptj.serving.limits import BodyLimit
 from gptj.serving.metrics import NoRecorder, Recorder
-from gptj.serving.observing import Observing
-from gptj.serving.paths import Routing
+from gptj.serving.middleware.edge import Edge
+from gptj.serving.middleware.keys import KeyCheck, Keys
+from gptj.serving.middleware.limits import BodyLimit
+from gptj.serving.middleware.observing import Observing
+from gptj.serving.middleware.paths import Routing
 
 logger = logging.getLogger(__name__)
 

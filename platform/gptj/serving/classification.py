@@ -18,11 +18,11 @@ from torch import Tensor
 from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import add_health, new_app
-from gptj.serving.completions import RequestModel, checked_text
+from gptj.serving.completions.schemas import RequestModel, checked_text
+from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
-from gptj.serving.vocabulary import Vocabulary
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 256

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from gptj.json_object import to_json
+from gptj.serialization.json_object import to_json
 
 
 class APIError(Exception):

@@ -20,7 +20,7 @@ from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import add_health, new_app
 from gptj.serving.classification import right_padded
-from gptj.serving.completions import RequestModel, checked_text
+from gptj.serving.completions.schemas import RequestModel, checked_text
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, field_validator
 
-from gptj.serving.completions import RequestModel, checked_text
+from gptj.serving.completions.schemas import RequestModel, checked_text
 from gptj.serving.errors import InvalidRequestError
 from gptj.tokenizer import GPTJTokenizer
 

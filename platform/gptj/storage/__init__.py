@@ -1,10 +1,10 @@
 """One way to read and write local paths and `s3://bucket/key` addresses: bytes in, bytes out.
 
-Addresses are those of gptj.addresses. S3 goes through boto3, which reads the usual AWS variables
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an instance's
-role). Every request has a time limit and carries a checksum that the server verifies; outages are
-waited for (gptj.storage.retries). What is written appears as a whole or not at all, on both kinds
-of storage.
+Addresses are those of gptj.storage.addresses. S3 goes through boto3, which reads the usual AWS
+variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an
+instance's role). Every request has a time limit and carries a checksum that the server verifies;
+outages are waited for (gptj.storage.retries). What is written appears as a whole or not at all, on
+both kinds of storage.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from gptj.addresses import is_s3, join, split_s3
 from gptj.extras import Extra
 from gptj.storage import local
+from gptj.storage.addresses import is_s3, join, split_s3
 from gptj.storage.errors import (
     AccessDeniedError,
     AlreadyExistsError,

@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.fs
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
-from gptj.addresses import absolute, is_s3, split_s3
 from gptj.storage import s3
+from gptj.storage.addresses import absolute, is_s3, split_s3
 from gptj.storage.errors import NotFoundError
 from gptj.storage.s3_client import retry_policy
 

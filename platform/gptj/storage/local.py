@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from gptj.addresses import local_path
+from gptj.storage.addresses import local_path
 from gptj.storage.errors import (
     AccessDeniedError,
     AlreadyExistsError,

@@ -18,8 +18,8 @@ from boto3.exceptions import RetriesExceededError
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-from gptj.addresses import join, split_s3
 from gptj.storage import local
+from gptj.storage.addresses import join, split_s3
 from gptj.storage.errors import (
     AlreadyExistsError,
     NotFoundError,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from s3transfer.utils import ReadFileChunk
 
-from gptj.addresses import split_s3
+from gptj.storage.addresses import split_s3
 from gptj.storage.errors import NotFoundError, StorageError
 from gptj.storage.parallel import PARALLEL, for_each
 from gptj.storage.s3_client import client, explaining, was_retried

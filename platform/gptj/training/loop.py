@@ -26,7 +26,7 @@ from gptj.data.question_answering import answer_loss
 from gptj.devices import check_device
 from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
-from gptj.scratch import scratch_folder
+from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
 from gptj.training.deepspeed_config import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gptj import storage
 from gptj.extras import Extra
-from gptj.json_object import to_json
+from gptj.serialization.json_object import to_json
 from gptj.training.state import Progress
 
 logger = logging.getLogger(__name__)

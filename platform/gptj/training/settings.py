@@ -24,9 +24,9 @@ from pydantic import (
 )
 
 from gptj import storage
-from gptj.addresses import AddressError, absolute, normalized
 from gptj.config import ALIASES, PRESETS, GPTJConfig
-from gptj.yaml_value import parse_yaml
+from gptj.serialization.yaml_value import parse_yaml
+from gptj.storage.addresses import AddressError, absolute, normalized
 
 Task = Literal["causal-lm", "classification", "question-answering"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from gptj import storage
-from gptj.checkpoint import TRAINING
-from gptj.json_object import to_json
-from gptj.manifest import CheckpointError, Manifest, describe, read_verified, verify
+from gptj.checkpoints.checkpoint import TRAINING
+from gptj.checkpoints.manifest import CheckpointError, Manifest, describe, read_verified, verify
+from gptj.serialization.json_object import to_json
 from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import Settings, SettingsError, changed
 

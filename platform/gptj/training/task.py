@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from gptj import storage
+from gptj.checkpoints.manifest import FolderWriter, Manifest
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
-from gptj.manifest import FolderWriter, Manifest
 from gptj.model import (
     GPTJForCausalLM,
     GPTJForQuestionAnswering,

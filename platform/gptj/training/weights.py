@@ -12,14 +12,14 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from gptj.checkpoint import config_of, load_model, save_folder
+from gptj.checkpoints.checkpoint import config_of, load_model, save_folder
+from gptj.checkpoints.skeleton import without_weights
+from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
 from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
-from gptj.skeleton import without_weights
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
-from gptj.weights import TensorSpec
 
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")

@@ -1,1 +1,0 @@
-"""Parts of jobs/simulate_autoscaling.py: traffic, replicas, Ray Serve's autoscaler, a report."""

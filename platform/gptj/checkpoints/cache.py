@@ -1,0 +1,234 @@
+"""Checkpoints of S3 on a disk of this node: an address and its manifest in, a local folder out.
+
+Off unless its folder and its size are set:
+
+    GPTJ_CACHE_FOLDER=/var/cache/gptj  GPTJ_CACHE_GB=60
+
+A folder has one entry a checkpoint, named by what its manifest says, so that a checkpoint which
+is replaced in S3 gets a new one:
+
+    KEY/            the files; manifest.json last, without which the entry is incomplete
+    KEY.lock        shared while the entry is used, held alone while it is fetched or deleted;
+                    its content is the entry's size in bytes, its time the last use
+    lock            held while it is decided what to delete
+
+The entries that were not used for the longest time go first, and none that is in use. All of it
+holds for several processes, and for processes that are killed: what they leave is counted, and
+fetched again or deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptj import storage
+from gptj.checkpoints.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
+from gptj.checkpoints.streaming import new_parts, stream
+from gptj.storage.addresses import local_path
+from gptj.storage.file_lock import FileLock
+from gptj.storage.local import make_folder
+
+FOLDER_VARIABLE = "GPTJ_CACHE_FOLDER"
+SIZE_VARIABLE = "GPTJ_CACHE_GB"
+FILES_AT_ONCE = 4
+PARTS_AHEAD = 4  # of each file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An entry's folder, which stays until `close` or the end of the process."""
+
+    folder: str
+    _lock: FileLock
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+@dataclass(frozen=True)
+class CheckpointCache:
+    folder: Path
+    limit: int  # bytes of all entries together
+
+    @classmethod
+    def from_environment(cls) -> CheckpointCache | None:
+        """None if it is off. ValueError for a folder without a size, or that is none, or a size."""
+        folder, size = os.environ.get(FOLDER_VARIABLE), os.environ.get(SIZE_VARIABLE)
+        if not folder and not size:
+            return None
+        if not folder or not size:
+            raise ValueError(
+                f"the cache of checkpoints needs both {FOLDER_VARIABLE} and {SIZE_VARIABLE}, got "
+                f"{folder!r} and {size!r}"
+            )
+        try:
+            limit = int(float(size) * 1e9)
+        except (ValueError, OverflowError):
+            limit = 0
+        if limit <= 0:
+            raise ValueError(f"{SIZE_VARIABLE} must be a positive number of GB, got {size!r}")
+        return cls(local_path(folder), limit)
+
+    def lease(self, address: str, manifest: Manifest, *, verify: bool = True) -> Lease | None:
+        """A folder with the checkpoint's files, fetched first if they are not there.
+
+        They are compared with the manifest: as they come, or, if they were there, by reading
+        them; those that are not as they should be are fetched again. None, and the log says why,
+        if there is no room for them: then they have to be read from S3.
+
+        Args:
+            verify: read what was there; or else look at the sizes only.
+
+        Raises:
+            CheckpointError: if what S3 has does not fit the manifest.
+            storage.StorageError: if S3 cannot be read, or the cache's folder cannot be made.
+        """
+        if manifest.size > self.limit:
+            logger.warning(
+                "%s has %d bytes, more than the cache's %d: it is not kept",
+                address,
+                manifest.size,
+                self.limit,
+            )
+            return None
+        make_folder(self.folder)
+        key = _key(manifest)
+        entry = Manifest(str(self.folder / key), manifest.files)
+        lock = FileLock(self.folder / f"{key}.lock")
+        try:
+            if self._have(address, entry, lock, verify):
+                os.utime(lock.descriptor)
+                return Lease(entry.folder, lock)
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+        return None
+
+    def _have(self, address: str, entry: Manifest, lock: FileLock, verify: bool) -> bool:
+        """Make the entry complete and good, and hold its lock shared; False if it cannot be."""
+        while True:
+            lock.share()  # waits for one who is fetching it
+            damaged = False
+            if _stamp(entry) is not None:
+                try:
+                    entry.check_sizes()
+                    if verify:
+                        entry.check_files(entry.files)
+                    return True
+                except CheckpointError as error:
+                    logger.warning("fetching %s again: %s", address, error)
+                    damaged = True
+            if not lock.try_take():
+                if damaged:  # those who have it mapped may keep it for days
+                    logger.warning("the damaged copy of %s is in use: reading S3", address)
+                    return False
+                continue  # somebody else is about to fetch it
+            if _stamp(entry) is not None and not damaged:
+                continue  # somebody has, meanwhile
+            if not self._make_room(entry.size, lock):
+                logger.warning("no room for %s: all that is kept is in use", address)
+                return False
+            if not self._fetch(address, entry, lock):
+                return False
+            fetched = _stamp(entry)
+            lock.share()
+            if _stamp(entry) == fetched:  # it was for an instant nobody's, and could be deleted
+                return True
+
+    def _make_room(self, size: int, own: FileLock) -> bool:
+        """Delete what was not used for the longest time, and reserve; False if it is all in use."""
+        with FileLock(self.folder / "lock") as deciding:
+            deciding.take()
+            shutil.rmtree(own.path.with_suffix(""), ignore_errors=True)
+            others = [path for path in self.folder.glob("*.lock") if path != own.path]
+            left = self.limit - size - sum(_reserved(path) for path in others)
+            for path in sorted(others, key=_staleness):
+                if left >= 0:
+                    break
+                with FileLock(path) as lock:
+                    if lock.try_take():
+                        left += _reserved(path)
+                        _delete(lock)
+            if left < 0:
+                return False
+            _reserve(own, size)
+            return True
+
+    def _fetch(self, address: str, entry: Manifest, lock: FileLock) -> bool:
+        """Copy the files, each compared as it comes; False if the disk cannot hold them."""
+
+        def fetch_one(name: str) -> None:
+            path = Path(entry.folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = _copy(storage.join(address, name), path, entry.files[name].size)
+            if record != entry.files[name]:
+                Manifest(address, entry.files).check_content(name, record.size, record.sha256)
+
+        try:
+            Path(entry.folder).mkdir()
+            storage.for_each(fetch_one, entry.files, FILES_AT_ONCE)
+            entry.write()
+        except (CheckpointError, storage.StorageError):
+            _delete(lock)
+            raise
+        except OSError as error:
+            _delete(lock)
+            logger.warning("%s cannot be kept in %s: %s", address, self.folder, error)
+            return False
+        return True
+
+
+def _key(manifest: Manifest) -> str:
+    lines = [f"{name}\0{r.size}\0{r.sha256}\n" for name, r in sorted(manifest.files.items())]
+    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _stamp(entry: Manifest) -> tuple[int, int] | None:
+    """What tells one complete copy from another; None if the entry is not complete."""
+    try:
+        status = Path(entry.folder, MANIFEST).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _staleness(lock: Path) -> tuple[bool, int]:
+    """Sorts what a killed process has left before all others, and those by their last use."""
+    return (lock.with_suffix("") / MANIFEST).exists(), lock.stat().st_mtime_ns
+
+
+def _reserved(lock: Path) -> int:
+    """Bytes that an entry may take."""
+    text = lock.read_text()
+    return int(text) if text.isdecimal() else 0
+
+
+def _reserve(lock: FileLock, size: int) -> None:
+    os.ftruncate(lock.descriptor, 0)
+    if size:
+        os.pwrite(lock.descriptor, str(size).encode(), 0)
+
+
+def _delete(lock: FileLock) -> None:
+    """Delete an entry that its lock's holder has alone."""
+    shutil.rmtree(lock.path.with_suffix(""), ignore_errors=True)
+    _reserve(lock, 0)
+
+
+def _copy(address: str, path: Path, size: int) -> FileRecord:
+    """Write an object of S3 to a local file; its size and SHA-256."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(PARTS_AHEAD) as fetchers, path.open("wb") as file:
+        for part in stream(address, 0, new_parts(size), fetchers, PARTS_AHEAD):
+            file.write(part[0])
+            digest.update(part[0])
+    return FileRecord(size, digest.hexdigest())

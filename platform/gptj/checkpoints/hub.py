@@ -1,0 +1,72 @@
+"""Where a model is: a folder, `s3://` or a hub id in, a folder that storage can read out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from gptj.storage.addresses import is_s3, normalized
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def locate(
+    address: str | os.PathLike[str], *, revision: str | None, patterns: Sequence[str]
+) -> str:
+    """The folder or `s3://` address where the files of a model or tokenizer can be read.
+
+    Folders and `s3://` addresses come back as gptj.storage.addresses spells them.
+
+    A hub id such as `EleutherAI/gpt-j-6B` is downloaded to the hub's cache first (only files
+    that match `patterns`).
+
+    Args:
+        revision: a branch, tag or commit of a hub id; folders and S3 have none.
+
+    Raises:
+        FileNotFoundError: if it is none of the three, or the hub does not have it.
+        ValueError: for a revision of something that has none; AddressError for what can be no
+            address.
+    """
+    address = normalized(address)
+    if is_s3(address) or Path(address).is_dir():
+        if revision is not None:
+            raise ValueError(f"only hub ids have revisions, {address} is a folder: drop {revision}")
+        return address
+    if HUB_ID.fullmatch(address) is None:
+        raise FileNotFoundError(
+            f"{address!r} is no existing folder, no s3:// address and no hub id (owner/name)"
+        )
+    try:
+        return str(snapshot_download(address, revision=revision, allow_patterns=list(patterns)))
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"the hub's {address!r} has no revision {revision!r}") from error
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"the hub's {address!r} is only for accounts that have accepted its terms; remedy: "
+            f"accept them on its page and set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{address!r} is no existing folder and no s3:// address, and the hub has no model of "
+            f"that name that this account may read; remedy: correct it, or set HF_TOKEN for a "
+            f"private one"
+        ) from error
+    except (EntryNotFoundError, FileMetadataError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{address!r} is no existing folder and no s3:// address, and as a hub id it could "
+            f"not be downloaded: {error}"
+        ) from error

@@ -1,0 +1,133 @@
+"""The header of a safetensors file: where each tensor lies, checked against the file's size.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes of the header's length,
+little-endian; the header, JSON of names, dtypes, shapes and offsets; then the tensors' bytes,
+without gaps. A header may say anything: nothing is reserved or read that is not in the file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from reprlib import repr as shown
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptj import storage
+from gptj.serialization.json_object import CheckpointError, parse_object
+
+HEADER_LIMIT = 16 * 2**20  # bytes; GPT-J's has 40 KB
+MOST_DIMENSIONS = 8
+LARGEST = 2**60  # elements
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes, from the beginning of the file
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    def view(self, buffer: Any, offset: int = 0) -> Tensor:
+        """The tensor in a writable buffer of bytes; they share memory."""
+        if self.size == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        count = self.size // self.dtype.itemsize
+        flat = torch.frombuffer(buffer, dtype=self.dtype, count=count, offset=offset)
+        return flat.view(self.shape)
+
+
+def read_header(address: str) -> tuple[bytes, list[StoredTensor]]:
+    """The bytes before the tensors, and the tensors by their place in the file.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong: it is cut off, or its header is
+            damaged or does not fit its size.
+    """
+    total = storage.size(address)
+    if total < 8:
+        raise CheckpointError(f"{address} is cut off: it has {total} bytes, fewer than 8")
+    prefix = storage.read_bytes(address, 0, 8)
+    length = int.from_bytes(prefix, "little")
+    if length > total - 8:
+        raise CheckpointError(
+            f"{address} is cut off or no safetensors file: its header should have {length} bytes, "
+            f"and the whole file has {total}"
+        )
+    if length > HEADER_LIMIT:
+        raise CheckpointError(
+            f"{address} is damaged: its header should have {length} bytes, more than the "
+            f"{HEADER_LIMIT} that any model needs"
+        )
+    header = storage.read_bytes(address, 8, length)
+    fields = parse_object(header, f"{address} (its header)")
+    fields.pop("__metadata__", None)
+    tensors = [_tensor(name, each, 8 + length, address) for name, each in fields.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            raise _damaged(address, tensor.name, "its bytes overlap others or leave a gap")
+        end = tensor.end
+    if total != end:
+        raise CheckpointError(
+            f"{address} has {total} bytes and its header promises {end}: it is "
+            + ("cut off" if total < end else "damaged")
+        )
+    return prefix + header, tensors
+
+
+def _tensor(name: str, fields: Any, data: int, address: str) -> StoredTensor:
+    if not isinstance(fields, dict):
+        raise _damaged(address, name, f"{shown(fields)} describes no tensor")
+    dtype_name: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        raise _damaged(
+            address, name, f"its dtype {shown(dtype_name)} is none of {', '.join(DTYPES)}"
+        )
+    if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS:
+        raise _damaged(address, name, f"{shown(shape)} is no shape")
+    if math.prod(max(size, 1) for size in shape) > LARGEST:
+        raise _damaged(address, name, f"no tensor has the shape {shown(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(address, name, f"{shown(offsets)} is no place in a file")
+    start, end = offsets
+    size = math.prod(shape) * dtype.itemsize
+    if end - start != size:
+        raise _damaged(
+            address, name, f"it has {size} bytes by its shape, and {end - start} by its place"
+        )
+    return StoredTensor(name, dtype, tuple(shape), data + start, data + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether it is a list of whole numbers that can be sizes; JSON's true is none."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= LARGEST for n in value)
+
+
+def _damaged(address: str, name: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"{address} is damaged at {shown(name)}: {reason}")

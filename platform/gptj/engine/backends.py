@@ -1,0 +1,104 @@
+"""Which runner a model gets: the fastest that this machine and this model can have."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+
+from gptj.engine.cache_size import CacheShare, fit_cache, free_bytes, tokens_within
+from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner, Runner, TorchRunner
+from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cpu.packing import Kind
+from gptj.engine.runners.cpu.runner import CpuRunner
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.cuda.support import operations_for
+from gptj.model import GPTJForCausalLM
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["none", "int8"]
+
+KINDS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def best_runner(
+    model: GPTJForCausalLM,
+    cache: int | CacheShare,
+    *,
+    quantization: Quantization = "none",
+    release: bool = False,
+) -> Runner:
+    """Our kernels on a CPU with AVX-512 or a GPU with Triton, and else PyTorch.
+
+    Where it is PyTorch, the log says why.
+
+    Args:
+        model: in evaluation mode, on its device.
+        cache: positions that it has room for, rounded up to whole pages; or its share of memory.
+        quantization: int8 keeps weights in 8 bits, whatever the model's dtype.
+        release: let the runner take the model's weights, of which there is then one copy.
+
+    Raises:
+        UnsupportedError: if int8 is asked for where the kernels cannot run.
+        ValueError: if the cache has no positions, or too few for a whole context.
+    """
+    if not isinstance(cache, CacheShare) and cache < 1:
+        raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
+    if model.device.type == "cpu":
+        return _cpu_runner(model, _pages_on_cpu(model, cache), quantization, release)
+    # With a share, a page to begin with: then there is no more than what else needs memory.
+    num_pages = 1 if isinstance(cache, CacheShare) else -(-cache // PAGE_SIZE)
+    element_size = model.dtype.itemsize
+    runner = _gpu_runner(model, num_pages, quantization, release)
+    if isinstance(cache, CacheShare):
+        fit_cache(runner, cache, element_size)
+    return runner
+
+
+def _cpu_runner(
+    model: GPTJForCausalLM, num_pages: int, quantization: Quantization, release: bool
+) -> Runner:
+    try:
+        return CpuRunner(model, num_pages, _kind(model, quantization), release=release)
+    except UnsupportedError as error:
+        _fall_back(error, quantization)
+        return TorchRunner(model, num_pages)
+
+
+def _gpu_runner(
+    model: GPTJForCausalLM, num_pages: int, quantization: Quantization, release: bool
+) -> ResizableRunner:
+    try:
+        if quantization != "none":
+            raise UnsupportedError(f"the model is on {model.device}")
+        return CudaRunner(model, num_pages, operations_for(model), release=release)
+    except UnsupportedError as error:
+        _fall_back(error, quantization)
+        return TorchRunner(model, num_pages)
+
+
+def _fall_back(error: UnsupportedError, quantization: Quantization) -> None:
+    if quantization != "none":
+        raise UnsupportedError(f"quantization={quantization} is not available: {error}") from error
+    logger.warning("generation runs on PyTorch, without our kernels: %s", error)
+
+
+def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
+    if isinstance(cache, CacheShare):
+        cache = tokens_within(
+            model.config,
+            free_bytes(model.device),
+            share=cache.share,
+            element_size=model.dtype.itemsize,
+            most=cache.limits.max_running * model.config.n_positions,
+        )
+    return -(-cache // PAGE_SIZE)
+
+
+def _kind(model: GPTJForCausalLM, quantization: Quantization) -> Kind:
+    kind = "int8" if quantization == "int8" else KINDS.get(model.dtype)
+    if kind is None:
+        raise UnsupportedError(f"the kernels have no {model.dtype}")
+    return kind

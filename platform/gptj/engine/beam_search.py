@@ -1,0 +1,184 @@
+"""Beam search among the sequences of a batch: beams share their pages and part on writing.
+
+A search is never preempted: it is admitted when there are pages for its worst case, which are
+its own until it ends. Beams share the prompt, so that this is little more than it will use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gptj.engine.page_pool import PagePool
+from gptj.engine.request import Request
+from gptj.engine.runners.base import Ints, PageCopy
+from gptj.generation import Beams
+from gptj.sampling import adjust
+
+Floats = npt.NDArray[np.float32]
+
+
+def pages_needed(prompt_length: int, max_length: int, width: int, page_size: int) -> int:
+    """The prompt's full pages once, and all others for each beam."""
+    shared = prompt_length // page_size
+    return shared + width * (-(-max_length // page_size) - shared)
+
+
+class BeamSearch:
+    """One request's beams, W of them: their pages, and the tokens that they feed to a step.
+
+    Args:
+        pages: of the prompt; its last one, if not full, is parted by the beams.
+        spare: the pages for all that the beams may still write.
+        max_pages: of a sequence.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        pages: Sequence[int],
+        spare: list[int],
+        pool: PagePool,
+        page_size: int,
+        max_pages: int,
+    ) -> None:
+        assert request.beams is not None
+        width = request.beams.num_beams
+        full = request.prompt_length // page_size
+        self.request = request
+        self.width = width
+        self.position = request.prompt_length - 1  # the last one computed, before the first step
+        self.ids: Ints = np.zeros(width, dtype=np.int32)
+        self.table: Ints = np.zeros((width, max_pages), dtype=np.int32)
+        self.table[:, : len(pages)] = pages
+        self._beams = Beams(
+            request.tokens,
+            width,
+            request.params.max_tokens,
+            set(request.stop_ids),
+            request.beams.length_penalty,
+            request.beams.early_stopping,
+        )
+        self._pool = pool
+        self._page_size = page_size
+        self.pages = list(pages[:full])  # of the prompt, read by all beams
+        self._tails = [list(pages[full:]) for _ in range(width)]
+        for tail in self._tails[1:]:
+            pool.share(tail)
+        self._spare = spare
+
+    @property
+    def open(self) -> bool:
+        """Whether a better result may still come."""
+        return self._beams.open
+
+    @property
+    def candidates(self) -> int:
+        """How many continuations of a beam a step needs to see, at most."""
+        return self._beams.candidates
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        """Of each beam so far."""
+        return [beam.output for beam in self._beams.running]
+
+    def results(self) -> tuple[tuple[int, ...], ...]:
+        assert self.request.beams is not None
+        return tuple(map(tuple, self._beams.best(self.request.beams.num_results)))
+
+    def prepare(self) -> list[PageCopy]:
+        """A page of its own for each beam's next position; returns what is to be copied."""
+        copies = []
+        place, filled = divmod(self.position, self._page_size)
+        for beam, tail in enumerate(self._tails):
+            if len(self.pages) + len(tail) == place:
+                tail.append(self._spare.pop())
+            elif self._pool.references(tail[-1]) > 1:
+                copies.append(PageCopy(tail[-1], self._spare.pop(), filled))
+                self._pool.release(tail[-1:])
+                tail[-1] = copies[-1].target
+            self.table[beam, place] = tail[-1]
+        return copies
+
+    def step(self, logprobs_WK: Floats, ids_WK: Ints) -> None:
+        """Go on with the likeliest continuations, given the likeliest tokens of each beam.
+
+        The first step gets one row: all beams are the prompt's still.
+        """
+        if len(logprobs_WK) < self.width:
+            logprobs_WK = logprobs_WK.repeat(self.width, axis=0)
+            ids_WK = ids_WK.repeat(self.width, axis=0)
+        scores_W = np.array([beam.score for beam in self._beams.running], dtype=np.float32)
+        totals = (logprobs_WK + scores_W[:, None]).ravel()
+        order = np.argsort(-totals, kind="stable")[: self.candidates]
+        beams, tokens = order // logprobs_WK.shape[1], ids_WK.ravel()[order]
+        self._beams.step(
+            list(zip(totals[order].tolist(), beams.tolist(), tokens.tolist(), strict=True))
+        )
+        self.position += 1
+        if self.open:
+            self._follow([beam.origin for beam in self._beams.running])
+            self.ids[:] = [beam.output[-1] for beam in self._beams.running]
+
+    def release(self) -> None:
+        """Give all pages back."""
+        for tail in self._tails:
+            self._pool.release(tail)
+        self._pool.release(self.pages)
+        self._pool.release(self._spare)
+
+    def _follow(self, origins: list[int]) -> None:
+        """Each beam goes on from the pages of another, or its own."""
+        if origins == list(range(self.width)):
+            return
+        free = self._pool.free
+        before, self._tails = self._tails, [list(self._tails[origin]) for origin in origins]
+        for tail in self._tails:
+            self._pool.share(tail)
+        for tail in before:
+            self._pool.release(tail)
+        self._spare += self._pool.take(self._pool.free - free)
+        self.table = self.table[origins]
+
+
+def likeliest(
+    logits_WV: Tensor, searches: Sequence[tuple[BeamSearch, int]], banned: Tensor
+) -> tuple[Floats, Ints]:
+    """The likeliest tokens after each row, with their log-probabilities: (W, K) both.
+
+    Args:
+        logits_WV: changed in place.
+        searches: with the number of rows that each has here, one after the other.
+        banned: ids of no probability.
+    """
+    logits_WV[:, banned] = -torch.inf
+    logprobs_WV = logits_WV.log_softmax(dim=-1)
+    row = 0
+    for search, rows in searches:
+        if _needs_adjusting(search):
+            request = search.request
+            for output in search.outputs[:rows]:
+                logprobs_WV[row] = adjust(
+                    logprobs_WV[row], request.params, request.tokens, output, list(request.stop_ids)
+                )
+                row += 1
+        else:
+            row += rows
+    count = max(search.candidates for search, _ in searches)
+    top = logprobs_WV.topk(min(count, logprobs_WV.shape[-1]))
+    return top.values.numpy(force=True), top.indices.numpy(force=True).astype(np.int32)
+
+
+def _needs_adjusting(search: BeamSearch) -> bool:
+    params = search.request.params
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.logit_bias)
+        or len(search.outputs[0]) < params.min_tokens
+    )

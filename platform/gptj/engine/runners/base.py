@@ -1,0 +1,220 @@
+"""One step of the model over a paged cache: tokens of several sequences in, logits (W, V) out.
+
+The plain way, in PyTorch, on any device: the reference for faster runners. Shapes, as the ends
+of names: R sequences, T tokens of this step, W wanted rows, P pages of a sequence, S positions of
+a sequence's context, D width, H heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptj.config import GPTJConfig
+from gptj.engine.runners.wide import multiply_wide, wide_sums
+from gptj.model import GPTJForCausalLM, Rotary
+
+Ints = npt.NDArray[np.int32]
+
+PAGE_SIZE = 16  # positions
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """New tokens of several sequences, one sequence after the other, without padding."""
+
+    ids_T: Ints
+    positions_T: Ints  # each in its own sequence, consecutive there
+    starts: Ints  # (R + 1): sequence r has the tokens starts[r]:starts[r + 1], one at least
+    pages_RP: Ints  # each sequence's pages, in order; what is beyond its context is not read
+    wanted: Ints  # (W): the tokens after which logits are wanted, in this order
+
+    def check(self, config: GPTJConfig, page_size: int, num_pages: int) -> None:
+        """For kernels, which trust what they get: a wrong number would read foreign memory."""
+        for array in (self.ids_T, self.positions_T, self.starts, self.pages_RP, self.wanted):
+            assert array.dtype == "int32" and array.flags.c_contiguous
+        assert 0 <= self.ids_T.min() and self.ids_T.max() < config.vocab_size
+        last = int(self.positions_T.max())
+        assert 0 <= self.positions_T.min() and last < config.n_positions
+        assert last < self.pages_RP.shape[1] * page_size
+        assert 0 <= self.pages_RP.min() and self.pages_RP.max() < num_pages
+        assert self.starts[0] == 0 and self.starts[-1] == len(self.ids_T)
+        assert len(self.pages_RP) == len(self.starts) - 1
+
+
+class PageCopy(NamedTuple):
+    """The first `filled` positions of page `source` go to page `target`, in all layers."""
+
+    source: int
+    target: int
+    filled: int
+
+
+def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
+    """The copies in runs whose members may be made in any order, or at once.
+
+    A page that was just copied may have been freed and handed out since: its copy comes first.
+    """
+    run: list[PageCopy] = []
+    read: set[int] = set()
+    written: set[int] = set()
+    for copy in copies:
+        if copy.source in written or copy.target in read or copy.target in written:
+            yield run
+            run, read, written = [], set(), set()
+        run.append(copy)
+        read.add(copy.source)
+        written.add(copy.target)
+    if run:
+        yield run
+
+
+class Runner(Protocol):
+    """A model with a cache of pages; one thread uses it at a time."""
+
+    config: GPTJConfig
+    device: torch.device  # of the logits
+    page_size: int  # positions of a page
+    num_pages: int
+
+    def step(self, batch: StepBatch) -> Tensor:
+        """Store the tokens' keys and values, and return the wanted logits, (W, V) of fp32.
+
+        A token at position p is kept in its sequence's page p // page_size, place p % page_size,
+        and sees its sequence's positions 0 to p.
+        """
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy what is filled of some pages, one copy after the other."""
+
+    def reset(self) -> None:
+        """Make the cache anew, after a step that failed."""
+
+    def close(self) -> None:
+        """Free what the runner holds."""
+
+
+class ResizableRunner(Runner, Protocol):
+    def resize(self, num_pages: int) -> None:
+        """Have so many pages, without content, in place of those before."""
+
+
+class TorchRunner:
+    """The model's own modules, with an attention that gathers each sequence's pages.
+
+    Args:
+        model: in evaluation mode, on its device.
+        num_pages: of the cache; each holds PAGE_SIZE positions of all layers.
+    """
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, model: GPTJForCausalLM, num_pages: int) -> None:
+        self.config = model.config
+        self.device = model.device
+        self._model = model
+        self.resize(num_pages)
+
+    def resize(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        config = self.config
+        shape = (config.n_layer, num_pages, PAGE_SIZE, config.n_head, config.head_dim)
+        self._keys = self._values = torch.empty(0)  # never two caches
+        self._keys = torch.zeros(shape, dtype=self._model.dtype, device=self.device)
+        self._values = torch.zeros_like(self._keys)
+
+    def step(self, batch: StepBatch) -> Tensor:
+        with wide_sums():
+            return self._step(batch)
+
+    def _step(self, batch: StepBatch) -> Tensor:
+        ids_T = self._on_device(batch.ids_T)
+        positions_T = self._on_device(batch.positions_T)
+        rotary = Rotary.at(positions_T[None], self.config)
+        lengths = np.diff(batch.starts)
+        pages_T = batch.pages_RP[
+            np.repeat(np.arange(len(lengths)), lengths), batch.positions_T // PAGE_SIZE
+        ]
+        places_T = self._on_device(pages_T * PAGE_SIZE + batch.positions_T % PAGE_SIZE)
+        contexts = self._contexts(batch, positions_T)
+        x_TD = self._model.transformer.wte(ids_T)
+        for layer, block in enumerate(self._model.transformer.h):
+            x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts)
+        wanted_WD = x_TD[self._on_device(batch.wanted)]
+        head = self._model.lm_head
+        logits_WV = multiply_wide(self._model.transformer.ln_f(wanted_WD), head.weight)
+        logits_WV += head.bias
+        return logits_WV
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for source, target, filled in copies:
+            for cache in (self._keys, self._values):
+                cache[:, target, :filled] = cache[:, source, :filled]
+
+    def reset(self) -> None:
+        self._keys.zero_()
+        self._values.zero_()
+
+    def close(self) -> None:
+        del self._keys, self._values
+
+    def _contexts(self, batch: StepBatch, positions_T: Tensor) -> list[_Context]:
+        tables_RP = self._on_device(batch.pages_RP)
+        places_S = torch.arange(self.config.n_positions, device=self.device)
+        contexts = []
+        for row, (start, end) in enumerate(pairwise(batch.starts.tolist())):
+            length = int(batch.positions_T[end - 1]) + 1
+            pages = tables_RP[row, : -(-length // PAGE_SIZE)]
+            visible_LS = places_S[:length] <= positions_T[start:end, None]
+            contexts.append(_Context(slice(start, end), length, pages, visible_LS))
+        return contexts
+
+    def _block(
+        self,
+        block: Any,
+        layer: int,
+        x_TD: Tensor,
+        rotary: Rotary,
+        places_T: Tensor,
+        contexts: Sequence[_Context],
+    ) -> Tensor:
+        h_TD = block.ln_1(x_TD)
+        attn = block.attn
+        q_THK = rotary.rotate(attn.q_proj(h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
+        k_THK = rotary.rotate(attn.k_proj(h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
+        keys, values = self._keys[layer], self._values[layer]
+        keys.flatten(0, 1)[places_T] = k_THK
+        values.flatten(0, 1)[places_T] = attn.v_proj(h_TD).unflatten(-1, (attn.heads, -1))
+        attended = [
+            # Of four dimensions: for three PyTorch has no fused kernel.
+            F.scaled_dot_product_attention(
+                q_THK[context.tokens].transpose(0, 1)[None],
+                keys[context.pages].flatten(0, 1)[: context.length].transpose(0, 1)[None],
+                values[context.pages].flatten(0, 1)[: context.length].transpose(0, 1)[None],
+                attn_mask=context.visible_LS[None, None],
+            )[0].transpose(0, 1)
+            for context in contexts
+        ]
+        out_TD: Tensor = x_TD + attn.out_proj(torch.cat(attended).flatten(1)) + block.mlp(h_TD)
+        return out_TD
+
+    def _on_device(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What one sequence's new tokens see."""
+
+    tokens: slice  # of this step
+    length: int
+    pages: Tensor
+    visible_LS: Tensor

@@ -1,0 +1,237 @@
+"""A Runner on the kernels of step.cpp: fp32, bf16 or int8 weights, for CPUs with AVX-512.
+
+One call computes a step, without the interpreter's lock and with no work on padding. A row's
+numbers do not depend on the rows beside it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gptj.engine.runners.base import PageCopy, StepBatch
+from gptj.engine.runners.cpu import library
+from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
+from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
+
+LEAST_BYTES = 2**21  # from which on large pages are asked for
+
+
+class CpuRunner:
+    """The model's weights in the kernels' order, and a cache of pages.
+
+    The embedding and the cache are fp32 for fp32 weights, and bf16 else; the residual stream,
+    norms, softmax and logits are always fp32.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        num_pages: of the cache.
+        kind: of the weights; int8 is symmetric, a scale an output, with activations in int8
+            too, a scale for each 128 inputs.
+        threads: that compute, the calling one included; default: PyTorch's number.
+        release: take the weights out of the model while they are packed, piece by piece, so that
+            there is one copy of them in memory: the model is of no use afterwards, nor is what
+            else shares its weights' memory.
+
+    Raises:
+        UnsupportedError: if this processor, or this model's configuration, is not supported.
+    """
+
+    page_size = 16
+
+    def __init__(
+        self,
+        model: GPTJForCausalLM,
+        num_pages: int,
+        kind: Kind,
+        *,
+        threads: int | None = None,
+        release: bool = False,
+    ) -> None:
+        self._library = library.load()
+        self.config = config = model.config
+        self.device = torch.device("cpu")
+        self.num_pages = num_pages
+        self._kind: Kind = kind
+        _check(model)
+        self._kept: list[Tensor] = []  # what the kernels point to
+        self._bytes_read = 0
+        self._threads = threads or torch.get_num_threads()
+        with torch.inference_mode():
+            self._model = self._packed(model, release)
+        shape = (config.n_layer, num_pages, config.n_head, self.page_size * config.head_dim)
+        cache_type = torch.float32 if kind == "fp32" else torch.bfloat16
+        size = 2 * math.prod(shape) * cache_type.itemsize
+        self._cache = self._allocate(size).view(cache_type).view(2, *shape).zero_()
+        self._model.keys = self._cache[0].data_ptr()
+        self._model.values = self._cache[1].data_ptr()
+        sizes = library.Sizes(
+            KINDS.index(kind),
+            config.n_layer,
+            config.n_embd,
+            config.n_head,
+            config.head_dim,
+            config.rotated_dim,
+            config.inner_dim,
+            config.vocab_size,
+            num_pages,
+            self._threads,
+            config.layer_norm_epsilon,
+        )
+        self._handle = self._library.gptj_create(ctypes.byref(sizes), ctypes.byref(self._model))
+        if not self._handle:
+            raise MemoryError("no memory or threads for the kernels")
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that a step reads: all but the embedding."""
+        return self._bytes_read
+
+    def step(self, batch: StepBatch) -> Tensor:
+        assert self._handle is not None, "closed"
+        batch.check(self.config, self.page_size, self.num_pages)
+        wanted = len(batch.wanted)
+        logits = torch.empty(wanted, self.config.vocab_size)
+        step = library.Step(
+            batch.ids_T.ctypes.data,
+            batch.positions_T.ctypes.data,
+            batch.starts.ctypes.data,
+            batch.pages_RP.ctypes.data,
+            batch.wanted.ctypes.data,
+            len(batch.ids_T),
+            len(batch.starts) - 1,
+            batch.pages_RP.shape[1],
+            wanted,
+            logits.data_ptr(),
+        )
+        if self._library.gptj_step(self._handle, ctypes.byref(step)) != 0:
+            raise MemoryError(f"no memory for a step of {len(batch.ids_T)} tokens")
+        return logits
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        for source, target, filled in copies:
+            end = filled * self.config.head_dim  # of each head's share of a page
+            self._cache[:, :, target, :, :end] = self._cache[:, :, source, :, :end]
+
+    def reset(self) -> None:
+        self._cache.zero_()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._library.gptj_destroy(self._handle)
+            self._handle = None
+            self._kept.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
+        """All weights in the kernels' order; with `release` each goes as soon as it is packed."""
+        config = self.config
+        let_go = _release if release else _keep_as_it_is
+        spent = self._discard if release else _keep_rows
+        stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
+        # The embedding stays as it is: mapped from its file, if it has the right type.
+        wte, lm_head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
+        embedding_VD = wte.to(stored)
+        embedding = self._keep(embedding_VD if release else embedding_VD.clone())
+        tied = wte.data_ptr() == lm_head.data_ptr()
+        head = self._linear([lm_head], model.lm_head.bias, _keep_rows if tied else spent)
+        let_go(model.lm_head, model.transformer.wte)
+        layers = (library.Layer * config.n_layer)()
+        for layer, block in zip(layers, model.transformer.h, strict=True):
+            assert isinstance(block, GPTJBlock)
+            attn, mlp = block.attn, block.mlp
+            projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+            layer.norm_weight, layer.norm_bias = self._norm(block.ln_1)
+            layer.qkv = self._linear([each.weight for each in projections], None, spent)
+            let_go(*projections)
+            layer.fc_in = self._linear([mlp.fc_in.weight], mlp.fc_in.bias, spent)
+            let_go(mlp.fc_in)
+            last = [attn.out_proj.weight, mlp.fc_out.weight]
+            layer.out = self._linear(last, mlp.fc_out.bias, spent, beside=True)
+            let_go(block)
+        final_weight, final_bias = self._norm(model.transformer.ln_f)
+        let_go(model)
+        rotary = Rotary.at(torch.arange(config.n_positions)[None], config)
+        return library.Model(
+            embedding,
+            final_weight,
+            final_bias,
+            head,
+            self._keep(rotary.sin_BL1R[0, :, 0, ::2].contiguous()),
+            self._keep(rotary.cos_BL1R[0, :, 0, ::2].contiguous()),
+            None,
+            None,
+            layers,
+        )
+
+    def _linear(
+        self,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        spent: Callable[[Tensor], None],
+        *,
+        beside: bool = False,
+    ) -> library.Weights:
+        packed: PackedLinear = pack(
+            weights, bias, self._kind, self._allocate, beside=beside, spent=spent
+        )
+        self._bytes_read += packed.bytes_read
+        scales = None if packed.scales is None else self._keep(packed.scales)
+        return library.Weights(
+            self._keep(packed.data), scales, self._keep(packed.bias), packed.columns, packed.inputs
+        )
+
+    def _norm(self, norm: nn.LayerNorm) -> tuple[int, int]:
+        parts = [self._keep(part.detach().float().clone()) for part in (norm.weight, norm.bias)]
+        self._bytes_read += 2 * 4 * self.config.n_embd
+        return parts[0], parts[1]
+
+    def _allocate(self, size: int) -> Tensor:
+        memory = torch.empty(size, dtype=torch.uint8)
+        if size >= LEAST_BYTES:
+            self._library.gptj_prefer_large_pages(memory.data_ptr(), size)
+        return memory
+
+    def _discard(self, rows: Tensor) -> None:
+        if rows.is_contiguous():
+            self._library.gptj_discard(rows.data_ptr(), rows.nbytes)
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _check(model: GPTJForCausalLM) -> None:
+    config = model.config
+    if model.device.type != "cpu":
+        raise library.UnsupportedError(f"the model is on {model.device}")
+    if config.activation_function != "gelu_new":
+        raise library.UnsupportedError(
+            f"the kernels compute gelu_new, and the model has {config.activation_function}"
+        )
+    if config.n_embd % 4 or config.inner_dim % 4 or config.head_dim % 2:
+        raise library.UnsupportedError(
+            f"the kernels want n_embd={config.n_embd} and n_inner={config.inner_dim} to be "
+            f"multiples of 4, and the head width {config.head_dim} to be even"
+        )
+
+
+def _release(*modules: nn.Module) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _keep_as_it_is(*modules: nn.Module) -> None:
+    """The model is used on."""
+
+
+def _keep_rows(rows: Tensor) -> None:
+    """Somebody else uses them."""

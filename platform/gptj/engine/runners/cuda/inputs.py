@@ -1,0 +1,148 @@
+"""A StepBatch in, its Inputs out: all of a step's numbers go to the device in one copy.
+
+Shapes as in operations.py.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gptj.engine.runners.base import Ints, StepBatch
+from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs
+
+Vector = TypeVar("Vector", Tensor, Ints)
+
+ALIGNED = 4  # numbers: 16 bytes, for which kernels are compiled once
+
+
+class Outline:
+    """Where the parts of a step's numbers lie in one vector."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        self._parts: list[tuple[slice, tuple[int, ...]]] = []
+        self.size = 0
+        for shape in shapes:
+            length = math.prod(shape)
+            self._parts.append((slice(self.size, self.size + length), shape))
+            self.size += -(-length // ALIGNED) * ALIGNED
+
+    def views(self, vector: Vector) -> list[Vector]:
+        return [vector[part].reshape(shape) for part, shape in self._parts]
+
+
+class InputsMaker:
+    """Numbers that stand for no page are the scratch page's: what is written there is never read.
+
+    Args:
+        max_pages: of a sequence: the width of all page tables.
+        scratch: the page that padding is written to.
+        most_singles: of a step whose numbers have a place of their own.
+    """
+
+    def __init__(
+        self, device: torch.device, max_pages: int, page_size: int, scratch: int, most_singles: int
+    ) -> None:
+        self._device = device
+        self._max_pages = max_pages
+        self._page_size = page_size
+        self._scratch = scratch
+        # Where graphs read their numbers, whatever the step.
+        size = self._outline_of_singles(most_singles).size
+        self._static = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def static(self, size: int) -> Inputs:
+        """Those of a step of so many single tokens, always at the same place."""
+        ids_T, positions_T, slots_T, tables_RP = self._outline_of_singles(size).views(self._static)
+        return Inputs(ids_T, positions_T, slots_T, tables_RP, size)
+
+    def fill(self, batch: StepBatch, size: int) -> None:
+        """Bring a batch of single tokens to where `static(size)` reads; padded with scratch."""
+        count = len(batch.ids_T)
+        outline = self._outline_of_singles(size)
+        vector = self._vector(outline.size)
+        ids, positions, slots, tables = outline.views(vector.numpy())
+        ids[count:], positions[count:] = 0, 0
+        slots[count:] = self._scratch * self._page_size
+        tables[count:] = self._scratch
+        ids[:count] = batch.ids_T
+        positions[:count] = batch.positions_T
+        slots[:count] = self._slots(batch, np.arange(count))
+        self._fill_tables(tables[:count], batch)
+        self._static[: outline.size].copy_(vector, non_blocking=True)
+
+    def of(self, batch: StepBatch) -> Inputs:
+        """Those of any batch."""
+        lengths = np.diff(batch.starts)
+        rows, tokens = len(lengths), len(batch.ids_T)
+        singles = rows if (lengths == 1).all() else int((lengths > 1).argmax())
+        chunks = tuple(
+            Chunk(row, start, end - start, int(batch.positions_T[start]))
+            for row, (start, end) in enumerate(pairwise(batch.starts.tolist()))
+            if row >= singles
+        )
+        tiles = [tile for chunk in chunks for tile in _tiles(chunk)]
+        outline = Outline(
+            (tokens,),
+            (tokens,),
+            (tokens,),
+            (rows, self._max_pages),
+            (len(tiles), 4),
+            batch.wanted.shape,
+        )
+        vector = self._vector(outline.size)
+        parts = outline.views(vector.numpy())
+        parts[0][:] = batch.ids_T
+        parts[1][:] = batch.positions_T
+        parts[2][:] = self._slots(batch, np.repeat(np.arange(rows), lengths))
+        self._fill_tables(parts[3], batch)
+        if tiles:
+            parts[4][:] = tiles
+        parts[5][:] = batch.wanted
+        sent = outline.views(vector.to(self._device, non_blocking=True))
+        ids_T, positions_T, slots_T, tables_RP, tiles_N4, wanted_W = sent
+        return Inputs(
+            ids_T,
+            positions_T,
+            slots_T,
+            tables_RP,
+            singles,
+            chunks,
+            tiles_N4 if tiles else None,
+            wanted_W,
+        )
+
+    def _outline_of_singles(self, size: int) -> Outline:
+        return Outline((size,), (size,), (size,), (size, self._max_pages))
+
+    def _vector(self, size: int) -> Tensor:
+        # PyTorch keeps pinned memory from its next user until the copy from it has ended.
+        return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+
+    def _slots(self, batch: StepBatch, rows_T: npt.NDArray[np.integer]) -> Ints:
+        pages = batch.pages_RP[rows_T, batch.positions_T // self._page_size]
+        slots: Ints = pages * self._page_size + batch.positions_T % self._page_size
+        return slots
+
+    def _fill_tables(self, tables_RP: Ints, batch: StepBatch) -> None:
+        used = min(batch.pages_RP.shape[1], self._max_pages)
+        tables_RP[:, :used] = batch.pages_RP[:, :used]
+        tables_RP[:, used:] = self._scratch
+
+
+def _tiles(chunk: Chunk) -> list[tuple[int, int, int, int]]:
+    return [
+        (
+            chunk.row,
+            chunk.start + first,
+            min(TILE, chunk.tokens - first),
+            chunk.position + first,
+        )
+        for first in range(0, chunk.tokens, TILE)
+    ]

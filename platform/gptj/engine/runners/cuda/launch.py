@@ -1,0 +1,235 @@
+"""The operations of a step by Triton kernels: which sizes, and how many programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from gptj.config import GPTJConfig
+from gptj.engine.runners.base import PAGE_SIZE, PageCopy
+from gptj.engine.runners.cuda import kernels
+from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
+from gptj.engine.runners.cuda.inputs import InputsMaker
+from gptj.engine.runners.cuda.operations import TILE, Inputs, LayerCache
+from gptj.engine.runners.cuda.products import Products
+from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.transfer import sent
+
+BLOCK_INNER = 1024
+# Places of a context that a chunk's tile looks at together, and warps: what registers hold.
+CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the bytes of a number
+MAX_SPLITS = 32
+# Programs a multiprocessor that attend to single tokens: four can be there at a time, and twice
+# as many even out contexts of different lengths.
+PROGRAMS = 8
+
+
+class TritonOperations:
+    """See Operations.
+
+    Args:
+        dtype: of what goes into matrix products.
+        processors: multiprocessors of the GPU.
+    """
+
+    def __init__(self, config: GPTJConfig, dtype: torch.dtype, processors: int) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._processors = processors
+        self._products = Products()
+        self._row = config.n_embd + config.inner_dim
+        self._block_width = triton.next_power_of_2(config.n_embd)
+        # A tensor core's products have 16 terms at least.
+        self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
+        self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # exponentials are to base 2
+
+    def try_out(self, device: torch.device) -> None:
+        """Launch all kernels, compiled as steps launch them, on a cache of two pages.
+
+        What `prepare` measures is not among them: it leaves out what fails.
+        """
+        config = self._config
+        width, inner = config.n_embd, config.inner_dim
+
+        def zeros(*shape: int, dtype: torch.dtype = self._dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        cache = zeros(2, 1, 2, config.n_head, PAGE_SIZE, config.head_dim)
+        layer = LayerCache(cache[0, 0], cache[1, 0])
+        vector, inner_bias = zeros(width, dtype=torch.float32), zeros(inner, dtype=torch.float32)
+        norm = Norm(vector, vector)
+        table = zeros(config.n_positions, config.rotated_dim // 2, dtype=torch.float32)
+        max_pages = -(-config.n_positions // PAGE_SIZE)
+        maker = InputsMaker(device, max_pages, PAGE_SIZE, 1, MAX_SIZE)
+        # For each number of splits the least number of single tokens that has it; and a chunk.
+        sizes = {self.splits(size): size for size in reversed(SIZES)}.values()
+        tile = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=device)
+        chunk = replace(maker.static(1), singles=0, tiles_N4=tile)
+        for inputs in (*map(maker.static, sizes), chunk):
+            tokens = len(inputs.ids_T)
+            x_TD, added_TD = (zeros(tokens, width, dtype=torch.float32) for _ in range(2))
+            joined = zeros(tokens, width + inner)
+            self.add_and_norm(x_TD, None, None, norm)
+            self.add_and_norm(x_TD, added_TD, vector, norm)
+            entered = zeros(tokens, 3 * width + inner)
+            q_THK = self.spread(entered, inner_bias, (table, table), inputs, layer, joined)
+            self.attend(q_THK, inputs, layer, joined)
+        self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
+
+    def prepare(self, weights: Weights) -> None:
+        self._products.measure([layer.entry for layer in weights.layers])
+        self._products.measure([layer.exit for layer in weights.layers], wide=True)
+        self._products.measure([weights.head_VD], wide=True)
+
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        return self._products.multiply(x_TC, weight, wide=wide)
+
+    def add_and_norm(
+        self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
+    ) -> Tensor:
+        normed_TD = torch.empty(x_TD.shape, dtype=self._dtype, device=x_TD.device)
+        kernels.add_and_norm[(len(x_TD),)](
+            x_TD,
+            x_TD if added_TD is None else added_TD,
+            norm.bias_D if bias_D is None else bias_D,
+            norm.weight_D,
+            norm.bias_D,
+            normed_TD,
+            self._config.layer_norm_epsilon,
+            ADDS=added_TD is not None,
+            WIDTH=self._config.n_embd,
+            BLOCK_WIDTH=self._block_width,
+            num_warps=8,
+        )
+        return normed_TD
+
+    def spread(
+        self,
+        entered: Tensor,
+        bias_I: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        inputs: Inputs,
+        cache: LayerCache,
+        joined: Tensor,
+    ) -> Tensor:
+        config = self._config
+        shape = (len(entered), config.n_head, config.head_dim)
+        q_THK = torch.empty(shape, dtype=self._dtype, device=entered.device)
+        programs = config.n_head + triton.cdiv(config.inner_dim, BLOCK_INNER)
+        kernels.spread[(len(entered), programs)](
+            entered,
+            bias_I,
+            *rotary,
+            inputs.positions_T,
+            inputs.slots_T,
+            q_THK,
+            cache.keys,
+            cache.values,
+            joined,
+            HEADS=config.n_head,
+            HEAD_DIM=config.head_dim,
+            BLOCK_DIM=self._block_dim,
+            ROTATED=config.rotated_dim,
+            PAGE_SIZE=cache.keys.shape[2],
+            INNER=config.inner_dim,
+            BLOCK_INNER=BLOCK_INNER,
+        )
+        return q_THK
+
+    def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
+        if inputs.singles:
+            self._attend_singles(q_THK, inputs, cache, joined)
+        if inputs.tiles_N4 is not None:
+            self._attend_chunks(q_THK, inputs, inputs.tiles_N4, cache, joined)
+
+    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
+        heads, page_size, head_dim = cache.shape[3:]
+        kernels.copy_pages[(len(copies), cache[:, :, 0, 0, 0, 0].numel(), heads)](
+            cache,
+            sent(np.array(copies, np.int32), cache.device),
+            cache.shape[2],
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=page_size,
+            BLOCK=triton.next_power_of_2(page_size * head_dim),
+        )
+
+    def splits(self, singles: int) -> int:
+        """Into how many runs of pages a token's context is cut, so that all processors work.
+
+        It depends on the number of tokens alone: lengths change from step to step, and a graph's
+        programs do not.
+        """
+        programs = singles * self._config.n_head
+        wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))
+        return min(wanted, MAX_SPLITS)
+
+    def _attend_singles(
+        self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor
+    ) -> None:
+        config, singles = self._config, inputs.singles
+        splits = self.splits(singles)
+        shape = (singles, config.n_head, splits)
+        sums = torch.empty(*shape, config.head_dim, dtype=torch.float32, device=q_THK.device)
+        scales = torch.empty(*shape, 2, dtype=torch.float32, device=q_THK.device)
+        kernels.attend_singles[(singles, config.n_head, splits)](
+            q_THK,
+            cache.keys,
+            cache.values,
+            inputs.tables_RP,
+            inputs.positions_T,
+            joined,
+            sums,
+            scales,
+            self._scale,
+            HEADS=config.n_head,
+            HEAD_DIM=config.head_dim,
+            BLOCK_DIM=self._block_dim,
+            PAGE_SIZE=cache.keys.shape[2],
+            PAGES=inputs.tables_RP.shape[1],
+            ROW=self._row,
+            SPLITS=splits,
+            STAGES=3,
+        )
+        if splits > 1:
+            kernels.join_splits[(singles, config.n_head)](
+                sums,
+                scales,
+                joined,
+                HEADS=config.n_head,
+                HEAD_DIM=config.head_dim,
+                BLOCK_DIM=self._block_dim,
+                ROW=self._row,
+                SPLITS=splits,
+            )
+
+    def _attend_chunks(
+        self, q_THK: Tensor, inputs: Inputs, tiles_N4: Tensor, cache: LayerCache, joined: Tensor
+    ) -> None:
+        config = self._config
+        places, warps = CHUNK_BLOCKS[self._dtype.itemsize]
+        kernels.attend_chunks[(len(tiles_N4), config.n_head)](
+            q_THK,
+            cache.keys,
+            cache.values,
+            inputs.tables_RP,
+            tiles_N4,
+            joined,
+            self._scale,
+            HEADS=config.n_head,
+            HEAD_DIM=config.head_dim,
+            BLOCK_DIM=self._block_dim,
+            PAGE_SIZE=cache.keys.shape[2],
+            PAGES=inputs.tables_RP.shape[1],
+            ROW=self._row,
+            TILE=TILE,
+            BLOCK_PLACES=places,
+            STAGES=2,
+            num_warps=warps,
+        )

@@ -1,0 +1,116 @@
+"""The operations of a step in PyTorch, on any device: what the kernels are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptj.engine.runners.base import PageCopy
+from gptj.engine.runners.cuda.operations import Inputs, LayerCache
+from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.wide import multiply_wide
+from gptj.model import Rotary
+
+
+class PlainOperations:
+    """See Operations.
+
+    Args:
+        dtype: of what goes into matrix products.
+    """
+
+    def __init__(self, dtype: torch.dtype, epsilon: float) -> None:
+        self._dtype = dtype
+        self._epsilon = epsilon
+
+    def prepare(self, weights: Weights) -> None:
+        """There is nothing to choose."""
+
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
+
+    def add_and_norm(
+        self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
+    ) -> Tensor:
+        if added_TD is not None and bias_D is not None:
+            x_TD += added_TD
+            x_TD += bias_D
+        normed = F.layer_norm(x_TD, x_TD.shape[-1:], norm.weight_D, norm.bias_D, self._epsilon)
+        return normed.to(self._dtype)
+
+    def spread(
+        self,
+        entered: Tensor,
+        bias_I: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        inputs: Inputs,
+        cache: LayerCache,
+        joined: Tensor,
+    ) -> Tensor:
+        heads, page_size, head_dim = cache.keys.shape[1:]
+        width = heads * head_dim
+        q, k, v = (
+            entered[:, start : start + width].reshape(-1, heads, head_dim)
+            for start in range(0, 3 * width, width)
+        )
+        turns = [
+            table[inputs.positions_T].repeat_interleave(2, dim=-1)[None, :, None]
+            for table in rotary
+        ]
+        turning = Rotary(*turns)
+        q_THK, k_THK = turning.rotate(q[None])[0], turning.rotate(k[None])[0]
+        pages_T, places_T = inputs.slots_T // page_size, inputs.slots_T % page_size
+        cache.keys[pages_T, :, places_T] = k_THK
+        cache.values[pages_T, :, places_T] = v
+        joined[:, width:] = F.gelu(entered[:, 3 * width :].float() + bias_I, approximate="tanh")
+        return q_THK
+
+    def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
+        singles = inputs.singles
+        joined_THK = joined[:, : q_THK[0].numel()].view(q_THK.shape)
+        if singles:
+            joined_THK[:singles] = _attend_singly(
+                q_THK[:singles], inputs.tables_RP[:singles], inputs.positions_T[:singles], cache
+            )
+        page_size = cache.keys.shape[2]
+        for chunk in inputs.chunks:
+            tokens = slice(chunk.start, chunk.start + chunk.tokens)
+            length = chunk.position + chunk.tokens
+            pages = inputs.tables_RP[chunk.row, : -(-length // page_size)]
+            keys, values = (
+                part[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+                for part in (cache.keys, cache.values)
+            )
+            places = torch.arange(length, device=q_THK.device)
+            # Of four dimensions: for three PyTorch has no fused kernel.
+            attended = F.scaled_dot_product_attention(
+                q_THK[tokens].transpose(0, 1)[None],
+                keys[None],
+                values[None],
+                attn_mask=(places <= inputs.positions_T[tokens, None])[None, None],
+            )
+            joined_THK[tokens] = attended[0].transpose(0, 1)
+
+    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
+        for source, target, filled in copies:
+            cache[:, :, target, :, :filled] = cache[:, :, source, :, :filled]
+
+
+def _attend_singly(
+    q_RHK: Tensor, tables_RP: Tensor, positions_R: Tensor, cache: LayerCache
+) -> Tensor:
+    """One token a sequence, with shapes that do not depend on the sequences' lengths."""
+    places = torch.arange(tables_RP.shape[1] * cache.keys.shape[2], device=q_RHK.device)
+    visible_RS = places <= positions_R[:, None]
+    # What lies beyond a context may be anything, NaN too, which no weight of 0 takes away.
+    keys, values = (
+        torch.where(visible_RS[:, None, :, None], part[tables_RP].transpose(1, 2).flatten(2, 3), 0)
+        for part in (cache.keys, cache.values)
+    )
+    attended = F.scaled_dot_product_attention(
+        q_RHK[:, :, None], keys, values, attn_mask=visible_RS[:, None, None]
+    )
+    return attended[:, :, 0]

@@ -1,0 +1,111 @@
+"""Matrix products x W^T: by PyTorch, or for one row by a kernel of ours where that is faster.
+
+With one row a product takes as long as its weights take to be read, and libraries differ in how
+near they come to that. So both are measured, on the GPU and the matrices that they are for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from gptj.engine.runners.cuda import kernels
+from gptj.engine.runners.wide import multiply_wide
+
+logger = logging.getLogger(__name__)
+
+MEASURED_BYTES = 4 * 2**30  # read to measure: many times what a GPU's cache holds
+MOST_ROUNDS = 20  # with small weights, for which it matters little
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a program of the kernel computes with at a time."""
+
+    columns: int
+    inputs: int
+    warps: int
+
+
+CANDIDATES = (Blocks(1, 2048, 4), Blocks(2, 1024, 4), Blocks(4, 512, 4), Blocks(4, 1024, 8))
+
+
+class Products:
+    """Until `measure` has been called, PyTorch computes all."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[torch.Size, Blocks] = {}  # by the weight's shape
+
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+        """See Operations."""
+        blocks = self._chosen.get(weight.shape) if len(x_TC) == 1 else None
+        if blocks is not None:
+            return multiply_row(x_TC, weight, blocks, wide=wide)
+        return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
+
+    def measure(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
+        """Choose for weights of one shape and type, on their GPU."""
+        first = weights[0]
+        x = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
+        self._chosen.pop(first.shape, None)
+        times: dict[Blocks | None, float] = {
+            None: _seconds(lambda weight: self.multiply(x, weight, wide=wide), weights)
+        }
+        for blocks in CANDIDATES:
+
+            def multiply(weight: Tensor, blocks: Blocks = blocks) -> Tensor:
+                return multiply_row(x, weight, blocks, wide=wide)
+
+            try:
+                times[blocks] = _seconds(multiply, weights)
+            except triton.TritonError as error:
+                logger.warning("one row by weights is not multiplied with %s: %s", blocks, error)
+        best = min(times, key=lambda each: times[each])
+        if best is not None:
+            self._chosen[first.shape] = best
+        logger.info(
+            "one row by weights of %s: %s reads %.0f GB/s, PyTorch %.0f",
+            tuple(first.shape),
+            "PyTorch" if best is None else best,
+            first.nbytes / times[best] / 1e9,
+            first.nbytes / times[None] / 1e9,
+        )
+
+
+def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks, *, wide: bool) -> Tensor:
+    columns, inputs = weight.shape
+    dtype = torch.float32 if wide else x_1C.dtype
+    product = torch.empty(1, columns, dtype=dtype, device=x_1C.device)
+    kernels.multiply_row[(triton.cdiv(columns, blocks.columns),)](
+        x_1C,
+        weight,
+        product,
+        columns,
+        INPUTS=inputs,
+        BLOCK_COLUMNS=blocks.columns,
+        BLOCK_INPUTS=blocks.inputs,
+        num_warps=blocks.warps,
+    )
+    return product
+
+
+def _seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
+    """Of one product, on the mean."""
+    rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
+    multiply(weights[0])  # compiles
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(rounds):
+        for weight in weights:
+            multiply(weight)
+    end.record()
+    end.synchronize()
+    seconds: float = start.elapsed_time(end) / 1e3
+    return seconds / (rounds * len(weights))

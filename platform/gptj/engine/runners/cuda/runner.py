@@ -1,0 +1,158 @@
+"""A Runner for a GPU: steps of single tokens by recorded graphs, others kernel by kernel.
+
+Shapes, as the ends of names: T tokens of a step, R sequences, W wanted rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch, independent
+from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
+from gptj.engine.runners.cuda.inputs import InputsMaker
+from gptj.engine.runners.cuda.operations import Inputs, LayerCache, Operations
+from gptj.engine.runners.cuda.weights import take
+from gptj.engine.runners.wide import wide_sums
+from gptj.model import GPTJForCausalLM
+
+
+class CudaRunner:
+    """The model's weights in two matrices a layer, and a cache of pages.
+
+    Weights and cache have the model's dtype; the residual stream and what is added to it, norms,
+    softmax and logits are fp32. On a CPU, which tests run it on, there are no graphs.
+
+    Args:
+        model: in evaluation mode, on its device.
+        num_pages: of the cache; one more is added, for padding. See `resize`.
+        operations: for that device and the model's dtype.
+        release: take the weights out of the model while they are fused, so that there is one
+            copy of them in memory: the model is of no use afterwards.
+    """
+
+    page_size = PAGE_SIZE
+
+    def __init__(
+        self,
+        model: GPTJForCausalLM,
+        num_pages: int,
+        operations: Operations,
+        *,
+        release: bool = False,
+    ) -> None:
+        self.config = config = model.config
+        self.device = model.device
+        self._operations = operations
+        self._dtype = model.dtype
+        self._on_gpu = self.device.type == "cuda"
+        self._weights = take(model, release=release)
+        self.bytes_read = self._weights.bytes_read  # of weights, by a step
+        self._logits = torch.zeros(MAX_SIZE, config.vocab_size, device=self.device)
+        if self._on_gpu:
+            with torch.inference_mode(), self._computing():
+                operations.prepare(self._weights)
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.resize(num_pages)
+
+    def resize(self, num_pages: int) -> None:
+        """Have so many pages, without content, in place of those before; then record the graphs.
+
+        Graphs hold the cache's address. So memory is measured with those of a small cache, which
+        take as much beside it, before all that is left is given to a large one.
+        """
+        config = self.config
+        self.num_pages = num_pages
+        self._graphs: Graphs | None = None
+        self._layer_caches: list[LayerCache] = []
+        self._cache = torch.empty(0)
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        shape = (2, config.n_layer, num_pages + 1, config.n_head, PAGE_SIZE, config.head_dim)
+        self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        self._layer_caches = [LayerCache(*each) for each in self._cache.unbind(1)]
+        max_pages = -(-config.n_positions // PAGE_SIZE)
+        self._inputs = InputsMaker(self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE)
+        if self._on_gpu:
+            with torch.inference_mode(), self._computing():
+                # On zeros: page 0, which nobody has yet, is written to.
+                self._graphs = Graphs(self._compute_singles, self._stream)
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch) -> Tensor:
+        batch.check(self.config, self.page_size, self.num_pages)
+        count = len(batch.ids_T)
+        single = count == len(batch.starts) - 1 and np.array_equal(batch.wanted, np.arange(count))
+        with self._computing():
+            if single and count <= MAX_SIZE:
+                return self._step_singles(batch)
+            inputs = self._inputs.of(batch)
+            logits_WV = self._head(self._hidden(inputs)[inputs.wanted_W])
+            logits_WV += self._weights.head_bias_V
+            return logits_WV
+
+    @torch.inference_mode()
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        with self._computing():
+            for run in independent(copies):
+                self._operations.copy_pages(self._cache, run)
+
+    def reset(self) -> None:
+        self._cache.zero_()
+
+    def close(self) -> None:
+        self._graphs = None
+        del self._weights, self._cache, self._layer_caches, self._logits, self._inputs
+
+    def _step_singles(self, batch: StepBatch) -> Tensor:
+        count = len(batch.ids_T)
+        size = size_for(count)
+        self._inputs.fill(batch, size)
+        if self._graphs is not None:
+            self._graphs.replay(size)
+        else:
+            self._compute_singles(size)
+        # A sum of its own: the next step writes to the same place.
+        return self._logits[:count] + self._weights.head_bias_V
+
+    def _compute_singles(self, size: int) -> None:
+        """On static tensors alone."""
+        self._logits[:size] = self._head(self._hidden(self._inputs.static(size)))
+
+    def _hidden(self, inputs: Inputs) -> Tensor:
+        """The states (T, D) from which the head predicts; keys and values go to the cache."""
+        operations, weights = self._operations, self._weights
+        x_TD = F.embedding(inputs.ids_T, weights.embedding_VD).float()
+        added_TD: Tensor | None = None
+        bias_D: Tensor | None = None
+        for layer, cache in zip(weights.layers, self._layer_caches, strict=True):
+            h_TD = operations.add_and_norm(x_TD, added_TD, bias_D, layer.norm)
+            joined = h_TD.new_empty(len(h_TD), layer.exit.shape[1])
+            q_THK = operations.spread(
+                operations.multiply(h_TD, layer.entry),
+                layer.entry_bias_I,
+                (weights.sines, weights.cosines),
+                inputs,
+                cache,
+                joined,
+            )
+            operations.attend(q_THK, inputs, cache, joined)
+            added_TD = operations.multiply(joined, layer.exit, wide=True)
+            bias_D = layer.exit_bias_D
+        return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
+
+    def _head(self, h_WD: Tensor) -> Tensor:
+        """Logits without their bias, in fp32."""
+        return self._operations.multiply(h_WD, self._weights.head_VD, wide=True)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Kernels are launched on the current device."""
+        on_device = torch.cuda.device(self.device) if self._on_gpu else nullcontext()
+        with on_device, wide_sums():
+            yield

@@ -1,0 +1,68 @@
+"""Whether a GPU, a model and what is installed allow for our kernels: operations, or the reason."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cuda.operations import Operations
+from gptj.model import GPTJForCausalLM
+
+if TYPE_CHECKING:
+    from gptj.engine.runners.cuda.launch import TritonOperations
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST_CAPABILITY = (8, 0)  # Ampere: bf16, and copies that go on beside computing
+
+
+def operations_for(model: GPTJForCausalLM) -> Operations:
+    """The kernels, tried out on the model's device.
+
+    Raises:
+        UnsupportedError: if the model is not on such a GPU, or Triton or what it needs is missing.
+    """
+    config, device = model.config, model.device
+    if device.type != "cuda":
+        raise UnsupportedError(f"the model is on {device}")
+    if config.activation_function != "gelu_new":
+        raise UnsupportedError(
+            f"the kernels compute gelu_new, and the model has {config.activation_function}"
+        )
+    if model.dtype not in DTYPES:
+        raise UnsupportedError(f"the kernels have no {model.dtype}")
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < LEAST_CAPABILITY:
+        raise UnsupportedError(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, and "
+            f"the kernels want {'.'.join(map(str, LEAST_CAPABILITY))} or more"
+        )
+    try:
+        from gptj.engine.runners.cuda.launch import TritonOperations
+    except ImportError as error:
+        raise UnsupportedError(f"Triton cannot be imported: {error}") from error
+    operations = TritonOperations(config, model.dtype, properties.multi_processor_count)
+    with torch.cuda.device(device):
+        try_out(operations, device)
+        torch.cuda.synchronize()
+    return operations
+
+
+def try_out(operations: TritonOperations, device: torch.device) -> None:
+    """Run each kernel once, while the model can still be given to PyTorch alone.
+
+    Triton needs a C compiler and a writable cache, and its kernels shared memory and registers:
+    it says so only when it compiles or launches them.
+
+    Raises:
+        UnsupportedError: naming what failed.
+    """
+    from triton import TritonError
+
+    try:
+        operations.try_out(device)
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        kind = type(error).__name__
+        raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error

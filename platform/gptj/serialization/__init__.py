@@ -1,0 +1,1 @@
+"""JSON and YAML, as strictly as settings and files of ours need them."""

@@ -1,0 +1,267 @@
+"""A completions request's outputs: the engine's events in, certain text with its tokens out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptj.engine.batch_thread import ClosedError
+from gptj.engine.engine import Engine, Ticket
+from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
+from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.schemas import CompletionRequest, Usage
+from gptj.serving.errors import APIError, ModelError, UnavailableError
+from gptj.serving.mailbox import Mailbox
+from gptj.serving.metrics import Recorder
+from gptj.tokenizer import GPTJTokenizer
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    text: str  # its whole characters
+    ids: list[int]
+    begun: bytes = b""  # of a last character that the ids do not complete
+
+
+@dataclass
+class Piece:
+    """What has become certain of an output: a part of its text, with the tokens that begin there.
+
+    Tokens come with their places in the output's text, in characters.
+    """
+
+    text: str = ""
+    tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
+    reason: Reason | None = None  # on the last piece
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.tokens or self.reason)
+
+    def __add__(self, later: Piece) -> Piece:
+        return Piece(self.text + later.text, self.tokens + later.tokens, later.reason)
+
+
+class Output:
+    """One output while it is generated."""
+
+    def __init__(
+        self, index: int, prompt: EncodedPrompt, scored_by: Output | None, text: TextStream
+    ) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.scored_by = scored_by or self  # the output whose events report on the prompt
+        self.prompt_logprobs: PromptLogprobs | None = None
+        self.ended = False
+        self.new_tokens = 0
+        self._text = text
+        self._waiting: list[tuple[TokenEvent, int]] = []  # for their text to be certain
+        self._logprob = 0.0
+
+    def take(self, event: Event, start: int) -> Piece:
+        """What an event adds; nothing, perhaps. `start` is the place of the first new character.
+
+        Raises APIError if the event says that the output failed.
+        """
+        piece = Piece()
+        if isinstance(event, PromptLogprobs):
+            self.prompt_logprobs = event
+        elif isinstance(event, TokenEvent):
+            self.new_tokens += 1
+            self._logprob += event.logprob or 0.0
+            self._waiting.append((event, self._text.decoded))
+            piece.text = self._text.push(event.token_id)
+        elif isinstance(event, Finished) and event.reason != "cancelled":
+            if event.stop_token is not None:
+                # It has no text, but a log-probability, which clients count on: lm_eval takes the
+                # last entry for the new token's, and those before it for the prompt's.
+                self.new_tokens += 1
+                self._logprob += event.logprob or 0.0
+                token = TokenEvent(event.stop_token, event.logprob, event.top)
+                self._waiting.append((token, self._text.decoded))
+            piece.text = self._text.finish(event.stop_token)
+            piece.reason = event.reason
+        else:
+            raise failure(event)
+        if self._text.stopped:
+            piece.reason = "stop"
+        self.ended = piece.reason is not None
+        everything = self.ended and not self._text.stopped
+        while self._waiting and (everything or self._waiting[0][1] < self._text.sent):
+            token, place = self._waiting.pop(0)
+            piece.tokens.append((token, start + place))
+        return piece
+
+    @property
+    def mean_logprob(self) -> float:
+        return self._logprob / max(1, self.new_tokens)
+
+
+class CompletionRun:
+    """A request's outputs and what the engine says of them.
+
+    Args:
+        max_tokens: how many may follow a prompt of so many.
+        start: when the request came, by time.perf_counter.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: GPTJTokenizer,
+        request: CompletionRequest,
+        prompts: Sequence[EncodedPrompt],
+        max_tokens: Callable[[int], int],
+        events: Events,
+        recorder: Recorder,
+        start: float,
+    ) -> None:
+        self._engine = engine
+        self._events = events
+        self._request = request
+        self._prompts = prompts
+        self._max_tokens = max_tokens
+        self.outputs: list[Output] = []
+        for prompt in prompts:
+            first = None
+            for _ in range(request.candidates):
+                text = text_stream(tokenizer, request, prompt)
+                output = Output(len(self.outputs), prompt, first, text)
+                first = first or output
+                self.outputs.append(output)
+        self._clocks = [OutputClock(recorder, start) for _ in self.outputs]
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """(number of the output, what has become certain), until all have ended.
+
+        Whatever ends the iteration ends the work. Raises APIError, QueueFullError, ClosedError.
+        """
+        events = self._events
+        running = len(self.outputs)
+        try:
+            for start in range(0, running, self._request.candidates):
+                self._submit(self.outputs[start : start + self._request.candidates])
+            while running:
+                # What has come meanwhile goes out together: a slow client gets fewer, larger parts.
+                pieces: dict[int, Piece] = {}
+                for index, event in await events.get_all():
+                    if self.outputs[index].ended:
+                        continue
+                    piece = self._take(index, event)
+                    pieces[index] = pieces[index] + piece if index in pieces else piece
+                    running -= self.outputs[index].ended
+                for index, piece in pieces.items():
+                    if piece:
+                        yield index, piece
+        finally:
+            events.cancel()
+
+    def _take(self, index: int, event: Event) -> Piece:
+        output, ticket = self.outputs[index], self._events.tickets[index]
+        piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
+        self._clocks[index].note(output.new_tokens, output.ended, ticket)
+        if output.ended:
+            ticket.cancel()  # a stop string is none of the engine's
+        return piece
+
+    def usage(self) -> Usage:
+        return usage_of(self._prompts, sum(output.new_tokens for output in self.outputs))
+
+    def _submit(self, outputs: Sequence[Output]) -> None:
+        """Submit one prompt's outputs."""
+        prompt = outputs[0].prompt.ids
+        max_tokens = self._max_tokens(len(prompt))
+        try:
+            self._events.tickets += self._engine.submit_many(
+                prompt,
+                [self._request.sampling(max_tokens, sample) for sample in range(len(outputs))],
+                [self._events.put(output.index) for output in outputs],
+            )
+        except ValueError as error:
+            raise self._request.named(error) from error
+
+
+class OutputClock:
+    """Records how long an output took.
+
+    Args:
+        start: when its request came, by time.perf_counter.
+    """
+
+    def __init__(self, recorder: Recorder, start: float) -> None:
+        self._recorder = recorder
+        self._start = start
+        self._first: float | None = None  # when the first token came
+
+    def note(self, new_tokens: int, ended: bool, ticket: Ticket) -> None:
+        """An event has come, after which the output has so many tokens."""
+        now = time.perf_counter()
+        if self._first is None and new_tokens:
+            self._first = now
+            self._recorder.first_token(now - self._start)
+        if ended and self._first is not None and new_tokens > 1:
+            self._recorder.token_gap((now - self._first) / (new_tokens - 1))
+        if ended and ticket.queued_seconds is not None:
+            self._recorder.queued(ticket.queued_seconds)
+
+
+class Events:
+    """Events of several requests, from the engine's thread to this event loop."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.tickets: list[Ticket] = []
+        self._mailbox = mailbox
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def put(self, index: int) -> Callable[[Event], None]:
+        """What the engine calls with the events of request `index`."""
+        mailbox, queue = self._mailbox, self._queue
+        return lambda event: mailbox.put(queue, (index, event))
+
+    async def get(self) -> tuple[int, Event]:
+        return await self._queue.get()
+
+    async def get_all(self) -> list[tuple[int, Event]]:
+        """All that have come; one at least."""
+        events = [await self._queue.get()]
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
+
+    def cancel(self) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+
+
+def text_stream(
+    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: EncodedPrompt
+) -> TextStream:
+    """For an output of a prompt."""
+    return TextStream(
+        tokenizer,
+        request.stop,
+        request.min_tokens,
+        include_stop=request.include_stop_str_in_output,
+        begun=prompt.begun,
+        echoed=request.echo,
+    )
+
+
+def usage_of(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:
+    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=new_tokens,
+        total_tokens=prompt_tokens + new_tokens,
+    )
+
+
+def failure(event: Event) -> APIError:
+    if isinstance(event, Failed) and isinstance(event.error, ClosedError):
+        return UnavailableError(str(event.error))
+    reason = str(event.error) if isinstance(event, Failed) else "it ended early"
+    return ModelError(f"the model failed on this request: {reason}")

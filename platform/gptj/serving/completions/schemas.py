@@ -1,0 +1,347 @@
+"""OpenAI's completions API: what `POST /v1/completions` takes and gives, and the models' list."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from gptj.engine.events import BeamParams
+from gptj.sampling import SamplingParams
+from gptj.serving.errors import APIError, InvalidRequestError
+from gptj.serving.middleware.observing import request_id
+
+DEFAULT_MAX_TOKENS = 16
+MAX_SEQUENCES = 128  # outputs of one request: prompts times best_of
+MAX_LOGPROBS = 5
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1000
+MAX_BIASES = 1024
+MAX_BITS = 1024  # of integers: a float's range; Python prints none above 4,300 digits
+
+Prompt = str | list[int]
+
+
+class RequestModel(BaseModel):
+    """A body: unknown fields and wrong types are errors, null is the same as left out.
+
+    No integer has more than MAX_BITS, so that what is computed with one can be printed.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            return {name: value for name, value in fields.items() if value is not None}
+        return fields
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_huge_integers(cls, value: Any) -> Any:
+        left = [value]
+        while left:  # and not by recursion, since a client decides how deep it goes
+            each = left.pop()
+            if isinstance(each, int) and each.bit_length() > MAX_BITS:
+                raise ValueError(f"integers have {MAX_BITS} bits at most")
+            if isinstance(each, list):
+                left += each
+        return value
+
+
+def as_prompts(value: Any) -> list[Prompt]:
+    """OpenAI's four kinds of a prompt as a list. ValueError for any other."""
+    kinds = "a string, a list of strings, a list of token ids or a list of such lists"
+    if isinstance(value, str):
+        return [checked_text(value)]
+    if not isinstance(value, list):
+        raise ValueError(f"must be {kinds}")
+    if not value:
+        raise ValueError("must not be an empty list")
+    if all(isinstance(each, str) for each in value):
+        return [checked_text(each) for each in value]
+    if all(_is_id(each) for each in value):
+        return [value]
+    if all(isinstance(each, list) and all(map(_is_id, each)) for each in value):
+        if not all(value):
+            raise ValueError("must not have an empty list of token ids")
+        return value
+    raise ValueError(f"must be {kinds}, and not a mixture")
+
+
+def checked_text(text: str) -> str:
+    """The text itself. ValueError for what JSON can write but is no Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"has half of a surrogate pair at character {error.start}, which is no Unicode text"
+        ) from error
+    return text
+
+
+def as_token_biases(value: Any) -> dict[int, float]:
+    """`{"50256": -100}` as a map of ids. ValueError for what is none."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and numbers")
+    biases = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+            raise ValueError(f"{key!r:.40} is no token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {key} must be in [-100, 100], got {bias!r:.40}")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def as_stop_strings(value: Any) -> list[str]:
+    """One string, or several. ValueError for an empty one."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a string or a list of strings")
+    if not all(texts):
+        raise ValueError("must not have an empty string")
+    return [checked_text(text) for text in texts]
+
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+_STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool = False  # one more chunk at the end, with the numbers of tokens
+    continuous_usage_stats: bool = False  # vLLM's: the numbers so far in each chunk
+    include_obfuscation: Literal[False] = False  # OpenAI's padding of chunks, which we have not
+
+
+class CompletionRequest(RequestModel):
+    """OpenAI's fields, and the extensions that are usual beside them."""
+
+    model: str | None = None  # this service has one, which is the default
+    prompt: Annotated[
+        list[Prompt] | None, PlainValidator(as_prompts), WithJsonSchema(_PROMPT_SCHEMA)
+    ] = None  # default: the beginning of a text
+    suffix: str = ""
+    max_tokens: int | None = None  # default: 16, or what the context has room for
+    temperature: float = 1.0
+    top_p: float = 1.0
+    n: int = 1
+    best_of: int | None = None  # default: n
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    stop: Annotated[list[str], PlainValidator(as_stop_strings), WithJsonSchema(_STOP_SCHEMA)] = (
+        Field(default_factory=list)
+    )
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(as_token_biases), WithJsonSchema(_BIAS_SCHEMA)
+    ] = Field(default_factory=dict)
+    seed: int | None = None
+    user: str = ""  # of the client's own use; nothing here depends on it
+
+    top_k: int = 0  # only the k likeliest tokens; 0 or -1 means all
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0  # neither eos nor a stop before so many
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False  # end after the stop that was met, not before it
+    use_beam_search: bool = False  # best_of beams, of which the n best are returned
+    length_penalty: float = 1.0  # beams rank by log-probability / length ** length_penalty
+    early_stopping: bool = False  # end when as many beams as best_of have ended
+
+    @property
+    def candidates(self) -> int:
+        """Outputs that are generated for each prompt."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def sequences_field(self) -> str:
+        """The field to lower where there are too many outputs."""
+        if self.prompt is not None and len(self.prompt) > 1:
+            return "prompt"
+        return "n" if self.best_of is None else "best_of"
+
+    def check(self) -> None:
+        """InvalidRequestError for fields that contradict each other or a limit."""
+        if self.suffix:
+            raise _invalid("suffix", "this model cannot fill in before a suffix: leave it out")
+        if self.n < 1:
+            raise _invalid("n", f"n must be 1 or more, got {self.n}")
+        if self.candidates < self.n:
+            raise _invalid("best_of", f"best_of={self.best_of} must not be below n={self.n}")
+        if self.stream and self.candidates > self.n:
+            raise _invalid("best_of", "which outputs are best is known at the end: no stream")
+        if self.stream_options is not None and not self.stream:
+            raise _invalid("stream_options", "stream_options needs stream=true")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise _invalid(
+                "logprobs", f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}"
+            )
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise _invalid("max_tokens", f"max_tokens must be 0 or more, got {self.max_tokens}")
+        if self.max_tokens == 0 and not self.echo:
+            raise _invalid("max_tokens", "max_tokens=0 gives nothing without echo=true")
+        prompts = 1 if self.prompt is None else len(self.prompt)
+        if prompts * self.candidates > MAX_SEQUENCES:
+            raise _invalid(
+                self.sequences_field,
+                f"{prompts} prompts with {self.candidates} outputs each are more than "
+                f"{MAX_SEQUENCES} outputs: send several requests",
+            )
+        if len(self.stop) > MAX_STOP_STRINGS or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
+            raise _invalid(
+                "stop",
+                f"stop may have {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS} characters "
+                f"together, got {len(self.stop)} of {sum(map(len, self.stop))}",
+            )
+        for name, given in (
+            ("logit_bias", self.logit_bias),
+            ("stop_token_ids", self.stop_token_ids),
+        ):
+            if len(given) > MAX_BIASES:
+                raise _invalid(name, f"{name} may have {MAX_BIASES} tokens, got {len(given)}")
+        if self.use_beam_search:
+            self._check_beam_search()
+        elif self.length_penalty != 1 or self.early_stopping:
+            name = "early_stopping" if self.early_stopping else "length_penalty"
+            raise _invalid(name, f"{name} is for use_beam_search=true")
+
+    def _check_beam_search(self) -> None:
+        refused = {
+            "stream": self.stream,
+            "logprobs": self.logprobs is not None,
+            "temperature": self.temperature not in (0, 1),
+            "top_p": self.top_p != 1,
+            "top_k": self.top_k not in (0, -1),
+            "min_p": self.min_p != 0,
+            "seed": self.seed is not None,
+        }
+        for name, is_set in refused.items():
+            if is_set:
+                raise _invalid(name, f"beam search does not work with {name}: leave one out")
+        if not -10 <= self.length_penalty <= 10:
+            raise _invalid(
+                "length_penalty", f"length_penalty must be in [-10, 10], got {self.length_penalty}"
+            )
+        if self.max_tokens == 0:
+            raise _invalid("max_tokens", "beam search needs max_tokens of 1 or more")
+
+    def sampling(self, max_tokens: int, sample: int) -> SamplingParams:
+        """What the engine is asked for, for one prompt's output of number `sample`.
+
+        Raises InvalidRequestError naming the field that is out of its range.
+        """
+        ranks = self.candidates > self.n and not self.use_beam_search
+        logprobs = 0 if self.logprobs is None and ranks else self.logprobs
+        # The prompt is the same for all of its outputs: reported once.
+        scores_prompt = self.echo and self.logprobs is not None and sample == 0
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                min_tokens=self.min_tokens,
+                temperature=self.temperature,
+                top_k=0 if self.top_k == -1 else self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                logit_bias=self.logit_bias,
+                stop_token_ids=tuple(self.stop_token_ids),
+                ignore_eos=self.ignore_eos,
+                # Samples of one request differ from each other.
+                seed=None if self.seed is None else self.seed + sample,
+                logprobs=logprobs,
+                prompt_logprobs=self.logprobs if scores_prompt else None,
+            )
+        except ValueError as error:
+            raise self.named(error) from error
+
+    def beams(self) -> BeamParams:
+        return BeamParams(self.candidates, self.n, self.length_penalty, self.early_stopping)
+
+    def named(self, error: ValueError) -> APIError:
+        """A ValueError of the library, whose message begins with the field that it is about."""
+        field = str(error).split(maxsplit=1)[0].rstrip(":")
+        if field == "num_beams":
+            field = self.sequences_field
+        return _invalid(field if field in CompletionRequest.model_fields else None, str(error))
+
+
+def _invalid(param: str | None, message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, param=param)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int  # of all outputs, those that best_of left out too
+    total_tokens: int
+
+
+class Logprobs(BaseModel):
+    """One entry a token; null for the prompt's first, which follows nothing."""
+
+    tokens: list[str] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+    text_offset: list[int] = Field(default_factory=list)  # in characters of the choice's text
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Completion(BaseModel):
+    """A reply, or a chunk of a stream."""
+
+    id: str = Field(default_factory=lambda: f"cmpl-{request_id()}")
+    object: Literal["text_completion"] = "text_completion"
+    created: int = Field(default_factory=lambda: int(time.time()))
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "gptj"
+    root: str  # the address that it was loaded from
+    max_model_len: int  # the context, in tokens
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

@@ -1,0 +1,360 @@
+"""From a completions request to its reply: text to ids, the engine's events to text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+from gptj.engine.engine import Engine
+from gptj.engine.events import BeamsFound, TokenEvent
+from gptj.serving.completions.detokenizer import TextStream, unfinished
+from gptj.serving.completions.run import (
+    CompletionRun,
+    EncodedPrompt,
+    Events,
+    Output,
+    Piece,
+    Reason,
+    failure,
+    text_stream,
+    usage_of,
+)
+from gptj.serving.completions.schemas import (
+    DEFAULT_MAX_TOKENS,
+    Choice,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    Prompt,
+    StreamOptions,
+)
+from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.errors import APIError, InvalidRequestError
+from gptj.serving.mailbox import Mailbox
+from gptj.serving.metrics import Recorder
+from gptj.tokenizer import GPTJTokenizer
+
+LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes the same
+
+
+class CompletionService:
+    """Answers completions requests by an engine and a tokenizer.
+
+    Args:
+        vocabulary: the tokenizer's, for this engine's model.
+        model_name: what replies call the model.
+        recorder: gets the times of outputs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: GPTJTokenizer,
+        vocabulary: Vocabulary,
+        model_name: str,
+        recorder: Recorder,
+    ) -> None:
+        self._engine = engine
+        self._recorder = recorder
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._model_name = model_name
+        self._mailbox: Mailbox | None = None
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        """The whole reply. Cancelling the call cancels the work.
+
+        Raises APIError, QueueFullError or ClosedError.
+        """
+        start = time.perf_counter()
+        prompts = await self._encoded(request)
+        if request.use_beam_search:
+            return await self._complete_by_beams(request, prompts)
+        run = self._run(request, prompts, start)
+        pieces: list[list[Piece]] = [[] for _ in run.outputs]
+        async for index, piece in run.pieces():
+            pieces[index].append(piece)
+        # With log-probabilities of long prompts this takes a while.
+        return await asyncio.to_thread(self._reply, request, run, pieces)
+
+    def _reply(
+        self, request: CompletionRequest, run: CompletionRun, pieces: Sequence[Sequence[Piece]]
+    ) -> Completion:
+        choices: list[Choice] = []
+        for start in range(0, len(run.outputs), request.candidates):
+            candidates = run.outputs[start : start + request.candidates]
+            for output in _best(candidates, request.n):
+                choice = self._choice(request, output, len(choices))
+                for piece in pieces[output.index]:
+                    self._extend(choice, piece)
+                choices.append(choice)
+        return Completion(model=self._model_name, choices=choices, usage=run.usage())
+
+    async def stream(self, request: CompletionRequest) -> AsyncIterator[Completion]:
+        """The reply in chunks: the call itself returns when the first has come, or raises.
+
+        Raises APIError, QueueFullError or ClosedError; later ones come out of the iterator.
+        """
+        start = time.perf_counter()
+        prompts = await self._encoded(request)
+        run = self._run(request, prompts, start)
+        chunks = self._chunks(request, run)
+        first = await anext(chunks)
+        return _chained(first, chunks)
+
+    def _run(
+        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt], start: float
+    ) -> CompletionRun:
+        return CompletionRun(
+            self._engine,
+            self._tokenizer,
+            request,
+            prompts,
+            partial(self._max_tokens, request),
+            self._events(),
+            self._recorder,
+            start,
+        )
+
+    def _events(self) -> Events:
+        """For a request of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return Events(self._mailbox)
+
+    async def _chunks(
+        self, request: CompletionRequest, run: CompletionRun
+    ) -> AsyncIterator[Completion]:
+        options = request.stream_options or StreamOptions()
+        whole = Completion(model=self._model_name, choices=[])
+        begun: set[int] = set()
+        async for index, piece in run.pieces():
+            output = run.outputs[index]
+            if index in begun:
+                choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
+            else:
+                # With log-probabilities of a long prompt this takes a while.
+                choice = await asyncio.to_thread(self._choice, request, output, index)
+                begun.add(index)
+            self._extend(choice, piece)
+            usage = run.usage() if options.continuous_usage_stats else None
+            yield whole.model_copy(update={"choices": [choice], "usage": usage})
+        if options.include_usage:
+            yield whole.model_copy(update={"usage": run.usage()})
+
+    def _choice(self, request: CompletionRequest, output: Output, index: int) -> Choice:
+        """A choice with what it shows before its first new token: the prompt, if echoed."""
+        choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
+        if request.echo:
+            choice.text = output.prompt.text
+            if choice.logprobs is not None:
+                self._echo_logprobs(choice.logprobs, output)
+        return choice
+
+    def _echo_logprobs(self, logprobs: Logprobs, output: Output) -> None:
+        scored = output.scored_by.prompt_logprobs
+        assert scored is not None  # it is the first event of a request that asks for it
+        text = TextStream(self._tokenizer)
+        for event in scored.tokens:
+            self._add_logprob(logprobs, event, text.decoded)
+            text.push(event.token_id)
+
+    def _extend(self, choice: Choice, piece: Piece) -> None:
+        choice.text += piece.text
+        choice.finish_reason = piece.reason
+        if choice.logprobs is not None:
+            for event, place in piece.tokens:
+                self._add_logprob(choice.logprobs, event, place)
+
+    def _add_logprob(self, logprobs: Logprobs, event: TokenEvent, place: int) -> None:
+        first_of_prompt = event.logprob is None
+        logprobs.tokens.append(self._token_text(event.token_id))
+        logprobs.token_logprobs.append(None if first_of_prompt else _finite(event.logprob))
+        logprobs.text_offset.append(place)
+        top = {self._token_text(token): _finite(value) for token, value in event.top}
+        if not first_of_prompt:  # the token itself, too, where it is not among the likeliest
+            top.setdefault(logprobs.tokens[-1], _finite(event.logprob))
+        logprobs.top_logprobs.append(None if first_of_prompt else top)
+
+    def _token_text(self, token: int) -> str:
+        content = self._tokenizer.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:  # a part of a character, in OpenAI's notation
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    async def _complete_by_beams(
+        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]
+    ) -> Completion:
+        searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
+        try:
+            found = await asyncio.gather(*searches)
+        finally:
+            for search in searches:
+                search.cancel()
+        choices: list[Choice] = []
+        new_tokens = 0
+        for prompt, beams in zip(prompts, found, strict=True):
+            for output in beams.outputs:
+                new_tokens += len(output)
+                text, reason = self._beam_text(request, prompt, output)
+                echoed = prompt.text if request.echo else ""
+                choices.append(Choice(index=len(choices), text=echoed + text, finish_reason=reason))
+        usage = usage_of(prompts, new_tokens)
+        return Completion(model=self._model_name, choices=choices, usage=usage)
+
+    async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
+        events = self._events()
+        params = request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
+        try:
+            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
+        except ValueError as error:
+            raise request.named(error) from error
+        try:
+            _, event = await events.get()
+        finally:
+            ticket.cancel()
+        if not isinstance(event, BeamsFound):
+            raise failure(event)
+        if ticket.queued_seconds is not None:
+            self._recorder.queued(ticket.queued_seconds)
+        return event
+
+    def _beam_text(
+        self, request: CompletionRequest, prompt: EncodedPrompt, output: Sequence[int]
+    ) -> tuple[str, Reason]:
+        stop_ids = {*request.stop_token_ids}
+        if not request.ignore_eos:
+            stop_ids |= set(self._engine.eos_ids)
+        ended = bool(output) and output[-1] in stop_ids
+        text = text_stream(self._tokenizer, request, prompt)
+        parts = [text.push(token) for token in (output[:-1] if ended else output)]
+        parts.append(text.finish(output[-1] if ended else None))
+        return "".join(parts), "stop" if ended or text.stopped else "length"
+
+    async def _encoded(self, request: CompletionRequest) -> list[EncodedPrompt]:
+        """The prompts' ids, all of them known to fit. Raises APIError."""
+        request.check()
+        self._check_room(request)
+        prompts = self._default_prompt() if request.prompt is None else request.prompt
+        # Long texts take a while: not on the thread that all requests share.
+        encoded = await asyncio.to_thread(
+            lambda: [self._encode(request, prompt) for prompt in prompts]
+        )
+        known = len(self._tokenizer)
+        for name, ids in (
+            ("logit_bias", request.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            if wrong := [token for token in ids if not 0 <= token < known]:
+                raise InvalidRequestError(
+                    f"{name}: {wrong[0]} is no token id of this model, which has {known}",
+                    param=name,
+                )
+        for prompt in encoded:
+            request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
+        return encoded
+
+    def _check_room(self, request: CompletionRequest) -> None:
+        """InvalidRequestError for more outputs than may ever wait: 429 would be no answer."""
+        outputs = len(request.prompt or [""]) * request.candidates
+        if not request.use_beam_search and outputs > self._engine.max_waiting:
+            raise InvalidRequestError(
+                f"{outputs} outputs are more than the {self._engine.max_waiting} that may wait "
+                f"here: send several requests",
+                param=request.sequences_field,
+            )
+
+    def _encode(self, request: CompletionRequest, prompt: Prompt) -> EncodedPrompt:
+        """The text and ids of a prompt that the context has room for. Raises APIError."""
+        if isinstance(prompt, list):
+            self._max_tokens(request, len(prompt))
+            try:
+                text = self._tokenizer.decode(prompt)
+            except ValueError as error:
+                raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
+            # Each id has a byte at least, and a character 4 at most.
+            begun = unfinished(b"".join(map(self._tokenizer.token_bytes, prompt[-3:])))
+            return EncodedPrompt(text[:-1] if begun else text, prompt, begun)
+        text = prompt or self._default_prompt()[0]
+        self._max_tokens(request, self._vocabulary.least_tokens(text), known="at least ")
+        encoded = EncodedPrompt(text, self._tokenizer.encode(text))
+        self._max_tokens(request, len(encoded.ids))
+        return encoded
+
+    def _default_prompt(self) -> list[str]:
+        """As OpenAI's: what separates texts, so that a new one begins."""
+        if self._tokenizer.bos_token is None:
+            raise InvalidRequestError(
+                "prompt must not be empty: this model has no token that begins a text",
+                param="prompt",
+            )
+        return [self._tokenizer.bos_token]
+
+    def _max_tokens(self, request: CompletionRequest, length: int, known: str = "") -> int:
+        """How many tokens may follow a prompt of so many. InvalidRequestError if it has no room."""
+        context = self._engine.context_length
+        least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
+        if length + least > context:
+            raise InvalidRequestError(
+                f"this model's context is {context} tokens, but {known}{length + least} are asked "
+                f"for: {known}{length} of the prompt and {least} of the completion; shorten the "
+                + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
+                param=self._too_long(request, length),
+                code="context_length_exceeded",
+            )
+        if request.max_tokens is not None:
+            return request.max_tokens
+        return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), context - length)
+
+    def _too_long(self, request: CompletionRequest, length: int) -> str:
+        """The field to change, where a prompt of so many tokens has no room for its output."""
+        if length >= self._engine.context_length:
+            return "prompt"
+        return "min_tokens" if request.max_tokens is None and request.min_tokens else "max_tokens"
+
+
+async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
+    """Chunks as server-sent events; an error, too, since the status has gone out already."""
+    try:
+        async for chunk in chunks:
+            yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
+    except APIError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def on_one_line(content: str) -> str:
+    """JSON whose strings have no line separator: JSON allows three that end lines elsewhere."""
+    if content.isascii():
+        return content
+    for separator in ("\u0085", "\u2028", "\u2029"):
+        content = content.replace(separator, f"\\u{ord(separator):04x}")
+    return content
+
+
+async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncIterator[Completion]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _best(candidates: Sequence[Output], n: int) -> Sequence[Output]:
+    """The n with the highest log-probability a token, as OpenAI's best_of."""
+    if len(candidates) == n:
+        return candidates
+    return sorted(candidates, key=lambda output: -output.mean_logprob)[:n]
+
+
+def _no_logprobs(request: CompletionRequest) -> Logprobs | None:
+    return None if request.logprobs is None else Logprobs()
+
+
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB

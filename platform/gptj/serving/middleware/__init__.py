@@ -1,0 +1,1 @@
+"""What wraps every application: keys, limits, the edge of HTTP, metrics."""

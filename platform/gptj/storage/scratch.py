@@ -1,0 +1,71 @@
+"""Temporary folders that do not outlive their process for long, even if it ends by SIGKILL.
+
+What Python's tempfile makes stays for ever when its process is killed, and a worker's part of a
+6B checkpoint is tens of gigabytes. Here all temporary folders of a user lie in one, and whoever
+makes a new one first deletes those that nobody holds any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gptj.storage.addresses import local_path
+from gptj.storage.file_lock import FileLock
+from gptj.storage.local import make_folder
+
+logger = logging.getLogger(__name__)
+
+LOCK = "lock"
+
+
+@contextmanager
+def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
+    """A new empty folder, deleted at the end of the block.
+
+    Args:
+        parent: where there is room; None: the system's folder for temporary files.
+
+    Raises:
+        AddressError: if the parent is no local folder.
+        StorageError: if the place for it cannot be made.
+        PermissionError: if another user has made the place where ours would be.
+    """
+    root = local_path(parent or tempfile.gettempdir()) / f"gptj-scratch-{os.getuid()}"
+    make_folder(root, mode=0o700)
+    owner = root.stat().st_uid
+    if owner != os.getuid():
+        raise PermissionError(f"{root} belongs to user {owner}; remedy: delete it, or set TMPDIR")
+    # Alone, so that nobody finds a folder whose maker does not hold it yet.
+    with FileLock(root / LOCK) as alone:
+        alone.take()
+        _delete_abandoned(root)
+        folder = Path(tempfile.mkdtemp(dir=root))
+        held = FileLock(folder / LOCK)
+        held.take()
+    with held:
+        content = folder / "content"
+        content.mkdir()
+        try:
+            yield content
+        finally:
+            shutil.rmtree(content)
+            with FileLock(root / LOCK) as alone:  # as whoever looks for abandoned ones
+                alone.take()
+                shutil.rmtree(folder)
+
+
+def _delete_abandoned(root: Path) -> None:
+    for folder in root.iterdir():
+        if not folder.is_dir():
+            continue
+        with FileLock(folder / LOCK) as lock:
+            abandoned = lock.try_take()
+        if abandoned:  # and nobody takes it up again
+            logger.info("deleting %s, which a process left that was killed", folder)
+            shutil.rmtree(folder)

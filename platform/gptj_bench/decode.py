@@ -1,0 +1,165 @@
+"""Tokens a second of the engine alone: prompts of random ids, greedy, eos ignored."""
+
+from __future__ import annotations
+
+import queue
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.checkpoints.skeleton import without_weights
+from gptj.engine.backends import Quantization, best_runner
+from gptj.engine.engine import Engine
+from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.runners.base import Runner
+from gptj.engine.runners.cpu.runner import CpuRunner
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.sampling import SamplingParams
+from gptj_bench.machine import gpu_read_bandwidth, read_bandwidth
+
+WARM_UP_TOKENS = 4
+SPARE_TOKENS = 16
+TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
+
+
+@dataclass(frozen=True)
+class Decode:
+    model: str  # a folder or an address, or the name of a preset
+    dtype: str  # bfloat16, float32, float16 or int8
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    threads: int
+    is_preset: bool = False  # its weights are random, and made on the device
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """One measurement a batch size; the first one has the memory's limit as well."""
+        torch.set_num_threads(self.threads)
+        before = self._bandwidth()
+        most = max(self.batches)
+        cache_tokens = most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS)
+        runner = load_runner(
+            self.model, self.dtype, lambda _: cache_tokens, is_preset=self.is_preset
+        )
+        engine = Engine(
+            runner,
+            eos_ids=[],
+            max_running=most,
+            step_tokens=max(512, most),
+            prefix_caching=False,
+        )
+        results = []
+        try:
+            for batch in self.batches:
+                results.append(self._measure(engine, batch, runner.config.vocab_size))
+        finally:
+            engine.close()
+            runner.close()
+        bandwidth = max(before, self._bandwidth())
+        for result in results:
+            if isinstance(runner, CpuRunner | CudaRunner):
+                steps = result["decode_tokens_per_s"] / result["batch"]
+                share = runner.bytes_read * steps / bandwidth
+                result |= {
+                    "weights_mb_a_step": round(runner.bytes_read / 1e6, 1),
+                    "read_gb_per_s": round(bandwidth / 1e9, 1),
+                    "share_of_memory_limit": round(share, 3),
+                }
+            yield result
+
+    def _bandwidth(self) -> float:
+        return gpu_read_bandwidth() if torch.cuda.is_available() else read_bandwidth(self.threads)
+
+    def _measure(self, engine: Engine, batch: int, vocabulary: int) -> dict[str, Any]:
+        numbers = random.Random(0)
+        below = min(TEXT_IDS, vocabulary)
+        prompts = [
+            [numbers.randrange(below) for _ in range(self.prompt_tokens)] for _ in range(batch)
+        ]
+        generate(engine, prompts, WARM_UP_TOKENS)
+        timing = generate(engine, prompts, self.new_tokens)
+        return {
+            "engine": "gptj",
+            "dtype": self.dtype,
+            "batch": batch,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "threads": self.threads,
+            "tokens": timing.tokens,
+            "tokens_per_s": round(timing.tokens / timing.seconds, 1),
+            # By the median time between two tokens, when all prompts have been computed.
+            "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
+        }
+
+
+def load_runner(
+    model: str, dtype: str, cache_tokens: Callable[[GPTJConfig], int], *, is_preset: bool = False
+) -> Runner:
+    """A model on the GPU, where there is one; int8 weights are made of bf16 ones.
+
+    Args:
+        model: its address, or the name of a preset, which gets random weights.
+        cache_tokens: how many the cache has room for.
+    """
+    stored = "bfloat16" if dtype == "int8" else dtype
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_preset:
+        loaded = random_model(GPTJConfig.preset(model), getattr(torch, stored), device)
+    else:
+        loaded = GPTJForCausalLM.from_pretrained(model, dtype=stored, device=device)
+    quantization: Quantization = "int8" if dtype == "int8" else "none"
+    tokens = cache_tokens(loaded.config)
+    return best_runner(loaded, tokens, quantization=quantization, release=True)
+
+
+def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
+    """New weights, made where they are used: nothing is read."""
+    with without_weights():
+        model = GPTJForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    torch.manual_seed(0)
+    model.initialize()
+    return model
+
+
+@dataclass(frozen=True)
+class Timing:
+    tokens: int
+    seconds: float  # prompts included
+    step_seconds: float
+
+
+def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
+    """Continue all prompts together. Raises the error of one that fails."""
+    events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+
+    def note(event: Event) -> None:
+        events.put((time.perf_counter(), event))
+
+    start = time.perf_counter()
+    for prompt in prompts:
+        engine.submit(prompt, params, note)
+    running, tokens = len(prompts), 0
+    moments: list[float] = []
+    while running:
+        moment, event = events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, TokenEvent):
+            tokens += 1
+            if running == len(prompts):
+                moments.append(moment)
+        running -= isinstance(event, Finished)
+    seconds = time.perf_counter() - start
+    # The last row's token of each step: later steps have all rows.
+    steps = moments[len(prompts) - 1 :: len(prompts)][-new_tokens:]
+    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    step = statistics.median(gaps[len(gaps) // 2 :]) if gaps else seconds
+    return Timing(tokens, seconds, step)

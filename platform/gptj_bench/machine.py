@@ -1,0 +1,75 @@
+"""What a measurement ran on: processor, memory, versions, and how fast memory can be read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptj.engine.runners.cpu import library
+
+BYTES = 2**30  # read at a time: far more than any cache holds
+TIMES = 5
+
+
+def description() -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: installed(name) for name in ("torch", "triton", "ray")},
+    }
+
+
+def installed(package: str) -> str | None:
+    """Its version; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second at which so many threads read memory at best, or NaN without AVX-512."""
+    try:
+        kernels = library.load()
+    except library.UnsupportedError:
+        return float("nan")
+    memory = torch.empty(BYTES, dtype=torch.uint8)
+    kernels.gptj_prefer_large_pages(memory.data_ptr(), BYTES)
+    memory.fill_(1)
+    best = 0.0
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        kernels.gptj_read(memory.data_ptr(), BYTES, threads)
+        best = max(best, BYTES / (time.perf_counter() - start))
+    return best
+
+
+def gpu_read_bandwidth() -> float:
+    """Bytes a second at which the GPU reads its memory at best, adding up what it reads."""
+    memory = torch.zeros(BYTES, dtype=torch.float32, device="cuda")
+    best = 0.0
+    for _ in range(TIMES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        memory.sum()
+        end.record()
+        end.synchronize()
+        best = max(best, memory.nbytes / start.elapsed_time(end) * 1e3)
+    return best
+
+
+def _processor() -> str:
+    names = Path("/proc/cpuinfo")
+    for line in names.read_text().splitlines() if names.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,71 @@
+"""What number formats cost: a model's perplexity on a text, as the engine computes it in each."""
+
+from __future__ import annotations
+
+import math
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptj import GPTJTokenizer
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.sources import read_rows
+from gptj.engine.engine import Engine
+from gptj.engine.events import Event, Failed, Finished, PromptLogprobs
+from gptj.sampling import SamplingParams
+from gptj_bench.decode import load_runner
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    model: str
+    data: str  # as jobs/evaluate.py takes it
+    dtypes: tuple[str, ...]  # the first is what the others are compared with
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        tokenizer = GPTJTokenizer.from_pretrained(self.model)
+        first: float | None = None
+        for dtype in self.dtypes:
+            loss, tokens = self._measure(dtype, tokenizer)
+            first = loss if first is None else first
+            yield {
+                "engine": "gptj",
+                "dtype": dtype,
+                "tokens": tokens,
+                "perplexity": round(math.exp(loss), 4),
+                f"above_{self.dtypes[0]}_percent": round(100 * math.expm1(loss - first), 4),
+            }
+
+    def _measure(self, dtype: str, tokenizer: GPTJTokenizer) -> tuple[float, int]:
+        """The mean loss of a token in nats, and how many there are."""
+        runner = load_runner(self.model, dtype, lambda config: config.n_positions)
+        rows = CausalLMData(read_rows(self.data, ["text"]), tokenizer, runner.config.n_positions)
+        engine = Engine(runner, eos_ids=[], step_tokens=512, max_waiting=len(rows))
+        try:
+            losses = score(engine, [rows[index].tolist() for index in range(len(rows))])
+        finally:
+            engine.close()
+            runner.close()
+        return sum(losses) / len(losses), len(losses)
+
+
+@torch.inference_mode()
+def score(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """The loss in nats of each token but the prompts' first. Raises the error of one that fails."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    for prompt in prompts:
+        engine.submit(prompt, params, events.put)
+    losses: list[float] = []
+    running = len(prompts)
+    while running:
+        event = events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, PromptLogprobs):
+            losses += [-each.logprob for each in event.tokens if each.logprob is not None]
+        running -= isinstance(event, Finished)
+    return losses

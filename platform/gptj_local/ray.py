@@ -1,0 +1,118 @@
+"""A Ray cluster of one node for trying things out, on free ports and behind a token of its own.
+
+`with LocalRay.start(folder, cpus=4) as ray_node:` gives a running node; processes that get its
+`environment()` (ray job submit, serve run, ray.init) talk to it and to no other cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptj_local.processes import HOST, free_ports, running, tail
+
+START_SECONDS = 120
+PROXY_MIDDLEWARES = "deployments.proxy:middlewares"  # of Serve's HTTP proxies, if any start
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    port: int  # the head's, where drivers connect
+    dashboard_port: int  # where jobs are submitted
+    metrics_port: int  # where Prometheus reads
+    process_id: int
+    token: str = field(repr=False)  # without it every call to the cluster is refused
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{HOST}:{self.dashboard_port}"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make Ray's commands and `ray.init()` use this cluster."""
+        return {
+            **_authentication(self.token),
+            "RAY_ADDRESS": f"{HOST}:{self.port}",
+            "RAY_API_SERVER_ADDRESS": self.dashboard,
+        }
+
+    @classmethod
+    @contextmanager
+    def start(
+        cls, folder: Path, *, cpus: int, environment: Mapping[str, str] = os.environ
+    ) -> Iterator[LocalRay]:
+        """Run a head node with `cpus` logical CPUs whose workers see `environment`.
+
+        Its log is `folder`/ray.log. Raises RuntimeError with the end of that log if it does not
+        come up within two minutes.
+        """
+        token = secrets.token_hex(32)
+        head, dashboard, agent, client, metrics = free_ports(5)
+        log = folder / "ray.log"
+        # Ray's socket paths must stay under 107 bytes, which a folder of the user's may exceed.
+        with tempfile.TemporaryDirectory(prefix="gptj-ray-") as sessions:
+            command = [
+                str(Path(sys.executable).parent / "ray"),
+                "start",
+                "--head",
+                "--block",
+                f"--port={head}",
+                "--dashboard-host=" + HOST,
+                f"--dashboard-port={dashboard}",
+                f"--dashboard-agent-listen-port={agent}",
+                f"--ray-client-server-port={client}",
+                f"--metrics-export-port={metrics}",
+                f"--num-cpus={cpus}",
+                f"--temp-dir={sessions}",
+                "--disable-usage-stats",
+            ]
+            variables = {
+                **environment,
+                **_authentication(token),
+                "PATH": _path(environment),
+                "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_MIDDLEWARES,
+            }
+            # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.
+            with running(command, environment=variables, log=log, grace_seconds=8) as process:
+                node = cls(head, dashboard, metrics, process.pid, token)
+                deadline = time.monotonic() + START_SECONDS
+                while not node._answers():
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise RuntimeError(
+                            f"the local Ray cluster did not come up (exit status "
+                            f"{process.poll()}); the end of {log}:\n{tail(log)}"
+                        )
+                    time.sleep(0.2)
+                yield node
+
+    def _answers(self) -> bool:
+        """Whether the jobs API, the last part to come up, takes requests."""
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as reply:
+                return bool(reply.status == 200)
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False  # not yet: the caller counts the time
+
+
+def _authentication(token: str) -> dict[str, str]:
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _path(environment: Mapping[str, str]) -> str:
+    """Our Python first, for the entry points of jobs that begin with `#!/usr/bin/env python`."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"

@@ -1,0 +1,241 @@
+"""What Prometheus reads from a running service, against what its clients see."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from serve_cluster import SERVE_CONFIG, serving
+from serving_models import SENTENCES
+
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.checkpoints.checkpoint import save_model
+from gptj_local.processes import HOST
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+CANARY = "xyzzy canary phrase"
+REQUESTS = 50
+PROMPT_WORDS = 10
+NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Service:
+    address: str
+    metrics: str
+    sessions: Path
+
+    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """All of ours, by name and those of their labels that are ours too."""
+        text = httpx.get(self.metrics, timeout=30).text
+        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("ray_gptj"):
+                    ours = {k: v for k, v in sample.labels.items() if k in OURS}
+                    key = (sample.name, tuple(sorted(ours.items())))
+                    values[key] = values.get(key, 0) + sample.value
+        return values
+
+    def wait(self, condition: Callable[[dict], bool]) -> dict:
+        """The samples, as soon as the condition holds: Ray reports every few seconds."""
+        deadline = time.monotonic() + 60
+        while not condition(samples := self.samples()):
+            assert time.monotonic() < deadline, samples
+            time.sleep(0.5)
+        return samples
+
+
+OURS = ("route", "status", "le")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("metrics")
+    tokenizer = GPTJTokenizer.train(SENTENCES, vocab_size=300)
+    torch.manual_seed(0)
+    # So large that the engine's work, and not the proxy's or the client's, is what takes time.
+    shape = dict(vocab_size=len(tokenizer), n_positions=512, n_embd=512, n_layer=8, n_head=8)
+    model = GPTJForCausalLM(GPTJConfig(**shape, rotary_dim=16))
+    with torch.no_grad():  # whole characters only: text that is not yet certain is not sent
+        for token in range(len(tokenizer)):
+            if not tokenizer.decode([token]).isascii():
+                model.lm_head.bias[token] = -100
+    save_model(model, str(folder / "model"), tokenizer=tokenizer)
+    config = yaml.safe_load(SERVE_CONFIG.read_text())
+    config["applications"] = config["applications"][:1]
+    config["applications"][0]["args"] = {
+        "checkpoint": str(folder / "model"),
+        "dtype": "float32",
+        "cache_tokens": 4096,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with serving(config, folder) as (address, node):
+            yield Service(address, f"http://{HOST}:{node.metrics_port}/metrics", folder)
+
+
+@dataclass(frozen=True)
+class Times:
+    first: float
+    end: float
+    tokens: int
+
+
+def ask(client: httpx.Client, number: int) -> Times:
+    body = {
+        "prompt": f"{number} {CANARY}" + " abcdefghijklmnopqrstuvwxyz" * PROMPT_WORDS,
+        "max_tokens": NEW_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    start = time.perf_counter()
+    first, tokens = 0.0, 0
+    with client.stream("POST", "/v1/completions", json=body) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {") and not first:
+                first = time.perf_counter() - start
+            if f'"completion_tokens":{NEW_TOKENS}' in line:
+                tokens = NEW_TOKENS
+    return Times(first, time.perf_counter() - start, tokens)
+
+
+def percentile(samples: dict, name: str, share: float, **labels: str) -> float:
+    """As Prometheus's histogram_quantile: linear within a bucket."""
+    buckets = []
+    for (sample, tags), value in samples.items():
+        given = dict(tags)
+        bound = given.pop("le", None)
+        if sample == f"{name}_bucket" and given == labels and bound is not None:
+            buckets.append((math.inf if bound == "+Inf" else float(bound), value))
+    buckets.sort()
+    wanted = share * buckets[-1][1]
+    lower, below = 0.0, 0.0
+    for bound, count in buckets:
+        if count >= wanted:
+            return lower + (bound - lower) * (wanted - below) / (count - below)
+        lower, below = bound, count
+    raise AssertionError("no bucket has it")
+
+
+def test_numbers_agree_with_the_clients_own(service: Service) -> None:
+    """Percentiles within 10 %, and 10 ms for the proxy and the client, which ours do not see."""
+    # One client for all: to make one takes longer than a request's first token.
+    with (
+        httpx.Client(base_url=service.address, timeout=60) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        times = list(pool.map(lambda number: ask(client, number), range(REQUESTS)))
+    assert all(each.tokens == NEW_TOKENS for each in times)
+    route = "/v1/completions"
+    tokens_out = REQUESTS * NEW_TOKENS
+    samples = service.wait(
+        lambda now: (
+            now.get(("ray_gptj_request_seconds_count", (("route", route),)), 0) == REQUESTS
+            and now.get(("ray_gptj_engine_tokens_out_total", ()), 0) >= tokens_out
+        )
+    )
+    assert samples["ray_gptj_requests_total", (("route", route), ("status", "200"))] == REQUESTS
+    # The 99th of 50 lies between the two slowest.
+    for name, values, labels in (
+        ("ray_gptj_request_seconds", [each.end for each in times], {"route": route}),
+        ("ray_gptj_time_to_first_token_seconds", [each.first for each in times], {}),
+        (
+            "ray_gptj_time_per_output_token_seconds",
+            [(each.end - each.first) / (each.tokens - 1) for each in times],
+            {},
+        ),
+    ):
+        slowest = sorted(values)
+        for share, least, most in (
+            (0.5, statistics.median(values), statistics.median(values)),
+            (0.99, slowest[-2], slowest[-1]),
+        ):
+            ours = percentile(samples, name, share, **labels)
+            assert 0.9 * least - 0.01 < ours < 1.1 * most + 0.01, (name, share)
+    assert samples["ray_gptj_engine_tokens_out_total", ()] == tokens_out
+    assert samples["ray_gptj_engine_tokens_in_total", ()] > REQUESTS * PROMPT_WORDS
+    assert samples["ray_gptj_engine_running", ()] == 0
+    assert samples["ray_gptj_engine_pages_used", ()] == 0
+    assert samples["ray_gptj_engine_pages_total", ()] == 4096 / 16
+    assert samples["ray_gptj_queue_seconds_count", ()] == REQUESTS
+
+
+def test_a_prompt_that_came_before_is_counted_as_known(service: Service) -> None:
+    before = service.samples().get(("ray_gptj_engine_prefix_tokens_hit_total", ()), 0)
+    body = {"prompt": "The same beginning of both. " * 3, "max_tokens": 1}
+    for _ in range(2):
+        httpx.post(f"{service.address}/v1/completions", json=body, timeout=30)
+    service.wait(
+        lambda now: now.get(("ray_gptj_engine_prefix_tokens_hit_total", ()), 0) >= before + 16
+    )
+
+
+def test_every_reply_has_a_request_id_the_clients_own_if_it_sent_one(service: Service) -> None:
+    url = f"{service.address}/v1/completions"
+    body = {"prompt": CANARY, "max_tokens": 2}
+    for status, content in (
+        (200, body),
+        (400, {**body, "n": 2, "best_of": 1}),
+        (422, {"promt": 1}),
+    ):
+        reply = httpx.post(url, json=content, headers={"X-Request-Id": "my-id.1"}, timeout=30)
+        assert (reply.status_code, reply.headers["x-request-id"]) == (status, "my-id.1")
+    assert httpx.get(f"{service.address}/nothing").headers["x-request-id"]
+    reply = httpx.post(url, json=body, timeout=30)
+    assert reply.json()["id"] == f"cmpl-{reply.headers['x-request-id']}"
+    strange = httpx.post(url, json=body, headers={"X-Request-Id": "id," * 100}, timeout=30)
+    assert re.fullmatch("cmpl-[0-9a-f]{32}", strange.json()["id"])
+    with httpx.stream("POST", url, json={**body, "stream": True}, timeout=30) as streamed:
+        lines = list(streamed.iter_lines())
+    assert f'"id":"cmpl-{streamed.headers["x-request-id"]}"' in lines[0]
+
+
+def test_errors_are_counted_by_route_and_status(service: Service) -> None:
+    httpx.post(f"{service.address}/v1/completions", json={"prompt": 1.5})
+    httpx.get(f"{service.address}/v1/models/another")
+    for path in ("/one", "/two"):
+        httpx.get(service.address + path)
+    name = "ray_gptj_requests_total"
+
+    def counted(samples: dict) -> bool:
+        return (
+            samples.get((name, (("route", "/v1/completions"), ("status", "422"))), 0) >= 1
+            and samples.get((name, (("route", "/v1/models/{model_id}"), ("status", "404")))) == 1
+            # Made-up paths share one label.
+            and samples.get((name, (("route", "unknown"), ("status", "404"))), 0) >= 2
+        )
+
+    service.wait(counted)
+
+
+def test_a_client_that_leaves_is_counted_and_its_pages_are_freed(service: Service) -> None:
+    body = {"prompt": CANARY, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    for _ in range(3):
+        with httpx.stream("POST", f"{service.address}/v1/completions", json=body) as reply:
+            next(reply.iter_lines())
+    service.wait(
+        lambda now: (
+            now.get(("ray_gptj_engine_cancellations_total", ()), 0) == 3
+            and now["ray_gptj_engine_pages_used", ()] == 0
+        )
+    )
+
+
+def test_prompts_are_in_no_log(service: Service) -> None:
+    logs = [path for path in service.sessions.rglob("*.log")]
+    assert logs
+    for path in logs:
+        assert CANARY not in path.read_text(errors="replace"), path

@@ -1,0 +1,234 @@
+"""`serve deploy` over a running service: no request fails, and a bad deploy changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import yaml
+from worker_node import worker_node
+
+from gptj import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTJForSequenceClassification,
+    GPTJTokenizer,
+    storage,
+)
+from gptj.checkpoints.checkpoint import save_model
+from gptj.storage.file_lock import FileLock
+from gptj_local.processes import HOST, free_ports
+from gptj_local.ray import LocalRay
+from gptj_local.s3 import LocalS3
+
+pytestmark = pytest.mark.slow
+
+SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yaml"
+PATIENCE_SECONDS = 240
+TEXTS = ("A fine film", "A dull film")
+
+
+@dataclass
+class Rollout:
+    """A cluster whose classification service is deployed as people do it, by `serve deploy`."""
+
+    folder: Path
+    models: str  # address of the folder of all models
+    node: LocalRay
+    environment: dict[str, str]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/classification"
+
+    def deploy(self, model: str, *, port: int | None = None) -> None:
+        """The application of serve.yaml with another checkpoint."""
+        config = yaml.safe_load(SERVE_CONFIG.read_text())
+        (application,) = (a for a in config["applications"] if a["name"] == "classification")
+        application["args"] |= {"checkpoint": f"{self.models}/{model}", "dtype": "float32"}
+        config |= {"applications": [application], "proxy_location": "HeadOnly"}
+        config["http_options"] |= {"host": HOST, "port": port or self.port}
+        path = self.folder / "serve.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [str(Path(sys.executable).parent / "serve"), "deploy", str(path)]
+        command += ["--address", self.node.dashboard]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def application(self) -> dict[str, Any]:
+        reply = httpx.get(
+            f"{self.node.dashboard}/api/serve/applications/",
+            headers={"Authorization": f"Bearer {self.node.token}"},
+            timeout=30,
+        )
+        return reply.json()["applications"].get("classification", {})
+
+    def replicas(self, state: str) -> list[str]:
+        deployments = self.application().get("deployments", {})
+        replicas = deployments.get("classification", {}).get("replicas", [])
+        return [each["replica_id"] for each in replicas if each["state"] == state]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, json.dumps(self.application(), indent=1)
+            time.sleep(0.2)
+
+    def label(self) -> str:
+        """The model's answer, which tells it from others."""
+        reply = httpx.post(f"{self.url}/", json={"inputs": TEXTS[0]}, timeout=30)
+        assert reply.status_code == 200, reply.text
+        return str(reply.json()[0][0]["label"])
+
+
+def save(address: str, label: str, cls: type = GPTJForSequenceClassification) -> None:
+    """A tiny model that has one answer for everything."""
+    tokenizer = GPTJTokenizer.train(TEXTS, vocab_size=270)
+    torch.manual_seed(0)
+    config = GPTJConfig(
+        vocab_size=len(tokenizer),
+        n_positions=32,
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        rotary_dim=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        id2label={0: label, 1: label},
+    )
+    save_model(cls(config), address, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rollout(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rollout]:
+    """As on Kubernetes: no replicas on the head, and only the worker may read S3."""
+    folder = tmp_path_factory.mktemp("rollout")
+    models = "s3://gptj/test-rollout"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
+            patch.setenv(name, value)
+        for name in ("first", "second", "third", "cut-off", "altered"):
+            save(f"{models}/{name}", name)
+        save(f"{models}/another-head", "", GPTJForCausalLM)
+        weights = storage.read_bytes(f"{models}/second/model.safetensors")
+        storage.write_bytes(f"{models}/cut-off/model.safetensors", weights[:-1])
+        altered = weights[:-1] + bytes([weights[-1] ^ 1])
+        storage.write_bytes(f"{models}/altered/model.safetensors", altered)
+    # Where replicas wait for their turn to load is below the temporary folder.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    of_worker = {**environment, **s3_server.environment()}
+    (port,) = free_ports(1)
+    with ExitStack() as stack:
+        node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
+        log = folder / "worker.log"
+        stack.enter_context(worker_node(node, log, cpus=2, environment=of_worker))
+        started = Rollout(folder, models, node, {**environment, **node.environment()}, port)
+        started.deploy("first")
+        started.wait_until(lambda: started.application().get("status") == "RUNNING")
+        yield started
+
+
+@dataclass
+class Client:
+    """Sends one request after another for the length of a block; each must be answered."""
+
+    rollout: Rollout
+    labels: list[str] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Client:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self.labels.append(self.rollout.label())
+            except (httpx.TransportError, AssertionError) as error:
+                self.labels.append(repr(error))
+            time.sleep(0.02)
+
+
+def test_a_changed_model_is_loaded_beside_the_old_one_which_answers_until_then(
+    rollout: Rollout,
+) -> None:
+    """The new replica is held up while it loads: a request that waited for it would hang."""
+    (place,) = rollout.folder.glob("gptj-loading-*/place-0")
+    with Client(rollout) as client, FileLock(place) as loading:
+        loading.take()
+        rollout.deploy("second", port=free_ports(1)[0])
+        rollout.wait_until(lambda: len(rollout.replicas("STARTING")) == 1)
+        assert len(rollout.replicas("RUNNING")) == 1
+        answered = len(client.labels)
+        rollout.wait_until(lambda: len(client.labels) > answered + 20)
+        assert set(client.labels) == {"first"}
+        loading.close()
+        rollout.wait_until(lambda: client.labels[-1] == "second")
+        rollout.wait_until(lambda: rollout.application()["status"] == "RUNNING")
+    # No failure in between; and the changed port was ignored, as our documents say.
+    assert set(client.labels) == {"first", "second"}
+    assert client.labels == sorted(client.labels)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("missing", "s3://gptj/test-rollout/missing"),
+        ("another-head", "is a GPTJForCausalLM, and this deployment serves a GPTJForSequence"),
+        ("cut-off", "model.safetensors"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_before_any_replica_starts(
+    rollout: Rollout, model: str, reason: str
+) -> None:
+    label = rollout.label()
+    with Client(rollout) as client:
+        rollout.deploy(model)
+        rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
+        answered = len(client.labels)
+        rollout.wait_until(lambda: len(client.labels) > answered + 10)
+    assert set(client.labels) == {label}
+    assert re.search(
+        f"the checkpoint cannot be deployed: .*({reason})", rollout.application()["message"]
+    )
+
+
+def test_where_only_loading_shows_that_a_checkpoint_is_bad_the_old_model_stays(
+    rollout: Rollout,
+) -> None:
+    label = rollout.label()
+    with Client(rollout) as client:
+        rollout.deploy("altered")
+        rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
+        answered = len(client.labels)
+        rollout.wait_until(lambda: len(client.labels) > answered + 10)
+    assert set(client.labels) == {label}
+    message = rollout.application()["deployments"]["classification"]["message"]
+    assert "was altered after it was written" in message
+
+
+def test_after_a_failed_deploy_a_good_one_takes_over(rollout: Rollout) -> None:
+    rollout.deploy("missing")
+    rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
+    rollout.deploy("third")
+    rollout.wait_until(lambda: rollout.application()["status"] == "RUNNING")
+    assert rollout.label() == "third"

@@ -1,0 +1,327 @@
+"""The GPU's kernels against PyTorch; without a GPU they run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime.jit import KernelInterface
+
+from gptj import GPTJConfig
+from gptj.engine.runners.base import PageCopy
+from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cuda import kernels, products
+from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs, LayerCache
+from gptj.engine.runners.cuda.plain import PlainOperations
+from gptj.engine.runners.cuda.products import Blocks, multiply_row
+from gptj.engine.runners.cuda.support import try_out
+from gptj.engine.runners.cuda.weights import Norm
+from gptj.model import Rotary
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAGE = 16
+PAGES = 8  # of a sequence
+# Relative to the largest number: fp32's order of summation, and two roundings to fp16's 11 bits.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+# GPT-J's head width, and one that fills no power of two.
+SHAPES = {
+    "head width 256": dict(n_embd=512, n_head=2, rotary_dim=64, n_inner=1100),
+    "head width 10": dict(n_embd=40, n_head=4, rotary_dim=6, n_inner=52),
+}
+dtypes = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "fp16"])
+shapes = pytest.mark.parametrize(
+    ("shape", "dtype"), list(zip(SHAPES, TOLERANCES, strict=True)), ids=["256 fp32", "10 fp16"]
+)
+
+
+def setting(shape: str, dtype: torch.dtype) -> Setting:
+    return Setting(GPTJConfig(n_positions=PAGES * PAGE, **SHAPES[shape]), dtype)
+
+
+class Setting:
+    """A layer's cache of random numbers, and both forms of the operations."""
+
+    def __init__(self, config: GPTJConfig, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.config, self.dtype = config, dtype
+        self.triton = TritonOperations(config, dtype, processors=1)
+        self.plain = PlainOperations(dtype, config.layer_norm_epsilon)
+        self.cache = self._new_cache()
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape).to(DEVICE, dtype or self.dtype)
+
+    def joined(self, tokens: int) -> Tensor:
+        width = self.config.n_embd + self.config.inner_dim
+        return torch.zeros(tokens, width, dtype=self.dtype, device=DEVICE)
+
+    def near(self, ours: Tensor, theirs: Tensor) -> None:
+        difference = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+        assert float(difference) < TOLERANCES[self.dtype]
+
+    def attended(self, inputs: Inputs) -> None:
+        """Both forms attend alike."""
+        tokens = len(inputs.ids_T)
+        q_THK = self.random(tokens, self.config.n_head, self.config.head_dim)
+        ours, theirs = self.joined(tokens), self.joined(tokens)
+        self.triton.attend(q_THK, inputs, self.cache, ours)
+        self.plain.attend(q_THK, inputs, self.cache, theirs)
+        self.near(ours, theirs)
+
+    def _new_cache(self) -> LayerCache:
+        shape = (64, self.config.n_head, PAGE, self.config.head_dim)
+        return LayerCache(self.random(*shape), self.random(*shape))
+
+
+def numbers(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def singles(contexts: list[int]) -> Inputs:
+    """A token at the end of each context, whose pages lie scattered."""
+    count = len(contexts)
+    pages = torch.randperm(64)[: count * PAGES].view(count, PAGES)
+    positions = numbers([context - 1 for context in contexts])
+    return Inputs(numbers([0] * count), positions, positions, numbers(pages.tolist()), count)
+
+
+@pytest.mark.parametrize(("processors", "splits"), [(1, 1), (2, 2), (8, 8)])
+@shapes
+def test_single_tokens_see_ragged_contexts_over_scattered_pages(
+    shape: str, dtype: torch.dtype, processors: int, splits: int
+) -> None:
+    """Contexts that end before, at and after a page's border; some with fewer pages than runs."""
+    contexts = [1, 15, 16, 17, 100, PAGES * PAGE]
+    it = setting(shape, dtype)
+    it.triton = TritonOperations(it.config, dtype, processors * it.config.n_head // 2)
+    assert it.triton.splits(len(contexts)) == splits
+    it.attended(singles(contexts))
+
+
+@shapes
+def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dtype) -> None:
+    """Chunks that end before, at and after a tile's border, with and without a past."""
+    it = setting(shape, dtype)
+    sizes = [(3, 0), (TILE - 1, 33), (TILE, 0), (TILE + 1, 16), (2 * TILE + 5, 47)]
+    chunks, start = [], 1  # after a single token
+    for row, (tokens, position) in enumerate(sizes, start=1):
+        chunks.append(Chunk(row, start, tokens, position))
+        start += tokens
+    positions = [20] + [p for c in chunks for p in range(c.position, c.position + c.tokens)]
+    tiles = [
+        (c.row, c.start + first, min(TILE, c.tokens - first), c.position + first)
+        for c in chunks
+        for first in range(0, c.tokens, TILE)
+    ]
+    tables = singles([1] * 6).tables_RP
+    it.attended(
+        Inputs(
+            numbers([0] * start),
+            numbers(positions),
+            numbers([0] * start),
+            tables,
+            1,
+            tuple(chunks),
+            numbers(tiles),
+        )
+    )
+
+
+@dtypes
+def test_what_lies_beyond_a_context_is_not_seen(dtype: torch.dtype) -> None:
+    it = setting("head width 10", dtype)
+    inputs = singles([17, 40])
+    q_THK = it.random(2, it.config.n_head, it.config.head_dim)
+    clean, other = it.joined(2), it.joined(2)
+    it.triton.attend(q_THK, inputs, it.cache, clean)
+    for row, context in enumerate((17, 40)):
+        for place in range(context, PAGES * PAGE):
+            page = int(inputs.tables_RP[row, place // PAGE])
+            it.cache.keys[page, :, place % PAGE] = torch.nan
+            it.cache.values[page, :, place % PAGE] = torch.nan
+    it.triton.attend(q_THK, inputs, it.cache, other)
+    assert torch.equal(clean, other)
+
+
+@shapes
+def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
+    shape: str, dtype: torch.dtype
+) -> None:
+    it = setting(shape, dtype)
+    config, tokens = it.config, 5
+    entered = it.random(tokens, 3 * config.n_embd + config.inner_dim)
+    bias_I = it.random(config.inner_dim, dtype=torch.float32)
+    rotary = Rotary.at(torch.arange(config.n_positions, device=DEVICE)[None], config)
+    tables = (
+        rotary.sin_BL1R[0, :, 0, ::2].contiguous(),
+        rotary.cos_BL1R[0, :, 0, ::2].contiguous(),
+    )
+    positions, slots = numbers([0, 1, 77, 127, 5]), numbers([0, 1023, 16, 15, 500])
+    inputs = Inputs(numbers([0] * tokens), positions, slots, singles([1] * tokens).tables_RP, 5)
+    results = []
+    for operations in (it.triton, it.plain):
+        cache = LayerCache(it.cache.keys.clone(), it.cache.values.clone())
+        joined = it.joined(tokens)
+        q_THK = operations.spread(entered, bias_I, tables, inputs, cache, joined)
+        results.append((q_THK, cache.keys, cache.values, joined))
+    for ours, theirs in zip(*results, strict=True):
+        it.near(ours, theirs)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+@shapes
+def test_the_residual_stream_is_added_to_and_normed(shape: str, dtype: torch.dtype) -> None:
+    it = setting(shape, dtype)
+    width = it.config.n_embd
+    stream = 1e3 * it.random(3, width, dtype=torch.float32) + 5e3  # a mean that could drown it
+    added_TD, bias_D = it.random(3, width), it.random(width, dtype=torch.float32)
+    norm = Norm(*(it.random(width, dtype=torch.float32) for _ in range(2)))
+    for added in (None, (added_TD, bias_D)):
+        results = []
+        for operations in (it.triton, it.plain):
+            x_TD = stream.clone()
+            arguments = (None, None) if added is None else added
+            results.append((operations.add_and_norm(x_TD, *arguments, norm), x_TD))
+        for ours, theirs in zip(*results, strict=True):
+            it.near(ours, theirs)
+
+
+@dtypes
+@pytest.mark.parametrize("blocks", [Blocks(1, 64, 4), Blocks(4, 32, 4)])
+def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
+    dtype: torch.dtype, blocks: Blocks
+) -> None:
+    it = setting("head width 10", dtype)
+    x_1C, weight = it.random(1, 100), it.random(37, 100)
+    expected = F.linear(x_1C.float(), weight.float())
+    it.near(multiply_row(x_1C, weight, blocks, wide=False), expected)
+    wide = multiply_row(x_1C, weight, blocks, wide=True)
+    torch.testing.assert_close(wide, expected, rtol=0, atol=1e-4)  # nothing is rounded but sums
+
+
+@shapes
+def test_copied_pages_hold_what_was_filled(shape: str, dtype: torch.dtype) -> None:
+    it = setting(shape, dtype)
+    config = it.config
+    cache = it.random(2, 3, 7, config.n_head, PAGE, config.head_dim)
+    copies = [PageCopy(1, 2, filled=5), PageCopy(3, 4, filled=PAGE), PageCopy(1, 6, filled=1)]
+    ours, theirs = cache.clone(), cache.clone()
+    it.triton.copy_pages(ours, copies)
+    it.plain.copy_pages(theirs, copies)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours[:, :, 2, :, :5], cache[:, :, 1, :, :5])
+    assert torch.equal(ours[:, :, 2, :, 5:], cache[:, :, 2, :, 5:])
+
+
+def test_caches_of_more_than_2_31_numbers_are_addressed_whole() -> None:
+    """On a CPU only the pages that are touched take memory, of 17 GB."""
+    it = setting("head width 256", torch.float32)
+    config = it.config
+    last = 2**31 // (config.n_head * PAGE * config.head_dim) + 5
+    whole = torch.empty(2, 1, last + 1, config.n_head, PAGE, config.head_dim, device=DEVICE)
+    page = it.random(2, config.n_head, PAGE, config.head_dim)
+    whole[:, 0, last - 1] = page
+    it.triton.copy_pages(whole, [PageCopy(last - 1, last, filled=PAGE)])
+    assert torch.equal(whole[:, 0, last], page)
+
+    it.cache = LayerCache(whole[0, 0], whole[1, 0])
+    table = numbers([[last] + [0] * (PAGES - 1)])
+    zeros, slots = numbers([0, 0]), numbers([last * PAGE, last * PAGE + 1])
+    rotary = (torch.zeros(PAGES * PAGE, 32, device=DEVICE),) * 2
+    entered = it.random(2, 3 * config.n_embd + config.inner_dim)
+    bias_I = torch.zeros(config.inner_dim, device=DEVICE)
+    inputs = Inputs(zeros, zeros, slots, table, 2)
+    it.triton.spread(entered, bias_I, rotary, inputs, it.cache, it.joined(2))
+    values = entered[:, 2 * config.n_embd : 3 * config.n_embd].view(2, config.n_head, -1)
+    assert torch.equal(it.cache.values[last, :, :2], values.transpose(0, 1))
+
+    it.attended(Inputs(zeros[:1], numbers([PAGE - 1]), slots[:1], table, 1))
+    chunk = Chunk(0, 0, PAGE, 0)
+    many, places = numbers([0] * PAGE), numbers(list(range(PAGE)))
+    tiles = numbers([[0, 0, PAGE, 0]])
+    it.attended(Inputs(many, places, many, table, 0, (chunk,), tiles))
+
+
+class Broken:
+    """A kernel that fails as it is launched."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: object, **names: object) -> None:
+            raise self._error
+
+        return launch
+
+
+KERNELS = [
+    name
+    for name, kernel in vars(kernels).items()
+    if isinstance(kernel, KernelInterface) and name != "multiply_row"
+]
+ERRORS = [
+    OutOfResources(300_000, 232_448, "shared memory"),
+    PTXASError("ptxas fatal"),
+    OSError("no space left on device"),
+    RuntimeError("no C compiler was found"),
+]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_is_tried_before_the_model_is_taken(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = setting("head width 10", torch.float32)
+    monkeypatch.setattr(kernels, name, Broken(ERRORS[0]))
+    with pytest.raises(UnsupportedError, match="OutOfResources: out of resource: shared memory"):
+        try_out(it.triton, DEVICE)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_triton_lacks_is_a_reason_for_pytorch_and_no_failure(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = setting("head width 10", torch.float32)
+    try_out(it.triton, DEVICE)
+    monkeypatch.setattr(kernels, "attend_chunks", Broken(error))
+    with pytest.raises(UnsupportedError, match=f"{type(error).__name__}: "):
+        try_out(it.triton, DEVICE)
+
+
+def test_a_product_that_does_not_compile_is_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
+        multiply(weights[0])
+        return 1.0
+
+    it = setting("head width 10", torch.float32)
+    weight, row = it.random(37, 100), it.random(1, 100)
+    monkeypatch.setattr(products, "_seconds", seconds)
+    monkeypatch.setattr(kernels, "multiply_row", Broken(ERRORS[0]))
+    chooser = products.Products()
+    chooser.measure([weight], wide=True)
+    assert caplog.text.count("is not multiplied with") == len(products.CANDIDATES)
+    it.near(chooser.multiply(row, weight, wide=True), F.linear(row, weight))
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B on an A100, an L4 and an H100."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert result.returncode == 0, result.stderr

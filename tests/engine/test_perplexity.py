@@ -1,0 +1,72 @@
+"""What the engine's number formats cost: perplexity of a trained model, in each of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.checkpoints.checkpoint import save_model
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.sources import read_rows
+from gptj.engine.runners.cpu import library
+from gptj.training.evaluation import evaluate
+from gptj_bench.__main__ import main
+
+TRAIN, TEXT = "sample://documentation", "sample://documentation/evaluation"
+STEPS = 120
+
+
+def trained(folder: str) -> CausalLMData:
+    """A small model that has learned our sample text, saved; and other text to measure with."""
+    rows = list(read_rows(TRAIN, ["text"]))
+    tokenizer = GPTJTokenizer.train([row.text("text") for row in rows], vocab_size=512)
+    torch.manual_seed(0)
+    config = GPTJConfig(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=16,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = GPTJForCausalLM(config)
+    data = CausalLMData(rows, tokenizer, config.n_positions)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(STEPS):
+        examples = [data[(step * 8 + place) % len(data)] for place in range(8)]
+        loss = model(**data.collate(examples)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(model.eval(), folder, tokenizer=tokenizer)
+    return CausalLMData(read_rows(TEXT, ["text"]), tokenizer, config.n_positions)
+
+
+@pytest.mark.slow
+def test_number_formats_cost_less_than_half_a_percent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, whose fp32 row is what evaluation computes without the engine."""
+    try:
+        library.load()
+    except library.UnsupportedError as error:
+        pytest.skip(f"int8 needs our kernels: {error}")
+    folder = str(tmp_path / "model")
+    data = trained(folder)
+    model = GPTJForCausalLM.from_pretrained(folder).eval()
+    expected = evaluate(model, data, batch_size=8, device="cpu")["perplexity"]
+    assert expected < 100, "it has learned nothing: of no use to compare formats with"
+
+    main(["perplexity", f"--model={folder}", f"--data={TEXT}"])
+    _, *rows = map(json.loads, capsys.readouterr().out.splitlines())
+    by_dtype = {row["dtype"]: row for row in rows}
+    assert list(by_dtype) == ["float32", "bfloat16", "int8"]
+    assert math.isclose(by_dtype["float32"]["perplexity"], expected, rel_tol=1e-4)
+    for dtype in ("bfloat16", "int8"):
+        assert abs(by_dtype[dtype]["above_float32_percent"]) < 0.5, by_dtype[dtype]

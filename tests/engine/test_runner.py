@@ -1,0 +1,487 @@
+"""The runners: logits over a paged cache, against the model without one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.engine import sampler
+from gptj.engine.backends import best_runner
+from gptj.engine.cache_size import page_bytes
+from gptj.engine.runners.base import PageCopy, Runner, StepBatch, TorchRunner, independent
+from gptj.engine.runners.cpu import library
+from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
+from gptj.engine.runners.cpu.runner import CpuRunner
+from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.plain import PlainOperations
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.sampling import SamplingParams
+
+PAGE = 16
+LENGTH = 60
+# Differences to the model in fp32, in units of the logits' standard deviation. fp32: the order of
+# summation; fp16 and bf16: 11 and 8 bits of each number; int8: 7 bits of weights and activations.
+TOLERANCES = {
+    "torch": 1e-5,
+    "plain": 1e-5,
+    "triton": 1e-5,
+    "triton fp16": 0.01,
+    "fp32": 1e-5,
+    "bf16": 0.05,
+    "int8": 0.12,
+}
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+needs_kernels = pytest.mark.skipif(
+    not set(library.NEEDED) <= library.processor_flags(), reason="the processor has no AVX-512"
+)
+
+
+def config(**changes: object) -> GPTJConfig:
+    settings = dict(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
+    return GPTJConfig(**{**settings, **changes})
+
+
+# Shapes in which something does not fill a vector or a block, and GPT-J's own head width.
+SHAPES = {
+    "plain": {},
+    "wide heads": dict(n_embd=512, n_head=2, rotary_dim=64, vocab_size=97),
+    "odd sizes": dict(n_embd=40, n_head=4, rotary_dim=6, vocab_size=101, n_inner=52),
+    "all rotated": dict(n_embd=96, n_head=2, rotary_dim=None),
+}
+
+
+def random_model(**changes: object) -> GPTJForCausalLM:
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(config(**changes)).eval()
+    for parameter in model.parameters():
+        # Norms and biases that do something, and logits that differ.
+        noise = torch.randn_like(parameter)
+        parameter.data = 0.05 * noise if parameter.dim() > 1 else parameter.data + 0.1 * noise
+    return model
+
+
+def gpu_runner(model: GPTJForCausalLM, num_pages: int, kind: str) -> CudaRunner:
+    """The GPU's runner; where there is none, on the CPU, with PyTorch or Triton's interpreter."""
+    dtype = torch.float16 if kind == "triton fp16" else torch.float32
+    model = copy.deepcopy(model).to(GPU, dtype)
+    if kind == "plain":
+        operations = PlainOperations(dtype, model.config.layer_norm_epsilon)
+        return CudaRunner(model, num_pages, operations)
+    # As if of six multiprocessors: contexts are then cut for some sizes of a batch, not for all.
+    return CudaRunner(model, num_pages, TritonOperations(model.config, dtype, 6))
+
+
+# Operators by which the host waits for a number of the device.
+WAITING = {"is_nonzero", "item", "_local_scalar_dense", "nonzero", "equal"}
+
+
+@dataclass
+class Case:
+    model: GPTJForCausalLM  # in fp32, on the CPU
+    runner: Runner
+    tolerance: float
+
+
+@pytest.fixture(params=list(TOLERANCES))
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
+    """Makes a model with a runner of each kind; fp32, bf16 and int8 are our CPU kernels."""
+    if request.param in KINDS and not set(library.NEEDED) <= library.processor_flags():
+        pytest.skip("the processor has no AVX-512")
+    if request.param == "triton fp16" and GPU.type == "cpu":
+        pytest.skip("no CUDA device on this machine")
+    runners: list[Runner] = []
+
+    def make_case(num_pages: int = 32, **changes: object) -> Case:
+        model = random_model(**changes)
+        runner: Runner
+        if request.param == "torch":
+            runner = TorchRunner(model, num_pages)
+        elif request.param not in KINDS:
+            runner = gpu_runner(model, num_pages, request.param)
+        else:
+            runner = CpuRunner(model, num_pages, request.param)
+        runners.append(runner)
+        return Case(model, runner, TOLERANCES[request.param])
+
+    yield make_case
+    for runner in runners:
+        runner.close()
+
+
+def numbers(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def random_ids(count: int, vocabulary: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, count).astype(np.int32)
+
+
+@torch.inference_mode()
+def step(runner: Runner, *sequences: tuple[np.ndarray, int, list[int]]) -> list[Tensor]:
+    """One step of (ids, position of the first, pages); all logits of each sequence."""
+    lengths = [len(ids) for ids, _, _ in sequences]
+    most = max(len(pages) for _, _, pages in sequences)
+    logits = runner.step(
+        StepBatch(
+            np.concatenate([ids for ids, _, _ in sequences]),
+            np.concatenate([first + np.arange(len(ids)) for ids, first, _ in sequences]).astype(
+                np.int32
+            ),
+            np.cumsum([0, *lengths]).astype(np.int32),
+            np.array([pages + [0] * (most - len(pages)) for _, _, pages in sequences], np.int32),
+            np.arange(sum(lengths), dtype=np.int32),
+        )
+    )
+    return list(logits.cpu().split(lengths))
+
+
+@torch.inference_mode()
+def reference(model: GPTJForCausalLM, ids: np.ndarray) -> Tensor:
+    return model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].float()
+
+
+def assert_near(case: Case, ours: Tensor, ids: np.ndarray) -> None:
+    theirs = reference(case.model, ids)
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.std()) < case.tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_the_models_over_scattered_pages_and_in_chunks(
+    make: Callable[..., Case], shape: str
+) -> None:
+    case = make(**SHAPES[shape])
+    ids = random_ids(LENGTH, case.model.config.vocab_size)
+    pages = [7, 3, 31, 0]
+    chunks = [
+        step(case.runner, (ids[start:end], start, pages))[0]
+        for start, end in ((0, 25), (25, 26), (26, 48), (48, LENGTH))
+    ]
+    assert_near(case, torch.cat(chunks), ids)
+
+
+def test_sequences_of_a_step_do_not_mix(make: Callable[..., Case]) -> None:
+    case = make()
+    long, short = random_ids(LENGTH, 300, 1), random_ids(9, 300, 2)
+    step(case.runner, (long[:50], 0, [1, 2, 3, 4]))
+    after, whole = step(case.runner, (long[50:], 50, [1, 2, 3, 4]), (short, 0, [5]))
+    assert_near(case, whole, short)
+    assert float((after - reference(case.model, long)[50:]).abs().max()) < 2 * case.tolerance
+
+
+def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
+    case = make()
+    ids = random_ids(LENGTH, 300)
+    step(case.runner, (ids[:20], 0, [1, 2]))
+    with torch.inference_mode():
+        case.runner.copy_pages([PageCopy(2, 9, filled=4)])
+    other = random_ids(10, 300, 5)
+    step(case.runner, (other, 20, [1, 2]))  # overwrites what follows in page 2, not in page 9
+    (rest,) = step(case.runner, (ids[20:30], 20, [1, 9]))
+    assert float((rest - reference(case.model, ids[:30])[20:]).abs().max()) < 2 * case.tolerance
+
+
+def test_a_cache_made_anew_works(make: Callable[..., Case]) -> None:
+    case = make()
+    ids = random_ids(LENGTH, 300)
+    step(case.runner, (ids, 0, [1, 2, 3, 4]))
+    case.runner.reset()
+    assert_near(case, step(case.runner, (ids, 0, [4, 3, 2, 1]))[0], ids)
+
+
+def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[..., Case]) -> None:
+    """A page may have been another request's, whose output was not finite."""
+    case = make()
+    ids = random_ids(LENGTH, 300)
+    (clean,) = step(case.runner, (ids[:20], 0, [1, 2]))
+    wte = case.model.transformer.wte.weight
+    if isinstance(case.runner, CpuRunner | CudaRunner):
+        case.runner._cache[:, :, 1:3] = torch.nan
+    else:
+        assert isinstance(case.runner, TorchRunner) and wte.isfinite().all()
+        case.runner._keys[:, 1:3] = torch.nan
+        case.runner._values[:, 1:3] = torch.nan
+    (again,) = step(case.runner, (ids[:20], 0, [1, 2]))
+    assert torch.equal(clean, again)
+
+
+@pytest.mark.parametrize("kind", ["torch", "plain", pytest.param("cpu", marks=needs_kernels)])
+def test_logits_that_round_to_one_number_of_bf16_are_told_apart(kind: str) -> None:
+    """Near 20 bf16's numbers are 0.125 apart: 20 and 20.0625 would be one, and the first win."""
+    model = random_model().to(torch.bfloat16)
+    model.transformer.ln_f.weight.data.fill_(0)
+    model.transformer.ln_f.bias.data.fill_(0.5)
+    model.lm_head.weight.data.fill_(0)
+    model.lm_head.bias.data.fill_(0)
+    model.lm_head.weight.data[5:7] = 0.625
+    model.lm_head.weight.data[6, 0] += 0.125
+    runner: Runner
+    if kind == "torch":
+        runner = TorchRunner(model, 8)
+    elif kind == "plain":
+        operations = PlainOperations(torch.bfloat16, model.config.layer_norm_epsilon)
+        runner = CudaRunner(model, 8, operations)
+    else:
+        runner = CpuRunner(model, 8, "bf16")
+    for ids in (numbers(7), numbers(7, 8, 9)):  # as a decode step, and as a chunk
+        (logits,) = step(runner, (ids, 0, [2]))
+        assert logits.dtype == torch.float32
+        assert logits[-1, 5:7].tolist() == [20.0, 20.0625] and int(logits[-1].argmax()) == 6
+    runner.close()
+
+
+class Operators(TorchDispatchMode):
+    """The names of PyTorch's operators that were called, and which kernels attention took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attention: list[SDPBackend] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.names.add(function.__name__.partition(".")[0])
+        if function is torch.ops.aten.scaled_dot_product_attention.default:
+            self.attention.append(SDPBackend(torch._fused_sdp_choice(*args, **kwargs)))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["torch", "plain"])
+def test_attention_has_the_shape_for_which_there_are_fused_kernels(kind: str) -> None:
+    """Also on a T4, which has PyTorch's alone. A step waits for no number of the device's."""
+    model = random_model()
+    runner = TorchRunner(model, 8) if kind == "torch" else gpu_runner(model, 8, "plain")
+    with Operators() as called:
+        step(runner, (random_ids(20, 300), 0, [1, 2]), (random_ids(1, 300), 0, [3]))
+    assert called.attention == [SDPBackend.FLASH_ATTENTION] * 2 * model.config.n_layer
+    assert not called.names & WAITING
+    runner.close()
+
+
+def test_sampling_waits_for_the_device_when_the_tokens_are_there_and_not_before() -> None:
+    """Also where top_p keeps more tokens than are looked at first: then all is drawn again."""
+    wide = SamplingParams(temperature=1.0, top_p=0.95, min_p=1e-9, seed=5, logprobs=3)
+    narrow = replace(wide, top_p=0.2, presence_penalty=0.5, logit_bias={3: 1.0})
+    logits_RV = torch.linspace(0, 1, 9000).repeat(2, 1)[:, torch.randperm(9000)]
+    expected = []
+    for first in (sampler.CANDIDATES, 9000):
+        chooser = sampler.Sampler(9000, [7], torch.device("cpu"))
+        for key, params in enumerate((wide, narrow)):
+            chooser.add(key, params, [1], [])
+        chooser._batch = sampler._Batch(
+            [0, 1], [chooser._states[0], chooser._states[1]], torch.device("cpu")
+        )
+        chooser._batch._candidates = first
+        with torch.inference_mode(), Operators() as called:
+            expected.append([chooser.sample(logits_RV.clone(), [0, 1]) for _ in range(20)])
+        assert chooser._batch._candidates > 8000  # 0.95 of nearly equal ones
+        assert not called.names & WAITING
+    assert expected[0] == expected[1]
+
+
+def test_copies_are_made_at_once_unless_one_needs_what_another_changes() -> None:
+    a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
+    freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
+    assert list(independent([a, b])) == [[a, b]]
+    assert list(independent([a, freed])) == [[a], [freed]]  # page 1 was handed out again
+    assert list(independent([a, b, again, freed])) == [[a, b], [again, freed]]
+    assert list(independent([])) == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_kernels_give_the_same_bits_in_any_batch_and_chunks(kind: str) -> None:
+    runner = CpuRunner(random_model(n_embd=192, n_head=3), 256, kind, threads=2)  # type: ignore[arg-type]
+    ids = random_ids(40, 300)
+    (whole,) = step(runner, (ids, 0, [0, 1, 2]))
+    one_by_one = [step(runner, (ids[i : i + 1], i, [3, 4, 5]))[0] for i in range(40)]
+    assert torch.equal(whole, torch.cat(one_by_one))
+    for others in (1, 7, 12, 13, 30):
+        beside = [(random_ids(3, 300, other), 0, [20 + other]) for other in range(others)]
+        assert torch.equal(whole, step(runner, *beside, (ids, 0, [6, 7, 8]))[-1]), others
+    runner.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_give_the_same_bits_on_any_number_of_threads(threads: int) -> None:
+    model = random_model()
+    ids = random_ids(LENGTH, 300)
+    results = []
+    for count in (2, threads):
+        runner = CpuRunner(model, 8, "bf16", threads=count)
+        results += step(runner, (ids, 0, [0, 1, 2, 3]))
+        runner.close()
+    assert torch.equal(*results)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_kernels_do_not_hide_what_is_not_finite(kind: str, broken: float) -> None:
+    model = random_model()
+    model.transformer.wte.weight.data[5, 3] = broken
+    runner = CpuRunner(model, 8, kind)  # type: ignore[arg-type]
+    bad, good = step(runner, (numbers(1, 5, 2), 0, [0]), (numbers(1, 6, 2), 0, [1]))
+    assert good.isfinite().all()
+    assert not bad[1].isfinite().any()
+    runner.close()
+
+
+@needs_kernels
+def test_a_released_model_lives_on_in_the_runner_alone() -> None:
+    model = random_model()
+    ids = random_ids(LENGTH, 300)
+    expected = reference(model, ids)
+    runner = best_runner(model, 100, release=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 0
+    (logits,) = step(runner, (ids, 0, [0, 1, 2, 3]))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    runner.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_given_back_while_they_are_packed_unless_they_are_the_embedding(
+    tied: bool,
+) -> None:
+    model = random_model(tie_word_embeddings=tied, vocab_size=3000)
+    ids = random_ids(LENGTH, 300)
+    expected = reference(model, ids)
+    weight = model.lm_head.weight.detach()
+    runner = best_runner(model, 100, release=True)
+    gone = float((weight == 0).float().mean())
+    assert gone == 0 if tied else gone > 0.7  # whole pages of each piece
+    (logits,) = step(runner, (ids, 0, [0, 1, 2, 3]))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    runner.close()
+
+
+def new_bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("shapes", "beside"),
+    [
+        ([(100, 64)], False),
+        ([(300, 64), (20, 64), (600, 64)], False),  # which do not end with a block
+        ([(256, 8)] * 3, False),
+        ([(300, 64), (300, 200)], True),
+    ],
+)
+def test_several_weights_are_packed_as_the_one_that_they_make(
+    kind: Kind, shapes: list[tuple[int, int]], beside: bool
+) -> None:
+    weights = [torch.randn(shape) for shape in shapes]
+    spent: list[Tensor] = []
+    packed = pack(weights, None, kind, new_bytes, beside=beside, spent=spent.append)
+    whole = torch.cat(weights, dim=int(beside))
+    assert sum(map(torch.numel, spent)) == whole.numel()
+    words = torch.zeros(-(-len(whole) // 32) * 32, packed.data.shape[1], dtype=torch.int32)
+    if kind == "int8":
+        values, scales = quantized(whole)
+        assert packed.scales is not None and torch.equal(packed.scales, scales)
+    else:
+        values = whole.to(torch.float32 if kind == "fp32" else torch.bfloat16)
+    words[: len(whole)] = values.view(torch.int32)
+    blocks, width, _ = packed.data.shape
+    assert torch.equal(packed.data, words.view(blocks, 32, width).transpose(1, 2))
+    assert (packed.columns, packed.inputs) == whole.shape
+
+
+def test_quantized_weights_are_within_half_a_step() -> None:
+    weight = torch.randn(33, 64)
+    weight[7] = 0
+    unsigned, scales = quantized(weight)
+    restored = (unsigned.float() - 128) * scales[:, None]
+    assert ((restored - weight).abs() <= 0.5001 * scales[:, None]).all()
+    assert unsigned.min() >= 1  # symmetric
+
+
+@pytest.mark.parametrize(("kind", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
+def test_packed_weights_take_their_width_and_no_more(kind: str, size: int) -> None:
+    weight = torch.randn(64, 32)
+    packed = pack([weight], None, kind, new_bytes)  # type: ignore[arg-type]
+    assert packed.data.nbytes == 64 * 32 * size
+    scales = 64 * 4 if kind == "int8" else 0
+    assert packed.bytes_read == packed.data.nbytes + 64 * 4 + scales
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [(dict(activation_function="relu"), "gelu_new"), (dict(n_inner=50), "n_inner=50")],
+)
+def test_a_model_that_the_kernels_do_not_know_runs_on_pytorch_and_the_log_says_why(
+    changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_model(**changes)
+    with caplog.at_level(logging.WARNING):
+        runner = best_runner(model, 64)
+    assert isinstance(runner, TorchRunner)
+    if set(library.NEEDED) <= library.processor_flags():
+        assert reason in caplog.text
+    ids = random_ids(LENGTH, 300)
+    torch.testing.assert_close(
+        step(runner, (ids, 0, [3, 2, 1, 0]))[0], reference(model, ids), rtol=0, atol=1e-5
+    )
+    with pytest.raises(library.UnsupportedError, match="int8"):
+        best_runner(model, 64, quantization="int8")
+
+
+@needs_kernels
+def test_without_a_compiler_there_is_a_reason_and_a_plain_runner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.load.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(best_runner(random_model(), 64), TorchRunner)
+    assert "no-such-compiler" in caplog.text
+    library.load.cache_clear()
+
+
+@needs_kernels
+def test_the_library_is_built_once_and_left_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = library._built()
+    written = first.stat().st_mtime_ns
+    assert library._built() == first and first.stat().st_mtime_ns == written
+    assert [path.name for path in (tmp_path / "gptj").iterdir()] == [first.name]
+
+
+def test_the_cache_has_whole_pages_and_at_least_the_tokens_asked_for() -> None:
+    runner = best_runner(random_model(), 17)
+    assert runner.num_pages == 2 and runner.page_size == PAGE
+    assert page_bytes(runner.config, 4) == 2 * 2 * 16 * 64 * 4
+    with pytest.raises(ValueError, match="cache_tokens must be 1 or more, got 0"):
+        best_runner(random_model(), 0)
+    runner.close()
+
+
+def test_runs_on_every_device(device: torch.device) -> None:
+    model = random_model().to(device)
+    ids = random_ids(LENGTH, 300)
+    runner = best_runner(model, 64)
+    (logits,) = step(runner, (ids, 0, [3, 2, 1, 0]))
+    expected = model(torch.from_numpy(ids.astype(np.int64))[None].to(device)).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    runner.close()

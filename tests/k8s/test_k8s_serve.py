@@ -1,0 +1,109 @@
+"""The RayService against serve.yaml."""
+
+from __future__ import annotations
+
+import importlib
+
+import yaml
+from manifests import (
+    K8S,
+    Object,
+    named,
+    of_kind,
+)
+
+from gptj_local.ray import PROXY_MIDDLEWARES
+
+
+def test_serve_gets_serve_yaml_with_another_place(objects: list[Object]) -> None:
+    """All but the block `place` is the file's; there the same settings, on all addresses."""
+    (service,) = of_kind(objects, "RayService")
+    text = service["spec"]["serveConfigV2"]
+    file = (K8S / "base" / "serve.yaml").read_text()
+    marker = "proxy_location:"
+    assert text.count(marker) == file.count(marker) == 1
+    assert text.partition(marker)[2] == file.partition(marker)[2]
+    here, there = yaml.safe_load(text)["place"], yaml.safe_load(file)["place"]
+    assert list(here) == list(there)
+    assert there["host"] == "127.0.0.1" and here["host"] == "0.0.0.0"
+
+
+def test_serve_takes_the_configuration_and_its_import_paths_exist(objects: list[Object]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    (service,) = of_kind(objects, "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(config)
+    for application in config["applications"]:
+        module, _, name = application["import_path"].partition(":")
+        built = getattr(importlib.import_module(module), name)(
+            importlib.import_module(module).Arguments(**application["args"])
+        )
+        (deployment,) = application["deployments"]
+        assert built._bound_deployment.name == deployment["name"]
+
+
+def test_the_proxies_of_serve_have_our_middlewares(objects: list[Object]) -> None:
+    (environment,) = [
+        each["data"]
+        for each in of_kind(objects, "ConfigMap")
+        if each["metadata"]["name"].startswith("environment")
+    ]
+    path = environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
+    assert path == PROXY_MIDDLEWARES  # as on one machine
+    module, _, name = path.partition(":")
+    assert getattr(importlib.import_module(module), name)()
+
+
+def test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(
+    objects: list[Object],
+) -> None:
+    (service,) = of_kind(objects, "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    room = {"num_cpus": float(limits["cpu"]), "num_gpus": float(limits.get("nvidia.com/gpu", 0))}
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    deployments = [each["deployments"][0] for each in config["applications"]]
+    for kind, count in room.items():
+        for bound, replicas in (("minReplicas", "min_replicas"), ("maxReplicas", "max_replicas")):
+            needed = sum(
+                each["autoscaling_config"][replicas] * each["ray_actor_options"].get(kind, 0)
+                for each in deployments
+            )
+            assert needed <= workers[bound] * count, (kind, bound)
+    if room["num_gpus"]:
+        assert all(each["ray_actor_options"]["num_gpus"] for each in deployments)
+        (job,) = of_kind(objects, "RayJob")
+        (trainers,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        gpus = trainers["template"]["spec"]["containers"][0]["resources"]["limits"][
+            "nvidia.com/gpu"
+        ]
+        quota = named(objects, "ResourceQuota", "gpus")["spec"]["hard"]["requests.nvidia.com/gpu"]
+        serving = workers["maxReplicas"] * room["num_gpus"]
+        # An upgrade has two clusters.
+        assert 2 * serving + trainers["maxReplicas"] * float(gpus) <= float(quota)
+
+
+# For a replica on a new machine: k8s/sizing.md's assumptions come to under nine minutes.
+START_ELSEWHERE_SECONDS = 600
+
+
+def test_nothing_ends_before_the_longest_request(objects: list[Object]) -> None:
+    (service,) = of_kind(objects, "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    longest = config["http_options"]["request_timeout_s"]
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:3] == ["python", "-m", "deployments.drain"]
+    importlib.import_module("deployments.drain")
+    drain = int(command[command.index("--seconds") + 1])
+    assert longest < drain < pod["terminationGracePeriodSeconds"]
+    assert longest < service["spec"]["rayClusterDeletionDelaySeconds"]
+    for application in config["applications"]:
+        (deployment,) = application["deployments"]
+        graceful = deployment["graceful_shutdown_timeout_s"]
+        assert longest <= graceful <= drain - START_ELSEWHERE_SECONDS
+    assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+    assert service["spec"]["excludeHeadPodFromServeSvc"] is True

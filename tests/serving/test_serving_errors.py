@@ -1,0 +1,363 @@
+"""What a client can get wrong: a status, a reason and a field for each."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import Request
+from http_server import listening
+from serving_client import ANSWERS, CLASSIFICATION, COMPLETIONS, assert_error
+from serving_models import CONTEXT, SHORT_CONTEXT
+
+from gptj.serving.app import new_app
+from gptj.serving.classification import ClassificationParameters, ClassificationRequest
+from gptj.serving.completions.schemas import (
+    Choice,
+    Completion,
+    CompletionRequest,
+    RequestModel,
+    StreamOptions,
+)
+from gptj.serving.errors import APIError, OverloadedError, UnavailableError
+from gptj.serving.middleware.limits import MAX_BODY_BYTES
+from gptj.serving.question_answering import (
+    QuestionAndContext,
+    QuestionAnsweringParameters,
+    QuestionAnsweringRequest,
+)
+from gptj.serving.tokenize import DetokenizeRequest, TokenizeRequest
+
+pytest_plugins = ["serving_fixtures"]
+
+HERE = {"question": "Who?", "context": "Anna wrote it."}
+LONG = "The tower " * 1000
+
+
+WRONG: list[tuple[str, Any, int, str]] = [
+    (COMPLETIONS, b"", 422, "JSON object"),
+    (COMPLETIONS, b"{", 400, "no JSON"),
+    (COMPLETIONS, b"\xff\xfe{}", 400, "JSON"),
+    (COMPLETIONS, b'{"prompt": "\xc3("}', 400, "JSON"),
+    (COMPLETIONS, b'{"prompt": ' + b"[" * 100_000, 400, "JSON"),
+    (COMPLETIONS, b'{"prompt": ' + b"[" * 800 + b"]" * 800 + b"}", 422, "prompt"),
+    (COMPLETIONS, b'{"n": 1' + b"0" * 5000 + b"}", 400, "JSON"),
+    (COMPLETIONS, b'{"prompt": "x", "temperature": NaN}', 422, "temperature"),
+    (COMPLETIONS, b'{"prompt": "x", "temperature": Infinity}', 422, "temperature"),
+    (COMPLETIONS, b'{"prompt": "x", "top_p": -Infinity}', 422, "top_p"),
+    (COMPLETIONS, b'{"prompt": "x", "logit_bias": {"1": NaN}}', 422, "logit_bias"),
+    (COMPLETIONS, b'{"prompt": "\\ud800"}', 422, "surrogate"),
+    (COMPLETIONS, b'{"prompt": "x", "stop": "\\ud800"}', 422, "surrogate"),
+    (COMPLETIONS, b'{"prompt": "x", "model": "\\ud800"}', 404, "no model"),
+    (COMPLETIONS, b'{"prompt": "x", "\\ud800": 1}', 422, "body: Input should be"),
+    (COMPLETIONS, b'{"prompt": "x", "logit_bias": {"\\ud800": 1}}', 422, "logit_bias"),
+    (COMPLETIONS, b'{"prompt": "x", "model": "\\u0000"}', 404, "no model"),
+    (COMPLETIONS, [], 422, "JSON object"),
+    (COMPLETIONS, None, 422, "JSON object"),
+    (COMPLETIONS, "x", 422, "JSON object"),
+    (COMPLETIONS, {"prompt": []}, 422, "empty list"),
+    (COMPLETIONS, {"prompt": [[]]}, 422, "empty list"),
+    (COMPLETIONS, {"prompt": 5}, 422, "prompt"),
+    (COMPLETIONS, {"prompt": {"a": 1}}, 422, "prompt"),
+    (COMPLETIONS, {"prompt": [1, "x"]}, 422, "mixture"),
+    (COMPLETIONS, {"prompt": [True]}, 422, "prompt"),
+    (COMPLETIONS, {"prompt": [1.5]}, 422, "prompt"),
+    (COMPLETIONS, {"prompt": [[1], ["x"]]}, 422, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, 400, "-1"),
+    (COMPLETIONS, {"prompt": [305]}, 400, "305 is not in the vocabulary"),
+    (COMPLETIONS, {"prompt": [10**30]}, 400, "vocabulary"),
+    (COMPLETIONS, {"prompt": LONG}, 400, f"context is {CONTEXT} tokens, but "),
+    (COMPLETIONS, {"prompt": LONG * 50}, 400, "asked for: at least "),
+    (COMPLETIONS, {"prompt": [5] * 2000, "max_tokens": 49}, 400, "2049 are asked for: 2000 of"),
+    (COMPLETIONS, {"prompt": ["x"] * 129}, 400, "129 prompts"),
+    (COMPLETIONS, {"n": 129}, 400, "129 outputs"),
+    (COMPLETIONS, {"n": 10**30}, 400, "outputs"),
+    (COMPLETIONS, {"n": 0}, 400, "n must be 1 or more, got 0"),
+    (COMPLETIONS, {"n": 1.5}, 422, "n: "),
+    (COMPLETIONS, {"n": "2"}, 422, "n: "),
+    (COMPLETIONS, {"n": True}, 422, "n: "),
+    (COMPLETIONS, {"n": 3, "best_of": 2}, 400, "best_of=2"),
+    (COMPLETIONS, {"best_of": 2, "stream": True}, 400, "best"),
+    (COMPLETIONS, {"suffix": "end"}, 400, "suffix"),
+    (COMPLETIONS, {"max_tokens": -1}, 400, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 0}, 400, "echo"),
+    (COMPLETIONS, {"max_tokens": 10**30}, 400, "context"),
+    (COMPLETIONS, {"max_tokens": 5, "min_tokens": 6}, 400, "min_tokens"),
+    (COMPLETIONS, {"min_tokens": -1}, 400, "min_tokens"),
+    (COMPLETIONS, {"min_tokens": 5000}, 400, "context"),
+    (COMPLETIONS, {"temperature": -0.1}, 400, "temperature must be in"),
+    (COMPLETIONS, {"temperature": 10**300}, 400, "temperature must be in"),
+    (COMPLETIONS, {"temperature": 10**400}, 422, "temperature"),
+    (COMPLETIONS, {"temperature": "hot"}, 422, "temperature"),
+    (COMPLETIONS, {"top_p": -0.1}, 400, "top_p must be in [0, 1], got -0.1"),
+    (COMPLETIONS, {"top_p": 1.1}, 400, "top_p"),
+    (COMPLETIONS, {"top_k": -2}, 400, "top_k"),
+    (COMPLETIONS, {"min_p": 2}, 400, "min_p"),
+    (COMPLETIONS, {"repetition_penalty": 0}, 400, "repetition_penalty"),
+    (COMPLETIONS, {"presence_penalty": 3}, 400, "presence_penalty"),
+    (COMPLETIONS, {"frequency_penalty": -3}, 400, "frequency_penalty"),
+    (COMPLETIONS, {"logprobs": 6}, 400, "logprobs must be in [0, 5]"),
+    (COMPLETIONS, {"logprobs": -1}, 400, "logprobs"),
+    (COMPLETIONS, {"logprobs": True}, 422, "logprobs"),
+    (COMPLETIONS, {"stop": ""}, 422, "empty"),
+    (COMPLETIONS, {"stop": ["a", 1]}, 422, "stop"),
+    (COMPLETIONS, {"stop": ["x"] * 17}, 400, "stop"),
+    (COMPLETIONS, {"stop": "x" * 1001}, 400, "stop"),
+    (COMPLETIONS, {"stream_options": {"include_usage": True}}, 400, "stream"),
+    (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, 422, "stream_options.x"),
+    (COMPLETIONS, {"stream": "yes"}, 422, "stream"),
+    (COMPLETIONS, {"logit_bias": {"x": 1}}, 422, "'x' is no token id"),
+    (COMPLETIONS, {"logit_bias": {"310": 1}}, 400, "310"),
+    (COMPLETIONS, {"logit_bias": {"-1": 1}}, 422, "-1"),
+    (COMPLETIONS, {"logit_bias": {"1": 101}}, 422, "101"),
+    (COMPLETIONS, {"logit_bias": {"1": "2"}}, 422, "logit_bias"),
+    (COMPLETIONS, {"logit_bias": [1]}, 422, "logit_bias"),
+    (COMPLETIONS, {"logit_bias": {str(n): 1 for n in range(1025)}}, 400, "logit_bias"),
+    (COMPLETIONS, {"stop_token_ids": [310]}, 400, "310"),
+    (COMPLETIONS, {"stop_token_ids": [-5]}, 400, "-5"),
+    (COMPLETIONS, {"stop_token_ids": 5}, 422, "stop_token_ids"),
+    (COMPLETIONS, {"seed": 1.5}, 422, "seed"),
+    (COMPLETIONS, {"nonsense": 1}, 422, "nonsense: there is no such field"),
+    (COMPLETIONS, {"model": "other"}, 404, "'other'"),
+    (COMPLETIONS, {"model": 5}, 422, "model"),
+    (COMPLETIONS, {"use_beam_search": True, "stream": True}, 400, "stream"),
+    (COMPLETIONS, {"use_beam_search": True, "temperature": 0.5}, 400, "temperature"),
+    (COMPLETIONS, {"use_beam_search": True, "logprobs": 1}, 400, "logprobs"),
+    (COMPLETIONS, {"use_beam_search": True, "n": 100}, 400, "num_beams"),
+    (COMPLETIONS, {"use_beam_search": True, "length_penalty": 1e300}, 400, "length_penalty"),
+    (COMPLETIONS, {"length_penalty": 2.0}, 400, "use_beam_search"),
+    ("/tokenize", {}, 422, "prompt"),
+    ("/tokenize", {"prompt": ["x"]}, 422, "prompt"),
+    ("/tokenize", b'{"prompt": "\\udfff"}', 422, "prompt"),
+    ("/tokenize", {"prompt": "x", "model": "other"}, 404, "'other'"),
+    ("/detokenize", {"tokens": [999]}, 400, "999"),
+    ("/detokenize", {"tokens": [-1]}, 400, "-1"),
+    ("/detokenize", {"tokens": [10**30]}, 400, "vocabulary"),
+    ("/detokenize", {"tokens": "x"}, 422, "tokens"),
+    (CLASSIFICATION, b"{", 400, "no JSON"),
+    (CLASSIFICATION, {}, 422, "inputs"),
+    (CLASSIFICATION, {"inputs": []}, 422, "empty list"),
+    (CLASSIFICATION, {"inputs": [1]}, 422, "inputs"),
+    (CLASSIFICATION, {"inputs": {"text": "x"}}, 422, "inputs"),
+    (CLASSIFICATION, b'{"inputs": "\\ud800"}', 422, "surrogate"),
+    (CLASSIFICATION, {"inputs": ""}, 400, "empty"),
+    (CLASSIFICATION, {"inputs": ["x", ""]}, 400, "inputs[1]"),
+    (CLASSIFICATION, {"inputs": ["x"] * 257}, 400, "257"),
+    (CLASSIFICATION, {"inputs": LONG}, 400, f"context is {SHORT_CONTEXT}"),
+    (CLASSIFICATION, {"inputs": LONG * 50}, 400, "has at least "),
+    (CLASSIFICATION, {"inputs": "x", "parameters": {"top_k": 0}}, 400, "top_k"),
+    (CLASSIFICATION, {"inputs": "x", "parameters": {"top_k": "all"}}, 422, "top_k"),
+    (CLASSIFICATION, {"inputs": "x", "parameters": {"function_to_apply": "f"}}, 422, "softmax"),
+    (CLASSIFICATION, {"inputs": "x", "parameters": []}, 422, "parameters"),
+    (CLASSIFICATION, {"inputs": "x", "parameters": {"other": 1}}, 422, "parameters.other"),
+    (ANSWERS, b"{", 400, "no JSON"),
+    (ANSWERS, {}, 422, "inputs"),
+    (ANSWERS, {"inputs": "x"}, 422, "inputs"),
+    (ANSWERS, {"inputs": {"question": "x"}}, 422, "inputs.context"),
+    (ANSWERS, {"inputs": {**HERE, "question": " "}}, 422, "inputs.question: must not be empty"),
+    (ANSWERS, {"inputs": {**HERE, "context": ""}}, 422, "inputs.context: must not be empty"),
+    (ANSWERS, b'{"inputs": {"question": "\\ud800", "context": "x"}}', 422, "inputs.question"),
+    (ANSWERS, {"inputs": {**HERE, "question": LONG}}, 400, f"of the {SHORT_CONTEXT} of a window"),
+    (ANSWERS, {"inputs": {**HERE, "context": LONG * 50}}, 400, "windows of"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"top_k": 0}}, 400, "top_k"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"top_k": 10**30}}, 400, "top_k"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"max_answer_len": 0}}, 400, "max_answer_len"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"max_seq_len": 65}}, 400, "max_seq_len"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"doc_stride": 64}}, 400, "doc_stride"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"doc_stride": -1}}, 400, "doc_stride"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"handle_impossible_answer": 1}}, 422, "impossible"),
+    (ANSWERS, {"inputs": HERE, "parameters": {"other": 1}}, 422, "parameters.other"),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "reason"), WRONG, ids=lambda each: str(each)[:40]
+)
+def test_what_is_wrong_gets_its_status_and_the_reason(
+    service: str, route: str, body: Any, status: int, reason: str
+) -> None:
+    if route == COMPLETIONS and isinstance(body, dict):
+        body = {"prompt": "x", **body}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(service + route, content=content, headers=headers, timeout=30)
+    assert_error(reply, status, reason)
+
+
+HUGEST = int("9" * 4300)
+HUGE: list[Any] = [int("9" * 309), HUGEST, -HUGEST, [HUGEST], [[1, HUGEST]]]
+TOO_LONG = "9" * 4301  # Python's JSON reads no more digits
+BODIES: list[tuple[str, type[RequestModel], dict[str, Any], list[str]]] = [
+    (COMPLETIONS, CompletionRequest, {"prompt": "x"}, []),
+    (COMPLETIONS, StreamOptions, {"prompt": "x", "stream": True}, ["stream_options"]),
+    ("/tokenize", TokenizeRequest, {"prompt": "x"}, []),
+    ("/detokenize", DetokenizeRequest, {"tokens": [1]}, []),
+    (CLASSIFICATION, ClassificationRequest, {"inputs": "x"}, []),
+    (CLASSIFICATION, ClassificationParameters, {"inputs": "x"}, ["parameters"]),
+    (ANSWERS, QuestionAnsweringRequest, {"inputs": HERE}, []),
+    (ANSWERS, QuestionAndContext, {"inputs": HERE}, ["inputs"]),
+    (ANSWERS, QuestionAnsweringParameters, {"inputs": HERE}, ["parameters"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("route", "model", "body", "path"), BODIES, ids=lambda each: getattr(each, "__name__", "")
+)
+def test_a_huge_integer_is_wrong_wherever_it_stands(
+    service: str, route: str, model: type[RequestModel], body: dict[str, Any], path: list[str]
+) -> None:
+    with httpx.Client(base_url=service, timeout=30) as client:
+        for name in model.model_fields:
+            for value in (*HUGE, {"1": HUGEST}, "TOO LONG"):
+                fields = copy.deepcopy(body)
+                inner = fields
+                for part in path:
+                    inner = inner.setdefault(part, {})
+                inner[name] = value
+                content = json.dumps(fields).replace('"TOO LONG"', TOO_LONG)
+                reply = client.post(route, content=content)
+                if value == "TOO LONG":
+                    assert_error(reply, 400, "JSON")
+                    continue
+                reason = "1024 bits at most" if value in HUGE else ""
+                assert_error(reply, 422, reason)
+                param = reply.json()["error"]["param"]
+                assert param.startswith(".".join([*path, name]))
+                assert param == ".".join([*path, name]) or not reason
+
+
+def test_a_seed_may_be_any_integer_of_a_sensible_size(service: str) -> None:
+    for seed in (0, -5, 2**64, -(2**200), 10**300):
+        fields = {"prompt": "x", "max_tokens": 3, "seed": seed, "n": 2}
+        texts = [httpx.post(service + COMPLETIONS, json=fields, timeout=30).json() for _ in "ab"]
+        assert texts[0]["choices"] == texts[1]["choices"]
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        (COMPLETIONS, {"n": 0}, "n"),
+        (COMPLETIONS, {"n": "2"}, "n"),
+        (COMPLETIONS, {"best_of": 129}, "best_of"),
+        (COMPLETIONS, {"prompt": ["x"] * 129}, "prompt"),
+        (COMPLETIONS, {"prompt": LONG}, "prompt"),
+        (COMPLETIONS, {"prompt": [305]}, "prompt"),
+        (COMPLETIONS, {"max_tokens": CONTEXT}, "max_tokens"),
+        (COMPLETIONS, {"min_tokens": CONTEXT}, "min_tokens"),
+        (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        (COMPLETIONS, {"stop_token_ids": [1, "x"]}, "stop_token_ids[1]"),
+        (COMPLETIONS, {"stop_token_ids": [310]}, "stop_token_ids"),
+        (COMPLETIONS, {"logit_bias": {"310": 1}}, "logit_bias"),
+        (COMPLETIONS, {"use_beam_search": True, "n": 100}, "n"),
+        (COMPLETIONS, {"use_beam_search": True, "best_of": 100}, "best_of"),
+        (COMPLETIONS, {"model": "other"}, "model"),
+        (COMPLETIONS, [], None),
+        (COMPLETIONS, b"{", None),
+        (COMPLETIONS, b'{"prompt": "x", "\\ud800": 1}', None),
+        ("/tokenize", {}, "prompt"),
+        ("/detokenize", {"tokens": [1, "x"]}, "tokens[1]"),
+        ("/detokenize", {"tokens": [999]}, "tokens"),
+        (CLASSIFICATION, {}, "inputs"),
+        (CLASSIFICATION, {"inputs": ["x", ""]}, "inputs[1]"),
+        (CLASSIFICATION, {"inputs": ["x", LONG]}, "inputs[1]"),
+        (CLASSIFICATION, {"inputs": ""}, "inputs"),
+        (CLASSIFICATION, {"inputs": LONG}, "inputs"),
+        (CLASSIFICATION, {"inputs": ["x"] * 257}, "inputs"),
+        (CLASSIFICATION, {"inputs": "x", "parameters": {"top_k": 0}}, "parameters.top_k"),
+        (CLASSIFICATION, {"inputs": "x", "parameters": {"top_k": "1"}}, "parameters.top_k"),
+        (ANSWERS, {"inputs": {"question": "x"}}, "inputs.context"),
+        (ANSWERS, {"inputs": {**HERE, "question": LONG}}, "inputs.question"),
+        (ANSWERS, {"inputs": {**HERE, "context": LONG * 50}}, "inputs.context"),
+        (ANSWERS, {"inputs": HERE, "parameters": {"top_k": 0}}, "parameters.top_k"),
+        (ANSWERS, {"inputs": HERE, "parameters": {"doc_stride": 64}}, "parameters.doc_stride"),
+        (ANSWERS, {"inputs": HERE, "parameters": {"top_k": 1.5}}, "parameters.top_k"),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_an_error_names_the_field_by_its_path_in_the_body(
+    service: str, route: str, body: Any, param: str | None
+) -> None:
+    if route == COMPLETIONS and isinstance(body, dict):
+        body = {"prompt": "x", **body}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reply = httpx.post(service + route, content=content, timeout=30)
+    assert_error(reply, reply.status_code, "")
+    assert reply.status_code in (400, 404, 422)
+    assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/classification", 405),
+        ("GET", "/classification/nothing", 404),
+        ("PUT", "/question-answering", 405),
+        ("GET", "/v1/models/%00", 404),
+        ("GET", "/v1/models/%ff", 404),
+    ],
+)
+def test_a_wrong_route_or_method_is_an_error_of_the_same_form(
+    service: str, method: str, route: str, status: int
+) -> None:
+    assert_error(httpx.request(method, service + route), status, "")
+
+
+def test_a_body_of_another_type_is_refused_with_the_remedy(service: str) -> None:
+    reply = httpx.post(f"{service}/v1/completions", data={"prompt": "x"})
+    assert_error(reply, 422, "Content-Type: application/json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "status", "param", "code"),
+    [
+        ({"n": 0}, openai.BadRequestError, 400, "n", None),
+        ({"prompt": LONG}, openai.BadRequestError, 400, "prompt", "context_length_exceeded"),
+        ({"model": "another"}, openai.NotFoundError, 404, "model", "model_not_found"),
+        ({"prompt": "x" * MAX_BODY_BYTES}, openai.APIStatusError, 413, None, None),
+        ({"extra_body": {"no": 1}}, openai.UnprocessableEntityError, 422, "no", None),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_openais_client_tells_an_error_by_its_class(
+    client: openai.OpenAI,
+    fields: dict[str, Any],
+    error: type[openai.APIStatusError],
+    status: int,
+    param: str | None,
+    code: str | None,
+) -> None:
+    with pytest.raises(error) as caught:
+        client.completions.create(**{"model": "generation", "prompt": "x", **fields})
+    assert (caught.value.status_code, caught.value.param, caught.value.code) == (
+        status,
+        param,
+        code,
+    )
+    assert caught.value.body["message"] in caught.value.message  # type: ignore[index]
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full"), UnavailableError("not now")], ids=str)
+def test_openais_client_tries_again_after_both_errors_that_pass(error: APIError) -> None:
+    app = new_app("a service that is in trouble once")
+    asked: list[str] = []
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Completion:
+        asked.append(request.headers["x-stainless-retry-count"])
+        if len(asked) == 1:
+            raise error
+        return Completion(model="a-model", choices=[Choice(index=0, text="at last")])
+
+    with listening(app) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=1)
+        reply = client.completions.create(model="a-model", prompt="x")
+    assert reply.choices[0].text == "at last"
+    assert asked == ["0", "1"]

@@ -1,0 +1,159 @@
+"""Compiles the GPU's kernels as GPT-J 6B calls them, on a machine without a GPU.
+
+    python tests/support/compile_kernels.py
+
+Prints a JSON object a program and GPU: the shared memory of its blocks in bytes, and the registers
+of a thread and the bytes that it spills to memory, by NVIDIA's assembler. Ends with an error if a
+program does not fit its GPU, or a step launches one that `try_out` has not tried. Run by
+test_cuda_kernels.py in a process of its own: Triton compiles or interprets, as it is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, KernelInterface
+
+from gptj import GPTJConfig
+from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch
+from gptj.engine.runners.cuda.graphs import SIZES
+from gptj.engine.runners.cuda.inputs import InputsMaker
+from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.operations import LayerCache
+from gptj.engine.runners.cuda.products import CANDIDATES, multiply_row
+from gptj.engine.runners.cuda.weights import Norm
+
+# GPU, compute capability, shared memory that a block may have, multiprocessors, dtype.
+# Turing (7.5) is not among them: its GPUs get PyTorch's kernels.
+CASES = (
+    ("A100", 80, 166912, 108, torch.float16),
+    ("A100", 80, 166912, 108, torch.bfloat16),
+    ("A10G", 86, 101376, 80, torch.float16),
+    ("L4", 89, 101376, 58, torch.float16),
+    ("L4", 89, 101376, 58, torch.float32),
+    ("H100", 90, 232448, 132, torch.float16),
+)
+REGISTERS = 65536  # of a multiprocessor, on all of them
+SPILLED = 0  # bytes that a thread may write to memory for want of registers
+CONFIG = GPTJConfig()
+CPU = torch.device("cpu")
+
+
+class NoDriver:
+    """What Triton asks of a driver to compile for a GPU."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch  # what is compiled for one device is not taken for another's
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(capability: int, processors: int, dtype: torch.dtype) -> list[Any]:
+    """All programs: what is tried out, what is measured, and then nothing new by any step."""
+    programs: dict[str, Any] = {}  # by the hash of their source, its options and the target
+
+    def instead_of_launching(kernel: JITFunction[Any], grid: object) -> Any:
+        run = functools.partial(kernel.run, grid=grid, warmup=True)
+
+        def compile_only(*arguments: object, **names: object) -> None:
+            program = run(*arguments, **names)
+            programs[program.hash] = program
+
+        return compile_only
+
+    KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
+    triton.runtime.driver.set_active(NoDriver(capability))
+    operations = TritonOperations(CONFIG, dtype, processors)
+    operations.try_out(CPU)
+    tried = set(programs)
+    steps(operations, dtype)
+    new = [program.name for key, program in programs.items() if key not in tried]
+    if new:
+        raise SystemExit(f"steps launch what was not tried out: {', '.join(new)}")
+    width, inner = CONFIG.n_embd, CONFIG.inner_dim
+    products = ((width, False), (width + inner, True), (width, True))
+    for blocks in CANDIDATES:
+        for inputs, wide in products:
+            row, weight = torch.zeros(1, inputs, dtype=dtype), torch.zeros(64, inputs, dtype=dtype)
+            multiply_row(row, weight, blocks, wide=wide)
+    return list(programs.values())
+
+
+def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
+    """A layer of the steps that graphs record, of a mixed one, and copies of pages."""
+    width, inner, pages = CONFIG.n_embd, CONFIG.inner_dim, 3
+    max_pages = CONFIG.n_positions // PAGE_SIZE
+    cache = torch.zeros(2, 1, pages, CONFIG.n_head, PAGE_SIZE, CONFIG.head_dim, dtype=dtype)
+    layer = LayerCache(cache[0, 0], cache[1, 0])
+    vector = torch.zeros(width)
+    norm = Norm(vector, vector)
+    table = torch.zeros(CONFIG.n_positions, CONFIG.rotated_dim // 2)
+    maker = InputsMaker(CPU, max_pages, PAGE_SIZE, pages - 1, SIZES[-1])
+    numbers = torch.arange(37, dtype=torch.int32).numpy()
+    starts = torch.tensor([0, 1, 37], dtype=torch.int32).numpy()
+    tables = torch.zeros(2, max_pages, dtype=torch.int32).numpy()
+    mixed = maker.of(StepBatch(numbers, numbers, starts, tables, numbers[1:2]))
+    for inputs in (*map(maker.static, SIZES), mixed):
+        tokens = len(inputs.ids_T)
+        x_TD = torch.zeros(tokens, width)
+        joined = torch.zeros(tokens, width + inner, dtype=dtype)
+        operations.add_and_norm(x_TD, None, None, norm)
+        operations.add_and_norm(x_TD, torch.zeros(tokens, width), vector, norm)
+        entered = torch.zeros(tokens, 3 * width + inner, dtype=dtype)
+        inner_bias = torch.zeros(inner)
+        q_THK = operations.spread(entered, inner_bias, (table, table), inputs, layer, joined)
+        operations.attend(q_THK, inputs, layer, joined)
+    operations.copy_pages(cache, [PageCopy(0, 1, 3), PageCopy(0, 2, 3)])
+
+
+def resources(program: Any, capability: int) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills: ptxas says so of the program's PTX."""
+    name = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(program.asm["ptx"])
+        file.flush()
+        command = [
+            knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name={name}",
+            file.name,
+            "-o",
+            "/dev/null",
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers = re.search(r"Used (\d+) registers", result.stderr)
+    stores = re.search(r"(\d+) bytes spill stores", result.stderr)
+    assert registers is not None and stores is not None, result.stderr
+    return int(registers[1]), int(stores[1])
+
+
+def main() -> None:
+    for gpu, capability, limit, processors, dtype in CASES:
+        for program in compiled(capability, processors, dtype):
+            shared, threads = program.metadata.shared, 32 * program.metadata.num_warps
+            registers, spilled = resources(program, capability)
+            used = {"shared": shared, "threads": threads, "registers": registers}
+            used |= {"spilled": spilled}
+            print(json.dumps({"gpu": gpu, "dtype": str(dtype), "kernel": program.name, **used}))
+            if shared > limit or registers * threads > REGISTERS or spilled > SPILLED:
+                raise SystemExit(f"{program.name} does not fit {gpu} in {dtype}: {used}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What tests of the engine share: a tiny model, callers that collect events, watched runners."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.engine.engine import Engine, Ticket
+from gptj.engine.events import (
+    BeamParams,
+    BeamsFound,
+    Event,
+    Failed,
+    Finished,
+    PromptLogprobs,
+    TokenEvent,
+)
+from gptj.engine.runners.base import StepBatch, TorchRunner
+from gptj.sampling import SamplingParams
+
+EOS = 1
+SECONDS = 60  # for what must come
+
+
+def tiny_model(
+    n_positions: int = 256, device: torch.device | str = "cpu", seed: int = 0
+) -> GPTJForCausalLM:
+    torch.manual_seed(seed)
+    config = GPTJConfig(
+        vocab_size=97,
+        n_positions=n_positions,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=8,
+        bos_token_id=0,
+        eos_token_id=EOS,
+        initializer_range=0.3,  # wide, so that probabilities differ and eos comes
+    )
+    return GPTJForCausalLM(config).eval().to(device)
+
+
+def tokens(count: int, start: int = 2) -> list[int]:
+    """A prompt that repeats no page of 16."""
+    return [2 + (start * 31 + i * 7 + i * i % 13) % 95 for i in range(count)]
+
+
+def alone(model: GPTJForCausalLM, prompt: list[int], **arguments: Any) -> list[int]:
+    """The slow and plain way: what the engine must equal."""
+    prompts = torch.tensor([prompt], device=model.device)
+    arguments = {"max_new_tokens": 12, **arguments}
+    return model.generate(prompts, **arguments)[0, len(prompt) :].tolist()
+
+
+class Caller:
+    """Collects a request's events."""
+
+    ticket: Ticket  # of what `submit` has submitted
+
+    def __init__(self, then: Callable[[Event], None] | None = None) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+        self._then = then  # called in the engine's thread, after the event was collected
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Finished | Failed):
+            self.ended.set()
+        if self._then is not None:
+            self._then(event)
+
+    def wait(self) -> list[Event]:
+        assert self.ended.wait(SECONDS), "the request did not end"
+        return self.events
+
+    @property
+    def ids(self) -> list[int]:
+        """All new ids, with the stop token."""
+        ids = [event.token_id for event in self.wait() if isinstance(event, TokenEvent)]
+        last = self.events[-1]
+        assert isinstance(last, Finished), last
+        return ids if last.stop_token is None else [*ids, last.stop_token]
+
+    @property
+    def error(self) -> Exception:
+        last = self.wait()[-1]
+        assert isinstance(last, Failed), last
+        return last.error
+
+    @property
+    def beams(self) -> list[list[int]]:
+        self.wait()
+        found = self.events[0]
+        assert isinstance(found, BeamsFound), found
+        return [list(output) for output in found.outputs]
+
+    @property
+    def scored(self) -> bool:
+        return any(isinstance(event, PromptLogprobs) for event in self.wait())
+
+
+def submit(engine: Engine, prompt: list[int], **params: Any) -> Caller:
+    caller = Caller()
+    wishes = SamplingParams(**{"max_tokens": 12, "temperature": 0, **params})
+    caller.ticket = engine.submit(prompt, wishes, caller)
+    return caller
+
+
+def submit_many(engine: Engine, prompt: list[int], *params: dict[str, Any]) -> list[Caller]:
+    callers = [Caller() for _ in params]
+    wishes = [SamplingParams(**{"max_tokens": 12, "temperature": 0, **each}) for each in params]
+    engine.submit_many(prompt, wishes, callers)
+    return callers
+
+
+def search(engine: Engine, prompt: list[int], beams: BeamParams, **params: Any) -> Caller:
+    caller = Caller()
+    engine.beam_search(prompt, SamplingParams(**{"max_tokens": 12, **params}), beams, caller)
+    return caller
+
+
+class WatchedRunner(TorchRunner):
+    """Notes each step's batch; `before` is called with it and may wait, or raise."""
+
+    def __init__(
+        self,
+        model: GPTJForCausalLM,
+        num_pages: int,
+        before: Callable[[StepBatch], None] = lambda batch: None,
+    ) -> None:
+        self.resets = 0
+        self.before = before
+        self.lengths: list[list[int]] = []  # new tokens of each sequence, a list a step
+        super().__init__(model, num_pages)
+
+    def step(self, batch: StepBatch) -> Tensor:
+        self.before(batch)
+        self.lengths.append((batch.starts[1:] - batch.starts[:-1]).tolist())
+        return super().step(batch)
+
+    def reset(self) -> None:
+        self.resets += 1
+        super().reset()
+
+
+class Gate:
+    """Holds a runner in its next step until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._opened = threading.Event()
+
+    def __call__(self, batch: StepBatch) -> None:
+        self.reached.set()
+        assert self._opened.wait(SECONDS)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def held(engine: Engine, gate: Gate, prompt: Sequence[int] = (5,)) -> Caller:
+    """Submit a request, and return when the engine is at its first step."""
+    caller = submit(engine, list(prompt), max_tokens=2, ignore_eos=True)
+    assert gate.reached.wait(SECONDS)
+    return caller

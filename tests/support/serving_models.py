@@ -1,0 +1,163 @@
+"""Three tiny models, and the services in front of them in this process: no Ray, real HTTP."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from http_server import listening
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gptj import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJTokenizer,
+)
+from gptj.engine.engine import Engine
+from gptj.engine.runners.base import TorchRunner
+from gptj.serving.classification import ClassificationService, classification_app
+from gptj.serving.completions.app import generation_app
+from gptj.serving.completions.schemas import ModelCard
+from gptj.serving.completions.service import CompletionService
+from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.metrics import NoRecorder
+from gptj.serving.question_answering import QuestionAnsweringService, question_answering_app
+
+SENTENCES = [
+    "The tower stands in Paris, and the river runs past it.",
+    "A café opens at nine; naïve tourists wait — 東京 is far away. 😀",
+    "Who wrote the book? Anna wrote the book in the year 1907.",
+]
+PROMPTS = ["The tower", "A café opens", "Who wrote the book?", "x", "東京 is far away. 😀 Anna"]
+CONTEXT = 2048  # tokens
+SHORT_CONTEXT = 64  # of the other two
+UNUSED = 20  # rows of the embedding that stand for no text
+KEY = "a-key-of-the-test"
+KEYS = f"another, {KEY}"
+NUM_PAGES = 1024
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is behind the services, to compare their replies with."""
+
+    tokenizer: GPTJTokenizer
+    generation: GPTJForCausalLM
+    classification: GPTJForSequenceClassification
+    question_answering: GPTJForQuestionAnswering
+
+    def with_unused_ids(self) -> GPTJForCausalLM:
+        """The language model to be served: without a ban, every output is of unused ids."""
+        model = copy.deepcopy(self.generation)
+        with torch.no_grad():
+            model.lm_head.bias[len(self.tokenizer) :] = 100.0
+        return model
+
+
+def make_models() -> Models:
+    tokenizer = GPTJTokenizer.train(SENTENCES, vocab_size=300)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer) + UNUSED,
+        "n_positions": SHORT_CONTEXT,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 4,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.3,  # wide, so that probabilities differ
+    }
+    labels = {0: "negative", 1: "neutral", 2: "positive"}
+    models = Models(
+        tokenizer,
+        GPTJForCausalLM(GPTJConfig(**{**shape, "n_positions": CONTEXT})).eval(),
+        GPTJForSequenceClassification(GPTJConfig(**shape, id2label=labels)).eval(),
+        GPTJForQuestionAnswering(GPTJConfig(**shape)).eval(),
+    )
+    with torch.no_grad():
+        models.generation.lm_head.bias[len(tokenizer) :] = -torch.inf
+    return models
+
+
+@contextmanager
+def served_in_process(models: Models) -> Iterator[str]:
+    """The address of the three services, and of one behind a key (/guarded)."""
+    with ExitStack() as stack:
+        applications: dict[str, ASGIApp] = {
+            "/": stack.enter_context(_generation(models, "generation")),
+            "/classification": stack.enter_context(_classification(models)),
+            "/question-answering": stack.enter_context(_question_answering(models)),
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GPTJ_API_KEYS", KEYS)
+            guarded = _generation(models, "org/guarded", max_running=1, max_waiting=1)
+            applications["/guarded"] = stack.enter_context(guarded)
+        yield stack.enter_context(listening(mounted(applications)))
+
+
+def mounted(applications: Mapping[str, ASGIApp]) -> ASGIApp:
+    """Applications under their prefixes, as Serve calls them: with the whole path."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "/")
+        prefix = max(
+            (each for each in applications if f"{path}/".startswith(each.rstrip("/") + "/")),
+            key=len,
+        )
+        await applications[prefix]({**scope, "root_path": prefix.rstrip("/")}, receive, send)
+
+    return call
+
+
+@contextmanager
+def _generation(
+    models: Models, name: str, max_running: int = 64, max_waiting: int = 256
+) -> Iterator[ASGIApp]:
+    tokenizer = models.tokenizer
+    runner = TorchRunner(models.with_unused_ids(), NUM_PAGES)
+    vocabulary = Vocabulary.of(tokenizer, runner.config.vocab_size)
+    assert tokenizer.eos_token_id is not None
+    engine = Engine(
+        runner,
+        eos_ids=[tokenizer.eos_token_id],
+        banned_ids=vocabulary.unused_ids,
+        max_running=max_running,
+        max_waiting=max_waiting,
+    )
+    service = CompletionService(engine, tokenizer, vocabulary, name, NoRecorder())
+    card = ModelCard(id=name, created=int(time.time()), root="in-process", max_model_len=CONTEXT)
+    try:
+        yield generation_app(service, tokenizer, card, lambda: engine.alive(120))
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _classification(models: Models) -> Iterator[ASGIApp]:
+    service = ClassificationService(
+        models.classification, models.tokenizer, max_batch=16, max_waiting=256
+    )
+    try:
+        yield classification_app(service, lambda: service.alive(120))
+    finally:
+        service.close()
+
+
+@contextmanager
+def _question_answering(models: Models) -> Iterator[ASGIApp]:
+    service = QuestionAnsweringService(
+        models.question_answering, models.tokenizer, max_batch=16, max_waiting=256
+    )
+    try:
+        yield question_answering_app(service, lambda: service.alive(120))
+    finally:
+        service.close()

@@ -1,0 +1,305 @@
+"""The command: a checkpoint and data in, one JSON object out, or a line that says what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptj import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+    GPTJTokenizer,
+    storage,
+)
+from gptj.checkpoints.checkpoint import save_model
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.question_answering import QuestionAnsweringData
+from gptj.data.sources import read_rows
+from gptj.training.evaluation import evaluate, unigram_perplexity
+from gptj.training.settings import COLUMNS
+from gptj_local.s3 import LocalS3
+from jobs.evaluate import measure, read_settings
+
+PROGRAM = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
+TEXTS = ["the cat sat on the mat", "a dog and a cat"] * 30
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> GPTJTokenizer:
+    return GPTJTokenizer.train(TEXTS, 280)
+
+
+def saved(
+    cls: type[Any], tokenizer: GPTJTokenizer, address: object, training: Any = None, **fields: Any
+) -> str:
+    torch.manual_seed(0)
+    config = GPTJConfig(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8,
+        initializer_range=0.2, **fields,
+    )  # fmt: skip
+    save_model(cls(config), str(address), tokenizer=tokenizer, training=training)
+    return str(address)
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def trained_with(**data: Any) -> dict[str, Any]:
+    return {"settings": {"data": data}}
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_json_object(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    checkpoint = saved(GPTJForCausalLM, tokenizer, tmp_path / "model")
+    data = written(tmp_path / "data.jsonl", [{"body": text} for text in TEXTS])
+    result = subprocess.run(
+        [PROGRAM, checkpoint, data, "columns.text=body", "batch_size=4", f"unigram={data}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    found = json.loads(line)
+    expected = CausalLMData(read_rows(data, ["text"], {"text": "body"}), tokenizer, 64)
+    model = GPTJForCausalLM.from_pretrained(checkpoint)
+    metrics = evaluate(model, expected, batch_size=4, device=model.device)
+    assert found.pop("seconds") > 0
+    assert (found.pop("checkpoint"), found.pop("data")) == (checkpoint, data)
+    assert found == pytest.approx(
+        {
+            "examples": len(expected),
+            "unigram_perplexity": unigram_perplexity(expected, expected),
+            **metrics,
+        },
+        rel=1e-3,
+    )
+    assert f"batch {-(-len(expected) // 4)} of" in result.stderr
+
+
+def test_every_head_is_measured_by_its_own_metrics(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    reviews = written(
+        tmp_path / "reviews.jsonl",
+        [{"text": text, "label": label} for text, label in zip(TEXTS, "ab" * 30, strict=True)],
+    )
+    answers = {"text": ["cat"], "answer_start": [4]}
+    squad = written(
+        tmp_path / "squad.jsonl",
+        [{"question": "a dog", "context": TEXTS[0], "answers": answers}] * 3,
+    )
+    classifier = saved(
+        GPTJForSequenceClassification, tokenizer, tmp_path / "c", id2label={0: "a", 1: "b"}
+    )
+    reader = saved(GPTJForQuestionAnswering, tokenizer, tmp_path / "q")
+    found = measure(read_settings([classifier, reviews, "limit=7", "device=cpu"]))
+    assert found["examples"] == 7
+    assert {"loss", "accuracy", "f1"} < set(found)
+    found = measure(read_settings([reader, squad, "device=cpu", "dtype=bfloat16"]))
+    assert found["examples"] == 3
+    assert {"loss", "exact_match", "f1"} < set(found)
+
+
+def test_data_are_cut_as_in_training_unless_told_otherwise(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    squad = written(
+        tmp_path / "squad.jsonl",
+        [{"question": "a dog", "context": " ".join(TEXTS), "answers": None}],
+    )
+    training = trained_with(sequence_length=40, stride=10)
+    trained = saved(GPTJForQuestionAnswering, tokenizer, tmp_path / "trained", training)
+    other = saved(GPTJForQuestionAnswering, tokenizer, tmp_path / "other")
+
+    def examples(checkpoint: str, *words: str) -> object:
+        return measure(read_settings([checkpoint, squad, "device=cpu", *words]))["examples"]
+
+    def windows(length: int, stride: int) -> int:
+        return len(
+            QuestionAnsweringData(
+                read_rows(squad, COLUMNS["question-answering"]), tokenizer, length, stride
+            )
+        )
+
+    assert examples(trained) == windows(40, 10)
+    assert examples(trained, "stride=30") == windows(40, 30)
+    assert examples(trained, "sequence_length=50") == windows(50, 10)
+    assert examples(other) == windows(64, 16)
+    assert len({windows(40, 10), windows(40, 30), windows(50, 10), windows(64, 16)}) == 4
+
+
+def test_checkpoint_and_data_may_be_in_s3(
+    tokenizer: GPTJTokenizer, tmp_path: Path, s3: LocalS3
+) -> None:
+    folder = f"s3://{s3.bucket}/evaluate-job"
+    training = trained_with(sequence_length=32)
+    remote = saved(GPTJForCausalLM, tokenizer, f"{folder}/model", training)
+    local = saved(GPTJForCausalLM, tokenizer, tmp_path / "model", training)
+    (tmp_path / "data.txt").write_text("\n".join(TEXTS))
+    storage.upload(tmp_path / "data.txt", f"{folder}/data.txt")
+    ours = measure(read_settings([remote, f"{folder}/data.txt", "device=cpu"]))
+    theirs = measure(read_settings([local, str(tmp_path / "data.txt"), "device=cpu"]))
+    assert ours["examples"] == theirs["examples"]
+    assert ours["loss"] == theirs["loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "CHECKPOINT DATA"),
+        (["model"], "CHECKPOINT DATA"),
+        (["model", "data", "fast"], "CHECKPOINT DATA"),
+        (["model", "data", "colour=red"], "colour=red: there is no such key"),
+        (["model", "data", "batch_size=0"], "batch_size=0: .*greater than or equal to 1"),
+        (["model", "data", "limit=some"], "limit='some': .*integer"),
+        (["model", "data", "stride=-1"], "stride=-1: .*greater than or equal to 0"),
+        (["model", "data", "data.batch_size=4"], "data.batch_size=4: there is no such key"),
+        (["model", "data", "delimiter=;;"], "delimiter=';;': .*must be one character"),
+        (
+            ["model", "data", "label_names={1: a, 1: b}"],
+            "label_names=.* the key '1' is there twice",
+        ),
+        (["model", "data", "limit=" + "9" * 5000], "the value is no YAML: .*4300"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_settings(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sequence_length=65"], "sequence_length=65 is beyond the model's n_positions=64"),
+        (["stride=3"], "stride=3 is for question answering, not GPTJForCausalLM"),
+        (["dtype=int8"], "dtype must be a floating-point type such as float16, got 'int8'"),
+        (["columns.text=body"], "no column 'body' .*there are 'text'; remedy: data.columns.text="),
+        (
+            ["data.columns.label=x"],
+            "columns.label: there is no such column; a causal-lm model reads",
+        ),
+        (["label_names={1: a}"], "label_names={'1': 'a'} is for classifiers, not GPTJForCausalLM"),
+        (["data.delimiter=;"], "data.delimiter=';' is for CSV"),
+        (["revision=main"], "only hub ids have revisions"),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_is_explained(
+    words: list[str], message: str, tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    checkpoint = saved(GPTJForCausalLM, tokenizer, tmp_path / "model")
+    data = written(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(ValueError, match=message):
+        measure(read_settings([checkpoint, data, "device=cpu", *words]))
+
+
+def test_a_checkpoint_that_cannot_be_measured_is_refused(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    data = written(tmp_path / "data.jsonl", [{"text": text, "label": "b"} for text in TEXTS])
+    base = saved(GPTJModel, tokenizer, tmp_path / "base")
+    with pytest.raises(ValueError, match=r"architectures=\['GPTJModel'\], which must name one of"):
+        measure(read_settings([base, data]))
+    classifier = saved(GPTJForSequenceClassification, tokenizer, tmp_path / "c")
+    with pytest.raises(ValueError, match="row 1, column 'label': 'b' is not one of .* LABEL_0"):
+        measure(read_settings([classifier, data]))
+    with pytest.raises(ValueError, match="unigram=.* is for language models"):
+        labelled = written(tmp_path / "l.jsonl", [{"text": "a", "label": 1}])
+        measure(read_settings([classifier, labelled, f"unigram={data}"]))
+    with pytest.raises(FileNotFoundError, match="no existing folder"):
+        measure(read_settings([str(tmp_path / "nothing here"), data]))
+    torch.manual_seed(0)
+    broken = GPTJForCausalLM(GPTJConfig.preset("tiny", vocab_size=len(tokenizer)))
+    torch.nn.init.constant_(broken.lm_head.bias, float("nan"))
+    save_model(broken, str(tmp_path / "broken"), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="loss is nan.*remedy: dtype=float32"):
+        measure(read_settings([str(tmp_path / "broken"), data]))
+
+
+def test_labels_are_read_as_in_training_or_as_is_said(
+    tokenizer: GPTJTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Class numbers that begin with 1: by the training's settings, or by the command line's."""
+    (tmp_path / "test.csv").write_text(
+        "Class Index;Description\n" + "".join(f"{n % 2 + 1};{TEXTS[n % 2]}\n" for n in range(8))
+    )
+    labels = {"id2label": {0: "World", 1: "Sports"}}
+    written = {"1": "World", "2": "Sports"}
+    trained = saved(
+        GPTJForSequenceClassification, tokenizer, tmp_path / "t",
+        trained_with(label_names=written), **labels,
+    )  # fmt: skip
+    other = saved(GPTJForSequenceClassification, tokenizer, tmp_path / "o", **labels)
+    words = [
+        str(tmp_path / "test.csv"),
+        "data.columns.text=Description",
+        "columns.label=Class Index",
+        "device=cpu",
+    ]
+    with caplog.at_level("INFO"):
+        expected = measure(read_settings([trained, *words]))
+    assert "8 rows, single_label_classification, labels as data.label_names has" in caplog.text
+    assert "World: 4, Sports: 4" in caplog.text
+    with pytest.raises(ValueError, match=r"data.label_names=\{1: World, 2: Sports\}"):
+        measure(read_settings([other, *words]))
+    for key in ("label_names", "data.label_names"):
+        found = measure(read_settings([other, *words, f"{key}={{1: World, 2: Sports}}"]))
+        assert found["loss"] == expected["loss"]
+    swapped = measure(read_settings([other, *words, "label_names={1: Sports, 2: World}"]))
+    assert swapped["accuracy"] == pytest.approx(1 - float(expected["accuracy"]))
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "csv.gz"])
+def test_a_classifier_of_names_that_are_digits_is_measured_by_name(
+    ending: str, tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    rows = [{"text": TEXTS[n % 2], "label": n % 2 + 1} for n in range(8)]
+    path = tmp_path / f"data.{ending}"
+    if "csv" in ending:
+        text = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
+    elif ending == "json":
+        text = json.dumps(rows, indent=1)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    model = saved(
+        GPTJForSequenceClassification, tokenizer, tmp_path / "m",
+        id2label={0: "1", 1: "2", 2: "unknown"},
+    )  # fmt: skip
+    found = measure(read_settings([model, str(path), "device=cpu"]))
+    by_name = [{**row, "label": str(row["label"])} for row in rows]
+    expected = measure(
+        read_settings([model, written(tmp_path / "names.jsonl", by_name), "device=cpu"])
+    )
+    assert found["loss"] == expected["loss"]
+
+
+def test_a_reader_is_measured_on_squads_own_file(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    answers = [{"text": "cat", "answer_start": 4}]
+    question = {"question": "  which?", "id": "1", "answers": answers}
+    paragraph = {"context": TEXTS[0], "qas": [question, {**question, "answers": []}]}
+    document = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps(document))
+    reader = saved(GPTJForQuestionAnswering, tokenizer, tmp_path / "q")
+    found = measure(read_settings([reader, str(tmp_path / "dev-v2.0.json"), "device=cpu"]))
+    squad = [
+        {"question": "which?", "context": TEXTS[0], "answers": given}
+        for given in ({"text": ["cat"], "answer_start": [4]}, None)
+    ]
+    expected = measure(read_settings([reader, written(tmp_path / "s.jsonl", squad), "device=cpu"]))
+    assert found["examples"] == 2
+    assert {**found, **{k: expected[k] for k in ("data", "seconds")}} == expected

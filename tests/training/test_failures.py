@@ -1,0 +1,110 @@
+"""Which errors end a run at once, and which are worth another try."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ray.train import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from gptj import storage
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.data.sources import DataError
+from gptj.training.failures import (
+    DiskFullError,
+    DivergedError,
+    UnrecoverableError,
+    naming_full_disk,
+    unrecoverable,
+)
+from gptj.training.settings import Settings, SettingsError
+from jobs.finetune import EndAtOnce, explained
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SettingsError("why"),
+        DataError("why"),
+        CheckpointError("why"),
+        DivergedError("why"),
+        DiskFullError("why"),
+        storage.NotFoundError("why"),
+        storage.AccessDeniedError("why"),
+    ],
+)
+def test_what_another_try_would_meet_again_ends_the_run(error: Exception) -> None:
+    assert unrecoverable(error) == "why"
+    assert unrecoverable(pickle.loads(pickle.dumps(error))) == "why"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        storage.UnreachableError("no answer"),
+        storage.StorageError("s3://b/k: an internal error"),
+        RuntimeError("Connection closed by peer"),
+        TimeoutError(),
+        MemoryError(),
+        ValueError("some library's"),
+    ],
+)
+def test_what_may_pass_is_worth_another_try(error: Exception) -> None:
+    assert unrecoverable(error) is None
+
+
+def test_a_full_disk_is_named_whoever_meets_it(small_disk: Path) -> None:
+    """PyTorch's writer says "iostream error" or the like, and numbers no file."""
+    with pytest.raises(storage.StorageError) as full:
+        storage.write_bytes(str(small_disk / "results"), bytes(2**21))
+    message = unrecoverable(full.value)
+    assert message is not None and "the disk is full" in message and "results" in message
+    with (
+        pytest.raises(DiskFullError, match=f"the disk of {small_disk}, 0.00105 GB in all, is full"),
+        naming_full_disk(small_disk),
+    ):
+        torch.save(torch.zeros(2**20), small_disk / "shard.pt")
+
+
+def test_other_errors_beside_a_disk_with_room_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a collective"), naming_full_disk(tmp_path):
+        raise RuntimeError("a collective failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cause_is_told_once_and_the_tries_only_if_there_were_any() -> None:
+    settings = Settings(run="r", storage="s3://b", workers={"max_failures": 3})  # type: ignore[arg-type]
+    workers = {1: RuntimeError("a peer left"), 0: DivergedError("the loss is nan at step 7")}
+    with pytest.raises(ControllerError) as ended:
+        EndAtOnce().after_exception(None, workers)
+    again = pickle.loads(pickle.dumps(ended.value))  # as it comes from the controller
+    assert isinstance(again.controller_failure, UnrecoverableError)
+    assert explained(again, settings) == "the loss is nan at step 7"
+    EndAtOnce().after_exception(None, {1: RuntimeError("a peer left")})  # for Ray's own policy
+
+    repeated: TrainingFailedError = WorkerGroupError("a peer left", {1: RuntimeError()})
+    assert "failed 4 times in all. What is saved in s3://b/r is kept" in explained(
+        repeated, settings
+    )
+    once: TrainingFailedError = ControllerError(OSError("no snapshot"))
+    assert "no snapshot" in explained(once, settings)
+    assert "times" not in explained(once, settings)
+    settings = Settings(workers={"max_failures": 0})  # type: ignore[arg-type]
+    assert "times" not in explained(repeated, settings)

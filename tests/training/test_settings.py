@@ -1,0 +1,242 @@
+"""Settings: three layers, one result; what is wrong is named with its value and the remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gptj.training.deepspeed_config import deepspeed_config, learning_rate_share
+from gptj.training.settings import (
+    OptimizerSettings,
+    Settings,
+    SettingsError,
+    changed,
+    read_settings,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("steps: 7\noptimizer: {learning_rate: 1.0e-3, weight_decay: 0.5}\n")
+    settings = read_settings([str(file), "optimizer.learning_rate=1e-4", "model.config.n_layer=3"])
+    assert settings.steps == 7
+    assert settings.optimizer.learning_rate == 1e-4
+    assert settings.optimizer.weight_decay == 0.5
+    assert settings.optimizer.beta1 == 0.9
+    assert settings.model.config == {"n_layer": 3}
+
+
+def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> None:
+    """The workers get what was set, and so know what was left at its default."""
+    settings = read_settings(["task=classification", "data.label_names=[bad, good]", "epochs=2"])
+    assert Settings(**settings.model_dump(exclude_unset=True)) == settings
+    file = tmp_path / "again.yaml"
+    file.write_text(re.sub(".*(epochs|: '').*\n", "", Settings().to_yaml()))
+    with pytest.raises(SettingsError, match="has no effect"):
+        read_settings([str(file)])  # it sets everything, also what causal-lm does not use
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lerning_rate=1"], "lerning_rate: there is no such setting; there are run, storage"),
+        (["optimizer.rate=1"], "optimizer.rate: there is no such setting; .*learning_rate"),
+        (["steps=many"], "steps: .* got 'many'"),
+        (["steps=0"], "steps: .* got 0"),
+        (["task=translation"], "task: .*'causal-lm', 'classification' .* got 'translation'"),
+        (["run=a/b"], "run: .* got 'a/b'"),
+        (["run=.."], "run: .* got '..'"),
+        (["batch_size=10", "micro_batch_size=4"], "batch_size=10 must be a multiple of .* = 4"),
+        (["batch_size=8", "micro_batch_size=4", "workers.count=3"], r"4 \* 3 = 12"),
+        (["steps=5", "epochs=2"], "steps=5 and epochs=2.0: give one"),
+        (["deepspeed.offload_parameters=true"], "offload_parameters needs stage=3, got stage=2"),
+        (["deepspeed.stage=0", "deepspeed.offload_optimizer=true"], "needs stage=1 or more"),
+        (["model.config.n_embd=10"], "model: model.config: n_embd must be a multiple of n_head"),
+        (["data.stride=4"], "data.stride has no effect with task=causal-lm"),
+        (["data.label_names=[a]"], "data.label_names has no effect"),
+        (["model.checkpoint=m", "model.preset=tiny"], "model.preset has no effect on a checkpoint"),
+        (["model.checkpoint=m", "tokenizer.vocab_size=999"], "tokenizer.vocab_size has no effect"),
+        (["model.revision=main"], "model.revision has no effect without model.checkpoint"),
+        (["tokenizer.address=t", "tokenizer.vocab_size=999"], "on a tokenizer that exists"),
+        (["optimizer.schedule=constant", "optimizer.final_share=0"], "final_share has no effect"),
+        (
+            ["task=question-answering", "data.stride=64", "data.sequence_length=64"],
+            "data.stride=64 must be below data.sequence_length=64",
+        ),
+        (["steps=1", "nonsense"], "'nonsense' is no key=value"),
+        (["missing.yaml"], "there is no settings file missing.yaml"),
+        (["run.name=x", "run=y", "run.name=x"], "run: .*|run.name: run is a value"),
+        (["data={"], "the value is no YAML"),
+        (["steps=" + "9" * 5000], "the value is no YAML: .*4300"),
+        (["model.config=" + "[" * 5000], "the value is no YAML"),
+        (["model.config={n_layer: 1, n_layer: 2}"], "the key 'n_layer' is there twice"),
+        (["model.config.n_layers=4"], "there is no field 'n_layers'; did you mean n_layer?"),
+        (["model.checkpoint=m", "model.config.n_layers=4"], "did you mean n_layer?"),
+        (["model.config.zzz=4"], "there is no field 'zzz'; there are activation_function, .*n_l"),
+        (["model.config.num_labels=3"], "num_labels is no field to set here: it is data.label_nam"),
+        (["model.config.dtype=bfloat16"], "dtype is no field .*: it is deepspeed.precision"),
+        (["model.config={n_layer: 1, num_hidden_layers: 2}"], "num_hidden_layers=2 contradicts n_"),
+        (["steps=6", "optimizer.warmup_steps=1000"], "warmup_steps=1000 is more than .* 6 steps"),
+        (
+            ["data.columns.txt=review"],
+            "data.columns.txt: task=causal-lm has no such column; .* text",
+        ),
+        (["data.columns.label=stars"], "data.columns.label: task=causal-lm has no such column"),
+        (["data.delimiter=;;"], "data.delimiter: must be one character, .* got ';;'"),
+        (["task=classification", "data.label_names=abc"], "data.label_names: .*got 'abc'"),
+        (["epochs=null", "steps=null", "epochs=0"], "epochs: .* got 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_settings(words)
+
+
+def test_steps_replace_a_files_epochs_and_the_other_way_round(tmp_path: Path) -> None:
+    def read(content: str, *words: str) -> Settings:
+        (tmp_path / "s.yaml").write_text(content)
+        return read_settings([str(tmp_path / "s.yaml"), *words])
+
+    assert read("epochs: 3", "steps=10").total_steps(1000) == 10
+    assert read("steps: 10", "epochs=2").total_steps(160) == 20
+    assert read("epochs: null\nsteps: 10").total_steps(1000) == 10
+    assert read("steps: 10", "epochs=null").total_steps(1000) == 10
+    assert read("epochs: 2", "steps=null").total_steps(160) == 20
+    assert read("epochs: null").total_steps(160) == 10
+    with pytest.raises(SettingsError, match="steps=10 and epochs=3.0: give one"):
+        read("epochs: 3\nsteps: 10")
+    with pytest.raises(SettingsError, match="give one"):
+        read("epochs: 3", "steps=10", "epochs=2")
+    assert "epochs" not in read("epochs: 3", "steps=10").model_fields_set
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_refused_once_the_data_are_known() -> None:
+    settings = read_settings(["batch_size=16", "optimizer.warmup_steps=7"])
+    assert settings.total_steps(7 * 16) == 7
+    with pytest.raises(SettingsError, match="warmup_steps=7 is more than the run's 6 steps"):
+        settings.total_steps(6 * 16)
+
+
+def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    for content, key in (
+        ("steps: 1\nseed: 1\nsteps: 2\n", "steps"),
+        ("data:\n  train: a\n  train: b\n", "train"),
+        ("task: classification\ndata: {label_names: {1: a, '1': b}}\n", "1"),
+    ):
+        (tmp_path / "s.yaml").write_text(content)
+        with pytest.raises(
+            SettingsError, match=f"s.yaml is no YAML: .*the key '{key}' is there tw"
+        ):
+            read_settings([str(tmp_path / "s.yaml")])
+    (tmp_path / "s.yaml").write_text("data: &d {train: a}\nmodel: {config: {n_layer: 1}}\n")
+    assert read_settings([str(tmp_path / "s.yaml")]).data.train == "a"
+
+
+def test_the_models_fields_have_hugging_faces_other_names_too() -> None:
+    settings = read_settings(["model.config.num_hidden_layers=3", "model.config.hidden_size=64"])
+    assert settings.model.config == {"n_layer": 3, "n_embd": 64}
+
+
+def test_label_names_are_a_list_or_say_what_the_data_have() -> None:
+    def names(text: str) -> object:
+        return read_settings(["task=classification", f"data.label_names={text}"]).data.label_names
+
+    assert names("[1, 2, 3]") == ["1", "2", "3"]
+    assert names("{1: World, 2: Sports}") == {"1": "World", "2": "Sports"}
+    before = read_settings(["task=classification", "data.label_names={1: a, 2: b}"])
+    after = read_settings(["task=classification", "data.label_names={2: a, 1: b}"])
+    (difference,) = changed(before.model_dump(mode="json"), after.model_dump(mode="json"))
+    assert difference.startswith("data.label_names was {'1': 'a', '2': 'b'} and is now")
+
+
+@pytest.mark.parametrize(
+    ("text", "delimiter"), [(";", ";"), ("|", "|"), (",", ","), ("\\t", "\t"), ("\t", "\t")]
+)
+def test_a_delimiter_can_be_given_as_it_is(text: str, delimiter: str) -> None:
+    assert read_settings([f"data.delimiter={text}"]).data.delimiter == delimiter
+
+
+def test_a_file_that_is_no_settings_is_refused(tmp_path: Path) -> None:
+    for content in ("- a\n- b\n", "just text", "a: [1,\n"):
+        (tmp_path / "s.yaml").write_text(content)
+        with pytest.raises(SettingsError, match="s.yaml"):
+            read_settings([str(tmp_path / "s.yaml")])
+
+
+def test_every_settings_file_of_ours_is_valid() -> None:
+    files = sorted((ROOT / "jobs" / "settings").glob("*.yaml"))
+    assert len(files) >= 6
+    for file in files:
+        read_settings([str(file)])
+
+
+def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "readme.yaml").write_text(block)
+    assert read_settings([str(tmp_path / "readme.yaml")]).deepspeed.stage == 3
+
+
+def test_relative_addresses_become_whole_and_others_stay(tmp_path: Path) -> None:
+    words = ["storage=out", "data.train=some/file.txt", "data.evaluation=s3://b/k"]
+    settings = read_settings([*words, "model.checkpoint=EleutherAI/gpt-j-6B"]).resolved()
+    assert Path(settings.storage).is_absolute() and Path(settings.data.train).is_absolute()
+    assert settings.data.evaluation == "s3://b/k"
+    assert settings.model.checkpoint == "EleutherAI/gpt-j-6B"
+
+
+def test_only_what_changes_the_result_stops_a_run_from_going_on() -> None:
+    before = read_settings(["steps=5", "log_every=1"]).model_dump(mode="json")
+    after = read_settings(["steps=6", "log_every=9", "workers.max_failures=0"])
+    assert changed(before, after.model_dump(mode="json")) == ["steps was 5 and is now 6"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        # total 10, warm-up 2: step 0 and 1 rise, then from 1 down to final_share
+        ("linear", {0: 1 / 3, 1: 2 / 3, 2: 1.0, 6: 0.6, 10: 0.2}),
+        ("cosine", {0: 1 / 3, 1: 2 / 3, 2: 1.0, 6: 0.6, 10: 0.2, 4: 0.2 + 0.8 * 0.85355339}),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(schedule: str, shares: dict[int, float]) -> None:
+    optimizer = OptimizerSettings.model_validate(
+        {"schedule": schedule, "warmup_steps": 2, "final_share": 0.2}
+    )
+    for step, share in shares.items():
+        assert learning_rate_share(optimizer, step, 10) == pytest.approx(share)
+
+
+def test_a_constant_learning_rate_stays() -> None:
+    optimizer = OptimizerSettings(schedule="constant", warmup_steps=1)
+    assert [learning_rate_share(optimizer, s, 10) for s in (0, 1, 9)] == [0.5, 1.0, 1.0]
+
+
+def test_every_deepspeed_setting_reaches_its_config() -> None:
+    words = [
+        "deepspeed.stage=3",
+        "deepspeed.precision=bf16",
+        "deepspeed.offload_optimizer=true",
+        "deepspeed.offload_parameters=true",
+        "batch_size=24",
+        "micro_batch_size=3",
+        "workers.count=4",
+        "optimizer.gradient_clipping=0.5",
+        "optimizer.beta2=0.95",
+    ]
+    config = deepspeed_config(read_settings(words), "cuda")
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+    assert config["train_batch_size"] == 24
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["gradient_clipping"] == 0.5
+    assert config["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    assert not config["optimizer"]["params"]["torch_adam"]
+    assert deepspeed_config(read_settings(words), "cpu")["optimizer"]["params"]["torch_adam"]

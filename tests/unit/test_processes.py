@@ -1,0 +1,49 @@
+"""What we start ends with us, and so does what it started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gptj_local.processes import free_ports, running, tail
+
+# A parent that ignores SIGTERM and leaves a child in another session, as a crashed server would.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+                         start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_that_ignores_sigterm_ends_with_its_children(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", STUBBORN]
+    with running(command, environment=os.environ, log=log, grace_seconds=1) as process:
+        deadline = time.monotonic() + 30
+        while not log.read_text().strip():
+            assert time.monotonic() < deadline and process.poll() is None, tail(log)
+            time.sleep(0.05)
+        child = int(log.read_text())
+        assert psutil.pid_exists(child)
+    assert process.poll() is not None
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+
+
+def test_a_program_is_ended_when_the_block_raises(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(ZeroDivisionError):
+        with running(command, environment=os.environ, log=tmp_path / "log") as process:
+            raise ZeroDivisionError
+    assert process.poll() is not None
+
+
+def test_free_ports_differ() -> None:
+    assert len(set(free_ports(20))) == 20

@@ -1,0 +1,323 @@
+"""The autoscaling simulator: queueing theory, Ray's own policy, and no request lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.serve._private import autoscaling_state
+from ray.serve.autoscaling_policy import default_autoscaling_policy
+from ray.serve.config import AutoscalingContext
+
+from gptj import GPTJConfig
+from gptj_bench.autoscaling.__main__ import combinations, main, read_service
+from gptj_bench.autoscaling.autoscaler import Autoscaler, Clock, simulated_time
+from gptj_bench.autoscaling.machines import KV_6B, MACHINES, WEIGHTS_6B, Machine
+from gptj_bench.autoscaling.replica import Request, RowsReplica, TokensReplica
+from gptj_bench.autoscaling.report import first_tokens, summary
+from gptj_bench.autoscaling.simulation import CONTROL_SECONDS, Outcome, Service, simulate
+from gptj_bench.autoscaling.traffic import Arrivals, Traffic, arrivals
+
+SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yaml"
+# Round numbers: a step takes 10 ms, and 1 ms more for each 100 new tokens above the first 1000.
+MACHINE = Machine(
+    name="round",
+    basis="made up",
+    weight_bytes=1e9,
+    memory_bytes_per_s=1e11,
+    flop_per_token=1e9,
+    flop_per_s=1e14,
+    kv_bytes_per_token=0,
+    cache_tokens=100_000,
+    step_overhead_s=0.0,
+    start_s=5.0,
+    load_bytes_per_s=1e8,
+    node_s=0.0,
+)
+# Prompts cost 10 us a token, and nothing else costs anything.
+PROMPTS_ONLY = replace(MACHINE, weight_bytes=0)
+SERVICE = Service(
+    autoscaling={
+        "min_replicas": 1,
+        "max_replicas": 8,
+        "target_ongoing_requests": 8,
+        "upscale_delay_s": 10,
+        "downscale_delay_s": 60,
+    },
+    max_ongoing_requests=64,
+    max_queued_requests=200,
+    max_running=16,
+    step_tokens=256,
+)
+FIXED = SERVICE.autoscaling | {"max_replicas": 1}
+calls: list[float] = []
+
+
+def counting_policy(context: AutoscalingContext) -> tuple[int | float, dict[str, Any]]:
+    """Ray's default policy, and a note of what it was asked about."""
+    from test_simulate_autoscaling import calls  # Ray pickles this function, and not the list
+
+    calls.append(context.total_num_requests)
+    return default_autoscaling_policy(context)
+
+
+def even(every: float, count: int, prompt: int = 100, output: int = 50) -> Arrivals:
+    """One request after another."""
+    sizes = np.ones(count, dtype=np.int64)
+    return Arrivals(np.arange(1, count + 1) * every, prompt * sizes, output * sizes)
+
+
+def burst(count: int, at: float = 100.0) -> Arrivals:
+    """A few quiet minutes, and so many requests within ten seconds in the middle."""
+    quiet = np.arange(0.5, 600, 5.0)
+    times = np.sort(np.concatenate([quiet, np.linspace(at, at + 10, count)]))
+    sizes = np.ones(len(times), dtype=np.int64)
+    return Arrivals(times, 200 * sizes, 200 * sizes)
+
+
+def targets(outcome: Outcome) -> list[int]:
+    return [moment.target for moment in outcome.moments]
+
+
+def test_a_lone_request_takes_its_prompts_step_and_a_step_for_each_further_token() -> None:
+    (request,) = simulate(SERVICE, MACHINE, even(3.0, 1, prompt=200, output=11)).requests
+    assert request.first - request.arrival == pytest.approx(0.010)
+    assert request.end - request.first == pytest.approx(10 * 0.010)
+
+
+def test_a_long_prompt_takes_as_many_steps_as_it_fills() -> None:
+    (request,) = simulate(SERVICE, MACHINE, even(3.0, 1, prompt=1024, output=1)).requests
+    assert request.end == request.first == pytest.approx(request.arrival + 1024 / 256 * 0.010)
+
+
+def test_outputs_that_decode_together_share_each_step() -> None:
+    """Sixteen at once: the first's prompt is a step, the others' the next; then 10 ms a token."""
+    replica = TokensReplica(0, MACHINE, max_running=16, step_tokens=256)
+    requests = [Request(number, 1.0, 16, 101) for number in range(16)]
+    for request in requests:
+        replica.add(1.0, request)
+    ended: list[Request] = []
+    while len(ended) < 16:
+        ended += replica.work(replica.due)
+    assert [request.first for request in requests] == pytest.approx([1.01] + [1.02] * 15)
+    for request in requests:
+        assert request.end - request.first == pytest.approx(1.0)
+
+
+def test_no_more_run_than_the_engine_has_rows_for_or_the_cache_has_room_for() -> None:
+    """The third waits for the end of the first two; so it does where the cache holds two."""
+    for rows, cache in ((2, 100_000), (16, 299)):
+        machine = replace(MACHINE, cache_tokens=cache)
+        replica = TokensReplica(0, machine, max_running=rows, step_tokens=256)
+        requests = [Request(number, 0.0, 50, 51) for number in range(3)]
+        for request in requests:
+            replica.add(0.0, request)
+        while replica.ongoing:
+            replica.work(replica.due)
+        assert requests[2].first > min(requests[0].end, requests[1].end)
+
+
+def test_whole_rows_are_computed_in_batches_as_long_as_their_longest() -> None:
+    """The first at once; of those that came meanwhile as many as a batch takes, then the rest."""
+    replica = RowsReplica(0, PROMPTS_ONLY, max_batch=3)
+    rows = [Request(number, 0.0, 100 * (number + 1), 1) for number in range(5)]
+    for row in rows:
+        replica.add(0.0, row)
+    ends = []
+    while replica.ongoing:
+        ends.append([(request.number, request.end) for request in replica.work(replica.due)])
+    assert ends == [
+        [(0, pytest.approx(0.001))],
+        [(number, pytest.approx(0.001 + 3 * 0.004)) for number in (1, 2, 3)],
+        [(4, pytest.approx(0.013 + 0.005))],
+    ]
+    assert replica.due == float("inf") and [row.first for row in rows] == [row.end for row in rows]
+
+
+def test_waiting_times_are_those_of_queueing_theory() -> None:
+    """One prompt a step, all alike, Poisson arrivals: M/D/1, whose mean wait is known.
+
+    rho / (2 (1 - rho)) service times (Pollaczek and Khinchine). 200,000 requests at a load of 0.7
+    leave an error of some percent.
+    """
+    random = np.random.default_rng(0)
+    service_seconds, load = 1000 * 1e-5, 0.7
+    times = np.cumsum(random.exponential(service_seconds / load, 200_000))
+    sizes = np.ones(len(times), dtype=np.int64)
+    alone = replace(SERVICE, autoscaling=FIXED, max_ongoing_requests=10_000, step_tokens=1000)
+    outcome = simulate(alone, PROMPTS_ONLY, Arrivals(times, 1000 * sizes, sizes))
+    _, seconds = first_tokens(outcome)
+    expected = load / (2 * (1 - load)) * service_seconds
+    assert (seconds - service_seconds).mean() == pytest.approx(expected, rel=0.05)
+    assert seconds.min() == pytest.approx(service_seconds)
+
+
+@pytest.mark.parametrize("most_queued", [-1, 20])
+def test_every_request_is_served_once_or_refused(most_queued: int) -> None:
+    """Through a flood, and the replicas that start and end because of it."""
+    requests = burst(1500)
+    outcome = simulate(replace(SERVICE, max_queued_requests=most_queued), MACHINE, requests)
+    assert [request.arrival for request in outcome.requests] == requests.times.tolist()
+    for request in outcome.requests:
+        if request.refused:
+            assert request.first == request.end == float("inf")
+        else:
+            assert request.arrival < request.first < request.end < float("inf")
+    row = summary(outcome)
+    assert row["served"] + row["refused"] == row["requests"] == len(requests)
+    assert (row["refused"] > 0) == (most_queued == 20)
+    assert max(targets(outcome)) > 1 == targets(outcome)[-1]
+
+
+def test_rays_policy_decides_on_what_the_proxy_reported() -> None:
+    """The function named in the settings is called, with the requests of the look-back period."""
+    calls.clear()
+    policy = {"policy_function": f"{__name__}:counting_policy"}
+    settings = SERVICE.autoscaling | {"policy": policy}
+    outcome = simulate(replace(SERVICE, autoscaling=settings), MACHINE, burst(1500))
+    assert len(calls) == len(outcome.moments)
+    assert max(calls) > 100
+    assert targets(outcome) == targets(simulate(SERVICE, MACHINE, burst(1500)))
+
+
+def test_a_steady_load_is_scaled_as_rays_documentation_says() -> None:
+    """20 ongoing at 8 a replica: three, after the proxy's report and the upscale delay."""
+    clock = Clock()
+    with simulated_time(clock):
+        autoscaler = Autoscaler(SERVICE.autoscaling, clock)
+        history = []
+        for _ in range(40):
+            clock.now += CONTROL_SECONDS
+            autoscaler.observe({0: 15}, 5)
+            history.append(autoscaler.decide({0: 15}))
+    reported = 10  # the default metrics_interval_s
+    assert history == [1] * (reported + 10 - 1) + [3] * (40 - reported - 10 + 1)
+
+
+def test_real_time_is_back_after_a_simulation() -> None:
+    simulate(SERVICE, MACHINE, even(1.0, 3))
+    assert autoscaling_state.time is time
+
+
+def test_more_load_needs_more_replicas_and_more_hours() -> None:
+    rows = []
+    for rate in (10, 40, 80):
+        day = arrivals(Traffic(requests_per_s=rate, hours=0.2, new_tokens=100, bursts_per_day=0))
+        rows.append(summary(simulate(SERVICE, MACHINE, day)))
+    for less, more in zip(rows, rows[1:], strict=False):
+        assert less["replicas_mean"] < more["replicas_mean"]
+        assert less["replica_hours"] < more["replica_hours"]
+
+
+def test_a_replica_takes_requests_only_once_it_has_started() -> None:
+    """Ordered, it takes 5 s of itself, 10 s of weights and the time of a machine."""
+    assert MACHINE.start_seconds == 15
+    slow = MACHINE.with_node(100)
+    assert slow.start_seconds == 115
+    patient = replace(SERVICE, autoscaling=SERVICE.autoscaling | {"downscale_delay_s": 600})
+    moments = simulate(patient, slow, burst(1500)).moments
+    ordered = next(moment.time for moment in moments if moment.target > 1)
+    running = next(moment.time for moment in moments if moment.running > 1)
+    assert 115 <= running - ordered <= 115 + CONTROL_SECONDS
+
+
+def test_the_same_seed_gives_the_same_day_and_another_one_another() -> None:
+    def rows(seed: int) -> dict[str, Any]:
+        day = arrivals(Traffic(requests_per_s=20, hours=0.2, new_tokens=100, seed=seed))
+        return summary(simulate(SERVICE, MACHINE, day, seed))
+
+    assert rows(1) == rows(1) != rows(2)
+
+
+def test_traffic_has_the_asked_mean_a_daily_curve_and_bursts() -> None:
+    calm = arrivals(Traffic(requests_per_s=5, bursts_per_day=0))
+    assert len(calm) == pytest.approx(5 * 86400, rel=0.01)
+    per_hour = np.bincount((calm.times // 3600).astype(int))
+    assert per_hour.argmin() in (3, 4) and per_hour.argmax() in (15, 16)
+    bursty = arrivals(Traffic(requests_per_s=5, bursts_per_day=24))
+    assert len(bursty) == pytest.approx(len(calm), rel=0.01)
+    per_minute = [np.bincount((day.times // 60).astype(int)) for day in (calm, bursty)]
+    assert per_minute[1].max() > 1.5 * per_minute[0].max()
+    assert (bursty.prompts + bursty.outputs <= 2048).all() and bursty.outputs.min() >= 1
+
+
+def test_the_numbers_of_the_published_model_are_those_of_its_shape() -> None:
+    config = GPTJConfig.preset("6b")
+    assert config.n_layer * 2 * config.n_embd * 2 == KV_6B
+    assert pytest.approx(2 * 6_050_882_784, rel=1e-3) == WEIGHTS_6B
+
+
+def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value() -> None:
+    with pytest.raises(ValueError, match="150001 tokens never fits.*100000"):
+        simulate(SERVICE, MACHINE, even(1.0, 1, prompt=150_000, output=1))
+    with pytest.raises(ValueError, match="requests_per_s must be above 0, got 0"):
+        Traffic(requests_per_s=0)
+    with pytest.raises(ValueError, match="not NAME=VALUE"):
+        combinations(["max_replicas"])
+    with pytest.raises(ValueError, match="no application 'poems', but"):
+        read_service(SERVE_CONFIG, "poems", MACHINE)
+
+
+def test_a_services_limits_are_those_of_the_machine() -> None:
+    """As a replica would choose them there: serve.yaml states none."""
+    found = {name: read_service(SERVE_CONFIG, "generation", MACHINES[name]) for name in MACHINES}
+    limits = {name: (each.max_running, each.step_tokens) for name, each in found.items()}
+    assert limits == {"h100": (256, 1024), "a10g": (45, 256), "cpu-305m": (64, 256)}
+
+
+def test_combinations_are_all_of_them() -> None:
+    assert combinations(["a=1,2", "b=x"]) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+    assert combinations([]) == [{}]
+
+
+@pytest.fixture
+def lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
+    options = ["--hours", "0.3", "--requests-per-s", "4", "--plot", str(tmp_path / "day.png")]
+    main([str(SERVE_CONFIG), *options, "--set", "max_replicas=3"])
+    yield capsys.readouterr().out.splitlines()
+
+
+def test_the_command_prints_settings_outcome_and_table_and_draws_the_day(
+    lines: list[str], tmp_path: Path
+) -> None:
+    objects = [json.loads(line) for line in lines if line.startswith("{")]
+    assert objects[0]["machine"]["basis"] == "arithmetic, not measured"
+    outcome = objects[2]
+    assert outcome["settings"]["max_replicas"] == 3 and outcome["served"] > 3000
+    assert 0 < outcome["ttft_p50_s"] <= outcome["ttft_p99_s"] <= outcome["ttft_max_s"]
+    assert [row["from_s"] for row in objects[3:6]] == [0, 300, 600]
+    assert lines[-1].startswith("| 3 |")
+    assert (tmp_path / "day.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_values_are_compared_on_the_same_requests(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep = ["--hours", "0.1", "--set", "target_ongoing_requests=1,32", "--machine", "a10g"]
+    main([str(SERVE_CONFIG), *sweep])
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    few, many = objects[2:]
+    assert few["requests"] == many["requests"]
+    assert few["replica_hours"] >= many["replica_hours"]
+
+
+@pytest.mark.parametrize("application", ["classification", "question-answering"])
+def test_services_of_whole_rows_are_simulated_too(
+    application: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At next to no load a reply takes a step, about 5.5 ms, and one replica is enough."""
+    options = ["--hours", "0.5", "--requests-per-s", "0.5", "--prompt-tokens", "64"]
+    main([str(SERVE_CONFIG), "--application", application, *options])
+    outcome = json.loads(capsys.readouterr().out.splitlines()[2])
+    assert outcome["ttft_p50_s"] == pytest.approx(0.0055, abs=0.001)
+    assert outcome["replicas_max"] == 1 and outcome["served"] == outcome["requests"] > 300
+
+
+def test_machines_say_what_they_are_based_on() -> None:
+    assert all("measured" in machine.basis for machine in MACHINES.values())

@@ -1,0 +1,376 @@
+"""storage on servers, disks and settings that are not as a plain S3 server and a plain disk are."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pickle
+import secrets
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+import trustme
+from faulty_s3 import Fault, FaultyS3, Reply, Request
+
+from gptj import storage
+from gptj.data.sources import read_rows
+from gptj.storage.addresses import AddressError
+from gptj.storage.scratch import scratch_folder
+from gptj.training.state import delete_old_checkpoints
+from gptj_local.s3 import LocalS3
+
+
+@pytest.fixture
+def folder() -> str:
+    return f"s3://gptj/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def faulty(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    with FaultyS3.before(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+def conditional(request: Request) -> bool:
+    return "if-none-match" in request.headers
+
+
+def test_the_consoles_folder_marker_is_no_file(s3: LocalS3, folder: str) -> None:
+    """A folder made in the console is an object of zero bytes whose key ends with a slash."""
+    import boto3
+
+    key = storage.split_s3(folder)[1]
+    boto3.client("s3").put_object(Bucket="gptj", Key=f"{key}/mk/", Body=b"")
+    boto3.client("s3").put_object(Bucket="gptj", Key=f"{key}/mk/deeper/", Body=b"")
+    storage.write_bytes(f"{folder}/mk/rows.txt", b"one")
+    for address in (f"{folder}/mk/", f"{folder}/mk"):
+        assert not storage.exists(address)
+        assert [file.name for file in storage.list_files(address)] == ["rows.txt"]
+        assert [row.values for row in read_rows(address, ["text"])] == [{"text": "one"}]
+    storage.delete_folder(f"{folder}/mk/")
+    assert storage.list_files(folder) == []
+
+
+def test_a_key_that_leads_elsewhere_is_refused_and_writes_nothing(
+    faulty: FaultyS3, folder: str, tmp_path: Path
+) -> None:
+    """What a server lists becomes names of local files."""
+    key = storage.split_s3(folder)[1]
+    for name in ("../outside/x", "/outside", "a//b"):
+        listing = (
+            f"<ListBucketResult><IsTruncated>false</IsTruncated><Contents><Key>{key}/{name}</Key>"
+            f"<Size>1</Size></Contents></ListBucketResult>"
+        )
+        faulty.fault = lambda request, text=listing: (
+            Reply(200, text=text) if "list-type" in request.path else None
+        )
+        with pytest.raises(AddressError, match="has // or a part"):
+            storage.download_folder(folder, tmp_path / "in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_without_conditional_writes_is_refused_at_the_start(
+    faulty: FaultyS3, folder: str
+) -> None:
+    faulty.fault = lambda request: (
+        Reply(501, "NotImplemented", "A header you provided implies functionality")
+        if conditional(request)
+        else None
+    )
+    with pytest.raises(storage.StorageError, match="does not know.*If-None-Match.*remedy"):
+        storage.check_writable(folder)
+    assert storage.list_files(folder) == []
+
+
+def test_a_server_that_passes_over_conditions_is_refused_at_the_start(
+    faulty: FaultyS3, folder: str
+) -> None:
+    faulty.fault = lambda request: (
+        Reply(200, headers={"ETag": '"1"'})
+        if conditional(request) and faulty.count("PUT") > 1
+        else None
+    )
+    with pytest.raises(storage.StorageError, match="passes over If-None-Match.*remedy"):
+        storage.check_writable(folder)
+    assert storage.list_files(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        (lambda r: conditional(r), "access denied"),
+        (lambda r: "uploads" in r.path, "access denied"),
+        (lambda r: "partNumber" in r.path, "access denied"),
+        (lambda r: r.method == "POST" and "uploadId" in r.path, "access denied"),
+        (lambda r: r.method == "DELETE" or "delete" in r.path, "access denied"),
+    ],
+    ids=["conditional", "create", "part", "complete", "delete"],
+)
+def test_what_the_end_will_do_is_tried_at_the_start(
+    faulty: FaultyS3, folder: str, refused: Callable[[Request], bool], says: str
+) -> None:
+    faulty.fault = lambda request: Reply(403, "AccessDenied") if refused(request) else None
+    with pytest.raises(storage.AccessDeniedError, match=says):
+        storage.check_writable(folder)
+    faulty.fault = lambda request: None
+    left = storage.list_files(folder)
+    storage.delete_folder(folder)
+    assert len(left) in (0, 2)  # two, where they may not be deleted
+
+
+def test_a_conflict_of_writers_is_tried_again(faulty: FaultyS3, folder: str) -> None:
+    replies = [Reply(409, "ConditionalRequestConflict"), Reply(400, "RequestTimeout")]
+    conflicts = iter(replies)
+    faulty.fault = lambda request: next(conflicts, None) if conditional(request) else None
+    storage.write_bytes(f"{folder}/once", b"first", if_absent=True)
+    assert storage.read_bytes(f"{folder}/once") == b"first"
+    assert faulty.count("PUT") == 3
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(400, "MissingContentMD5", "Missing required header for this request: Content-MD5"),
+        Reply(400, "InvalidRequest", "Missing required header for this request: Content-MD5"),
+        Reply(501, "NotImplemented"),
+    ],
+    ids=lambda reply: reply.code,
+)
+def test_files_are_deleted_one_by_one_where_no_batch_can_be(
+    faulty: FaultyS3, folder: str, reply: Reply
+) -> None:
+    faulty.fault = lambda request: reply if request.method == "POST" else None
+    for name in "abc":
+        storage.write_bytes(f"{folder}/{name}", b"x")
+    storage.delete_folder(folder)
+    assert storage.list_files(folder) == []
+    assert faulty.count("DELETE") == 3
+
+
+def test_pruning_that_fails_is_a_warning(
+    faulty: FaultyS3, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        storage.write_bytes(f"{folder}/checkpoint-{step}/manifest-00000-of-00001.json", b"{}")
+    faulty.fault = lambda request: Reply(403, "AccessDenied") if request.method == "POST" else None
+    with caplog.at_level(logging.WARNING):
+        delete_old_checkpoints(folder, keep=1)
+    assert "an old checkpoint stays" in caplog.text and "access denied" in caplog.text
+    faulty.fault = lambda request: None
+    delete_old_checkpoints(folder, keep=1)
+    assert [f.name.partition("/")[0] for f in storage.list_files(folder)] == ["checkpoint-2"]
+
+
+def use_arrow(folder: str) -> None:
+    """What Ray Train does with it: in another process, after a journey."""
+    filesystem, path = storage.arrow_filesystem(folder)
+    filesystem = pickle.loads(pickle.dumps(filesystem))
+    filesystem.create_dir(f"{path}/run")
+    with filesystem.open_output_stream(f"{path}/run/.validate") as file:
+        file.write(b"abc")
+    assert filesystem.get_file_info(f"{path}/run/.validate").size == 3
+    with filesystem.open_input_stream(f"{path}/run/.validate") as file:
+        assert file.read() == b"abc"
+    filesystem.delete_file(f"{path}/run/.validate")
+
+
+def test_a_bucket_in_another_region_works_for_arrow_too(faulty: FaultyS3, folder: str) -> None:
+    """As AWS answers: 301, with the region in a header, to what is signed for another one."""
+
+    def elsewhere(request: Request) -> Fault:
+        if "/eu-west-1/s3/" in request.headers.get("authorization", ""):
+            return None
+        return Reply(301, "PermanentRedirect", headers={"x-amz-bucket-region": "eu-west-1"})
+
+    faulty.fault = elsewhere
+    storage.check_writable(folder)
+    use_arrow(folder)
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def test_an_authority_of_ones_own_works_for_arrow_too(
+    s3: LocalS3,
+    authority: trustme.CA,
+    folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    with FaultyS3.before(s3.endpoint, tls=context) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(storage.UnreachableError, match="remedy: AWS_CA_BUNDLE"):
+            storage.check_writable(folder)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+        storage.check_writable(folder)
+        use_arrow(folder)
+        assert proxy.count("PUT", ".validate") == 1
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "absent.pem"))
+        with pytest.raises(storage.StorageError, match="absent.pem"):
+            storage.check_writable(folder)
+
+
+@pytest.mark.parametrize("style", ["auto", "path"])
+def test_the_shared_files_and_their_profile_work_for_arrow_too(
+    s3: LocalS3, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
+) -> None:
+    for name in s3.environment():
+        if name != "AWS_EC2_METADATA_DISABLED":
+            monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(
+        f"[profile mine]\nregion = us-east-1\nendpoint_url = {s3.endpoint}\n"
+        f"credential_process = {sys.executable} {tmp_path}/credentials.py\n"
+        f"s3 =\n  addressing_style = {style}\n"
+    )
+    (tmp_path / "credentials.py").write_text(
+        "import json\nprint(json.dumps(dict(Version=1, "
+        f"AccessKeyId={s3.access_key!r}, SecretAccessKey={s3.secret_key!r})))"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    storage.check_writable(folder)
+    use_arrow(folder)
+    filesystem, _ = storage.arrow_filesystem(folder)
+    assert s3.secret_key.encode() not in pickle.dumps(filesystem)
+
+
+def test_an_endpoint_that_is_no_url_is_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    with pytest.raises(storage.StorageError, match="localhost.*remedy: correct AWS_ENDPOINT_URL"):
+        storage.check_writable("s3://gptj/x")
+
+
+def test_arrow_lists_copies_and_moves(s3: LocalS3, folder: str) -> None:
+    for name in ("a", "b/c", "b/d/e"):
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    filesystem, path = storage.arrow_filesystem(folder + "/")
+    FileType = pyarrow.fs.FileType
+
+    def listed(recursive: bool) -> dict[str, pyarrow.fs.FileType]:
+        selector = pyarrow.fs.FileSelector(path, recursive=recursive)
+        infos = filesystem.get_file_info(selector)
+        return {info.path.removeprefix(f"{path}/"): info.type for info in infos}
+
+    assert listed(False) == {"a": FileType.File, "b": FileType.Directory}
+    assert listed(True) == {
+        "a": FileType.File,
+        "b": FileType.Directory,
+        "b/c": FileType.File,
+        "b/d": FileType.Directory,
+        "b/d/e": FileType.File,
+    }
+    kinds = [i.type for i in filesystem.get_file_info([f"{path}/a", f"{path}/b", f"{path}/x"])]
+    assert kinds == [FileType.File, FileType.Directory, FileType.NotFound]
+    with pytest.raises(FileNotFoundError):
+        filesystem.get_file_info(pyarrow.fs.FileSelector(f"{path}/x"))
+    with pytest.raises(FileNotFoundError):
+        filesystem.open_input_stream(f"{path}/x")
+    filesystem.copy_file(f"{path}/a", f"{path}/copy")
+    filesystem.move(f"{path}/a", f"{path}/moved")
+    filesystem.delete_dir(f"{path}/b")
+    assert [file.name for file in storage.list_files(folder)] == ["copy", "moved"]
+    with filesystem.open_input_file(f"{path}/moved") as file:
+        assert file.read_at(1, 0) == b"a"
+
+
+def test_ray_train_keeps_its_files_through_it(s3: LocalS3, folder: str, tmp_path: Path) -> None:
+    from ray.train.v2._internal.execution import storage as ray_storage
+
+    (tmp_path / "up/deep").mkdir(parents=True)
+    (tmp_path / "up/a").write_bytes(b"a")
+    (tmp_path / "up/deep/b").write_bytes(os.urandom(10_000_000))
+    filesystem, path = storage.arrow_filesystem(folder)
+    context = ray_storage.StorageContext(path, "run", filesystem)
+    pickle.loads(pickle.dumps(context))._check_validation_file()
+    ray_storage._upload_to_fs_path(str(tmp_path / "up"), filesystem, f"{path}/run/checkpoint")
+    ray_storage._download_from_fs_path(filesystem, f"{path}/run/checkpoint", str(tmp_path / "down"))
+    for name in ("a", "deep/b"):
+        assert (tmp_path / "down" / name).read_bytes() == (tmp_path / "up" / name).read_bytes()
+    ray_storage.delete_fs_path(filesystem, f"{path}/run/checkpoint")
+    names = [file.name for file in storage.list_files(folder)]
+    assert names == ["run/.validate_storage_marker"]
+
+
+def test_a_file_system_without_hard_links_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT, and some network and FUSE file systems; mounting one takes root."""
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    kind = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert kind
+    message = (
+        f"^{tmp_path}: the file system .*mounted at /.* does not allow hard links "
+        rf"\(Operation not permitted\).*remedy: a folder on another one"
+    )
+    with pytest.raises(storage.StorageError, match=message):
+        storage.check_writable(str(tmp_path))
+    with pytest.raises(storage.StorageError, match=message):
+        storage.write_bytes(str(tmp_path / "once"), b"x", if_absent=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    for folder, message in (
+        ("/proc/run", "nothing can be written to /proc/run: .*remedy: choose another.*type proc"),
+        (f"{tmp_path}/file/run", f"{tmp_path}/file is a file and no folder; remedy"),
+        (f"{tmp_path}/file", f"{tmp_path}/file is a file and no folder; remedy"),
+        (f"{tmp_path}/link", f"{tmp_path}/link is a link to nothing; remedy: delete the link"),
+        (f"{tmp_path}/{'x' * 300}", "File name too long; remedy: choose another"),
+    ):
+        with pytest.raises(storage.StorageError, match=message) as caught:
+            storage.check_writable(folder)
+        assert ".writable" not in str(caught.value)
+        with pytest.raises(storage.StorageError, match=message):
+            storage.write_bytes(f"{folder}/name", b"")
+        with pytest.raises(storage.StorageError, match="nothing can be written to"):
+            with scratch_folder(folder):
+                raise AssertionError("it was made")
+
+
+@pytest.mark.slow
+def test_a_folder_of_somebody_else_is_named() -> None:
+    """As another user, since root may write anywhere."""
+    if os.getuid() != 0:
+        pytest.skip("takes root, to become another user")
+    program = """
+import os, sys
+from gptj import storage
+os.setuid(65534)
+for folder in sys.argv[1:]:
+    try:
+        storage.check_writable(folder)
+    except storage.AccessDeniedError as error:
+        print(error)
+"""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to others
+        closed = Path(name) / "closed"
+        closed.mkdir()
+        for each in (Path(name), closed):
+            each.chmod(0o755)
+        command = [sys.executable, "-c", program, str(closed / "run"), str(closed)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    for folder, line in zip((closed / "run", closed), lines, strict=True):
+        assert f"nothing can be written to {folder}: Permission denied; remedy:" in line
+        assert f"let user 65534 write to {closed}, which belongs to user 0 (mode 755)" in line

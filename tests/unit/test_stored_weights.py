@@ -1,0 +1,227 @@
+"""Weights that do not agree with themselves: several dtypes, or ties that are none.
+
+Each way in, with transformers as the reference: folders of ours and others, mapped, from S3, from
+the cache, imported from each format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer, storage
+from gptj.checkpoints import checkpoint
+from gptj.checkpoints.checkpoint import save_folder
+from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.weights import TensorSpec, read_weights
+from gptj.interop.exporter import export_weights
+from gptj.interop.importer import import_weights
+from jobs import evaluate
+
+CONFIG = GPTJConfig(
+    vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, pad_token_id=0
+)
+TOKENS = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+WAYS_IN = ["a folder of ours", "a folder of others", "S3", "the cache"]
+
+State = dict[str, torch.Tensor]
+
+
+def state_of(*, dtype: torch.dtype = torch.float32, **replaced: torch.dtype) -> State:
+    """A model's weights in a dtype, and some parameters in another."""
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(CONFIG)
+    return {
+        name: tensor.detach().to(replaced.get(name.partition(".")[0], dtype))
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def save(state: State, address: str, tokenizer: GPTJTokenizer | None = None, **fields: Any) -> None:
+    """A folder of ours, as any program may have put it together."""
+    config = GPTJConfig.from_dict(
+        {**CONFIG.to_dict(), "architectures": ["GPTJForCausalLM"], **fields}
+    )
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()]
+    save_folder(address, config, specs, state.values(), tokenizer=tokenizer)
+
+
+@pytest.fixture(params=WAYS_IN)
+def address(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Where a folder is to be saved, to be read in one of the ways."""
+    if request.param in ("S3", "the cache"):
+        request.getfixturevalue("s3")
+        if request.param == "the cache":
+            monkeypatch.setenv("GPTJ_CACHE_FOLDER", str(tmp_path / "cache"))
+            monkeypatch.setenv("GPTJ_CACHE_GB", "1")
+        yield f"s3://gptj/stored/{tmp_path.name}/m"
+    else:
+        yield str(tmp_path / "m")
+
+
+def made_foreign(address: str, request: pytest.FixtureRequest) -> None:
+    """Take our manifest away, if the way in is another program's."""
+    if request.node.callspec.params["address"] == "a folder of others":
+        storage.delete(storage.join(address, "manifest.json"))
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("named", ["bfloat16", None])
+def test_weights_in_two_dtypes_become_one(
+    named: str | None,
+    address: str,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """bf16 with an fp32 head: the configuration's dtype, or else that of most."""
+    save(state_of(dtype=torch.bfloat16, lm_head=torch.float32), address, dtype=named)
+    made_foreign(address, request)
+    model = GPTJForCausalLM.from_pretrained(address)
+    expected = GPTJForCausalLM(CONFIG).bfloat16().eval()
+    expected.load_state_dict(state_of(dtype=torch.bfloat16))
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16, name
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert torch.equal(logits_of(model), logits_of(expected))
+    assert "torch.bfloat16, torch.float32: all become torch.bfloat16" in caplog.text
+    assert GPTJForCausalLM.from_pretrained(address, dtype="float32").dtype == torch.float32
+    if not storage.is_s3(address):  # what agrees is mapped as before
+        assert f"{address}/model.safetensors" in Path("/proc/self/maps").read_text()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(address).eval()
+        if named:
+            assert theirs.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_configurations_dtype_decides_if_some_weights_have_it(tmp_path: Path) -> None:
+    mixed = state_of(dtype=torch.bfloat16, lm_head=torch.float32)
+    save(mixed, str(tmp_path / "wide"), dtype="float32")
+    wide = GPTJForCausalLM.from_pretrained(str(tmp_path / "wide"))
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    save(mixed, str(tmp_path / "none"), dtype="float16")
+    none = GPTJForCausalLM.from_pretrained(str(tmp_path / "none"))
+    assert {p.dtype for p in none.parameters()} == {torch.bfloat16}
+    # One dtype is kept as it is stored, whatever the configuration says.
+    save(state_of(), str(tmp_path / "one"), dtype="float16")
+    assert GPTJForCausalLM.from_pretrained(str(tmp_path / "one")).dtype == torch.float32
+    # A head that is made new has the dtype of the others.
+    base = {n: t for n, t in mixed.items() if not n.startswith("lm_head.")}
+    base["transformer.ln_f.weight"] = base["transformer.ln_f.weight"].float()
+    save(base, str(tmp_path / "base"))
+    found = GPTJForCausalLM.from_pretrained(str(tmp_path / "base"))
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+
+
+def test_a_value_that_the_common_dtype_has_no_room_for_is_named(tmp_path: Path) -> None:
+    state = state_of(dtype=torch.float16, lm_head=torch.float32)
+    state[HEAD][5, 3] = 70_000
+    save(state, str(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight .* too large for torch\.float16"):
+        GPTJForCausalLM.from_pretrained(str(tmp_path / "m"))
+    model = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), dtype="float32")
+    assert model.lm_head.weight[5, 3] == 70_000
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has values up to 70000"):
+        import_weights(str(tmp_path / "m"), str(tmp_path / "imported"))
+
+
+def test_a_checkpoint_in_two_dtypes_is_evaluated(tmp_path: Path) -> None:
+    tokenizer = GPTJTokenizer.train(["some text to learn from"], 270)
+    mixed = state_of(dtype=torch.bfloat16, lm_head=torch.float32)
+    save(mixed, str(tmp_path / "m"), tokenizer)
+    (tmp_path / "rows.txt").write_text("some text to measure on, and some more of it")
+    words = [str(tmp_path / "m"), str(tmp_path / "rows.txt")]
+    result = evaluate.measure(evaluate.read_settings(words))
+    assert 4 < float(result["loss"]) < 8
+
+
+def test_a_stored_head_that_differs_is_kept_whatever_the_configuration_says(
+    address: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in transformers: tie_word_embeddings, and two matrices that are not equal."""
+    state = state_of()
+    save(state, address, tie_word_embeddings=True)
+    made_foreign(address, request)
+    model = GPTJForCausalLM.from_pretrained(address)
+    assert "an lm_head.weight that differs from its embedding" in caplog.text
+    assert torch.equal(model.lm_head.weight, state[HEAD])
+    assert torch.equal(model.transformer.wte.weight, state[EMBEDDING])
+    assert not model.config.tie_word_embeddings
+    if storage.is_s3(address):
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(address).eval()
+    torch.testing.assert_close(logits_of(model), logits_of(theirs), rtol=0, atol=1e-5)
+    # It is saved so that nobody ties it again; a base model needs no head.
+    model.save_pretrained(f"{address}-again")
+    assert json.loads(Path(f"{address}-again/config.json").read_text())["tie_word_embeddings"] is (
+        False
+    )
+    again = GPTJForCausalLM.from_pretrained(f"{address}-again")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert torch.equal(GPTJModel.from_pretrained(address).wte.weight, state[EMBEDDING])
+
+
+@pytest.mark.parametrize("stored", [(EMBEDDING, HEAD), (EMBEDDING,), (HEAD,)])
+def test_ties_hold_where_one_matrix_is_stored_once_or_twice(
+    stored: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = state_of()
+    matrix = state[EMBEDDING]
+    others = {n: t for n, t in state.items() if n not in (EMBEDDING, HEAD)}
+    save({**others, **dict.fromkeys(stored, matrix)}, str(tmp_path / "m"), tie_word_embeddings=True)
+    model = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.lm_head.weight, matrix) and model.config.tie_word_embeddings
+    import_weights(str(tmp_path / "m"), str(tmp_path / "imported"))
+    names = set(dict(read_weights(str(tmp_path / "imported"), None)))
+    assert EMBEDDING in names and HEAD not in names
+    imported = GPTJForCausalLM.from_pretrained(str(tmp_path / "imported"))
+    assert torch.equal(imported.lm_head.weight, matrix)
+    assert "differs" not in caplog.text
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("export", ["huggingface", "flax", "tensorflow"])
+def test_what_is_imported_and_exported_has_one_dtype_and_its_own_head(
+    pickled: bool, export: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = state_of(dtype=torch.float16, lm_head=torch.float32)
+    source = tmp_path / "source"
+    save(state, str(source), tie_word_embeddings=True, dtype="float16")
+    if pickled:
+        for name in ("model.safetensors", "manifest.json"):
+            (source / name).unlink()
+        torch.save(state, source / "pytorch_model.bin")
+    import_weights(str(source), str(tmp_path / "imported"))
+    assert "torch.float16, torch.float32: all become torch.float16" in caplog.text
+    assert "an lm_head.weight that differs" in caplog.text
+    export_weights(str(tmp_path / "imported"), str(tmp_path / "exported"), format=export)
+    import_weights(str(tmp_path / "exported"), str(tmp_path / "back"))
+    for folder in ("imported", "back"):
+        model = GPTJForCausalLM.from_pretrained(str(tmp_path / folder))
+        assert not model.config.tie_word_embeddings
+        assert model.config.dtype == torch.float16
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name].half()), (folder, name)
+    checkpoint.verify(str(tmp_path / "imported"))
+
+
+def test_an_export_of_what_does_not_agree_agrees(tmp_path: Path) -> None:
+    """Straight from such a folder, with nothing imported before."""
+    state = state_of(dtype=torch.bfloat16, lm_head=torch.float32)
+    save(state, str(tmp_path / "m"), tie_word_embeddings=True, dtype="bfloat16")
+    export_weights(str(tmp_path / "m"), str(tmp_path / "e"), format="huggingface")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+    assert torch.equal(theirs.lm_head.weight, state[HEAD].bfloat16())
