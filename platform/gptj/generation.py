@@ -70,7 +70,7 @@ def generate(
         ValueError: with the value and the remedy.
     """
     config = model.config
-    batch, length = input_ids.shape
+    _batch, length = input_ids.shape
     if length == 0:
         raise ValueError("the prompt must have at least one token, such as bos_token_id")
     if num_beams < 1 or num_return_sequences < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 import statistics
@@ -160,6 +161,6 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) 
     seconds = time.perf_counter() - start
     # The last row's token of each step: later steps have all rows.
     steps = moments[len(prompts) - 1 :: len(prompts)][-new_tokens:]
-    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
     step = statistics.median(gaps[len(gaps) // 2 :]) if gaps else seconds
     return Timing(tokens, seconds, step)

@@ -275,10 +275,12 @@ def test_both_scenarios_answer_every_sample_once_by_the_beams_of_generate(
             new = [token for token in beam if token != tokenizer.eos_token_id]
             assert answer["reply"]["text"] == tokenizer.decode(new)
     offline, server = rows
-    assert offline["valid"] and offline["verdict"] == "VALID"
+    assert offline["valid"]
+    assert offline["verdict"] == "VALID"
     # MLPerf's target for a server, and its rule: hundreds of replies before it trusts the 99 %.
     assert server["settings"]["target_latency_ns"] == 20e9
-    assert server["met"]["performance"] and not server["met"]["early_stopping"]
+    assert server["met"]["performance"]
+    assert not server["met"]["early_stopping"]
     assert not server["valid"]
 
 
@@ -314,12 +316,16 @@ def test_failures_make_a_run_invalid_and_a_full_service_is_asked_again(
         (row,) = measured(capsys, *arguments, "--url", address, "--logs", str(tmp_path))
     assert (row["verdict"], row["valid"]) == ("VALID", False)
     assert (row["samples"], row["failed"]) == (6, 2)
-    assert "400" in row["failures"][0] and "never works" in row["failures"][0]
+    assert "400" in row["failures"][0]
+    assert "never works" in row["failures"][0]
     assert "29 tokens came instead of 30 to 128" in row["failures"][1]
     assert row["tokens_a_sample"] == 4 * 30 / 6
-    assert len(asked) == 2 + 6 + 1 and {key for _, key in asked} == {"Bearer a-key"}
+    assert len(asked) == 2 + 6 + 1
+    assert {key for _, key in asked} == {"Bearer a-key"}
     body, _ = asked[-1]
-    assert body.use_beam_search and body.early_stopping and body.length_penalty == 1
+    assert body.use_beam_search
+    assert body.early_stopping
+    assert body.length_penalty == 1
     assert (body.best_of, body.n) == (4, 1)
     assert (body.min_tokens, body.max_tokens) == (30, 128)
 
@@ -327,7 +333,7 @@ def test_failures_make_a_run_invalid_and_a_full_service_is_asked_again(
 def test_what_cannot_be_measured_is_said_before(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--prompt-tokens must be in \[1, {LONGEST}\]"):
         benchmark.main(["mlperf", "--model", folder, "--prompt-tokens", str(LONGEST + 1)])
-    with pytest.raises(ValueError, match="--target-qps must be above 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"--target-qps must be above 0, got 0.0"):
         benchmark.main(["mlperf", "--model", folder, "--target-qps", "0"])
     (port,) = free_ports(1)
     url = f"http://{HOST}:{port}"

@@ -66,7 +66,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     tokenizer = GPTJTokenizer.train(SENTENCES, vocab_size=300)
     torch.manual_seed(0)
     # So large that the engine's work, and not the proxy's or the client's, is what takes time.
-    shape = dict(vocab_size=len(tokenizer), n_positions=512, n_embd=512, n_layer=8, n_head=8)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "n_positions": 512,
+        "n_embd": 512,
+        "n_layer": 8,
+        "n_head": 8,
+    }
     model = GPTJForCausalLM(GPTJConfig(**shape, rotary_dim=16))
     with torch.no_grad():  # whole characters only: text that is not yet certain is not sent
         for token in range(len(tokenizer)):
@@ -235,7 +241,7 @@ def test_a_client_that_leaves_is_counted_and_its_pages_are_freed(service: Servic
 
 
 def test_prompts_are_in_no_log(service: Service) -> None:
-    logs = [path for path in service.sessions.rglob("*.log")]
+    logs = list(service.sessions.rglob("*.log"))
     assert logs
     for path in logs:
         assert CANARY not in path.read_text(errors="replace"), path

@@ -40,7 +40,7 @@ def test_the_cache_is_no_larger_than_requests_can_use() -> None:
 
 
 def test_a_share_that_holds_no_whole_context_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match="fewer than the model's context of 128.*cache_tokens"):
+    with pytest.raises(ValueError, match=r"fewer than the model's context of 128.*cache_tokens"):
         tokens_of(10 * PAGE, 0.5)
 
 

@@ -35,8 +35,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 # GPT-J's head width, and one that fills no power of two.
 SHAPES = {
-    "head width 256": dict(n_embd=512, n_head=2, rotary_dim=64, n_inner=1100),
-    "head width 10": dict(n_embd=40, n_head=4, rotary_dim=6, n_inner=52),
+    "head width 256": {"n_embd": 512, "n_head": 2, "rotary_dim": 64, "n_inner": 1100},
+    "head width 10": {"n_embd": 40, "n_head": 4, "rotary_dim": 6, "n_inner": 52},
 }
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "fp16"])
 shapes = pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import logging
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_a_released_model_lives_on_in_the_runner_alone(device: torch.device) -> 
 class Watched(PlainOperations):
     """Notes whether sums in less than fp32 were allowed to the products."""
 
-    reduced: list[bool] = []
+    reduced: ClassVar[list[bool]] = []
 
     def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
         matmul = torch.backends.cuda.matmul
@@ -139,7 +140,8 @@ def test_products_add_up_in_fp32_and_the_processs_setting_stays() -> None:
     runner = CudaRunner(model, 8, Watched(model.dtype, model.config.layer_norm_epsilon))
     runner.step(singles([5], [0], [[0]]))
     matmul = torch.backends.cuda.matmul
-    assert len(Watched.reduced) == 2 * (2 * model.config.n_layer + 1) and not any(Watched.reduced)
+    assert len(Watched.reduced) == 2 * (2 * model.config.n_layer + 1)
+    assert not any(Watched.reduced)
     assert matmul.allow_fp16_reduced_precision_reduction
     assert matmul.allow_bf16_reduced_precision_reduction
     runner.close()
@@ -177,7 +179,8 @@ def test_a_cache_of_another_size_is_as_good_as_a_new_one(device: torch.device) -
 
 def test_each_number_of_rows_has_the_least_size_with_room() -> None:
     assert [size_for(count) for count in (1, 2, 3, 5, 9, 64, 65)] == [1, 2, 4, 8, 16, 64, 80]
-    assert all(size_for(size) == size for size in SIZES) and size_for(MAX_SIZE) == 256
+    assert all(size_for(size) == size for size in SIZES)
+    assert size_for(MAX_SIZE) == 256
 
 
 def test_a_model_that_is_not_on_a_gpu_has_no_kernels_and_the_error_says_so() -> None:

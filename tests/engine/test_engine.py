@@ -235,7 +235,8 @@ def check_logprobs(model: GPTJForCausalLM, prompt: list[int], caller: Caller) ->
     expected = model(torch.tensor([ids])).logits[0].detach().log_softmax(dim=-1)
     events = [*scored.tokens, *(event for event in others if isinstance(event, TokenEvent))]
     assert [event.token_id for event in events] == ids
-    assert events[0].logprob is None and events[0].top == ()
+    assert events[0].logprob is None
+    assert events[0].top == ()
     for place, event in enumerate(events[1:]):
         assert event.logprob == pytest.approx(float(expected[place, event.token_id]), abs=1e-4)
         best = expected[place].topk(2 if place + 1 < len(prompt) else 3)
@@ -245,7 +246,8 @@ def check_logprobs(model: GPTJForCausalLM, prompt: list[int], caller: Caller) ->
 
 def test_a_prompt_can_be_scored_without_generating(engine: Engine) -> None:
     scored, end = submit(engine, PROMPTS[0], max_tokens=0, prompt_logprobs=0).wait()
-    assert isinstance(scored, PromptLogprobs) and end == Finished("length")
+    assert isinstance(scored, PromptLogprobs)
+    assert end == Finished("length")
     assert len(scored.tokens) == 3
     scored, _ = submit(engine, [5], max_tokens=0, prompt_logprobs=2).wait()
     assert scored == PromptLogprobs((TokenEvent(5),))
@@ -424,8 +426,10 @@ def test_a_ticket_says_how_long_its_request_queued(model: GPTJForCausalLM) -> No
     running.wait()
     waiting.wait()
     first, second = running.ticket.queued_seconds, waiting.ticket.queued_seconds
-    assert first is not None and second is not None
-    assert 0 <= first < second and second >= 0.2
+    assert first is not None
+    assert second is not None
+    assert 0 <= first < second
+    assert second >= 0.2
     engine.close()
 
 
@@ -450,7 +454,9 @@ def test_an_error_in_a_step_fails_what_was_in_it_and_the_engine_goes_on(
     assert runner.resets == 1
     assert engine.alive(within_seconds=30)
     stats = engine.stats()
-    assert stats.prefix_tokens_hit == 0 and stats.pages_used == 0 and stats.running == 0
+    assert stats.prefix_tokens_hit == 0
+    assert stats.pages_used == 0
+    assert stats.running == 0
     engine.close()
 
 
@@ -511,7 +517,8 @@ def test_wishes_that_break_the_sampler_fail_their_request_only(
     others = submit_many(engine, PROMPTS[0], {}, {"logit_bias": Broken({5: 1.0})}, {})
     assert str(others[1].error) == "no values here"
     assert others[0].ids == others[2].ids == alone(model, PROMPTS[0])
-    assert engine.alive(within_seconds=30) and engine.stats().pages_used == 0
+    assert engine.alive(within_seconds=30)
+    assert engine.stats().pages_used == 0
 
 
 @pytest.mark.parametrize(
@@ -534,7 +541,7 @@ def test_what_cannot_work_is_refused_with_the_value(
 
 def test_what_the_cache_can_never_hold_is_refused(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 3), eos_ids=[EOS], max_running=4)
-    with pytest.raises(ValueError, match="40 tokens .* max_tokens=9 need 4 pages of 16 .* has 3"):
+    with pytest.raises(ValueError, match=r"40 tokens .* max_tokens=9 need 4 pages of 16 .* has 3"):
         submit(engine, tokens(40), max_tokens=9)
     with pytest.raises(ValueError, match="for each of 4 beams need 4 pages"):
         search(engine, [5], BeamParams(4), max_tokens=12)
@@ -544,7 +551,7 @@ def test_what_the_cache_can_never_hold_is_refused(model: GPTJForCausalLM) -> Non
         model, tokens(40), max_new_tokens=8
     )
     engine.close()
-    with pytest.raises(ValueError, match="max_running must be in .* got 9"):
+    with pytest.raises(ValueError, match=r"max_running must be in .* got 9"):
         Engine(TorchRunner(model, 3), eos_ids=[], max_running=9, step_tokens=8)
 
 
@@ -642,14 +649,14 @@ def test_closing_fails_what_runs_what_waits_and_what_comes(model: GPTJForCausalL
     waiting = submit(engine, PROMPTS[0])
     closing = threading.Thread(target=engine.close)
     closing.start()
-    assert isinstance(waiting.error, ClosedError) and "before this request's turn" in str(
-        waiting.error
-    )
+    assert isinstance(waiting.error, ClosedError)
+    assert "before this request's turn" in str(waiting.error)
     with pytest.raises(ClosedError):
         submit(engine, PROMPTS[0])
     gate.open()
     closing.join(30)
-    assert isinstance(running.error, ClosedError) and "while this request ran" in str(running.error)
+    assert isinstance(running.error, ClosedError)
+    assert "while this request ran" in str(running.error)
 
 
 def test_a_batcher_gives_each_caller_its_own_result_in_few_batches() -> None:

@@ -44,6 +44,7 @@ def test_short_contexts_need_less_of_the_cache() -> None:
 def test_an_engine_without_limits_has_its_runners() -> None:
     model = tiny_model()
     engine = Engine(TorchRunner(model, 64), eos_ids=[])
-    assert engine._scheduler.max_running == 64 and engine._scheduler._step_tokens == 256
+    assert engine._scheduler.max_running == 64
+    assert engine._scheduler._step_tokens == 256
     assert len(submit(engine, [4, 5]).ids) == 12
     engine.close()

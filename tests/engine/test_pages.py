@@ -29,7 +29,8 @@ def test_a_shared_page_is_free_when_its_last_user_has_gone() -> None:
     pool = PagePool(3, caching=True)
     pages = pool.take(2)
     pool.share(pages[:1])
-    assert pool.free == 1 and pool.references(pages[0]) == 2
+    assert pool.free == 1
+    assert pool.references(pages[0]) == 2
     pool.release(pages)
     assert pool.free == 2
     pool.release(pages[:1])
@@ -57,16 +58,20 @@ def test_digests_grow_with_the_text_and_do_not_depend_on_when() -> None:
     known = digests(tokens[:9])
     assert len(known) == 2
     extend_digests(known, tokens, SIZE)
-    assert known == digests(tokens) and len(known) == 4
+    assert known == digests(tokens)
+    assert len(known) == 4
 
 
 def test_a_found_page_that_is_taken_into_use_is_not_given_to_others() -> None:
     pool = PagePool(3, caching=True)
     pages = filled(pool, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert pool.free == 3 and pool.cached == 2
+    assert pool.free == 3
+    assert pool.cached == 2
     assert pool.unused(pages) == 2
     pool.share(pages)
-    assert pool.free == 1 and pool.cached == 0 and pool.unused(pages) == 0
+    assert pool.free == 1
+    assert pool.cached == 0
+    assert pool.unused(pages) == 0
     assert pool.take(1)[0] not in pages
 
 
@@ -88,7 +93,8 @@ def test_the_longest_unused_goes_first_and_a_prefixs_end_before_its_start() -> N
 def test_without_caching_nothing_is_found() -> None:
     pool = PagePool(4, caching=False)
     filled(pool, [1, 2, 3, 4])
-    assert pool.find(digests([1, 2, 3, 4])) == [] and pool.cached == 0
+    assert pool.find(digests([1, 2, 3, 4])) == []
+    assert pool.cached == 0
 
 
 def test_a_damaged_page_is_not_found_again() -> None:
@@ -107,7 +113,9 @@ def test_a_cleared_pool_is_as_new() -> None:
     filled(pool, [1, 2, 3, 4])
     pool.take(2)
     pool.clear()
-    assert pool.free == 3 and pool.cached == 0 and pool.find(digests([1, 2, 3, 4])) == []
+    assert pool.free == 3
+    assert pool.cached == 0
+    assert pool.find(digests([1, 2, 3, 4])) == []
 
 
 def test_random_use_never_gives_a_page_to_two_and_leaks_none() -> None:

@@ -50,16 +50,23 @@ needs_kernels = pytest.mark.skipif(
 
 
 def config(**changes: object) -> GPTJConfig:
-    settings = dict(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
+    settings = {
+        "vocab_size": 300,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 8,
+        "n_positions": 128,
+    }
     return GPTJConfig(**{**settings, **changes})
 
 
 # Shapes in which something does not fill a vector or a block, and GPT-J's own head width.
 SHAPES = {
     "plain": {},
-    "wide heads": dict(n_embd=512, n_head=2, rotary_dim=64, vocab_size=97),
-    "odd sizes": dict(n_embd=40, n_head=4, rotary_dim=6, vocab_size=101, n_inner=52),
-    "all rotated": dict(n_embd=96, n_head=2, rotary_dim=None),
+    "wide heads": {"n_embd": 512, "n_head": 2, "rotary_dim": 64, "vocab_size": 97},
+    "odd sizes": {"n_embd": 40, "n_head": 4, "rotary_dim": 6, "vocab_size": 101, "n_inner": 52},
+    "all rotated": {"n_embd": 96, "n_head": 2, "rotary_dim": None},
 }
 
 
@@ -211,7 +218,8 @@ def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[...
     if isinstance(case.runner, CpuRunner | CudaRunner):
         case.runner._cache[:, :, 1:3] = torch.nan
     else:
-        assert isinstance(case.runner, TorchRunner) and wte.isfinite().all()
+        assert isinstance(case.runner, TorchRunner)
+        assert wte.isfinite().all()
         case.runner._keys[:, 1:3] = torch.nan
         case.runner._values[:, 1:3] = torch.nan
     (again,) = step(case.runner, (ids[:20], 0, [1, 2]))
@@ -239,7 +247,8 @@ def test_logits_that_round_to_one_number_of_bf16_are_told_apart(kind: str) -> No
     for ids in (numbers(7), numbers(7, 8, 9)):  # as a decode step, and as a chunk
         (logits,) = step(runner, (ids, 0, [2]))
         assert logits.dtype == torch.float32
-        assert logits[-1, 5:7].tolist() == [20.0, 20.0625] and int(logits[-1].argmax()) == 6
+        assert logits[-1, 5:7].tolist() == [20.0, 20.0625]
+        assert int(logits[-1].argmax()) == 6
     runner.close()
 
 
@@ -397,7 +406,8 @@ def test_several_weights_are_packed_as_the_one_that_they_make(
     words = torch.zeros(-(-len(whole) // 32) * 32, packed.data.shape[1], dtype=torch.int32)
     if kind == "int8":
         values, scales = quantized(whole)
-        assert packed.scales is not None and torch.equal(packed.scales, scales)
+        assert packed.scales is not None
+        assert torch.equal(packed.scales, scales)
     else:
         values = whole.to(torch.float32 if kind == "fp32" else torch.bfloat16)
     words[: len(whole)] = values.view(torch.int32)
@@ -426,7 +436,7 @@ def test_packed_weights_take_their_width_and_no_more(kind: str, size: int) -> No
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [(dict(activation_function="relu"), "gelu_new"), (dict(n_inner=50), "n_inner=50")],
+    [({"activation_function": "relu"}, "gelu_new"), ({"n_inner": 50}, "n_inner=50")],
 )
 def test_a_model_that_the_kernels_do_not_know_runs_on_pytorch_and_the_log_says_why(
     changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
@@ -464,13 +474,15 @@ def test_the_library_is_built_once_and_left_whole(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = library._built()
     written = first.stat().st_mtime_ns
-    assert library._built() == first and first.stat().st_mtime_ns == written
+    assert library._built() == first
+    assert first.stat().st_mtime_ns == written
     assert [path.name for path in (tmp_path / "gptj").iterdir()] == [first.name]
 
 
 def test_the_cache_has_whole_pages_and_at_least_the_tokens_asked_for() -> None:
     runner = best_runner(random_model(), 17)
-    assert runner.num_pages == 2 and runner.page_size == PAGE
+    assert runner.num_pages == 2
+    assert runner.page_size == PAGE
     assert page_bytes(runner.config, 4) == 2 * 2 * 16 * 64 * 4
     with pytest.raises(ValueError, match="cache_tokens must be 1 or more, got 0"):
         best_runner(random_model(), 0)

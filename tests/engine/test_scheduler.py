@@ -126,7 +126,8 @@ def test_under_pressure_the_newest_gives_way_and_still_gets_its_tokens_once(
     stats = engine.stats()
     # Each comes back once only, when there is room for all that it may still write.
     assert stats.preemptions == 2
-    assert stats.tokens_out == 300 and stats.waiting == stats.running == 0
+    assert stats.tokens_out == 300
+    assert stats.waiting == stats.running == 0
     engine.close()
 
 
@@ -137,7 +138,8 @@ def test_a_known_prefix_is_not_computed_again(model: GPTJForCausalLM) -> None:
     assert engine.stats().tokens_in == 40
     assert submit(engine, tokens(40)).ids == expected
     stats = engine.stats()
-    assert stats.tokens_in == 40 + 8 and stats.prefix_tokens_hit == 32
+    assert stats.tokens_in == 40 + 8
+    assert stats.prefix_tokens_hit == 32
     assert stats.prefix_tokens_asked == 80
     # The last token is always computed: its logits are what is wanted.
     assert submit(engine, tokens(32)).ids == alone(model, tokens(32), eos_token_id=[])
@@ -171,7 +173,9 @@ def test_cached_prefixes_give_way_to_what_runs(model: GPTJForCausalLM) -> None:
         assert submit(engine, prompt).ids == alone(model, prompt, eos_token_id=[])
     assert submit(engine, tokens(50, start=0)).ids == alone(model, tokens(50, 0), eos_token_id=[])
     stats = engine.stats()
-    assert stats.prefix_tokens_hit == 0 and stats.pages_cached > 0 and stats.pages_used == 0
+    assert stats.prefix_tokens_hit == 0
+    assert stats.pages_cached > 0
+    assert stats.pages_used == 0
     engine.close()
 
 
@@ -290,9 +294,11 @@ def test_after_any_mix_each_has_one_end_and_all_pages_are_free(
         caller.wait()
     for caller in callers:
         ends = [event for event in caller.events if isinstance(event, Finished | Failed)]
-        assert len(ends) == 1 and caller.events[-1] is ends[0]
+        assert len(ends) == 1
+        assert caller.events[-1] is ends[0]
         if isinstance(ends[0], Failed):
-            assert failing and str(ends[0].error) == "the step broke"
+            assert failing
+            assert str(ends[0].error) == "the step broke"
     for caller, key in greedy:
         found = [event.token_id for event in caller.events if isinstance(event, TokenEvent)]
         if key not in expected:
@@ -363,6 +369,7 @@ def test_counters_only_grow_and_gauges_return_to_zero(model: GPTJForCausalLM) ->
     after = engine.stats()
     assert (after.running, after.waiting, after.pages_used) == (0, 0, 0)
     assert after.tokens_out == 2 + 20 + len(found.beams[0])
-    assert after.steps > stats.steps and after.tokens_in > stats.tokens_in
+    assert after.steps > stats.steps
+    assert after.tokens_in > stats.tokens_in
     assert after.pages_total == 64
     engine.close()

@@ -7,6 +7,7 @@ part, and is itself a line of the results. Only the standard library is imported
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -153,10 +154,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(timeout=GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -57,7 +57,7 @@ def new_runner(
 def plain_runner(model: GPTJForCausalLM, pages: int) -> CudaRunner:
     """The same steps in PyTorch, without graphs."""
     operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
-    with mock.patch("gptj.engine.runners.cuda.runner.Graphs", lambda *arguments: None):
+    with mock.patch("gptj.engine.runners.cuda.runner.Graphs", return_value=None):
         return CudaRunner(model, pages, operations)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
 import statistics
@@ -236,7 +237,7 @@ def _gaps(moments: Sequence[Sequence[float]], window: tuple[float, float]) -> li
     return [
         (later - earlier) * 1e3
         for each in moments
-        for earlier, later in zip(each[1:], each[2:], strict=False)
+        for earlier, later in itertools.pairwise(each)
         if first <= later <= last
     ]
 

@@ -169,7 +169,7 @@ def run(model: GPTJPreTrainedModel) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         result = model(torch.tensor(TOKENS))
     names = ("last_hidden_state", "logits", "start_logits", "end_logits")
-    return {name: result[name] for name in names if name in result.keys()}
+    return {name: result[name] for name in names if name in result}
 
 
 def ask(python: Path, plan: list[dict[str, Any]], folder: Path) -> None:

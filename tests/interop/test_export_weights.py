@@ -161,7 +161,8 @@ def test_arrays_above_flaxs_limit_are_in_pieces(
     tree = msgpack.unpackb(Path(address).read_bytes())
     pieces = tree["a"]["b"]
     assert list(pieces) == ["__msgpack_chunked_array__", "shape", "chunks"]
-    assert pieces["shape"] == {"0": 7, "1": 11} and list(pieces["chunks"]) == ["0", "1", "2", "3"]
+    assert pieces["shape"] == {"0": 7, "1": 11}
+    assert list(pieces["chunks"]) == ["0", "1", "2", "3"]
 
 
 def test_long_lists_of_names_are_in_parts_as_keras_reads_them(tmp_path: Path) -> None:
@@ -193,5 +194,6 @@ def test_the_command_prints_the_address(tmp_path: Path) -> None:
     assert "s left" in done.stderr
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "bfloat16"
     wrong = subprocess.run([*command, "--format", "onnx"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "invalid choice: 'onnx'" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "invalid choice: 'onnx'" in wrong.stderr
     assert not dict(read_weights(str(tmp_path / "model"), None))["lm_head.bias"].isnan().any()

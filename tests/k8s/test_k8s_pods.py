@@ -79,7 +79,8 @@ def test_no_service_is_named_like_a_variable_of_the_s3_server(
         text=True,
         timeout=60,
     )
-    assert refused.returncode == 2 and "environment variable s3.port" in refused.stderr
+    assert refused.returncode == 2
+    assert "environment variable s3.port" in refused.stderr
 
 
 def test_the_autoscaler_writes_its_logs_where_the_head_looks(objects: list[Object]) -> None:
@@ -184,7 +185,8 @@ def test_kueue_alone_suspends_a_training(objects: list[Object]) -> None:
 @pytest.mark.parametrize("folder", OVERLAYS, ids=lambda path: path.name)
 def test_applying_serving_starts_no_training(folder: Path) -> None:
     serving = kustomize(folder)
-    assert of_kind(serving, "RayService") and not of_kind(serving, "RayJob")
+    assert of_kind(serving, "RayService")
+    assert not of_kind(serving, "RayJob")
     for each in serving:
         assert each["metadata"]["name"] not in ("training", "finetune")
 
@@ -193,7 +195,8 @@ def test_applying_serving_starts_no_training(folder: Path) -> None:
 def test_deleting_a_training_takes_nothing_from_serving_or_the_namespace(folder: Path) -> None:
     """And the other way round: no object is in two kustomizations."""
     training = kustomize(folder)
-    assert of_kind(training, "RayJob") and not of_kind(training, "RayService")
+    assert of_kind(training, "RayJob")
+    assert not of_kind(training, "RayService")
     keys = {(each["kind"], each["metadata"]["name"]) for each in training}
     for other in (K8S / "namespace", *OVERLAYS):
         theirs = {(each["kind"], each["metadata"]["name"]) for each in kustomize(other)}
@@ -217,7 +220,8 @@ def test_what_makes_a_new_cluster_is_what_the_readme_says(objects: list[Object])
     assert changed("template/spec/containers/0/image", "another:1")
     assert changed("template/spec/nodeSelector", {"a": "b"})
     assert not changed("template/spec/tolerations", [{"key": "a", "operator": "Exists"}])
-    assert not changed("minReplicas", 3) and not changed("maxReplicas", 9)
+    assert not changed("minReplicas", 3)
+    assert not changed("maxReplicas", 9)
 
 
 def test_priority_classes_are_below_those_of_what_they_depend_on(objects: list[Object]) -> None:

@@ -116,7 +116,8 @@ def test_rotating_the_clients_keys_makes_the_secret_that_pods_read(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     secret = yaml.safe_load(done.stdout)
-    assert secret["metadata"]["name"] == "api-keys" and set(secret["data"]) == {"GPTJ_API_KEYS"}
+    assert secret["metadata"]["name"] == "api-keys"
+    assert set(secret["data"]) == {"GPTJ_API_KEYS"}
 
 
 def test_places_to_edit_are_found_by_the_readmes_search() -> None:
@@ -166,4 +167,5 @@ def test_the_patch_of_a_running_cluster_changes_what_it_has(objects: list[Object
     found: Any = next(made_clusters(objects))[1]
     for key in operation["path"].strip("/").split("/"):
         found = found[int(key) if key.isdigit() else key]
-    assert type(found) is type(operation["value"]) and operation["op"] == "replace"
+    assert type(found) is type(operation["value"])
+    assert operation["op"] == "replace"

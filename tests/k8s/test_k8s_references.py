@@ -49,7 +49,8 @@ def test_every_container_states_its_needs_and_shows_its_health(objects: list[Obj
     for template, container in containers(objects):
         resources = container["resources"]
         for kind in ("cpu", "memory"):
-            assert resources["requests"][kind] and resources["limits"][kind]
+            assert resources["requests"][kind]
+            assert resources["limits"][kind]
         # What has no more memory than it asked for is not ended when the node is short of it.
         if container["name"] != "autoscaler":
             assert resources["requests"]["memory"] == resources["limits"]["memory"]
@@ -57,7 +58,8 @@ def test_every_container_states_its_needs_and_shows_its_health(objects: list[Obj
         if container in template["spec"]["containers"] and not (
             cleanup or container["name"] in ("submitter", "autoscaler")
         ):
-            assert container["readinessProbe"] and container["livenessProbe"]
+            assert container["readinessProbe"]
+            assert container["livenessProbe"]
     classes = {each["metadata"]["name"] for each in of_kind(objects, "PriorityClass")}
     for template in templates(objects):
         assert template["spec"]["priorityClassName"] in classes
@@ -159,7 +161,7 @@ def test_the_ingress_leads_to_serves_port_and_to_every_route(objects: list[Objec
             if route != "/":  # with a slash at the end, too
                 parents = [path for path, kind in paths if kind == "Prefix"]
                 assert any(f"{route}/".startswith(f"{path}/") for path in parents), route
-    assert not any(("/", "Prefix") == each or each[0].startswith("/-") for each in paths)
+    assert not any(each == ("/", "Prefix") or each[0].startswith("/-") for each in paths)
 
 
 def test_the_jobs_settings_are_right_and_fit_its_workers(objects: list[Object]) -> None:
@@ -220,7 +222,8 @@ def test_the_image_is_pinned_unprivileged_and_small_in_context() -> None:
     users = [line.split()[1] for line in instructions if line.startswith("USER ")]
     assert users[-1] == "1000:1000"
     installs = [line for line in instructions if "pip install" in line]
-    assert installs and all("--constraint constraints.txt" in line for line in installs)
+    assert installs
+    assert all("--constraint constraints.txt" in line for line in installs)
     (torch,) = [each for each in PROJECT["dependencies"] if each.startswith("torch==")]
     assert any(torch in line for line in installs)
     assert all("--no-cache-dir" in line for line in installs)
@@ -233,7 +236,8 @@ def test_the_image_is_pinned_unprivileged_and_small_in_context() -> None:
         if line.startswith("COPY ") and "--from" not in line
         for source in line.split()[1:-1]
     }
-    assert copied == allowed and all((ROOT / each).exists() for each in copied)
+    assert copied == allowed
+    assert all((ROOT / each).exists() for each in copied)
     kustomization = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())
     (image,) = kustomization["images"]
     assert image == {"name": "gptj-platform", "newTag": PROJECT["version"]}

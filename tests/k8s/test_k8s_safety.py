@@ -27,7 +27,8 @@ def test_every_pod_passes_the_restricted_standard(objects: list[Object]) -> None
         pod = template["spec"]
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
         security = pod["securityContext"]
-        assert security["runAsNonRoot"] is True and security["runAsUser"] > 0
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"sysctls", "windowsOptions"} & security.keys()
         allowed = {"configMap", "emptyDir", "projected", "secret", "persistentVolumeClaim"}

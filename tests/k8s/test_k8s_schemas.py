@@ -117,7 +117,8 @@ def test_objects_of_other_operators_have_the_fields_that_those_know(objects: lis
             for port in template["spec"]["containers"][0]["ports"]
         }
         for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-            assert set(endpoint) == {"port", "interval"} and endpoint["port"] in ports
+            assert set(endpoint) == {"port", "interval"}
+            assert endpoint["port"] in ports
     for rule in of_kind(objects, "PrometheusRule"):
         for group in rule["spec"]["groups"]:
             assert set(group) == {"name", "rules"}
@@ -167,8 +168,10 @@ def test_ray_objects_keep_the_operators_rules(objects: list[Object]) -> None:
     assert service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
     (job,) = of_kind(objects, "RayJob")
     assert "clusterSelector" not in job["spec"]
-    assert job["spec"]["shutdownAfterJobFinishes"] and job["spec"]["ttlSecondsAfterFinished"]
-    assert job["spec"]["backoffLimit"] >= 1 and job["spec"]["activeDeadlineSeconds"] > 0
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert job["spec"]["ttlSecondsAfterFinished"]
+    assert job["spec"]["backoffLimit"] >= 1
+    assert job["spec"]["activeDeadlineSeconds"] > 0
     # It becomes a part of a shell's command line.
     assert not re.search(r"[&|;<>$`'\"\\]", job["spec"]["entrypoint"])
 
@@ -199,4 +202,5 @@ def test_names_and_labels_are_within_kubernetes_limits(objects: list[Object]) ->
         names = [
             port["name"] for c in template["spec"]["containers"] for port in c.get("ports", [])
         ]
-        assert len(names) == len(set(names)) and all(len(name) <= 15 for name in names)
+        assert len(names) == len(set(names))
+        assert all(len(name) <= 15 for name in names)

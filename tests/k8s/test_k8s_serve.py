@@ -25,7 +25,8 @@ def test_serve_gets_serve_yaml_with_another_place(objects: list[Object]) -> None
     assert text.partition(marker)[2] == file.partition(marker)[2]
     here, there = yaml.safe_load(text)["place"], yaml.safe_load(file)["place"]
     assert list(here) == list(there)
-    assert there["host"] == "127.0.0.1" and here["host"] == "0.0.0.0"
+    assert there["host"] == "127.0.0.1"
+    assert here["host"] == "0.0.0.0"
 
 
 def test_serve_takes_the_configuration_and_its_import_paths_exist(objects: list[Object]) -> None:

@@ -160,7 +160,8 @@ def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
         else:
             new = min(100, new + surge)
         most = max(most, sum(get_capacity_adjusted_num_replicas(replicas, c) for c in (old, new)))
-    assert new == 100 and most == at_most
+    assert new == 100
+    assert most == at_most
     text = (K8S / "README.md").read_text()
     assert f"| {replicas} | {2 * replicas} | {at_most} |" in text
 
@@ -208,8 +209,10 @@ def test_training_on_spot_machines_keeps_its_head_on_others(tmp_path: Path) -> N
     pod, head = workers["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gptj/pool": "training-spot"}
     assert {each["key"] for each in pod["tolerations"]} == {"nvidia.com/gpu", "gptj/spot"}
-    assert "nodeSelector" not in head and "tolerations" not in head
-    assert pod["terminationGracePeriodSeconds"] < 30 and job["spec"]["backoffLimit"] > 3
+    assert "nodeSelector" not in head
+    assert "tolerations" not in head
+    assert pod["terminationGracePeriodSeconds"] < 30
+    assert job["spec"]["backoffLimit"] > 3
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def test_hugging_faces_client_classifies(service: str, models: Models) -> None:
     assert [each.label for each in found] == [label for label, _ in expected]
     assert [each.score for each in found] == pytest.approx([s for _, s in expected], abs=1e-5)
     (best,) = client.text_classification(PROMPTS[1], top_k=1, function_to_apply="sigmoid")
-    assert best.label == expected[0][0] and best.score != pytest.approx(expected[0][1])
+    assert best.label == expected[0][0]
+    assert best.score != pytest.approx(expected[0][1])
 
 
 def test_concurrent_texts_are_classified_as_alone(service: str, models: Models) -> None:

@@ -90,7 +90,8 @@ def test_openais_client_reads_a_stream_and_its_usage(client: openai.OpenAI, mode
     ids = greedy(models, PROMPTS[0])
     texts = [choice.text for chunk in chunks for choice in chunk.choices]
     assert "".join(texts) == text_of(models, ids)
-    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(ids)
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
@@ -119,7 +120,8 @@ def test_openais_async_client_reads_several_streams_at_once(service: str, models
     texts = asyncio.run(read_all())
     expected = [text_of(models, greedy(models, prompt)) for prompt in PROMPTS]
     assert texts[1:] == expected[1:]
-    assert texts[0] and expected[0].startswith(texts[0])
+    assert texts[0]
+    assert expected[0].startswith(texts[0])
 
 
 def test_concurrent_requests_get_what_they_get_alone(service: str, models: Models) -> None:
@@ -177,7 +179,8 @@ def test_the_stop_that_was_met_can_be_included(service: str, models: Models) -> 
             service, **forced, stop_token_ids=[token], include_stop_str_in_output=include
         )
         before = reply["choices"][0]["text"]
-        assert before.endswith(text) and before.count("T") == len(text)
+        assert before.endswith(text)
+        assert before.count("T") == len(text)
         assert reply["choices"][0]["finish_reason"] == "stop"
     eos = models.tokenizer.eos_token_id
     reply = complete(
@@ -271,7 +274,9 @@ def test_usage_can_come_with_every_chunk(client: openai.OpenAI) -> None:
         )
     )
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
-    assert len(counts) == len(chunks) and counts == sorted(counts) and counts[-1] == 5
+    assert len(counts) == len(chunks)
+    assert counts == sorted(counts)
+    assert counts[-1] == 5
 
 
 def test_each_sampling_field_has_its_effect(service: str, models: Models) -> None:
@@ -292,7 +297,8 @@ def test_each_sampling_field_has_its_effect(service: str, models: Models) -> Non
     forced = {"logit_bias": {str(token): 50}}
     assert ids(**forced) == ["T"] * 12
     stopped = ids(**forced, stop_token_ids=[token], min_tokens=3)
-    assert "T" not in stopped[:3] and stopped[3:] == ["T"]
+    assert "T" not in stopped[:3]
+    assert stopped[3:] == ["T"]
     assert ids(temperature=1, seed=4) == ids(temperature=1, seed=4) != ids(temperature=1, seed=5)
     penalised = greedy(models, prompt, eos_token_id=[], repetition_penalty=1.3)
     assert penalised != plain
@@ -331,7 +337,8 @@ def test_a_penalty_makes_another_token_the_likeliest(
 def test_eos_ends_an_output_and_is_not_shown(service: str, models: Models) -> None:
     eos = models.tokenizer.eos_token_id
     reply = complete(service, prompt="x", logit_bias={str(eos): 100})
-    assert reply["choices"][0]["text"] == "" and reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["choices"][0]["text"] == ""
+    assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["completion_tokens"] == 1
 
 

@@ -47,7 +47,8 @@ class Reply:
 def send(service: str, *parts: bytes) -> Reply:
     """Send bytes as they are, in parts that arrive one by one. The server must end the exchange."""
     address = urlsplit(service)
-    assert address.hostname and address.port
+    assert address.hostname
+    assert address.port
     with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
         for part in parts:
             connection.sendall(part)

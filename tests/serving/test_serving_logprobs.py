@@ -25,9 +25,11 @@ def test_echo_with_logprobs_scores_the_prompt(service: str, models: Models) -> N
     ids = models.tokenizer.encode(prompt)
     expected = models.generation(torch.tensor([ids])).logits[0].detach().log_softmax(dim=-1)
     choice = reply["choices"][0]
-    assert choice["text"] == prompt and choice["finish_reason"] == "length"
+    assert choice["text"] == prompt
+    assert choice["finish_reason"] == "length"
     logprobs = choice["logprobs"]
-    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
     assert logprobs["token_logprobs"][1:] == pytest.approx(
         [float(expected[place, token]) for place, token in enumerate(ids[1:])], abs=1e-4
     )
@@ -60,7 +62,8 @@ def test_best_of_returns_those_of_the_highest_mean_logprob(service: str) -> None
     assert [choice["text"] for choice in best["choices"]] == [each["text"] for each in expected]
     assert best["usage"]["completion_tokens"] == 5 * 12
     without = complete(service, **{**fields, "logprobs": None}, n=1, best_of=5)["choices"]
-    assert without[0]["text"] == expected[0]["text"] and without[0]["logprobs"] is None
+    assert without[0]["text"] == expected[0]["text"]
+    assert without[0]["logprobs"] is None
 
 
 def test_best_of_counts_the_probability_of_ending(service: str, models: Models) -> None:
@@ -93,7 +96,8 @@ def test_the_chosen_token_is_among_the_top_logprobs(service: str) -> None:
     )[1:]:
         assert top[token] == value
         sizes.add(len(top))
-    assert 2 in sizes and sizes <= {1, 2}
+    assert 2 in sizes
+    assert sizes <= {1, 2}
 
 
 def test_eos_is_among_the_logprobs_as_the_last_token(service: str, models: Models) -> None:

@@ -14,11 +14,13 @@ pytest_plugins = ["serving_fixtures"]
 
 def test_the_model_is_listed_under_its_name(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    assert model.id == "generation" and model.object == "model"
+    assert model.id == "generation"
+    assert model.object == "model"
     assert client.models.retrieve("generation").id == model.id
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("another")
-    assert "'another'" in caught.value.message and caught.value.code == "model_not_found"
+    assert "'another'" in caught.value.message
+    assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="another", prompt="x")
 
@@ -38,7 +40,8 @@ def test_the_tokenizer_can_be_asked(service: str, models: Models) -> None:
     back = httpx.post(f"{service}/detokenize", json={"tokens": ids})
     assert back.json() == {"prompt": text}
     info = httpx.get(f"{service}/tokenizer_info").json()
-    assert info["tokenizer_class"] and info["vocab_size"] == len(models.tokenizer)
+    assert info["tokenizer_class"]
+    assert info["vocab_size"] == len(models.tokenizer)
 
 
 def test_rows_of_the_embedding_without_text_are_found(models: Models) -> None:

@@ -101,7 +101,8 @@ def test_what_may_become_a_stop_string_is_held_back_and_released_when_it_does_no
     pushed = [text.push(token) for token in tokenizer.encode("xENxEND")]
     assert pushed == ["x", "", "", "ENx", "", "", ""]
     assert text.stopped
-    assert text.push(tokenizer.encode("y")[0]) == "" and text.finish() == ""
+    assert text.push(tokenizer.encode("y")[0]) == ""
+    assert text.finish() == ""
 
 
 def test_what_is_held_back_is_sent_when_the_output_ends() -> None:
@@ -116,7 +117,8 @@ def test_stop_strings_do_not_count_before_min_tokens() -> None:
     tokenizer = GPTJTokenizer.train(["x"], vocab_size=257)
     text = TextStream(tokenizer, ["ab"], min_tokens=3)
     pushed = [text.push(token) for token in tokenizer.encode("abxab")]
-    assert "".join(pushed) == "abx" and text.stopped
+    assert "".join(pushed) == "abx"
+    assert text.stopped
 
 
 def test_an_empty_stop_string_is_refused() -> None:
@@ -173,7 +175,8 @@ def test_a_stop_string_before_min_tokens_does_not_count_for_having_been_sent() -
     tokenizer = GPTJTokenizer.train(["x"], vocab_size=257)
     text = TextStream(tokenizer, ["ab"], min_tokens=3, include_stop=True)
     pushed = [text.push(token) for token in tokenizer.encode("abxaby")]
-    assert pushed == ["a", "b", "x", "a", "b", ""] and text.stopped
+    assert pushed == ["a", "b", "x", "a", "b", ""]
+    assert text.stopped
 
 
 def test_a_stop_tokens_text_is_shown_with_the_stop_unless_it_is_special() -> None:

@@ -189,7 +189,8 @@ def complete_parameters(parameters: dict[str, str], cluster: Object, node: str) 
 def authenticates(spec: Object) -> bool:
     """utils/util.go:796"""
     options = spec.get("authOptions", {})
-    assert not options.get("enableK8sTokenAuth") and not options.get("secretName")
+    assert not options.get("enableK8sTokenAuth")
+    assert not options.get("secretName")
     return bool(options.get("mode") == "token")
 
 
@@ -323,7 +324,8 @@ def build_pod(template: Object, cluster: Object, node: str, parameters: dict[str
         if sidecar["name"] == "autoscaler":
             add_volume(pod, ray, "ray-logs", "/tmp/ray")
             add_volume(pod, sidecar, "ray-logs", "/tmp/ray")
-    assert "command" not in ray and "args" not in ray
+    assert "command" not in ray
+    assert "args" not in ray
     start = start_command(node, parameters, ray.get("resources", {}))
     ray["command"] = SHELL
     ray["args"] = [f"ulimit -n ${{RAY_START_ULIMIT_OPEN_FILES:-65536}}; {start}"]

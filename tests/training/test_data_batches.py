@@ -46,7 +46,7 @@ def test_ranks_share_a_batch_without_rest_or_overlap(world: int, micro_batch: in
 
 
 def test_what_does_not_divide_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match="10 examples .* 4 on 2 ranks; remedy: a multiple of 8"):
+    with pytest.raises(ValueError, match=r"10 examples .* 4 on 2 ranks; remedy: a multiple of 8"):
         share(range(10), 0, 2, 4)
     with pytest.raises(ValueError, match="rank=2, world=2"):
         share(range(8), 2, 2, 4)

@@ -98,7 +98,7 @@ def test_evaluation_data_takes_the_labels_of_training(tokenizer: GPTJTokenizer) 
     assert data.labels is labels
     assert data.targets.tolist() == [2, 2]
     with pytest.raises(
-        DataError, match="f.jsonl, row 2, column 'label': 'd' is not one of .* a, b"
+        DataError, match=r"f.jsonl, row 2, column 'label': 'd' is not one of .* a, b"
     ):
         ClassificationData(rows("c", "d"), tokenizer, 32, labels)
     with pytest.raises(ValueError, match="give no label_names"):
@@ -146,7 +146,7 @@ def test_a_label_that_does_not_fit_is_named(
 
 def test_an_empty_text_is_named(tokenizer: GPTJTokenizer) -> None:
     bad = Row({"text": "", "label": "a"}, "f.jsonl", 4)
-    with pytest.raises(DataError, match="f.jsonl, row 4, column 'text': is empty"):
+    with pytest.raises(DataError, match=r"f.jsonl, row 4, column 'text': is empty"):
         ClassificationData([*rows("a", "b"), bad], tokenizer, 32)
     with pytest.raises(DataError, match="no rows"):
         ClassificationData([], tokenizer, 32)
@@ -236,7 +236,8 @@ def test_what_is_said_of_the_labels_wins_over_how_cells_look(tokenizer: GPTJToke
     data = ClassificationData(cells("1.5", "0.5"), tokenizer, 32, problem_type=SINGLE)
     assert data.labels.names == ("0.5", "1.5")
     data = ClassificationData(cells("1.5", "0.5"), tokenizer, 32, label_names=["1.5", "0.5"])
-    assert data.targets.tolist() == [0, 1] and data.labels.problem_type == SINGLE
+    assert data.targets.tolist() == [0, 1]
+    assert data.labels.problem_type == SINGLE
     data = ClassificationData(cells("2.0", "1.0"), tokenizer, 32, label_names=["1", "2"])
     assert data.targets.tolist() == [1, 0]
     assert ClassificationData(cells("2.0"), tokenizer, 32, data.labels).targets.tolist() == [1]
@@ -280,7 +281,7 @@ def test_names_that_are_digits_are_matched_by_name(form: Any, tokenizer: GPTJTok
     assert data.targets.tolist() == [2, 1, 2, 0]
     zero = "0" if form is cells else 0
     with pytest.raises(
-        DataError, match="row 2, column 'label': '?0'? is not one of the labels 1, "
+        DataError, match=r"row 2, column 'label': '?0'? is not one of the labels 1, "
     ):
         ClassificationData(form(labels[0], zero), tokenizer, 32, label_names=["1", "2"])
 
@@ -308,7 +309,7 @@ def test_class_numbers_that_begin_with_one_have_a_way_in(
         assert "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}" in str(error.value)
     trained = LabelSet.of(GPTJConfig(id2label=dict(enumerate(names)), problem_type=SINGLE))
     with pytest.raises(
-        DataError, match="begin with 0, not with 1; remedy: .*data.label_names={1: "
+        DataError, match=r"begin with 0, not with 1; remedy: .*data.label_names={1: "
     ):
         ClassificationData(form(*labels[1:3]), tokenizer, 32, trained)
     held_out = ClassificationData(form(*labels[1:3]), tokenizer, 32, trained.translated(given))

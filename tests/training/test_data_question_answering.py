@@ -161,7 +161,9 @@ def test_answers_may_come_as_json_from_a_csv(tmp_path: Path, tokenizer: GPTJToke
     data = QuestionAnsweringData(rows_of(tmp_path / "a.csv"), tokenizer, 100, 0)
     window = data.window(0)
     start, end = window.offsets[data[0].start], window.offsets[data[0].end]
-    assert start is not None and end is not None and (start[0], end[1]) == (2, 5)
+    assert start is not None
+    assert end is not None
+    assert (start[0], end[1]) == (2, 5)
 
 
 def test_an_empty_cell_of_answers_is_no_answer(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
@@ -176,7 +178,8 @@ def test_answers_may_be_a_list_as_in_squads_own_file(tokenizer: GPTJTokenizer) -
     answers = [{"text": text, "answer_start": CONTEXT.index(text)} for text in ("the sea", "sea")]
     data = QuestionAnsweringData([squad(None, answers=answers)], tokenizer, 1000, 0)
     as_columns = QuestionAnsweringData([squad("the sea")], tokenizer, 1000, 0)
-    assert data[0].start == as_columns[0].start and data[0].end == as_columns[0].end
+    assert data[0].start == as_columns[0].start
+    assert data[0].end == as_columns[0].end
     assert data.questions[0].answers == ("the sea", "sea")
 
 
@@ -387,7 +390,8 @@ def test_one_windows_score_is_that_of_hugging_faces_pipeline(tokenizer: GPTJToke
     first, last = divmod(int(scores.argmax()), len(start))
     (span,) = best_spans(found, starts, ends)
     begin, finish = found[0].offsets[first], found[0].offsets[last]
-    assert begin is not None and finish is not None
+    assert begin is not None
+    assert finish is not None
     assert (span.start, span.end) == (begin[0], finish[1])
     assert span.score == pytest.approx(float(scores.max()), rel=1e-5)
 
@@ -421,7 +425,8 @@ def test_a_span_does_not_begin_or_end_with_white_space(tokenizer: GPTJTokenizer)
     starts, ends = random_logits(found, 3)
     for span in best_spans(found, starts, ends, top_k=500, max_answer_tokens=8):
         text = CONTEXT[span.start : span.end]
-        assert text and text == text.strip()
+        assert text
+        assert text == text.strip()
 
 
 def test_no_answer_wins_only_where_it_may(tokenizer: GPTJTokenizer) -> None:
@@ -445,7 +450,8 @@ def test_every_answer_of_real_questions_is_found_in_its_window(
         if example.start:
             window = data.window(index)
             begin, finish = window.offsets[example.start], window.offsets[example.end]
-            assert begin is not None and finish is not None
+            assert begin is not None
+            assert finish is not None
             found = question.context[begin[0] : finish[1]]
             assert question.answers[0].strip() in found
             assert len(found) - len(question.answers[0]) < 8  # the rest of a token, at most

@@ -135,7 +135,9 @@ def test_all_missing_columns_are_named_beside_those_that_are_there(
     with pytest.raises(DataError, match="no column 'label'; there are 'text'; remedy"):
         (tmp_path / "a.txt").write_text("a text")
         values(tmp_path / "a.txt", needed=LABELLED)
-    with pytest.raises(DataError, match="no column 'stars' .for label.; there are 'text', 'label'"):
+    with pytest.raises(
+        DataError, match=r"no column 'stars' .for label.; there are 'text', 'label'"
+    ):
         values("sample://reviews", {"label": "stars"}, LABELLED)
 
 
@@ -190,7 +192,7 @@ def test_an_address_without_data_is_refused_at_once(tmp_path: Path) -> None:
     write(ROWS, tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"several kinds \(.jsonl, .parquet\).*a pattern such as"):
         read_rows(str(tmp_path), ["text"])
-    with pytest.raises(DataError, match="sample://unheard.*sample://reviews"):
+    with pytest.raises(DataError, match=r"sample://unheard.*sample://reviews"):
         read_rows("sample://unheard", ["text"])
 
 
@@ -224,7 +226,7 @@ def test_compressed_files_are_read_and_damage_to_them_is_noticed(
         with pytest.raises(DataError, match=f"data.{ending}, after row .*cannot be read"):
             values(path)
     (tmp_path / "data.parquet.gz").write_bytes(b"")
-    with pytest.raises(DataError, match="data.parquet.gz is none of .parquet, .*with .gz or .zst"):
+    with pytest.raises(DataError, match=r"data.parquet.gz is none of .parquet, .*with .gz or .zst"):
         values(tmp_path / "data.parquet.gz")
 
 
@@ -253,7 +255,7 @@ def test_an_array_of_objects_is_read_element_by_element(
     path.write_bytes(path.read_bytes()[:2000] + b"damaged")
     read_until = read_rows(str(path), ["text"])
     assert next(read_until).values["text"] == rows[0]["text"]
-    with pytest.raises(DataError, match="data.json, row "):
+    with pytest.raises(DataError, match=r"data.json, row "):
         list(read_until)
 
 
@@ -294,7 +296,7 @@ def test_squads_own_file_gives_a_row_for_each_question(indent: int | None, tmp_p
     assert [r["text"] for r in values(path, {"text": "context"})] == ["one two"] * 2 + ["three"]
     del document["data"][0]["paragraphs"][0]["qas"][1]["answers"]  # type: ignore[index]
     path.write_text(json.dumps(document, indent=indent))
-    with pytest.raises(DataError, match="train-v1.1.json, row 2: no column 'answers'; there are"):
+    with pytest.raises(DataError, match=r"train-v1.1.json, row 2: no column 'answers'; there are"):
         values(path, needed=ANSWERED)
     document["data"][0]["paragraphs"] = [{"text": "?"}]  # type: ignore[index]
     path.write_text(json.dumps(document, indent=indent))
@@ -370,10 +372,10 @@ def test_a_csvs_delimiter_is_found_or_set(delimiter: str, tmp_path: Path) -> Non
     assert read == expected
     if given:
         with pytest.raises(
-            DataError, match="no column 'text'.*delimiter ','; data.delimiter= sets"
+            DataError, match=r"no column 'text'.*delimiter ','; data.delimiter= sets"
         ):
             values(path, needed=LABELLED)
-    with pytest.raises(DataError, match="data.delimiter='x' is for CSV"):
+    with pytest.raises(DataError, match=r"data.delimiter='x' is for CSV"):
         read_rows(str(write(ROWS, tmp_path / "a.jsonl")), LABELLED, delimiter="x")
 
 
@@ -463,10 +465,10 @@ def test_parquets_damaged_text_and_double_columns_are_named(tmp_path: Path) -> N
     bad = pa.Array.from_buffers(pa.string(), 3, bad.buffers())
     pyarrow.parquet.write_table(pa.table({"text": bad, "other": good}), path)
     with pytest.raises(
-        DataError, match="data.parquet, row 2, column 'text': cannot be read.*utf-8"
+        DataError, match=r"data.parquet, row 2, column 'text': cannot be read.*utf-8"
     ):
         values(path)
     assert len(values(path, {"text": "other"})) == 3
     pyarrow.parquet.write_table(pa.Table.from_arrays([good, good], ["text", "text"]), path)
-    with pytest.raises(DataError, match="data.parquet has the column 'text' twice"):
+    with pytest.raises(DataError, match=r"data.parquet has the column 'text' twice"):
         values(path)

@@ -215,9 +215,9 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
     with pytest.raises(ValueError, match=r"architectures=\['GPTJModel'\], which must name one of"):
         measure(read_settings([base, data]))
     classifier = saved(GPTJForSequenceClassification, tokenizer, tmp_path / "c")
-    with pytest.raises(ValueError, match="row 1, column 'label': 'b' is not one of .* LABEL_0"):
+    with pytest.raises(ValueError, match=r"row 1, column 'label': 'b' is not one of .* LABEL_0"):
         measure(read_settings([classifier, data]))
-    with pytest.raises(ValueError, match="unigram=.* is for language models"):
+    with pytest.raises(ValueError, match=r"unigram=.* is for language models"):
         labelled = written(tmp_path / "l.jsonl", [{"text": "a", "label": 1}])
         measure(read_settings([classifier, labelled, f"unigram={data}"]))
     with pytest.raises(FileNotFoundError, match="no existing folder"):
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
     broken = GPTJForCausalLM(GPTJConfig.preset("tiny", vocab_size=len(tokenizer)))
     torch.nn.init.constant_(broken.lm_head.bias, float("nan"))
     save_model(broken, str(tmp_path / "broken"), tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="loss is nan.*remedy: dtype=float32"):
+    with pytest.raises(ValueError, match=r"loss is nan.*remedy: dtype=float32"):
         measure(read_settings([str(tmp_path / "broken"), data]))
 
 

@@ -293,7 +293,7 @@ def test_unigram_perplexity_is_that_of_smoothed_frequencies(tokenizer: GPTJToken
     batch = held_out.collate([held_out[i] for i in range(len(held_out))])
     assert len(predicted) == held_out.count_items(batch)
     other = CausalLMData(rows(text=TEXTS), GPTJTokenizer.train(TEXTS, 257), 16)
-    with pytest.raises(ValueError, match="vocabularies of 257 and 280|one tokenizer"):
+    with pytest.raises(ValueError, match=r"vocabularies of 257 and 280|one tokenizer"):
         unigram_perplexity(other, held_out)
 
 

@@ -75,7 +75,9 @@ def test_a_full_disk_is_named_whoever_meets_it(small_disk: Path) -> None:
     with pytest.raises(storage.StorageError) as full:
         storage.write_bytes(str(small_disk / "results"), bytes(2**21))
     message = unrecoverable(full.value)
-    assert message is not None and "the disk is full" in message and "results" in message
+    assert message is not None
+    assert "the disk is full" in message
+    assert "results" in message
     with (
         pytest.raises(DiskFullError, match=f"the disk of {small_disk}, 0.00105 GB in all, is full"),
         naming_full_disk(small_disk),

@@ -60,7 +60,8 @@ def test_only_what_is_read_counts(tmp_path: Path) -> None:
     (tmp_path / "held-out.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     settings = settings_of(tmp_path, ROWS, evaluation=str(tmp_path / "held-out.jsonl"))
     first = fingerprints(settings)
-    assert first["train"] == before["train"] and first["evaluation"].rows == 1
+    assert first["train"] == before["train"]
+    assert first["evaluation"].rows == 1
     progress = Progress(data={name: asdict(each) for name, each in first.items()})
     (tmp_path / "held-out.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
     with pytest.raises(SettingsError, match=r"data\.evaluation=.*held-out\.jsonl had 1 rows"):

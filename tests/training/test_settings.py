@@ -108,7 +108,7 @@ def test_steps_replace_a_files_epochs_and_the_other_way_round(tmp_path: Path) ->
     assert read("steps: 10", "epochs=null").total_steps(1000) == 10
     assert read("epochs: 2", "steps=null").total_steps(160) == 20
     assert read("epochs: null").total_steps(160) == 10
-    with pytest.raises(SettingsError, match="steps=10 and epochs=3.0: give one"):
+    with pytest.raises(SettingsError, match=r"steps=10 and epochs=3.0: give one"):
         read("epochs: 3\nsteps: 10")
     with pytest.raises(SettingsError, match="give one"):
         read("epochs: 3", "steps=10", "epochs=2")
@@ -164,7 +164,7 @@ def test_a_delimiter_can_be_given_as_it_is(text: str, delimiter: str) -> None:
 def test_a_file_that_is_no_settings_is_refused(tmp_path: Path) -> None:
     for content in ("- a\n- b\n", "just text", "a: [1,\n"):
         (tmp_path / "s.yaml").write_text(content)
-        with pytest.raises(SettingsError, match="s.yaml"):
+        with pytest.raises(SettingsError, match=r"s.yaml"):
             read_settings([str(tmp_path / "s.yaml")])
 
 
@@ -184,7 +184,8 @@ def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
 def test_relative_addresses_become_whole_and_others_stay(tmp_path: Path) -> None:
     words = ["storage=out", "data.train=some/file.txt", "data.evaluation=s3://b/k"]
     settings = read_settings([*words, "model.checkpoint=EleutherAI/gpt-j-6B"]).resolved()
-    assert Path(settings.storage).is_absolute() and Path(settings.data.train).is_absolute()
+    assert Path(settings.storage).is_absolute()
+    assert Path(settings.data.train).is_absolute()
     assert settings.data.evaluation == "s3://b/k"
     assert settings.model.checkpoint == "EleutherAI/gpt-j-6B"
 
@@ -232,7 +233,8 @@ def test_every_deepspeed_setting_reaches_its_config() -> None:
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
-    assert config["bf16"]["enabled"] and not config["fp16"]["enabled"]
+    assert config["bf16"]["enabled"]
+    assert not config["fp16"]["enabled"]
     assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["gradient_accumulation_steps"] == 2

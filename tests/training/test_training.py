@@ -346,7 +346,8 @@ def test_the_last_good_checkpoint_is_kept_when_a_training_diverges(two_ranks: Pa
         two_ranks, "too-fast-later", workers={"count": 2}, **ENDING["too-fast-later"][0]
     )
     kept = latest_checkpoint(settings.folder)
-    assert kept is not None and kept in ended(settings, 0).read_text()
+    assert kept is not None
+    assert kept in ended(settings, 0).read_text()
     assert len(list(Path(settings.folder).glob("checkpoint-*"))) == 1
     state = torch.load(Path(kept, "zero", "mp_rank_00_model_states.pt"), weights_only=False)
     model = GPTJForCausalLM(GPTJConfig(vocab_size=300, **MODEL))
@@ -593,7 +594,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(kind: str, resumed: Path, tmp_p
 def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
     folder = str(Path(resumed, "whole-2"))
     address = latest_checkpoint(folder)
-    assert address is not None and address.endswith("checkpoint-00000006")
+    assert address is not None
+    assert address.endswith("checkpoint-00000006")
     fields: dict[str, Any] = {
         "checkpoint_every": 3,
         "workers": {"count": 2},
@@ -605,7 +607,7 @@ def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
     other = settings_of(resumed, "whole-2", **{**fields, "seed": 1})
     with pytest.raises(SettingsError, match="seed was 0 and is now 1"):
         check_goes_on(other, address, 2)
-    with pytest.raises(SettingsError, match="written by 2 workers .* set workers.count=2"):
+    with pytest.raises(SettingsError, match=r"written by 2 workers .* set workers.count=2"):
         check_goes_on(same, address, 4)
 
 

@@ -166,19 +166,22 @@ def test_a_checkpoint_without_a_tokenizer_takes_one_from_elsewhere(
     bare = saved(tmp_path / "bare", GPTJForCausalLM, None)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     fields: dict[str, Any] = {"model": {"checkpoint": bare}}
-    with pytest.raises(SettingsError, match="bare has no tokenizer: .*remedy: tokenizer.address="):
+    with pytest.raises(SettingsError, match=r"bare has no tokenizer: .*remedy: tokenizer.address="):
         prepare_tokenizer(settings_of(tmp_path, ["a", "b"], **fields))
     given = {"tokenizer": {"address": str(tmp_path / "tokenizer")}}
     found, _, config = parts(settings_of(tmp_path, ["a", "b"], **fields, **given))
-    assert len(found) == 270 and config.vocab_size == 270
+    assert len(found) == 270
+    assert config.vocab_size == 270
     with pytest.raises(
-        SettingsError, match="tokenizer.address=.* which has a tokenizer of its own"
+        SettingsError, match=r"tokenizer.address=.* which has a tokenizer of its own"
     ):
         prepare_tokenizer(settings_of(tmp_path, ["a"], model={"checkpoint": classifier}, **given))
     GPTJTokenizer.train(TEXTS * 20, 280).save_pretrained(tmp_path / "larger")
     given = {"tokenizer": {"address": str(tmp_path / "larger")}}
     settings = settings_of(tmp_path, ["a", "b"], **fields, **given)
-    with pytest.raises(SettingsError, match="the tokenizer 28.*: .*larger is not the tokenizer of"):
+    with pytest.raises(
+        SettingsError, match=r"the tokenizer 28.*: .*larger is not the tokenizer of"
+    ):
         parts(settings)
 
 

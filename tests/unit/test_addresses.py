@@ -130,7 +130,7 @@ def test_every_way_in_refuses_it(
     for key in ("storage", "data.train", "data.evaluation", "model.checkpoint"):
         with pytest.raises(SettingsError, match=f"^{key}: .*remedy"):
             read_settings([f"{key}={address}"])
-    with pytest.raises(SettingsError, match="tokenizer.address: .*remedy"):
+    with pytest.raises(SettingsError, match=r"tokenizer.address: .*remedy"):
         read_settings([f"tokenizer.address={address}"])
     model = GPTJForCausalLM(TINY)
     tokenizer = GPTJTokenizer.train(["a b"], 300)

@@ -44,7 +44,7 @@ def make(cls: type[Any] = GPTJForCausalLM, **fields: Any) -> Any:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    return output["start_logits"] if "start_logits" in output.keys() else output["logits"]
+    return output["start_logits"] if "start_logits" in output else output["logits"]
 
 
 @pytest.mark.parametrize("cls", HEADS)
@@ -83,7 +83,8 @@ def test_a_round_trip_keeps_every_bit(
     model = make().to(dtype)
     model.save_pretrained(address)
     back = GPTJForCausalLM.from_pretrained(address)
-    assert back.dtype == dtype and back.config.dtype == dtype
+    assert back.dtype == dtype
+    assert back.config.dtype == dtype
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     checkpoint.verify(address)
@@ -98,7 +99,8 @@ def test_shards_round_trip(place: str, tmp_path: Path, s3: LocalS3) -> None:
         write_weights(writer, specs, state.values(), shard_bytes=30_000)
         writer.write("config.json", CONFIG.to_json().encode())
     shards = [f.name for f in storage.list_files(address) if f.name.endswith(".safetensors")]
-    assert len(shards) > 2 and shards[0].startswith("model-00001-of-")
+    assert len(shards) > 2
+    assert shards[0].startswith("model-00001-of-")
     back = GPTJForCausalLM.from_pretrained(address)
     assert all(torch.equal(back.state_dict()[name], t) for name, t in state.items())
 
@@ -139,7 +141,8 @@ def test_processes_share_the_pages_of_local_weights(tmp_path: Path) -> None:
     pipe = subprocess.PIPE
     processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
     for each in processes:
-        assert each.stdout is not None and each.stdout.readline() == "loaded\n"
+        assert each.stdout is not None
+        assert each.stdout.readline() == "loaded\n"
     measured, _ = processes[0].communicate("", timeout=60)
     processes[1].communicate("", timeout=60)
     used, shared = map(int, measured.split())
@@ -168,7 +171,8 @@ def test_the_memory_of_mapped_weights_goes_with_each_of_them(tmp_path: Path) -> 
     assert mappings() == len(tensors)
     parts = tensors.pop().view(-1)[:3]
     del tensors
-    assert mappings() == 1 and torch.isfinite(parts).all()
+    assert mappings() == 1
+    assert torch.isfinite(parts).all()
     del parts
     assert mappings() == 0
 
@@ -182,7 +186,8 @@ def test_a_language_model_becomes_another_head(
     assert torch.equal(model.transformer.wte.weight, make().transformer.wte.weight)
     assert "new weights" in caplog.text
     if cls is GPTJForSequenceClassification:
-        assert model.score.weight.shape == (5, 32) and model.score.weight.std() > 0
+        assert model.score.weight.shape == (5, 32)
+        assert model.score.weight.std() > 0
 
 
 def test_base_model_and_heads_exchange_weights(tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     torch.save({"transformer.wte.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin"):
         GPTJForCausalLM.from_pretrained(str(tmp_path))
     assert not (tmp_path / "evil").exists()
 
@@ -336,7 +341,8 @@ def test_verify_is_a_command(tmp_path: Path) -> None:
     assert good.returncode == 0 and "good: 2 files" in good.stdout, good.stderr
     damage("altered", tmp_path / "m")
     bad = subprocess.run(command, capture_output=True, text=True)
-    assert bad.returncode == 1 and "altered after it was written" in bad.stderr
+    assert bad.returncode == 1
+    assert "altered after it was written" in bad.stderr
 
 
 def said_by_verify(address: str) -> str:
@@ -367,7 +373,8 @@ def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3:
         storage.upload_folder(folder, address)
     lines = [line.removeprefix(f"{address}/") for line in said_by_verify(address).splitlines()]
     reasons = {line.split()[0]: line for line in lines}
-    assert len(lines) == len(reasons) == 7 and "good" not in reasons
+    assert len(lines) == len(reasons) == 7
+    assert "good" not in reasons
     assert "altered after it was written" in reasons["altered"]
     assert "has 11 bytes and should have 10" in reasons["longer"]
     assert reasons["shorter"].endswith("it is cut off")
@@ -393,7 +400,8 @@ def test_verify_says_what_is_wrong_with_an_address(
     assert f"{tmp_path / MANIFEST} is damaged" in said_by_verify(str(tmp_path))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     said = said_by_verify(f"s3://gptj/{tmp_path.name}/m")
-    assert "access denied" in said and "AWS_SECRET_ACCESS_KEY" in said
+    assert "access denied" in said
+    assert "AWS_SECRET_ACCESS_KEY" in said
 
 
 @pytest.mark.parametrize("place", ["folder", "s3"])

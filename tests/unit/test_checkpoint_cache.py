@@ -72,7 +72,8 @@ def test_what_was_fetched_once_is_not_fetched_again(cache: CheckpointCache, buck
     for name in manifest.files:
         storage.delete(f"{bucket}/a/{name}")
     lease = cache.lease(f"{bucket}/a", manifest)
-    assert lease is not None and Path(lease.folder, "deep", "b.bin").stat().st_size == SIZE // 2
+    assert lease is not None
+    assert Path(lease.folder, "deep", "b.bin").stat().st_size == SIZE // 2
 
 
 def test_a_checkpoint_that_is_replaced_is_fetched_anew(cache: CheckpointCache, bucket: str) -> None:
@@ -98,7 +99,8 @@ def test_a_damaged_copy_is_detected_and_fetched_again(
         path.unlink()
     # Sizes are looked at in any case; that content is read can be left out.
     use(cache, f"{bucket}/a", verify=change == "altered")
-    assert "a.bin" in caplog.text and "fetching" in caplog.text
+    assert "a.bin" in caplog.text
+    assert "fetching" in caplog.text
 
 
 def test_the_one_unused_for_longest_goes_first(cache: CheckpointCache, bucket: str) -> None:
@@ -116,7 +118,8 @@ def test_what_is_in_use_is_never_evicted(
 ) -> None:
     leases = [cache.lease(f"{bucket}/{name}", write(f"{bucket}/{name}")) for name in "ab"]
     third = write(f"{bucket}/c")
-    assert cache.lease(f"{bucket}/c", third) is None and "in use" in caplog.text
+    assert cache.lease(f"{bucket}/c", third) is None
+    assert "in use" in caplog.text
     for name, lease in zip("ab", leases, strict=True):
         assert_equal(lease, f"{bucket}/{name}")
     assert leases[0] is not None
@@ -141,7 +144,8 @@ def test_one_larger_than_the_cache_is_not_kept(
     cache: CheckpointCache, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert cache.lease(f"{bucket}/a", write(f"{bucket}/a", 3 * SIZE)) is None
-    assert f"{3 * SIZE} bytes" in caplog.text and not cache.folder.exists()
+    assert f"{3 * SIZE} bytes" in caplog.text
+    assert not cache.folder.exists()
 
 
 def test_a_checkpoint_that_s3_has_altered_leaves_nothing(
@@ -200,7 +204,8 @@ def test_processes_that_start_together_fetch_it_once(cache: CheckpointCache, buc
     write(f"{bucket}/a")
     processes = [start(cache, f"{bucket}/a", "at once") for _ in range(3)]
     for each in processes:
-        assert each.stdout is not None and each.stdout.readline() == "ready\n"
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
     for each in processes:
         begin(each)
     fetches = [int(each.communicate(timeout=120)[0]) for each in processes]
@@ -215,7 +220,8 @@ def test_a_process_killed_while_it_fetches_does_no_harm(
     killed = start(cache, f"{bucket}/a", "slowly")
     begin(killed)
     assert killed.stdout is not None
-    assert killed.stdout.readline() == "ready\n" and killed.stdout.readline() == "fetching\n"
+    assert killed.stdout.readline() == "ready\n"
+    assert killed.stdout.readline() == "fetching\n"
     # Somebody else is fetching: its room is taken, and what it has is not used.
     assert cache.lease(f"{bucket}/b", write(f"{bucket}/b", 2 * SIZE)) is None
     killed.kill()
@@ -223,7 +229,8 @@ def test_a_process_killed_while_it_fetches_does_no_harm(
     (left,) = (path for path in cache.folder.iterdir() if path.is_dir())
     assert not (left / MANIFEST).exists()
     use(cache, f"{bucket}/b")  # which needs the room of what was left
-    assert not left.exists() and bytes_in(cache) == 2 * SIZE
+    assert not left.exists()
+    assert bytes_in(cache) == 2 * SIZE
     use(cache, f"{bucket}/a")
 
 
@@ -246,7 +253,8 @@ def test_models_come_from_the_cache(
             assert torch.equal(each.state_dict()[name], tensor), name
     # Both have its files as their memory, so it stays; the other one is read from S3.
     other = GPTJForCausalLM.from_pretrained(f"{bucket}/b/model")
-    assert "in use" in caplog.text and torch.equal(other.lm_head.weight, another.lm_head.weight)
+    assert "in use" in caplog.text
+    assert torch.equal(other.lm_head.weight, another.lm_head.weight)
     del loaded, again, each, tensor
     gc.collect()
     caplog.clear()

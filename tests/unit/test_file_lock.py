@@ -50,12 +50,14 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 def test_no_more_processes_than_stated_are_in_at_once(tmp_path: Path) -> None:
     processes = [start(COUNT, tmp_path, 2, name) for name in range(5)]
     counts = [int(n) for each in processes for n in each.communicate(timeout=60)[0].split()]
-    assert len(counts) == 15 and max(counts) <= 2
+    assert len(counts) == 15
+    assert max(counts) <= 2
 
 
 def test_a_killed_process_leaves_its_place_at_once(tmp_path: Path) -> None:
     holder = start(HOLD, tmp_path, 1)
-    assert holder.stdout is not None and holder.stdout.readline() == "in\n"
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "in\n"
     with FileLock(tmp_path / "place-0") as place:
         assert not place.try_take(), "it is held"
     waiting = start(COUNT, tmp_path, 1, "waiting")

@@ -167,7 +167,8 @@ def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> N
     result = ours.to(device, dtype).generate(
         tokens.to(device), attention_mask=mask.to(device), max_new_tokens=5, num_beams=2
     )
-    assert result.shape[0] == 3 and result.device.type == device.type
+    assert result.shape[0] == 3
+    assert result.device.type == device.type
 
 
 @pytest.mark.parametrize(
@@ -282,5 +283,6 @@ def test_the_probability_of_a_token_is_unchanged_by_others_in_the_batch() -> Non
         [params, *others],
         [torch.Generator().manual_seed(5), torch.Generator().manual_seed(6), None],
     )
-    assert together[0] == alone[0] and together[2] == logits[2].argmax()
+    assert together[0] == alone[0]
+    assert together[2] == logits[2].argmax()
     assert math.isfinite(float(logits[0, alone[0]]))

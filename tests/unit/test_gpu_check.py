@@ -101,16 +101,22 @@ def test_each_figure_has_the_settings_that_it_was_measured_with(
 
     assert {row["engine"] for row in the("decode")} == {"gptj", "transformers"}
     for row in the("decode"):
-        assert row["tokens_per_s"] > 0 and row["batch"] and row["new_tokens"] and row["repeats"]
+        assert row["tokens_per_s"] > 0
+        assert row["batch"]
+        assert row["new_tokens"]
+        assert row["repeats"]
     for row in the("prefill"):
-        assert row["share_of_matrix_peak"] > 0 and row["tokens"] and row["repeats"]
+        assert row["share_of_matrix_peak"] > 0
+        assert row["tokens"]
+        assert row["repeats"]
     (beams,) = the("beams")
     assert (beams["beams"], beams["samples_per_s"] > 0) == (4, True)
     assert {row["when"] for row in the("pauses")} == {"alone", "with long prompts"}
     kinds = {row["kind"].split(",")[0] for row in the("product")}
     assert kinds == {"fp16", "fp8 by tensor", "fp8 by row"}
     assert any("STAGES" in row["way"] for row in the("attention of single tokens"))
-    assert the("prefill step")[0]["kernels"] and the("host time")[0]["functions"]
+    assert the("prefill step")[0]["kernels"]
+    assert the("host time")[0]["functions"]
     assert {row["variant"] for row in the("training")} >= {"stage 2, fp32"}
     assert the("compute-sanitizer")[0]["sanitizer_errors"] == 0
     assert the("card")[0]["driver_version"] == "580.1"
@@ -122,7 +128,8 @@ def test_what_comes_back_fits_and_the_report_names_card_and_goals(
 ) -> None:
     out, result = rehearsed
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert len(files) <= 8 and all(path.parent == out for path in files)
+    assert len(files) <= 8
+    assert all(path.parent == out for path in files)
     assert all(path.stat().st_size < 16 * 2**20 for path in files)
     text = (out / report.REPORT).read_text()
     assert text.startswith("# GPU check: A card (rehearsed on a CPU)")
@@ -158,7 +165,8 @@ def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_ones_run(
         assert check.main([str(out), "--seconds", "100"]) == 1
     rows = read(out)
     found = {row["of"]: row for row in rows if row["what"] == "part"}
-    assert found["crashing"]["outcome"] == "failed" and found["crashing"]["exit_code"] == -6
+    assert found["crashing"]["outcome"] == "failed"
+    assert found["crashing"]["exit_code"] == -6
     assert "on the way" in found["crashing"]["log"]
     assert "ValueError: what was wrong" in found["raising"]["log"]
     assert found["hanging"]["outcome"] == "time-out"
@@ -191,7 +199,8 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert [row.get("tokens_per_s") for row in rows] == [123.5, None]
     assert not results.good()
     text = report.write(tmp_path)
-    assert "| 123.5 |" in text and "OutOfMemoryError: none left" in text
+    assert "| 123.5 |" in text
+    assert "OutOfMemoryError: none left" in text
     assert (
         "| decode 64: 8,000 tokens/s or more (TensorRT-LLM in fp8: 10,907) | not measured |" in text
     )
@@ -215,7 +224,8 @@ def test_what_is_asked_of_a_gpu_is_there_to_be_asked() -> None:
         device = checking.Cuda()
         device.synchronize()
         assert device.seconds(lambda: calls.append(1), 3) == pytest.approx(0.01)
-        assert device.memory()["free_gb"] == 60 and device.memory()["peak_reserved_gb"] == 2
+        assert device.memory()["free_gb"] == 60
+        assert device.memory()["peak_reserved_gb"] == 2
         device.reset_peak()
         device.empty()
     assert len(calls) == 3

@@ -231,8 +231,10 @@ print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
 
 def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
     message = client.error(hub.endpoint, '"someone/nothing", revision=None')
-    assert "'someone/nothing'" in message and "no model of that name" in message
-    assert "no existing folder" in message and "HF_TOKEN" in message
+    assert "'someone/nothing'" in message
+    assert "no model of that name" in message
+    assert "no existing folder" in message
+    assert "HF_TOKEN" in message
     message = client.error(hub.endpoint, f'"{REPOSITORY}", revision="nowhere"')
     assert message == f"the hub's {REPOSITORY!r} has no revision 'nowhere'"
     message = client.error(hub.endpoint, f'"{REPOSITORY}", revision="{"c" * 40}"')
@@ -244,10 +246,12 @@ def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: C
 def test_a_hub_without_an_answer_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
     hub.broken = True
     message = client.error(hub.endpoint, f'"{REPOSITORY}", revision=None')
-    assert "could not be downloaded" in message and "500" in message
+    assert "could not be downloaded" in message
+    assert "500" in message
     (port,) = free_ports(1)
     message = client.error(f"http://127.0.0.1:{port}", f'"{REPOSITORY}", revision=None')
-    assert "could not be downloaded" in message and "onnect" in message
+    assert "could not be downloaded" in message
+    assert "onnect" in message
     message = client.error(hub.endpoint, f'"{REPOSITORY}", revision=None', offline=True)
     assert "HF_HUB_OFFLINE=0" in message
 

@@ -22,7 +22,8 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     machine, created, *measured = rows
-    assert machine["settings"]["size"] == "tiny" and "processor" in machine
+    assert machine["settings"]["size"] == "tiny"
+    assert "processor" in machine
     runs = [row for row in measured if "bytes" in row]
     assert {row["bytes"] for row in runs} == {created["bytes"]}
     kinds = {(row["from"], row["cache"], row["reader"]) for row in runs}
@@ -47,8 +48,10 @@ def test_ratios_are_medians_beside_the_plain_read() -> None:
     rows = [{**state, "reader": "plain", "seconds": s} for s in (1.0, 2.0, 9.0)]
     rows += [{**state, "reader": "gptj", "seconds": 3.0, "first_token_seconds": 2.0}] * 3
     plain, ours = load_weights.summarized(rows)
-    assert plain["seconds"] == 2.0 and "times_plain" not in plain
-    assert ours["times_plain"] == 1.5 and ours["with_token_times_plain"] == 2.5
+    assert plain["seconds"] == 2.0
+    assert "times_plain" not in plain
+    assert ours["times_plain"] == 1.5
+    assert ours["with_token_times_plain"] == 2.5
 
 
 def test_the_cache_is_measured_beside_s3_itself_until_the_first_token() -> None:
@@ -58,4 +61,5 @@ def test_the_cache_is_measured_beside_s3_itself_until_the_first_token() -> None:
         {"from": "s3, cached", "cache": "warm", "seconds": 1.0, **ours},
     ]
     direct, cached = load_weights.summarized(rows)
-    assert cached["with_token_times_s3"] == 0.25 and "with_token_times_s3" not in direct
+    assert cached["with_token_times_s3"] == 0.25
+    assert "with_token_times_s3" not in direct

@@ -377,7 +377,8 @@ def test_half_precision_is_near_full_precision(
     with torch.no_grad():
         full = ours(ids, attention_mask=mask)[0]
         half = ours.to(dtype)(ids, attention_mask=mask)[0]
-    assert half.dtype == dtype and half.isfinite().all()
+    assert half.dtype == dtype
+    assert half.isfinite().all()
     atol = 0.15 if dtype == torch.bfloat16 else 0.02
     real = mask.bool() if half.shape[:2] == mask.shape else slice(None)
     torch.testing.assert_close(half[real].float(), full[real], rtol=0.05, atol=atol)
@@ -430,9 +431,9 @@ def test_wrong_inputs_are_refused_with_their_values() -> None:
         ours(ids, inputs_embeds=torch.zeros(3, 10, 32))
     with pytest.raises(ValueError, match=r"\(3, 10\), got \(3, 9\)"):
         ours(ids, attention_mask=mask[:, :9])
-    with pytest.raises(ValueError, match="65 tokens .* n_positions=64"):
+    with pytest.raises(ValueError, match=r"65 tokens .* n_positions=64"):
         ours(torch.ones(1, 65, dtype=torch.long))
-    with pytest.raises(ValueError, match="position 64 .* n_positions=64"):
+    with pytest.raises(ValueError, match=r"position 64 .* n_positions=64"):
         ours(ids[:1], position_ids=torch.arange(55, 65)[None])
 
 

@@ -40,9 +40,11 @@ def test_it_is_empty_and_gone_afterwards(tmp_path: Path) -> None:
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("something")
         with scratch_folder(tmp_path) as other:
-            assert other != folder and (folder / "inner" / "file").exists()
+            assert other != folder
+            assert (folder / "inner" / "file").exists()
         raise RuntimeError("the block's own")
-    assert not folder.exists() and not folder.parent.exists()
+    assert not folder.exists()
+    assert not folder.parent.exists()
 
 
 def test_what_a_killed_process_left_goes_and_what_a_running_one_has_stays(tmp_path: Path) -> None:
@@ -53,8 +55,10 @@ def test_what_a_killed_process_left_goes_and_what_a_running_one_has_stays(tmp_pa
         killed.wait(timeout=10)
         assert (left / "half-written").exists()
         with scratch_folder(tmp_path) as folder:
-            assert not left.exists() and not left.parent.exists()
-            assert (kept / "half-written").exists() and folder.exists()
+            assert not left.exists()
+            assert not left.parent.exists()
+            assert (kept / "half-written").exists()
+            assert folder.exists()
     finally:
         running.kill()
         running.wait(timeout=10)

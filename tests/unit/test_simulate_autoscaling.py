@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -137,7 +138,8 @@ def test_whole_rows_are_computed_in_batches_as_long_as_their_longest() -> None:
         [(number, pytest.approx(0.001 + 3 * 0.004)) for number in (1, 2, 3)],
         [(4, pytest.approx(0.013 + 0.005))],
     ]
-    assert replica.due == float("inf") and [row.first for row in rows] == [row.end for row in rows]
+    assert replica.due == float("inf")
+    assert [row.first for row in rows] == [row.end for row in rows]
 
 
 def test_waiting_times_are_those_of_queueing_theory() -> None:
@@ -210,7 +212,7 @@ def test_more_load_needs_more_replicas_and_more_hours() -> None:
     for rate in (10, 40, 80):
         day = arrivals(Traffic(requests_per_s=rate, hours=0.2, new_tokens=100, bursts_per_day=0))
         rows.append(summary(simulate(SERVICE, MACHINE, day)))
-    for less, more in zip(rows, rows[1:], strict=False):
+    for less, more in itertools.pairwise(rows):
         assert less["replicas_mean"] < more["replicas_mean"]
         assert less["replica_hours"] < more["replica_hours"]
 
@@ -239,12 +241,14 @@ def test_traffic_has_the_asked_mean_a_daily_curve_and_bursts() -> None:
     calm = arrivals(Traffic(requests_per_s=5, bursts_per_day=0))
     assert len(calm) == pytest.approx(5 * 86400, rel=0.01)
     per_hour = np.bincount((calm.times // 3600).astype(int))
-    assert per_hour.argmin() in (3, 4) and per_hour.argmax() in (15, 16)
+    assert per_hour.argmin() in (3, 4)
+    assert per_hour.argmax() in (15, 16)
     bursty = arrivals(Traffic(requests_per_s=5, bursts_per_day=24))
     assert len(bursty) == pytest.approx(len(calm), rel=0.01)
     per_minute = [np.bincount((day.times // 60).astype(int)) for day in (calm, bursty)]
     assert per_minute[1].max() > 1.5 * per_minute[0].max()
-    assert (bursty.prompts + bursty.outputs <= 2048).all() and bursty.outputs.min() >= 1
+    assert (bursty.prompts + bursty.outputs <= 2048).all()
+    assert bursty.outputs.min() >= 1
 
 
 def test_the_numbers_of_the_published_model_are_those_of_its_shape() -> None:
@@ -254,7 +258,7 @@ def test_the_numbers_of_the_published_model_are_those_of_its_shape() -> None:
 
 
 def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value() -> None:
-    with pytest.raises(ValueError, match="150001 tokens never fits.*100000"):
+    with pytest.raises(ValueError, match=r"150001 tokens never fits.*100000"):
         simulate(SERVICE, MACHINE, even(1.0, 1, prompt=150_000, output=1))
     with pytest.raises(ValueError, match="requests_per_s must be above 0, got 0"):
         Traffic(requests_per_s=0)
@@ -280,7 +284,7 @@ def test_combinations_are_all_of_them() -> None:
 def lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
     options = ["--hours", "0.3", "--requests-per-s", "4", "--plot", str(tmp_path / "day.png")]
     main([str(SERVE_CONFIG), *options, "--set", "max_replicas=3"])
-    yield capsys.readouterr().out.splitlines()
+    return capsys.readouterr().out.splitlines()
 
 
 def test_the_command_prints_settings_outcome_and_table_and_draws_the_day(
@@ -289,7 +293,8 @@ def test_the_command_prints_settings_outcome_and_table_and_draws_the_day(
     objects = [json.loads(line) for line in lines if line.startswith("{")]
     assert objects[0]["machine"]["basis"] == "arithmetic, not measured"
     outcome = objects[2]
-    assert outcome["settings"]["max_replicas"] == 3 and outcome["served"] > 3000
+    assert outcome["settings"]["max_replicas"] == 3
+    assert outcome["served"] > 3000
     assert 0 < outcome["ttft_p50_s"] <= outcome["ttft_p99_s"] <= outcome["ttft_max_s"]
     assert [row["from_s"] for row in objects[3:6]] == [0, 300, 600]
     assert lines[-1].startswith("| 3 |")
@@ -316,7 +321,8 @@ def test_services_of_whole_rows_are_simulated_too(
     main([str(SERVE_CONFIG), "--application", application, *options])
     outcome = json.loads(capsys.readouterr().out.splitlines()[2])
     assert outcome["ttft_p50_s"] == pytest.approx(0.0055, abs=0.001)
-    assert outcome["replicas_max"] == 1 and outcome["served"] == outcome["requests"] > 300
+    assert outcome["replicas_max"] == 1
+    assert outcome["served"] == outcome["requests"] > 300
 
 
 def test_machines_say_what_they_are_based_on() -> None:

@@ -30,7 +30,8 @@ def test_afterwards_modules_have_weights_and_are_initialised_again() -> None:
     with pytest.raises(RuntimeError, match="inside"), without_weights():
         raise RuntimeError("inside")
     layer = nn.Linear(64, 64)
-    assert layer.weight.device.type == "cpu" and layer.weight.std() > 0.01
+    assert layer.weight.device.type == "cpu"
+    assert layer.weight.std() > 0.01
     nn.init.constant_(layer.weight, 3.0)
     assert torch.all(layer.weight == 3)
 

@@ -31,7 +31,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_what_is_written_is_read_back_whole_and_in_parts(folder: str) -> None:
     address = storage.join(folder, "a", "b.bin")
     storage.write_bytes(address, b"0123456789")
-    assert storage.exists(address) and not storage.exists(storage.join(folder, "a"))
+    assert storage.exists(address)
+    assert not storage.exists(storage.join(folder, "a"))
     assert storage.size(address) == 10
     assert storage.read_bytes(address) == b"0123456789"
     assert storage.read_bytes(address, 3, 4) == b"3456"
@@ -125,7 +126,7 @@ def test_arrow_reads_what_we_wrote(folder: str) -> None:
 
 def test_a_missing_bucket_is_named_with_the_remedy(s3: LocalS3) -> None:
     for action in (storage.check_writable, storage.list_files, storage.size):
-        with pytest.raises(storage.NotFoundError, match="no bucket 'absent-bucket'.*remedy"):
+        with pytest.raises(storage.NotFoundError, match=r"no bucket 'absent-bucket'.*remedy"):
             action("s3://absent-bucket/key")
 
 
@@ -134,11 +135,12 @@ def test_a_wrong_key_is_refused_with_the_remedy(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(storage.AccessDeniedError, match="s3://gptj/some/file.*remedy"):
+    with pytest.raises(storage.AccessDeniedError, match=r"s3://gptj/some/file.*remedy"):
         storage.upload(tmp_path / "file", "s3://gptj/some/file")  # by boto3's own transfers
-    with pytest.raises(storage.AccessDeniedError, match="s3://gptj/some/.*remedy") as caught:
+    with pytest.raises(storage.AccessDeniedError, match=r"s3://gptj/some/.*remedy") as caught:
         storage.check_writable("s3://gptj/some")
-    assert s3.secret_key not in str(caught.value) and "wrong" not in str(caught.value)
+    assert s3.secret_key not in str(caught.value)
+    assert "wrong" not in str(caught.value)
 
 
 def test_missing_credentials_are_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_a_server_without_conditional_writes_is_refused_at_the_start(
         if conditional(request)
         else None
     )
-    with pytest.raises(storage.StorageError, match="does not know.*If-None-Match.*remedy"):
+    with pytest.raises(storage.StorageError, match=r"does not know.*If-None-Match.*remedy"):
         storage.check_writable(folder)
     assert storage.list_files(folder) == []
 
@@ -98,7 +98,7 @@ def test_a_server_that_passes_over_conditions_is_refused_at_the_start(
         if conditional(request) and faulty.count("PUT") > 1
         else None
     )
-    with pytest.raises(storage.StorageError, match="passes over If-None-Match.*remedy"):
+    with pytest.raises(storage.StorageError, match=r"passes over If-None-Match.*remedy"):
         storage.check_writable(folder)
     assert storage.list_files(folder) == []
 
@@ -163,7 +163,8 @@ def test_pruning_that_fails_is_a_warning(
     faulty.fault = lambda request: Reply(403, "AccessDenied") if request.method == "POST" else None
     with caplog.at_level(logging.WARNING):
         delete_old_checkpoints(folder, keep=1)
-    assert "an old checkpoint stays" in caplog.text and "access denied" in caplog.text
+    assert "an old checkpoint stays" in caplog.text
+    assert "access denied" in caplog.text
     faulty.fault = lambda request: None
     delete_old_checkpoints(folder, keep=1)
     assert [f.name.partition("/")[0] for f in storage.list_files(folder)] == ["checkpoint-2"]
@@ -219,7 +220,7 @@ def test_an_authority_of_ones_own_works_for_arrow_too(
         use_arrow(folder)
         assert proxy.count("PUT", ".validate") == 1
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "absent.pem"))
-        with pytest.raises(storage.StorageError, match="absent.pem"):
+        with pytest.raises(storage.StorageError, match=r"absent.pem"):
             storage.check_writable(folder)
 
 
@@ -250,7 +251,7 @@ def test_the_shared_files_and_their_profile_work_for_arrow_too(
 
 def test_an_endpoint_that_is_no_url_is_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
-    with pytest.raises(storage.StorageError, match="localhost.*remedy: correct AWS_ENDPOINT_URL"):
+    with pytest.raises(storage.StorageError, match=r"localhost.*remedy: correct AWS_ENDPOINT_URL"):
         storage.check_writable("s3://gptj/x")
 
 

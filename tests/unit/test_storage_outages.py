@@ -108,7 +108,8 @@ def test_patience_ends(
     with pytest.raises(storage.StorageError, match="SlowDown"):
         storage.write_bytes(f"{folder}/a", b"a")
     assert len(faulty.requests) > retries.FIRST_TRIES
-    assert "503 SlowDown" in caplog.text and "trying again" in caplog.text
+    assert "503 SlowDown" in caplog.text
+    assert "trying again" in caplog.text
 
 
 def test_a_refusal_is_not_tried_again(faulty: FaultyS3, folder: str) -> None:
@@ -153,7 +154,8 @@ def test_an_upload_whose_reply_was_lost_is_complete(
     (tmp_path / "large").write_bytes(content)
     left = times(faulty, ["lost"], is_complete)
     storage.upload(tmp_path / "large", f"{folder}/large")
-    assert not left and storage.read_bytes(f"{folder}/large") == content
+    assert not left
+    assert storage.read_bytes(f"{folder}/large") == content
 
 
 def test_an_upload_that_is_gone_is_not_taken_for_complete(
@@ -163,7 +165,7 @@ def test_an_upload_that_is_gone_is_not_taken_for_complete(
     (tmp_path / "large").write_bytes(bytes(PARTS))
     storage.upload(tmp_path / "large", f"{folder}/large")
     (tmp_path / "large").write_bytes(os.urandom(PARTS))
-    times(faulty, ["reset"] + [Reply(404, "NoSuchUpload")], is_complete)
+    times(faulty, ["reset", Reply(404, "NoSuchUpload")], is_complete)
     with pytest.raises(storage.StorageError, match="NoSuchUpload"):
         storage.upload(tmp_path / "large", f"{folder}/large")
     assert storage.read_bytes(f"{folder}/large") == bytes(PARTS)
@@ -182,7 +184,8 @@ def test_flipped_bits_are_sent_again(faulty: FaultyS3, folder: str) -> None:
     faulty.change = flip
     content = os.urandom(5000)
     storage.write_bytes(f"{folder}/a", content)
-    assert not flips and faulty.count("PUT") == 3
+    assert not flips
+    assert faulty.count("PUT") == 3
     assert storage.read_bytes(f"{folder}/a") == content
 
 
@@ -196,7 +199,8 @@ def test_a_body_that_breaks_again_and_again_is_fetched(
     assert not left
     left = times(faulty, ["cut"] * 9, lambda request: request.method == "GET")
     storage.download(f"{folder}/a", tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == content and not left
+    assert (tmp_path / "a").read_bytes() == content
+    assert not left
 
 
 def test_the_next_run_frees_what_dead_writers_left(

@@ -85,7 +85,8 @@ def assert_same(ours: GPTJTokenizer, theirs: Any, *texts: Any, **arguments: Any)
 def test_gpt_j_has_50400_entries_of_which_143_are_no_text(ours: GPTJTokenizer, theirs: Any) -> None:
     assert len(ours) == len(theirs) == 50400
     assert ours.vocab_size == theirs.vocab_size == 50257
-    assert ours.unused_ids == tuple(range(50257, 50400)) and len(ours.unused_ids) == EXTRA_TOKENS
+    assert ours.unused_ids == tuple(range(50257, 50400))
+    assert len(ours.unused_ids) == EXTRA_TOKENS
     assert ours.bos_token_id == ours.eos_token_id == ours.pad_token_id == 50256
     assert ours.model_max_length == theirs.model_max_length == 2048
     assert ours.encode(PROMPT) == [818, 257, 14702, 4917, 11, 5519]
@@ -292,12 +293,14 @@ def test_the_padding_side_is_kept_with_the_tokenizer(folder: Path, tmp_path: Pat
 
 def test_tensors_are_rows_of_int64(ours: GPTJTokenizer) -> None:
     ids = ours(PROMPT, return_tensors="pt").input_ids
-    assert ids.dtype == torch.int64 and ids.tolist() == [[818, 257, 14702, 4917, 11, 5519]]
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[818, 257, 14702, 4917, 11, 5519]]
     assert ours.batch_decode(ids) == [PROMPT]
     empty = ours(["", ""], return_tensors="pt", return_offsets_mapping=True)
-    assert empty.input_ids.shape == (2, 0) and empty.offset_mapping.shape == (2, 0, 2)
+    assert empty.input_ids.shape == (2, 0)
+    assert empty.offset_mapping.shape == (2, 0, 2)
     assert ours([], return_tensors="np").input_ids.shape == (0, 0)
-    with pytest.raises(ValueError, match="rows of 1 to 2 tokens.*padding=True"):
+    with pytest.raises(ValueError, match=r"rows of 1 to 2 tokens.*padding=True"):
         ours(["a", "b c"], return_tensors="pt")
 
 
@@ -332,7 +335,8 @@ def test_the_result_moves_to_a_device_and_survives_pickle(
 
 def test_a_pickled_tokenizer_is_the_same(ours: GPTJTokenizer) -> None:
     copy = pickle.loads(pickle.dumps(ours))
-    assert copy.files() == ours.files() and copy(BATCH) == ours(BATCH)
+    assert copy.files() == ours.files()
+    assert copy(BATCH) == ours(BATCH)
 
 
 @pytest.mark.parametrize("names_special_tokens", [False, True])
@@ -372,7 +376,8 @@ def test_a_tokenizer_saved_by_transformers_loads(theirs: Any, tmp_path: Path) ->
     other(TEXTS, padding=True, truncation=True, max_length=4)
     other.save_pretrained(tmp_path)
     ours = GPTJTokenizer.from_pretrained(tmp_path)
-    assert len(ours) == 50401 and ours.pad_token_id == other.pad_token_id == 50400
+    assert len(ours) == 50401
+    assert ours.pad_token_id == other.pad_token_id == 50400
     assert_same(ours, other, TEXTS)
     assert_same(ours, other, [*TEXTS, "a<|padding|> b"], padding=True)
 
@@ -386,7 +391,9 @@ def test_ids_with_gaps_between_them_can_be_decoded(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_bytes(files["tokenizer_config.json"])
     ours = GPTJTokenizer.from_pretrained(tmp_path)
-    assert len(ours) == 257 and ours.encode("z") == [999] and ours.decode(999) == "z"
+    assert len(ours) == 257
+    assert ours.encode("z") == [999]
+    assert ours.decode(999) == "z"
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path), "a z")
     with pytest.raises(ValueError, match=f"id {moved} is not in the vocabulary"):
         ours.decode(moved)
@@ -421,7 +428,8 @@ def test_training_gives_the_size_asked_for_and_always_the_same(
     ours = trained[0]
     assert len(ours) == vocab_size
     assert ours.bos_token_id == ours.eos_token_id == ours.pad_token_id
-    assert ours.unused_ids == () and ours.model_max_length is None
+    assert ours.unused_ids == ()
+    assert ours.model_max_length is None
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
@@ -494,7 +502,7 @@ def test_an_id_beyond_the_vocabulary_is_an_error(ours: GPTJTokenizer, ids: Any) 
 
 @pytest.mark.parametrize("ids", [[1.5], [[1, 2]], torch.tensor([[1, 2]]), "12", None])
 def test_what_is_no_list_of_ids_is_an_error(ours: GPTJTokenizer, ids: Any) -> None:
-    with pytest.raises(ValueError, match="must be an integer or one list of them.*batch_decode"):
+    with pytest.raises(ValueError, match=r"must be an integer or one list of them.*batch_decode"):
         ours.decode(ids)
 
 
@@ -513,7 +521,7 @@ def test_missing_settings_are_errors_with_a_remedy(
     shared, merges = gpt2_vocabulary
     vocabulary = dict(shared)  # other tests use it too
     ours = GPTJTokenizer.from_vocabulary(vocabulary, merges)
-    with pytest.raises(ValueError, match="tokenizer.pad_token = tokenizer.eos_token"):
+    with pytest.raises(ValueError, match=r"tokenizer.pad_token = tokenizer.eos_token"):
         ours(BATCH, padding=True)
     ours.pad_token = "<pad>"
     with pytest.raises(ValueError, match="'<pad>' is not in the vocabulary of 50400 entries"):
@@ -524,7 +532,7 @@ def test_missing_settings_are_errors_with_a_remedy(
     with pytest.raises(ValueError, match="padding='max_length' needs max_length"):
         ours(BATCH, padding="max_length")
     del vocabulary[END_OF_TEXT]
-    with pytest.raises(ValueError, match="vocabulary of 50256 entries lacks '<|endoftext|>'"):
+    with pytest.raises(ValueError, match=r"vocabulary of 50256 entries lacks '<|endoftext|>'"):
         GPTJTokenizer.from_vocabulary(vocabulary, merges)
     with pytest.raises(ValueError, match="do not fit each other"):
         GPTJTokenizer.from_vocabulary({"a": 0, END_OF_TEXT: 1}, [("a", "b")])
@@ -574,5 +582,5 @@ def test_a_file_that_cannot_be_read_is_named(
 
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor vocab.json with merg"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor vocab.json with merg"):
         GPTJTokenizer.from_pretrained(tmp_path)

@@ -201,7 +201,8 @@ def candidates(
                 window.offsets[first + from_token],
                 window.offsets[first + from_token + more],
             )
-            assert begin is not None and end_offset is not None
+            assert begin is not None
+            assert end_offset is not None
             found.setdefault((begin[0], end_offset[1]), float(sums[place]))
         if len(found) >= top_k or wanted == possible:
             break

@@ -72,7 +72,9 @@ def _ask_child(address: str, size: int) -> Iterator[tuple[str, list[int], str, i
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as child,
     ):
-        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
         try:
             for line in child.stdout:
                 kind, *values = json.loads(line)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.responses import Response
 
@@ -28,7 +28,7 @@ class APIError(Exception):
 
     status = 500
     type = "server_error"
-    headers: dict[str, str] = {}
+    headers: ClassVar[dict[str, str]] = {}
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class InvalidRequestError(APIError):
 class AuthenticationError(APIError):
     status = 401
     type = "authentication_error"
-    headers = {"WWW-Authenticate": "Bearer"}
+    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class NotFoundError(APIError):
@@ -69,7 +69,7 @@ class WrongShapeError(APIError):
 class OverloadedError(APIError):
     status = 429
     type = "rate_limit_error"
-    headers = {"Retry-After": "1"}
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
 class ModelError(APIError):
@@ -80,7 +80,7 @@ class ModelError(APIError):
 class UnavailableError(APIError):
     status = 503
     type = "server_error"
-    headers = {"Retry-After": "1"}
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
 def error_body(

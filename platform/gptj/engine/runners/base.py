@@ -41,11 +41,11 @@ class StepBatch:
         """For kernels, which trust what they get: a wrong number would read foreign memory."""
         for array in (self.ids_T, self.positions_T, self.starts, self.pages_RP, self.wanted):
             assert array.dtype == "int32" and array.flags.c_contiguous
-        assert 0 <= self.ids_T.min() and self.ids_T.max() < config.vocab_size
+        assert self.ids_T.min() >= 0 and self.ids_T.max() < config.vocab_size
         last = int(self.positions_T.max())
-        assert 0 <= self.positions_T.min() and last < config.n_positions
+        assert self.positions_T.min() >= 0 and last < config.n_positions
         assert last < self.pages_RP.shape[1] * page_size
-        assert 0 <= self.pages_RP.min() and self.pages_RP.max() < num_pages
+        assert self.pages_RP.min() >= 0 and self.pages_RP.max() < num_pages
         assert self.starts[0] == 0 and self.starts[-1] == len(self.ids_T)
         assert len(self.pages_RP) == len(self.starts) - 1
 
