@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # No test reaches for a hub on the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# An example's time says how busy the machine is, and nothing of the code.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

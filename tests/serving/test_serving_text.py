@@ -48,7 +48,7 @@ def reference(ids: list[int], stop: list[str]) -> tuple[str, bool]:
 
 
 @given(IDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_parts_of_any_ids_are_together_the_decoded_text(ids: list[int]) -> None:
     parts, text = stream(ids)
     assert "".join(parts) == TOKENIZER.decode(ids)
@@ -56,7 +56,7 @@ def test_the_parts_of_any_ids_are_together_the_decoded_text(ids: list[int]) -> N
 
 
 @given(LETTERS, STOPS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_text_ends_before_the_first_stop_string_and_no_part_of_it_leaks(
     letters: str, stop: list[str]
 ) -> None:
@@ -70,7 +70,7 @@ def test_text_ends_before_the_first_stop_string_and_no_part_of_it_leaks(
 
 
 @given(IDS, st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=2))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_stop_strings_in_any_ids_end_the_text_as_decoding_everything_does(
     ids: list[int], stop: list[str]
 ) -> None:
@@ -143,7 +143,7 @@ def with_stop(ids: list[int], stop: list[str]) -> tuple[str, bool]:
 
 
 @given(LETTERS, STOPS)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_text_can_end_after_the_stop_string_instead(letters: str, stop: list[str]) -> None:
     flat = [token for letter in letters for token in TOKENIZER.encode(letter)]
     text = TextStream(TOKENIZER, stop, include_stop=True)
@@ -160,7 +160,7 @@ def test_text_can_end_after_the_stop_string_instead(letters: str, stop: list[str
 
 
 @given(IDS, st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=2))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_text_of_any_ids_can_end_after_the_stop_string(ids: list[int], stop: list[str]) -> None:
     text = TextStream(TOKENIZER, stop, include_stop=True)
     parts = []
@@ -192,7 +192,7 @@ def test_a_stop_tokens_text_is_shown_with_the_stop_unless_it_is_special() -> Non
 
 
 @given(IDS, st.integers(0, 30), st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_a_character_that_the_prompt_begins_belongs_to_the_output(
     ids: list[int], cut: int, echoed: bool
 ) -> None:

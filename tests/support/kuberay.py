@@ -31,6 +31,7 @@ from gptj_local.processes import HOST, free_ports, running, tail
 BIN = Path(sys.executable).parent
 HEAD_IP = "127.0.0.2"
 UP_SECONDS = 90
+STARTED = "Ray runtime started."  # says `ray start`
 INIT_SECONDS = 240  # for all that init containers wait for
 TRIES = 3
 SUFFIX = "abcde"  # of a cluster's name, where KubeRay's is random
@@ -202,17 +203,22 @@ class Cluster:
             yield head, workers
 
     def start_head(self) -> Pod:
-        """Also after its end: on the same address, as its service keeps it."""
-        cluster = deepcopy(self.object)
-        group = cluster["spec"]["headGroupSpec"]
-        group["rayStartParams"] |= self._parameters(HEAD_IP, self._head_ports)
-        head = self._run("head", HEAD_IP, self._head_ports, kuberay_operator.head_pod(cluster))
-        deadline = time.monotonic() + UP_SECONDS
-        while not self._answers("/api/jobs/"):
-            if head.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the head of {self.name} is not up:\n{tail(head.log)}")
-            time.sleep(0.2)
-        return head
+        """Also after its end: on the same address, as its service keeps it.
+
+        The dashboard answers before the head's raylet has joined, which may still time out.
+        """
+        for _ in range(TRIES):
+            cluster = deepcopy(self.object)
+            group = cluster["spec"]["headGroupSpec"]
+            group["rayStartParams"] |= self._parameters(HEAD_IP, self._head_ports)
+            head = self._run("head", HEAD_IP, self._head_ports, kuberay_operator.head_pod(cluster))
+            deadline = time.monotonic() + UP_SECONDS
+            while head.process.poll() is None and time.monotonic() < deadline:
+                if STARTED in head.log.read_text() and self._answers("/api/jobs/"):
+                    return head
+                time.sleep(0.2)
+            head.kill()
+        raise RuntimeError(f"the head of {self.name} is not up:\n{tail(head.log)}")
 
     def _joined_worker(self, group: Object, number: int, nodes: int) -> Pod:
         """KubeRay makes a new pod of one that ended: a raylet has 30 s to start, loaded or not."""

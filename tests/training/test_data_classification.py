@@ -431,7 +431,7 @@ LABELS = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     labels=LABELS,
     typed=st.booleans(),

@@ -316,7 +316,7 @@ def every_span(
     return sorted(scores, key=lambda each: -each[2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(1000, 0), (40, 10), (32, 5)]),
@@ -348,7 +348,7 @@ def test_the_best_spans_are_those_of_a_search_over_all(
         assert span.score == pytest.approx(score, rel=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(1000, 0), (40, 10), (32, 5)]),

@@ -106,7 +106,7 @@ def test_ids_offsets_and_texts_equal_transformers(
     assert ours.convert_tokens_to_ids(ours.convert_ids_to_tokens(ids)) == ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.one_of(st.text(), st.sampled_from([" ", "  ", "\n", "'s", "the", *TEXTS]))).map(
         "".join
@@ -120,7 +120,7 @@ def test_any_text_comes_back_and_has_transformers_ids(
     assert ours.decode(ours.encode(text)) == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 50399), max_size=20), st.booleans())
 def test_any_ids_have_transformers_text(
     ours: GPTJTokenizer, theirs: Any, ids: list[int], skip: bool
@@ -209,7 +209,7 @@ def test_windows_over_the_context_of_a_question_equal_transformers(
         assert_same(ours, theirs, second, first, truncation="only_first", **common)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(0, 12),
     st.integers(0, 12),
