@@ -31,9 +31,9 @@ from gptj_local.processes import HOST, free_ports, running, tail
 BIN = Path(sys.executable).parent
 HEAD_IP = "127.0.0.2"
 UP_SECONDS = 90
-STARTED = "Ray runtime started."  # says `ray start`
+STARTED = b"Ray runtime started."  # says `ray start`
 INIT_SECONDS = 240  # for all that init containers wait for
-TRIES = 3
+TRIES = 6
 SUFFIX = "abcde"  # of a cluster's name, where KubeRay's is random
 # What needs Kubernetes' API, which is not here: no autoscaler and no disruption budget.
 NOT_HERE = ("autoscaler", "disruption-budget")
@@ -207,18 +207,20 @@ class Cluster:
 
         The dashboard answers before the head's raylet has joined, which may still time out.
         """
+        log = self._here.folder / f"{self.name}-head.log"
         for _ in range(TRIES):
+            before = log.stat().st_size if log.exists() else 0
             cluster = deepcopy(self.object)
             group = cluster["spec"]["headGroupSpec"]
             group["rayStartParams"] |= self._parameters(HEAD_IP, self._head_ports)
             head = self._run("head", HEAD_IP, self._head_ports, kuberay_operator.head_pod(cluster))
             deadline = time.monotonic() + UP_SECONDS
             while head.process.poll() is None and time.monotonic() < deadline:
-                if STARTED in head.log.read_text() and self._answers("/api/jobs/"):
+                if STARTED in log.read_bytes()[before:] and self._answers("/api/jobs/"):
                     return head
                 time.sleep(0.2)
             head.kill()
-        raise RuntimeError(f"the head of {self.name} is not up:\n{tail(head.log)}")
+        raise RuntimeError(f"the head of {self.name} is not up:\n{tail(log)}")
 
     def _joined_worker(self, group: Object, number: int, nodes: int) -> Pod:
         """KubeRay makes a new pod of one that ended: a raylet has 30 s to start, loaded or not."""
