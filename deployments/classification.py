@@ -28,7 +28,7 @@ class Classification:
         with loading_turn(arguments):
             model, tokenizer = load(GPTJForSequenceClassification, arguments)
         self._service = ClassificationService(
-            model, tokenizer, max_batch=arguments.max_batch, max_waiting=arguments.max_waiting
+            model, tokenizer, max_batch=arguments.max_batch, max_queued=arguments.max_queued
         )
         self._stalled_seconds = arguments.stalled_seconds
 

@@ -39,14 +39,14 @@ from gptj.serving.completions.vocabulary import Vocabulary
 class Arguments(LoadingArguments):
     model_name: str | None = None  # what clients call it; default: by its address
     quantization: Quantization = "none"  # int8: weights in 8 bits, faster and smaller on a CPU
-    # Outputs that are generated together, and new tokens of a step, which bound others' pauses.
-    # Default: 64 and 256 on a CPU; on a GPU as many as its cache has room for, up to 256 outputs
-    # of 512 tokens, and four tokens for each, 256 at least (gptj.engine.limits).
-    max_running: Annotated[int, Field(ge=1)] | None = None
-    step_tokens: Annotated[int, Field(ge=1)] | None = None
+    # Sequences that run together, and new tokens of a step, which bound the time between tokens.
+    # Default: 64 and 256 on a CPU; on a GPU as many sequences of 512 tokens as the cache holds, up
+    # to 256, and four tokens for each, at least 256 (gptj.engine.limits).
+    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_caching: bool = True  # prompts that begin alike are computed once
     # The cache of keys and values: so many tokens, or else a share of the device's free memory,
-    # and no more than max_running requests can use. On a CPU the default is 0.3; on a GPU 0.95 of
+    # and no more than max_num_seqs requests can use. On a CPU the default is 0.3; on a GPU 0.95 of
     # what the weights and the largest steps leave.
     cache_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -55,11 +55,11 @@ class Arguments(LoadingArguments):
     def _one_cache_size(self) -> Self:
         if self.cache_tokens is not None and self.cache_share is not None:
             raise ValueError("cache_tokens and cache_share both state the cache's size: leave one")
-        step, running = self.step_tokens, self.max_running
+        step, running = self.max_num_batched_tokens, self.max_num_seqs
         if step is not None and running is not None and step < running:
             raise ValueError(
-                f"step_tokens={self.step_tokens} must not be below max_running={self.max_running}: "
-                f"each running output takes one of a step"
+                f"max_num_batched_tokens={step} must not be below max_num_seqs={running}: each "
+                f"running sequence takes one token of a step"
             )
         return self
 
@@ -72,8 +72,8 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
         model.device,
         arguments.cache_tokens or room(model.config, model.device, share, model.dtype.itemsize),
         model.config.n_positions,
-        max_running=arguments.max_running,
-        step_tokens=arguments.step_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
     )
     runner = best_runner(
         model,
@@ -98,9 +98,9 @@ class Generation:
             runner,
             eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
             banned_ids=vocabulary.unused_ids,
-            max_running=limits.max_running,
-            max_waiting=arguments.max_waiting,
-            step_tokens=limits.step_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_queued=arguments.max_queued,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_caching=arguments.prefix_caching,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import posixpath
 import tempfile
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import ray
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gptj import GPTJTokenizer, storage
 from gptj.checkpoints.checkpoint import TRAINING, check_complete, load_config, training_data
@@ -23,6 +24,12 @@ from gptj.storage.addresses import normalized
 from gptj.storage.file_lock import turn
 
 Model = TypeVar("Model", bound=GPTJPreTrainedModel)
+
+RENAMED = {  # deprecated keys of `args`, by their present names
+    "max_waiting": "max_queued",
+    "max_running": "max_num_seqs",
+    "step_tokens": "max_num_batched_tokens",
+}
 
 
 class Arguments(BaseModel):
@@ -40,9 +47,26 @@ class Arguments(BaseModel):
     # Replicas that load on one node at the same time; the others wait, and then find the files in
     # the system's memory. What a replica needs only while it loads is there so many times at most.
     loads_at_once: Annotated[int, Field(ge=1)] = 1
-    max_waiting: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
+    max_queued: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
     # Without a step for so long while there is work, the replica counts as dead and is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_renamed(cls, fields: Any) -> Any:
+        """Take deprecated keys for the fields that this application has, with a warning."""
+        if not isinstance(fields, dict):
+            return fields
+        fields = dict(fields)
+        for old, new in RENAMED.items():
+            if old not in fields or new not in cls.model_fields:
+                continue
+            if new in fields:
+                raise ValueError(f"{old} is the former name of {new}: remove {old}")
+            # Python shows users a FutureWarning, but no DeprecationWarning.
+            warnings.warn(f"args: {old} is deprecated: use {new}", FutureWarning, stacklevel=2)
+            fields[new] = fields.pop(old)
+        return fields
 
 
 class BatchArguments(Arguments):

@@ -51,7 +51,7 @@ class QuestionAnswering:
             window=window,
             stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
             max_batch=arguments.max_batch,
-            max_waiting=arguments.max_waiting,
+            max_queued=arguments.max_queued,
         )
         self._stalled_seconds = arguments.stalled_seconds
 

@@ -51,8 +51,8 @@ class Decode:
         engine = Engine(
             runner,
             eos_ids=[],
-            max_running=most,
-            step_tokens=max(512, most),
+            max_num_seqs=most,
+            max_num_batched_tokens=max(512, most),
             prefix_caching=False,
         )
         results = []

@@ -358,7 +358,9 @@ def _replica(address: str) -> Row:
     runner = best_runner(model, 64, release=True)
     seconds = time.perf_counter() - start
     row = {"seconds": round(seconds, 3), "runner": type(runner).__name__, **_loaded()}
-    engine = Engine(runner, eos_ids=[], max_running=1, step_tokens=64, prefix_caching=False)
+    engine = Engine(
+        runner, eos_ids=[], max_num_seqs=1, max_num_batched_tokens=64, prefix_caching=False
+    )
     try:
         timing = generate(engine, [PROMPT], 1)
     finally:

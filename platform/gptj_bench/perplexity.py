@@ -43,7 +43,7 @@ class Perplexity:
         """The mean loss of a token in nats, and how many there are."""
         runner = load_runner(self.model, dtype, lambda config: config.n_positions)
         rows = CausalLMData(read_rows(self.data, ["text"]), tokenizer, runner.config.n_positions)
-        engine = Engine(runner, eos_ids=[], step_tokens=512, max_waiting=len(rows))
+        engine = Engine(runner, eos_ids=[], max_num_batched_tokens=512, max_queued=len(rows))
         try:
             losses = score(engine, [rows[index].tolist() for index in range(len(rows))])
         finally:

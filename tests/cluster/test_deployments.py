@@ -65,7 +65,7 @@ def service(
         save_all(config, models, "s3://gptj/test-deployments")
         guarded = json.loads(json.dumps(config["applications"][0]))
         guarded |= {"name": "guarded", "route_prefix": "/guarded"}
-        guarded["args"] |= {"max_running": 1, "max_waiting": 1, "model_name": "org/guarded"}
+        guarded["args"] |= {"max_num_seqs": 1, "max_queued": 1, "model_name": "org/guarded"}
         options = guarded["deployments"][0]["ray_actor_options"]
         options["runtime_env"] = {"env_vars": {"GPTJ_API_KEYS": KEYS}}
         config["applications"].append(guarded)

@@ -102,7 +102,7 @@ def test_the_cache_takes_what_the_largest_steps_leave_and_no_more(
     card = Card(size)
     monkeypatch.setattr(torch.cuda, "mem_get_info", card.mem_get_info)
     monkeypatch.setattr(torch.cuda, "empty_cache", card.empty_cache)
-    limits = Limits(max_running=500, step_tokens=1000)
+    limits = Limits(max_num_seqs=500, max_num_batched_tokens=1000)
     page = page_bytes(model.config, 4)
     with card:
         runner: ResizableRunner

@@ -18,12 +18,12 @@ from triton.runtime.jit import KernelInterface
 from gptj import GPTJConfig
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cpu.library import UnsupportedError
-from gptj.engine.runners.cuda import kernels, products
+from gptj.engine.runners.cuda import kernels, tuned_linear
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs, LayerCache
 from gptj.engine.runners.cuda.plain import PlainOperations
-from gptj.engine.runners.cuda.products import Blocks, multiply_row
 from gptj.engine.runners.cuda.support import try_out
+from gptj.engine.runners.cuda.tuned_linear import Blocks, multiply_row
 from gptj.engine.runners.cuda.weights import Norm
 from gptj.model import Rotary
 
@@ -61,7 +61,7 @@ class Setting:
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape).to(DEVICE, dtype or self.dtype)
 
-    def joined(self, tokens: int) -> Tensor:
+    def attn_mlp(self, tokens: int) -> Tensor:
         width = self.config.n_embd + self.config.inner_dim
         return torch.zeros(tokens, width, dtype=self.dtype, device=DEVICE)
 
@@ -73,9 +73,9 @@ class Setting:
         """Both forms attend alike."""
         tokens = len(inputs.ids_T)
         q_THK = self.random(tokens, self.config.n_head, self.config.head_dim)
-        ours, theirs = self.joined(tokens), self.joined(tokens)
-        self.triton.attend(q_THK, inputs, self.cache, ours)
-        self.plain.attend(q_THK, inputs, self.cache, theirs)
+        ours, theirs = self.attn_mlp(tokens), self.attn_mlp(tokens)
+        self.triton.paged_attention(q_THK, inputs, self.cache, ours)
+        self.plain.paged_attention(q_THK, inputs, self.cache, theirs)
         self.near(ours, theirs)
 
     def _new_cache(self) -> LayerCache:
@@ -87,7 +87,7 @@ def numbers(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def singles(contexts: list[int]) -> Inputs:
+def decode_inputs(contexts: list[int]) -> Inputs:
     """A token at the end of each context, whose pages lie scattered."""
     count = len(contexts)
     pages = torch.randperm(64)[: count * PAGES].view(count, PAGES)
@@ -105,7 +105,7 @@ def test_single_tokens_see_ragged_contexts_over_scattered_pages(
     it = setting(shape, dtype)
     it.triton = TritonOperations(it.config, dtype, processors * it.config.n_head // 2)
     assert it.triton.splits(len(contexts)) == splits
-    it.attended(singles(contexts))
+    it.attended(decode_inputs(contexts))
 
 
 @shapes
@@ -123,7 +123,7 @@ def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dty
         for c in chunks
         for first in range(0, c.tokens, TILE)
     ]
-    tables = singles([1] * 6).tables_RP
+    tables = decode_inputs([1] * 6).page_table_RP
     it.attended(
         Inputs(
             numbers([0] * start),
@@ -140,16 +140,16 @@ def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dty
 @dtypes
 def test_what_lies_beyond_a_context_is_not_seen(dtype: torch.dtype) -> None:
     it = setting("head width 10", dtype)
-    inputs = singles([17, 40])
+    inputs = decode_inputs([17, 40])
     q_THK = it.random(2, it.config.n_head, it.config.head_dim)
-    clean, other = it.joined(2), it.joined(2)
-    it.triton.attend(q_THK, inputs, it.cache, clean)
+    clean, other = it.attn_mlp(2), it.attn_mlp(2)
+    it.triton.paged_attention(q_THK, inputs, it.cache, clean)
     for row, context in enumerate((17, 40)):
         for place in range(context, PAGES * PAGE):
-            page = int(inputs.tables_RP[row, place // PAGE])
+            page = int(inputs.page_table_RP[row, place // PAGE])
             it.cache.keys[page, :, place % PAGE] = torch.nan
             it.cache.values[page, :, place % PAGE] = torch.nan
-    it.triton.attend(q_THK, inputs, it.cache, other)
+    it.triton.paged_attention(q_THK, inputs, it.cache, other)
     assert torch.equal(clean, other)
 
 
@@ -159,7 +159,7 @@ def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
 ) -> None:
     it = setting(shape, dtype)
     config, tokens = it.config, 5
-    entered = it.random(tokens, 3 * config.n_embd + config.inner_dim)
+    qkv_fc_in = it.random(tokens, 3 * config.n_embd + config.inner_dim)
     bias_I = it.random(config.inner_dim, dtype=torch.float32)
     rotary = Rotary.at(torch.arange(config.n_positions, device=DEVICE)[None], config)
     tables = (
@@ -167,13 +167,15 @@ def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
         rotary.cos_BL1R[0, :, 0, ::2].contiguous(),
     )
     positions, slots = numbers([0, 1, 77, 127, 5]), numbers([0, 1023, 16, 15, 500])
-    inputs = Inputs(numbers([0] * tokens), positions, slots, singles([1] * tokens).tables_RP, 5)
+    inputs = Inputs(
+        numbers([0] * tokens), positions, slots, decode_inputs([1] * tokens).page_table_RP, 5
+    )
     results = []
     for operations in (it.triton, it.plain):
         cache = LayerCache(it.cache.keys.clone(), it.cache.values.clone())
-        joined = it.joined(tokens)
-        q_THK = operations.spread(entered, bias_I, tables, inputs, cache, joined)
-        results.append((q_THK, cache.keys, cache.values, joined))
+        attn_mlp = it.attn_mlp(tokens)
+        q_THK = operations.rope_and_cache(qkv_fc_in, bias_I, tables, inputs, cache, attn_mlp)
+        results.append((q_THK, cache.keys, cache.values, attn_mlp))
     for ours, theirs in zip(*results, strict=True):
         it.near(ours, theirs)
     assert torch.equal(results[0][2], results[1][2])
@@ -238,11 +240,11 @@ def test_caches_of_more_than_2_31_numbers_are_addressed_whole() -> None:
     table = numbers([[last] + [0] * (PAGES - 1)])
     zeros, slots = numbers([0, 0]), numbers([last * PAGE, last * PAGE + 1])
     rotary = (torch.zeros(PAGES * PAGE, 32, device=DEVICE),) * 2
-    entered = it.random(2, 3 * config.n_embd + config.inner_dim)
+    qkv_fc_in = it.random(2, 3 * config.n_embd + config.inner_dim)
     bias_I = torch.zeros(config.inner_dim, device=DEVICE)
     inputs = Inputs(zeros, zeros, slots, table, 2)
-    it.triton.spread(entered, bias_I, rotary, inputs, it.cache, it.joined(2))
-    values = entered[:, 2 * config.n_embd : 3 * config.n_embd].view(2, config.n_head, -1)
+    it.triton.rope_and_cache(qkv_fc_in, bias_I, rotary, inputs, it.cache, it.attn_mlp(2))
+    values = qkv_fc_in[:, 2 * config.n_embd : 3 * config.n_embd].view(2, config.n_head, -1)
     assert torch.equal(it.cache.values[last, :, :2], values.transpose(0, 1))
 
     it.attended(Inputs(zeros[:1], numbers([PAGE - 1]), slots[:1], table, 1))
@@ -294,7 +296,7 @@ def test_whatever_triton_lacks_is_a_reason_for_pytorch_and_no_failure(
 ) -> None:
     it = setting("head width 10", torch.float32)
     try_out(it.triton, DEVICE)
-    monkeypatch.setattr(kernels, "attend_chunks", Broken(error))
+    monkeypatch.setattr(kernels, "paged_prefill_attention", Broken(error))
     with pytest.raises(UnsupportedError, match=f"{type(error).__name__}: "):
         try_out(it.triton, DEVICE)
 
@@ -308,11 +310,11 @@ def test_a_product_that_does_not_compile_is_left_to_pytorch(
 
     it = setting("head width 10", torch.float32)
     weight, row = it.random(37, 100), it.random(1, 100)
-    monkeypatch.setattr(products, "_seconds", seconds)
+    monkeypatch.setattr(tuned_linear, "_seconds", seconds)
     monkeypatch.setattr(kernels, "multiply_row", Broken(ERRORS[0]))
-    chooser = products.Products()
-    chooser.measure([weight], wide=True)
-    assert caplog.text.count("is not multiplied with") == len(products.CANDIDATES)
+    chooser = tuned_linear.TunedLinear()
+    chooser.tune([weight], wide=True)
+    assert caplog.text.count("is not multiplied with") == len(tuned_linear.CANDIDATES)
     it.near(chooser.multiply(row, weight, wide=True), F.linear(row, weight))
 
 

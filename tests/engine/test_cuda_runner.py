@@ -34,7 +34,7 @@ def operations(model: GPTJForCausalLM) -> Operations:
     return PlainOperations(model.dtype, model.config.layer_norm_epsilon)
 
 
-def singles(ids: list[int], positions: list[int], pages: list[list[int]]) -> StepBatch:
+def decode_batch(ids: list[int], positions: list[int], pages: list[list[int]]) -> StepBatch:
     """A step of one token for each sequence."""
     count = np.arange(len(ids) + 1, dtype=np.int32)
     ids, positions, pages = (np.array(each, np.int32) for each in (ids, positions, pages))
@@ -47,7 +47,7 @@ def test_greedy_output_of_a_mixed_batch_equals_generate_for_each_prompt_alone(
 ) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, pages, operations(model))
-    engine = Engine(runner, eos_ids=[], max_running=6, step_tokens=24)
+    engine = Engine(runner, eos_ids=[], max_num_seqs=6, max_num_batched_tokens=24)
     prompts = [[5, 6, 7], [8], tokens(16), tokens(17), tokens(70), tokens(40, start=3), [2, 3]]
     callers = [submit(engine, prompt, max_tokens=12 + 5 * i) for i, prompt in enumerate(prompts)]
     for i, (prompt, caller) in enumerate(zip(prompts, callers, strict=True)):
@@ -60,7 +60,7 @@ def test_greedy_output_of_a_mixed_batch_equals_generate_for_each_prompt_alone(
 def test_a_sampled_output_does_not_depend_on_the_rows_beside_it(device: torch.device) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, 64, operations(model))
-    engine = Engine(runner, eos_ids=[], max_running=8)
+    engine = Engine(runner, eos_ids=[], max_num_seqs=8)
     wish = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3, "logprobs": 2}
     wish |= {"presence_penalty": 0.5, "logit_bias": {7: 1.0}}
     expected = submit(engine, [4, 5, 6], **wish).ids
@@ -77,7 +77,7 @@ def test_padding_touches_no_page_but_the_scratch_page(device: torch.device) -> N
     model = tiny_model(device=device)
     runner = CudaRunner(model, 8, operations(model))
     runner._cache.zero_()
-    runner.step(singles([5, 6, 7], [0, 15, 17], [[2, 0], [5, 0], [1, 3]]))
+    runner.step(decode_batch([5, 6, 7], [0, 15, 17], [[2, 0], [5, 0], [1, 3]]))
     written = runner._cache.ne(0).any(dim=(0, 1, 3, 5)).nonzero().tolist()  # (page, place)
     assert written == [[2, 0], [3, 1], [5, 15], [8, 0]]
     runner.close()
@@ -88,7 +88,7 @@ def test_more_rows_than_any_graph_has_are_computed_all_the_same(device: torch.de
     count = MAX_SIZE + 3
     runner = CudaRunner(model, count, operations(model))
     ids = [i % 97 for i in range(count)]
-    logits = runner.step(singles(ids, [0] * count, [[i] for i in range(count)]))
+    logits = runner.step(decode_batch(ids, [0] * count, [[i] for i in range(count)]))
     with torch.inference_mode():
         expected = model(torch.arange(97, device=device)[:, None]).logits[:, 0]
     torch.testing.assert_close(logits, expected[torch.tensor(ids)], rtol=0, atol=1e-4)
@@ -98,9 +98,9 @@ def test_more_rows_than_any_graph_has_are_computed_all_the_same(device: torch.de
 def test_logits_stay_what_they_are_when_the_next_step_comes(device: torch.device) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, 8, operations(model))
-    logits = runner.step(singles([5], [0], [[0]]))
+    logits = runner.step(decode_batch([5], [0], [[0]]))
     before = logits.clone()
-    runner.step(singles([6], [1], [[0]]))
+    runner.step(decode_batch([6], [1], [[0]]))
     assert torch.equal(logits, before)
     runner.close()
 
@@ -112,7 +112,7 @@ def test_a_released_model_lives_on_in_the_runner_alone(device: torch.device) -> 
     given = copy.deepcopy(model)
     runner = CudaRunner(given, 8, operations(given), release=True)
     assert sum(parameter.numel() for parameter in given.parameters()) == 0
-    logits = runner.step(singles([5], [0], [[0]]))
+    logits = runner.step(decode_batch([5], [0], [[0]]))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     embedding = model.transformer.wte.weight
     biases = 4 * sum(p.numel() for name, p in model.named_parameters() if p.dim() == 1)
@@ -138,7 +138,7 @@ class Watched(PlainOperations):
 def test_products_add_up_in_fp32_and_the_processs_setting_stays() -> None:
     model = tiny_model()
     runner = CudaRunner(model, 8, Watched(model.dtype, model.config.layer_norm_epsilon))
-    runner.step(singles([5], [0], [[0]]))
+    runner.step(decode_batch([5], [0], [[0]]))
     matmul = torch.backends.cuda.matmul
     assert len(Watched.reduced) == 2 * (2 * model.config.n_layer + 1)
     assert not any(Watched.reduced)
@@ -159,7 +159,7 @@ def test_a_layers_output_may_exceed_fp16(device: torch.device) -> None:
     with torch.inference_mode():
         expected = model(torch.tensor([[5]])).logits[0]
     assert float(outputs[0].abs().max()) > 1.1 * torch.finfo(torch.float16).max
-    logits = runner.step(singles([5], [0], [[0]]))
+    logits = runner.step(decode_batch([5], [0], [[0]]))
     torch.testing.assert_close(logits.cpu(), expected, rtol=0, atol=0.05)
     runner.close()
 
@@ -167,10 +167,10 @@ def test_a_layers_output_may_exceed_fp16(device: torch.device) -> None:
 def test_a_cache_of_another_size_is_as_good_as_a_new_one(device: torch.device) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, 1, operations(model))
-    runner.step(singles([9], [0], [[0]]))
+    runner.step(decode_batch([9], [0], [[0]]))
     runner.resize(8)
     fresh = CudaRunner(model, 8, operations(model))
-    batch = singles([5, 6, 7], [0, 0, 0], [[7], [3], [0]])
+    batch = decode_batch([5, 6, 7], [0, 0, 0], [[7], [3], [0]])
     assert runner.num_pages == 8
     assert torch.equal(runner.step(batch), fresh.step(batch))
     for each in (runner, fresh):

@@ -51,7 +51,7 @@ def model() -> GPTJForCausalLM:
 
 @pytest.fixture
 def engine(model: GPTJForCausalLM) -> Iterator[Engine]:
-    engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_running=8)
+    engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_num_seqs=8)
     yield engine
     engine.close()
 
@@ -61,9 +61,9 @@ def engine(model: GPTJForCausalLM) -> Iterator[Engine]:
     [
         (128, {}),
         (128, {"prefix_caching": False}),
-        (128, {"step_tokens": 8}),
+        (128, {"max_num_batched_tokens": 8}),
         (10, {}),
-        (10, {"step_tokens": 8, "prefix_caching": False}),
+        (10, {"max_num_batched_tokens": 8, "prefix_caching": False}),
     ],
     ids=["plain", "no prefix cache", "chunks", "preemption", "preemption without prefix cache"],
 )
@@ -72,7 +72,7 @@ def test_greedy_output_of_a_mixed_batch_equals_generate_for_each_prompt_alone(
 ) -> None:
     """Twice, so that the second time finds what the first has left in the prefix cache."""
     model = tiny_model(device=device)
-    engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_running=8, **settings)
+    engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_num_seqs=8, **settings)
     prompts = [*PROMPTS, tokens(16), tokens(17), tokens(70), tokens(40, start=3)]
     expected = [
         alone(model, prompt, max_new_tokens=30 + 5 * i, eos_token_id=[])
@@ -92,7 +92,7 @@ def test_greedy_output_of_a_mixed_batch_equals_generate_for_each_prompt_alone(
 
 
 def test_more_requests_than_may_run_all_get_their_own_output(model: GPTJForCausalLM) -> None:
-    engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_running=2)
+    engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_num_seqs=2)
     callers = [submit(engine, prompt) for prompt in PROMPTS]
     for prompt, caller in zip(PROMPTS, callers, strict=True):
         assert caller.ids == alone(model, prompt)
@@ -143,7 +143,7 @@ def test_a_seed_gives_the_same_tokens_when_its_request_is_preempted(
     ]
     outputs = []
     for pages in (32, 6):
-        engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_running=8)
+        engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_num_seqs=8)
         callers = [submit(engine, p, **w) for p, w in zip(PROMPTS, wishes, strict=False)]
         outputs.append([caller.ids for caller in callers])
         assert (engine.stats().preemptions > 0) == (pages == 6)
@@ -160,8 +160,8 @@ def test_outputs_submitted_together_equal_those_submitted_apart(model: GPTJForCa
     apart = Engine(TorchRunner(model, 64), eos_ids=[EOS])
     for prompt in (PROMPTS[2], tokens(16), tokens(30)):
         expected = [submit(apart, prompt, **wish).ids for wish in wishes]
-        for pages, max_running in ((64, 8), (64, 4), (5, 8)):
-            engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_running=max_running)
+        for pages, max_num_seqs in ((64, 8), (64, 4), (5, 8)):
+            engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_num_seqs=max_num_seqs)
             assert [each.ids for each in submit_many(engine, prompt, *wishes)] == expected
             assert engine.stats().pages_used == 0
             engine.close()
@@ -180,7 +180,7 @@ def test_a_prompt_of_several_outputs_is_computed_once(model: GPTJForCausalLM) ->
 def test_of_several_outputs_only_those_that_ask_report_on_the_prompt(
     model: GPTJForCausalLM,
 ) -> None:
-    engine = Engine(TorchRunner(model, 64), eos_ids=[EOS], max_running=8, step_tokens=8)
+    engine = Engine(TorchRunner(model, 64), eos_ids=[EOS], max_num_seqs=8, max_num_batched_tokens=8)
     for asking in range(3):
         wishes: list[dict[str, Any]] = [
             {"prompt_logprobs": 1} if number == asking else {} for number in range(3)
@@ -195,7 +195,7 @@ def test_outputs_of_one_prompt_can_be_cancelled_one_by_one(model: GPTJForCausalL
     """The first, too, while the prompt is computed: it is computed for the others."""
     gate = Gate()
     runner = WatchedRunner(model, 64, gate)
-    engine = Engine(runner, eos_ids=[EOS], max_running=8, step_tokens=8)
+    engine = Engine(runner, eos_ids=[EOS], max_num_seqs=8, max_num_batched_tokens=8)
     callers = [Caller() for _ in range(3)]
     params = [SamplingParams(max_tokens=12, temperature=0)] * 3
     tickets = engine.submit_many(tokens(30), params, callers)
@@ -219,7 +219,7 @@ def test_logprobs_are_the_models_own_and_the_prompts_are_reported(
 def test_a_long_prompt_is_reported_on_in_whole_though_computed_in_parts_and_known(
     model: GPTJForCausalLM,
 ) -> None:
-    engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_running=4, step_tokens=7)
+    engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_num_seqs=4, max_num_batched_tokens=7)
     for _ in range(2):
         caller = submit(
             engine, tokens(50), logprobs=3, prompt_logprobs=2, max_tokens=4, min_tokens=4
@@ -313,7 +313,9 @@ def test_beam_search_equals_transformers(
             for each in (theirs, model)
         ]
         for pages in (64, 9):
-            engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_running=8, step_tokens=8)
+            engine = Engine(
+                TorchRunner(model, pages), eos_ids=[EOS], max_num_seqs=8, max_num_batched_tokens=8
+            )
             others = [submit(engine, tokens(10, start=n), max_tokens=30) for n in range(4)]
             found = search(engine, prompt, beams, max_tokens=25)
             more = submit(engine, prompt, max_tokens=30)
@@ -384,7 +386,7 @@ def test_a_cancelled_request_ends_and_the_others_go_on(
 
 def test_a_waiting_request_is_cancelled_at_once(model: GPTJForCausalLM) -> None:
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_running=1)
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=1)
     running = held(engine, gate)
     caller = Caller()
     ticket = engine.submit(PROMPTS[1], SamplingParams(), caller)
@@ -398,7 +400,7 @@ def test_a_waiting_request_is_cancelled_at_once(model: GPTJForCausalLM) -> None:
 
 
 def test_a_beam_search_can_be_cancelled(model: GPTJForCausalLM) -> None:
-    engine = Engine(TorchRunner(model, 32), eos_ids=[], max_running=4)
+    engine = Engine(TorchRunner(model, 32), eos_ids=[], max_num_seqs=4)
     tickets: queue.Queue[Ticket] = queue.Queue()
     caller = Caller()
     other = Caller(
@@ -417,7 +419,7 @@ def event_ends(event: Event) -> bool:
 
 def test_a_ticket_says_how_long_its_request_queued(model: GPTJForCausalLM) -> None:
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_running=1)
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=1)
     running = held(engine, gate)
     waiting = submit(engine, PROMPTS[0])
     assert waiting.ticket.queued_seconds is None
@@ -444,7 +446,7 @@ def test_an_error_in_a_step_fails_what_was_in_it_and_the_engine_goes_on(
             raise errors.pop()
 
     runner = WatchedRunner(model, 32, break_once)
-    engine = Engine(runner, eos_ids=[EOS], max_running=2)
+    engine = Engine(runner, eos_ids=[EOS], max_num_seqs=2)
     running = [submit(engine, tokens(17), max_tokens=20, ignore_eos=True) for _ in range(2)]
     waiting = submit(engine, tokens(17))
     for caller in running:
@@ -540,19 +542,19 @@ def test_what_cannot_work_is_refused_with_the_value(
 
 
 def test_what_the_cache_can_never_hold_is_refused(model: GPTJForCausalLM) -> None:
-    engine = Engine(TorchRunner(model, 3), eos_ids=[EOS], max_running=4)
+    engine = Engine(TorchRunner(model, 3), eos_ids=[EOS], max_num_seqs=4)
     with pytest.raises(ValueError, match=r"40 tokens .* max_tokens=9 need 4 pages of 16 .* has 3"):
         submit(engine, tokens(40), max_tokens=9)
     with pytest.raises(ValueError, match="for each of 4 beams need 4 pages"):
         search(engine, [5], BeamParams(4), max_tokens=12)
-    with pytest.raises(ValueError, match="num_beams must be at most max_running=4, got 5"):
+    with pytest.raises(ValueError, match="num_beams must be at most max_num_seqs=4, got 5"):
         search(engine, [5], BeamParams(5))
     assert submit(engine, tokens(40), max_tokens=8).ids == alone(
         model, tokens(40), max_new_tokens=8
     )
     engine.close()
-    with pytest.raises(ValueError, match=r"max_running must be in .* got 9"):
-        Engine(TorchRunner(model, 3), eos_ids=[], max_running=9, step_tokens=8)
+    with pytest.raises(ValueError, match=r"max_num_seqs must be in .* got 9"):
+        Engine(TorchRunner(model, 3), eos_ids=[], max_num_seqs=9, max_num_batched_tokens=8)
 
 
 def test_a_prompt_and_output_can_fill_the_context(engine: Engine, model: GPTJForCausalLM) -> None:
@@ -569,7 +571,7 @@ def test_a_full_queue_refuses_all_or_nothing_and_takes_requests_again_later(
     model: GPTJForCausalLM,
 ) -> None:
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[EOS], max_running=1, max_waiting=2)
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[EOS], max_num_seqs=1, max_queued=2)
     held(engine, gate)
     waiting = [submit(engine, PROMPTS[0])]
     with pytest.raises(QueueFullError, match="1 requests wait already, and 2 more"):
@@ -604,7 +606,7 @@ def test_the_engine_is_alive_idle_or_busy_and_not_when_it_hangs_or_has_ended(
 def test_callers_never_wait_for_a_step(model: GPTJForCausalLM) -> None:
     """What an event loop calls returns while the model computes."""
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[EOS], max_running=1)
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[EOS], max_num_seqs=1)
     running = Caller()
     ticket = engine.submit([5], SamplingParams(), running)
     assert gate.reached.wait(30)
@@ -644,7 +646,7 @@ def test_an_engine_whose_every_step_fails_is_not_alive(model: GPTJForCausalLM) -
 
 def test_closing_fails_what_runs_what_waits_and_what_comes(model: GPTJForCausalLM) -> None:
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_running=1)
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=1)
     running = held(engine, gate)
     waiting = submit(engine, PROMPTS[0])
     closing = threading.Thread(target=engine.close)
@@ -669,7 +671,7 @@ def test_a_batcher_gives_each_caller_its_own_result_in_few_batches() -> None:
         assert go_on.wait(10)
         return [item * item for item in items]
 
-    batcher: Batcher[int, int] = Batcher("squares", squares, max_batch=4, max_waiting=9)
+    batcher: Batcher[int, int] = Batcher("squares", squares, max_batch=4, max_queued=9)
     first = batcher.submit([3])
     assert started.wait(10)
     futures: list[Future[int]] = [batcher.submit([n])[0] for n in range(8)]
@@ -689,7 +691,7 @@ def test_a_batchers_error_reaches_its_callers_and_no_later_one() -> None:
     def inverses(items: list[float]) -> list[float]:
         return [1 / item for item in items]
 
-    batcher: Batcher[float, float] = Batcher("inverses", inverses, max_batch=4, max_waiting=4)
+    batcher: Batcher[float, float] = Batcher("inverses", inverses, max_batch=4, max_queued=4)
     with pytest.raises(ZeroDivisionError):
         batcher.submit([0.0])[0].result(10)
     assert batcher.submit([4.0])[0].result(10) == 0.25

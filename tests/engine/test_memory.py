@@ -62,4 +62,4 @@ def test_cards_that_are_too_small_are_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"13.0 GB hold weights of 12.1 GB and a cache of 0 tok"):
         memory.generation(SIX_B, 13e9)
     with pytest.raises(ValueError, match=r"12.0 GB hold no batch of one row beside a GPTJForSeq"):
-        memory.rows(GPTJForSequenceClassification, SIX_B, 12e9, 32)
+        memory.batch_sizes(GPTJForSequenceClassification, SIX_B, 12e9, 32)

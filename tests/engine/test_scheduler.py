@@ -40,7 +40,7 @@ def test_a_long_prompt_neither_stops_those_that_decode_nor_exceeds_the_steps_tok
     model: GPTJForCausalLM,
 ) -> None:
     runner = WatchedRunner(model, 64)
-    engine = Engine(runner, eos_ids=[], max_running=8, step_tokens=16)
+    engine = Engine(runner, eos_ids=[], max_num_seqs=8, max_num_batched_tokens=16)
     submitted = threading.Event()
     long = Caller()
 
@@ -62,7 +62,7 @@ def test_a_long_prompt_neither_stops_those_that_decode_nor_exceeds_the_steps_tok
 def test_prompts_advance_beside_as_many_decoding_as_a_step_has_tokens(
     model: GPTJForCausalLM,
 ) -> None:
-    engine = Engine(TorchRunner(model, 64), eos_ids=[], max_running=4, step_tokens=4)
+    engine = Engine(TorchRunner(model, 64), eos_ids=[], max_num_seqs=4, max_num_batched_tokens=4)
     callers = [submit(engine, [5, n], max_tokens=200) for n in range(2, 5)]
     last = submit(engine, tokens(40), max_tokens=4)
     assert last.ids == alone(model, tokens(40), max_new_tokens=4, eos_token_id=[])
@@ -74,7 +74,9 @@ def test_prompts_advance_beside_as_many_decoding_as_a_step_has_tokens(
 
 def test_prompts_are_computed_in_order_of_arrival(model: GPTJForCausalLM) -> None:
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 64, gate), eos_ids=[], max_running=8, step_tokens=8)
+    engine = Engine(
+        WatchedRunner(model, 64, gate), eos_ids=[], max_num_seqs=8, max_num_batched_tokens=8
+    )
     order: list[int] = []
     held(engine, gate)
     callers = []
@@ -92,7 +94,7 @@ def test_prompts_are_computed_in_order_of_arrival(model: GPTJForCausalLM) -> Non
 def test_what_does_not_fit_now_waits_and_those_behind_do_not_overtake(
     model: GPTJForCausalLM,
 ) -> None:
-    engine = Engine(TorchRunner(model, 5), eos_ids=[], max_running=8)
+    engine = Engine(TorchRunner(model, 5), eos_ids=[], max_num_seqs=8)
     callers = [submit(engine, tokens(40, start=n), max_tokens=30) for n in range(4)]
     callers.append(submit(engine, [5], max_tokens=2))
     assert not callers[-1].events
@@ -108,7 +110,7 @@ def test_under_pressure_the_newest_gives_way_and_still_gets_its_tokens_once(
     model: GPTJForCausalLM,
 ) -> None:
     runner = WatchedRunner(model, 9)
-    engine = Engine(runner, eos_ids=[], max_running=8)
+    engine = Engine(runner, eos_ids=[], max_num_seqs=8)
     ended: list[int] = []
     callers = []
     for number in range(3):
@@ -210,7 +212,7 @@ def test_a_cancelled_requests_pages_are_free_at_the_next_step(model: GPTJForCaus
 def test_a_thousand_requests_cancelled_at_random_leave_nothing_running(
     model: GPTJForCausalLM,
 ) -> None:
-    engine = Engine(TorchRunner(model, 80), eos_ids=[], max_running=16)
+    engine = Engine(TorchRunner(model, 80), eos_ids=[], max_num_seqs=16)
     rng = random.Random(0)
     callers = [Caller() for _ in range(1000)]
     tickets = [
@@ -260,8 +262,8 @@ def test_after_any_mix_each_has_one_end_and_all_pages_are_free(
     engine = Engine(
         WatchedRunner(model, rng.choice([14, 20, 40]), fail_at_times),
         eos_ids=[EOS],
-        max_running=rng.choice([4, 8, 16]),
-        step_tokens=rng.choice([16, 40, 256]),
+        max_num_seqs=rng.choice([4, 8, 16]),
+        max_num_batched_tokens=rng.choice([16, 40, 256]),
         prefix_caching=rng.random() < 0.7,
     )
     expected: dict[tuple[int, int], list[int]] = {}
@@ -314,11 +316,11 @@ def assert_written_pages_are_not_shared(batch: StepBatch) -> None:
     """No sequence writes to a page that another of the step reads."""
     seen: list[int] = []
     written: list[int] = []
-    for row in range(len(batch.starts) - 1):
-        positions = batch.positions_T[batch.starts[row] : batch.starts[row + 1]]
+    for row in range(len(batch.query_start_loc) - 1):
+        positions = batch.positions_T[batch.query_start_loc[row] : batch.query_start_loc[row + 1]]
         places = np.unique(positions // 16)
-        written += batch.pages_RP[row, places].tolist()
-        seen += batch.pages_RP[row, : places[-1] + 1].tolist()
+        written += batch.page_table_RP[row, places].tolist()
+        seen += batch.page_table_RP[row, : places[-1] + 1].tolist()
     assert all(seen.count(page) == 1 for page in written)
 
 
@@ -357,7 +359,7 @@ def _raising_at(rng: random.Random) -> Any:
 
 def test_counters_only_grow_and_gauges_return_to_zero(model: GPTJForCausalLM) -> None:
     gate = Gate()
-    engine = Engine(WatchedRunner(model, 64, gate), eos_ids=[], max_running=4)
+    engine = Engine(WatchedRunner(model, 64, gate), eos_ids=[], max_num_seqs=4)
     held(engine, gate)
     waiting = submit_many(engine, tokens(20), *({"max_tokens": 5},) * 4)
     found = search(engine, tokens(5), BeamParams(3), max_tokens=6)

@@ -115,15 +115,15 @@ class Layer:
     def attending(self, inputs: Inputs) -> Callable[[], object]:
         tokens = len(inputs.ids_T)
         q_THK = self.random(tokens, self.config.n_head, self.config.head_dim)
-        joined = self.random(tokens, self.config.n_embd + self.config.inner_dim)
-        return lambda: self.operations.attend(q_THK, inputs, self.cache, joined)
+        attn_mlp = self.random(tokens, self.config.n_embd + self.config.inner_dim)
+        return lambda: self.operations.paged_attention(q_THK, inputs, self.cache, attn_mlp)
 
 
 def measure(check: Check) -> None:
     layer = Layer(check, check.pick(4096, 64) + 1)  # 1.1 GB: no cache holds it
     for number, (count, context) in enumerate(check.pick(SINGLES, ((2, 20),))):
         with check.attempt("attention of single tokens", rows=count, context=context):
-            singles(check, layer, count, context, tuned=number < TUNED)
+            decode(check, layer, count, context, tuned=number < TUNED)
     for tokens in check.pick(CHUNKS, (20,)):
         with check.attempt("attention of a prompt", tokens=tokens):
             prompt(check, layer, tokens)
@@ -132,7 +132,7 @@ def measure(check: Check) -> None:
         copies(check)
 
 
-def singles(check: Check, layer: Layer, count: int, context: int, *, tuned: bool) -> None:
+def decode(check: Check, layer: Layer, count: int, context: int, *, tuned: bool) -> None:
     """Bound by reading keys and values once: shares are of the read bandwidth."""
     config = layer.config
     function = layer.attending(layer.inputs([1] * count, [context] * count))

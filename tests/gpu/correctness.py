@@ -100,7 +100,7 @@ class Paged:
         cache = self.runner._cache  # (2, layers, pages, heads, page size, width)
         before = cache.clone()
         seen = torch.zeros(cache.shape[2], PAGE, dtype=torch.bool)
-        for position, table in zip(batch.positions_T.tolist(), batch.pages_RP, strict=True):
+        for position, table in zip(batch.positions_T.tolist(), batch.page_table_RP, strict=True):
             whole, rest = divmod(position, PAGE)
             seen[torch.from_numpy(table[:whole]).long()] = True
             seen[int(table[whole]), : rest + 1] = True
@@ -172,7 +172,7 @@ def _mixed(paged: Paged, count: int) -> tuple[list[tuple[int, int]], list[list[i
     """Rows that decode, and then chunks with and without a past, on pages of their own."""
     batch = paged.decoding(_contexts(count, len(paged.known.ids)))
     parts = [(position, position + 1) for position in batch.positions_T.tolist()]
-    tables = [table.tolist() for table in batch.pages_RP]
+    tables = [table.tolist() for table in batch.page_table_RP]
     length, spare = len(paged.known.ids), len(paged.shared) + count
     for first, tokens in ((0, 33), (2 * PAGE, length // 8), (length // 2, length // 8)):
         first -= first % PAGE

@@ -61,13 +61,13 @@ def plain_runner(model: GPTJForCausalLM, pages: int) -> CudaRunner:
         return CudaRunner(model, pages, operations)
 
 
-def new_engine(runner: CudaRunner, max_running: int, step_tokens: int) -> Engine:
+def new_engine(runner: CudaRunner, max_num_seqs: int, max_num_batched_tokens: int) -> Engine:
     """Without prefix caching: every prompt is computed."""
     return Engine(
         runner,
         eos_ids=[],
-        max_running=max_running,
-        step_tokens=max(step_tokens, max_running),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
         prefix_caching=False,
     )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checking import Check
 from torch import Tensor
 
-from gptj.engine.runners.cuda.products import CANDIDATES, Blocks, multiply_row
+from gptj.engine.runners.cuda.tuned_linear import CANDIDATES, Blocks, multiply_row
 
 ROWS = (1, 4, 16, 64, 256, 1024, 2048, 2, 8, 32, 128, 512)
 FP8 = torch.float8_e4m3fn
@@ -20,8 +20,8 @@ def measure(check: Check) -> None:
     config = check.config()
     width, inner = config.n_embd, config.inner_dim
     shapes = {
-        "entry": (3 * width + inner, width),
-        "exit": (width, width + inner),
+        "qkv_fc_in": (3 * width + inner, width),
+        "out_proj_fc_out": (width, width + inner),
         "head": (config.vocab_size, width),
     }
     weights = {

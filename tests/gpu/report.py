@@ -35,7 +35,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "decode",
         "Decode",
         (
-            *("engine", "dtype", "batch", "step_tokens", "prompt_tokens", "new_tokens"),
+            *("engine", "dtype", "batch", "max_num_batched_tokens", "prompt_tokens", "new_tokens"),
             *("tokens_per_s", "decode_tokens_per_s", "step_ms", "share_of_memory_limit"),
             *("share_by_weights_alone", "goal"),
         ),
@@ -53,7 +53,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "pauses",
         "Between the tokens of a stream",
-        ("streams", "step_tokens", "when", "p50_ms", "p95_ms", "p99_ms", "most_ms"),
+        ("streams", "max_num_batched_tokens", "when", "p50_ms", "p95_ms", "p99_ms", "most_ms"),
     ),
     (
         "product",
@@ -74,7 +74,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("tokens", "way", "ms", "tflops", "share_of_matrix_peak", "missing"),
     ),
     ("copies of pages", "Copies of pages", ("pages", "layers", "ms", "gb_per_s")),
-    ("sampling", "Sampling", ("wishes", "rows", "logits", "ms", "copying_ms")),
+    ("sampling", "Sampling", ("params", "rows", "logits", "ms", "copying_ms")),
     ("consumers", "Threads that take tokens", ("threads", "tokens_per_s", "with_one_thread")),
     (
         "one layer",
@@ -166,12 +166,16 @@ def _goals(by_what: dict[str, list[Row]]) -> list[str]:
         rows = [row for row in rows if row.get("engine", "gptj") == "gptj" and _figure(row)]
         best = max(rows, key=_figure, default=None)
         measured = "not measured" if best is None else f"{_figure(best):.4g}"
-        settings = "" if best is None else f"step_tokens={best.get('step_tokens', '')}"
+        settings = (
+            ""
+            if best is None
+            else f"max_num_batched_tokens={best.get('max_num_batched_tokens', '')}"
+        )
         found.append(
             {
                 "goal": f"{what} {case}: {goal}",
                 "measured": measured,
-                "with": settings if settings != "step_tokens=" else "",
+                "with": settings if settings != "max_num_batched_tokens=" else "",
             }
         )
     return _table(found, ("goal", "measured", "with"))

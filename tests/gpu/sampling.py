@@ -13,7 +13,7 @@ from gptj.sampling import SamplingParams
 # Of fp32 logits whose spread decides how many tokens top_p keeps: of a trained model, and of one
 # that knows nothing, where it keeps nearly all.
 SPREADS = {"peaked": 3.0, "flat": 0.3}
-WISHES: dict[str, dict[str, Any]] = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "top_p": {"top_p": 0.9},
     "drawn": {},
@@ -27,21 +27,21 @@ WISHES: dict[str, dict[str, Any]] = {
 def measure(check: Check) -> None:
     for rows in check.pick((1, 64, 256), (3,)):
         for spread in SPREADS:
-            for wishes in WISHES:
-                values = {"wishes": wishes, "rows": rows, "logits": spread}
+            for name in SAMPLING:
+                values = {"params": name, "rows": rows, "logits": spread}
                 if not check.late("sampling", 3, **values):
                     with check.attempt("sampling", **values):
-                        sample(check, rows, spread, wishes)
+                        sample(check, rows, spread, name)
 
 
-def sample(check: Check, rows: int, spread: str, wishes: str) -> None:
+def sample(check: Check, rows: int, spread: str, name: str) -> None:
     vocabulary, device = check.config().vocab_size, torch.device(check.device.kind)
     kept = torch.randn(rows, vocabulary, device=device) * SPREADS[spread]
     logits = kept.clone()
     sampler = Sampler(vocabulary, (), device)
     keys = list(range(rows))
     for key in keys:
-        params = SamplingParams(max_tokens=1000, seed=key, **WISHES[wishes])
+        params = SamplingParams(max_tokens=1000, seed=key, **SAMPLING[name])
         sampler.add(key, params, [1, 2, 3], [])
 
     def copy_and_sample() -> None:
@@ -50,4 +50,4 @@ def sample(check: Check, rows: int, spread: str, wishes: str) -> None:
 
     copying = check.time(lambda: logits.copy_(kept))["ms"]
     timing = check.time(copy_and_sample, repeats=5, calls=5)
-    check.add("sampling", wishes=wishes, rows=rows, logits=spread, copying_ms=copying, **timing)
+    check.add("sampling", params=name, rows=rows, logits=spread, copying_ms=copying, **timing)

@@ -27,7 +27,7 @@ from gptj.sampling import SamplingParams
 from gptj_bench.decode import Timing, generate
 
 BATCHES = (1, 64, 8, 32, 128, 256)
-STEP_TOKENS = (1024, 2048, 512)
+MAX_NUM_BATCHED_TOKENS = (1024, 2048, 512)
 CHUNKED = (64, 256)  # batches whose prompts take several steps
 PROMPT, NEW = 128, 128
 PREFILLS = (128, 1024, 2048)
@@ -43,17 +43,17 @@ def main(check: Check) -> None:
     room = cache_room(check, cache)
     runner = new_runner(check, new_model(check, config, torch.float16), room // 16)
     check.add("cache", positions=room, gb=room * cache_bytes_a_token(config, torch.float16) / 1e9)
-    step_tokens, *others = check.pick(STEP_TOKENS, (16,))
+    max_num_batched_tokens, *others = check.pick(MAX_NUM_BATCHED_TOKENS, (16,))
     for batch in batches:
-        _decode(check, runner, batch, step_tokens)
+        _decode(check, runner, batch, max_num_batched_tokens)
     with check.attempt("prefill"):
         prefill(check, runner)
     if not check.late("beams", 15):
         with check.attempt("beams"):
             beams(check, runner)
-    for each in check.pick(sorted(STEP_TOKENS), [16]):
-        if not check.late("pauses", 8, step_tokens=each):
-            with check.attempt("pauses", step_tokens=each):
+    for each in check.pick(sorted(MAX_NUM_BATCHED_TOKENS), [16]):
+        if not check.late("pauses", 8, max_num_batched_tokens=each):
+            with check.attempt("pauses", max_num_batched_tokens=each):
                 pauses(check, runner, each)
     for each in others:
         for batch in CHUNKED:
@@ -61,11 +61,11 @@ def main(check: Check) -> None:
     runner.close()
 
 
-def _decode(check: Check, runner: CudaRunner, batch: int, step_tokens: int) -> None:
-    values = {"batch": batch, "step_tokens": step_tokens}
+def _decode(check: Check, runner: CudaRunner, batch: int, max_num_batched_tokens: int) -> None:
+    values = {"batch": batch, "max_num_batched_tokens": max_num_batched_tokens}
     if not check.late("decode", 12, **values):
         with check.attempt("decode", **values):
-            decode(check, runner, batch, step_tokens)
+            decode(check, runner, batch, max_num_batched_tokens)
 
 
 def cache_room(check: Check, wanted: int) -> int:
@@ -77,10 +77,10 @@ def cache_room(check: Check, wanted: int) -> int:
     return min(wanted, int(free / cache_bytes_a_token(config, torch.float16)) // 16 * 16)
 
 
-def decode(check: Check, runner: CudaRunner, batch: int, step_tokens: int) -> None:
+def decode(check: Check, runner: CudaRunner, batch: int, max_num_batched_tokens: int) -> None:
     """All together from their prompts on; the median of some runs."""
     prompt, new = check.pick((PROMPT, NEW), (9, 4))
-    engine = new_engine(runner, batch, step_tokens)
+    engine = new_engine(runner, batch, max_num_batched_tokens)
     try:
         asked = prompts(runner.config, [prompt] * batch)
         generate(engine, asked, check.pick(8, 2))  # warms up
@@ -99,7 +99,7 @@ def decode(check: Check, runner: CudaRunner, batch: int, step_tokens: int) -> No
         batch=batch,
         prompt_tokens=prompt,
         new_tokens=new,
-        step_tokens=max(step_tokens, batch),
+        max_num_batched_tokens=max(max_num_batched_tokens, batch),
         repeats=repeats,
         tokens_per_s=middle.tokens / middle.seconds,
         decode_tokens_per_s=batch / step,
@@ -164,18 +164,18 @@ def beams(check: Check, runner: CudaRunner) -> None:
         beams=BEAMS,
         prompt_tokens=statistics.mean(lengths),
         new_tokens=params.max_tokens,
-        step_tokens=check.pick(1024, 16),
-        max_running=running,
+        max_num_batched_tokens=check.pick(1024, 16),
+        max_num_seqs=running,
         samples_per_s=samples / seconds,
         steps=stats.steps,
         seconds=seconds,
     )
 
 
-def pauses(check: Check, runner: CudaRunner, step_tokens: int) -> None:
+def pauses(check: Check, runner: CudaRunner, max_num_batched_tokens: int) -> None:
     """Between the tokens of 32 streams, first alone and then while long prompts arrive."""
     streams, new, long, arrivals = check.pick((32, 320, 2032, 6), (2, 8, 40, 1))
-    engine = new_engine(runner, streams + 8, step_tokens)
+    engine = new_engine(runner, streams + 8, max_num_batched_tokens)
     moments: list[list[float]] = [[] for _ in range(streams)]
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -220,7 +220,7 @@ def pauses(check: Check, runner: CudaRunner, step_tokens: int) -> None:
             when=when,
             dtype="fp16",
             streams=streams,
-            step_tokens=max(step_tokens, streams + 8),
+            max_num_batched_tokens=max(max_num_batched_tokens, streams + 8),
             long_prompts=0 if when == "alone" else arrivals,
             long_tokens=long,
             p50_ms=_share(gaps, 0.5),

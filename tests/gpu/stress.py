@@ -88,7 +88,7 @@ def failing_step(check: Check, runner: CudaRunner) -> None:
 
     def failing(batch: StepBatch) -> Tensor:
         logits = step(batch)
-        if len(batch.starts) == 3:  # two sequences
+        if len(batch.query_start_loc) == 3:  # two sequences
             runner.step = step  # type: ignore[method-assign]
             raise torch.OutOfMemoryError("injected")
         return logits

@@ -82,15 +82,15 @@ def test_settings_of_a_card_are_the_arithmetics(overlay: str, tmp_path: Path) ->
     text = applications["generation"]
     fitting = memory.generation(SIX_B, card)
     assert text["args"]["cache_tokens"] == fitting.cache_tokens
-    assert text["args"]["max_running"] == fitting.max_running
+    assert text["args"]["max_num_seqs"] == fitting.max_num_seqs
     scaling = text["deployments"][0]["autoscaling_config"]
-    assert scaling["target_ongoing_requests"] == min(12, fitting.max_running // 3)
+    assert scaling["target_ongoing_requests"] == min(12, fitting.max_num_seqs // 3)
     assert text["deployments"][0]["ray_actor_options"]["num_gpus"] == 1
     for name, head, most in (
         ("classification", GPTJForSequenceClassification, 32),
         ("question-answering", GPTJForQuestionAnswering, 16),
     ):
-        rows = memory.rows(head, SIX_B, card, most)
+        rows = memory.batch_sizes(head, SIX_B, card, most)
         assert applications[name]["args"]["max_batch"] == rows.max_batch
         gpus = applications[name]["deployments"][0]["ray_actor_options"]["num_gpus"]
         assert gpus == 1 / rows.replicas_per_card

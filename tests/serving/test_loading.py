@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 from serving_models import Models
 
-from deployments.loading import Arguments, load, name_of
+from deployments.generation import Arguments as GenerationArguments
+from deployments.loading import Arguments, BatchArguments, load, name_of
 from gptj import GPTJForCausalLM
 from gptj.checkpoints.checkpoint import save_model
 
@@ -38,3 +39,27 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "old", "new"),
+    [
+        (GenerationArguments, "max_running", "max_num_seqs"),
+        (GenerationArguments, "step_tokens", "max_num_batched_tokens"),
+        (GenerationArguments, "max_waiting", "max_queued"),
+        (BatchArguments, "max_waiting", "max_queued"),
+    ],
+)
+def test_deprecated_arguments_work_with_a_warning(
+    arguments: type[Arguments], old: str, new: str
+) -> None:
+    with pytest.warns(FutureWarning, match=f"{old} is deprecated: use {new}"):
+        renamed = arguments.model_validate({"checkpoint": "model", old: 7})
+    assert renamed == arguments.model_validate({"checkpoint": "model", new: 7})
+    with pytest.raises(ValidationError, match=f"{old} is the former name of {new}"):
+        arguments.model_validate({"checkpoint": "model", old: 7, new: 7})
+
+
+def test_a_deprecated_argument_of_another_application_is_refused() -> None:
+    with pytest.raises(ValidationError, match="max_running"):
+        BatchArguments.model_validate({"checkpoint": "model", "max_running": 7})

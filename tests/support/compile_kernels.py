@@ -29,7 +29,7 @@ from gptj.engine.runners.cuda.graphs import SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import LayerCache
-from gptj.engine.runners.cuda.products import CANDIDATES, multiply_row
+from gptj.engine.runners.cuda.tuned_linear import CANDIDATES, multiply_row
 from gptj.engine.runners.cuda.weights import Norm
 
 # GPU, compute capability, shared memory that a block may have, multiprocessors, dtype.
@@ -106,19 +106,21 @@ def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
     table = torch.zeros(CONFIG.n_positions, CONFIG.rotated_dim // 2)
     maker = InputsMaker(CPU, max_pages, PAGE_SIZE, pages - 1, SIZES[-1])
     numbers = torch.arange(37, dtype=torch.int32).numpy()
-    starts = torch.tensor([0, 1, 37], dtype=torch.int32).numpy()
+    query_start_loc = torch.tensor([0, 1, 37], dtype=torch.int32).numpy()
     tables = torch.zeros(2, max_pages, dtype=torch.int32).numpy()
-    mixed = maker.of(StepBatch(numbers, numbers, starts, tables, numbers[1:2]))
+    mixed = maker.of(StepBatch(numbers, numbers, query_start_loc, tables, numbers[1:2]))
     for inputs in (*map(maker.static, SIZES), mixed):
         tokens = len(inputs.ids_T)
         x_TD = torch.zeros(tokens, width)
-        joined = torch.zeros(tokens, width + inner, dtype=dtype)
+        attn_mlp = torch.zeros(tokens, width + inner, dtype=dtype)
         operations.add_and_norm(x_TD, None, None, norm)
         operations.add_and_norm(x_TD, torch.zeros(tokens, width), vector, norm)
-        entered = torch.zeros(tokens, 3 * width + inner, dtype=dtype)
+        qkv_fc_in = torch.zeros(tokens, 3 * width + inner, dtype=dtype)
         inner_bias = torch.zeros(inner)
-        q_THK = operations.spread(entered, inner_bias, (table, table), inputs, layer, joined)
-        operations.attend(q_THK, inputs, layer, joined)
+        q_THK = operations.rope_and_cache(
+            qkv_fc_in, inner_bias, (table, table), inputs, layer, attn_mlp
+        )
+        operations.paged_attention(q_THK, inputs, layer, attn_mlp)
     operations.copy_pages(cache, [PageCopy(0, 1, 3), PageCopy(0, 2, 3)])
 
 

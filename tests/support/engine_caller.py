@@ -140,7 +140,7 @@ class WatchedRunner(TorchRunner):
 
     def step(self, batch: StepBatch) -> Tensor:
         self.before(batch)
-        self.lengths.append((batch.starts[1:] - batch.starts[:-1]).tolist())
+        self.lengths.append((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).tolist())
         return super().step(batch)
 
     def reset(self) -> None:

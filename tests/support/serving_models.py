@@ -99,7 +99,7 @@ def served_in_process(models: Models) -> Iterator[str]:
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("GPTJ_API_KEYS", KEYS)
-            guarded = _generation(models, "org/guarded", max_running=1, max_waiting=1)
+            guarded = _generation(models, "org/guarded", max_num_seqs=1, max_queued=1)
             applications["/guarded"] = stack.enter_context(guarded)
         yield stack.enter_context(listening(mounted(applications)))
 
@@ -120,7 +120,7 @@ def mounted(applications: Mapping[str, ASGIApp]) -> ASGIApp:
 
 @contextmanager
 def _generation(
-    models: Models, name: str, max_running: int = 64, max_waiting: int = 256
+    models: Models, name: str, max_num_seqs: int = 64, max_queued: int = 256
 ) -> Iterator[ASGIApp]:
     tokenizer = models.tokenizer
     runner = TorchRunner(models.with_unused_ids(), NUM_PAGES)
@@ -130,8 +130,8 @@ def _generation(
         runner,
         eos_ids=[tokenizer.eos_token_id],
         banned_ids=vocabulary.unused_ids,
-        max_running=max_running,
-        max_waiting=max_waiting,
+        max_num_seqs=max_num_seqs,
+        max_queued=max_queued,
     )
     service = CompletionService(engine, tokenizer, vocabulary, name, NoRecorder())
     card = ModelCard(id=name, created=int(time.time()), root="in-process", max_model_len=CONTEXT)
@@ -144,7 +144,7 @@ def _generation(
 @contextmanager
 def _classification(models: Models) -> Iterator[ASGIApp]:
     service = ClassificationService(
-        models.classification, models.tokenizer, max_batch=16, max_waiting=256
+        models.classification, models.tokenizer, max_batch=16, max_queued=256
     )
     try:
         yield classification_app(service, lambda: service.alive(120))
@@ -155,7 +155,7 @@ def _classification(models: Models) -> Iterator[ASGIApp]:
 @contextmanager
 def _question_answering(models: Models) -> Iterator[ASGIApp]:
     service = QuestionAnsweringService(
-        models.question_answering, models.tokenizer, max_batch=16, max_waiting=256
+        models.question_answering, models.tokenizer, max_batch=16, max_queued=256
     )
     try:
         yield question_answering_app(service, lambda: service.alive(120))

@@ -198,7 +198,7 @@ def test_white_space_around_a_question_is_no_part_of_it(
         )
     ).eval()
     service = QuestionAnsweringService(
-        model, tokenizer, window=64, stride=8, max_batch=4, max_waiting=64
+        model, tokenizer, window=64, stride=8, max_batch=4, max_queued=64
     )
 
     def answer(question: str, **parameters: Any) -> Any:

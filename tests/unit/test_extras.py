@@ -30,7 +30,7 @@ PARTS = {
     "gptj.storage.s3_upload": "boto",
     "gptj.engine.runners.cuda.kernels": "triton",
     "gptj.engine.runners.cuda.launch": "triton",
-    "gptj.engine.runners.cuda.products": "triton",
+    "gptj.engine.runners.cuda.tuned_linear": "triton",
     "gptj.interop.hdf5_index": "h5py",  # a process of its own
 }
 

@@ -191,7 +191,9 @@ def test_a_wheel_that_does_not_fit_leaves_the_others_installed(tmp_path: Path) -
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     results = Results(tmp_path, "speed")
-    results.add("decode", batch=1, tokens_per_s=123.456789, engine="gptj", step_tokens=512)
+    results.add(
+        "decode", batch=1, tokens_per_s=123.456789, engine="gptj", max_num_batched_tokens=512
+    )
     results.add("decode", batch=1, error="OutOfMemoryError: none left")
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"part": "speed", "what": "dec')

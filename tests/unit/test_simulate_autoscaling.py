@@ -53,8 +53,8 @@ SERVICE = Service(
     },
     max_ongoing_requests=64,
     max_queued_requests=200,
-    max_running=16,
-    step_tokens=256,
+    max_num_seqs=16,
+    max_num_batched_tokens=256,
 )
 FIXED = SERVICE.autoscaling | {"max_replicas": 1}
 calls: list[float] = []
@@ -99,7 +99,7 @@ def test_a_long_prompt_takes_as_many_steps_as_it_fills() -> None:
 
 def test_outputs_that_decode_together_share_each_step() -> None:
     """Sixteen at once: the first's prompt is a step, the others' the next; then 10 ms a token."""
-    replica = TokensReplica(0, MACHINE, max_running=16, step_tokens=256)
+    replica = TokensReplica(0, MACHINE, max_num_seqs=16, max_num_batched_tokens=256)
     requests = [Request(number, 1.0, 16, 101) for number in range(16)]
     for request in requests:
         replica.add(1.0, request)
@@ -115,7 +115,7 @@ def test_no_more_run_than_the_engine_has_rows_for_or_the_cache_has_room_for() ->
     """The third waits for the end of the first two; so it does where the cache holds two."""
     for rows, cache in ((2, 100_000), (16, 299)):
         machine = replace(MACHINE, cache_tokens=cache)
-        replica = TokensReplica(0, machine, max_running=rows, step_tokens=256)
+        replica = TokensReplica(0, machine, max_num_seqs=rows, max_num_batched_tokens=256)
         requests = [Request(number, 0.0, 50, 51) for number in range(3)]
         for request in requests:
             replica.add(0.0, request)
@@ -152,7 +152,9 @@ def test_waiting_times_are_those_of_queueing_theory() -> None:
     service_seconds, load = 1000 * 1e-5, 0.7
     times = np.cumsum(random.exponential(service_seconds / load, 200_000))
     sizes = np.ones(len(times), dtype=np.int64)
-    alone = replace(SERVICE, autoscaling=FIXED, max_ongoing_requests=10_000, step_tokens=1000)
+    alone = replace(
+        SERVICE, autoscaling=FIXED, max_ongoing_requests=10_000, max_num_batched_tokens=1000
+    )
     outcome = simulate(alone, PROMPTS_ONLY, Arrivals(times, 1000 * sizes, sizes))
     _, seconds = first_tokens(outcome)
     expected = load / (2 * (1 - load)) * service_seconds
@@ -271,7 +273,9 @@ def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value()
 def test_a_services_limits_are_those_of_the_machine() -> None:
     """As a replica would choose them there: serve.yaml states none."""
     found = {name: read_service(SERVE_CONFIG, "generation", MACHINES[name]) for name in MACHINES}
-    limits = {name: (each.max_running, each.step_tokens) for name, each in found.items()}
+    limits = {
+        name: (each.max_num_seqs, each.max_num_batched_tokens) for name, each in found.items()
+    }
     assert limits == {"h100": (256, 1024), "a10g": (45, 256), "cpu-305m": (64, 256)}
 
 

@@ -92,7 +92,7 @@ def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
             free_bytes(model.device),
             share=cache.share,
             element_size=model.dtype.itemsize,
-            most=cache.limits.max_running * model.config.n_positions,
+            most=cache.limits.max_num_seqs * model.config.n_positions,
         )
     return -(-cache // PAGE_SIZE)
 

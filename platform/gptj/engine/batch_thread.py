@@ -38,7 +38,7 @@ class BatchThread(Generic[Item]):
         fail: gets each item of a batch whose `run` raised, with the error, and each item that
             waits when the thread is closed.
         max_batch: items of a batch.
-        max_waiting: items that may wait, beside those of the running batch.
+        max_queued: items that may wait, beside those of the running batch.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class BatchThread(Generic[Item]):
         fail: Callable[[Item, Exception], None],
         *,
         max_batch: int,
-        max_waiting: int,
+        max_queued: int,
     ) -> None:
-        if max_batch < 1 or max_waiting < 1:
+        if max_batch < 1 or max_queued < 1:
             raise ValueError(
-                f"max_batch and max_waiting must be 1 or more, got {max_batch} and {max_waiting}"
+                f"max_batch and max_queued must be 1 or more, got {max_batch} and {max_queued}"
             )
         self._run = run
         self._fail = fail
         self._max_batch = max_batch
-        self._max_waiting = max_waiting
+        self._max_queued = max_queued
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -75,10 +75,10 @@ class BatchThread(Generic[Item]):
             if self._closed:
                 raise ClosedError("the engine is closed")
             waiting = len(self._waiting)
-            if waiting + len(items) > self._max_waiting:
+            if waiting + len(items) > self._max_queued:
                 raise QueueFullError(
                     f"{waiting} requests wait already, and {len(items)} more would exceed the "
-                    f"limit of {self._max_waiting}: try again later"
+                    f"limit of {self._max_queued}: try again later"
                 )
             self._waiting.extend(items)
             self._changed.notify()
@@ -149,7 +149,7 @@ class Batcher(Generic[Item, Result]):
 
     Args:
         compute: as many results as items, in their order.
-        max_batch, max_waiting: as for BatchThread.
+        max_batch, max_queued: as for BatchThread.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ class Batcher(Generic[Item, Result]):
         compute: Callable[[Sequence[Item]], Sequence[Result]],
         *,
         max_batch: int,
-        max_waiting: int,
+        max_queued: int,
     ) -> None:
         self._compute = compute
         self._thread: BatchThread[tuple[Item, Future[Result]]] = BatchThread(
-            name, self._run, _set_error, max_batch=max_batch, max_waiting=max_waiting
+            name, self._run, _set_error, max_batch=max_batch, max_queued=max_queued
         )
 
     def submit(self, items: Sequence[Item]) -> list[Future[Result]]:

@@ -48,7 +48,7 @@ def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> N
     before, _ = torch.cuda.mem_get_info(runner.device)
     rehearse(runner, size.limits)
     free, _ = torch.cuda.mem_get_info(runner.device)
-    most = size.limits.max_running * runner.config.n_positions
+    most = size.limits.max_num_seqs * runner.config.n_positions
     tokens = tokens_within(
         runner.config, free, share=size.share, element_size=element_size, most=most
     )

@@ -14,7 +14,7 @@ from gptj.engine.request import Request
 class Sequence:
     """Tokens with pages. While a prompt is computed, all its outputs ride along on one."""
 
-    riders: list[Request]  # one, once it decodes; all have the same tokens
+    samples: list[Request]  # one, once it decodes; all have the same tokens
     pages: list[int]
     computed: int  # positions whose pages are filled; once it decodes, its row says more
     registered: int  # full pages that the pool has been told of
@@ -24,15 +24,15 @@ class Sequence:
 
     @property
     def tokens(self) -> list[int]:
-        return self.riders[0].tokens
+        return self.samples[0].tokens
 
     @property
     def number(self) -> int:
         """Its place in the order of arrival."""
-        return self.riders[0].number
+        return self.samples[0].number
 
 
-class Rows:
+class DecodeBatch:
     """What each decoding sequence feeds to the next step: rows 0 to len - 1, in no set order.
 
     Args:
@@ -42,9 +42,9 @@ class Rows:
     def __init__(self, max_rows: int, max_pages: int, page_size: int) -> None:
         self.ids = np.zeros(max_rows, dtype=np.int32)
         self.positions = np.zeros(max_rows, dtype=np.int32)
-        self.pages = np.zeros((max_rows, max_pages), dtype=np.int32)
+        self.page_table = np.zeros((max_rows, max_pages), dtype=np.int32)
         self.sequences: list[Sequence] = []
-        self.requests: list[Request] = []  # each row's only rider
+        self.requests: list[Request] = []  # each row's only sample
         self.keys: list[int] = []  # and its number
         self._page_size = page_size
 
@@ -54,9 +54,9 @@ class Rows:
     def append(self, sequence: Sequence) -> None:
         """A row for a sequence that is computed: its next token is still to be chosen."""
         row = sequence.row = len(self.sequences)
-        (request,) = sequence.riders
+        (request,) = sequence.samples
         self.positions[row] = sequence.computed - 1
-        self.pages[row, : len(sequence.pages)] = sequence.pages
+        self.page_table[row, : len(sequence.pages)] = sequence.pages
         self.sequences.append(sequence)
         self.requests.append(request)
         self.keys.append(request.number)
@@ -71,7 +71,7 @@ class Rows:
             self.requests[row] = self.requests[last]
             self.keys[row] = self.keys[last]
             self.sequences[row].row = row
-            for array in (self.ids, self.positions, self.pages):
+            for array in (self.ids, self.positions, self.page_table):
                 array[row] = array[last]
         self.sequences.pop()
         self.requests.pop()
@@ -90,7 +90,7 @@ class Rows:
 
     def set_last_page(self, sequence: Sequence) -> None:
         place = len(sequence.pages) - 1
-        self.pages[sequence.row, place] = sequence.pages[place]
+        self.page_table[sequence.row, place] = sequence.pages[place]
 
     def clear(self) -> None:
         for sequence in self.sequences:

@@ -60,11 +60,11 @@ class Engine:
         runner: the model with its cache; the thread's alone until the engine is closed.
         eos_ids: end an output, unless its request ignores them.
         banned_ids: never chosen, and of no probability: ids that stand for no text.
-        max_running: sequences that are worked on together; each beam is one. None: what suits
-            the runner's device, as for step_tokens; see Limits.
-        max_waiting: requests that may wait for their turn.
-        step_tokens: new tokens of a step at most, max_running or more: a prompt longer than
-            what running requests leave of them takes several steps.
+        max_num_seqs: sequences that are worked on together; each beam is one. None: what suits
+            the runner's device, as for max_num_batched_tokens; see Limits.
+        max_queued: requests that may wait for their turn.
+        max_num_batched_tokens: new tokens of a step, at least max_num_seqs: a prompt longer than
+            what decoding leaves of them is prefilled in several steps.
         prefix_caching: whether pages that nobody uses are kept for prompts that begin alike.
     """
 
@@ -74,23 +74,23 @@ class Engine:
         *,
         eos_ids: Sequence[int],
         banned_ids: Sequence[int] = (),
-        max_running: int | None = None,
-        max_waiting: int = 1024,
-        step_tokens: int | None = None,
+        max_num_seqs: int | None = None,
+        max_queued: int = 1024,
+        max_num_batched_tokens: int | None = None,
         prefix_caching: bool = True,
     ) -> None:
         self.eos_ids = tuple(eos_ids)
-        self.max_waiting = max_waiting
+        self.max_queued = max_queued
         self._runner = runner
         sampler = Sampler(runner.config.vocab_size, banned_ids, runner.device)
         self._pool = PagePool(runner.num_pages, caching=prefix_caching)
-        self._waiting = WaitingQueue(max_waiting)
+        self._waiting = WaitingQueue(max_queued)
         limits = Limits.of(
             runner.device,
             runner.num_pages * runner.page_size,
             self.context_length,
-            max_running=max_running,
-            step_tokens=step_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
         self._scheduler = Scheduler(
             self._pool,
@@ -98,8 +98,8 @@ class Engine:
             lambda request: sampler.remove(request.number),
             page_size=runner.page_size,
             max_length=self.context_length,
-            max_running=limits.max_running,
-            step_tokens=limits.step_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
         )
         self._stepper = Stepper(runner, self._scheduler, sampler, banned_ids, self._waiting.cancel)
         self._numbers = itertools.count()
@@ -164,9 +164,9 @@ class Engine:
             raise ValueError("beam search needs max_tokens of 1 or more, got 0")
         if params.logprobs is not None or params.prompt_logprobs is not None:
             raise ValueError("beam search reports no log-probabilities: leave logprobs out")
-        if beams.num_beams > self._scheduler.max_running:  # each is a sequence of the batch
+        if beams.num_beams > self._scheduler.max_num_seqs:  # each is a sequence of the batch
             raise ValueError(
-                f"num_beams must be at most max_running={self._scheduler.max_running}, "
+                f"num_beams must be at most max_num_seqs={self._scheduler.max_num_seqs}, "
                 f"got {beams.num_beams}"
             )
         request = self._request(self._checked(prompt_ids), params, on_event, beams)
@@ -281,7 +281,7 @@ class Engine:
         """Advance everything that runs, after what was cancelled has gone."""
         try:
             self._drop_cancelled()
-            plan = self._scheduler.plan()
+            plan = self._scheduler.schedule()
             if plan is not None:
                 self._stepper.run(plan)
                 self._failed_steps = 0

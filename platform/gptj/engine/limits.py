@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-CPU_RUNNING = 64
-CPU_STEP_TOKENS = 256
-GPU_RUNNING = (8, 256)  # at least and at most; for so many rows there are graphs
-GPU_STEP_TOKENS = (256, 2048)
+CPU_MAX_NUM_SEQS = 64
+CPU_MAX_NUM_BATCHED_TOKENS = 256
+GPU_MAX_NUM_SEQS = (8, 256)  # at least and at most; for so many rows there are graphs
+GPU_MAX_NUM_BATCHED_TOKENS = (256, 2048)
 STEP_SHARE = 4  # tokens of a step for each sequence: three for prompts beside its own
 TYPICAL_TOKENS = 512  # of a sequence in the middle of its life: then so many fit in the cache
 
@@ -23,8 +23,8 @@ TYPICAL_TOKENS = 512  # of a sequence in the middle of its life: then so many fi
 class Limits:
     """Of a step."""
 
-    max_running: int
-    step_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
     @classmethod
     def of(
@@ -33,8 +33,8 @@ class Limits:
         cache_tokens: int,
         context_length: int,
         *,
-        max_running: int | None = None,
-        step_tokens: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
     ) -> Limits:
         """What is given, and for None what suits the device.
 
@@ -43,14 +43,18 @@ class Limits:
             context_length: of the model.
         """
         if device.type == "cpu":
-            running, tokens = CPU_RUNNING, max(CPU_STEP_TOKENS, max_running or 0)
+            running, tokens = CPU_MAX_NUM_SEQS, max(CPU_MAX_NUM_BATCHED_TOKENS, max_num_seqs or 0)
         else:
-            least, most = GPU_RUNNING
+            least, most = GPU_MAX_NUM_SEQS
             running = cache_tokens // min(TYPICAL_TOKENS, context_length)
             running = max(least, min(running, most))
-            least, most = GPU_STEP_TOKENS
-            together = max_running or running
+            least, most = GPU_MAX_NUM_BATCHED_TOKENS
+            together = max_num_seqs or running
             tokens = max(least, min(STEP_SHARE * together, most), together)
-        if max_running is None:
-            max_running = running if step_tokens is None else min(running, step_tokens)
-        return cls(max_running, tokens if step_tokens is None else step_tokens)
+        if max_num_seqs is None:
+            max_num_seqs = (
+                running if max_num_batched_tokens is None else min(running, max_num_batched_tokens)
+            )
+        return cls(
+            max_num_seqs, tokens if max_num_batched_tokens is None else max_num_batched_tokens
+        )

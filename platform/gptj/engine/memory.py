@@ -38,7 +38,7 @@ ALLOCATOR_SHARE = 0.9
 RAY_HOST_BYTES = 3 * GIB
 REPLICA_HOST_BYTES = 6 * GIB
 # Outputs that run together at most, and the tokens of one at its end, in k8s/sizing.md's traffic.
-MOST_RUNNING = 64
+MAX_NUM_SEQS = 64
 MEAN_REQUEST_TOKENS = 572
 MOST_REPLICAS_A_CARD = 2  # of a service of rows: more compete for the same arithmetic
 
@@ -48,11 +48,11 @@ class Generation:
     """Settings of a generation service that has a card for itself."""
 
     cache_tokens: int
-    max_running: int
+    max_num_seqs: int
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchSizes:
     """Settings of a service that computes batches of whole rows."""
 
     replicas_per_card: int
@@ -84,17 +84,19 @@ def generation(config: GPTJConfig, card_bytes: float) -> Generation:
     """
     weights = weight_bytes(GPTJForCausalLM, config)
     left = card_bytes - CONTEXT_BYTES - STEP_BYTES - weights
-    most = MOST_RUNNING * config.n_positions
+    most = MAX_NUM_SEQS * config.n_positions
     tokens = min(int(left // page_bytes(config, 2)) * PAGE_SIZE, most)
     if tokens < config.n_positions:
         raise ValueError(
             f"{card_bytes / 1e9:.1f} GB hold weights of {weights / 1e9:.1f} GB and a cache of "
             f"{max(0, tokens)} tokens, fewer than the model's context of {config.n_positions}"
         )
-    return Generation(tokens, max(1, min(MOST_RUNNING, tokens // MEAN_REQUEST_TOKENS)))
+    return Generation(tokens, max(1, min(MAX_NUM_SEQS, tokens // MEAN_REQUEST_TOKENS)))
 
 
-def rows(cls: type[GPTJPreTrainedModel], config: GPTJConfig, card_bytes: float, most: int) -> Rows:
+def batch_sizes(
+    cls: type[GPTJPreTrainedModel], config: GPTJConfig, card_bytes: float, most: int
+) -> BatchSizes:
     """How many replicas share a card, and the rows of a batch of each, a power of two up to `most`.
 
     As many replicas as leave room for the largest batch, and one anyway.
@@ -106,7 +108,7 @@ def rows(cls: type[GPTJPreTrainedModel], config: GPTJConfig, card_bytes: float, 
         left = card_bytes / replicas - CONTEXT_BYTES - weight_bytes(cls, config)
         fitting = int(left * ALLOCATOR_SHARE // row)
         if fitting >= most or (replicas == 1 and fitting >= 1):
-            return Rows(replicas, min(most, 2 ** (fitting.bit_length() - 1)))
+            return BatchSizes(replicas, min(most, 2 ** (fitting.bit_length() - 1)))
     raise ValueError(
         f"{card_bytes / 1e9:.1f} GB hold no batch of one row beside a {cls.__name__}, which takes "
         f"{row / 1e9:.1f} GB"
@@ -124,10 +126,10 @@ def main() -> None:
     print("|---|---|---|---|")
     for size, card in CARDS.items():
         text = generation(config, card)
-        labels = rows(GPTJForSequenceClassification, config, card, 32)
-        answers = rows(GPTJForQuestionAnswering, config, card, 16)
+        labels = batch_sizes(GPTJForSequenceClassification, config, card, 32)
+        answers = batch_sizes(GPTJForQuestionAnswering, config, card, 16)
         print(
-            f"| {size} GB | {text.cache_tokens:,} tokens, {text.max_running} "
+            f"| {size} GB | {text.cache_tokens:,} tokens, {text.max_num_seqs} "
             f"| {labels.replicas_per_card}, {labels.max_batch} rows "
             f"| {answers.replicas_per_card}, {answers.max_batch} rows |"
         )

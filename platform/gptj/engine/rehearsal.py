@@ -15,7 +15,7 @@ from gptj.engine.sampler import Sampler
 from gptj.sampling import SamplingParams
 
 # All that the sampler can be asked for. Logits that are all equal leave top_p all tokens.
-WISHES = SamplingParams(
+EVERY_PARAMETER = SamplingParams(
     temperature=0.5,
     top_k=1000,
     top_p=0.99,
@@ -36,14 +36,14 @@ def rehearse(runner: Runner, limits: Limits) -> None:
     """
     context, vocabulary = runner.config.n_positions, runner.config.vocab_size
     sampler = Sampler(vocabulary, (), runner.device)
-    keys = list(range(limits.max_running))
+    keys = list(range(limits.max_num_seqs))
     for key in keys:
-        sampler.add(key, WISHES, [0], [])
-    logits_RV = runner.step(_batch(runner, [1] * limits.max_running))
+        sampler.add(key, EVERY_PARAMETER, [0], [])
+    logits_RV = runner.step(_batch(runner, [1] * limits.max_num_seqs))
     sampler.sample(logits_RV.zero_(), keys)
     del logits_RV
-    decoding = min(limits.max_running - 1, limits.step_tokens - 1)
-    left = limits.step_tokens - decoding
+    decoding = min(limits.max_num_seqs - 1, limits.max_num_batched_tokens - 1)
+    left = limits.max_num_batched_tokens - decoding
     chunks = [min(context, left - start) for start in range(0, left, context)]
     logits_LV = runner.step(_batch(runner, [1] * decoding + chunks))
     following = [0] * len(logits_LV)
@@ -53,14 +53,14 @@ def rehearse(runner: Runner, limits: Limits) -> None:
 def _batch(runner: Runner, lengths: list[int]) -> StepBatch:
     """The last tokens of whole contexts, so many of each; logits are wanted after all."""
     context = runner.config.n_positions
-    starts: Ints = np.cumsum([0, *lengths]).astype(np.int32)
+    query_start_loc: Ints = np.cumsum([0, *lengths]).astype(np.int32)
     positions = [np.arange(context - length, context) for length in lengths]
-    tokens = int(starts[-1])
+    tokens = int(query_start_loc[-1])
     pages = np.zeros((len(lengths), -(-context // runner.page_size)), np.int32)
     return StepBatch(
         np.zeros(tokens, np.int32),
         np.concatenate(positions).astype(np.int32),
-        starts,
+        query_start_loc,
         pages,
         np.arange(tokens, dtype=np.int32),
     )

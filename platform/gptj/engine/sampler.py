@@ -29,7 +29,7 @@ ROWS = 128  # of a prompt's logits that are looked at together
 
 
 @dataclass(frozen=True)
-class Choices:
+class SamplerOutput:
     """One entry a row."""
 
     tokens: list[int]
@@ -74,7 +74,7 @@ class Sampler:
         """Forget a request; harmless if there is none."""
         self._states.pop(key, None)
 
-    def sample(self, logits_RV: Tensor, keys: Sequence[int]) -> Choices:
+    def sample(self, logits_RV: Tensor, keys: Sequence[int]) -> SamplerOutput:
         """Choose a token for each row, and count it to the output of the row's request.
 
         Args:
@@ -117,7 +117,7 @@ class Sampler:
                 batch.reporting, _reports(logprobs_QV, chosen, counts), strict=True
             ):
                 logprobs[row], top[row] = report
-        return Choices(tokens, [bool(each) for each in sound], logprobs, top)
+        return SamplerOutput(tokens, [bool(each) for each in sound], logprobs, top)
 
     def prompt_logprobs(
         self, logits_LV: Tensor, following: Sequence[int], count: int

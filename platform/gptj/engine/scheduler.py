@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptj.engine.beam_search import BeamSearch, pages_needed
-from gptj.engine.decode_batch import Rows, Sequence
+from gptj.engine.decode_batch import DecodeBatch, Sequence
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
 from gptj.engine.runners.base import PageCopy, StepBatch
@@ -35,7 +35,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScheduledStep:
     """One step. Its logits are: a row for each decoding sequence, then beams, then chunks."""
 
     batch: StepBatch
@@ -51,8 +51,8 @@ class Scheduler:
     Args:
         left: called with each request that had a row and gives it up.
         max_length: positions of a sequence.
-        max_running: sequences at a time.
-        step_tokens: new tokens of a step, at most.
+        max_num_seqs: sequences at a time.
+        max_num_batched_tokens: new tokens of a step, at most.
     """
 
     def __init__(
@@ -63,25 +63,27 @@ class Scheduler:
         *,
         page_size: int,
         max_length: int,
-        max_running: int,
-        step_tokens: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
-        if not 1 <= max_running <= step_tokens:  # then a prompt has a share beside all others
+        # So that every running sequence can decode in every step.
+        if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
-                f"max_running must be in [1, step_tokens={step_tokens}], got {max_running}"
+                f"max_num_seqs must be in [1, max_num_batched_tokens={max_num_batched_tokens}], "
+                f"got {max_num_seqs}"
             )
-        self.running = 0  # sequences, beams and riders that will be some included
+        self.running = 0  # sequences, beams and samples that will be some included
         self.preemptions = 0
         self.prefix_asked = 0  # tokens
         self.prefix_hit = 0
-        self.max_running = max_running
-        self.rows = Rows(max_running, -(-max_length // page_size), page_size)
+        self.max_num_seqs = max_num_seqs
+        self.decode_batch = DecodeBatch(max_num_seqs, -(-max_length // page_size), page_size)
         self._pool = pool
         self._waiting = waiting
         self._left = left
         self._page_size = page_size
-        self._step_tokens = step_tokens
-        self._counting = np.arange(step_tokens + 1, dtype=np.int32)
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._counting = np.arange(max_num_batched_tokens + 1, dtype=np.int32)
         self._places: dict[Request, Sequence | BeamSearch] = {}
         self._prefilling: list[Sequence] = []  # in order of arrival
         self._searches: list[BeamSearch] = []
@@ -93,38 +95,38 @@ class Scheduler:
             request.prompt_length, request.max_length, request.width, self._page_size
         )
 
-    def plan(self) -> Plan | None:
+    def schedule(self) -> ScheduledStep | None:
         """The next step; None if there is nothing to do."""
         copies = self._give_pages()
         for search in self._searches:
             copies += search.prepare()
-        decoding = len(self.rows)
+        decoding = len(self.decode_batch)
         beams = sum(search.width for search in self._searches)
-        chunks = self._chunks(self._step_tokens - decoding - beams, decoding + beams)
+        chunks = self._chunks(self._max_num_batched_tokens - decoding - beams, decoding + beams)
         if not (decoding or beams or chunks):
             return None
         searches = list(self._searches)
-        return Plan(self._batch(searches, chunks), copies, decoding, searches, chunks)
+        return ScheduledStep(self._batch(searches, chunks), copies, decoding, searches, chunks)
 
     def note_computed(self, chunk: Chunk) -> None:
         chunk.sequence.computed = chunk.end
         self._register(chunk.sequence)
 
     def decode(self, sequence: Sequence) -> None:
-        """All of it is computed: each rider goes on in a row of its own, with the same pages."""
+        """All of it is computed: each sample goes on in a row of its own, with the same pages."""
         self._prefilling.remove(sequence)
-        first, *others = sequence.riders
-        sequence.riders = [first]
+        first, *others = sequence.samples
+        sequence.samples = [first]
         first.group = None
-        self.rows.append(sequence)
-        for rider in others:
-            rider.group = None
+        self.decode_batch.append(sequence)
+        for sample in others:
+            sample.group = None
             self._pool.share(sequence.pages)
-            if len(rider.digests) < len(first.digests):
-                rider.digests = list(first.digests)
-            fork = Sequence([rider], list(sequence.pages), sequence.computed, sequence.registered)
-            self._places[rider] = fork
-            self.rows.append(fork)
+            if len(sample.digests) < len(first.digests):
+                sample.digests = list(first.digests)
+            fork = Sequence([sample], list(sequence.pages), sequence.computed, sequence.registered)
+            self._places[sample] = fork
+            self.decode_batch.append(fork)
             self._forked.append(fork)
         if others:
             self._forked.append(sequence)
@@ -132,14 +134,14 @@ class Scheduler:
     def search(self, sequence: Sequence) -> BeamSearch:
         """The prompt is computed: its beams take over."""
         self._prefilling.remove(sequence)
-        (request,) = sequence.riders
+        (request,) = sequence.samples
         search = BeamSearch(
             request,
             sequence.pages,
             sequence.spare,
             self._pool,
             self._page_size,
-            self.rows.pages.shape[1],
+            self.decode_batch.page_table.shape[1],
         )
         self._places[request] = search
         self._searches.append(search)
@@ -162,8 +164,8 @@ class Scheduler:
             self._leave_row(place, register=not damaged)
             self._pool.release(place.pages)
         else:
-            place.riders.remove(request)
-            if not place.riders:
+            place.samples.remove(request)
+            if not place.samples:
                 self._prefilling.remove(place)
                 self._pool.release(place.pages)
                 self._pool.release(place.spare)
@@ -174,9 +176,9 @@ class Scheduler:
     def reset(self) -> list[Request]:
         """Forget all pages, as their content is lost; returns the requests that ran on them."""
         lost = list(self._places)
-        for request in self.rows.requests:
+        for request in self.decode_batch.requests:
             self._left(request)
-        self.rows.clear()
+        self.decode_batch.clear()
         self._places.clear()
         self._prefilling.clear()
         self._searches.clear()
@@ -188,13 +190,13 @@ class Scheduler:
     def _give_pages(self) -> list[PageCopy]:
         """A page of its own for each decoding sequence's next position; what is to be copied."""
         copies = []
-        needing = self.rows.at_border() + [each for each in self._forked if each.row >= 0]
+        needing = self.decode_batch.at_border() + [each for each in self._forked if each.row >= 0]
         self._forked = []
         # The oldest first: whom it preempts has got no page yet.
         for sequence in sorted(needing, key=lambda each: each.number):
             if sequence.row < 0:  # preempted just now
                 continue
-            place, filled = divmod(int(self.rows.positions[sequence.row]), self._page_size)
+            place, filled = divmod(int(self.decode_batch.positions[sequence.row]), self._page_size)
             full = place == len(sequence.pages)
             if not full and self._pool.references(sequence.pages[-1]) == 1:
                 continue
@@ -211,28 +213,28 @@ class Scheduler:
                 copies.append(PageCopy(sequence.pages[-1], page, filled))
                 self._pool.release(sequence.pages[-1:])
                 sequence.pages[-1] = page
-            self.rows.set_last_page(sequence)
+            self.decode_batch.set_last_page(sequence)
         return copies
 
     def _preempt_newest(self) -> None:
-        newest = max(self.rows.sequences + self._prefilling, key=lambda each: each.number)
-        riders = list(newest.riders)
-        for request in riders:
+        newest = max(self.decode_batch.sequences + self._prefilling, key=lambda each: each.number)
+        samples = list(newest.samples)
+        for request in samples:
             self.drop(request)
-        self.preemptions += len(riders)
-        self._waiting.put_back(riders)
+        self.preemptions += len(samples)
+        self._waiting.put_back(samples)
 
     def _leave_row(self, sequence: Sequence, *, register: bool) -> None:
-        self.rows.remove(sequence)
+        self.decode_batch.remove(sequence)
         if register:
             self._register(sequence)
-        self._left(sequence.riders[0])
+        self._left(sequence.samples[0])
 
     def _register(self, sequence: Sequence) -> None:
         """Let the pool know the pages that have become full."""
         full = sequence.computed // self._page_size
         if sequence.registered < full and self._pool.caching:
-            digests = sequence.riders[0].digests
+            digests = sequence.samples[0].digests
             extend_digests(digests, sequence.tokens, self._page_size)
             for place in range(sequence.registered, full):
                 self._pool.register(sequence.pages[place], digests[place])
@@ -253,17 +255,17 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Start on the first that waits, with all outputs of its prompt, if there is room."""
-        while head := self._waiting.head(max(1, self.max_running - self.running)):
+        while head := self._waiting.head(max(1, self.max_num_seqs - self.running)):
             first = head[0]
-            if first.width > self.max_running - self.running:
+            if first.width > self.max_num_seqs - self.running:
                 return None
             whole = any(request.scores_prompt for request in head)
             known = [] if whole else self._known_pages(first)
             if not self._fits(first, known, len(head)):
                 return None
             # Unless they were cancelled since.
-            if riders := self._waiting.take(head):
-                return self._start(riders, known, whole)
+            if samples := self._waiting.take(head):
+                return self._start(samples, known, whole)
         return None
 
     def _known_pages(self, request: Request) -> list[int]:
@@ -273,7 +275,7 @@ class Scheduler:
         extend_digests(request.digests, request.tokens, self._page_size)
         return self._pool.find(request.digests[: (len(request.tokens) - 1) // self._page_size])
 
-    def _fits(self, request: Request, known: list[int], riders: int) -> bool:
+    def _fits(self, request: Request, known: list[int], samples: int) -> bool:
         """Whether there are pages for it, and some for those that run to grow."""
         if not self.running:
             return True  # it was refused at once if that were not so
@@ -281,20 +283,22 @@ class Scheduler:
         if request.beams is not None or len(request.tokens) > request.prompt_length:
             # To be preempted again and again would cost more than to wait.
             needed = self.pages_for(request)
-        growing = len(self.rows) + sum(len(sequence.riders) for sequence in self._prefilling)
-        reserve = growing + riders - 1
+        growing = len(self.decode_batch) + sum(
+            len(sequence.samples) for sequence in self._prefilling
+        )
+        reserve = growing + samples - 1
         return needed - len(known) + reserve <= self._pool.free - self._pool.unused(known)
 
-    def _start(self, riders: list[Request], known: list[int], whole: bool) -> Sequence:
-        first = riders[0]
+    def _start(self, samples: list[Request], known: list[int], whole: bool) -> Sequence:
+        first = samples[0]
         count = -(-len(first.tokens) // self._page_size)
         self._pool.share(known)
         sequence = Sequence(
-            riders,
+            samples,
             known + self._pool.take(count - len(known)),
             computed=len(known) * self._page_size,
             registered=len(known),
-            scores={request: [] for request in riders if request.scores_prompt},
+            scores={request: [] for request in samples if request.scores_prompt},
         )
         if first.beams is not None:
             sequence.spare = self._pool.take(self.pages_for(first) - count)
@@ -302,7 +306,7 @@ class Scheduler:
             self.prefix_asked += len(first.tokens)
             self.prefix_hit += sequence.computed
         now = time.monotonic()
-        for request in riders:
+        for request in samples:
             self._places[request] = sequence
             self.running += request.width
             request.started = request.started or now
@@ -310,32 +314,36 @@ class Scheduler:
         return sequence
 
     def _batch(self, searches: list[BeamSearch], chunks: list[Chunk]) -> StepBatch:
-        rows, count = self.rows, len(self.rows)
+        rows, count = self.decode_batch, len(self.decode_batch)
         if not searches and not chunks:
             each = self._counting[: count + 1]
             return StepBatch(
-                rows.ids[:count], rows.positions[:count], each, rows.pages[:count], each[:count]
+                rows.ids[:count],
+                rows.positions[:count],
+                each,
+                rows.page_table[:count],
+                each[:count],
             )
         ids, positions = [rows.ids[:count]], [rows.positions[:count]]
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))
-            rows.pages[count : count + search.width] = search.table  # beyond the decoding ones
+            rows.page_table[count : count + search.width] = search.table  # beyond the decoding ones
             count += search.width
-        starts, wanted = [self._counting[: count + 1]], [self._counting[:count]]
+        query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
         end = count
         for chunk in chunks:
             ids.append(np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int32))
             positions.append(np.arange(chunk.start, chunk.end, dtype=np.int32))
-            rows.pages[count, : len(chunk.sequence.pages)] = chunk.sequence.pages
+            rows.page_table[count, : len(chunk.sequence.pages)] = chunk.sequence.pages
             count += 1
             end += chunk.end - chunk.start
-            starts.append(np.array([end], dtype=np.int32))
+            query_start_loc.append(np.array([end], dtype=np.int32))
             wanted.append(np.arange(end - len(chunk.logits), end, dtype=np.int32))
         return StepBatch(
             np.concatenate(ids),
             np.concatenate(positions),
-            np.concatenate(starts),
-            rows.pages[:count],
+            np.concatenate(query_start_loc),
+            rows.page_table[:count],
             np.concatenate(wanted),
         )

@@ -16,7 +16,7 @@ from gptj.engine.request import Request
 from gptj.engine.runners.base import Ints, Runner
 from gptj.engine.runners.transfer import sent
 from gptj.engine.sampler import Sampler, finite
-from gptj.engine.scheduler import Chunk, Plan, Scheduler
+from gptj.engine.scheduler import Chunk, ScheduledStep, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +46,28 @@ class Stepper:
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=runner.device)
         self._cancel = cancel
 
-    def run(self, plan: Plan) -> None:
-        if plan.copies:
-            self._runner.copy_pages(plan.copies)
-        logits_WV = self._runner.step(plan.batch)
+    def run(self, step: ScheduledStep) -> None:
+        if step.copies:
+            self._runner.copy_pages(step.copies)
+        logits_WV = self._runner.step(step.batch)
         self.steps += 1
-        self.last_batch_size = len(plan.batch.starts) - 1
-        self.tokens_in += sum(chunk.end - chunk.start for chunk in plan.chunks)
+        self.last_batch_size = len(step.batch.query_start_loc) - 1
+        self.tokens_in += sum(chunk.end - chunk.start for chunk in step.chunks)
 
-        rows = list(range(plan.decoding))
+        rows = list(range(step.decoding))
         searches: list[tuple[BeamSearch, list[int]]] = []  # with their rows of the logits
-        row = plan.decoding
-        for search in plan.searches:
+        row = step.decoding
+        for search in step.searches:
             searches.append((search, list(range(row, row + search.width))))
             row += search.width
-        for chunk in plan.chunks:
+        for chunk in step.chunks:
             if not self._take_chunk(chunk, logits_WV):
                 continue
             sequence, row = chunk.sequence, chunk.logits[-1]
-            if sequence.riders[0].beams is not None:
+            if sequence.samples[0].beams is not None:
                 searches.append((self._scheduler.search(sequence), [row]))
             else:
-                rows += [row] * len(sequence.riders)
+                rows += [row] * len(sequence.samples)
                 self._scheduler.decode(sequence)
         if searches:
             self._search(logits_WV, searches)
@@ -81,16 +81,16 @@ class Stepper:
         if sequence.scores:
             self._score(chunk, logits_WV[chunk.logits.start : chunk.logits.stop])
         if last:
-            for request in list(sequence.riders):
+            for request in list(sequence.samples):
                 self._begin(request, sequence)
-        return last and bool(sequence.riders)
+        return last and bool(sequence.samples)
 
     def _score(self, chunk: Chunk, logits_LV: Tensor) -> None:
         """Keep what the model thinks of the prompt's tokens, for those who asked."""
         sequence = chunk.sequence
         following = sequence.tokens[chunk.start + 1 : chunk.end + 1]
         if not finite(logits_LV).all():
-            for request in list(sequence.riders):
+            for request in list(sequence.samples):
                 self._fail(request, self._not_finite(), damaged=True)
             return
         for request, events in sequence.scores.items():
@@ -122,7 +122,7 @@ class Stepper:
 
     def _sample(self, logits_RV: Tensor) -> None:
         """Choose each row's next token and report it; end those that it ends."""
-        rows = self._scheduler.rows
+        rows = self._scheduler.decode_batch
         choices = self._sampler.sample(logits_RV, rows.keys)
         tokens, finite, logprobs, top = (
             choices.tokens,

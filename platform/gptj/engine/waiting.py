@@ -17,10 +17,10 @@ class WaitingQueue:
     Its lock is held for moments only, never while the engine computes.
     """
 
-    def __init__(self, max_waiting: int) -> None:
-        if max_waiting < 1:
-            raise ValueError(f"max_waiting must be 1 or more, got {max_waiting}")
-        self.max_waiting = max_waiting
+    def __init__(self, max_queued: int) -> None:
+        if max_queued < 1:
+            raise ValueError(f"max_queued must be 1 or more, got {max_queued}")
+        self.max_queued = max_queued
         self.closed = False
         self.cancellations = 0  # of requests while they waited
         self._requests: deque[Request] = deque()
@@ -39,10 +39,10 @@ class WaitingQueue:
             if self.closed:
                 raise ClosedError("the engine is closed")
             waiting = len(self._requests)
-            if waiting + len(requests) > self.max_waiting:
+            if waiting + len(requests) > self.max_queued:
                 raise QueueFullError(
                     f"{waiting} requests wait already, and {len(requests)} more would exceed the "
-                    f"limit of {self.max_waiting}: try again later"
+                    f"limit of {self.max_queued}: try again later"
                 )
             for request in requests:
                 request.waiting = True

@@ -65,7 +65,7 @@ class ClassificationService:
     """Classifies the texts of concurrent requests together.
 
     Args:
-        max_batch, max_waiting: texts that are computed together, and that may wait.
+        max_batch, max_queued: texts that are computed together, and that may wait.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class ClassificationService:
         tokenizer: GPTJTokenizer,
         *,
         max_batch: int,
-        max_waiting: int,
+        max_queued: int,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-        self._max_inputs = min(MAX_INPUTS, max_waiting)
+        self._max_inputs = min(MAX_INPUTS, max_queued)
         self._batcher: Batcher[list[int], Tensor] = Batcher(
-            "classification", self._logits, max_batch=max_batch, max_waiting=max_waiting
+            "classification", self._logits, max_batch=max_batch, max_queued=max_queued
         )
         for block in model.transformer.h:  # long batches show that they advance
             block.register_forward_hook(lambda *_: self._batcher.beat())

@@ -72,7 +72,7 @@ class QuestionAnsweringService:
 
     Args:
         window, stride: tokens, where a request does not say: best those of the training.
-        max_batch, max_waiting: windows that are computed together, and that may wait.
+        max_batch, max_queued: windows that are computed together, and that may wait.
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class QuestionAnsweringService:
         window: int = DEFAULT_WINDOW,
         stride: int = DEFAULT_STRIDE,
         max_batch: int,
-        max_waiting: int,
+        max_queued: int,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._window = min(window, model.config.n_positions)
         self._stride = stride
-        self._max_windows = min(MAX_WINDOWS, max_waiting)
+        self._max_windows = min(MAX_WINDOWS, max_queued)
         self._batcher: Batcher[list[int], tuple[Tensor, Tensor]] = Batcher(
-            "question-answering", self._logits, max_batch=max_batch, max_waiting=max_waiting
+            "question-answering", self._logits, max_batch=max_batch, max_queued=max_queued
         )
         for block in model.transformer.h:  # long batches show that they advance
             block.register_forward_hook(lambda *_: self._batcher.beat())

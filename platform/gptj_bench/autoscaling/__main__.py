@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show({"machine": asdict(machine), "start_seconds": round(machine.start_seconds, 1)})
     _show({"traffic": asdict(traffic)})
     requests = arrivals(traffic)
-    if service.step_tokens is None:  # the reply is one token's work
+    if service.max_num_batched_tokens is None:  # the reply is one token's work
         requests = replace(requests, outputs=np.ones_like(requests.outputs))
     rows = []
     for change in changes:
@@ -108,28 +108,28 @@ def read_service(path: Path, application: str, machine: Machine) -> Service:
     arguments = module.Arguments(**found[application]["args"])
     whole_rows = isinstance(arguments, BatchArguments)
     if whole_rows:
-        together, step_tokens = arguments.max_batch, None
+        together, max_num_batched_tokens = arguments.max_batch, None
     else:
         limits = Limits.of(
             torch.device(machine.device),
             machine.cache_tokens,
             GPTJConfig().n_positions,
-            max_running=arguments.max_running,
-            step_tokens=arguments.step_tokens,
+            max_num_seqs=arguments.max_num_seqs,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
         )
-        together, step_tokens = limits.max_running, limits.step_tokens
-    room = together + arguments.max_waiting
+        together, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+    room = together + arguments.max_queued
     if deployment["max_ongoing_requests"] > room:
         raise ValueError(
             f"{path}: max_ongoing_requests is {deployment['max_ongoing_requests']}, and a replica "
-            f"takes no more than its {together} together and max_waiting: {room}"
+            f"takes no more than its {together} together and max_queued: {room}"
         )
     return Service(
         autoscaling=deployment["autoscaling_config"],
         max_ongoing_requests=deployment["max_ongoing_requests"],
         max_queued_requests=deployment.get("max_queued_requests", -1),
-        max_running=together,
-        step_tokens=step_tokens,
+        max_num_seqs=together,
+        max_num_batched_tokens=max_num_batched_tokens,
     )
 
 

@@ -44,7 +44,7 @@ PROMPTS = (16, 64, 256, 512)
 PROMPT_TOKENS = 32  # of those that decode
 NEW_TOKENS = 32
 REPEATS = 5
-STEP_TOKENS = 256  # the deployment's default
+MAX_NUM_BATCHED_TOKENS = 256  # the deployment's default
 START_SECONDS = 300
 
 
@@ -72,7 +72,11 @@ def engine_seconds(address: str) -> Iterator[dict[str, Any]]:
     tokens = max(BATCHES) * (PROMPT_TOKENS + NEW_TOKENS + 32) + max(PROMPTS)
     runner = best_runner(model, tokens, release=True)
     engine = Engine(
-        runner, eos_ids=[], max_running=64, step_tokens=STEP_TOKENS, prefix_caching=False
+        runner,
+        eos_ids=[],
+        max_num_seqs=64,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        prefix_caching=False,
     )
     numbers = random.Random(0)
 

@@ -1,12 +1,12 @@
 """Simulated replicas: requests in, the times of their first and last tokens out.
 
-One that generates works as gptj.engine's scheduler does: each output that runs takes one token of a
-step, and what is left of `step_tokens` goes to prompts in order of arrival. Steps with prompts are
-simulated one by one. Between them all steps take equally long until an output ends, so that only
-those moments are computed. Contexts count with their mean length over a request's life, and a
-prompt that comes in the middle of a step without prompts does not wait for its end (half a step on
-average, some milliseconds on a GPU). One that computes whole rows works as gptj.engine.batch_thread
-does.
+One that generates works as gptj.engine's scheduler does: each running output takes one token of a
+step, and the rest of `max_num_batched_tokens` goes to prompts in order of arrival. Steps with
+prompts are simulated one by one. Between them all steps take equally long until an output ends, so
+that only those moments are computed. Contexts count with their mean length over a request's life,
+and a prompt that comes in the middle of a step without prompts does not wait for its end (half a
+step on average, some milliseconds on a GPU). One that computes whole rows works as the services'
+Batcher does.
 """
 
 from __future__ import annotations
@@ -91,17 +91,20 @@ class RowsReplica:
 class TokensReplica:
     """Outputs that grow by a token a step, and pieces of prompts beside them."""
 
-    def __init__(self, number: int, machine: Machine, max_running: int, step_tokens: int) -> None:
-        if not 1 <= max_running <= step_tokens:
+    def __init__(
+        self, number: int, machine: Machine, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
-                f"max_running must be in [1, step_tokens={step_tokens}], got {max_running}"
+                f"max_num_seqs must be in [1, max_num_batched_tokens={max_num_batched_tokens}], "
+                f"got {max_num_seqs}"
             )
         self.number = number
         self.ongoing = 0
         self.due = inf
         self._machine = machine
-        self._max_running = max_running
-        self._step_tokens = step_tokens
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._now = 0.0
         self._waiting: deque[Request] = deque()
         self._prompts: deque[Prompt] = deque()
@@ -180,7 +183,7 @@ class TokensReplica:
 
     def _take_prompts(self) -> int:
         """Admit what there is room for, and cut the step's chunks; returns their tokens."""
-        budget = room = self._step_tokens - len(self._decoding)
+        budget = room = self._max_num_batched_tokens - len(self._decoding)
         for prompt in self._prompts:
             prompt.chunk = min(prompt.left, room)
             room -= prompt.chunk
@@ -195,7 +198,7 @@ class TokensReplica:
     def _admits(self, request: Request) -> bool:
         rows = len(self._decoding) + len(self._prompts)
         needed = self._reserved + request.prompt + request.output
-        return rows < self._max_running and needed <= self._machine.cache_tokens
+        return rows < self._max_num_seqs and needed <= self._machine.cache_tokens
 
 
 def _mean_context(request: Request) -> float:

@@ -31,14 +31,16 @@ class Service:
     autoscaling: dict[str, Any]
     max_ongoing_requests: int
     max_queued_requests: int  # -1: no limit
-    max_running: int  # or rows of a batch
-    step_tokens: int | None  # None: it computes whole rows, and has no other tokens to give
+    max_num_seqs: int  # or rows of a batch
+    max_num_batched_tokens: (
+        int | None
+    )  # None: it computes whole rows, and has no other tokens to give
 
     def replica(self, number: int, machine: Machine) -> Replica:
         """A new one, without requests."""
-        if self.step_tokens is None:
-            return RowsReplica(number, machine, self.max_running)
-        return TokensReplica(number, machine, self.max_running, self.step_tokens)
+        if self.max_num_batched_tokens is None:
+            return RowsReplica(number, machine, self.max_num_seqs)
+        return TokensReplica(number, machine, self.max_num_seqs, self.max_num_batched_tokens)
 
 
 @dataclass(frozen=True)

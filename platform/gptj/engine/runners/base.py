@@ -33,21 +33,27 @@ class StepBatch:
 
     ids_T: Ints
     positions_T: Ints  # each in its own sequence, consecutive there
-    starts: Ints  # (R + 1): sequence r has the tokens starts[r]:starts[r + 1], one at least
-    pages_RP: Ints  # each sequence's pages, in order; what is beyond its context is not read
-    wanted: Ints  # (W): the tokens after which logits are wanted, in this order
+    query_start_loc: Ints  # (R + 1): sequence r has tokens loc[r]:loc[r + 1], at least one
+    page_table_RP: Ints  # each sequence's pages, in order; what is beyond its context is not read
+    logits_indices: Ints  # (W): the tokens after which logits are wanted, in this order
 
     def check(self, config: GPTJConfig, page_size: int, num_pages: int) -> None:
         """For kernels, which trust what they get: a wrong number would read foreign memory."""
-        for array in (self.ids_T, self.positions_T, self.starts, self.pages_RP, self.wanted):
+        for array in (
+            self.ids_T,
+            self.positions_T,
+            self.query_start_loc,
+            self.page_table_RP,
+            self.logits_indices,
+        ):
             assert array.dtype == "int32" and array.flags.c_contiguous
         assert self.ids_T.min() >= 0 and self.ids_T.max() < config.vocab_size
         last = int(self.positions_T.max())
         assert self.positions_T.min() >= 0 and last < config.n_positions
-        assert last < self.pages_RP.shape[1] * page_size
-        assert self.pages_RP.min() >= 0 and self.pages_RP.max() < num_pages
-        assert self.starts[0] == 0 and self.starts[-1] == len(self.ids_T)
-        assert len(self.pages_RP) == len(self.starts) - 1
+        assert last < self.page_table_RP.shape[1] * page_size
+        assert self.page_table_RP.min() >= 0 and self.page_table_RP.max() < num_pages
+        assert self.query_start_loc[0] == 0 and self.query_start_loc[-1] == len(self.ids_T)
+        assert len(self.page_table_RP) == len(self.query_start_loc) - 1
 
 
 class PageCopy(NamedTuple):
@@ -139,8 +145,8 @@ class TorchRunner:
         ids_T = self._on_device(batch.ids_T)
         positions_T = self._on_device(batch.positions_T)
         rotary = Rotary.at(positions_T[None], self.config)
-        lengths = np.diff(batch.starts)
-        pages_T = batch.pages_RP[
+        lengths = np.diff(batch.query_start_loc)
+        pages_T = batch.page_table_RP[
             np.repeat(np.arange(len(lengths)), lengths), batch.positions_T // PAGE_SIZE
         ]
         places_T = self._on_device(pages_T * PAGE_SIZE + batch.positions_T % PAGE_SIZE)
@@ -148,7 +154,7 @@ class TorchRunner:
         x_TD = self._model.transformer.wte(ids_T)
         for layer, block in enumerate(self._model.transformer.h):
             x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts)
-        wanted_WD = x_TD[self._on_device(batch.wanted)]
+        wanted_WD = x_TD[self._on_device(batch.logits_indices)]
         head = self._model.lm_head
         logits_WV = multiply_wide(self._model.transformer.ln_f(wanted_WD), head.weight)
         logits_WV += head.bias
@@ -167,12 +173,12 @@ class TorchRunner:
         del self._keys, self._values
 
     def _contexts(self, batch: StepBatch, positions_T: Tensor) -> list[_Context]:
-        tables_RP = self._on_device(batch.pages_RP)
+        page_table_RP = self._on_device(batch.page_table_RP)
         places_S = torch.arange(self.config.n_positions, device=self.device)
         contexts = []
-        for row, (start, end) in enumerate(pairwise(batch.starts.tolist())):
+        for row, (start, end) in enumerate(pairwise(batch.query_start_loc.tolist())):
             length = int(batch.positions_T[end - 1]) + 1
-            pages = tables_RP[row, : -(-length // PAGE_SIZE)]
+            pages = page_table_RP[row, : -(-length // PAGE_SIZE)]
             visible_LS = places_S[:length] <= positions_T[start:end, None]
             contexts.append(_Context(slice(start, end), length, pages, visible_LS))
         return contexts

@@ -263,9 +263,9 @@ class CompletionService:
     def _check_room(self, request: CompletionRequest) -> None:
         """InvalidRequestError for more outputs than may ever wait: 429 would be no answer."""
         outputs = len(request.prompt or [""]) * request.candidates
-        if not request.use_beam_search and outputs > self._engine.max_waiting:
+        if not request.use_beam_search and outputs > self._engine.max_queued:
             raise InvalidRequestError(
-                f"{outputs} outputs are more than the {self._engine.max_waiting} that may wait "
+                f"{outputs} outputs are more than the {self._engine.max_queued} that may wait "
                 f"here: send several requests",
                 param=request.sequences_field,
             )

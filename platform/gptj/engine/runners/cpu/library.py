@@ -77,10 +77,13 @@ class Model(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ids", "positions", "starts", "pages", "wanted")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("ids", "positions", "query_start_loc", "page_table", "logits_indices")
+        ),
         *(
             (name, ctypes.c_int64)
-            for name in ("tokens", "sequences", "pages_per_row", "wanted_count")
+            for name in ("tokens", "sequences", "pages_per_row", "num_logits")
         ),
         ("logits", ctypes.c_void_p),
     ]

@@ -94,17 +94,17 @@ class CpuRunner:
     def step(self, batch: StepBatch) -> Tensor:
         assert self._handle is not None, "closed"
         batch.check(self.config, self.page_size, self.num_pages)
-        wanted = len(batch.wanted)
+        wanted = len(batch.logits_indices)
         logits = torch.empty(wanted, self.config.vocab_size)
         step = library.Step(
             batch.ids_T.ctypes.data,
             batch.positions_T.ctypes.data,
-            batch.starts.ctypes.data,
-            batch.pages_RP.ctypes.data,
-            batch.wanted.ctypes.data,
+            batch.query_start_loc.ctypes.data,
+            batch.page_table_RP.ctypes.data,
+            batch.logits_indices.ctypes.data,
             len(batch.ids_T),
-            len(batch.starts) - 1,
-            batch.pages_RP.shape[1],
+            len(batch.query_start_loc) - 1,
+            batch.page_table_RP.shape[1],
             wanted,
             logits.data_ptr(),
         )

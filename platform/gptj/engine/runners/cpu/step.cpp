@@ -124,11 +124,11 @@ struct Model {
 
 struct Step {
   const int32_t *ids, *positions;  // (tokens)
-  const int32_t* starts;           // (sequences + 1)
-  const int32_t* pages;            // (sequences, pages_per_row)
-  const int32_t* wanted;           // (wanted_count)
-  int64_t tokens, sequences, pages_per_row, wanted_count;
-  float* logits;                   // (wanted_count, vocabulary)
+  const int32_t* query_start_loc;  // (sequences + 1)
+  const int32_t* page_table;       // (sequences, pages_per_row)
+  const int32_t* logits_indices;   // (num_logits)
+  int64_t tokens, sequences, pages_per_row, num_logits;
+  float* logits;                   // (num_logits, vocabulary)
 };
 }
 
@@ -148,7 +148,7 @@ class Runner {
 
   void step(const Step& step) {
     b_ = &step;
-    const int64_t most = std::max(step.tokens, step.wanted_count);
+    const int64_t most = std::max(step.tokens, step.num_logits);
     const int64_t inputs = s_.width + s_.inner;
     fit(x_, step.tokens * s_.width);
     fit(qkv_, step.tokens * 3 * s_.width);
@@ -195,9 +195,9 @@ class Runner {
            [&](int64_t t) { convert(kind_, &branches_[size_t(t * inputs)], inputs, branches, t); });
       second_product(part, layer, branches);
     }
-    const Activations last = activations(b_->wanted_count, s_.width);
-    each(part, b_->wanted_count, [&](int64_t i) {
-      norm(last, i, &x_[size_t(b_->wanted[i] * s_.width)], m_.final_weight, m_.final_bias);
+    const Activations last = activations(b_->num_logits, s_.width);
+    each(part, b_->num_logits, [&](int64_t i) {
+      norm(last, i, &x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight, m_.final_bias);
     });
     multiply(part, m_.head, last,
              [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
@@ -303,8 +303,8 @@ class Runner {
 
   // One head of one sequence: its new keys and values go into their pages, then its queries look.
   void attend(int64_t layer, int64_t sequence, int64_t head) {
-    const int32_t start = b_->starts[sequence], end = b_->starts[sequence + 1];
-    const int32_t* pages = b_->pages + sequence * b_->pages_per_row;
+    const int32_t start = b_->query_start_loc[sequence], end = b_->query_start_loc[sequence + 1];
+    const int32_t* pages = b_->page_table + sequence * b_->pages_per_row;
     if (cache_kind_ == Kind::fp32)
       attend_in<Fp32>(layer, head, start, end, pages);
     else

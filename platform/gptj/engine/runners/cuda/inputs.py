@@ -43,29 +43,29 @@ class InputsMaker:
     Args:
         max_pages: of a sequence: the width of all page tables.
         scratch: the page that padding is written to.
-        most_singles: of a step whose numbers have a place of their own.
+        max_decodes: of a step whose numbers have a place of their own.
     """
 
     def __init__(
-        self, device: torch.device, max_pages: int, page_size: int, scratch: int, most_singles: int
+        self, device: torch.device, max_pages: int, page_size: int, scratch: int, max_decodes: int
     ) -> None:
         self._device = device
         self._max_pages = max_pages
         self._page_size = page_size
         self._scratch = scratch
         # Where graphs read their numbers, whatever the step.
-        size = self._outline_of_singles(most_singles).size
+        size = self._decode_outline(max_decodes).size
         self._static = torch.zeros(size, dtype=torch.int32, device=device)
 
     def static(self, size: int) -> Inputs:
         """Those of a step of so many single tokens, always at the same place."""
-        ids_T, positions_T, slots_T, tables_RP = self._outline_of_singles(size).views(self._static)
-        return Inputs(ids_T, positions_T, slots_T, tables_RP, size)
+        ids_T, positions_T, slots_T, page_table_RP = self._decode_outline(size).views(self._static)
+        return Inputs(ids_T, positions_T, slots_T, page_table_RP, size)
 
     def fill(self, batch: StepBatch, size: int) -> None:
         """Bring a batch of single tokens to where `static(size)` reads; padded with scratch."""
         count = len(batch.ids_T)
-        outline = self._outline_of_singles(size)
+        outline = self._decode_outline(size)
         vector = self._vector(outline.size)
         ids, positions, slots, tables = outline.views(vector.numpy())
         ids[count:], positions[count:] = 0, 0
@@ -79,13 +79,13 @@ class InputsMaker:
 
     def of(self, batch: StepBatch) -> Inputs:
         """Those of any batch."""
-        lengths = np.diff(batch.starts)
+        lengths = np.diff(batch.query_start_loc)
         rows, tokens = len(lengths), len(batch.ids_T)
-        singles = rows if (lengths == 1).all() else int((lengths > 1).argmax())
+        num_decodes = rows if (lengths == 1).all() else int((lengths > 1).argmax())
         chunks = tuple(
             Chunk(row, start, end - start, int(batch.positions_T[start]))
-            for row, (start, end) in enumerate(pairwise(batch.starts.tolist()))
-            if row >= singles
+            for row, (start, end) in enumerate(pairwise(batch.query_start_loc.tolist()))
+            if row >= num_decodes
         )
         tiles = [tile for chunk in chunks for tile in _tiles(chunk)]
         outline = Outline(
@@ -94,7 +94,7 @@ class InputsMaker:
             (tokens,),
             (rows, self._max_pages),
             (len(tiles), 4),
-            batch.wanted.shape,
+            batch.logits_indices.shape,
         )
         vector = self._vector(outline.size)
         parts = outline.views(vector.numpy())
@@ -104,21 +104,21 @@ class InputsMaker:
         self._fill_tables(parts[3], batch)
         if tiles:
             parts[4][:] = tiles
-        parts[5][:] = batch.wanted
+        parts[5][:] = batch.logits_indices
         sent = outline.views(vector.to(self._device, non_blocking=True))
-        ids_T, positions_T, slots_T, tables_RP, tiles_N4, wanted_W = sent
+        ids_T, positions_T, slots_T, page_table_RP, tiles_N4, logits_indices_W = sent
         return Inputs(
             ids_T,
             positions_T,
             slots_T,
-            tables_RP,
-            singles,
+            page_table_RP,
+            num_decodes,
             chunks,
             tiles_N4 if tiles else None,
-            wanted_W,
+            logits_indices_W,
         )
 
-    def _outline_of_singles(self, size: int) -> Outline:
+    def _decode_outline(self, size: int) -> Outline:
         return Outline((size,), (size,), (size,), (size, self._max_pages))
 
     def _vector(self, size: int) -> Tensor:
@@ -126,14 +126,14 @@ class InputsMaker:
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
     def _slots(self, batch: StepBatch, rows_T: npt.NDArray[np.integer]) -> Ints:
-        pages = batch.pages_RP[rows_T, batch.positions_T // self._page_size]
+        pages = batch.page_table_RP[rows_T, batch.positions_T // self._page_size]
         slots: Ints = pages * self._page_size + batch.positions_T % self._page_size
         return slots
 
-    def _fill_tables(self, tables_RP: Ints, batch: StepBatch) -> None:
-        used = min(batch.pages_RP.shape[1], self._max_pages)
-        tables_RP[:, :used] = batch.pages_RP[:, :used]
-        tables_RP[:, used:] = self._scratch
+    def _fill_tables(self, page_table_RP: Ints, batch: StepBatch) -> None:
+        used = min(batch.page_table_RP.shape[1], self._max_pages)
+        page_table_RP[:, :used] = batch.page_table_RP[:, :used]
+        page_table_RP[:, used:] = self._scratch
 
 
 def _tiles(chunk: Chunk) -> list[tuple[int, int, int, int]]:

@@ -43,8 +43,8 @@ def add_and_norm(
 
 
 @triton.jit
-def spread(
-    entered,  # (T, 3 * HEADS * HEAD_DIM + INNER)
+def rope_and_cache(
+    qkv_fc_in,  # (T, 3 * HEADS * HEAD_DIM + INNER)
     inner_bias,  # (INNER), fp32
     sines,  # (positions, ROTATED / 2), fp32
     cosines,
@@ -53,7 +53,7 @@ def spread(
     queries,  # (T, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
-    joined,  # (T, HEADS * HEAD_DIM + INNER)
+    attn_mlp,  # (T, HEADS * HEAD_DIM + INNER)
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -66,7 +66,7 @@ def spread(
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     width = HEADS * HEAD_DIM
-    source = entered + token * (3 * width + INNER)
+    source = qkv_fc_in + token * (3 * width + INNER)
     if part < HEADS:
         dims = tl.arange(0, BLOCK_DIM)
         inside = dims < HEAD_DIM
@@ -98,18 +98,18 @@ def spread(
         x += tl.load(inner_bias + columns, mask=within, other=0.0)
         # gelu_new: x / 2 * (1 + tanh(u)) is x * sigmoid(2 u).
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        target = joined + token * (width + INNER) + width + columns
-        tl.store(target, x.to(joined.dtype.element_ty), mask=within)
+        target = attn_mlp + token * (width + INNER) + width + columns
+        tl.store(target, x.to(attn_mlp.dtype.element_ty), mask=within)
 
 
 @triton.jit
-def attend_singles(
+def paged_decode_attention(
     queries,  # (R, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
     tables,  # (R, PAGES)
     positions,  # (R)
-    joined,  # (R, ROW), of which HEADS * HEAD_DIM columns are written
+    attn_mlp,  # (R, ROW), of which HEADS * HEAD_DIM columns are written
     sums,  # (R, HEADS, SPLITS, HEAD_DIM), fp32; of no use with one split
     scales,  # (R, HEADS, SPLITS, 2), fp32: the largest score, and the exponentials' sum
     scale,  # of scores
@@ -160,8 +160,8 @@ def attend_singles(
         weighted = weighted * shrink + tl.sum(weights[:, None] * v, axis=0)
         largest = raised
     if SPLITS == 1:
-        target = joined + row * ROW + head * HEAD_DIM + dims
-        tl.store(target, (weighted / total).to(joined.dtype.element_ty), mask=inside)
+        target = attn_mlp + row * ROW + head * HEAD_DIM + dims
+        tl.store(target, (weighted / total).to(attn_mlp.dtype.element_ty), mask=inside)
     else:
         index = (row * HEADS + head) * SPLITS + split
         tl.store(sums + index * HEAD_DIM + dims, weighted, mask=inside)
@@ -170,10 +170,10 @@ def attend_singles(
 
 
 @triton.jit
-def join_splits(
+def merge_splits(
     sums,  # (R, HEADS, SPLITS, HEAD_DIM), fp32
     scales,  # (R, HEADS, SPLITS, 2), fp32
-    joined,  # (R, ROW)
+    attn_mlp,  # (R, ROW)
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -193,18 +193,18 @@ def join_splits(
         sums + index[:, None] * HEAD_DIM + dims[None, :], mask=inside[None, :], other=0.0
     )
     found = tl.sum(parts * weights[:, None], axis=0) / tl.sum(totals * weights, axis=0)
-    target = joined + row * ROW + head * HEAD_DIM + dims
-    tl.store(target, found.to(joined.dtype.element_ty), mask=inside)
+    target = attn_mlp + row * ROW + head * HEAD_DIM + dims
+    tl.store(target, found.to(attn_mlp.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def attend_chunks(
+def paged_prefill_attention(
     queries,  # (T, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
     tables,  # (R, PAGES)
     tiles,  # (N, 4): row, first token, tokens, position of the first
-    joined,  # (T, ROW)
+    attn_mlp,  # (T, ROW)
     scale,  # of scores
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -253,8 +253,8 @@ def attend_chunks(
         weighted = weighted * shrink[:, None]
         weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
         largest = raised
-    target = joined + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
-    found = (weighted / total[:, None]).to(joined.dtype.element_ty)
+    target = attn_mlp + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
+    found = (weighted / total[:, None]).to(attn_mlp.dtype.element_ty)
     tl.store(target, found, mask=real)
 
 

@@ -17,7 +17,7 @@ from gptj.engine.runners.cuda import kernels
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.operations import TILE, Inputs, LayerCache
-from gptj.engine.runners.cuda.products import Products
+from gptj.engine.runners.cuda.tuned_linear import TunedLinear
 from gptj.engine.runners.cuda.weights import Norm, Weights
 from gptj.engine.runners.transfer import sent
 
@@ -42,7 +42,7 @@ class TritonOperations:
         self._config = config
         self._dtype = dtype
         self._processors = processors
-        self._products = Products()
+        self._tuned_linear = TunedLinear()
         self._row = config.n_embd + config.inner_dim
         self._block_width = triton.next_power_of_2(config.n_embd)
         # A tensor core's products have 16 terms at least.
@@ -70,25 +70,27 @@ class TritonOperations:
         # For each number of splits the least number of single tokens that has it; and a chunk.
         sizes = {self.splits(size): size for size in reversed(SIZES)}.values()
         tile = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=device)
-        chunk = replace(maker.static(1), singles=0, tiles_N4=tile)
+        chunk = replace(maker.static(1), num_decodes=0, tiles_N4=tile)
         for inputs in (*map(maker.static, sizes), chunk):
             tokens = len(inputs.ids_T)
             x_TD, added_TD = (zeros(tokens, width, dtype=torch.float32) for _ in range(2))
-            joined = zeros(tokens, width + inner)
+            attn_mlp = zeros(tokens, width + inner)
             self.add_and_norm(x_TD, None, None, norm)
             self.add_and_norm(x_TD, added_TD, vector, norm)
-            entered = zeros(tokens, 3 * width + inner)
-            q_THK = self.spread(entered, inner_bias, (table, table), inputs, layer, joined)
-            self.attend(q_THK, inputs, layer, joined)
+            qkv_fc_in = zeros(tokens, 3 * width + inner)
+            q_THK = self.rope_and_cache(
+                qkv_fc_in, inner_bias, (table, table), inputs, layer, attn_mlp
+            )
+            self.paged_attention(q_THK, inputs, layer, attn_mlp)
         self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
 
     def prepare(self, weights: Weights) -> None:
-        self._products.measure([layer.entry for layer in weights.layers])
-        self._products.measure([layer.exit for layer in weights.layers], wide=True)
-        self._products.measure([weights.head_VD], wide=True)
+        self._tuned_linear.tune([layer.qkv_fc_in for layer in weights.layers])
+        self._tuned_linear.tune([layer.out_proj_fc_out for layer in weights.layers], wide=True)
+        self._tuned_linear.tune([weights.head_VD], wide=True)
 
     def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
-        return self._products.multiply(x_TC, weight, wide=wide)
+        return self._tuned_linear.multiply(x_TC, weight, wide=wide)
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
@@ -109,21 +111,21 @@ class TritonOperations:
         )
         return normed_TD
 
-    def spread(
+    def rope_and_cache(
         self,
-        entered: Tensor,
+        qkv_fc_in: Tensor,
         bias_I: Tensor,
         rotary: tuple[Tensor, Tensor],
         inputs: Inputs,
         cache: LayerCache,
-        joined: Tensor,
+        attn_mlp: Tensor,
     ) -> Tensor:
         config = self._config
-        shape = (len(entered), config.n_head, config.head_dim)
-        q_THK = torch.empty(shape, dtype=self._dtype, device=entered.device)
+        shape = (len(qkv_fc_in), config.n_head, config.head_dim)
+        q_THK = torch.empty(shape, dtype=self._dtype, device=qkv_fc_in.device)
         programs = config.n_head + triton.cdiv(config.inner_dim, BLOCK_INNER)
-        kernels.spread[(len(entered), programs)](
-            entered,
+        kernels.rope_and_cache[(len(qkv_fc_in), programs)](
+            qkv_fc_in,
             bias_I,
             *rotary,
             inputs.positions_T,
@@ -131,7 +133,7 @@ class TritonOperations:
             q_THK,
             cache.keys,
             cache.values,
-            joined,
+            attn_mlp,
             HEADS=config.n_head,
             HEAD_DIM=config.head_dim,
             BLOCK_DIM=self._block_dim,
@@ -142,11 +144,13 @@ class TritonOperations:
         )
         return q_THK
 
-    def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
-        if inputs.singles:
-            self._attend_singles(q_THK, inputs, cache, joined)
+    def paged_attention(
+        self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
+    ) -> None:
+        if inputs.num_decodes:
+            self._decode_attention(q_THK, inputs, cache, attn_mlp)
         if inputs.tiles_N4 is not None:
-            self._attend_chunks(q_THK, inputs, inputs.tiles_N4, cache, joined)
+            self._prefill_attention(q_THK, inputs, inputs.tiles_N4, cache, attn_mlp)
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         heads, page_size, head_dim = cache.shape[3:]
@@ -160,31 +164,31 @@ class TritonOperations:
             BLOCK=triton.next_power_of_2(page_size * head_dim),
         )
 
-    def splits(self, singles: int) -> int:
+    def splits(self, num_decodes: int) -> int:
         """Into how many runs of pages a token's context is cut, so that all processors work.
 
         It depends on the number of tokens alone: lengths change from step to step, and a graph's
         programs do not.
         """
-        programs = singles * self._config.n_head
+        programs = num_decodes * self._config.n_head
         wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))
         return min(wanted, MAX_SPLITS)
 
-    def _attend_singles(
-        self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor
+    def _decode_attention(
+        self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
-        config, singles = self._config, inputs.singles
-        splits = self.splits(singles)
-        shape = (singles, config.n_head, splits)
+        config, num_decodes = self._config, inputs.num_decodes
+        splits = self.splits(num_decodes)
+        shape = (num_decodes, config.n_head, splits)
         sums = torch.empty(*shape, config.head_dim, dtype=torch.float32, device=q_THK.device)
         scales = torch.empty(*shape, 2, dtype=torch.float32, device=q_THK.device)
-        kernels.attend_singles[(singles, config.n_head, splits)](
+        kernels.paged_decode_attention[(num_decodes, config.n_head, splits)](
             q_THK,
             cache.keys,
             cache.values,
-            inputs.tables_RP,
+            inputs.page_table_RP,
             inputs.positions_T,
-            joined,
+            attn_mlp,
             sums,
             scales,
             self._scale,
@@ -192,16 +196,16 @@ class TritonOperations:
             HEAD_DIM=config.head_dim,
             BLOCK_DIM=self._block_dim,
             PAGE_SIZE=cache.keys.shape[2],
-            PAGES=inputs.tables_RP.shape[1],
+            PAGES=inputs.page_table_RP.shape[1],
             ROW=self._row,
             SPLITS=splits,
             STAGES=3,
         )
         if splits > 1:
-            kernels.join_splits[(singles, config.n_head)](
+            kernels.merge_splits[(num_decodes, config.n_head)](
                 sums,
                 scales,
-                joined,
+                attn_mlp,
                 HEADS=config.n_head,
                 HEAD_DIM=config.head_dim,
                 BLOCK_DIM=self._block_dim,
@@ -209,24 +213,24 @@ class TritonOperations:
                 SPLITS=splits,
             )
 
-    def _attend_chunks(
-        self, q_THK: Tensor, inputs: Inputs, tiles_N4: Tensor, cache: LayerCache, joined: Tensor
+    def _prefill_attention(
+        self, q_THK: Tensor, inputs: Inputs, tiles_N4: Tensor, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
         config = self._config
         places, warps = CHUNK_BLOCKS[self._dtype.itemsize]
-        kernels.attend_chunks[(len(tiles_N4), config.n_head)](
+        kernels.paged_prefill_attention[(len(tiles_N4), config.n_head)](
             q_THK,
             cache.keys,
             cache.values,
-            inputs.tables_RP,
+            inputs.page_table_RP,
             tiles_N4,
-            joined,
+            attn_mlp,
             self._scale,
             HEADS=config.n_head,
             HEAD_DIM=config.head_dim,
             BLOCK_DIM=self._block_dim,
             PAGE_SIZE=cache.keys.shape[2],
-            PAGES=inputs.tables_RP.shape[1],
+            PAGES=inputs.page_table_RP.shape[1],
             ROW=self._row,
             TILE=TILE,
             BLOCK_PLACES=places,

@@ -32,18 +32,18 @@ class Chunk:
 class Inputs:
     """A step's numbers, int32 on the device; those on the host say how many there are.
 
-    The first `singles` sequences have one token each, their tokens are the first of the step,
+    The first `num_decodes` sequences have one token each, their tokens are the first of the step,
     and all others are chunks.
     """
 
     ids_T: Tensor
     positions_T: Tensor
     slots_T: Tensor  # where keys and values go: page * page size + place
-    tables_RP: Tensor  # pages of each sequence, in order
-    singles: int
+    page_table_RP: Tensor  # pages of each sequence, in order
+    num_decodes: int
     chunks: tuple[Chunk, ...] = ()
     tiles_N4: Tensor | None = None  # chunks cut to TILE tokens: as Chunk
-    wanted_W: Tensor | None = None  # the tokens after which logits are wanted; None: all
+    logits_indices_W: Tensor | None = None  # the tokens after which logits are wanted; None: all
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,29 @@ class Operations(Protocol):
             bias_D: its bias; or None before the first layer.
         """
 
-    def spread(
+    def rope_and_cache(
         self,
-        entered: Tensor,
+        qkv_fc_in: Tensor,
         bias_I: Tensor,
         rotary: tuple[Tensor, Tensor],
         inputs: Inputs,
         cache: LayerCache,
-        joined: Tensor,
+        attn_mlp: Tensor,
     ) -> Tensor:
         """Deal out the first matrix product of a layer; returns the rotated queries (T, H, K).
 
         Args:
-            entered: (T, 3D + I): queries, keys, values and the MLP's inner values.
+            qkv_fc_in: (T, 3D + I): queries, keys, values and the MLP's inner values.
             bias_I: of the inner values.
             rotary: sines and cosines (positions, rotated / 2).
             cache: gets rotated keys, and values.
-            joined: (T, D + I), of which the last I columns get the activated inner values.
+            attn_mlp: (T, D + I), of which the last I columns get the activated inner values.
         """
 
-    def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
-        """Let each token see its sequence up to itself; into the first D columns of `joined`."""
+    def paged_attention(
+        self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
+    ) -> None:
+        """Let each token see its sequence up to itself; into the first D columns of `attn_mlp`."""
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         """Copy in all layers, in any order.

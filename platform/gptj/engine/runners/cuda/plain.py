@@ -41,19 +41,19 @@ class PlainOperations:
         normed = F.layer_norm(x_TD, x_TD.shape[-1:], norm.weight_D, norm.bias_D, self._epsilon)
         return normed.to(self._dtype)
 
-    def spread(
+    def rope_and_cache(
         self,
-        entered: Tensor,
+        qkv_fc_in: Tensor,
         bias_I: Tensor,
         rotary: tuple[Tensor, Tensor],
         inputs: Inputs,
         cache: LayerCache,
-        joined: Tensor,
+        attn_mlp: Tensor,
     ) -> Tensor:
         heads, page_size, head_dim = cache.keys.shape[1:]
         width = heads * head_dim
         q, k, v = (
-            entered[:, start : start + width].reshape(-1, heads, head_dim)
+            qkv_fc_in[:, start : start + width].reshape(-1, heads, head_dim)
             for start in range(0, 3 * width, width)
         )
         turns = [
@@ -65,21 +65,26 @@ class PlainOperations:
         pages_T, places_T = inputs.slots_T // page_size, inputs.slots_T % page_size
         cache.keys[pages_T, :, places_T] = k_THK
         cache.values[pages_T, :, places_T] = v
-        joined[:, width:] = F.gelu(entered[:, 3 * width :].float() + bias_I, approximate="tanh")
+        attn_mlp[:, width:] = F.gelu(qkv_fc_in[:, 3 * width :].float() + bias_I, approximate="tanh")
         return q_THK
 
-    def attend(self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, joined: Tensor) -> None:
-        singles = inputs.singles
-        joined_THK = joined[:, : q_THK[0].numel()].view(q_THK.shape)
-        if singles:
-            joined_THK[:singles] = _attend_singly(
-                q_THK[:singles], inputs.tables_RP[:singles], inputs.positions_T[:singles], cache
+    def paged_attention(
+        self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
+    ) -> None:
+        num_decodes = inputs.num_decodes
+        joined_THK = attn_mlp[:, : q_THK[0].numel()].view(q_THK.shape)
+        if num_decodes:
+            joined_THK[:num_decodes] = _decode_attention(
+                q_THK[:num_decodes],
+                inputs.page_table_RP[:num_decodes],
+                inputs.positions_T[:num_decodes],
+                cache,
             )
         page_size = cache.keys.shape[2]
         for chunk in inputs.chunks:
             tokens = slice(chunk.start, chunk.start + chunk.tokens)
             length = chunk.position + chunk.tokens
-            pages = inputs.tables_RP[chunk.row, : -(-length // page_size)]
+            pages = inputs.page_table_RP[chunk.row, : -(-length // page_size)]
             keys, values = (
                 part[pages].transpose(0, 1).flatten(1, 2)[:, :length]
                 for part in (cache.keys, cache.values)
@@ -99,15 +104,17 @@ class PlainOperations:
             cache[:, :, target, :, :filled] = cache[:, :, source, :, :filled]
 
 
-def _attend_singly(
-    q_RHK: Tensor, tables_RP: Tensor, positions_R: Tensor, cache: LayerCache
+def _decode_attention(
+    q_RHK: Tensor, page_table_RP: Tensor, positions_R: Tensor, cache: LayerCache
 ) -> Tensor:
     """One token a sequence, with shapes that do not depend on the sequences' lengths."""
-    places = torch.arange(tables_RP.shape[1] * cache.keys.shape[2], device=q_RHK.device)
+    places = torch.arange(page_table_RP.shape[1] * cache.keys.shape[2], device=q_RHK.device)
     visible_RS = places <= positions_R[:, None]
     # What lies beyond a context may be anything, NaN too, which no weight of 0 takes away.
     keys, values = (
-        torch.where(visible_RS[:, None, :, None], part[tables_RP].transpose(1, 2).flatten(2, 3), 0)
+        torch.where(
+            visible_RS[:, None, :, None], part[page_table_RP].transpose(1, 2).flatten(2, 3), 0
+        )
         for part in (cache.keys, cache.values)
     )
     attended = F.scaled_dot_product_attention(

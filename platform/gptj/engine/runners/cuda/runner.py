@@ -81,18 +81,20 @@ class CudaRunner:
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
                 # On zeros: page 0, which nobody has yet, is written to.
-                self._graphs = Graphs(self._compute_singles, self._stream)
+                self._graphs = Graphs(self._compute_decode, self._stream)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> Tensor:
         batch.check(self.config, self.page_size, self.num_pages)
         count = len(batch.ids_T)
-        single = count == len(batch.starts) - 1 and np.array_equal(batch.wanted, np.arange(count))
+        single = count == len(batch.query_start_loc) - 1 and np.array_equal(
+            batch.logits_indices, np.arange(count)
+        )
         with self._computing():
             if single and count <= MAX_SIZE:
-                return self._step_singles(batch)
+                return self._step_decode(batch)
             inputs = self._inputs.of(batch)
-            logits_WV = self._head(self._hidden(inputs)[inputs.wanted_W])
+            logits_WV = self._head(self._hidden(inputs)[inputs.logits_indices_W])
             logits_WV += self._weights.head_bias_V
             return logits_WV
 
@@ -109,18 +111,18 @@ class CudaRunner:
         self._graphs = None
         del self._weights, self._cache, self._layer_caches, self._logits, self._inputs
 
-    def _step_singles(self, batch: StepBatch) -> Tensor:
+    def _step_decode(self, batch: StepBatch) -> Tensor:
         count = len(batch.ids_T)
         size = size_for(count)
         self._inputs.fill(batch, size)
         if self._graphs is not None:
             self._graphs.replay(size)
         else:
-            self._compute_singles(size)
+            self._compute_decode(size)
         # A sum of its own: the next step writes to the same place.
         return self._logits[:count] + self._weights.head_bias_V
 
-    def _compute_singles(self, size: int) -> None:
+    def _compute_decode(self, size: int) -> None:
         """On static tensors alone."""
         self._logits[:size] = self._head(self._hidden(self._inputs.static(size)))
 
@@ -132,18 +134,18 @@ class CudaRunner:
         bias_D: Tensor | None = None
         for layer, cache in zip(weights.layers, self._layer_caches, strict=True):
             h_TD = operations.add_and_norm(x_TD, added_TD, bias_D, layer.norm)
-            joined = h_TD.new_empty(len(h_TD), layer.exit.shape[1])
-            q_THK = operations.spread(
-                operations.multiply(h_TD, layer.entry),
-                layer.entry_bias_I,
+            attn_mlp = h_TD.new_empty(len(h_TD), layer.out_proj_fc_out.shape[1])
+            q_THK = operations.rope_and_cache(
+                operations.multiply(h_TD, layer.qkv_fc_in),
+                layer.fc_in_bias_I,
                 (weights.sines, weights.cosines),
                 inputs,
                 cache,
-                joined,
+                attn_mlp,
             )
-            operations.attend(q_THK, inputs, cache, joined)
-            added_TD = operations.multiply(joined, layer.exit, wide=True)
-            bias_D = layer.exit_bias_D
+            operations.paged_attention(q_THK, inputs, cache, attn_mlp)
+            added_TD = operations.multiply(attn_mlp, layer.out_proj_fc_out, wide=True)
+            bias_D = layer.fc_out_bias_D
         return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
 
     def _head(self, h_WD: Tensor) -> Tensor:

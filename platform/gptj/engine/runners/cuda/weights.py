@@ -27,10 +27,10 @@ class Norm:
 @dataclass(frozen=True)
 class Layer:
     norm: Norm
-    entry: Tensor  # (3D + I, D): q_proj, k_proj, v_proj, fc_in
-    entry_bias_I: Tensor  # of fc_in, fp32
-    exit: Tensor  # (D, D + I): out_proj, fc_out
-    exit_bias_D: Tensor  # of fc_out, fp32
+    qkv_fc_in: Tensor  # (3D + I, D): q_proj, k_proj, v_proj, fc_in
+    fc_in_bias_I: Tensor  # of fc_in, fp32
+    out_proj_fc_out: Tensor  # (D, D + I): out_proj, fc_out
+    fc_out_bias_D: Tensor  # of fc_out, fp32
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Weights:
         """By one step: all but the embedding, of which it reads a row a token."""
         tensors = [*_tensors(self.norm), self.head_VD, self.head_bias_V]
         for layer in self.layers:
-            tensors += [*_tensors(layer.norm), layer.entry, layer.entry_bias_I]
-            tensors += [layer.exit, layer.exit_bias_D]
+            tensors += [*_tensors(layer.norm), layer.qkv_fc_in, layer.fc_in_bias_I]
+            tensors += [layer.out_proj_fc_out, layer.fc_out_bias_D]
         return sum(tensor.nbytes for tensor in tensors)
 
 

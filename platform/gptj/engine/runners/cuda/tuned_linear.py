@@ -36,7 +36,7 @@ class Blocks:
 CANDIDATES = (Blocks(1, 2048, 4), Blocks(2, 1024, 4), Blocks(4, 512, 4), Blocks(4, 1024, 8))
 
 
-class Products:
+class TunedLinear:
     """Until `measure` has been called, PyTorch computes all."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Products:
             return multiply_row(x_TC, weight, blocks, wide=wide)
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
-    def measure(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
+    def tune(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
         """Choose for weights of one shape and type, on their GPU."""
         first = weights[0]
         x = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
