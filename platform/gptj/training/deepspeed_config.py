@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from gptj.training.settings import DeepSpeedSettings, OptimizerSettings, Settings
+from gptj.training.sections import DeepSpeedSettings, OptimizerSettings
+from gptj.training.settings import Settings
 
 NEVER = 10**9
 
@@ -31,7 +32,7 @@ def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         "optimizer": {
             "type": "AdamW",

@@ -36,7 +36,7 @@ class Progress:
     """Where a run is, and what was measured on the way."""
 
     step: int = 0  # optimizer steps done
-    world: int = 1  # ranks that wrote the checkpoint
+    world_size: int = 1  # ranks that wrote the checkpoint
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
     # Logged points, by step; in a file a number that is not finite becomes None.
@@ -58,16 +58,16 @@ def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None
     for script in folder.glob("zero_to_*.py"):
         script.unlink()
     names = [file.name for file in storage.list_files(str(folder))]
-    describe(str(folder), names).write(_manifest_name(rank, progress.world))
+    describe(str(folder), names).write(_manifest_name(rank, progress.world_size))
 
 
-def upload_state(folder: Path, address: str, rank: int, world: int) -> None:
+def upload_state(folder: Path, address: str, rank: int, world_size: int) -> None:
     """Copy what this rank saved to where the checkpoint is kept; its manifest comes last.
 
     A rank that dies in between leaves no manifest, and so no checkpoint; one that comes here again
     takes the manifest of its first try away before it changes a file.
     """
-    manifest = _manifest_name(rank, world)
+    manifest = _manifest_name(rank, world_size)
     storage.delete(storage.join(address, manifest))
     names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
     storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
@@ -82,9 +82,12 @@ def read_progress(address: str) -> Progress:
     """
     try:
         content = read_verified(address, PROGRESS, _first_manifest(address))
-        progress = Progress(**json.loads(content))
-        for rank in range(progress.world):
-            _manifest(address, rank, progress.world).check_sizes()
+        fields = json.loads(content)
+        if "world" in fields:  # before it was renamed
+            fields["world_size"] = fields.pop("world")
+        progress = Progress(**fields)
+        for rank in range(progress.world_size):
+            _manifest(address, rank, progress.world_size).check_sizes()
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; remedy: delete the folder {address}, and the run goes on from the "
@@ -114,7 +117,7 @@ def delete_old_checkpoints(folder: str, keep: int) -> None:
         logger.warning("an old checkpoint stays in %s: %s", folder, error)
 
 
-def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
+def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress:
     """The progress of the checkpoint that a run is to go on from.
 
     Raises:
@@ -122,10 +125,10 @@ def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
         CheckpointError: if the checkpoint is damaged.
     """
     progress = read_progress(address)
-    if progress.world != world:
+    if progress.world_size != world_size:
         raise SettingsError(
-            f"{address} was written by {progress.world} workers and can be continued only by as "
-            f"many: set workers.count={progress.world}, or another run="
+            f"{address} was written by {progress.world_size} workers and only as many can resume "
+            f"from it: set workers.count={progress.world_size}, or another run="
         )
     if different := changed(progress.settings, settings.model_dump(mode="json")):
         raise SettingsError(
@@ -170,7 +173,7 @@ def is_complete(settings: Settings) -> bool:
     return True
 
 
-def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -> None:
+def load_state(engine: Any, address: str, folder: Path, rank: int, world_size: int) -> None:
     """Bring this rank back to where the checkpoint was written; all ranks call it together.
 
     Only the files that this rank needs are copied, into an empty local folder, and compared with
@@ -180,8 +183,8 @@ def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -
         CheckpointError: naming the file that is missing, cut off or altered.
     """
     needed: dict[str, Manifest] = {}
-    for writer in range(world):
-        manifest = _manifest(address, writer, world)
+    for writer in range(world_size):
+        manifest = _manifest(address, writer, world_size)
         for name in manifest.files:
             if name == _random_name(rank) or _is_for(name, rank):
                 needed[name] = manifest
@@ -230,16 +233,16 @@ def _first_manifest(address: str) -> Manifest:
     raise CheckpointError(f"{address} is no training checkpoint: it has no manifest of rank 0")
 
 
-def _manifest(address: str, rank: int, world: int) -> Manifest:
-    name = _manifest_name(rank, world)
+def _manifest(address: str, rank: int, world_size: int) -> Manifest:
+    name = _manifest_name(rank, world_size)
     manifest = Manifest.read(address, name)
     if manifest is None:
         raise CheckpointError(f"{address} is incomplete: {name} is missing")
     return manifest
 
 
-def _manifest_name(rank: int, world: int) -> str:
-    return f"manifest-{rank:05}-of-{world:05}.json"
+def _manifest_name(rank: int, world_size: int) -> str:
+    return f"manifest-{rank:05}-of-{world_size:05}.json"
 
 
 def _random_name(rank: int) -> str:
