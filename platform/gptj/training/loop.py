@@ -39,6 +39,7 @@ from gptj.training.deepspeed_config import (
 from gptj.training.evaluation import evaluate, evaluating
 from gptj.training.failures import DivergedError, naming_full_disk
 from gptj.training.model_config import make_config
+from gptj.training.operators import guarded_builds
 from gptj.training.progress import ProgressLog, duration
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
@@ -105,6 +106,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         shared_scratch_folder(f"data-{submission}") as shared,
         scratch_folder() as scratch,
         naming_full_disk(scratch),
+        guarded_builds(),
     ):
         tokenizer, data = read_alike(settings, worker.world_size, shared)
         if checkpoint is not None:
