@@ -77,6 +77,16 @@ class Base:
             )
 
 
+def check_plain(address: str, revision: str | None = None) -> None:
+    """ValueError if there is an adapter at the address, where a whole model is needed."""
+    folder = locate(address, revision=revision, patterns=(ADAPTER_CONFIG, MANIFEST))
+    if is_adapter(folder, Manifest.read(folder)):
+        raise ValueError(
+            f"{address} is an adapter, and a whole model is needed here; remedy: merge it into its "
+            f"base first: jobs/merge_adapter.py"
+        )
+
+
 def is_adapter(folder: str, manifest: Manifest | None) -> bool:
     """Whether a folder holds an adapter, and not a model."""
     return has_file(folder, ADAPTER_CONFIG, manifest)

@@ -58,17 +58,20 @@ def clips_gradients(spread: DeepSpeedSettings) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms, whose size means something, do not."""
+    """What is trained: matrices decay; biases and norms, whose size means something, do not."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         # At ZeRO stage 3 a parameter is empty, and knows its shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) > 1 else vectors).append(parameter)
-    return [
+    groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # an adapter may have no vectors
 
 
 def learning_rate_share(optimizer: OptimizerSettings, step: int, total: int) -> float:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptj import storage
+from gptj.adapters.base import Base
 from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder, share
 from gptj.devices import check_device
@@ -111,6 +112,9 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         tokenizer, data = read_alike(settings, worker.world_size, shared)
         if checkpoint is not None:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
+        elif settings.adapter is not None:
+            found = Base.at(settings.model.checkpoint, settings.model.revision or None)
+            progress.base = asdict(found)
         progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
         config = make_config(settings, tokenizer, data.train.labels)
         total = settings.total_steps(len(data.train))
@@ -229,7 +233,8 @@ class _Run:
         if self._log is not None:  # the model comes last: once it is there, the run is complete
             self._log.publish(self.settings.folder)
             self._log.close()
-        export_model(model, address, self.settings, tokenizer, training, self.worker.rank)
+        base = None if self.progress.base is None else Base(**self.progress.base)
+        export_model(model, address, self.settings, tokenizer, training, self.worker.rank, base)
         if self._log is not None:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptj.adapters.base import check_plain
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.labels import LabelSet
 from gptj.tokenizer import GPTJTokenizer
@@ -28,6 +29,7 @@ def make_config(
     checkpoint = settings.model.checkpoint
     if checkpoint:
         revision = settings.model.revision or None
+        check_plain(checkpoint, revision)
         _check_shape(settings, GPTJConfig.from_pretrained(checkpoint, revision=revision))
         config = GPTJConfig.from_pretrained(
             checkpoint, revision=revision, **{**settings.model.config, **head}

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from gptj.adapters.config import LoRAConfig
 from gptj.config import ALIASES, PRESETS, GPTJConfig
 from gptj.storage.addresses import normalized
 
@@ -157,6 +158,28 @@ class DeepSpeedSettings(Section):
         if self.offload_optimizer and self.stage < 1:
             raise ValueError("offload_optimizer needs stage=1 or more, got stage=0")
         return self
+
+
+class AdapterSettings(Section):
+    """LoRA: frozen weights, and small matrices that are trained beside them (gptj.adapters).
+
+    A classifier's or a question answerer's head is trained as a whole.
+    """
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16  # what is trained counts alpha / rank times
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or k_proj, out_proj, fc_in, fc_out
+    rslora: bool = False  # alpha / sqrt(rank) times instead
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterSettings:
+        self.lora()
+        return self
+
+    def lora(self, heads: tuple[str, ...] = ()) -> LoRAConfig:
+        """For a model of which these heads are trained too. ValueError for unknown modules."""
+        return LoRAConfig(**self.model_dump(), modules_to_save=heads)
 
 
 class WorkerSettings(Section):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -17,6 +18,7 @@ from gptj import storage
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import AddressError, absolute
 from gptj.training.sections import (
+    AdapterSettings,
     Address,
     DataSettings,
     DeepSpeedSettings,
@@ -51,6 +53,7 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
+    adapter: AdapterSettings | None = None  # None: all weights are trained; {}: with its defaults
     optimizer: OptimizerSettings = OptimizerSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     workers: WorkerSettings = WorkerSettings()
@@ -81,6 +84,8 @@ class Settings(Section):
                     f"data.columns.{name}: task={self.task} has no such column; it has "
                     f"{', '.join(self.task_definition.columns)}"
                 )
+        if self.adapter is not None and not self.model.checkpoint:
+            raise ValueError("adapter: a new model has no weights to be kept: set model.checkpoint")
         for key, needed, wrong in self._without_effect():
             if key in _set_keys(self):
                 raise ValueError(f"{key} has no effect {wrong}: leave it out, or {needed}")
@@ -288,7 +293,8 @@ def _explain(error: ValidationError) -> str:
 def _names(path: Sequence[str | int]) -> list[str]:
     section: Any = Settings
     for name in path:
-        section = section.model_fields[name].annotation
+        annotation = section.model_fields[name].annotation
+        section = next((each for each in get_args(annotation) if each is not NoneType), annotation)
     return list(section.model_fields)
 
 

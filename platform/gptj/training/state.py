@@ -3,7 +3,8 @@
 A folder that all ranks write together, each its own files: DeepSpeed's shard of weights and
 optimizer (`zero/…`), the state of its random generators, and a manifest of these; rank 0 adds
 `progress.json` with the step, the settings, the data's fingerprints and the measurements so far.
-The position in the data follows from the step.
+The position in the data follows from the step. Frozen weights are not in it: they are read from
+where they came from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from gptj import storage
+from gptj.adapters.base import Base
 from gptj.checkpoints.checkpoint import TRAINING
 from gptj.checkpoints.manifest import CheckpointError, Manifest, describe, read_verified, verify
 from gptj.serialization.json_object import to_json
@@ -39,6 +41,7 @@ class Progress:
     world_size: int = 1  # ranks that wrote the checkpoint
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
+    base: dict[str, Any] | None = None  # the model under an adapter, as it was at the beginning
     # Logged points, by step; in a file a number that is not finite becomes None.
     history: list[dict[str, float | None]] = field(default_factory=list)
     unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
@@ -47,7 +50,7 @@ class Progress:
 def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:
     """Write this rank's part into an empty local folder; all ranks call it together."""
     (folder / TAG).mkdir(parents=True)
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     random = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
@@ -122,7 +125,7 @@ def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress
 
     Raises:
         SettingsError: if the settings would change what the run computes.
-        CheckpointError: if the checkpoint is damaged.
+        CheckpointError: if the checkpoint is damaged, or the model under its adapter is another.
     """
     progress = read_progress(address)
     if progress.world_size != world_size:
@@ -135,6 +138,9 @@ def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress
             f"the run {settings.run!r} would go on from {address} with other settings: "
             f"{'; '.join(different)}. Set them back, or choose another run="
         )
+    if progress.base is not None:
+        before = Base(**progress.base)
+        before.check(address, Base.at(before.address, before.revision))
     return progress
 
 
@@ -191,7 +197,8 @@ def load_state(engine: Any, address: str, folder: Path, rank: int, world_size: i
     storage.download_folder(address, folder, needed)
     for name, record in describe(str(folder), needed).files.items():
         needed[name].check_content(name, record.size, record.sha256)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=whole)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found no state in {address}/{TAG}")
     random = torch.load(folder / _random_name(rank), weights_only=True)
