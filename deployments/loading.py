@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from gptj import GPTJTokenizer, storage
+from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.checkpoint import TRAINING, check_complete, load_config, training_data
 from gptj.checkpoints.hub import locate
 from gptj.checkpoints.manifest import Manifest, read_verified
@@ -37,7 +38,8 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    # A folder, an s3:// address or a hub id.
+    # A folder, an s3:// address or a hub id; of a model, or of an adapter, which is merged into its
+    # base in memory.
     checkpoint: Annotated[str, AfterValidator(normalized)]
     revision: str | None = None  # of a hub id
     # auto: float16 on a GPU; on a CPU bfloat16 where it computes in it (AMX, AVX512-BF16), or
@@ -121,6 +123,7 @@ def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
         revision=arguments.revision,
         verify=arguments.verify,
     )
+    merge_lora(model)  # an adapter's, where the address is one's
     return model, tokenizer
 
 

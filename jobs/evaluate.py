@@ -42,38 +42,28 @@ from torch import nn
 from yaml import YAMLError
 
 from gptj import storage
-from gptj.checkpoints.checkpoint import HEAD_CLASSES, TRAINING, load_config, training_data
+from gptj.checkpoints.checkpoint import TRAINING, load_config, training_data
 from gptj.checkpoints.hub import locate
 from gptj.checkpoints.manifest import Manifest, read_verified
 from gptj.config import GPTJConfig, parse_dtype
-from gptj.data.causal_lm import CausalLMData
-from gptj.data.classification import ClassificationData, LabelSet
-from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
-from gptj.model import (
-    GPTJForCausalLM,
-    GPTJForQuestionAnswering,
-    GPTJForSequenceClassification,
-    GPTJPreTrainedModel,
-)
+from gptj.model import GPTJPreTrainedModel
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
-from gptj.training.evaluation import evaluate, unigram_perplexity
-from gptj.training.settings import COLUMNS, DataSettings, Delimiter, Task
-from gptj.training.task import HEADS
+from gptj.training.evaluation import evaluate
+from gptj.training.sections import DataSettings, Delimiter
+from gptj.training.tasks import TASKS, AnyTask
+from gptj.training.tasks.causal_lm import unigram_perplexity
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
-
-TASKS: dict[str, Task] = {cls.__name__: task for task, cls in HEADS.items()}
 
 logger = logging.getLogger("evaluate")
 
 Positive = Annotated[int, Field(ge=1)]
 DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
-Data = CausalLMData | ClassificationData | QuestionAnsweringData
 
 
 class Settings(BaseModel):
@@ -146,21 +136,23 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
         )
     device = torch.device(settings.device or ("cuda" if on_gpu else "cpu"))
     config = load_config(settings.checkpoint, revision=settings.revision)
-    head = head_class(config, settings.checkpoint)
+    task = task_of(config, settings.checkpoint)
     tokenizer = GPTJTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)
-    data = make_data(settings, head, config, tokenizer)
+    data = make_data(settings, task, config, tokenizer)
     result: dict[str, float | int | str] = {
         "checkpoint": settings.checkpoint,
         "data": settings.data,
         "examples": len(data),
     }
     if settings.unigram is not None:
-        if not isinstance(data, CausalLMData):
-            raise ValueError(f"unigram={settings.unigram} is for language models, not {head}")
-        rows = data_rows(settings, settings.unigram, "causal-lm")
-        train = CausalLMData(rows, tokenizer, data.sequence_length)
+        if task.name != "causal-lm":
+            raise ValueError(
+                f"unigram={settings.unigram} is for causal-lm models, not {task.head.__name__}"
+            )
+        rows = data_rows(settings, settings.unigram, task)
+        train = task.read(rows, tokenizer, DataSettings(sequence_length=data.sequence_length))
         result["unigram_perplexity"] = unigram_perplexity(train, data)
-    model = HEAD_CLASSES[head].from_pretrained(
+    model = task.head.from_pretrained(
         settings.checkpoint,
         dtype=parse_dtype(settings.dtype),
         device=device,
@@ -168,7 +160,7 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
     )
     report_progress(model, math.ceil(len(data) / settings.batch_size))
     started = time.monotonic()
-    metrics = evaluate(model, data, batch_size=settings.batch_size, device=device)
+    metrics = evaluate(task, model, data, batch_size=settings.batch_size, device=device)
     if bad := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
         raise ValueError(
             f"{', '.join(bad)}: the weights are damaged, or too large for {model.dtype}; "
@@ -177,20 +169,22 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
     return {**result, **metrics, "seconds": round(time.monotonic() - started, 3)}
 
 
-def head_class(config: GPTJConfig, checkpoint: str) -> str:
-    """The name of the model's class; ValueError if it is none that can be measured."""
-    known = [name for name in HEAD_CLASSES if name.startswith("GPTJFor")]
+def task_of(config: GPTJConfig, checkpoint: str) -> AnyTask:
+    """The task of the model's head; ValueError if there is none."""
+    heads = {task.head.__name__: task for task in TASKS.values()}
     for name in config.architectures or []:
-        if name in known:
-            return name
+        if name in heads:
+            return heads[name]
     raise ValueError(
         f"{checkpoint}: config.json has architectures={config.architectures}, which must name "
-        f"one of {', '.join(known)}"
+        f"one of {', '.join(heads)}"
     )
 
 
-def make_data(settings: Settings, head: str, config: GPTJConfig, tokenizer: GPTJTokenizer) -> Data:
-    """The data set of the head's task, cut as in training unless the settings say otherwise."""
+def make_data(
+    settings: Settings, task: AnyTask, config: GPTJConfig, tokenizer: GPTJTokenizer
+) -> Any:
+    """The task's data set, cut as in training unless the settings say otherwise."""
     training = training_settings(settings)
     length = settings.sequence_length or training.get("sequence_length", config.n_positions)
     if length > config.n_positions:
@@ -202,37 +196,34 @@ def make_data(settings: Settings, head: str, config: GPTJConfig, tokenizer: GPTJ
             f"{settings.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
             f"vocab_size is {config.vocab_size}"
         )
+    for other in TASKS.values():
+        for key in set(other.own_settings) - set(task.own_settings):
+            if (value := getattr(settings, key, None)) is not None:
+                raise ValueError(
+                    f"{key}={value} is for {other.name} models, not {task.head.__name__}"
+                )
     logger.info("reading %s", settings.data)
-    rows = islice(data_rows(settings, settings.data, TASKS[head]), settings.limit)
-    if head == GPTJForQuestionAnswering.__name__:
-        stride = settings.stride
-        if stride is None:
-            stride = training.get("stride", min(DEFAULT_STRIDE, length // 4))
-        return QuestionAnsweringData(rows, tokenizer, length, stride)
-    if settings.stride is not None:
-        raise ValueError(f"stride={settings.stride} is for question answering, not {head}")
-    if head == GPTJForSequenceClassification.__name__:
-        labels = LabelSet.of(config)
-        written = settings.label_names or training.get("label_names")
-        if isinstance(written, dict):
-            labels = labels.translated(written)
-        data = ClassificationData(rows, tokenizer, length, labels)
-        logger.info("%s", data.summary())
-        return data
-    if settings.label_names is not None:
-        raise ValueError(f"label_names={settings.label_names} is for classifiers, not {head}")
-    assert head == GPTJForCausalLM.__name__
-    return CausalLMData(rows, tokenizer, length)
+    stride = settings.stride
+    if stride is None:
+        stride = training.get("stride", min(DEFAULT_STRIDE, length // 4))
+    labels = task.labels_of(config)
+    written = settings.label_names or training.get("label_names")
+    if labels is not None and isinstance(written, dict):
+        labels = labels.translated(written)
+    rows = islice(data_rows(settings, settings.data, task), settings.limit)
+    data = task.read(rows, tokenizer, DataSettings(sequence_length=length, stride=stride), labels)
+    logger.info("%s", data.summary())
+    return data
 
 
-def data_rows(settings: Settings, address: str, task: Task) -> Iterator[Row]:
+def data_rows(settings: Settings, address: str, task: AnyTask) -> Iterator[Row]:
     """The rows at an address, with the columns of a task."""
-    if unknown := settings.columns.keys() - set(COLUMNS[task]):
+    if unknown := settings.columns.keys() - set(task.columns):
         raise ValueError(
-            f"columns.{min(unknown)}: there is no such column; a {task} model reads "
-            f"{', '.join(COLUMNS[task])}"
+            f"columns.{min(unknown)}: there is no such column; a {task.name} model reads "
+            f"{', '.join(task.columns)}"
         )
-    return read_rows(address, COLUMNS[task], settings.columns, delimiter=settings.delimiter)
+    return read_rows(address, task.columns, settings.columns, delimiter=settings.delimiter)
 
 
 def training_settings(settings: Settings) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
-from gptj.data.classification import ClassificationData
+from gptj.storage.scratch import shared_scratch_folder
+from gptj.training.dataset import node_data
 from gptj.training.failures import UnrecoverableError, unrecoverable
 from gptj.training.loop import Worker, train
+from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     check_goes_on,
@@ -43,7 +46,7 @@ from gptj.training.state import (
     latest_checkpoint,
     upload_state,
 )
-from gptj.training.task import make_config, make_data, prepare_tokenizer
+from gptj.training.tokenizer import prepare_tokenizer
 from jobs.training_metrics import TrainingMetrics, count_failure
 
 logger = logging.getLogger("finetune")
@@ -59,18 +62,33 @@ def main() -> None:
             return
         ray.init(logging_level=logging.WARNING)
         on_gpu = check_workers(settings)
-        check_inputs(settings)
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
+    submission = uuid.uuid4().hex
+    with shared_scratch_folder(f"data-{submission}") as shared:
+        fine_tune(settings, on_gpu, submission, shared)
+    print(f"The model is complete: {settings.model_folder}", flush=True)
+
+
+def fine_tune(settings: Settings, on_gpu: bool, submission: str, shared: Path) -> None:
+    """Check the inputs and train. SystemExit with what is wrong.
+
+    Args:
+        submission: names `shared`, the folder with the tokenized data that workers on this node
+            read as well.
+    """
     try:
-        # Ray's own list of checkpoints, of which we have deleted old ones; we go on from what is
-        # complete in the run's folder.
+        check_inputs(settings, shared)
+        # Ray's own list of checkpoints, of which we have deleted old ones; the run resumes from
+        # what is complete in its folder.
         storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
-        build_trainer(settings, on_gpu).fit()
+    except (ValueError, OSError, UnrecoverableError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        build_trainer(settings, on_gpu, submission).fit()
     except TrainingFailedError as error:
         count_failure(settings.run)
         sys.exit(f"error: {explained(error, settings)}")
-    print(f"The model is complete: {settings.model_folder}", flush=True)
 
 
 def explained(error: TrainingFailedError, settings: Settings) -> str:
@@ -136,7 +154,7 @@ def check_workers(settings: Settings) -> bool:
     return on_gpu
 
 
-def check_inputs(settings: Settings) -> None:
+def check_inputs(settings: Settings, shared: Path) -> None:
     """Find out now, and not after hours, what is wrong with storage, data or settings."""
     storage.check_writable(settings.folder)
     storage.delete_unfinished(settings.folder)
@@ -145,21 +163,24 @@ def check_inputs(settings: Settings) -> None:
         progress = check_goes_on(settings, checkpoint, settings.workers.count)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
-    data = make_data(settings, tokenizer)
+    data = node_data(settings, tokenizer, shared)
     if checkpoint is not None:
         check_same_data(settings, checkpoint, progress, data.fingerprints)
     for name, each in (("training", data.train), ("evaluation", data.evaluation)):
-        if isinstance(each, ClassificationData):
+        if each is not None:
             logger.info("%s data: %s", name, each.summary())
     settings.total_steps(len(data.train))
-    make_config(settings, tokenizer, data.train)
+    make_config(settings, tokenizer, data.train.labels)
 
 
-def build_trainer(settings: Settings, on_gpu: bool) -> TorchTrainer:
+def build_trainer(settings: Settings, on_gpu: bool, submission: str) -> TorchTrainer:
     filesystem, path = storage.arrow_filesystem(settings.storage)
     return TorchTrainer(
         work,
-        train_loop_config={"settings": settings.model_dump(exclude_unset=True)},
+        train_loop_config={
+            "settings": settings.model_dump(exclude_unset=True),
+            "submission": submission,
+        },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.workers.count,
@@ -187,7 +208,7 @@ def work(config: dict[str, Any]) -> None:
     def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
         """Through our storage, which bounds the time, tries again and compares checksums."""
         address = storage.join(settings.folder, name)
-        upload_state(Path(checkpoint.path), address, worker.rank, worker.world)
+        upload_state(Path(checkpoint.path), address, worker.rank, worker.world_size)
         filesystem, path = storage.arrow_filesystem(address)
         return Checkpoint(path, filesystem)
 
@@ -202,10 +223,11 @@ def work(config: dict[str, Any]) -> None:
     metrics = TrainingMetrics(settings.run)
     worker = Worker(
         rank=context.get_world_rank(),
-        world=context.get_world_size(),
+        world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
         report=report,
         watch=metrics.point,
+        submission=config["submission"],
     )
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)

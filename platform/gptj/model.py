@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from gptj.outputs import (
     QuestionAnsweringOutput,
     SequenceClassifierOutput,
 )
+
+if TYPE_CHECKING:
+    from gptj.adapters.config import LoRAConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class GPTJPreTrainedModel(nn.Module):
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter: LoRAConfig | None = None  # of one that is not merged: gptj.adapters.lora
 
     @classmethod
     def from_pretrained(
@@ -65,6 +69,8 @@ class GPTJPreTrainedModel(nn.Module):
         **overrides: Any,
     ) -> Model:
         """Load a model folder, an `s3://` address or a hub id such as `EleutherAI/gpt-j-6B`.
+
+        Of an adapter's folder, its base model with the adapter in it (gptj.adapters.loading).
 
         Weights go straight into `dtype` on `device`: no second copy of the model is made. The
         model comes back in evaluation mode.

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from tokenizers import processors as post_processors
 
 from gptj import storage
+from gptj.adapters.base import ADAPTER_CONFIG, BASE, Base, is_adapter
 from gptj.checkpoints.hub import locate
 from gptj.checkpoints.manifest import MANIFEST, Manifest, read_verified
 from gptj.serialization.json_object import parse_object
@@ -98,10 +99,12 @@ class GPTJTokenizer:
     def from_pretrained(cls, address: str | Path, *, revision: str | None = None) -> GPTJTokenizer:
         """From a folder, an `s3://` address or a hub id: tokenizer.json, or vocab and merges.
 
+        An adapter without a tokenizer has its base's.
+
         Raises NoTokenizerError (a FileNotFoundError) if neither is there, ValueError if a file
         cannot be read or is not what the folder's manifest says.
         """
-        patterns = (*TOKENIZER_FILES, MANIFEST)
+        patterns = (*TOKENIZER_FILES, ADAPTER_CONFIG, BASE, MANIFEST)
         folder = locate(address, revision=revision, patterns=patterns)
         files = _read_files(folder)
         special_map = _json_object(folder, files, "special_tokens_map.json")
@@ -125,6 +128,9 @@ class GPTJTokenizer:
                     f"{storage.join(folder, 'added_tokens.json')} must map tokens to their ids"
                 )
             _add_tokens(tokenizer, added, special=False)
+        elif is_adapter(folder, manifest := Manifest.read(folder)):
+            base = Base.of(folder, manifest)
+            return cls.from_pretrained(base.address, revision=base.revision)
         else:
             raise NoTokenizerError(
                 f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt"

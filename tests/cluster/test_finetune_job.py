@@ -115,7 +115,7 @@ def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
     kill_a_worker(node)
     output, _ = disturbed.communicate(timeout=240)
     assert disturbed.returncode == 0, output[-4000:]
-    resumed = re.search(r"going on after step (\d+) of 24", output)
+    resumed = re.search(r"resuming after step (\d+) of 24", output)
     assert resumed is not None and 4 <= int(resumed[1]) < 24, output[-4000:]
     expected = losses("undisturbed")
     assert sorted(expected) == list(range(1, 25))
@@ -150,7 +150,7 @@ def test_a_killed_jobs_run_goes_on_when_it_is_submitted_again(cluster: dict[str,
     first.wait()
     done = direct(cluster, *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on after step" in done.stdout + done.stderr
+    assert "resuming after step" in done.stdout + done.stderr
     assert sorted(losses("again")) == list(range(10, 41, 10))
 
 

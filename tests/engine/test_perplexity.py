@@ -15,6 +15,7 @@ from gptj.data.causal_lm import CausalLMData
 from gptj.data.sources import read_rows
 from gptj.engine.runners.cpu import library
 from gptj.training.evaluation import evaluate
+from gptj.training.tasks import TASKS
 from gptj_bench.__main__ import main
 
 TRAIN, TEXT = "sample://documentation", "sample://documentation/evaluation"
@@ -60,7 +61,7 @@ def test_number_formats_cost_less_than_half_a_percent(
     folder = str(tmp_path / "model")
     data = trained(folder)
     model = GPTJForCausalLM.from_pretrained(folder).eval()
-    expected = evaluate(model, data, batch_size=8, device="cpu")["perplexity"]
+    expected = evaluate(TASKS["causal-lm"], model, data, batch_size=8, device="cpu")["perplexity"]
     assert expected < 100, "it has learned nothing: of no use to compare formats with"
 
     main(["perplexity", f"--model={folder}", f"--data={TEXT}"])

@@ -19,15 +19,17 @@ from models import matrix_parameters
 from gptj import GPTJConfig, GPTJForCausalLM, storage
 from gptj.data.batches import BatchOrder
 from gptj.training import loop
+from gptj.training.dataset import make_data
 from gptj.training.deepspeed_config import (
     deepspeed_config,
     learning_rate_share,
     parameter_groups,
 )
 from gptj.training.loop import Worker, train
+from gptj.training.model_config import make_config
 from gptj.training.settings import Settings
 from gptj.training.state import upload_state
-from gptj.training.task import make_config, make_data, prepare_tokenizer
+from gptj.training.tokenizer import prepare_tokenizer
 from gptj_bench.decode import random_model
 
 # Of the losses beside the CPU's in fp32. fp16 begins with steps that its loss scale lets go.
@@ -108,7 +110,7 @@ def _settings(
 def on_the_cpu(settings: Settings) -> list[float]:
     """Losses of a plain loop in fp32, each global batch as a whole."""
     data = make_data(settings, prepare_tokenizer(settings)).train
-    config = make_config(settings, prepare_tokenizer(settings), data)
+    config = make_config(settings, prepare_tokenizer(settings), data.labels)
     torch.manual_seed(settings.seed)
     model = GPTJForCausalLM(config).train()
     total = settings.total_steps(len(data))
@@ -124,7 +126,7 @@ def on_the_cpu(settings: Settings) -> list[float]:
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = wishes.learning_rate * learning_rate_share(wishes, step, total)
-        batch = data.collate([data[i] for i in order.indices(step)])  # type: ignore[misc]
+        batch = data.collate([data[i] for i in order.indices(step)])
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), wishes.gradient_clipping)

@@ -18,6 +18,10 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.adapters.base import Base
+from gptj.adapters.config import TARGET_MODULES, LoRAConfig
+from gptj.adapters.folder import save_adapter_folder
+from gptj.adapters.lora import adapter_parameters, add_lora
 from gptj.checkpoints import checkpoint
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SINGLE_FILE, TensorSpec
@@ -37,7 +41,7 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
-import gptj.interop.exporter, gptj.interop.importer
+import gptj.adapters.merging, gptj.interop.exporter, gptj.interop.importer
 for words in json.loads(sys.argv[1]):
     reset()
     before, sys.argv = peak(), words
@@ -137,6 +141,19 @@ def write_source(kind: str, folder: Path, n_embd: int, n_layer: int) -> list[Ten
     return specs
 
 
+def write_adapter(folder: Path, base: Path) -> None:
+    """One of all layers, of zeros."""
+    with without_weights():
+        model = GPTJForCausalLM(GPTJConfig.from_pretrained(base))
+        add_lora(model, LoRAConfig(8, target_modules=TARGET_MODULES))
+    shapes = {name: tuple(p.shape) for name, p in adapter_parameters(model).items()}
+    specs = [TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()]
+    zeros = (torch.zeros(spec.shape) for spec in specs)
+    assert model.adapter is not None
+    config = checkpoint.config_of(model)
+    save_adapter_folder(folder, config, model.adapter, specs, zeros, base=Base(str(base)))
+
+
 @pytest.mark.slow
 def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
     """At most three times the largest tensor and 500 MB, everything counted."""
@@ -151,7 +168,9 @@ def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_format_goes_in_and_out_tensor_by_tensor(tmp_path: Path) -> None:
+def test_every_format_goes_in_and_out_and_an_adapter_into_one_tensor_by_tensor(
+    tmp_path: Path,
+) -> None:
     """What a job adds to the programs that it needs; 50 MB are for reading a file's contents."""
     # The first job loads what all of them need, PyTorch's own for pickles included, and does not
     # count.
@@ -165,6 +184,9 @@ def test_every_format_goes_in_and_out_tensor_by_tensor(tmp_path: Path) -> None:
     for format in ("huggingface", "flax", "tensorflow"):
         words = [str(tmp_path / "safetensors"), str(tmp_path / f"out-{format}")]
         jobs.append(["export_weights.py", *words, "--format", format])
+    write_adapter(tmp_path / "adapter", tmp_path / "safetensors")
+    words = [str(tmp_path / name) for name in ("safetensors", "adapter", "merged")]
+    jobs.append(["merge_adapter.py", *words, "--dtype", "float32"])
     total, largest = sum(spec.size for spec in specs), max(spec.size for spec in specs)
     budget = 3 * largest + 50 * MB
     assert total > 3 * budget

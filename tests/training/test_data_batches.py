@@ -36,10 +36,10 @@ def test_the_order_is_numpys_by_seed_and_epoch() -> None:
     assert BatchOrder(8, 8, seed=6).indices(0) != order.indices(0) != order.indices(1)
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, 12), (1, 1), (2, 3), (3, 4), (4, 1)])
-def test_ranks_share_a_batch_without_rest_or_overlap(world: int, micro_batch: int) -> None:
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 12), (1, 1), (2, 3), (3, 4), (4, 1)])
+def test_ranks_share_a_batch_without_rest_or_overlap(world_size: int, micro_batch: int) -> None:
     batch = BatchOrder(50, 12, seed=1).indices(3)
-    parts = [share(batch, rank, world, micro_batch) for rank in range(world)]
+    parts = [share(batch, rank, world_size, micro_batch) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     assert {len(micro) for part in parts for micro in part} == {micro_batch}
     assert [index for part in parts for micro in part for index in micro] == batch
@@ -48,7 +48,7 @@ def test_ranks_share_a_batch_without_rest_or_overlap(world: int, micro_batch: in
 def test_what_does_not_divide_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"10 examples .* 4 on 2 ranks; remedy: a multiple of 8"):
         share(range(10), 0, 2, 4)
-    with pytest.raises(ValueError, match="rank=2, world=2"):
+    with pytest.raises(ValueError, match="rank=2, world_size=2"):
         share(range(8), 2, 2, 4)
 
 

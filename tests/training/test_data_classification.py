@@ -17,7 +17,7 @@ from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.examples import TOKENIZED_AT_ONCE
 from gptj.data.labels import read_labels
 from gptj.data.sources import DataError, Row, read_rows
-from gptj.training.settings import COLUMNS
+from gptj.training.tasks import TASKS
 
 TEXTS = [
     "good and fine",
@@ -189,7 +189,9 @@ def test_the_model_takes_a_batch_and_sees_no_padding(
 
 def test_sst2_has_two_labels(tokenizer: GPTJTokenizer, shared_data: Path) -> None:
     data = ClassificationData(
-        read_rows(str(shared_data / "sst2_dev.jsonl"), COLUMNS["classification"]), tokenizer, 64
+        read_rows(str(shared_data / "sst2_dev.jsonl"), TASKS["classification"].columns),
+        tokenizer,
+        64,
     )
     assert data.labels.names == ("negative", "positive")
     assert 0.4 < data.targets.mean() < 0.6
@@ -256,7 +258,7 @@ def test_labels_of_digits_are_names_in_every_file(tmp_path: Path, tokenizer: GPT
     )
 
     def read(name: str, labels: LabelSet | None = None) -> ClassificationData:
-        found = read_rows(str(tmp_path / name), COLUMNS["classification"])
+        found = read_rows(str(tmp_path / name), TASKS["classification"].columns)
         return ClassificationData(found, tokenizer, 32, labels)
 
     train = read("train.csv")

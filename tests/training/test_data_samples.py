@@ -8,14 +8,14 @@ import json
 import pytest
 
 from gptj.data.sources import Row, read_rows
-from gptj.training.settings import COLUMNS
+from gptj.training.tasks import TASKS
 
 
 def rows(address: str) -> list[Row]:
     task = {"documentation": "causal-lm", "reviews": "classification"}.get(
         address.partition("/")[0], "question-answering"
     )
-    return list(read_rows(f"sample://{address}", COLUMNS[task]))
+    return list(read_rows(f"sample://{address}", TASKS[task].columns))
 
 
 @pytest.mark.parametrize("name", ["documentation", "reviews", "questions"])

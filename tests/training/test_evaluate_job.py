@@ -26,8 +26,9 @@ from gptj.checkpoints.checkpoint import save_model
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.sources import read_rows
-from gptj.training.evaluation import evaluate, unigram_perplexity
-from gptj.training.settings import COLUMNS
+from gptj.training.evaluation import evaluate
+from gptj.training.tasks import TASKS
+from gptj.training.tasks.causal_lm import unigram_perplexity
 from gptj_local.s3 import LocalS3
 from jobs.evaluate import measure, read_settings
 
@@ -77,7 +78,7 @@ def test_the_command_prints_one_json_object(tokenizer: GPTJTokenizer, tmp_path: 
     found = json.loads(line)
     expected = CausalLMData(read_rows(data, ["text"], {"text": "body"}), tokenizer, 64)
     model = GPTJForCausalLM.from_pretrained(checkpoint)
-    metrics = evaluate(model, expected, batch_size=4, device=model.device)
+    metrics = evaluate(TASKS["causal-lm"], model, expected, batch_size=4, device=model.device)
     assert found.pop("seconds") > 0
     assert (found.pop("checkpoint"), found.pop("data")) == (checkpoint, data)
     assert found == pytest.approx(
@@ -132,7 +133,7 @@ def test_data_are_cut_as_in_training_unless_told_otherwise(
     def windows(length: int, stride: int) -> int:
         return len(
             QuestionAnsweringData(
-                read_rows(squad, COLUMNS["question-answering"]), tokenizer, length, stride
+                read_rows(squad, TASKS["question-answering"].columns), tokenizer, length, stride
             )
         )
 
@@ -186,14 +187,17 @@ def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> No
     ("words", "message"),
     [
         (["sequence_length=65"], "sequence_length=65 is beyond the model's n_positions=64"),
-        (["stride=3"], "stride=3 is for question answering, not GPTJForCausalLM"),
+        (["stride=3"], "stride=3 is for question-answering models, not GPTJForCausalLM"),
         (["dtype=int8"], "dtype must be a floating-point type such as float16, got 'int8'"),
         (["columns.text=body"], "no column 'body' .*there are 'text'; remedy: data.columns.text="),
         (
             ["data.columns.label=x"],
             "columns.label: there is no such column; a causal-lm model reads",
         ),
-        (["label_names={1: a}"], "label_names={'1': 'a'} is for classifiers, not GPTJForCausalLM"),
+        (
+            ["label_names={1: a}"],
+            "label_names={'1': 'a'} is for classification models, not GPTJForCausalLM",
+        ),
         (["data.delimiter=;"], "data.delimiter=';' is for CSV"),
         (["revision=main"], "only hub ids have revisions"),
     ],
@@ -217,7 +221,7 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
     classifier = saved(GPTJForSequenceClassification, tokenizer, tmp_path / "c")
     with pytest.raises(ValueError, match=r"row 1, column 'label': 'b' is not one of .* LABEL_0"):
         measure(read_settings([classifier, data]))
-    with pytest.raises(ValueError, match=r"unigram=.* is for language models"):
+    with pytest.raises(ValueError, match=r"unigram=.* is for causal-lm models"):
         labelled = written(tmp_path / "l.jsonl", [{"text": "a", "label": 1}])
         measure(read_settings([classifier, labelled, f"unigram={data}"]))
     with pytest.raises(FileNotFoundError, match="no existing folder"):

@@ -25,18 +25,15 @@ from gptj.data.classification import ClassificationData
 from gptj.data.question_answering import QuestionAnsweringData, best_spans
 from gptj.data.sources import Row, read_rows
 from gptj.data.words import Words
-from gptj.training.evaluation import (
+from gptj.training.evaluation import collect, evaluate, metrics
+from gptj.training.tasks import TASKS, AnyTask, Part
+from gptj.training.tasks.causal_lm import unigram_perplexity
+from gptj.training.tasks.question_answering import (
     MAX_ANSWER_TOKENS,
     Answer,
-    Part,
-    collect,
-    evaluate,
     exact_match,
-    metrics,
     overlap_f1,
-    unigram_perplexity,
 )
-from gptj.training.settings import COLUMNS
 
 TEXTS = [
     f"the {noun} is {word}" for noun in ("cat", "dog", "house") for word in ("old", "new", "so")
@@ -85,6 +82,15 @@ def model(cls: type[Any], tokenizer: GPTJTokenizer, **fields: Any) -> Any:
     return cls(config)
 
 
+def task_of(data: Any) -> AnyTask:
+    names = {
+        CausalLMData: "causal-lm",
+        ClassificationData: "classification",
+        QuestionAnsweringData: "question-answering",
+    }
+    return TASKS[names[type(data)]]
+
+
 def case(name: str, tokenizer: GPTJTokenizer) -> tuple[Any, Any]:
     """A model and data of each kind."""
     if name == "causal-lm":
@@ -107,22 +113,32 @@ CASES = ["causal-lm", "single-label", "multi-label", "regression", "question-ans
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_several_ranks_measure_what_one_does(
-    name: str, world: int, tokenizer: GPTJTokenizer
+    name: str, world_size: int, tokenizer: GPTJTokenizer
 ) -> None:
     head, data = case(name, tokenizer)
-    alone = evaluate(head, data, batch_size=4, device="cpu")
+    alone = evaluate(task_of(data), head, data, batch_size=4, device="cpu")
     calls = []
     head.register_forward_hook(lambda *_: calls.append(1))
     parts, calls_of_rank = [], []
-    for rank in range(world):
-        parts.append(collect(head, data, batch_size=3, device="cpu", rank=rank, world=world))
+    for rank in range(world_size):
+        parts.append(
+            collect(
+                task_of(data),
+                head,
+                data,
+                batch_size=3,
+                device="cpu",
+                rank=rank,
+                world_size=world_size,
+            )
+        )
         calls_of_rank.append(len(calls))
         calls.clear()
     gathered = pickle.loads(pickle.dumps(parts))
     # Batches are composed differently, which changes the order of summation in the model.
-    assert metrics(data, gathered) == pytest.approx(alone, rel=1e-5)
+    assert metrics(task_of(data), data, gathered) == pytest.approx(alone, rel=1e-5)
     assert len(set(calls_of_rank)) == 1  # ZeRO-3 waits for ever otherwise
 
 
@@ -141,7 +157,7 @@ def test_the_loss_is_the_mean_over_all_items(name: str, tokenizer: GPTJTokenizer
             total += float(head.eval()(**unpadded).loss) * data.count_items(batch)
         items += data.count_items(batch)
     expected = total / items
-    found = evaluate(head, data, batch_size=len(data) - 1, device="cpu")
+    found = evaluate(task_of(data), head, data, batch_size=len(data) - 1, device="cpu")
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     if name == "causal-lm":
         assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -153,20 +169,22 @@ def test_a_device_gives_the_numbers_of_the_cpu(
 ) -> None:
     for name in CASES:
         head, data = case(name, tokenizer)
-        expected = evaluate(head, data, batch_size=3, device="cpu")
-        found = evaluate(head.to(device), data, batch_size=3, device=device)
+        expected = evaluate(task_of(data), head, data, batch_size=3, device="cpu")
+        found = evaluate(task_of(data), head.to(device), data, batch_size=3, device=device)
         assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_model_is_left_as_it_was(tokenizer: GPTJTokenizer) -> None:
     head, data = case("causal-lm", tokenizer)
     head.transformer.drop.p = 0.5
-    results = [evaluate(head.train(), data, batch_size=4, device="cpu") for _ in range(2)]
+    results = [
+        evaluate(task_of(data), head.train(), data, batch_size=4, device="cpu") for _ in range(2)
+    ]
     assert results[0] == results[1]  # no dropout
     assert head.training
     assert all(parameter.grad is None for parameter in head.parameters())
     head.eval()
-    evaluate(head, data, batch_size=4, device="cpu")
+    evaluate(task_of(data), head, data, batch_size=4, device="cpu")
     assert not head.training
 
 
@@ -185,7 +203,7 @@ def test_single_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokeniz
         precision = hits / max(1, sum(p == number for p, _ in pairs))
         recall = hits / max(1, sum(t == number for _, t in pairs))
         scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
-    found = metrics(data, [part(logits.tolist())])
+    found = metrics(task_of(data), data, [part(logits.tolist())])
     assert len(scores) == 4  # one class is predicted and never true
     assert found["f1"] == pytest.approx(sum(scores) / 4)
     assert found["accuracy"] == sum(p == t for p, t in zip(predictions, truth, strict=True)) / 60
@@ -195,7 +213,7 @@ def test_single_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokeniz
 def test_multi_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokenizer) -> None:
     data = classification(tokenizer, [["x", "y"], [], ["z"]])
     logits = [[1.0, -1.0, 2.0], [-1.0, -0.1, -3.0], [-1.0, -1.0, 0.1]]
-    found = metrics(data, [part(logits)])
+    found = metrics(task_of(data), data, [part(logits)])
     # Two hits, one false alarm, one miss; the last two rows are right as a whole.
     assert found == pytest.approx({"loss": 2.0, "accuracy": 2 / 3, "f1": 2 * 2 / (2 * 2 + 1 + 1)})
 
@@ -203,17 +221,17 @@ def test_multi_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokenize
 def test_regression_scores_are_numpys(tokenizer: GPTJTokenizer) -> None:
     targets, outputs = [0.5, 1.5, -1.0, 2.0], [0.4, 1.0, -2.0, 0.1]
     data = classification(tokenizer, targets)
-    found = metrics(data, [part([[value] for value in outputs])])
+    found = metrics(task_of(data), data, [part([[value] for value in outputs])])
     assert found["mse"] == pytest.approx(np.mean((np.array(targets) - outputs) ** 2))
     assert found["pearson"] == pytest.approx(np.corrcoef(targets, outputs)[0, 1])
-    constant = metrics(data, [part([[1.0]] * 4)])
+    constant = metrics(task_of(data), data, [part([[1.0]] * 4)])
     assert set(constant) == {"loss", "mse"}  # of a constant there is no correlation
 
 
 def test_an_answer_is_the_best_of_all_windows(tokenizer: GPTJTokenizer) -> None:
     """As the service finds it, in whole words; the reference answer that fits best counts."""
     head, data = case("question-answering", tokenizer)
-    found = evaluate(head, data, batch_size=4, device="cpu")
+    found = evaluate(task_of(data), head, data, batch_size=4, device="cpu")
     exact, f1 = [], []
     for number, question in enumerate(data.questions):
         mine = [i for i in range(len(data)) if data.question_of(i) == number]
@@ -237,16 +255,16 @@ def test_an_answer_is_the_best_of_all_windows(tokenizer: GPTJTokenizer) -> None:
 def test_no_answer_is_right_only_where_there_is_none(tokenizer: GPTJTokenizer) -> None:
     data = questions(tokenizer, answerable=False)
     silent = [Answer(0, 7, logit=0.0, null_logit=1.0) for _ in range(len(data))]
-    assert metrics(data, [part(silent)])["exact_match"] == 1 / 5
+    assert metrics(task_of(data), data, [part(silent)])["exact_match"] == 1 / 5
     # One window that is sure of an answer is enough.
     mine = [i for i in range(len(data)) if data.question_of(i) == 0]
     silent[mine[-1]] = Answer(0, 7, logit=2.0, null_logit=-1.0)
     assert data.questions[0].answers[0] == data.questions[0].context[:7]
-    assert metrics(data, [part(silent)])["exact_match"] == 2 / 5
+    assert metrics(task_of(data), data, [part(silent)])["exact_match"] == 2 / 5
     # Where every question has an answer, silence is none.
     answerable = questions(tokenizer)
     silent = [Answer(0, 7, logit=0.0, null_logit=9.0) for _ in range(len(answerable))]
-    assert metrics(answerable, [part(silent)])["f1"] > 0
+    assert metrics(task_of(answerable), answerable, [part(silent)])["f1"] > 0
 
 
 @pytest.mark.parametrize(
@@ -299,18 +317,18 @@ def test_unigram_perplexity_is_that_of_smoothed_frequencies(tokenizer: GPTJToken
 
 def test_a_part_that_is_missing_is_noticed(tokenizer: GPTJTokenizer) -> None:
     head, data = case("single-label", tokenizer)
-    one = collect(head, data, batch_size=1, device="cpu", rank=0, world=2)
+    one = collect(task_of(data), head, data, batch_size=1, device="cpu", rank=0, world_size=2)
     with pytest.raises(ValueError, match="parts of 3 examples, but there are 5"):
-        metrics(data, [one])
-    with pytest.raises(ValueError, match="world is 2"):
-        evaluate(head, data, batch_size=1, device="cpu", rank=0, world=2)
+        metrics(task_of(data), data, [one])
+    with pytest.raises(ValueError, match="world_size is 2"):
+        evaluate(task_of(data), head, data, batch_size=1, device="cpu", rank=0, world_size=2)
 
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_the_made_up_questions(tokenizer: GPTJTokenizer) -> None:
     """From nothing, in half a minute: what the first run of the product rests on."""
     train, held_out = (
-        list(read_rows(f"sample://questions{end}", COLUMNS["question-answering"]))
+        list(read_rows(f"sample://questions{end}", TASKS["question-answering"].columns))
         for end in ("", "/evaluation")
     )
     texts = [row.text(column) for row in train for column in ("question", "context")]
@@ -327,12 +345,14 @@ def test_a_tiny_model_learns_the_made_up_questions(tokenizer: GPTJTokenizer) -> 
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
     held = QuestionAnsweringData(held_out, tokenizer, 128, 32)
-    assert evaluate(head, held, batch_size=32, device="cpu")["f1"] > 0.9
+    assert evaluate(task_of(held), head, held, batch_size=32, device="cpu")["f1"] > 0.9
 
 
 def test_half_precision_is_measured_too(tokenizer: GPTJTokenizer) -> None:
     for name in CASES:
         head, data = case(name, tokenizer)
-        expected = evaluate(head, data, batch_size=3, device="cpu")["loss"]
-        found = evaluate(head.to(torch.bfloat16), data, batch_size=3, device="cpu")["loss"]
+        expected = evaluate(task_of(data), head, data, batch_size=3, device="cpu")["loss"]
+        found = evaluate(task_of(data), head.to(torch.bfloat16), data, batch_size=3, device="cpu")[
+            "loss"
+        ]
         assert found == pytest.approx(expected, rel=0.05)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from gptj.training.dataset import make_data
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import Progress, check_same_data
-from gptj.training.task import make_data, prepare_tokenizer
+from gptj.training.tokenizer import prepare_tokenizer
 
 ROWS = [{"text": f"text {n}", "label": ["a", "b"][n % 2], "id": n} for n in range(10)]
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,11 @@ from gptj.checkpoints.manifest import CheckpointError
 from gptj.data.batches import BatchOrder
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.training import loop
+from gptj.training.dataset import make_data
 from gptj.training.deepspeed_config import deepspeed_config
 from gptj.training.failures import UnrecoverableError
-from gptj.training.loop import Worker, summed_loss, train
+from gptj.training.loop import Worker, train
+from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
     check_goes_on,
@@ -37,7 +40,8 @@ from gptj.training.state import (
     latest_checkpoint,
     upload_state,
 )
-from gptj.training.task import make_config, make_data, prepare_tokenizer
+from gptj.training.tasks import TASKS, AnyTask
+from gptj.training.tokenizer import prepare_tokenizer
 
 STEPS = 6
 PERSISTENT = 500  # numbers: all of MODEL's vectors, and none of its matrices
@@ -96,20 +100,21 @@ def ended(settings: Settings, rank: int) -> Path:
     return Path(settings.storage, f"{settings.run}.rank-{rank}")
 
 
-def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
-    """A rank's runs; in a folder of its own beside the others', if there is one, as on a node."""
-    with contextlib.suppress(FileNotFoundError):
-        os.chdir(f"../node-{rank}")
+def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> None:
+    """A rank's runs, on a node of its own where there is a folder for one."""
+    if (node := Path(f"../node-{rank}").absolute()).exists():
+        os.chdir(node)
+        tempfile.tempdir = str(node)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank)
     )
-    os.environ["WORLD_SIZE"] = str(world)
+    os.environ["WORLD_SIZE"] = str(world_size)
     torch.set_num_threads(1)
     models: list[Any] = []
     build_model = loop.build_model
     loop.build_model = lambda *arguments: models.append(build_model(*arguments)) or models[-1]
     loop.deepspeed_config = releasing
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     for settings in runs:
 
         def report(
@@ -117,23 +122,23 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
         ) -> None:
             if settings.deepspeed.stage == 3:
                 check_released(models[-1])
-            upload_state(folder, storage.join(settings.folder, name), rank, world)
+            upload_state(folder, storage.join(settings.folder, name), rank, world_size)
             torch.distributed.barrier()
 
         try:
-            train(settings, Worker(rank, world, torch.device("cpu"), report))
+            train(settings, Worker(rank, world_size, torch.device("cpu"), report))
         except (SettingsError, UnrecoverableError) as error:  # of all ranks together
             ended(settings, rank).write_text(str(error))
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(world: int, runs: list[Settings]) -> None:
+def run_ranks(world_size: int, runs: list[Settings]) -> None:
     for settings in runs:
         prepare_tokenizer(settings)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_main, (world, port, runs), nprocs=world)
+    multiprocessing.spawn(rank_main, (world_size, port, runs), nprocs=world_size)
 
 
 def logged(settings: Settings, name: str) -> list[float]:
@@ -160,7 +165,7 @@ def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
     """transformers' model, PyTorch's AdamW in fp32, each global batch as a whole."""
     tokenizer = prepare_tokenizer(settings)
     data = make_data(settings, tokenizer).train
-    config = make_config(settings, tokenizer, data)
+    config = make_config(settings, tokenizer, data.labels)
     torch.manual_seed(settings.seed)
     start = GPTJForCausalLM(config)
     model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**config.to_dict()))
@@ -174,7 +179,7 @@ def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
     for step, rate in enumerate(rates):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = data.collate([data[i] for i in order.indices(step)])  # type: ignore[misc]
+        batch = data.collate([data[i] for i in order.indices(step)])
         loss = model(**batch).loss
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
@@ -429,7 +434,7 @@ def test_training_begins_with_the_checkpoints_weights(
     model = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
     data = make_data(settings, prepare_tokenizer(settings)).train
     indices = BatchOrder(len(data), 8, settings.seed).indices(0)
-    batch = data.collate([data[i] for i in indices])  # type: ignore[misc]
+    batch = data.collate([data[i] for i in indices])
     with torch.no_grad():
         expected = model(**batch).loss.item()
     assert losses(settings)[0] == pytest.approx(expected, abs=1e-5)
@@ -450,7 +455,7 @@ def test_a_language_model_becomes_a_classifier_with_named_labels(
     assert losses(settings)[0] == pytest.approx(1.0986, abs=0.1)  # ln 3
 
 
-TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] = {
+VARIED_TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] = {
     "multi-label": (
         {"task": "classification"},
         [
@@ -489,7 +494,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     """A run a task, by one rank, on a handful of rows that it must learn by heart."""
     folder = tmp_path_factory.mktemp("tasks")
     runs = {}
-    for name, (fields, rows, _) in TASKS.items():
+    for name, (fields, rows, _) in VARIED_TASKS.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = {"train": str(path), "evaluation": str(path), **fields.get("data", {})}
@@ -500,14 +505,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", VARIED_TASKS)
 def test_each_kind_of_task_learns_its_rows_and_is_measured(
     name: str, tasks: dict[str, Settings]
 ) -> None:
     settings = tasks[name]
     training = json.loads(Path(settings.model_folder, "training.json").read_text())
     metrics = training["metrics"]
-    assert set(metrics) == TASKS[name][2]
+    assert set(metrics) == VARIED_TASKS[name][2]
     if name == "regression":
         assert metrics["mse"] < 0.5
     else:
@@ -666,6 +671,10 @@ def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(str(tmp_path / "nothing")) is None
 
 
+def task_of(head: type[Any]) -> AnyTask:
+    return next(task for task in TASKS.values() if task.head is head)
+
+
 @pytest.mark.parametrize("cls", [GPTJForSequenceClassification, GPTJForQuestionAnswering])
 def test_micro_batches_add_up_to_the_whole_batch(cls: type[Any]) -> None:
     """Unequal ones too: gradients of sums over items, and not of means of means."""
@@ -679,7 +688,7 @@ def test_micro_batches_add_up_to_the_whole_batch(cls: type[Any]) -> None:
         batch["end_positions"] = torch.tensor([0, 3, 2, 8, 7])
     whole = model(**batch).loss
     parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 1), slice(1, 5))]
-    sums = [summed_loss(model, part, len(part["input_ids"]), torch.device("cpu")) for part in parts]
+    sums = [task_of(cls).forward(model, part, len(part["input_ids"]))[0] for part in parts]
     torch.testing.assert_close(sum(sums) / 5, whole)
 
 
@@ -703,7 +712,7 @@ def test_padding_is_never_trained_on(cls: type[Any]) -> None:
             batch["start_positions"] = torch.tensor([1, 4])
             batch["end_positions"] = torch.tensor([9, 5])
         model.zero_grad()
-        loss = summed_loss(model, batch, 2, torch.device("cpu"))
+        loss, _ = task_of(cls).forward(model, batch, 2)
         loss.backward()
         gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     for one, other in zip(*gradients, strict=True):

@@ -14,8 +14,10 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, GPT
 from gptj.checkpoints import checkpoint
 from gptj.data.classification import ClassificationData
 from gptj.data.rows import DataError
+from gptj.training.dataset import make_data
+from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError
-from gptj.training.task import make_config, make_data, prepare_tokenizer
+from gptj.training.tokenizer import prepare_tokenizer
 
 TEXTS = ["good and fine", "bad", "so so, and rather long for a review"]
 SHAPE = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
@@ -46,7 +48,7 @@ def parts(settings: Settings) -> tuple[GPTJTokenizer, ClassificationData, GPTJCo
     tokenizer = prepare_tokenizer(settings)
     data = make_data(settings, tokenizer).train
     assert isinstance(data, ClassificationData)
-    return tokenizer, data, make_config(settings, tokenizer, data)
+    return tokenizer, data, make_config(settings, tokenizer, data.labels)
 
 
 @pytest.fixture
@@ -153,10 +155,10 @@ def test_a_checkpoints_shape_stays(
     found = prepare_tokenizer(settings)
     data = make_data(settings, found).train
     with pytest.raises(SettingsError, match=message):
-        make_config(settings, found, data)
+        make_config(settings, found, data.labels)
     same = {"n_layer": 2, "n_inner": 128, "vocab_size": 270, "resid_pdrop": 0.1, "n_positions": 64}
     values["model"]["config"] = same
-    config = make_config(Settings(**values), found, data)
+    config = make_config(Settings(**values), found, data.labels)
     assert (config.n_layer, config.resid_pdrop, config.n_positions) == (2, 0.1, 64)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from gptj.storage import scratch
-from gptj.storage.scratch import scratch_folder
+from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 
 # By its path: importing the package would take each process a second.
 HOLD = f"""
 import sys, time, types
 sys.modules["gptj"] = package = types.ModuleType("gptj")
 package.__path__ = [{str(Path(scratch.__file__).parent)!r}]
-from gptj.storage.scratch import scratch_folder
+from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 with scratch_folder(sys.argv[1]) as folder:
     (folder / "half-written").write_bytes(bytes(1000))
     print(folder, flush=True)
@@ -81,3 +81,19 @@ def test_another_users_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to user"), scratch_folder(tmp_path):
         pass
+
+
+def test_a_shared_folder_ends_with_the_last_that_holds_it(tmp_path: Path) -> None:
+    with shared_scratch_folder("data-1", tmp_path) as first:
+        (first / "file").write_text("x")
+        with shared_scratch_folder("data-1", tmp_path) as second:
+            assert second == first
+            assert (second / "file").read_text() == "x"
+            with shared_scratch_folder("data-2", tmp_path) as other:
+                assert list(other.iterdir()) == []
+        assert (first / "file").exists()
+        with scratch_folder(tmp_path):  # whoever makes another deletes only what nobody holds
+            assert (first / "file").exists()
+    assert not first.exists()
+    with shared_scratch_folder("data-1", tmp_path) as again:
+        assert list(again.iterdir()) == []

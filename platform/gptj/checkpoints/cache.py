@@ -188,8 +188,7 @@ class CheckpointCache:
 
 
 def _key(manifest: Manifest) -> str:
-    lines = [f"{name}\0{r.size}\0{r.sha256}\n" for name, r in sorted(manifest.files.items())]
-    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()[:32]
+    return manifest.digest[:32]
 
 
 def _stamp(entry: Manifest) -> tuple[int, int] | None:

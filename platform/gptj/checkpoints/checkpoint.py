@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from gptj import storage
+from gptj.adapters.base import ADAPTER_CONFIG, BASE, Base, is_adapter
 from gptj.checkpoints.cache import CheckpointCache, Lease
 from gptj.checkpoints.hub import locate
 from gptj.checkpoints.manifest import (
+    MANIFEST,
     CheckpointError,
     FolderWriter,
     Manifest,
@@ -54,6 +56,7 @@ __all__ = [
     "check_complete",
     "load_config",
     "load_model",
+    "read_config",
     "save_folder",
     "save_model",
     "training_data",
@@ -95,7 +98,13 @@ def save_model(
 
     Raises:
         AlreadyExistsError: if there is a finished checkpoint at the address.
+        ValueError: if the model has an adapter that is not merged.
     """
+    if model.adapter is not None:
+        raise ValueError(
+            "the model has an adapter beside its weights; remedy: merge it first "
+            "(gptj.adapters.lora.merge_lora), or save it alone (gptj.adapters.folder.save_adapter)"
+        )
     state = _without_shared(model)
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
     save_folder(
@@ -157,31 +166,43 @@ def config_of(model: GPTJPreTrainedModel) -> GPTJConfig:
 def load_config(
     address: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
 ) -> GPTJConfig:
-    """The configuration of a folder, an `s3://` address or a hub id.
+    """The configuration of a folder, an `s3://` address or a hub id; of an adapter's, its model's.
 
     Raises:
         FileNotFoundError: if there is no config.json.
         CheckpointError: if it is damaged, or another model's.
     """
-    folder = locate(address, revision=revision, patterns=(CONFIG, "manifest.json"))
-    return _read_config(folder, Manifest.read(folder), overrides)
+    folder = locate(address, revision=revision, patterns=(CONFIG, ADAPTER_CONFIG, MANIFEST))
+    manifest = Manifest.read(folder)
+    if is_adapter(folder, manifest):
+        from gptj.adapters.folder import adapted_config  # it needs what is here
+
+        return adapted_config(str(address), revision=revision, overrides=overrides)
+    return read_config(folder, manifest, overrides)
 
 
 def check_complete(address: str, *, revision: str | None = None) -> None:
     """Check that all files are there in their full size, without reading the weights.
 
-    Of a folder without a manifest only the names are known, of a hub id nothing.
+    Of a folder without a manifest only the names are known, of a hub id nothing. An adapter's base
+    is checked too.
 
     Raises:
         FileNotFoundError: if there is no folder.
         CheckpointError: if a file is missing or cut off.
     """
-    folder = locate(address, revision=revision, patterns=(CONFIG, "manifest.json"))
+    patterns = (CONFIG, ADAPTER_CONFIG, BASE, MANIFEST)
+    folder = locate(address, revision=revision, patterns=patterns)
+    manifest = Manifest.read(folder)
+    if is_adapter(folder, manifest):
+        base = Base.of(folder, manifest)
+        check_complete(base.address, revision=base.revision)
     if folder != address.rstrip("/"):  # from the hub, and only these files of it are here
         return
-    manifest = Manifest.read(folder)
     if manifest is not None:
         manifest.check_sizes()
+    if is_adapter(folder, manifest):
+        return
     weight_files(folder, {file.name for file in storage.list_files(folder)}, manifest)
 
 
@@ -207,14 +228,18 @@ def load_model(
     revision: str | None = None,
     config: GPTJConfig | None = None,
     verify: bool = True,
+    head_follows: bool = False,
     **overrides: Any,
 ) -> Model:
-    """What `from_pretrained` does; see there for the arguments.
+    """What `from_pretrained` does; see there for the other arguments.
 
     A head that the checkpoint lacks is made new, another head's weights are left out; weights
     that are stored in several dtypes become one (the configuration's, if it is among them, or that
     of most), and a stored lm_head that differs from the embedding is kept, whatever the
     configuration says of ties. The log says so.
+
+    Args:
+        head_follows: the head comes from elsewhere, and nothing is said of a new one.
 
     Raises:
         FileNotFoundError: if there is no model at the address.
@@ -228,6 +253,19 @@ def load_model(
     if from_hub and not any(f.name.endswith(".safetensors") for f in storage.list_files(folder)):
         folder = locate(address, revision=revision, patterns=PICKLE_PATTERNS)
     manifest = Manifest.read(folder)
+    if is_adapter(folder, manifest):
+        from gptj.adapters.loading import load_adapted  # it needs what is here
+
+        return load_adapted(
+            cls,
+            address,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            config=config,
+            verify=verify,
+            **overrides,
+        )
     lease = _lease(folder, manifest, verify)
     try:
         if lease is not None and manifest is not None:
@@ -236,12 +274,14 @@ def load_model(
         elif manifest is not None and not from_hub:  # of a hub id only what is needed is here
             manifest.check_sizes()
         if config is None:
-            config = _read_config(folder, manifest, overrides)
+            config = read_config(folder, manifest, overrides)
         elif overrides:
             config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
         target = None if dtype == "auto" else parse_dtype(dtype)
         tensors = read_weights(folder, manifest, verify=verify)
-        model, in_use = _assembled(cls, config, folder, tensors, target, torch.device(device))
+        model, in_use = _assembled(
+            cls, config, folder, tensors, target, torch.device(device), head_follows
+        )
     except BaseException:
         if lease is not None:
             lease.close()
@@ -269,6 +309,7 @@ def _assembled(
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None,
     device: torch.device,
+    head_follows: bool,
 ) -> tuple[Model, bool]:
     """The model of these tensors, and whether it uses their memory and not only copies."""
     try:
@@ -304,13 +345,12 @@ def _assembled(
         _unite_dtypes(model, loaded, folder)
     if isinstance(model, GPTJForCausalLM) and config.tie_word_embeddings:
         _tie(model, loaded, folder)
-    _make_missing(model, set(expected) - loaded, folder, device)
+    _make_missing(model, set(expected) - loaded, folder, device, head_follows)
     return model, in_use
 
 
-def _read_config(
-    folder: str, manifest: Manifest | None, overrides: Mapping[str, Any]
-) -> GPTJConfig:
+def read_config(folder: str, manifest: Manifest | None, overrides: Mapping[str, Any]) -> GPTJConfig:
+    """What `config.json` of a folder says. Raises what load_config does."""
     try:
         content = read_verified(folder, CONFIG, manifest)
     except storage.NotFoundError as error:
@@ -389,16 +429,20 @@ def _tie(model: GPTJForCausalLM, loaded: set[str], folder: str) -> None:
 
 
 def _make_missing(
-    model: GPTJPreTrainedModel, missing: set[str], folder: str, device: torch.device
+    model: GPTJPreTrainedModel,
+    missing: set[str],
+    folder: str,
+    device: torch.device,
+    head_follows: bool,
 ) -> None:
     if not missing:
         return
     if lacking := sorted(name for name in missing if not name.startswith(HEADS)):
         more = f" and {len(lacking) - 20} more" if len(lacking) > 20 else ""
         raise CheckpointError(f"{folder} is incomplete: {', '.join(lacking[:20])}{more} missing")
-    logger.warning(
-        "%s has no %s: new weights, to be trained before use", folder, ", ".join(sorted(missing))
-    )
+    if not head_follows:
+        names = ", ".join(sorted(missing))
+        logger.warning("%s has no %s: new weights, to be trained before use", folder, names)
     for name in missing:
         shape = model.get_parameter(name).shape
         new = torch.zeros(shape, device=device, dtype=model.dtype)

@@ -93,6 +93,12 @@ class Manifest:
         """Bytes of all files together, without the manifest."""
         return sum(record.size for record in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all files' names, sizes and hashes: that of each copy of the folder too."""
+        lines = [f"{name}\0{r.size}\0{r.sha256}\n" for name, r in sorted(self.files.items())]
+        return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()
+
     def write(self, name: str = MANIFEST) -> None:
         """Finish the folder. AlreadyExistsError if another writer has."""
         fields = {

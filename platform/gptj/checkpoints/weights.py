@@ -81,16 +81,23 @@ def write_weights(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         if len(shards) == 1:
             name = SINGLE_FILE
-        header = _header(shard)
-        with writer.open(name, len(header) + sum(spec.size for spec in shard)) as file:
-            file.write(header)
-            for spec in shard:
-                file.write(_bytes_of(next(source), spec))
-                weight_map[spec.name] = name
+        write_file(writer, name, shard, source)
+        weight_map |= {spec.name: name for spec in shard}
     if len(shards) > 1:
         total = sum(spec.size for spec in specs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         writer.write(INDEX_FILE, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_file(
+    writer: FolderWriter, name: str, specs: Sequence[TensorSpec], tensors: Iterator[Tensor]
+) -> None:
+    """Write one safetensors file, with the next tensors that there are; as write_weights."""
+    header = _header(specs)
+    with writer.open(name, len(header) + sum(spec.size for spec in specs)) as file:
+        file.write(header)
+        for spec in specs:
+            file.write(_bytes_of(next(tensors), spec))
 
 
 def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
@@ -110,7 +117,11 @@ def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[Ten
 
 
 def read_weights(
-    folder: str, manifest: Manifest | None, *, verify: bool = True
+    folder: str,
+    manifest: Manifest | None,
+    *,
+    verify: bool = True,
+    kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model folder with its name, in the dtype that it is stored in, on the CPU.
 
@@ -122,12 +133,13 @@ def read_weights(
 
     Args:
         verify: compare the SHA-256 of each file with the manifest.
+        kinds: see weight_files.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or altered.
     """
     names = {file.name for file in storage.list_files(folder)}
-    files = weight_files(folder, names, manifest)
+    files = weight_files(folder, names, manifest, kinds)
     if manifest is not None:
         for name in files:
             manifest.record(name)  # one that was added later is none of the checkpoint's

@@ -42,22 +42,22 @@ class BatchOrder:
         return chosen
 
 
-def share(indices: Sequence[int], rank: int, world: int, micro_batch: int) -> list[list[int]]:
+def share(indices: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
     """This rank's part of a global batch, in micro-batches; every rank gets equally many.
 
-    Raises ValueError if the batch does not divide into `world` times `micro_batch` examples.
+    Raises ValueError if the batch does not divide into `world_size` times `micro_batch` examples.
     """
-    if world < 1 or not 0 <= rank < world or micro_batch < 1:
+    if world_size < 1 or not 0 <= rank < world_size or micro_batch < 1:
         raise ValueError(
-            f"rank must be in [0, world) and micro_batch 1 or more, got rank={rank}, "
-            f"world={world}, micro_batch={micro_batch}"
+            f"rank must be in [0, world_size) and micro_batch 1 or more, got rank={rank}, "
+            f"world_size={world_size}, micro_batch={micro_batch}"
         )
-    if not indices or len(indices) % (world * micro_batch):
+    if not indices or len(indices) % (world_size * micro_batch):
         raise ValueError(
             f"a batch of {len(indices)} examples does not divide into micro-batches of "
-            f"{micro_batch} on {world} ranks; remedy: a multiple of {world * micro_batch}"
+            f"{micro_batch} on {world_size} ranks; remedy: a multiple of {world_size * micro_batch}"
         )
-    size = len(indices) // world
+    size = len(indices) // world_size
     mine = list(indices[rank * size : (rank + 1) * size])
     return [mine[start : start + micro_batch] for start in range(0, size, micro_batch)]
 

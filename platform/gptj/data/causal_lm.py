@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gptj.data.examples import Ids, count_real_tokens, groups, padded, padding_id
+from gptj.data.examples import (
+    Ids,
+    count_real_tokens,
+    groups,
+    load_arrays,
+    padded,
+    padding_id,
+    save_arrays,
+)
 from gptj.data.rows import DataError, Row
 from gptj.model import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
@@ -29,6 +38,8 @@ class CausalLMData:
         DataError: if a text is no text, or there are fewer than two tokens.
         ValueError: if the tokenizer has no eos token, or sequence_length is below 2.
     """
+
+    labels = None  # there are none but the tokens
 
     def __init__(self, rows: Iterable[Row], tokenizer: GPTJTokenizer, sequence_length: int) -> None:
         if sequence_length < 2:
@@ -53,6 +64,24 @@ class CausalLMData:
             raise DataError(f"{source or 'the data'}: fewer than two tokens to learn from")
         self.tokens: Ids = tokens
 
+    def save(self, folder: Path) -> None:
+        fields = {
+            "sequence_length": self.sequence_length,
+            "vocabulary": self.vocabulary,
+            "padding": self._padding,
+        }
+        save_arrays(folder, {"tokens": self.tokens}, fields)
+
+    @classmethod
+    def load(cls, folder: Path) -> CausalLMData:
+        """What `save` has written, memory-mapped."""
+        arrays, fields = load_arrays(folder)
+        self = cls.__new__(cls)
+        self.tokens = arrays["tokens"]
+        self.sequence_length, self.vocabulary = fields["sequence_length"], fields["vocabulary"]
+        self._padding = fields["padding"]
+        return self
+
     def __len__(self) -> int:
         return -(-len(self.tokens) // self.sequence_length)
 
@@ -76,6 +105,9 @@ class CausalLMData:
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
         return count_real_tokens(batch)
+
+    def summary(self) -> str:
+        return f"{len(self.tokens)} tokens in {len(self)} rows of {self.sequence_length}"
 
     def predicted_tokens(self) -> Tensor:
         """All tokens that the loss counts, over the whole data set."""

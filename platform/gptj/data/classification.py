@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +17,10 @@ from gptj.data.examples import (
     compact,
     count_real_tokens,
     groups,
+    load_arrays,
     padded,
     padding_id,
+    save_arrays,
 )
 from gptj.data.labels import (
     MULTI_LABEL,
@@ -93,7 +96,30 @@ class ClassificationData:
         self.labels, self.targets, self._reading = read_labels(
             kept, labels, label_names, problem_type
         )
-        self._token_lists = TokenLists(lists)
+        self._token_lists = TokenLists.of(lists)
+
+    def save(self, folder: Path) -> None:
+        tokens = self._token_lists
+        arrays = {"ids": tokens.ids, "ends": tokens.ends, "targets": self.targets}
+        fields = {
+            "max_length": self.max_length,
+            "padding": self._padding,
+            "labels": asdict(self.labels),
+            "reading": self._reading,
+        }
+        save_arrays(folder, arrays, fields)
+
+    @classmethod
+    def load(cls, folder: Path) -> ClassificationData:
+        """What `save` has written, memory-mapped."""
+        arrays, fields = load_arrays(folder)
+        self = cls.__new__(cls)
+        self._token_lists = TokenLists(arrays["ids"], arrays["ends"])
+        self.targets = arrays["targets"]
+        self.max_length, self._padding = fields["max_length"], fields["padding"]
+        self.labels = LabelSet(**{**fields["labels"], "names": tuple(fields["labels"]["names"])})
+        self._reading = fields["reading"]
+        return self
 
     def __len__(self) -> int:
         return len(self._token_lists)

@@ -1,9 +1,11 @@
-"""What the tasks' data sets share: token lists held compactly, and padded into batches."""
+"""What the data sets share: token ids in one array, in memory or memory-mapped, and padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,23 +16,49 @@ from gptj.tokenizer import GPTJTokenizer
 
 PAD_MULTIPLE = 8  # lengths of batches: few different shapes, and what tensor cores like
 TOKENIZED_AT_ONCE = 1000  # texts
+FIELDS = "fields.json"
 
 Item = TypeVar("Item")
+Array = np.ndarray[Any, Any]
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class TokenLists:
-    """Lists of token ids of different lengths in one array, 4 bytes a token."""
+    """Lists of token ids of different lengths in one array, 4 bytes a token.
 
-    def __init__(self, lists: Sequence[Ids]) -> None:
-        self._ids = np.concatenate([np.empty(0, np.int32), *lists])
-        self._ends = np.cumsum([0, *map(len, lists)])
+    List i is ids[ends[i]:ends[i + 1]].
+    """
+
+    def __init__(self, ids: Ids, ends: Array) -> None:
+        self.ids = ids
+        self.ends = ends
+
+    @classmethod
+    def of(cls, lists: Sequence[Ids]) -> TokenLists:
+        ids = np.concatenate([np.empty(0, np.int32), *lists])
+        return cls(ids, np.cumsum([0, *map(len, lists)]))
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> Ids:
-        return self._ids[self._ends[index] : self._ends[index + 1]]
+        return self.ids[self.ends[index] : self.ends[index + 1]]
+
+
+def save_arrays(folder: Path, arrays: Mapping[str, Array], fields: Mapping[str, Any]) -> None:
+    """Write arrays, and fields that JSON can hold, to a folder that `load_arrays` reads."""
+    folder.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    (folder / FIELDS).write_text(json.dumps(fields))
+
+
+def load_arrays(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The arrays, memory-mapped so that processes share them, and the fields."""
+    arrays = {
+        file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")
+    }
+    return arrays, json.loads((folder / FIELDS).read_text())
 
 
 def compact(ids: Sequence[int]) -> Ids:

@@ -6,15 +6,26 @@ windows, which overlap. Serving makes its windows here too, and finds the answer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gptj.data.examples import Ids, TokenLists, compact, count_real_tokens, padded, padding_id
+from gptj.data.examples import (
+    Ids,
+    TokenLists,
+    compact,
+    count_real_tokens,
+    load_arrays,
+    padded,
+    padding_id,
+    save_arrays,
+)
 from gptj.data.json_rows import lone_surrogate, parse_json
 from gptj.data.rows import DataError, Row, shown
 from gptj.data.words import Words
@@ -286,6 +297,29 @@ class Question:
     answers: tuple[str, ...]
 
 
+class _StoredQuestions(Sequence[Question]):
+    """Questions as JSON in one array of bytes, parsed when they are asked for."""
+
+    def __init__(self, texts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> None:
+        self._texts = texts
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        text = self._texts[self._ends[number] : self._ends[number + 1]].tobytes()
+        context, *answers = json.loads(text)
+        return Question(context, tuple(answers))
+
+
 class QuestionAnsweringData:
     """Every window of every row is an example; it is trained on the row's first answer.
 
@@ -303,12 +337,14 @@ class QuestionAnsweringData:
             is not at its place in the context.
     """
 
+    labels = None  # there are none but the answers' places
+
     def __init__(
         self, rows: Iterable[Row], tokenizer: GPTJTokenizer, max_length: int, stride: int
     ) -> None:
         self.max_length = max_length
         self._padding = padding_id(tokenizer)
-        self.questions: list[Question] = []
+        questions: list[Question] = []
         numbers: list[int] = []
         lists: list[Ids] = []
         offsets: list[np.ndarray[Any, Any]] = []
@@ -321,20 +357,46 @@ class QuestionAnsweringData:
             except ValueError as error:
                 raise row.error("question", str(error)) from error
             for part in parts:
-                numbers.append(len(self.questions))
+                numbers.append(len(questions))
                 lists.append(compact(part.input_ids))
                 offsets.append(
                     np.array([offset or _NO_OFFSET for offset in part.offsets], np.int32)
                 )
                 places.append(_tokens_of(answers[0], part) if answers else (NO_ANSWER, NO_ANSWER))
-            self.questions.append(Question(context, tuple(text for text, _ in answers)))
+            questions.append(Question(context, tuple(text for text, _ in answers)))
         if not lists:
             raise DataError("the data has no rows")
-        self._token_lists = TokenLists(lists)
+        self.questions: Sequence[Question] = questions
+        self._token_lists = TokenLists.of(lists)
         self._offsets = np.concatenate(offsets)  # (tokens of all windows, 2)
-        self._ends = np.cumsum([0, *map(len, lists)])
         self._places = np.array(places, dtype=np.int32)  # (windows, 2)
         self._questions = np.array(numbers, dtype=np.int32)  # (windows)
+
+    def save(self, folder: Path) -> None:
+        tokens = self._token_lists
+        texts = [json.dumps([each.context, *each.answers]).encode() for each in self.questions]
+        arrays = {
+            "ids": tokens.ids,
+            "ends": tokens.ends,
+            "offsets": self._offsets,
+            "places": self._places,
+            "questions": self._questions,
+            "texts": np.frombuffer(b"".join(texts), np.uint8),
+            "text_ends": np.cumsum([0, *map(len, texts)]),
+        }
+        save_arrays(folder, arrays, {"max_length": self.max_length, "padding": self._padding})
+
+    @classmethod
+    def load(cls, folder: Path) -> QuestionAnsweringData:
+        """What `save` has written, memory-mapped."""
+        arrays, fields = load_arrays(folder)
+        self = cls.__new__(cls)
+        self.max_length, self._padding = fields["max_length"], fields["padding"]
+        self.questions = _StoredQuestions(arrays["texts"], arrays["text_ends"])
+        self._token_lists = TokenLists(arrays["ids"], arrays["ends"])
+        self._offsets, self._places = arrays["offsets"], arrays["places"]
+        self._questions = arrays["questions"]
+        return self
 
     def __len__(self) -> int:
         return len(self._token_lists)
@@ -351,7 +413,8 @@ class QuestionAnsweringData:
 
     def window(self, index: int) -> Window:
         """An example as `best_spans` takes it."""
-        offsets = self._offsets[self._ends[index] : self._ends[index + 1]].tolist()
+        ends = self._token_lists.ends
+        offsets = self._offsets[ends[index] : ends[index + 1]].tolist()
         return Window(
             self._token_lists[index].tolist(),
             [(start, end) if start >= 0 else None for start, end in offsets],
@@ -370,6 +433,9 @@ class QuestionAnsweringData:
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
         return count_real_tokens(batch)
+
+    def summary(self) -> str:
+        return f"{len(self.questions)} questions in {len(self)} windows"
 
 
 _NO_OFFSET = (-1, -1)

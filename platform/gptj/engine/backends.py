@@ -42,8 +42,11 @@ def best_runner(
 
     Raises:
         UnsupportedError: if int8 is asked for where the kernels cannot run.
-        ValueError: if the cache has no positions, or too few for a whole context.
+        ValueError: if the cache has no positions, or too few for a whole context, or the model has
+            an adapter beside its weights, which the kernels would pass over.
     """
+    if model.adapter is not None:
+        raise ValueError("the model's adapter must be merged first: gptj.adapters.lora.merge_lora")
     if not isinstance(cache, CacheShare) and cache < 1:
         raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
     if model.device.type == "cpu":

@@ -36,11 +36,7 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
         StorageError: if the place for it cannot be made.
         PermissionError: if another user has made the place where ours would be.
     """
-    root = local_path(parent or tempfile.gettempdir()) / f"gptj-scratch-{os.getuid()}"
-    make_folder(root, mode=0o700)
-    owner = root.stat().st_uid
-    if owner != os.getuid():
-        raise PermissionError(f"{root} belongs to user {owner}; remedy: delete it, or set TMPDIR")
+    root = _root(parent)
     # Alone, so that nobody finds a folder whose maker does not hold it yet.
     with FileLock(root / LOCK) as alone:
         alone.take()
@@ -60,12 +56,50 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
                 shutil.rmtree(folder)
 
 
+@contextmanager
+def shared_scratch_folder(name: str, parent: str | Path | None = None) -> Iterator[Path]:
+    """A folder that this node's processes share by its name, deleted when the last one leaves.
+
+    Arguments and errors are scratch_folder's.
+    """
+    root = _root(parent)
+    folder = root / f"shared-{name}"
+    with FileLock(root / LOCK) as alone:
+        alone.take()
+        _delete_abandoned(root)
+        (folder / "content").mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / LOCK)
+        held.share()
+    try:
+        yield folder / "content"
+    finally:
+        held.close()
+        with FileLock(root / LOCK) as alone:
+            alone.take()
+            _delete_if_abandoned(folder)
+
+
+def _root(parent: str | Path | None) -> Path:
+    root = local_path(parent or tempfile.gettempdir()) / f"gptj-scratch-{os.getuid()}"
+    make_folder(root, mode=0o700)
+    owner = root.stat().st_uid
+    if owner != os.getuid():
+        raise PermissionError(f"{root} belongs to user {owner}; remedy: delete it, or set TMPDIR")
+    return root
+
+
 def _delete_abandoned(root: Path) -> None:
     for folder in root.iterdir():
-        if not folder.is_dir():
-            continue
-        with FileLock(folder / LOCK) as lock:
-            abandoned = lock.try_take()
-        if abandoned:  # and nobody takes it up again
-            logger.info("deleting %s, which a process left that was killed", folder)
-            shutil.rmtree(folder)
+        if _delete_if_abandoned(folder):
+            logger.info("deleted %s, left by a process that was killed", folder)
+
+
+def _delete_if_abandoned(folder: Path) -> bool:
+    """Delete a folder that nobody holds. The caller holds the root's lock, so nobody returns."""
+    if not folder.is_dir():
+        return False
+    with FileLock(folder / LOCK) as lock:
+        abandoned = lock.try_take()
+    if abandoned:
+        shutil.rmtree(folder)
+    return abandoned

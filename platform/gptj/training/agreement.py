@@ -5,14 +5,16 @@ A rank that has read other data, or none, would leave the others waiting for it 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from gptj.tokenizer import GPTJTokenizer
+from gptj.training.dataset import TaskData, node_data
 from gptj.training.failures import UnrecoverableError, unrecoverable
 from gptj.training.settings import Settings, SettingsError
-from gptj.training.task import TaskData, load_tokenizer, make_data
+from gptj.training.tokenizer import load_tokenizer
 
 
 def agree(value: str | None) -> str | None:
@@ -22,24 +24,27 @@ def agree(value: str | None) -> str | None:
     return values[0]
 
 
-def read_alike(settings: Settings, world: int) -> tuple[GPTJTokenizer, TaskData]:
-    """The tokenizer and the data, after a comparison of what all `world` ranks have read.
+def read_alike(settings: Settings, world_size: int, shared: Path) -> tuple[GPTJTokenizer, TaskData]:
+    """The tokenizer and the data, after a comparison of what all ranks have read.
+
+    Args:
+        shared: the folder that this node's processes share.
 
     Raises:
         SettingsError: on all ranks, if the data differs.
         UnrecoverableError, RuntimeError: on all ranks, with the message of the one that failed;
-            the latter if another try may succeed.
+            the latter if a retry may succeed.
     """
     read: tuple[GPTJTokenizer, TaskData] | None = None
-    fault: tuple[str, bool] | None = None  # a message, and whether another try would end alike
+    fault: tuple[str, bool] | None = None  # a message, and whether a retry would fail alike
     try:
         tokenizer = load_tokenizer(settings)
-        read = tokenizer, make_data(settings, tokenizer)
-    except (ValueError, OSError) as error:
+        read = tokenizer, node_data(settings, tokenizer, shared)
+    except (ValueError, OSError, UnrecoverableError) as error:
         final = unrecoverable(error)
         fault = (final or str(error), final is not None)
     mine = read[1].fingerprints if read is not None else {}
-    found: list[Any] = [None] * world
+    found: list[Any] = [None] * world_size
     dist.all_gather_object(found, (fault, mine))
     for rank, (each, _) in enumerate(found):
         if each is not None:

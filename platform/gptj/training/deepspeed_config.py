@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from gptj.training.settings import DeepSpeedSettings, OptimizerSettings, Settings
+from gptj.training.sections import DeepSpeedSettings, OptimizerSettings
+from gptj.training.settings import Settings
 
 NEVER = 10**9
 
@@ -31,7 +32,7 @@ def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         "optimizer": {
             "type": "AdamW",
@@ -57,17 +58,20 @@ def clips_gradients(spread: DeepSpeedSettings) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms, whose size means something, do not."""
+    """What is trained: matrices decay; biases and norms, whose size means something, do not."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         # At ZeRO stage 3 a parameter is empty, and knows its shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) > 1 else vectors).append(parameter)
-    return [
+    groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # an adapter may have no vectors
 
 
 def learning_rate_share(optimizer: OptimizerSettings, step: int, total: int) -> float:

@@ -10,6 +10,7 @@ import logging
 import math
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptj import storage
+from gptj.adapters.base import Base
+from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder, share
-from gptj.data.question_answering import answer_loss
 from gptj.devices import check_device
 from gptj.extras import Extra
-from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
-from gptj.storage.scratch import scratch_folder
+from gptj.model import GPTJPreTrainedModel
+from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
 from gptj.training.deepspeed_config import (
@@ -35,8 +37,10 @@ from gptj.training.deepspeed_config import (
     learning_rate_share,
     parameter_groups,
 )
-from gptj.training.evaluation import Part, evaluate, evaluating
+from gptj.training.evaluation import evaluate, evaluating
 from gptj.training.failures import DivergedError, naming_full_disk
+from gptj.training.model_config import make_config
+from gptj.training.operators import guarded_builds
 from gptj.training.progress import ProgressLog, duration
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
@@ -49,7 +53,7 @@ from gptj.training.state import (
     load_state,
     save_state,
 )
-from gptj.training.task import HEADS, Data, make_config
+from gptj.training.tasks import Data, Part
 from gptj.training.weights import all_finite, build_model, export_model, undo_first_step
 
 logger = logging.getLogger(__name__)
@@ -60,17 +64,19 @@ deepspeed = Extra("deepspeed", "training")
 class Worker:
     """One of the processes that train together, and what it is told from outside.
 
-    torch.distributed must be initialised, with as many ranks as `world`.
+    torch.distributed must be initialized with `world_size` ranks.
     """
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
     # name; a barrier: every rank calls it equally often.
     report: Callable[[dict[str, float], Path, str], None]
     # Takes each point of the run's history as it is logged; rank 0 alone calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
+    # Names the tokenized data that the processes of a node share; None: rank 0 makes one up.
+    submission: str | None = None
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
@@ -93,33 +99,41 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
         return {}  # the run had been ended just after its export
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
-    progress = Progress(world=worker.world, settings=settings.model_dump(mode="json"))
+    progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
-        progress = check_goes_on(settings, checkpoint, worker.world)
-    tokenizer, data = read_alike(settings, worker.world)
-    if checkpoint is not None:
-        check_same_data(settings, checkpoint, progress, data.fingerprints)
-    progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
-    train_data, evaluation_data = data.train, data.evaluation
-    config = make_config(settings, tokenizer, train_data)
-    total = settings.total_steps(len(train_data))
-    if progress.step == 0 and worker.rank == 0:
-        logger.info(
-            "%d training examples, %s evaluation examples, %d steps of %d rows on %d workers",
-            len(train_data),
-            len(evaluation_data) if evaluation_data is not None else "no",
-            total,
-            settings.batch_size,
-            worker.world,
-        )
-    with scratch_folder() as scratch, naming_full_disk(scratch):
-        run = _Run(settings, worker, progress, total, scratch, checkpoint)
-        engine = run.start(HEADS[settings.task], config)
+        progress = check_goes_on(settings, checkpoint, worker.world_size)
+    submission = agree(worker.submission or uuid.uuid4().hex)
+    with (
+        shared_scratch_folder(f"data-{submission}") as shared,
+        scratch_folder() as scratch,
+        naming_full_disk(scratch),
+        guarded_builds(),
+    ):
+        tokenizer, data = read_alike(settings, worker.world_size, shared)
         if checkpoint is not None:
-            load_state(engine, checkpoint, run.scratch("resume"), worker.rank, worker.world)
+            check_same_data(settings, checkpoint, progress, data.fingerprints)
+        elif settings.adapter is not None:
+            found = Base.at(settings.model.checkpoint, settings.model.revision or None)
+            progress.base = asdict(found)
+        progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
+        config = make_config(settings, tokenizer, data.train.labels)
+        total = settings.total_steps(len(data.train))
+        if progress.step == 0 and worker.rank == 0:
+            logger.info(
+                "%d training examples, %s evaluation examples, %d steps of %d rows on %d workers",
+                len(data.train),
+                len(data.evaluation) if data.evaluation is not None else "no",
+                total,
+                settings.batch_size,
+                worker.world_size,
+            )
+        run = _Run(settings, worker, progress, total, scratch, checkpoint)
+        engine = run.start(config)
+        if checkpoint is not None:
+            load_state(engine, checkpoint, run.scratch("resume"), worker.rank, worker.world_size)
             if worker.rank == 0:
-                logger.info("going on after step %d of %d", progress.step, total)
-        metrics = run.steps(engine, train_data, evaluation_data)
+                logger.info("resuming after step %d of %d", progress.step, total)
+        metrics = run.steps(engine, data.train, data.evaluation)
         run.export(engine.module, tokenizer, metrics)
     return metrics
 
@@ -137,6 +151,7 @@ class _Run:
         checkpoint: str | None,
     ) -> None:
         self.settings = settings
+        self.task = settings.task_definition
         self.worker = worker
         self.progress = progress
         self.total = total
@@ -152,13 +167,13 @@ class _Run:
         folder.mkdir()
         return folder
 
-    def start(self, cls: type[GPTJPreTrainedModel], config: Any) -> Any:
+    def start(self, config: GPTJConfig) -> Any:
         """DeepSpeed's engine with the model."""
         settings, worker = self.settings, self.worker
         # It takes over the process group, which it needs before it spreads a new model.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         plan = deepspeed_config(settings, worker.device.type)
-        model = build_model(cls, config, settings, plan, worker.rank)
+        model = build_model(self.task.head, config, settings, plan, worker.rank)
         if settings.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         engine, _, _, _ = deepspeed.initialize(
@@ -218,7 +233,8 @@ class _Run:
         if self._log is not None:  # the model comes last: once it is there, the run is complete
             self._log.publish(self.settings.folder)
             self._log.close()
-        export_model(model, address, self.settings, tokenizer, training, self.worker.rank)
+        base = None if self.progress.base is None else Base(**self.progress.base)
+        export_model(model, address, self.settings, tokenizer, training, self.worker.rank, base)
         if self._log is not None:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
 
@@ -227,8 +243,8 @@ class _Run:
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
-        parts = share(indices, worker.rank, worker.world, settings.micro_batch_size)
-        batches = [data.collate([data[i] for i in part]) for part in parts]  # type: ignore[misc]
+        parts = share(indices, worker.rank, worker.world_size, settings.micro_batch_size)
+        batches = [data.collate([data[i] for i in part]) for part in parts]
         items = sum(data.count_items(batch) for batch in batches)
         tokens = sum(data.count_tokens(batch) for batch in batches)
         counts = torch.tensor([items, tokens], dtype=torch.float64)
@@ -239,11 +255,11 @@ class _Run:
         rate = engine.optimizer.param_groups[0]["lr"]  # afterwards it is the next step's
         clipped = None
         for number, batch in enumerate(batches, 1):
-            loss = summed_loss(engine, batch, data.count_items(batch), worker.device) / all_items
+            loss = self._loss(engine, data, batch) / all_items
             total += loss.detach()
             # DeepSpeed divides by the micro-batches and averages over the ranks: undone here,
             # since the loss is already a mean over the whole global batch.
-            engine.backward(loss * (settings.accumulation * worker.world))
+            engine.backward(loss * (settings.gradient_accumulation_steps * worker.world_size))
             if number == len(batches) and not clips_gradients(settings.deepspeed):
                 clipped = _clip_gradients(engine.module, settings.optimizer.gradient_clipping)
             self._update(engine)
@@ -257,6 +273,11 @@ class _Run:
             self._check_finite("the gradient norm", math.nan if norm < 0 else norm)
         if self._log is not None:
             self._log.step(mean, rate, norm, int(all_tokens), time.monotonic() - started)
+
+    def _loss(self, model: Any, data: Data, batch: dict[str, Tensor]) -> Tensor:
+        """A micro-batch's loss, summed over its items."""
+        inputs = {name: tensor.to(self.worker.device) for name, tensor in batch.items()}
+        return self.task.forward(model, inputs, data.count_items(batch))[0]
 
     def _update(self, engine: Any) -> None:
         """DeepSpeed's step: an update after the last micro-batch.
@@ -291,12 +312,11 @@ class _Run:
         loss = torch.zeros(1, dtype=torch.float64, device=worker.device)
         if data is not None:
             rows = share(
-                order.indices(step - 1), worker.rank, worker.world, settings.micro_batch_size
+                order.indices(step - 1), worker.rank, worker.world_size, settings.micro_batch_size
             )[0]
-            batch = data.collate([data[i] for i in rows])  # type: ignore[misc]
+            batch = data.collate([data[i] for i in rows])
             with evaluating(engine.module):
-                items = data.count_items(batch)
-                loss += summed_loss(engine.module, batch, items, worker.device)
+                loss += self._loss(engine.module, data, batch)
         weights, mean = self._sum(torch.cat((bad.view(1), loss))).tolist()
         self._check_finite("a weight", math.nan if weights else 0.0)
         self._check_finite("the loss with the new weights", mean)
@@ -320,13 +340,14 @@ class _Run:
         if data is None:
             return {"training_loss": self._last_loss()}
         metrics = evaluate(
+            self.task,
             engine.module,
             data,
             batch_size=self.settings.micro_batch_size,
             device=self.worker.device,
             rank=self.worker.rank,
-            world=self.worker.world,
-            reduce=self._gather if self.worker.world > 1 else None,
+            world_size=self.worker.world_size,
+            reduce=self._gather if self.worker.world_size > 1 else None,
         )
         self._check_finite("the evaluation loss", metrics["loss"])
         if self._log is not None:
@@ -355,33 +376,17 @@ class _Run:
             logger.info("saved %s", self._checkpoint_address)
 
     def _gather(self, part: Part) -> list[Part]:
-        parts: list[Any] = [None] * self.worker.world
+        parts: list[Any] = [None] * self.worker.world_size
         dist.all_gather_object(parts, part)
         return parts
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all ranks; on the device that the ranks' backend talks through."""
-        if self.worker.world == 1:
+        if self.worker.world_size == 1:
             return values
         values = values.to(self.worker.device)
         dist.all_reduce(values)
         return values.cpu()
-
-
-def summed_loss(model: Any, batch: dict[str, Tensor], items: int, device: torch.device) -> Tensor:
-    """A micro-batch's loss as a sum over its items (tokens, rows), which batches can share."""
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    module = getattr(model, "module", model)
-    if isinstance(module, GPTJForCausalLM):
-        # Not mean times count: a micro-batch without a counted token has no mean.
-        loss: Tensor = model(**inputs, use_cache=False, num_items_in_batch=1).loss
-        return loss
-    if isinstance(module, GPTJForQuestionAnswering):
-        output = model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        # Not the model's own loss, in which padding competes for the answer.
-        return answer_loss(output.start_logits, output.end_logits, inputs) * items
-    mean: Tensor = model(**inputs, use_cache=False).loss
-    return mean * items
 
 
 def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:

@@ -6,192 +6,33 @@ keys, wrong types and contradictions are a SettingsError before anything has beg
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from gptj import storage
-from gptj.config import ALIASES, PRESETS, GPTJConfig
 from gptj.serialization.yaml_value import parse_yaml
-from gptj.storage.addresses import AddressError, absolute, normalized
+from gptj.storage.addresses import AddressError, absolute
+from gptj.training.sections import (
+    AdapterSettings,
+    Address,
+    DataSettings,
+    DeepSpeedSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Positive,
+    Section,
+    SettingsError,
+    TokenizerSettings,
+    WorkerSettings,
+)
+from gptj.training.tasks import TASKS, AnyTask, TaskName
 
-Task = Literal["causal-lm", "classification", "question-answering"]
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-Positive = Annotated[int, Field(ge=1)]
-# Given ones are never empty: `data.train=$FORGOTTEN` is a mistake, and no wish for the default.
-Address = Annotated[str, AfterValidator(normalized)]
-DataAddress = Annotated[str, AfterValidator(partial(normalized, samples=True))]
-
-
-def _one_character(text: str) -> str:
-    text = "\t" if text == "\\t" else text
-    if len(text) != 1 or text in '"\r\n':
-        raise ValueError(f"must be one character, and no quotation mark, got {text!r}")
-    return text
-
-
-Delimiter = Annotated[str, AfterValidator(_one_character)]
-
-# Data that needs no download, for each task.
-SAMPLES: Mapping[str, str] = {
-    "causal-lm": "sample://documentation",
-    "classification": "sample://reviews",
-    "question-answering": "sample://questions",
-}
-
-# Our names of the columns that each task reads.
-COLUMNS: Mapping[Task, tuple[str, ...]] = {
-    "causal-lm": ("text",),
-    "classification": ("text", "label"),
-    "question-answering": ("question", "context", "answers"),
-}
-
-# Fields of GPTJConfig that other settings decide.
-DECIDED_ELSEWHERE = {
-    "id2label": "data.label_names",
-    "label2id": "data.label_names",
-    "num_labels": "data.label_names",
-    "problem_type": "data.problem_type",
-    "architectures": "task",
-    "dtype": "deepspeed.precision",
-    "torch_dtype": "deepspeed.precision",
-}
-
-
-class SettingsError(ValueError):
-    """Settings that cannot work; the message names the key, its value and the remedy."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        coerce_numbers_to_str=True,  # run=2024 is a name too
-        allow_inf_nan=False,
-    )
-
-
-class DataSettings(Section):
-    """What is learned from: Parquet, JSON lines or arrays, SQuAD's file, CSV, text; .gz and .zst.
-
-    Labels are names: text or a number in the data stands for the label of that name. Whole numbers
-    are class numbers where there are no names, or none that is a number, and they begin with 0.
-    Lists are names, class numbers, or a 0 or 1 for each label; lists of other numbers are values
-    to predict. What can be read in two ways is refused; the log says what was decided.
-    """
-
-    # File, folder or glob, local or s3://, or sample://; left out: the task's sample.
-    train: DataAddress = ""
-    # The same; left out: the sample's evaluation part, or no evaluation.
-    evaluation: DataAddress = ""
-    columns: dict[str, str] = {}  # our column name (see COLUMNS): the file's
-    delimiter: Delimiter | None = None  # of CSV; None: the one in the header (comma, ;, tab or |)
-    sequence_length: Positive = 128  # tokens of a row; longer texts are cut, contexts windowed
-    stride: Annotated[int, Field(ge=0)] = 32  # question answering: tokens that windows share
-    problem_type: ProblemType | None = None  # classification; None: as the labels look
-    # In the order of their numbers, or {what the data have: name}; empty: as the data have them.
-    label_names: list[str] | dict[str, str] = []
-
-
-class ModelSettings(Section):
-    """What learns: a checkpoint to go on from, or a new model."""
-
-    checkpoint: Address = ""  # folder, s3:// or hub id; left out: a new model
-    revision: str = ""  # of a hub id
-    preset: Literal["tiny", "small", "6b"] = "tiny"  # of a new model
-    config: dict[str, Any] = {}  # fields of GPTJConfig to replace
-    gradient_checkpointing: bool = False  # less memory, a third more time
-
-    @field_validator("config")
-    @classmethod
-    def _known_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Under our names; the configuration itself keeps fields that it does not know."""
-        named: dict[str, Any] = {}
-        for key, value in fields.items():
-            name = ALIASES.get(key, key)
-            if key in DECIDED_ELSEWHERE:
-                raise ValueError(f"{key} is no field to set here: it is {DECIDED_ELSEWHERE[key]}")
-            if name not in GPTJConfig.__annotations__:
-                known = sorted({*GPTJConfig.__annotations__, *ALIASES} - DECIDED_ELSEWHERE.keys())
-                close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-                raise ValueError(f"there is no field {key!r}; {hint}")
-            if named.setdefault(name, value) != value:
-                raise ValueError(f"{key}={value!r} contradicts {name}={named[name]!r}")
-        return named
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelSettings:
-        if self.checkpoint:  # whose own shape counts
-            return self
-        try:
-            GPTJConfig(**{**PRESETS[self.preset], **self.config})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"model.config: {error}") from error
-        return self
-
-
-class TokenizerSettings(Section):
-    """How text becomes ids: a checkpoint brings its own tokenizer, if it has one."""
-
-    # Folder, s3:// or hub id with a tokenizer; left out: the checkpoint's, or a new one.
-    address: Address = ""
-    vocab_size: Positive = 2048  # of a new one, learned from the training data
-
-
-class OptimizerSettings(Section):
-    """AdamW and its learning rate over time."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4  # the highest
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # from 0 up to learning_rate
-    final_share: Annotated[float, Field(ge=0, le=1)] = 0.1  # of learning_rate, at the end
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01  # of matrices; not of biases and norms
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # largest norm; 0: none
-
-
-class DeepSpeedSettings(Section):
-    """How the model's state is spread over the workers."""
-
-    stage: Annotated[int, Field(ge=0, le=3)] = 2  # 1: optimizer; 2: and gradients; 3: and weights
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    offload_optimizer: bool = False  # to the host's memory, from stage 1 on
-    offload_parameters: bool = False  # to the host's memory, at stage 3
-
-    @model_validator(mode="after")
-    def _check(self) -> DeepSpeedSettings:
-        if self.offload_parameters and self.stage < 3:
-            raise ValueError(f"offload_parameters needs stage=3, got stage={self.stage}")
-        if self.offload_optimizer and self.stage < 1:
-            raise ValueError("offload_optimizer needs stage=1 or more, got stage=0")
-        return self
-
-
-class WorkerSettings(Section):
-    """The processes that train, and what each is given."""
-
-    count: Positive = 1
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs, where the cluster has any
-    cpus: Annotated[float, Field(gt=0)] = 1  # CPUs that Ray counts for a worker
-    autoscaling: bool = False  # the cluster will grow: do not insist on the workers' room now
-    max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint
+__all__ = ["Settings", "SettingsError", "changed", "read_settings"]
 
 
 class Settings(Section):
@@ -199,7 +40,7 @@ class Settings(Section):
 
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "finetune"
     storage: Address = "outputs"  # folder or s3://; results go to storage/run
-    task: Task = "causal-lm"
+    task: TaskName = "causal-lm"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     epochs: Annotated[float, Field(gt=0)] = 1  # times that the training data is seen
     steps: Positive | None = None  # optimizer steps, instead of epochs
@@ -212,6 +53,7 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
+    adapter: AdapterSettings | None = None  # None: all weights are trained; {}: with its defaults
     optimizer: OptimizerSettings = OptimizerSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     workers: WorkerSettings = WorkerSettings()
@@ -237,19 +79,17 @@ class Settings(Section):
         if self.steps is not None:
             self.total_steps(0)
         for name in self.data.columns:
-            if name not in COLUMNS[self.task]:
+            if name not in self.task_definition.columns:
                 raise ValueError(
                     f"data.columns.{name}: task={self.task} has no such column; it has "
-                    f"{', '.join(COLUMNS[self.task])}"
+                    f"{', '.join(self.task_definition.columns)}"
                 )
+        if self.adapter is not None and not self.model.checkpoint:
+            raise ValueError("adapter: a new model has no weights to be kept: set model.checkpoint")
         for key, needed, wrong in self._without_effect():
             if key in _set_keys(self):
                 raise ValueError(f"{key} has no effect {wrong}: leave it out, or {needed}")
-        if self.data.stride >= self.data.sequence_length and self.task == "question-answering":
-            raise ValueError(
-                f"data.stride={self.data.stride} must be below "
-                f"data.sequence_length={self.data.sequence_length}"
-            )
+        self.task_definition.check(self.data)
         return self
 
     def resolved(self) -> Settings:
@@ -272,11 +112,10 @@ class Settings(Section):
         """Keys that do nothing beside the other settings: (key, remedy, reason)."""
         if self.evaluation_data is None:
             yield "evaluate_every", "set data.evaluation", "without data.evaluation"
-        if self.task != "question-answering":
-            yield "data.stride", "set task=question-answering", f"with task={self.task}"
-        if self.task != "classification":
-            for key in ("data.problem_type", "data.label_names"):
-                yield key, "set task=classification", f"with task={self.task}"
+        for name, other in TASKS.items():
+            for key in other.own_settings:
+                if key not in self.task_definition.own_settings:
+                    yield f"data.{key}", f"set task={name}", f"with task={self.task}"
         if self.model.checkpoint:
             for key in ("model.preset", "tokenizer.vocab_size"):
                 yield key, "drop model.checkpoint", "on a checkpoint, which brings its own"
@@ -287,6 +126,10 @@ class Settings(Section):
         if self.optimizer.schedule == "constant":
             key, reason = "optimizer.final_share", "with optimizer.schedule=constant"
             yield key, "choose cosine or linear", reason
+
+    @property
+    def task_definition(self) -> AnyTask:
+        return TASKS[self.task]
 
     @property
     def folder(self) -> str:
@@ -300,16 +143,16 @@ class Settings(Section):
 
     @property
     def train_data(self) -> str:
-        return self.data.train or SAMPLES[self.task]
+        return self.data.train or self.task_definition.sample
 
     @property
     def evaluation_data(self) -> str | None:
         if self.data.evaluation or self.data.train:
             return self.data.evaluation or None
-        return f"{SAMPLES[self.task]}/evaluation"
+        return f"{self.task_definition.sample}/evaluation"
 
     @property
-    def accumulation(self) -> int:
+    def gradient_accumulation_steps(self) -> int:
         """Micro-batches that a worker computes for an optimizer step."""
         return self.batch_size // (self.micro_batch_size * self.workers.count)
 
@@ -450,7 +293,8 @@ def _explain(error: ValidationError) -> str:
 def _names(path: Sequence[str | int]) -> list[str]:
     section: Any = Settings
     for name in path:
-        section = section.model_fields[name].annotation
+        annotation = section.model_fields[name].annotation
+        section = next((each for each in get_args(annotation) if each is not NoneType), annotation)
     return list(section.model_fields)
 
 

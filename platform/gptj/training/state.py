@@ -3,7 +3,8 @@
 A folder that all ranks write together, each its own files: DeepSpeed's shard of weights and
 optimizer (`zero/…`), the state of its random generators, and a manifest of these; rank 0 adds
 `progress.json` with the step, the settings, the data's fingerprints and the measurements so far.
-The position in the data follows from the step.
+The position in the data follows from the step. Frozen weights are not in it: they are read from
+where they came from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from gptj import storage
+from gptj.adapters.base import Base
 from gptj.checkpoints.checkpoint import TRAINING
 from gptj.checkpoints.manifest import CheckpointError, Manifest, describe, read_verified, verify
 from gptj.serialization.json_object import to_json
@@ -36,9 +38,10 @@ class Progress:
     """Where a run is, and what was measured on the way."""
 
     step: int = 0  # optimizer steps done
-    world: int = 1  # ranks that wrote the checkpoint
+    world_size: int = 1  # ranks that wrote the checkpoint
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
+    base: dict[str, Any] | None = None  # the model under an adapter, as it was at the beginning
     # Logged points, by step; in a file a number that is not finite becomes None.
     history: list[dict[str, float | None]] = field(default_factory=list)
     unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
@@ -47,7 +50,7 @@ class Progress:
 def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:
     """Write this rank's part into an empty local folder; all ranks call it together."""
     (folder / TAG).mkdir(parents=True)
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     random = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
@@ -58,16 +61,16 @@ def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None
     for script in folder.glob("zero_to_*.py"):
         script.unlink()
     names = [file.name for file in storage.list_files(str(folder))]
-    describe(str(folder), names).write(_manifest_name(rank, progress.world))
+    describe(str(folder), names).write(_manifest_name(rank, progress.world_size))
 
 
-def upload_state(folder: Path, address: str, rank: int, world: int) -> None:
+def upload_state(folder: Path, address: str, rank: int, world_size: int) -> None:
     """Copy what this rank saved to where the checkpoint is kept; its manifest comes last.
 
     A rank that dies in between leaves no manifest, and so no checkpoint; one that comes here again
     takes the manifest of its first try away before it changes a file.
     """
-    manifest = _manifest_name(rank, world)
+    manifest = _manifest_name(rank, world_size)
     storage.delete(storage.join(address, manifest))
     names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
     storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
@@ -82,9 +85,12 @@ def read_progress(address: str) -> Progress:
     """
     try:
         content = read_verified(address, PROGRESS, _first_manifest(address))
-        progress = Progress(**json.loads(content))
-        for rank in range(progress.world):
-            _manifest(address, rank, progress.world).check_sizes()
+        fields = json.loads(content)
+        if "world" in fields:  # before it was renamed
+            fields["world_size"] = fields.pop("world")
+        progress = Progress(**fields)
+        for rank in range(progress.world_size):
+            _manifest(address, rank, progress.world_size).check_sizes()
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; remedy: delete the folder {address}, and the run goes on from the "
@@ -114,24 +120,27 @@ def delete_old_checkpoints(folder: str, keep: int) -> None:
         logger.warning("an old checkpoint stays in %s: %s", folder, error)
 
 
-def check_goes_on(settings: Settings, address: str, world: int) -> Progress:
+def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress:
     """The progress of the checkpoint that a run is to go on from.
 
     Raises:
         SettingsError: if the settings would change what the run computes.
-        CheckpointError: if the checkpoint is damaged.
+        CheckpointError: if the checkpoint is damaged, or the model under its adapter is another.
     """
     progress = read_progress(address)
-    if progress.world != world:
+    if progress.world_size != world_size:
         raise SettingsError(
-            f"{address} was written by {progress.world} workers and can be continued only by as "
-            f"many: set workers.count={progress.world}, or another run="
+            f"{address} was written by {progress.world_size} workers and only as many can resume "
+            f"from it: set workers.count={progress.world_size}, or another run="
         )
     if different := changed(progress.settings, settings.model_dump(mode="json")):
         raise SettingsError(
             f"the run {settings.run!r} would go on from {address} with other settings: "
             f"{'; '.join(different)}. Set them back, or choose another run="
         )
+    if progress.base is not None:
+        before = Base(**progress.base)
+        before.check(address, Base.at(before.address, before.revision))
     return progress
 
 
@@ -170,7 +179,7 @@ def is_complete(settings: Settings) -> bool:
     return True
 
 
-def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -> None:
+def load_state(engine: Any, address: str, folder: Path, rank: int, world_size: int) -> None:
     """Bring this rank back to where the checkpoint was written; all ranks call it together.
 
     Only the files that this rank needs are copied, into an empty local folder, and compared with
@@ -180,15 +189,16 @@ def load_state(engine: Any, address: str, folder: Path, rank: int, world: int) -
         CheckpointError: naming the file that is missing, cut off or altered.
     """
     needed: dict[str, Manifest] = {}
-    for writer in range(world):
-        manifest = _manifest(address, writer, world)
+    for writer in range(world_size):
+        manifest = _manifest(address, writer, world_size)
         for name in manifest.files:
             if name == _random_name(rank) or _is_for(name, rank):
                 needed[name] = manifest
     storage.download_folder(address, folder, needed)
     for name, record in describe(str(folder), needed).files.items():
         needed[name].check_content(name, record.size, record.sha256)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=whole)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found no state in {address}/{TAG}")
     random = torch.load(folder / _random_name(rank), weights_only=True)
@@ -230,16 +240,16 @@ def _first_manifest(address: str) -> Manifest:
     raise CheckpointError(f"{address} is no training checkpoint: it has no manifest of rank 0")
 
 
-def _manifest(address: str, rank: int, world: int) -> Manifest:
-    name = _manifest_name(rank, world)
+def _manifest(address: str, rank: int, world_size: int) -> Manifest:
+    name = _manifest_name(rank, world_size)
     manifest = Manifest.read(address, name)
     if manifest is None:
         raise CheckpointError(f"{address} is incomplete: {name} is missing")
     return manifest
 
 
-def _manifest_name(rank: int, world: int) -> str:
-    return f"manifest-{rank:05}-of-{world:05}.json"
+def _manifest_name(rank: int, world_size: int) -> str:
+    return f"manifest-{rank:05}-of-{world_size:05}.json"
 
 
 def _random_name(rank: int) -> str:

@@ -12,6 +12,10 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.folder import save_adapter_folder
+from gptj.adapters.lora import NEW_HEADS, adapter_parameters, add_lora
 from gptj.checkpoints.checkpoint import config_of, load_model, save_folder
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
@@ -40,7 +44,11 @@ def build_model(
     are spread over the ranks as they come, one after the other.
     """
     source = None
+    adapter = None
+    if settings.adapter is not None:
+        adapter = settings.adapter.lora(NEW_HEADS.get(cls, ()))
     if rank == 0:
+        torch.manual_seed(settings.seed)
         if settings.model.checkpoint:
             source = load_model(
                 cls,
@@ -49,28 +57,39 @@ def build_model(
                 config=config,
             )
         else:
-            torch.manual_seed(settings.seed)
             source = cls(config)
+        if settings.deepspeed.precision == "fp32":
+            source = source.float()
+        if adapter is not None:
+            add_lora(source, adapter)
+            trained = source.num_parameters(only_trainable=True)
+            logger.info("training %d of %d parameters", trained, source.num_parameters())
     # A checkpoint's own head may have turned out to be another than its embedding.
     tied = [config.tie_word_embeddings if source is None else source.config.tie_word_embeddings]
     dist.broadcast_object_list(tied)
     config.tie_word_embeddings = tied[0]
     if settings.deepspeed.stage < 3:
         if source is not None:
-            return source.float() if settings.deepspeed.precision == "fp32" else source
+            return source
         with without_weights():
-            model = cls(config)
+            model = _with_adapter(cls(config), adapter)
         model = model.to_empty(device="cpu")
         if isinstance(model, GPTJForCausalLM):
             model.tie_weights()  # to_empty makes two of a shared matrix
         return model
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_settings):
-        model = cls(config)
+        model = _with_adapter(cls(config), adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if source is not None:
                     parameter.copy_(source.get_parameter(name))
+    return model
+
+
+def _with_adapter(model: GPTJPreTrainedModel, adapter: LoRAConfig | None) -> GPTJPreTrainedModel:
+    if adapter is not None:
+        add_lora(model, adapter)
     return model
 
 
@@ -99,9 +118,14 @@ def undo_first_step(engine: Any) -> None:
 
 
 def all_finite(model: nn.Module) -> Tensor:
-    """Whether this rank's part of the weights is; on their device, where nobody waits for it."""
+    """Whether this rank's part of the weights is; on their device, where nobody waits for it.
+
+    Frozen ones are as they were read.
+    """
     extremes: list[Tensor] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         part = getattr(parameter, "ds_tensor", parameter).detach()  # its shard, at stage 3
         if part.numel():
             extremes += torch.aminmax(part)  # NaN, if one is among them
@@ -115,23 +139,40 @@ def export_model(
     tokenizer: GPTJTokenizer,
     training: dict[str, Any],
     rank: int,
+    base: Base | None = None,
 ) -> None:
-    """Write the trained model's folder, in the precision of the training.
+    """Write the folder of the trained model or adapter, in the precision of the training.
 
     All ranks call it together. At stage 3 each parameter is gathered, written by rank 0 and
     dropped before the next one.
+
+    Args:
+        base: of an adapter.
     """
     dtype = PRECISIONS[settings.deepspeed.precision]
     config = config_of(model)
     config.dtype = dtype
-    parameters = dict(model.named_parameters())
+    adapter = model.adapter
+    parameters = adapter_parameters(model) if adapter else dict(model.named_parameters())
     specs = [TensorSpec(name, _shape(p), dtype) for name, p in parameters.items()]
     tensors = _gathered(parameters, settings.deepspeed.stage)
-    if rank == 0:
-        save_folder(address, config, specs, tensors, tokenizer=tokenizer, training=training)
-    else:
+    if rank != 0:
         for _ in tensors:
             pass  # this rank's share of the gathering
+    elif adapter is None:
+        save_folder(address, config, specs, tensors, tokenizer=tokenizer, training=training)
+    else:
+        assert base is not None
+        save_adapter_folder(
+            address,
+            config,
+            adapter,
+            specs,
+            tensors,
+            base=base,
+            tokenizer=tokenizer,
+            training=training,
+        )
 
 
 def _gathered(parameters: dict[str, nn.Parameter], stage: int) -> Iterator[Tensor]:

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Merge a LoRA adapter into its base model: a model folder that needs neither, tensor by tensor.
+
+    jobs/merge_adapter.py BASE ADAPTER DESTINATION [--dtype DTYPE] [--revision REVISION] …
+
+BASE is a model: a folder, local or `s3://…`, or an id on the Hugging Face hub. ADAPTER is what
+`jobs/finetune.py` wrote with `adapter=…`, or an adapter of PEFT's. DESTINATION is a new folder,
+local or `s3://…`; it is printed when it is complete. An adapter that was trained on another model
+is refused. Memory holds a few tensors, never the model. Progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from gptj.adapters.merging import merge_adapter
+from gptj.checkpoints.weights import SHARD_BYTES
+from jobs import command_line
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    arguments = read_arguments(sys.argv[1:])
+    try:
+        merge_adapter(
+            arguments.base,
+            arguments.adapter,
+            arguments.destination,
+            dtype=arguments.dtype,
+            revision=arguments.revision,
+            shard_bytes=arguments.shard_bytes,
+        )
+    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+        sys.exit(f"error: {error}")
+    print(arguments.destination)
+
+
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("base", "adapter", "destination"):
+        parser.add_argument(name, type=command_line.address)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the base's")
+    parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
+    parser.add_argument(
+        "--shard-bytes",
+        type=int,
+        default=SHARD_BYTES,
+        help="of the weights in one file, at most; default: %(default)s",
+    )
+    arguments = parser.parse_args(words)
+    if arguments.shard_bytes < 1:
+        parser.error(f"--shard-bytes must be 1 or more, got {arguments.shard_bytes}")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A base model and an adapter in, a model folder out, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptj.adapters.base import Base, has_file
+from gptj.adapters.config import HEADS
+from gptj.adapters.folder import HEAD_OF, StoredAdapter, put_adapter, read_adapter
+from gptj.adapters.lora import add_product
+from gptj.checkpoints.checkpoint import HEAD_CLASSES, TRAINING, save_folder
+from gptj.checkpoints.manifest import CheckpointError, read_verified
+from gptj.checkpoints.skeleton import without_weights
+from gptj.checkpoints.weights import SHARD_BYTES
+from gptj.config import GPTJConfig, parse_dtype
+from gptj.interop.conversion import read_all, specs_of
+from gptj.interop.importer import check_new
+from gptj.interop.source import Source, open_source
+from gptj.interop.tensors import StoredTensor, narrowed
+from gptj.model import GPTJModel, GPTJPreTrainedModel
+from gptj.storage.addresses import normalized
+from gptj.tokenizer import GPTJTokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of which a tokenizer has
+
+
+def merge_adapter(
+    base: str,
+    adapter: str,
+    destination: str,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> GPTJConfig:
+    """Write the model that computes what the base does with the adapter; see merge_lora.
+
+    The folder is complete, or it is not there. Returns its configuration. The tokenizer and
+    `training.json` are the adapter's, or the base's where it has none.
+
+    Args:
+        base, adapter: folders, local or `s3://`, or hub ids.
+        destination: a new folder, local or `s3://`.
+        dtype: float16, bfloat16 or float32; None: the base's.
+        revision: of a base on the hub.
+
+    Raises:
+        FileNotFoundError: if there is no base or no adapter.
+        CheckpointError: naming what is damaged or not supported, or if the adapter belongs to
+            another model.
+        AlreadyExistsError: if there is something at the destination.
+    """
+    target = parse_dtype(dtype)
+    base, destination = normalized(base), normalized(destination)
+    stored = read_adapter(adapter)
+    check_new(destination)
+    _check_base(stored, base, revision)
+    with open_source(base, revision=revision) as source:
+        config = _config(source, stored)
+        tensors = _merged(source, stored, config)
+        specs = specs_of(tensors, target or source.config.dtype, config)
+        save_folder(
+            destination,
+            config,
+            specs,
+            read_all(tensors, specs),
+            tokenizer=_tokenizer(stored) or source.tokenizer,
+            training=_training(stored) or source.training,
+            shard_bytes=shard_bytes,
+        )
+    return config
+
+
+def _check_base(adapter: StoredAdapter, address: str, revision: str | None) -> None:
+    try:
+        expected = adapter.base
+    except CheckpointError:  # PEFT's may name none
+        return
+    expected.check(adapter.address, Base.at(address, revision))
+
+
+def _config(source: Source, adapter: StoredAdapter) -> GPTJConfig:
+    """The merged model's configuration; CheckpointError if the adapter does not fit the base."""
+    config = adapter.model_config(source.config, {})
+    name = adapter.architecture or (config.architectures or [""])[0]
+    cls = HEAD_CLASSES.get(name)
+    if cls is None:
+        raise CheckpointError(f"{adapter.address}: {name or 'no class'} is no GPT-J of ours")
+    config.architectures = [name]
+    config.dtype = source.config.dtype
+    with without_weights():
+        model = cls(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    put_adapter(model, adapter)  # which compares names and shapes, and has no weights to copy to
+    given = {tensor.name: tensor.shape for tensor in _base_tensors(source, cls)}
+    given |= {n: tuple(t.shape) for n, t in adapter.tensors.items() if n in expected}
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            raise CheckpointError(
+                f"{adapter.address} is for another model than {source.address}: {name} has the "
+                f"shape {given.get(name)}, and should have {expected.get(name)}"
+            )
+    return config
+
+
+def _merged(source: Source, adapter: StoredAdapter, config: GPTJConfig) -> list[StoredTensor]:
+    """The model's tensors, in its order: the base's, changed where the adapter says so."""
+    cls = HEAD_CLASSES[(config.architectures or [""])[0]]
+    tensors = {tensor.name: tensor for tensor in _base_tensors(source, cls)}
+    for name, values in adapter.tensors.items():
+        if ".lora_" not in name:
+            tensors[name] = _in_memory(name, values)
+    for name, a in adapter.tensors.items():
+        layer, marker, _ = name.partition(".lora_A.")
+        if marker:
+            b, weight = adapter.tensors[f"{layer}.lora_B.weight"], f"{layer}.weight"
+            tensors[weight] = _with_product(tensors[weight], a, b, adapter.config.scaling)
+    return list(tensors.values())
+
+
+def _base_tensors(source: Source, cls: type[GPTJPreTrainedModel]) -> list[StoredTensor]:
+    """Under the names that a class has for them, without other classes' heads."""
+    others = tuple(f"{head}." for head in HEADS if head != HEAD_OF.get(cls.__name__))
+    kept = [tensor for tensor in source.tensors if not tensor.name.startswith(others)]
+    if source.config.architectures == [GPTJModel.__name__] and cls is not GPTJModel:
+        kept = [t.renamed(f"{GPTJModel.base_model_prefix}.{t.name}") for t in kept]
+    return kept
+
+
+def _in_memory(name: str, values: Tensor) -> StoredTensor:
+    def load(dtype: torch.dtype) -> Tensor:
+        return narrowed(values, dtype, name)
+
+    return StoredTensor(name, tuple(values.shape), values.dtype, load)
+
+
+def _with_product(tensor: StoredTensor, a: Tensor, b: Tensor, scaling: float) -> StoredTensor:
+    def load(dtype: torch.dtype) -> Tensor:
+        values = tensor.load(torch.float32)
+        add_product(values, a, b, scaling)
+        return narrowed(values, dtype, tensor.name)
+
+    return replace(tensor, load=load)
+
+
+def _tokenizer(adapter: StoredAdapter) -> GPTJTokenizer | None:
+    """The adapter's own; None if it has none."""
+    files = (has_file(adapter.folder, name, adapter.manifest) for name in TOKENIZER_FILES)
+    return GPTJTokenizer.from_pretrained(adapter.folder) if any(files) else None
+
+
+def _training(adapter: StoredAdapter) -> Mapping[str, Any] | None:
+    if adapter.manifest is None or not has_file(adapter.folder, TRAINING, adapter.manifest):
+        return None
+    fields: Mapping[str, Any] = json.loads(
+        read_verified(adapter.folder, TRAINING, adapter.manifest)
+    )
+    return fields

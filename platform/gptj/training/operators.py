@@ -1,0 +1,93 @@
+"""DeepSpeed's operators, compiled by one process of a node at a time, however another one died.
+
+PyTorch marks a build by a file, `lock`, and waits for ever for one that a killed process left. Here
+a lock of the kernel stands before it, which ends with its holder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch.utils import cpp_extension
+
+from gptj.extras import Extra
+from gptj.storage.file_lock import FileLock
+
+logger = logging.getLogger(__name__)
+builders = Extra("deepspeed.ops.op_builder.builder", "training", "deepspeed")
+
+POLL_SECONDS = 0.1
+
+
+@contextmanager
+def guarded_builds() -> Iterator[None]:
+    """Put all of DeepSpeed's builds in the block behind our lock."""
+    jit_load = builders.OpBuilder.jit_load
+
+    def guarded(self: Any, verbose: bool = True) -> Any:
+        with building(self.name):
+            return jit_load(self, verbose)
+
+    with mock.patch.object(builders.OpBuilder, "jit_load", guarded):
+        yield
+
+
+@contextmanager
+def building(name: str) -> Iterator[None]:
+    """Hold the right to build or load an operator; waits for whoever is building it."""
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    with FileLock(folder / "gptj.lock") as lock:
+        if not lock.try_take():
+            logger.info("waiting for another process that compiles DeepSpeed's %s", name)
+            lock.take()
+        _clear(folder, name)
+        started = None if any(folder.glob("*.so")) else time.monotonic()
+        if started is not None:
+            logger.info("compiling DeepSpeed's %s in %s, about a minute", name, folder)
+        yield
+        if started is not None:
+            logger.info("compiled %s in %.0f s", name, time.monotonic() - started)
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Delete PyTorch's lock once no process of this node can hold it.
+
+    That is one that has it open, or a compiler that outlived the process that had. Ours wait for
+    our own lock, also those on other nodes with the same home folder.
+    """
+    lock = folder / "lock"
+    waiting = False
+    while lock.exists() and (processes := _users(folder)):
+        if not waiting:
+            waiting = True
+            logger.info("waiting for process %d, which compiles %s", processes[0], name)
+        time.sleep(POLL_SECONDS)
+    if lock.exists():
+        logger.warning("deleting %s, left by a build that was killed", lock)
+        lock.unlink(missing_ok=True)
+
+
+def _users(folder: Path) -> list[int]:
+    """The processes that hold the folder's lock, or compile in it. Those of others do not show."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            compiling = (
+                os.readlink(process / "cwd") == str(folder)
+                and (process / "comm").read_text().strip() == "ninja"
+            )
+            held = any(
+                os.readlink(each) == str(folder / "lock") for each in (process / "fd").iterdir()
+            )
+        except OSError:  # it has ended, or belongs to another user
+            continue
+        if compiling or held:
+            found.append(int(process.name))
+    return found

@@ -1,0 +1,68 @@
+"""Language modelling: the next token of any text, measured by perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.labels import LabelSet
+from gptj.data.rows import Row
+from gptj.model import GPTJForCausalLM
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.sections import DataSettings
+from gptj.training.tasks.base import Part, Task
+
+
+class CausalLM(Task[CausalLMData]):
+    name = "causal-lm"
+    head = GPTJForCausalLM
+    columns = ("text",)
+    sample = "sample://documentation"
+
+    def read(
+        self,
+        rows: Iterable[Row],
+        tokenizer: GPTJTokenizer,
+        options: DataSettings,
+        labels: LabelSet | None = None,
+    ) -> CausalLMData:
+        return CausalLMData(rows, tokenizer, options.sequence_length)
+
+    def load(self, folder: Path) -> CausalLMData:
+        return CausalLMData.load(folder)
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor], items: int) -> tuple[Tensor, Any]:
+        # Not mean times items: a batch without a counted token has no mean.
+        output = model(**batch, use_cache=False, num_items_in_batch=1)
+        return output.loss, output
+
+    def metrics(self, data: CausalLMData, whole: Part) -> dict[str, float]:
+        """`loss`, `perplexity`, `tokens` (predicted ones)."""
+        loss = whole.loss / whole.items
+        return {"loss": loss, "perplexity": _exp(loss), "tokens": whole.items}
+
+
+def unigram_perplexity(train: CausalLMData, evaluation: CausalLMData) -> float:
+    """Perplexity of guessing by frequency alone, over the tokens that a model is measured on.
+
+    Frequencies are those of the training tokens, one added to each of the vocabulary.
+    """
+    if train.vocabulary != evaluation.vocabulary:
+        raise ValueError(
+            f"both need one tokenizer, got vocabularies of {train.vocabulary} and "
+            f"{evaluation.vocabulary} entries"
+        )
+    counts = np.bincount(train.tokens, minlength=train.vocabulary) + 1.0
+    losses = -np.log(counts / counts.sum())
+    return math.exp(losses[evaluation.predicted_tokens().numpy()].mean())
+
+
+def _exp(loss: float) -> float:
+    """e to the loss; infinite where a float has no room for it."""
+    return math.exp(loss) if loss < math.log(np.finfo(float).max) else math.inf

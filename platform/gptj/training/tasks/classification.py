@@ -1,0 +1,145 @@
+"""Classification of texts (one label or several each) and regression."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptj.config import GPTJConfig
+from gptj.data.classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ClassificationData
+from gptj.data.labels import LabelSet
+from gptj.data.rows import Row
+from gptj.model import GPTJForSequenceClassification
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.sections import DataSettings, SettingsError
+from gptj.training.tasks.base import Part, Task, check_all_there
+
+Array = np.ndarray[Any, Any]
+
+
+class Classification(Task[ClassificationData]):
+    name = "classification"
+    head = GPTJForSequenceClassification
+    columns = ("text", "label")
+    sample = "sample://reviews"
+    own_settings = ("problem_type", "label_names")
+
+    def read(
+        self,
+        rows: Iterable[Row],
+        tokenizer: GPTJTokenizer,
+        options: DataSettings,
+        labels: LabelSet | None = None,
+    ) -> ClassificationData:
+        if labels is not None:
+            return ClassificationData(rows, tokenizer, options.sequence_length, labels)
+        return ClassificationData(
+            rows,
+            tokenizer,
+            options.sequence_length,
+            label_names=options.label_names or None,
+            problem_type=options.problem_type,
+        )
+
+    def load(self, folder: Path) -> ClassificationData:
+        return ClassificationData.load(folder)
+
+    def outputs(self, data: ClassificationData, output: Any, examples: Sequence[int]) -> list[Any]:
+        logits: list[list[float]] = output.logits.float().cpu().tolist()
+        return logits
+
+    def metrics(self, data: ClassificationData, whole: Part) -> dict[str, float]:
+        """`loss`, and by the kind of the labels:
+
+        single: `accuracy`, `f1` (mean over the classes that occur);
+        several: `accuracy` (of whole rows), `f1` (over all decisions);
+        regression: `mse`, and `pearson` (mean over outputs) unless a side is constant.
+        """
+        check_all_there(data, whole)
+        logits = np.array([whole.outputs[index] for index in range(len(data))])
+        numbers = _classified(logits, data.targets, data.labels.problem_type)
+        return {"loss": whole.loss / whole.items, **numbers}
+
+    def labels_of(self, config: GPTJConfig) -> LabelSet | None:
+        is_classifier = self.head.__name__ in (config.architectures or ())
+        return LabelSet.of(config) if is_classifier else None
+
+    def known_labels(
+        self, config: GPTJConfig, checkpoint: str, options: DataSettings
+    ) -> LabelSet | None:
+        trained = self.labels_of(config)
+        return None if trained is None else _renamed(trained, checkpoint, options)
+
+
+def _renamed(trained: LabelSet, checkpoint: str, options: DataSettings) -> LabelSet:
+    """A checkpoint's labels with what the settings say of them; its head stays as it is.
+
+    Only class numbers without names (LABEL_0, …) may get names.
+    """
+    if options.problem_type not in (None, trained.problem_type):
+        raise SettingsError(
+            f"data.problem_type={options.problem_type}, but {checkpoint} is trained for "
+            f"{trained.problem_type}: leave it out"
+        )
+    if not options.label_names:
+        return trained
+    written = options.label_names
+    names = tuple(dict.fromkeys(written.values()) if isinstance(written, dict) else written)
+    known, given = ", ".join(trained.names), ", ".join(names)
+    if trained.is_nameless and len(names) == len(trained.names):
+        trained = replace(trained, names=names)
+    if set(names) != set(trained.names):
+        raise SettingsError(
+            f"{checkpoint} tells {len(trained.names)} labels apart ({known:.300}), and "
+            f"data.label_names has {len(names)} ({given:.300}): leave it out, or begin with a "
+            f"checkpoint that is not a classifier"
+        )
+    if isinstance(written, dict):
+        return trained.translated(written)
+    if names != trained.names:
+        raise SettingsError(
+            f"data.label_names is in another order ({given:.300}) than the outputs of "
+            f"{checkpoint} ({known:.300}): leave it out, or give them in that order"
+        )
+    return trained
+
+
+def _classified(logits_BC: Array, targets: Array, problem_type: str) -> dict[str, float]:
+    if problem_type == REGRESSION:
+        return _regressed(logits_BC, targets.reshape(logits_BC.shape))
+    if problem_type == MULTI_LABEL:
+        decisions, truth = logits_BC > 0, targets > 0.5  # a probability above one half
+        whole_rows = (decisions == truth).all(axis=1)
+        f1 = _f1(decisions & truth, decisions, truth)
+        return {"accuracy": float(whole_rows.mean()), "f1": f1}
+    assert problem_type == SINGLE_LABEL
+    predictions = logits_BC.argmax(axis=1)
+    occurring = np.union1d(predictions, targets)
+    scores = [
+        _f1((predictions == c) & (targets == c), predictions == c, targets == c) for c in occurring
+    ]
+    return {
+        "accuracy": float((predictions == targets).mean()),
+        "f1": float(np.mean(scores)),
+    }
+
+
+def _f1(hits: Array, predicted: Array, true: Array) -> float:
+    """Twice the hits over all that was predicted or true; 0 where nothing was."""
+    total = int(predicted.sum() + true.sum())
+    return 2 * int(hits.sum()) / total if total else 0.0
+
+
+def _regressed(outputs_BC: Array, targets_BC: Array) -> dict[str, float]:
+    result = {"mse": float(((outputs_BC - targets_BC) ** 2).mean())}
+    if (np.ptp(outputs_BC, axis=0) > 0).all() and (np.ptp(targets_BC, axis=0) > 0).all():
+        correlations = [
+            np.corrcoef(outputs_BC[:, column], targets_BC[:, column])[0, 1]
+            for column in range(outputs_BC.shape[1])
+        ]
+        result["pearson"] = float(np.mean(correlations))
+    return result

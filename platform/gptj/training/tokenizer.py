@@ -1,0 +1,70 @@
+"""The tokenizer of a run: its checkpoint's, a given one, or one trained on the run's data."""
+
+from __future__ import annotations
+
+from gptj import storage
+from gptj.checkpoints.manifest import FolderWriter, Manifest
+from gptj.tokenizer import GPTJTokenizer, NoTokenizerError
+from gptj.training.dataset import task_rows
+from gptj.training.model_config import new_config
+from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import latest_checkpoint
+
+
+def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
+    """The run's tokenizer; a new one is trained and kept in the run's folder.
+
+    It is trained again as long as the run has no checkpoint, which would depend on it.
+
+    Raises:
+        storage.StorageError, gptj.data.sources.DataError: if the training data cannot be read.
+    """
+    address = settings.model.checkpoint or settings.tokenizer.address
+    if address:
+        return load_tokenizer(settings)
+    folder = storage.join(settings.folder, "tokenizer")
+    if latest_checkpoint(settings.folder) is None:
+        storage.delete_folder(folder)  # left by a run that died before its first checkpoint
+    if Manifest.read(folder) is None:
+        task = settings.task_definition
+        # All columns of the task: whatever is missing is named at once.
+        rows = task_rows(settings, settings.train_data)
+        texts = (row.text(column) for row in rows for column in task.text_columns)
+        tokenizer = GPTJTokenizer.train(texts, settings.tokenizer.vocab_size)
+        tokenizer.model_max_length = new_config(settings)["n_positions"]
+        with FolderWriter(folder) as writer:
+            for name, content in tokenizer.files().items():
+                writer.write(name, content)
+    return load_tokenizer(settings)
+
+
+def load_tokenizer(settings: Settings) -> GPTJTokenizer:
+    """The tokenizer that `prepare_tokenizer` has provided.
+
+    One without a padding token, such as the published one, pads with eos, so that the exported
+    model can be used with batches.
+    """
+    tokenizer = _stored_tokenizer(settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _stored_tokenizer(settings: Settings) -> GPTJTokenizer:
+    checkpoint, address = settings.model.checkpoint, settings.tokenizer.address
+    if checkpoint:
+        try:
+            own = GPTJTokenizer.from_pretrained(
+                checkpoint, revision=settings.model.revision or None
+            )
+        except NoTokenizerError as error:
+            if not address:
+                raise SettingsError(f"{error}; remedy: tokenizer.address=") from error
+        else:
+            if address:
+                raise SettingsError(
+                    f"tokenizer.address={address} beside model.checkpoint={checkpoint}, which has "
+                    f"a tokenizer of its own: leave it out"
+                )
+            return own
+    return GPTJTokenizer.from_pretrained(address or storage.join(settings.folder, "tokenizer"))

@@ -1,0 +1,139 @@
+"""A node's processes share one data set: read and tokenized once, memory-mapped by all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptj import GPTJTokenizer
+from gptj.data.rows import DataError
+from gptj.training import dataset
+from gptj.training.dataset import make_data, node_data
+from gptj.training.settings import Settings
+
+WORDS = "the cat is old and the dog is new, so the house is so so"
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "causal-lm": [{"text": f"{n} {WORDS}"} for n in range(9)],
+    "classification": [{"text": f"{n} {WORDS}", "label": "abc"[n % 3]} for n in range(9)],
+    "question-answering": [
+        {
+            "question": "who is old?",
+            "context": f"{n} ü {WORDS}. {WORDS}",
+            "answers": {"text": ["cat"], "answer_start": [8]} if n else None,
+        }
+        for n in range(9)
+    ],
+}
+
+
+def settings_of(folder: Path, task: str) -> Settings:
+    for name, rows in (("train", ROWS[task]), ("held-out", ROWS[task][:6])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "train": str(folder / "train.jsonl"),
+        "evaluation": str(folder / "held-out.jsonl"),
+        "sequence_length": 32,
+    }
+    if task == "question-answering":
+        data["stride"] = 8
+    return Settings(task=task, storage=str(folder), data=data)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> GPTJTokenizer:
+    return GPTJTokenizer.train([WORDS, "who?"], 280)
+
+
+def batch_of(data: Any, count: int) -> dict[str, torch.Tensor]:
+    batch: dict[str, torch.Tensor] = data.collate([data[index] for index in range(count)])
+    return batch
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_what_is_memory_mapped_is_what_was_tokenized(
+    task: str, tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    settings = settings_of(tmp_path, task)
+    expected, found = make_data(settings, tokenizer), node_data(settings, tokenizer, tmp_path)
+    assert found.fingerprints == expected.fingerprints
+    for name in ("train", "evaluation"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert len(ours) == len(theirs)
+        assert ours.summary() == theirs.summary()
+        assert ours.labels == theirs.labels
+        ours_batch, theirs_batch = batch_of(ours, len(ours)), batch_of(theirs, len(ours))
+        assert ours_batch.keys() == theirs_batch.keys()
+        for key, tensor in ours_batch.items():
+            assert torch.equal(tensor, theirs_batch[key])
+        assert ours.count_items(ours_batch) == theirs.count_items(theirs_batch)
+        arrays = [v for v in vars(ours).values() if isinstance(v, np.ndarray)]
+        assert all(isinstance(array, np.memmap) for array in arrays)
+    if task == "question-answering":
+        assert list(found.train.questions) == list(expected.train.questions)  # type: ignore[attr-defined]
+        assert found.train.questions[-1:] == expected.train.questions[-1:]  # type: ignore[attr-defined]
+        windows = range(len(expected.train))
+        assert [found.train.window(i) for i in windows] == [  # type: ignore[attr-defined]
+            expected.train.window(i)  # type: ignore[attr-defined]
+            for i in windows
+        ]
+
+
+def test_rows_are_read_once_however_many_processes_ask(
+    tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    read = dataset.make_data
+    monkeypatch.setattr(
+        dataset, "make_data", lambda *arguments: reads.append(1) or read(*arguments)
+    )
+    settings = settings_of(tmp_path, "causal-lm")
+    # Locks are held by file descriptions, not by processes: threads are as good.
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: node_data(settings, tokenizer, tmp_path), range(4)))
+    assert len(reads) == 1
+    assert len({each.fingerprints["train"] for each in found}) == 1
+
+
+def die_tokenizing(folder: Path, tokenizer: GPTJTokenizer) -> None:
+    def save(data: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "ids.npy").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    settings = settings_of(folder, "causal-lm")
+    dataset.make_data(settings, tokenizer).train.__class__.save = save  # type: ignore[assignment]
+    node_data(settings, tokenizer, folder)
+
+
+def test_the_next_process_tokenizes_if_the_first_is_killed(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=die_tokenizing, args=(tmp_path, tokenizer)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    settings = settings_of(tmp_path, "causal-lm")
+    found = node_data(settings, tokenizer, tmp_path)
+    assert len(found.train) == len(make_data(settings, tokenizer).train)
+
+
+def test_a_row_that_does_not_fit_is_named_to_each_process(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    settings = settings_of(tmp_path, "causal-lm")
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": 3}\n')
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train\.jsonl, row 10, column 'text': must be text"):
+            node_data(settings, tokenizer, tmp_path)
