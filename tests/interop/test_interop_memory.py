@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.checkpoints import checkpoint
+from gptj.checkpoints.manifest import verify
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SINGLE_FILE, TensorSpec
 from gptj.interop import flax, tensorflow
@@ -147,7 +147,7 @@ def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
     destination = str(tmp_path / "ours")
     ((_, peak),) = measure(["import_weights.py", str(tmp_path / "source"), destination])
     assert peak < budget, f"{peak / MB:.0f} MB for {total / MB:.0f} MB"
-    checkpoint.verify(destination)
+    verify(destination)
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ from gptj.data.batches import BatchOrder, share
 from gptj.data.question_answering import answer_loss
 from gptj.devices import check_device
 from gptj.extras import Extra
-from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJPreTrainedModel
+from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering
+from gptj.pretrained import GPTJPreTrainedModel
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike

@@ -14,13 +14,10 @@ from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
-from gptj.model import (
-    GPTJForCausalLM,
-    GPTJForQuestionAnswering,
-    GPTJForSequenceClassification,
-    GPTJPreTrainedModel,
-)
-from gptj.tokenizer import GPTJTokenizer, NoTokenizerError
+from gptj.errors import NoTokenizerError
+from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.tokenizer import GPTJTokenizer
 from gptj.training.fingerprint import CountedRows, Fingerprint
 from gptj.training.settings import COLUMNS, Settings, SettingsError, Task
 from gptj.training.state import latest_checkpoint

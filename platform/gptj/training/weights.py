@@ -12,12 +12,13 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from gptj.checkpoints.checkpoint import config_of, load_model, save_folder
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
 from gptj.extras import Extra
-from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
+from gptj.model import GPTJForCausalLM
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.saving import save_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
 
@@ -42,8 +43,7 @@ def build_model(
     source = None
     if rank == 0:
         if settings.model.checkpoint:
-            source = load_model(
-                cls,
+            source = cls.from_pretrained(
                 settings.model.checkpoint,
                 revision=settings.model.revision or None,
                 config=config,
@@ -122,7 +122,7 @@ def export_model(
     dropped before the next one.
     """
     dtype = PRECISIONS[settings.deepspeed.precision]
-    config = config_of(model)
+    config = model.config_to_save()
     config.dtype = dtype
     parameters = dict(model.named_parameters())
     specs = [TensorSpec(name, _shape(p), dtype) for name, p in parameters.items()]
