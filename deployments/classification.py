@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from deployments.device import replica_device
 from deployments.loading import BatchArguments as Arguments
 from deployments.loading import load, loading_turn
 from deployments.metrics import serve_metrics
@@ -26,7 +27,7 @@ from gptj.serving.classification import ClassificationService, classification_ap
 class Classification:
     def __init__(self, arguments: Arguments) -> None:
         with loading_turn(arguments):
-            model, tokenizer = load(GPTJForSequenceClassification, arguments)
+            model, tokenizer = load(GPTJForSequenceClassification, arguments, replica_device())
         self._service = ClassificationService(
             model, tokenizer, max_batch=arguments.max_batch, max_queued=arguments.max_queued
         )

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from ray import serve
 from ray.serve import Application
 
+from deployments.device import replica_device
 from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
@@ -89,7 +90,7 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
 class Generation:
     def __init__(self, arguments: Arguments) -> None:
         with loading_turn(arguments):
-            model, tokenizer = load(GPTJForCausalLM, arguments)
+            model, tokenizer = load(GPTJForCausalLM, arguments, replica_device())
             runner, limits = new_engine_runner(model, arguments)
         eos = model.config.eos_token_id
         vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)

@@ -10,17 +10,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import ray
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gptj import GPTJTokenizer, storage
+from gptj import GPTJConfig, GPTJTokenizer
+from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
-from gptj.checkpoints.checkpoint import TRAINING, check_complete, load_config, training_data
-from gptj.checkpoints.hub import locate
-from gptj.checkpoints.manifest import Manifest, read_verified
+from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 from gptj.storage.addresses import normalized
 from gptj.storage.file_lock import turn
 
@@ -86,55 +84,71 @@ def loading_turn(arguments: Arguments) -> AbstractContextManager[None]:
     return turn(places, arguments.loads_at_once)
 
 
-def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> GPTJTokenizer:
-    """What can be known of a checkpoint without reading its weights; returns its tokenizer.
+def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
+    """Check what can be known of a checkpoint without reading its weights.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if files are missing, cut off or damaged.
         ValueError: if it has another head, or a tokenizer that does not fit.
     """
-    config = load_config(arguments.checkpoint, revision=arguments.revision)
+    with ModelFolder.open(arguments.checkpoint, revision=arguments.revision) as folder:
+        _config_and_tokenizer(cls, folder, arguments)
+        folder.check_complete()
+        if folder.is_adapter:
+            check_base(folder)
+
+
+def load(
+    cls: type[Model], arguments: Arguments, device: torch.device | None = None
+) -> tuple[Model, GPTJTokenizer]:
+    """The model, ready to compute, and its tokenizer. Raises what `check` does.
+
+    Args:
+        device: None: a GPU, if this process sees one.
+    """
+    with open_checkpoint(arguments) as folder:
+        return load_from(folder, cls, arguments, device)
+
+
+def open_checkpoint(arguments: Arguments) -> ModelFolder:
+    """The checkpoint's folder, to be loaded from."""
+    return ModelFolder.open(
+        arguments.checkpoint, revision=arguments.revision, weights=True, verify=arguments.verify
+    )
+
+
+def load_from(
+    folder: ModelFolder,
+    cls: type[Model],
+    arguments: Arguments,
+    device: torch.device | None = None,
+) -> tuple[Model, GPTJTokenizer]:
+    """As `load`, from a checkpoint that is open already."""
+    config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    model = cls.from_folder(folder, config=config, dtype=dtype, device=device)
+    merge_lora(model)  # an adapter's, where the address is one's
+    return model, tokenizer
+
+
+def _config_and_tokenizer(
+    cls: type[GPTJPreTrainedModel], folder: ModelFolder, arguments: Arguments
+) -> tuple[GPTJConfig, GPTJTokenizer]:
+    config = GPTJConfig.from_folder(folder)
     found = config.architectures or [cls.__name__]
     if cls.__name__ not in found:
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )
-    check_complete(arguments.checkpoint, revision=arguments.revision)
-    tokenizer = GPTJTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
+    tokenizer = GPTJTokenizer.from_folder(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{arguments.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
             f"vocab_size is {config.vocab_size}"
         )
-    return tokenizer
-
-
-def load(cls: type[Model], arguments: Arguments) -> tuple[Model, GPTJTokenizer]:
-    """The model, ready to compute, and its tokenizer. Raises what `check` does."""
-    tokenizer = check(cls, arguments)
-    # Ray hides the GPUs that are not this replica's.
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
-    model = cls.from_pretrained(
-        arguments.checkpoint,
-        dtype=dtype,
-        device=device,
-        revision=arguments.revision,
-        verify=arguments.verify,
-    )
-    merge_lora(model)  # an adapter's, where the address is one's
-    return model, tokenizer
-
-
-def training_data_settings(arguments: Arguments) -> dict[str, Any]:
-    """How the checkpoint's training read its data; empty if it does not say."""
-    patterns = (TRAINING, "manifest.json")
-    folder = locate(arguments.checkpoint, revision=arguments.revision, patterns=patterns)
-    if not storage.exists(storage.join(folder, TRAINING)):
-        return {}
-    content = read_verified(folder, TRAINING, Manifest.read(folder))
-    return training_data(content, storage.join(folder, TRAINING))
+    return config, tokenizer
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

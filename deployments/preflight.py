@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.loading import Arguments, check
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 
 logger = logging.getLogger(__name__)
 

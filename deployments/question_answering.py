@@ -17,7 +17,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from deployments.loading import BatchArguments, load, loading_turn, training_data_settings
+from deployments.device import replica_device
+from deployments.loading import BatchArguments, load_from, loading_turn, open_checkpoint
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForQuestionAnswering
@@ -40,9 +41,11 @@ class Arguments(BatchArguments):
 @serve.ingress()
 class QuestionAnswering:
     def __init__(self, arguments: Arguments) -> None:
-        with loading_turn(arguments):
-            model, tokenizer = load(GPTJForQuestionAnswering, arguments)
-        trained = training_data_settings(arguments)
+        with loading_turn(arguments), open_checkpoint(arguments) as folder:
+            model, tokenizer = load_from(
+                folder, GPTJForQuestionAnswering, arguments, replica_device()
+            )
+            trained = folder.read_training_data()
         window = arguments.window or trained.get("sequence_length", DEFAULT_WINDOW)
         stride = arguments.stride
         self._service = QuestionAnsweringService(

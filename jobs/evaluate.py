@@ -41,14 +41,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import nn
 from yaml import YAMLError
 
-from gptj import storage
-from gptj.checkpoints.checkpoint import TRAINING, load_config, training_data
-from gptj.checkpoints.hub import locate
-from gptj.checkpoints.manifest import Manifest, read_verified
+from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
@@ -135,10 +132,12 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
             f"{'a' if on_gpu else 'no'} CUDA device"
         )
     device = torch.device(settings.device or ("cuda" if on_gpu else "cpu"))
-    config = load_config(settings.checkpoint, revision=settings.revision)
+    with ModelFolder.open(settings.checkpoint, revision=settings.revision) as folder:
+        config = GPTJConfig.from_folder(folder)
+        tokenizer = GPTJTokenizer.from_folder(folder)
+        training = folder.read_training_data()
     task = task_of(config, settings.checkpoint)
-    tokenizer = GPTJTokenizer.from_pretrained(settings.checkpoint, revision=settings.revision)
-    data = make_data(settings, task, config, tokenizer)
+    data = make_data(settings, task, config, tokenizer, training)
     result: dict[str, float | int | str] = {
         "checkpoint": settings.checkpoint,
         "data": settings.data,
@@ -182,10 +181,13 @@ def task_of(config: GPTJConfig, checkpoint: str) -> AnyTask:
 
 
 def make_data(
-    settings: Settings, task: AnyTask, config: GPTJConfig, tokenizer: GPTJTokenizer
+    settings: Settings,
+    task: AnyTask,
+    config: GPTJConfig,
+    tokenizer: GPTJTokenizer,
+    training: dict[str, Any],
 ) -> Any:
     """The task's data set, cut as in training unless the settings say otherwise."""
-    training = training_settings(settings)
     length = settings.sequence_length or training.get("sequence_length", config.n_positions)
     if length > config.n_positions:
         raise ValueError(
@@ -224,15 +226,6 @@ def data_rows(settings: Settings, address: str, task: AnyTask) -> Iterator[Row]:
             f"{', '.join(task.columns)}"
         )
     return read_rows(address, task.columns, settings.columns, delimiter=settings.delimiter)
-
-
-def training_settings(settings: Settings) -> dict[str, Any]:
-    """How `jobs/finetune.py` read its data for this checkpoint; empty if it is not from there."""
-    folder = locate(settings.checkpoint, revision=settings.revision, patterns=("*.json",))
-    if not storage.exists(storage.join(folder, TRAINING)):
-        return {}
-    content = read_verified(folder, TRAINING, Manifest.read(folder))
-    return training_data(content, storage.join(folder, TRAINING))
 
 
 def report_progress(model: GPTJPreTrainedModel, batches: int) -> None:

@@ -16,8 +16,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from gptj.adapters.merging import merge_adapter
 from gptj.checkpoints.weights import SHARD_BYTES
+from gptj.interop.merging import merge_adapter
 from jobs import command_line
 
 DTYPES = ("float16", "bfloat16", "float32")

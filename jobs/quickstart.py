@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from gptj import storage
-from gptj.checkpoints import checkpoint
+from gptj.checkpoints.manifest import verify
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
@@ -214,7 +214,7 @@ def _show(address: str, demonstration: Demonstration, reply: Any) -> None:
 def _show_checkpoints() -> None:
     print("\nThe checkpoints, each verified against its manifest:")
     for demonstration in DEMONSTRATIONS:
-        checkpoint.verify(demonstration.model)
+        verify(demonstration.model)
         files = storage.list_files(demonstration.model)
         size = sum(file.size for file in files)
         print(f"  {demonstration.model}  ({len(files)} files, {size / 1e6:.1f} MB)", flush=True)

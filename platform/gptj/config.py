@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from gptj.adapters.stored import read_adapted_config
+from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, ModelFolder
+from gptj.errors import CheckpointError
 from gptj.serialization.json_object import to_json
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
@@ -107,10 +110,32 @@ class GPTJConfig:
     def from_pretrained(
         cls, address: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
     ) -> GPTJConfig:
-        """The `config.json` of a folder, an `s3://` address or a hub id."""
-        from gptj.checkpoints.checkpoint import load_config  # it reads our class
+        """The `config.json` of a folder, an `s3://` address or a hub id.
 
-        return load_config(address, revision=revision, **overrides)
+        Raises:
+            FileNotFoundError: if there is none.
+            CheckpointError: if it is damaged, or another model's.
+        """
+        with ModelFolder.open(address, revision=revision, files=[CONFIG, *ADAPTER_FILES]) as folder:
+            return cls.from_folder(folder, **overrides)
+
+    @classmethod
+    def from_folder(cls, folder: ModelFolder, **overrides: Any) -> GPTJConfig:
+        """The `config.json` of an open folder: see `from_pretrained`."""
+        return cls.adapted_from_folder(folder, None, **overrides)
+
+    @classmethod
+    def adapted_from_folder(
+        cls, folder: ModelFolder, base: ModelFolder | None, **overrides: Any
+    ) -> GPTJConfig:
+        """As `from_folder`; `base` is an adapter's base model, if that is not where it was."""
+        fields = read_adapted_config(folder, base) if folder.is_adapter else folder.read_config()
+        if "num_labels" in overrides or "id2label" in overrides or "label2id" in overrides:
+            fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id")}
+        try:
+            return cls.from_dict({**fields, **overrides})
+        except ValueError as error:
+            raise CheckpointError(f"{folder.address}/{CONFIG}: {error}") from error
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GPTJConfig:

@@ -8,23 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gptj.config import GPTJConfig
 from gptj.kv_cache import KVCache
+from gptj.outputs import CausalLMOutput
 from gptj.sampling import SamplingParams, adjust, choose
-
-if TYPE_CHECKING:
-    from gptj.model import GPTJForCausalLM
 
 DEFAULT_NEW_TOKENS = 20
 
 
+class CausalLM(Protocol):
+    """What generating needs of a model."""
+
+    config: GPTJConfig
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: KVCache | None,
+        use_cache: bool,
+        logits_to_keep: int,
+        return_dict: bool,
+    ) -> CausalLMOutput:
+        """Logits (B, logits_to_keep, V) of the tokens that follow (B, L) ids."""
+
+
 @torch.no_grad()
 def generate(
-    model: GPTJForCausalLM,
+    model: CausalLM,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -130,9 +148,7 @@ class Decoder:
     Keeps the cache, the mask, and each row's positions, which count real tokens only.
     """
 
-    def __init__(
-        self, model: GPTJForCausalLM, attention_mask: Tensor, use_cache: bool = True
-    ) -> None:
+    def __init__(self, model: CausalLM, attention_mask: Tensor, use_cache: bool = True) -> None:
         self._model = model
         self._mask = attention_mask  # (B, S), of all positions so far
         self._cache = KVCache() if use_cache else None
@@ -161,8 +177,8 @@ class Decoder:
             logits_to_keep=1,
             return_dict=True,
         )
-        logits: Tensor = output.logits[:, -1]
-        return logits.float()
+        assert output.logits is not None
+        return output.logits[:, -1].float()
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; one may come more than once."""

@@ -11,12 +11,10 @@ that state dicts load both ways with nothing renamed. The architecture: Wang and
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptj.config import GPTJConfig
+from gptj.generation import generate
 from gptj.kv_cache import KVCache
 from gptj.outputs import (
     BaseModelOutput,
@@ -31,113 +30,12 @@ from gptj.outputs import (
     QuestionAnsweringOutput,
     SequenceClassifierOutput,
 )
-
-if TYPE_CHECKING:
-    from gptj.adapters.config import LoRAConfig
-
-logger = logging.getLogger(__name__)
+from gptj.pretrained import GPTJPreTrainedModel as GPTJPreTrainedModel
 
 IGNORED_LABEL = -100  # positions with this label are not trained on
 ROTARY_BASE = 10000.0
 
 Past = KVCache | Sequence[tuple[Tensor, Tensor]]
-Model = TypeVar("Model", bound="GPTJPreTrainedModel")
-
-
-class GPTJPreTrainedModel(nn.Module):
-    """What the base model and the three heads share: settings, loading, saving, device."""
-
-    config_class = GPTJConfig
-    base_model_prefix = "transformer"
-
-    def __init__(self, config: GPTJConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.adapter: LoRAConfig | None = None  # of one that is not merged: gptj.adapters.lora
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Model],
-        address: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        config: GPTJConfig | None = None,
-        verify: bool = True,
-        **overrides: Any,
-    ) -> Model:
-        """Load a model folder, an `s3://` address or a hub id such as `EleutherAI/gpt-j-6B`.
-
-        Of an adapter's folder, its base model with the adapter in it (gptj.adapters.loading).
-
-        Weights go straight into `dtype` on `device`: no second copy of the model is made. The
-        model comes back in evaluation mode.
-
-        Args:
-            dtype: of the weights; None or "auto" keeps the checkpoint's. `torch_dtype` is the
-                same under its older name.
-            revision: a branch, tag or commit of a hub id.
-            config: instead of the folder's `config.json`.
-            verify: compare each file's SHA-256 with the folder's manifest, where it has one. It
-                takes a core for each 1.5 GB/s, and is not felt beside a disk or a network; for
-                files that are in memory already it is what takes the time.
-            overrides: fields of the configuration to replace, such as `id2label`.
-        """
-        from gptj.checkpoints.checkpoint import load_model  # it needs our class, and S3 and the hub
-
-        return load_model(
-            cls,
-            address,
-            dtype=torch_dtype if dtype is None else dtype,
-            device=device,
-            revision=revision,
-            config=config,
-            verify=verify,
-            **overrides,
-        )
-
-    def save_pretrained(self, address: str | os.PathLike[str]) -> None:
-        """Write a model folder (local or `s3://`) that we and Hugging Face can load."""
-        from gptj.checkpoints.checkpoint import save_model
-
-        save_model(self, address)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def base_model(self) -> GPTJModel:
-        return cast(GPTJModel, self if isinstance(self, GPTJModel) else self.transformer)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.wte
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input for the backward pass, and compute the rest again."""
-        self.base_model.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.base_model.gradient_checkpointing = False
-
-    def initialize(self) -> None:
-        """New weights: normal(0, initializer_range), biases 0, norms 1 and 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-            if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 class GPTJModel(GPTJPreTrainedModel):
@@ -149,8 +47,10 @@ class GPTJModel(GPTJPreTrainedModel):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPTJBlock(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
         self.initialize()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
 
     def forward(
         self,
@@ -439,6 +339,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 class GPTJForCausalLM(GPTJPreTrainedModel):
     """The base model and a next-token head."""
 
+    _tied_weights_keys: ClassVar[Mapping[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.transformer = GPTJModel(config)
@@ -508,8 +410,6 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
 
     def generate(self, input_ids: Tensor, **arguments: Any) -> Tensor:
         """Continue (B, L) token ids: see gptj.generation.generate."""
-        from gptj.generation import generate  # it calls this model
-
         return generate(self, input_ids, **arguments)
 
 
@@ -606,6 +506,11 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
         self.qa_outputs = nn.Linear(config.n_embd, 2)
         self.initialize()
 
+    def config_to_save(self) -> GPTJConfig:
+        config = super().config_to_save()
+        config.num_labels = 2  # start and end: Hugging Face makes as many outputs as labels
+        return config
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -650,6 +555,17 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
             attentions=output.attentions,
         )
         return result if _given(return_dict, self.config.return_dict) else result.to_tuple()
+
+
+HEAD_CLASSES: dict[str, type[GPTJPreTrainedModel]] = {
+    cls.__name__: cls
+    for cls in (
+        GPTJModel,
+        GPTJForCausalLM,
+        GPTJForSequenceClassification,
+        GPTJForQuestionAnswering,
+    )
+}
 
 
 def causal_lm_loss(

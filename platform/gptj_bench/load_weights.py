@@ -37,10 +37,13 @@ from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
 from gptj.checkpoints.cache import FOLDER_VARIABLE, SIZE_VARIABLE
-from gptj.checkpoints.checkpoint import CONFIG, config_of
+from gptj.checkpoints.folder import CONFIG
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SHARD_BYTES, TensorSpec, write_weights
+from gptj.engine.backends import best_runner
+from gptj.engine.engine import Engine
+from gptj_bench.decode import generate
 from gptj_local.s3 import LocalS3
 
 READERS = ("plain", "gptj", "gptj-unverified", "gptj-replica", "transformers")
@@ -67,7 +70,7 @@ def create(folder: str, size: str) -> Row:
     total = sum(spec.size for spec in specs)
     with FolderWriter(folder) as writer:
         write_weights(writer, specs, _random(specs), min(SHARD_BYTES, total // 2))
-        writer.write(CONFIG, config_of(model).to_json().encode())
+        writer.write(CONFIG, model.config_to_save().to_json().encode())
     seconds = time.perf_counter() - start
     return {"created": folder, "bytes": weight_bytes(folder), "seconds": round(seconds, 1)}
 
@@ -349,10 +352,6 @@ def _ours(address: str, verify: bool) -> Row:
 
 
 def _replica(address: str) -> Row:
-    from gptj.engine.backends import best_runner
-    from gptj.engine.engine import Engine
-    from gptj_bench.decode import generate
-
     start = time.perf_counter()
     model = GPTJForCausalLM.from_pretrained(address, dtype=torch.bfloat16)
     runner = best_runner(model, 64, release=True)

@@ -17,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from gptj import GPTJTokenizer
-from gptj.checkpoints.checkpoint import load_config
+from gptj import GPTJConfig, GPTJTokenizer
 from gptj.data.sources import read_rows
 from gptj_bench.decode import TEXT_IDS
 from gptj_bench.loadgen import MAX_TOKENS, MLPerf, Row, Scenario, load_generator
@@ -85,7 +84,7 @@ def measure(given: argparse.Namespace) -> Iterator[Row]:
 
 def _prompts(given: argparse.Namespace) -> list[list[int]]:
     """Ids: of texts, cut off where MLPerf cuts them, or random ones."""
-    config = load_config(given.model)
+    config = GPTJConfig.from_pretrained(given.model)
     limit = min(MAX_PROMPT_TOKENS, config.n_positions - MAX_TOKENS)
     if given.prompts:
         tokenizer = GPTJTokenizer.from_pretrained(given.model)

@@ -17,7 +17,6 @@ from fastapi import Request
 from http_server import listening
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-from gptj.checkpoints.checkpoint import save_model
 from gptj.serving.app import new_app
 from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest, Usage
 from gptj.serving.errors import InvalidRequestError, OverloadedError
@@ -71,7 +70,7 @@ def folder(
     model: GPTJForCausalLM, tokenizer: GPTJTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     address = str(tmp_path_factory.mktemp("clients") / "model")
-    save_model(model, address, tokenizer=tokenizer)
+    model.save_pretrained(address, tokenizer=tokenizer)
     return address
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
-from gptj.checkpoints import checkpoint
+from gptj.checkpoints.manifest import verify
 from gptj.training.progress import HISTORY
 from gptj.training.state import latest_checkpoint
 from gptj_local.processes import HOST, running, tail
@@ -122,7 +122,7 @@ def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
     assert losses("killed") == pytest.approx(expected, abs=1e-6)
 
     for run in ("undisturbed", "killed"):
-        checkpoint.verify(f"s3://gptj/{run}/model")
+        verify(f"s3://gptj/{run}/model")
     model = GPTJForCausalLM.from_pretrained("s3://gptj/killed/model")
     assert model.config.n_embd == 64
     kept = {f.name.split("/")[0] for f in storage.list_files("s3://gptj/killed")}
@@ -167,7 +167,7 @@ def test_the_other_heads_train_on_data_of_ours(
     assert re.search(rf"evaluation after step 4: .*{metric} \d", output)
     training = json.loads(storage.read_bytes(f"s3://gptj/{task}/model/training.json"))
     assert metric in training["metrics"]
-    checkpoint.verify(f"s3://gptj/{task}/model")
+    verify(f"s3://gptj/{task}/model")
 
 
 def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, str]) -> None:
@@ -201,7 +201,7 @@ def test_what_one_worker_alone_meets_ends_the_run_at_once(
     config = GPTJConfig(
         vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, rotary_dim=4, n_positions=64
     )
-    checkpoint.save_model(GPTJForCausalLM(config), str(tmp_path / "m"), tokenizer=tokenizer)
+    GPTJForCausalLM(config).save_pretrained(str(tmp_path / "m"), tokenizer=tokenizer)
     content = bytearray((tmp_path / "m" / "model.safetensors").read_bytes())
     content[-50] ^= 1
     (tmp_path / "m" / "model.safetensors").write_bytes(content)

@@ -26,7 +26,6 @@ from manifests import ROOT, Object, build, named
 from serving_models import make_models
 
 from gptj.checkpoints import manifest
-from gptj.checkpoints.checkpoint import save_model
 from gptj_local.processes import HOST, free_ports, running, tail
 from gptj_local.s3 import LocalS3
 
@@ -230,7 +229,7 @@ def save_other_models(config: Object, s3: LocalS3) -> None:
             ("classification", models.classification),
             ("question-answering", models.question_answering),
         ):
-            save_model(model, addresses[name], tokenizer=models.tokenizer)
+            model.save_pretrained(addresses[name], tokenizer=models.tokenizer)
 
 
 def test_the_training_job_succeeds_and_leaves_the_model_that_is_served(

@@ -20,7 +20,6 @@ from serve_cluster import SERVE_CONFIG, serving
 from serving_models import SENTENCES
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-from gptj.checkpoints.checkpoint import save_model
 from gptj_local.processes import HOST
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -78,7 +77,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         for token in range(len(tokenizer)):
             if not tokenizer.decode([token]).isascii():
                 model.lm_head.bias[token] = -100
-    save_model(model, str(folder / "model"), tokenizer=tokenizer)
+    model.save_pretrained(str(folder / "model"), tokenizer=tokenizer)
     config = yaml.safe_load(SERVE_CONFIG.read_text())
     config["applications"] = config["applications"][:1]
     config["applications"][0]["args"] = {

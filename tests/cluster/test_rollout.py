@@ -28,7 +28,6 @@ from gptj import (
     GPTJTokenizer,
     storage,
 )
-from gptj.checkpoints.checkpoint import save_model
 from gptj.storage.file_lock import FileLock
 from gptj_local.processes import HOST, free_ports
 from gptj_local.ray import LocalRay
@@ -110,7 +109,7 @@ def save(address: str, label: str, cls: type = GPTJForSequenceClassification) ->
         eos_token_id=tokenizer.eos_token_id,
         id2label={0: label, 1: label},
     )
-    save_model(cls(config), address, tokenizer=tokenizer)
+    cls(config).save_pretrained(address, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")

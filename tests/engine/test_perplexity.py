@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-from gptj.checkpoints.checkpoint import save_model
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.sources import read_rows
 from gptj.engine.runners.cpu import library
@@ -45,7 +44,7 @@ def trained(folder: str) -> CausalLMData:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_model(model.eval(), folder, tokenizer=tokenizer)
+    model.eval().save_pretrained(folder, tokenizer=tokenizer)
     return CausalLMData(read_rows(TEXT, ["text"]), tokenizer, config.n_positions)
 
 

@@ -27,7 +27,7 @@ import gptj
 from gptj import GPTJConfig
 from gptj.interop.exporter import ExportFormat, export_weights
 from gptj.interop.importer import import_weights
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE / "fixtures"

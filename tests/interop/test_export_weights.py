@@ -21,8 +21,7 @@ from gptj import (
     GPTJTokenizer,
     storage,
 )
-from gptj.checkpoints import checkpoint
-from gptj.checkpoints.manifest import FolderWriter
+from gptj.checkpoints.manifest import FolderWriter, verify
 from gptj.checkpoints.weights import TensorSpec, read_weights
 from gptj.interop import msgpack_file
 from gptj.interop.exporter import ExportFormat, export_weights
@@ -30,7 +29,7 @@ from gptj.interop.hdf5 import Group, index_hdf5, plan_hdf5
 from gptj.interop.importer import import_weights
 from gptj.interop.msgpack_file import index_msgpack, plan_msgpack
 from gptj.interop.pieces import write_pieces
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 from gptj_local.s3 import LocalS3
 
 JOB = Path(__file__).parents[2] / "jobs" / "export_weights.py"
@@ -68,11 +67,11 @@ def test_what_is_exported_imports_again_bit_by_bit(
 ) -> None:
     model = make(cls)
     tokenizer = GPTJTokenizer.train(["some text to learn from"], 280)
-    checkpoint.save_model(model, str(tmp_path / "model"), tokenizer=tokenizer)
+    model.save_pretrained(str(tmp_path / "model"), tokenizer=tokenizer)
     shard_bytes = 10**9 if files == "one" else 250_000
     exported, back = str(tmp_path / "exported"), str(tmp_path / "back")
     export_weights(str(tmp_path / "model"), exported, format=format, shard_bytes=shard_bytes)
-    checkpoint.verify(exported)
+    verify(exported)
     names = {file.name for file in storage.list_files(exported)}
     assert any(name.endswith(".index.json") for name in names) == (files == "shards")
     for name in names:

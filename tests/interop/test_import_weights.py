@@ -23,11 +23,11 @@ from gptj import (
     GPTJTokenizer,
     storage,
 )
-from gptj.checkpoints import checkpoint
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.manifest import verify
 from gptj.checkpoints.weights import read_weights
+from gptj.errors import CheckpointError
 from gptj.interop.importer import import_weights
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 from gptj_local.s3 import LocalS3
 
 JOB = Path(__file__).parents[2] / "jobs" / "import_weights.py"
@@ -57,7 +57,7 @@ def model() -> GPTJForCausalLM:
 
 def check_equal(address: str, model: GPTJPreTrainedModel) -> None:
     """The folder is finished, of the model's class, and has each of its weights, bit by bit."""
-    checkpoint.verify(address)
+    verify(address)
     found = type(model).from_pretrained(address)
     assert found.config.architectures == [type(model).__name__]
     for name, tensor in model.state_dict().items():
@@ -73,7 +73,7 @@ def write_theirs(kind: str, model: GPTJForCausalLM, folder: Path) -> None:
         state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril().bool()
         state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e9)
     if kind.startswith("safetensors"):
-        config = transformers.GPTJConfig(**checkpoint.config_of(model).to_dict())
+        config = transformers.GPTJConfig(**model.config_to_save().to_dict())
         theirs = transformers.GPTJForCausalLM(config)
         theirs.load_state_dict(model.state_dict())
         theirs.save_pretrained(folder, max_shard_size="40KB" if "sharded" in kind else "5GB")
@@ -129,7 +129,7 @@ def test_each_head_comes_through(cls: type[GPTJPreTrainedModel], tmp_path: Path)
     """Saved by transformers, whose base model has no prefix and whose config names the class."""
     ours = make(cls)
     theirs = getattr(transformers, cls.__name__)(
-        transformers.GPTJConfig(**checkpoint.config_of(ours).to_dict())
+        transformers.GPTJConfig(**ours.config_to_save().to_dict())
     )
     theirs.load_state_dict(ours.state_dict())
     theirs.save_pretrained(tmp_path / "theirs")
@@ -199,7 +199,7 @@ importer.import_weights(sys.argv[1], sys.argv[2])
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         GPTJForCausalLM.from_pretrained(destination)
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
-        checkpoint.verify(destination)
+        verify(destination)
     with pytest.raises(FileExistsError, match=r"model-0.*cut short.*delete it first"):
         import_weights(source, destination)
 
@@ -230,7 +230,7 @@ def test_the_tokenizer_comes_from_the_source_or_is_given(
     model: GPTJForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = GPTJTokenizer.train(["some text to learn from"], 280)
-    checkpoint.save_model(model, str(tmp_path / "with"), tokenizer=tokenizer, training={"a": 1})
+    model.save_pretrained(str(tmp_path / "with"), tokenizer=tokenizer, training={"a": 1})
     model.save_pretrained(str(tmp_path / "without"))
     import_weights(str(tmp_path / "with"), str(tmp_path / "one"))
     assert json.loads((tmp_path / "one" / "training.json").read_text()) == {"a": 1}
@@ -292,7 +292,7 @@ def edit(kind: str, state: dict[str, torch.Tensor], fields: dict[str, Any]) -> N
 def test_what_does_not_fit_is_named(
     kind: str, message: str, file: str, model: GPTJForCausalLM, tmp_path: Path
 ) -> None:
-    state, fields = dict(model.state_dict()), checkpoint.config_of(model).to_dict()
+    state, fields = dict(model.state_dict()), model.config_to_save().to_dict()
     edit(kind, state, fields)
     folder = tmp_path / "theirs"
     folder.mkdir()

@@ -18,7 +18,7 @@ import torch
 import gptj
 from gptj.interop.exporter import ExportFormat, export_weights
 from gptj.interop.importer import import_weights
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())

@@ -23,9 +23,9 @@ import pytest
 import torch
 import zstandard
 
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.checkpoints.tensor_file import read_header
 from gptj.checkpoints.weights import TensorSpec
+from gptj.errors import CheckpointError
 from gptj.interop import tar_stream
 from gptj.interop.hdf5 import Group, index_hdf5, plan_hdf5
 from gptj.interop.msgpack_file import index_msgpack, plan_msgpack
@@ -51,7 +51,7 @@ def open_npz(address: str) -> list[StoredTensor]:
 
 
 def open_safetensors(address: str) -> list[StoredTensor]:
-    for each in read_header(address)[1]:
+    for each in read_header(address).tensors:
         assert each.end <= Path(address).stat().st_size
     return []
 

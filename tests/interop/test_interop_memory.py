@@ -20,13 +20,13 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.base import Base
 from gptj.adapters.config import TARGET_MODULES, LoRAConfig
-from gptj.adapters.folder import save_adapter_folder
 from gptj.adapters.lora import adapter_parameters, add_lora
-from gptj.checkpoints import checkpoint
+from gptj.checkpoints.manifest import verify
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SINGLE_FILE, TensorSpec
 from gptj.interop import flax, tensorflow
 from gptj.interop.layout import Layout
+from gptj.saving import save_adapter_folder
 
 JOBS = Path(__file__).parents[2] / "jobs"
 MB = 10**6
@@ -41,7 +41,7 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
-import gptj.adapters.merging, gptj.interop.exporter, gptj.interop.importer
+import gptj.interop.merging, gptj.interop.exporter, gptj.interop.importer
 for words in json.loads(sys.argv[1]):
     reset()
     before, sys.argv = peak(), words
@@ -150,7 +150,7 @@ def write_adapter(folder: Path, base: Path) -> None:
     specs = [TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()]
     zeros = (torch.zeros(spec.shape) for spec in specs)
     assert model.adapter is not None
-    config = checkpoint.config_of(model)
+    config = model.config_to_save()
     save_adapter_folder(folder, config, model.adapter, specs, zeros, base=Base(str(base)))
 
 
@@ -164,7 +164,7 @@ def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
     destination = str(tmp_path / "ours")
     ((_, peak),) = measure(["import_weights.py", str(tmp_path / "source"), destination])
     assert peak < budget, f"{peak / MB:.0f} MB for {total / MB:.0f} MB"
-    checkpoint.verify(destination)
+    verify(destination)
 
 
 @pytest.mark.slow

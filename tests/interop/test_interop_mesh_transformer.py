@@ -16,10 +16,10 @@ import zstandard
 from mesh_writer import write_checkpoint
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
-from gptj.checkpoints import checkpoint
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.manifest import verify
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import read_weights
+from gptj.errors import CheckpointError
 from gptj.interop.importer import import_weights
 from gptj.interop.mesh_transformer import open_checkpoint
 from gptj_local.s3 import LocalS3
@@ -79,7 +79,7 @@ def check_equal(address: str, model: GPTJForCausalLM, dtype: torch.dtype) -> Non
         torch.testing.assert_close(
             found.float()(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-5
         )
-    checkpoint.verify(address)
+    verify(address)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from serving_models import Models
 from deployments.generation import Arguments as GenerationArguments
 from deployments.loading import Arguments, BatchArguments, load, name_of
 from gptj import GPTJForCausalLM
-from gptj.checkpoints.checkpoint import save_model
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -34,7 +33,7 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
     models: Models, tmp_path: Path
 ) -> None:
     address = str(tmp_path / "model")
-    save_model(models.classification, address, tokenizer=models.tokenizer)
+    models.classification.save_pretrained(address, tokenizer=models.tokenizer)
     with pytest.raises(ValueError, match="is a GPTJForSequenceClassification, and this deployment"):
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from gptj import GPTJForCausalLM, GPTJTokenizer
-from gptj.checkpoints.checkpoint import training_data
-from gptj.checkpoints.manifest import CheckpointError, Manifest
+from gptj.checkpoints.folder import training_data
+from gptj.checkpoints.manifest import Manifest
+from gptj.errors import CheckpointError
 
 SPARE_BYTES = 256 * 2**20  # more than a good model of this size takes; no lie may need more
 SECONDS = 20  # of one file; a good one takes milliseconds

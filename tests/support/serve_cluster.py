@@ -14,7 +14,6 @@ import httpx
 import yaml
 from serving_models import Models
 
-from gptj.checkpoints.checkpoint import save_model
 from gptj_local.processes import HOST, free_ports, running, tail
 from gptj_local.ray import LocalRay
 
@@ -27,7 +26,7 @@ def save_all(config: dict[str, Any], models: Models, storage: str) -> None:
         name = application["name"].replace("-", "_")
         address = f"{storage}/{name}/model"
         model = models.with_unused_ids() if name == "generation" else getattr(models, name)
-        save_model(model, address, tokenizer=models.tokenizer)
+        model.save_pretrained(address, tokenizer=models.tokenizer)
         application["args"] |= {"checkpoint": address, "dtype": "float32"}
 
 

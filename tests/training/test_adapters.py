@@ -21,12 +21,11 @@ from test_training import MODEL, RATES, STEPS, losses, releasing, settings_of, w
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
-from gptj.adapters.folder import save_adapter
 from gptj.adapters.lora import add_lora
-from gptj.adapters.merging import merge_adapter
-from gptj.checkpoints.checkpoint import HEAD_CLASSES, save_model, verify
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.manifest import CheckpointError, verify
 from gptj.data.batches import BatchOrder
+from gptj.interop.merging import merge_adapter
+from gptj.model import HEAD_CLASSES
 from gptj.training import loop
 from gptj.training.dataset import make_data
 from gptj.training.loop import Worker, train
@@ -118,7 +117,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     tokenizer = GPTJTokenizer.train([text], vocab_size=300)
     torch.manual_seed(1)
     config = GPTJConfig(**MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    save_model(GPTJForCausalLM(config), folder / "base", tokenizer=tokenizer)
+    GPTJForCausalLM(config).save_pretrained(folder / "base", tokenizer=tokenizer)
     fields = {"checkpoint_every": STEPS // 2, "keep_checkpoints": 2}
     found = {name: adapter_settings(folder, name, **fields, **case) for name, case in CASES.items()}
     for stage in (3, 0, 2):  # with dropout, whose random numbers are part of a checkpoint
@@ -154,7 +153,7 @@ def reference(settings: Settings, folder: Path) -> tuple[list[float], dict[str, 
     start = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
     assert settings.adapter is not None
     add_lora(start, settings.adapter.lora())
-    save_adapter(start, folder, base=Base.at(settings.model.checkpoint))
+    start.save_adapter(folder, base=Base.at(settings.model.checkpoint))
     model = transformers.GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
     model = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -280,7 +279,7 @@ def test_a_run_goes_on_only_with_the_base_that_it_began_with(
     base = Path(settings.model.checkpoint)
     base.rename(tmp_path / "base")
     try:
-        save_model(GPTJForCausalLM(GPTJConfig.from_pretrained(tmp_path / "base")), base)
+        GPTJForCausalLM(GPTJConfig.from_pretrained(tmp_path / "base")).save_pretrained(base)
         with pytest.raises(CheckpointError, match="trained on another model"):
             check_goes_on(settings, before, WORLD)
     finally:

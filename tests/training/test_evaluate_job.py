@@ -22,7 +22,6 @@ from gptj import (
     GPTJTokenizer,
     storage,
 )
-from gptj.checkpoints.checkpoint import save_model
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.sources import read_rows
@@ -49,7 +48,7 @@ def saved(
         vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8,
         initializer_range=0.2, **fields,
     )  # fmt: skip
-    save_model(cls(config), str(address), tokenizer=tokenizer, training=training)
+    cls(config).save_pretrained(str(address), tokenizer=tokenizer, training=training)
     return str(address)
 
 
@@ -229,7 +228,7 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
     torch.manual_seed(0)
     broken = GPTJForCausalLM(GPTJConfig.preset("tiny", vocab_size=len(tokenizer)))
     torch.nn.init.constant_(broken.lm_head.bias, float("nan"))
-    save_model(broken, str(tmp_path / "broken"), tokenizer=tokenizer)
+    broken.save_pretrained(str(tmp_path / "broken"), tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"loss is nan.*remedy: dtype=float32"):
         measure(read_settings([str(tmp_path / "broken"), data]))
 

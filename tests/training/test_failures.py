@@ -13,8 +13,8 @@ from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.data.sources import DataError
+from gptj.errors import CheckpointError
 from gptj.training.failures import (
     DiskFullError,
     DivergedError,

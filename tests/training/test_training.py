@@ -22,9 +22,9 @@ import transformers
 import yaml
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
-from gptj.checkpoints import checkpoint
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.manifest import verify
 from gptj.data.batches import BatchOrder
+from gptj.errors import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.training import loop
 from gptj.training.dataset import make_data
@@ -300,7 +300,7 @@ def test_two_ranks_learn_what_plain_pytorch_learns(name: str, two_ranks: Path) -
     model = GPTJForCausalLM.from_pretrained(settings.model_folder)
     for key, weight in model.state_dict().items():
         torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-3)  # Adam near zero
-    checkpoint.verify(settings.model_folder)
+    verify(settings.model_folder)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, GPTJTokenizer
-from gptj.checkpoints import checkpoint
 from gptj.data.classification import ClassificationData
 from gptj.data.rows import DataError
 from gptj.training.dataset import make_data
@@ -31,7 +30,7 @@ def tokenizer() -> GPTJTokenizer:
 def saved(folder: Path, cls: type[Any], tokenizer: GPTJTokenizer | None, **fields: Any) -> str:
     torch.manual_seed(0)
     config = GPTJConfig(**{"vocab_size": 270, "initializer_range": 0.3, **SHAPE, **fields})
-    checkpoint.save_model(cls(config), str(folder), tokenizer=tokenizer)
+    cls(config).save_pretrained(str(folder), tokenizer=tokenizer)
     return str(folder)
 
 
@@ -200,7 +199,7 @@ def test_what_comes_of_a_checkpoint_without_padding_runs_in_transformers(
     found, _, config = parts(settings)
     torch.manual_seed(0)
     model = GPTJForSequenceClassification(config).eval()
-    checkpoint.save_model(model, str(tmp_path / "trained"), tokenizer=found)
+    model.save_pretrained(str(tmp_path / "trained"), tokenizer=found)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained")
     encode = transformers.AutoTokenizer.from_pretrained(tmp_path / "trained")
     batch = encode(TEXTS, padding=True, return_tensors="pt")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from deployments.loading import Arguments
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
-from gptj.checkpoints import checkpoint
+from gptj.checkpoints.__main__ import main
 from gptj.checkpoints.cache import CheckpointCache
 from gptj.checkpoints.hub import locate
 from gptj.data.sources import read_rows
@@ -141,7 +141,7 @@ def test_every_way_in_refuses_it(
         lambda: GPTJTokenizer.from_pretrained(address),
         lambda: model.save_pretrained(address),
         lambda: tokenizer.save_pretrained(address),
-        lambda: checkpoint.save_model(model, address),
+        lambda: model.save_pretrained(address),
         lambda: locate(address, revision=None, patterns=[]),
         lambda: import_weights(address, nowhere),
         lambda: import_weights(str(tmp_path), address),
@@ -175,7 +175,7 @@ def test_every_way_in_refuses_it(
         with pytest.raises(AddressError, match="remedy"):
             CheckpointCache.from_environment()
     with pytest.raises(SystemExit, match="remedy"):
-        checkpoint.main(["verify", address])
+        main(["verify", address])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,13 +212,13 @@ def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     model = GPTJForCausalLM(TINY)
-    checkpoint.save_model(model, "~/model/", tokenizer=GPTJTokenizer.train(["a b"], 300))
+    model.save_pretrained("~/model/", tokenizer=GPTJTokenizer.train(["a b"], 300))
     assert (tmp_path / "home/model/manifest.json").exists()
     loaded = GPTJForCausalLM.from_pretrained("~/model")
     assert loaded.config.n_embd == TINY.n_embd
     assert len(GPTJTokenizer.from_pretrained("~/model/")) == 257 + 1
     import_weights("~/model", "~/copy")
-    checkpoint.main(["verify", "~/copy"])
+    main(["verify", "~/copy"])
     (tmp_path / "home/rows.txt").write_text("one two")
     assert [row.values for row in read_rows("~/*.txt", ["text"])] == [{"text": "one two"}]
     settings = read_settings(["storage=~/out", "data.train=~/rows.txt", "model.checkpoint=~/model"])

@@ -14,7 +14,8 @@ import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
 from gptj.checkpoints.cache import FOLDER_VARIABLE, SIZE_VARIABLE, CheckpointCache, Lease
-from gptj.checkpoints.manifest import MANIFEST, CheckpointError, FolderWriter, Manifest
+from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest
+from gptj.errors import CheckpointError
 from gptj_local.s3 import LocalS3
 
 SIZE = 100_000  # bytes of a checkpoint here

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-from gptj.checkpoints.checkpoint import training_data
-from gptj.checkpoints.manifest import MANIFEST, CheckpointError, FolderWriter, Manifest
+from gptj.checkpoints.folder import training_data
+from gptj.checkpoints.manifest import LIMIT_BYTES, MANIFEST, FolderWriter, Manifest
 from gptj.checkpoints.tensor_file import read_header
 from gptj.checkpoints.weights import TensorSpec, read_weights, write_weights
-from gptj.serialization.json_object import LIMIT_BYTES
+from gptj.errors import CheckpointError
 
 CONFIG = GPTJConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
 LOOP = Path(__file__).parents[1] / "support" / "damaged_files.py"

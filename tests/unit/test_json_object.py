@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.checkpoints import checkpoint
+from gptj.checkpoints.folder import TRAINING
 from gptj.serialization.json_object import to_json
 from gptj.serving.errors import json_response
 from gptj.training.progress import HISTORY, ProgressLog
@@ -58,6 +58,6 @@ def test_what_a_run_writes_is_json_after_any_measurement(tmp_path: Path) -> None
 
     config = GPTJConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=1, rotary_dim=4)
     training = {"metrics": {"perplexity": math.inf}, "history": progress.history}
-    checkpoint.save_model(GPTJForCausalLM(config), str(tmp_path / "model"), training=training)
-    found = strict((tmp_path / "model" / checkpoint.TRAINING).read_bytes())
+    GPTJForCausalLM(config).save_pretrained(str(tmp_path / "model"), training=training)
+    found = strict((tmp_path / "model" / TRAINING).read_bytes())
     assert found["metrics"] == {"perplexity": None}

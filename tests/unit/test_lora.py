@@ -21,15 +21,14 @@ from gptj import (
     GPTJModel,
     GPTJTokenizer,
 )
-from gptj.adapters.base import Base
+from gptj.adapters.base import Base, check_base
 from gptj.adapters.config import TARGET_MODULES, LoRAConfig
-from gptj.adapters.folder import read_adapter, save_adapter
-from gptj.adapters.loading import load_adapted
 from gptj.adapters.lora import NEW_HEADS, adapter_parameters, add_lora, merge_lora
-from gptj.adapters.merging import merge_adapter
-from gptj.checkpoints.checkpoint import check_complete, load_config, save_model, verify
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.adapters.stored import StoredAdapter, read_adapter
+from gptj.checkpoints.folder import ModelFolder
+from gptj.checkpoints.manifest import CheckpointError, verify
 from gptj.engine.backends import best_runner
+from gptj.interop.merging import merge_adapter
 from gptj.model import GPTJPreTrainedModel
 from gptj.serialization.json_object import to_json
 from gptj.storage import AlreadyExistsError
@@ -58,6 +57,17 @@ TASKS = {
 }
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 CLASSES = pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
+
+
+def read(address: Path) -> StoredAdapter:
+    with ModelFolder.open(address, weights=True) as folder:
+        return read_adapter(folder)
+
+
+def check_complete(address: Path) -> None:
+    with ModelFolder.open(address) as folder:
+        folder.check_complete()
+        check_base(folder)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +99,7 @@ def write_base(folder: Path, seed: int = 0, **fields: Any) -> Path:
     torch.manual_seed(seed)
     tokenizer = GPTJTokenizer.train(["some words to learn from"], vocab_size=260)
     model = GPTJForCausalLM(GPTJConfig(**{**SHAPE, **fields}))
-    save_model(model, folder, tokenizer=tokenizer, training={"steps": 7})
+    model.save_pretrained(folder, tokenizer=tokenizer, training={"steps": 7})
     return folder
 
 
@@ -98,7 +108,7 @@ def adapted(
 ) -> GPTJPreTrainedModel:
     """The base with an adapter whose values training could have made."""
     model = cls.from_pretrained(base, **fields)
-    add_lora(model, config or LoRAConfig(4, 8, modules_to_save=NEW_HEADS.get(cls, ())))
+    add_lora(model, config or LoRAConfig(4, 8, modules_to_save=NEW_HEADS.get(cls.__name__, ())))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapter_parameters(model).values():
@@ -128,10 +138,10 @@ def test_peft_loads_ours_and_computes_the_same(
         config.dropout,
         config.target_modules,
         config.rslora,
-        NEW_HEADS.get(cls, ()),
+        NEW_HEADS.get(cls.__name__, ()),
     )
     model = adapted(cls, base, config, **fields)
-    save_adapter(model, tmp_path / "adapter", base=Base.at(str(base)))
+    model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     expected = outputs(model)
     assert not torch.allclose(expected[0], outputs(cls.from_pretrained(base, **fields))[0])
     close(outputs(theirs(cls, base, tmp_path / "adapter", **fields)), expected)
@@ -159,8 +169,8 @@ def test_ours_loads_pefts_with_trained_values(
     assert any(v.any() for k, v in load(tmp_path / "adapter").items() if "lora_B" in k)
     ours = cls.from_pretrained(tmp_path / "adapter")
     close(outputs(ours), outputs(model))
-    check_complete(str(tmp_path / "adapter"))
-    config = load_config(tmp_path / "adapter")
+    check_complete(tmp_path / "adapter")
+    config = GPTJConfig.from_pretrained(tmp_path / "adapter")
     assert config.num_labels == ours.config.num_labels
     tokenizer = GPTJTokenizer.from_pretrained(tmp_path / "adapter")  # the base's: it has none
     assert len(tokenizer) == len(GPTJTokenizer.from_pretrained(base))
@@ -199,7 +209,7 @@ def test_only_the_adapter_and_the_head_are_trained(
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_parameters(model))
     heads = {name for name in trained if ".lora_" not in name}
-    assert {name.partition(".")[0] for name in heads} == set(NEW_HEADS.get(cls, ()))
+    assert {name.partition(".")[0] for name in heads} == set(NEW_HEADS.get(cls.__name__, ()))
     model.train()
     model.gradient_checkpointing_enable()
     scores(model).sum().backward()
@@ -219,12 +229,11 @@ def test_merging_computes_the_same(
     fields: dict[str, Any] = {}
     if cls is GPTJForSequenceClassification:
         fields = {"id2label": {0: "bad", 1: "fair", 2: "good"}}
-    config = LoRAConfig(4, 6, 0.1, TARGET_MODULES, True, NEW_HEADS.get(cls, ()))
+    config = LoRAConfig(4, 6, 0.1, TARGET_MODULES, True, NEW_HEADS.get(cls.__name__, ()))
     model = adapted(cls, base, config, **fields)
     expected = outputs(model)
     tokenizer = GPTJTokenizer.from_pretrained(base)
-    save_adapter(
-        model,
+    model.save_adapter(
         tmp_path / "adapter",
         base=Base.at(str(base)),
         tokenizer=tokenizer,
@@ -240,7 +249,7 @@ def test_merging_computes_the_same(
     assert GPTJTokenizer.from_pretrained(tmp_path / "merged")("words") == tokenizer("words")
     merge_lora(model)
     close(outputs(model), expected)
-    save_model(model, tmp_path / "plain")
+    model.save_pretrained(tmp_path / "plain")
 
 
 def test_pefts_adapter_merges_as_peft_merges_it(base: Path, tmp_path: Path) -> None:
@@ -256,7 +265,9 @@ def test_pefts_adapter_merges_as_peft_merges_it(base: Path, tmp_path: Path) -> N
     expected = model.merge_and_unload()
     close(outputs(GPTJForCausalLM.from_pretrained(tmp_path / "merged")), outputs(expected))
     given = {"base": base}
-    close(outputs(load_adapted(GPTJForCausalLM, tmp_path / "adapter", **given)), outputs(expected))
+    close(
+        outputs(GPTJForCausalLM.from_pretrained(tmp_path / "adapter", **given)), outputs(expected)
+    )
     with pytest.raises(CheckpointError, match="does not name the adapter's base"):
         GPTJForCausalLM.from_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "merged/training.json").read_text()) == {"steps": 7}
@@ -270,17 +281,17 @@ def test_pefts_adapter_merges_as_peft_merges_it(base: Path, tmp_path: Path) -> N
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    save_adapter(adapted(GPTJForCausalLM, base), tmp_path / "adapter", base=Base.at(str(base)))
+    adapted(GPTJForCausalLM, base).save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
     other = write_base(tmp_path / "other", seed=1)
     for attempt in (
         lambda: merge_adapter(str(other), adapter, merged),
-        lambda: load_adapted(GPTJForCausalLM, adapter, base=other),
+        lambda: GPTJForCausalLM.from_pretrained(adapter, base=other),
     ):
         with pytest.raises(CheckpointError, match=r"trained on another model than .*other"):
             attempt()
     shutil.copytree(base, tmp_path / "copy")
-    load_adapted(GPTJForCausalLM, adapter, base=tmp_path / "copy")
+    GPTJForCausalLM.from_pretrained(adapter, base=tmp_path / "copy")
     (tmp_path / "adapter/base.json").write_text(json.dumps({"address": str(base)}))
     (tmp_path / "adapter/manifest.json").unlink()  # as PEFT's, which knows no digests
     for fields in ({"n_embd": 64}, {"n_layer": 1}, {"n_layer": 3}, {"vocab_size": 301}):
@@ -297,9 +308,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_finished_folders_stay_as_they_are(base: Path, tmp_path: Path) -> None:
     model = adapted(GPTJForCausalLM, base)
-    save_adapter(model, tmp_path / "adapter", base=Base.at(str(base)))
+    model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     with pytest.raises(AlreadyExistsError):
-        save_adapter(model, tmp_path / "adapter", base=Base.at(str(base)))
+        model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     with pytest.raises(AlreadyExistsError):
         merge_adapter(str(base), str(tmp_path / "adapter"), str(base))
 
@@ -335,34 +346,34 @@ def test_finished_folders_stay_as_they_are(base: Path, tmp_path: Path) -> None:
 def test_what_is_not_supported_is_refused_by_name(
     changes: dict[str, Any], named: str, base: Path, tmp_path: Path
 ) -> None:
-    save_adapter(adapted(GPTJForCausalLM, base), tmp_path / "adapter", base=Base.at(str(base)))
+    adapted(GPTJForCausalLM, base).save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     (tmp_path / "adapter/manifest.json").unlink()
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=named) as raised:
-        read_adapter(tmp_path / "adapter")
+        read(tmp_path / "adapter")
     assert str(file) in str(raised.value)
 
 
 def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     model = adapted(GPTJForCausalLM, base)
-    save_adapter(model, tmp_path / "adapter", base=Base.at(str(base)))
+    model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     weights = tmp_path / "adapter/adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + b"\1")
     with pytest.raises(CheckpointError, match="was altered"):
-        read_adapter(tmp_path / "adapter")
+        read(tmp_path / "adapter")
     weights.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match="cut off"):
-        check_complete(str(tmp_path / "adapter"))
+        check_complete(tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="is no adapter's folder"):
-        read_adapter(base)
+        read(base)
     for changes, wrong in (
         ({"r": 2}, "has the shape"),
         ({"target_modules": ["q_proj"]}, "no such adapter"),
         ({"target_modules": ["q_proj", "v_proj", "fc_in"]}, "is incomplete: .*fc_in"),
     ):
-        save_adapter(model, tmp_path / wrong[:5], base=Base.at(str(base)))
+        model.save_adapter(tmp_path / wrong[:5], base=Base.at(str(base)))
         (tmp_path / wrong[:5] / "manifest.json").unlink()
         file = tmp_path / wrong[:5] / "adapter_config.json"
         file.write_text(to_json({**json.loads(file.read_text()), **changes}))
@@ -386,13 +397,13 @@ def test_an_adapter_that_is_not_merged_is_neither_saved_as_a_model_nor_run_by_ke
     merge_lora(model)
     best_runner(model, 64)
     with pytest.raises(ValueError, match="has no adapter"):
-        save_adapter(model, tmp_path / "adapter", base=Base("somewhere"))
+        model.save_adapter(tmp_path / "adapter", base=Base("somewhere"))
 
 
 def test_an_adapter_in_bf16_and_for_other_heads(base: Path, tmp_path: Path) -> None:
     """The base model takes what is its own, and a classifier's head is left out elsewhere."""
     model = adapted(GPTJForSequenceClassification, base, num_labels=3)
-    save_adapter(model, tmp_path / "adapter", base=Base.at(str(base)))
+    model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     half = GPTJForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(outputs(half).float(), outputs(model), rtol=0.1, atol=0.3)

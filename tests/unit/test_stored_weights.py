@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer, storage
-from gptj.checkpoints import checkpoint
-from gptj.checkpoints.checkpoint import save_folder
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.checkpoints.manifest import verify
 from gptj.checkpoints.weights import TensorSpec, read_weights
+from gptj.errors import CheckpointError
 from gptj.interop.exporter import export_weights
 from gptj.interop.importer import import_weights
+from gptj.saving import save_folder
 from jobs import evaluate
 
 CONFIG = GPTJConfig(
@@ -216,7 +216,7 @@ def test_what_is_imported_and_exported_has_one_dtype_and_its_own_head(
         assert model.config.dtype == torch.float16
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name].half()), (folder, name)
-    checkpoint.verify(str(tmp_path / "imported"))
+    verify(str(tmp_path / "imported"))
 
 
 def test_an_export_of_what_does_not_agree_agrees(tmp_path: Path) -> None:

@@ -11,12 +11,8 @@ from reprlib import repr as shown
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.hub import locate
-from gptj.checkpoints.manifest import MANIFEST, CheckpointError, Manifest, read_verified
-from gptj.serialization.json_object import parse_object
-
-ADAPTER_CONFIG = "adapter_config.json"
-BASE = "base.json"
+from gptj.checkpoints.folder import ADAPTER_CONFIG, BASE, ModelFolder
+from gptj.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -38,26 +34,33 @@ class Base:
     @classmethod
     def at(cls, address: str, revision: str | None = None) -> Base:
         """The model that is now at an address. FileNotFoundError if there is none."""
-        manifest = Manifest.read(locate(address, revision=revision, patterns=(MANIFEST,)))
-        return cls(address, revision, None if manifest is None else manifest.digest)
+        with ModelFolder.open(address, revision=revision, files=()) as folder:
+            return cls(address, revision, digest_of(folder))
 
     @classmethod
-    def of(cls, folder: str, manifest: Manifest | None) -> Base:
+    def of(cls, folder: ModelFolder) -> Base:
         """What an adapter's folder says. CheckpointError if it does not say it."""
-        name = BASE if has_file(folder, BASE, manifest) else ADAPTER_CONFIG
-        address = storage.join(folder, name)
-        fields = parse_object(read_verified(folder, name, manifest), address)
+        name = BASE if BASE in folder else ADAPTER_CONFIG
+        address = storage.join(folder.address, name)
+        fields = folder.read_object(name)
         key = "address" if name == BASE else "base_model_name_or_path"
         base, revision, digest = (fields.get(each) for each in (key, "revision", "digest"))
         if not isinstance(base, str) or not base:
             raise CheckpointError(
                 f"{address} does not name the adapter's base model ({key} is {shown(base)}); "
-                f"remedy: give the base model's address: jobs/merge_adapter.py BASE {folder} …"
+                f"remedy: give its address: jobs/merge_adapter.py BASE {folder.address} …"
             )
         for value in (revision, digest):
             if value is not None and not isinstance(value, str):
                 raise CheckpointError(f"{address} is damaged: {shown(value)} is no text")
         return cls(base, revision or None, digest if name == BASE else None)
+
+    @staticmethod
+    def named_in(folder: ModelFolder) -> bool:
+        """Whether an adapter's folder names a base; one of PEFT's need not."""
+        return BASE in folder or bool(
+            folder.read_object(ADAPTER_CONFIG).get("base_model_name_or_path")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"address": self.address, "revision": self.revision, "digest": self.digest}
@@ -77,22 +80,22 @@ class Base:
             )
 
 
+def digest_of(folder: ModelFolder) -> str | None:
+    return None if folder.manifest is None else folder.manifest.digest
+
+
+def check_base(folder: ModelFolder) -> None:
+    """Check that the base of an adapter is complete; see ModelFolder.check_complete."""
+    base = Base.of(folder)
+    with ModelFolder.open(base.address, revision=base.revision) as found:
+        found.check_complete()
+
+
 def check_plain(address: str, revision: str | None = None) -> None:
     """ValueError if there is an adapter at the address, where a whole model is needed."""
-    folder = locate(address, revision=revision, patterns=(ADAPTER_CONFIG, MANIFEST))
-    if is_adapter(folder, Manifest.read(folder)):
-        raise ValueError(
-            f"{address} is an adapter, and a whole model is needed here; remedy: merge it into its "
-            f"base first: jobs/merge_adapter.py"
-        )
-
-
-def is_adapter(folder: str, manifest: Manifest | None) -> bool:
-    """Whether a folder holds an adapter, and not a model."""
-    return has_file(folder, ADAPTER_CONFIG, manifest)
-
-
-def has_file(folder: str, name: str, manifest: Manifest | None) -> bool:
-    if manifest is not None:
-        return name in manifest.files
-    return storage.exists(storage.join(folder, name))
+    with ModelFolder.open(address, revision=revision, files=[ADAPTER_CONFIG]) as folder:
+        if folder.is_adapter:
+            raise ValueError(
+                f"{address} is an adapter, and a whole model is needed here; remedy: merge it into "
+                f"its base first: jobs/merge_adapter.py"
+            )

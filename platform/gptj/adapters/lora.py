@@ -6,21 +6,21 @@ one; A and B are beside them, under PEFT's names (`…q_proj.lora_A.weight`).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptj.adapters.config import TARGET_MODULES, LoRAConfig
-from gptj.model import (
-    GPTJForQuestionAnswering,
-    GPTJForSequenceClassification,
-    GPTJPreTrainedModel,
-)
 
-# Heads that a base model usually lacks, and that are trained with an adapter.
-NEW_HEADS: dict[type[GPTJPreTrainedModel], tuple[str, ...]] = {
-    GPTJForSequenceClassification: ("score",),
-    GPTJForQuestionAnswering: ("qa_outputs",),
+if TYPE_CHECKING:
+    from gptj.pretrained import GPTJPreTrainedModel
+
+# Heads that a base model usually lacks, and that are trained with an adapter; by the model's class.
+NEW_HEADS = {
+    "GPTJForSequenceClassification": ("score",),
+    "GPTJForQuestionAnswering": ("qa_outputs",),
 }
 
 
@@ -70,7 +70,7 @@ def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
         if head == "lm_head" and model.config.tie_word_embeddings:
             raise ValueError("modules_to_save: lm_head is tied to the embedding, which is frozen")
     model.requires_grad_(False)
-    for block in model.base_model.h:
+    for block in model.base_model.get_submodule("h").children():
         for parent in (block.attn, block.mlp):
             for name in TARGET_MODULES:
                 if name in config.target_modules and hasattr(parent, name):

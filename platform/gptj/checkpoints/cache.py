@@ -23,13 +23,15 @@ import hashlib
 import logging
 import os
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptj import storage
-from gptj.checkpoints.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
+from gptj.checkpoints.manifest import MANIFEST, FileRecord, Manifest
 from gptj.checkpoints.streaming import new_parts, stream
+from gptj.errors import CheckpointError
 from gptj.storage.addresses import local_path
 from gptj.storage.file_lock import FileLock
 from gptj.storage.local import make_folder
@@ -51,6 +53,11 @@ class Lease:
 
     def close(self) -> None:
         self._lock.close()
+
+    def share_with(self, user: object) -> None:
+        """Keep the folder for as long as `user` lives, whenever this lease is closed."""
+        # A second descriptor of the same lock, which is let go of with the last of them.
+        weakref.finalize(user, os.close, os.dup(self._lock.descriptor))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from typing import IO, Any
 
 from gptj import storage
 from gptj.checkpoints.streaming import new_parts, stream
-from gptj.serialization.json_object import CheckpointError as CheckpointError
-from gptj.serialization.json_object import parse_object, read_small
+from gptj.errors import CheckpointError
+from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 
 MANIFEST = "manifest.json"
+LIMIT_BYTES = 64 * 2**20  # of a small file; GPT-J's largest, tokenizer.json, has 3 MB
 _FORMAT = 1
 _CHUNK_BYTES = 2**20  # hashed at a time, while it is in the processor's cache
 _AHEAD_BYTES = 32 * 2**20  # that the disk reads meanwhile
@@ -124,7 +125,7 @@ class Manifest:
             try:
                 if name not in found:
                     raise CheckpointError(f"{storage.join(self.folder, name)} is missing")
-                self._check_size(name, found[name], self.record(name))
+                self.check_size(name, found[name])
                 self._check_file(name)
             except CheckpointError as error:
                 lines[name] = str(error)
@@ -132,22 +133,39 @@ class Manifest:
         storage.for_each(check, (set(found) | set(self.files)) - {MANIFEST}, self._files_at_once)
         return [lines[name] for name in sorted(lines)]
 
-    def check_sizes(self) -> None:
-        """CheckpointError for files that are missing or cut off: one listing, no reading."""
-        found = {file.name: file.size for file in storage.list_files(self.folder)}
-        for name, record in self.files.items():
+    def check_sizes(self, found: Mapping[str, int] | None = None) -> None:
+        """CheckpointError for files that are missing or cut off; nothing is read.
+
+        Args:
+            found: the names and sizes that there are; None: list the folder.
+        """
+        if found is None:
+            found = {file.name: file.size for file in storage.list_files(self.folder)}
+        for name in self.files:
             if name not in found:
-                raise CheckpointError(f"{self.folder} is incomplete: {name} is missing")
-            self._check_size(name, found[name], record)
+                raise self.missing(name)
+            self.check_size(name, found[name])
+
+    def check_size(self, name: str, size: int) -> None:
+        """CheckpointError if a file does not have the size that was written."""
+        expected = self.record(name).size
+        if size != expected:
+            raise CheckpointError(
+                f"{storage.join(self.folder, name)} has {size} bytes and should have "
+                f"{expected}: it is " + ("cut off" if size < expected else "altered")
+            )
+
+    def missing(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder} is incomplete: {name} is missing")
 
     def check_content(self, name: str, size: int, sha256: str) -> None:
         """CheckpointError if a file's size or hash is not what was written."""
-        record = self.record(name)
-        self._check_size(name, size, record)
-        if sha256 != record.sha256:
+        self.check_size(name, size)
+        expected = self.record(name).sha256
+        if sha256 != expected:
             raise CheckpointError(
                 f"{storage.join(self.folder, name)} was altered after it was written: its SHA-256 "
-                f"is {sha256}, the manifest says {record.sha256}"
+                f"is {sha256}, the manifest says {expected}"
             )
 
     def record(self, name: str) -> FileRecord:
@@ -166,13 +184,6 @@ class Manifest:
     def _check_file(self, name: str) -> None:
         record = hash_file(storage.join(self.folder, name))
         self.check_content(name, record.size, record.sha256)
-
-    def _check_size(self, name: str, size: int, record: FileRecord) -> None:
-        if size != record.size:
-            raise CheckpointError(
-                f"{storage.join(self.folder, name)} has {size} bytes and should have "
-                f"{record.size}: it is " + ("cut off" if size < record.size else "altered")
-            )
 
 
 def verify(folder: str) -> Manifest:
@@ -196,9 +207,24 @@ def verify(folder: str) -> Manifest:
     return manifest
 
 
+def read_small(address: str) -> bytes:
+    """A whole file, by one request. CheckpointError if it has more than LIMIT_BYTES."""
+    content, size = storage.read_start(address, LIMIT_BYTES)
+    if size > LIMIT_BYTES:
+        raise CheckpointError(
+            f"{address} has {size} bytes; such a file has at most {LIMIT_BYTES}: it is damaged"
+        )
+    return content
+
+
 def read_verified(folder: str, name: str, manifest: Manifest | None) -> bytes:
     """A small file's content, compared with the manifest where there is one."""
-    content = read_small(storage.join(folder, name))
+    try:
+        content = read_small(storage.join(folder, name))
+    except storage.NotFoundError as error:
+        if manifest is None:
+            raise
+        raise manifest.missing(name) from error
     if manifest is not None:
         manifest.check_content(name, len(content), hashlib.sha256(content).hexdigest())
     return content

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.serialization.json_object import CheckpointError, parse_object
+from gptj.errors import CheckpointError
+from gptj.serialization.json_object import parse_object
 
 HEADER_LIMIT = 16 * 2**20  # bytes; GPT-J's has 40 KB
+FIRST_BYTES = 128 * 2**10  # read of a file before it is known how long its header is
 MOST_DIMENSIONS = 8
 LARGEST = 2**60  # elements
 
@@ -58,29 +60,38 @@ class StoredTensor:
         return flat.view(self.shape)
 
 
-def read_header(address: str) -> tuple[bytes, list[StoredTensor]]:
-    """The bytes before the tensors, and the tensors by their place in the file.
+@dataclass(frozen=True)
+class Header:
+    content: bytes  # all before the tensors
+    tensors: list[StoredTensor]  # by their place in the file
+    file_size: int  # bytes
+
+
+def read_header(address: str) -> Header:
+    """The header of a file, by one request unless it is uncommonly long.
 
     Raises:
         CheckpointError: naming the file and what is wrong: it is cut off, or its header is
             damaged or does not fit its size.
     """
-    total = storage.size(address)
+    start, total = storage.read_start(address, FIRST_BYTES)
     if total < 8:
         raise CheckpointError(f"{address} is cut off: it has {total} bytes, fewer than 8")
-    prefix = storage.read_bytes(address, 0, 8)
-    length = int.from_bytes(prefix, "little")
+    length = int.from_bytes(start[:8], "little")
     if length > total - 8:
         raise CheckpointError(
-            f"{address} is cut off or no safetensors file: its header should have {length} bytes, "
-            f"and the whole file has {total}"
+            f"{address} is cut off or not a safetensors file: its header should have {length} "
+            f"bytes, and the whole file has {total}"
         )
     if length > HEADER_LIMIT:
         raise CheckpointError(
             f"{address} is damaged: its header should have {length} bytes, more than the "
             f"{HEADER_LIMIT} that any model needs"
         )
-    header = storage.read_bytes(address, 8, length)
+    content = start[: 8 + length]
+    if missing := 8 + length - len(content):
+        content += storage.read_bytes(address, len(content), missing)
+    header = content[8:]
     fields = parse_object(header, f"{address} (its header)")
     fields.pop("__metadata__", None)
     tensors = [_tensor(name, each, 8 + length, address) for name, each in fields.items()]
@@ -95,7 +106,7 @@ def read_header(address: str) -> tuple[bytes, list[StoredTensor]]:
             f"{address} has {total} bytes and its header promises {end}: it is "
             + ("cut off" if total < end else "damaged")
         )
-    return prefix + header, tensors
+    return Header(content, tensors, total)
 
 
 def _tensor(name: str, fields: Any, data: int, address: str) -> StoredTensor:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import mmap
 import pickle
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,16 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError, FolderWriter, Manifest, read_verified
+from gptj.checkpoints.manifest import FolderWriter, Manifest, read_verified
 from gptj.checkpoints.mapping import map_stretch
 from gptj.checkpoints.streaming import Part, merged, stream
-from gptj.checkpoints.tensor_file import DTYPES, StoredTensor, read_header
+from gptj.checkpoints.tensor_file import DTYPES, Header, StoredTensor, read_header
+from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_FILE = "model-{:05}-of-{:05}.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 KINDS = ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))
@@ -78,7 +81,7 @@ def write_weights(
     source = iter(tensors)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = SHARD_FILE.format(number, len(shards))
         if len(shards) == 1:
             name = SINGLE_FILE
         write_file(writer, name, shard, source)
@@ -120,6 +123,7 @@ def read_weights(
     folder: str,
     manifest: Manifest | None,
     *,
+    names: Collection[str] | None = None,
     verify: bool = True,
     kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -132,19 +136,21 @@ def read_weights(
     views of shared memory, and may be written to.
 
     Args:
-        verify: compare the SHA-256 of each file with the manifest.
+        names: of the folder's files; None: list them.
+        verify: compare the SHA-256 of each file with the manifest; sizes always are.
         kinds: see weight_files.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or altered.
     """
-    names = {file.name for file in storage.list_files(folder)}
+    if names is None:
+        names = {file.name for file in storage.list_files(folder)}
     files = weight_files(folder, names, manifest, kinds)
     if manifest is not None:
         for name in files:
-            manifest.record(name)  # one that was added later is none of the checkpoint's
+            manifest.record(name)  # refuses what was added later
     if storage.is_s3(folder):
-        yield from _read_remote(folder, files, manifest if verify else None)
+        yield from _read_remote(folder, files, manifest, verify)
         return
     if manifest is not None and verify:
         manifest.check_files(files)
@@ -155,7 +161,7 @@ def read_weights(
 
 def weight_files(
     folder: str,
-    names: set[str],
+    names: Collection[str],
     manifest: Manifest | None,
     kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> list[str]:
@@ -171,6 +177,8 @@ def weight_files(
     for single, index in kinds:
         if single in names:
             return [single]
+        if index in names and (recorded := _recorded_shards(manifest, index)):
+            return recorded
         if index in names:
             address = storage.join(folder, index)
             weight_map = parse_object(read_verified(folder, index, manifest), address).get(
@@ -189,39 +197,59 @@ def weight_files(
     raise CheckpointError(f"{folder} has no weights: there is none of {looked_for}")
 
 
+def _recorded_shards(manifest: Manifest | None, index: str) -> list[str]:
+    """The shards that we wrote, by the manifest: the index need not be read."""
+    if manifest is None or index != INDEX_FILE:
+        return []
+    names = [n for n in manifest.files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", n)]
+    expected = [SHARD_FILE.format(number + 1, len(names)) for number in range(len(names))]
+    return expected if sorted(names) == expected else []
+
+
 def _read_mapped(address: str) -> Iterator[tuple[str, Tensor]]:
-    _, tensors = read_header(address)
+    tensors = read_header(address).tensors
     with open(address, "rb") as file:
         for tensor in tensors:
             yield tensor.name, tensor.view(map_stretch(file.fileno(), tensor.start, tensor.size))
 
 
 def _read_remote(
-    folder: str, files: Sequence[str], manifest: Manifest | None
+    folder: str, files: Sequence[str], manifest: Manifest | None, verify: bool
 ) -> Iterator[tuple[str, Tensor]]:
     if pickles := [name for name in files if name.endswith(".bin")]:
         raise CheckpointError(
             f"{storage.join(folder, pickles[0])} is a pickle, which is read from local folders "
             f"only; convert it to safetensors"
         )
+    headers: dict[str, Header] = {}
+
+    def read_and_check(name: str) -> None:
+        try:
+            headers[name] = read_header(storage.join(folder, name))
+        except storage.NotFoundError as error:
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing") from error
+        if manifest is not None:
+            manifest.check_size(name, headers[name].file_size)
+
+    storage.for_each(read_and_check, files)  # all before gigabytes are read
+    expected = manifest if verify else None
     with ThreadPoolExecutor(storage.PARALLEL) as fetchers:
-        sources = [_read_one(folder, name, manifest, fetchers) for name in files]
+        sources = [_read_one(folder, name, headers[name], expected, fetchers) for name in files]
         yield from merged(sources, min(FILES_AT_ONCE, len(files)))
 
 
 def _read_one(
-    folder: str, name: str, manifest: Manifest | None, fetchers: Executor
+    folder: str, name: str, header: Header, manifest: Manifest | None, fetchers: Executor
 ) -> Iterator[tuple[str, Tensor]]:
     address = storage.join(folder, name)
-    header, tensors = read_header(address)
-    digest, size = hashlib.sha256(header), len(header)
-    runs = _runs(tensors)
+    digest, size = hashlib.sha256(header.content), len(header.content)
+    runs = _runs(header.tensors)
     buffers: deque[mmap.mmap] = deque()
 
     def parts() -> Iterator[Part]:
         """Cut where S3 keeps its own parts, wherever tensors begin and end."""
         part: Part = []
-        position = len(header)
+        position = len(header.content)
         for run in runs:
             buffers.append(_memory(run[-1].end - run[0].start))
             rest = memoryview(buffers[-1])
@@ -237,7 +265,7 @@ def _read_one(
             yield part
 
     # Each file has enough asked for to keep all fetchers busy, if it waits for its first part.
-    coming = stream(address, len(header), parts(), fetchers, storage.PARALLEL)
+    coming = stream(address, len(header.content), parts(), fetchers, storage.PARALLEL)
     for run in runs:
         start = run[0].start
         while size < run[-1].end:

@@ -17,12 +17,8 @@ from gptj.checkpoints.skeleton import without_weights
 from gptj.config import GPTJConfig
 from gptj.engine.cache_size import page_bytes
 from gptj.engine.runners.base import PAGE_SIZE
-from gptj.model import (
-    GPTJForCausalLM,
-    GPTJForQuestionAnswering,
-    GPTJForSequenceClassification,
-    GPTJPreTrainedModel,
-)
+from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj.pretrained import GPTJPreTrainedModel
 
 GIB = 2**30
 # What PyTorch reports as a card's total, the least of those that are sold with so many GB, from

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from gptj.checkpoints.checkpoint import save_folder, write_small_files
 from gptj.checkpoints.manifest import FolderWriter
 from gptj.checkpoints.weights import SHARD_BYTES, split_shards
 from gptj.config import GPTJConfig, parse_dtype
@@ -19,6 +18,7 @@ from gptj.interop.pieces import tensors_of, write_pieces
 from gptj.interop.source import Source, open_source
 from gptj.interop.tensors import StoredTensor
 from gptj.model import GPTJForCausalLM
+from gptj.saving import save_folder, write_small_files
 from gptj.storage.addresses import normalized
 
 ExportFormat = Literal["huggingface", "flax", "tensorflow"]

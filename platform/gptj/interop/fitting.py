@@ -7,18 +7,19 @@ from collections.abc import Sequence
 
 import torch
 
-from gptj.checkpoints.checkpoint import HEAD_CLASSES, OLD_BUFFERS, UNTIED
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.checkpoints.skeleton import without_weights
 from gptj.config import GPTJConfig
+from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor
 from gptj.model import (
+    HEAD_CLASSES,
     GPTJForCausalLM,
     GPTJForQuestionAnswering,
     GPTJForSequenceClassification,
     GPTJModel,
-    GPTJPreTrainedModel,
 )
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.weight_loading import OLD_BUFFERS, UNTIED
 
 PREFIX = GPTJPreTrainedModel.base_model_prefix + "."
 HEADS: dict[str, type[GPTJPreTrainedModel]] = {

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptj import storage
+from gptj.checkpoints.folder import TOKENIZER_FILES
 from gptj.checkpoints.hub import locate
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.checkpoints.weights import KINDS
+from gptj.errors import CheckpointError
 from gptj.interop import flax, mesh_transformer, tar_stream, tensorflow
 from gptj.interop.huggingface import open_file as open_huggingface
 from gptj.interop.tensors import StoredTensor
 from gptj.storage import FileInfo
 from gptj.storage.addresses import normalized
-from gptj.tokenizer import TOKENIZER_FILES
 
 FormatName = Literal["huggingface", "mesh-transformer-jax", "flax", "tensorflow"]
 MESH: FormatName = "mesh-transformer-jax"

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.checkpoints.weights import TensorSpec
+from gptj.errors import CheckpointError
 from gptj.extras import Extra, require
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor, tensor_in_file

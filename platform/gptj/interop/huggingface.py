@@ -13,5 +13,5 @@ def open_file(address: str) -> list[StoredTensor]:
         return index_pickle(address)
     return [
         tensor_in_file(each.name, each.shape, each.dtype, address, [(each.start, each.size)])
-        for each in read_header(address)[1]
+        for each in read_header(address).tensors
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from gptj import storage
-from gptj.checkpoints.checkpoint import save_folder
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.formats import FormatName
 from gptj.interop.source import open_source
+from gptj.saving import save_folder
 from gptj.storage.addresses import normalized
 
 

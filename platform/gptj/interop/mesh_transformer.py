@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.errors import CheckpointError
 from gptj.interop.npz import Member, index_npz, open_member
 from gptj.interop.tensors import StoredTensor, fill
 from gptj.storage import FileInfo

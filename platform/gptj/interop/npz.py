@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
 
 # bfloat16 is no type of NumPy's: it writes two bytes without a meaning.

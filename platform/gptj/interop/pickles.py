@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
 
 # A file of PyTorch before 1.6 has no offsets, and is held in memory as a whole.

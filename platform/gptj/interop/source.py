@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.checkpoint import CONFIG, TRAINING
-from gptj.checkpoints.manifest import CheckpointError, Manifest, read_verified, verify
+from gptj.checkpoints.folder import CONFIG, TRAINING
+from gptj.checkpoints.manifest import Manifest, read_verified, verify
 from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
+from gptj.errors import CheckpointError
 from gptj.interop import mesh_transformer, tar_stream
 from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find

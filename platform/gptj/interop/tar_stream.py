@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.errors import CheckpointError
 from gptj.extras import Extra
 from gptj.interop.progress import Progress
 

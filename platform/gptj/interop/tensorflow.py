@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.checkpoints.weights import TensorSpec
+from gptj.errors import CheckpointError
 from gptj.interop.hdf5 import Group, index_hdf5, plan_hdf5
 from gptj.interop.layout import Layout
 from gptj.interop.pieces import Piece

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.checkpoints.manifest import CheckpointError
+from gptj.errors import CheckpointError
 
 
 @dataclass(frozen=True)

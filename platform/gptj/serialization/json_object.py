@@ -13,13 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from gptj import storage
-
-LIMIT_BYTES = 64 * 2**20  # GPT-J's largest, tokenizer.json, has 3 MB
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted or does not fit; the message names the file and why."""
+from gptj.errors import CheckpointError
 
 
 def parse_object(content: bytes, address: str) -> dict[str, Any]:
@@ -31,16 +25,6 @@ def parse_object(content: bytes, address: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{address} is damaged: it holds no JSON object")
     return value
-
-
-def read_small(address: str) -> bytes:
-    """A whole file of at most LIMIT_BYTES. CheckpointError if it is larger."""
-    size = storage.size(address)
-    if size > LIMIT_BYTES:
-        raise CheckpointError(
-            f"{address} has {size} bytes; such a file has at most {LIMIT_BYTES}: it is damaged"
-        )
-    return storage.read_bytes(address, 0, size)
 
 
 def to_json(

@@ -65,6 +65,7 @@ __all__ = [
     "read_bytes",
     "read_into",
     "read_scattered",
+    "read_start",
     "size",
     "split_s3",
     "upload",
@@ -101,6 +102,16 @@ def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes
     content = bytearray(length)
     read_into(address, start, memoryview(content))
     return bytes(content)
+
+
+def read_start(address: str, length: int) -> tuple[bytes, int]:
+    """The first `length` bytes of a file, or all if it is shorter, and its size; one request.
+
+    NotFoundError if there is no such file.
+    """
+    if is_s3(address):
+        return _s3.read_start(address, length)
+    return local.read_start(address, length)
 
 
 def read_into(address: str, start: int, target: memoryview) -> None:

@@ -46,6 +46,11 @@ def list_files(folder: str) -> list[FileInfo]:
     return sorted(files, key=lambda file: file.name)
 
 
+def read_start(address: str, length: int) -> tuple[bytes, int]:
+    with explaining(address), local_path(address).open("rb") as file:
+        return file.read(length), os.fstat(file.fileno()).st_size
+
+
 def read_into(address: str, start: int, target: memoryview) -> None:
     with explaining(address), io.FileIO(local_path(address)) as file:
         file.seek(start)

@@ -35,6 +35,7 @@ from gptj.storage.s3_client import (
     client,
     endpoint,
     explaining,
+    is_out_of_range,
     no_bucket,
     retry_policy,
     was_retried,
@@ -83,6 +84,29 @@ def list_files(folder: str) -> list[FileInfo]:
                 if name and not name.endswith("/"):  # some servers list folders too
                     files.append(FileInfo(f"s3://{bucket}/{item['Key']}", name, item["Size"]))
     return sorted(files, key=lambda file: file.name)
+
+
+def read_start(address: str, length: int) -> tuple[bytes, int]:
+    bucket, key = split_s3(address)
+    start, size = bytearray(), 0
+
+    def read() -> None:
+        nonlocal start, size
+        try:
+            with explaining(bucket, key):
+                reply = client().get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{length - 1}")
+        except StorageError as error:
+            if not is_out_of_range(error.__cause__):
+                raise
+            start, size = bytearray(), 0  # an empty file
+            return
+        size = int(reply["ContentRange"].rpartition("/")[2])
+        start = bytearray(min(length, size))
+        with explaining(bucket, key):
+            _receive(reply, [memoryview(start)], address)
+
+    _outlasting(read)
+    return bytes(start), size
 
 
 def read_into(address: str, start: int, target: memoryview) -> None:

@@ -40,6 +40,8 @@ OTHER_SERVER = (
     "remedy: a server with conditional writes, such as AWS S3, or a newer release of this one"
 )
 
+_OUT_OF_RANGE = ("InvalidRange", "416")
+
 
 def client() -> S3Client:
     """boto3's client for the environment as it is now; making one takes a while."""
@@ -149,9 +151,17 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
             f"{place}: bucket {bucket!r} is in another region ({message or code}); remedy: set "
             f"AWS_REGION to the bucket's, and AWS_ENDPOINT_URL only for servers that are not AWS"
         )
-    if code in ("InvalidRange", "416"):
+    if code in _OUT_OF_RANGE:
         return StorageError(f"{place} is shorter than it should be: it is cut off")
     return StorageError(f"{place}: {code} {message}".rstrip())
+
+
+def is_out_of_range(error: BaseException | None) -> bool:
+    """Whether a file has none of the bytes that were asked for."""
+    return (
+        isinstance(error, ClientError)
+        and error.response.get("Error", {}).get("Code", "") in _OUT_OF_RANGE
+    )
 
 
 def no_bucket(bucket: str, key: str) -> NotFoundError:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptj.checkpoints.manifest import CheckpointError
 from gptj.data.sources import DataError
+from gptj.errors import CheckpointError
 from gptj.storage import AccessDeniedError, AlreadyExistsError, NotFoundError
 from gptj.training.settings import SettingsError
 

@@ -27,7 +27,7 @@ from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder, share
 from gptj.devices import check_device
 from gptj.extras import Extra
-from gptj.model import GPTJPreTrainedModel
+from gptj.pretrained import GPTJPreTrainedModel
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike

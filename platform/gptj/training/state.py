@@ -21,8 +21,9 @@ import torch
 
 from gptj import storage
 from gptj.adapters.base import Base
-from gptj.checkpoints.checkpoint import TRAINING
-from gptj.checkpoints.manifest import CheckpointError, Manifest, describe, read_verified, verify
+from gptj.checkpoints.folder import TRAINING
+from gptj.checkpoints.manifest import Manifest, describe, read_verified, verify
+from gptj.errors import CheckpointError
 from gptj.serialization.json_object import to_json
 from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import Settings, SettingsError, changed

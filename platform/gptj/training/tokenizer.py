@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gptj import storage
 from gptj.checkpoints.manifest import FolderWriter, Manifest
-from gptj.tokenizer import GPTJTokenizer, NoTokenizerError
+from gptj.errors import NoTokenizerError
+from gptj.tokenizer import GPTJTokenizer
 from gptj.training.dataset import task_rows
 from gptj.training.model_config import new_config
 from gptj.training.settings import Settings, SettingsError

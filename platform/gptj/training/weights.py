@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
-from gptj.adapters.folder import save_adapter_folder
 from gptj.adapters.lora import NEW_HEADS, adapter_parameters, add_lora
-from gptj.checkpoints.checkpoint import config_of, load_model, save_folder
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
 from gptj.extras import Extra
-from gptj.model import GPTJForCausalLM, GPTJPreTrainedModel
+from gptj.model import GPTJForCausalLM
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.saving import save_adapter_folder, save_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
 
@@ -46,12 +46,11 @@ def build_model(
     source = None
     adapter = None
     if settings.adapter is not None:
-        adapter = settings.adapter.lora(NEW_HEADS.get(cls, ()))
+        adapter = settings.adapter.lora(NEW_HEADS.get(cls.__name__, ()))
     if rank == 0:
         torch.manual_seed(settings.seed)
         if settings.model.checkpoint:
-            source = load_model(
-                cls,
+            source = cls.from_pretrained(
                 settings.model.checkpoint,
                 revision=settings.model.revision or None,
                 config=config,
@@ -150,7 +149,7 @@ def export_model(
         base: of an adapter.
     """
     dtype = PRECISIONS[settings.deepspeed.precision]
-    config = config_of(model)
+    config = model.config_to_save()
     config.dtype = dtype
     adapter = model.adapter
     parameters = adapter_parameters(model) if adapter else dict(model.named_parameters())

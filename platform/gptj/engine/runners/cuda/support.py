@@ -9,10 +9,13 @@ import torch
 
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda.operations import Operations
+from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM
 
 if TYPE_CHECKING:
     from gptj.engine.runners.cuda.launch import TritonOperations
+
+launch = Extra("gptj.engine.runners.cuda.launch", "computing with our GPU kernels", "triton")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16, and copies that go on beside computing
@@ -40,10 +43,12 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
             f"the kernels want {'.'.join(map(str, LEAST_CAPABILITY))} or more"
         )
     try:
-        from gptj.engine.runners.cuda.launch import TritonOperations
+        new_operations = launch.TritonOperations
     except ImportError as error:
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
-    operations = TritonOperations(config, model.dtype, properties.multi_processor_count)
+    operations: TritonOperations = new_operations(
+        config, model.dtype, properties.multi_processor_count
+    )
     with torch.cuda.device(device):
         try_out(operations, device)
         torch.cuda.synchronize()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,20 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptj.adapters.base import Base, has_file
+from gptj.adapters.base import Base
 from gptj.adapters.config import HEADS
-from gptj.adapters.folder import HEAD_OF, StoredAdapter, put_adapter, read_adapter
 from gptj.adapters.lora import add_product
-from gptj.checkpoints.checkpoint import HEAD_CLASSES, TRAINING, save_folder
-from gptj.checkpoints.manifest import CheckpointError, read_verified
+from gptj.adapters.stored import (
+    HEAD_OF,
+    StoredAdapter,
+    put_adapter,
+    read_adapter,
+)
+from gptj.checkpoints.folder import CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SHARD_BYTES
 from gptj.config import GPTJConfig, parse_dtype
+from gptj.errors import CheckpointError
 from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.importer import check_new
 from gptj.interop.source import Source, open_source
 from gptj.interop.tensors import StoredTensor, narrowed
-from gptj.model import GPTJModel, GPTJPreTrainedModel
+from gptj.model import HEAD_CLASSES, GPTJModel
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.saving import save_folder
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
 
@@ -58,11 +64,14 @@ def merge_adapter(
     """
     target = parse_dtype(dtype)
     base, destination = normalized(base), normalized(destination)
-    stored = read_adapter(adapter)
     check_new(destination)
-    _check_base(stored, base, revision)
-    with open_source(base, revision=revision) as source:
-        config = _config(source, stored)
+    with (
+        ModelFolder.open(adapter, weights=True) as folder,
+        open_source(base, revision=revision) as source,
+    ):
+        stored = read_adapter(folder)
+        _check_base(stored, base, revision)
+        config = _config(source, folder, stored)
         tensors = _merged(source, stored, config)
         specs = specs_of(tensors, target or source.config.dtype, config)
         save_folder(
@@ -70,24 +79,24 @@ def merge_adapter(
             config,
             specs,
             read_all(tensors, specs),
-            tokenizer=_tokenizer(stored) or source.tokenizer,
-            training=_training(stored) or source.training,
+            tokenizer=_tokenizer(folder) or source.tokenizer,
+            training=_training(folder) or source.training,
             shard_bytes=shard_bytes,
         )
     return config
 
 
 def _check_base(adapter: StoredAdapter, address: str, revision: str | None) -> None:
-    try:
-        expected = adapter.base
-    except CheckpointError:  # PEFT's may name none
-        return
-    expected.check(adapter.address, Base.at(address, revision))
+    if adapter.known_base is not None:  # PEFT's may name none
+        adapter.known_base.check(adapter.address, Base.at(address, revision))
 
 
-def _config(source: Source, adapter: StoredAdapter) -> GPTJConfig:
+def _config(source: Source, folder: ModelFolder, adapter: StoredAdapter) -> GPTJConfig:
     """The merged model's configuration; CheckpointError if the adapter does not fit the base."""
-    config = adapter.model_config(source.config, {})
+    if CONFIG in folder:
+        config = GPTJConfig.from_folder(folder)
+    else:
+        config = GPTJConfig.from_dict(adapter.adapted_fields(source.config.to_dict()))
     name = adapter.architecture or (config.architectures or [""])[0]
     cls = HEAD_CLASSES.get(name)
     if cls is None:
@@ -149,16 +158,13 @@ def _with_product(tensor: StoredTensor, a: Tensor, b: Tensor, scaling: float) ->
     return replace(tensor, load=load)
 
 
-def _tokenizer(adapter: StoredAdapter) -> GPTJTokenizer | None:
+def _tokenizer(adapter: ModelFolder) -> GPTJTokenizer | None:
     """The adapter's own; None if it has none."""
-    files = (has_file(adapter.folder, name, adapter.manifest) for name in TOKENIZER_FILES)
-    return GPTJTokenizer.from_pretrained(adapter.folder) if any(files) else None
+    own = any(name in adapter for name in TOKENIZER_FILES)
+    return GPTJTokenizer.from_folder(adapter) if own else None
 
 
-def _training(adapter: StoredAdapter) -> Mapping[str, Any] | None:
-    if adapter.manifest is None or not has_file(adapter.folder, TRAINING, adapter.manifest):
+def _training(adapter: ModelFolder) -> Mapping[str, Any] | None:
+    if adapter.manifest is None or TRAINING not in adapter:
         return None
-    fields: Mapping[str, Any] = json.loads(
-        read_verified(adapter.folder, TRAINING, adapter.manifest)
-    )
-    return fields
+    return adapter.read_object(TRAINING)

@@ -1,0 +1,259 @@
+"""A model folder, opened once: its manifest, small files and weights, from wherever they are.
+
+`config.json`, `model.safetensors` or shards with an index, the tokenizer's files, `training.json`
+and, written last, `manifest.json` (see gptj.checkpoints.manifest). Folders from Hugging Face have
+no manifest and no `training.json`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Self, cast
+
+from torch import Tensor
+
+from gptj import storage
+from gptj.checkpoints.cache import CheckpointCache, Lease
+from gptj.checkpoints.hub import locate
+from gptj.checkpoints.manifest import MANIFEST, Manifest, read_small, read_verified
+from gptj.checkpoints.weights import KINDS, read_weights, weight_files
+from gptj.errors import CheckpointError
+from gptj.serialization.json_object import parse_object
+from gptj.storage.addresses import normalized
+
+CONFIG = "config.json"
+TRAINING = "training.json"
+# Of an adapter (gptj.adapters): PEFT's settings, and what it belongs to.
+ADAPTER_CONFIG = "adapter_config.json"
+BASE = "base.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, BASE, "adapter_model*")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+# What is downloaded of a hub id: small files; weights as safetensors or, for want of them, pickles.
+SMALL_FILES = (CONFIG, TRAINING, MANIFEST, *TOKENIZER_FILES, *ADAPTER_FILES)
+WEIGHTS = (
+    ("*.json", "merges.txt", "*.safetensors"),
+    ("*.json", "adapter_model*.bin"),
+    ("*.json", "pytorch_model*.bin"),
+)
+
+
+class ModelFolder:
+    """A folder, an `s3://` address or a hub id, open for reading.
+
+        with ModelFolder.open(address, weights=True) as folder:
+            tokenizer = GPTJTokenizer.from_folder(folder)
+            model = GPTJForCausalLM.from_folder(folder)
+
+    Files that the manifest names are compared with it as they are read. A model whose memory is
+    the files' own outlives the block: see `lease_for`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        manifest: Manifest | None,
+        *,
+        lease: Lease | None = None,
+        from_hub: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self.address = address  # local or s3://; of a hub id, where its files are
+        self.manifest = manifest
+        self._lease = lease
+        self._from_hub = from_hub
+        self.verify = verify
+
+    @classmethod
+    def open(
+        cls,
+        address: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        weights: bool = False,
+        files: Sequence[str] = SMALL_FILES,
+        verify: bool = True,
+    ) -> ModelFolder:
+        """Find the folder and read its manifest.
+
+        Args:
+            revision: a branch, tag or commit of a hub id.
+            weights: whether the weights will be read: then they are downloaded from the hub, or
+                fetched to this node's cache of S3, if it has one.
+            files: patterns of what to download from the hub otherwise.
+            verify: compare the weights' SHA-256 with the manifest. Small files always are.
+
+        Raises:
+            FileNotFoundError: if there is nothing at the address.
+            CheckpointError: if the manifest is damaged, or what it names is missing or cut off.
+        """
+        address = normalized(address)
+        folder = _locate(address, revision, WEIGHTS if weights else [(*files, MANIFEST)])
+        from_hub = folder != address
+        manifest = Manifest.read(folder)
+        if manifest is None or not weights:
+            return cls(folder, manifest, from_hub=from_hub, verify=verify)
+        if storage.is_s3(folder):
+            # Sizes are checked as the files are read: a listing would cost a request.
+            cache = CheckpointCache.from_environment()
+            lease = None if cache is None else cache.lease(folder, manifest, verify=verify)
+            return cls(folder, manifest, lease=lease, verify=verify)
+        if not from_hub:  # of a hub id only what is needed is here
+            manifest.check_sizes()
+        return cls(folder, manifest, from_hub=from_hub, verify=verify)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the copy in the node's cache, unless a model uses it."""
+        if self._lease is not None:
+            self._lease.close()
+
+    def lease_for(self, user: object) -> None:
+        """Keep the files for as long as `user` lives, whose memory they are."""
+        if self._lease is not None:
+            self._lease.share_with(user)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the folder has a file, by its manifest or else by its listing."""
+        return (self.manifest is not None and name in self.manifest.files) or name in self._listed
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter, and not a model."""
+        return ADAPTER_CONFIG in (self._listed if self.manifest is None else self.manifest.files)
+
+    def read(self, name: str) -> bytes:
+        """A small file. CheckpointError if it is not what the manifest says.
+
+        A file that the manifest does not name is refused: it was added later.
+        """
+        if self.manifest is None:
+            return read_small(storage.join(self.address, name))
+        self.manifest.record(name)
+        return read_verified(self._copy, name, Manifest(self._copy, self.manifest.files))
+
+    def read_tokenizer(self) -> dict[str, bytes]:
+        """The tokenizer's files that there are.
+
+        A tokenizer may be saved beside a finished model, as Hugging Face's users do: its files
+        need not be in the manifest.
+        """
+        recorded = {} if self.manifest is None else self.manifest.files
+        if "tokenizer.json" not in recorded and "vocab.json" not in recorded:
+            names = [name for name in TOKENIZER_FILES if name in self._listed or name in recorded]
+        else:
+            names = [name for name in TOKENIZER_FILES if name in recorded]
+        if "tokenizer.json" in names:  # which has them all
+            names = [n for n in names if n not in ("vocab.json", "merges.txt", "added_tokens.json")]
+        return {
+            name: self.read(name)
+            if name in recorded
+            else read_small(storage.join(self.address, name))
+            for name in names
+        }
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """A small file's JSON object."""
+        return parse_object(self.read(name), storage.join(self.address, name))
+
+    def read_config(self) -> dict[str, Any]:
+        """The fields of config.json. FileNotFoundError if there is none."""
+        try:
+            if self.manifest is not None and CONFIG not in self.manifest.files:
+                raise storage.NotFoundError(f"{self.address} has no {CONFIG}")
+            return self.read_object(CONFIG)
+        except storage.NotFoundError as error:
+            storage.list_files(self.address)  # raises, if it is the bucket that is missing
+            raise storage.NotFoundError(
+                f"{self.address} is not a model folder: it has no {CONFIG} (or its writing was "
+                f"cut short)"
+            ) from error
+
+    def read_training_data(self) -> dict[str, Any]:
+        """How the training read its data, by `training.json`; empty if that does not say."""
+        if TRAINING not in self:
+            return {}
+        return training_data(self.read(TRAINING), storage.join(self.address, TRAINING))
+
+    def read_weights(
+        self, kinds: Sequence[tuple[str, str]] = KINDS
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, on the CPU: see gptj.checkpoints.weights.read_weights."""
+        if self.manifest is None:
+            return read_weights(self.address, None, kinds=kinds)
+        manifest = Manifest(self._copy, self.manifest.files)
+        # The cache has compared its copy already.
+        verify = self.verify and self._lease is None
+        # The manifest has the names that a listing of S3 would cost a request for.
+        names = manifest.files if storage.is_s3(self._copy) else None
+        return read_weights(self._copy, manifest, names=names, verify=verify, kinds=kinds)
+
+    def check_complete(self) -> None:
+        """Check that all files are there in their full size, without reading the weights.
+
+        Of an adapter its own alone (see gptj.adapters.base.check_base); of a folder without a
+        manifest only the names are known, of a hub id nothing.
+
+        Raises:
+            CheckpointError: if a file is missing or cut off.
+        """
+        if self._from_hub:
+            return
+        if self.manifest is not None:
+            self.manifest.check_sizes(self._listed)
+        if self.is_adapter:
+            return
+        weight_files(self.address, set(self._listed), self.manifest)
+
+    @property
+    def _copy(self) -> str:
+        """Where the files of the manifest are read."""
+        return self.address if self._lease is None else self._lease.folder
+
+    @cached_property
+    def _listed(self) -> dict[str, int]:
+        """Names and sizes."""
+        return {file.name: file.size for file in storage.list_files(self.address)}
+
+
+def training_data(content: bytes, address: str) -> dict[str, Any]:
+    """How a training read its data, by its `training.json`; empty if that does not say.
+
+    Raises CheckpointError if the file is damaged.
+    """
+    fields: Any = parse_object(content, address)
+    for name in ("settings", "data"):
+        fields = fields.get(name, {})
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{address} is damaged: its {name} must be an object")
+    return cast(dict[str, Any], fields)
+
+
+def _locate(address: str, revision: str | None, choices: Sequence[Sequence[str]]) -> str:
+    """The folder, with the first of several kinds of files that a hub id has."""
+    for patterns in choices:
+        folder = locate(address, revision=revision, patterns=patterns)
+        if folder == address or len(choices) == 1:
+            break
+        if _any_matches((file.name for file in storage.list_files(folder)), patterns[-1]):
+            break
+    return folder
+
+
+def _any_matches(names: Collection[str] | Iterator[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)

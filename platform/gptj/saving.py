@@ -1,0 +1,98 @@
+"""A model folder, written: configuration, tensors and tokenizer in; complete, or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.stored import ADAPTER_FILE, PREFIX, TASK_TYPES
+from gptj.checkpoints.folder import ADAPTER_CONFIG, BASE, CONFIG, TRAINING
+from gptj.checkpoints.manifest import FolderWriter
+from gptj.checkpoints.weights import SHARD_BYTES, TensorSpec, write_file, write_weights
+from gptj.config import GPTJConfig
+from gptj.serialization.json_object import to_json
+from gptj.tokenizer import GPTJTokenizer
+
+
+def save_folder(
+    address: str | os.PathLike[str],
+    config: GPTJConfig,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    *,
+    tokenizer: GPTJTokenizer | None = None,
+    training: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model folder whose tensors come one at a time, in the order of `specs`.
+
+    So a model that is spread over many processes is written without being gathered.
+
+    Args:
+        address: a new folder, local or `s3://`.
+        training: how the model came to be, for `training.json`.
+
+    Raises:
+        AlreadyExistsError: if there is a finished checkpoint at the address.
+    """
+    with FolderWriter(address) as writer:
+        write_weights(writer, specs, tensors, shard_bytes)
+        write_small_files(writer, config, tokenizer, training)
+
+
+def save_adapter_folder(
+    address: str | os.PathLike[str],
+    config: GPTJConfig,
+    adapter: LoRAConfig,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[Tensor],
+    *,
+    base: Base,
+    tokenizer: GPTJTokenizer | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter's folder, as PEFT reads it and with what we know beside it; as save_folder.
+
+    Args:
+        config: of the adapted model, with its class in `architectures`.
+        specs: with the model's names.
+    """
+    fields = {
+        **adapter.to_peft(),
+        "task_type": TASK_TYPES.get((config.architectures or [""])[0]),
+        "base_model_name_or_path": base.address,
+        "revision": base.revision,
+    }
+    named = [replace(spec, name=PREFIX + spec.name) for spec in specs]
+    with FolderWriter(address) as writer:
+        write_file(writer, ADAPTER_FILE, named, iter(tensors))
+        writer.write(BASE, _json(base.to_dict()))
+        writer.write(ADAPTER_CONFIG, _json(fields))
+        write_small_files(writer, config, tokenizer, training)
+
+
+def write_small_files(
+    writer: FolderWriter,
+    config: GPTJConfig,
+    tokenizer: GPTJTokenizer | None,
+    training: Mapping[str, Any] | None,
+) -> None:
+    """Write everything but the weights, after them.
+
+    The configuration comes last: without it nothing takes an unfinished folder for a model.
+    """
+    for name, content in (tokenizer.files() if tokenizer is not None else {}).items():
+        writer.write(name, content)
+    if training is not None:
+        writer.write(TRAINING, _json(training))
+    writer.write(CONFIG, config.to_json().encode())
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return (to_json(fields, indent=2) + "\n").encode()
