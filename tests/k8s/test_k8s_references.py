@@ -27,6 +27,7 @@ from manifests import (
 
 from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
+from gptj.serving.pages import docs, playground
 from gptj.training.settings import Settings, read_settings
 
 
@@ -153,7 +154,8 @@ def test_the_ingress_leads_to_serves_port_and_to_every_route(objects: list[Objec
         assert application["name"] == "generation"
         card = ModelCard(id="a-model", created=0, root="", max_model_len=1)
         unused = cast(Any, None)  # nothing is asked of it
-        for route in generation_app(unused, unused, card, lambda: True).openapi()["paths"]:
+        app = generation_app(unused, unused, card, lambda: True)
+        for route in [*app.openapi()["paths"], *playground(), *docs()]:
             assert any(
                 route == path or (kind == "Prefix" and route.startswith(f"{path}/"))
                 for path, kind in paths

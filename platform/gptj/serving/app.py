@@ -30,21 +30,32 @@ from gptj.serving.middleware.keys import KeyCheck, Keys
 from gptj.serving.middleware.limits import BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
+from gptj.serving.pages import Page, Pages, docs
 
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 5  # of a body's errors: one wrong list can have thousands
 
 
-def new_app(title: str, recorder: Recorder | None = None) -> FastAPI:
+def new_app(
+    title: str, recorder: Recorder | None = None, pages: Mapping[str, Page] | None = None
+) -> FastAPI:
     """An application whose errors all have OpenAI's body, and a declared status.
 
     Who may ask is decided by this process's GPTJ_API_KEYS. Raises ValueError if it names no key.
+    `pages` are served to everybody, beside the API's document at `/docs`.
     """
-    app = FastAPI(title=title, strict_content_type=False, redirect_slashes=False)
+    app = FastAPI(
+        title=title,
+        strict_content_type=False,
+        redirect_slashes=False,
+        docs_url=None,  # Pages has it: FastAPI's own loads from another host
+        redoc_url=None,
+    )
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit)
     app.add_middleware(KeyCheck, keys=Keys.from_environment())
+    app.add_middleware(Pages, pages={**docs(), **(pages or {})})
     app.add_middleware(Edge)
     app.add_middleware(Observing, recorder=recorder or NoRecorder())
     app.add_middleware(Routing)

@@ -14,6 +14,7 @@ from gptj.serving.completions.schemas import Completion, CompletionRequest, Mode
 from gptj.serving.completions.service import CompletionService, server_sent
 from gptj.serving.errors import NotFoundError
 from gptj.serving.metrics import Recorder
+from gptj.serving.pages import playground
 from gptj.serving.tokenize import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -34,7 +35,7 @@ def generation_app(
     recorder: Recorder | None = None,
 ) -> FastAPI:
     """Routes of a service; `card` describes its model."""
-    app = new_app("GPT-J text generation", recorder)
+    app = new_app("GPT-J text generation", recorder, playground())
     add_health(app, alive, "the engine makes no progress")
 
     def check_model(name: str | None) -> None:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "GPTJ_API_KEYS"  # comma separated
 SCHEME = b"bearer "
-OPEN_PATHS = ("/health",)  # probes have no key
+OPEN_PATHS = ("/health", "/openapi.json")  # probes have no key, nor has the document's page
 
 
 class Keys:

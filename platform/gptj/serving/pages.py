@@ -1,0 +1,116 @@
+"""Pages for people: the playground at `/` and the API's document at `/docs`.
+
+Their files come from this package (Swagger UI's from fastapi-offline), are read once, and are
+answered before keys are looked at: a page has to be there to ask for a key. What they load and ask
+is of their own host; the content security policy holds them to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gptj.extras import require
+from gptj.serving.middleware.paths import route_path
+
+MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
+
+
+@dataclass(frozen=True)
+class Page:
+    path_format: str  # as a route has it, for the metrics
+    content: bytes
+    media_type: str
+
+    @property
+    def etag(self) -> str:
+        return f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
+
+    def response(self, scope: Scope) -> Response:
+        headers = {
+            "Content-Security-Policy": POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",  # kept, but asked for whether it has changed
+            "ETag": self.etag,
+        }
+        if dict(scope["headers"]).get(b"if-none-match") == self.etag.encode():
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, headers=headers, media_type=self.media_type)
+
+
+def docs() -> dict[str, Page]:
+    """Swagger UI at `/docs`, for the application's own `/openapi.json`."""
+    ours = files("gptj.serving")
+    sources = {
+        "/docs": ours / "docs" / "index.html",
+        "/docs/start.js": ours / "docs" / "start.js",
+        "/docs/icon.svg": ours / "playground" / "icon.svg",
+    }
+    swagger = files(require("fastapi_offline", "/docs", "fastapi-offline")) / "static"
+    sources |= {f"/docs/{name}": swagger / name for name in SWAGGER_UI}
+    return {path: _page(path, source) for path, source in sources.items()}
+
+
+def playground() -> dict[str, Page]:
+    """`/` and, below `/playground`, what it loads."""
+    folder = files("gptj.serving") / "playground"
+    sources = {f"/playground/{file.name}": file for file in folder.iterdir()}
+    sources["/"] = sources.pop("/playground/index.html")
+    return {path: _page(path, source) for path, source in sources.items()}
+
+
+def _page(path: str, source: Traversable) -> Page:
+    suffix = source.name[source.name.rindex(".") :]
+    return Page(path, source.read_bytes(), MEDIA_TYPES[suffix])
+
+
+class Pages:
+    """Middleware: answers GET for its pages, and hands everything else on."""
+
+    def __init__(self, app: ASGIApp, pages: Mapping[str, Page]) -> None:
+        self._app = app
+        self._pages = pages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = None
+        if scope["type"] == "http" and scope["method"] == "GET":
+            page = self._pages.get(route_path(scope))
+        if page is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = page
+        elsewhere = _canonical(scope, page)
+        response = page.response(scope)
+        if elsewhere is not None:
+            response = Response(status_code=307, headers={"Location": elsewhere})
+        await response(scope, receive, send)
+
+
+def _canonical(scope: Scope, page: Page) -> str | None:
+    """Where a page's relative links are right, if not here: `/` ends in a slash, others do not.
+
+    A relative address itself, since neither the scheme nor what a proxy has taken off is known.
+    """
+    raw = scope.get("raw_path", b"").decode("latin-1")
+    is_folder = page.path_format == "/"
+    if not raw or raw.endswith("/") == is_folder:
+        return None
+    name = raw.rstrip("/").rpartition("/")[2]
+    return f"{name}/" if is_folder else f"../{name}"

@@ -1,0 +1,91 @@
+// Requests to the applications under this page's address, with the key; errors in a form to show.
+
+const KEY = "gptj-key"; // in sessionStorage, which ends with the browser's tab
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+};
+
+/** A request that failed: `status` is 0 where there was no answer, `field` the wrong one's name. */
+export class RequestError extends Error {
+  constructor(message, { status = 0, field = null, retryAfter = null } = {}) {
+    super(message);
+    this.status = status;
+    this.field = field;
+    this.retryAfter = retryAfter; // seconds
+  }
+}
+
+/** The absolute address of a path below this page. */
+export const address = (path) => new URL(path, document.baseURI).href;
+
+/** The reply of a GET, or of a POST where there is a body. Throws RequestError. */
+export async function request(path, { body, signal } = {}) {
+  const headers = {};
+  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let reply;
+  try {
+    reply = await fetch(address(path), {
+      method: body === undefined ? "GET" : "POST",
+      headers,
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal,
+      cache: "no-store",
+    });
+  } catch (error) {
+    throw interrupted(error);
+  }
+  if (!reply.ok) throw await refusal(reply);
+  return reply;
+}
+
+/** The chunks of a server-sent stream as objects. Throws RequestError, an error event's as well. */
+export async function* events(path, { body, signal }) {
+  const reply = await request(path, { body, signal });
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  let pending = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) throw new RequestError("The stream ended early: the service may have stopped.");
+      pending += value;
+      const parts = pending.split("\n\n");
+      pending = parts.pop();
+      for (const part of parts) {
+        const data = part.replace(/^data: /, "");
+        if (data === "[DONE]") return;
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new RequestError(chunk.error.message, { field: chunk.error.param });
+        yield chunk;
+      }
+    }
+  } catch (error) {
+    throw error instanceof RequestError ? error : interrupted(error);
+  } finally {
+    reader.cancel().catch(() => {}); // it may have failed already, which was said above
+  }
+}
+
+/** A failed fetch; what the user stopped stays an AbortError. */
+function interrupted(error) {
+  if (error.name === "AbortError") return error;
+  return new RequestError("The service does not answer. Is it running, and is the network up?");
+}
+
+async function refusal(reply) {
+  const text = await reply.text();
+  let error = {};
+  try {
+    error = JSON.parse(text).error ?? {};
+  } catch {
+    error.message = text.slice(0, 300); // a proxy in front of us answers in its own form
+  }
+  const wait = Number.parseInt(reply.headers.get("Retry-After") ?? "", 10);
+  return new RequestError(error.message || `The service answered ${reply.status}.`, {
+    status: reply.status,
+    field: error.param ?? null,
+    retryAfter: Number.isNaN(wait) ? null : wait,
+  });
+}

@@ -1,0 +1,144 @@
+// The page: its tabs, which of them have an application that answers, and the key.
+
+import * as ask from "./ask.js";
+import * as classify from "./classify.js";
+import { key, request } from "./client.js";
+import * as generate from "./generate.js";
+
+// By the ids of the tabs in index.html. A module has the path of its application's `health`, and
+// `start(panel, needsKey)`, whose reply may have `ready()`, called when the application answers.
+const MODULES = { generate, classify, ask };
+const PATIENCE_MS = 10_000; // between looks at an application that does not answer
+
+class Tabs {
+  constructor(list) {
+    this.tabs = [...list.querySelectorAll("[role=tab]")];
+    for (const tab of this.tabs) tab.addEventListener("click", () => this.#go(tab));
+    list.addEventListener("keydown", (event) => this.#move(event));
+    addEventListener("hashchange", () => this.select(this.#named()));
+    this.select(this.#named());
+  }
+
+  select(chosen) {
+    for (const tab of this.tabs) {
+      const selected = tab === chosen;
+      tab.setAttribute("aria-selected", String(selected));
+      tab.tabIndex = selected ? 0 : -1;
+      panelOf(tab).hidden = !selected;
+    }
+  }
+
+  /** As the user's choice, which the address names from then on. */
+  #go(chosen) {
+    this.select(chosen);
+    history.replaceState(null, "", `#${chosen.id}`);
+  }
+
+  #named() {
+    return this.tabs.find(({ id }) => location.hash === `#${id}`) ?? this.tabs[0];
+  }
+
+  #move(event) {
+    const now = this.tabs.indexOf(event.target);
+    const places = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: -1 };
+    if (!(event.key in places)) return;
+    event.preventDefault();
+    const next = this.tabs.at(places[event.key] % this.tabs.length);
+    this.#go(next);
+    next.focus();
+  }
+}
+
+const panelOf = (tab) => document.getElementById(tab.getAttribute("aria-controls"));
+
+/** Ask an application's health, and show its tab as unavailable with the reason if it has none. */
+async function watch(tab, module, started) {
+  const reason = await problem(module);
+  const notice = panelOf(tab).querySelector("[data-part=unavailable]");
+  notice.textContent = reason ?? "";
+  notice.hidden = reason === null;
+  tab.classList.toggle("unavailable", reason !== null);
+  panelOf(tab).querySelector("[data-part=fields]").disabled = reason !== null;
+  panelOf(tab).querySelector("[data-part=submit]").disabled = reason !== null;
+  if (reason !== null) {
+    tab.setAttribute("aria-description", "unavailable");
+    setTimeout(() => watch(tab, module, started), PATIENCE_MS);
+    return;
+  }
+  tab.removeAttribute("aria-description");
+  await ready(started);
+}
+
+async function problem(module) {
+  try {
+    await request(module.health);
+    return null;
+  } catch (error) {
+    if (error.status === 404 || error.status === 401)
+      return `Unavailable: no application of this kind is deployed here (nothing at /${module.health}).`;
+    return `Unavailable: ${error.message}`;
+  }
+}
+
+/** What a tab loads before its first request; a missing key is asked for. */
+async function ready(started) {
+  try {
+    await started.ready?.();
+  } catch (error) {
+    if (error.status !== 401) throw error;
+    askForKey();
+  }
+}
+
+const dialog = document.getElementById("key-dialog");
+const keyField = document.getElementById("key");
+const keyReason = document.getElementById("key-reason");
+let afterKey = null; // what failed for want of a key, to be tried again
+
+/** Where the service has refused: `again` is called once there is another key. */
+function askForKey(again = null) {
+  keyReason.textContent = key.get()
+    ? "The service did not accept this key."
+    : "This service answers only to requests with a key.";
+  openKeys(again);
+}
+
+function openKeys(again) {
+  afterKey = again;
+  keyField.value = key.get();
+  if (!dialog.open) dialog.showModal();
+  keyField.focus();
+}
+
+function useKey(value) {
+  key.set(value);
+  dialog.close();
+  showKey();
+  for (const each of Object.values(started)) ready(each);
+  for (const form of document.querySelectorAll("[role=tabpanel] form"))
+    form.dispatchEvent(new Event("input")); // the code says whether it sends a key
+  if (value) afterKey?.();
+}
+
+function showKey() {
+  document.getElementById("key-button").textContent = key.get() ? "Key: set" : "Key";
+}
+
+document.getElementById("key-button").addEventListener("click", () => {
+  keyReason.textContent = "Sent as Authorization: Bearer with each request.";
+  openKeys(null);
+});
+document.getElementById("key-forget").addEventListener("click", () => useKey(""));
+document.getElementById("key-cancel").addEventListener("click", () => dialog.close());
+dialog.querySelector("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(keyField.value.trim());
+});
+
+showKey();
+const tabs = new Tabs(document.querySelector("[role=tablist]"));
+const started = {};
+for (const tab of tabs.tabs) {
+  started[tab.id] = MODULES[tab.id].start(panelOf(tab), askForKey);
+  watch(tab, MODULES[tab.id], started[tab.id]);
+}

@@ -1,0 +1,107 @@
+"""The pages for people over HTTP, without a browser: who gets them, and what may come with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+from serving_client import assert_error
+
+from gptj.serving.pages import POLICY, docs, playground
+
+pytest_plugins = ["serving_fixtures"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted({**playground(), **docs()})
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_needs_no_key_and_is_held_to_its_own_host(service: str, path: str) -> None:
+    for prefix in ("", "/guarded"):
+        reply = httpx.get(f"{service}{prefix}{path}")
+        assert reply.status_code == 200
+        assert reply.headers["content-security-policy"] == POLICY
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        head = httpx.head(f"{service}{prefix}{path}")
+        assert (head.status_code, head.content) == (200, b"")
+        known = {"If-None-Match": reply.headers["etag"]}
+        again = httpx.get(f"{service}{prefix}{path}", headers=known)
+        assert (again.status_code, again.content) == (304, b"")
+        other = {"If-None-Match": '"another"'}
+        assert httpx.get(f"{service}{prefix}{path}", headers=other).content == reply.content
+    assert "unsafe" not in POLICY
+
+
+def test_every_other_path_of_a_guarded_service_needs_its_key(service: str) -> None:
+    for method, path in (
+        ("POST", "/"),
+        ("GET", "/playground"),
+        ("GET", "/playground/nothing.js"),
+        ("GET", "/playground/../v1/models"),
+        ("GET", "/playground//v1/models"),
+        ("GET", "/docs/nothing"),
+        ("POST", "/docs"),
+        ("GET", "/v1/models"),
+        ("GET", "/redoc"),
+    ):
+        reply = httpx.request(method, f"{service}/guarded{path}")
+        assert_error(reply, 401, "needs a key")
+
+
+def test_the_document_is_open_as_its_page_is(service: str) -> None:
+    assert "/v1/completions" in httpx.get(f"{service}/guarded/openapi.json").json()["paths"]
+
+
+def test_relative_links_are_right_wherever_a_page_was_asked_for(service: str) -> None:
+    """By a redirect that is relative too: neither scheme nor host are known behind a proxy."""
+    for asked, location, there in (
+        ("/guarded", "guarded/", "/guarded/"),
+        ("/docs/", "../docs", "/docs"),
+        ("/classification/docs/", "../docs", "/classification/docs"),
+    ):
+        reply = httpx.get(service + asked)
+        assert (reply.status_code, reply.headers["location"]) == (307, location)
+        assert httpx.get(service + asked, follow_redirects=True).url.path == there
+
+
+def test_only_generation_has_the_playground(service: str) -> None:
+    assert_error(httpx.get(f"{service}/classification"), 405, "does not take GET")
+    assert_error(httpx.get(f"{service}/question-answering/playground/main.js"), 404, "no GET")
+    assert httpx.get(f"{service}/classification/docs").status_code == 200
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_pages(tmp_path: Path) -> None:
+    """setuptools packs only what package-data names."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "platform/gptj/serving", source / "platform/gptj/serving")
+    (source / "platform/gptj/__init__.py").touch()
+    for folder in ("deployments", "jobs", "platform/gptj_bench", "platform/gptj_local"):
+        (source / folder).mkdir(parents=True)
+    command = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", *command, str(source)], check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {Path(name).relative_to("gptj/serving") for name in _serving(wheel)}
+    for folder in ("playground", "docs"):
+        ours = {file.relative_to(ROOT / "platform/gptj/serving") for file in _files(folder)}
+        assert ours
+        assert ours <= packed
+
+
+def _serving(wheel: Path) -> list[str]:
+    names = zipfile.ZipFile(wheel).namelist()
+    return [name for name in names if name.startswith("gptj/serving/")]
+
+
+def _files(folder: str) -> list[Path]:
+    return [file for file in (ROOT / "platform/gptj/serving" / folder).iterdir() if file.is_file()]

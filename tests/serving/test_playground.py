@@ -1,0 +1,429 @@
+"""The playground in headless Chromium, against the real services over real HTTP."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from http_server import listening
+from playwright.sync_api import Locator, Page, expect
+from serving_client import complete
+from serving_models import KEY, mounted
+
+from gptj.serving.app import add_health, new_app
+from gptj.serving.pages import playground
+
+pytest_plugins = ["serving_fixtures", "browser"]
+pytestmark = pytest.mark.slow
+
+Open = Callable[..., Page]
+PHONE = {"width": 360, "height": 740}
+TABS = ("generate", "classify", "ask")
+expect.set_options(timeout=20_000)
+
+
+def part(page: Page, tab: str, name: str) -> Locator:
+    return page.locator(f"#{tab}-panel [data-part={name}]")
+
+
+def text(locator: Locator) -> str:
+    """As it is, and not as it is shown, without white space."""
+    content = locator.evaluate("each => each.textContent")
+    assert isinstance(content, str)
+    return content
+
+
+def fill(page: Page, **fields: str) -> None:
+    for name, value in fields.items():
+        page.fill(f"#{name}", value)
+
+
+def generate(page: Page, **fields: str) -> str:
+    """The completion of a prompt, when it has ended."""
+    fill(page, **fields)
+    part(page, "generate", "submit").click()
+    expect(part(page, "generate", "status")).to_contain_text("Done")
+    shown = text(part(page, "generate", "tokens"))
+    return shown.removeprefix(fields["prompt"])
+
+
+def use_every_tab(page: Page) -> None:
+    """A result in each of them, with the code shown."""
+    for tab in TABS:
+        page.click(f"#{tab}")
+        part(page, tab, "submit").click()
+        expect(part(page, tab, "result")).to_be_visible()
+        page.click(f"#{tab}-panel summary")
+    page.click("#generate")
+    expect(part(page, "generate", "status")).to_contain_text("Done")
+
+
+def test_a_completion_is_what_the_service_answers(open_page: Open, service: str) -> None:
+    """Its emoji and halves of characters too: places are counted in characters, not in UTF-16."""
+    page = open_page()
+    for prompt in ("東京 is far away. 😀 Anna", "The tower"):
+        expected = complete(service, prompt=prompt, max_tokens=40)["choices"][0]["text"]
+        sampling = {"prompt": prompt, "temperature": "0", "max_tokens": "40"}
+        page.check("#logprobs")
+        assert generate(page, **sampling) == expected
+        expect(part(page, "generate", "status")).to_contain_text("40 tokens, ")
+        page.uncheck("#logprobs")
+        assert generate(page, **sampling) == expected
+        expect(page.locator(".token")).to_have_count(0)
+
+
+def test_seed_and_stop_reach_the_service(open_page: Open, service: str) -> None:
+    page = open_page()
+    fields: dict[str, Any] = {"prompt": "x", "seed": 7, "temperature": 1.5, "top_k": 30}
+    whole = complete(service, **fields, max_tokens=30)["choices"][0]["text"]
+    given = {name: str(value) for name, value in fields.items()}
+    assert generate(page, **given, max_tokens="30") == whole
+    stop = next(each for each in whole[3:] if each.isalpha())
+    expected = complete(service, **fields, max_tokens=30, stop=stop)["choices"][0]["text"]
+    assert generate(page, **given, max_tokens="30", stop=stop) == expected
+    expect(part(page, "generate", "status")).to_contain_text("the text has ended")
+
+
+def test_a_stream_is_shown_while_it_runs_and_can_be_stopped(open_page: Open) -> None:
+    page = open_page()
+    fill(page, prompt="x", max_tokens="2000", temperature="1")
+    part(page, "generate", "submit").click()
+    stop = part(page, "generate", "stop")
+    status = part(page, "generate", "status")
+    expect(page.locator(".token").nth(5)).to_be_attached()
+    expect(stop).to_be_enabled()
+    expect(status).to_contain_text("Generating")
+    expect(status).to_contain_text("tokens/s")
+    stop.click()
+    expect(status).to_contain_text("Stopped.")
+    expect(stop).to_be_disabled()
+    expect(part(page, "generate", "submit")).to_be_focused()
+    assert 5 < page.locator(".token").count() < 1999
+    assert generate(page, prompt="The tower", max_tokens="3")
+
+
+def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
+    open_page: Open, service: str
+) -> None:
+    page = open_page()
+    reply = complete(service, prompt="The tower", max_tokens=8, logprobs=5)
+    expected = reply["choices"][0]["logprobs"]["top_logprobs"]
+    generate(page, prompt="The tower", temperature="0", max_tokens="8")
+    shown = part(page, "generate", "alternatives")
+    expect(shown).to_be_hidden()
+    visible = [
+        index
+        for index in range(page.locator(".token").count())
+        if text(page.locator(".token").nth(index))
+    ]
+    page.locator(".token").nth(visible[2]).hover()
+    expect(shown).to_be_visible()
+    expect(shown.locator("li")).to_have_count(len(expected[visible[2]]))
+    expect(shown.locator(".chosen")).to_have_count(1)
+    page.mouse.move(0, 0)
+    expect(shown).to_be_hidden()
+    part(page, "generate", "tokens").focus()
+    for index in visible[:3]:
+        page.keyboard.press("ArrowRight")
+        expect(shown.locator("li")).to_have_count(len(expected[index]))
+        expect(page.locator(".token.current")).to_have_text(
+            text(page.locator(".token").nth(index)), use_inner_text=False
+        )
+    page.keyboard.press("Tab")
+    expect(shown).to_be_hidden()
+
+
+def test_classification_shows_its_labels_as_bars(open_page: Open, service: str) -> None:
+    page = open_page("/#classify")
+    page.fill("#inputs", "The tower stands in Paris")
+    (labels,) = httpx.post(
+        f"{service}/classification", json={"inputs": "The tower stands in Paris"}
+    ).json()
+    part(page, "classify", "submit").click()
+    rows = part(page, "classify", "bars").locator("li")
+    expect(rows).to_have_count(len(labels))
+    for row, label in zip(rows.all(), labels, strict=True):
+        expect(row).to_contain_text(label["label"])
+        share = row.locator(".bar").evaluate("bar => bar.style.getPropertyValue('--share')")
+        assert float(share) == pytest.approx(label["score"])
+    expect(part(page, "classify", "status")).to_contain_text(labels[0]["label"])
+    page.select_option("#function_to_apply", "none")
+    page.fill("#classify-top_k", "2")
+    part(page, "classify", "submit").click()
+    expect(rows).to_have_count(2)
+
+
+def test_each_answer_is_marked_in_its_context(open_page: Open, service: str) -> None:
+    """Behind an emoji, which is one character to the service and two to JavaScript."""
+    page = open_page("/#ask")
+    inputs = {"question": "Who wrote it?", "context": "😀 Anna wrote the book in the year 1907."}
+    body = {"inputs": inputs, "parameters": {"top_k": 3}}
+    answers = httpx.post(f"{service}/question-answering", json=body).json()
+    fill(page, **inputs)
+    part(page, "ask", "submit").click()
+    buttons = part(page, "ask", "answers").locator("button")
+    expect(buttons).to_have_count(3)
+    for button, answer in zip(buttons.all(), answers, strict=True):
+        button.click()
+        expect(button).to_have_attribute("aria-pressed", "true")
+        expect(page.locator("mark")).to_have_text(answer["answer"], use_inner_text=False)
+        before = page.locator("mark").evaluate("mark => mark.previousSibling.textContent")
+        assert before == inputs["context"][: answer["start"]]
+    assert text(part(page, "ask", "context")) == inputs["context"]
+
+
+WRONG = [
+    ("generate", "max_tokens", "5000", "context is 2048 tokens"),
+    ("generate", "top_p", "2", "top_p must be in [0, 1]"),
+    ("generate", "seed", "1.5", "valid integer"),
+    ("generate", "temperature", "1e", "valid number"),
+    ("classify", "inputs", "", "empty text"),
+    ("classify", "classify-top_k", "0", "top_k must be 1 or more"),
+    ("ask", "question", " ", "must not be empty"),
+    ("ask", "max_answer_len", "0", "max_answer_len must be in"),
+]
+
+
+def test_an_error_is_shown_at_its_field(open_page: Open) -> None:
+    page = open_page(refused=("400", "422"))
+    page.fill("#max_tokens", "3")
+    for tab, name, value, reason in WRONG:
+        page.click(f"#{tab}")
+        field = page.locator(f"#{name}")
+        before = field.input_value()
+        field.fill("")
+        field.press_sequentially(value)
+        part(page, tab, "submit").click()
+        expect(part(page, tab, "error")).to_contain_text(reason)
+        expect(field).to_have_attribute("aria-invalid", "true")
+        expect(field).to_be_focused()
+        described = field.get_attribute("aria-describedby")
+        assert described
+        expect(page.locator(f"#{described.split()[-1]}")).to_contain_text(reason)
+        field.fill(before or "1")
+        expect(field).not_to_have_attribute("aria-invalid", "true")
+        part(page, tab, "submit").click()
+        expect(part(page, tab, "error")).to_be_hidden()
+        expect(part(page, tab, "result")).to_be_visible()
+        expect(part(page, tab, "submit")).to_have_attribute("aria-disabled", "false")
+
+
+@contextmanager
+def full(service: str) -> Iterator[None]:
+    """/guarded with a stream in work and one that waits, which is all that it has room for."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    url = f"{service}/guarded/v1/completions"
+    with httpx.Client(headers=headers, timeout=30) as client:
+        with client.stream("POST", url, json=body) as first:
+            lines = first.iter_lines()  # by a name, since its end would be the stream's
+            assert next(lines).startswith("data: ")
+            waiting = client.build_request("POST", url, json=body)
+
+            def wait() -> None:
+                try:
+                    client.send(waiting)
+                except httpx.HTTPError:
+                    return  # the client was closed, as it should be
+
+            thread = threading.Thread(target=wait, daemon=True)
+            thread.start()
+            yield
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab_alone(open_page: Open) -> None:
+    page = open_page("/guarded/", refused=("401", "404"))
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("only to requests with a key")
+    expect(page.locator("#key")).to_be_focused()
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("did not accept this key")
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    expect(page.locator("#model")).to_have_value("org/guarded")
+    assert generate(page, prompt="The tower", max_tokens="3")
+    stored = page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]")
+    assert stored == [[KEY], 0, ""]
+    page.click("#generate-panel summary")
+    code = part(page, "generate", "code")
+    expect(code).to_contain_text("$GPTJ_API_KEY")
+    assert KEY not in page.content()
+    page.reload()
+    expect(page.locator("#model")).to_have_value("org/guarded")
+    page.click("#key-button")
+    page.click("#key-forget")
+    assert page.evaluate("sessionStorage.length") == 0
+    expect(dialog).to_contain_text("only to requests with a key")
+    page.keyboard.press("Escape")
+    part(page, "generate", "submit").click()
+    expect(dialog).to_be_visible()
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")  # and what was refused is asked again
+    expect(part(page, "generate", "status")).to_contain_text("Done")
+
+
+def test_a_busy_service_is_tried_again_when_it_says(open_page: Open, service: str) -> None:
+    page = open_page("/guarded/", refused=("401", "404", "429"))
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_value("org/guarded")
+    page.fill("#max_tokens", "3")
+    error = part(page, "generate", "error")
+    with full(service):
+        for _ in range(20):  # until the second stream waits
+            part(page, "generate", "submit").click()
+            expect(part(page, "generate", "submit")).to_have_attribute("aria-disabled", "false")
+            if error.is_visible():
+                break
+        expect(error).to_contain_text("The service is busy.")
+        expect(error).to_contain_text("You can try again in 1 s")
+    again = error.get_by_role("button")
+    expect(again).to_be_enabled()
+    again.click()
+    expect(part(page, "generate", "status")).to_contain_text("Done")
+
+
+def test_a_tab_without_an_application_says_so_until_it_answers(open_page: Open) -> None:
+    healthy = False
+    generation = new_app("generation", pages=playground())
+    add_health(generation, lambda: True, "never")
+
+    @generation.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"data": [{"id": "a-model"}]}
+
+    classification = new_app("classification")
+    add_health(classification, lambda: healthy, "the model makes no progress")
+    with listening(mounted({"/": generation, "/classification": classification})) as address:
+        page = open_page(
+            f"{address}/#classify",
+            refused=("404", "503", "net::ERR_CONNECTION_REFUSED"),
+            before=lambda page: page.clock.install(),
+        )
+        notice = part(page, "classify", "unavailable")
+        expect(notice).to_contain_text("Unavailable: the model makes no progress")
+        expect(part(page, "classify", "submit")).to_be_disabled()
+        expect(page.locator("#inputs")).to_be_disabled()
+        page.click("#ask")
+        expect(part(page, "ask", "unavailable")).to_contain_text("no application of this kind")
+        page.click("#generate")
+        expect(part(page, "generate", "unavailable")).to_be_hidden()
+        healthy = True
+        page.clock.fast_forward(11_000)
+        page.click("#classify")
+        expect(notice).to_be_hidden()
+        expect(page.locator("#inputs")).to_be_enabled()
+    part(page, "classify", "submit").click()
+    expect(part(page, "classify", "error")).to_contain_text("does not answer")
+
+
+def test_everything_can_be_done_by_keyboard(open_page: Open) -> None:
+    page = open_page()
+    expect(page.locator("#model")).to_have_value("generation")
+    for _ in range(3):  # past the link and the key
+        page.keyboard.press("Tab")
+    expect(page.locator("#generate")).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#ask")).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#classify")).to_have_attribute("aria-selected", "true")
+    page.keyboard.press("Tab")
+    expect(page.locator("#inputs")).to_be_focused()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The river")
+    page.keyboard.press("Control+Enter")
+    expect(part(page, "classify", "status")).to_contain_text("The likeliest label is")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Home")
+    page.keyboard.press("Tab")
+    expect(page.locator("#prompt")).to_be_focused()
+    page.fill("#max_tokens", "2000")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".token").nth(3)).to_be_attached()
+    page.keyboard.press("Escape")
+    expect(part(page, "generate", "status")).to_contain_text("Stopped.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_rules_of_accessibility_hold_in_every_state(open_page: Open, scheme: Any) -> None:
+    """axe-core's rules, contrast of colours among them."""
+    page = open_page(refused=("400",), color_scheme=scheme)
+    use_every_tab(page)
+    page.locator(".token").first.hover()
+    axe = Axe()
+
+    def check(state: str) -> None:
+        found = axe.run(page)
+        assert found.violations_count == 0, f"{state}: {found.generate_report()}"
+
+    for tab in TABS:
+        page.click(f"#{tab}")
+        check(tab)
+    page.fill("#max_answer_len", "0")
+    part(page, "ask", "submit").click()
+    expect(part(page, "ask", "error")).to_be_visible()
+    check("an error")
+    page.click("#key-button")
+    check("the key")
+    page.keyboard.press("Escape")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    red = int(background.removeprefix("rgb(").split(",")[0])
+    assert red > 200 if scheme == "light" else red < 60
+
+
+def test_a_phone_scrolls_in_one_direction_only(open_page: Open) -> None:
+    page = open_page(viewport=PHONE, is_mobile=True, has_touch=True)
+    page.fill("#max_tokens", "20")
+    page.click("#ask")
+    page.fill("#context", "a-very-long-word" * 20)
+    use_every_tab(page)
+    page.locator(".token").last.tap()
+    for tab in TABS:
+        page.click(f"#{tab}")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"], tab
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_the_code_does_what_the_form_does(open_page: Open, tab: str) -> None:
+    page = open_page(f"/#{tab}")
+    awkward = 'It\'s "odd" \\ $HOME\n`x` 😀'
+    page.fill({"generate": "#prompt", "classify": "#inputs", "ask": "#context"}[tab], awkward)
+    if tab == "generate":
+        expect(page.locator("#model")).to_have_value("generation")
+        fill(page, temperature="0", max_tokens="5", repetition_penalty="1.1")
+        page.uncheck("#logprobs")
+    part(page, tab, "submit").click()
+    expect(part(page, tab, "result")).to_be_visible()
+    page.click(f"#{tab}-panel summary")
+    curl, python = (text(each) for each in part(page, tab, "code").locator("pre").all())
+    replies = [
+        subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        for command in (["bash", "-c", f"{curl} --silent"], [sys.executable, "-c", python])
+    ]
+    if tab == "generate":
+        expect(part(page, tab, "status")).to_contain_text("Done")
+        shown = text(part(page, tab, "tokens")).removeprefix(awkward)
+        assert replies[1].removesuffix("\n") == shown
+        assert replies[0].count("data: ") > 1
+        return
+    status = text(part(page, tab, "status"))
+    for reply in replies:
+        assert any(name in reply for name in status.replace("“", " ").replace("”", " ").split())
+
+
+def test_the_documents_page_shows_the_operations(open_page: Open) -> None:
+    page = open_page("/docs")
+    expect(page.locator(".opblock")).to_have_count(7)
+    page = open_page("/classification/docs")
+    expect(page.locator(".opblock")).to_have_count(2)
