@@ -28,8 +28,7 @@ from engine_caller import (
 )
 
 from gptj import GPTJForCausalLM
-from gptj.engine.batch_thread import Batcher, ClosedError, QueueFullError
-from gptj.engine.engine import Engine, Ticket
+from gptj.engine.engine import Engine
 from gptj.engine.events import (
     BeamParams,
     Event,
@@ -38,8 +37,11 @@ from gptj.engine.events import (
     PromptLogprobs,
     TokenEvent,
 )
+from gptj.engine.request import Ticket
 from gptj.engine.runners.base import StepBatch, TorchRunner
 from gptj.sampling import SamplingParams
+from gptj.workers.batcher import Batcher
+from gptj.workers.errors import ClosedError, QueueFullError
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [2, 3], [40, 41, 42, 43]]
 

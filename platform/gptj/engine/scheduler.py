@@ -17,7 +17,7 @@ from gptj.engine.decode_batch import DecodeBatch, Sequence
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
 from gptj.engine.runners.base import PageCopy, StepBatch
-from gptj.engine.waiting import WaitingQueue
+from gptj.workers.bounded_queue import BoundedQueue
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Scheduler:
     def __init__(
         self,
         pool: PagePool,
-        waiting: WaitingQueue,
+        queue: BoundedQueue[Request],
         left: Callable[[Request], None],
         *,
         page_size: int,
@@ -79,7 +79,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.decode_batch = DecodeBatch(max_num_seqs, -(-max_length // page_size), page_size)
         self._pool = pool
-        self._waiting = waiting
+        self._queue = queue
         self._left = left
         self._page_size = page_size
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -222,7 +222,7 @@ class Scheduler:
         for request in samples:
             self.drop(request)
         self.preemptions += len(samples)
-        self._waiting.put_back(samples)
+        self._queue.put_back(samples)
 
     def _leave_row(self, sequence: Sequence, *, register: bool) -> None:
         self.decode_batch.remove(sequence)
@@ -255,7 +255,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Start on the first that waits, with all outputs of its prompt, if there is room."""
-        while head := self._waiting.head(max(1, self.max_num_seqs - self.running)):
+        while head := self._head(max(1, self.max_num_seqs - self.running)):
             first = head[0]
             if first.width > self.max_num_seqs - self.running:
                 return None
@@ -264,9 +264,16 @@ class Scheduler:
             if not self._fits(first, known, len(head)):
                 return None
             # Unless they were cancelled since.
-            if samples := self._waiting.take(head):
+            if samples := self._queue.take(head):
                 return self._start(samples, known, whole)
         return None
+
+    def _head(self, count: int) -> list[Request]:
+        """The first waiting request and, of its group, those that follow: `count` at most."""
+        requests = self._queue.peek(count)
+        if not requests or requests[0].group is None:
+            return requests[:1]
+        return [request for request in requests if request.group == requests[0].group]
 
     def _known_pages(self, request: Request) -> list[int]:
         """Cached pages with its first tokens; the last token is left, for its logits."""

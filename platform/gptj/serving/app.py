@@ -12,7 +12,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gptj.engine.batch_thread import ClosedError, QueueFullError
 from gptj.serving.errors import (
     APIError,
     InvalidRequestError,
@@ -30,6 +29,7 @@ from gptj.serving.middleware.keys import KeyCheck, Keys
 from gptj.serving.middleware.limits import BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
+from gptj.workers.errors import ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
 

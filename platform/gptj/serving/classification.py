@@ -15,7 +15,6 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import add_health, new_app
 from gptj.serving.completions.schemas import RequestModel, checked_text
@@ -24,6 +23,7 @@ from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.batcher import Batcher
 
 MAX_INPUTS = 256
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gptj.data.question_answering import Window, best_spans, windows
 from gptj.data.words import Words
-from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import add_health, new_app
 from gptj.serving.classification import right_padded
@@ -25,6 +24,7 @@ from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.batcher import Batcher
 
 MAX_WINDOWS = 256  # of one request
 MAX_ANSWERS = 100

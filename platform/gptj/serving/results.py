@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from gptj.engine.batch_thread import ClosedError
 from gptj.serving.errors import ModelError
+from gptj.workers.errors import ClosedError
 
 Result = TypeVar("Result")
 

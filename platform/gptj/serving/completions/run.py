@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptj.engine.batch_thread import ClosedError
-from gptj.engine.engine import Engine, Ticket
+from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
+from gptj.engine.request import Ticket
 from gptj.serving.completions.detokenizer import TextStream
 from gptj.serving.completions.schemas import CompletionRequest, Usage
 from gptj.serving.errors import APIError, ModelError, UnavailableError
-from gptj.serving.mailbox import Mailbox
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.errors import ClosedError
 
 Reason = Literal["stop", "length"]
 
@@ -116,7 +116,7 @@ class CompletionRun:
         request: CompletionRequest,
         prompts: Sequence[EncodedPrompt],
         max_tokens: Callable[[int], int],
-        events: Events,
+        events: EventStream,
         recorder: Recorder,
         start: float,
     ) -> None:
@@ -176,13 +176,14 @@ class CompletionRun:
         prompt = outputs[0].prompt.ids
         max_tokens = self._max_tokens(len(prompt))
         try:
-            self._events.tickets += self._engine.submit_many(
+            tickets = self._engine.submit_many(
                 prompt,
                 [self._request.sampling(max_tokens, sample) for sample in range(len(outputs))],
-                [self._events.put(output.index) for output in outputs],
+                [self._events.router] * len(outputs),
             )
         except ValueError as error:
             raise self._request.named(error) from error
+        self._events.follow(tickets)
 
 
 class OutputClock:
@@ -209,31 +210,65 @@ class OutputClock:
             self._recorder.queued(ticket.queued_seconds)
 
 
-class Events:
-    """Events of several requests, from the engine's thread to this event loop."""
+class EventRouter:
+    """Takes a step's events from the engine's thread to the streams of one event loop.
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    Waking the loop costs a system call: there is one a step, whatever the number of events.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._streams: dict[Ticket, tuple[EventStream, int]] = {}
+
+    def __call__(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        """On the engine's thread. Raises RuntimeError once the loop is closed."""
+        self.loop.call_soon_threadsafe(self._route, events)
+
+    def add(self, ticket: Ticket, stream: EventStream, index: int) -> None:
+        """On the loop's thread, in the same callback as the ticket's submission."""
+        self._streams[ticket] = stream, index
+
+    def remove(self, ticket: Ticket) -> None:
+        self._streams.pop(ticket, None)
+
+    def _route(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        for ticket, event in events:
+            if (found := self._streams.get(ticket)) is not None:
+                stream, index = found
+                stream.put(index, event)
+
+
+class EventStream:
+    """The events of one completions request, which is one or several to the engine."""
+
+    def __init__(self, router: EventRouter) -> None:
         self.tickets: list[Ticket] = []
-        self._mailbox = mailbox
+        self.router = router
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def put(self, index: int) -> Callable[[Event], None]:
-        """What the engine calls with the events of request `index`."""
-        mailbox, queue = self._mailbox, self._queue
-        return lambda event: mailbox.put(queue, (index, event))
+    def follow(self, tickets: Sequence[Ticket]) -> None:
+        """Receive their events, numbered in order."""
+        for ticket in tickets:
+            self.router.add(ticket, self, len(self.tickets))
+            self.tickets.append(ticket)
+
+    def put(self, index: int, event: Event) -> None:
+        self._queue.put_nowait((index, event))
 
     async def get(self) -> tuple[int, Event]:
         return await self._queue.get()
 
     async def get_all(self) -> list[tuple[int, Event]]:
-        """All that have come; one at least."""
+        """All that have arrived; at least one."""
         events = [await self._queue.get()]
         while not self._queue.empty():
             events.append(self._queue.get_nowait())
         return events
 
     def cancel(self) -> None:
+        """Cancel what runs, and receive no more events."""
         for ticket in self.tickets:
+            self.router.remove(ticket)
             ticket.cancel()
 
 

@@ -15,7 +15,8 @@ from gptj.serving.completions.detokenizer import TextStream, unfinished
 from gptj.serving.completions.run import (
     CompletionRun,
     EncodedPrompt,
-    Events,
+    EventRouter,
+    EventStream,
     Output,
     Piece,
     Reason,
@@ -34,7 +35,6 @@ from gptj.serving.completions.schemas import (
 )
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError, InvalidRequestError
-from gptj.serving.mailbox import Mailbox
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -63,7 +63,7 @@ class CompletionService:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._model_name = model_name
-        self._mailbox: Mailbox | None = None
+        self._router: EventRouter | None = None
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The whole reply. Cancelling the call cancels the work.
@@ -120,12 +120,12 @@ class CompletionService:
             start,
         )
 
-    def _events(self) -> Events:
+    def _events(self) -> EventStream:
         """For a request of the running event loop."""
         loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = Mailbox(loop)
-        return Events(self._mailbox)
+        if self._router is None or self._router.loop is not loop:
+            self._router = EventRouter(loop)
+        return EventStream(self._router)
 
     async def _chunks(
         self, request: CompletionRequest, run: CompletionRun
@@ -212,13 +212,14 @@ class CompletionService:
         events = self._events()
         params = request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
         try:
-            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
+            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.router)
         except ValueError as error:
             raise request.named(error) from error
+        events.follow([ticket])
         try:
             _, event = await events.get()
         finally:
-            ticket.cancel()
+            events.cancel()
         if not isinstance(event, BeamsFound):
             raise failure(event)
         if ticket.queued_seconds is not None:
