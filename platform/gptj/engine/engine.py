@@ -69,7 +69,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        sampler = Sampler(runner.config.vocab_size, banned_ids, runner.device)
+        sampler = Sampler(banned_ids, runner.device)
         self._scheduler = Scheduler(
             self._pool,
             self._queue,
@@ -237,7 +237,7 @@ class Engine:
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise ValueError(
-                    f"{name}: {token} is no token id of this model, which has {vocabulary}"
+                    f"{name}: {token} is not a token id of this model, which has {vocabulary}"
                 )
 
     def _checked(self, prompt_ids: Sequence[int]) -> list[int]:

@@ -35,7 +35,7 @@ def rehearse(runner: Runner, limits: Limits) -> None:
     Every position is in page 0, whose content means nothing afterwards.
     """
     context, vocabulary = runner.config.n_positions, runner.config.vocab_size
-    sampler = Sampler(vocabulary, (), runner.device)
+    sampler = Sampler((), runner.device)
     keys = list(range(limits.max_num_seqs))
     for key in keys:
         sampler.add(key, EVERY_PARAMETER, [0], [])

@@ -48,8 +48,7 @@ class Sampler:
         banned_ids: never chosen, whatever a request wishes, and of no probability.
     """
 
-    def __init__(self, vocab_size: int, banned_ids: Sequence[int], device: torch.device) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, banned_ids: Sequence[int], device: torch.device) -> None:
         self._device = device
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
         self._states: dict[int, _State] = {}
@@ -63,10 +62,7 @@ class Sampler:
         stop_ids: Sequence[int],
         output_ids: Sequence[int] = (),
     ) -> None:
-        """Take up a request, or take it up again after the given tokens of its output."""
-        for token in params.logit_bias:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"logit_bias: {token} is no token of {self._vocab_size}")
+        """Start a request, or resume it after the given output; all ids are in the vocabulary."""
         self._states[key] = _State(params, prompt_ids, stop_ids, output_ids)
         self._batch = _Batch([], [], self._device)
 

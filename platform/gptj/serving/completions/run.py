@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,7 @@ from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Ticket
 from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.completions.schemas import CompletionRequest, Usage
 from gptj.serving.errors import APIError, ModelError, UnavailableError
 from gptj.serving.metrics import Recorder
@@ -19,13 +20,6 @@ from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError
 
 Reason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    text: str  # its whole characters
-    ids: list[int]
-    begun: bytes = b""  # of a last character that the ids do not complete
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Output:
     """One output while it is generated."""
 
     def __init__(
-        self, index: int, prompt: EncodedPrompt, scored_by: Output | None, text: TextStream
+        self, index: int, prompt: ResolvedPrompt, scored_by: Output | None, text: TextStream
     ) -> None:
         self.index = index
         self.prompt = prompt
@@ -105,7 +99,6 @@ class CompletionRun:
     """A request's outputs and what the engine says of them.
 
     Args:
-        max_tokens: how many may follow a prompt of so many.
         start: when the request came, by time.perf_counter.
     """
 
@@ -114,8 +107,7 @@ class CompletionRun:
         engine: Engine,
         tokenizer: GPTJTokenizer,
         request: CompletionRequest,
-        prompts: Sequence[EncodedPrompt],
-        max_tokens: Callable[[int], int],
+        prompts: Sequence[ResolvedPrompt],
         events: EventStream,
         recorder: Recorder,
         start: float,
@@ -124,7 +116,6 @@ class CompletionRun:
         self._events = events
         self._request = request
         self._prompts = prompts
-        self._max_tokens = max_tokens
         self.outputs: list[Output] = []
         for prompt in prompts:
             first = None
@@ -173,13 +164,10 @@ class CompletionRun:
 
     def _submit(self, outputs: Sequence[Output]) -> None:
         """Submit one prompt's outputs."""
-        prompt = outputs[0].prompt.ids
-        max_tokens = self._max_tokens(len(prompt))
+        prompt = outputs[0].prompt
         try:
             tickets = self._engine.submit_many(
-                prompt,
-                [self._request.sampling(max_tokens, sample) for sample in range(len(outputs))],
-                [self._events.router] * len(outputs),
+                prompt.ids, prompt.params, [self._events.router] * len(outputs)
             )
         except ValueError as error:
             raise self._request.named(error) from error
@@ -273,7 +261,7 @@ class EventStream:
 
 
 def text_stream(
-    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: EncodedPrompt
+    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: ResolvedPrompt
 ) -> TextStream:
     """For an output of a prompt."""
     return TextStream(
@@ -286,7 +274,7 @@ def text_stream(
     )
 
 
-def usage_of(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:
+def usage_of(prompts: Sequence[ResolvedPrompt], new_tokens: int) -> Usage:
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     return Usage(
         prompt_tokens=prompt_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -99,7 +100,7 @@ def as_token_biases(value: Any) -> dict[int, float]:
     biases = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError(f"{key!r:.40} is no token id")
+            raise ValueError(f"{key!r:.40} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of token {key} must be in [-100, 100], got {bias!r:.40}")
         biases[int(key)] = float(bias)
@@ -250,17 +251,14 @@ class CompletionRequest(RequestModel):
         if self.max_tokens == 0:
             raise _invalid("max_tokens", "beam search needs max_tokens of 1 or more")
 
-    def sampling(self, max_tokens: int, sample: int) -> SamplingParams:
-        """What the engine is asked for, for one prompt's output of number `sample`.
+    def sampling(self, max_tokens: int) -> list[SamplingParams]:
+        """Of one prompt, for each of its samples; beam search has one.
 
-        Raises InvalidRequestError naming the field that is out of its range.
+        Raises InvalidRequestError naming the field that is out of range.
         """
         ranks = self.candidates > self.n and not self.use_beam_search
-        logprobs = 0 if self.logprobs is None and ranks else self.logprobs
-        # The prompt is the same for all of its outputs: reported once.
-        scores_prompt = self.echo and self.logprobs is not None and sample == 0
         try:
-            return SamplingParams(
+            first = SamplingParams(
                 max_tokens=max_tokens,
                 min_tokens=self.min_tokens,
                 temperature=self.temperature,
@@ -273,13 +271,22 @@ class CompletionRequest(RequestModel):
                 logit_bias=self.logit_bias,
                 stop_token_ids=tuple(self.stop_token_ids),
                 ignore_eos=self.ignore_eos,
-                # Samples of one request differ from each other.
-                seed=None if self.seed is None else self.seed + sample,
-                logprobs=logprobs,
-                prompt_logprobs=self.logprobs if scores_prompt else None,
+                seed=self.seed,
+                logprobs=0 if self.logprobs is None and ranks else self.logprobs,
+                prompt_logprobs=self.logprobs if self.echo else None,
             )
         except ValueError as error:
             raise self.named(error) from error
+        if self.use_beam_search:
+            return [first]
+        # Samples differ by their seeds; the prompt is the same, and reported once.
+        others = [
+            replace(
+                first, seed=None if self.seed is None else self.seed + sample, prompt_logprobs=None
+            )
+            for sample in range(1, self.candidates)
+        ]
+        return [first, *others]
 
     def beams(self) -> BeamParams:
         return BeamParams(self.candidates, self.n, self.length_penalty, self.early_stopping)

@@ -7,14 +7,13 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound, TokenEvent
-from gptj.serving.completions.detokenizer import TextStream, unfinished
+from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.prompts import PromptResolver, ResolvedPrompt
 from gptj.serving.completions.run import (
     CompletionRun,
-    EncodedPrompt,
     EventRouter,
     EventStream,
     Output,
@@ -25,16 +24,14 @@ from gptj.serving.completions.run import (
     usage_of,
 )
 from gptj.serving.completions.schemas import (
-    DEFAULT_MAX_TOKENS,
     Choice,
     Completion,
     CompletionRequest,
     Logprobs,
-    Prompt,
     StreamOptions,
 )
 from gptj.serving.completions.vocabulary import Vocabulary
-from gptj.serving.errors import APIError, InvalidRequestError
+from gptj.serving.errors import APIError
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -61,7 +58,12 @@ class CompletionService:
         self._engine = engine
         self._recorder = recorder
         self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+        self._resolver = PromptResolver(
+            tokenizer,
+            vocabulary,
+            context_length=engine.context_length,
+            max_queued=engine.max_queued,
+        )
         self._model_name = model_name
         self._router: EventRouter | None = None
 
@@ -71,7 +73,7 @@ class CompletionService:
         Raises APIError, QueueFullError or ClosedError.
         """
         start = time.perf_counter()
-        prompts = await self._encoded(request)
+        prompts = await self._resolve(request)
         if request.use_beam_search:
             return await self._complete_by_beams(request, prompts)
         run = self._run(request, prompts, start)
@@ -100,21 +102,20 @@ class CompletionService:
         Raises APIError, QueueFullError or ClosedError; later ones come out of the iterator.
         """
         start = time.perf_counter()
-        prompts = await self._encoded(request)
+        prompts = await self._resolve(request)
         run = self._run(request, prompts, start)
         chunks = self._chunks(request, run)
         first = await anext(chunks)
         return _chained(first, chunks)
 
     def _run(
-        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt], start: float
+        self, request: CompletionRequest, prompts: Sequence[ResolvedPrompt], start: float
     ) -> CompletionRun:
         return CompletionRun(
             self._engine,
             self._tokenizer,
             request,
             prompts,
-            partial(self._max_tokens, request),
             self._events(),
             self._recorder,
             start,
@@ -189,7 +190,7 @@ class CompletionService:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     async def _complete_by_beams(
-        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]
+        self, request: CompletionRequest, prompts: Sequence[ResolvedPrompt]
     ) -> Completion:
         searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
         try:
@@ -208,9 +209,9 @@ class CompletionService:
         usage = usage_of(prompts, new_tokens)
         return Completion(model=self._model_name, choices=choices, usage=usage)
 
-    async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
+    async def _search(self, request: CompletionRequest, prompt: ResolvedPrompt) -> BeamsFound:
         events = self._events()
-        params = request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
+        (params,) = prompt.params
         try:
             ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.router)
         except ValueError as error:
@@ -227,7 +228,7 @@ class CompletionService:
         return event
 
     def _beam_text(
-        self, request: CompletionRequest, prompt: EncodedPrompt, output: Sequence[int]
+        self, request: CompletionRequest, prompt: ResolvedPrompt, output: Sequence[int]
     ) -> tuple[str, Reason]:
         stop_ids = {*request.stop_token_ids}
         if not request.ignore_eos:
@@ -238,86 +239,11 @@ class CompletionService:
         parts.append(text.finish(output[-1] if ended else None))
         return "".join(parts), "stop" if ended or text.stopped else "length"
 
-    async def _encoded(self, request: CompletionRequest) -> list[EncodedPrompt]:
-        """The prompts' ids, all of them known to fit. Raises APIError."""
-        request.check()
-        self._check_room(request)
-        prompts = self._default_prompt() if request.prompt is None else request.prompt
-        # Long texts take a while: not on the thread that all requests share.
-        encoded = await asyncio.to_thread(
-            lambda: [self._encode(request, prompt) for prompt in prompts]
-        )
-        known = len(self._tokenizer)
-        for name, ids in (
-            ("logit_bias", request.logit_bias),
-            ("stop_token_ids", request.stop_token_ids),
-        ):
-            if wrong := [token for token in ids if not 0 <= token < known]:
-                raise InvalidRequestError(
-                    f"{name}: {wrong[0]} is no token id of this model, which has {known}",
-                    param=name,
-                )
-        for prompt in encoded:
-            request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
-        return encoded
-
-    def _check_room(self, request: CompletionRequest) -> None:
-        """InvalidRequestError for more outputs than may ever wait: 429 would be no answer."""
-        outputs = len(request.prompt or [""]) * request.candidates
-        if not request.use_beam_search and outputs > self._engine.max_queued:
-            raise InvalidRequestError(
-                f"{outputs} outputs are more than the {self._engine.max_queued} that may wait "
-                f"here: send several requests",
-                param=request.sequences_field,
-            )
-
-    def _encode(self, request: CompletionRequest, prompt: Prompt) -> EncodedPrompt:
-        """The text and ids of a prompt that the context has room for. Raises APIError."""
-        if isinstance(prompt, list):
-            self._max_tokens(request, len(prompt))
-            try:
-                text = self._tokenizer.decode(prompt)
-            except ValueError as error:
-                raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
-            # Each id has a byte at least, and a character 4 at most.
-            begun = unfinished(b"".join(map(self._tokenizer.token_bytes, prompt[-3:])))
-            return EncodedPrompt(text[:-1] if begun else text, prompt, begun)
-        text = prompt or self._default_prompt()[0]
-        self._max_tokens(request, self._vocabulary.least_tokens(text), known="at least ")
-        encoded = EncodedPrompt(text, self._tokenizer.encode(text))
-        self._max_tokens(request, len(encoded.ids))
-        return encoded
-
-    def _default_prompt(self) -> list[str]:
-        """As OpenAI's: what separates texts, so that a new one begins."""
-        if self._tokenizer.bos_token is None:
-            raise InvalidRequestError(
-                "prompt must not be empty: this model has no token that begins a text",
-                param="prompt",
-            )
-        return [self._tokenizer.bos_token]
-
-    def _max_tokens(self, request: CompletionRequest, length: int, known: str = "") -> int:
-        """How many tokens may follow a prompt of so many. InvalidRequestError if it has no room."""
-        context = self._engine.context_length
-        least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
-        if length + least > context:
-            raise InvalidRequestError(
-                f"this model's context is {context} tokens, but {known}{length + least} are asked "
-                f"for: {known}{length} of the prompt and {least} of the completion; shorten the "
-                + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
-                param=self._too_long(request, length),
-                code="context_length_exceeded",
-            )
-        if request.max_tokens is not None:
-            return request.max_tokens
-        return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), context - length)
-
-    def _too_long(self, request: CompletionRequest, length: int) -> str:
-        """The field to change, where a prompt of so many tokens has no room for its output."""
-        if length >= self._engine.context_length:
-            return "prompt"
-        return "min_tokens" if request.max_tokens is None and request.min_tokens else "max_tokens"
+    async def _resolve(self, request: CompletionRequest) -> list[ResolvedPrompt]:
+        """Raises APIError."""
+        self._resolver.check(request)
+        # Long texts take a while: not on the event loop.
+        return await asyncio.to_thread(self._resolver.resolve, request)
 
 
 async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
