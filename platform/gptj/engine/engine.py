@@ -1,8 +1,8 @@
-"""A language model that many callers share: prompts' ids in, events with the new ids out.
+"""Continuous batching for many callers: prompt ids in, events with the generated ids out.
 
-A thread makes one step after the other. Requests join and leave at every step; each step advances
-all that decode by a token, and computes a bounded part of the prompts that have just come. Pages
-of the cache are shared by equal prefixes, the outputs of one prompt, and beams.
+One thread runs one step after another. Requests join and leave at every step; each step decodes one
+token for every running sequence and prefills a bounded number of prompt tokens. Equal prefixes, the
+samples of one prompt, and beams share pages of the KV cache.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Generates for many requests at a time, in a thread of its own.
+    """Generates for concurrent requests, on its own thread.
 
     Args:
-        runner: the model with its cache; the thread's alone until the engine is closed.
+        runner: the model with its cache; used by the engine's thread only until `close`.
         eos_ids: end an output, unless its request ignores them.
-        banned_ids: never chosen, and of no probability: ids that stand for no text.
-        max_num_seqs: sequences that are worked on together; each beam is one. None: what suits
-            the runner's device, as for max_num_batched_tokens; see Limits.
-        max_queued: requests that may wait for their turn.
+        banned_ids: masked to -inf, such as ids that stand for no text.
+        max_num_seqs: sequences that run at once; each beam is one. By default this and
+            max_num_batched_tokens suit the runner's device: see Limits.
+        max_queued: requests that may wait.
         max_num_batched_tokens: new tokens of a step, at least max_num_seqs: a prompt longer than
             what decoding leaves of them is prefilled in several steps.
-        prefix_caching: whether pages that nobody uses are kept for prompts that begin alike.
+        prefix_caching: whether unused pages are kept for prompts with the same prefix.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """Tokens of a prompt and its output together, at most."""
+        """The most tokens that a prompt and its output may have together."""
         return self._runner.config.n_positions
 
     def submit(
@@ -176,7 +176,7 @@ class Engine:
         self._thread.join()
 
     def stats(self) -> EngineStats:
-        """The numbers of this moment; any thread may ask."""
+        """A snapshot; any thread may call this."""
         return EngineStats(
             running=self._scheduler.running,
             waiting=len(self._queue),
@@ -203,7 +203,7 @@ class Engine:
         length = len(prompt_ids)
         if length + params.max_tokens > self.context_length:
             raise ValueError(
-                f"{length} tokens of the prompt and max_tokens={params.max_tokens} exceed the "
+                f"{length} prompt tokens and max_tokens={params.max_tokens} exceed the "
                 f"model's context of {self.context_length} tokens: shorten the prompt or lower "
                 f"max_tokens"
             )
@@ -223,9 +223,9 @@ class Engine:
         request.ticket = Ticket(request, self._cancel)
         pages = self._scheduler.pages_for(request)
         if pages > self._pool.num_pages:
-            wish = "" if beams is None else f" for each of {beams.num_beams} beams"
+            each = "" if beams is None else f" for each of {beams.num_beams} beams"
             raise ValueError(
-                f"{length} tokens of the prompt and max_tokens={params.max_tokens}{wish} need "
+                f"{length} tokens of the prompt and max_tokens={params.max_tokens}{each} need "
                 f"{pages} pages of {self._runner.page_size} tokens, but the cache has "
                 f"{self._pool.num_pages}: shorten the prompt, lower max_tokens, or give the cache "
                 f"more memory"
