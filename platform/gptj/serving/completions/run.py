@@ -1,4 +1,4 @@
-"""A completions request's outputs: the engine's events in, certain text with its tokens out."""
+"""Runs a completions request: the engine's events in, text with its tokens out."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ Reason = Literal["stop", "length"]
 
 @dataclass
 class Piece:
-    """What has become certain of an output: a part of its text, with the tokens that begin there.
-
-    Tokens come with their places in the output's text, in characters.
-    """
+    """Part of an output's text, with the tokens that begin in it and their character offsets."""
 
     text: str = ""
     tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
@@ -48,18 +45,18 @@ class Output:
     ) -> None:
         self.index = index
         self.prompt = prompt
-        self.scored_by = scored_by or self  # the output whose events report on the prompt
+        self.scored_by = scored_by or self  # the output that gets the prompt logprobs
         self.prompt_logprobs: PromptLogprobs | None = None
         self.ended = False
         self.new_tokens = 0
         self._text = text
-        self._waiting: list[tuple[TokenEvent, int]] = []  # for their text to be certain
+        self._waiting: list[tuple[TokenEvent, int]] = []  # until their text is certain
         self._logprob = 0.0
 
     def take(self, event: Event, start: int) -> Piece:
-        """What an event adds; nothing, perhaps. `start` is the place of the first new character.
+        """What an event adds, possibly nothing. `start` is the offset of the first new character.
 
-        Raises APIError if the event says that the output failed.
+        Raises APIError if the output failed.
         """
         piece = Piece()
         if isinstance(event, PromptLogprobs):
@@ -71,8 +68,8 @@ class Output:
             piece.text = self._text.push(event.token_id)
         elif isinstance(event, Finished) and event.reason != "cancelled":
             if event.stop_token is not None:
-                # It has no text, but a log-probability, which clients count on: lm_eval takes the
-                # last entry for the new token's, and those before it for the prompt's.
+                # It has no text, but its logprob counts: lm_eval takes the last entry for the new
+                # token and those before for the prompt.
                 self.new_tokens += 1
                 self._logprob += event.logprob or 0.0
                 token = TokenEvent(event.stop_token, event.logprob, event.top)
@@ -96,10 +93,10 @@ class Output:
 
 
 class CompletionRun:
-    """A request's outputs and what the engine says of them.
+    """A request's outputs while the engine generates them.
 
     Args:
-        start: when the request came, by time.perf_counter.
+        start: when the request arrived, by time.perf_counter.
     """
 
     def __init__(
@@ -127,9 +124,9 @@ class CompletionRun:
         self._clocks = [OutputClock(recorder, start) for _ in self.outputs]
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the output, what has become certain), until all have ended.
+        """(index of the output, its next piece), until all outputs have ended.
 
-        Whatever ends the iteration ends the work. Raises APIError, QueueFullError, ClosedError.
+        Ending the iteration cancels the work. Raises APIError, QueueFullError or ClosedError.
         """
         events = self._events
         running = len(self.outputs)
@@ -137,7 +134,7 @@ class CompletionRun:
             for start in range(0, running, self._request.candidates):
                 self._submit(self.outputs[start : start + self._request.candidates])
             while running:
-                # What has come meanwhile goes out together: a slow client gets fewer, larger parts.
+                # Events that have arrived are merged: a slow client gets fewer, larger chunks.
                 pieces: dict[int, Piece] = {}
                 for index, event in await events.get_all():
                     if self.outputs[index].ended:
@@ -156,7 +153,7 @@ class CompletionRun:
         piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
         self._clocks[index].note(output.new_tokens, output.ended, ticket)
         if output.ended:
-            ticket.cancel()  # a stop string is none of the engine's
+            ticket.cancel()  # the engine knows no stop strings
         return piece
 
     def usage(self) -> Usage:
@@ -178,16 +175,16 @@ class OutputClock:
     """Records how long an output took.
 
     Args:
-        start: when its request came, by time.perf_counter.
+        start: when its request arrived, by time.perf_counter.
     """
 
     def __init__(self, recorder: Recorder, start: float) -> None:
         self._recorder = recorder
         self._start = start
-        self._first: float | None = None  # when the first token came
+        self._first: float | None = None  # when the first token arrived
 
     def note(self, new_tokens: int, ended: bool, ticket: Ticket) -> None:
-        """An event has come, after which the output has so many tokens."""
+        """Record an event, after which the output has `new_tokens` tokens."""
         now = time.perf_counter()
         if self._first is None and new_tokens:
             self._first = now
@@ -286,5 +283,5 @@ def usage_of(prompts: Sequence[ResolvedPrompt], new_tokens: int) -> Usage:
 def failure(event: Event) -> APIError:
     if isinstance(event, Failed) and isinstance(event.error, ClosedError):
         return UnavailableError(str(event.error))
-    reason = str(event.error) if isinstance(event, Failed) else "it ended early"
+    reason = str(event.error) if isinstance(event, Failed) else "it was cancelled"
     return ModelError(f"the model failed on this request: {reason}")

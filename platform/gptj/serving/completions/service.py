@@ -1,4 +1,4 @@
-"""From a completions request to its reply: text to ids, the engine's events to text."""
+"""Answers completions requests: text to ids, and the engine's events to text."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from gptj.serving.errors import APIError
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
-LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes the same
+LEAST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
 
 
 class CompletionService:
-    """Answers completions requests by an engine and a tokenizer.
+    """Answers completions requests with an engine and a tokenizer.
 
     Args:
-        vocabulary: the tokenizer's, for this engine's model.
-        model_name: what replies call the model.
-        recorder: gets the times of outputs.
+        vocabulary: of the tokenizer and the engine's model.
+        model_name: the model's name in replies.
+        recorder: receives latencies.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CompletionService:
         pieces: list[list[Piece]] = [[] for _ in run.outputs]
         async for index, piece in run.pieces():
             pieces[index].append(piece)
-        # With log-probabilities of long prompts this takes a while.
+        # Logprobs of long prompts take a while: not on the event loop.
         return await asyncio.to_thread(self._reply, request, run, pieces)
 
     def _reply(
@@ -97,9 +97,9 @@ class CompletionService:
         return Completion(model=self._model_name, choices=choices, usage=run.usage())
 
     async def stream(self, request: CompletionRequest) -> AsyncIterator[Completion]:
-        """The reply in chunks: the call itself returns when the first has come, or raises.
+        """The reply in chunks; returns once the first is there.
 
-        Raises APIError, QueueFullError or ClosedError; later ones come out of the iterator.
+        Raises APIError, QueueFullError or ClosedError; the iterator raises APIError as well.
         """
         start = time.perf_counter()
         prompts = await self._resolve(request)
@@ -139,7 +139,7 @@ class CompletionService:
             if index in begun:
                 choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
             else:
-                # With log-probabilities of a long prompt this takes a while.
+                # Logprobs of a long prompt take a while: not on the event loop.
                 choice = await asyncio.to_thread(self._choice, request, output, index)
                 begun.add(index)
             self._extend(choice, piece)
@@ -149,7 +149,7 @@ class CompletionService:
             yield whole.model_copy(update={"usage": run.usage()})
 
     def _choice(self, request: CompletionRequest, output: Output, index: int) -> Choice:
-        """A choice with what it shows before its first new token: the prompt, if echoed."""
+        """A choice without new tokens: the prompt, if it is echoed."""
         choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
         if request.echo:
             choice.text = output.prompt.text
@@ -159,7 +159,7 @@ class CompletionService:
 
     def _echo_logprobs(self, logprobs: Logprobs, output: Output) -> None:
         scored = output.scored_by.prompt_logprobs
-        assert scored is not None  # it is the first event of a request that asks for it
+        assert scored is not None  # always the first event, if requested
         text = TextStream(self._tokenizer)
         for event in scored.tokens:
             self._add_logprob(logprobs, event, text.decoded)
@@ -178,7 +178,7 @@ class CompletionService:
         logprobs.token_logprobs.append(None if first_of_prompt else _finite(event.logprob))
         logprobs.text_offset.append(place)
         top = {self._token_text(token): _finite(value) for token, value in event.top}
-        if not first_of_prompt:  # the token itself, too, where it is not among the likeliest
+        if not first_of_prompt:  # the token itself, even if it is not among them
             top.setdefault(logprobs.tokens[-1], _finite(event.logprob))
         logprobs.top_logprobs.append(None if first_of_prompt else top)
 
@@ -186,7 +186,7 @@ class CompletionService:
         content = self._tokenizer.token_bytes(token)
         try:
             return content.decode()
-        except UnicodeDecodeError:  # a part of a character, in OpenAI's notation
+        except UnicodeDecodeError:  # part of a character, in OpenAI's notation
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     async def _complete_by_beams(
@@ -247,7 +247,7 @@ class CompletionService:
 
 
 async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
-    """Chunks as server-sent events; an error, too, since the status has gone out already."""
+    """Chunks as server-sent events; an error is one as well, since the status has been sent."""
     try:
         async for chunk in chunks:
             yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
@@ -257,7 +257,7 @@ async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
 
 
 def on_one_line(content: str) -> str:
-    """JSON whose strings have no line separator: JSON allows three that end lines elsewhere."""
+    """JSON with escaped line separators: it allows three that end lines elsewhere."""
     if content.isascii():
         return content
     for separator in ("\u0085", "\u2028", "\u2029"):
@@ -272,7 +272,7 @@ async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncI
 
 
 def _best(candidates: Sequence[Output], n: int) -> Sequence[Output]:
-    """The n with the highest log-probability a token, as OpenAI's best_of."""
+    """The n with the highest mean logprob, as OpenAI's best_of."""
     if len(candidates) == n:
         return candidates
     return sorted(candidates, key=lambda output: -output.mean_logprob)[:n]
