@@ -40,7 +40,7 @@ def best_runner(
 
     Raises:
         UnsupportedError: for int8 where the kernels cannot run.
-        ValueError: if the cache cannot hold one context, or the model has an unmerged adapter, which
+        ValueError: if the cache cannot hold one context, or the model has an unmerged adapter that
             the kernels would ignore.
     """
     if model.adapter is not None:
