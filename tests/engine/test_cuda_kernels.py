@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_operations import PlainOperations
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import KernelInterface
@@ -21,7 +22,6 @@ from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import kernels, tuned_linear
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs, LayerCache
-from gptj.engine.runners.cuda.plain import PlainOperations
 from gptj.engine.runners.cuda.support import try_out
 from gptj.engine.runners.cuda.tuned_linear import Blocks, multiply_row
 from gptj.engine.runners.cuda.weights import Norm

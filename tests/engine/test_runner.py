@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_operations import PlainOperations
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
-from gptj.engine.runners.cuda.plain import PlainOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 

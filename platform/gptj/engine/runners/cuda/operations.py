@@ -1,4 +1,4 @@
-"""The operations of a step, implemented twice: in PyTorch (`plain`) and in Triton (`kernels`).
+"""The operations of a step: in Triton (`launch`), and in PyTorch as the tests' reference.
 
 Shape suffixes: R sequences, T tokens, P pages of a sequence, D width, H heads, K head width,
 I inner width of the MLP.
