@@ -17,7 +17,7 @@ GREEDY_BELOW = 1e-5  # dividing by such a temperature would overflow
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """One request's wishes. The defaults change nothing: the model's own distribution."""
+    """Sampling parameters of one request. The defaults sample from the model's distribution."""
 
     max_tokens: int = 16  # new tokens at most; the prompt is not counted
     min_tokens: int = 0  # no stop token before so many

@@ -17,7 +17,7 @@ from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.checkpoints.skeleton import without_weights
 from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.events import Event, Failed, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.base import Runner
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
@@ -146,7 +146,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) 
 
     start = time.perf_counter()
     for prompt in prompts:
-        engine.submit(prompt, params, note)
+        engine.submit(prompt, params, one_by_one(note))
     running, tokens = len(prompts), 0
     moments: list[float] = []
     while running:

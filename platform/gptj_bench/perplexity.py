@@ -14,7 +14,7 @@ from gptj import GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.sources import read_rows
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, PromptLogprobs
+from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, one_by_one
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import load_runner
 
@@ -58,7 +58,7 @@ def score(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     for prompt in prompts:
-        engine.submit(prompt, params, events.put)
+        engine.submit(prompt, params, one_by_one(events.put))
     losses: list[float] = []
     running = len(prompts)
     while running:

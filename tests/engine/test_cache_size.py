@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_caller import tiny_model
+from plain_operations import PlainOperations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +19,6 @@ from gptj.engine.cache_size import CacheShare, fit_cache, free_bytes, page_bytes
 from gptj.engine.limits import Limits
 from gptj.engine.rehearsal import rehearse
 from gptj.engine.runners.base import ResizableRunner, TorchRunner
-from gptj.engine.runners.cuda.plain import PlainOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 
 CONFIG = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from engine_caller import alone, submit, tiny_model, tokens
+from plain_operations import PlainOperations
 from torch import Tensor
 
 from gptj import GPTJForCausalLM
@@ -21,7 +22,6 @@ from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES, size_for
 from gptj.engine.runners.cuda.operations import Operations
-from gptj.engine.runners.cuda.plain import PlainOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
 

@@ -28,8 +28,7 @@ from engine_caller import (
 )
 
 from gptj import GPTJForCausalLM
-from gptj.engine.batch_thread import Batcher, ClosedError, QueueFullError
-from gptj.engine.engine import Engine, Ticket
+from gptj.engine.engine import Engine
 from gptj.engine.events import (
     BeamParams,
     Event,
@@ -38,8 +37,11 @@ from gptj.engine.events import (
     PromptLogprobs,
     TokenEvent,
 )
+from gptj.engine.request import Ticket
 from gptj.engine.runners.base import StepBatch, TorchRunner
 from gptj.sampling import SamplingParams
+from gptj.workers.batcher import Batcher
+from gptj.workers.errors import ClosedError, QueueFullError
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [2, 3], [40, 41, 42, 43]]
 
@@ -137,14 +139,14 @@ def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(engine: Engine) ->
 def test_a_seed_gives_the_same_tokens_when_its_request_is_preempted(
     model: GPTJForCausalLM,
 ) -> None:
-    wishes: list[dict[str, Any]] = [
+    settings: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": seed, "max_tokens": 45, "ignore_eos": True, **more}
         for seed, more in enumerate(({}, {"top_p": 0.9}, {"frequency_penalty": 0.5}, {}))
     ]
     outputs = []
     for pages in (32, 6):
         engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_num_seqs=8)
-        callers = [submit(engine, p, **w) for p, w in zip(PROMPTS, wishes, strict=False)]
+        callers = [submit(engine, p, **w) for p, w in zip(PROMPTS, settings, strict=False)]
         outputs.append([caller.ids for caller in callers])
         assert (engine.stats().preemptions > 0) == (pages == 6)
         engine.close()
@@ -153,16 +155,16 @@ def test_a_seed_gives_the_same_tokens_when_its_request_is_preempted(
 
 def test_outputs_submitted_together_equal_those_submitted_apart(model: GPTJForCausalLM) -> None:
     """With room for all, with few at a time, and with a cache that some must give up."""
-    wishes: list[dict[str, Any]] = [
+    settings: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": seed, "max_tokens": 12 + 3 * seed, "ignore_eos": True}
         for seed in range(6)
     ]
     apart = Engine(TorchRunner(model, 64), eos_ids=[EOS])
     for prompt in (PROMPTS[2], tokens(16), tokens(30)):
-        expected = [submit(apart, prompt, **wish).ids for wish in wishes]
+        expected = [submit(apart, prompt, **each).ids for each in settings]
         for pages, max_num_seqs in ((64, 8), (64, 4), (5, 8)):
             engine = Engine(TorchRunner(model, pages), eos_ids=[EOS], max_num_seqs=max_num_seqs)
-            assert [each.ids for each in submit_many(engine, prompt, *wishes)] == expected
+            assert [each.ids for each in submit_many(engine, prompt, *settings)] == expected
             assert engine.stats().pages_used == 0
             engine.close()
     apart.close()
@@ -182,10 +184,10 @@ def test_of_several_outputs_only_those_that_ask_report_on_the_prompt(
 ) -> None:
     engine = Engine(TorchRunner(model, 64), eos_ids=[EOS], max_num_seqs=8, max_num_batched_tokens=8)
     for asking in range(3):
-        wishes: list[dict[str, Any]] = [
+        settings: list[dict[str, Any]] = [
             {"prompt_logprobs": 1} if number == asking else {} for number in range(3)
         ]
-        callers = submit_many(engine, tokens(40), *wishes)
+        callers = submit_many(engine, tokens(40), *settings)
         assert [caller.scored for caller in callers] == [n == asking for n in range(3)]
         assert all(caller.ids == alone(model, tokens(40)) for caller in callers)
     engine.close()
@@ -509,7 +511,7 @@ def test_a_caller_that_raises_harms_no_other(engine: Engine, model: GPTJForCausa
     assert caller.wait()[-1] == Finished("cancelled")
 
 
-def test_wishes_that_break_the_sampler_fail_their_request_only(
+def test_parameters_that_break_the_sampler_fail_their_request_only(
     engine: Engine, model: GPTJForCausalLM
 ) -> None:
     class Broken(dict[int, float]):
@@ -527,8 +529,8 @@ def test_wishes_that_break_the_sampler_fail_their_request_only(
     ("prompt", "params", "reason"),
     [
         ([], {}, "no tokens"),
-        ([97], {}, "97 is no token id"),
-        ([-1], {}, "-1 is no token id"),
+        ([97], {}, "97 is not a token id"),
+        ([-1], {}, "-1 is not a token id"),
         ([5] * 60, {"max_tokens": 5}, "60 tokens of the prompt and max_tokens=5 .* of 64"),
         ([5], {"logit_bias": {97: 1.0}}, "logit_bias: 97"),
         ([5], {"stop_token_ids": (99,)}, "stop_token_ids: 99"),

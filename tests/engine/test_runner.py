@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_operations import PlainOperations
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
-from gptj.engine.runners.cuda.plain import PlainOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 
@@ -289,7 +289,7 @@ def test_sampling_waits_for_the_device_when_the_tokens_are_there_and_not_before(
     logits_RV = torch.linspace(0, 1, 9000).repeat(2, 1)[:, torch.randperm(9000)]
     expected = []
     for first in (sampler.CANDIDATES, 9000):
-        chooser = sampler.Sampler(9000, [7], torch.device("cpu"))
+        chooser = sampler.Sampler([7], torch.device("cpu"))
         for key, params in enumerate((wide, narrow)):
             chooser.add(key, params, [1], [])
         chooser._batch = sampler._Batch(

@@ -25,8 +25,9 @@ from engine_caller import (
 )
 
 from gptj import GPTJForCausalLM
-from gptj.engine.engine import Engine, Ticket
+from gptj.engine.engine import Engine
 from gptj.engine.events import BeamParams, Event, Failed, Finished, TokenEvent
+from gptj.engine.request import Ticket
 from gptj.engine.runners.base import StepBatch, TorchRunner
 from gptj.sampling import SamplingParams
 
@@ -276,13 +277,13 @@ def test_after_any_mix_each_has_one_end_and_all_pages_are_free(
         kind = rng.random()
         some = [Caller(_raising_at(rng) if rng.random() < 0.1 else None) for _ in range(4)]
         if kind < 0.5:
-            params = _wishes(rng)
+            params = _params(rng)
             some = some[:1]
             tickets.append(engine.submit(prompt, params, some[0]))
             if params.temperature == 0 and params.min_tokens == 0:
                 greedy.append((some[0], key))
         elif kind < 0.8:
-            tickets += engine.submit_many(prompt, [_wishes(rng) for _ in some], some)
+            tickets += engine.submit_many(prompt, [_params(rng) for _ in some], some)
         else:
             some = some[:1]
             beams = BeamParams(rng.choice([2, 3]), early_stopping=rng.random() < 0.5)
@@ -332,9 +333,9 @@ def submit_is_refused(engine: Engine) -> bool:
     return False
 
 
-def _wishes(rng: random.Random) -> SamplingParams:
+def _params(rng: random.Random) -> SamplingParams:
     most = rng.randrange(1, 60)
-    wishes: dict[str, Any] = rng.choice(
+    chosen: dict[str, Any] = rng.choice(
         [
             {"temperature": 0},
             {"temperature": 0},
@@ -343,7 +344,7 @@ def _wishes(rng: random.Random) -> SamplingParams:
             {"temperature": 0, "prompt_logprobs": 1, "min_tokens": most},
         ]
     )
-    return SamplingParams(max_tokens=most, **wishes)
+    return SamplingParams(max_tokens=most, **chosen)
 
 
 def _raising_at(rng: random.Random) -> Any:

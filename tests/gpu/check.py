@@ -163,7 +163,7 @@ def _environment(
     folder: Path, given: argparse.Namespace, results: Results, log: IO[bytes]
 ) -> dict[str, str]:
     """Of the parts: everything that is written goes to the folder, and nothing is fetched."""
-    paths = [REPOSITORY / "platform", REPOSITORY]
+    paths = [REPOSITORY / "platform", REPOSITORY, REPOSITORY / "tests/support"]
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     if given.wheels is not None:
         site = folder / "site"

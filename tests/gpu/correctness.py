@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.events import Failed, Finished, TokenEvent
+from gptj.engine.events import Failed, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
@@ -261,9 +261,8 @@ def greedy_text(check: Check, model: GPTJForCausalLM) -> None:
 
 def _text(engine: Engine, prompt: Sequence[int], new: int) -> list[int]:
     events: queue.SimpleQueue[object] = queue.SimpleQueue()
-    engine.submit(
-        prompt, SamplingParams(max_tokens=new, temperature=0, ignore_eos=True), events.put
-    )
+    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+    engine.submit(prompt, params, one_by_one(events.put))
     ids: list[int] = []
     while not isinstance(event := events.get(timeout=120), Finished):
         if isinstance(event, Failed):

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import torch
 from checking import Check
+from plain_operations import PlainOperations
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine import backends as choice
@@ -16,7 +17,6 @@ from gptj.engine.engine import Engine
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
-from gptj.engine.runners.cuda.plain import PlainOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj_bench.decode import TEXT_IDS, random_model
 

@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from checking import Check, run
@@ -21,7 +22,7 @@ from models import (
     prompts,
 )
 
-from gptj.engine.events import BeamParams, Event, Failed, Finished, TokenEvent
+from gptj.engine.events import BeamParams, Event, Failed, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import Timing, generate
@@ -146,7 +147,7 @@ def beams(check: Check, runner: CudaRunner) -> None:
         generate(engine, prompts(runner.config, [8]), 2)
         start = time.perf_counter()
         for prompt in prompts(runner.config, lengths):
-            engine.beam_search(prompt, params, search, events.put)
+            engine.beam_search(prompt, params, search, one_by_one(events.put))
         left = samples
         while left:
             event = events.get(timeout=120)
@@ -194,7 +195,7 @@ def pauses(check: Check, runner: CudaRunner, max_num_batched_tokens: int) -> Non
 
     try:
         for stream, prompt in enumerate(prompts(runner.config, [check.pick(64, 4)] * streams)):
-            engine.submit(prompt, params, lambda event, s=stream: noting(s, event))
+            engine.submit(prompt, params, one_by_one(partial(noting, stream)))
         while min(map(len, moments)) < new // 4:
             if not events.empty() and isinstance(event := events.get(), Failed):
                 raise event.error
@@ -202,7 +203,7 @@ def pauses(check: Check, runner: CudaRunner, max_num_batched_tokens: int) -> Non
         arrived = time.perf_counter()
         short = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
         for prompt in prompts(runner.config, [long] * arrivals, seed=1):
-            engine.submit(prompt, short, noting_long)
+            engine.submit(prompt, short, one_by_one(noting_long))
             time.sleep(check.pick(0.15, 0))
         ended = 0
         while ended < streams:

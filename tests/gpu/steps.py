@@ -21,7 +21,7 @@ from checking import Check, run
 from models import new_engine, new_model, new_runner, one_chunk, prompts
 from torch.profiler import ProfilerActivity, profile
 
-from gptj.engine.events import Event, Finished, TokenEvent
+from gptj.engine.events import Event, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import generate
@@ -77,7 +77,7 @@ def decoding(check: Check, runner: CudaRunner, batch: int) -> None:
     try:
         generate(engine, prompts(runner.config, [check.pick(128, 4)] * batch), 4)
         for prompt in prompts(runner.config, [check.pick(128, 4)] * batch):
-            engine.submit(prompt, params, note)
+            engine.submit(prompt, params, one_by_one(note))
         reached.wait(60)
         trace = traced(check, go_on, f"decode-{batch}")
     finally:
@@ -162,7 +162,7 @@ def host(check: Check, runner: CudaRunner, batch: int) -> None:
     params = SamplingParams(max_tokens=4 + steps, temperature=0, ignore_eos=True)
     try:
         for prompt in prompts(runner.config, [check.pick(64, 4)] * batch):
-            engine.submit(prompt, params, note)
+            engine.submit(prompt, params, one_by_one(note))
         for _ in range(batch):
             ended.acquire(timeout=60)
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptj.engine.cache_size import free_bytes, tokens_within
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.events import Event, Failed, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
@@ -64,7 +64,7 @@ def consumers(check: Check, runner: CudaRunner) -> None:
         start = time.perf_counter()
         params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         for each, queue_ in zip(asked, queues, strict=True):
-            engine.submit(each, params, queue_.put)
+            engine.submit(each, params, one_by_one(queue_.put))
         for worker in workers:
             worker.join(120)
         seconds = time.perf_counter() - start
@@ -115,7 +115,7 @@ def _events(engine: Engine, asked: list[list[int]]) -> list[list[Event]]:
     queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in asked]
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     for prompt, queue_ in zip(asked, queues, strict=True):
-        engine.submit(prompt, params, queue_.put)
+        engine.submit(prompt, params, one_by_one(queue_.put))
     found = []
     for queue_ in queues:
         events: list[Event] = []

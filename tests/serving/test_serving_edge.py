@@ -170,7 +170,7 @@ def test_websocket_is_refused_with_the_reason(service: str, path: bytes) -> None
         request(b"POST", path, WEBSOCKET, BODY) + BODY,
     ):
         reply = send(service, handshake)
-        assert_error(reply, 400, "there is no WebSocket here")  # type: ignore[arg-type]
+        assert_error(reply, 400, "WebSocket is not supported")  # type: ignore[arg-type]
         assert reply.headers["connection"] == "close"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine.engine import Engine, Ticket
+from gptj.engine.engine import Engine
 from gptj.engine.events import (
     BeamParams,
     BeamsFound,
@@ -20,6 +20,7 @@ from gptj.engine.events import (
     PromptLogprobs,
     TokenEvent,
 )
+from gptj.engine.request import Ticket
 from gptj.engine.runners.base import StepBatch, TorchRunner
 from gptj.sampling import SamplingParams
 
@@ -67,12 +68,13 @@ class Caller:
         self.ended = threading.Event()
         self._then = then  # called in the engine's thread, after the event was collected
 
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, Finished | Failed):
-            self.ended.set()
-        if self._then is not None:
-            self._then(event)
+    def __call__(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        for _, event in events:
+            self.events.append(event)
+            if isinstance(event, Finished | Failed):
+                self.ended.set()
+            if self._then is not None:
+                self._then(event)
 
     def wait(self) -> list[Event]:
         assert self.ended.wait(SECONDS), "the request did not end"
@@ -106,21 +108,22 @@ class Caller:
 
 def submit(engine: Engine, prompt: list[int], **params: Any) -> Caller:
     caller = Caller()
-    wishes = SamplingParams(**{"max_tokens": 12, "temperature": 0, **params})
-    caller.ticket = engine.submit(prompt, wishes, caller)
+    sampling = SamplingParams(**{"max_tokens": 12, "temperature": 0, **params})
+    caller.ticket = engine.submit(prompt, sampling, caller)
     return caller
 
 
 def submit_many(engine: Engine, prompt: list[int], *params: dict[str, Any]) -> list[Caller]:
     callers = [Caller() for _ in params]
-    wishes = [SamplingParams(**{"max_tokens": 12, "temperature": 0, **each}) for each in params]
-    engine.submit_many(prompt, wishes, callers)
+    sampling = [SamplingParams(**{"max_tokens": 12, "temperature": 0, **each}) for each in params]
+    engine.submit_many(prompt, sampling, callers)
     return callers
 
 
 def search(engine: Engine, prompt: list[int], beams: BeamParams, **params: Any) -> Caller:
     caller = Caller()
-    engine.beam_search(prompt, SamplingParams(**{"max_tokens": 12, **params}), beams, caller)
+    sampling = SamplingParams(**{"max_tokens": 12, **params})
+    engine.beam_search(prompt, sampling, beams, caller)
     return caller
 
 

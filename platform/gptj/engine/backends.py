@@ -1,4 +1,4 @@
-"""Which runner a model gets: the fastest that this machine and this model can have."""
+"""Chooses the fastest runner for a model on this machine."""
 
 from __future__ import annotations
 
@@ -30,20 +30,18 @@ def best_runner(
     quantization: Quantization = "none",
     release: bool = False,
 ) -> Runner:
-    """Our kernels on a CPU with AVX-512 or a GPU with Triton, and else PyTorch.
-
-    Where it is PyTorch, the log says why.
+    """Our kernels on a CPU with AVX-512 or a GPU with Triton; otherwise PyTorch, as the log says.
 
     Args:
         model: in evaluation mode, on its device.
-        cache: positions that it has room for, rounded up to whole pages; or its share of memory.
-        quantization: int8 keeps weights in 8 bits, whatever the model's dtype.
-        release: let the runner take the model's weights, of which there is then one copy.
+        cache: its size in positions, rounded up to whole pages, or its share of memory.
+        quantization: int8 stores weights in 8 bits, whatever the model's dtype.
+        release: move the model's weights to the runner instead of copying them.
 
     Raises:
-        UnsupportedError: if int8 is asked for where the kernels cannot run.
-        ValueError: if the cache has no positions, or too few for a whole context, or the model has
-            an adapter beside its weights, which the kernels would pass over.
+        UnsupportedError: for int8 where the kernels cannot run.
+        ValueError: if the cache cannot hold one context, or the model has an unmerged adapter that
+            the kernels would ignore.
     """
     if model.adapter is not None:
         raise ValueError("the model's adapter must be merged first: gptj.adapters.lora.merge_lora")
@@ -51,7 +49,7 @@ def best_runner(
         raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
     if model.device.type == "cpu":
         return _cpu_runner(model, _pages_on_cpu(model, cache), quantization, release)
-    # With a share, a page to begin with: then there is no more than what else needs memory.
+    # With a share, start with one page, so that everything else can be measured.
     num_pages = 1 if isinstance(cache, CacheShare) else -(-cache // PAGE_SIZE)
     element_size = model.dtype.itemsize
     runner = _gpu_runner(model, num_pages, quantization, release)

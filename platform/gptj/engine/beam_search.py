@@ -1,7 +1,7 @@
-"""Beam search among the sequences of a batch: beams share their pages and part on writing.
+"""Beam search within a batch: beams share pages, copied on write.
 
-A search is never preempted: it is admitted when there are pages for its worst case, which are
-its own until it ends. Beams share the prompt, so that this is little more than it will use.
+A search is never preempted: it is admitted once there are pages for its worst case, and keeps them
+until it ends. Beams share the prompt, so this is little more than it will use.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Floats = npt.NDArray[np.float32]
 
 
 def pages_needed(prompt_length: int, max_length: int, width: int, page_size: int) -> int:
-    """The prompt's full pages once, and all others for each beam."""
+    """The prompt's full pages once, and all other pages for each beam."""
     shared = prompt_length // page_size
     return shared + width * (-(-max_length // page_size) - shared)
 
 
 class BeamSearch:
-    """One request's beams, W of them: their pages, and the tokens that they feed to a step.
+    """One request's W beams: their pages, and the tokens that they feed to the next step.
 
     Args:
-        pages: of the prompt; its last one, if not full, is parted by the beams.
-        spare: the pages for all that the beams may still write.
+        pages: of the prompt; each beam copies the last one unless it is full.
+        spare: pages for everything that the beams may write.
         max_pages: of a sequence.
     """
 
@@ -51,7 +51,7 @@ class BeamSearch:
         full = request.prompt_length // page_size
         self.request = request
         self.width = width
-        self.position = request.prompt_length - 1  # the last one computed, before the first step
+        self.position = request.prompt_length - 1  # the last computed, until the first step
         self.ids: Ints = np.zeros(width, dtype=np.int32)
         self.table: Ints = np.zeros((width, max_pages), dtype=np.int32)
         self.table[:, : len(pages)] = pages
@@ -65,7 +65,7 @@ class BeamSearch:
         )
         self._pool = pool
         self._page_size = page_size
-        self.pages = list(pages[:full])  # of the prompt, read by all beams
+        self.pages = list(pages[:full])  # of the prompt, shared by all beams
         self._tails = [list(pages[full:]) for _ in range(width)]
         for tail in self._tails[1:]:
             pool.share(tail)
@@ -78,7 +78,7 @@ class BeamSearch:
 
     @property
     def candidates(self) -> int:
-        """How many continuations of a beam a step needs to see, at most."""
+        """The most continuations of a beam that a step considers."""
         return self._beams.candidates
 
     @property
@@ -91,7 +91,7 @@ class BeamSearch:
         return tuple(map(tuple, self._beams.best(self.request.beams.num_results)))
 
     def prepare(self) -> list[PageCopy]:
-        """A page of its own for each beam's next position; returns what is to be copied."""
+        """Give each beam its own page for its next position; returns the copies to make."""
         copies = []
         place, filled = divmod(self.position, self._page_size)
         for beam, tail in enumerate(self._tails):
@@ -105,9 +105,9 @@ class BeamSearch:
         return copies
 
     def step(self, logprobs_WK: Floats, ids_WK: Ints) -> None:
-        """Go on with the likeliest continuations, given the likeliest tokens of each beam.
+        """Keep the likeliest continuations, given the likeliest tokens of each beam.
 
-        The first step gets one row: all beams are the prompt's still.
+        The first step has one row, the prompt's.
         """
         if len(logprobs_WK) < self.width:
             logprobs_WK = logprobs_WK.repeat(self.width, axis=0)
@@ -125,14 +125,14 @@ class BeamSearch:
             self.ids[:] = [beam.output[-1] for beam in self._beams.running]
 
     def release(self) -> None:
-        """Give all pages back."""
+        """Release all pages."""
         for tail in self._tails:
             self._pool.release(tail)
         self._pool.release(self.pages)
         self._pool.release(self._spare)
 
     def _follow(self, origins: list[int]) -> None:
-        """Each beam goes on from the pages of another, or its own."""
+        """Give each beam the pages of the beam that it continues."""
         if origins == list(range(self.width)):
             return
         free = self._pool.free
@@ -148,12 +148,12 @@ class BeamSearch:
 def likeliest(
     logits_WV: Tensor, searches: Sequence[tuple[BeamSearch, int]], banned: Tensor
 ) -> tuple[Floats, Ints]:
-    """The likeliest tokens after each row, with their log-probabilities: (W, K) both.
+    """The likeliest next tokens of each row with their logprobs, both (W, K).
 
     Args:
         logits_WV: changed in place.
-        searches: with the number of rows that each has here, one after the other.
-        banned: ids of no probability.
+        searches: with the number of rows of each, in order.
+        banned: ids to mask to -inf.
     """
     logits_WV[:, banned] = -torch.inf
     logprobs_WV = logits_WV.log_softmax(dim=-1)

@@ -1,7 +1,7 @@
-"""How large a cache of keys and values may be: a share of the device's memory, in tokens.
+"""Sizes the KV cache as a share of the device's memory, in tokens.
 
-On a GPU the model is loaded with a small cache, and computes the largest steps that there may be:
-what is free then, beside weights, graphs, workspaces and steps, is what the share is of.
+On a GPU the model is loaded with a small cache and runs the largest possible steps: the share is of
+what weights, graphs, workspaces and steps then leave free.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner
 
 logger = logging.getLogger(__name__)
 
-# What allocations in blocks of other sizes than those that were free may lose, and what a CPU's
-# other programs need.
+# The rest is for fragmentation on a GPU, and for other programs on a CPU.
 DEFAULT_SHARES = {"cuda": 0.95, "cpu": 0.3}
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class CacheShare:
-    """A cache of a share of the device's memory, and no more than the limits can use."""
+    """A cache of a share of the device's memory, at most what the limits can use."""
 
-    share: float  # of what is free with the weights loaded; in (0, 1)
-    limits: Limits  # of the steps, for which a GPU's memory must have room as well
+    share: float  # of what is free once the weights are loaded; in (0, 1)
+    limits: Limits  # of the steps, which need a GPU's memory as well
 
 
 def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> None:
-    """Give a GPU's runner the cache that there is room for, when all else has its memory.
+    """Give a GPU's runner the largest cache that fits beside everything else.
 
     Args:
-        runner: with as small a cache as there is.
+        runner: with the smallest possible cache.
         element_size: bytes of a number in the cache.
 
     Raises:
         ValueError: as `tokens_within`.
     """
-    torch.cuda.empty_cache()  # what loading has used is free as well
+    torch.cuda.empty_cache()  # loading leaves memory in the allocator
     before, _ = torch.cuda.mem_get_info(runner.device)
     rehearse(runner, size.limits)
     free, _ = torch.cuda.mem_get_info(runner.device)
@@ -65,14 +64,14 @@ def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> N
 def tokens_within(
     config: GPTJConfig, free: int, *, share: float, element_size: int, most: int
 ) -> int:
-    """Positions that fit in a share of so many free bytes, whole pages and at most `most`.
+    """Positions that fit in a share of `free` bytes, in whole pages and at most `most`.
 
     Args:
         element_size: bytes of a number in the cache.
-        most: positions that can be of any use: those of all requests that run together.
+        most: positions that all running requests can use together.
 
     Raises:
-        ValueError: if not even one request of the model's whole context would fit.
+        ValueError: if one request with a full context does not fit.
     """
     page = page_bytes(config, element_size)
     tokens = min(int(free * share / page) * PAGE_SIZE, most)
@@ -81,13 +80,13 @@ def tokens_within(
         raise ValueError(
             f"cache_share={share} of {free / 1e9:.1f} GB free memory holds {tokens} tokens, fewer "
             f"than the model's context of {config.n_positions} ({needed / 1e9:.1f} GB): raise it, "
-            f"state cache_tokens, or take a device with more memory"
+            f"set cache_tokens, or use a device with more memory"
         )
     return tokens
 
 
 def room(config: GPTJConfig, device: torch.device, share: float, element_size: int) -> int:
-    """Positions for which a share of what is free now would be enough, in whole pages."""
+    """Positions that fit in a share of what is free now, in whole pages."""
     return int(free_bytes(device) * share) // page_bytes(config, element_size) * PAGE_SIZE
 
 
@@ -97,13 +96,13 @@ def page_bytes(config: GPTJConfig, element_size: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses; on a CPU within this process's own limits."""
+    """Free memory of the device; on a CPU, within the process's cgroup limit."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts what the system would give up, such as cached files
+    if meminfo.exists():  # includes reclaimable memory, such as the page cache
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     limit = _limit_left(CGROUP)
@@ -111,7 +110,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _limit_left(folder: Path) -> int | None:
-    """What is left of a container's memory limit; None without one."""
+    """What a container's memory limit leaves; None without a limit."""
     limit, usage = folder / "memory.max", folder / "memory.current"
     if not limit.exists() or not usage.exists():
         return None

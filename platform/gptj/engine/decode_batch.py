@@ -1,4 +1,4 @@
-"""Sequences and the rows of those that decode, as arrays that live from step to step."""
+"""Sequences, and the batch of those that decode, as arrays that persist from step to step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gptj.engine.request import Request
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens with pages. While a prompt is computed, all its outputs ride along on one."""
+    """Tokens and their pages. All samples of a prompt share one sequence while it is prefilled."""
 
-    samples: list[Request]  # one, once it decodes; all have the same tokens
+    samples: list[Request]  # with the same tokens; one request once it decodes
     pages: list[int]
-    computed: int  # positions whose pages are filled; once it decodes, its row says more
-    registered: int  # full pages that the pool has been told of
-    spare: list[int] = field(default_factory=list)  # pages kept for the beams that will follow
-    scores: dict[Request, list[TokenEvent]] = field(default_factory=dict)  # of the prompt so far
-    row: int = -1  # -1 while its prompt is computed
+    computed: int  # positions in the cache; while it decodes, see its row's position
+    registered: int  # full pages that are in the prefix cache
+    spare: list[int] = field(default_factory=list)  # pages reserved for its beams
+    scores: dict[Request, list[TokenEvent]] = field(default_factory=dict)  # prompt logprobs so far
+    row: int = -1  # of the decode batch; -1 during prefill
 
     @property
     def tokens(self) -> list[int]:
@@ -28,12 +28,12 @@ class Sequence:
 
     @property
     def number(self) -> int:
-        """Its place in the order of arrival."""
+        """Its position in order of arrival."""
         return self.samples[0].number
 
 
 class DecodeBatch:
-    """What each decoding sequence feeds to the next step: rows 0 to len - 1, in no set order.
+    """The next step's input of each decoding sequence: rows 0 to len - 1, in arbitrary order.
 
     Args:
         max_pages: of a sequence.
@@ -44,15 +44,15 @@ class DecodeBatch:
         self.positions = np.zeros(max_rows, dtype=np.int32)
         self.page_table = np.zeros((max_rows, max_pages), dtype=np.int32)
         self.sequences: list[Sequence] = []
-        self.requests: list[Request] = []  # each row's only sample
-        self.keys: list[int] = []  # and its number
+        self.requests: list[Request] = []  # of each row
+        self.keys: list[int] = []  # their numbers
         self._page_size = page_size
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def append(self, sequence: Sequence) -> None:
-        """A row for a sequence that is computed: its next token is still to be chosen."""
+        """Add a prefilled sequence, whose next token is not sampled yet."""
         row = sequence.row = len(self.sequences)
         (request,) = sequence.samples
         self.positions[row] = sequence.computed - 1
@@ -62,7 +62,7 @@ class DecodeBatch:
         self.keys.append(request.number)
 
     def remove(self, sequence: Sequence) -> None:
-        """The last row takes its place."""
+        """Remove a sequence; the last row takes its place."""
         row, last = sequence.row, len(self.sequences) - 1
         sequence.computed = int(self.positions[row])
         sequence.row = -1
@@ -78,13 +78,13 @@ class DecodeBatch:
         self.keys.pop()
 
     def advance(self, tokens: list[int]) -> None:
-        """The token chosen for each row is what it feeds next."""
+        """Feed each row's sampled token next."""
         count = len(self.sequences)
         self.ids[:count] = tokens
         self.positions[:count] += 1
 
     def at_border(self) -> list[Sequence]:
-        """Those whose next position is the first of a page."""
+        """Sequences whose next position starts a page."""
         rows = np.flatnonzero(self.positions[: len(self.sequences)] % self._page_size == 0)
         return [self.sequences[row] for row in rows]
 

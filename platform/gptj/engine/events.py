@@ -1,62 +1,76 @@
-"""What an engine tells a caller of its request, as plain values; and a beam search's wishes."""
+"""What the engine reports of a request, as plain values; and the parameters of a beam search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from gptj.engine.request import Ticket
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A new token. Stop tokens are none: they come as `Finished.stop_token`."""
+    """A new token. A stop token has no event: it is `Finished.stop_token`."""
 
     token_id: int
-    logprob: float | None = None  # by the model alone, before penalties; None if not asked for
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest (id, log-probability), best first
+    logprob: float | None = None  # the model's own, before penalties; None unless requested
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest (id, logprob), best first
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """What the model thought of the prompt's own tokens; it has no opinion on the first."""
+    """The prompt's tokens with their logprobs; the first has none."""
 
     tokens: tuple[TokenEvent, ...]
 
 
 @dataclass(frozen=True)
 class BeamsFound:
-    """The continuations of a beam search, best first, with the stop token that ended each."""
+    """The outputs of a beam search, best first, each with the stop token that ended it."""
 
     outputs: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that went well, or was cancelled."""
+    """The last event of a request that succeeded or was cancelled."""
 
     reason: Literal["stop", "length", "cancelled"]
     stop_token: int | None = None
-    logprob: float | None = None  # of the stop token; None if not asked for
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest in its place, as TokenEvent has them
+    logprob: float | None = None  # of the stop token; None unless requested
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest in its place, as in TokenEvent
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that went wrong."""
+    """The last event of a request that failed."""
 
     error: Exception
 
 
 Event = TokenEvent | PromptLogprobs | BeamsFound | Finished | Failed
-OnEvent = Callable[[Event], None]
+# Called once a step, with the events of all requests that were submitted with it.
+OnEvents = Callable[[Sequence[tuple["Ticket", Event]]], None]
+
+
+def one_by_one(on_event: Callable[[Event], None]) -> OnEvents:
+    """For a caller with one request, which takes its events one at a time."""
+
+    def on_events(events: Sequence[tuple[Ticket, Event]]) -> None:
+        for _, event in events:
+            on_event(event)
+
+    return on_events
 
 
 @dataclass(frozen=True)
 class BeamParams:
-    num_beams: int  # continuations that are kept at each step
-    num_results: int = 1  # of them, how many to return
-    length_penalty: float = 1.0  # rank by log-probability / length ** length_penalty
-    early_stopping: bool = False  # end when num_beams continuations have ended
+    num_beams: int  # beams kept at each step
+    num_results: int = 1  # of those, how many to return
+    length_penalty: float = 1.0  # rank by logprob / length ** length_penalty
+    early_stopping: bool = False  # stop once num_beams beams have ended
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_results <= self.num_beams:

@@ -1,8 +1,7 @@
-"""How many sequences run together, and how many new tokens a step has: by the device.
+"""Defaults of max_num_seqs and max_num_batched_tokens, by device.
 
-A CPU is busy with few of both. A GPU reads its weights in the same time for one sequence and for
-hundreds, and a step of a thousand tokens is where its arithmetic, and not its memory, sets the
-pace; what bounds it is room in the cache.
+A few sequences saturate a CPU. A GPU reads its weights as fast for hundreds of sequences as for
+one, and becomes compute-bound at about a thousand tokens a step; the cache limits its batch.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import torch
 
 CPU_MAX_NUM_SEQS = 64
 CPU_MAX_NUM_BATCHED_TOKENS = 256
-GPU_MAX_NUM_SEQS = (8, 256)  # at least and at most; for so many rows there are graphs
+GPU_MAX_NUM_SEQS = (8, 256)  # at least, and at most: the largest CUDA graph
 GPU_MAX_NUM_BATCHED_TOKENS = (256, 2048)
-STEP_SHARE = 4  # tokens of a step for each sequence: three for prompts beside its own
-TYPICAL_TOKENS = 512  # of a sequence in the middle of its life: then so many fit in the cache
+STEP_SHARE = 4  # tokens of a step for each sequence: one decodes, three are for prefill
+TYPICAL_TOKENS = 512  # of a running sequence, to estimate how many the cache holds
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a step."""
+    """What one step may hold."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -36,10 +35,10 @@ class Limits:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
     ) -> Limits:
-        """What is given, and for None what suits the device.
+        """The given values; for None, what suits the device.
 
         Args:
-            cache_tokens: positions that the cache has room for.
+            cache_tokens: positions in the cache.
             context_length: of the model.
         """
         if device.type == "cpu":

@@ -1,8 +1,7 @@
-"""What fits on a GPU while serving: a configuration and the card's memory in, settings out.
+"""What fits on a GPU when serving: a configuration and the card's memory in, settings out.
 
-A process needs weights, what CUDA keeps for itself, and what steps compute with; a generation
-service gives the rest to its cache of keys and values, the others to the rows of a batch. All in
-bytes, for weights in 16 bits.
+A process needs memory for weights, the CUDA context and activations; generation gives the rest to
+its KV cache, the other services to the rows of a batch. All in bytes, with 16-bit weights.
 
     python -m gptj.engine.memory            GPT-J 6B on cards of 16, 24, 40 and 80 GB, as a table
 """
@@ -21,27 +20,27 @@ from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenc
 from gptj.pretrained import GPTJPreTrainedModel
 
 GIB = 2**30
-# What PyTorch reports as a card's total, the least of those that are sold with so many GB, from
-# messages of memory errors: T4 (14.56 GiB), A10G and L4 (22.0), A100 (39.4), A100 and H100 (79.1).
+# A card's total as PyTorch reports it, the least of those sold with that many GB, from published
+# out-of-memory errors: T4 (14.56 GiB), A10G and L4 (22.0), A100 (39.4), A100 and H100 (79.1).
 CARDS = {16: 14.5 * GIB, 24: 22.0 * GIB, 40: 39.3 * GIB, 80: 79.0 * GIB}
-# Assumptions, since no GPU was at hand: a process's CUDA context with its libraries' kernels; and,
-# of a generation service, the logits, recorded graphs and the allocator's gaps.
+# Assumptions, not measured: a process's CUDA context with its libraries' kernels; and, for
+# generation, logits, CUDA graphs and fragmentation.
 CONTEXT_BYTES = 0.6e9
 STEP_BYTES = 1.0e9
-# Of what the allocator holds, how much tensors can use.
+# The share of the allocator's memory that tensors can use.
 ALLOCATOR_SHARE = 0.9
-# A worker pod's own memory: Ray's processes, and a replica's programs and weights on their way.
+# A worker pod's host memory: Ray's processes, and a replica's process while it loads weights.
 RAY_HOST_BYTES = 3 * GIB
 REPLICA_HOST_BYTES = 6 * GIB
-# Outputs that run together at most, and the tokens of one at its end, in k8s/sizing.md's traffic.
+# The most sequences that run at once, and a request's mean final length, for k8s/sizing.md.
 MAX_NUM_SEQS = 64
 MEAN_REQUEST_TOKENS = 572
-MOST_REPLICAS_A_CARD = 2  # of a service of rows: more compete for the same arithmetic
+MOST_REPLICAS_A_CARD = 2  # of batch services: more would compete for the same compute
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of a generation service that has a card for itself."""
+    """Settings of a generation service with its own card."""
 
     cache_tokens: int
     max_num_seqs: int
@@ -49,24 +48,24 @@ class Generation:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Settings of a service that computes batches of whole rows."""
+    """Settings of a service that batches whole rows."""
 
     replicas_per_card: int
     max_batch: int  # rows, each as long as the model's context
 
 
 def weight_bytes(cls: type[GPTJPreTrainedModel], config: GPTJConfig) -> int:
-    """Of a model in 16 bits."""
+    """Of a model's 16-bit weights."""
     with without_weights():
         return 2 * cls(config).num_parameters()
 
 
 def activation_bytes(config: GPTJConfig, rows: int, length: int) -> int:
-    """The most that a forward pass holds beside the weights, for rows of one length, in 16 bits.
+    """Peak activations of a forward pass, for rows of one length, in 16 bits.
 
-    A block has four tensors of the model's width a token (its input, the norm, attention's result,
-    and one that is being made) and two of the MLP's; padding costs a mask of scores, which
-    attention may copy to align it. No layer's are kept for the next one's time.
+    For each token a block holds four tensors of the model's width (input, norm, attention output,
+    and a temporary) and two of the MLP's; padding needs a mask of scores, which attention may copy
+    to align it. Layers do not add up.
     """
     token = 2 * (4 * config.n_embd + 2 * config.inner_dim)
     mask = 2 * 2 * length
@@ -74,9 +73,9 @@ def activation_bytes(config: GPTJConfig, rows: int, length: int) -> int:
 
 
 def generation(config: GPTJConfig, card_bytes: float) -> Generation:
-    """The cache that fits, in whole pages, and how many outputs it holds at a time.
+    """The cache that fits, in whole pages, and how many sequences it holds.
 
-    Raises ValueError if there is no room for one request of the model's whole context.
+    Raises ValueError if one request with a full context does not fit.
     """
     weights = weight_bytes(GPTJForCausalLM, config)
     left = card_bytes - CONTEXT_BYTES - STEP_BYTES - weights
@@ -95,9 +94,9 @@ def batch_sizes(
 ) -> BatchSizes:
     """How many replicas share a card, and the rows of a batch of each, a power of two up to `most`.
 
-    As many replicas as leave room for the largest batch, and one anyway.
+    As many replicas as have room for the largest batch, but at least one.
 
-    Raises ValueError if there is no room for a single row of the model's whole context.
+    Raises ValueError if one row with a full context does not fit.
     """
     row = activation_bytes(config, 1, config.n_positions)
     for replicas in range(MOST_REPLICAS_A_CARD, 0, -1):
@@ -112,7 +111,7 @@ def batch_sizes(
 
 
 def host_bytes(replicas: int) -> int:
-    """Of a worker pod: what its processes need beside shared memory and the system's file cache."""
+    """Memory of a worker pod's processes, without shared memory and the page cache."""
     return RAY_HOST_BYTES + replicas * REPLICA_HOST_BYTES
 
 

@@ -1,8 +1,8 @@
-"""Pages of a cache: which are free, how many share each, and which prefix of text each holds.
+"""Allocates the pages of a KV cache: reference counts, and a prefix cache of full pages.
 
-Page numbers only: what lies in a page is the runner's. A full page is known by a digest of its
-own tokens and all before them, so that equal tokens after different prefixes are never mixed up.
-A page that nobody uses stays known until its room is needed; the longest unused goes first.
+Page numbers only: their content is the runner's. A full page is identified by a digest of its own
+tokens and all tokens before it. An unused page stays cached until its memory is needed; the least
+recently used is evicted first.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from hashlib import blake2b
 
 import numpy as np
 
-DIGEST_BYTES = 16  # two different prefixes collide with a probability of 2^-64 after 2^32 pages
+DIGEST_BYTES = 16  # two prefixes collide with a probability of 2^-64 after 2^32 pages
 
 
 def extend_digests(digests: list[bytes], tokens: Sequence[int], page_size: int) -> None:
-    """Append the digests of those full pages of `tokens` that have none yet."""
+    """Append the digests of the full pages of `tokens` that are missing."""
     for start in range(len(digests) * page_size, len(tokens) - page_size + 1, page_size):
         ids = np.array(tokens[start : start + page_size], dtype=np.int32)
         before = digests[-1] if digests else b""
@@ -25,11 +25,11 @@ def extend_digests(digests: list[bytes], tokens: Sequence[int], page_size: int) 
 
 
 class PagePool:
-    """Counts the references to `num_pages` pages and finds cached ones again.
+    """Reference-counts `num_pages` pages, and finds cached ones by their digests.
 
     Args:
-        num_pages: all of the cache.
-        caching: whether pages are remembered by what they hold.
+        num_pages: of the whole cache.
+        caching: whether full pages are cached by content.
     """
 
     def __init__(self, num_pages: int, *, caching: bool) -> None:
@@ -39,19 +39,19 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages without references, those that still hold a prefix included."""
+        """Unreferenced pages, including cached ones."""
         return len(self._empty) + len(self._unused)
 
     @property
     def cached(self) -> int:
-        """Pages without references that hold a prefix."""
+        """Unreferenced pages that hold a prefix."""
         return len(self._unused)
 
     def references(self, page: int) -> int:
         return self._references[page]
 
     def take(self, count: int) -> list[int]:
-        """Pages for new content, with one reference each; there must be so many free."""
+        """Allocate pages with one reference each; that many must be free."""
         return [self._take() for _ in range(count)]
 
     def share(self, pages: Iterable[int]) -> None:
@@ -62,8 +62,8 @@ class PagePool:
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take a reference off each of a sequence's pages, given in their order there."""
-        # The end of a prefix is of no use without its start: it is to go first.
+        """Drop a reference to each of a sequence's pages, given in sequence order."""
+        # The end of a prefix is useless without its start: it is evicted first.
         for page in reversed(pages):
             assert self._references[page] > 0
             self._references[page] -= 1
@@ -74,19 +74,19 @@ class PagePool:
                     self._empty.append(page)
 
     def register(self, page: int, digest: bytes) -> None:
-        """Remember what a full page holds, unless another page is known to hold the same."""
+        """Cache a full page by its content, unless another page has the same content."""
         if self.caching and digest not in self._known:
             self._known[digest] = page
             self._digests[page] = digest
 
     def forget(self, pages: Iterable[int]) -> None:
-        """No longer find these pages by what they hold; they must be referenced."""
+        """Drop these pages, which are referenced, from the prefix cache."""
         for page in pages:
             if (digest := self._digests.pop(page, None)) is not None:
                 del self._known[digest]
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The pages that hold the longest known start of a text; they get no reference yet."""
+        """The cached pages of the longest known prefix; takes no references."""
         found = []
         for digest in digests:
             page = self._known.get(digest)
@@ -100,10 +100,10 @@ class PagePool:
         return sum(self._references[page] == 0 for page in pages)
 
     def clear(self) -> None:
-        """Forget all references and contents."""
+        """Drop all references and cached content."""
         self._references = [0] * self.num_pages
-        self._empty = list(reversed(range(self.num_pages)))  # a stack: used ones are still warm
-        self._unused: OrderedDict[int, None] = OrderedDict()  # cached, the longest unused first
+        self._empty = list(reversed(range(self.num_pages)))  # a stack: recently used pages are warm
+        self._unused: OrderedDict[int, None] = OrderedDict()  # cached, least recently used first
         self._known: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}  # of each known page
 

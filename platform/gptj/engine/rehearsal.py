@@ -1,7 +1,7 @@
-"""The largest steps that there may be, computed once: what they need beside the cache shows then.
+"""Runs the largest possible steps once, to measure the memory that they need beside the cache.
 
-PyTorch's allocator keeps what a step has taken, libraries load their kernels and make their
-workspaces with the first call. So after a rehearsal, what a GPU has free is free for the cache.
+PyTorch's allocator keeps the memory of a step, and libraries allocate workspaces at their first
+call: what a GPU has free after a rehearsal is free for the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptj.engine.runners.base import Ints, Runner, StepBatch
 from gptj.engine.sampler import Sampler
 from gptj.sampling import SamplingParams
 
-# All that the sampler can be asked for. Logits that are all equal leave top_p all tokens.
+# Everything that the sampler does. With equal logits top_p keeps all tokens.
 EVERY_PARAMETER = SamplingParams(
     temperature=0.5,
     top_k=1000,
@@ -30,12 +30,12 @@ PROMPT_LOGPROBS = 20
 
 @torch.inference_mode()
 def rehearse(runner: Runner, limits: Limits) -> None:
-    """All sequences decode at the end of their context; then prompts fill what a step has left.
+    """Decode with all sequences at the end of their context, then fill the step with prompts.
 
-    Every position is in page 0, whose content means nothing afterwards.
+    All positions are in page 0, whose content is overwritten.
     """
     context, vocabulary = runner.config.n_positions, runner.config.vocab_size
-    sampler = Sampler(vocabulary, (), runner.device)
+    sampler = Sampler((), runner.device)
     keys = list(range(limits.max_num_seqs))
     for key in keys:
         sampler.add(key, EVERY_PARAMETER, [0], [])
@@ -51,7 +51,7 @@ def rehearse(runner: Runner, limits: Limits) -> None:
 
 
 def _batch(runner: Runner, lengths: list[int]) -> StepBatch:
-    """The last tokens of whole contexts, so many of each; logits are wanted after all."""
+    """`lengths` tokens at the end of full contexts, with logits of all tokens."""
     context = runner.config.n_positions
     query_start_loc: Ints = np.cumsum([0, *lengths]).astype(np.int32)
     positions = [np.arange(context - length, context) for length in lengths]

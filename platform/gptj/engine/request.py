@@ -1,16 +1,13 @@
-"""A request as the engine keeps it: its wishes, its tokens so far, and where it stands."""
+"""A request in the engine: its parameters, its tokens so far, and its state."""
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
-from gptj.engine.events import BeamParams, Event, Failed, Finished, OnEvent
+from gptj.engine.events import BeamParams, OnEvents
 from gptj.sampling import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -18,22 +15,22 @@ class Request:
     number: int  # in order of arrival
     tokens: list[int]  # the prompt, then the output so far
     prompt_length: int
-    max_length: int  # tokens, with the last of the output
+    max_length: int  # of prompt and output, in tokens
     params: SamplingParams
     stop_ids: frozenset[int]
-    on_event: OnEvent
+    on_events: OnEvents
     beams: BeamParams | None = None
-    group: int | None = None  # of outputs that have the same tokens still: see Engine.submit_many
+    group: int | None = None  # shared by samples of one prompt until they decode
     submitted: float = field(default_factory=time.monotonic)  # seconds
-    started: float | None = None  # the first step that worked on it
-    digests: list[bytes] = field(default_factory=list)  # of the tokens' full pages, as far as known
-    scored: bool = False  # whether the prompt's log-probabilities have been reported
-    waiting: bool = False  # changed by the waiting queue only
-    ended: bool = False
+    started: float | None = None  # its first step
+    digests: list[bytes] = field(default_factory=list)  # of the tokens' full pages, so far
+    scored: bool = False  # whether its prompt logprobs have been reported
+    ended: bool = False  # its last event has been made
+    ticket: Ticket = field(init=False)  # what its caller has of it
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's log-probabilities are still to be reported."""
+        """Whether prompt logprobs are still to be reported."""
         return self.params.prompt_logprobs is not None and not self.scored
 
     @property
@@ -41,27 +38,20 @@ class Request:
         """Sequences that it runs at once."""
         return self.beams.num_beams if self.beams is not None else 1
 
-    def emit(self, event: Event) -> bool:
-        """Tell the caller; False if the caller failed at it."""
-        try:
-            self.on_event(event)
-        # A caller that cannot take its events must not stop the others'.
-        except Exception:
-            logger.exception("a request's on_event failed; the request is cancelled")
-            return False
-        return True
 
-    def end(self, event: Finished | Failed) -> None:
-        """Tell the caller for the last time; harmless if that has been done."""
-        if not self.ended:
-            self.ended = True
-            self.emit(event)
+class Ticket:
+    """A caller's handle to a request."""
 
-    def finished(
-        self,
-        reason: Literal["stop", "length", "cancelled"],
-        stop_token: int | None = None,
-        logprob: float | None = None,
-        top: tuple[tuple[int, float], ...] = (),
-    ) -> Finished:
-        return Finished(reason, stop_token, logprob, top)
+    def __init__(self, request: Request, cancel: Callable[[Request], None]) -> None:
+        self._request = request
+        self._cancel = cancel
+
+    @property
+    def queued_seconds(self) -> float | None:
+        """From submission to the request's first step; None before that."""
+        request = self._request
+        return None if request.started is None else request.started - request.submitted
+
+    def cancel(self) -> None:
+        """End the request: at once if it waits, at the next step if it runs; harmless later."""
+        self._cancel(self._request)

@@ -1,7 +1,7 @@
-"""The next tokens of a whole batch: logits (R, V) in, token ids and log-probabilities out.
+"""Samples the next tokens of a batch: logits (R, V) in, token ids and logprobs out.
 
-As `gptj.sampling`, which is the reference, but for all rows at once: what rows have in common is
-computed together, and what a row changes (penalties, biases, bans) touches only its own tokens.
+Vectorized over rows where `gptj.sampling`, the reference, loops. Penalties, biases and bans touch
+only the tokens that they change.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from gptj.engine.runners.transfer import sent
 from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]
-CANDIDATES = (
-    1024  # of a row, among which top_p is looked for first; then among FURTHER times as many
-)
-FURTHER = 8
-ROWS = 128  # of a prompt's logits that are looked at together
+CANDIDATES = 1024  # likeliest tokens of a row that top_p is computed on first
+FURTHER = 8  # times as many, if they do not suffice
+ROWS = 128  # of a prompt's logits that are processed together
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,22 @@ class SamplerOutput:
     """One entry a row."""
 
     tokens: list[int]
-    finite: list[bool]  # False: the model's logits were not, and the token means nothing
-    logprobs: list[float | None]  # by the model alone; None where not asked for
-    top: list[Top]  # the likeliest (id, log-probability), best first
+    finite: list[bool]  # whether the logits were; if not, the token is meaningless
+    logprobs: list[float | None]  # the model's own, before penalties; None unless requested
+    top: list[Top]  # the likeliest (id, logprob), best first
 
 
 class Sampler:
-    """Chooses tokens for the requests that were added, in any composition of the batch.
+    """Samples for the requests that were added, in any composition of the batch.
 
-    A drawn token depends on its request's seed, the number of tokens before it, and its own
-    row's logits: neither on the rows beside it nor on steps that were made again.
+    A sampled token depends on its request's seed, the number of output tokens before it, and its
+    row's logits; not on other rows, nor on recomputed steps.
 
     Args:
-        banned_ids: never chosen, whatever a request wishes, and of no probability.
+        banned_ids: masked to -inf, whatever a request's parameters are.
     """
 
-    def __init__(self, vocab_size: int, banned_ids: Sequence[int], device: torch.device) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, banned_ids: Sequence[int], device: torch.device) -> None:
         self._device = device
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
         self._states: dict[int, _State] = {}
@@ -63,23 +60,20 @@ class Sampler:
         stop_ids: Sequence[int],
         output_ids: Sequence[int] = (),
     ) -> None:
-        """Take up a request, or take it up again after the given tokens of its output."""
-        for token in params.logit_bias:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"logit_bias: {token} is no token of {self._vocab_size}")
+        """Start a request, or resume it after the given output; all ids are in the vocabulary."""
         self._states[key] = _State(params, prompt_ids, stop_ids, output_ids)
         self._batch = _Batch([], [], self._device)
 
     def remove(self, key: int) -> None:
-        """Forget a request; harmless if there is none."""
+        """Remove a request, if it was added."""
         self._states.pop(key, None)
 
     def sample(self, logits_RV: Tensor, keys: Sequence[int]) -> SamplerOutput:
-        """Choose a token for each row, and count it to the output of the row's request.
+        """Sample a token for each row, and append it to the state of the row's request.
 
         Args:
             logits_RV: fp32; changed in place.
-            keys: of the rows' requests, which were added before; each once.
+            keys: of the rows' requests, which must have been added; each once.
         """
         if self._batch.keys != keys:
             states = [self._states[key] for key in keys]
@@ -95,7 +89,7 @@ class Sampler:
                 batch.states[row].note_due(row, batch)
             batch.adjust(logits_RV)
         likeliest_R = _argmax(logits_RV)
-        # The host waits for the device here, once: what it decides by comes with the tokens.
+        # The only synchronization with the device: all that the host needs comes with the tokens.
         while True:
             found = [likeliest_R, finite_R.long()]
             if batch.drawing:
@@ -122,9 +116,9 @@ class Sampler:
     def prompt_logprobs(
         self, logits_LV: Tensor, following: Sequence[int], count: int
     ) -> list[TokenEvent]:
-        """What the model thinks of the tokens that follow L positions, and the likeliest."""
+        """Logprobs of the tokens that follow L positions, with the `count` likeliest."""
         events = []
-        for start in range(0, len(following), ROWS):  # whole copies of all would be large
+        for start in range(0, len(following), ROWS):  # in parts, to bound memory
             tokens = following[start : start + ROWS]
             allowed = logits_LV[start : start + ROWS].index_fill(1, self._banned, -torch.inf)
             reports = _reports(allowed.log_softmax(dim=-1), tokens, [count] * len(tokens))
@@ -136,7 +130,7 @@ class Sampler:
 
 
 class _State:
-    """What the sampler knows of a request."""
+    """The sampling state of a request."""
 
     def __init__(
         self,
@@ -154,9 +148,9 @@ class _State:
         self.counts = params.presence_penalty != 0 or params.frequency_penalty != 0
         self.bias_ids = np.array(list(params.logit_bias), np.int64)
         self.biases = np.array(list(params.logit_bias.values()), np.float32)
-        self._places: dict[int, int] = {}  # of tokens in `_tokens`
+        self._places: dict[int, int] = {}  # of each token in `_tokens`
         self._tokens = np.zeros(16, np.int64)
-        self._times = np.zeros(16, np.float32)  # in the output; 0 for the prompt's own
+        self._times = np.zeros(16, np.float32)  # counts in the output; 0 for prompt tokens
         if self.repeats:
             for token in prompt_ids:
                 self._count(token, 0)
@@ -166,12 +160,12 @@ class _State:
 
     @property
     def adjusts(self) -> bool:
-        """Whether this row's logits change before a token is chosen, now or later."""
+        """Whether logits processing applies to this row, now or later."""
         return self.repeats or self.counts or len(self.bias_ids) > 0 or self.holds_back
 
     @property
     def holds_back(self) -> bool:
-        """Whether it is too early to stop."""
+        """Whether stop tokens are masked, because of min_tokens."""
         return self.length < self.params.min_tokens and len(self.stop_ids) > 0
 
     def advance(self, token: int) -> None:
@@ -180,7 +174,7 @@ class _State:
             self._count(token, 1)
 
     def note_due(self, row: int, batch: _Batch) -> None:
-        """Add this row's changes to the batch's."""
+        """Add this row's logits changes to the batch's."""
         params, size = self.params, len(self._places)
         if size:
             tokens, times = self._tokens[:size], self._times[:size]
@@ -205,7 +199,7 @@ class _State:
 
 
 class _Entries:
-    """Places in (R, V), with a value each: what one step changes there."""
+    """Sparse changes to (R, V) logits in one step: indices and values."""
 
     def __init__(self) -> None:
         self._places: list[npt.NDArray[np.int64]] = []
@@ -218,7 +212,7 @@ class _Entries:
         self._values.append(values)
 
     def take(self, logits_RV: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Their places in the flat logits, and their values; none are left."""
+        """Flat indices and values; clears them."""
         if not self._rows:
             return None
         width = logits_RV.shape[-1]
@@ -230,7 +224,7 @@ class _Entries:
 
 
 class _Batch:
-    """What a composition of rows has in common; it lasts until the rows change."""
+    """Per-batch tensors of sampling parameters, reused until the rows change."""
 
     def __init__(self, keys: list[int], states: list[_State], device: torch.device) -> None:
         self.keys = keys
@@ -257,7 +251,7 @@ class _Batch:
         self._log_min_p = _column(least, device)
 
     def adjust(self, logits_RV: Tensor) -> None:
-        """Repetition penalties first, then all that is added."""
+        """Repetition penalties first, then everything additive."""
         flat = logits_RV.view(-1)
         if entries := self.repeats.take(logits_RV):
             places, penalties = entries
@@ -267,29 +261,29 @@ class _Batch:
             flat.index_add_(0, *entries)
 
     def draw(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (D) of the rows that draw, by the inverse of their distributions' sums.
+        """Tokens (D) of the rows that sample, by inverse transform sampling.
 
-        Also, for each, whether top_p keeps more than was looked at: then `look_further`, and draw
+        Also whether top_p may keep more than the candidates, (D): then `look_further`, and draw
         again.
         """
         scores_DV, unsure_D = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
         uniform = sent(uniforms(self._seeds, self._lengths), logits_RV.device)
-        # Below the total, and above sums that are equal: so that no token of probability 0 is met.
+        # Below the total, and right of equal sums: a token of probability 0 is never drawn.
         wanted_D1 = torch.minimum(
             uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
         )
         tokens_D = torch.searchsorted(sums_DV, wanted_D1, right=True)[:, 0]
-        # Beyond the vocabulary where nothing is finite.
+        # Out of range if nothing is finite.
         return tokens_D.clamp(max=logits_RV.shape[-1] - 1), unsure_D
 
     def look_further(self) -> None:
-        """Among more candidates for top_p, for as long as these rows are together."""
+        """Use more candidates for top_p until the rows change."""
         self._candidates *= FURTHER
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Count the tokens to the outputs."""
+        """Append the tokens to the outputs."""
         for state, token in zip(self.states, tokens, strict=True):
             state.advance(token)
         self._lengths += np.uint64(1)
@@ -297,9 +291,9 @@ class _Batch:
             self.adjusting = [row for row in self.adjusting if self.states[row].adjusts]
 
     def _restrict(self, scores_DV: Tensor) -> tuple[Tensor, Tensor]:
-        """Only what top_k, top_p and min_p leave, in Hugging Face's order; equal ones stay.
+        """Mask by top_k, top_p and min_p, in Hugging Face's order; ties are kept.
 
-        And whether top_p may leave more, (D).
+        Also whether top_p may keep more, (D).
         """
         width = scores_DV.shape[-1]
         unsure_D = torch.zeros(len(scores_DV), dtype=torch.bool, device=scores_DV.device)
@@ -319,9 +313,9 @@ class _Batch:
         return scores_DV, unsure_D
 
     def _least_of_top_p(self, scores_DV: Tensor) -> tuple[Tensor, Tensor]:
-        """The least score (D, 1) that top_p keeps: those above it have less than top_p.
+        """The lowest score (D, 1) that top_p keeps: those above it sum to less than top_p.
 
-        And whether it may keep less likely ones than the candidates, (D).
+        Also whether it may keep tokens beyond the candidates, (D).
         """
         totals_D1 = scores_DV.logsumexp(dim=-1, keepdim=True)
         count = min(self._candidates, scores_DV.shape[-1])
@@ -334,13 +328,13 @@ class _Batch:
         return least.masked_fill(self._top_p >= 1, -torch.inf), unsure[:, 0]
 
 
-# On a CPU NumPy is asked: its argmax takes a twentieth of the time on one core, and PyTorch's
-# threads would go on spinning after a sum, on the cores that the kernels want for the next step.
+# On a CPU these use NumPy: its argmax is 20 times as fast on one core, and PyTorch's threads would
+# keep spinning after a sum, on the cores that the next step's kernels need.
 
 
 def finite(logits_RV: Tensor) -> Tensor:
     """Whether each row is finite, (R)."""
-    # NaN and infinities make a sum what they are; finite logits cannot reach the limit.
+    # NaN and infinities propagate to the sum; sums of finite logits do not overflow.
     if logits_RV.device.type != "cpu":
         return logits_RV.sum(dim=-1).isfinite()
     with np.errstate(invalid="ignore", over="ignore"):
@@ -348,7 +342,7 @@ def finite(logits_RV: Tensor) -> Tensor:
 
 
 def _argmax(logits_RV: Tensor) -> Tensor:
-    """The likeliest token of each row, (R); the first of equal ones."""
+    """The likeliest token of each row, (R); the first among ties."""
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(dim=-1)
     return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
@@ -357,7 +351,7 @@ def _argmax(logits_RV: Tensor) -> Tensor:
 def uniforms(
     seeds: npt.NDArray[np.uint64], numbers: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each seed and number of a draw: SplitMix64, without a state.
+    """A number in [0, 1) for each seed and draw number: stateless SplitMix64.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
@@ -380,7 +374,7 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
 def _reports(
     logprobs_QV: Tensor, tokens: Sequence[int], counts: Sequence[int]
 ) -> list[tuple[float, Top]]:
-    """Each row's log-probability of its token, and its likeliest `count` tokens."""
+    """Each row's logprob of its token, and its `count` likeliest tokens."""
     chosen = sent(np.array(tokens, np.int64), logprobs_QV.device)[:, None]
     most = min(max(counts, default=0), logprobs_QV.shape[-1])
     best = logprobs_QV.topk(most)
@@ -391,8 +385,8 @@ def _reports(
     for row, (token, logprob, count) in enumerate(zip(tokens, own, counts, strict=True)):
         pairs = [p for p in zip(ids[row], values[row], strict=True) if p[1] > -math.inf][:count]
         if pairs and logprob == pairs[-1][1] and token not in dict(pairs):
-            pairs[-1] = (token, logprob)  # of equal ones, the chosen one is shown
-        # Of equal ones, the chosen one is first.
+            pairs[-1] = (token, logprob)  # among ties, show the sampled token
+        # Among ties, the sampled token comes first.
         pairs.sort(key=lambda pair: (-pair[1], pair[0] != token))
         reports.append((logprob, tuple(pairs)))
     return reports

@@ -1,7 +1,7 @@
-"""Who works in the next step, and on which pages. No tensors, no model.
+"""Decides which tokens the next step computes, and on which pages. No tensors, no model.
 
-All that decode take part in every step; what is left of the step's token budget goes to prompts,
-in order of arrival. Where pages run out, the newest gives its own back and waits again.
+Every running sequence decodes in every step; the rest of the token budget goes to prompts, in order
+of arrival. When pages run out, the newest request is preempted and waits again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from gptj.engine.decode_batch import DecodeBatch, Sequence
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
 from gptj.engine.runners.base import PageCopy, StepBatch
-from gptj.engine.waiting import WaitingQueue
+from gptj.workers.bounded_queue import BoundedQueue
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a prompt (or of what was preempted) to compute: positions start to end - 1."""
+    """Part of a prompt, or of a preempted request, to prefill: positions start to end - 1."""
 
     sequence: Sequence
     start: int
     end: int
-    logits: range  # its rows of the step's logits
+    logits: range  # its rows in the step's logits
 
     @property
     def last(self) -> bool:
@@ -36,29 +36,29 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One step. Its logits are: a row for each decoding sequence, then beams, then chunks."""
+    """One step. Its logits have a row for each decoding sequence, then beams, then chunks."""
 
     batch: StepBatch
-    copies: list[PageCopy]  # before it
+    copies: list[PageCopy]  # to make before the step
     decoding: int
     searches: list[BeamSearch]
     chunks: list[Chunk]
 
 
 class Scheduler:
-    """Keeps what runs, and takes from the queue what fits.
+    """Holds what runs, and admits what fits from the queue.
 
     Args:
-        left: called with each request that had a row and gives it up.
+        left: called with each request that leaves the decode batch.
         max_length: positions of a sequence.
-        max_num_seqs: sequences at a time.
-        max_num_batched_tokens: new tokens of a step, at most.
+        max_num_seqs: running sequences.
+        max_num_batched_tokens: new tokens of a step.
     """
 
     def __init__(
         self,
         pool: PagePool,
-        waiting: WaitingQueue,
+        queue: BoundedQueue[Request],
         left: Callable[[Request], None],
         *,
         page_size: int,
@@ -72,14 +72,14 @@ class Scheduler:
                 f"max_num_seqs must be in [1, max_num_batched_tokens={max_num_batched_tokens}], "
                 f"got {max_num_seqs}"
             )
-        self.running = 0  # sequences, beams and samples that will be some included
+        self.running = 0  # sequences: all beams, and all samples of prompts in prefill
         self.preemptions = 0
         self.prefix_asked = 0  # tokens
         self.prefix_hit = 0
         self.max_num_seqs = max_num_seqs
         self.decode_batch = DecodeBatch(max_num_seqs, -(-max_length // page_size), page_size)
         self._pool = pool
-        self._waiting = waiting
+        self._queue = queue
         self._left = left
         self._page_size = page_size
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -87,16 +87,16 @@ class Scheduler:
         self._places: dict[Request, Sequence | BeamSearch] = {}
         self._prefilling: list[Sequence] = []  # in order of arrival
         self._searches: list[BeamSearch] = []
-        self._forked: list[Sequence] = []  # may still share the page that they write next
+        self._forked: list[Sequence] = []  # may share the page that they write next
 
     def pages_for(self, request: Request) -> int:
-        """Pages that a request needs at most, if it runs alone."""
+        """The most pages that a request can need."""
         return pages_needed(
             request.prompt_length, request.max_length, request.width, self._page_size
         )
 
     def schedule(self) -> ScheduledStep | None:
-        """The next step; None if there is nothing to do."""
+        """The next step; None if nothing runs and nothing can be admitted."""
         copies = self._give_pages()
         for search in self._searches:
             copies += search.prepare()
@@ -113,7 +113,7 @@ class Scheduler:
         self._register(chunk.sequence)
 
     def decode(self, sequence: Sequence) -> None:
-        """All of it is computed: each sample goes on in a row of its own, with the same pages."""
+        """The prompt is prefilled: its samples decode, each in its own row, on the same pages."""
         self._prefilling.remove(sequence)
         first, *others = sequence.samples
         sequence.samples = [first]
@@ -132,7 +132,7 @@ class Scheduler:
             self._forked.append(sequence)
 
     def search(self, sequence: Sequence) -> BeamSearch:
-        """The prompt is computed: its beams take over."""
+        """The prompt is prefilled: its beams take over."""
         self._prefilling.remove(sequence)
         (request,) = sequence.samples
         search = BeamSearch(
@@ -148,10 +148,10 @@ class Scheduler:
         return search
 
     def drop(self, request: Request, *, damaged: bool = False) -> None:
-        """A request has ended: its pages are free, unless others share them.
+        """Remove a request and release its pages.
 
         Args:
-            damaged: its pages are not to be found again.
+            damaged: drop its pages from the prefix cache.
         """
         place = self._places.pop(request)
         self.running -= request.width
@@ -174,7 +174,7 @@ class Scheduler:
         return request in self._places
 
     def reset(self) -> list[Request]:
-        """Forget all pages, as their content is lost; returns the requests that ran on them."""
+        """Drop everything, as after a lost cache; returns the requests that ran."""
         lost = list(self._places)
         for request in self.decode_batch.requests:
             self._left(request)
@@ -188,11 +188,11 @@ class Scheduler:
         return lost
 
     def _give_pages(self) -> list[PageCopy]:
-        """A page of its own for each decoding sequence's next position; what is to be copied."""
+        """Give each decoding sequence its own page for its next position; returns the copies."""
         copies = []
         needing = self.decode_batch.at_border() + [each for each in self._forked if each.row >= 0]
         self._forked = []
-        # The oldest first: whom it preempts has got no page yet.
+        # Oldest first: what it preempts has not been given a page yet.
         for sequence in sorted(needing, key=lambda each: each.number):
             if sequence.row < 0:  # preempted just now
                 continue
@@ -222,7 +222,7 @@ class Scheduler:
         for request in samples:
             self.drop(request)
         self.preemptions += len(samples)
-        self._waiting.put_back(samples)
+        self._queue.put_back(samples)
 
     def _leave_row(self, sequence: Sequence, *, register: bool) -> None:
         self.decode_batch.remove(sequence)
@@ -231,7 +231,7 @@ class Scheduler:
         self._left(sequence.samples[0])
 
     def _register(self, sequence: Sequence) -> None:
-        """Let the pool know the pages that have become full."""
+        """Add pages that have become full to the prefix cache."""
         full = sequence.computed // self._page_size
         if sequence.registered < full and self._pool.caching:
             digests = sequence.samples[0].digests
@@ -241,7 +241,7 @@ class Scheduler:
             sequence.registered = full
 
     def _chunks(self, budget: int, logits: int) -> list[Chunk]:
-        """What prompts get computed with so many tokens; `logits` rows are others'."""
+        """Prefill `budget` tokens of prompts; their logits follow the first `logits` rows."""
         chunks: list[Chunk] = []
         waiting = iter(list(self._prefilling))
         while budget > 0 and (sequence := next(waiting, None) or self._admit()):
@@ -254,8 +254,8 @@ class Scheduler:
         return chunks
 
     def _admit(self) -> Sequence | None:
-        """Start on the first that waits, with all outputs of its prompt, if there is room."""
-        while head := self._waiting.head(max(1, self.max_num_seqs - self.running)):
+        """Start the first waiting request, with all samples of its prompt, if it fits."""
+        while head := self._head(max(1, self.max_num_seqs - self.running)):
             first = head[0]
             if first.width > self.max_num_seqs - self.running:
                 return None
@@ -263,25 +263,32 @@ class Scheduler:
             known = [] if whole else self._known_pages(first)
             if not self._fits(first, known, len(head)):
                 return None
-            # Unless they were cancelled since.
-            if samples := self._waiting.take(head):
+            # Some may have been cancelled meanwhile.
+            if samples := self._queue.take(head):
                 return self._start(samples, known, whole)
         return None
 
+    def _head(self, count: int) -> list[Request]:
+        """The first waiting request and, of its group, those that follow: `count` at most."""
+        requests = self._queue.peek(count)
+        if not requests or requests[0].group is None:
+            return requests[:1]
+        return [request for request in requests if request.group == requests[0].group]
+
     def _known_pages(self, request: Request) -> list[int]:
-        """Cached pages with its first tokens; the last token is left, for its logits."""
+        """Cached pages of its prefix; the last token is always computed, for its logits."""
         if not self._pool.caching:
             return []
         extend_digests(request.digests, request.tokens, self._page_size)
         return self._pool.find(request.digests[: (len(request.tokens) - 1) // self._page_size])
 
     def _fits(self, request: Request, known: list[int], samples: int) -> bool:
-        """Whether there are pages for it, and some for those that run to grow."""
+        """Whether there are pages for it, and a page for each running sequence to grow."""
         if not self.running:
-            return True  # it was refused at once if that were not so
+            return True  # submit refuses what can never fit
         needed = -(-len(request.tokens) // self._page_size)
         if request.beams is not None or len(request.tokens) > request.prompt_length:
-            # To be preempted again and again would cost more than to wait.
+            # Waiting costs less than being preempted again and again.
             needed = self.pages_for(request)
         growing = len(self.decode_batch) + sum(
             len(sequence.samples) for sequence in self._prefilling
@@ -328,7 +335,9 @@ class Scheduler:
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))
-            rows.page_table[count : count + search.width] = search.table  # beyond the decoding ones
+            rows.page_table[count : count + search.width] = (
+                search.table
+            )  # rows beyond the decoding ones
             count += search.width
         query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
         end = count

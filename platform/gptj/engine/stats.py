@@ -1,4 +1,4 @@
-"""An engine's numbers at one moment, for metrics."""
+"""A snapshot of an engine's statistics, for metrics."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges say how it is now; counters count since the engine's start and only grow."""
+    """Gauges are current values; counters count from the engine's start."""
 
     # Gauges.
-    running: int  # sequences that the engine works on; a beam search counts its beams
-    waiting: int  # requests, those that were preempted too
-    pages_used: int  # of the cache, by what runs
-    pages_cached: int  # unused ones that still hold a prefix, free for whoever needs them
+    running: int  # sequences; a beam search counts once for each beam
+    waiting: int  # requests, including preempted ones
+    pages_used: int  # by running sequences
+    pages_cached: int  # unused pages that hold a prefix; they count as free
     pages_total: int
     last_batch_size: int  # sequences of the last step
     # Counters.
     steps: int
-    tokens_in: int  # computed of prompts, and again of what was preempted
-    tokens_out: int  # chosen, with stop tokens; of a beam search those of its results
-    prefix_tokens_asked: int  # of prompts that were looked up in the prefix cache
-    prefix_tokens_hit: int  # of them, found and not computed again
+    tokens_in: int  # prefilled; tokens of preempted requests count again
+    tokens_out: int  # sampled, including stop tokens; of a beam search, those of its results
+    prefix_tokens_asked: int  # of prompts looked up in the prefix cache
+    prefix_tokens_hit: int  # of those, found there
     preemptions: int
     cancellations: int

@@ -1,4 +1,4 @@
-"""What the deployments share: request and reply types, errors, keys, batching."""
+"""The HTTP services: request and reply types, errors, API keys."""
 
 from gptj.extras import require
 

@@ -1,4 +1,4 @@
-"""The HTTP application that every deployment starts from: errors, keys, limits; no routes yet."""
+"""The base of every deployment's HTTP application: errors, API keys and limits, without routes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gptj.engine.batch_thread import ClosedError, QueueFullError
 from gptj.serving.errors import (
     APIError,
     InvalidRequestError,
@@ -31,18 +30,19 @@ from gptj.serving.middleware.limits import BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
 from gptj.serving.pages import Page, Pages, docs
+from gptj.workers.errors import ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
 
-MAX_REPORTED = 5  # of a body's errors: one wrong list can have thousands
+MAX_REPORTED = 5  # validation errors of a body: one wrong list can have thousands
 
 
 def new_app(
     title: str, recorder: Recorder | None = None, pages: Mapping[str, Page] | None = None
 ) -> FastAPI:
-    """An application whose errors all have OpenAI's body, and a declared status.
+    """An application whose errors all have OpenAI's body and a documented status.
 
-    Who may ask is decided by this process's GPTJ_API_KEYS. Raises ValueError if it names no key.
+    GPTJ_API_KEYS of this process decides who has access. Raises ValueError if it is set but empty.
     `pages` are served to everybody, beside the API's document at `/docs`.
     """
     app = FastAPI(
@@ -52,7 +52,7 @@ def new_app(
         docs_url=None,  # Pages has it: FastAPI's own loads from another host
         redoc_url=None,
     )
-    # The last one added is the first to see a request.
+    # The middleware added last sees a request first.
     app.add_middleware(BodyLimit)
     app.add_middleware(KeyCheck, keys=Keys.from_environment())
     app.add_middleware(Pages, pages={**docs(), **(pages or {})})
@@ -69,7 +69,7 @@ def new_app(
 
 
 def add_health(app: FastAPI, alive: Callable[[], bool], problem: str) -> None:
-    """Add `GET /health`: 200 while `alive()`, and else 503 with the problem."""
+    """Add `GET /health`: 200 while `alive()`, otherwise 503 with the problem."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -97,7 +97,7 @@ async def _on_wrong_shape(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """What Starlette and FastAPI raise themselves: no such route, wrong method, unreadable body."""
+    """Starlette's and FastAPI's own errors: unknown route, wrong method, unreadable body."""
     assert isinstance(error, HTTPException)
     status = error.status_code
     if status == HTTPStatus.NOT_FOUND:
@@ -106,7 +106,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = f"{request.url.path} does not take {request.method}"
         code = "method_not_allowed"
     elif status == HTTPStatus.BAD_REQUEST:
-        message, code = "the body is no JSON in UTF-8, or is nested too deeply", "invalid_json"
+        message, code = (
+            "the body is not valid JSON in UTF-8, or is nested too deeply",
+            "invalid_json",
+        )
     else:
         message, code = str(error.detail), None
     type_ = "invalid_request_error" if status < 500 else "server_error"
@@ -115,16 +118,16 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after the reply, so that the log has it.
-    return error_response(ModelError("an unexpected error of the service; its log has more"))
+    # Starlette raises it again after the reply, so it is logged.
+    return error_response(ModelError("an unexpected error of the service: see its log"))
 
 
 def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """Pydantic's errors of a body in words."""
+    """Pydantic's validation errors of a body, in words."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return InvalidRequestError(
-            f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
+            f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}",
             code="invalid_json",
         )
     if tuple(first["loc"]) == ("body",) and first["type"] in ("missing", "model_attributes_type"):
@@ -141,14 +144,14 @@ def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
 def _in_words(error: Mapping[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = "there is no such field"
+        message = "unknown field"
     value = error.get("input")
     told = f", got {value!r:.60}" if isinstance(value, bool | int | float | str) else ""
     return f"{_field(error) or 'body'}: {message}{told}"
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """The field as a path, such as `stream_options.include_usage` or `tokens[3]`; empty for all."""
+    """The field's path, such as `stream_options.include_usage` or `tokens[3]`; empty for all."""
     path = ""
     for part in error["loc"][1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}"

@@ -15,7 +15,6 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import add_health, new_app
 from gptj.serving.completions.schemas import RequestModel, checked_text
@@ -24,6 +23,7 @@ from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.batcher import Batcher
 
 MAX_INPUTS = 256
 
@@ -31,7 +31,7 @@ Function = Literal["softmax", "sigmoid", "none"]
 
 
 def as_texts(value: Any) -> list[str]:
-    """One text or several as a list. ValueError for anything else."""
+    """One or several texts as a list. Raises ValueError for anything else."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("must be a string or a list of strings")
@@ -41,8 +41,8 @@ def as_texts(value: Any) -> list[str]:
 
 
 class ClassificationParameters(RequestModel):
-    top_k: int | None = None  # the likeliest labels only; default: all
-    function_to_apply: Function | None = None  # to the logits; default: by the model's problem
+    top_k: int | None = None  # only the k likeliest labels; default: all
+    function_to_apply: Function | None = None  # to the logits; default: by the problem type
 
 
 class ClassificationRequest(RequestModel):
@@ -65,7 +65,8 @@ class ClassificationService:
     """Classifies the texts of concurrent requests together.
 
     Args:
-        max_batch, max_queued: texts that are computed together, and that may wait.
+        max_batch: texts of a batch.
+        max_queued: texts that may wait.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class ClassificationService:
         self._batcher: Batcher[list[int], Tensor] = Batcher(
             "classification", self._logits, max_batch=max_batch, max_queued=max_queued
         )
-        for block in model.transformer.h:  # long batches show that they advance
+        for block in model.transformer.h:  # long batches report progress
             block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
-        """Each text's labels, the likeliest first. Cancelling the call cancels what waits.
+        """Each text's labels, likeliest first. Cancelling the call withdraws what waits.
 
         Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
         """
@@ -102,7 +103,7 @@ class ClassificationService:
                 f"several requests",
                 param="inputs",
             )
-        # Long texts take a while: not on the thread that all requests share.
+        # Long texts take a while: not on the event loop.
         ids = await asyncio.to_thread(self._encode, request.inputs)
         logits = await results_of(self._batcher.submit(ids))
         function = request.parameters.function_to_apply or self._function()
@@ -119,7 +120,7 @@ class ClassificationService:
         for number, text in enumerate(texts):
             which = f"inputs[{number}]" if len(texts) > 1 else "inputs"
             if not text:
-                raise InvalidRequestError(f"{which} is an empty text", param=which)
+                raise InvalidRequestError(f"{which} is empty", param=which)
             self._check_length(which, "at least ", self._vocabulary.least_tokens(text))
             rows.append(self._tokenizer.encode(text))
             self._check_length(which, "", len(rows[-1]))
@@ -143,7 +144,7 @@ class ClassificationService:
         return list(output.logits.float().cpu())
 
     def _function(self) -> Function:
-        """Hugging Face's rule."""
+        """Hugging Face's default."""
         config = self._model.config
         if config.problem_type == "regression":
             return "none"
@@ -184,7 +185,7 @@ def classification_app(
 
 
 def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and their mask, of rows that all begin in the first column."""
+    """Ids (B, L) and their attention mask."""
     longest = max(map(len, rows))
     ids = [[*row, *[0] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]

@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: a status and OpenAI's error body.
+"""HTTP errors: a status and OpenAI's error body.
 
 {"error": {"message": "…", "type": "invalid_request_error", "param": "n", "code": null}}
 """
@@ -13,16 +13,16 @@ from gptj.serialization.json_object import to_json
 
 
 class APIError(Exception):
-    """A failed request; its kinds have a status and a type each.
+    """A failed request. Each subclass has a status and a type.
 
-    InvalidRequestError (400): what can never work. AuthenticationError (401): no key, or a wrong
-    one. NotFoundError (404): no such model. BodyTooLargeError (413). WrongShapeError (422): fields
-    missing, unknown or of a wrong type. OverloadedError (429): try again later. ModelError (500):
-    our fault. UnavailableError (503): not now.
+    InvalidRequestError (400): can never succeed. AuthenticationError (401): missing or wrong key.
+    NotFoundError (404): unknown model. BodyTooLargeError (413). WrongShapeError (422): missing or
+    unknown fields, or wrong types. OverloadedError (429): try again later. ModelError (500): our
+    fault. UnavailableError (503): try again elsewhere, or later.
 
     Args:
         message: for the client, with the value and the remedy.
-        param: the field of the request that is wrong, such as `n` or `stream_options`.
+        param: the request's invalid field, such as `n` or `stream_options`.
         code: for programs, such as `context_length_exceeded`.
     """
 
@@ -94,6 +94,6 @@ def error_response(error: APIError) -> Response:
 
 
 def json_response(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:
-    # In ASCII: what is quoted from a request need not be encodable text.
+    # ASCII, since quotes from a request may contain lone surrogates.
     content = to_json(body, ensure_ascii=True)
     return Response(content, status, headers, media_type="application/json")

@@ -1,4 +1,4 @@
-"""What the services count and time; a deployment decides where the numbers go."""
+"""The services' metrics; a deployment decides where they go."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Recorder(Protocol):
-    """Takes measurements, from the event loop: each call must be quick."""
+    """Records measurements; called on the event loop, so each call must be quick."""
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """A request has been answered, to the last byte; 499 if its client went before."""
+        """A request was answered, to the last byte; status 499 if the client left before."""
 
     def first_token(self, seconds: float) -> None:
-        """An output's first token is there, so long after its request."""
+        """Time from a request to an output's first token."""
 
     def token_gap(self, seconds: float) -> None:
-        """An output has ended, with so long between two of its tokens, on average."""
+        """Mean time between tokens of an output that has ended."""
 
     def queued(self, seconds: float) -> None:
-        """An output waited so long for the first step that worked on it."""
+        """Time from a request to an output's first step."""
 
 
 class NoRecorder:
-    """For a service that nobody watches."""
+    """Records nothing."""
 
     def request(self, route: str, status: int, seconds: float) -> None: ...
 

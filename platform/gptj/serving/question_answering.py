@@ -1,4 +1,4 @@
-"""Hugging Face Inference's question answering: a question and a context in, a part of it out.
+"""Hugging Face Inference's question answering: a question and a context in, a span of it out.
 
 {"inputs": {"question": "Where is it?", "context": "It is in Rome."}}
 -> {"answer": "Rome", "start": 9, "end": 13, "score": 0.91}
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gptj.data.question_answering import Window, best_spans, windows
 from gptj.data.words import Words
-from gptj.engine.batch_thread import Batcher
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import add_health, new_app
 from gptj.serving.classification import right_padded
@@ -25,6 +24,7 @@ from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.batcher import Batcher
 
 MAX_WINDOWS = 256  # of one request
 MAX_ANSWERS = 100
@@ -46,13 +46,13 @@ class QuestionAndContext(RequestModel):
 
 
 class QuestionAnsweringParameters(RequestModel):
-    top_k: int = 1  # how many answers; a list comes back for more than one
+    top_k: int = 1  # answers; more than 1 returns a list
     max_answer_len: int = 15  # tokens
     max_seq_len: int | None = None  # tokens of a window, question included
     doc_stride: int | None = None  # tokens of the context that neighbouring windows share
-    max_question_len: int | None = None  # tokens; what is longer is cut; default: no limit
-    handle_impossible_answer: bool = False  # let "", the answer that is not there, compete
-    align_to_words: bool = True  # widen an answer that begins or ends within a word
+    max_question_len: int | None = None  # tokens, longer questions are truncated; default: no limit
+    handle_impossible_answer: bool = False  # allow the empty answer
+    align_to_words: bool = True  # widen answers to whole words
 
 
 class QuestionAnsweringRequest(RequestModel):
@@ -71,8 +71,9 @@ class QuestionAnsweringService:
     """Answers concurrent requests together, each by the windows of its context.
 
     Args:
-        window, stride: tokens, where a request does not say: best those of the training.
-        max_batch, max_queued: windows that are computed together, and that may wait.
+        window, stride: defaults in tokens, preferably those of training.
+        max_batch: windows of a batch.
+        max_queued: windows that may wait.
     """
 
     def __init__(
@@ -93,15 +94,15 @@ class QuestionAnsweringService:
         self._batcher: Batcher[list[int], tuple[Tensor, Tensor]] = Batcher(
             "question-answering", self._logits, max_batch=max_batch, max_queued=max_queued
         )
-        for block in model.transformer.h:  # long batches show that they advance
+        for block in model.transformer.h:  # long batches report progress
             block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
-        """The likeliest part of the context, or a list of them for top_k above 1.
+        """The likeliest span of the context, or a list of spans for top_k above 1.
 
         Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
         """
-        # Cutting and comparing long texts takes a while: not on the thread that all share.
+        # Long texts take a while: not on the event loop.
         parts = await asyncio.to_thread(self._windows, request)
         logits = await results_of(self._batcher.submit([part.input_ids for part in parts]))
         answers = await asyncio.to_thread(_answers, request, parts, logits)
@@ -114,31 +115,33 @@ class QuestionAnsweringService:
         self._batcher.close()
 
     def _windows(self, request: QuestionAnsweringRequest) -> list[Window]:
-        wishes = request.parameters
+        parameters = request.parameters
         context = self._model.config.n_positions
-        length = self._window if wishes.max_seq_len is None else wishes.max_seq_len
-        _check("top_k", wishes.top_k, 1, MAX_ANSWERS)
-        _check("max_answer_len", wishes.max_answer_len, 1, MAX_ANSWER_TOKENS)
+        length = self._window if parameters.max_seq_len is None else parameters.max_seq_len
+        _check("top_k", parameters.top_k, 1, MAX_ANSWERS)
+        _check("max_answer_len", parameters.max_answer_len, 1, MAX_ANSWER_TOKENS)
         _check("max_seq_len", length, 2, context)
         text = self._question(request)
         question = len(self._tokenizer.encode(text))
         room = length - question
         if room < 1:
             raise InvalidRequestError(
-                f"the question has {question} tokens, which leaves nothing of the {length} of a "
-                f"window for the context: shorten it"
+                f"the question has {question} tokens, which leaves no room for the context in a "
+                f"window of {length}: shorten it"
                 + (f", or raise max_seq_len (at most {context})" if length < context else ""),
                 param="inputs.question",
                 code="context_length_exceeded",
             )
-        # A long question leaves short parts of the context: they share half at most.
-        stride = min(self._stride, room // 2) if wishes.doc_stride is None else wishes.doc_stride
+        # A long question leaves little room for the context: windows overlap by at most half.
+        stride = (
+            min(self._stride, room // 2) if parameters.doc_stride is None else parameters.doc_stride
+        )
         _check("doc_stride", stride, 0, room - 1)
         self._check_windows(request.inputs.context, room, stride)
         return windows(self._tokenizer, text, request.inputs.context, length, stride)
 
     def _question(self, request: QuestionAnsweringRequest) -> str:
-        """The question without white space around it, as far as max_question_len allows."""
+        """The question, stripped and truncated to max_question_len."""
         limit = request.parameters.max_question_len
         question = request.inputs.question.strip()
         if limit is None:
@@ -149,20 +152,20 @@ class QuestionAnsweringService:
         return question[: ends[-1]].rstrip()
 
     def _check_windows(self, text: str, room: int, stride: int) -> None:
-        """Before they are made: InvalidRequestError if there would be too many."""
+        """InvalidRequestError if there would be too many windows."""
         tokens = len(self._tokenizer.encode(text))
         count = 1 + max(0, -(-(tokens - room) // (room - stride)))
         if count > self._max_windows:
             raise InvalidRequestError(
-                f"the context's {tokens} tokens make {count} windows of {room} that share "
-                f"{stride}, and {self._max_windows} are the most: shorten it, or lower doc_stride",
+                f"the context's {tokens} tokens make {count} windows of {room} with a stride of "
+                f"{stride}, more than {self._max_windows}: shorten it, or lower doc_stride",
                 param="inputs.context",
                 code="context_length_exceeded",
             )
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
-        """(L) of starts and of ends for each row, in fp32 on the CPU."""
+        """Start and end logits, (L) each, of each row, in fp32 on the CPU."""
         tokens, mask = right_padded(rows, self._model.device)
         output = self._model(tokens, attention_mask=mask, return_dict=True)
         starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
@@ -193,21 +196,21 @@ def _answers(
 ) -> list[Answer]:
     if not all(bool(each.isfinite().all()) for pair in logits for each in pair):
         raise ModelError("the model's output is not finite: its weights are damaged")
-    wishes, text = request.parameters, request.inputs.context
+    parameters, text = request.parameters, request.inputs.context
     spans = best_spans(
         parts,
         [start for start, _ in logits],
         [end for _, end in logits],
-        top_k=wishes.top_k,
-        max_answer_tokens=wishes.max_answer_len,
-        handle_impossible_answer=wishes.handle_impossible_answer,
-        words=Words(text) if wishes.align_to_words else None,
+        top_k=parameters.top_k,
+        max_answer_tokens=parameters.max_answer_len,
+        handle_impossible_answer=parameters.handle_impossible_answer,
+        words=Words(text) if parameters.align_to_words else None,
     )
     answers = [
         Answer(answer=text[span.start : span.end], start=span.start, end=span.end, score=span.score)
         for span in spans
     ]
-    # A context without a token that an answer could be has none; Hugging Face says it like this.
+    # No token of the context can be an answer: the same reply as Hugging Face's.
     return answers or [Answer(answer="", start=0, end=0, score=0.0)]
 
 

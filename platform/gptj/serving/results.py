@@ -1,4 +1,4 @@
-"""Awaiting what a thread computes for one request: all results, or the first error."""
+"""Awaits the results of a worker thread: all of them, or the first error."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from gptj.engine.batch_thread import ClosedError
 from gptj.serving.errors import ModelError
+from gptj.workers.errors import ClosedError
 
 Result = TypeVar("Result")
 
 
 async def results_of(futures: Sequence[Future[Result]]) -> list[Result]:
-    """The results in their order; if the wait is cancelled, what has not begun is cancelled too.
+    """The results in order; cancelling the call withdraws what has not begun.
 
-    Raises ClosedError, or ModelError for what else goes wrong in the thread.
+    Raises ClosedError, or ModelError for any other error in the thread.
     """
     try:
         return await asyncio.gather(*map(asyncio.wrap_future, futures))

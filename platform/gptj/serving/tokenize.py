@@ -1,4 +1,4 @@
-"""vLLM's API of the tokenizer: `POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
+"""vLLM's tokenizer API: `POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptj.tokenizer import GPTJTokenizer
 class TokenizeRequest(RequestModel):
     prompt: str
     model: str | None = None
-    add_special_tokens: bool = True  # GPT-J's tokenizer has none to add, so both are the same
+    add_special_tokens: bool = True  # no effect: GPT-J's tokenizer adds none
     return_token_strs: bool = False
 
     @field_validator("prompt")
@@ -53,7 +53,7 @@ def tokenize(
 
 
 def detokenize(tokenizer: GPTJTokenizer, request: DetokenizeRequest) -> DetokenizeReply:
-    """Raises InvalidRequestError for an id that is not in the vocabulary."""
+    """Raises InvalidRequestError for an id outside the vocabulary."""
     try:
         return DetokenizeReply(prompt=tokenizer.decode(request.tokens))
     except ValueError as error:

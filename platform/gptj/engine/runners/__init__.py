@@ -1,1 +1,1 @@
-"""What computes a step's logits, on each kind of device."""
+"""Runners: they compute a step's logits, on each kind of device."""

@@ -1,8 +1,8 @@
-"""One step of the model over a paged cache: tokens of several sequences in, logits (W, V) out.
+"""The Runner protocol, and its reference in PyTorch: one step of the model over a paged KV cache.
 
-The plain way, in PyTorch, on any device: the reference for faster runners. Shapes, as the ends
-of names: R sequences, T tokens of this step, W wanted rows, P pages of a sequence, S positions of
-a sequence's context, D width, H heads, K head width, V vocabulary.
+Tokens of several sequences in, logits (W, V) out, on any device. Shape suffixes: R sequences,
+T tokens of this step, W rows of logits, P pages of a sequence, S positions of a sequence's context,
+D width, H heads, K head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ PAGE_SIZE = 16  # positions
 
 @dataclass(frozen=True)
 class StepBatch:
-    """New tokens of several sequences, one sequence after the other, without padding."""
+    """New tokens of several sequences, concatenated without padding."""
 
     ids_T: Ints
     positions_T: Ints  # each in its own sequence, consecutive there
     query_start_loc: Ints  # (R + 1): sequence r has tokens loc[r]:loc[r + 1], at least one
-    page_table_RP: Ints  # each sequence's pages, in order; what is beyond its context is not read
-    logits_indices: Ints  # (W): the tokens after which logits are wanted, in this order
+    page_table_RP: Ints  # each sequence's pages, in order; entries beyond its context are not read
+    logits_indices: Ints  # (W): the tokens to return logits for, in this order
 
     def check(self, config: GPTJConfig, page_size: int, num_pages: int) -> None:
-        """For kernels, which trust what they get: a wrong number would read foreign memory."""
+        """For kernels, which do not check: a wrong index would access memory out of bounds."""
         for array in (
             self.ids_T,
             self.positions_T,
@@ -57,7 +57,7 @@ class StepBatch:
 
 
 class PageCopy(NamedTuple):
-    """The first `filled` positions of page `source` go to page `target`, in all layers."""
+    """Copies the first `filled` positions of page `source` to page `target`, in all layers."""
 
     source: int
     target: int
@@ -65,9 +65,9 @@ class PageCopy(NamedTuple):
 
 
 def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
-    """The copies in runs whose members may be made in any order, or at once.
+    """Groups of copies that can be made in any order, or in parallel.
 
-    A page that was just copied may have been freed and handed out since: its copy comes first.
+    A copied page may have been freed and allocated again since, so order matters between groups.
     """
     run: list[PageCopy] = []
     read: set[int] = set()
@@ -84,7 +84,7 @@ def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
 
 
 class Runner(Protocol):
-    """A model with a cache of pages; one thread uses it at a time."""
+    """A model with a paged KV cache; not thread-safe."""
 
     config: GPTJConfig
     device: torch.device  # of the logits
@@ -92,29 +92,29 @@ class Runner(Protocol):
     num_pages: int
 
     def step(self, batch: StepBatch) -> Tensor:
-        """Store the tokens' keys and values, and return the wanted logits, (W, V) of fp32.
+        """Cache the tokens' keys and values, and return logits (W, V) in fp32.
 
-        A token at position p is kept in its sequence's page p // page_size, place p % page_size,
-        and sees its sequence's positions 0 to p.
+        A token at position p is stored in its sequence's page p // page_size, slot p % page_size,
+        and attends to its sequence's positions 0 to p.
         """
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        """Copy what is filled of some pages, one copy after the other."""
+        """Make the copies in order."""
 
     def reset(self) -> None:
-        """Make the cache anew, after a step that failed."""
+        """Clear the cache, after a failed step."""
 
     def close(self) -> None:
-        """Free what the runner holds."""
+        """Free the runner's memory."""
 
 
 class ResizableRunner(Runner, Protocol):
     def resize(self, num_pages: int) -> None:
-        """Have so many pages, without content, in place of those before."""
+        """Replace the cache by an empty one of `num_pages` pages."""
 
 
 class TorchRunner:
-    """The model's own modules, with an attention that gathers each sequence's pages.
+    """The model's own modules, with attention over each sequence's gathered pages.
 
     Args:
         model: in evaluation mode, on its device.
@@ -200,7 +200,7 @@ class TorchRunner:
         keys.flatten(0, 1)[places_T] = k_THK
         values.flatten(0, 1)[places_T] = attn.v_proj(h_TD).unflatten(-1, (attn.heads, -1))
         attended = [
-            # Of four dimensions: for three PyTorch has no fused kernel.
+            # PyTorch has fused kernels for four dimensions only.
             F.scaled_dot_product_attention(
                 q_THK[context.tokens].transpose(0, 1)[None],
                 keys[context.pages].flatten(0, 1)[: context.length].transpose(0, 1)[None],
@@ -218,7 +218,7 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class _Context:
-    """What one sequence's new tokens see."""
+    """What one sequence's new tokens attend to."""
 
     tokens: slice  # of this step
     length: int

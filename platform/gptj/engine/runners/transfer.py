@@ -1,4 +1,4 @@
-"""Numbers of the host on their way to the device."""
+"""Copies from the host to the device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """On the device; on a GPU without waiting for what is still computed there.
+    """Numbers on the device; on a GPU without synchronizing.
 
-    PyTorch keeps pinned memory from its next user until the copy from it has ended.
+    PyTorch does not reuse pinned memory before the copy from it has completed.
     """
     tensor = torch.from_numpy(numbers)
     if device.type == "cuda":

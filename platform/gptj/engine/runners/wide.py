@@ -1,7 +1,7 @@
-"""Matrix products whose sums are kept in fp32, whatever the dtype of what is multiplied.
+"""Matrix products with fp32 accumulation and output, whatever the inputs' dtype.
 
-A logit of 20 that is rounded to bf16 is a multiple of 0.125: the likeliest tokens become equal, and
-log-probabilities coarse. Sums of fp16 can exceed its largest number, 65504.
+Rounded to bf16, a logit of 20 is a multiple of 0.125: the likeliest tokens tie, and logprobs become
+coarse. Sums in fp16 can exceed its maximum, 65504.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 4096  # columns whose weights are converted together, where they have to be
+BLOCK = 4096  # columns whose weights are converted to fp32 together, on a CPU
 
 
 def multiply_wide(x_TC: Tensor, weight: Tensor) -> Tensor:
-    """x (T, inputs) by weight (columns, inputs): (T, columns) of fp32, not rounded before."""
+    """x (T, inputs) by weight (columns, inputs): (T, columns) in fp32, without rounding."""
     if x_TC.dtype == torch.float32 == weight.dtype:
         return F.linear(x_TC, weight)
     if x_TC.device.type == "cuda":
@@ -28,9 +28,9 @@ def multiply_wide(x_TC: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def wide_sums() -> Iterator[None]:
-    """cuBLAS may cut long sums of fp16 or bf16 in parts: here it adds them up in fp32 as well.
+    """Have cuBLAS reduce split sums of fp16 and bf16 in fp32 as well.
 
-    PyTorch has this as a setting of the process, which is as before after the block.
+    This is a process-wide setting in PyTorch, restored after the block.
     """
     matmul = torch.backends.cuda.matmul
     fp16 = matmul.allow_fp16_reduced_precision_reduction

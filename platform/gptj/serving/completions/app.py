@@ -1,4 +1,4 @@
-"""The generation service over HTTP: OpenAI's completions API, and vLLM's API of the tokenizer."""
+"""The generation service over HTTP: OpenAI's completions API and vLLM's tokenizer API."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def generation_app(
     def check_model(name: str | None) -> None:
         if name is not None and name != card.id:
             raise NotFoundError(
-                f"there is no model {name!r:.200} here, but {card.id!r}",
+                f"model {name!r:.200} does not exist; this service has {card.id!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -54,11 +54,11 @@ def generation_app(
             return StreamingResponse(
                 server_sent(chunks),
                 media_type="text/event-stream",
-                # A buffering proxy would make it no stream.
+                # Proxies must not buffer the stream.
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
             )
         reply = await service.complete(request)
-        # As text at once: FastAPI would check and convert it again, on the event loop.
+        # Serialized here: FastAPI would validate it again, on the event loop.
         content = await asyncio.to_thread(reply.model_dump_json)
         return Response(content, media_type="application/json")
 

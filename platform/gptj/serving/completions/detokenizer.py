@@ -1,7 +1,7 @@
-"""Token ids in, one at a time; text out that a client may see already.
+"""Incremental detokenization: token ids in, one at a time; text that may be sent out.
 
-No half characters: a character whose bytes are spread over several tokens comes with its last.
-No part of a stop string: what may become one is held back until it is one, or is not.
+No partial characters: one whose bytes span several tokens comes with the last of them. No part of
+a stop string: text that may become one is held back until that is certain.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from gptj.tokenizer import GPTJTokenizer
 
 
 class TextStream:
-    """The text of an output while it grows; all its parts together are the decoded ids.
+    """The text of an output in progress; its parts concatenated are the decoded ids.
 
     Args:
         stop: strings that end the output; the text ends before the first one.
-        min_tokens: no stop string counts before so many tokens.
+        min_tokens: stop strings are ignored before that many tokens.
         include_stop: the text ends after the stop string, or after a stop token's own text.
-        begun: the first bytes of a character, with which the prompt ends. It belongs to this text
+        begun: the first bytes of a character at the end of the prompt, which belongs to this text
             if the output completes it.
-        echoed: the prompt is shown too. Its last character then becomes U+FFFD if the output does
-            not complete it, and is left out otherwise.
+        echoed: the prompt is shown, too: a last character that the output does not complete
+            becomes U+FFFD instead of being left out.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TextStream:
     ) -> None:
         if any(not text for text in stop):
             raise ValueError("a stop string must not be empty")
-        self.stopped = False  # by a stop string: there will be no more text
+        self.stopped = False  # by a stop string: no more text follows
         self.sent = 0  # characters returned so far
         self.decoded = 0  # characters of whole tokens so far, returned or held back
         self._tokenizer = tokenizer
@@ -48,19 +48,19 @@ class TextStream:
         self._echoed = echoed
         self._tokens = 0
         self._held = ""
-        self._passed = ""  # the end of what was returned, where a stop string may have begun
-        # What is no UTF-8 becomes U+FFFD, as in the tokenizer's decode.
+        self._passed = ""  # the end of the returned text, where a stop string may begin
+        # Invalid UTF-8 becomes U+FFFD, as in the tokenizer's decode.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.decode(begun)
-        self._first = begun  # the first character's bytes, until it is there
+        self._first = begun  # the first character's bytes, until it is complete
 
     def push(self, token_id: int) -> str:
-        """The text that is certain after this token; perhaps none."""
+        """The text that is certain after this token, possibly empty."""
         self._tokens += 1
         return self._add(self._decode(self._tokenizer.token_bytes(token_id)))
 
     def finish(self, stop_token: int | None = None) -> str:
-        """The rest, when no token follows; a character that is cut off becomes U+FFFD.
+        """The rest of the text; an incomplete character becomes U+FFFD.
 
         Args:
             stop_token: the id that ended the output. Special tokens have no text.
@@ -101,7 +101,7 @@ class TextStream:
         return self._send(text)
 
     def _end(self) -> int | None:
-        """Where what is held ends, if it completes a stop string: the one that begins first."""
+        """Where the held text ends if it has a stop string: at the first to begin."""
         text, passed = self._passed + self._held, len(self._passed)
         places = [
             (place, place + len(stop))
@@ -117,7 +117,7 @@ class TextStream:
         return text
 
     def _possible_stop(self) -> int:
-        """How many characters at the end may be the beginning of a stop string to leave out."""
+        """Characters at the end that may begin a stop string."""
         if self._include_stop:
             return 0
         for size in range(min(self._longest - 1, len(self._held)), 0, -1):
@@ -128,7 +128,7 @@ class TextStream:
 
 
 def unfinished(content: bytes) -> bytes:
-    """The bytes at the end that begin a character and do not complete it."""
+    """The bytes of an incomplete character at the end."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(content[-3:])  # no more, since a character has 4 at most
     return decoder.getstate()[0]

@@ -1,39 +1,30 @@
-"""A completions request's outputs: the engine's events in, certain text with its tokens out."""
+"""Runs a completions request: the engine's events in, text with its tokens out."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptj.engine.batch_thread import ClosedError
-from gptj.engine.engine import Engine, Ticket
+from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
+from gptj.engine.request import Ticket
 from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.completions.schemas import CompletionRequest, Usage
 from gptj.serving.errors import APIError, ModelError, UnavailableError
-from gptj.serving.mailbox import Mailbox
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.errors import ClosedError
 
 Reason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    text: str  # its whole characters
-    ids: list[int]
-    begun: bytes = b""  # of a last character that the ids do not complete
-
-
 @dataclass
 class Piece:
-    """What has become certain of an output: a part of its text, with the tokens that begin there.
-
-    Tokens come with their places in the output's text, in characters.
-    """
+    """Part of an output's text, with the tokens that begin in it and their character offsets."""
 
     text: str = ""
     tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
@@ -50,22 +41,22 @@ class Output:
     """One output while it is generated."""
 
     def __init__(
-        self, index: int, prompt: EncodedPrompt, scored_by: Output | None, text: TextStream
+        self, index: int, prompt: ResolvedPrompt, scored_by: Output | None, text: TextStream
     ) -> None:
         self.index = index
         self.prompt = prompt
-        self.scored_by = scored_by or self  # the output whose events report on the prompt
+        self.scored_by = scored_by or self  # the output that gets the prompt logprobs
         self.prompt_logprobs: PromptLogprobs | None = None
         self.ended = False
         self.new_tokens = 0
         self._text = text
-        self._waiting: list[tuple[TokenEvent, int]] = []  # for their text to be certain
+        self._waiting: list[tuple[TokenEvent, int]] = []  # until their text is certain
         self._logprob = 0.0
 
     def take(self, event: Event, start: int) -> Piece:
-        """What an event adds; nothing, perhaps. `start` is the place of the first new character.
+        """What an event adds, possibly nothing. `start` is the offset of the first new character.
 
-        Raises APIError if the event says that the output failed.
+        Raises APIError if the output failed.
         """
         piece = Piece()
         if isinstance(event, PromptLogprobs):
@@ -77,8 +68,8 @@ class Output:
             piece.text = self._text.push(event.token_id)
         elif isinstance(event, Finished) and event.reason != "cancelled":
             if event.stop_token is not None:
-                # It has no text, but a log-probability, which clients count on: lm_eval takes the
-                # last entry for the new token's, and those before it for the prompt's.
+                # It has no text, but its logprob counts: lm_eval takes the last entry for the new
+                # token and those before for the prompt.
                 self.new_tokens += 1
                 self._logprob += event.logprob or 0.0
                 token = TokenEvent(event.stop_token, event.logprob, event.top)
@@ -102,11 +93,10 @@ class Output:
 
 
 class CompletionRun:
-    """A request's outputs and what the engine says of them.
+    """A request's outputs while the engine generates them.
 
     Args:
-        max_tokens: how many may follow a prompt of so many.
-        start: when the request came, by time.perf_counter.
+        start: when the request arrived, by time.perf_counter.
     """
 
     def __init__(
@@ -114,9 +104,8 @@ class CompletionRun:
         engine: Engine,
         tokenizer: GPTJTokenizer,
         request: CompletionRequest,
-        prompts: Sequence[EncodedPrompt],
-        max_tokens: Callable[[int], int],
-        events: Events,
+        prompts: Sequence[ResolvedPrompt],
+        events: EventStream,
         recorder: Recorder,
         start: float,
     ) -> None:
@@ -124,7 +113,6 @@ class CompletionRun:
         self._events = events
         self._request = request
         self._prompts = prompts
-        self._max_tokens = max_tokens
         self.outputs: list[Output] = []
         for prompt in prompts:
             first = None
@@ -136,9 +124,9 @@ class CompletionRun:
         self._clocks = [OutputClock(recorder, start) for _ in self.outputs]
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(number of the output, what has become certain), until all have ended.
+        """(index of the output, its next piece), until all outputs have ended.
 
-        Whatever ends the iteration ends the work. Raises APIError, QueueFullError, ClosedError.
+        Ending the iteration cancels the work. Raises APIError, QueueFullError or ClosedError.
         """
         events = self._events
         running = len(self.outputs)
@@ -146,7 +134,7 @@ class CompletionRun:
             for start in range(0, running, self._request.candidates):
                 self._submit(self.outputs[start : start + self._request.candidates])
             while running:
-                # What has come meanwhile goes out together: a slow client gets fewer, larger parts.
+                # Events that have arrived are merged: a slow client gets fewer, larger chunks.
                 pieces: dict[int, Piece] = {}
                 for index, event in await events.get_all():
                     if self.outputs[index].ended:
@@ -165,7 +153,7 @@ class CompletionRun:
         piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
         self._clocks[index].note(output.new_tokens, output.ended, ticket)
         if output.ended:
-            ticket.cancel()  # a stop string is none of the engine's
+            ticket.cancel()  # the engine knows no stop strings
         return piece
 
     def usage(self) -> Usage:
@@ -173,32 +161,30 @@ class CompletionRun:
 
     def _submit(self, outputs: Sequence[Output]) -> None:
         """Submit one prompt's outputs."""
-        prompt = outputs[0].prompt.ids
-        max_tokens = self._max_tokens(len(prompt))
+        prompt = outputs[0].prompt
         try:
-            self._events.tickets += self._engine.submit_many(
-                prompt,
-                [self._request.sampling(max_tokens, sample) for sample in range(len(outputs))],
-                [self._events.put(output.index) for output in outputs],
+            tickets = self._engine.submit_many(
+                prompt.ids, prompt.params, [self._events.router] * len(outputs)
             )
         except ValueError as error:
             raise self._request.named(error) from error
+        self._events.follow(tickets)
 
 
 class OutputClock:
     """Records how long an output took.
 
     Args:
-        start: when its request came, by time.perf_counter.
+        start: when its request arrived, by time.perf_counter.
     """
 
     def __init__(self, recorder: Recorder, start: float) -> None:
         self._recorder = recorder
         self._start = start
-        self._first: float | None = None  # when the first token came
+        self._first: float | None = None  # when the first token arrived
 
     def note(self, new_tokens: int, ended: bool, ticket: Ticket) -> None:
-        """An event has come, after which the output has so many tokens."""
+        """Record an event, after which the output has `new_tokens` tokens."""
         now = time.perf_counter()
         if self._first is None and new_tokens:
             self._first = now
@@ -209,36 +195,70 @@ class OutputClock:
             self._recorder.queued(ticket.queued_seconds)
 
 
-class Events:
-    """Events of several requests, from the engine's thread to this event loop."""
+class EventRouter:
+    """Takes a step's events from the engine's thread to the streams of one event loop.
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    Waking the loop costs a system call: there is one a step, whatever the number of events.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._streams: dict[Ticket, tuple[EventStream, int]] = {}
+
+    def __call__(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        """On the engine's thread. Raises RuntimeError once the loop is closed."""
+        self.loop.call_soon_threadsafe(self._route, events)
+
+    def add(self, ticket: Ticket, stream: EventStream, index: int) -> None:
+        """On the loop's thread, in the same callback as the ticket's submission."""
+        self._streams[ticket] = stream, index
+
+    def remove(self, ticket: Ticket) -> None:
+        self._streams.pop(ticket, None)
+
+    def _route(self, events: Sequence[tuple[Ticket, Event]]) -> None:
+        for ticket, event in events:
+            if (found := self._streams.get(ticket)) is not None:
+                stream, index = found
+                stream.put(index, event)
+
+
+class EventStream:
+    """The events of one completions request, which is one or several to the engine."""
+
+    def __init__(self, router: EventRouter) -> None:
         self.tickets: list[Ticket] = []
-        self._mailbox = mailbox
+        self.router = router
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def put(self, index: int) -> Callable[[Event], None]:
-        """What the engine calls with the events of request `index`."""
-        mailbox, queue = self._mailbox, self._queue
-        return lambda event: mailbox.put(queue, (index, event))
+    def follow(self, tickets: Sequence[Ticket]) -> None:
+        """Receive their events, numbered in order."""
+        for ticket in tickets:
+            self.router.add(ticket, self, len(self.tickets))
+            self.tickets.append(ticket)
+
+    def put(self, index: int, event: Event) -> None:
+        self._queue.put_nowait((index, event))
 
     async def get(self) -> tuple[int, Event]:
         return await self._queue.get()
 
     async def get_all(self) -> list[tuple[int, Event]]:
-        """All that have come; one at least."""
+        """All that have arrived; at least one."""
         events = [await self._queue.get()]
         while not self._queue.empty():
             events.append(self._queue.get_nowait())
         return events
 
     def cancel(self) -> None:
+        """Cancel what runs, and receive no more events."""
         for ticket in self.tickets:
+            self.router.remove(ticket)
             ticket.cancel()
 
 
 def text_stream(
-    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: EncodedPrompt
+    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: ResolvedPrompt
 ) -> TextStream:
     """For an output of a prompt."""
     return TextStream(
@@ -251,7 +271,7 @@ def text_stream(
     )
 
 
-def usage_of(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:
+def usage_of(prompts: Sequence[ResolvedPrompt], new_tokens: int) -> Usage:
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     return Usage(
         prompt_tokens=prompt_tokens,
@@ -263,5 +283,5 @@ def usage_of(prompts: Sequence[EncodedPrompt], new_tokens: int) -> Usage:
 def failure(event: Event) -> APIError:
     if isinstance(event, Failed) and isinstance(event.error, ClosedError):
         return UnavailableError(str(event.error))
-    reason = str(event.error) if isinstance(event, Failed) else "it ended early"
+    reason = str(event.error) if isinstance(event, Failed) else "it was cancelled"
     return ModelError(f"the model failed on this request: {reason}")

@@ -1,8 +1,9 @@
-"""OpenAI's completions API: what `POST /v1/completions` takes and gives, and the models' list."""
+"""OpenAI's completions API: bodies and replies of `/v1/completions` and `/v1/models`."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,15 +27,15 @@ MAX_LOGPROBS = 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
-MAX_BITS = 1024  # of integers: a float's range; Python prints none above 4,300 digits
+MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4,300 digits
 
 Prompt = str | list[int]
 
 
 class RequestModel(BaseModel):
-    """A body: unknown fields and wrong types are errors, null is the same as left out.
+    """A body: unknown fields and wrong types are errors, null means the default.
 
-    No integer has more than MAX_BITS, so that what is computed with one can be printed.
+    Integers have at most MAX_BITS, so that error messages can print them.
     """
 
     model_config = ConfigDict(
@@ -52,17 +53,17 @@ class RequestModel(BaseModel):
     @classmethod
     def _without_huge_integers(cls, value: Any) -> Any:
         left = [value]
-        while left:  # and not by recursion, since a client decides how deep it goes
+        while left:  # iterative, since clients decide the depth
             each = left.pop()
             if isinstance(each, int) and each.bit_length() > MAX_BITS:
-                raise ValueError(f"integers have {MAX_BITS} bits at most")
+                raise ValueError(f"integers may have at most {MAX_BITS} bits")
             if isinstance(each, list):
                 left += each
         return value
 
 
 def as_prompts(value: Any) -> list[Prompt]:
-    """OpenAI's four kinds of a prompt as a list. ValueError for any other."""
+    """OpenAI's four kinds of prompts as a list. Raises ValueError for any other."""
     kinds = "a string, a list of strings, a list of token ids or a list of such lists"
     if isinstance(value, str):
         return [checked_text(value)]
@@ -82,24 +83,24 @@ def as_prompts(value: Any) -> list[Prompt]:
 
 
 def checked_text(text: str) -> str:
-    """The text itself. ValueError for what JSON can write but is no Unicode text."""
+    """The text. Raises ValueError for lone surrogates, which JSON can express."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"has half of a surrogate pair at character {error.start}, which is no Unicode text"
+            f"has a lone surrogate at character {error.start}, which is not valid Unicode"
         ) from error
     return text
 
 
 def as_token_biases(value: Any) -> dict[int, float]:
-    """`{"50256": -100}` as a map of ids. ValueError for what is none."""
+    """`{"50256": -100}` as a map of ids. Raises ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and numbers")
     biases = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
-            raise ValueError(f"{key!r:.40} is no token id")
+            raise ValueError(f"{key!r:.40} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of token {key} must be in [-100, 100], got {bias!r:.40}")
         biases[int(key)] = float(bias)
@@ -107,7 +108,7 @@ def as_token_biases(value: Any) -> dict[int, float]:
 
 
 def as_stop_strings(value: Any) -> list[str]:
-    """One string, or several. ValueError for an empty one."""
+    """One or several strings. Raises ValueError for an empty one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("must be a string or a list of strings")
@@ -129,20 +130,20 @@ _BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
 
 
 class StreamOptions(RequestModel):
-    include_usage: bool = False  # one more chunk at the end, with the numbers of tokens
-    continuous_usage_stats: bool = False  # vLLM's: the numbers so far in each chunk
-    include_obfuscation: Literal[False] = False  # OpenAI's padding of chunks, which we have not
+    include_usage: bool = False  # a last chunk with token counts
+    continuous_usage_stats: bool = False  # vLLM's: counts so far in each chunk
+    include_obfuscation: Literal[False] = False  # OpenAI's padding, not supported
 
 
 class CompletionRequest(RequestModel):
-    """OpenAI's fields, and the extensions that are usual beside them."""
+    """OpenAI's fields and common extensions."""
 
-    model: str | None = None  # this service has one, which is the default
+    model: str | None = None  # default: this service's only model
     prompt: Annotated[
         list[Prompt] | None, PlainValidator(as_prompts), WithJsonSchema(_PROMPT_SCHEMA)
-    ] = None  # default: the beginning of a text
+    ] = None  # default: the bos token
     suffix: str = ""
-    max_tokens: int | None = None  # default: 16, or what the context has room for
+    max_tokens: int | None = None  # default: 16, or what the context leaves
     temperature: float = 1.0
     top_p: float = 1.0
     n: int = 1
@@ -160,18 +161,18 @@ class CompletionRequest(RequestModel):
         dict[int, float], PlainValidator(as_token_biases), WithJsonSchema(_BIAS_SCHEMA)
     ] = Field(default_factory=dict)
     seed: int | None = None
-    user: str = ""  # of the client's own use; nothing here depends on it
+    user: str = ""  # ignored
 
     top_k: int = 0  # only the k likeliest tokens; 0 or -1 means all
-    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    min_p: float = 0.0  # relative to the likeliest token's probability
     repetition_penalty: float = 1.0
-    min_tokens: int = 0  # neither eos nor a stop before so many
+    min_tokens: int = 0  # ignore eos and stops before that many tokens
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default_factory=list)
-    include_stop_str_in_output: bool = False  # end after the stop that was met, not before it
-    use_beam_search: bool = False  # best_of beams, of which the n best are returned
-    length_penalty: float = 1.0  # beams rank by log-probability / length ** length_penalty
-    early_stopping: bool = False  # end when as many beams as best_of have ended
+    include_stop_str_in_output: bool = False  # end the text after the stop, not before it
+    use_beam_search: bool = False  # best_of beams, returning the best n
+    length_penalty: float = 1.0  # rank beams by logprob / length ** length_penalty
+    early_stopping: bool = False  # stop once best_of beams have ended
 
     @property
     def candidates(self) -> int:
@@ -180,21 +181,21 @@ class CompletionRequest(RequestModel):
 
     @property
     def sequences_field(self) -> str:
-        """The field to lower where there are too many outputs."""
+        """The field to lower if there are too many outputs."""
         if self.prompt is not None and len(self.prompt) > 1:
             return "prompt"
         return "n" if self.best_of is None else "best_of"
 
     def check(self) -> None:
-        """InvalidRequestError for fields that contradict each other or a limit."""
+        """Raises InvalidRequestError for fields that contradict each other or exceed a limit."""
         if self.suffix:
-            raise _invalid("suffix", "this model cannot fill in before a suffix: leave it out")
+            raise _invalid("suffix", "this model does not support suffix: leave it out")
         if self.n < 1:
             raise _invalid("n", f"n must be 1 or more, got {self.n}")
         if self.candidates < self.n:
             raise _invalid("best_of", f"best_of={self.best_of} must not be below n={self.n}")
         if self.stream and self.candidates > self.n:
-            raise _invalid("best_of", "which outputs are best is known at the end: no stream")
+            raise _invalid("best_of", "best_of above n does not work with stream=true")
         if self.stream_options is not None and not self.stream:
             raise _invalid("stream_options", "stream_options needs stream=true")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -204,19 +205,19 @@ class CompletionRequest(RequestModel):
         if self.max_tokens is not None and self.max_tokens < 0:
             raise _invalid("max_tokens", f"max_tokens must be 0 or more, got {self.max_tokens}")
         if self.max_tokens == 0 and not self.echo:
-            raise _invalid("max_tokens", "max_tokens=0 gives nothing without echo=true")
+            raise _invalid("max_tokens", "max_tokens=0 needs echo=true")
         prompts = 1 if self.prompt is None else len(self.prompt)
         if prompts * self.candidates > MAX_SEQUENCES:
             raise _invalid(
                 self.sequences_field,
-                f"{prompts} prompts with {self.candidates} outputs each are more than "
+                f"{prompts} prompts with {self.candidates} outputs each exceed the limit of "
                 f"{MAX_SEQUENCES} outputs: send several requests",
             )
         if len(self.stop) > MAX_STOP_STRINGS or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
             raise _invalid(
                 "stop",
                 f"stop may have {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS} characters "
-                f"together, got {len(self.stop)} of {sum(map(len, self.stop))}",
+                f"in total, got {len(self.stop)} of {sum(map(len, self.stop))}",
             )
         for name, given in (
             ("logit_bias", self.logit_bias),
@@ -228,7 +229,7 @@ class CompletionRequest(RequestModel):
             self._check_beam_search()
         elif self.length_penalty != 1 or self.early_stopping:
             name = "early_stopping" if self.early_stopping else "length_penalty"
-            raise _invalid(name, f"{name} is for use_beam_search=true")
+            raise _invalid(name, f"{name} needs use_beam_search=true")
 
     def _check_beam_search(self) -> None:
         refused = {
@@ -250,17 +251,14 @@ class CompletionRequest(RequestModel):
         if self.max_tokens == 0:
             raise _invalid("max_tokens", "beam search needs max_tokens of 1 or more")
 
-    def sampling(self, max_tokens: int, sample: int) -> SamplingParams:
-        """What the engine is asked for, for one prompt's output of number `sample`.
+    def sampling(self, max_tokens: int) -> list[SamplingParams]:
+        """Of one prompt, for each of its samples; beam search has one.
 
-        Raises InvalidRequestError naming the field that is out of its range.
+        Raises InvalidRequestError naming the field that is out of range.
         """
         ranks = self.candidates > self.n and not self.use_beam_search
-        logprobs = 0 if self.logprobs is None and ranks else self.logprobs
-        # The prompt is the same for all of its outputs: reported once.
-        scores_prompt = self.echo and self.logprobs is not None and sample == 0
         try:
-            return SamplingParams(
+            first = SamplingParams(
                 max_tokens=max_tokens,
                 min_tokens=self.min_tokens,
                 temperature=self.temperature,
@@ -273,19 +271,28 @@ class CompletionRequest(RequestModel):
                 logit_bias=self.logit_bias,
                 stop_token_ids=tuple(self.stop_token_ids),
                 ignore_eos=self.ignore_eos,
-                # Samples of one request differ from each other.
-                seed=None if self.seed is None else self.seed + sample,
-                logprobs=logprobs,
-                prompt_logprobs=self.logprobs if scores_prompt else None,
+                seed=self.seed,
+                logprobs=0 if self.logprobs is None and ranks else self.logprobs,
+                prompt_logprobs=self.logprobs if self.echo else None,
             )
         except ValueError as error:
             raise self.named(error) from error
+        if self.use_beam_search:
+            return [first]
+        # Samples differ by their seeds; the prompt is the same, and reported once.
+        others = [
+            replace(
+                first, seed=None if self.seed is None else self.seed + sample, prompt_logprobs=None
+            )
+            for sample in range(1, self.candidates)
+        ]
+        return [first, *others]
 
     def beams(self) -> BeamParams:
         return BeamParams(self.candidates, self.n, self.length_penalty, self.early_stopping)
 
     def named(self, error: ValueError) -> APIError:
-        """A ValueError of the library, whose message begins with the field that it is about."""
+        """A ValueError of the library, whose message begins with the field's name."""
         field = str(error).split(maxsplit=1)[0].rstrip(":")
         if field == "num_beams":
             field = self.sequences_field
@@ -302,12 +309,12 @@ def _is_id(value: Any) -> bool:
 
 class Usage(BaseModel):
     prompt_tokens: int
-    completion_tokens: int  # of all outputs, those that best_of left out too
+    completion_tokens: int  # of all outputs, including those that best_of discards
     total_tokens: int
 
 
 class Logprobs(BaseModel):
-    """One entry a token; null for the prompt's first, which follows nothing."""
+    """One entry for each token; null for the prompt's first token."""
 
     tokens: list[str] = Field(default_factory=list)
     token_logprobs: list[float | None] = Field(default_factory=list)
@@ -338,7 +345,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "gptj"
-    root: str  # the address that it was loaded from
+    root: str  # the checkpoint's address
     max_model_len: int  # the context, in tokens
 
 

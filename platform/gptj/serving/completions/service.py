@@ -1,4 +1,4 @@
-"""From a completions request to its reply: text to ids, the engine's events to text."""
+"""Answers completions requests: text to ids, and the engine's events to text."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound, TokenEvent
-from gptj.serving.completions.detokenizer import TextStream, unfinished
+from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.prompts import PromptResolver, ResolvedPrompt
 from gptj.serving.completions.run import (
     CompletionRun,
-    EncodedPrompt,
-    Events,
+    EventRouter,
+    EventStream,
     Output,
     Piece,
     Reason,
@@ -24,30 +24,27 @@ from gptj.serving.completions.run import (
     usage_of,
 )
 from gptj.serving.completions.schemas import (
-    DEFAULT_MAX_TOKENS,
     Choice,
     Completion,
     CompletionRequest,
     Logprobs,
-    Prompt,
     StreamOptions,
 )
 from gptj.serving.completions.vocabulary import Vocabulary
-from gptj.serving.errors import APIError, InvalidRequestError
-from gptj.serving.mailbox import Mailbox
+from gptj.serving.errors import APIError
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
-LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes the same
+LEAST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
 
 
 class CompletionService:
-    """Answers completions requests by an engine and a tokenizer.
+    """Answers completions requests with an engine and a tokenizer.
 
     Args:
-        vocabulary: the tokenizer's, for this engine's model.
-        model_name: what replies call the model.
-        recorder: gets the times of outputs.
+        vocabulary: of the tokenizer and the engine's model.
+        model_name: the model's name in replies.
+        recorder: receives latencies.
     """
 
     def __init__(
@@ -61,9 +58,14 @@ class CompletionService:
         self._engine = engine
         self._recorder = recorder
         self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+        self._resolver = PromptResolver(
+            tokenizer,
+            vocabulary,
+            context_length=engine.context_length,
+            max_queued=engine.max_queued,
+        )
         self._model_name = model_name
-        self._mailbox: Mailbox | None = None
+        self._router: EventRouter | None = None
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The whole reply. Cancelling the call cancels the work.
@@ -71,14 +73,14 @@ class CompletionService:
         Raises APIError, QueueFullError or ClosedError.
         """
         start = time.perf_counter()
-        prompts = await self._encoded(request)
+        prompts = await self._resolve(request)
         if request.use_beam_search:
             return await self._complete_by_beams(request, prompts)
         run = self._run(request, prompts, start)
         pieces: list[list[Piece]] = [[] for _ in run.outputs]
         async for index, piece in run.pieces():
             pieces[index].append(piece)
-        # With log-probabilities of long prompts this takes a while.
+        # Logprobs of long prompts take a while: not on the event loop.
         return await asyncio.to_thread(self._reply, request, run, pieces)
 
     def _reply(
@@ -95,37 +97,36 @@ class CompletionService:
         return Completion(model=self._model_name, choices=choices, usage=run.usage())
 
     async def stream(self, request: CompletionRequest) -> AsyncIterator[Completion]:
-        """The reply in chunks: the call itself returns when the first has come, or raises.
+        """The reply in chunks; returns once the first is there.
 
-        Raises APIError, QueueFullError or ClosedError; later ones come out of the iterator.
+        Raises APIError, QueueFullError or ClosedError; the iterator raises APIError as well.
         """
         start = time.perf_counter()
-        prompts = await self._encoded(request)
+        prompts = await self._resolve(request)
         run = self._run(request, prompts, start)
         chunks = self._chunks(request, run)
         first = await anext(chunks)
         return _chained(first, chunks)
 
     def _run(
-        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt], start: float
+        self, request: CompletionRequest, prompts: Sequence[ResolvedPrompt], start: float
     ) -> CompletionRun:
         return CompletionRun(
             self._engine,
             self._tokenizer,
             request,
             prompts,
-            partial(self._max_tokens, request),
             self._events(),
             self._recorder,
             start,
         )
 
-    def _events(self) -> Events:
+    def _events(self) -> EventStream:
         """For a request of the running event loop."""
         loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._mailbox.loop is not loop:
-            self._mailbox = Mailbox(loop)
-        return Events(self._mailbox)
+        if self._router is None or self._router.loop is not loop:
+            self._router = EventRouter(loop)
+        return EventStream(self._router)
 
     async def _chunks(
         self, request: CompletionRequest, run: CompletionRun
@@ -138,7 +139,7 @@ class CompletionService:
             if index in begun:
                 choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
             else:
-                # With log-probabilities of a long prompt this takes a while.
+                # Logprobs of a long prompt take a while: not on the event loop.
                 choice = await asyncio.to_thread(self._choice, request, output, index)
                 begun.add(index)
             self._extend(choice, piece)
@@ -148,7 +149,7 @@ class CompletionService:
             yield whole.model_copy(update={"usage": run.usage()})
 
     def _choice(self, request: CompletionRequest, output: Output, index: int) -> Choice:
-        """A choice with what it shows before its first new token: the prompt, if echoed."""
+        """A choice without new tokens: the prompt, if it is echoed."""
         choice = Choice(index=index, text="", logprobs=_no_logprobs(request))
         if request.echo:
             choice.text = output.prompt.text
@@ -158,7 +159,7 @@ class CompletionService:
 
     def _echo_logprobs(self, logprobs: Logprobs, output: Output) -> None:
         scored = output.scored_by.prompt_logprobs
-        assert scored is not None  # it is the first event of a request that asks for it
+        assert scored is not None  # always the first event, if requested
         text = TextStream(self._tokenizer)
         for event in scored.tokens:
             self._add_logprob(logprobs, event, text.decoded)
@@ -177,7 +178,7 @@ class CompletionService:
         logprobs.token_logprobs.append(None if first_of_prompt else _finite(event.logprob))
         logprobs.text_offset.append(place)
         top = {self._token_text(token): _finite(value) for token, value in event.top}
-        if not first_of_prompt:  # the token itself, too, where it is not among the likeliest
+        if not first_of_prompt:  # the token itself, even if it is not among them
             top.setdefault(logprobs.tokens[-1], _finite(event.logprob))
         logprobs.top_logprobs.append(None if first_of_prompt else top)
 
@@ -185,11 +186,11 @@ class CompletionService:
         content = self._tokenizer.token_bytes(token)
         try:
             return content.decode()
-        except UnicodeDecodeError:  # a part of a character, in OpenAI's notation
+        except UnicodeDecodeError:  # part of a character, in OpenAI's notation
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     async def _complete_by_beams(
-        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]
+        self, request: CompletionRequest, prompts: Sequence[ResolvedPrompt]
     ) -> Completion:
         searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
         try:
@@ -208,17 +209,18 @@ class CompletionService:
         usage = usage_of(prompts, new_tokens)
         return Completion(model=self._model_name, choices=choices, usage=usage)
 
-    async def _search(self, request: CompletionRequest, prompt: EncodedPrompt) -> BeamsFound:
+    async def _search(self, request: CompletionRequest, prompt: ResolvedPrompt) -> BeamsFound:
         events = self._events()
-        params = request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
+        (params,) = prompt.params
         try:
-            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.put(0))
+            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.router)
         except ValueError as error:
             raise request.named(error) from error
+        events.follow([ticket])
         try:
             _, event = await events.get()
         finally:
-            ticket.cancel()
+            events.cancel()
         if not isinstance(event, BeamsFound):
             raise failure(event)
         if ticket.queued_seconds is not None:
@@ -226,7 +228,7 @@ class CompletionService:
         return event
 
     def _beam_text(
-        self, request: CompletionRequest, prompt: EncodedPrompt, output: Sequence[int]
+        self, request: CompletionRequest, prompt: ResolvedPrompt, output: Sequence[int]
     ) -> tuple[str, Reason]:
         stop_ids = {*request.stop_token_ids}
         if not request.ignore_eos:
@@ -237,90 +239,15 @@ class CompletionService:
         parts.append(text.finish(output[-1] if ended else None))
         return "".join(parts), "stop" if ended or text.stopped else "length"
 
-    async def _encoded(self, request: CompletionRequest) -> list[EncodedPrompt]:
-        """The prompts' ids, all of them known to fit. Raises APIError."""
-        request.check()
-        self._check_room(request)
-        prompts = self._default_prompt() if request.prompt is None else request.prompt
-        # Long texts take a while: not on the thread that all requests share.
-        encoded = await asyncio.to_thread(
-            lambda: [self._encode(request, prompt) for prompt in prompts]
-        )
-        known = len(self._tokenizer)
-        for name, ids in (
-            ("logit_bias", request.logit_bias),
-            ("stop_token_ids", request.stop_token_ids),
-        ):
-            if wrong := [token for token in ids if not 0 <= token < known]:
-                raise InvalidRequestError(
-                    f"{name}: {wrong[0]} is no token id of this model, which has {known}",
-                    param=name,
-                )
-        for prompt in encoded:
-            request.sampling(self._max_tokens(request, len(prompt.ids)), sample=0)
-        return encoded
-
-    def _check_room(self, request: CompletionRequest) -> None:
-        """InvalidRequestError for more outputs than may ever wait: 429 would be no answer."""
-        outputs = len(request.prompt or [""]) * request.candidates
-        if not request.use_beam_search and outputs > self._engine.max_queued:
-            raise InvalidRequestError(
-                f"{outputs} outputs are more than the {self._engine.max_queued} that may wait "
-                f"here: send several requests",
-                param=request.sequences_field,
-            )
-
-    def _encode(self, request: CompletionRequest, prompt: Prompt) -> EncodedPrompt:
-        """The text and ids of a prompt that the context has room for. Raises APIError."""
-        if isinstance(prompt, list):
-            self._max_tokens(request, len(prompt))
-            try:
-                text = self._tokenizer.decode(prompt)
-            except ValueError as error:
-                raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
-            # Each id has a byte at least, and a character 4 at most.
-            begun = unfinished(b"".join(map(self._tokenizer.token_bytes, prompt[-3:])))
-            return EncodedPrompt(text[:-1] if begun else text, prompt, begun)
-        text = prompt or self._default_prompt()[0]
-        self._max_tokens(request, self._vocabulary.least_tokens(text), known="at least ")
-        encoded = EncodedPrompt(text, self._tokenizer.encode(text))
-        self._max_tokens(request, len(encoded.ids))
-        return encoded
-
-    def _default_prompt(self) -> list[str]:
-        """As OpenAI's: what separates texts, so that a new one begins."""
-        if self._tokenizer.bos_token is None:
-            raise InvalidRequestError(
-                "prompt must not be empty: this model has no token that begins a text",
-                param="prompt",
-            )
-        return [self._tokenizer.bos_token]
-
-    def _max_tokens(self, request: CompletionRequest, length: int, known: str = "") -> int:
-        """How many tokens may follow a prompt of so many. InvalidRequestError if it has no room."""
-        context = self._engine.context_length
-        least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
-        if length + least > context:
-            raise InvalidRequestError(
-                f"this model's context is {context} tokens, but {known}{length + least} are asked "
-                f"for: {known}{length} of the prompt and {least} of the completion; shorten the "
-                + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
-                param=self._too_long(request, length),
-                code="context_length_exceeded",
-            )
-        if request.max_tokens is not None:
-            return request.max_tokens
-        return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), context - length)
-
-    def _too_long(self, request: CompletionRequest, length: int) -> str:
-        """The field to change, where a prompt of so many tokens has no room for its output."""
-        if length >= self._engine.context_length:
-            return "prompt"
-        return "min_tokens" if request.max_tokens is None and request.min_tokens else "max_tokens"
+    async def _resolve(self, request: CompletionRequest) -> list[ResolvedPrompt]:
+        """Raises APIError."""
+        self._resolver.check(request)
+        # Long texts take a while: not on the event loop.
+        return await asyncio.to_thread(self._resolver.resolve, request)
 
 
 async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
-    """Chunks as server-sent events; an error, too, since the status has gone out already."""
+    """Chunks as server-sent events; an error is one as well, since the status has been sent."""
     try:
         async for chunk in chunks:
             yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
@@ -330,7 +257,7 @@ async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
 
 
 def on_one_line(content: str) -> str:
-    """JSON whose strings have no line separator: JSON allows three that end lines elsewhere."""
+    """JSON with escaped line separators: it allows three that end lines elsewhere."""
     if content.isascii():
         return content
     for separator in ("\u0085", "\u2028", "\u2029"):
@@ -345,7 +272,7 @@ async def _chained(first: Completion, rest: AsyncIterator[Completion]) -> AsyncI
 
 
 def _best(candidates: Sequence[Output], n: int) -> Sequence[Output]:
-    """The n with the highest log-probability a token, as OpenAI's best_of."""
+    """The n with the highest mean logprob, as OpenAI's best_of."""
     if len(candidates) == n:
         return candidates
     return sorted(candidates, key=lambda output: -output.mean_logprob)[:n]

@@ -1,4 +1,4 @@
-"""What a model's ids stand for: which of them are text at all, and how much text one can be."""
+"""Which of a model's ids stand for text, and the length of the longest."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from gptj.tokenizer import GPTJTokenizer
 
 @dataclass(frozen=True)
 class Vocabulary:
-    text_ids: frozenset[int]  # those that stand for text
-    unused_ids: tuple[int, ...]  # the model's other ids: never to be generated
-    longest: int  # bytes of the longest id's text
+    text_ids: frozenset[int]  # that stand for text
+    unused_ids: tuple[int, ...]  # the model's other ids, which must not be generated
+    longest: int  # bytes of an id's text
 
     @classmethod
     def of(cls, tokenizer: GPTJTokenizer, rows: int) -> Vocabulary:
-        """Of a model whose embedding has so many rows, which may be more than the tokenizer's."""
+        """Of a model whose embedding has `rows` rows, possibly more than the tokenizer has ids."""
         lengths = {}
         for token in set(range(rows)) - set(tokenizer.unused_ids):
             try:
                 lengths[token] = len(tokenizer.token_bytes(token))
-            except ValueError:  # a row that the tokenizer does not know
+            except ValueError:  # unknown to the tokenizer
                 continue
         unused = tuple(token for token in range(rows) if token not in lengths)
         return cls(frozenset(lengths), unused, max(lengths.values()))
 
     def least_tokens(self, text: str) -> int:
-        """So many tokens a text has at least: tells without tokenizing that one is too long."""
+        """A lower bound of a text's tokens, without tokenizing it."""
         return -(-len(text.encode()) // self.longest)

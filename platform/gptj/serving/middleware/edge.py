@@ -1,7 +1,7 @@
-"""The edge of HTTP: what a server hands on that no route could answer, answered here.
+"""Answers requests that no route can: WebSocket, unreadable headers, protocol upgrades.
 
-Used twice: first in every application, and in Serve's proxy, which reads some headers itself and
-would answer a plain 500 where it cannot (see deployments.proxy).
+Used in every application, and in Serve's proxy, which reads some headers itself and would answer a
+plain 500 if it cannot (see deployments.proxy).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.errors import InvalidRequestError, error_response
 
-# Those that Serve's proxy reads, as UTF-8; other headers may have any bytes.
+# Read by Serve's proxy as UTF-8; other headers may have any bytes.
 PROXY_HEADERS = frozenset(
     {
         b"x-request-id",
@@ -22,9 +22,9 @@ PROXY_HEADERS = frozenset(
     }
 )
 TIMEOUT = b"x-request-timeout-seconds"
-MAX_TIMEOUT = 1e6  # seconds; event loops cannot wait for any time
+MAX_TIMEOUT = 1e6  # seconds; event loops cannot wait arbitrarily long
 NO_WEBSOCKET = InvalidRequestError(
-    "there is no WebSocket here: send POST requests, with stream=true for a stream",
+    "WebSocket is not supported: send POST requests, with stream=true for a stream",
     code="websocket_not_supported",
 )
 
@@ -32,11 +32,10 @@ NO_WEBSOCKET = InvalidRequestError(
 class Edge:
     """Middleware: refuses WebSocket and unreadable headers, and never switches protocols.
 
-    A client may offer to switch (`Upgrade: h2c`), and the server may decline by just answering.
-    uvicorn reads nothing after such an offer, neither this request's body nor the connection's next
-    request: the missing body is noticed by BodyLimit, and the connection is closed here. WebSocket
-    comes as such an offer where the server has it switched off, as Serve's proxy has, and else in
-    a scope of its own.
+    A client may offer to upgrade (`Upgrade: h2c`), and the server may decline by just answering.
+    uvicorn reads nothing after such an offer, neither the body nor the connection's next request:
+    BodyLimit notices the missing body, and the connection is closed here. WebSocket is such an
+    offer if the server has it disabled, as in Serve's proxy, and otherwise a scope of its own.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -59,12 +58,12 @@ class Edge:
 
 
 def offers_upgrade(scope: Scope) -> bool:
-    """Whether the client offers to go on in another protocol."""
+    """Whether the client offers to switch protocols."""
     return any(name == b"upgrade" for name, _ in scope["headers"])
 
 
 def _problem(scope: Scope) -> InvalidRequestError | None:
-    """What is wrong with the headers."""
+    """The error of the headers, if any."""
     for name, value in scope["headers"]:
         if name == b"upgrade" and value.strip().lower() == b"websocket":
             return NO_WEBSOCKET
@@ -86,7 +85,7 @@ def _problem(scope: Scope) -> InvalidRequestError | None:
 
 
 def _seconds(value: bytes) -> float:
-    """What Serve makes of a time: no limit, here 0, if it is no number."""
+    """As Serve reads it: what is not a number means no limit, here 0."""
     try:
         return float(value)
     except ValueError:
@@ -94,7 +93,7 @@ def _seconds(value: bytes) -> float:
 
 
 def _closing(send: Send) -> Send:
-    """Replies end the connection."""
+    """Close the connection after the reply."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -106,7 +105,7 @@ def _closing(send: Send) -> Send:
 
 
 async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
-    """A reply of its own if the server can send one, and else the server's 403."""
+    """Send an error reply if the server supports it, otherwise its own 403."""
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008, "reason": NO_WEBSOCKET.message})
         return

@@ -1,4 +1,4 @@
-"""Who may ask: requests with one of the keys in GPTJ_API_KEYS, as `Authorization: Bearer KEY`."""
+"""API keys: requests need one of GPTJ_API_KEYS, as `Authorization: Bearer KEY`."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ OPEN_PATHS = ("/health", "/openapi.json")  # probes have no key, nor has the doc
 
 
 class Keys:
-    """A set of keys; an empty one lets everybody in."""
+    """A set of keys; an empty one allows every request."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Keys:
-        """Those of GPTJ_API_KEYS. ValueError if it is set but names none."""
+        """The keys in GPTJ_API_KEYS. Raises ValueError if it is set but empty."""
         text = environment.get(VARIABLE)
         if text is None:
-            logger.warning("%s is not set: everybody who reaches this service may use it", VARIABLE)
+            logger.warning(
+                "%s is not set: everyone who can reach this service can use it", VARIABLE
+            )
             return cls(())
         keys = [key.strip() for key in text.split(",") if key.strip()]
         if not keys:
             raise ValueError(
-                f"{VARIABLE}={text!r} names no key: unset it to let everybody in, or set keys"
+                f"{VARIABLE}={text!r} has no keys: set some, or unset it to allow every request"
             )
         return cls(keys)
 
     def allow(self, authorization: bytes | None) -> bool:
-        """Whether a header's value has one of the keys; it takes as long for a wrong one."""
+        """Whether a header's value has one of the keys, in constant time."""
         if not self._keys:
             return True
         if authorization is None or not authorization.lower().startswith(SCHEME):
             return False
         given = authorization[len(SCHEME) :].strip()
-        # All are compared: stopping at the first that fits would tell by time which one it was.
-        matches = [hmac.compare_digest(given, key) for key in self._keys]  # all, whichever fits
+        # Compare all: stopping at the first match would leak by time which key it was.
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
         return any(matches)
 
 
 class KeyCheck:
-    """Middleware: 401 for every path but OPEN_PATHS without a key, before the body is read."""
+    """Middleware: 401 without a key, except on OPEN_PATHS, before the body is read."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""How much a client may send: bodies are counted while they come in, chunked ones too."""
+"""Limits the size of bodies, including chunked ones, while they are received."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_BODY_BYTES = 2**20  # tokenizing takes a hundred times the memory of the tex
 
 
 class BodyLimit:
-    """Middleware: 413 for a body above `max_bytes`; one below it is read whole, then passed on."""
+    """Middleware: 413 for a body above `max_bytes`; smaller ones are read, then passed on."""
 
     def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
         self._app = app
@@ -27,7 +27,7 @@ class BodyLimit:
             await error_response(error)(scope, receive, send)
             return
         if body is None:
-            return  # the client has gone
+            return  # the client has left
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -55,7 +55,7 @@ class BodyLimit:
                 return b"".join(parts)
 
     def _check_complete(self, scope: Scope, declared: bytes | None, size: int) -> None:
-        """uvicorn does not read the body of a request that offers to switch protocols."""
+        """uvicorn does not read the body of a request that offers an upgrade."""
         announced = declared not in (None, b"0") or b"transfer-encoding" in dict(scope["headers"])
         if size == 0 and announced and offers_upgrade(scope):
             raise InvalidRequestError(

@@ -1,4 +1,4 @@
-"""Around every request: its id for the reply, and its route, status and time for the metrics."""
+"""Request ids, and metrics of each request's route, status and latency."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from gptj.serving.metrics import Recorder
 HEADER = b"x-request-id"
 SANE = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CLIENT_GONE = 499
-UNKNOWN_ROUTE = "unknown"  # not the path itself: clients can make up any number of them
+UNKNOWN_ROUTE = "unknown"  # not the path, of which clients can make up any number
 
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 def request_id() -> str:
-    """The id of the request that this code works for; a new one outside of any."""
+    """The current request's id; a new one outside of any."""
     return _request_id.get() or uuid.uuid4().hex
 
 
 class Observing:
-    """Middleware, the outermost that looks at requests.
+    """Middleware, the outermost one that inspects requests.
 
-    Serve's proxy has put an X-Request-Id on the request, the client's own if it sent one, and
-    puts it on the reply: what is made here has the same id, unless it would be a strange one.
+    Serve's proxy sets X-Request-Id on the request, the client's if it sent one, and on the reply:
+    completions get the same id if it is well-formed.
     """
 
     def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
@@ -62,9 +62,9 @@ class Observing:
 
 
 def _route(scope: Scope) -> str:
-    """The route's own pattern behind the application's prefix, such as `/v1/models/{model_id}`.
+    """The route's pattern after the application's prefix, such as `/v1/models/{model_id}`.
 
-    What was refused before a route was looked for, by its key or its size, has none.
+    Requests that were refused before routing, by key or size, have none.
     """
     pattern = getattr(scope.get("route"), "path_format", None)
     if pattern is None:

@@ -1,4 +1,4 @@
-"""Where a request goes within its application, whatever prefix the application is served under."""
+"""A request's path within its application, whatever prefix that is served under."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def route_path(scope: Scope) -> str:
 
 
 class Routing:
-    """Middleware: routes answer with a slash at the end and without, and to HEAD as to GET.
+    """Middleware: routes answer with and without a trailing slash, and to HEAD as to GET.
 
-    `POST /prefix` reaches the route `/`. Redirecting instead, as Starlette does, needs an absolute
-    address, and its scheme is not known behind a proxy that ends TLS.
+    `POST /prefix` reaches the route `/`. Redirecting, as Starlette does, needs an absolute URL,
+    whose scheme is unknown behind a proxy that terminates TLS.
     """
 
     def __init__(self, app: ASGIApp) -> None:

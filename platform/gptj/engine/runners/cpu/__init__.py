@@ -1,1 +1,1 @@
-"""The engine's own kernels for CPUs with AVX-512: built on the machine that runs them."""
+"""C++ kernels for CPUs with AVX-512, built on the machine that runs them."""

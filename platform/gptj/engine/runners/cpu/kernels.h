@@ -53,7 +53,7 @@ inline __m512 exp512(__m512 x) {
   return _mm512_mask_mov_ps(_mm512_maskz_scalef_ps(normal, p, n), nan, x);
 }
 
-// The tanh approximation of GELU, written as x * sigmoid(2u), which is the same.
+// The tanh approximation of GELU, as the equivalent x * sigmoid(2u).
 inline __m512 gelu512(__m512 x) {
   const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
   const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
@@ -165,7 +165,7 @@ struct Int8 {  // weights are stored with 128 added, as the instruction wants on
   }
 };
 
-// Rows that one pass over a block of weights takes: as even a share of all as there can be.
+// The rows of one pass over a block of weights: as even a share as possible.
 struct Pass {
   int64_t row, count;
 
@@ -201,7 +201,7 @@ struct Weights {
   int64_t inputs;
 };
 
-// Whether all of a row is finite: int8 could not say so otherwise, and max() drops NaN.
+// Whether a row is finite: int8 cannot represent NaN, and max() drops it.
 inline bool finite(const float* x, int64_t n) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16)  // 0 * x is NaN for what is not finite
@@ -209,7 +209,7 @@ inline bool finite(const float* x, int64_t n) {
   return _mm512_reduce_add_ps(sum) == 0.0f;
 }
 
-// Makes n inputs a row of the activations.
+// Converts n inputs to a row of activations.
 inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, int64_t row) {
   uint32_t* own = a.by_row + row * a.words;
   if (kind == Kind::fp32) {
@@ -241,16 +241,16 @@ inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, 
         _mm_mask_storeu_epi8(reinterpret_cast<int8_t*>(own) + i, first(to - i),
                              _mm512_cvtepi32_epi8(q));
       }
-      // A row that is not finite stays so: the engine must see it.
+      // Non-finite rows must stay non-finite, for the engine to detect.
       a.scales[row * a.groups + g] = finite(x + from, to - from) ? scale : NAN;
       a.offsets[row * a.groups + g] = 128 * _mm512_reduce_add_epi32(sum);
     }
   }
 }
 
-constexpr int64_t kTurned = 64;  // words of each row that one piece of this work turns
+constexpr int64_t kTurned = 64;  // words of each row in one piece of this work
 
-// Puts some words of a pass's rows side by side.
+// Interleaves some words of a pass's rows.
 inline void interleave(const Activations& a, int64_t pass_number, int64_t piece) {
   const Pass pass = Pass::number(pass_number, a.rows);
   const uint32_t* from = a.by_row + pass.row * a.words;
@@ -350,9 +350,9 @@ inline void rows_of_block(const Weights& w, int64_t block, const Activations& a,
   }
 }
 
-// All rows of one block, in passes. A single pass fetches weights a little ahead of itself;
-// of several, the first two fetch half of the next block each, so that the memory is as busy
-// while the processor computes from its cache.
+// All rows of one block, in passes. A single pass prefetches weights slightly ahead; of several, the
+// first two prefetch half of the next block each, so that memory stays busy while the processor
+// computes from cache.
 template <class K, class Done>
 inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {
   const int64_t passes = Pass::passes(a.rows), bytes = a.width * 128;

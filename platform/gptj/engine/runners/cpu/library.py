@@ -1,6 +1,6 @@
-"""step.cpp, compiled for this machine and loaded: built once, then kept in the user's cache.
+"""Compiles step.cpp for this machine and loads it; the build is kept in the user's cache.
 
-An image may have it beside its source.
+An image may ship the build beside the source.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 SOURCES = ("step.cpp", "kernels.h")
 FLAGS = (
     "-O3 -march=native -std=c++17 -fno-math-errno -shared -fPIC -pthread "
-    "-Wall -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC warns of its own headers
+    "-Wall -Wno-uninitialized -Wno-maybe-uninitialized"  # false positives in GCC's headers
 ).split()
 BUILD_SECONDS = 300
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 class UnsupportedError(RuntimeError):
-    """This machine cannot run the kernels; the message says what it lacks."""
+    """This machine or model cannot use the kernels; the message says why."""
 
 
 class Sizes(ctypes.Structure):
@@ -91,7 +91,7 @@ class Step(ctypes.Structure):
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library. Raises UnsupportedError without AVX-512, or a compiler that knows it."""
+    """The library. Raises UnsupportedError without AVX-512 or a compiler that supports it."""
     missing = [flag for flag in NEEDED if flag not in processor_flags()]
     if missing:
         raise UnsupportedError(f"the processor has no {', '.join(missing)}")
@@ -109,7 +109,7 @@ def load() -> ctypes.CDLL:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words; empty on other systems."""
+    """The processor's flags in /proc/cpuinfo; empty on other systems than Linux."""
     path = Path("/proc/cpuinfo")
     for line in path.read_text().splitlines() if path.exists() else ():
         if line.startswith("flags"):
@@ -118,10 +118,10 @@ def processor_flags() -> frozenset[str]:
 
 
 def _built() -> Path:
-    """The library's path, compiled first if it is not there.
+    """The library's path; compiles it if it is missing.
 
-    Its name has the hash of all that it depends on. It is written beside, and renamed when it is
-    whole: processes that build at the same time, or are killed at it, do no harm.
+    Its name has a hash of everything that it depends on. It is built in a temporary folder and then
+    renamed, so that concurrent or killed builds do no harm.
     """
     folder = Path(__file__).parent
     contents = [(folder / name).read_bytes() for name in SOURCES]
@@ -156,7 +156,7 @@ def _compiler() -> str:
     wanted = os.environ.get("CXX", "g++")
     found = shutil.which(wanted)
     if found is None:
-        raise UnsupportedError(f"there is no C++ compiler {wanted!r} (it is named by CXX)")
+        raise UnsupportedError(f"there is no C++ compiler {wanted!r} (set CXX to use another)")
     return found
 
 

@@ -1,8 +1,7 @@
-"""A layer's matrices (columns, inputs) as the kernels read them: fp32, bf16 or int8 in blocks.
+"""Packs matrices (columns, inputs) in blocks for the kernels: fp32, bf16 or int8.
 
-For each word of inputs (32 bits: one input in fp32, two in bf16, four in int8) a block's 32
-columns lie side by side, so that one row of activations needs one pass over the weights, from
-their first byte to their last.
+For each word of inputs (32 bits: one input in fp32, two in bf16, four in int8) a block's 32 columns
+are contiguous, so that one row of activations needs one sequential pass over the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Kind = Literal["fp32", "bf16", "int8"]
 
 KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8")  # their numbers in kernels.h
 BLOCK = 32  # columns
-PIECE = 8 * BLOCK  # columns that are packed at a time, in a core's cache
+PIECE = 8 * BLOCK  # columns that are packed at a time, to stay in a core's cache
 PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
 
 
@@ -28,7 +27,7 @@ class PackedLinear:
     """y = x W^T + b, with W in blocks."""
 
     data: Tensor
-    scales: Tensor | None  # (columns), int8 only: what a weight's unit stands for
+    scales: Tensor | None  # (columns), int8 only: the value of one unit
     bias: Tensor  # (columns), fp32
     columns: int
     inputs: int
@@ -52,9 +51,9 @@ def pack(
     """Pack weights (columns, inputs) of any float type into one matrix.
 
     Args:
-        allocate: gives a tensor of so many bytes.
-        beside: they share the columns, and not the inputs.
-        spent: is called with rows of the weights that have been packed.
+        allocate: returns a tensor of that many bytes.
+        beside: concatenate along the inputs rather than the columns.
+        spent: called with rows of the weights that have been packed.
     """
     columns = len(weights[0]) if beside else sum(map(len, weights))
     inputs = sum(each.shape[1] for each in weights) if beside else weights[0].shape[1]
@@ -73,7 +72,7 @@ def pack(
         if scales is not None:
             scales[start:end] = _quantize(values)
             values = unsigned[: len(values)].copy_(values)
-        # Words of 32 bits, which PyTorch moves faster than their parts.
+        # PyTorch moves 32-bit words faster than their parts.
         words = values.view(torch.int32)
         first, whole = start // BLOCK, len(words) // BLOCK
         packed[first : first + whole] = words[: whole * BLOCK].view(whole, BLOCK, -1).mT
@@ -89,7 +88,7 @@ def pack(
 
 
 def _pieces(weights: Sequence[Tensor], beside: bool) -> Iterator[list[Tensor]]:
-    """Rows of the weights that make whole blocks together; the last ones need not."""
+    """Rows of the weights that make whole blocks together, except for the last ones."""
     if beside:
         for start in range(0, len(weights[0]), PIECE):
             yield [weight[start : start + PIECE] for weight in weights]
@@ -115,14 +114,14 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(weight: Tensor) -> Tensor:
-    """The same in place, in fp32; returns the scales."""
+    """Quantize in place, in fp32; returns the scales."""
     scales: Tensor = torch.linalg.vector_norm(weight, torch.inf, dim=1) / 127
     weight.div_(torch.where(scales > 0, scales, 1.0)[:, None]).round_().add_(128)
     return scales
 
 
 def _scratch(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Memory that is the system's again afterwards: malloc would keep a part for each matrix."""
+    """Memory that is returned to the system afterwards, unlike malloc's."""
     size = rows * width * dtype.itemsize
     memory = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
     return memory.view(dtype).view(rows, width)

@@ -1,7 +1,7 @@
 """A Runner on the kernels of step.cpp: fp32, bf16 or int8 weights, for CPUs with AVX-512.
 
-One call computes a step, without the interpreter's lock and with no work on padding. A row's
-numbers do not depend on the rows beside it, bit for bit.
+One call computes a step, without the GIL and without padding. Results are bitwise independent of
+the batch's other rows.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
-LEAST_BYTES = 2**21  # from which on large pages are asked for
+LEAST_BYTES = 2**21  # of an allocation that gets huge pages
 
 
 class CpuRunner:
-    """The model's weights in the kernels' order, and a cache of pages.
+    """The model's weights in the kernels' layout, and a paged KV cache.
 
-    The embedding and the cache are fp32 for fp32 weights, and bf16 else; the residual stream,
+    The embedding and the cache are fp32 for fp32 weights and bf16 otherwise; the residual stream,
     norms, softmax and logits are always fp32.
 
     Args:
         model: in evaluation mode, on the CPU.
         num_pages: of the cache.
-        kind: of the weights; int8 is symmetric, a scale an output, with activations in int8
-            too, a scale for each 128 inputs.
-        threads: that compute, the calling one included; default: PyTorch's number.
-        release: take the weights out of the model while they are packed, piece by piece, so that
-            there is one copy of them in memory: the model is of no use afterwards, nor is what
-            else shares its weights' memory.
+        kind: of the weights; int8 is symmetric with a scale for each output, and quantizes
+            activations as well, with a scale for every 128 inputs.
+        threads: including the calling one; default: PyTorch's number.
+        release: move the weights out of the model piece by piece, so that there is one copy in
+            memory: the model is unusable afterwards, as is whatever shares its memory.
 
     Raises:
         UnsupportedError: if this processor, or this model's configuration, is not supported.
@@ -58,7 +57,7 @@ class CpuRunner:
         self.num_pages = num_pages
         self._kind: Kind = kind
         _check(model)
-        self._kept: list[Tensor] = []  # what the kernels point to
+        self._kept: list[Tensor] = []  # tensors that the kernels point to
         self._bytes_read = 0
         self._threads = threads or torch.get_num_threads()
         with torch.inference_mode():
@@ -88,7 +87,7 @@ class CpuRunner:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that a step reads: all but the embedding."""
+        """Bytes of weights that a step reads: all except the embedding."""
         return self._bytes_read
 
     def step(self, batch: StepBatch) -> Tensor:
@@ -131,12 +130,12 @@ class CpuRunner:
             self.close()
 
     def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
-        """All weights in the kernels' order; with `release` each goes as soon as it is packed."""
+        """All weights in the kernels' layout; with `release` each is freed once packed."""
         config = self.config
         let_go = _release if release else _keep_as_it_is
         spent = self._discard if release else _keep_rows
         stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
-        # The embedding stays as it is: mapped from its file, if it has the right type.
+        # The embedding is not packed: it stays mapped from its file if its dtype fits.
         wte, lm_head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
         embedding_VD = wte.to(stored)
         embedding = self._keep(embedding_VD if release else embedding_VD.clone())
@@ -218,7 +217,7 @@ def _check(model: GPTJForCausalLM) -> None:
         )
     if config.n_embd % 4 or config.inner_dim % 4 or config.head_dim % 2:
         raise library.UnsupportedError(
-            f"the kernels want n_embd={config.n_embd} and n_inner={config.inner_dim} to be "
+            f"the kernels need n_embd={config.n_embd} and n_inner={config.inner_dim} to be "
             f"multiples of 4, and the head width {config.head_dim} to be even"
         )
 
@@ -230,8 +229,8 @@ def _release(*modules: nn.Module) -> None:
 
 
 def _keep_as_it_is(*modules: nn.Module) -> None:
-    """The model is used on."""
+    """Without `release`."""
 
 
 def _keep_rows(rows: Tensor) -> None:
-    """Somebody else uses them."""
+    """They are still in use."""

@@ -1,8 +1,8 @@
-// One step of GPT-J over a paged cache, on threads of its own. A C interface, which library.py
-// calls without the interpreter's lock: the event loop beside it is never held up.
+// One step of GPT-J over a paged KV cache, on its own threads. A C interface, which library.py calls
+// without the GIL, so that the event loop is never blocked.
 //
-// All of a step is one parallel run. Its threads take blocks of work from shared counters, so
-// that a thread which the system holds up delays nobody, and meet at a barrier after each part.
+// A step is one parallel run. Its threads take blocks of work from shared counters, so that a
+// descheduled thread does not delay the others, and meet at a barrier after each part.
 //
 // A page holds 16 positions of a layer: for each head the keys as (words of the head, 16), one
 // vector for one word of all positions, and the values as (16, head).
@@ -24,12 +24,12 @@
 namespace {
 
 constexpr int64_t kPage = 16;    // positions of a page
-constexpr int64_t kQueries = 4;  // of a sequence, that share one reading of keys and values
+constexpr int64_t kQueries = 4;  // of a sequence, that share one pass over keys and values
 
 thread_local int thread_number = 0;  // in its team: the one that calls is 0
 
-// Threads that run one function together. Between runs they sleep; within one they spin a
-// little at the barriers, and then let others have the processor.
+// Threads that run one function together. Between runs they sleep; within a run they spin briefly
+// at barriers, then yield.
 class Team {
  public:
   explicit Team(int size) : size_(size) {
@@ -205,8 +205,8 @@ class Runner {
              });
   }
 
-  // Shares out `count` pieces of work; returns when all are done. Each thread has a stretch of its
-  // own, which memory is read along, and helps the others when that is done.
+  // Distributes `count` pieces of work; returns when all are done. Each thread has its own stretch,
+  // in memory order, and helps the others once that is done.
   template <class Work>
   void each(int& part, int64_t count, const Work& work) {
     const int64_t threads = s_.threads;
@@ -253,7 +253,7 @@ class Runner {
       block_product<Int8>(w, block, a, done);
   }
 
-  // Queries, keys and values, and beside them the MLP's first half with its activation.
+  // Queries, keys and values, and the MLP's activated first half.
   void first_product(int& part, const Layer& layer, const Activations& normed) {
     const int64_t inputs = s_.width + s_.inner;
     multiply2(
@@ -267,7 +267,7 @@ class Runner {
         });
   }
 
-  // Both branches' last products at once, added to the residual stream.
+  // Both branches' last products, added to the residual stream.
   void second_product(int& part, const Layer& layer, const Activations& branches) {
     multiply(part, layer.out, branches,
              [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
@@ -301,7 +301,7 @@ class Runner {
             offsets_.data(), rows, width, width * words_each(kind_), ceil_div(inputs, kGroup)};
   }
 
-  // One head of one sequence: its new keys and values go into their pages, then its queries look.
+  // One head of one sequence: caches its new keys and values, then attends with its queries.
   void attend(int64_t layer, int64_t sequence, int64_t head) {
     const int32_t start = b_->query_start_loc[sequence], end = b_->query_start_loc[sequence + 1];
     const int32_t* pages = b_->page_table + sequence * b_->pages_per_row;
@@ -314,7 +314,7 @@ class Runner {
   template <class K>
   using Element = std::conditional_t<std::is_same_v<K, Fp32>, float, uint16_t>;
 
-  // Numbers as the cache holds them.
+  // Converts to the cache's type.
   template <class K>
   void store(const float* x, Element<K>* y) const {
     for (int64_t i = 0; i < s_.head; i += 16) {
@@ -334,8 +334,8 @@ class Runner {
   template <class K>
   static constexpr int64_t kLine = 64 / sizeof(Element<K>);  // elements of a line of the cache
 
-  // A thread takes heads one after the other, and a page has them side by side: what the next one
-  // reads is fetched while this one computes.
+  // A thread takes heads in order, which are adjacent in a page: the next head's data is prefetched
+  // while this one computes.
   static void fetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
@@ -385,7 +385,7 @@ class Runner {
     }
   }
 
-  // A head's query or key of a token, its first dimensions turned by the token's position.
+  // A head's query or key of a token, with rotary embedding applied.
   void rotate(int32_t t, int64_t offset, int64_t head, float* y) const {
     const float* x = &qkv_[size_t(t * 3 * s_.width + offset + head * s_.head)];
     const float* sines = m_.sines + b_->positions[t] * (s_.rotated / 2);

@@ -1,6 +1,6 @@
-"""Steps of single tokens, recorded once for each of some batch sizes and then replayed whole.
+"""CUDA graphs of decode steps, captured for some batch sizes and replayed.
 
-A replayed step costs the host one call, where its hundreds of kernels would each cost one.
+A replay costs the host one launch instead of hundreds.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ from collections.abc import Callable
 import torch
 
 SIZES: tuple[int, ...] = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 257, 32))
-MAX_SIZE = SIZES[-1]  # beyond it a kernel takes longer than its call
+MAX_SIZE = SIZES[-1]  # beyond it a kernel takes longer than its launch
 
 
 def size_for(count: int) -> int:
-    """The least of SIZES that has room for so many, at most MAX_SIZE."""
+    """The smallest of SIZES for `count` rows, which is at most MAX_SIZE."""
     return SIZES[bisect_left(SIZES, count)]
 
 
 class Graphs:
-    """Recorded at once, the largest first: they share the memory that it needs.
+    """Captures all graphs, largest first: the others share its memory.
 
     The device must be the current one.
 
     Args:
-        step: computes a step of the given size, on static tensors only, at the same addresses
-            each time; what it computes stands in one of them.
-        stream: to record on. cuBLAS has a workspace for each, and keeps it: graphs that replace
-            others are recorded on the same.
+        step: computes a step of the given size on static tensors.
+        stream: to capture on. cuBLAS keeps a workspace for each stream: capture graphs that
+            replace others on the same stream.
     """
 
     def __init__(self, step: Callable[[int], None], stream: torch.cuda.Stream) -> None:
@@ -37,10 +36,10 @@ class Graphs:
         for size in reversed(SIZES):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                step(size)  # what is done once, such as compiling, cannot be recorded
+                step(size)  # warm up: compilation cannot be captured
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls are of the record: others may go on with theirs.
+            # thread_local: other threads may go on using CUDA.
             with torch.cuda.graph(
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):

@@ -1,7 +1,4 @@
-"""A StepBatch in, its Inputs out: all of a step's numbers go to the device in one copy.
-
-Shapes as in operations.py.
-"""
+"""Copies a StepBatch to the device as Inputs, in one transfer. Shapes as in operations.py."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs
 
 Vector = TypeVar("Vector", Tensor, Ints)
 
-ALIGNED = 4  # numbers: 16 bytes, for which kernels are compiled once
+ALIGNED = 4  # int32s: 16 bytes, which Triton specializes kernels for
 
 
 class Outline:
-    """Where the parts of a step's numbers lie in one vector."""
+    """The layout of a step's arrays in one vector."""
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         self._parts: list[tuple[slice, tuple[int, ...]]] = []
@@ -38,12 +35,12 @@ class Outline:
 
 
 class InputsMaker:
-    """Numbers that stand for no page are the scratch page's: what is written there is never read.
+    """Makes Inputs; padding refers to the scratch page, which is never read.
 
     Args:
-        max_pages: of a sequence: the width of all page tables.
+        max_pages: of a sequence: the width of page tables.
         scratch: the page that padding is written to.
-        max_decodes: of a step whose numbers have a place of their own.
+        max_decodes: the largest decode batch with static inputs, for CUDA graphs.
     """
 
     def __init__(
@@ -53,17 +50,17 @@ class InputsMaker:
         self._max_pages = max_pages
         self._page_size = page_size
         self._scratch = scratch
-        # Where graphs read their numbers, whatever the step.
+        # Graphs always read their inputs here.
         size = self._decode_outline(max_decodes).size
         self._static = torch.zeros(size, dtype=torch.int32, device=device)
 
     def static(self, size: int) -> Inputs:
-        """Those of a step of so many single tokens, always at the same place."""
+        """The inputs of a decode step of that size, always at the same address."""
         ids_T, positions_T, slots_T, page_table_RP = self._decode_outline(size).views(self._static)
         return Inputs(ids_T, positions_T, slots_T, page_table_RP, size)
 
     def fill(self, batch: StepBatch, size: int) -> None:
-        """Bring a batch of single tokens to where `static(size)` reads; padded with scratch."""
+        """Copy a decode batch to where `static(size)` reads, padded with the scratch page."""
         count = len(batch.ids_T)
         outline = self._decode_outline(size)
         vector = self._vector(outline.size)
@@ -78,7 +75,7 @@ class InputsMaker:
         self._static[: outline.size].copy_(vector, non_blocking=True)
 
     def of(self, batch: StepBatch) -> Inputs:
-        """Those of any batch."""
+        """The inputs of any batch."""
         lengths = np.diff(batch.query_start_loc)
         rows, tokens = len(lengths), len(batch.ids_T)
         num_decodes = rows if (lengths == 1).all() else int((lengths > 1).argmax())
@@ -122,7 +119,7 @@ class InputsMaker:
         return Outline((size,), (size,), (size,), (size, self._max_pages))
 
     def _vector(self, size: int) -> Tensor:
-        # PyTorch keeps pinned memory from its next user until the copy from it has ended.
+        # PyTorch does not reuse pinned memory before the copy from it has completed.
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
     def _slots(self, batch: StepBatch, rows_T: npt.NDArray[np.integer]) -> Ints:

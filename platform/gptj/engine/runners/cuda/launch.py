@@ -1,4 +1,4 @@
-"""The operations of a step by Triton kernels: which sizes, and how many programs."""
+"""The operations of a step by Triton kernels: their block sizes and grids."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gptj.engine.runners.cuda.weights import Norm, Weights
 from gptj.engine.runners.transfer import sent
 
 BLOCK_INNER = 1024
-# Places of a context that a chunk's tile looks at together, and warps: what registers hold.
-CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the bytes of a number
+# Positions of the context that a prefill tile attends to at a time, and warps, by registers.
+CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the dtype's bytes
 MAX_SPLITS = 32
-# Programs a multiprocessor that attend to single tokens: four can be there at a time, and twice
-# as many even out contexts of different lengths.
+# Programs of decode attention for each multiprocessor: four are resident at a time, and twice as
+# many even out contexts of different lengths.
 PROGRAMS = 8
 
 
@@ -34,7 +34,7 @@ class TritonOperations:
     """See Operations.
 
     Args:
-        dtype: of what goes into matrix products.
+        dtype: of the matrix products' inputs.
         processors: multiprocessors of the GPU.
     """
 
@@ -45,14 +45,14 @@ class TritonOperations:
         self._tuned_linear = TunedLinear()
         self._row = config.n_embd + config.inner_dim
         self._block_width = triton.next_power_of_2(config.n_embd)
-        # A tensor core's products have 16 terms at least.
+        # Tensor cores need at least 16 terms.
         self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
-        self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # exponentials are to base 2
+        self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # the kernels use exp2
 
     def try_out(self, device: torch.device) -> None:
-        """Launch all kernels, compiled as steps launch them, on a cache of two pages.
+        """Launch all kernels as steps do, on a cache of two pages.
 
-        What `prepare` measures is not among them: it leaves out what fails.
+        Except for those that `prepare` measures, which skips what fails.
         """
         config = self._config
         width, inner = config.n_embd, config.inner_dim
@@ -67,7 +67,7 @@ class TritonOperations:
         table = zeros(config.n_positions, config.rotated_dim // 2, dtype=torch.float32)
         max_pages = -(-config.n_positions // PAGE_SIZE)
         maker = InputsMaker(device, max_pages, PAGE_SIZE, 1, MAX_SIZE)
-        # For each number of splits the least number of single tokens that has it; and a chunk.
+        # For each number of splits its smallest decode batch; and a prefill chunk.
         sizes = {self.splits(size): size for size in reversed(SIZES)}.values()
         tile = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=device)
         chunk = replace(maker.static(1), num_decodes=0, tiles_N4=tile)
@@ -165,10 +165,9 @@ class TritonOperations:
         )
 
     def splits(self, num_decodes: int) -> int:
-        """Into how many runs of pages a token's context is cut, so that all processors work.
+        """How many splits of its context a sequence is attended in, to occupy all processors.
 
-        It depends on the number of tokens alone: lengths change from step to step, and a graph's
-        programs do not.
+        A function of the batch size alone, since a graph's grid cannot depend on lengths.
         """
         programs = num_decodes * self._config.n_head
         wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))

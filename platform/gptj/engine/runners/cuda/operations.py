@@ -1,7 +1,7 @@
-"""What a step does, as four operations, each of which has two forms.
+"""The operations of a step: in Triton (`launch`), and in PyTorch as the tests' reference.
 
-`plain` is PyTorch, on any device; `kernels` is Triton. Shapes, as the ends of names: R sequences,
-T tokens, P pages of a sequence, D width, H heads, K head width, I inner width of the MLP.
+Shape suffixes: R sequences, T tokens, P pages of a sequence, D width, H heads, K head width,
+I inner width of the MLP.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cuda.weights import Norm, Weights
 
-TILE = 32  # tokens of a chunk that one program of the kernel attends with
+TILE = 32  # query tokens of one program of prefill attention
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Several new tokens of one sequence."""
+    """A prefill chunk: new tokens of one sequence."""
 
     row: int  # of the page tables
     start: int  # its first token of the step
@@ -30,41 +30,41 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A step's numbers, int32 on the device; those on the host say how many there are.
+    """A step's inputs, int32 on the device; Python numbers are sizes.
 
-    The first `num_decodes` sequences have one token each, their tokens are the first of the step,
-    and all others are chunks.
+    The first `num_decodes` sequences have one token each, which are the step's first tokens; all
+    others are prefill chunks.
     """
 
     ids_T: Tensor
     positions_T: Tensor
-    slots_T: Tensor  # where keys and values go: page * page size + place
-    page_table_RP: Tensor  # pages of each sequence, in order
+    slots_T: Tensor  # of keys and values: page * page size + offset
+    page_table_RP: Tensor  # each sequence's pages, in order
     num_decodes: int
     chunks: tuple[Chunk, ...] = ()
-    tiles_N4: Tensor | None = None  # chunks cut to TILE tokens: as Chunk
-    logits_indices_W: Tensor | None = None  # the tokens after which logits are wanted; None: all
+    tiles_N4: Tensor | None = None  # chunks in tiles of TILE tokens, each as Chunk
+    logits_indices_W: Tensor | None = None  # the tokens to compute logits for; None: all
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of a layer: (pages, H, page size, K), a head's share of a page in one."""
+    """Keys and values of a layer, both (pages, H, page size, K)."""
 
     keys: Tensor
     values: Tensor
 
 
 class Operations(Protocol):
-    """Sums, norms, rotations and softmax are computed in fp32, and rounded once."""
+    """Sums, norms, rotary embedding and softmax are computed in fp32, and rounded once."""
 
     def prepare(self, weights: Weights) -> None:
-        """Choose what is fastest for these weights, on a GPU; before the first step or never."""
+        """Tune for these weights on a GPU; call before the first step, if at all."""
 
     def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
         """x (T, inputs) by weight (columns, inputs): (T, columns).
 
         Args:
-            wide: the sums stay in fp32; otherwise they are rounded to the weight's dtype.
+            wide: return fp32; otherwise round to the weight's dtype.
         """
 
     def add_and_norm(
@@ -73,8 +73,8 @@ class Operations(Protocol):
         """Add to the fp32 residual stream, in place, and return its layer norm.
 
         Args:
-            added_TD: what the last layer's matrix product gave, of any dtype, and
-            bias_D: its bias; or None before the first layer.
+            added_TD: the last layer's output, of any dtype; None before the first layer.
+            bias_D: its bias.
         """
 
     def rope_and_cache(
@@ -86,25 +86,27 @@ class Operations(Protocol):
         cache: LayerCache,
         attn_mlp: Tensor,
     ) -> Tensor:
-        """Deal out the first matrix product of a layer; returns the rotated queries (T, H, K).
+        """Apply rotary embedding, cache keys and values, and activate the MLP's inner values.
+
+        Returns the rotated queries (T, H, K).
 
         Args:
-            qkv_fc_in: (T, 3D + I): queries, keys, values and the MLP's inner values.
-            bias_I: of the inner values.
+            qkv_fc_in: (T, 3D + I): the layer's first product: queries, keys, values, fc_in.
+            bias_I: of fc_in.
             rotary: sines and cosines (positions, rotated / 2).
-            cache: gets rotated keys, and values.
-            attn_mlp: (T, D + I), of which the last I columns get the activated inner values.
+            cache: receives the rotated keys, and the values.
+            attn_mlp: (T, D + I): its last I columns receive the activations.
         """
 
     def paged_attention(
         self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
-        """Let each token see its sequence up to itself; into the first D columns of `attn_mlp`."""
+        """Causal attention over each sequence's pages, into the first D columns of `attn_mlp`."""
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         """Copy in all layers, in any order.
 
         Args:
             cache: (2, layers, pages, H, page size, K).
-            copies: of which none reads or writes what another one writes.
+            copies: none reads or writes a page that another one writes.
         """

@@ -1,6 +1,6 @@
-"""A Runner for a GPU: steps of single tokens by recorded graphs, others kernel by kernel.
+"""A Runner for GPUs: CUDA graphs for decode steps, eager kernels for steps with prefill.
 
-Shapes, as the ends of names: T tokens of a step, R sequences, W wanted rows, D width, V vocabulary.
+Shape suffixes: T tokens of a step, R sequences, W rows of logits, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from gptj.model import GPTJForCausalLM
 
 
 class CudaRunner:
-    """The model's weights in two matrices a layer, and a cache of pages.
+    """The model's weights fused to two matrices a layer, and a paged KV cache.
 
     Weights and cache have the model's dtype; the residual stream and what is added to it, norms,
-    softmax and logits are fp32. On a CPU, which tests run it on, there are no graphs.
+    softmax and logits are fp32. On a CPU, in tests, there are no graphs.
 
     Args:
         model: in evaluation mode, on its device.
-        num_pages: of the cache; one more is added, for padding. See `resize`.
-        operations: for that device and the model's dtype.
-        release: take the weights out of the model while they are fused, so that there is one
-            copy of them in memory: the model is of no use afterwards.
+        num_pages: of the cache; one page is added for padding.
+        operations: for the model's device and dtype.
+        release: move the weights out of the model while they are fused, so that there is one copy
+            in memory: the model is unusable afterwards.
     """
 
     page_size = PAGE_SIZE
@@ -61,10 +61,10 @@ class CudaRunner:
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
-        """Have so many pages, without content, in place of those before; then record the graphs.
+        """Replace the cache by an empty one of `num_pages` pages, and capture the graphs again.
 
-        Graphs hold the cache's address. So memory is measured with those of a small cache, which
-        take as much beside it, before all that is left is given to a large one.
+        Graphs hold the cache's address. Their memory does not depend on its size, so it can be
+        measured with a small cache before the rest is given to a large one.
         """
         config = self.config
         self.num_pages = num_pages
@@ -80,7 +80,7 @@ class CudaRunner:
         self._inputs = InputsMaker(self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE)
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
-                # On zeros: page 0, which nobody has yet, is written to.
+                # This writes to page 0, which is still unused.
                 self._graphs = Graphs(self._compute_decode, self._stream)
 
     @torch.inference_mode()
@@ -119,15 +119,15 @@ class CudaRunner:
             self._graphs.replay(size)
         else:
             self._compute_decode(size)
-        # A sum of its own: the next step writes to the same place.
+        # A new tensor: the next step overwrites _logits.
         return self._logits[:count] + self._weights.head_bias_V
 
     def _compute_decode(self, size: int) -> None:
-        """On static tensors alone."""
+        """On static tensors only."""
         self._logits[:size] = self._head(self._hidden(self._inputs.static(size)))
 
     def _hidden(self, inputs: Inputs) -> Tensor:
-        """The states (T, D) from which the head predicts; keys and values go to the cache."""
+        """The final hidden states (T, D); caches keys and values."""
         operations, weights = self._operations, self._weights
         x_TD = F.embedding(inputs.ids_T, weights.embedding_VD).float()
         added_TD: Tensor | None = None
@@ -149,12 +149,12 @@ class CudaRunner:
         return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
 
     def _head(self, h_WD: Tensor) -> Tensor:
-        """Logits without their bias, in fp32."""
+        """Logits in fp32, without bias."""
         return self._operations.multiply(h_WD, self._weights.head_VD, wide=True)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Kernels are launched on the current device."""
+        """Triton launches kernels on the current device."""
         on_device = torch.cuda.device(self.device) if self._on_gpu else nullcontext()
         with on_device, wide_sums():
             yield

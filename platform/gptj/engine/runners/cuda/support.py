@@ -1,4 +1,4 @@
-"""Whether a GPU, a model and what is installed allow for our kernels: operations, or the reason."""
+"""Checks that a GPU, a model and the installation support our kernels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 launch = Extra("gptj.engine.runners.cuda.launch", "computing with our GPU kernels", "triton")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LEAST_CAPABILITY = (8, 0)  # Ampere: bf16, and copies that go on beside computing
+LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
 
 
 def operations_for(model: GPTJForCausalLM) -> Operations:
-    """The kernels, tried out on the model's device.
+    """The kernels, after a trial on the model's device.
 
     Raises:
-        UnsupportedError: if the model is not on such a GPU, or Triton or what it needs is missing.
+        UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
     """
     config, device = model.config, model.device
     if device.type != "cuda":
@@ -40,7 +40,7 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}, and "
-            f"the kernels want {'.'.join(map(str, LEAST_CAPABILITY))} or more"
+            f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
         )
     try:
         new_operations = launch.TritonOperations
@@ -56,10 +56,10 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
 
 
 def try_out(operations: TritonOperations, device: torch.device) -> None:
-    """Run each kernel once, while the model can still be given to PyTorch alone.
+    """Run each kernel once, while falling back to PyTorch is still possible.
 
-    Triton needs a C compiler and a writable cache, and its kernels shared memory and registers:
-    it says so only when it compiles or launches them.
+    Triton needs a C compiler and a writable cache, and its kernels shared memory and registers; it
+    fails only when it compiles or launches them.
 
     Raises:
         UnsupportedError: naming what failed.

@@ -1,7 +1,7 @@
-"""Matrix products x W^T: by PyTorch, or for one row by a kernel of ours where that is faster.
+"""Matrix products x W^T: by PyTorch, or for one row by our GEMV kernel where it is faster.
 
-With one row a product takes as long as its weights take to be read, and libraries differ in how
-near they come to that. So both are measured, on the GPU and the matrices that they are for.
+With one row a product is bound by reading its weights, and libraries differ in how near they come
+to that. So both are measured, on the GPU and matrices in use.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from gptj.engine.runners.wide import multiply_wide
 
 logger = logging.getLogger(__name__)
 
-MEASURED_BYTES = 4 * 2**30  # read to measure: many times what a GPU's cache holds
-MOST_ROUNDS = 20  # with small weights, for which it matters little
+MEASURED_BYTES = 4 * 2**30  # read for a measurement: many times a GPU's cache
+MOST_ROUNDS = 20  # for small weights, which matter little
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a program of the kernel computes with at a time."""
+    """Block sizes of the GEMV kernel."""
 
     columns: int
     inputs: int
@@ -37,7 +37,7 @@ CANDIDATES = (Blocks(1, 2048, 4), Blocks(2, 1024, 4), Blocks(4, 512, 4), Blocks(
 
 
 class TunedLinear:
-    """Until `measure` has been called, PyTorch computes all."""
+    """Uses PyTorch only, until `tune` has been called."""
 
     def __init__(self) -> None:
         self._chosen: dict[torch.Size, Blocks] = {}  # by the weight's shape
@@ -50,7 +50,7 @@ class TunedLinear:
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def tune(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
-        """Choose for weights of one shape and type, on their GPU."""
+        """Choose the fastest way for weights of one shape and dtype, on their GPU."""
         first = weights[0]
         x = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
         self._chosen.pop(first.shape, None)
@@ -65,12 +65,12 @@ class TunedLinear:
             try:
                 times[blocks] = _seconds(multiply, weights)
             except triton.TritonError as error:
-                logger.warning("one row by weights is not multiplied with %s: %s", blocks, error)
+                logger.warning("GEMV with %s is not available: %s", blocks, error)
         best = min(times, key=lambda each: times[each])
         if best is not None:
             self._chosen[first.shape] = best
         logger.info(
-            "one row by weights of %s: %s reads %.0f GB/s, PyTorch %.0f",
+            "GEMV with weights of %s: %s reads %.0f GB/s, PyTorch %.0f",
             tuple(first.shape),
             "PyTorch" if best is None else best,
             first.nbytes / times[best] / 1e9,
@@ -96,7 +96,7 @@ def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks, *, wide: bool) ->
 
 
 def _seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
-    """Of one product, on the mean."""
+    """Mean time of one product."""
     rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
     multiply(weights[0])  # compiles
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,8 +1,7 @@
-"""A model's weights as the GPU's step multiplies by them: two matrices a layer.
+"""A model's weights, fused to two matrices a layer for the GPU.
 
-GPT-J's parallel block lets the four projections of the norm be one matrix product, and the two
-that end the branches another. Shapes, as the ends of names: D width, I inner width of the MLP,
-V vocabulary.
+In GPT-J's parallel block the four projections of the norm are one matrix product, and the two that
+end the branches are another. Shape suffixes: D width, I inner width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 @dataclass(frozen=True)
 class Norm:
-    """In fp32: they are added to, and multiply, what is."""
+    """In fp32, as is what they apply to."""
 
     weight_D: Tensor
     bias_D: Tensor
@@ -45,7 +44,7 @@ class Weights:
 
     @property
     def bytes_read(self) -> int:
-        """By one step: all but the embedding, of which it reads a row a token."""
+        """By one step: all except the embedding, of which it reads a row for each token."""
         tensors = [*_tensors(self.norm), self.head_VD, self.head_bias_V]
         for layer in self.layers:
             tensors += [*_tensors(layer.norm), layer.qkv_fc_in, layer.fc_in_bias_I]
@@ -58,8 +57,8 @@ def take(model: GPTJForCausalLM, *, release: bool) -> Weights:
     """Fuse the layers' weights; embedding and head are the model's own tensors.
 
     Args:
-        release: take each layer's weights out of the model once they are copied, so that there
-            is never more than one layer in two copies: the model is of no use afterwards.
+        release: free each layer's weights in the model once they are copied, so that at most one
+            layer is in memory twice: the model is unusable afterwards.
     """
     layers = []
     for block in model.transformer.h:
@@ -68,7 +67,7 @@ def take(model: GPTJForCausalLM, *, release: bool) -> Weights:
         if release:
             _release(block)
             if model.device.type == "cuda":
-                torch.cuda.empty_cache()  # the freed pieces are too small for the next layer's
+                torch.cuda.empty_cache()  # freed blocks are too small for the next layer
     rotary = Rotary.at(
         torch.arange(model.config.n_positions, device=model.device)[None], model.config
     )

@@ -1,4 +1,4 @@
-"""The operations of a step in PyTorch, on any device: what the kernels are compared with."""
+"""The operations of a step in PyTorch, on any device: the reference for the Triton kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PlainOperations:
     """See Operations.
 
     Args:
-        dtype: of what goes into matrix products.
+        dtype: of the matrix products' inputs.
     """
 
     def __init__(self, dtype: torch.dtype, epsilon: float) -> None:
@@ -27,7 +27,7 @@ class PlainOperations:
         self._epsilon = epsilon
 
     def prepare(self, weights: Weights) -> None:
-        """There is nothing to choose."""
+        """There is nothing to tune."""
 
     def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
@@ -90,7 +90,7 @@ class PlainOperations:
                 for part in (cache.keys, cache.values)
             )
             places = torch.arange(length, device=q_THK.device)
-            # Of four dimensions: for three PyTorch has no fused kernel.
+            # PyTorch has fused kernels for four dimensions only.
             attended = F.scaled_dot_product_attention(
                 q_THK[tokens].transpose(0, 1)[None],
                 keys[None],
@@ -107,10 +107,10 @@ class PlainOperations:
 def _decode_attention(
     q_RHK: Tensor, page_table_RP: Tensor, positions_R: Tensor, cache: LayerCache
 ) -> Tensor:
-    """One token a sequence, with shapes that do not depend on the sequences' lengths."""
+    """One token of each sequence, with shapes that do not depend on lengths."""
     places = torch.arange(page_table_RP.shape[1] * cache.keys.shape[2], device=q_RHK.device)
     visible_RS = places <= positions_R[:, None]
-    # What lies beyond a context may be anything, NaN too, which no weight of 0 takes away.
+    # Memory beyond a context may hold anything, and NaN times 0 is NaN.
     keys, values = (
         torch.where(
             visible_RS[:, None, :, None], part[page_table_RP].transpose(1, 2).flatten(2, 3), 0

@@ -1,0 +1,239 @@
+"""One step of the engine: schedule, run the model, sample, and return (request, event) pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptj.engine.beam_search import BeamSearch, Floats, likeliest
+from gptj.engine.decode_batch import Sequence
+from gptj.engine.events import BeamsFound, Event, Failed, Finished, PromptLogprobs, TokenEvent
+from gptj.engine.request import Request
+from gptj.engine.runners.base import Ints, Runner
+from gptj.engine.runners.transfer import sent
+from gptj.engine.sampler import Sampler, finite
+from gptj.engine.scheduler import Chunk, ScheduledStep, Scheduler
+
+logger = logging.getLogger(__name__)
+
+RequestEvent = tuple[Request, Event]
+
+
+class EngineCore:
+    """Scheduler, runner and sampler in one loop body; knows no threads and no callers.
+
+    Args:
+        banned_ids: masked to -inf in every request.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        banned_ids: Iterable[int],
+    ) -> None:
+        self.steps = 0
+        self.tokens_in = 0
+        self.tokens_out = 0
+        self.last_batch_size = 0
+        self._runner = runner
+        self._scheduler = scheduler
+        self._sampler = sampler
+        self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=runner.device)
+        self._events: list[RequestEvent] = []  # of the step in progress
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestEvent]:
+        """Advance every running request by one step, and return what happened."""
+        scheduled = self._scheduler.schedule()
+        if scheduled is not None:
+            logits_WV = self._run(scheduled)
+            rows, searches = self._finish_prefill(scheduled, logits_WV)
+            if searches:
+                self._search(logits_WV, searches)
+            if rows:
+                self._sample(_select(logits_WV, rows))
+        return self._take_events()
+
+    def cancel(self, request: Request) -> list[RequestEvent]:
+        """Drop a running request."""
+        self._end(request, Finished("cancelled"))
+        return self._take_events()
+
+    def abort(self, error: Exception) -> list[RequestEvent]:
+        """Fail all running requests; returns the events of the step that failed as well."""
+        for request in self._scheduler.reset():
+            self._report(request, Failed(error))
+        return self._take_events()
+
+    def _run(self, scheduled: ScheduledStep) -> Tensor:
+        if scheduled.copies:
+            self._runner.copy_pages(scheduled.copies)
+        logits_WV = self._runner.step(scheduled.batch)
+        self.steps += 1
+        self.last_batch_size = len(scheduled.batch.query_start_loc) - 1
+        self.tokens_in += sum(chunk.end - chunk.start for chunk in scheduled.chunks)
+        return logits_WV
+
+    def _finish_prefill(
+        self, scheduled: ScheduledStep, logits_WV: Tensor
+    ) -> tuple[list[int], list[tuple[BeamSearch, list[int]]]]:
+        """Let prompts that are computed decode.
+
+        Returns the row of the logits for each row of the decode batch, and those of each search.
+        """
+        rows = list(range(scheduled.decoding))
+        searches: list[tuple[BeamSearch, list[int]]] = []
+        row = scheduled.decoding
+        for search in scheduled.searches:
+            searches.append((search, list(range(row, row + search.width))))
+            row += search.width
+        for chunk in scheduled.chunks:
+            if not self._finish_chunk(chunk, logits_WV):
+                continue
+            sequence, row = chunk.sequence, chunk.logits[-1]
+            if sequence.samples[0].beams is not None:
+                searches.append((self._scheduler.search(sequence), [row]))
+            else:
+                rows += [row] * len(sequence.samples)
+                self._scheduler.decode(sequence)
+        return rows, searches
+
+    def _finish_chunk(self, chunk: Chunk, logits_WV: Tensor) -> bool:
+        """Record a computed chunk; returns whether its sequence has a token to sample."""
+        sequence, last = chunk.sequence, chunk.last
+        self._scheduler.note_computed(chunk)
+        if sequence.scores:
+            self._score(chunk, logits_WV[chunk.logits.start : chunk.logits.stop])
+        if last:
+            for request in list(sequence.samples):
+                self._begin(request, sequence)
+        return last and bool(sequence.samples)
+
+    def _score(self, chunk: Chunk, logits_LV: Tensor) -> None:
+        """Record prompt logprobs, if requested."""
+        sequence = chunk.sequence
+        following = sequence.tokens[chunk.start + 1 : chunk.end + 1]
+        if not finite(logits_LV).all():
+            for request in list(sequence.samples):
+                self._fail(request, _not_finite(), damaged=True)
+            return
+        for request, events in sequence.scores.items():
+            if not events:
+                events.append(TokenEvent(sequence.tokens[0]))
+            count = request.params.prompt_logprobs
+            if following and count is not None:
+                logits = logits_LV[: len(following)]
+                events += self._sampler.prompt_logprobs(logits, following, count)
+
+    def _begin(self, request: Request, sequence: Sequence) -> None:
+        """The prompt is computed: report its logprobs, if requested, and prepare to sample."""
+        if request.scores_prompt:
+            request.scored = True
+            self._report(request, PromptLogprobs(tuple(sequence.scores[request])))
+        if request.params.max_tokens == 0:
+            self._end(request, Finished("length"))
+        elif request.beams is None:
+            prompt = request.tokens[: request.prompt_length]
+            output = request.tokens[request.prompt_length :]
+            try:
+                self._sampler.add(
+                    request.number, request.params, prompt, tuple(request.stop_ids), output
+                )
+            # Whatever it is, it concerns this request only.
+            except Exception as error:
+                logger.exception("a request failed")
+                self._fail(request, error)
+
+    def _sample(self, logits_RV: Tensor) -> None:
+        """Sample and report the next token of each row of the decode batch."""
+        batch = self._scheduler.decode_batch
+        sampled = self._sampler.sample(logits_RV, batch.keys)
+        ended: list[tuple[Request, Finished]] = []
+        damaged: list[Request] = []
+        for request, token, is_finite, logprob, top in zip(
+            batch.requests,
+            sampled.tokens,
+            sampled.finite,
+            sampled.logprobs,
+            sampled.top,
+            strict=True,
+        ):
+            if not is_finite:
+                damaged.append(request)
+            elif token in request.stop_ids:
+                ended.append((request, Finished("stop", token, logprob, top)))
+            else:
+                request.tokens.append(token)
+                self._report(request, TokenEvent(token, logprob, top))
+                if len(request.tokens) == request.max_length:
+                    ended.append((request, Finished("length")))
+        self.tokens_out += len(batch) - len(damaged)
+        batch.advance(sampled.tokens)
+        for request, event in ended:
+            self._end(request, event)
+        for request in damaged:
+            self._fail(request, _not_finite(), damaged=True)
+
+    def _search(self, logits_WV: Tensor, searches: list[tuple[BeamSearch, list[int]]]) -> None:
+        """Extend the beams of each search by its rows of the logits."""
+        rows = [row for _, each in searches for row in each]
+        logprobs_WK, ids_WK = likeliest(
+            _select(logits_WV, rows),
+            [(search, len(each)) for search, each in searches],
+            self._banned,
+        )
+        start = 0
+        for search, each in searches:
+            end = start + len(each)
+            self._extend(search, logprobs_WK[start:end], ids_WK[start:end])
+            start = end
+
+    def _extend(self, search: BeamSearch, logprobs_WK: Floats, ids_WK: Ints) -> None:
+        request = search.request
+        if np.isnan(logprobs_WK[:, 0]).any():
+            self._fail(request, _not_finite(), damaged=True)
+            return
+        search.step(logprobs_WK, ids_WK)
+        if not search.open:
+            results = search.results()
+            self.tokens_out += sum(map(len, results))
+            self._report(request, BeamsFound(results))
+            self._end(request, Finished("stop"))
+
+    def _end(self, request: Request, event: Finished) -> None:
+        self._scheduler.drop(request)
+        self._report(request, event)
+
+    def _fail(self, request: Request, error: Exception, *, damaged: bool = False) -> None:
+        if damaged:
+            logger.error("a request failed: %s", error)
+        self._scheduler.drop(request, damaged=damaged)
+        self._report(request, Failed(error))
+
+    def _report(self, request: Request, event: Event) -> None:
+        request.ended = request.ended or isinstance(event, Finished | Failed)
+        self._events.append((request, event))
+
+    def _take_events(self) -> list[RequestEvent]:
+        events, self._events = self._events, []
+        return events
+
+
+def _not_finite() -> ArithmeticError:
+    return ArithmeticError(
+        "the model's output is not finite: its weights are damaged, or too large for its "
+        "number format"
+    )
+
+
+def _select(logits_WV: Tensor, rows: list[int]) -> Tensor:
+    """These rows of the logits; a view if they are contiguous."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return logits_WV[rows[0] : rows[0] + len(rows)]
+    return logits_WV[sent(np.array(rows), logits_WV.device)]

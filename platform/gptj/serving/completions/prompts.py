@@ -1,0 +1,130 @@
+"""Resolves a completions request: each prompt to text, token ids and sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptj.sampling import SamplingParams
+from gptj.serving.completions.detokenizer import unfinished
+from gptj.serving.completions.schemas import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
+from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.errors import InvalidRequestError
+from gptj.tokenizer import GPTJTokenizer
+
+
+@dataclass(frozen=True)
+class ResolvedPrompt:
+    """A prompt that fits the context, and what to generate for it."""
+
+    text: str  # complete characters only
+    ids: list[int]
+    begun: bytes  # the start of a last character that the ids leave incomplete
+    params: list[SamplingParams]  # one for each sample; beam search has one
+
+
+class PromptResolver:
+    """Every check of a request against the model's vocabulary and limits is made here.
+
+    Args:
+        context_length: tokens of a prompt and its completion together.
+        max_queued: outputs that may wait in the engine's queue.
+    """
+
+    def __init__(
+        self,
+        tokenizer: GPTJTokenizer,
+        vocabulary: Vocabulary,
+        *,
+        context_length: int,
+        max_queued: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._context_length = context_length
+        self._max_queued = max_queued
+
+    def check(self, request: CompletionRequest) -> None:
+        """The checks that need no tokenizing. Raises InvalidRequestError."""
+        request.check()
+        outputs = len(request.prompt or [""]) * request.candidates
+        if not request.use_beam_search and outputs > self._max_queued:
+            # They could never be queued: 429 would have clients retry for nothing.
+            raise InvalidRequestError(
+                f"{outputs} outputs exceed the {self._max_queued} that may wait here: send "
+                f"several requests",
+                param=request.sequences_field,
+            )
+
+    def resolve(self, request: CompletionRequest) -> list[ResolvedPrompt]:
+        """Takes a while for long texts. Raises InvalidRequestError."""
+        prompts = [self._default_text()] if request.prompt is None else request.prompt
+        texts = [self._text_and_ids(request, prompt) for prompt in prompts]
+        self._check_ids("logit_bias", list(request.logit_bias))
+        self._check_ids("stop_token_ids", request.stop_token_ids)
+        return [
+            ResolvedPrompt(text, ids, begun, request.sampling(self._max_tokens(request, len(ids))))
+            for text, ids, begun in texts
+        ]
+
+    def _text_and_ids(
+        self, request: CompletionRequest, prompt: Prompt
+    ) -> tuple[str, list[int], bytes]:
+        if isinstance(prompt, str):
+            text = prompt or self._default_text()
+            # Much too long a text need not be tokenized.
+            self._check_length(request, self._vocabulary.least_tokens(text), "at least ")
+            ids = self._tokenizer.encode(text)
+            self._check_length(request, len(ids))
+            return text, ids, b""
+        self._check_length(request, len(prompt))
+        try:
+            text = self._tokenizer.decode(prompt)
+        except ValueError as error:
+            raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
+        # An id has at least one byte, and a character at most four.
+        begun = unfinished(b"".join(map(self._tokenizer.token_bytes, prompt[-3:])))
+        return text[:-1] if begun else text, prompt, begun
+
+    def _default_text(self) -> str:
+        """OpenAI's default prompt: the token that separates texts, so that a new one begins."""
+        if self._tokenizer.bos_token is None:
+            raise InvalidRequestError(
+                "prompt must not be empty: this model has no token that begins a text",
+                param="prompt",
+            )
+        return self._tokenizer.bos_token
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        known = len(self._tokenizer)
+        for token in ids:
+            if not 0 <= token < known:
+                raise InvalidRequestError(
+                    f"{name}: {token} is not a token id of this model, which has {known}",
+                    param=name,
+                )
+
+    def _max_tokens(self, request: CompletionRequest, length: int) -> int:
+        """How many tokens may follow a prompt of `length` tokens, which fits the context."""
+        if request.max_tokens is not None:
+            return request.max_tokens
+        return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), self._context_length - length)
+
+    def _check_length(self, request: CompletionRequest, length: int, known: str = "") -> None:
+        """InvalidRequestError if a prompt of `length` tokens leaves no room for its completion."""
+        context = self._context_length
+        least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
+        if length + least <= context:
+            return
+        if length >= context:
+            param = "prompt"
+        else:
+            implicit = request.max_tokens is None and request.min_tokens
+            param = "min_tokens" if implicit else "max_tokens"
+        raise InvalidRequestError(
+            f"this model's context is {context} tokens, but {known}{length + least} are requested: "
+            f"{known}{length} of the prompt and {least} of the completion; shorten the "
+            + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
+            param=param,
+            code="context_length_exceeded",
+        )

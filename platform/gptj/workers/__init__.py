@@ -1,0 +1,1 @@
+"""Threads that run a model for many callers: bounded queues, heartbeats, batches."""
