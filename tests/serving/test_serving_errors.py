@@ -230,6 +230,25 @@ def test_a_huge_integer_is_wrong_wherever_it_stands(
                 assert param == ".".join([*path, name]) or not reason
 
 
+def test_a_whole_number_may_be_written_with_a_point(service: str) -> None:
+    """JSON has one kind of number, and a schema's integer is any without a fraction."""
+    for route, whole, written in (
+        (COMPLETIONS, {"prompt": [5, 6], "max_tokens": 3}, {"prompt": [5.0, 6], "max_tokens": 3.0}),
+        ("/detokenize", {"tokens": [5, 6]}, {"tokens": [5.0, 6.0]}),
+        (ANSWERS, {"inputs": HERE}, {"inputs": HERE, "parameters": {"top_k": 1.0}}),
+    ):
+        seeded = {"temperature": 0} if route == COMPLETIONS else {}
+        replies = [
+            httpx.post(service + route, json={**body, **seeded}, timeout=30).json()
+            for body in (whole, written)
+        ]
+        for reply in replies:
+            reply.pop("id", None)
+            reply.pop("created", None)
+        assert replies[0] == replies[1]
+        assert "error" not in replies[0]
+
+
 def test_a_seed_may_be_any_integer_of_a_sensible_size(service: str) -> None:
     for seed in (0, -5, 2**64, -(2**200), 10**300):
         fields = {"prompt": "x", "max_tokens": 3, "seed": seed, "n": 2}

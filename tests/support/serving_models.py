@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import FastAPI
 from http_server import listening
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -62,7 +63,8 @@ class Models:
         return model
 
 
-def make_models() -> Models:
+def make_models(context: int = CONTEXT) -> Models:
+    """`context` is the language model's, in tokens."""
     tokenizer = GPTJTokenizer.train(SENTENCES, vocab_size=300)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -79,7 +81,7 @@ def make_models() -> Models:
     labels = {0: "negative", 1: "neutral", 2: "positive"}
     models = Models(
         tokenizer,
-        GPTJForCausalLM(GPTJConfig(**{**shape, "n_positions": CONTEXT})).eval(),
+        GPTJForCausalLM(GPTJConfig(**{**shape, "n_positions": context})).eval(),
         GPTJForSequenceClassification(GPTJConfig(**shape, id2label=labels)).eval(),
         GPTJForQuestionAnswering(GPTJConfig(**shape)).eval(),
     )
@@ -92,28 +94,35 @@ def make_models() -> Models:
 def served_in_process(models: Models) -> Iterator[str]:
     """The address of the three services, and of one behind a key (/guarded)."""
     with ExitStack() as stack:
-        applications: dict[str, ASGIApp] = {
+        apps: dict[str, ASGIApp] = {**stack.enter_context(applications(models))}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GPTJ_API_KEYS", KEYS)
+            guarded = _generation(models, "org/guarded", max_num_seqs=1, max_queued=1)
+            apps["/guarded"] = stack.enter_context(guarded)
+        yield stack.enter_context(listening(mounted(apps)))
+
+
+@contextmanager
+def applications(models: Models) -> Iterator[dict[str, FastAPI]]:
+    """The three by their prefixes."""
+    with ExitStack() as stack:
+        yield {
             "/": stack.enter_context(_generation(models, "generation")),
             "/classification": stack.enter_context(_classification(models)),
             "/question-answering": stack.enter_context(_question_answering(models)),
         }
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("GPTJ_API_KEYS", KEYS)
-            guarded = _generation(models, "org/guarded", max_num_seqs=1, max_queued=1)
-            applications["/guarded"] = stack.enter_context(guarded)
-        yield stack.enter_context(listening(mounted(applications)))
 
 
-def mounted(applications: Mapping[str, ASGIApp]) -> ASGIApp:
+def mounted(apps: Mapping[str, ASGIApp]) -> ASGIApp:
     """Applications under their prefixes, as Serve calls them: with the whole path."""
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "/")
         prefix = max(
-            (each for each in applications if f"{path}/".startswith(each.rstrip("/") + "/")),
+            (each for each in apps if f"{path}/".startswith(each.rstrip("/") + "/")),
             key=len,
         )
-        await applications[prefix]({**scope, "root_path": prefix.rstrip("/")}, receive, send)
+        await apps[prefix]({**scope, "root_path": prefix.rstrip("/")}, receive, send)
 
     return call
 
@@ -121,7 +130,7 @@ def mounted(applications: Mapping[str, ASGIApp]) -> ASGIApp:
 @contextmanager
 def _generation(
     models: Models, name: str, max_num_seqs: int = 64, max_queued: int = 256
-) -> Iterator[ASGIApp]:
+) -> Iterator[FastAPI]:
     tokenizer = models.tokenizer
     runner = TorchRunner(models.with_unused_ids(), NUM_PAGES)
     vocabulary = Vocabulary.of(tokenizer, runner.config.vocab_size)
@@ -134,7 +143,8 @@ def _generation(
         max_queued=max_queued,
     )
     service = CompletionService(engine, tokenizer, vocabulary, name, NoRecorder())
-    card = ModelCard(id=name, created=int(time.time()), root="in-process", max_model_len=CONTEXT)
+    context = runner.config.n_positions
+    card = ModelCard(id=name, created=int(time.time()), root="in-process", max_model_len=context)
     try:
         yield generation_app(service, tokenizer, card, lambda: engine.alive(120))
     finally:
@@ -142,7 +152,7 @@ def _generation(
 
 
 @contextmanager
-def _classification(models: Models) -> Iterator[ASGIApp]:
+def _classification(models: Models) -> Iterator[FastAPI]:
     service = ClassificationService(
         models.classification, models.tokenizer, max_batch=16, max_queued=256
     )
@@ -153,7 +163,7 @@ def _classification(models: Models) -> Iterator[ASGIApp]:
 
 
 @contextmanager
-def _question_answering(models: Models) -> Iterator[ASGIApp]:
+def _question_answering(models: Models) -> Iterator[FastAPI]:
     service = QuestionAnsweringService(
         models.question_answering, models.tokenizer, max_batch=16, max_queued=256
     )

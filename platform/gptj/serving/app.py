@@ -29,6 +29,7 @@ from gptj.serving.middleware.keys import KeyCheck, Keys
 from gptj.serving.middleware.limits import BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
+from gptj.serving.openapi import describe, errors
 from gptj.serving.pages import Page, Pages, docs
 from gptj.workers.errors import ClosedError, QueueFullError
 
@@ -52,9 +53,11 @@ def new_app(
         docs_url=None,  # Pages has it: FastAPI's own loads from another host
         redoc_url=None,
     )
+    keys = Keys.from_environment()
+    describe(app, guarded=bool(keys))
     # The middleware added last sees a request first.
     app.add_middleware(BodyLimit)
-    app.add_middleware(KeyCheck, keys=Keys.from_environment())
+    app.add_middleware(KeyCheck, keys=keys)
     app.add_middleware(Pages, pages={**docs(), **(pages or {})})
     app.add_middleware(Edge)
     app.add_middleware(Observing, recorder=recorder or NoRecorder())
@@ -71,8 +74,9 @@ def new_app(
 def add_health(app: FastAPI, alive: Callable[[], bool], problem: str) -> None:
     """Add `GET /health`: 200 while `alive()`, otherwise 503 with the problem."""
 
-    @app.get("/health")
+    @app.get("/health", responses=errors(503))
     async def health() -> dict[str, str]:
+        """200 while the model answers."""
         if not alive():
             raise UnavailableError(problem)
         return {"status": "ok"}

@@ -12,20 +12,22 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import add_health, new_app
-from gptj.serving.completions.schemas import RequestModel, checked_text
+from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
+from gptj.serving.openapi import errors
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.batcher import Batcher
 
 MAX_INPUTS = 256
+TEXT = {"type": "string", "minLength": 1}
 
 Function = Literal["softmax", "sigmoid", "none"]
 
@@ -41,16 +43,29 @@ def as_texts(value: Any) -> list[str]:
 
 
 class ClassificationParameters(RequestModel):
-    top_k: int | None = None  # only the k likeliest labels; default: all
+    # Only the k likeliest labels; default: all.
+    top_k: Annotated[int | None, bounds(minimum=1)] = None
     function_to_apply: Function | None = None  # to the logits; default: by the problem type
 
 
 class ClassificationRequest(RequestModel):
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"inputs": "A fine film", "parameters": {"top_k": 1, "function_to_apply": "softmax"}},
+            {"inputs": ["A fine film", "A dull one"]},
+        )
+    )
+
     inputs: Annotated[
         list[str],
         PlainValidator(as_texts),
         WithJsonSchema(
-            {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+            {
+                "anyOf": [
+                    TEXT,
+                    {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_INPUTS},
+                ]
+            }
         ),
     ]
     parameters: ClassificationParameters = Field(default_factory=ClassificationParameters)
@@ -177,8 +192,9 @@ def classification_app(
     app = new_app("GPT-J text classification", recorder)
     add_health(app, alive, "the model makes no progress")
 
-    @app.post("/")
+    @app.post("/", responses=errors(429, 500, 503))
     async def classify(request: ClassificationRequest) -> list[list[LabelScore]]:
+        """Classify one text or several."""
         return await service.classify(request)
 
     return app

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from gptj.data.question_answering import Window, best_spans, windows
@@ -19,9 +20,10 @@ from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import add_health, new_app
 from gptj.serving.classification import right_padded
-from gptj.serving.completions.schemas import RequestModel, checked_text
+from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
+from gptj.serving.openapi import errors
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.batcher import Batcher
@@ -34,8 +36,8 @@ DEFAULT_STRIDE = 128
 
 
 class QuestionAndContext(RequestModel):
-    question: str
-    context: str
+    question: Annotated[str, bounds(pattern=r"\S")]
+    context: Annotated[str, bounds(pattern=r"\S")]
 
     @field_validator("question", "context")
     @classmethod
@@ -46,16 +48,30 @@ class QuestionAndContext(RequestModel):
 
 
 class QuestionAnsweringParameters(RequestModel):
-    top_k: int = 1  # answers; more than 1 returns a list
-    max_answer_len: int = 15  # tokens
-    max_seq_len: int | None = None  # tokens of a window, question included
-    doc_stride: int | None = None  # tokens of the context that neighbouring windows share
-    max_question_len: int | None = None  # tokens, longer questions are truncated; default: no limit
+    # Answers; more than 1 returns a list.
+    top_k: Annotated[int, bounds(minimum=1, maximum=MAX_ANSWERS)] = 1
+    max_answer_len: Annotated[int, bounds(minimum=1, maximum=MAX_ANSWER_TOKENS)] = 15  # tokens
+    # Tokens of a window, question included.
+    max_seq_len: Annotated[int | None, bounds(minimum=2)] = None
+    # Tokens of the context that neighbouring windows share.
+    doc_stride: Annotated[int | None, bounds(minimum=0)] = None
+    # Tokens; longer questions are truncated; default: no limit.
+    max_question_len: Annotated[int | None, bounds(minimum=1)] = None
     handle_impossible_answer: bool = False  # allow the empty answer
     align_to_words: bool = True  # widen answers to whole words
 
 
 class QuestionAnsweringRequest(RequestModel):
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"inputs": {"question": "Where is it?", "context": "It is in Rome."}},
+            {
+                "inputs": {"question": "Where is it?", "context": "It is in Rome."},
+                "parameters": {"top_k": 3, "handle_impossible_answer": True},
+            },
+        )
+    )
+
     inputs: QuestionAndContext
     parameters: QuestionAnsweringParameters = Field(default_factory=QuestionAnsweringParameters)
 
@@ -182,8 +198,9 @@ def question_answering_app(
     app = new_app("GPT-J question answering", recorder)
     add_health(app, alive, "the model makes no progress")
 
-    @app.post("/")
+    @app.post("/", responses=errors(429, 500, 503))
     async def answer(request: QuestionAnsweringRequest) -> Answer | list[Answer]:
+        """Find the answer to a question in a context; a list of them for `top_k` above 1."""
         return await service.answer(request)
 
     return app

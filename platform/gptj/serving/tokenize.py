@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from gptj.serving.completions.schemas import RequestModel, checked_text
+from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.errors import InvalidRequestError
 from gptj.tokenizer import GPTJTokenizer
 
 
 class TokenizeRequest(RequestModel):
+    model_config = ConfigDict(json_schema_extra=examples({"prompt": "In a shocking finding"}))
+
     prompt: str
     model: str | None = None
     add_special_tokens: bool = True  # no effect: GPT-J's tokenizer adds none
@@ -32,7 +34,9 @@ class TokenizeReply(BaseModel):
 
 
 class DetokenizeRequest(RequestModel):
-    tokens: list[int]
+    model_config = ConfigDict(json_schema_extra=examples({"tokens": [818, 257]}))
+
+    tokens: Annotated[list[int], bounds(items={"type": "integer", "minimum": 0})]
     model: str | None = None
 
 

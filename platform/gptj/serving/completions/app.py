@@ -14,6 +14,7 @@ from gptj.serving.completions.schemas import Completion, CompletionRequest, Mode
 from gptj.serving.completions.service import CompletionService, server_sent
 from gptj.serving.errors import NotFoundError
 from gptj.serving.metrics import Recorder
+from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
 from gptj.serving.tokenize import (
     DetokenizeReply,
@@ -25,6 +26,22 @@ from gptj.serving.tokenize import (
     tokenizer_info,
 )
 from gptj.tokenizer import GPTJTokenizer
+
+CHUNK = (
+    'data: {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "gpt-j-6b", '
+    '"choices": [{"index": 0, "text": " have", "logprobs": null, "finish_reason": null}], '
+    '"usage": null}\n\n'
+)
+STREAM: dict[str, Any] = {
+    "description": "The reply; with `stream` its chunks as server-sent events, of the same shape. "
+    "An error after the first chunk is an event as well, and `[DONE]` is the last.",
+    "content": {
+        "text/event-stream": {
+            "schema": {"type": "string"},
+            "example": f"{CHUNK}data: [DONE]\n\n",
+        }
+    },
+}
 
 
 def generation_app(
@@ -46,8 +63,13 @@ def generation_app(
                 code="model_not_found",
             )
 
-    @app.post("/v1/completions", response_model=Completion)
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={**errors(404, 429, 500, 503), 200: STREAM},
+    )
     async def complete(request: CompletionRequest) -> Response:
+        """Complete a prompt, as OpenAI's completions API does."""
         check_model(request.model)
         if request.stream:
             chunks = await service.stream(request)
@@ -64,25 +86,30 @@ def generation_app(
 
     @app.get("/v1/models")
     async def models() -> ModelList:
+        """The models of this service, which is one."""
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.get("/v1/models/{model_id:path}", responses=errors(404))
     async def model(model_id: str) -> ModelCard:
+        """One of them by its name."""
         check_model(model_id)
         return card
 
-    @app.post("/tokenize", response_model_exclude_none=True)
+    @app.post("/tokenize", response_model_exclude_none=True, responses=errors(404))
     async def tokenize_text(request: TokenizeRequest) -> TokenizeReply:
+        """A text as token ids."""
         check_model(request.model)
         return await asyncio.to_thread(tokenize, tokenizer, request, card.max_model_len)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=errors(404))
     async def detokenize_ids(request: DetokenizeRequest) -> DetokenizeReply:
+        """Token ids as a text."""
         check_model(request.model)
         return await asyncio.to_thread(detokenize, tokenizer, request)
 
     @app.get("/tokenizer_info")
     async def info() -> dict[str, Any]:
+        """The tokenizer's configuration, with its sizes."""
         return await asyncio.to_thread(tokenizer_info, tokenizer, card.max_model_len)
 
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,36 @@ MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4
 Prompt = str | list[int]
 
 
+def bounds(**schema: Any) -> Any:
+    """What the document says of a field's values; whether they hold, `check` and the engine say."""
+    return Field(json_schema_extra=schema)
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """A body's schema: null is the same as left out, wherever a field may be left out.
+
+    Of unknown fields, too: clients send null for what they leave to the service.
+    """
+    schema["additionalProperties"] = {"type": "null"}
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        variants = field.get("anyOf", ())
+        if name in required or {"type": "null"} in variants:
+            continue
+        own = {key: field.pop(key) for key in list(field) if key not in ("title", "default")}
+        field["anyOf"] = [own, {"type": "null"}]
+
+
+def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """A body's `json_schema_extra`, with examples for the document."""
+
+    def extra(schema: dict[str, Any]) -> None:
+        _nullable(schema)
+        schema["examples"] = list(bodies)
+
+    return extra
+
+
 class RequestModel(BaseModel):
     """A body: unknown fields and wrong types are errors, null means the default.
 
@@ -39,7 +70,11 @@ class RequestModel(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra=_nullable,
     )
 
     @model_validator(mode="before")
@@ -51,15 +86,20 @@ class RequestModel(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _without_huge_integers(cls, value: Any) -> Any:
-        left = [value]
+    def _whole_numbers(cls, value: Any) -> Any:
+        """JSON has one kind of number: 2.0 is an integer. ValueError for a huge one."""
+        whole = [value]
+        left = [whole]
         while left:  # iterative, since clients decide the depth
-            each = left.pop()
-            if isinstance(each, int) and each.bit_length() > MAX_BITS:
-                raise ValueError(f"integers may have at most {MAX_BITS} bits")
-            if isinstance(each, list):
-                left += each
-        return value
+            values = left.pop()
+            for index, each in enumerate(values):
+                if isinstance(each, int) and each.bit_length() > MAX_BITS:
+                    raise ValueError(f"integers may have at most {MAX_BITS} bits")
+                if isinstance(each, float) and each.is_integer() and abs(each) < 2**53:
+                    values[index] = int(each)
+                if isinstance(each, list):
+                    left.append(each)
+        return whole[0]
 
 
 def as_prompts(value: Any) -> list[Prompt]:
@@ -117,16 +157,33 @@ def as_stop_strings(value: Any) -> list[str]:
     return [checked_text(text) for text in texts]
 
 
+_ID_SCHEMA = {"type": "integer", "minimum": 0}
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_SEQUENCES},
+        {"type": "array", "items": _ID_SCHEMA, "minItems": 1},
+        {
+            "type": "array",
+            "items": {"type": "array", "items": _ID_SCHEMA, "minItems": 1},
+            "minItems": 1,
+            "maxItems": MAX_SEQUENCES,
+        },
     ]
 }
-_STOP_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-_BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
+_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOP_SCHEMA = {
+    "anyOf": [
+        _STRING_SCHEMA,
+        {"type": "array", "items": _STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS},
+    ]
+}
+_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_BIASES,
+}
 
 
 class StreamOptions(RequestModel):
@@ -138,40 +195,56 @@ class StreamOptions(RequestModel):
 class CompletionRequest(RequestModel):
     """OpenAI's fields and common extensions."""
 
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompt": "In a shocking finding, scientists", "max_tokens": 16, "temperature": 0},
+            {"prompt": ["Once", "Twice"], "max_tokens": 8, "n": 2, "seed": 1, "logprobs": 3},
+            {"prompt": "Once", "stream": True, "stream_options": {"include_usage": True}},
+            {"prompt": "Once", "use_beam_search": True, "best_of": 4, "length_penalty": 0.8},
+        )
+    )
+
     model: str | None = None  # default: this service's only model
     prompt: Annotated[
         list[Prompt] | None, PlainValidator(as_prompts), WithJsonSchema(_PROMPT_SCHEMA)
     ] = None  # default: the bos token
-    suffix: str = ""
-    max_tokens: int | None = None  # default: 16, or what the context leaves
-    temperature: float = 1.0
-    top_p: float = 1.0
-    n: int = 1
-    best_of: int | None = None  # default: n
+    suffix: Annotated[str, bounds(maxLength=0)] = ""
+    # Default: 16, or what the context leaves.
+    max_tokens: Annotated[int | None, bounds(minimum=0)] = None
+    temperature: Annotated[float, bounds(minimum=0, maximum=100)] = 1.0
+    top_p: Annotated[float, bounds(minimum=0, maximum=1)] = 1.0
+    n: Annotated[int, bounds(minimum=1, maximum=MAX_SEQUENCES)] = 1
+    # Default: n.
+    best_of: Annotated[int | None, bounds(minimum=1, maximum=MAX_SEQUENCES)] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
     echo: bool = False
     stop: Annotated[list[str], PlainValidator(as_stop_strings), WithJsonSchema(_STOP_SCHEMA)] = (
         Field(default_factory=list)
     )
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: Annotated[float, bounds(minimum=-2, maximum=2)] = 0.0
+    frequency_penalty: Annotated[float, bounds(minimum=-2, maximum=2)] = 0.0
     logit_bias: Annotated[
         dict[int, float], PlainValidator(as_token_biases), WithJsonSchema(_BIAS_SCHEMA)
     ] = Field(default_factory=dict)
     seed: int | None = None
     user: str = ""  # ignored
 
-    top_k: int = 0  # only the k likeliest tokens; 0 or -1 means all
-    min_p: float = 0.0  # relative to the likeliest token's probability
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0  # ignore eos and stops before that many tokens
+    top_k: Annotated[int, bounds(minimum=-1)] = 0  # only the k likeliest tokens; 0 or -1 means all
+    # Relative to the likeliest token's probability.
+    min_p: Annotated[float, bounds(minimum=0, maximum=1)] = 0.0
+    repetition_penalty: Annotated[float, bounds(exclusiveMinimum=0, maximum=100)] = 1.0
+    # Ignore eos and stops before that many tokens.
+    min_tokens: Annotated[int, bounds(minimum=0)] = 0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: Annotated[
+        list[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_BIASES)
+    ] = Field(default_factory=list)
     include_stop_str_in_output: bool = False  # end the text after the stop, not before it
     use_beam_search: bool = False  # best_of beams, returning the best n
-    length_penalty: float = 1.0  # rank beams by logprob / length ** length_penalty
+    # Rank beams by logprob / length ** length_penalty.
+    length_penalty: Annotated[float, bounds(minimum=-10, maximum=10)] = 1.0
     early_stopping: bool = False  # stop once best_of beams have ended
 
     @property

@@ -25,6 +25,9 @@ class Keys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Keys:
         """The keys in GPTJ_API_KEYS. Raises ValueError if it is set but empty."""

@@ -1,0 +1,120 @@
+"""An application's OpenAPI document: its routes, with every status, body and key that they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from gptj.serving.middleware.keys import OPEN_PATHS
+
+DESCRIPTIONS = {
+    400: "What can never work: no JSON, a value out of its range, fields that contradict each "
+    "other, or a text too long for the model's context. `param` names the field.",
+    401: "No key, or a wrong one.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    422: "A field is missing, unknown or of a wrong type. `param` names it.",
+    429: "The queue is full: try again after `Retry-After` seconds.",
+    500: "The model failed on this request.",
+    503: "Not ready, or about to stop: try again after `Retry-After` seconds.",
+}
+EXAMPLES = {
+    400: ("n must be 1 or more, got 0", "invalid_request_error", "n", None),
+    401: (
+        "this service needs a key: send the header Authorization: Bearer KEY with a valid one",
+        "authentication_error",
+        None,
+        "invalid_api_key",
+    ),
+    404: (
+        "there is no model 'another' here, but 'gpt-j-6b'",
+        "not_found_error",
+        "model",
+        "model_not_found",
+    ),
+    413: (
+        "the request's body is larger than 1048576 bytes: send less at a time",
+        "invalid_request_error",
+        None,
+        None,
+    ),
+    422: ("n: Input should be a valid integer, got 'x'", "invalid_request_error", "n", None),
+    429: ("1024 requests wait already: try again later", "rate_limit_error", None, None),
+    500: ("the model's output is not finite", "server_error", None, None),
+    503: ("the model makes no progress", "server_error", None, None),
+}
+HEADERS = {
+    401: {"WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}}},
+    429: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+}
+KEY = {"bearer": {"type": "http", "scheme": "bearer", "description": "One of GPTJ_API_KEYS."}}
+
+
+class ErrorDetail(BaseModel):
+    message: str  # with the value that is wrong and the remedy
+    type: str
+    param: str | None  # the field that is wrong
+    code: str | None  # for programs
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's body of an error."""
+
+    error: ErrorDetail
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses` of its own; what all routes have, `describe` adds."""
+    return {status: _error(status) for status in statuses}
+
+
+def describe(app: FastAPI, *, guarded: bool) -> None:
+    """Make the application's document complete. `guarded`: whether it asks for a key."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            whole = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            components = whole.setdefault("components", {})
+            components["securitySchemes"] = KEY
+            # FastAPI's own shape of an error, which nothing here answers with.
+            schemas = components.setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            template = "#/components/schemas/{model}"
+            detail = ErrorReply.model_json_schema(ref_template=template)
+            schemas.update(detail.pop("$defs"), ErrorReply=detail)
+            for path, operations in whole["paths"].items():
+                for operation in operations.values():
+                    _complete(operation, guarded, is_open=path in OPEN_PATHS)
+            app.openapi_schema = whole
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _complete(operation: dict[str, Any], guarded: bool, is_open: bool) -> None:
+    """The statuses that middleware answers with, and the key."""
+    responses = operation["responses"]
+    responses.pop("422", None)
+    statuses = [400] if is_open else [400, 401]  # 400: headers that cannot be read
+    if "requestBody" in operation:
+        statuses += [413, 422]
+    responses.update({str(status): _error(status) for status in statuses})
+    operation["responses"] = dict(sorted(responses.items()))
+    # An empty alternative: it works without a key, too.
+    operation["security"] = [] if is_open else [{"bearer": []}] if guarded else [{"bearer": []}, {}]
+
+
+def _error(status: int) -> dict[str, Any]:
+    message, type_, param, code = EXAMPLES[status]
+    example = {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    schema = {"$ref": "#/components/schemas/ErrorReply"}
+    response = {
+        "description": DESCRIPTIONS[status],
+        "content": {"application/json": {"schema": schema, "example": example}},
+    }
+    return response | ({"headers": HEADERS[status]} if status in HEADERS else {})

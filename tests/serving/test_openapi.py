@@ -1,0 +1,162 @@
+"""Each application against its own OpenAPI document: requests that schemathesis makes of it.
+
+Valid ones are answered with what the document says; invalid ones are refused, with a status of the
+document and our error body. Nothing answers 500.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import Case
+from schemathesis.checks import not_a_server_error
+from schemathesis.config import SchemathesisConfig
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi import checks
+from serving_models import Models, applications, make_models
+
+pytest_plugins = ["serving_fixtures"]
+pytestmark = pytest.mark.slow
+
+EXAMPLES = 40  # requests of each operation and kind
+SHORT = 48  # tokens of context, so that no request takes long
+CHECKS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
+# What JSON Schema cannot say of a request: 400 for one that its schema allows has such a reason.
+REASONS = re.compile(
+    r"this model's context is|best_of=\d+ must not be below n|no stream$|needs stream=true"
+    r"|without echo=true|more than \d+ outputs|are more than the \d+ that may wait"
+    r"|is for use_beam_search=true|beam search (does not work|needs)|num_beams"
+    r"|is no token id of|is not in the vocabulary|min_tokens must be in \[0, max_tokens"
+    r"|stop may have|must be in \[\d+, \d+\], got|question has \d+ tokens|make \d+ windows"
+)
+
+
+@pytest.fixture(scope="module")
+def documents() -> Iterator[dict[str, Any]]:
+    """Schemathesis' view of each application by its prefix."""
+    with applications(make_models(SHORT)) as apps:
+        yield {
+            prefix: schemathesis.openapi.from_asgi(
+                "/openapi.json", app, config=SchemathesisConfig()
+            )
+            for prefix, app in apps.items()
+        }
+
+
+OPERATIONS = [
+    ("/", "POST", "/v1/completions"),
+    ("/", "POST", "/tokenize"),
+    ("/", "POST", "/detokenize"),
+    ("/", "GET", "/v1/models"),
+    ("/", "GET", "/v1/models/{model_id}"),
+    ("/", "GET", "/tokenizer_info"),
+    ("/", "GET", "/health"),
+    ("/classification", "POST", "/"),
+    ("/classification", "GET", "/health"),
+    ("/question-answering", "POST", "/"),
+    ("/question-answering", "GET", "/health"),
+]
+
+
+def ask(document: Any, method: str, path: str, mode: GenerationMode) -> list[tuple[Case, Any]]:
+    """Requests of one kind with their replies, which have been compared with the document."""
+    asked: list[tuple[Case, Any]] = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=document[path][method].as_strategy(generation_mode=mode))
+    def run(case: Case) -> None:
+        reply = case.call()
+        case.validate_response(reply, checks=CHECKS)
+        asked.append((case, reply))
+
+    run()
+    return asked
+
+
+@pytest.mark.parametrize(("prefix", "method", "path"), OPERATIONS)
+def test_no_valid_request_is_refused(
+    documents: dict[str, Any], prefix: str, method: str, path: str
+) -> None:
+    asked = ask(documents[prefix], method, path, GenerationMode.POSITIVE)
+    for case, reply in asked:
+        if reply.status_code == 400:
+            message = reply.json()["error"]["message"]
+            assert REASONS.search(message), (case.body, message)
+        else:
+            assert reply.status_code in (200, 404), (case.body, reply.text)
+            assert reply.status_code == 200 or "/{" in path or isinstance(case.body["model"], str)
+    if "/{" not in path:
+        assert any(reply.status_code == 200 for _, reply in asked)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "method", "path"), [each for each in OPERATIONS if each[1] == "POST"]
+)
+def test_what_the_document_forbids_is_refused(
+    documents: dict[str, Any], prefix: str, method: str, path: str
+) -> None:
+    for case, reply in ask(documents[prefix], method, path, GenerationMode.NEGATIVE):
+        assert reply.status_code in (400, 404, 405, 413, 422), (case.body, reply.text)
+        assert reply.json()["error"]["message"]
+
+
+def test_every_operation_is_tested(documents: dict[str, Any]) -> None:
+    found = {
+        (prefix, each.ok().method.upper(), each.ok().path)
+        for prefix, document in documents.items()
+        for each in document.get_all_operations()
+    }
+    assert found == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("prefix", ["/", "/classification", "/question-answering"])
+def test_the_examples_are_answered(documents: dict[str, Any], prefix: str) -> None:
+    document = documents[prefix]
+    examples = 0
+    for _, method, path in [each for each in OPERATIONS if each[:2] == (prefix, "POST")]:
+        operation = document[path][method]
+        content = operation.definition.raw["requestBody"]["content"]["application/json"]
+        name = content["schema"]["$ref"].rpartition("/")[2]
+        for example in document.raw_schema["components"]["schemas"][name]["examples"]:
+            if path != "/detokenize":  # ids of GPT-J's vocabulary, which the tests' has not
+                reply = operation.Case(body=example, media_type="application/json").call()
+                assert reply.status_code == 200, (example, reply.text)
+            examples += 1
+    assert examples >= 2
+
+
+def test_documents_say_how_a_key_is_sent_and_where_none_is_needed(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for keys, needed in ((None, [{"bearer": []}, {}]), ("a-key", [{"bearer": []}])):
+        if keys is not None:
+            monkeypatch.setenv("GPTJ_API_KEYS", keys)
+        with applications(models) as apps:
+            for app in apps.values():
+                document = app.openapi()
+                assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+                assert "HTTPValidationError" not in document["components"]["schemas"]
+                for path, operations in document["paths"].items():
+                    for operation in operations.values():
+                        assert operation["security"] == ([] if path == "/health" else needed)
+                        assert ("401" in operation["responses"]) == (path != "/health")
+                        if "requestBody" in operation:
+                            assert {"400", "413", "422"} <= set(operation["responses"])
