@@ -11,7 +11,7 @@ import logging
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -117,12 +117,14 @@ def save_folder(
     tokenizer: GPTJTokenizer | None = None,
     training: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """As save_model, with tensors that come one at a time in the order of `specs`.
 
-    So a model that is spread over many processes is written without being gathered.
+    So a model that is spread over many processes is written without being gathered. `fence` is
+    FolderWriter's.
     """
-    with FolderWriter(address) as writer:
+    with FolderWriter(address, fence=fence) as writer:
         write_weights(writer, specs, tensors, shard_bytes)
         write_small_files(writer, config, tokenizer, training)
 

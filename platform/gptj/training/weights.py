@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -115,6 +115,7 @@ def export_model(
     tokenizer: GPTJTokenizer,
     training: dict[str, Any],
     rank: int,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the trained model's folder, in the precision of the training.
 
@@ -128,7 +129,9 @@ def export_model(
     specs = [TensorSpec(name, _shape(p), dtype) for name, p in parameters.items()]
     tensors = _gathered(parameters, settings.deepspeed.stage)
     if rank == 0:
-        save_folder(address, config, specs, tensors, tokenizer=tokenizer, training=training)
+        save_folder(
+            address, config, specs, tensors, tokenizer=tokenizer, training=training, fence=fence
+        )
     else:
         for _ in tensors:
             pass  # this rank's share of the gathering
