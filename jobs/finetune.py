@@ -15,6 +15,7 @@ import logging
 import sys
 import uuid
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
+from gptj.storage.lease import Claim, Lease, LeaseHeldError
 from gptj.storage.scratch import shared_scratch_folder
 from gptj.training.dataset import node_data
 from gptj.training.failures import UnrecoverableError, unrecoverable
@@ -64,16 +66,29 @@ def main() -> None:
         on_gpu = check_workers(settings)
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
+    try:
+        storage.check_writable(settings.folder)
+        lease = Lease(storage.join(settings.folder, "lease"))
+    except storage.StorageError as error:
+        sys.exit(f"error: {error}")
+    except LeaseHeldError as error:
+        sys.exit(
+            f"error: the run {settings.run!r} is being trained already: {error}. Wait for its end, "
+            f"or choose another run="
+        )
     submission = uuid.uuid4().hex
-    with shared_scratch_folder(f"data-{submission}") as shared:
-        fine_tune(settings, on_gpu, submission, shared)
+    with lease, shared_scratch_folder(f"data-{submission}") as shared:
+        fine_tune(settings, on_gpu, lease.claim, submission, shared)
     print(f"The model is complete: {settings.model_folder}", flush=True)
 
 
-def fine_tune(settings: Settings, on_gpu: bool, submission: str, shared: Path) -> None:
+def fine_tune(
+    settings: Settings, on_gpu: bool, claim: Claim, submission: str, shared: Path
+) -> None:
     """Check the inputs and train. SystemExit with what is wrong.
 
     Args:
+        claim: to the run's folder, so that nobody else trains it.
         submission: names `shared`, the folder with the tokenized data that workers on this node
             read as well.
     """
@@ -85,7 +100,7 @@ def fine_tune(settings: Settings, on_gpu: bool, submission: str, shared: Path) -
     except (ValueError, OSError, UnrecoverableError) as error:
         sys.exit(f"error: {error}")
     try:
-        build_trainer(settings, on_gpu, submission).fit()
+        build_trainer(settings, on_gpu, claim, submission).fit()
     except TrainingFailedError as error:
         count_failure(settings.run)
         sys.exit(f"error: {explained(error, settings)}")
@@ -156,7 +171,6 @@ def check_workers(settings: Settings) -> bool:
 
 def check_inputs(settings: Settings, shared: Path) -> None:
     """Find out now, and not after hours, what is wrong with storage, data or settings."""
-    storage.check_writable(settings.folder)
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
@@ -173,12 +187,13 @@ def check_inputs(settings: Settings, shared: Path) -> None:
     make_config(settings, tokenizer, data.train.labels)
 
 
-def build_trainer(settings: Settings, on_gpu: bool, submission: str) -> TorchTrainer:
+def build_trainer(settings: Settings, on_gpu: bool, claim: Claim, submission: str) -> TorchTrainer:
     filesystem, path = storage.arrow_filesystem(settings.storage)
     return TorchTrainer(
         work,
         train_loop_config={
             "settings": settings.model_dump(exclude_unset=True),
+            "claim": asdict(claim),
             "submission": submission,
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
@@ -227,6 +242,7 @@ def work(config: dict[str, Any]) -> None:
         device=ray.train.torch.get_device(),
         report=report,
         watch=metrics.point,
+        fence=Claim(**config["claim"]).check,
         submission=config["submission"],
     )
     if worker.device.type == "cuda":

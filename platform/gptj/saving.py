@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ def save_folder(
     tokenizer: GPTJTokenizer | None = None,
     training: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a model folder whose tensors come one at a time, in the order of `specs`.
 
@@ -37,11 +38,12 @@ def save_folder(
     Args:
         address: a new folder, local or `s3://`.
         training: how the model came to be, for `training.json`.
+        fence: see FolderWriter.
 
     Raises:
         AlreadyExistsError: if there is a finished checkpoint at the address.
     """
-    with FolderWriter(address) as writer:
+    with FolderWriter(address, fence=fence) as writer:
         write_weights(writer, specs, tensors, shard_bytes)
         write_small_files(writer, config, tokenizer, training)
 
@@ -56,6 +58,7 @@ def save_adapter_folder(
     base: Base,
     tokenizer: GPTJTokenizer | None = None,
     training: Mapping[str, Any] | None = None,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Write an adapter's folder, as PEFT reads it and with what we know beside it; as save_folder.
 
@@ -70,7 +73,7 @@ def save_adapter_folder(
         "revision": base.revision,
     }
     named = [replace(spec, name=PREFIX + spec.name) for spec in specs]
-    with FolderWriter(address) as writer:
+    with FolderWriter(address, fence=fence) as writer:
         write_file(writer, ADAPTER_FILE, named, iter(tensors))
         writer.write(BASE, _json(base.to_dict()))
         writer.write(ADAPTER_CONFIG, _json(fields))

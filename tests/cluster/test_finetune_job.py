@@ -135,9 +135,12 @@ def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
     assert "complete already: s3://gptj/killed/model" in again.stdout
 
 
-def test_a_killed_jobs_run_goes_on_when_it_is_submitted_again(cluster: dict[str, str]) -> None:
-    """Though its oldest checkpoints, which Ray has on its list, are deleted by then."""
-    words = ["run=again", "storage=s3://gptj", "steps=40", "checkpoint_every=2", *TINY]
+def test_a_killed_jobs_run_resumes_when_it_is_submitted_again(cluster: dict[str, str]) -> None:
+    """Though its oldest checkpoints, which Ray has on its list, are deleted by then.
+
+    As long as it lives, it cannot be submitted again.
+    """
+    words = ["run=again", "storage=s3://gptj", "steps=200", "checkpoint_every=2", *TINY]
     command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
     first = subprocess.Popen(
         command, env=cluster, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -146,12 +149,16 @@ def test_a_killed_jobs_run_goes_on_when_it_is_submitted_again(cluster: dict[str,
     while (latest_checkpoint("s3://gptj/again") or "") < "s3://gptj/again/checkpoint-00000008":
         assert time.monotonic() < deadline and first.poll() is None, "no checkpoints appeared"
         time.sleep(0.05)
+    refused = direct(cluster, *words)
+    assert refused.returncode == 1
+    assert f"'again' is being trained already: process {first.pid} on " in refused.stderr
+    assert first.poll() is None, "the first one ended before the second was refused"
     first.kill()
     first.wait()
     done = direct(cluster, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step" in done.stdout + done.stderr
-    assert sorted(losses("again")) == list(range(10, 41, 10))
+    assert sorted(losses("again")) == list(range(10, 201, 10))
 
 
 @pytest.mark.parametrize(

@@ -509,3 +509,41 @@ def test_loading_makes_no_second_copy(
     assert done.returncode == 0, done.stderr
     peak, size = map(float, done.stdout.split())
     assert peak < copies * size + 120, f"{peak:.0f} MiB for a model of {size:.0f} MiB"
+
+
+@pytest.mark.parametrize("file", ["small", "large"])
+def test_a_writer_that_stalled_never_alters_a_finished_folder(file: str, tmp_path: Path) -> None:
+    """It had begun while the folder was unfinished, and wakes up after another has finished it."""
+    address = str(tmp_path / "model")
+    with (
+        pytest.raises(storage.AlreadyExistsError, match="holds a finished checkpoint already"),
+        FolderWriter(address) as late,
+    ):
+        if file == "large":
+            with late.open("weights", 4) as target:
+                target.write(b"late")
+                with FolderWriter(address) as other:
+                    other.write("weights", b"good")
+        else:
+            with FolderWriter(address) as other:
+                other.write("weights", b"good")
+            late.write("weights", b"late")
+    assert (tmp_path / "model" / "weights").read_bytes() == b"good"
+    checkpoint.verify(address)
+
+
+def test_a_writer_that_is_fenced_off_writes_nothing_more(tmp_path: Path) -> None:
+    allowed = [True, True]
+
+    def fence() -> None:
+        if not allowed:
+            raise RuntimeError("another one has taken over")
+        allowed.pop()
+
+    with (
+        pytest.raises(RuntimeError, match="taken over"),
+        FolderWriter(tmp_path / "m", fence=fence) as late,
+    ):
+        late.write("first", b"1")
+        late.write("second", b"2")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["first"]

@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -234,27 +234,40 @@ class FolderWriter:
     """Writes the files of a new folder, and its manifest at the end.
 
     `with FolderWriter(address) as writer: …` finishes the folder when the block ends well; after
-    an error there is no manifest, and so no checkpoint. AlreadyExistsError at once if the folder
-    has a manifest: finished folders never change.
+    an error there is no manifest, and so no checkpoint. AlreadyExistsError, before any file
+    appears, if the folder has a manifest: finished folders never change.
+
+    Args:
+        fence: called before each file appears; raises if this process may not write any more.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, fence: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = normalized(folder)
+        self._fence = fence
         self._files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> FolderWriter:
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        """A writer that stalled may find that another one has finished the folder meanwhile."""
+        self._fence()
         if storage.exists(storage.join(self.folder, MANIFEST)):
             raise storage.AlreadyExistsError(
                 f"{self.folder} holds a finished checkpoint already, which is never changed; "
                 f"write to another address, or delete it first"
             )
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
+            self._fence()
             Manifest(self.folder, self._files).write()
 
     def write(self, name: str, content: bytes) -> None:
+        self._check()
         storage.write_bytes(storage.join(self.folder, name), content)
         self._files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
@@ -265,6 +278,7 @@ class FolderWriter:
             hashing = HashingFile(file)
             yield hashing
             assert hashing.size == size, f"{name}: {hashing.size} bytes written of {size} planned"
+            self._check()
         self._files[name] = FileRecord(hashing.size, hashing.hash.hexdigest())
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
 from gptj.storage import AccessDeniedError, AlreadyExistsError, NotFoundError
+from gptj.storage.lease import LeaseLostError
 from gptj.training.settings import SettingsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,6 +42,7 @@ _SAME_AGAIN = (
     NotFoundError,
     AlreadyExistsError,
     AccessDeniedError,
+    LeaseLostError,
 )
 
 

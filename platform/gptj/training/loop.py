@@ -75,6 +75,8 @@ class Worker:
     report: Callable[[dict[str, float], Path, str], None]
     # Takes each point of the run's history as it is logged; rank 0 alone calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
+    # Raises if another submission of the run has taken over; rank 0 calls it before it writes.
+    fence: Callable[[], None] = lambda: None
     # Names the tokenized data that the processes of a node share; None: rank 0 makes one up.
     submission: str | None = None
 
@@ -233,8 +235,16 @@ class _Run:
         if self._log is not None:  # the model comes last: once it is there, the run is complete
             self._log.publish(self.settings.folder)
             self._log.close()
-        base = None if self.progress.base is None else Base(**self.progress.base)
-        export_model(model, address, self.settings, tokenizer, training, self.worker.rank, base)
+        export_model(
+            model,
+            address,
+            self.settings,
+            tokenizer,
+            training,
+            self.worker.rank,
+            base=None if self.progress.base is None else Base(**self.progress.base),
+            fence=self.worker.fence,
+        )
         if self._log is not None:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
 
@@ -368,6 +378,8 @@ class _Run:
             path.mkdir()
             with naming_full_disk(path):
                 save_state(engine, path, self.progress, self.worker.rank)
+            if self._log is not None:
+                self.worker.fence()
             self.worker.report({"step": self.progress.step, **metrics}, path, name)
         self._checkpoint_address = storage.join(self.settings.folder, name)
         if self._log is not None:

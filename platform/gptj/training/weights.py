@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -138,7 +138,9 @@ def export_model(
     tokenizer: GPTJTokenizer,
     training: dict[str, Any],
     rank: int,
+    *,
     base: Base | None = None,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the folder of the trained model or adapter, in the precision of the training.
 
@@ -147,6 +149,7 @@ def export_model(
 
     Args:
         base: of an adapter.
+        fence: see FolderWriter.
     """
     dtype = PRECISIONS[settings.deepspeed.precision]
     config = model.config_to_save()
@@ -159,7 +162,9 @@ def export_model(
         for _ in tensors:
             pass  # this rank's share of the gathering
     elif adapter is None:
-        save_folder(address, config, specs, tensors, tokenizer=tokenizer, training=training)
+        save_folder(
+            address, config, specs, tensors, tokenizer=tokenizer, training=training, fence=fence
+        )
     else:
         assert base is not None
         save_adapter_folder(
@@ -171,6 +176,7 @@ def export_model(
             base=base,
             tokenizer=tokenizer,
             training=training,
+            fence=fence,
         )
 
 

@@ -1,0 +1,194 @@
+"""A lease on a folder, local or on S3: one holder at a time, which need not say good-bye.
+
+The folder has a file for each generation, `00000001.json` and so on, which is created only if it is
+absent: of those who take over an expired lease, one wins. The holder renews its file every few
+seconds. Whoever finds that a file stays as it is for a whole term, by its own clock, takes over;
+no clocks are compared. On the holder's own machine its process is looked up instead.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from gptj import storage
+
+logger = logging.getLogger(__name__)
+
+TERM_SECONDS = 60.0
+RENEWALS = 6  # in a term
+
+
+class LeaseHeldError(Exception):
+    """Somebody else holds the lease; the message says where."""
+
+
+class LeaseLostError(Exception):
+    """Somebody else has taken over: what this process writes is late."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    owner: str
+    host: str
+    process: int
+    machine: str  # boot, process namespace and the process's start, to tell whether it lives
+    renewed: int = 0
+    released: bool = False
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a lease's holder tells others that work for it; plain values."""
+
+    folder: str
+    generation: int
+    owner: str
+
+    def check(self) -> None:
+        """LeaseLostError if somebody else has taken over."""
+        newest = _newest(self.folder)
+        if newest != self.generation:
+            raise LeaseLostError(
+                f"the lease in {self.folder} was taken over by another holder (generation "
+                f"{newest}, ours was {self.generation})"
+            )
+
+
+class Lease:
+    """A lease that is renewed by a thread until it is released.
+
+    Args:
+        folder: of the lease's own files.
+        term: seconds without renewal after which others take over.
+
+    Raises:
+        LeaseHeldError: if its holder lives.
+        StorageError: if the folder cannot be read or written.
+    """
+
+    def __init__(self, folder: str, *, term: float = TERM_SECONDS) -> None:
+        self._record = _Record(
+            owner=secrets.token_hex(16),
+            host=socket.gethostname(),
+            process=os.getpid(),
+            machine=_machine(os.getpid()) or "",
+        )
+        self._term = term
+        self._ended = threading.Event()
+        self.claim = Claim(folder, self._acquire(folder), self._record.owner)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others have it at once; nothing happens the second time."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        try:
+            self.claim.check()
+            self._write(replace(self._record, released=True))
+        except (LeaseLostError, storage.StorageError) as error:
+            logger.warning("the lease is not released: %s", error)
+
+    def _acquire(self, folder: str) -> int:
+        while True:
+            newest = _newest(folder)
+            if newest:
+                self._wait_until_free(folder, newest)
+            content = json.dumps(asdict(self._record)).encode()
+            try:
+                storage.write_bytes(_address(folder, newest + 1), content, if_absent=True)
+            except storage.AlreadyExistsError:
+                continue  # another one was faster
+            for generation in range(1, newest):  # the newest ones tell a late holder that it is
+                storage.delete(_address(folder, generation))
+            return newest + 1
+
+    def _wait_until_free(self, folder: str, generation: int) -> None:
+        first = _read(folder, generation)
+        if first is None or first.released or _is_dead(first):
+            return
+        ends = time.monotonic() + self._term
+        logger.info(
+            "process %d on %s may be at work; waiting for a sign of life, %.0f s at most",
+            first.process,
+            first.host,
+            self._term,
+        )
+        while time.monotonic() < ends:
+            time.sleep(self._term / RENEWALS / 4)
+            now = _read(folder, generation)
+            if now is None or now.released:
+                return
+            if now != first:
+                raise LeaseHeldError(f"process {now.process} on {now.host} is at work")
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._term / RENEWALS):
+            try:
+                self.claim.check()
+                self._record = replace(self._record, renewed=self._record.renewed + 1)
+                self._write(self._record)
+            except LeaseLostError as error:
+                logger.error("%s", error)
+                return
+            except storage.StorageError as error:
+                logger.warning("the lease is not renewed: %s", error)
+
+    def _write(self, record: _Record) -> None:
+        address = _address(self.claim.folder, self.claim.generation)
+        storage.write_bytes(address, json.dumps(asdict(record)).encode())
+
+
+def _address(folder: str, generation: int) -> str:
+    return storage.join(folder, f"{generation:08}.json")
+
+
+def _newest(folder: str) -> int:
+    """The newest generation; 0 if there is none."""
+    names = [Path(file.name) for file in storage.list_files(folder)]
+    return max((int(name.stem) for name in names if name.stem.isdigit()), default=0)
+
+
+def _read(folder: str, generation: int) -> _Record | None:
+    try:
+        fields: dict[str, Any] = json.loads(storage.read_bytes(_address(folder, generation)))
+    except storage.NotFoundError:
+        return None
+    return _Record(**fields)
+
+
+def _is_dead(record: _Record) -> bool:
+    """Whether the holder was a process of this machine that has ended."""
+    here = _machine(os.getpid())
+    if here is None or record.machine.rpartition(" ")[0] != here.rpartition(" ")[0]:
+        return False
+    return _machine(record.process) != record.machine
+
+
+def _machine(process: int) -> str | None:
+    """Boot, process namespace and start of a process; None if it is not there."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        # After the name, which may hold anything: state is the first field, start the 20th.
+        status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{boot} {namespace} {'ended' if status[0] == 'Z' else status[19]}"

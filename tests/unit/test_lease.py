@@ -1,0 +1,110 @@
+"""One holder at a time, on a disk and on S3; a killed one loses it, a living one does not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import secrets
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from gptj import storage
+from gptj.storage import lease
+from gptj.storage.lease import Lease, LeaseHeldError, LeaseLostError
+
+FORK = multiprocessing.get_context("fork")
+TERM = 1.2  # seconds
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "lease")
+    request.getfixturevalue("s3")
+    return f"s3://gptj/{secrets.token_hex(4)}/lease"
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if all holders were on other machines, whose processes cannot be looked up."""
+    monkeypatch.setattr(lease, "_machine", lambda process: None)
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_second_holder_is_refused_while_the_first_lives(
+    folder: str, same_machine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not same_machine:
+        elsewhere(monkeypatch)
+    with Lease(folder, term=TERM) as first:
+        with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* is at work"):
+            Lease(folder, term=TERM)
+        first.claim.check()
+    with Lease(folder, term=TERM) as second:  # at once
+        assert second.claim.generation == 2
+        with pytest.raises(LeaseLostError, match="generation 2, ours was 1"):
+            first.claim.check()
+
+
+def hold(folder: str, held: threading.Event) -> None:
+    Lease(folder, term=TERM)
+    held.set()
+    signal.pause()
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_killed_holder_loses_it(
+    same_machine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same machine at once, even with a term of hours; else after a term."""
+    folder = str(tmp_path / "lease")
+    if not same_machine:
+        elsewhere(monkeypatch)
+    held = FORK.Event()
+    process = FORK.Process(target=hold, args=(folder, held))
+    process.start()
+    assert held.wait(60)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with Lease(folder, term=9999 if same_machine else TERM) as second:
+        second.claim.check()
+
+
+def test_a_stalled_holder_that_wakes_up_finds_it_lost(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(monkeypatch)
+    monkeypatch.setattr(Lease, "_renew", lambda self: None)
+    stalled = Lease(folder, term=TERM)
+    with Lease(folder, term=TERM) as second:
+        with pytest.raises(LeaseLostError):
+            stalled.claim.check()
+        stalled.release()  # which is not the second's
+        second.claim.check()
+        with pytest.raises(LeaseLostError):
+            stalled.claim.check()
+
+
+def test_of_many_that_take_over_one_wins(folder: str) -> None:
+    Lease(folder, term=TERM).release()
+    won: list[Lease] = []
+    refused: list[LeaseHeldError] = []
+
+    def contend() -> None:
+        try:
+            won.append(Lease(folder, term=TERM))
+        except LeaseHeldError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=contend) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 3)
+    won[0].release()
+    names = [file.name for file in storage.list_files(folder)]
+    assert names == ["00000001.json", "00000002.json"]
