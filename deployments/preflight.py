@@ -42,6 +42,7 @@ def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments)
         reference = task.options(scheduling_strategy=strategy).remote(cls, arguments)
         problem = ray.get(reference, timeout=TIMEOUT_SECONDS)
     if problem is not None:
+        logger.error("%s", problem)  # above the traceback that Serve makes of it, which is long
         raise ValueError(problem)
 
 

@@ -1,11 +1,20 @@
-"""Types of our command lines' words, for argparse: errors say what is wrong and the remedy."""
+"""Our command lines: help, and types of words, whose errors say what is wrong and the remedy."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gptj.storage.addresses import AddressError, local_path, normalized
+
+
+def help_if_asked(words: Sequence[str], text: str | None) -> None:
+    """Print `text` and end, if `--help` or `-h` is among the words of a key=value command line."""
+    if "--help" in words or "-h" in words:
+        print((text or "").strip())
+        sys.exit(0)
 
 
 def address(text: str) -> str:

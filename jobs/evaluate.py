@@ -5,8 +5,9 @@
 
 CHECKPOINT is a folder, `s3://…` or a hub id; DATA is Parquet, JSON, CSV or text (also .gz, .zst): a
 file, folder or pattern, local or `s3://…`, or `sample://NAME/evaluation`. What is measured follows
-from the model's head: perplexity; accuracy and F1, or the error of a regression; exact match and
-F1. Progress, and how labels were read, goes to standard error. Keys, with their defaults:
+from the model's head: perplexity; accuracy and F1, also class by class with a confusion matrix, or
+the error of a regression; exact match and F1. Progress, and how labels were read, goes to standard
+error. Keys, with their defaults:
 
     batch_size=8            rows that are computed at a time
     sequence_length=…       tokens of a row; default: as in training, or else all of the context
@@ -15,7 +16,7 @@ F1. Progress, and how labels were read, goes to standard error. Keys, with their
     delimiter=…             of CSV; default: the one in the header
     label_names={…}         what the data have for each label, such as {1: World, 2: Sports};
                             default: as in training
-    limit=…                 rows of the data to read; default: all
+    limit=…                 rows of the data to read, of a text sequences; default: all
     unigram=TRAIN_DATA      language modelling: also the perplexity of these data's frequencies
     dtype=…                 of the weights: float32, bfloat16, float16; default: as stored
     device=…                cpu or cuda; default: cuda where there is one
@@ -36,6 +37,7 @@ from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -49,10 +51,12 @@ from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
-from gptj.training.evaluation import evaluate
+from gptj.training.class_scores import class_scores
+from gptj.training.evaluation import collect
 from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
+from jobs.command_line import help_if_asked
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
@@ -81,10 +85,13 @@ class Settings(BaseModel):
     revision: str | None = None
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line of this process, or the given one."""
+    words = sys.argv[1:] if words is None else words
+    help_if_asked(words, __doc__)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
-        result = measure(read_settings(sys.argv[1:]))
+        result = measure(read_settings(words))
         print(json.dumps(result, allow_nan=False))
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
@@ -123,7 +130,7 @@ def _parsed(word: str, text: str) -> Any:
         raise ValueError(f"{word:.200}: the value is no YAML: {error}") from error
 
 
-def measure(settings: Settings) -> dict[str, float | int | str]:
+def measure(settings: Settings) -> dict[str, Any]:
     """The metrics of a checkpoint, with what they were measured on."""
     on_gpu = torch.cuda.is_available()
     if settings.device not in (None, "cpu", "cuda") or (settings.device == "cuda" and not on_gpu):
@@ -138,7 +145,7 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
         training = folder.read_training_data()
     task = task_of(config, settings.checkpoint)
     data = make_data(settings, task, config, tokenizer, training)
-    result: dict[str, float | int | str] = {
+    result: dict[str, Any] = {
         "checkpoint": settings.checkpoint,
         "data": settings.data,
         "examples": len(data),
@@ -159,13 +166,18 @@ def measure(settings: Settings) -> dict[str, float | int | str]:
     )
     report_progress(model, math.ceil(len(data) / settings.batch_size))
     started = time.monotonic()
-    metrics = evaluate(task, model, data, batch_size=settings.batch_size, device=device)
+    part = collect(task, model, data, batch_size=settings.batch_size, device=device)
+    metrics = task.metrics(data, part)
     if bad := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
         raise ValueError(
             f"{', '.join(bad)}: the weights are damaged, or too large for {model.dtype}; "
             f"remedy: dtype=float32"
         )
-    return {**result, **metrics, "seconds": round(time.monotonic() - started, 3)}
+    result |= {**metrics, "seconds": round(time.monotonic() - started, 3)}
+    if data.labels is not None:
+        logits = np.array([part.outputs[index] for index in range(len(data))])
+        result |= class_scores(logits, data.targets, data.labels)
+    return result
 
 
 def task_of(config: GPTJConfig, checkpoint: str) -> AnyTask:
@@ -212,8 +224,12 @@ def make_data(
     written = settings.label_names or training.get("label_names")
     if labels is not None and isinstance(written, dict):
         labels = labels.translated(written)
-    rows = islice(data_rows(settings, settings.data, task), settings.limit)
+    rows = data_rows(settings, settings.data, task)
+    if task.name != "causal-lm":  # of which a row may be a whole book
+        rows = islice(rows, settings.limit)
     data = task.read(rows, tokenizer, DataSettings(sequence_length=length, stride=stride), labels)
+    if task.name == "causal-lm" and settings.limit is not None:
+        data = data.first(settings.limit)
     logger.info("%s", data.summary())
     return data
 

@@ -12,6 +12,7 @@ checkpoint; once the model is there, it does nothing.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import uuid
 import warnings
@@ -49,12 +50,15 @@ from gptj.training.state import (
     upload_state,
 )
 from gptj.training.tokenizer import prepare_tokenizer
+from jobs.command_line import help_if_asked
+from jobs.room import wait_for_room
 from jobs.training_metrics import TrainingMetrics, count_failure
 
 logger = logging.getLogger("finetune")
 
 
 def main() -> None:
+    help_if_asked(sys.argv[1:], __doc__)
     _log_to_stdout()
     try:
         settings = read_settings(sys.argv[1:]).resolved()
@@ -62,6 +66,7 @@ def main() -> None:
         if is_complete(settings):
             print(f"The run is complete already: {settings.model_folder}", flush=True)
             return
+        check_address()
         ray.init(logging_level=logging.WARNING)
         on_gpu = check_workers(settings)
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
@@ -106,6 +111,17 @@ def fine_tune(
         sys.exit(f"error: {explained(error, settings)}")
 
 
+def check_address() -> None:
+    """SettingsError for the address of the jobs API where that of the head is meant."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise SettingsError(
+            f"RAY_ADDRESS={address} is where jobs are submitted, as by ray job submit -- "
+            f"jobs/finetune.py …; to run the program itself, RAY_ADDRESS is the head's HOST:6379, "
+            f"or auto on a node of the cluster"
+        )
+
+
 def explained(error: TrainingFailedError, settings: Settings) -> str:
     """What to tell the user: the cause once, how often it was tried, and what is kept."""
     if (cause := _last_cause(error)) is not None:
@@ -139,6 +155,11 @@ def check_workers(settings: Settings) -> bool:
     workers, cluster = settings.workers, ray.cluster_resources()
     gpus, cpus = cluster.get("GPU", 0), cluster.get("CPU", 0)
     on_gpu = workers.device == "gpu" or (workers.device == "auto" and gpus > 0)
+    if workers.device == "gpu" and not gpus and not workers.autoscaling:
+        raise SettingsError(
+            "workers.device=gpu, and the cluster has no GPU: leave it out to train on CPUs, or set "
+            "workers.autoscaling=true if the cluster will get some"
+        )
     if not workers.autoscaling:
         if on_gpu and workers.count > gpus:
             raise SettingsError(
@@ -157,6 +178,8 @@ def check_workers(settings: Settings) -> bool:
                 f"{workers.count * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
                 f"set workers.autoscaling=true if the cluster will grow"
             )
+        needed = {"CPU": workers.count * workers.cpus, "GPU": float(workers.count * on_gpu)}
+        wait_for_room({name: amount for name, amount in needed.items() if amount})
     if not on_gpu:
         spread = settings.deepspeed
         if spread.precision == "fp16":

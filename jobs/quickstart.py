@@ -32,6 +32,7 @@ import yaml
 
 from gptj import storage
 from gptj.checkpoints.manifest import verify
+from gptj_local.exports import export_lines, write_exports
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
@@ -116,6 +117,8 @@ def run(*, keep_serving: bool) -> None:
         _say(f"starting a Ray cluster (S3 is at {s3.endpoint})")
         node = stack.enter_context(LocalRay.start(FOLDER, cpus=LOGICAL_CPUS))
         environment = {**os.environ, **node.environment()}
+        exports = {**s3.environment(), **node.environment()}
+        write_exports(FOLDER / "env", exports)
         for demonstration in DEMONSTRATIONS:
             train(demonstration, environment)
         _say(f"starting the services: serve run {SERVE_CONFIG.relative_to(ROOT)}")
@@ -130,6 +133,8 @@ def run(*, keep_serving: bool) -> None:
         _show_checkpoints()
         print(f"\nDone in {time.monotonic() - started:.0f} s.", flush=True)
         if keep_serving:
+            print(f"\n{export_lines(exports)}")
+            print(f"Another terminal uses this cluster after: source {FOLDER / 'env'}")
             print(f"Serving at {address} until Ctrl-C.", flush=True)
             services.wait()
             raise RuntimeError(f"the services ended by themselves; the end of {log}:\n{tail(log)}")

@@ -78,6 +78,9 @@ class LocalRay:
                 **environment,
                 **_authentication(token),
                 "PATH": _path(environment),
+                # Ray Train's own look-ups in its workers: without it they guess, and beside another
+                # cluster of this machine end in a traceback.
+                "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
                 "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_MIDDLEWARES,
             }
             # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.

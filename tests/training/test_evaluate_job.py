@@ -110,9 +110,26 @@ def test_every_head_is_measured_by_its_own_metrics(
     found = measure(read_settings([classifier, reviews, "limit=7", "device=cpu"]))
     assert found["examples"] == 7
     assert {"loss", "accuracy", "f1"} < set(found)
+    assert found["labels"] == ["a", "b"]
+    confusion, classes = found["confusion_matrix"], found["classes"]
+    assert sum(map(sum, confusion)) == 7
+    assert (confusion[0][0] + confusion[1][1]) / 7 == found["accuracy"]
+    assert [classes[name]["support"] for name in "ab"] == [4, 3]
     found = measure(read_settings([reader, squad, "device=cpu", "dtype=bfloat16"]))
     assert found["examples"] == 3
     assert {"loss", "exact_match", "f1"} < set(found)
+
+
+def test_a_limit_counts_the_sequences_of_a_text(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    """A text file is one row, however long it is."""
+    checkpoint = saved(GPTJForCausalLM, tokenizer, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    words = [checkpoint, str(text), "sequence_length=16", "device=cpu"]
+    all_of_it = measure(read_settings(words))
+    part = measure(read_settings([*words, "limit=2"]))
+    assert all_of_it["examples"] > 2
+    assert (part["examples"], part["tokens"]) == (2, 30)
 
 
 def test_data_are_cut_as_in_training_unless_told_otherwise(

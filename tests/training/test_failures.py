@@ -23,7 +23,7 @@ from gptj.training.failures import (
     unrecoverable,
 )
 from gptj.training.settings import Settings, SettingsError
-from jobs.finetune import EndAtOnce, explained
+from jobs.finetune import EndAtOnce, check_address, explained
 
 
 @pytest.fixture
@@ -110,3 +110,14 @@ def test_the_cause_is_told_once_and_the_tries_only_if_there_were_any() -> None:
     assert "times" not in explained(once, settings)
     settings = Settings(workers={"max_failures": 0})  # type: ignore[arg-type]
     assert "times" not in explained(repeated, settings)
+
+
+def test_the_address_of_the_jobs_api_is_not_taken_for_the_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(SettingsError, match=r"http://127.0.0.1:8265 is where jobs are submitted"):
+        check_address()
+    for address in ("127.0.0.1:6379", "auto", "ray://10.0.0.1:10001"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        check_address()

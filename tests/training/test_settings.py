@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from readme import blocks
 
 from gptj.training.deepspeed_config import deepspeed_config, learning_rate_share
 from gptj.training.settings import (
@@ -176,7 +177,7 @@ def test_every_settings_file_of_ours_is_valid() -> None:
 
 
 def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = blocks("Training", "yaml")
     (tmp_path / "readme.yaml").write_text(block)
     assert read_settings([str(tmp_path / "readme.yaml")]).deepspeed.stage == 3
 

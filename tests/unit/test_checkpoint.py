@@ -529,7 +529,7 @@ def test_a_writer_that_stalled_never_alters_a_finished_folder(file: str, tmp_pat
                 other.write("weights", b"good")
             late.write("weights", b"late")
     assert (tmp_path / "model" / "weights").read_bytes() == b"good"
-    checkpoint.verify(address)
+    verify(address)
 
 
 def test_a_writer_that_is_fenced_off_writes_nothing_more(tmp_path: Path) -> None:

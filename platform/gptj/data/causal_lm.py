@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -91,6 +92,12 @@ class CausalLMData:
             raise IndexError(f"example {index} of {len(self)}")
         start = index * self.sequence_length
         return self.tokens[start : start + self.sequence_length]
+
+    def first(self, count: int) -> CausalLMData:
+        """The same data without what follows its first `count` examples."""
+        part = copy.copy(self)
+        part.tokens = self.tokens[: count * self.sequence_length]
+        return part
 
     def collate(self, examples: Sequence[Ids]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels` (B, L) of int64; padding is never a label."""

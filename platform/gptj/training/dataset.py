@@ -14,6 +14,7 @@ from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
+from gptj.data.split import split_rows
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.failures import naming_full_disk
@@ -72,16 +73,21 @@ def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> TaskData:
     fingerprints = {"train": fingerprint}
     if settings.evaluation_data is None:
         return TaskData(train, None, fingerprints)
-    evaluation, fingerprint = _read(settings, settings.evaluation_data, tokenizer, train.labels)
+    evaluation, fingerprint = _read(
+        settings, settings.evaluation_data, tokenizer, train.labels, evaluation=True
+    )
     fingerprints["evaluation"] = fingerprint
     return TaskData(train, evaluation, fingerprints)
 
 
-def task_rows(settings: Settings, address: str) -> Iterator[Row]:
-    """The rows at an address, with the task's columns."""
-    data = settings.data
-    columns = settings.task_definition.columns
-    return read_rows(address, columns, data.columns, delimiter=data.delimiter)
+def task_rows(settings: Settings, address: str, *, evaluation: bool = False) -> Iterator[Row]:
+    """The rows at an address, with the task's columns: those to train on, or to measure with."""
+    data, task = settings.data, settings.task_definition
+    rows = read_rows(address, task.columns, data.columns, delimiter=data.delimiter)
+    if (share := data.evaluation_split) is None:
+        return rows
+    cut = "text" if task.name == "causal-lm" else None  # a book is one row
+    return split_rows(rows, share, settings.seed, held_out=evaluation, cut=cut)
 
 
 def _tokenize(settings: Settings, tokenizer: GPTJTokenizer, folder: Path) -> None:
@@ -111,9 +117,14 @@ def _checkpoint_labels(settings: Settings) -> LabelSet | None:
 
 
 def _read(
-    settings: Settings, address: str, tokenizer: GPTJTokenizer, labels: LabelSet | None
+    settings: Settings,
+    address: str,
+    tokenizer: GPTJTokenizer,
+    labels: LabelSet | None,
+    *,
+    evaluation: bool = False,
 ) -> tuple[Data, Fingerprint]:
     task = settings.task_definition
-    rows = CountedRows(task_rows(settings, address), task.columns)
+    rows = CountedRows(task_rows(settings, address, evaluation=evaluation), task.columns)
     data: Data = task.read(rows, tokenizer, settings.data, labels)
     return data, rows.fingerprint

@@ -176,6 +176,9 @@ class _Run:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         plan = deepspeed_config(settings, worker.device.type)
         model = build_model(self.task.head, config, settings, plan, worker.rank)
+        if worker.rank == 0:
+            name, size = self.task.head.__name__, count_parameters(model)
+            logger.info("%s of %s parameters", name, f"{size:,}")
         if settings.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         engine, _, _, _ = deepspeed.initialize(
@@ -399,6 +402,11 @@ class _Run:
         values = values.to(self.worker.device)
         dist.all_reduce(values)
         return values.cpu()
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """All of the model's, also where ZeRO-3 has given this rank a part of each."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gptj import storage
 from gptj.extras import Extra
@@ -20,6 +21,8 @@ tensorboard = Extra("torch.utils.tensorboard", "a training run's files for Tenso
 HISTORY = "history.jsonl"
 CURVE = "loss.png"
 TENSORBOARD = "tensorboard"
+SHARES = ("exact_match", "accuracy")  # from 0 to 1
+METRICS = (*SHARES, "mse", "perplexity")  # of a task, what its curve shows
 
 
 class ProgressLog:
@@ -109,7 +112,8 @@ class ProgressLog:
         storage.write_bytes(storage.join(address, HISTORY), lines.encode())
         storage.upload_folder(self._folder / TENSORBOARD, storage.join(address, TENSORBOARD))
         picture = self._folder / CURVE
-        draw_curve(self.progress.history, picture)
+        run = address.rstrip("/").rpartition("/")[2]
+        draw_curve(self.progress.history, run).savefig(picture, dpi=100)
         storage.upload(picture, storage.join(address, CURVE))
 
     def close(self) -> None:
@@ -125,19 +129,39 @@ class ProgressLog:
                 )
 
 
-def draw_curve(history: Sequence[Mapping[str, float | None]], path: Path) -> None:
-    """The loss over the steps as a PNG file, of training and of evaluation."""
+def draw_curve(history: Sequence[Mapping[str, float | None]], run: str) -> Any:
+    """matplotlib's figure of the loss over the steps, of training and evaluation, and the metric.
+
+    The metric, on an axis of its own, is the first of METRICS that the evaluations have.
+    """
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    lines = []
     for key, label, style in (("loss", "training", "-"), ("evaluation_loss", "evaluation", "o-")):
-        points = [(point["step"], point[key]) for point in history if point.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="optimizer steps", ylabel="loss")
+        if points := _points(history, key):
+            lines += axes.plot(*zip(*points, strict=True), style, label=f"{label} loss")
+    axes.set(xlabel="optimizer steps", ylabel="loss", title=run)
     axes.grid(alpha=0.3)
-    if history:
-        axes.legend()
-    figure.savefig(path, dpi=100)
+    if metric := next((name for name in METRICS if _points(history, f"evaluation_{name}")), None):
+        beside = axes.twinx()
+        points = _points(history, f"evaluation_{metric}")
+        name = metric.replace("_", " ")
+        lines += beside.plot(*zip(*points, strict=True), "s--", color="tab:green", label=name)
+        beside.set(ylabel=name, ylim=(0, 1.02) if metric in SHARES else None)
+        step, value = points[-1]
+        axes.set(title=f"{run}: {name} {value:.4g} after step {step:g}")
+    if lines:
+        axes.legend(handles=lines)
+    return figure
+
+
+def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the points that have a finite number."""
+    return [
+        (float(point["step"] or 0), float(value))
+        for point in history
+        if (value := point.get(key)) is not None and math.isfinite(value)
+    ]
 
 
 def duration(seconds: float) -> str:

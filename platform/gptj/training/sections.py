@@ -74,6 +74,9 @@ class DataSettings(Section):
     train: DataAddress = ""
     # The same; left out: the sample's evaluation part, or no evaluation.
     evaluation: DataAddress = ""
+    # Of the training data, held out to measure with: rows that the seed chooses; of a long text
+    # its end. None: nothing.
+    evaluation_split: Annotated[float, Field(gt=0, le=0.5)] | None = None
     columns: dict[str, str] = {}  # our column name (see the task's columns): the file's
     delimiter: Delimiter | None = None  # of CSV; None: the one in the header (comma, ;, tab or |)
     sequence_length: Positive = 128  # tokens of a row; longer texts are cut, contexts windowed

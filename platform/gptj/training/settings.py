@@ -86,6 +86,12 @@ class Settings(Section):
                 )
         if self.adapter is not None and not self.model.checkpoint:
             raise ValueError("adapter: a new model has no weights to be kept: set model.checkpoint")
+        if self.data.evaluation_split is not None and self.data.evaluation:
+            raise ValueError(
+                f"data.evaluation_split={self.data.evaluation_split:g} holds out a part of the "
+                f"training data, and data.evaluation={self.data.evaluation} is data of its own: "
+                f"give one of the two"
+            )
         for key, needed, wrong in self._without_effect():
             if key in _set_keys(self):
                 raise ValueError(f"{key} has no effect {wrong}: leave it out, or {needed}")
@@ -111,7 +117,11 @@ class Settings(Section):
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
         """Keys that do nothing beside the other settings: (key, remedy, reason)."""
         if self.evaluation_data is None:
-            yield "evaluate_every", "set data.evaluation", "without data.evaluation"
+            remedy = "set data.evaluation or data.evaluation_split"
+            yield "evaluate_every", remedy, "without data to measure with"
+        if not self.data.train:
+            reason = "on a sample, which has evaluation data of its own"
+            yield "data.evaluation_split", "set data.train", reason
         for name, other in TASKS.items():
             for key in other.own_settings:
                 if key not in self.task_definition.own_settings:
@@ -147,6 +157,8 @@ class Settings(Section):
 
     @property
     def evaluation_data(self) -> str | None:
+        if self.data.evaluation_split is not None:
+            return self.train_data
         if self.data.evaluation or self.data.train:
             return self.data.evaluation or None
         return f"{self.task_definition.sample}/evaluation"

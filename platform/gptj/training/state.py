@@ -137,7 +137,9 @@ def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress
     if different := changed(progress.settings, settings.model_dump(mode="json")):
         raise SettingsError(
             f"the run {settings.run!r} would go on from {address} with other settings: "
-            f"{'; '.join(different)}. Set them back, or choose another run="
+            f"{'; '.join(different)}. Set them back; or, to train further with new settings, let "
+            f"it end with the old ones, and begin another run= with "
+            f"model.checkpoint={settings.model_folder}"
         )
     if progress.base is not None:
         before = Base(**progress.base)
@@ -175,7 +177,8 @@ def is_complete(settings: Settings) -> bool:
     if different := changed(training["settings"], settings.model_dump(mode="json")):
         raise SettingsError(
             f"the run {settings.run!r} is complete, with other settings: {'; '.join(different)}. "
-            f"Choose another run=, or delete {settings.folder}"
+            f"Choose another run= (one with model.checkpoint={address} begins with this model), or "
+            f"delete {settings.folder}"
         )
     return True
 

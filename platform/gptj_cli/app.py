@@ -1,0 +1,420 @@
+"""The program `gptj`: what its commands are called, take and print.
+
+What they do is in the modules beside this one, which are imported when a command needs them: help
+comes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+FOLDER = Path(".gptj")
+
+app = typer.Typer(
+    help="Fine-tune and serve GPT-J. Each command has --help.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+models = typer.Typer(
+    help="Model folders, local or s3://…", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(models, name="models")
+
+
+class Task(StrEnum):
+    CAUSAL_LM = "causal-lm"
+    CLASSIFICATION = "classification"
+    QUESTION_ANSWERING = "question-answering"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+Folder = Annotated[
+    Path, typer.Option("--folder", help="Where data, logs and exports of `gptj up` are.")
+]
+Address = Annotated[
+    str, typer.Argument(metavar="ADDRESS", help="A model folder, local or s3://…, or a hub id.")
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SETTINGS", help="[SETTINGS.yaml] [key=value …]", show_default=False),
+]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a command; what a user can put right ends in one line, without a traceback."""
+    try:
+        app(args=words)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+@app.command()
+def up(
+    folder: Folder = FOLDER,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs that Ray may promise; default: 4 or more.")
+    ] = None,
+) -> None:
+    """Start S3 and Ray on this machine; they go on until `gptj down`.
+
+    Both listen on loopback only and ask for credentials, which `FOLDER/env` exports.
+    """
+    from gptj_cli import local
+    from gptj_local.exports import export_lines
+
+    started = local.up(folder, cpus or local.default_cpus())
+    found = local.read(folder)
+    if found is None:
+        raise RuntimeError(f"it has ended just now; see {folder / local.LOG}")
+    exports = folder / local.EXPORTS
+    if not started:
+        print("It is up already.")
+    print(exports.read_text() if exports.exists() else export_lines({}))
+    print(f"S3         {found['s3']}, its files in {folder / 's3'}")
+    print(f"Ray        {found['dashboard']} (the dashboard asks for RAY_AUTH_TOKEN)")
+    print(f"Logs       {folder / local.LOG}, {folder / 'ray.log'}, {folder / 's3' / 'weed.log'}")
+    print(f"Use it     source {exports}      (in each terminal)")
+    print("End it     gptj down" + ("" if folder == FOLDER else f" --folder {folder}"))
+
+
+@app.command()
+def down(folder: Folder = FOLDER) -> None:
+    """End what `gptj up` has started, and nothing else. Data stay."""
+    from gptj_cli import local
+
+    if local.down(folder):
+        print(f"S3 and Ray have ended; data and logs stay in {folder}.")
+    else:
+        print(f"Nothing of {folder} is up.")
+
+
+@app.command()
+def train(
+    words: Words = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A file, folder or pattern, local or s3://…; default: as settings say."),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(help="Data to measure on; or data.evaluation_split=0.1 holds some out."),
+    ] = None,
+    task: Annotated[Task | None, typer.Option(help="Default: by the data's columns.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint to go on from; default: a new, small model.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="The run's name; default: the data's.")] = None,
+    storage: Annotated[
+        str,
+        typer.Option(envvar="GPTJ_STORAGE", help="A folder or s3://…; results go to STORAGE/RUN."),
+    ] = "outputs",
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Do not follow the log of the job.")
+    ] = False,
+    folder: Folder = FOLDER,
+) -> None:
+    """Fine-tune on the cluster: submits jobs/finetune.py and follows its log.
+
+    \b
+    gptj train --data reviews.csv
+    gptj train --data reviews.csv --run second epochs=3 optimizer.learning_rate=1e-4
+    gptj train jobs/settings/sst2.yaml --data train.jsonl --evaluation dev.jsonl
+
+    Settings are those of jobs/finetune.py, whose --help says where they are listed. The same
+    command again goes on after the last checkpoint. Ctrl-C ends the following, not the job.
+    """
+    from gptj.training.settings import read_settings
+    from gptj_cli import cluster, training
+
+    said = training.words_of_run(
+        words or [],
+        data=data,
+        evaluation=evaluation,
+        task=task.value if task is not None else None,
+        model=model,
+        run=run,
+        storage_address=storage,
+    )
+    settings = read_settings(said)
+    address = cluster.dashboard_address(folder)
+    client, job = training.submit(address, said)
+    print(f"{settings.task} on {settings.train_data}: run {settings.run}, job {job}", flush=True)
+    how = f"Follow it: ray job logs --follow {job}\nStop it:   ray job stop {job}"
+    if detach:
+        print(f"{how}\nCurves:    gptj curves {settings.folder}")
+        return
+    try:
+        good = training.follow(client, job)
+    except KeyboardInterrupt:
+        print(f"\nThe job goes on.\n{how}", flush=True)
+        raise typer.Exit(130) from None
+    if not good:
+        info = client.get_job_info(job)
+        sys.exit(f"error: the job {job} has ended: {str(info.status.value).lower()}")
+    print(f"\nPredict:   gptj predict {settings.model_folder} FILE")
+    print(f"Serve:     gptj serve {settings.model_folder}")
+    print(f"Curves:    gptj curves {settings.folder}")
+
+
+@app.command()
+def evaluate(
+    address: Address,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="As jobs/evaluate.py reads it.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="SETTINGS", help="key=value …")
+    ] = None,
+) -> None:
+    """Measure a checkpoint on data, here and without a cluster: jobs/evaluate.py."""
+    from jobs import evaluate as job
+
+    job.main([address, data, *(words or [])])
+
+
+@app.command()
+def serve(
+    addresses: Annotated[
+        list[str], typer.Argument(metavar="ADDRESS…", help="Model folders or hub ids.")
+    ],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What clients call a model, one each; in order.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 for all of a network: set GPTJ_API_KEYS before `up`.")
+    ] = "127.0.0.1",
+    device: Annotated[Device, typer.Option(help="auto: a GPU where the cluster has one.")] = (
+        Device.AUTO
+    ),
+    dtype: Annotated[
+        DType,
+        typer.Option(
+            help="auto: float16 on a GPU; bfloat16 on a CPU that computes in it, or else float32."
+        ),
+    ] = DType.AUTO,
+    min_replicas: Annotated[int, typer.Option(min=1, help="That always run, of each model.")] = 1,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the configuration, for `serve run`, and end.")
+    ] = False,
+    folder: Folder = FOLDER,
+) -> None:
+    """Serve checkpoints over HTTP, these and no others; the head is found from each.
+
+    Returns when all of them answer. The same command with another checkpoint replaces the one that
+    is served without a pause. `serve shutdown -y` or `gptj down` ends it.
+    """
+    import yaml
+
+    from gptj_cli import cluster, serving
+
+    found = serving.services(addresses, name or [])
+    dashboard = None if show and device != Device.AUTO else cluster.dashboard_address(folder)
+    gpus = dashboard is not None and device != Device.CPU and serving.has_gpus(dashboard)
+    if device == Device.CUDA and dashboard is not None and not gpus:
+        raise ValueError("--device cuda: the cluster has no GPU; leave it out to serve on CPUs")
+    options = serving.Options(port, host, gpus or device == Device.CUDA, dtype, min_replicas)
+    config = serving.configuration(found, options)
+    if show:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return
+    assert dashboard is not None
+    for service in found:
+        print(f"starting {service.kind}: {service.name} from {service.checkpoint}", flush=True)
+    gone = serving.deploy(dashboard, config)
+    base = f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}"
+    for application in config["applications"]:
+        serving.wait_until_healthy(f"{base}{application['route_prefix'].rstrip('/')}/health")
+    for each in gone:
+        print(f"no longer served: {each}")
+    for application in config["applications"]:
+        print(f"\n{serving.curl(base, application)}")
+
+
+@app.command()
+def predict(
+    address: Address,
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="Rows: Parquet, JSON, CSV or text; local or s3://…"),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SETTINGS", help="columns.OURS=NAME … or delimiter=…"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A file for the results; default: standard output.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are computed together.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a language model.")] = 32,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of a language model; 0: the likeliest token.")
+    ] = 0,
+    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one.")] = Device.AUTO,
+    dtype: Annotated[DType, typer.Option(help="As of gptj serve.")] = DType.AUTO,
+) -> None:
+    """Ask a checkpoint about each row of a file, here and without a cluster.
+
+    A classifier and a language model read the column text, question answering reads question and
+    context. Results are JSON lines in the order of the rows; a row that cannot be answered gives
+    an error there, and the exit status is 1.
+    """
+    import asyncio
+
+    from gptj_cli import predicting
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    columns, delimiter = _reading(words or [])
+    options = predicting.Options(
+        batch_size=batch_size,
+        columns=columns,
+        delimiter=delimiter,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        device=None if device == Device.AUTO else device.value,
+        dtype=dtype.value,
+    )
+
+    async def write(target: Any) -> tuple[int, int]:
+        rows = failed = 0
+        async for result in predicting.predict(address, file, options):
+            print(json.dumps(result, ensure_ascii=False), file=target, flush=True)
+            rows, failed = rows + 1, failed + ("error" in result)
+        return rows, failed
+
+    with open(output, "w") if output is not None else contextlib.nullcontext(sys.stdout) as target:
+        rows, failed = asyncio.run(write(target))
+    if failed:
+        sys.exit(f"error: {failed} of {rows} rows have no answer: see error in their lines")
+
+
+@app.command()
+def curves(
+    address: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder: STORAGE/RUN.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Default: ./curves/RUN.")
+    ] = None,
+) -> None:
+    """Fetch a run's curves: loss.png, history.jsonl and TensorBoard's files; also while it runs."""
+    from gptj import storage
+    from gptj.training.progress import CURVE, HISTORY, TENSORBOARD
+
+    target = folder or Path("curves") / address.rstrip("/").rpartition("/")[2]
+    names = [file.name for file in storage.list_files(address)]
+    wanted = [n for n in names if n in (CURVE, HISTORY) or n.startswith(f"{TENSORBOARD}/")]
+    if not wanted:
+        raise ValueError(f"{address} has no curves: they come with a run's first checkpoint")
+    storage.download_folder(address, target, wanted)
+    print(f"{target / CURVE}\n{target / HISTORY}\ntensorboard --logdir {target / TENSORBOARD}")
+
+
+@app.command()
+def verify(address: Address) -> None:
+    """Read a model folder and compare each file with its manifest."""
+    from gptj.checkpoints.manifest import verify as verified
+    from gptj.storage.addresses import normalized
+
+    address = normalized(address)
+    manifest = verified(address)
+    print(f"{address}: good: {len(manifest.files)} files, {_bytes(manifest.size)}")
+
+
+@models.command("ls")
+def list_models(
+    address: Annotated[
+        str,
+        typer.Argument(metavar="[ADDRESS]", envvar="GPTJ_STORAGE", help="A folder or s3://…"),
+    ] = "outputs",
+) -> None:
+    """List the model folders at and below an address."""
+    from gptj_cli import models as folders
+
+    for folder in folders.folders(address):
+        mark = "" if folder.complete else "  (no manifest: unfinished, or not from this platform)"
+        print(f"{_bytes(folder.size):>10}  {folder.address}{mark}")
+
+
+@models.command("show")
+def show_model(
+    address: Address,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a model is, and how it came to be."""
+    from gptj_cli import models as folders
+
+    found = folders.describe(address)
+    print(json.dumps(found, ensure_ascii=False) if as_json else folders.shown(found))
+
+
+@models.command("cp")
+def copy_model(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A model folder.")],
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="A new folder.")],
+) -> None:
+    """Copy a model folder, local or s3://…, and verify the copy."""
+    from gptj_cli import models as folders
+
+    manifest = folders.copy(source, destination)
+    print(f"{manifest.folder}: good: {len(manifest.files)} files, {_bytes(manifest.size)}")
+
+
+@models.command("rm")
+def remove_model(
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="A model folder, or a run's with all in it.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a model folder, or a run's with its checkpoints."""
+    from gptj_cli import models as folders
+
+    files = folders.removable(address)
+    size = _bytes(sum(file.size for file in files))
+    if not yes:
+        typer.confirm(f"Delete {address} ({len(files)} files, {size})?", abort=True)
+    folders.remove(address)
+    print(f"deleted {address}: {len(files)} files, {size}")
+
+
+def _reading(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """`columns.OURS=NAME` and `delimiter=…`, also with `data.` as in training."""
+    columns: dict[str, str] = {}
+    delimiter = None
+    for word in words:
+        key, equals, text = word.removeprefix("data.").partition("=")
+        if equals and key.startswith("columns."):
+            columns[key.removeprefix("columns.")] = text
+        elif equals and key == "delimiter":
+            delimiter = "\t" if text == "\\t" else text
+        else:
+            raise ValueError(f"{word!r} is neither columns.OURS=NAME nor delimiter=…")
+    return columns, delimiter
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

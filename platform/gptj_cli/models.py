@@ -1,0 +1,159 @@
+"""`gptj models`: what model folders there are at an address, what one holds, copying, deleting."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gptj import storage
+from gptj.checkpoints.checkpoint import CONFIG, TRAINING, load_config
+from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
+from gptj.serialization.json_object import parse_object
+from gptj.storage.addresses import normalized
+from gptj.storage.listing import FileInfo
+
+COPY_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    address: str
+    files: int
+    size: int  # bytes
+    complete: bool  # whether its manifest is there
+
+
+def folders(address: str) -> list[ModelFolder]:
+    """The model folders at and below an address, by name. NotFoundError if nothing is there."""
+    address = normalized(address)
+    by_folder: dict[str, list[FileInfo]] = defaultdict(list)
+    files = storage.list_files(address)
+    if not files:
+        raise storage.NotFoundError(f"nothing is at {address}")
+    for file in files:
+        folder, _, _ = file.name.rpartition("/")
+        by_folder[folder].append(file)
+    return [
+        ModelFolder(
+            storage.join(address, folder) if folder else address,
+            len(inside),
+            sum(file.size for file in inside),
+            any(file.name.rpartition("/")[2] == MANIFEST for file in inside),
+        )
+        for folder, inside in sorted(by_folder.items())
+        if any(file.name.rpartition("/")[2] == CONFIG for file in inside)
+    ]
+
+
+def describe(address: str) -> dict[str, Any]:
+    """What a model folder holds, and how it came to be, as far as it says.
+
+    Raises FileNotFoundError or CheckpointError if it is none.
+    """
+    address = normalized(address)
+    config = load_config(address)
+    manifest = Manifest.read(address)
+    result: dict[str, Any] = {
+        "address": address,
+        "head": ", ".join(config.architectures or ["not said"]),
+        "layers": config.n_layer,
+        "width": config.n_embd,
+        "heads": config.n_head,
+        "positions": config.n_positions,
+        "vocabulary": config.vocab_size,
+        "labels": list(config.id2label.values()) if "Sequence" in str(config.architectures) else [],
+        "files": len(manifest.files) if manifest else None,
+        "bytes": manifest.size if manifest else None,
+        "manifest": "there" if manifest else "none: it was not written by this platform",
+    }
+    if storage.exists(storage.join(address, TRAINING)):
+        training = parse_object(
+            read_verified(address, TRAINING, manifest), storage.join(address, TRAINING)
+        )
+        settings = training.get("settings", {})
+        result |= {
+            "run": settings.get("run"),
+            "task": settings.get("task"),
+            "data": settings.get("data"),
+            "steps": training.get("steps"),
+            "metrics": training.get("metrics"),
+        }
+    return {key: value for key, value in result.items() if value not in (None, [])}
+
+
+def copy(source: str, destination: str) -> Manifest:
+    """Copy a model folder to a new address, every file compared with the manifest on the way.
+
+    Raises:
+        AlreadyExistsError: if there is a finished checkpoint at the destination.
+        CheckpointError: if the source has no manifest, or a file differs from it.
+    """
+    source, destination = normalized(source), normalized(destination)
+    manifest = Manifest.read(source)
+    if manifest is None:
+        load_config(source)  # which says so, if nothing is there
+        raise ValueError(
+            f"{source} has no manifest to compare the copy with; remedy: "
+            f"jobs/import_weights.py {source} {destination}"
+        )
+    with FolderWriter(destination) as writer:
+        for name, record in manifest.files.items():
+            with storage.open_read(storage.join(source, name)) as file:
+                with writer.open(name, record.size) as target:
+                    left = record.size
+                    while left and (content := file.read(min(COPY_BYTES, left))):
+                        target.write(content)
+                        left -= len(content)
+                    manifest.check_content(name, record.size - left, target.hash.hexdigest())
+    return verify(destination)
+
+
+def removable(address: str) -> list[FileInfo]:
+    """The files that `remove` would delete.
+
+    Raises:
+        ValueError: if it is neither a model folder nor a run's: a mistyped address must not take a
+            bucket or a home folder with it.
+    """
+    address = normalized(address)
+    files = storage.list_files(address)
+    if not files:
+        raise storage.NotFoundError(f"nothing is at {address}")
+    if not _is_model(files) and not _is_run(files):
+        raise ValueError(
+            f"{address} is neither a model folder (config.json) nor a run's folder "
+            f"(history.jsonl, checkpoint-…): it stays; name one of those"
+        )
+    return files
+
+
+def remove(address: str) -> None:
+    """Delete a model folder or a run's; the manifest first, so that nothing takes half of it."""
+    address = normalized(address)
+    for file in removable(address):
+        if file.name == MANIFEST or file.name.endswith(f"/{MANIFEST}"):
+            storage.delete(file.address)
+    storage.delete_folder(address)
+
+
+def _is_model(files: Iterable[FileInfo]) -> bool:
+    return any(file.name == CONFIG for file in files)
+
+
+def _is_run(files: Iterable[FileInfo]) -> bool:
+    return any(
+        file.name == "history.jsonl" or file.name.startswith("checkpoint-") for file in files
+    )
+
+
+def shown(description: dict[str, Any]) -> str:
+    """As lines for a reader."""
+    width = max(map(len, description))
+    return "\n".join(
+        f"{key:<{width}}  "
+        + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in description.items()
+    )

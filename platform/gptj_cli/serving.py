@@ -1,0 +1,230 @@
+"""`gptj serve`: checkpoints in, a Serve configuration out; and its applications on the cluster.
+
+The configuration is k8s/base/serve.yaml's, with the checkpoints' own applications in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.util.state import list_nodes
+
+import deployments
+from deployments.loading import Arguments, check, name_of
+from gptj.checkpoints.checkpoint import HEAD_CLASSES, load_config
+from gptj.storage.addresses import absolute
+from gptj_cli.cluster import is_here
+from jobs.evaluate import head_class
+
+TEMPLATE = Path(deployments.__file__).resolve().parents[1] / "k8s" / "base" / "serve.yaml"
+APPLICATIONS = {
+    "GPTJForCausalLM": "generation",
+    "GPTJForSequenceClassification": "classification",
+    "GPTJForQuestionAnswering": "question-answering",
+}
+START_SECONDS = 1800  # of which a model of 6B parameters may need minutes, to be fetched and read
+
+
+@dataclass(frozen=True)
+class Options:
+    port: int = 8000
+    host: str = "127.0.0.1"
+    on_gpu: bool = False
+    dtype: str = "auto"
+    min_replicas: int = 1
+
+
+@dataclass(frozen=True)
+class Service:
+    """One checkpoint among those that are served."""
+
+    checkpoint: str
+    head: str  # a class's name
+    name: str  # of the model
+
+    @property
+    def kind(self) -> str:
+        return APPLICATIONS[self.head]
+
+
+def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
+    """What is at the addresses, each checked as a replica will before it loads.
+
+    Raises:
+        FileNotFoundError, CheckpointError: for an address without a good checkpoint.
+        ValueError: for a head that nothing serves, or two models of one name.
+    """
+    if len(names) > len(addresses):
+        raise ValueError(f"{len(names)} names for {len(addresses)} models: --name is one each")
+    found = []
+    for number, address in enumerate(addresses):
+        checkpoint = absolute(address) if Path(address).exists() else address
+        head = head_class(load_config(checkpoint), checkpoint)
+        check(HEAD_CLASSES[head], Arguments(checkpoint=checkpoint))
+        name = names[number] if number < len(names) else name_of(checkpoint)
+        found.append(Service(checkpoint, head, name))
+    counted = Counter(service.name for service in found)
+    if twice := [name for name, count in counted.items() if count > 1]:
+        raise ValueError(f"two models would be called {twice[0]!r}; remedy: --name for each")
+    return found
+
+
+def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
+    """What `serve deploy` and `serve run` take.
+
+    The only model of its head is at that head's usual route; several are at /NAME and the route.
+    """
+    if not TEMPLATE.exists():
+        raise ValueError(f"{TEMPLATE} is not there: gptj serve runs from a clone of the repository")
+    template = yaml.safe_load(TEMPLATE.read_text())
+    by_kind = {each["name"]: each for each in template["applications"]}
+    counted = Counter(service.kind for service in found)
+    applications = []
+    for service in found:
+        application = copy.deepcopy(by_kind[service.kind])
+        application["args"] |= {"checkpoint": service.checkpoint, "dtype": options.dtype}
+        if service.kind == "generation":
+            application["args"]["model_name"] = service.name
+        if counted[service.kind] > 1:
+            application["name"] = service.name
+            application["route_prefix"] = f"/{service.name}{application['route_prefix']}".rstrip(
+                "/"
+            )
+        for deployment in application["deployments"]:
+            scaling = deployment["autoscaling_config"]
+            scaling["min_replicas"] = options.min_replicas
+            scaling["max_replicas"] = max(scaling["max_replicas"], options.min_replicas)
+            if options.on_gpu:
+                deployment["ray_actor_options"]["num_gpus"] = 1
+        applications.append(application)
+    return {
+        "proxy_location": template["proxy_location"],
+        "http_options": {**template["http_options"], "host": options.host, "port": options.port},
+        "applications": applications,
+    }
+
+
+def has_gpus(dashboard: str) -> bool:
+    """Whether any node of the cluster has a GPU."""
+    nodes = list_nodes(address=dashboard, detail=True, filters=[("state", "=", "ALIVE")])
+    return any((node.resources_total or {}).get("GPU", 0) > 0 for node in nodes)
+
+
+def deploy(dashboard: str, config: dict[str, Any]) -> list[str]:
+    """Have the cluster serve this and nothing else; wait until all of it answers.
+
+    Returns:
+        The names of the applications that have been taken away by it.
+
+    Raises:
+        ValueError: if an application cannot start: its error's own words, without the traceback.
+            What was served before goes on being served where Serve could not replace it.
+        RuntimeError: if the cluster refuses the configuration.
+    """
+    client = ServeSubmissionClient(dashboard)
+    before = client.get_serve_details()
+    _check_port(dashboard, before, config["http_options"])
+    client.deploy_applications(config)
+    names = [application["name"] for application in config["applications"]]
+    deadline = time.monotonic() + START_SECONDS
+    while not _are_running(client.get_serve_details(), config):
+        if time.monotonic() > deadline:
+            raise ValueError(f"{', '.join(names)} did not start within {START_SECONDS} s")
+        time.sleep(0.5)
+    return sorted(before["applications"].keys() - set(names))
+
+
+def wait_until_healthy(url: str, seconds: float = 60) -> None:
+    """Until a GET of the URL gives 200. RuntimeError if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{url} does not answer: {error}") from error
+            time.sleep(0.2)
+
+
+def curl(base: str, application: dict[str, Any]) -> str:
+    """A command that asks a service something."""
+    route = application["route_prefix"].rstrip("/")
+    kind = application["import_path"].split(":")[0].rpartition(".")[2]
+    body: dict[str, Any]
+    if kind == "generation":
+        route += "/v1/completions"
+        body = {"prompt": "Once upon a time", "max_tokens": 32}
+    elif kind == "classification":
+        body = {"inputs": "A fine film from beginning to end."}
+    else:
+        body = {"inputs": {"question": "Where is it?", "context": "It is in Rome."}}
+    return (
+        f"curl {base}{route} -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body, ensure_ascii=False)}'"
+    )
+
+
+def error_of(message: str) -> str:
+    """The last error of a traceback, in its own words; all of a message that has none."""
+    lines = [line for line in message.strip().splitlines() if line.strip()]
+    start = next(
+        (number for number in reversed(range(len(lines))) if lines[number].startswith(" ")), None
+    )
+    if start is None or start + 1 == len(lines):
+        return message.strip()
+    kind, colon, rest = lines[start + 1].partition(": ")
+    is_error = colon and kind.replace(".", "").replace("_", "").isalnum()
+    return "\n".join([rest if is_error else lines[start + 1], *lines[start + 2 :]])
+
+
+def _are_running(details: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether all applications run as they are wanted; ValueError if one has failed."""
+    running = True
+    for wanted in config["applications"]:
+        application = details["applications"].get(wanted["name"])
+        if application is None:
+            return False
+        known = (application.get("deployed_app_config") or {}).get("args")
+        if known != wanted["args"]:  # not yet this one
+            return False
+        if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ValueError(f"{wanted['name']}: {error_of(application['message'])}")
+        running &= application["status"] == "RUNNING"
+    return running
+
+
+def _check_port(dashboard: str, details: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """That Serve listens, or can listen, where it is wanted. It cannot move while it runs."""
+    there = details.get("http_options") or {}
+    place = {key: wanted[key] for key in ("host", "port")}
+    if details.get("applications"):
+        if any(there.get(key) != value for key, value in place.items()):
+            raise ValueError(
+                f"this cluster serves at {there.get('host')}:{there.get('port')} already, and "
+                f"cannot at {place['host']}:{place['port']} as well; remedy: --port "
+                f"{there.get('port')}, or serve shutdown -y first"
+            )
+    elif is_here(dashboard) and not there:
+        with socket.socket() as probe:
+            # As the server does: a port whose last connections are only lingering counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((place["host"], place["port"]))
+            except OSError as error:
+                raise ValueError(
+                    f"port {place['port']} on {place['host']} is not free ({error.strerror}); "
+                    f"remedy: --port with another one, or end what listens there"
+                ) from error

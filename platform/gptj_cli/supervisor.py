@@ -1,0 +1,72 @@
+"""The process behind `gptj up`: it runs S3 and Ray, and ends them when it is told to end.
+
+python -m gptj_cli.supervisor FOLDER CPUS
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from gptj.storage.file_lock import FileLock
+from gptj_cli.local import Local, Process
+from gptj_local.ray import LocalRay
+from gptj_local.s3 import LocalS3
+
+WATCH_SECONDS = 1.0
+
+# Of a terminal that has sourced the exports of another cluster: they would reach this one's jobs.
+OF_ANOTHER_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
+
+
+def main() -> None:
+    folder, cpus = Path(sys.argv[1]), int(sys.argv[2])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    for name in OF_ANOTHER_CLUSTER:
+        os.environ.pop(name, None)
+    supervise(folder, cpus)
+
+
+def supervise(folder: Path, cpus: int) -> None:
+    """Run both until a signal; RuntimeError if one of them ends by itself."""
+    lock = FileLock(folder / "lock")
+    if not lock.try_take():
+        sys.exit(f"another `gptj up` is at work in {folder}")
+    with LocalS3.start(folder / "s3") as s3:
+        variables = s3.environment() | {"GPTJ_STORAGE": f"s3://{s3.bucket}"}
+        with LocalRay.start(folder, cpus=cpus, environment=os.environ | variables) as ray:
+            parts = {"S3": s3.process_id, "Ray": ray.process_id}
+            local = Local(
+                supervisor=Process.of(os.getpid()),
+                parts={name: Process.of(number) for name, number in parts.items()},
+                s3=s3.endpoint,
+                dashboard=ray.dashboard,
+                variables=variables | ray.environment(),
+            )
+            try:
+                local.write(folder)
+                while True:
+                    time.sleep(WATCH_SECONDS)
+                    for name, number in parts.items():
+                        if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
+                            raise RuntimeError(f"{name} has ended by itself: see the logs")
+            finally:
+                Local.forget(folder)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Once: a second signal must not cut the clean-up short.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""`gptj train`: a data file and settings in, a job of jobs/finetune.py on the cluster out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from gptj import storage
+from gptj.data.rows import DataError
+from gptj.data.sources import read_rows
+from gptj.serialization.yaml_value import parse_yaml
+from gptj.storage.addresses import absolute
+from gptj.training.settings import COLUMNS, Settings, Task, read_settings
+from gptj_cli.cluster import is_here
+
+# The one with the most columns first: data of question answering may have a text or label too.
+BY_COLUMNS: tuple[Task, ...] = ("question-answering", "classification", "causal-lm")
+ENDINGS = re.compile(r"(\.(parquet|jsonl|json|csv|tsv|txt|gz|zst))+$", re.IGNORECASE)
+
+
+def words_of_run(
+    words: Sequence[str],
+    *,
+    data: str | None,
+    evaluation: str | None,
+    task: Task | None,
+    model: str | None,
+    run: str | None,
+    storage_address: str,
+) -> list[str]:
+    """`[SETTINGS.yaml] [key=value …]` for jobs/finetune.py, with what the options say.
+
+    Paths become absolute, since a job runs in another folder. What the settings leave open is
+    found: the task by the data's columns, the run's name by the data's.
+
+    Raises:
+        SettingsError: for settings that cannot work.
+        DataError, StorageError: if the data cannot be read, or their columns fit no task.
+    """
+    said = list(words)
+    if said and "=" not in said[0]:
+        said[0] = absolute(said[0])
+    for key, value in (
+        ("data.train", data),
+        ("data.evaluation", evaluation),
+        ("task", task),
+        ("model.checkpoint", model),
+        ("run", run),
+    ):
+        if value is not None:
+            said.append(_word(key, value))
+    given = given_keys(said)
+    if "storage" not in given:
+        said.append(_word("storage", storage_address))
+    if data is not None and "task" not in given:
+        said.append(f"task={task_of(data, said)}")
+    if data is not None and "run" not in given:
+        said.append(f"run={run_of(data)}")
+    settings = read_settings(said).resolved()
+    return _resolved(said, settings)
+
+
+def given_keys(words: Sequence[str]) -> set[str]:
+    """The settings that a command line gives, those of its file included; dotted."""
+    fields: set[str] = {word.partition("=")[0] for word in words if "=" in word}
+    if words and "=" not in words[0]:
+        fields |= _file_keys(words[0])
+    return fields
+
+
+def task_of(address: str, words: Sequence[str]) -> Task:
+    """The task whose columns the data have, under the names that `data.columns.…` says.
+
+    Raises DataError, which lists the columns, if no task fits.
+    """
+    columns = {
+        key.removeprefix("data.columns."): name
+        for key, _, name in (word.partition("=") for word in words)
+        if key.startswith("data.columns.")
+    }
+    delimiter = next(
+        (word.partition("=")[2] for word in words if word.startswith("data.delimiter=")), None
+    )
+    missing: DataError | None = None
+    for task in BY_COLUMNS:
+        if columns.keys() - set(COLUMNS[task]):
+            continue
+        try:
+            next(read_rows(address, COLUMNS[task], columns, delimiter=delimiter))
+        except DataError as error:
+            missing = missing or error
+        else:
+            return task
+    tasks = "; ".join(f"{task}: {', '.join(COLUMNS[task])}" for task in reversed(BY_COLUMNS))
+    raise DataError(
+        f"the columns of {address} fit no task ({tasks}); remedy: --task TASK, and "
+        f"data.columns.OURS=NAME for a column of another name ({missing})"
+    )
+
+
+def run_of(address: str) -> str:
+    """A run's name by its data: reviews of /somewhere/reviews.csv.gz."""
+    name = ENDINGS.sub("", address.rstrip("/").rpartition("/")[2])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+    return name or "finetune"
+
+
+def submit(address: str, words: Sequence[str]) -> tuple[JobSubmissionClient, str]:
+    """Start the job; the client and the job's id."""
+    client = JobSubmissionClient(address)
+    # Elsewhere it is the image's Python, here the one that runs us, whatever the PATH says.
+    python = sys.executable if is_here(address) else "python"
+    entrypoint = shlex.join([python, "-m", "jobs.finetune", *words])
+    return client, client.submit_job(entrypoint=entrypoint)
+
+
+def follow(client: JobSubmissionClient, job: str) -> bool:
+    """Print the job's log as it comes, until it ends; whether it ended well."""
+
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(
+        logging.WARNING
+    )  # "WebSocket closed"
+
+    async def lines() -> None:
+        async for part in client.tail_job_logs(job):
+            print(part, end="", flush=True)
+
+    asyncio.run(lines())
+    return bool(client.get_job_status(job) == JobStatus.SUCCEEDED)
+
+
+def _file_keys(address: str) -> set[str]:
+    fields = parse_yaml(storage.read_bytes(address))
+    return set(fields) if isinstance(fields, dict) else set()
+
+
+def _resolved(words: list[str], settings: Settings) -> list[str]:
+    """Paths that the words give, as the settings have resolved them."""
+    values = {
+        "storage": settings.storage,
+        "data.train": settings.data.train,
+        "data.evaluation": settings.data.evaluation,
+        "model.checkpoint": settings.model.checkpoint,
+        "tokenizer.address": settings.tokenizer.address,
+    }
+    given = [word.partition("=")[0] for word in words]
+    kept = [word for word, key in zip(words, given, strict=True) if key not in values]
+    return [*kept, *(_word(key, value) for key, value in values.items() if value)]
+
+
+def _word(key: str, text: str) -> str:
+    """`key=text`, quoted if YAML would read something else (`a #1.csv` ends at the #)."""
+    return f"{key}={text}" if parse_yaml(text) == text else f"{key}={json.dumps(text)}"

@@ -1,0 +1,21 @@
+"""Variables of a cluster as lines for a shell: `source FILE` makes a terminal use it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def export_lines(variables: Mapping[str, str]) -> str:
+    """`export NAME=VALUE` for each, quoted as a POSIX shell reads it."""
+    return "".join(f"export {name}={shlex.quote(text)}\n" for name, text in variables.items())
+
+
+def write_exports(path: Path, variables: Mapping[str, str]) -> None:
+    """Write them to a file that only its owner can read: there are secrets among them."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(export_lines(variables))

@@ -1,0 +1,153 @@
+"""A new user's first hour: the README's path from a CSV file to a service, command by command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import readme
+
+from gptj.data import samples
+from gptj_local.processes import free_ports
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = Path(sys.executable).parents[1]
+# A new terminal's variables: nothing of another cluster.
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "GPTJ_"))}
+
+
+class Terminal:
+    """Runs commands as one shell session would, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sourced: list[str] = []
+
+    def run(self, command: str, status: int = 0) -> str:
+        """What it prints, both streams together."""
+        if command.startswith("source "):
+            self.sourced.append(command)
+        script = "\n".join([*self.sourced, command])
+        result = subprocess.run(
+            ["bash", "-e", "-c", script],
+            cwd=self.folder,
+            env=CLEAN,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == status, f"$ {command}\n{result.stdout[-6000:]}"
+        return result.stdout
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "-e", "-c", "\n".join([*self.sourced, f"exec {command}"])],
+            cwd=self.folder,
+            env=CLEAN,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """One in a folder as a clone is after `make environment`, with somebody's data in it."""
+    (tmp_path / ".venv").symlink_to(ENVIRONMENT)
+    train, held_out = list(samples.reviews(False)), list(samples.reviews(True))
+    for name, rows in (("reviews", train), ("held_out", held_out[:50]), ("more", train[:160])):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=";")
+            writer.writerow(["text", "label"])
+            writer.writerows([row["text"], row["label"]] for row in rows)
+    terminal = Terminal(tmp_path)
+    try:
+        yield terminal
+    finally:
+        if terminal.sourced:
+            subprocess.run([ENVIRONMENT / "bin" / "gptj", "down"], cwd=tmp_path, timeout=200)
+
+
+def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    """Each command is the README's own; one that is new there has to be played here too."""
+    (port,) = free_ports(1)
+    path = iter(readme.commands("Your own data"))
+
+    def next_command(begins: str) -> str:
+        command = next(path)
+        assert command.startswith(begins), f"the README goes on with {command}"
+        if begins == "gptj serve":
+            command += f" --port {port}"
+        return command.replace(":8000", f":{port}")
+
+    terminal.run(next_command("source .venv/bin/activate"))
+    assert "export RAY_AUTH_TOKEN=" in terminal.run(next_command("gptj up"))
+    terminal.run(next_command("source .gptj/env"))
+
+    printed = terminal.run(next_command("gptj train --data reviews.csv"))
+    job = re.search(r"classification on .*reviews.csv: run reviews, job (\S+)", printed)
+    assert job is not None, printed
+    followed = terminal.start(next_command("ray job logs --follow").replace("JOB", job[1]))
+    assert followed.stdout is not None
+    log = []
+    for line in followed.stdout:
+        log.append(line)
+        if "saved s3://gptj/reviews/checkpoint-" in line:
+            break
+    assert "checkpoint-00000020" in log[-1], "".join(log)[-4000:]
+    assert "Traceback" not in "".join(log)
+    assert re.search(r"GPTJForSequenceClassification of [\d,]{7} parameters", "".join(log))
+    terminal.run(next_command("gptj curves"))
+    assert (tmp_path / "curves/reviews/loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "curves/reviews/tensorboard").iterdir())
+    terminal.run(next_command("ray job stop").replace("JOB", job[1]))
+    followed.communicate(timeout=60)
+    printed = terminal.run(next_command("gptj train --data reviews.csv"))
+    assert "going on after step" in printed and "gptj serve s3://gptj/reviews/model" in printed
+
+    found = json.loads(terminal.run(next_command("gptj evaluate")).splitlines()[-1])
+    assert found["accuracy"] > 0.8 and found["confusion_matrix"]
+    assert found["classes"]["positive"].keys() == {"precision", "recall", "f1", "support"}
+    lines = terminal.run(next_command("gptj predict")).splitlines()
+    assert len([line for line in lines if '"labels"' in line]) == 50
+    served = terminal.run(next_command("gptj serve"))
+    assert f"curl http://127.0.0.1:{port}/classification" in served
+    ask = next_command("curl").replace("curl", "curl -s")
+    ((best, _),) = json.loads(terminal.run(ask))
+    assert best["label"] in ("positive", "negative")
+
+    too_many = "gptj train --data more.csv --run other workers.count=4 batch_size=32"
+    printed = terminal.run(too_many, status=1)
+    assert "need 4 CPUs, and 3.5 of" in printed
+    assert "held by the service classification (0.5)" in printed
+    missing = terminal.run(f"gptj serve s3://gptj/none/model --port {port}", status=1)
+    assert len(missing.splitlines()) == 1 and "s3://gptj/none/model" in missing
+    terminal.run(next_command("gptj train --data more.csv"))
+    updated = terminal.run(next_command("gptj serve"))
+    assert "more from s3://gptj/more/model" in updated
+    assert len(json.loads(terminal.run(ask))) == 1
+    listed = terminal.run(next_command("gptj models ls"))
+    assert "s3://gptj/reviews/model" in listed and "s3://gptj/more/model" in listed
+
+    processes = json.loads((tmp_path / ".gptj/up.json").read_text())["parts"]
+    terminal.run(next_command("gptj down"))
+    for process in processes.values():
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{process['number']}").exists():
+            assert time.monotonic() < deadline, f"{process} has not ended"
+            time.sleep(0.1)
+    assert next(path, None) is None

@@ -1,0 +1,92 @@
+"""Holding out: two disjoint parts that make up the whole, the same ones each time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from gptj.data.rows import DataError, Row
+from gptj.data.split import LONG_TEXT, split_rows
+from gptj.training.dataset import make_data
+from gptj.training.settings import SettingsError, read_settings
+from gptj.training.tokenizer import prepare_tokenizer
+
+
+def rows(texts: Sequence[str]) -> list[Row]:
+    return [Row({"text": text}, "data", number) for number, text in enumerate(texts, 1)]
+
+
+def parts(texts: Sequence[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
+    both = (
+        [
+            row.text("text")
+            for row in split_rows(rows(texts), share, seed, held_out=held, cut="text")
+        ]
+        for held in (False, True)
+    )
+    train, evaluation = both
+    return train, evaluation
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.3, 0.5])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_parts_are_disjoint_and_make_up_the_whole(share: float, seed: int) -> None:
+    texts = [str(number) for number in range(1000)]
+    train, evaluation = parts(texts, share, seed)
+    assert Counter(train + evaluation) == Counter(texts)
+    assert train == sorted(train, key=int) and evaluation == sorted(evaluation, key=int)
+    assert len(evaluation) == pytest.approx(1000 * share, rel=0.1)
+
+
+def test_the_seed_decides_which_rows_and_nothing_else_does() -> None:
+    texts = [str(number) for number in range(200)]
+    assert parts(texts, 0.1, 1) == parts(texts, 0.1, 1)
+    assert parts(texts, 0.1, 1) != parts(texts, 0.1, 2)
+
+
+def test_data_in_an_order_that_repeats_are_not_held_out_by_it() -> None:
+    """Every tenth row is of one kind: its share among those held out is its share of all."""
+    texts = [f"{'a' if number % 10 == 0 else 'b'}{number}" for number in range(2000)]
+    _, evaluation = parts(texts, 0.1)
+    assert 5 < sum(text.startswith("a") for text in evaluation) < 40
+
+
+def test_of_a_book_the_end_is_held_out() -> None:
+    book = "".join(f"line {number}\n" for number in range(LONG_TEXT // 5))
+    train, evaluation = parts([book], 0.1)
+    assert train[0] + evaluation[0] == book
+    assert train[0].endswith("\n") and len(evaluation[0]) == pytest.approx(len(book) / 10, rel=0.01)
+
+
+def test_too_few_rows_are_said() -> None:
+    with pytest.raises(DataError, match=r"evaluation_split=0.5 of 1 rows leaves none to"):
+        assert parts(["alone"], 0.5) and parts(["alone"], 0.5, 1)
+
+
+def test_a_run_learns_from_one_part_and_is_measured_on_the_other(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    lines = [f"text number {number},{'ab'[number % 2]}" for number in range(200)]
+    file.write_text("\n".join(["text,label", *lines]))
+    words = [f"data.train={file}", "task=classification", f"storage={tmp_path}"]
+    settings = read_settings([*words, "data.evaluation_split=0.1"])
+    tokenizer = prepare_tokenizer(settings)
+    data = make_data(settings, tokenizer)
+    assert data.evaluation is not None
+    assert (len(data.train), len(data.evaluation)) == (180, 20)
+    assert data.fingerprints["train"] != data.fingerprints["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train=a.csv", "data.evaluation=b.csv"], "give one of the two"),
+        (["data.train=a.csv", "data.evaluation_split=0.6"], "less than or equal to 0.5"),
+        ([], "on a sample, which has evaluation data of its own"),
+    ],
+)
+def test_settings_that_contradict_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_settings(["data.evaluation_split=0.1", *words])

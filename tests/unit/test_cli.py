@@ -1,0 +1,303 @@
+"""The program `gptj` in this process: what needs no cluster."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import readme
+import yaml
+from ray.serve.schema import ServeDeploySchema
+from serving_models import SENTENCES, Models, make_models
+from typer.testing import CliRunner
+
+from gptj import storage
+from gptj.checkpoints.checkpoint import CheckpointError, save_model
+from gptj.data.rows import DataError
+from gptj.training.settings import SettingsError
+from gptj_cli.app import app, main
+from gptj_cli.local import Local, Process, down, is_up
+from gptj_cli.serving import Options, configuration, error_of, services
+from gptj_cli.training import run_of, task_of, words_of_run
+from gptj_local.s3 import LocalS3
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return make_models()
+
+
+@pytest.fixture(scope="module")
+def addresses(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A folder for each of the three heads."""
+    folder = tmp_path_factory.mktemp("models")
+    training = {"settings": {"run": "first", "data": {}}, "steps": 3, "metrics": {"loss": 1.5}}
+    for name in ("generation", "classification", "question_answering"):
+        model = models.with_unused_ids() if name == "generation" else getattr(models, name)
+        save_model(model, folder / name, tokenizer=models.tokenizer, training=training)
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def written(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def run(*words: str, **options: Any) -> Any:
+    return CliRunner().invoke(app, list(words), **options)
+
+
+def test_every_command_explains_itself() -> None:
+    commands = re.findall(r"^  (\w+)  ", run("--help").stdout, re.MULTILINE)
+    known = {"up", "down", "train", "curves", "evaluate", "predict", "serve", "verify", "models"}
+    assert known == {*commands}
+    inner = re.findall(r"^  (\w+)  ", run("models", "--help").stdout, re.MULTILINE)
+    assert {"ls", "show", "cp", "rm"} == {*inner}
+    for words in (*([name] for name in commands), *(["models", name] for name in inner)):
+        result = run(*words, "--help")
+        assert result.exit_code == 0 and "--help" in result.stdout, words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune", "evaluate", "import_weights", "export_weights"])
+def test_every_job_explains_itself(name: str) -> None:
+    program = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.py"
+    result = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and f"jobs/{name}.py" in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("header", "words", "task"),
+    [
+        ("text,label", [], "classification"),
+        ("text;label;id", [], "classification"),
+        ("id,text", [], "causal-lm"),
+        ("question,context,answers,text,label", [], "question-answering"),
+        ("review,label", ["data.columns.text=review"], "classification"),
+        ("review,stars", ["data.columns.text=review"], "causal-lm"),
+    ],
+)
+def test_the_task_follows_from_the_columns(
+    tmp_path: Path, header: str, words: list[str], task: str
+) -> None:
+    row = re.sub(r"\w+", "x", header)
+    assert task_of(written(tmp_path / "rows.csv", header, row), words) == task
+
+
+def test_columns_that_fit_no_task_are_listed(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.csv", "review,stars", "good,5")
+    with pytest.raises(DataError, match=r"data.columns.OURS=NAME.*'review', 'stars'"):
+        task_of(file, [])
+    with pytest.raises(storage.NotFoundError, match="none-such"):
+        task_of(str(tmp_path / "none-such.csv"), [])
+
+
+@pytest.mark.parametrize(
+    ("address", "run_name"),
+    [
+        ("/data/reviews.csv", "reviews"),
+        ("s3://bucket/My reviews (2024).jsonl.gz", "My-reviews-2024"),
+        ("s3://bucket/folder/", "folder"),
+        ("data/*.parquet", "finetune"),
+    ],
+)
+def test_a_run_is_named_after_its_data(address: str, run_name: str) -> None:
+    assert run_of(address) == run_name
+
+
+def test_a_job_gets_whole_paths_and_what_the_user_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's program starts in another folder; a name with # is no comment of YAML."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a #1.csv", "text,label", "good,yes")
+    written(tmp_path / "settings.yaml", "run: mine", "epochs: 2")
+    words = words_of_run(
+        ["settings.yaml", "steps=7", "optimizer.learning_rate=1e-4"],
+        data="a #1.csv",
+        evaluation=None,
+        task=None,
+        model=None,
+        run=None,
+        storage_address="outputs",
+    )
+    assert words[0] == str(tmp_path / "settings.yaml")
+    assert {"steps=7", "optimizer.learning_rate=1e-4", "task=classification"} < {*words}
+    assert f'data.train="{tmp_path}/a #1.csv"' in words
+    assert f"storage={tmp_path}/outputs" in words
+    assert not any(word.startswith("run=") for word in words), "the file names it"
+    with pytest.raises(SettingsError, match="no such setting"):
+        words_of_run(
+            ["nonsense=1"],
+            data=None, evaluation=None, task=None, model=None, run=None, storage_address="outputs",
+        )  # fmt: skip
+
+
+def test_without_a_cluster_the_remedy_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="remedy: gptj up"):
+        main(["train", "--folder", str(tmp_path)])
+    (tmp_path / "env").touch()
+    with pytest.raises(SystemExit, match=f"remedy: source {tmp_path}/env"):
+        main(["train", "--folder", str(tmp_path)])
+
+
+def test_the_three_heads_are_predicted_row_by_row(
+    addresses: dict[str, str], models: Models, tmp_path: Path
+) -> None:
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(["text", "question", "context"])
+        writer.writerows([sentence, "Who wrote the book?", sentence] for sentence in SENTENCES)
+    rows = str(tmp_path / "rows.csv")
+
+    def results(head: str, *words: str) -> list[dict[str, Any]]:
+        main_words = ["predict", addresses[head], rows, "--dtype", "float32", *words]
+        result = run(*main_words)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    classified = results("classification")
+    assert [each["row"] for each in classified] == [1, 2, 3]
+    assert [each["text"] for each in classified] == SENTENCES
+    ids = models.tokenizer(SENTENCES[0], return_tensors="pt").input_ids
+    probabilities = models.classification(ids).logits.softmax(-1)[0].tolist()
+    found = {label["label"]: label["score"] for label in classified[0]["labels"]}
+    assert found == pytest.approx(
+        dict(zip(("negative", "neutral", "positive"), probabilities, strict=True)), abs=1e-5
+    )
+    answers = results("question_answering")
+    for answer, sentence in zip(answers, SENTENCES, strict=True):
+        assert sentence[answer["start"] : answer["end"]] == answer["answer"]
+    continued = results("generation", "--max-tokens", "4")
+    new = models.generation.generate(ids, max_new_tokens=4)[0, ids.shape[1] :]
+    assert continued[0]["completion"] == models.tokenizer.decode(new.tolist())
+    assert all(each["finish_reason"] in ("length", "stop") for each in continued)
+
+
+def test_a_row_that_cannot_be_answered_does_not_take_the_others_with_it(
+    addresses: dict[str, str], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b" * 5000, "c")))
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit, match="1 of 3 rows have no answer"):
+        main(["predict", addresses["classification"], str(rows), "--output", str(output)])
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert ["error" in each for each in found] == [False, True, False]
+    assert "context is 64" in found[1]["error"]
+
+
+def test_a_configuration_follows_from_the_checkpoints(addresses: dict[str, str]) -> None:
+    config = configuration(services([*addresses.values()], []), Options(port=8123, on_gpu=True))
+    assert config["http_options"]["port"] == 8123
+    routes = {each["route_prefix"]: each for each in config["applications"]}
+    assert routes.keys() == {"/", "/classification", "/question-answering"}
+    assert routes["/classification"]["args"]["checkpoint"] == addresses["classification"]
+    assert routes["/"]["args"]["model_name"] == "generation"
+    for application in config["applications"]:
+        (deployment,) = application["deployments"]
+        assert deployment["ray_actor_options"]["num_gpus"] == 1
+    both = services([addresses["classification"]] * 2, ["one", "two"])
+    several = configuration(both, Options(min_replicas=3))["applications"]
+    assert [each["route_prefix"] for each in several] == [
+        "/one/classification",
+        "/two/classification",
+    ]
+    assert several[0]["deployments"][0]["autoscaling_config"]["max_replicas"] == 3
+
+
+def test_the_readmes_shortest_configuration_is_one_of_serves(addresses: dict[str, str]) -> None:
+    """And what `serve run` takes of it is what `gptj serve` would write."""
+    (block,) = readme.blocks("Your own data", "yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(block))
+    (short,) = config.model_dump(exclude_unset=True)["applications"]
+    (ours,) = configuration(services([addresses["classification"]], []), Options())["applications"]
+    for key in ("name", "route_prefix", "import_path"):
+        assert short[key] == ours[key]
+    assert short["args"].keys() <= ours["args"].keys()
+    assert short["deployments"][0]["name"] == ours["deployments"][0]["name"]
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_deployed(
+    addresses: dict[str, str],
+) -> None:
+    with pytest.raises(FileNotFoundError, match="no existing folder"):
+        services(["./none-such"], [])
+    with pytest.raises(ValueError, match=r"two models would be called 'classification'.*--name"):
+        services([addresses["classification"]] * 2, [])
+
+
+def test_of_a_traceback_the_last_error_is_shown() -> None:
+    text = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n'
+    assert error_of(f"{text}ValueError: the checkpoint\nis bad") == "the checkpoint\nis bad"
+    assert error_of(f"{text}ray.exceptions.RayError: x: y") == "x: y"
+    assert error_of("no traceback: at all") == "no traceback: at all"
+
+
+def test_model_folders_are_listed_shown_copied_verified_and_removed(
+    addresses: dict[str, str], s3: LocalS3, tmp_path: Path
+) -> None:
+    source, copy = addresses["classification"], f"s3://{s3.bucket}/cli/copied/model"
+    assert "good: " in run("models", "cp", source, copy).stdout
+    with pytest.raises(storage.AlreadyExistsError):
+        run("models", "cp", source, copy, catch_exceptions=False)
+    assert copy in run("models", "ls", f"s3://{s3.bucket}/cli").stdout
+    assert f"{copy}: good: " in run("verify", copy).stdout
+    shown = json.loads(run("models", "show", copy, "--json").stdout)
+    assert shown["head"] == "GPTJForSequenceClassification" and shown["steps"] == 3
+    assert shown["labels"] == ["negative", "neutral", "positive"]
+    assert "positive" in run("models", "show", copy).stdout
+
+    with pytest.raises(ValueError, match=r"neither a model folder .* nor a run's"):
+        run("models", "rm", f"s3://{s3.bucket}/cli", "--yes", catch_exceptions=False)
+    assert run("models", "rm", copy, input="n\n").exit_code == 1
+    assert storage.list_files(copy)
+    assert run("models", "rm", copy, input="y\n").exit_code == 0
+    assert not storage.list_files(copy)
+
+
+def test_a_damaged_folder_is_neither_copied_nor_good(
+    addresses: dict[str, str], tmp_path: Path
+) -> None:
+    source, copy = tmp_path / "model", tmp_path / "copy"
+    assert run("models", "cp", addresses["classification"], str(source)).exit_code == 0
+    weights = source / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for words in (["verify", str(source)], ["models", "cp", str(source), str(copy)]):
+        with pytest.raises(CheckpointError, match=r"model.safetensors was altered"):
+            run(*words, catch_exceptions=False)
+    assert not (copy / "manifest.json").exists()
+
+
+def test_down_ends_what_up_has_started_and_nothing_else(tmp_path: Path) -> None:
+    """Also where the supervisor was killed, and where its number belongs to another process."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    part, stranger = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
+    try:
+        other = Process.of(stranger.pid)
+        gone = Process(other.number, other.created - 1000)  # of that number, long ago
+        state = Local(gone, {"Ray": Process.of(part.pid)}, "http://s3", "http://ray", {"A": "b c"})
+        state.write(tmp_path)
+        assert (tmp_path / "env").read_text() == "export A='b c'\n"
+        assert (tmp_path / "env").stat().st_mode & 0o077 == 0
+        assert not is_up(tmp_path)
+        assert down(tmp_path)
+        assert part.poll() is not None
+        assert stranger.poll() is None
+        assert not down(tmp_path)
+    finally:
+        for process in (part, stranger):
+            process.kill()
+            process.wait()
