@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Programs that we start by name (ray, serve, weed, ninja) come from the environment too.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: environment test check format quickstart serve bench clean
+.PHONY: environment quick test nightly check format quickstart serve bench clean
 
 environment: $(VENV)/installed
 
@@ -17,8 +17,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Most of a test's time is waiting for programs to start: three at a time, on two cores.
 test: environment
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(SIDE_BY_SIDE) -m "not alone and not nightly"
+	$(BIN)/python -m pytest -m alone tests/cluster
+SIDE_BY_SIDE = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# For each edit: what needs no cluster, no server and no program that takes seconds to start.
+quick: environment
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not server and not alone"
+
+# Beside `make test`: more of what a test there shows.
+nightly: environment
+	$(BIN)/python -m pytest -m nightly tests/engine
 
 check: environment
 	$(BIN)/ruff format --check .

@@ -1,1 +1,5 @@
 """Ray Serve applications, one file a head."""
+
+from gptj.extras import check_installed
+
+check_installed("ray", "deployments")

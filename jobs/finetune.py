@@ -20,21 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
 import torch
-from ray.train import (
-    Checkpoint,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-    UserCallback,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
+from gptj.extras import missing
 from gptj.storage.lease import Claim, Lease, LeaseHeldError
 from gptj.storage.scratch import shared_scratch_folder
 from gptj.training.dataset import node_data
@@ -51,8 +40,25 @@ from gptj.training.state import (
 )
 from gptj.training.tokenizer import prepare_tokenizer
 from jobs.command_line import help_if_asked
-from jobs.room import wait_for_room
-from jobs.training_metrics import TrainingMetrics, count_failure
+
+try:
+    import ray
+    import ray.train
+    from ray.train import (
+        Checkpoint,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+        UserCallback,
+    )
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    from jobs.room import wait_for_room
+    from jobs.training_metrics import TrainingMetrics, count_failure
+except ModuleNotFoundError as error:
+    raise missing(error, "jobs/finetune.py", extra="train") from error
 
 logger = logging.getLogger("finetune")
 

@@ -34,19 +34,52 @@ if importlib.util.find_spec("hypothesis") is not None:
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# They take half the time of all: side by side with the others, they begin with them.
-LONGEST = ("test_finetune_job", "test_training")
+# Side by side with the others, those that take minutes begin first, the longest of them foremost.
+LONGEST = (
+    "test_finetune_job",
+    "test_k8s_execution",
+    "test_training",
+    "test_rollout",
+    "test_clients",
+    "test_deployments",
+    "test_cuda_kernels",
+    "test_gpu_check",
+    "test_drain",
+    "test_checkpoint",
+)
+# What needs an S3 server, a program that takes a second or more to start.
+SERVER_FIXTURES = {"s3_server", "s3"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: most mistakes show within a minute."""
+    """Mark what needs a server; fast tests first: most mistakes show within a minute."""
     side_by_side = "PYTEST_XDIST_WORKER" in os.environ
+    for item in items:
+        if SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
 
-    def place(item: pytest.Item) -> tuple[bool, bool]:
+    def place(item: pytest.Item) -> tuple[int, bool]:
         longest = side_by_side and item.path.stem in LONGEST
-        return not longest, item.get_closest_marker("slow") is not None
+        order = LONGEST.index(item.path.stem) if longest else len(LONGEST)
+        return order, item.get_closest_marker("slow") is not None
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, as with xdist's own loadfile, and all of k8s/ in one.
+
+    They share the manifests that kubectl has built.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "k8s" if "tests/k8s/" in file else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -106,10 +139,8 @@ def gptj_tokenizer(gpt2_vocabulary: Vocabulary) -> GPTJTokenizer:
 
 
 @pytest.fixture(scope="session", params=["local", "gpu", "gpu+irsa+kueue+node-local-dns+cilium"])
-def objects(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def objects(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """All that a cluster gets: each overlay, and one with everything that can be added to it."""
     import manifests
 
-    return manifests.build(request.param, tmp_path_factory.mktemp("manifests"))
+    return manifests.build(request.param)

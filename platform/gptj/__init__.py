@@ -9,6 +9,8 @@ from gptj.model import (
 )
 from gptj.tokenizer import GPTJTokenizer
 
+__version__ = "0.1.0"  # that of pyproject.toml
+
 __all__ = [
     "GPTJConfig",
     "GPTJForCausalLM",
@@ -16,4 +18,5 @@ __all__ = [
     "GPTJForSequenceClassification",
     "GPTJModel",
     "GPTJTokenizer",
+    "__version__",
 ]

@@ -8,7 +8,18 @@ stands for the module; the first use of an attribute imports it, or says what to
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
+
+# What brings them, of pyproject.toml's optional-dependencies. What is not here, the library itself
+# depends on.
+EXTRA_OF = {
+    **dict.fromkeys(("ray", "fastapi", "starlette", "uvicorn", "requests"), "serve"),
+    "fastapi_offline": "serve",
+    **dict.fromkeys(("typer", "psutil"), "cli"),
+    **dict.fromkeys(("deepspeed", "ninja", "tensorboard", "matplotlib"), "train"),
+    **dict.fromkeys(("h5py", "msgpack", "zstandard"), "interop"),
+}
 
 
 class MissingPackageError(ImportError):
@@ -48,9 +59,37 @@ def require(name: str, purpose: str, package: str | None = None) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        package = package or (error.name or name).partition(".")[0]
-        raise MissingPackageError(
-            f"{purpose} needs the package {package}, which is not installed; remedy: "
-            f"pip install {package}",
-            name=error.name,
-        ) from error
+        raise missing(error, purpose, package) from error
+
+
+def check_installed(package: str, purpose: str, extra: str | None = None) -> None:
+    """Raise MissingPackageError if a package is not installed, without importing it."""
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise missing(ModuleNotFoundError(name=package), purpose, extra=extra)
+
+
+def missing(
+    error: ModuleNotFoundError,
+    purpose: str,
+    package: str | None = None,
+    extra: str | None = None,
+) -> MissingPackageError:
+    """The error to raise instead, with the remedy.
+
+    Args:
+        purpose: what needs the package.
+        package: that has the module, if its name is another.
+        extra: of this project that brings it, if not the usual one.
+    """
+    package = package or (error.name or "").partition(".")[0]
+    extra = extra or EXTRA_OF.get(package)
+    what = package if extra is None else f"'gptj-platform[{extra}]'"
+    return MissingPackageError(
+        f"{purpose} needs the package {package}, which is not installed; remedy: "
+        f"pip install {what}",
+        name=error.name,
+    )

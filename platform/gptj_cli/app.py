@@ -15,7 +15,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from gptj.extras import missing
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise missing(error, "the program gptj") from error
 
 FOLDER = Path(".gptj")
 

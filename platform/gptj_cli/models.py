@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.checkpoint import CONFIG, TRAINING, load_config
+from gptj.checkpoints.folder import CONFIG, TRAINING
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
+from gptj.config import GPTJConfig
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo
@@ -54,7 +55,7 @@ def describe(address: str) -> dict[str, Any]:
     Raises FileNotFoundError or CheckpointError if it is none.
     """
     address = normalized(address)
-    config = load_config(address)
+    config = GPTJConfig.from_pretrained(address)
     manifest = Manifest.read(address)
     result: dict[str, Any] = {
         "address": address,
@@ -94,7 +95,7 @@ def copy(source: str, destination: str) -> Manifest:
     source, destination = normalized(source), normalized(destination)
     manifest = Manifest.read(source)
     if manifest is None:
-        load_config(source)  # which says so, if nothing is there
+        GPTJConfig.from_pretrained(source)  # which says so, if nothing is there
         raise ValueError(
             f"{source} has no manifest to compare the copy with; remedy: "
             f"jobs/import_weights.py {source} {destination}"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from deployments.loading import Arguments, best_dtype, check, training_data_settings
-from gptj.checkpoints.checkpoint import HEAD_CLASSES, load_config
-from gptj.config import parse_dtype
+from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.examples import groups
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
@@ -24,6 +23,7 @@ from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
 from gptj.model import (
+    HEAD_CLASSES,
     GPTJForCausalLM,
     GPTJForQuestionAnswering,
     GPTJForSequenceClassification,
@@ -73,7 +73,7 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
     Raises:
         FileNotFoundError, CheckpointError, ValueError: for what cannot be loaded or read.
     """
-    head = head_class(load_config(address), address)
+    head = head_class(GPTJConfig.from_pretrained(address), address)
     if unknown := options.columns.keys() - set(COLUMNS[head]):
         raise ValueError(f"a {head} reads {', '.join(COLUMNS[head])}, and no {min(unknown)}")
     rows = read_rows(data, COLUMNS[head], options.columns, delimiter=options.delimiter)
@@ -150,7 +150,7 @@ def _engine(model: GPTJForCausalLM, tokenizer: GPTJTokenizer, options: Options) 
     share = DEFAULT_SHARES[model.device.type]
     tokens = room(model.config, model.device, share, model.dtype.itemsize)
     limits = Limits.of(
-        model.device, tokens, model.config.n_positions, max_running=options.batch_size
+        model.device, tokens, model.config.n_positions, max_num_seqs=options.batch_size
     )
     eos = model.config.eos_token_id
     vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
@@ -158,7 +158,7 @@ def _engine(model: GPTJForCausalLM, tokenizer: GPTJTokenizer, options: Options) 
         best_runner(model, CacheShare(share, limits), release=True),
         eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
         banned_ids=vocabulary.unused_ids,
-        max_running=limits.max_running,
+        max_num_seqs=limits.max_num_seqs,
         step_tokens=limits.step_tokens,
     )
 

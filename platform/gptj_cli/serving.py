@@ -23,7 +23,8 @@ from ray.util.state import list_nodes
 
 import deployments
 from deployments.loading import Arguments, check, name_of
-from gptj.checkpoints.checkpoint import HEAD_CLASSES, load_config
+from gptj.config import GPTJConfig
+from gptj.model import HEAD_CLASSES
 from gptj.storage.addresses import absolute
 from gptj_cli.cluster import is_here
 from jobs.evaluate import head_class
@@ -71,7 +72,7 @@ def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
     found = []
     for number, address in enumerate(addresses):
         checkpoint = absolute(address) if Path(address).exists() else address
-        head = head_class(load_config(checkpoint), checkpoint)
+        head = head_class(GPTJConfig.from_pretrained(checkpoint), checkpoint)
         check(HEAD_CLASSES[head], Arguments(checkpoint=checkpoint))
         name = names[number] if number < len(names) else name_of(checkpoint)
         found.append(Service(checkpoint, head, name))

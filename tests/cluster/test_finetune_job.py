@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -57,14 +57,6 @@ def cluster(node: LocalRay, s3: LocalS3) -> dict[str, str]:
     return {**os.environ, **node.environment()}
 
 
-def job(cluster: dict[str, str], *words: str) -> subprocess.Popen[str]:
-    """`ray job submit` of the job with settings."""
-    command = [RAY, "job", "submit", "--", str(ROOT / "jobs" / "finetune.py"), *words]
-    return subprocess.Popen(
-        command, env=cluster, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def direct(cluster: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """The program itself: seconds less than a job."""
     command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
@@ -87,100 +79,145 @@ def kill_a_worker(node: LocalRay) -> None:
     workers[-1].kill()
 
 
-def test_a_killed_workers_run_goes_on_and_ends_like_an_undisturbed_one(
-    cluster: dict[str, str], node: LocalRay
+class Exported:
+    """What Prometheus reads on the cluster's port while tests run: names, and their labels."""
+
+    def __init__(self, node: LocalRay) -> None:
+        self.seen: dict[str, set[str]] = {}
+        self._url = f"http://{HOST}:{node.metrics_port}/metrics"
+
+    def look(self) -> dict[str, set[str]]:
+        with contextlib.suppress(httpx.TransportError):  # Ray's reporter comes up last
+            text = httpx.get(self._url, timeout=60).text
+            for name, labels in k8s_metrics.exported(text).items():
+                self.seen.setdefault(name, set()).update(labels)
+        return self.seen
+
+
+@pytest.fixture(scope="module")
+def exported(node: LocalRay) -> Exported:
+    return Exported(node)
+
+
+MAIN = [
+    *TINY,
+    "steps=40",
+    "log_every=1",
+    "checkpoint_every=4",
+    "model.config.resid_pdrop=0.1",
+    "storage=s3://gptj",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    node: LocalRay,
+    s3_server: LocalS3,
+    exported: Exported,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """The output of a submitted run of 40 steps, which is evaluated on its way."""
+    environment = {**os.environ, **s3_server.environment(), **node.environment()}
+    log = tmp_path_factory.mktemp("undisturbed") / "log"
+    command = [RAY, "job", "submit", "--", str(ROOT / "jobs" / "finetune.py"), "run=undisturbed"]
+    command += [*MAIN, "evaluate_every=20"]
+    with running(command, environment=environment, log=log) as process:
+        while process.poll() is None:
+            exported.look()
+            time.sleep(0.5)
+    assert process.returncode == 0, tail(log, 4000)
+    return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def diverged(
+    node: LocalRay, s3_server: LocalS3, undisturbed: str
+) -> subprocess.CompletedProcess[str]:
+    words = ["run=diverging", "storage=s3://gptj", "steps=20", *TINY]
+    environment = {**os.environ, **s3_server.environment(), **node.environment()}
+    return direct(environment, *words, "model.config.initializer_range=1e30")
+
+
+def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
+    cluster: dict[str, str], node: LocalRay, undisturbed: str, tmp_path: Path
 ) -> None:
-    """The logged losses after the resume point are equal to 1e-6; so nothing is lost or repeated.
+    """It ends like an undisturbed one: losses are equal to 1e-6, so nothing is lost or repeated.
 
-    Dropout is on: the random state has to come back too.
+    Dropout is on: the random state has to come back too. By the time that the job is submitted
+    again, its oldest checkpoints, which Ray has on its list, are deleted.
     """
-    words = [
-        *TINY,
-        "steps=24",
-        "log_every=1",
-        "checkpoint_every=4",
-        "model.config.resid_pdrop=0.1",
-        "storage=s3://gptj",
-    ]
-    undisturbed = job(cluster, "run=undisturbed", *words)
-    output, _ = undisturbed.communicate(timeout=240)
-    assert undisturbed.returncode == 0, output[-4000:]
-    assert re.search(r"step 24 of 24  loss \d\.\d{4}.* tokens/s .* left", output)
+    assert re.search(r"step 40 of 40  loss \d\.\d{4}.* tokens/s .* left", undisturbed)
+    log = tmp_path / "log"
+    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), "run=killed", *MAIN]
+    with log.open("w") as file:
+        first = subprocess.Popen(command, env=cluster, cwd=ROOT, stdout=file, stderr=file)
+    try:
+        wait_for_checkpoint("killed", 4, first, log)
+        kill_a_worker(node)
+        # As long as it lives, it cannot be submitted again.
+        refused = direct(cluster, "run=killed", *MAIN)
+        assert refused.returncode == 1
+        assert f"'killed' is being trained already: process {first.pid} on " in refused.stderr
+        wait_for_checkpoint("killed", 16, first, log)
+    finally:
+        first.kill()
+        first.wait()
+    resumed = re.search(r"resuming after step (\d+) of 40", log.read_text())
+    assert resumed is not None, tail(log, 4000)
+    assert 4 <= int(resumed[1]) < 40
+    done = direct(cluster, "run=killed", *MAIN)
+    assert done.returncode == 0, done.stderr[-4000:]
+    resumed = re.search(r"resuming after step (\d+) of 40", done.stdout + done.stderr)
+    assert resumed is not None, done.stdout[-4000:]
+    assert int(resumed[1]) >= 16
 
-    disturbed = job(cluster, "run=killed", *words)
-    deadline = time.monotonic() + 120
-    while latest_checkpoint("s3://gptj/killed") is None:
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.05)
-    kill_a_worker(node)
-    output, _ = disturbed.communicate(timeout=240)
-    assert disturbed.returncode == 0, output[-4000:]
-    resumed = re.search(r"resuming after step (\d+) of 24", output)
-    assert resumed is not None and 4 <= int(resumed[1]) < 24, output[-4000:]
     expected = losses("undisturbed")
-    assert sorted(expected) == list(range(1, 25))
+    assert sorted(expected) == list(range(1, 41))
     assert losses("killed") == pytest.approx(expected, abs=1e-6)
-
     for run in ("undisturbed", "killed"):
         verify(f"s3://gptj/{run}/model")
     model = GPTJForCausalLM.from_pretrained("s3://gptj/killed/model")
     assert model.config.n_embd == 64
     kept = {f.name.split("/")[0] for f in storage.list_files("s3://gptj/killed")}
-    assert {"checkpoint-00000024", "checkpoint-00000020", "model", "loss.png"} <= kept
+    assert {"checkpoint-00000040", "checkpoint-00000036", "model", "loss.png"} <= kept
     assert "checkpoint-00000004" not in kept  # keep_checkpoints=2
 
     # The same command once more has nothing to do.
-    again = direct(cluster, "run=killed", *words)
+    again = direct(cluster, "run=killed", *MAIN)
     assert again.returncode == 0
     assert "complete already: s3://gptj/killed/model" in again.stdout
 
 
-def test_a_killed_jobs_run_resumes_when_it_is_submitted_again(cluster: dict[str, str]) -> None:
-    """Though its oldest checkpoints, which Ray has on its list, are deleted by then.
-
-    As long as it lives, it cannot be submitted again.
-    """
-    words = ["run=again", "storage=s3://gptj", "steps=200", "checkpoint_every=2", *TINY]
-    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
-    first = subprocess.Popen(
-        command, env=cluster, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while (latest_checkpoint("s3://gptj/again") or "") < "s3://gptj/again/checkpoint-00000008":
-        assert time.monotonic() < deadline and first.poll() is None, "no checkpoints appeared"
+def wait_for_checkpoint(run: str, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while (latest_checkpoint(f"s3://gptj/{run}") or "") < f"s3://gptj/{run}/checkpoint-{step:08}":
+        assert process.poll() is None, tail(log, 4000)
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} appeared"
         time.sleep(0.05)
-    refused = direct(cluster, *words)
-    assert refused.returncode == 1
-    assert f"'again' is being trained already: process {first.pid} on " in refused.stderr
-    assert first.poll() is None, "the first one ended before the second was refused"
-    first.kill()
-    first.wait()
-    done = direct(cluster, *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming after step" in done.stdout + done.stderr
-    assert sorted(losses("again")) == list(range(10, 201, 10))
 
 
 @pytest.mark.parametrize(
-    ("task", "metric"), [("classification", "accuracy"), ("question-answering", "exact_match")]
+    ("task", "metric", "workers"),
+    [("classification", "accuracy", 1), ("question-answering", "exact_match", 2)],
 )
 def test_the_other_heads_train_on_data_of_ours(
-    task: str, metric: str, cluster: dict[str, str]
+    task: str, metric: str, workers: int, cluster: dict[str, str]
 ) -> None:
     words = [f"task={task}", f"run={task}", "storage=s3://gptj", "steps=4", *TINY]
-    process = job(cluster, *words, "deepspeed.stage=3")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-4000:]
+    done = direct(cluster, *words, f"workers.count={workers}", "deepspeed.stage=3")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
     assert re.search(rf"evaluation after step 4: .*{metric} \d", output)
     training = json.loads(storage.read_bytes(f"s3://gptj/{task}/model/training.json"))
     assert metric in training["metrics"]
     verify(f"s3://gptj/{task}/model")
 
 
-def test_a_training_that_diverges_ends_with_one_clear_error(cluster: dict[str, str]) -> None:
+def test_a_training_that_diverges_ends_with_one_clear_error(
+    diverged: subprocess.CompletedProcess[str],
+) -> None:
     """Another try would end alike: the workers are not started again."""
-    words = ["run=diverging", "storage=s3://gptj", "steps=20", *TINY]
-    done = direct(cluster, *words, "model.config.initializer_range=1e30")
+    done = diverged
     assert done.returncode == 1
     assert re.search(
         r"^error: the training diverged: the training loss is (nan|inf) at step 1\. Start another "
@@ -223,42 +260,43 @@ def test_what_one_worker_alone_meets_ends_the_run_at_once(
 
 
 def test_prometheus_reads_how_trainings_go(
-    cluster: dict[str, str], node: LocalRay, tmp_path: Path
+    exported: Exported, undisturbed: str, diverged: subprocess.CompletedProcess[str]
 ) -> None:
     """All that the dashboard and the alerts name, from a training that goes on and one that fails.
 
     The failed one's count stays after its end.
     """
-    seen: dict[str, set[str]] = {}
-
-    def look() -> dict[str, set[str]]:
-        try:
-            text = httpx.get(f"http://{HOST}:{node.metrics_port}/metrics", timeout=30).text
-        except httpx.ConnectError:  # Ray's reporter comes up after the rest of the node
-            return seen
-        for name, labels in k8s_metrics.exported(text).items():
-            seen.setdefault(name, set()).update(labels)
-        return seen
-
-    words = ["storage=s3://gptj", "log_every=5", *TINY]
-    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
-    going = [*command, "run=watched", "steps=200", "evaluate_every=50"]
-    with running(going, environment=cluster, log=tmp_path / "watched.log") as process:
-        while process.poll() is None:
-            look()
-            time.sleep(0.5)
-    assert process.returncode == 0, tail(tmp_path / "watched.log")
-    failed = direct(cluster, *words, "run=failing", "model.config.initializer_range=1e30")
-    assert failed.returncode == 1
+    assert diverged.returncode == 1
     named = [
         *k8s_metrics.panels("training"),
         *(each for each in k8s_metrics.rules() if "Training" in each.place),
     ]
     assert len(named) > 8
-    deadline = time.monotonic() + 15
-    while faults := k8s_metrics.missing(look(), named):
+    deadline = time.monotonic() + 60
+    while faults := k8s_metrics.missing(exported.look(), named):
         assert time.monotonic() < deadline, faults
         time.sleep(0.5)
+
+
+# Runs jobs/finetune.py once a command line of standard input, in one process; a JSON line each.
+EACH_IN_TURN = """
+import contextlib, io, json, logging, sys
+import ray
+from jobs import finetune
+for line in sys.stdin:
+    sys.argv = ["finetune.py", *json.loads(line)]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            finetune.main()
+        except SystemExit as ended:
+            status = ended.code
+            if isinstance(status, str):  # as Python ends with a message
+                print(status, file=sys.stderr)
+                status = 1
+    ray.shutdown()
+    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
+"""
 
 
 def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
@@ -289,14 +327,22 @@ def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path
         "no-model": [store, f"model.checkpoint={tmp_path}/no-model"],
     }
 
-    def check(case: tuple[str, list[str]]) -> str:
-        message, words = case
-        done = direct(cluster, *words)
-        assert done.returncode == 1, (words, done.stdout, done.stderr)
-        assert re.search(f"error: (.|\n)*{message}", done.stderr), (words, done.stderr)
-        assert "Traceback" not in done.stderr, done.stderr
-        return message
-
-    with ThreadPoolExecutor(2) as pool:
-        assert len(list(pool.map(check, cases.items()))) == len(cases)
+    lines = "".join(json.dumps(words) + "\n" for words in cases.values())
+    done = subprocess.run(
+        [sys.executable, "-c", EACH_IN_TURN],
+        input=lines, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    replies = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(replies) == len(cases)
+    for (message, words), (status, _, said) in zip(cases.items(), replies, strict=True):
+        assert status == 1, (words, said)
+        assert re.search(f"error: (.|\n)*{message}", said), (words, said)
+        assert "Traceback" not in said, said
+    assert "Traceback" not in done.stderr
+    # And by the program itself.
+    done = direct(cluster, "storage=s3://not-there")
+    assert done.returncode == 1
+    assert re.search("^error: (.|\n)*no bucket", done.stderr, re.MULTILINE), done.stderr
     assert latest_checkpoint("s3://gptj/errors/finetune") is None

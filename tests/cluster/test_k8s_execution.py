@@ -54,9 +54,9 @@ SMALLER_MODEL = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+def objects() -> list[Object]:
     """The namespace, serving and training on a laptop's cluster."""
-    return build("local", tmp_path_factory.mktemp("overlay"))
+    return build("local")
 
 
 @dataclass

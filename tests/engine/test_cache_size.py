@@ -90,6 +90,7 @@ class Card(TorchDispatchMode):
         return self.size - self.reserved, self.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("fused", 42_000_000), ("plain", 24_000_000)])
 def test_the_cache_takes_what_the_largest_steps_leave_and_no_more(
     kind: str, size: int, monkeypatch: pytest.MonkeyPatch

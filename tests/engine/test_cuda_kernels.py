@@ -95,6 +95,7 @@ def decode_inputs(contexts: list[int]) -> Inputs:
     return Inputs(numbers([0] * count), positions, positions, numbers(pages.tolist()), count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processors", "splits"), [(1, 1), (2, 2), (8, 8)])
 @shapes
 def test_single_tokens_see_ragged_contexts_over_scattered_pages(
@@ -137,6 +138,7 @@ def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dty
     )
 
 
+@pytest.mark.slow
 @dtypes
 def test_what_lies_beyond_a_context_is_not_seen(dtype: torch.dtype) -> None:
     it = setting("head width 10", dtype)
@@ -198,6 +200,7 @@ def test_the_residual_stream_is_added_to_and_normed(shape: str, dtype: torch.dty
             it.near(ours, theirs)
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("blocks", [Blocks(1, 64, 4), Blocks(4, 32, 4)])
 def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
@@ -280,6 +283,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_is_tried_before_the_model_is_taken(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -290,6 +294,7 @@ def test_every_kernel_is_tried_before_the_model_is_taken(
         try_out(it.triton, DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_whatever_triton_lacks_is_a_reason_for_pytorch_and_no_failure(
     error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -319,11 +324,20 @@ def test_a_product_that_does_not_compile_is_left_to_pytorch(
 
 
 @pytest.mark.slow
-def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [[], pytest.param(["--all"], marks=pytest.mark.nightly)], ids=["one", "all"]
+)
+def test_the_kernels_compile_for_gpus_that_are_not_here(
+    arguments: list[str], tmp_path: Path
+) -> None:
     """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B on an A100, an L4 and an H100."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=500
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=590,
     )
     assert result.returncode == 0, result.stderr

@@ -41,6 +41,7 @@ def decode_batch(ids: list[int], positions: list[int], pages: list[list[int]]) -
     return StepBatch(ids, positions, count, pages, count[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pages", [128, 10], ids=["plain", "preemption"])
 def test_greedy_output_of_a_mixed_batch_equals_generate_for_each_prompt_alone(
     device: torch.device, pages: int

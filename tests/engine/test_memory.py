@@ -28,6 +28,7 @@ def peak(config: GPTJConfig, rows: int, length: int, *, padded: bool) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "length"), [(1, 512), (8, 2048), (32, 2048)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_batch_of_6b_holds_what_the_arithmetic_says(rows: int, length: int, padded: bool) -> None:

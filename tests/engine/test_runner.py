@@ -166,6 +166,7 @@ def assert_near(case: Case, ours: Tensor, ids: np.ndarray) -> None:
     assert float((ours - theirs).abs().max() / theirs.std()) < case.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_the_models_over_scattered_pages_and_in_chunks(
     make: Callable[..., Case], shape: str
@@ -180,6 +181,7 @@ def test_logits_are_the_models_over_scattered_pages_and_in_chunks(
     assert_near(case, torch.cat(chunks), ids)
 
 
+@pytest.mark.slow
 def test_sequences_of_a_step_do_not_mix(make: Callable[..., Case]) -> None:
     case = make()
     long, short = random_ids(LENGTH, 300, 1), random_ids(9, 300, 2)
@@ -189,6 +191,7 @@ def test_sequences_of_a_step_do_not_mix(make: Callable[..., Case]) -> None:
     assert float((after - reference(case.model, long)[50:]).abs().max()) < 2 * case.tolerance
 
 
+@pytest.mark.slow
 def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
     case = make()
     ids = random_ids(LENGTH, 300)
@@ -201,6 +204,7 @@ def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
     assert float((rest - reference(case.model, ids[:30])[20:]).abs().max()) < 2 * case.tolerance
 
 
+@pytest.mark.slow
 def test_a_cache_made_anew_works(make: Callable[..., Case]) -> None:
     case = make()
     ids = random_ids(LENGTH, 300)

@@ -246,6 +246,7 @@ def test_a_thousand_requests_cancelled_at_random_leave_nothing_running(
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_after_any_mix_each_has_one_end_and_all_pages_are_free(
     model: GPTJForCausalLM, seed: int

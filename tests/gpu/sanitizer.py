@@ -25,7 +25,7 @@ def main(check: Check) -> None:
             check,
             "compute-sanitizer",
             ("test_cuda_kernels",),
-            "multiplied" if check.rehearsal else "not multiplied",
+            "copied_pages" if check.rehearsal else "not multiplied",
             (check.seconds_left - 4) / left,
             before=(program, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"),
             # Else most of what is wrong is still inside of PyTorch's own pieces of memory.

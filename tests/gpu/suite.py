@@ -22,7 +22,7 @@ WORKERS = 8
 
 def main(check: Check) -> None:
     files = check.pick(FILES, ("test_cuda_kernels",))
-    names = "multiplied" if check.rehearsal else "cuda or kernels or triton or plain or gpu"
+    names = "copied_pages" if check.rehearsal else "cuda or kernels or triton or plain or gpu"
     run_tests(check, "suite", files, names, check.seconds_left - 5)
 
 

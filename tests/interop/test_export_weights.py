@@ -60,6 +60,7 @@ HEADS: list[tuple[ExportFormat, type[GPTJPreTrainedModel]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "cls"), HEADS)
 @pytest.mark.parametrize("files", ["one", "shards"])
 def test_what_is_exported_imports_again_bit_by_bit(
@@ -183,6 +184,7 @@ def test_long_lists_of_names_are_in_parts_as_keras_reads_them(tmp_path: Path) ->
     assert torch.equal(found.load(torch.float32), torch.arange(6.0).view(2, 3))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_address(tmp_path: Path) -> None:
     make(n_layer=1).save_pretrained(str(tmp_path / "model"))
     command = [sys.executable, str(JOB), str(tmp_path / "model"), str(tmp_path / "exported")]

@@ -174,6 +174,7 @@ def test_an_overflow_is_named_and_leaves_no_checkpoint(tmp_path: Path) -> None:
         GPTJForCausalLM.from_pretrained(str(tmp_path / "bad"))
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_no_checkpoint(model: GPTJForCausalLM, tmp_path: Path) -> None:
     """Killed in the middle of the weights; the same command then says what to do."""
     model.save_pretrained(str(tmp_path / "source"))
@@ -349,6 +350,7 @@ def test_places_without_weights_are_explained(model: GPTJForCausalLM, tmp_path: 
     check_equal(str(tmp_path / "ours"), model)
 
 
+@pytest.mark.slow
 def test_a_hub_id_imports_at_its_revision(model: GPTJForCausalLM, tmp_path: Path) -> None:
     """As GPT-J is published: a pickle on one branch, and on another the weights of Flax."""
     write_theirs("pickle", model, tmp_path / "theirs")
@@ -369,6 +371,7 @@ import_weights({REPOSITORY!r}, "flax", revision="old")
     assert GPTJConfig.from_pretrained(str(tmp_path / "flax")).vocab_size == 48
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_address_and_shows_its_progress(
     model: GPTJForCausalLM, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def read_tensorflow(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_our_export_has_the_form_of_their_files(name: str, tmp_path: Path) -> None:
     """The same files, and in them the same names, shapes and numbers: so their classes read it."""

@@ -131,6 +131,7 @@ def attempt(index: Index, path: Path, content: bytes) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("index", "good", "count"),
     [
@@ -242,6 +243,7 @@ def test_a_pickle_of_more_numbers_than_it_stores_is_refused(tmp_path: Path) -> N
     assert "(1000000, 1000000), and 1 numbers are stored" in error
 
 
+@pytest.mark.slow
 def test_hdf5_files_that_point_elsewhere_are_refused(tmp_path: Path) -> None:
     """Links, arrays in other files, and arrays that would grow when they are read."""
     secret = tmp_path / "secret"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import re
 import struct
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from manifests import K8S, ROOT
+from manifests import K8S, PROJECT, ROOT
 
 DOCKERFILE = (K8S / "Dockerfile").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
@@ -48,6 +50,25 @@ def check() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_image_has_what_the_library_and_all_its_extras_need() -> None:
+    """As the Dockerfile's own line finds it, in the project's own file."""
+    (line,) = re.findall(r"python -c '(import tomllib;.*)' ", DOCKERFILE)
+    printed = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
+        exec(line, {})
+    extras = PROJECT["optional-dependencies"]
+    assert extras["all"] == ["gptj-platform[serve,train,interop]"]
+    assert set(printed.getvalue().split("\n")[:-1]) == {
+        *PROJECT["dependencies"],
+        *(each for name in ("serve", "train", "interop") for each in extras[name]),
+    }
+
+
+def test_the_kernels_are_built_beside_their_source() -> None:
+    (folder,) = re.findall(r"\*\.so /app/(\S+)/ ", DOCKERFILE)
+    assert list((ROOT / folder).glob("*.cpp"))
 
 
 def test_cudas_packages_are_pinned_and_of_one_release() -> None:

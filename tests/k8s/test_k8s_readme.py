@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kuberay_operator
+import pytest
 import yaml
 from kuberay_operator import quantity
 from manifests import K8S, ROOT, Object, made_clusters, of_kind, program, templates
@@ -44,6 +45,7 @@ def help_of(*subcommand: str) -> str:
     return done.stdout + options.stdout
 
 
+@pytest.mark.slow
 def test_kubectl_knows_each_command_and_its_flags() -> None:
     checked = 0
     for words in commands():
@@ -64,6 +66,7 @@ def test_kubectl_knows_each_command_and_its_flags() -> None:
     assert checked > 15
 
 
+@pytest.mark.slow
 def test_files_folders_and_objects_in_the_commands_exist(objects: list[Object]) -> None:
     names = {(each["kind"].lower(), each["metadata"]["name"]) for each in objects}
     service = of_kind(objects, "RayService")[0]["metadata"]["name"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,18 +29,19 @@ COMPONENTS = ("shared-cache", "incremental-upgrade", "spot")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+def plain() -> list[Object]:
     """The overlay for 24 GB."""
-    return build("gpu", tmp_path_factory.mktemp("plain"))
+    return build("gpu")
 
 
 @pytest.fixture(scope="module", params=[*CARDS, *COMPONENTS])
-def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def variant(request: pytest.FixtureRequest) -> Any:
     """An overlay for a card, or the one for 24 GB with a component; and its name."""
-    name, scratch = request.param, tmp_path_factory.mktemp("variant")
-    return name, build(name if name in CARDS else f"gpu+{name}", scratch)
+    name = request.param
+    return name, build(name if name in CARDS else f"gpu+{name}")
 
 
+@pytest.mark.slow
 def test_kubernetes_and_kuberay_know_what_is_built(
     variant: tuple[str, list[Object]], plain: list[Object]
 ) -> None:
@@ -74,9 +74,9 @@ def test_serve_takes_what_is_built(variant: tuple[str, list[Object]]) -> None:
 
 
 @pytest.mark.parametrize("overlay", CARDS)
-def test_settings_of_a_card_are_the_arithmetics(overlay: str, tmp_path: Path) -> None:
+def test_settings_of_a_card_are_the_arithmetics(overlay: str) -> None:
     card = memory.CARDS[CARDS[overlay]]
-    (service,) = of_kind(build(overlay, tmp_path), "RayService")
+    (service,) = of_kind(build(overlay), "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     applications = {each["name"]: each for each in config["applications"]}
     text = applications["generation"]
@@ -148,10 +148,10 @@ GROWN = [(1, 2), (2, 3), (4, 6), (6, 9)]
 
 @pytest.mark.parametrize(("replicas", "at_most"), GROWN)
 def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
-    replicas: int, at_most: int, tmp_path: Path
+    replicas: int, at_most: int
 ) -> None:
     """Serve's own rounding, in the order of KubeRay 1.7.0's reconcileServeTargetCapacity."""
-    (service,) = of_kind(build("gpu+incremental-upgrade", tmp_path), "RayService")
+    (service,) = of_kind(build("gpu+incremental-upgrade"), "RayService")
     surge = service["spec"]["upgradeStrategy"]["clusterUpgradeOptions"]["maxSurgePercent"]
     old, new, most = 100, 0, 0
     while old > 0:
@@ -166,9 +166,9 @@ def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
     assert f"| {replicas} | {2 * replicas} | {at_most} |" in text
 
 
-def test_an_upgrade_in_steps_keeps_the_operators_rules(tmp_path: Path) -> None:
+def test_an_upgrade_in_steps_keeps_the_operators_rules() -> None:
     """ValidateClusterUpgradeOptions, and the names of createGateway and of Istio's deployment."""
-    objects = build("gpu+incremental-upgrade", tmp_path)
+    objects = build("gpu+incremental-upgrade")
     (service,), (ingress,) = of_kind(objects, "RayService"), of_kind(objects, "Ingress")
     cluster, strategy = service["spec"]["rayClusterConfig"], service["spec"]["upgradeStrategy"]
     assert strategy["type"] == "NewClusterWithIncrementalUpgrade"
@@ -202,8 +202,8 @@ def test_an_upgrade_in_steps_keeps_the_operators_rules(tmp_path: Path) -> None:
     assert admitted["ingress"][0]["ports"] == [{"port": 8000, "protocol": "TCP"}]
 
 
-def test_training_on_spot_machines_keeps_its_head_on_others(tmp_path: Path) -> None:
-    (job,) = of_kind(build("gpu+spot", tmp_path), "RayJob")
+def test_training_on_spot_machines_keeps_its_head_on_others() -> None:
+    (job,) = of_kind(build("gpu+spot"), "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
     pod, head = workers["template"]["spec"], cluster["headGroupSpec"]["template"]["spec"]

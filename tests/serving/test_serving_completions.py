@@ -151,6 +151,7 @@ def test_a_stop_string_ends_the_text_before_it(service: str) -> None:
     text = full["choices"][0]["text"]
     stop = text[12:15]
     before = text[: text.index(stop)]
+    assert stop and before, "nothing to stop at, or nothing before it"
     for fields in ({"stop": stop}, {"stop": ["never seen", stop]}):
         choice = complete(
             service, prompt="x", temperature=1, seed=1, max_tokens=40, ignore_eos=True, **fields

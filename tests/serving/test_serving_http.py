@@ -85,6 +85,7 @@ def test_each_of_the_keys_is_right(service: str) -> None:
         wrong.models.list()
 
 
+@pytest.mark.slow
 def test_a_full_queue_answers_429_with_retry_after_and_takes_requests_again(service: str) -> None:
     """This service has room for one request in work and one that waits."""
     url = f"{service}/guarded/v1/completions"

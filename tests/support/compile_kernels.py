@@ -1,11 +1,12 @@
 """Compiles the GPU's kernels as GPT-J 6B calls them, on a machine without a GPU.
 
-    python tests/support/compile_kernels.py
+    python tests/support/compile_kernels.py [--all]
 
-Prints a JSON object a program and GPU: the shared memory of its blocks in bytes, and the registers
-of a thread and the bytes that it spills to memory, by NVIDIA's assembler. Ends with an error if a
-program does not fit its GPU, or a step launches one that `try_out` has not tried. Run by
-test_cuda_kernels.py in a process of its own: Triton compiles or interprets, as it is imported.
+With --all for every GPU and dtype, otherwise for one of each kind. Prints a JSON object a program
+and GPU: the shared memory of its blocks in bytes, and the registers of a thread and the bytes that
+it spills to memory, by NVIDIA's assembler. Ends with an error if a program does not fit its GPU, or
+a step launches one that `try_out` has not tried. Run by test_cuda_kernels.py in a process of its
+own: Triton compiles or interprets, as it is imported.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -35,12 +37,15 @@ from gptj.engine.runners.cuda.weights import Norm
 # GPU, compute capability, shared memory that a block may have, multiprocessors, dtype.
 # Turing (7.5) is not among them: its GPUs get PyTorch's kernels.
 CASES = (
-    ("A100", 80, 166912, 108, torch.float16),
     ("A100", 80, 166912, 108, torch.bfloat16),
+    ("L4", 89, 101376, 58, torch.float32),  # the largest numbers in the least shared memory
+    ("H100", 90, 232448, 132, torch.float16),
+)
+# Of one of these architectures, and with numbers of one of these sizes.
+MORE_CASES = (
+    ("A100", 80, 166912, 108, torch.float16),
     ("A10G", 86, 101376, 80, torch.float16),
     ("L4", 89, 101376, 58, torch.float16),
-    ("L4", 89, 101376, 58, torch.float32),
-    ("H100", 90, 232448, 132, torch.float16),
 )
 REGISTERS = 65536  # of a multiprocessor, on all of them
 SPILLED = 0  # bytes that a thread may write to memory for want of registers
@@ -146,7 +151,8 @@ def resources(program: Any, capability: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    for gpu, capability, limit, processors, dtype in CASES:
+    cases = CASES + (MORE_CASES if "--all" in sys.argv[1:] else ())
+    for gpu, capability, limit, processors, dtype in cases:
         for program in compiled(capability, processors, dtype):
             shared, threads = program.metadata.shared, 32 * program.metadata.num_warps
             registers, spilled = resources(program, capability)

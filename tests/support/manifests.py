@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -44,12 +45,11 @@ COMPONENTS_OF = {
 }
 
 
-def build(name: str, scratch: Path) -> list[Object]:
+def build(name: str) -> list[Object]:
     """All that a cluster gets: the namespace's objects, serving's and training's.
 
     Args:
         name: an overlay, and with "+" before each, components that are added to it.
-        scratch: an empty folder.
     """
     overlay, *components = name.split("+")
     folders = {
@@ -62,29 +62,35 @@ def build(name: str, scratch: Path) -> list[Object]:
         each
         for part, folder in folders.items()
         for each in kustomize(
-            folder,
-            [each for each in components if part in COMPONENTS_OF.get(each, ("overlays",))],
-            scratch / part,
+            folder, [each for each in components if part in COMPONENTS_OF.get(each, ("overlays",))]
         )
     ]
 
 
-def kustomize(folder: Path, components: Sequence[str] = (), scratch: Path = Path()) -> list[Object]:
+def kustomize(folder: Path, components: Sequence[str] = ()) -> list[Object]:
     """The objects of one kustomization, with components of k8s/components added."""
-    if components:
-        scratch.mkdir(parents=True)
-        kustomization = {
-            "resources": [os.path.relpath(folder, scratch)],
-            "components": [
-                os.path.relpath(K8S / "components" / each, scratch) for each in components
-            ],
-            "namespace": "gptj",
-        }
-        (scratch / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        folder = scratch
-    done = subprocess.run([*program(), str(folder)], capture_output=True, text=True, timeout=120)
+    return list(yaml.load_all(_built(folder, tuple(components)), yaml.CSafeLoader))
+
+
+@cache
+def _built(folder: Path, components: tuple[str, ...]) -> str:
+    """What kubectl prints: a second or two of it for each."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if components:
+            kustomization = {
+                "resources": [os.path.relpath(folder, scratch)],
+                "components": [
+                    os.path.relpath(K8S / "components" / each, scratch) for each in components
+                ],
+                "namespace": "gptj",
+            }
+            (Path(scratch) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+            folder = Path(scratch)
+        done = subprocess.run(
+            [*program(), str(folder)], capture_output=True, text=True, timeout=300
+        )
     assert (done.returncode, done.stderr) == (0, "")
-    return list(yaml.safe_load_all(done.stdout))
+    return done.stdout
 
 
 def of_kind(objects: list[Object], *kinds: str) -> list[Object]:

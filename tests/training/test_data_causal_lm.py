@@ -100,6 +100,7 @@ def test_what_cannot_be_learned_from_is_refused(tokenizer: GPTJTokenizer) -> Non
         CausalLMData([*rows("a"), Row({"text": None}, "f", 2)], tokenizer, 8)
 
 
+@pytest.mark.slow
 def test_a_real_book_is_packed_without_loss(tokenizer: GPTJTokenizer, shared_data: Path) -> None:
     path = shared_data / "tinyshakespeare.txt"
     data = CausalLMData(read_rows(str(path), ["text"]), tokenizer, 128)

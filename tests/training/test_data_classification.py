@@ -433,6 +433,7 @@ LABELS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     labels=LABELS,

@@ -228,6 +228,7 @@ def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
+@pytest.mark.slow
 def test_the_job_refuses_it_before_it_needs_ray(tmp_path: Path) -> None:
     """What used to train, and to lose the model with Ray's session folder."""
     words = [sys.executable, str(ROOT / "jobs/finetune.py"), "storage=gs://bucket/x"]

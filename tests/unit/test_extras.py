@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+import gptj
+from gptj.extras import EXTRA_OF
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,6 +72,7 @@ def without(packages: tuple[str, ...], script: str) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_extras_or_is_the_part_that_needs_one() -> None:
     script = f"""
 import importlib, json, pkgutil
@@ -92,6 +100,7 @@ print(json.dumps([len(names), missed]))
     )
 
 
+@pytest.mark.slow
 def test_models_and_json_lines_need_no_extras(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
     script = f"""
@@ -133,8 +142,25 @@ USES = {
     "Extra('matplotlib', 'a picture').figure": "matplotlib",
     "Extra('torch.utils.tensorboard', 'files').SummaryWriter": "tensorboard",
 }
+# Who lacks what the library itself depends on installs that; an extra brings the rest.
+REMEDIES = {
+    **dict.fromkeys(("h5py", "msgpack", "zstandard"), "'gptj-platform[interop]'"),
+    **dict.fromkeys(("deepspeed", "matplotlib", "tensorboard"), "'gptj-platform[train]'"),
+}
 
 
+def test_each_extra_brings_what_its_error_promises() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    # These come with ray[serve].
+    brought = {"serve": {"fastapi", "starlette", "uvicorn", "requests"}}
+    for package, extra in EXTRA_OF.items():
+        names = {re.split(r"[\[=<> ]", each)[0] for each in extras[extra]}
+        assert package in names | brought.get(extra, set()), package
+    assert project["version"] == gptj.__version__
+
+
+@pytest.mark.slow
 def test_who_uses_a_missing_extra_is_told_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na\n")
     (tmp_path / "rows.parquet").write_bytes(b"")
@@ -159,6 +185,31 @@ print(json.dumps(messages))
     messages = without(EXTRAS, script)
     assert messages.keys() == USES.keys()
     for use, package in USES.items():
+        remedy = REMEDIES.get(package, package)
         assert messages[use].endswith(
-            f"needs the package {package}, which is not installed; remedy: pip install {package}"
+            f"needs the package {package}, which is not installed; remedy: pip install {remedy}"
         )
+
+
+@pytest.mark.slow
+def test_ray_is_missed_where_a_job_or_deployment_is_imported() -> None:
+    script = """
+import importlib, json
+messages = []
+for name in ("deployments.generation", "jobs.finetune", "gptj.serving"):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        messages.append(str(error))
+print(json.dumps(messages))
+"""
+    installed = ("ray", "deepspeed", "fastapi", "starlette", "uvicorn")
+    assert without(installed, script) == [
+        f"{purpose} needs the package {package}, which is not installed; remedy: "
+        f"pip install 'gptj-platform[{extra}]'"
+        for purpose, package, extra in (
+            ("deployments", "ray", "serve"),
+            ("jobs/finetune.py", "ray", "train"),
+            ("gptj.serving", "fastapi", "serve"),
+        )
+    ]

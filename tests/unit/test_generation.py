@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.sampling import SamplingParams, choose, restrict
 
 CONFIG = GPTJConfig(
@@ -46,6 +43,7 @@ def prompts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     "arguments",
@@ -203,73 +201,6 @@ def test_generated_ids_can_be_trained_on() -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         models()[0].generate(torch.zeros(1, 0, dtype=torch.long))
-
-
-# https://huggingface.co/docs/transformers/model_doc/gptj, with the import lines changed.
-PAGE_FP32 = """
-from gptj import GPTJForCausalLM, GPTJTokenizer
-
-model = GPTJForCausalLM.from_pretrained("EleutherAI/gpt-j-6B")
-tokenizer = GPTJTokenizer.from_pretrained("EleutherAI/gpt-j-6B")
-
-prompt = (
-    "In a shocking finding, scientists discovered a herd of unicorns living in a remote, "
-    "previously unexplored valley, in the Andes Mountains. Even more surprising to the "
-    "researchers was the fact that the unicorns spoke perfect English."
-)
-
-input_ids = tokenizer(prompt, return_tensors="pt").input_ids
-
-gen_tokens = model.generate(
-    input_ids,
-    do_sample=True,
-    temperature=0.9,
-    max_length=100,
-)
-gen_text = tokenizer.batch_decode(gen_tokens)[0]
-"""
-PAGE_FP16 = """
-from gptj import GPTJForCausalLM, GPTJTokenizer
-import torch
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-model = GPTJForCausalLM.from_pretrained("EleutherAI/gpt-j-6B", torch_dtype=torch.float16).to(device)
-tokenizer = GPTJTokenizer.from_pretrained("EleutherAI/gpt-j-6B")
-
-prompt = (
-    "In a shocking finding, scientists discovered a herd of unicorns living in a remote, "
-    "previously unexplored valley, in the Andes Mountains. Even more surprising to the "
-    "researchers was the fact that the unicorns spoke perfect English."
-)
-
-input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-
-gen_tokens = model.generate(
-    input_ids,
-    do_sample=True,
-    temperature=0.9,
-    max_length=100,
-)
-gen_text = tokenizer.batch_decode(gen_tokens)[0]
-"""
-
-
-@pytest.mark.parametrize("program", [PAGE_FP32, PAGE_FP16], ids=["fp32", "fp16"])
-def test_the_hugging_face_pages_programs_run(
-    program: str, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
-) -> None:
-    """With the whole vocabulary; the folder EleutherAI/gpt-j-6B stands for the hub's."""
-    folder = tmp_path / "EleutherAI" / "gpt-j-6B"
-    GPTJForCausalLM(GPTJConfig.preset("tiny", n_embd=64)).save_pretrained(str(folder))
-    gptj_tokenizer.save_pretrained(folder)
-    check = "print(gen_tokens.shape[1], model.dtype, gen_text.startswith(prompt))"
-    done = subprocess.run(
-        [sys.executable, "-c", program + check], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    dtype = "torch.float16" if "float16" in program else "torch.float32"
-    length = int(done.stdout.split()[0])
-    assert 46 < length <= 100 and done.stdout.split()[1:] == [dtype, "True"], done.stdout
 
 
 def test_the_probability_of_a_token_is_unchanged_by_others_in_the_batch() -> None:

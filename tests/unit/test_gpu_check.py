@@ -139,6 +139,7 @@ def test_what_comes_back_fits_and_the_report_names_card_and_goals(
     assert "not measured" not in text.split("decode 1: ")[1].splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_ones_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_ones_run(
     assert [row["outcome"] for row in read(out) if row["what"] == "part"] == ["no time left"]
 
 
+@pytest.mark.slow
 def test_a_wheel_that_does_not_fit_leaves_the_others_installed(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     folder.mkdir()

@@ -157,17 +157,21 @@ class Client:
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    def error(self, endpoint: str, call: str, *, offline: bool = False) -> str:
-        """The message of the FileNotFoundError that `locate(call)` raises."""
+    def errors(
+        self, endpoint: str, *models: tuple[str, str | None], offline: bool = False
+    ) -> list[str]:
+        """The messages of the FileNotFoundErrors that `locate` raises for names and revisions."""
         program = f"""
 from gptj.checkpoints.hub import locate
-try:
-    locate({call}, patterns=["*.json"])
-except FileNotFoundError as error:
-    print(" ".join(str(error).split()))
+for name, revision in {models!r}:
+    try:
+        locate(name, revision=revision, patterns=["*.json"])
+    except FileNotFoundError as error:
+        print(" ".join(str(error).split()))
 """
-        (message,) = self.run(endpoint, program, offline=offline)
-        return message
+        messages = self.run(endpoint, program, offline=offline)
+        assert len(messages) == len(models)
+        return messages
 
 
 @pytest.fixture
@@ -175,6 +179,7 @@ def client(tmp_path: Path) -> Client:
     return Client(tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_revision_picks_its_content_and_the_patterns_its_files(hub: Hub, client: Client) -> None:
     program = f"""
 import os
@@ -190,6 +195,7 @@ for revision in (None, "main", "old", "{MAIN}", "{OLD}"):
     assert not any(path.endswith(".safetensors") for path in hub.requests)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_loads_by_hub_id_and_again_without_the_hub(hub: Hub, client: Client) -> None:
     program = f"""
 from gptj.tokenizer import GPTJTokenizer
@@ -207,6 +213,7 @@ for revision in (None, "old"):
     assert len(hub.requests) == asked
 
 
+@pytest.mark.slow
 def test_a_model_loads_by_hub_id_and_revision(client: Client, tmp_path: Path) -> None:
     """Safetensors at one revision, and at the other only a pickle, as GPT-J was published."""
     config = GPTJConfig(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
@@ -229,30 +236,35 @@ print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
         assert client.run(hub.endpoint, program) == ["0.0", "7.0 torch.float16", "8"]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
-    message = client.error(hub.endpoint, '"someone/nothing", revision=None')
-    assert "'someone/nothing'" in message
-    assert "no model of that name" in message
-    assert "no existing folder" in message
-    assert "HF_TOKEN" in message
-    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision="nowhere"')
-    assert message == f"the hub's {REPOSITORY!r} has no revision 'nowhere'"
-    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision="{"c" * 40}"')
-    assert message == f"the hub's {REPOSITORY!r} has no revision '{'c' * 40}'"
-    message = client.error(hub.endpoint, f'"{GATED}", revision=None')
-    assert f"{GATED!r} is only for accounts that have accepted its terms" in message
+    absent, branch, commit, gated = client.errors(
+        hub.endpoint,
+        ("someone/nothing", None),
+        (REPOSITORY, "nowhere"),
+        (REPOSITORY, "c" * 40),
+        (GATED, None),
+    )
+    assert "'someone/nothing'" in absent
+    assert "no model of that name" in absent
+    assert "no existing folder" in absent
+    assert "HF_TOKEN" in absent
+    assert branch == f"the hub's {REPOSITORY!r} has no revision 'nowhere'"
+    assert commit == f"the hub's {REPOSITORY!r} has no revision '{'c' * 40}'"
+    assert f"{GATED!r} is only for accounts that have accepted its terms" in gated
 
 
+@pytest.mark.slow
 def test_a_hub_without_an_answer_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
     hub.broken = True
-    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision=None')
+    (message,) = client.errors(hub.endpoint, (REPOSITORY, None))
     assert "could not be downloaded" in message
     assert "500" in message
     (port,) = free_ports(1)
-    message = client.error(f"http://127.0.0.1:{port}", f'"{REPOSITORY}", revision=None')
+    (message,) = client.errors(f"http://127.0.0.1:{port}", (REPOSITORY, None))
     assert "could not be downloaded" in message
     assert "onnect" in message
-    message = client.error(hub.endpoint, f'"{REPOSITORY}", revision=None', offline=True)
+    (message,) = client.errors(hub.endpoint, (REPOSITORY, None), offline=True)
     assert "HF_HUB_OFFLINE=0" in message
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {
     "gptj": ROOT / "platform/gptj",
     "gptj_bench": ROOT / "platform/gptj_bench",
+    "gptj_cli": ROOT / "platform/gptj_cli",
     "gptj_local": ROOT / "platform/gptj_local",
     "deployments": ROOT / "deployments",
     "jobs": ROOT / "jobs",
@@ -37,7 +38,7 @@ LAYERS = [
     "gptj.serving gptj.training",
     "deployments",
     "jobs",
-    "gptj_bench",
+    "gptj_bench gptj_cli",
 ]
 HEIGHT = {part: height for height, line in enumerate(LAYERS) for part in line.split()}
 

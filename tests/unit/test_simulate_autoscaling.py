@@ -142,6 +142,7 @@ def test_whole_rows_are_computed_in_batches_as_long_as_their_longest() -> None:
     assert [row.first for row in rows] == [row.end for row in rows]
 
 
+@pytest.mark.slow
 def test_waiting_times_are_those_of_queueing_theory() -> None:
     """One prompt a step, all alike, Poisson arrivals: M/D/1, whose mean wait is known.
 
@@ -209,6 +210,7 @@ def test_real_time_is_back_after_a_simulation() -> None:
     assert autoscaling_state.time is time
 
 
+@pytest.mark.slow
 def test_more_load_needs_more_replicas_and_more_hours() -> None:
     rows = []
     for rate in (10, 40, 80):

@@ -36,6 +36,7 @@ def test_afterwards_modules_have_weights_and_are_initialised_again() -> None:
     assert torch.all(layer.weight == 3)
 
 
+@pytest.mark.slow
 def test_loading_does_not_import_the_compiler(tmp_path: Path) -> None:
     """Which takes a second, before anything is read."""
     config = GPTJConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=2, rotary_dim=4)

@@ -1,0 +1,51 @@
+"""What is said of a checkpoint that cannot be deployed, without a cluster.
+
+tests/cluster/test_rollout.py shows where it is looked at, and that it changes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving_models import Models
+
+from deployments.loading import Arguments, check
+from deployments.preflight import _problem
+from gptj import GPTJForCausalLM, GPTJForSequenceClassification
+from gptj.checkpoints.checkpoint import save_model
+
+pytest_plugins = ["serving_fixtures"]
+
+
+@pytest.fixture
+def checkpoint(models: Models, tmp_path: Path) -> Path:
+    save_model(models.classification, str(tmp_path / "model"), tokenizer=models.tokenizer)
+    return tmp_path / "model"
+
+
+def said(address: Path, cls: type = GPTJForSequenceClassification) -> str:
+    problem = _problem(cls, Arguments(checkpoint=str(address)))
+    assert problem is not None
+    assert problem.startswith("the checkpoint cannot be deployed: ")
+    return problem
+
+
+def test_a_good_checkpoint_can_be_deployed(checkpoint: Path) -> None:
+    assert _problem(GPTJForSequenceClassification, Arguments(checkpoint=str(checkpoint))) is None
+    check(GPTJForSequenceClassification, Arguments(checkpoint=str(checkpoint)))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "missing") in said(tmp_path / "missing")
+
+
+def test_a_file_that_is_cut_off_is_named(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "model.safetensors" in said(checkpoint)
+
+
+def test_another_head_is_named(checkpoint: Path) -> None:
+    problem = said(checkpoint, GPTJForCausalLM)
+    assert "is a GPTJForSequenceClassification, and this deployment serves a GPTJForC" in problem

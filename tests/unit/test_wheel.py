@@ -1,0 +1,146 @@
+"""What `pip install gptj-platform` brings: the wheel, and programs that run from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gptj
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a build reads.
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "platform", "deployments", "jobs")
+
+# https://huggingface.co/docs/transformers/model_doc/gptj, with the import lines changed.
+PAGE_FP32 = """
+from gptj import GPTJForCausalLM, GPTJTokenizer
+
+model = GPTJForCausalLM.from_pretrained("EleutherAI/gpt-j-6B")
+tokenizer = GPTJTokenizer.from_pretrained("EleutherAI/gpt-j-6B")
+
+prompt = (
+    "In a shocking finding, scientists discovered a herd of unicorns living in a remote, "
+    "previously unexplored valley, in the Andes Mountains. Even more surprising to the "
+    "researchers was the fact that the unicorns spoke perfect English."
+)
+
+input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+
+gen_tokens = model.generate(
+    input_ids,
+    do_sample=True,
+    temperature=0.9,
+    max_length=100,
+)
+gen_text = tokenizer.batch_decode(gen_tokens)[0]
+"""
+PAGE_FP16 = """
+from gptj import GPTJForCausalLM, GPTJTokenizer
+import torch
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = GPTJForCausalLM.from_pretrained("EleutherAI/gpt-j-6B", torch_dtype=torch.float16).to(device)
+tokenizer = GPTJTokenizer.from_pretrained("EleutherAI/gpt-j-6B")
+
+prompt = (
+    "In a shocking finding, scientists discovered a herd of unicorns living in a remote, "
+    "previously unexplored valley, in the Andes Mountains. Even more surprising to the "
+    "researchers was the fact that the unicorns spoke perfect English."
+)
+
+input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+
+gen_tokens = model.generate(
+    input_ids,
+    do_sample=True,
+    temperature=0.9,
+    max_length=100,
+)
+gen_text = tokenizer.batch_decode(gen_tokens)[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, since a build leaves files beside its sources; nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+            shutil.copytree(ROOT / name, folder / "source" / name, ignore=ignored)
+        else:
+            (folder / "source").mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    pip("wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", f"{folder}/source")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def pip(command: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", command, "--quiet", "--no-index", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the wheel's packages and nothing else."""
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--no-compile", f"--target={target}", str(wheel))
+    return target
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_packages_with_the_kernels_sources(wheel: Path) -> None:
+    assert wheel.name == f"gptj_platform-{gptj.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, package in (
+        ("platform/gptj", "gptj"),
+        ("platform/gptj_bench", "gptj_bench"),
+        ("platform/gptj_local", "gptj_local"),
+        ("deployments", "deployments"),
+        ("jobs", "jobs"),
+    ):
+        for path in (ROOT / folder).rglob("*.py"):
+            if (path.parent / "__init__.py").exists():
+                assert f"{package}/{path.relative_to(ROOT / folder)}" in names
+    kernels = ROOT / "platform" / "gptj" / "engine" / "runners" / "cpu"
+    sources = [path.name for path in kernels.iterdir() if path.suffix in (".cpp", ".h")]
+    assert sources
+    assert {f"gptj/engine/runners/cpu/{name}" for name in sources} <= names
+    assert "gptj/py.typed" in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [PAGE_FP32, PAGE_FP16], ids=["fp32", "fp16"])
+def test_the_hugging_face_pages_programs_run_from_the_wheel(
+    program: str, installed: Path, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
+) -> None:
+    """With the whole vocabulary; the folder EleutherAI/gpt-j-6B stands for the hub's."""
+    folder = tmp_path / "EleutherAI" / "gpt-j-6B"
+    GPTJForCausalLM(GPTJConfig.preset("tiny", n_embd=64)).save_pretrained(str(folder))
+    gptj_tokenizer.save_pretrained(folder)
+    check = "import gptj; print(gen_tokens.shape[1], model.dtype, gen_text.startswith(prompt))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\n{check}\nprint(gptj.__file__)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},  # before what the environment has
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (length, *rest), (file,) = (line.split() for line in done.stdout.splitlines())
+    assert 46 < int(length) <= 100
+    assert rest == ["torch.float16" if "float16" in program else "torch.float32", "True"]
+    assert Path(file) == installed / "gptj" / "__init__.py"
