@@ -13,14 +13,13 @@ from serving_models import Models
 from deployments.loading import Arguments, check
 from deployments.preflight import _problem
 from gptj import GPTJForCausalLM, GPTJForSequenceClassification
-from gptj.checkpoints.checkpoint import save_model
 
 pytest_plugins = ["serving_fixtures"]
 
 
 @pytest.fixture
 def checkpoint(models: Models, tmp_path: Path) -> Path:
-    save_model(models.classification, str(tmp_path / "model"), tokenizer=models.tokenizer)
+    models.classification.save_pretrained(tmp_path / "model", tokenizer=models.tokenizer)
     return tmp_path / "model"
 
 

@@ -18,8 +18,8 @@ from serving_models import SENTENCES, Models, make_models
 from typer.testing import CliRunner
 
 from gptj import storage
-from gptj.checkpoints.checkpoint import CheckpointError, save_model
 from gptj.data.rows import DataError
+from gptj.errors import CheckpointError
 from gptj.training.settings import SettingsError
 from gptj_cli.app import app, main
 from gptj_cli.local import Local, Process, down, is_up
@@ -40,7 +40,7 @@ def addresses(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[
     training = {"settings": {"run": "first", "data": {}}, "steps": 3, "metrics": {"loss": 1.5}}
     for name in ("generation", "classification", "question_answering"):
         model = models.with_unused_ids() if name == "generation" else getattr(models, name)
-        save_model(model, folder / name, tokenizer=models.tokenizer, training=training)
+        model.save_pretrained(folder / name, tokenizer=models.tokenizer, training=training)
     return {path.name: str(path) for path in folder.iterdir()}
 
 

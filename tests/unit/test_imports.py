@@ -34,6 +34,7 @@ LAYERS = [
     "gptj.pretrained",
     "gptj.model",
     "gptj",  # its names for users
+    "gptj.workers",
     "gptj.data gptj.engine gptj.interop gptj_local",
     "gptj.serving gptj.training",
     "deployments",
@@ -120,6 +121,7 @@ def test_no_function_imports_a_module_of_ours() -> None:
     found = [
         f"{module} line {node.lineno}"
         for module, path in MODULES.items()
+        if module != "gptj_cli.app"  # whose help should not wait for what no command has asked for
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
