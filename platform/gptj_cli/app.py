@@ -88,7 +88,6 @@ def up(
     Both listen on loopback only and ask for credentials, which `FOLDER/env` exports.
     """
     from gptj_cli import local
-    from gptj_local.exports import export_lines
 
     started = local.up(folder, cpus or local.default_cpus())
     found = local.read(folder)
@@ -97,7 +96,7 @@ def up(
     exports = folder / local.EXPORTS
     if not started:
         print("It is up already.")
-    print(exports.read_text() if exports.exists() else export_lines({}))
+    print(exports.read_text())
     print(f"S3         {found['s3']}, its files in {folder / 's3'}")
     print(f"Ray        {found['dashboard']} (the dashboard asks for RAY_AUTH_TOKEN)")
     print(f"Logs       {folder / local.LOG}, {folder / 'ray.log'}, {folder / 's3' / 'weed.log'}")

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.folder import CONFIG, TRAINING
+from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
 from gptj.config import GPTJConfig
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo
 
+CONFIGS = (CONFIG, ADAPTER_CONFIG)  # a model's, or that of an adapter for one
 COPY_BYTES = 16 * 2**20
 
 
@@ -45,7 +46,7 @@ def folders(address: str) -> list[ModelFolder]:
             any(file.name.rpartition("/")[2] == MANIFEST for file in inside),
         )
         for folder, inside in sorted(by_folder.items())
-        if any(file.name.rpartition("/")[2] == CONFIG for file in inside)
+        if any(file.name.rpartition("/")[2] in CONFIGS for file in inside)
     ]
 
 
@@ -141,7 +142,7 @@ def remove(address: str) -> None:
 
 
 def _is_model(files: Iterable[FileInfo]) -> bool:
-    return any(file.name == CONFIG for file in files)
+    return any(file.name in CONFIGS for file in files)
 
 
 def _is_run(files: Iterable[FileInfo]) -> bool:

@@ -9,21 +9,19 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from deployments.loading import Arguments, best_dtype, check, training_data_settings
-from gptj.config import GPTJConfig, parse_dtype
+from deployments.generation import Arguments as GenerationArguments
+from deployments.generation import new_engine_runner
+from deployments.loading import Arguments, load_from, open_checkpoint
+from gptj.config import GPTJConfig
 from gptj.data.examples import groups
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
-from gptj.engine.backends import best_runner
-from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.engine import Engine
-from gptj.engine.limits import Limits
 from gptj.model import (
-    HEAD_CLASSES,
     GPTJForCausalLM,
     GPTJForQuestionAnswering,
     GPTJForSequenceClassification,
@@ -38,12 +36,14 @@ from gptj.serving.metrics import NoRecorder
 from gptj.serving.question_answering import (
     DEFAULT_STRIDE,
     DEFAULT_WINDOW,
+    QuestionAndContext,
     QuestionAnsweringRequest,
     QuestionAnsweringService,
 )
 from gptj.tokenizer import GPTJTokenizer
-from jobs.evaluate import head_class
+from jobs.evaluate import task_of
 
+NAME = "model"  # of the only one that there is
 Answer = Callable[[Row], Awaitable[dict[str, Any]]]
 
 # What a head reads of a row: what training reads, without what is to be found.
@@ -62,7 +62,7 @@ class Options:
     max_tokens: int = 32  # new ones, of a language model
     temperature: float = 0.0  # 0: the likeliest token
     device: str | None = None  # default: cuda where there is one
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
 
 async def predict(address: str, data: str, options: Options) -> AsyncIterator[dict[str, Any]]:
@@ -73,37 +73,44 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
     Raises:
         FileNotFoundError, CheckpointError, ValueError: for what cannot be loaded or read.
     """
-    head = head_class(GPTJConfig.from_pretrained(address), address)
+    task = task_of(GPTJConfig.from_pretrained(address), address)
+    head = task.head.__name__
     if unknown := options.columns.keys() - set(COLUMNS[head]):
         raise ValueError(f"a {head} reads {', '.join(COLUMNS[head])}, and no {min(unknown)}")
     rows = read_rows(data, COLUMNS[head], options.columns, delimiter=options.delimiter)
-    model, tokenizer = load(address, head, options)
-    service, answer = answerer(model, tokenizer, address, options)
+    arguments = Arguments(checkpoint=address, dtype=options.dtype)
+    with open_checkpoint(arguments) as folder:
+        model, tokenizer = load_from(folder, task.head, arguments, device_of(options))
+        trained = folder.read_training_data()
+    service, answer = answerer(model, tokenizer, trained, options)
     with closing(service):
         async for result in _in_order(rows, answer, 4 * options.batch_size):
             yield result
 
 
-def load(address: str, head: str, options: Options) -> tuple[GPTJPreTrainedModel, GPTJTokenizer]:
-    """As a service loads, on the device that the options say."""
+def device_of(options: Options) -> torch.device:
+    """ValueError for a GPU that is not there."""
     on_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not on_gpu:
         raise ValueError("--device cuda: this machine has no CUDA device; leave it out")
-    device = torch.device(options.device or ("cuda" if on_gpu else "cpu"))
-    dtype = best_dtype(device) if options.dtype == "auto" else parse_dtype(options.dtype)
-    cls = HEAD_CLASSES[head]
-    tokenizer = check(cls, Arguments(checkpoint=address))
-    return cls.from_pretrained(address, dtype=dtype, device=device), tokenizer
+    return torch.device(options.device or ("cuda" if on_gpu else "cpu"))
 
 
 def answerer(
-    model: GPTJPreTrainedModel, tokenizer: GPTJTokenizer, address: str, options: Options
+    model: GPTJPreTrainedModel,
+    tokenizer: GPTJTokenizer,
+    trained: Mapping[str, Any],
+    options: Options,
 ) -> tuple[Any, Answer]:
-    """What must be closed at the end, and how a row is answered."""
+    """What must be closed at the end, and how a row is answered.
+
+    Args:
+        trained: the `data` settings of the model's training, as far as they are known.
+    """
     waiting = 64 * options.batch_size
     if isinstance(model, GPTJForSequenceClassification):
         classifier = ClassificationService(
-            model, tokenizer, max_batch=options.batch_size, max_waiting=waiting
+            model, tokenizer, max_batch=options.batch_size, max_queued=waiting
         )
 
         async def classified(row: Row) -> dict[str, Any]:
@@ -113,27 +120,28 @@ def answerer(
 
         return classifier, classified
     if isinstance(model, GPTJForQuestionAnswering):
-        trained = training_data_settings(Arguments(checkpoint=address))
         reader = QuestionAnsweringService(
             model,
             tokenizer,
             window=trained.get("sequence_length", DEFAULT_WINDOW),
             stride=trained.get("stride", DEFAULT_STRIDE),
             max_batch=options.batch_size,
-            max_waiting=max(256, waiting),
+            max_queued=max(256, waiting),
         )
 
         async def answered(row: Row) -> dict[str, Any]:
             inputs = {name: row.text(name) for name in ("question", "context")}
-            answer = await reader.answer(QuestionAnsweringRequest(inputs=inputs))
+            answer = await reader.answer(
+                QuestionAnsweringRequest(inputs=QuestionAndContext(**inputs))
+            )
             assert not isinstance(answer, list)
             return {"question": inputs["question"], **answer.model_dump()}
 
         return reader, answered
     assert isinstance(model, GPTJForCausalLM)
-    engine = _engine(model, tokenizer, options)
     vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-    writer = CompletionService(engine, tokenizer, vocabulary, address, NoRecorder())
+    engine = _engine(model, vocabulary, options)
+    writer = CompletionService(engine, tokenizer, vocabulary, NAME, NoRecorder())
 
     async def continued(row: Row) -> dict[str, Any]:
         text = row.text("text")
@@ -146,20 +154,16 @@ def answerer(
     return engine, continued
 
 
-def _engine(model: GPTJForCausalLM, tokenizer: GPTJTokenizer, options: Options) -> Engine:
-    share = DEFAULT_SHARES[model.device.type]
-    tokens = room(model.config, model.device, share, model.dtype.itemsize)
-    limits = Limits.of(
-        model.device, tokens, model.config.n_positions, max_num_seqs=options.batch_size
-    )
+def _engine(model: GPTJForCausalLM, vocabulary: Vocabulary, options: Options) -> Engine:
+    arguments = GenerationArguments(checkpoint=NAME, max_num_seqs=options.batch_size)
+    runner, limits = new_engine_runner(model, arguments)
     eos = model.config.eos_token_id
-    vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
     return Engine(
-        best_runner(model, CacheShare(share, limits), release=True),
+        runner,
         eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
         banned_ids=vocabulary.unused_ids,
         max_num_seqs=limits.max_num_seqs,
-        step_tokens=limits.step_tokens,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
     )
 
 

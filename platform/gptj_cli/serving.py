@@ -27,7 +27,7 @@ from gptj.config import GPTJConfig
 from gptj.model import HEAD_CLASSES
 from gptj.storage.addresses import absolute
 from gptj_cli.cluster import is_here
-from jobs.evaluate import head_class
+from jobs.evaluate import task_of
 
 TEMPLATE = Path(deployments.__file__).resolve().parents[1] / "k8s" / "base" / "serve.yaml"
 APPLICATIONS = {
@@ -72,7 +72,7 @@ def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
     found = []
     for number, address in enumerate(addresses):
         checkpoint = absolute(address) if Path(address).exists() else address
-        head = head_class(GPTJConfig.from_pretrained(checkpoint), checkpoint)
+        head = task_of(GPTJConfig.from_pretrained(checkpoint), checkpoint).head.__name__
         check(HEAD_CLASSES[head], Arguments(checkpoint=checkpoint))
         name = names[number] if number < len(names) else name_of(checkpoint)
         found.append(Service(checkpoint, head, name))
@@ -211,14 +211,14 @@ def _check_port(dashboard: str, details: dict[str, Any], wanted: dict[str, Any])
     """That Serve listens, or can listen, where it is wanted. It cannot move while it runs."""
     there = details.get("http_options") or {}
     place = {key: wanted[key] for key in ("host", "port")}
-    if details.get("applications"):
+    if there:
         if any(there.get(key) != value for key, value in place.items()):
             raise ValueError(
                 f"this cluster serves at {there.get('host')}:{there.get('port')} already, and "
                 f"cannot at {place['host']}:{place['port']} as well; remedy: --port "
                 f"{there.get('port')}, or serve shutdown -y first"
             )
-    elif is_here(dashboard) and not there:
+    elif is_here(dashboard):
         with socket.socket() as probe:
             # As the server does: a port whose last connections are only lingering counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

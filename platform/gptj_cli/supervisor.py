@@ -22,7 +22,13 @@ from gptj_local.s3 import LocalS3
 WATCH_SECONDS = 1.0
 
 # Of a terminal that has sourced the exports of another cluster: they would reach this one's jobs.
-OF_ANOTHER_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
+OF_ANOTHER_CLUSTER = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_DASHBOARD_ADDRESS",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_MODE",
+)
 
 
 def main() -> None:

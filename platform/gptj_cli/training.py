@@ -17,11 +17,12 @@ from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
-from gptj.training.settings import COLUMNS, Settings, Task, read_settings
+from gptj.training.settings import Settings, read_settings
+from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
 
 # The one with the most columns first: data of question answering may have a text or label too.
-BY_COLUMNS: tuple[Task, ...] = ("question-answering", "classification", "causal-lm")
+BY_COLUMNS: tuple[TaskName, ...] = ("question-answering", "classification", "causal-lm")
 ENDINGS = re.compile(r"(\.(parquet|jsonl|json|csv|tsv|txt|gz|zst))+$", re.IGNORECASE)
 
 
@@ -30,7 +31,7 @@ def words_of_run(
     *,
     data: str | None,
     evaluation: str | None,
-    task: Task | None,
+    task: TaskName | None,
     model: str | None,
     run: str | None,
     storage_address: str,
@@ -75,7 +76,7 @@ def given_keys(words: Sequence[str]) -> set[str]:
     return fields
 
 
-def task_of(address: str, words: Sequence[str]) -> Task:
+def task_of(address: str, words: Sequence[str]) -> TaskName:
     """The task whose columns the data have, under the names that `data.columns.…` says.
 
     Raises DataError, which lists the columns, if no task fits.
@@ -90,15 +91,15 @@ def task_of(address: str, words: Sequence[str]) -> Task:
     )
     missing: DataError | None = None
     for task in BY_COLUMNS:
-        if columns.keys() - set(COLUMNS[task]):
+        if columns.keys() - set(TASKS[task].columns):
             continue
         try:
-            next(read_rows(address, COLUMNS[task], columns, delimiter=delimiter))
+            next(read_rows(address, TASKS[task].columns, columns, delimiter=delimiter))
         except DataError as error:
             missing = missing or error
         else:
             return task
-    tasks = "; ".join(f"{task}: {', '.join(COLUMNS[task])}" for task in reversed(BY_COLUMNS))
+    tasks = "; ".join(f"{task}: {', '.join(TASKS[task].columns)}" for task in reversed(BY_COLUMNS))
     raise DataError(
         f"the columns of {address} fit no task ({tasks}); remedy: --task TASK, and "
         f"data.columns.OURS=NAME for a column of another name ({missing})"

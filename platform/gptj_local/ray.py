@@ -42,6 +42,7 @@ class LocalRay:
             **_authentication(self.token),
             "RAY_ADDRESS": f"{HOST}:{self.port}",
             "RAY_API_SERVER_ADDRESS": self.dashboard,
+            "RAY_DASHBOARD_ADDRESS": self.dashboard,  # of serve deploy, status and shutdown
         }
 
     @classmethod
