@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gptj_local.processes import HOST, free_ports, running, tail
 
@@ -98,15 +100,23 @@ class LocalRay:
                 yield node
 
     def _answers(self) -> bool:
-        """Whether the jobs API, the last part to come up, takes requests."""
-        request = urllib.request.Request(
-            f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {self.token}"}
-        )
+        """Whether the jobs API takes requests, and the node has joined its cluster.
+
+        `ray start` gives up on a node that does not join within half a minute.
+        """
         try:
-            with urllib.request.urlopen(request, timeout=5) as reply:
-                return bool(reply.status == 200)
+            self._get("/api/jobs/")
+            nodes = self._get("/api/v0/nodes?limit=1")
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False  # not yet: the caller counts the time
+        return bool(nodes["result"] and nodes["data"]["result"]["total"])
+
+    def _get(self, path: str) -> Any:
+        request = urllib.request.Request(
+            self.dashboard + path, headers={"Authorization": f"Bearer {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return json.load(reply)
 
 
 def _authentication(token: str) -> dict[str, str]:
