@@ -118,7 +118,8 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal.run(next_command("ray job stop").replace("JOB", job[1]))
     followed.communicate(timeout=60)
     printed = terminal.run(next_command("gptj train --data reviews.csv"))
-    assert "going on after step" in printed and "gptj serve s3://gptj/reviews/model" in printed
+    assert "resuming after step" in printed
+    assert "gptj serve s3://gptj/reviews/model" in printed
 
     found = json.loads(terminal.run(next_command("gptj evaluate")).splitlines()[-1])
     assert found["accuracy"] > 0.8 and found["confusion_matrix"]
