@@ -32,7 +32,7 @@ from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
-    check_goes_on,
+    check_resumable,
     check_same_data,
     is_complete,
     latest_checkpoint,
@@ -203,7 +203,7 @@ def check_inputs(settings: Settings, shared: Path) -> None:
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
-        progress = check_goes_on(settings, checkpoint, settings.workers.count)
+        progress = check_resumable(settings, checkpoint, settings.workers.count)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
     data = node_data(settings, tokenizer, shared)
