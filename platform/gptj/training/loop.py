@@ -97,7 +97,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
         DivergedError: if a loss, a gradient or a weight is not finite. Nothing of that is saved:
             the last checkpoint is a good one.
-        UnrecoverableError: for what else another try would meet again.
+        UnrecoverableError: for anything else that a retry would meet again.
     """
     check_device(worker.device)
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):

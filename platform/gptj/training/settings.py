@@ -231,14 +231,14 @@ def read_settings(words: Sequence[str]) -> Settings:
         key, equals, text = word.partition("=")
         if not equals:
             if position:
-                raise SettingsError(f"{word!r} is no key=value; a settings file comes first")
+                raise SettingsError(f"{word!r} is not key=value; a settings file comes first")
             fields = _read_file(word)
             continue
         try:
             given[key] = _parse(text)
             _put(fields, key, given[key])
         except yaml.YAMLError as error:
-            raise SettingsError(f"{word:.200}: the value is no YAML: {error}") from error
+            raise SettingsError(f"{word:.200}: the value is not valid YAML: {error}") from error
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(one) is not None and other not in given:
             fields.pop(other, None)
@@ -279,7 +279,7 @@ def _read_file(address: str) -> dict[str, Any]:
     except storage.NotFoundError as error:
         raise SettingsError(f"there is no settings file {address}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{address} is no YAML: {error}") from error
+        raise SettingsError(f"{address} is not valid YAML: {error}") from error
     if fields is None:
         return {}
     if not isinstance(fields, dict):
