@@ -127,7 +127,7 @@ def _parsed(word: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except YAMLError as error:
-        raise ValueError(f"{word:.200}: the value is no YAML: {error}") from error
+        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 Without arguments: a tiny language model on the text of Python's documentation, into ./outputs.
 gptj/training/settings.py lists all settings. Results go to storage/run: checkpoints, loss.png,
-TensorBoard's files and, at the end, `model`. The same command again goes on after the last
+TensorBoard's files and, at the end, `model`. The same command resumes from the last
 checkpoint; once the model is there, it does nothing.
 """
 
@@ -32,7 +32,7 @@ from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
-    check_goes_on,
+    check_resumable,
     check_same_data,
     is_complete,
     latest_checkpoint,
@@ -138,12 +138,12 @@ def explained(error: TrainingFailedError, settings: Settings) -> str:
     return (
         f"{error}\n\n"
         + (f"The training failed {tries} times in all. " if often else "")
-        + f"What is saved in {settings.folder} is kept: the same command goes on from it."
+        + f"What is saved in {settings.folder} is kept: the same command resumes from it."
     )
 
 
 class EndAtOnce(UserCallback):
-    """Ends the run, however many failures are allowed, when another try would end alike.
+    """Ends the run, however many failures are allowed, when a retry would fail alike.
 
     Ray calls it in the controller, with what workers raised. The other workers, which may wait for
     one that has failed, end with the controller's error.
@@ -203,7 +203,7 @@ def check_inputs(settings: Settings, shared: Path) -> None:
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
-        progress = check_goes_on(settings, checkpoint, settings.workers.count)
+        progress = check_resumable(settings, checkpoint, settings.workers.count)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
     data = node_data(settings, tokenizer, shared)
@@ -242,7 +242,7 @@ def build_trainer(settings: Settings, on_gpu: bool, claim: Claim, submission: st
 
 
 def work(config: dict[str, Any]) -> None:
-    """What each worker does. UnrecoverableError if another try would end alike."""
+    """What each worker does. UnrecoverableError if a retry would fail alike."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
     if storage.is_s3(settings.storage):

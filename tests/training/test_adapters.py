@@ -31,7 +31,7 @@ from gptj.training.dataset import make_data
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
-from gptj.training.state import check_goes_on, is_complete, upload_state
+from gptj.training.state import check_resumable, is_complete, upload_state
 from gptj.training.tokenizer import prepare_tokenizer
 from jobs import evaluate as evaluate_job
 
@@ -275,22 +275,22 @@ def test_a_run_goes_on_only_with_the_base_that_it_began_with(
     runs: dict[str, Settings], tmp_path: Path
 ) -> None:
     settings, before = runs["stage-2"], halfway(runs["stage-2"])
-    check_goes_on(settings, before, WORLD)
+    check_resumable(settings, before, WORLD)
     base = Path(settings.model.checkpoint)
     base.rename(tmp_path / "base")
     try:
         GPTJForCausalLM(GPTJConfig.from_pretrained(tmp_path / "base")).save_pretrained(base)
         with pytest.raises(CheckpointError, match="trained on another model"):
-            check_goes_on(settings, before, WORLD)
+            check_resumable(settings, before, WORLD)
     finally:
         shutil.rmtree(base)
         (tmp_path / "base").rename(base)
     changed = adapter_settings(base.parent, "stage-2", adapter={**ADAPTER, "rank": 8})
     with pytest.raises(SettingsError, match=r"adapter\.rank was 4 and is now 8"):
-        check_goes_on(changed, before, WORLD)
+        check_resumable(changed, before, WORLD)
     full = settings.model_dump(exclude_unset=True) | {"adapter": None}
     with pytest.raises(SettingsError, match=r"adapter.*"):
-        check_goes_on(Settings(**full), before, WORLD)
+        check_resumable(Settings(**full), before, WORLD)
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_checkpoint_and_data_may_be_in_s3(
             ["model", "data", "label_names={1: a, 1: b}"],
             "label_names=.* the key '1' is there twice",
         ),
-        (["model", "data", "limit=" + "9" * 5000], "the value is no YAML: .*4300"),
+        (["model", "data", "limit=" + "9" * 5000], "the value is not valid YAML: .*4300"),
     ],
 )
 def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> None:

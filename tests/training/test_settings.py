@@ -14,6 +14,7 @@ from gptj.training.settings import (
     Settings,
     SettingsError,
     changed,
+    extended,
     read_settings,
 )
 
@@ -68,18 +69,21 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
             ["task=question-answering", "data.stride=64", "data.sequence_length=64"],
             "data.stride=64 must be below data.sequence_length=64",
         ),
-        (["steps=1", "nonsense"], "'nonsense' is no key=value"),
+        (["steps=1", "nonsense"], "'nonsense' is not key=value"),
         (["missing.yaml"], "there is no settings file missing.yaml"),
         (["run.name=x", "run=y", "run.name=x"], "run: .*|run.name: run is a value"),
-        (["data={"], "the value is no YAML"),
-        (["steps=" + "9" * 5000], "the value is no YAML: .*4300"),
-        (["model.config=" + "[" * 5000], "the value is no YAML"),
+        (["data={"], "the value is not valid YAML"),
+        (["steps=" + "9" * 5000], "the value is not valid YAML: .*4300"),
+        (["model.config=" + "[" * 5000], "the value is not valid YAML"),
         (["model.config={n_layer: 1, n_layer: 2}"], "the key 'n_layer' is there twice"),
         (["model.config.n_layers=4"], "there is no field 'n_layers'; did you mean n_layer?"),
         (["model.checkpoint=m", "model.config.n_layers=4"], "did you mean n_layer?"),
         (["model.config.zzz=4"], "there is no field 'zzz'; there are activation_function, .*n_l"),
-        (["model.config.num_labels=3"], "num_labels is no field to set here: it is data.label_nam"),
-        (["model.config.dtype=bfloat16"], "dtype is no field .*: it is deepspeed.precision"),
+        (
+            ["model.config.num_labels=3"],
+            "num_labels is not a field to set here: it is data.label_nam",
+        ),
+        (["model.config.dtype=bfloat16"], "dtype is not a field .*: it is deepspeed.precision"),
         (["model.config={n_layer: 1, num_hidden_layers: 2}"], "num_hidden_layers=2 contradicts n_"),
         (["steps=6", "optimizer.warmup_steps=1000"], "warmup_steps=1000 is more than .* 6 steps"),
         (
@@ -131,7 +135,7 @@ def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "s.yaml").write_text(content)
         with pytest.raises(
-            SettingsError, match=f"s.yaml is no YAML: .*the key '{key}' is there tw"
+            SettingsError, match=f"s.yaml is not valid YAML: .*the key '{key}' is there tw"
         ):
             read_settings([str(tmp_path / "s.yaml")])
     (tmp_path / "s.yaml").write_text("data: &d {train: a}\nmodel: {config: {n_layer: 1}}\n")
@@ -193,8 +197,15 @@ def test_relative_addresses_become_whole_and_others_stay(tmp_path: Path) -> None
 
 def test_only_what_changes_the_result_stops_a_run_from_going_on() -> None:
     before = read_settings(["steps=5", "log_every=1"]).model_dump(mode="json")
-    after = read_settings(["steps=6", "log_every=9", "workers.max_failures=0"])
-    assert changed(before, after.model_dump(mode="json")) == ["steps was 5 and is now 6"]
+    after = read_settings(["steps=4", "log_every=9", "workers.max_failures=0"])
+    assert changed(before, after.model_dump(mode="json")) == ["steps was 5 and is now 4"]
+    longer = read_settings(["steps=6", "log_every=9", "workers.max_failures=0"])
+    assert changed(before, longer.model_dump(mode="json")) == []
+    assert extended(before, longer.model_dump(mode="json")) == {"steps"}
+    with pytest.raises(SettingsError, match="early_stopping has no effect without evaluate_every"):
+        read_settings(["early_stopping=2"])
+    with pytest.raises(SettingsError, match="export has no effect without data to measure with"):
+        read_settings(["export=last", "data.train=/x"])
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,13 @@ from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.training import loop
 from gptj.training.dataset import make_data
 from gptj.training.deepspeed_config import deepspeed_config
+from gptj.training.evaluation import evaluate
 from gptj.training.failures import UnrecoverableError
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
-    check_goes_on,
+    check_resumable,
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
@@ -522,6 +523,74 @@ def test_each_kind_of_task_learns_its_rows_and_is_measured(
     assert evaluated[1]["evaluation_loss"] < evaluated[0]["evaluation_loss"]
 
 
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
+    """A run that learns its few rows by heart and gets worse at others; and an extended one."""
+    folder = tmp_path_factory.mktemp("selected")
+    write_text(folder)
+    (folder / "few.jsonl").write_text('{"text": "word1 is good. word2 is very good. word3"}\n')
+    (folder / "other.jsonl").write_text('{"text": "word1 is very very good. word77 is good."}\n')
+    fields: dict[str, Any] = {
+        "data": {"train": str(folder / "few.jsonl"), "evaluation": str(folder / "other.jsonl")},
+        "steps": 60,
+        "evaluate_every": 3,
+        "early_stopping": 3,
+        "keep_checkpoints": 1,
+    }
+    runs = {
+        "best": settings_of(folder, "best", **fields),
+        "short": settings_of(folder, "longer", steps=4, optimizer={"schedule": "constant"}),
+        "longer": settings_of(folder, "longer", steps=6, optimizer={"schedule": "constant"}),
+        "at-once": settings_of(folder, "at-once", steps=6, optimizer={"schedule": "constant"}),
+    }
+    run_ranks(1, list(runs.values()))
+    return runs
+
+
+@pytest.mark.slow
+def test_the_best_model_is_exported_and_a_run_without_a_better_one_ends(
+    selected: dict[str, Settings],
+) -> None:
+    settings = selected["best"]
+    training = json.loads(Path(settings.model_folder, "training.json").read_text())
+    found = logged(settings, "evaluation_loss")
+    best = min(found)
+    assert len(found) == found.index(best) + 1 + 3
+    assert training["best"]["step"] == 3 * (found.index(best) + 1) < training["steps"] < 60
+    assert training["metrics"]["loss"] == best < found[-1]
+    tokenizer = prepare_tokenizer(settings)
+    data = make_data(settings, tokenizer).evaluation
+    assert data is not None
+    model = GPTJForCausalLM.from_pretrained(settings.model_folder)
+    measured = evaluate(TASKS["causal-lm"], model, data, batch_size=4, device="cpu")
+    assert measured["loss"] == pytest.approx(best, abs=1e-5)
+    kept = sorted(path.name for path in Path(settings.folder).glob("checkpoint-*"))
+    steps = [training["best"]["step"], training["steps"]]
+    assert kept == [f"checkpoint-{step:08}" for step in steps]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_extended_as_if_it_had_never_ended(
+    selected: dict[str, Settings],
+) -> None:
+    """Where the learning rate does not depend on the number of steps."""
+    longer, whole = selected["longer"], selected["at-once"]
+    assert losses(longer) == pytest.approx(losses(whole), abs=1e-6)
+    assert len(losses(longer)) == 6
+    assert is_complete(longer)
+    ours, theirs = (
+        GPTJForCausalLM.from_pretrained(each.model_folder).state_dict() for each in (longer, whole)
+    )
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], rtol=0, atol=1e-6)
+    training = json.loads(Path(longer.model_folder, "training.json").read_text())
+    assert (training["steps"], training["settings"]["steps"]) == (6, 6)
+    assert {"python", "torch", "deepspeed", "gptj-platform"} <= training["versions"].keys()
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", training["git_commit"])
+    assert training["data"]["train"]["sha256"]
+    verify(longer.model_folder)
+
+
 RESUMED: dict[str, dict[str, Any]] = {
     **{str(stage): {"stage": stage} for stage in (0, 2, 3)},
     "0-bf16": {"stage": 0, "precision": "bf16"},
@@ -592,7 +661,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(kind: str, resumed: Path, tmp_p
         (tmp_path / "damaged" / named).unlink()
     settings = settings_of(resumed, "whole-2")
     with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
-        check_goes_on(settings, str(tmp_path / "damaged"), 2)
+        check_resumable(settings, str(tmp_path / "damaged"), 2)
 
 
 @pytest.mark.slow
@@ -608,12 +677,13 @@ def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
         "deepspeed": {"stage": 2},
     }
     same = settings_of(resumed, "whole-2", **fields)
-    assert check_goes_on(same, address, 2).step == 6
+    assert check_resumable(same, address, 2).step == 6
     other = settings_of(resumed, "whole-2", **{**fields, "seed": 1})
-    with pytest.raises(SettingsError, match=r"seed was 0 and is now 1.*model.checkpoint=.*/model$"):
-        check_goes_on(other, address, 2)
+    message = r"seed was 0 and is now 1.* may change .*log_every.*model.checkpoint=.*/model$"
+    with pytest.raises(SettingsError, match=message):
+        check_resumable(other, address, 2)
     with pytest.raises(SettingsError, match=r"written by 2 workers .* set workers.count=2"):
-        check_goes_on(same, address, 4)
+        check_resumable(same, address, 4)
 
 
 @pytest.mark.slow
@@ -623,7 +693,8 @@ def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) 
     assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
     message = r"with other settings: steps was 6 and is .*with model.checkpoint=.*/model begins"
     with pytest.raises(SettingsError, match=message):
-        is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))
+        is_complete(settings_of(two_ranks, "stage-2", **fields, steps=5))
+    assert not is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))  # extended
 
 
 def test_a_tokenizer_is_learned_anew_until_a_checkpoint_depends_on_it(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Which errors end a run: those that another try would meet again.
+"""Which errors end a run: those that a retry would meet again.
 
-A worker that dies, or a server that does not answer, is worth another try. Settings that cannot
+A worker that dies, or a server that does not answer, is worth a retry. Settings that cannot
 work, data that changed, a damaged checkpoint, a training that diverged or a full disk are not.
 """
 
@@ -23,7 +23,7 @@ _PROBE_BYTES = 8 * 2**20
 
 
 class UnrecoverableError(Exception):
-    """Another try would end alike; the message has the cause and the remedy."""
+    """A retry would fail alike; the message has the cause and the remedy."""
 
 
 class DivergedError(UnrecoverableError):
@@ -47,7 +47,7 @@ _SAME_AGAIN = (
 
 
 def unrecoverable(error: BaseException) -> str | None:
-    """The message of an error that another try would meet again; None for any other."""
+    """The message of an error that a retry would meet again; None for any other."""
     if isinstance(error, _SAME_AGAIN):
         return str(error)
     cause: BaseException | None = error

@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptj import storage
 from gptj.adapters.base import Base
+from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder, share
 from gptj.devices import check_device
@@ -42,10 +43,11 @@ from gptj.training.failures import DivergedError, naming_full_disk
 from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
 from gptj.training.progress import ProgressLog, duration
+from gptj.training.provenance import provenance
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
     Progress,
-    check_goes_on,
+    check_resumable,
     check_same_data,
     delete_old_checkpoints,
     is_complete,
@@ -95,7 +97,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
         DivergedError: if a loss, a gradient or a weight is not finite. Nothing of that is saved:
             the last checkpoint is a good one.
-        UnrecoverableError: for what else another try would meet again.
+        UnrecoverableError: for anything else that a retry would meet again.
     """
     check_device(worker.device)
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
@@ -103,7 +105,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
-        progress = check_goes_on(settings, checkpoint, worker.world_size)
+        progress = check_resumable(settings, checkpoint, worker.world_size)
+        progress.settings = settings.model_dump(mode="json")
     submission = agree(worker.submission or uuid.uuid4().hex)
     with (
         shared_scratch_folder(f"data-{submission}") as shared,
@@ -206,19 +209,59 @@ class _Run:
         metrics: dict[str, float] = {}
         if self._log is not None:
             self._log.begin()
-        while progress.step < self.total:
+        while progress.step < self.total and not self._stops_early():
             self._step(engine, train_data, order.indices(progress.step))
             last = progress.step == self.total
             evaluated = last or _due(progress.step, settings.evaluate_every)
+            best = False
             if evaluated:
                 metrics = self._evaluate(engine, evaluation_data)
-            if last or _due(progress.step, settings.checkpoint_every):
+                best = evaluation_data is not None and self._is_best(metrics)
+                if not best and self._stops_early():
+                    last = True
+            # The best is exported from its checkpoint, unless the run ends with it.
+            keep = best and settings.export == "best"
+            if last or keep or _due(progress.step, settings.checkpoint_every):
                 probe = None if evaluated and evaluation_data is not None else train_data
                 self._check_weights(engine, probe, order)
                 self._checkpoint(engine, metrics)
         if not metrics:  # the run had been ended just before its export
             metrics = self._evaluate(engine, evaluation_data)
             self._check_weights(engine, train_data, order)
+        return self._return_to_best(engine) or metrics
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation is the run's best so far; it is counted."""
+        progress, score = self.progress, self.task.score(metrics)
+        if progress.best is not None and score <= progress.best["score"]:
+            progress.worse += 1
+            return False
+        kept = self.settings.export == "best"
+        progress.best = {"step": progress.step, "score": score, "metrics": metrics, "kept": kept}
+        progress.worse = 0
+        return True
+
+    def _stops_early(self) -> bool:
+        patience = self.settings.early_stopping
+        return patience is not None and self.progress.worse >= patience
+
+    def _return_to_best(self, engine: Any) -> dict[str, float] | None:
+        """Bring the weights back to the best evaluation's; its metrics, if it was not the last."""
+        best, worker = self.progress.best, self.worker
+        if best is None or best["step"] == self.progress.step:
+            return None
+        if self.settings.export == "last" or not best["kept"]:
+            return None
+        address = storage.join(self.settings.folder, _checkpoint_name(best["step"]))
+        folder = self.scratch("best")
+        load_state(engine, address, folder, worker.rank, worker.world_size)
+        if self._log is not None:
+            logger.info(
+                "exporting the best model, of step %d: %s",
+                best["step"],
+                "  ".join(f"{name} {value:.4g}" for name, value in best["metrics"].items()),
+            )
+        metrics: dict[str, float] = best["metrics"]
         return metrics
 
     def export(
@@ -229,15 +272,21 @@ class _Run:
         address = self.settings.model_folder
         training = {
             "settings": self.settings.model_dump(mode="json"),
-            "steps": self.total,
+            "steps": self.progress.step,
+            "best": self.progress.best,
             "metrics": metrics,
             "data": self.progress.data,
             "history": self.progress.history,
-            "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            **provenance(),
         }
         if self._log is not None:  # the model comes last: once it is there, the run is complete
             self._log.publish(self.settings.folder)
             self._log.close()
+            self.worker.fence()
+            if storage.exists(storage.join(address, MANIFEST)):
+                logger.info("replacing %s, which the run had before it was extended", address)
+            storage.delete(storage.join(address, MANIFEST))  # first: what is left is no model
+            storage.delete_folder(address)
         export_model(
             model,
             address,
@@ -375,7 +424,7 @@ class _Run:
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
-        name = f"checkpoint-{self.progress.step:08}"
+        name = _checkpoint_name(self.progress.step)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             path = Path(folder) / name
             path.mkdir()
@@ -386,7 +435,9 @@ class _Run:
             self.worker.report({"step": self.progress.step, **metrics}, path, name)
         self._checkpoint_address = storage.join(self.settings.folder, name)
         if self._log is not None:
-            delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints)
+            best = self.progress.best
+            kept = _checkpoint_name(best["step"]) if best is not None else None
+            delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints, kept)
             self._log.publish(self.settings.folder)
             logger.info("saved %s", self._checkpoint_address)
 
@@ -416,6 +467,10 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
     if limit:
         clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def _checkpoint_name(step: int) -> str:
+    return f"checkpoint-{step:08}"
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -87,7 +87,7 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """What learns: a checkpoint to go on from, or a new model."""
+    """What learns: a checkpoint to start from, or a new model."""
 
     checkpoint: Address = ""  # folder, s3:// or hub id; left out: a new model
     revision: str = ""  # of a hub id
@@ -103,7 +103,9 @@ class ModelSettings(Section):
         for key, value in fields.items():
             name = ALIASES.get(key, key)
             if key in DECIDED_ELSEWHERE:
-                raise ValueError(f"{key} is no field to set here: it is {DECIDED_ELSEWHERE[key]}")
+                raise ValueError(
+                    f"{key} is not a field to set here: it is {DECIDED_ELSEWHERE[key]}"
+                )
             if name not in GPTJConfig.__annotations__:
                 known = sorted({*GPTJConfig.__annotations__, *ALIASES} - DECIDED_ELSEWHERE.keys())
                 close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)

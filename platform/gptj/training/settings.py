@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -49,6 +49,8 @@ class Settings(Section):
     checkpoint_every: Positive = 100  # steps; there is always one at the end
     keep_checkpoints: Positive = 2
     evaluate_every: Positive | None = None  # steps; None: only at the end
+    export: Literal["best", "last"] = "best"  # which model, by the task's evaluation metric
+    early_stopping: Positive | None = None  # evaluations in a row without a better one; None: never
     log_every: Positive = 10  # steps
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
@@ -118,7 +120,10 @@ class Settings(Section):
         """Keys that do nothing beside the other settings: (key, remedy, reason)."""
         if self.evaluation_data is None:
             remedy = "set data.evaluation or data.evaluation_split"
-            yield "evaluate_every", remedy, "without data to measure with"
+            for key in ("evaluate_every", "export", "early_stopping"):
+                yield key, remedy, "without data to measure with"
+        elif self.evaluate_every is None:
+            yield "early_stopping", "set evaluate_every", "without evaluate_every"
         if not self.data.train:
             reason = "on a sample, which has evaluation data of its own"
             yield "data.evaluation_split", "set data.train", reason
@@ -187,7 +192,7 @@ class Settings(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-# What may differ when a run goes on: nothing that the result depends on.
+# What may differ when a run resumes: nothing that its steps depend on.
 CHANGEABLE = frozenset(
     {
         "run",
@@ -200,7 +205,14 @@ CHANGEABLE = frozenset(
         "workers.cpus",
         "workers.autoscaling",
         "workers.max_failures",
+        "export",
+        "early_stopping",
     }
+)
+EXTENDABLE = ("steps", "epochs")  # may be raised
+MAY_CHANGE = (
+    f"A run that resumes may change {', '.join(sorted(CHANGEABLE - {'run', 'storage'}))}, and "
+    f"raise {' or '.join(EXTENDABLE)}"
 )
 
 
@@ -219,14 +231,14 @@ def read_settings(words: Sequence[str]) -> Settings:
         key, equals, text = word.partition("=")
         if not equals:
             if position:
-                raise SettingsError(f"{word!r} is no key=value; a settings file comes first")
+                raise SettingsError(f"{word!r} is not key=value; a settings file comes first")
             fields = _read_file(word)
             continue
         try:
             given[key] = _parse(text)
             _put(fields, key, given[key])
         except yaml.YAMLError as error:
-            raise SettingsError(f"{word:.200}: the value is no YAML: {error}") from error
+            raise SettingsError(f"{word:.200}: the value is not valid YAML: {error}") from error
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if given.get(one) is not None and other not in given:
             fields.pop(other, None)
@@ -237,14 +249,26 @@ def read_settings(words: Sequence[str]) -> Settings:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys that differ between two runs' settings and change what is computed."""
+    """The keys that differ between two runs' settings and change what is computed.
+
+    More steps or epochs extend a run, see `extended`.
+    """
     old, new = _flat(before), _flat(now)
-    keys = sorted((old.keys() | new.keys()) - CHANGEABLE)
+    keys = sorted((old.keys() | new.keys()) - CHANGEABLE - extended(before, now))
     return [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
         for key in keys
         if old.get(key) != new.get(key)
     ]
+
+
+def extended(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Which of EXTENDABLE have been raised."""
+    return {
+        key
+        for key in EXTENDABLE
+        if before.get(key) is not None and now.get(key) is not None and now[key] > before[key]
+    }
 
 
 def _read_file(address: str) -> dict[str, Any]:
@@ -255,7 +279,7 @@ def _read_file(address: str) -> dict[str, Any]:
     except storage.NotFoundError as error:
         raise SettingsError(f"there is no settings file {address}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{address} is no YAML: {error}") from error
+        raise SettingsError(f"{address} is not valid YAML: {error}") from error
     if fields is None:
         return {}
     if not isinstance(fields, dict):

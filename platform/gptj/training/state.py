@@ -1,4 +1,4 @@
-"""A training checkpoint: everything that a run needs to go on as if nothing had happened.
+"""A training checkpoint: everything that a run needs to resume as if nothing had happened.
 
 A folder that all ranks write together, each its own files: DeepSpeed's shard of weights and
 optimizer (`zero/…`), the state of its random generators, and a manifest of these; rank 0 adds
@@ -26,7 +26,7 @@ from gptj.checkpoints.manifest import Manifest, describe, read_verified, verify
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import to_json
 from gptj.training.fingerprint import Fingerprint
-from gptj.training.settings import Settings, SettingsError, changed
+from gptj.training.settings import MAY_CHANGE, Settings, SettingsError, changed, extended
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ class Progress:
     # Logged points, by step; in a file a number that is not finite becomes None.
     history: list[dict[str, float | None]] = field(default_factory=list)
     unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
+    # The best evaluation: step, score, metrics, and whether its checkpoint is kept.
+    best: dict[str, Any] | None = None
+    worse: int = 0  # evaluations since then
 
 
 def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:
@@ -94,7 +97,7 @@ def read_progress(address: str) -> Progress:
             _manifest(address, rank, progress.world_size).check_sizes()
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; remedy: delete the folder {address}, and the run goes on from the "
+            f"{error}; remedy: delete the folder {address}, and the run resumes from the "
             f"checkpoint before it"
         ) from error
     return progress
@@ -106,8 +109,8 @@ def latest_checkpoint(folder: str) -> str | None:
     return storage.join(folder, max(finished)) if finished else None
 
 
-def delete_old_checkpoints(folder: str, keep: int) -> None:
-    """Delete all but the newest complete checkpoints, and what ranks that died have left.
+def delete_old_checkpoints(folder: str, keep: int, best: str | None = None) -> None:
+    """Delete all but the newest complete checkpoints and the best, and what dead ranks have left.
 
     What cannot be deleted is only a warning: the run does not depend on it.
     """
@@ -115,14 +118,14 @@ def delete_old_checkpoints(folder: str, keep: int) -> None:
         checkpoints = _checkpoints(folder)
         kept = sorted(name for name, complete in checkpoints.items() if complete)[-keep:]
         for name in checkpoints:
-            if kept and name not in kept and name < kept[-1]:
+            if kept and name not in kept and name < kept[-1] and name != best:
                 storage.delete_folder(storage.join(folder, name))
     except storage.StorageError as error:
         logger.warning("an old checkpoint stays in %s: %s", folder, error)
 
 
-def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress:
-    """The progress of the checkpoint that a run is to go on from.
+def check_resumable(settings: Settings, address: str, world_size: int) -> Progress:
+    """The progress of the checkpoint that a run is to resume from.
 
     Raises:
         SettingsError: if the settings would change what the run computes.
@@ -136,9 +139,9 @@ def check_goes_on(settings: Settings, address: str, world_size: int) -> Progress
         )
     if different := changed(progress.settings, settings.model_dump(mode="json")):
         raise SettingsError(
-            f"the run {settings.run!r} would go on from {address} with other settings: "
-            f"{'; '.join(different)}. Set them back; or, to train further with new settings, let "
-            f"it end with the old ones, and begin another run= with "
+            f"the run {settings.run!r} would resume from {address} with other settings: "
+            f"{'; '.join(different)}. {MAY_CHANGE}. Set them back; or, to train further with new "
+            f"settings, let it end with the old ones, and begin another run= with "
             f"model.checkpoint={settings.model_folder}"
         )
     if progress.base is not None:
@@ -156,7 +159,7 @@ def check_same_data(
         before, now = Fingerprint(**fields), found[name]
         if before != now:
             raise SettingsError(
-                f"the run {settings.run!r} would go on from {address} with other data: "
+                f"the run {settings.run!r} would resume from {address} with other data: "
                 f"data.{name}={places[name]} had {before} and has {now}. Bring the data back as it "
                 f"was, or choose another run="
             )
@@ -164,6 +167,8 @@ def check_same_data(
 
 def is_complete(settings: Settings) -> bool:
     """Whether the run has written its model already; each file of it is read and compared.
+
+    A run that has more steps now is not.
 
     Raises:
         SettingsError: if it has, with other settings.
@@ -174,13 +179,21 @@ def is_complete(settings: Settings) -> bool:
         return False
     manifest = verify(address)
     training = json.loads(read_verified(address, TRAINING, manifest))
-    if different := changed(training["settings"], settings.model_dump(mode="json")):
+    now = settings.model_dump(mode="json")
+    if different := changed(training["settings"], now):
         raise SettingsError(
             f"the run {settings.run!r} is complete, with other settings: {'; '.join(different)}. "
-            f"Choose another run= (one with model.checkpoint={address} begins with this model), or "
-            f"delete {settings.folder}"
+            f"{MAY_CHANGE}. Choose another run= (one with model.checkpoint={address} begins with "
+            f"this model), or delete {settings.folder}"
         )
-    return True
+    if not extended(training["settings"], now):
+        return True
+    if latest_checkpoint(settings.folder) is None:
+        raise SettingsError(
+            f"the run {settings.run!r} is complete and has no checkpoint left to extend it from: "
+            f"choose another run= with model.checkpoint={address}"
+        )
+    return False
 
 
 def load_state(engine: Any, address: str, folder: Path, rank: int, world_size: int) -> None:

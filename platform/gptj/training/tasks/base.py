@@ -67,6 +67,7 @@ class Task(ABC, Generic[D]):
     columns: tuple[str, ...]  # our names of those that it reads
     text_columns: tuple[str, ...] = ("text",)  # of these, what a tokenizer learns from
     sample: str  # data that needs no download
+    best_by: tuple[str, ...] = ("loss",)  # the metric that ranks models: the first there is
     own_settings: tuple[str, ...] = ()  # keys of `data` that mean nothing to other tasks
 
     @abstractmethod
@@ -107,6 +108,11 @@ class Task(ABC, Generic[D]):
     @abstractmethod
     def metrics(self, data: D, whole: Part) -> dict[str, float]:
         """The task's numbers over all of the data, `loss` among them."""
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """What ranks models by their metrics; higher is better."""
+        name = next(each for each in self.best_by if each in metrics)
+        return -metrics[name] if name in ("loss", "mse") else metrics[name]
 
     def check(self, options: DataSettings) -> None:
         """ValueError if the settings contradict each other."""

@@ -26,6 +26,7 @@ class Classification(Task[ClassificationData]):
     head = GPTJForSequenceClassification
     columns = ("text", "label")
     sample = "sample://reviews"
+    best_by = ("f1", "mse")
     own_settings = ("problem_type", "label_names")
 
     def read(

@@ -39,6 +39,7 @@ class QuestionAnswering(Task[QuestionAnsweringData]):
     columns = ("question", "context", "answers")
     text_columns = ("question", "context")
     sample = "sample://questions"
+    best_by = ("f1",)
     own_settings = ("stride",)
 
     def read(
