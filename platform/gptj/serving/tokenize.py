@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.errors import InvalidRequestError
+from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 from gptj.tokenizer import GPTJTokenizer
 
 
