@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Tokenizer, pre_tokenizers, trainers
 
 from gptj import storage
 from gptj.adapters.base import Base
@@ -337,9 +337,19 @@ class GPTJTokenizer:
         """The ids of one text."""
         return list(self._encode_all([text])[0].ids)
 
+    def tokenize(self, text: str) -> list[str]:
+        """The vocabulary's entries that make up a text; the first step of `encode`."""
+        return self.convert_ids_to_tokens(self.encode(text))
+
     def decode(self, token_ids: Ids, skip_special_tokens: bool = False) -> str:
-        """The text of ids; bytes that are no whole character become U+FFFD."""
-        ids = self._checked(token_ids)
+        """The text of ids; bytes that are not a whole character become U+FFFD.
+
+        Ids without an entry are skipped: a model may have more rows than its tokenizer has entries.
+        """
+        ids = _as_ids(token_ids)
+        if ids and min(ids) < 0:
+            raise ValueError(f"id {min(ids)} is negative; labels' -100 is not an id")
+        ids = [each for each in ids if each in self._known_ids]
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def batch_decode(
@@ -349,12 +359,57 @@ class GPTJTokenizer:
 
     def convert_ids_to_tokens(self, ids: Ids) -> list[str]:
         """The vocabulary's entries, in which bytes are written as printable characters."""
-        return [str(self._tokenizer.id_to_token(i)) for i in self._checked(ids)]
+        return [str(self._tokenizer.id_to_token(i)) for i in self.check_ids(ids)]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> list[int]:
         """The ids of entries of the vocabulary; a single string is one entry."""
         tokens = [tokens] if isinstance(tokens, str) else tokens
         return [self._required_id(token) for token in tokens]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every entry with its id, added tokens included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def add_tokens(self, new_tokens: str | Sequence[str], special_tokens: bool = False) -> int:
+        """Add tokens that are never split; returns how many were not such tokens before.
+
+        Entries of the vocabulary among them keep their ids. The model needs a row for each new id:
+        `model.resize_token_embeddings(len(tokenizer))`, unless it has them already.
+
+        Args:
+            special_tokens: leave them out where special tokens are skipped.
+        """
+        texts = [new_tokens] if isinstance(new_tokens, str) else list(new_tokens)
+        if not all(isinstance(each, str) and each for each in texts):
+            raise ValueError(f"new_tokens must be one or more non-empty strings, got {texts!r:.80}")
+        added = [
+            AddedToken(each, normalized=not special_tokens, special=special_tokens)
+            for each in texts
+        ]
+        add = self._tokenizer.add_special_tokens if special_tokens else self._tokenizer.add_tokens
+        count = int(add(added))
+        self._forget()
+        return count
+
+    def add_special_tokens(self, special_tokens: Mapping[str, str]) -> int:
+        """Set bos_token, eos_token or pad_token, adding those that are not entries yet.
+
+        Returns what `add_tokens` does.
+        """
+        for name in special_tokens:
+            if name not in ("bos_token", "eos_token", "pad_token"):
+                raise ValueError(
+                    f"{name} is not one of bos_token, eos_token and pad_token; remedy: "
+                    f"add_tokens([…], special_tokens=True)"
+                )
+        count = self.add_tokens(list(special_tokens.values()), special_tokens=True)
+        for name, token in special_tokens.items():
+            setattr(self, name, token)
+        return count
+
+    def has_id(self, token_id: int) -> bool:
+        """Whether an id has an entry."""
+        return token_id in self._known_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that an id stands for: a part of a character, perhaps."""
@@ -397,21 +452,18 @@ class GPTJTokenizer:
         for window in windows:
             window.pad(length, pad_id, side)
 
-    def _checked(self, ids: Ids) -> list[int]:
-        if isinstance(ids, torch.Tensor | np.ndarray):
-            ids = ids.tolist()
-        try:
-            items = [ids] if isinstance(ids, int | np.integer) else list(ids)
-            numbers = [whole_number(item) for item in items]
-        except TypeError as error:
-            raise ValueError(
-                f"ids must be an integer or one list of them, got {ids!r:.80}; "
-                f"several lists go to batch_decode"
-            ) from error
+    def check_ids(self, ids: Ids) -> list[int]:
+        """The ids as a list. ValueError for one without an entry."""
+        numbers = _as_ids(ids)
         for number in numbers:
             if number not in self._known_ids:
                 raise ValueError(f"id {number} is not in the vocabulary of {len(self)} entries")
         return numbers
+
+    def _forget(self) -> None:
+        """The vocabulary has changed."""
+        for name in ("unused_ids", "_added_ids", "_known_ids"):
+            self.__dict__.pop(name, None)
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._required_id(token)
@@ -421,3 +473,16 @@ class GPTJTokenizer:
         if number is None:
             raise ValueError(f"{token!r} is not in the vocabulary of {len(self)} entries")
         return int(number)
+
+
+def _as_ids(ids: Ids) -> list[int]:
+    if isinstance(ids, torch.Tensor | np.ndarray):
+        ids = ids.tolist()
+    try:
+        items = [ids] if isinstance(ids, int | np.integer) else list(ids)
+        return [whole_number(item) for item in items]
+    except TypeError as error:
+        raise ValueError(
+            f"ids must be an integer or one list of them, got {ids!r:.80}; several lists go to "
+            f"batch_decode"
+        ) from error
