@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from reprlib import repr as shown
 from typing import Any
@@ -25,6 +27,20 @@ ALIASES = {
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
+}
+
+_QUANTIZED = "remedy: leave it out, and serve with `quantization: int8`"
+# For arguments that Hugging Face's from_pretrained has and ours has not.
+REMEDIES = {
+    "load_in_8bit": _QUANTIZED,
+    "load_in_4bit": _QUANTIZED,
+    "quantization_config": _QUANTIZED,
+    "max_memory": "remedy: device, or device_map='auto', for one device",
+    "offload_folder": "remedy: leave it out; local weights are mapped, and not copied into memory",
+    "trust_remote_code": "remedy: leave it out; code of a folder is never run",
+    "use_safetensors": "remedy: leave it out; safetensors are taken wherever there are any",
+    "subfolder": "remedy: give the address of the folder itself",
+    "ignore_mismatched_sizes": "remedy: change the configuration, or resize_token_embeddings",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,6 +146,7 @@ class GPTJConfig:
     ) -> GPTJConfig:
         """As `from_folder`; `base` is an adapter's base model, if that is not where it was."""
         fields = read_adapted_config(folder, base) if folder.is_adapter else folder.read_config()
+        check_overrides(overrides, fields)
         if "num_labels" in overrides or "id2label" in overrides or "label2id" in overrides:
             fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id")}
         try:
@@ -328,6 +345,31 @@ class GPTJConfig:
                 f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, "
                 f"got {shown(self.problem_type)}"
             )
+
+
+def is_field(name: str) -> bool:
+    """Whether every configuration has it, perhaps under this other name."""
+    return name in GPTJConfig.__annotations__ or name in ALIASES or name == "num_labels"
+
+
+def check_overrides(overrides: Mapping[str, Any], fields: Collection[str] = ()) -> None:
+    """Refuse what is neither a field of a configuration nor one of a folder's own.
+
+    Raises:
+        TypeError: naming it, what was perhaps meant, or the remedy.
+    """
+    known = {*GPTJConfig.__annotations__, *ALIASES, "num_labels", *fields}
+    for name in overrides:
+        if is_field(name) or (name in fields and name != "model_type"):
+            continue
+        remedy = REMEDIES.get(name)
+        if remedy is None:
+            close = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {close[0]}?" if close else "leave it out"
+        raise TypeError(
+            f"{name}={shown(overrides[name])} is neither an argument of from_pretrained nor a "
+            f"field of a GPTJConfig; {remedy}"
+        )
 
 
 def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:

@@ -6,17 +6,19 @@ Arguments and results are Hugging Face's `generate`; greedy and beam results equ
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from gptj.config import GPTJConfig
 from gptj.kv_cache import KVCache
-from gptj.outputs import CausalLMOutput
-from gptj.sampling import SamplingParams, adjust, choose
+from gptj.outputs import CausalLMOutput, GenerateOutput
+from gptj.sampling import SamplingParams, adjust, choose, restrict
+from gptj.tokenizer import GPTJTokenizer
 
 DEFAULT_NEW_TOKENS = 20
 
@@ -40,7 +42,37 @@ class CausalLM(Protocol):
         """Logits (B, logits_to_keep, V) of the tokens that follow (B, L) ids."""
 
 
-@torch.no_grad()
+class Streamer(Protocol):
+    """Takes tokens as they come, such as transformers' TextStreamer."""
+
+    def put(self, value: Tensor) -> None:
+        """First the prompts (B, L), then each step's tokens (B)."""
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+
+@overload
+def generate(
+    model: CausalLM,
+    input_ids: Tensor,
+    *,
+    return_dict_in_generate: Literal[False] = False,
+    **arguments: Any,
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    model: CausalLM,
+    input_ids: Tensor,
+    *,
+    return_dict_in_generate: Literal[True],
+    **arguments: Any,
+) -> GenerateOutput: ...
+
+
+@torch.no_grad()  # type: ignore[misc]  # the overloads leave checking arguments to this
 def generate(
     model: CausalLM,
     input_ids: Tensor,
@@ -62,15 +94,31 @@ def generate(
     min_new_tokens: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: GPTJTokenizer | None = None,
+    streamer: Streamer | None = None,
     use_cache: bool = True,
-) -> Tensor:
+    output_scores: bool = False,
+    return_dict_in_generate: bool = False,
+) -> Tensor | GenerateOutput:
     """Continue each row of a batch; rows that end early are filled with padding.
+
+        ids = tokenizer("In a shocking finding,", return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=True, temperature=0.9, max_new_tokens=50)
+        print(tokenizer.decode(new[0]))
+
+    Arguments and results are those of Hugging Face's `generate`; greedy and beam results equal its
+    results.
 
     Args:
         input_ids: (B, L) prompts of one length, padded on the left where they are shorter.
         attention_mask: (B, L), 0 on padding; default: pad_token_id is padding if it is not eos.
-        do_sample: draw tokens, with temperature, top_k (None or 0: all), top_p and min_p;
-            otherwise the likeliest.
+        do_sample: draw tokens; otherwise the likeliest.
+        temperature, top_k, top_p, min_p: for sampling: divide logits by the temperature, then keep
+            the k likeliest (None or 0: all), the likeliest that together have probability top_p,
+            and those with min_p of the likeliest one's.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
+            are in the prompt or output.
         seed: for the draws; default: PyTorch's global generator.
         num_beams: keep so many continuations and return the likeliest; 1 is no beam search.
         length_penalty: beams rank by log-probability / length ** length_penalty.
@@ -79,10 +127,15 @@ def generate(
         max_length, max_new_tokens: with and without the prompt; default: 20 new tokens.
         min_new_tokens: no eos before so many.
         eos_token_id, pad_token_id: default: the configuration's, and the first eos for padding.
-        use_cache: False computes the whole sequence at each step.
+        stop_strings: a row ends with the token that completes one of them; needs `tokenizer`.
+        streamer: gets the prompts and each step's tokens; not with beams.
+        use_cache: False recomputes the whole sequence at each step.
+        output_scores: return each step's scores; needs return_dict_in_generate.
+        return_dict_in_generate: return a GenerateOutput.
 
     Returns:
-        (B * num_return_sequences, L + new) token ids: prompts with what follows.
+        (B * num_return_sequences, L + new) token ids, prompts included; or a GenerateOutput that
+        has them as `sequences`.
 
     Raises:
         ValueError: with the value and the remedy.
@@ -98,11 +151,17 @@ def generate(
         )
     if num_beams > 1 and do_sample:
         raise ValueError("beam search draws no samples: choose do_sample=True or num_beams > 1")
+    if num_beams > 1 and streamer is not None:
+        raise ValueError(
+            f"a streamer needs num_beams=1, got {num_beams}: beams change until the end"
+        )
     if not do_sample and num_return_sequences > num_beams:
         raise ValueError(
             f"num_return_sequences={num_return_sequences} would repeat one result: "
             f"use do_sample=True, or num_beams of as many"
         )
+    if output_scores and not return_dict_in_generate:
+        raise ValueError("output_scores=True needs return_dict_in_generate=True")
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     padding = config.pad_token_id if pad_token_id is None else pad_token_id
@@ -123,10 +182,11 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    decoder = Decoder(model, attention_mask.repeat_interleave(num_return_sequences, 0), use_cache)
+    stops = StopStrings.of(stop_strings, tokenizer)
+    scores: list[Tensor] | None = [] if output_scores else None
     if num_beams > 1:
         decoder = Decoder(model, attention_mask, use_cache)
-        return beam_search(
+        output = beam_search(
             decoder,
             input_ids,
             params,
@@ -136,10 +196,70 @@ def generate(
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             num_return_sequences=num_return_sequences,
+            stops=stops,
+            scores=scores,
         )
-    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-    prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
-    return _one_by_one(decoder, prompts, params, eos_ids, padding, generator)
+    else:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        repeated = attention_mask.repeat_interleave(num_return_sequences, dim=0)
+        decoder = Decoder(model, repeated, use_cache)
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
+        sequences = _one_by_one(
+            decoder, prompts, params, eos_ids, padding, generator, stops, streamer, scores
+        )
+        output = GenerateOutput(sequences)
+        if streamer is not None:
+            streamer.end()
+    if not return_dict_in_generate:
+        return output.sequences
+    output.scores = None if scores is None else tuple(scores)
+    output.past_key_values = decoder.cache
+    return output
+
+
+class StopStrings:
+    """Whether a row's last token completes one of some strings.
+
+    The string may begin in the prompt, and the token may go on after it.
+    """
+
+    def __init__(self, strings: Sequence[str], tokenizer: GPTJTokenizer) -> None:
+        self._strings = [each.encode() for each in strings]
+        self._longest = max(map(len, self._strings))
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def of(
+        cls, strings: str | Sequence[str] | None, tokenizer: GPTJTokenizer | None
+    ) -> StopStrings | None:
+        """None without strings. ValueError for empty ones, or if there is no tokenizer."""
+        if strings is None:
+            return None
+        strings = [strings] if isinstance(strings, str) else list(strings)
+        if not strings or not all(isinstance(each, str) and each for each in strings):
+            raise ValueError(f"stop_strings must be one or more non-empty strings, got {strings!r}")
+        if tokenizer is None:
+            raise ValueError("stop_strings needs the tokenizer; remedy: tokenizer=tokenizer")
+        return cls(strings, tokenizer)
+
+    def complete(self, prompt: Sequence[int], output: Sequence[int]) -> bool:
+        last = self._bytes(output[-1])
+        text = last
+        for token in itertools.chain(reversed(output[:-1]), reversed(prompt)):
+            if len(text) >= self._longest - 1 + len(last):
+                break
+            text = self._bytes(token) + text
+        before = len(text) - len(last)
+        return any(
+            # Not an earlier one: it must end within the last token.
+            text.find(each, max(0, before - len(each) + 1)) >= 0
+            for each in self._strings
+        )
+
+    def _bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token) if self._tokenizer.has_id(token) else b""
 
 
 class Decoder:
@@ -151,7 +271,7 @@ class Decoder:
     def __init__(self, model: CausalLM, attention_mask: Tensor, use_cache: bool = True) -> None:
         self._model = model
         self._mask = attention_mask  # (B, S), of all positions so far
-        self._cache = KVCache() if use_cache else None
+        self.cache = KVCache() if use_cache else None
         self._ids: Tensor | None = None  # without a cache, everything is computed again
 
     def real_tokens(self, prompts: Tensor) -> list[list[int]]:
@@ -166,14 +286,14 @@ class Decoder:
             self._ids = torch.cat((self._ids, ids_BL), dim=1)
             self._mask = torch.cat((self._mask, self._mask.new_ones(ids_BL.shape)), dim=1)
         positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
-        if self._cache is None:
+        if self.cache is None:
             ids_BL = self._ids
         output = self._model(
             ids_BL,
             attention_mask=self._mask,
             position_ids=positions[:, -ids_BL.shape[1] :],
-            past_key_values=self._cache,
-            use_cache=self._cache is not None,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
             logits_to_keep=1,
             return_dict=True,
         )
@@ -184,8 +304,8 @@ class Decoder:
         """Keep these rows, in this order; one may come more than once."""
         assert self._ids is not None
         self._mask, self._ids = self._mask[rows], self._ids[rows]
-        if self._cache is not None:
-            self._cache.select(rows)
+        if self.cache is not None:
+            self.cache.select(rows)
 
 
 def _one_by_one(
@@ -195,7 +315,11 @@ def _one_by_one(
     eos_ids: list[int],
     padding: int,
     generator: torch.Generator | None,
+    stops: StopStrings | None,
+    streamer: Streamer | None,
+    scores: list[Tensor] | None,
 ) -> Tensor:
+    """(B, L + new). Appends each step's scores (B, V) to `scores`, if it is a list."""
     rows = len(prompts)
     real = decoder.real_tokens(prompts)
     outputs: list[list[int]] = [[] for _ in range(rows)]
@@ -211,13 +335,22 @@ def _one_by_one(
                     for row in range(rows)
                 ]
             )
+        if scores is not None:
+            scores.append(restrict(logits, [params] * rows))
         chosen = choose(logits, [params] * rows, [generator] * rows).tolist()
         for row, token in enumerate(chosen):
-            outputs[row].append(padding if ended[row] else token)
-            ended[row] = ended[row] or token in eos_ids
+            if ended[row]:
+                outputs[row].append(padding)
+                continue
+            outputs[row].append(token)
+            ended[row] = token in eos_ids or (
+                stops is not None and stops.complete(real[row], outputs[row])
+            )
+        tokens = torch.tensor([output[-1:] for output in outputs], device=prompts.device)
+        if streamer is not None:
+            streamer.put(tokens[:, 0].cpu())
         if all(ended):
             break
-        tokens = torch.tensor([output[-1:] for output in outputs], device=prompts.device)
     new = torch.tensor(outputs, dtype=prompts.dtype, device=prompts.device)
     return torch.cat((prompts, new.view(rows, -1)), dim=1)
 
@@ -233,11 +366,24 @@ def beam_search(
     length_penalty: float,
     early_stopping: bool,
     num_return_sequences: int,
-) -> Tensor:
-    """The likeliest continuations of each row, best first: see `generate`."""
+    stops: StopStrings | None = None,
+    scores: list[Tensor] | None = None,
+) -> GenerateOutput:
+    """The likeliest continuations of each row, best first: see `generate`.
+
+    Appends each step's scores (B * num_beams, V) to `scores`, if it is a list.
+    """
     device = input_ids.device
     searches = [
-        Beams(prompt, num_beams, params.max_tokens, set(eos_ids), length_penalty, early_stopping)
+        Beams(
+            prompt,
+            num_beams,
+            params.max_tokens,
+            set(eos_ids),
+            length_penalty,
+            early_stopping,
+            stops,
+        )
         for prompt in decoder.real_tokens(input_ids)
     ]
     tokens = input_ids
@@ -249,9 +395,11 @@ def beam_search(
         for row, (search, beam) in enumerate((s, b) for s in searches for b in range(num_beams)):
             output = search.running[beam].output
             log_probs[row] = adjust(log_probs[row], params, search.prompt, output, eos_ids)
+        if scores is not None:
+            scores.append(log_probs)
         vocabulary = log_probs.shape[-1]
-        scores = torch.tensor([[b.score for b in s.running] for s in searches], device=device)
-        totals = (log_probs.view(len(searches), num_beams, -1) + scores[:, :, None]).flatten(1)
+        totals = torch.tensor([[b.score for b in s.running] for s in searches], device=device)
+        totals = (log_probs.view(len(searches), num_beams, -1) + totals[:, :, None]).flatten(1)
         candidates = totals.topk(min(searches[0].candidates, totals.shape[-1]))
         for search, values, places in zip(
             searches, candidates.values.tolist(), candidates.indices.tolist(), strict=True
@@ -270,20 +418,38 @@ def beam_search(
         tokens = torch.tensor(
             [beam.output[-1:] for search in searches for beam in search.running], device=device
         )
-    results = [output for search in searches for output in search.best(num_return_sequences)]
-    longest = max(map(len, results))
-    new = [output + [padding] * (longest - len(output)) for output in results]
+    results = [
+        (number * num_beams, each)
+        for number, search in enumerate(searches)
+        for each in search.ended[:num_return_sequences]
+    ]
+    longest = max(len(each.output) for _, each in results)
+    new = torch.full((len(results), longest), padding, device=device)
+    indices = torch.full((len(results), longest), -1, dtype=torch.int32, device=device)
+    for row, (first, each) in enumerate(results):
+        new[row, : len(each.output)] = torch.tensor(each.output)
+        indices[row, : len(each.output)] = torch.tensor(each.origins, dtype=torch.int32) + first
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)
-    return torch.cat((prompts, torch.tensor(new, device=device).view(len(new), -1)), dim=1)
+    ranks = torch.tensor([each.score for _, each in results], device=device)
+    return GenerateOutput(
+        torch.cat((prompts, new), dim=1),
+        sequences_scores=None if scores is None else ranks,
+        beam_indices=indices,
+    )
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A continuation that a search goes on with."""
+    """A continuation: one that a search goes on with, or one that has ended."""
 
     output: list[int]
-    score: float  # log-probability
-    origin: int  # the beam of the last step that it continues
+    score: float  # log-probability; of an ended one, as it is ranked
+    origins: tuple[int, ...] = ()  # of each token, the beam that it continued
+
+    @property
+    def origin(self) -> int:
+        """The beam of the last step that it continues."""
+        return self.origins[-1]
 
 
 class Beams:
@@ -297,17 +463,19 @@ class Beams:
         eos_ids: set[int],
         length_penalty: float,
         early_stopping: bool,
+        stops: StopStrings | None = None,
     ) -> None:
         self.prompt = prompt
         self.open = True  # whether a better result may still come
         # All start equal: but for the first, they are kept out by their scores.
-        self.running = [Beam([], 0.0 if beam == 0 else -1e9, beam) for beam in range(width)]
+        self.running = [Beam([], 0.0 if beam == 0 else -1e9) for beam in range(width)]
         self._width = width
         self._max_tokens = max_tokens
         self._eos_ids = eos_ids
         self._length_penalty = length_penalty
         self._early_stopping = early_stopping
-        self._ended: list[tuple[float, list[int]]] = []  # best first
+        self._stops = stops
+        self.ended: list[Beam] = []  # best first
 
     @property
     def candidates(self) -> int:
@@ -321,22 +489,28 @@ class Beams:
         length = len(self.running[0].output) + 1
         for rank, (score, beam, token) in enumerate(candidates):
             output = [*self.running[beam].output, token]
-            if token not in self._eos_ids and length < self._max_tokens:
-                going_on.append(Beam(output, score, beam))
+            origins = (*self.running[beam].origins, beam)
+            if length < self._max_tokens and not self._ends(output):
+                going_on.append(Beam(output, score, origins))
             elif rank < self._width and self.open:
-                self._ended.append((self._ranked(score, length), output))
-        self._ended.sort(key=lambda each: -each[0])
-        del self._ended[self._width :]
+                self.ended.append(Beam(output, self._ranked(score, length), origins))
+        self.ended.sort(key=lambda each: -each.score)
+        del self.ended[self._width :]
         if len(going_on) < self._width:  # the last step: all have ended
             self.open = False
             return
         self.running = going_on[: self._width]
-        if len(self._ended) == self._width:
-            improvable = self._ranked(self.running[0].score, length) > self._ended[-1][0]
+        if len(self.ended) == self._width:
+            improvable = self._ranked(self.running[0].score, length) > self.ended[-1].score
             self.open = self.open and improvable and not self._early_stopping
 
     def best(self, count: int) -> list[list[int]]:
-        return [output for _, output in self._ended[:count]]
+        return [each.output for each in self.ended[:count]]
+
+    def _ends(self, output: list[int]) -> bool:
+        if output[-1] in self._eos_ids:
+            return True
+        return self._stops is not None and self._stops.complete(self.prompt, output)
 
     def _ranked(self, score: float, length: int) -> float:
         return score / float(length**self._length_penalty)

@@ -353,6 +353,9 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -408,9 +411,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         )
         return result if _given(return_dict, self.config.return_dict) else result.to_tuple()
 
-    def generate(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        """Continue (B, L) token ids: see gptj.generation.generate."""
-        return generate(self, input_ids, **arguments)
+    generate = generate
 
 
 class GPTJForSequenceClassification(GPTJPreTrainedModel):

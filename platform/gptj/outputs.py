@@ -56,6 +56,20 @@ class CausalLMOutput(ModelOutput):
 
 
 @dataclass
+class GenerateOutput(ModelOutput):
+    """What generate returns with return_dict_in_generate; R = B * num_return_sequences."""
+
+    sequences: Tensor  # (R, L + new)
+    sequences_scores: Tensor | None = None  # (R), of beams: as they are ranked
+    # Of each step, (R, V) or of beams (B * num_beams, V): logits, of beams log-probabilities, that
+    # penalties, temperature, top_k and so on have changed.
+    scores: tuple[Tensor, ...] | None = None
+    # (R, new), of beams: the row of `scores` that each token was chosen from, -1 after the end.
+    beam_indices: Tensor | None = None
+    past_key_values: KVCache | None = None
+
+
+@dataclass
 class SequenceClassifierOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None  # (B, num_labels)

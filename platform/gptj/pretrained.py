@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,16 @@ from gptj.adapters.base import Base, digest_of
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters
 from gptj.adapters.stored import put_adapter, read_adapter
-from gptj.checkpoints.folder import CONFIG, ModelFolder
+from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, ModelFolder
+from gptj.checkpoints.hub import upload
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SHARD_BYTES, TensorSpec
-from gptj.config import GPTJConfig, parse_dtype
+from gptj.config import GPTJConfig, check_overrides, is_field, parse_dtype
 from gptj.devices import check_device
 from gptj.errors import CheckpointError
+from gptj.resizing import resized, resized_bias
 from gptj.saving import save_adapter_folder, save_folder
+from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.weight_loading import load_weights
 
@@ -47,11 +50,18 @@ class GPTJPreTrainedModel(nn.Module):
         *,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
+        device_map: Any = None,
         revision: str | None = None,
         config: GPTJConfig | None = None,
         verify: bool = True,
         base: str | os.PathLike[str] | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        attn_implementation: Literal["sdpa"] | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
         **overrides: Any,
     ) -> Model:
         """Load a model folder, an `s3://` address or a hub id such as `EleutherAI/gpt-j-6B`.
@@ -68,26 +78,54 @@ class GPTJPreTrainedModel(nn.Module):
         Args:
             dtype: of the weights; None or "auto" keeps the checkpoint's. `torch_dtype` is its
                 older name.
+            device: where the weights go; default: the CPU.
+            device_map: Hugging Face's way to say it, for one device: a device, "auto" (a GPU, if
+                there is one), or {"": device}.
             revision: a branch, tag or commit of a hub id.
             config: instead of the folder's `config.json`.
             verify: compare each file's SHA-256 with the folder's manifest, if it has one. It
                 takes a core for each 1.5 GB/s, which matters only for files that are in memory
                 already.
             base: of an adapter: where its base model is; None: where it was in training.
-            overrides: fields of the configuration to replace, such as `id2label`.
+            low_cpu_mem_usage, attn_implementation: accepted for code that was written for Hugging
+                Face: memory is always saved, and attention always PyTorch's ("sdpa").
+            token, cache_dir, local_files_only, force_download: of a hub id, as huggingface_hub
+                takes them.
+            overrides: fields of the configuration to replace, such as `num_labels`.
 
         Raises:
+            TypeError: for an argument that is none of these.
             FileNotFoundError: if there is no model at the address, or no base model.
             CheckpointError: naming what is missing, cut off, altered or of another shape, or if
                 the base is another model than the adapter was trained on.
             UnsupportedDeviceError: if PyTorch has no code for the GPU.
         """
-        check_device(device)
-        with ModelFolder.open(address, revision=revision, weights=True, verify=verify) as folder:
+        if attn_implementation not in (None, "sdpa"):
+            raise ValueError(
+                f"attn_implementation must be 'sdpa' or left out, got {attn_implementation!r}"
+            )
+        target = _one_device(device, device_map)
+        check_device(target)
+        hub = {
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        if any(not is_field(name) for name in overrides):  # before gigabytes are downloaded
+            needed = (CONFIG, *ADAPTER_FILES)
+            with ModelFolder.open(address, revision=revision, files=needed, hub=hub) as small:
+                if config is not None or small.is_adapter:
+                    check_overrides(overrides, vars(config) if config is not None else ())
+                else:
+                    check_overrides(overrides, small.read_config())
+        with ModelFolder.open(
+            address, revision=revision, weights=True, verify=verify, hub=hub
+        ) as folder:
             return cls.from_folder(
                 folder,
                 dtype=torch_dtype if dtype is None else dtype,
-                device=device,
+                device=target,
                 config=config,
                 base=base,
                 **overrides,
@@ -111,6 +149,7 @@ class GPTJPreTrainedModel(nn.Module):
         if config is None:
             config = GPTJConfig.from_folder(folder, **overrides)
         elif overrides:
+            check_overrides(overrides, vars(config))
             config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
         return cls._from_weights(folder, config, dtype, device)
 
@@ -142,6 +181,7 @@ class GPTJPreTrainedModel(nn.Module):
             if config is None:
                 config = GPTJConfig.adapted_from_folder(folder, opened, **overrides)
             elif overrides:
+                check_overrides(overrides, vars(config))
                 config = GPTJConfig.from_dict({**config.to_dict(), **overrides})
             head_follows = bool(adapter.config.modules_to_save)
             model = cls._from_weights(opened, config, dtype, device, head_follows=head_follows)
@@ -273,6 +313,93 @@ class GPTJPreTrainedModel(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.get_input_embeddings()
 
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The head that has a row for each token, if the model has one."""
+        return None
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Give the embedding, and a next-token head, another number of rows.
+
+        The first rows stay as they are, and a tied head stays tied. Rows of `lm_head` that the
+        tokenizer has no entry for, as the published model has, are there to be used: a model needs
+        no resizing before `len(tokenizer)` exceeds `config.vocab_size`.
+
+        Args:
+            new_num_tokens: rows; None: as many as there are.
+            pad_to_multiple_of: round up, for the shapes that GPUs like.
+            mean_resizing: draw new rows around the mean of the old ones, with a billionth of their
+                covariance, so that new tokens are neither likelier nor less likely than the average
+                (Hewitt, 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html); or else
+                from normal(0, initializer_range).
+
+        Returns:
+            The embedding.
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        rows = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if rows < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
+            raise ValueError(
+                f"new_num_tokens and pad_to_multiple_of must be 1 or more, got {new_num_tokens} "
+                f"and {pad_to_multiple_of}"
+            )
+        if pad_to_multiple_of is not None:
+            rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
+        if rows == embedding.num_embeddings:
+            return embedding
+        std = None if mean_resizing else self.config.initializer_range
+        tied = head is not None and head.weight is embedding.weight
+        embedding.weight = resized(embedding.weight, rows, std)
+        embedding.num_embeddings = rows
+        if head is not None:
+            head.weight = embedding.weight if tied else resized(head.weight, rows, std)
+            if head.bias is not None:
+                head.bias = resized_bias(head.bias, rows, mean_resizing)
+            head.out_features = rows
+        for each in (self, self.base_model):
+            each.config.vocab_size = rows
+        return embedding
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: GPTJTokenizer | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        max_shard_size: int = SHARD_BYTES,
+    ) -> str:
+        """Upload the model's folder to the Hugging Face hub; returns the commit's address.
+
+        Args:
+            repo_id: owner/name; made if it is not there.
+            tokenizer: to be uploaded beside the model.
+            private: whether a new repository is; None: as the account's default.
+            token: default: HF_TOKEN, or that of `hf auth login`.
+            revision: the branch; default: main.
+            max_shard_size: bytes of weights in one file, at most.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: saying what the hub refuses.
+        """
+        with scratch_folder() as scratch:
+            folder = scratch / "model"
+            self.save_pretrained(folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
+            return upload(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
     def tie_weights(self) -> None:
         """Share the tensors that the configuration ties; here none."""
 
@@ -295,3 +422,23 @@ class GPTJPreTrainedModel(nn.Module):
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def _one_device(device: torch.device | str | None, device_map: Any) -> torch.device:
+    """ValueError for a map of several devices, or a device beside a map."""
+    if device_map is None:
+        return torch.device("cpu" if device is None else device)
+    if device is not None:
+        raise ValueError(f"device={device!r} and device_map={device_map!r}: leave one out")
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device_map, int | str | torch.device) and device_map not in _SEVERAL_DEVICES:
+        return torch.device(device_map)
+    raise ValueError(
+        f"device_map={device_map!r} is for several devices; remedy: device='cuda', for one"
+    )
+
+
+_SEVERAL_DEVICES = ("balanced", "balanced_low_0", "sequential")

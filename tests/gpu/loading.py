@@ -6,10 +6,9 @@ import tempfile
 
 import torch
 from checking import Check, run
-from models import new_engine, new_runner, prompts
+from models import cache_tokens, new_engine, new_runner, prompts
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine.cache_size import free_bytes, tokens_within
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj_bench.decode import generate, random_model
 
@@ -33,16 +32,7 @@ def with_runner(check: Check) -> None:
     check.add("making the model", seconds=seconds, gb=gigabytes, dtype="fp16")
     check.add("memory", when="with the model", **check.device.memory())
     most = check.pick(256, 2)
-    tokens = check.pick(
-        tokens_within(
-            config,
-            free_bytes(model.device),
-            share=SHARE,
-            element_size=2,
-            most=most * config.n_positions,
-        ),
-        128,
-    )
+    tokens = cache_tokens(check, model, SHARE, most)
     pages = tokens // CudaRunner.page_size
     seconds, runner = check.wall(lambda: new_runner(check, model.requires_grad_(False), pages))
     check.add("fusing, compiling, measuring and capturing", seconds=seconds, tokens=tokens)

@@ -13,6 +13,7 @@ from plain_operations import PlainOperations
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine import backends as choice
+from gptj.engine.cache_size import free_bytes, tokens_within
 from gptj.engine.engine import Engine
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.launch import TritonOperations
@@ -87,6 +88,21 @@ def one_chunk(ids: Sequence[int], pages: Sequence[int]) -> StepBatch:
         np.array([0, count], np.int32),
         np.array([pages], np.int32),
         np.array([count - 1], np.int32),
+    )
+
+
+def cache_tokens(check: Check, model: GPTJForCausalLM, share: float, sequences: int) -> int:
+    """Positions that fit in a share of the free memory, and that so many sequences can use."""
+    config = model.config
+    return check.pick(
+        tokens_within(
+            config,
+            free_bytes(model.device),
+            share=share,
+            element_size=model.dtype.itemsize,
+            most=sequences * config.n_positions,
+        ),
+        128,
     )
 
 

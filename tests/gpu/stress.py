@@ -9,10 +9,9 @@ import time
 
 import torch
 from checking import Check, run
-from models import cache_bytes_a_token, new_engine, new_model, new_runner, prompts
+from models import cache_bytes_a_token, cache_tokens, new_engine, new_model, new_runner, prompts
 from torch import Tensor
 
-from gptj.engine.cache_size import free_bytes, tokens_within
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.base import StepBatch
@@ -130,16 +129,7 @@ def nearly_all_memory(check: Check) -> None:
     config = check.config()
     model = new_model(check, config, torch.float16)
     streams, length, new = check.pick((128, 900, 24), (2, 20, 3))
-    tokens = check.pick(
-        tokens_within(
-            config,
-            free_bytes(model.device),
-            share=SHARE,
-            element_size=2,
-            most=256 * config.n_positions,
-        ),
-        128,
-    )
+    tokens = cache_tokens(check, model, SHARE, 256)
     size = tokens * cache_bytes_a_token(config, torch.float16) / 1e9
     check.add("nearly all memory", when="before", tokens=tokens, gb=size, **check.device.memory())
     runner = new_runner(check, model, tokens // CudaRunner.page_size)

@@ -20,7 +20,6 @@ from gptj.serving.completions.schemas import (
     Choice,
     Completion,
     CompletionRequest,
-    RequestModel,
     StreamOptions,
 )
 from gptj.serving.errors import APIError, OverloadedError, UnavailableError
@@ -30,6 +29,7 @@ from gptj.serving.question_answering import (
     QuestionAnsweringParameters,
     QuestionAnsweringRequest,
 )
+from gptj.serving.requests import RequestModel
 from gptj.serving.tokenize import DetokenizeRequest, TokenizeRequest
 
 pytest_plugins = ["serving_fixtures"]

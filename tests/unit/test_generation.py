@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import pydoc
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from gptj import GPTJConfig, GPTJForCausalLM
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.generation import StopStrings, generate
 from gptj.sampling import SamplingParams, choose, restrict
 
 CONFIG = GPTJConfig(
@@ -74,6 +77,166 @@ def test_greedy_and_beams_equal_transformers(seed: int, arguments: dict[str, Any
     expected = theirs.generate(tokens, attention_mask=mask, do_sample=False, **arguments)
     found = ours.generate(tokens, attention_mask=mask, **arguments)
     assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"max_new_tokens": 25, "eos_token_id": [1, 5, 9], "min_new_tokens": 5},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 3, "max_new_tokens": 20, "eos_token_id": [1, 5, 9], "length_penalty": 2.0},
+        {"num_beams": 2, "min_new_tokens": 6},
+    ],
+    ids=str,
+)
+def test_scores_equal_transformers(arguments: dict[str, Any]) -> None:
+    """Each step's scores, the beams' ranks and where they come from; fp32, so to 1e-4."""
+    ours, theirs = models(1)
+    tokens, mask = prompts(1)
+    arguments = {
+        "pad_token_id": 2,
+        "attention_mask": mask,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+        **arguments,
+    }
+    expected = theirs.generate(tokens, do_sample=False, **arguments)
+    found = ours.generate(tokens, **arguments)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert len(found.scores) == len(expected.scores)
+    for ours_V, theirs_V in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours_V, theirs_V, rtol=0, atol=1e-4)
+    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    if "num_beams" in arguments:
+        torch.testing.assert_close(
+            found.sequences_scores, expected.sequences_scores, rtol=0, atol=1e-4
+        )
+        assert found.beam_indices.tolist() == expected.beam_indices.tolist()
+
+
+def test_scores_of_samples_equal_transformers_at_the_same_tokens() -> None:
+    """What draws are made from: temperature, top_k and top_p are in them. One step, so no draw."""
+    ours, theirs = models(2)
+    tokens, mask = prompts(2)
+    arguments: dict[str, Any] = {
+        "attention_mask": mask,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 9,
+        "top_p": 0.8,
+        "max_new_tokens": 1,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    (expected,) = theirs.generate(tokens, pad_token_id=2, **arguments).scores
+    (found,) = ours.generate(tokens, **arguments).scores
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPTJTokenizer, Any]:
+    """A tokenizer, ours and transformers', for the models of `worded`."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ours = GPTJTokenizer.train(["some text to learn from, and some more text"], 290)
+    ours.save_pretrained(folder)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def worded(seed: int) -> tuple[GPTJForCausalLM, Any]:
+    """Models of 300 rows: ten more than the tokenizer has entries."""
+    torch.manual_seed(seed)
+    config = GPTJConfig(**{**CONFIG.to_dict(), "vocab_size": 300})
+    theirs = transformers.GPTJForCausalLM(transformers.GPTJConfig(**config.to_dict())).eval()
+    ours = GPTJForCausalLM(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_stop_strings_end_rows_as_transformers_does(
+    seed: int, beams: int, words: tuple[GPTJTokenizer, Any]
+) -> None:
+    """Strings that begin or end within a token, and one that spans several."""
+    our_tokenizer, their_tokenizer = words
+    ours, theirs = worded(seed)
+    tokens = torch.randint(3, 280, (3, 5), generator=torch.Generator().manual_seed(seed))
+    arguments: dict[str, Any] = {
+        "attention_mask": torch.ones_like(tokens),
+        "max_new_tokens": 20,
+        "num_beams": beams,
+        "pad_token_id": 2,
+    }
+    free = ours.generate(tokens, **arguments)
+    texts = [
+        "".join(chr(byte) for token in row[7:11] for byte in our_tokenizer.token_bytes(token))
+        for row in free.tolist()
+        if all(map(our_tokenizer.has_id, row[7:11]))
+    ]
+    stops = [text[1:-1] for text in texts if text[1:-1].isascii() and text[1:-1]] or ["zzz"]
+    stops += ["e", "te"]
+    expected = theirs.generate(
+        tokens, do_sample=False, stop_strings=stops, tokenizer=their_tokenizer, **arguments
+    )
+    found = ours.generate(tokens, stop_strings=stops, tokenizer=our_tokenizer, **arguments)
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_stop_string_ends_a_row_at_once(words: tuple[GPTJTokenizer, Any]) -> None:
+    """With the token that completes it, which may begin before it and go on after it."""
+    tokenizer, _ = words
+    stops = StopStrings.of(["me te"], tokenizer)
+    assert stops is not None
+    ids = tokenizer.encode("some text")
+    done = [stops.complete([], ids[: end + 1]) for end in range(len(ids))]
+    text = ""
+    for token, complete in zip(ids, done, strict=True):
+        before, text = text, text + tokenizer.decode(token)
+        assert complete == ("me te" in text and "me te" not in before)
+    assert any(done)
+    assert stops.complete(ids[:-1], ids[-1:]) == done[-1]
+
+
+class Kept:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.values.append("end")
+
+
+def test_a_streamer_gets_what_transformers_gives_it() -> None:
+    ours, theirs = models(1)
+    tokens, mask = prompts(1)
+    by_us, by_them = Kept(), Kept()
+    arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 2}
+    ours.generate(tokens, streamer=by_us, **arguments)
+    theirs.generate(tokens, streamer=by_them, do_sample=False, **arguments)
+    assert by_us.values == by_them.values
+    assert by_us.values[-1] == "end"
+
+
+def test_transformers_streamers_work(words: tuple[GPTJTokenizer, Any]) -> None:
+    ours, _ = worded(0)
+    tokenizer, theirs = words
+    prompt = tokenizer("some text", return_tensors="pt").input_ids
+    streamer = transformers.TextIteratorStreamer(theirs, timeout=30)
+    result = ours.generate(prompt, streamer=streamer, max_new_tokens=8)
+    assert "".join(streamer) == theirs.decode(result[0])
+
+
+def test_help_shows_every_argument() -> None:
+    assert "stop_strings" in inspect.signature(GPTJForCausalLM.generate).parameters
+    text = pydoc.render_doc(GPTJForCausalLM.generate)
+    for name in inspect.signature(generate).parameters:
+        assert name in text
+    assert "Continue each row of a batch" in text
 
 
 def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
@@ -181,6 +344,10 @@ def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> N
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "do_sample": True}, "beam search draws no samples"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 would repeat"),
+        ({"num_beams": 2, "streamer": Kept()}, "a streamer needs num_beams=1, got 2"),
+        ({"output_scores": True}, "needs return_dict_in_generate=True"),
+        ({"stop_strings": "a"}, "remedy: tokenizer=tokenizer"),
+        ({"stop_strings": [""]}, "non-empty strings, got"),
     ],
     ids=str,
 )

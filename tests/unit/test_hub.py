@@ -5,6 +5,7 @@ The hub's client reads its environment when it is imported, so each test asks in
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -28,6 +30,7 @@ from gptj_local.processes import free_ports
 
 REPOSITORY = "someone/model"
 GATED = "someone/gated"
+TOKEN = "hf_of_someone"
 MAIN, OLD = "a" * 40, "b" * 40  # commits
 BRANCHES = {"main": MAIN, MAIN: MAIN, "old": OLD, OLD: OLD}
 SIZES = {MAIN: 300, OLD: 280}  # of the two tokenizers' vocabularies
@@ -42,6 +45,9 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     broken: bool = False  # answer everything with an internal error
     endpoint: str = ""
+    created: list[tuple[str, str | None]] = field(default_factory=list)
+    blobs: dict[str, bytes] = field(default_factory=dict)  # large files that came, by SHA-256
+    messages: list[str] = field(default_factory=list)  # branch and message of each commit
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a path."""
@@ -77,6 +83,50 @@ class Hub:
             }
         return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
 
+    def take(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, Any]]:
+        """Status and JSON for a POST: what an upload asks, in the hub's order."""
+        self.requests.append(path)
+        if token != f"Bearer {TOKEN}":
+            return 401, {"error": "Invalid username or password."}
+        if path == "/api/repos/create":
+            fields = json.loads(body)
+            name = f"{fields['organization']}/{fields['name']}"
+            self.created.append((name, fields.get("visibility")))
+            return 200, {"url": f"{self.endpoint}/{name}"}
+        if "/branch/" in path:
+            return 200, {}
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                each["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}}
+            return 200, {"transfer": "basic", "objects": objects}
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            return 200, {
+                "files": [
+                    {
+                        "path": each["path"],
+                        "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for each in files
+                ]
+            }
+        assert "/commit/" in path, path
+        commit = self.commits.setdefault(MAIN, {})
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.messages.append(f"{path.rpartition('/')[2]}: {value['summary']}")
+            elif line["key"] == "file":
+                commit[value["path"]] = base64.b64decode(value["content"])
+            else:
+                commit[value["path"]] = self.blobs[value["oid"]]
+        return 200, {
+            "commitUrl": f"{self.endpoint}/{REPOSITORY}/commit/{MAIN}",
+            "commitOid": MAIN,
+        }
+
 
 def blob_id(content: bytes) -> str:
     """A file's name in git."""
@@ -96,6 +146,28 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 self.wfile.write(body)
 
         do_HEAD = do_GET
+
+        def body(self) -> bytes:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            token = self.headers.get("Authorization", "")
+            status, fields = hub.take(path, self.body(), token)
+            content = json.dumps(fields).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_PUT(self) -> None:
+            content = self.body()
+            assert hashlib.sha256(content).hexdigest() == self.path.rpartition("/")[2]
+            hub.blobs[self.path.rpartition("/")[2]] = content
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: the hub keeps its requests."""
@@ -143,6 +215,7 @@ class Client:
             "HF_HOME": str(self.cache),
             "HF_HUB_OFFLINE": str(int(offline)),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",  # a store of its own, which the server here has not
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
@@ -234,6 +307,34 @@ print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
 """
     with serving(Hub({MAIN: new, OLD: old})) as hub:
         assert client.run(hub.endpoint, program) == ["0.0", "7.0 torch.float16", "8"]
+
+
+def test_a_model_is_pushed_and_loaded_again(client: Client) -> None:
+    """Large files by LFS; the manifest too, so that what is loaded is compared with it."""
+    program = f"""
+import torch
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+config = GPTJConfig(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+model = GPTJForCausalLM(config)
+tokenizer = GPTJTokenizer.train(["some text to learn from"], 280)
+try:
+    model.push_to_hub({REPOSITORY!r}, token="wrong")
+except Exception as error:
+    print(type(error).__name__)
+print(model.push_to_hub({REPOSITORY!r}, tokenizer=tokenizer, private=True, token={TOKEN!r},
+                        commit_message="First try"))
+back = GPTJForCausalLM.from_pretrained({REPOSITORY!r}, token={TOKEN!r})
+print(all(map(torch.equal, back.state_dict().values(), model.state_dict().values())))
+print(len(GPTJTokenizer.from_pretrained({REPOSITORY!r})) == len(tokenizer))
+"""
+    with serving(Hub({MAIN: {}})) as hub:
+        refused, address, *equal = client.run(hub.endpoint, program)
+        assert refused in ("HfHubHTTPError", "RepositoryNotFoundError")
+        assert address == f"{hub.endpoint}/{REPOSITORY}/commit/{MAIN}"
+        assert equal == ["True", "True"]
+        assert hub.created == [(REPOSITORY, "private")]
+        assert hub.messages == ["main: First try"]
+        assert {"manifest.json", "config.json", "tokenizer.json"} <= set(hub.commits[MAIN])
 
 
 @pytest.mark.slow

@@ -395,8 +395,9 @@ def test_ids_with_gaps_between_them_can_be_decoded(tmp_path: Path) -> None:
     assert ours.encode("z") == [999]
     assert ours.decode(999) == "z"
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path), "a z")
+    assert ours.decode([moved, 999]) == "z"
     with pytest.raises(ValueError, match=f"id {moved} is not in the vocabulary"):
-        ours.decode(moved)
+        ours.convert_ids_to_tokens(moved)
 
 
 def test_a_tokenizer_saves_to_and_loads_from_s3(ours: GPTJTokenizer, s3: LocalS3) -> None:
@@ -494,10 +495,71 @@ def test_the_remedy_for_half_a_surrogate_pair_works(ours: GPTJTokenizer) -> None
     assert ours.decode(ours.encode(remedied)) == "a\ufffdb😀"
 
 
-@pytest.mark.parametrize("ids", [50400, -1, [0, 10**9], torch.tensor([50400])])
-def test_an_id_beyond_the_vocabulary_is_an_error(ours: GPTJTokenizer, ids: Any) -> None:
+@pytest.mark.parametrize("ids", [50400, [0, 50400, 1], [0, 2**31], torch.tensor([50400])], ids=str)
+def test_ids_that_only_the_model_has_are_skipped_as_by_transformers(
+    ours: GPTJTokenizer, theirs: Any, ids: Any
+) -> None:
+    assert ours.decode(ids) == theirs.decode(ids)
     with pytest.raises(ValueError, match="is not in the vocabulary of 50400 entries"):
+        ours.check_ids(ids)
+
+
+@pytest.mark.parametrize("ids", [-1, [5, -100], torch.tensor([-100])], ids=str)
+def test_a_negative_id_is_an_error(ours: GPTJTokenizer, ids: Any) -> None:
+    with pytest.raises(ValueError, match="is negative"):
         ours.decode(ids)
+
+
+def test_tokenize_and_get_vocab_equal_transformers(ours: GPTJTokenizer, theirs: Any) -> None:
+    for text in TEXTS:
+        assert ours.tokenize(text) == theirs.tokenize(text)
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_are_those_of_transformers(special: bool, tmp_path: Path) -> None:
+    """Their count, ids, and what they do to texts; and they are there after saving."""
+    GPTJTokenizer.train(["some text to learn from"], 280).save_pretrained(tmp_path / "a")
+    ours = GPTJTokenizer.from_pretrained(tmp_path / "a")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    new = ["<tool>", "text", "<tool>", "e"]
+    text = "some text<tool> to learn"
+    assert ours.unused_ids == ()
+    assert ours.add_tokens(new, special_tokens=special) == theirs.add_tokens(
+        new, special_tokens=special
+    )
+    assert len(ours) == len(theirs)
+    assert_same(ours, theirs, text)
+    ids = ours.encode(text)
+    for skip in (False, True):
+        assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.token_bytes(ours.convert_tokens_to_ids("<tool>")[0]) == b"<tool>"
+    ours.save_pretrained(tmp_path / "b")
+    assert GPTJTokenizer.from_pretrained(tmp_path / "b").encode(text) == ids
+    assert ours.add_tokens("<tool>", special_tokens=special) == 0
+    with pytest.raises(ValueError, match="non-empty strings"):
+        ours.add_tokens("")
+
+
+def test_a_padding_token_can_be_added() -> None:
+    ours = GPTJTokenizer.train(["some text to learn from"], 280)
+    before = len(ours)
+    assert ours.add_special_tokens({"pad_token": "<pad>"}) == 1
+    assert ours.pad_token_id == before
+    assert ours(["some text to learn", "e"], padding=True).input_ids[1][-1] == before
+    with pytest.raises(ValueError, match=r"sep_token is not one of.*remedy: add_tokens"):
+        ours.add_special_tokens({"sep_token": "<sep>"})
+
+
+def test_settings_can_replace_the_folders(folder: Path) -> None:
+    ours = GPTJTokenizer.from_pretrained(
+        folder, padding_side="left", pad_token=END_OF_TEXT, model_max_length=5
+    )
+    assert (ours.padding_side, ours.pad_token_id, ours.model_max_length) == ("left", 50256, 5)
+    batch = ours(["one two", "one"], padding=True)
+    assert batch.attention_mask == [[1, 1], [0, 1]]
+    with pytest.raises(TypeError, match="bogus"):
+        GPTJTokenizer.from_pretrained(folder, bogus=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("ids", [[1.5], [[1, 2]], torch.tensor([[1, 2]]), "12", None])

@@ -8,7 +8,7 @@ no manifest and no `training.json`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Self, cast
@@ -83,6 +83,7 @@ class ModelFolder:
         weights: bool = False,
         files: Sequence[str] = SMALL_FILES,
         verify: bool = True,
+        hub: Mapping[str, Any] | None = None,
     ) -> ModelFolder:
         """Find the folder and read its manifest.
 
@@ -91,6 +92,7 @@ class ModelFolder:
             weights: whether the weights will be read: then they are downloaded from the hub, or
                 fetched to this node's cache of S3, if it has one.
             files: patterns of what to download from the hub otherwise.
+            hub: huggingface_hub's arguments, such as `token`, for a hub id.
             verify: compare the weights' SHA-256 with the manifest. Small files always are.
 
         Raises:
@@ -98,7 +100,8 @@ class ModelFolder:
             CheckpointError: if the manifest is damaged, or what it names is missing or cut off.
         """
         address = normalized(address)
-        folder = _locate(address, revision, WEIGHTS if weights else [(*files, MANIFEST)])
+        choices = WEIGHTS if weights else [(*files, MANIFEST)]
+        folder = _locate(address, revision, choices, hub or {})
         from_hub = folder != address
         manifest = Manifest.read(folder)
         if manifest is None or not weights:
@@ -244,10 +247,15 @@ def training_data(content: bytes, address: str) -> dict[str, Any]:
     return cast(dict[str, Any], fields)
 
 
-def _locate(address: str, revision: str | None, choices: Sequence[Sequence[str]]) -> str:
+def _locate(
+    address: str,
+    revision: str | None,
+    choices: Sequence[Sequence[str]],
+    hub: Mapping[str, Any],
+) -> str:
     """The folder, with the first of several kinds of files that a hub id has."""
     for patterns in choices:
-        folder = locate(address, revision=revision, patterns=patterns)
+        folder = locate(address, revision=revision, patterns=patterns, **hub)
         if folder == address or len(choices) == 1:
             break
         if _any_matches((file.name for file in storage.list_files(folder)), patterns[-1]):

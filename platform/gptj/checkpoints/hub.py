@@ -1,4 +1,7 @@
-"""Where a model is: a folder, `s3://` or a hub id in, a folder that storage can read out."""
+"""Where a model is: a folder, `s3://` or a hub id in, a folder that storage can read out.
+
+And back: a local folder to the hub.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -24,7 +28,11 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def locate(
-    address: str | os.PathLike[str], *, revision: str | None, patterns: Sequence[str]
+    address: str | os.PathLike[str],
+    *,
+    revision: str | None,
+    patterns: Sequence[str],
+    **options: Any,
 ) -> str:
     """The folder or `s3://` address where the files of a model or tokenizer can be read.
 
@@ -35,6 +43,7 @@ def locate(
 
     Args:
         revision: a branch, tag or commit of a hub id; folders and S3 have none.
+        options: of huggingface_hub's snapshot_download, such as `token`.
 
     Raises:
         FileNotFoundError: if it is none of the three, or the hub does not have it.
@@ -51,7 +60,9 @@ def locate(
             f"{address!r} is no existing folder, no s3:// address and no hub id (owner/name)"
         )
     try:
-        return str(snapshot_download(address, revision=revision, allow_patterns=list(patterns)))
+        return str(
+            snapshot_download(address, revision=revision, allow_patterns=list(patterns), **options)
+        )
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"the hub's {address!r} has no revision {revision!r}") from error
     except GatedRepoError as error:
@@ -70,3 +81,26 @@ def locate(
             f"{address!r} is no existing folder and no s3:// address, and as a hub id it could "
             f"not be downloaded: {error}"
         ) from error
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Commit a local folder's files to a repository of the hub; returns the commit's address.
+
+    The repository and the branch are made if they are not there.
+    """
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        hub.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = hub.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+    )
+    return str(commit.commit_url)

@@ -66,17 +66,21 @@ def compact(ids: Sequence[int]) -> Ids:
     return np.array(ids, dtype=np.int32)
 
 
-def padded(lists: Sequence[Ids], padding: int, limit: int) -> dict[str, Tensor]:
+def padded(
+    lists: Sequence[Sequence[int] | Ids], padding: int, limit: int | None = None
+) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` (B, L) of int64, padded on the right.
 
-    L is the longest length up to a multiple of 8, and `limit` at most.
+    L is the longest length up to a multiple of 8, and `limit` at most; without a limit, the longest
+    length.
     """
-    longest = max(len(ids) for ids in lists)
-    length = max(longest, min(limit, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE))
+    length = longest = max(len(ids) for ids in lists)
+    if limit is not None:
+        length = max(longest, min(limit, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE))
     input_ids = torch.full((len(lists), length), padding)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(lists):
-        input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        input_ids[row, : len(ids)] = torch.from_numpy(np.array(ids, dtype=np.int64))
         attention_mask[row, : len(ids)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 

@@ -15,13 +15,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from torch import Tensor
 
+from gptj.data.examples import padded
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import add_health, new_app
-from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
+from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.batcher import Batcher
@@ -154,8 +155,8 @@ class ClassificationService:
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]]) -> list[Tensor]:
         """(C) of each row, in fp32 on the CPU."""
-        tokens, mask = right_padded(rows, self._model.device)
-        output = self._model(tokens, attention_mask=mask, use_cache=False, return_dict=True)
+        batch = {name: each.to(self._model.device) for name, each in padded(rows, 0).items()}
+        output = self._model(**batch, use_cache=False, return_dict=True)
         return list(output.logits.float().cpu())
 
     def _function(self) -> Function:
@@ -198,11 +199,3 @@ def classification_app(
         return await service.classify(request)
 
     return app
-
-
-def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and their attention mask."""
-    longest = max(map(len, rows))
-    ids = [[*row, *[0] * (longest - len(row))] for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -15,15 +15,15 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from gptj.data.examples import padded
 from gptj.data.question_answering import Window, best_spans, windows
 from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import add_health, new_app
-from gptj.serving.classification import right_padded
-from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
+from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.batcher import Batcher
@@ -182,8 +182,8 @@ class QuestionAnsweringService:
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
         """Start and end logits, (L) each, of each row, in fp32 on the CPU."""
-        tokens, mask = right_padded(rows, self._model.device)
-        output = self._model(tokens, attention_mask=mask, return_dict=True)
+        batch = {name: each.to(self._model.device) for name, each in padded(rows, 0).items()}
+        output = self._model(**batch, return_dict=True)
         starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
         return [
             (start[: len(row)], end[: len(row)])

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from gptj.serving.completions.schemas import RequestModel, bounds, checked_text, examples
 from gptj.serving.errors import InvalidRequestError
+from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 from gptj.tokenizer import GPTJTokenizer
 
 
@@ -59,7 +59,7 @@ def tokenize(
 def detokenize(tokenizer: GPTJTokenizer, request: DetokenizeRequest) -> DetokenizeReply:
     """Raises InvalidRequestError for an id outside the vocabulary."""
     try:
-        return DetokenizeReply(prompt=tokenizer.decode(request.tokens))
+        return DetokenizeReply(prompt=tokenizer.decode(tokenizer.check_ids(request.tokens)))
     except ValueError as error:
         raise InvalidRequestError(str(error), param="tokens") from error
 

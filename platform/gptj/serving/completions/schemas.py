@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -13,14 +12,13 @@ from pydantic import (
     Field,
     PlainValidator,
     WithJsonSchema,
-    field_validator,
-    model_validator,
 )
 
 from gptj.engine.events import BeamParams
 from gptj.sampling import SamplingParams
 from gptj.serving.errors import APIError, InvalidRequestError
 from gptj.serving.middleware.observing import request_id
+from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 
 DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 128  # outputs of one request: prompts times best_of
@@ -28,78 +26,8 @@ MAX_LOGPROBS = 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
-MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4,300 digits
 
 Prompt = str | list[int]
-
-
-def bounds(**schema: Any) -> Any:
-    """What the document says of a field's values; whether they hold, `check` and the engine say."""
-    return Field(json_schema_extra=schema)
-
-
-def _nullable(schema: dict[str, Any]) -> None:
-    """A body's schema: null is the same as left out, wherever a field may be left out.
-
-    Of unknown fields, too: clients send null for what they leave to the service.
-    """
-    schema["additionalProperties"] = {"type": "null"}
-    required = schema.get("required", ())
-    for name, field in schema.get("properties", {}).items():
-        variants = field.get("anyOf", ())
-        if name in required or {"type": "null"} in variants:
-            continue
-        own = {key: field.pop(key) for key in list(field) if key not in ("title", "default")}
-        field["anyOf"] = [own, {"type": "null"}]
-
-
-def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """A body's `json_schema_extra`, with examples for the document."""
-
-    def extra(schema: dict[str, Any]) -> None:
-        _nullable(schema)
-        schema["examples"] = list(bodies)
-
-    return extra
-
-
-class RequestModel(BaseModel):
-    """A body: unknown fields and wrong types are errors, null means the default.
-
-    Integers have at most MAX_BITS, so that error messages can print them.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        json_schema_extra=_nullable,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        if isinstance(fields, dict):
-            return {name: value for name, value in fields.items() if value is not None}
-        return fields
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _whole_numbers(cls, value: Any) -> Any:
-        """JSON has one kind of number: 2.0 is an integer. ValueError for a huge one."""
-        whole = [value]
-        left = [whole]
-        while left:  # iterative, since clients decide the depth
-            values = left.pop()
-            for index, each in enumerate(values):
-                if isinstance(each, int) and each.bit_length() > MAX_BITS:
-                    raise ValueError(f"integers may have at most {MAX_BITS} bits")
-                if isinstance(each, float) and each.is_integer() and abs(each) < 2**53:
-                    values[index] = int(each)
-                if isinstance(each, list):
-                    left.append(each)
-        return whole[0]
 
 
 def as_prompts(value: Any) -> list[Prompt]:
@@ -120,17 +48,6 @@ def as_prompts(value: Any) -> list[Prompt]:
             raise ValueError("must not have an empty list of token ids")
         return value
     raise ValueError(f"must be {kinds}, and not a mixture")
-
-
-def checked_text(text: str) -> str:
-    """The text. Raises ValueError for lone surrogates, which JSON can express."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"has a lone surrogate at character {error.start}, which is not valid Unicode"
-        ) from error
-    return text
 
 
 def as_token_biases(value: Any) -> dict[int, float]:

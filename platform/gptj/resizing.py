@@ -1,0 +1,51 @@
+"""An embedding's or head's rows in, another number of them out: the first ones stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal, constraints
+
+SPREAD = 1e-9  # of new rows around the mean, as a share of the old rows' covariance
+
+
+@torch.no_grad()
+def resized(old: Tensor, rows: int, std: float | None) -> nn.Parameter:
+    """(rows, D) from (V, D).
+
+    Args:
+        std: of new rows, around 0; None: draw them around the mean of the old ones.
+    """
+    new = old.new_empty(rows, old.shape[1])
+    kept = min(rows, len(old))
+    new[:kept] = old[:kept]
+    if rows > len(old):
+        added = new[len(old) :]
+        if std is None:
+            added.copy_(_around_mean(old.float(), len(added)))
+        else:
+            added.normal_(std=std)
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+@torch.no_grad()
+def resized_bias(old: Tensor, rows: int, mean_resizing: bool) -> nn.Parameter:
+    """(rows) from (V); new ones are the mean, or 0."""
+    new = old.new_zeros(rows)
+    kept = min(rows, len(old))
+    new[:kept] = old[:kept]
+    if rows > len(old) and mean_resizing:
+        mean, std = old.float().mean(), old.float().std()
+        new[len(old) :].normal_(mean=float(mean), std=SPREAD * float(std))
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _around_mean(old: Tensor, count: int) -> Tensor:
+    """(count, D) draws with the mean of the rows, and SPREAD of their covariance."""
+    mean = old.mean(dim=0)
+    centered = old - mean
+    covariance = SPREAD * (centered.T @ centered / len(old))
+    definite = constraints.positive_definite.check(covariance)  # type: ignore[no-untyped-call]
+    if not bool(definite.all()):  # such as with fewer rows than columns
+        return mean.expand(count, -1)
+    return MultivariateNormal(mean, covariance_matrix=covariance).sample((count,))

@@ -1,0 +1,135 @@
+"""A tokenizer's files: tokenizer.json, or vocab.json with merges.txt, and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from reprlib import repr as shown
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gptj import storage
+from gptj.checkpoints.folder import ModelFolder
+from gptj.errors import NoTokenizerError
+from gptj.serialization.json_object import parse_object
+from gptj.tokenizer.bpe import END_OF_TEXT, add_tokens, byte_level_bpe, make_special
+from gptj.tokenizer.inputs import Side
+
+SPECIAL_NAMES = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder says of a tokenizer."""
+
+    tokenizer: Tokenizer
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    model_max_length: int | None
+    padding_side: Side
+
+    @classmethod
+    def read(cls, opened: ModelFolder) -> TokenizerFiles:
+        """Raises NoTokenizerError if there is none, ValueError if a file cannot be read."""
+        folder, files = opened.address, opened.read_tokenizer()
+        special_map = _json_object(folder, files, "special_tokens_map.json")
+        settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
+        tokenizer = _read_vocabulary(folder, files, bool(settings.get("add_prefix_space", False)))
+        known = tokenizer.get_vocab(with_added_tokens=True)
+        default = END_OF_TEXT if END_OF_TEXT in known else None
+        for name in ("bos_token", "eos_token", "unk_token"):
+            settings.setdefault(name, default)
+        try:
+            make_special(tokenizer, _special_tokens(settings) & set(known))
+            return cls(
+                tokenizer,
+                bos_token=_token_text(settings["bos_token"]),
+                eos_token=_token_text(settings["eos_token"]),
+                pad_token=_token_text(settings.get("pad_token")),
+                model_max_length=_longest(settings.get("model_max_length")),
+                padding_side=_side(settings.get("padding_side", "right")),
+            )
+        except ValueError as error:
+            raise _unreadable(folder, "tokenizer_config.json", error) from error
+
+
+def _read_vocabulary(folder: str, files: Mapping[str, bytes], prefix_space: bool) -> Tokenizer:
+    if "tokenizer.json" in files:
+        try:
+            return Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the library raises no narrower type
+            raise _unreadable(folder, "tokenizer.json", error) from error
+    if not {"vocab.json", "merges.txt"} <= set(files):
+        raise NoTokenizerError(
+            f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt"
+        )
+    vocabulary = _json_object(folder, files, "vocab.json")
+    try:
+        merges = _parse_merges(files["merges.txt"].decode())
+        tokenizer = byte_level_bpe(vocabulary, merges, prefix_space)
+    except ValueError as error:
+        raise _unreadable(folder, "vocab.json with merges.txt", error) from error
+    added = _json_object(folder, files, "added_tokens.json")
+    if not all(type(number) is int for number in added.values()):
+        raise ValueError(
+            f"{storage.join(folder, 'added_tokens.json')} must map tokens to their ids"
+        )
+    add_tokens(tokenizer, added, special=False)
+    return tokenizer
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
+    """The special tokens that a tokenizer's configuration names."""
+    several = ("additional_special_tokens", "extra_special_tokens")
+    values = [settings[name] for name in SPECIAL_NAMES if name in settings]
+    for name in several:
+        found = settings.get(name) or []
+        if not isinstance(found, list | dict):  # a newer form names them
+            raise ValueError(f"{name} must be a list of tokens, got {shown(found)}")
+        values += found.values() if isinstance(found, dict) else found
+    return {text for value in values if (text := _token_text(value)) is not None}
+
+
+def _json_object(folder: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """A file's JSON object; an empty one if there is no such file."""
+    return parse_object(files.get(name, b"{}"), storage.join(folder, name))
+
+
+def _unreadable(folder: str, name: str, error: Exception) -> ValueError:
+    return ValueError(f"{storage.join(folder, name)} is not readable: {error}")
+
+
+def _parse_merges(text: str) -> list[tuple[str, str]]:
+    """merges.txt: a pair a line, after a first line that may give a version."""
+    merges = []
+    for line in text.splitlines():
+        if not line or line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        merges.append((left, right))
+    return merges
+
+
+def _token_text(token: Any) -> str | None:
+    """A token's text; Hugging Face writes some as objects. ValueError if it is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"a token must be a text, got {shown(token)}")
+    return text
+
+
+def _longest(tokens: Any) -> int | None:
+    """model_max_length, for which Hugging Face writes 1e30 where it is unknown."""
+    if tokens is None:
+        return None
+    if type(tokens) not in (int, float) or not tokens >= 0:
+        raise ValueError(f"model_max_length must be a number of tokens, got {shown(tokens)}")
+    return int(tokens) if 0 < tokens < 1e9 else None
+
+
+def _side(side: Any) -> Side:
+    if side not in ("left", "right"):
+        raise ValueError(f"padding_side must be left or right, got {shown(side)}")
+    return "left" if side == "left" else "right"
