@@ -103,7 +103,7 @@ def answerer(
     waiting = 64 * options.batch_size
     if isinstance(model, GPTJForSequenceClassification):
         classifier = ClassificationService(
-            model, tokenizer, max_batch=options.batch_size, max_waiting=waiting
+            model, tokenizer, max_batch=options.batch_size, max_queued=waiting
         )
 
         async def classified(row: Row) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def answerer(
             window=trained.get("sequence_length", DEFAULT_WINDOW),
             stride=trained.get("stride", DEFAULT_STRIDE),
             max_batch=options.batch_size,
-            max_waiting=max(256, waiting),
+            max_queued=max(256, waiting),
         )
 
         async def answered(row: Row) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _engine(model: GPTJForCausalLM, tokenizer: GPTJTokenizer, options: Options) 
         eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
         banned_ids=vocabulary.unused_ids,
         max_num_seqs=limits.max_num_seqs,
-        step_tokens=limits.step_tokens,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
     )
 
 

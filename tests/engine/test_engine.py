@@ -533,7 +533,7 @@ def test_parameters_that_break_the_sampler_fail_their_request_only(
         ([], {}, "no tokens"),
         ([97], {}, "97 is not a token id"),
         ([-1], {}, "-1 is not a token id"),
-        ([5] * 60, {"max_tokens": 5}, "60 tokens of the prompt and max_tokens=5 .* of 64"),
+        ([5] * 60, {"max_tokens": 5}, "60 prompt tokens and max_tokens=5 .* of 64"),
         ([5], {"logit_bias": {97: 1.0}}, "logit_bias: 97"),
         ([5], {"stop_token_ids": (99,)}, "stop_token_ids: 99"),
     ],
