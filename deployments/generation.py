@@ -45,17 +45,17 @@ class Arguments(LoadingArguments):
     # to 256, and four tokens for each, at least 256 (gptj.engine.limits).
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
-    prefix_caching: bool = True  # prompts that begin alike are computed once
-    # The cache of keys and values: so many tokens, or else a share of the device's free memory,
-    # and no more than max_num_seqs requests can use. On a CPU the default is 0.3; on a GPU 0.95 of
-    # what the weights and the largest steps leave.
+    prefix_caching: bool = True  # compute shared prefixes once
+    # The KV cache: its size in tokens, or a share of the device's free memory, at most what
+    # max_num_seqs sequences can use. Default: 0.3 on a CPU; on a GPU 0.95 of what the weights and
+    # the largest steps leave.
     cache_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _one_cache_size(self) -> Self:
         if self.cache_tokens is not None and self.cache_share is not None:
-            raise ValueError("cache_tokens and cache_share both state the cache's size: leave one")
+            raise ValueError("cache_tokens and cache_share both set the cache's size: remove one")
         step, running = self.max_num_batched_tokens, self.max_num_seqs
         if step is not None and running is not None and step < running:
             raise ValueError(

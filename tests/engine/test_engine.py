@@ -6,8 +6,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 import transformers
 from engine_caller import (
     EOS,
+    SECONDS,
     Caller,
     Gate,
     WatchedRunner,
@@ -40,7 +40,6 @@ from gptj.engine.events import (
 from gptj.engine.request import Ticket
 from gptj.engine.runners.base import StepBatch, TorchRunner
 from gptj.sampling import SamplingParams
-from gptj.workers.batcher import Batcher
 from gptj.workers.errors import ClosedError, QueueFullError
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [2, 3], [40, 41, 42, 43]]
@@ -534,7 +533,7 @@ def test_parameters_that_break_the_sampler_fail_their_request_only(
         ([], {}, "no tokens"),
         ([97], {}, "97 is not a token id"),
         ([-1], {}, "-1 is not a token id"),
-        ([5] * 60, {"max_tokens": 5}, "60 tokens of the prompt and max_tokens=5 .* of 64"),
+        ([5] * 60, {"max_tokens": 5}, "60 prompt tokens and max_tokens=5 .* of 64"),
         ([5], {"logit_bias": {97: 1.0}}, "logit_bias: 97"),
         ([5], {"stop_token_ids": (99,)}, "stop_token_ids: 99"),
     ],
@@ -666,40 +665,48 @@ def test_closing_fails_what_runs_what_waits_and_what_comes(model: GPTJForCausalL
     assert "while this request ran" in str(running.error)
 
 
-def test_a_batcher_gives_each_caller_its_own_result_in_few_batches() -> None:
-    sizes = []
-    started, go_on = threading.Event(), threading.Event()
+def test_a_caller_gets_all_events_of_a_step_in_one_call(model: GPTJForCausalLM) -> None:
+    calls: list[list[tuple[Ticket, Event]]] = []
+    ended = threading.Event()
 
-    def squares(items: list[int]) -> list[int]:
-        sizes.append(len(items))
-        started.set()
-        assert go_on.wait(10)
-        return [item * item for item in items]
+    def collect(events: Sequence[tuple[Ticket, Event]]) -> None:
+        calls.append(list(events))
+        if sum(isinstance(event, Finished) for call in calls for _, event in call) == 4:
+            ended.set()
 
-    batcher: Batcher[int, int] = Batcher("squares", squares, max_batch=4, max_queued=9)
-    first = batcher.submit([3])
-    assert started.wait(10)
-    futures: list[Future[int]] = [batcher.submit([n])[0] for n in range(8)]
-    futures[2].cancel()
-    more = batcher.submit([10, 11])
-    with pytest.raises(QueueFullError):
-        batcher.submit([1])
-    go_on.set()
-    assert first[0].result(10) == 9
-    assert [f.result(10) for n, f in enumerate(futures) if n != 2] == [0, 1, 9, 16, 25, 36, 49]
-    assert [future.result(10) for future in more] == [100, 121]
-    assert sizes == [1, 4, 4, 1]
-    batcher.close()
+    gate = Gate()
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=8)
+    held(engine, gate)
+    params = [SamplingParams(max_tokens=3, seed=seed) for seed in range(3)]
+    tickets = engine.submit_many(PROMPTS[0], params, [collect] * 3)
+    tickets.append(engine.submit(PROMPTS[1], SamplingParams(max_tokens=3), collect))
+    gate.open()
+    assert ended.wait(SECONDS)
+    assert [[isinstance(event, TokenEvent) for _, event in call] for call in calls] == [
+        [True] * 4,
+        [True] * 4,
+        [True] * 4 + [False] * 4,
+    ]
+    for call in calls:
+        assert {ticket for ticket, _ in call} == set(tickets)
+    engine.close()
 
 
-def test_a_batchers_error_reaches_its_callers_and_no_later_one() -> None:
-    def inverses(items: list[float]) -> list[float]:
-        return [1 / item for item in items]
+def test_a_failed_step_still_reports_what_ended_in_it(
+    model: GPTJForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no sampling today")
 
-    batcher: Batcher[float, float] = Batcher("inverses", inverses, max_batch=4, max_queued=4)
-    with pytest.raises(ZeroDivisionError):
-        batcher.submit([0.0])[0].result(10)
-    assert batcher.submit([4.0])[0].result(10) == 0.25
-    batcher.close()
-    with pytest.raises(ClosedError):
-        batcher.submit([4.0])
+    gate = Gate()
+    engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=8)
+    monkeypatch.setattr(engine._core._sampler, "sample", fail)
+    first = submit(engine, PROMPTS[0], max_tokens=0)  # holds the engine in a step without sampling
+    assert gate.reached.wait(SECONDS)
+    scored = submit(engine, PROMPTS[0], max_tokens=0, prompt_logprobs=0)
+    failed = submit(engine, PROMPTS[1])
+    gate.open()
+    assert "no sampling today" in str(failed.error)
+    assert [type(event) for event in scored.wait()] == [PromptLogprobs, Finished]
+    assert [type(event) for event in first.wait()] == [Finished]
+    engine.close()

@@ -19,6 +19,7 @@ from gptj.engine.events import (
     Finished,
     PromptLogprobs,
     TokenEvent,
+    one_by_one,
 )
 from gptj.engine.request import Ticket
 from gptj.engine.runners.base import StepBatch, TorchRunner
@@ -69,12 +70,14 @@ class Caller:
         self._then = then  # called in the engine's thread, after the event was collected
 
     def __call__(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        for _, event in events:
-            self.events.append(event)
-            if isinstance(event, Finished | Failed):
-                self.ended.set()
-            if self._then is not None:
-                self._then(event)
+        one_by_one(self._take)(events)
+
+    def _take(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Finished | Failed):
+            self.ended.set()
+        if self._then is not None:
+            self._then(event)
 
     def wait(self) -> list[Event]:
         assert self.ended.wait(SECONDS), "the request did not end"

@@ -56,11 +56,17 @@ OnEvents = Callable[[Sequence[tuple["Ticket", Event]]], None]
 
 
 def one_by_one(on_event: Callable[[Event], None]) -> OnEvents:
-    """For a caller with one request, which takes its events one at a time."""
+    """For callers that take one event at a time; one that raises still gets those that follow."""
 
     def on_events(events: Sequence[tuple[Ticket, Event]]) -> None:
+        errors = []
         for _, event in events:
-            on_event(event)
+            try:
+                on_event(event)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     return on_events
 

@@ -42,7 +42,7 @@ class BoundedQueue(Generic[Item]):
         """
         with self._changed:
             if self._closed:
-                raise ClosedError("the model is shutting down: try again later")
+                raise ClosedError("the queue is closed: the model is shutting down")
             waiting = len(self._items)
             if waiting + len(items) > self.max_queued:
                 raise QueueFullError(

@@ -1,0 +1,76 @@
+"""Bounded queues and batches: each caller gets its own result, or a reason at once."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from gptj.workers.batcher import Batcher
+from gptj.workers.bounded_queue import BoundedQueue
+from gptj.workers.errors import ClosedError, QueueFullError
+
+
+def test_a_queue_takes_all_or_none_and_gives_back_in_order() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(3)
+    queue.put(["a", "b"])
+    with pytest.raises(QueueFullError, match="2 requests wait already, and 2 more"):
+        queue.put(["c", "d"])
+    queue.put(["c"])
+    assert queue.peek(2) == ["a", "b"]
+    assert queue.remove("b")
+    assert not queue.remove("b")
+    assert queue.take(["a", "b"]) == ["a"]
+    queue.put_back(["a", "b", "x", "y"])  # beyond the limit: they had their turn
+    assert queue.pop(4) == ["a", "b", "x", "y"]
+    assert queue.close() == ["c"]
+    assert len(queue) == 0
+    with pytest.raises(ClosedError):
+        queue.put(["d"])
+    queue.wait(60)  # returns at once
+
+
+@pytest.mark.parametrize(("max_batch", "max_queued"), [(0, 1), (1, 0)])
+def test_a_batcher_needs_room(max_batch: int, max_queued: int) -> None:
+    with pytest.raises(ValueError, match="must be 1 or more, got 0"):
+        Batcher("none", list, max_batch=max_batch, max_queued=max_queued)
+
+
+def test_a_batcher_gives_each_caller_its_own_result_in_few_batches() -> None:
+    sizes = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def squares(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        started.set()
+        assert go_on.wait(10)
+        return [item * item for item in items]
+
+    batcher: Batcher[int, int] = Batcher("squares", squares, max_batch=4, max_queued=9)
+    first = batcher.submit([3])
+    assert started.wait(10)
+    futures: list[Future[int]] = [batcher.submit([n])[0] for n in range(8)]
+    futures[2].cancel()
+    more = batcher.submit([10, 11])
+    with pytest.raises(QueueFullError):
+        batcher.submit([1])
+    go_on.set()
+    assert first[0].result(10) == 9
+    assert [f.result(10) for n, f in enumerate(futures) if n != 2] == [0, 1, 9, 16, 25, 36, 49]
+    assert [future.result(10) for future in more] == [100, 121]
+    assert sizes == [1, 4, 4, 1]
+    batcher.close()
+
+
+def test_a_batchers_error_reaches_its_callers_and_no_later_one() -> None:
+    def inverses(items: list[float]) -> list[float]:
+        return [1 / item for item in items]
+
+    batcher: Batcher[float, float] = Batcher("inverses", inverses, max_batch=4, max_queued=4)
+    with pytest.raises(ZeroDivisionError):
+        batcher.submit([0.0])[0].result(10)
+    assert batcher.submit([4.0])[0].result(10) == 0.25
+    batcher.close()
+    with pytest.raises(ClosedError):
+        batcher.submit([4.0])
