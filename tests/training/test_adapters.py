@@ -97,11 +97,9 @@ def adapter_settings(folder: Path, run: str, **fields: Any) -> Settings:
 
 def task_settings(folder: Path, task: str) -> Settings:
     """On the task's sample, in batches that all ranks share."""
-    values = adapter_settings(folder, task, task=task, steps=2).model_dump(exclude_unset=True)
-    values["data"] = {"sequence_length": 32}
-    if task == "question-answering":
-        values["data"]["stride"] = 8
-    return Settings(**values)
+    values = adapter_settings(folder, task, steps=2).model_dump(exclude_unset=True)
+    data = {"sequence_length": 32, **({"stride": 8} if task == "question-answering" else {})}
+    return Settings(**{**values, "task": task, "data": data})
 
 
 def halfway(settings: Settings) -> str:
