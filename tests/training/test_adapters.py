@@ -88,7 +88,7 @@ def run_ranks(runs: list[Settings], world: int = WORLD) -> None:
 def adapter_settings(folder: Path, run: str, **fields: Any) -> Settings:
     model = {"checkpoint": str(folder / "base"), **fields.pop("model", {})}
     values = settings_of(folder, run).model_dump(exclude_unset=True)
-    values.update(model=model, adapter=ADAPTER)
+    values.update(model=model, adapter=ADAPTER, workers={"count": WORLD})
     del values["tokenizer"]
     for key, value in fields.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
