@@ -17,6 +17,8 @@ from checking import Check, run
 from models import matrix_parameters
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
+from gptj.adapters.config import TARGET_MODULES
+from gptj.adapters.lora import add_lora
 from gptj.data.batches import BatchOrder
 from gptj.training import loop
 from gptj.training.dataset import make_data
@@ -76,6 +78,11 @@ def main(check: Check) -> None:
                     settings = _settings(check, folder, variant, deepspeed, recomputing)
                     with check.attempt("training", variant=variant):
                         compare(check, variant, settings, expected, compiled=False)
+            if not check.late("training", 10, variant="LoRA"):
+                with check.attempt("training", variant="LoRA"):  # on what stage 2 in fp32 gave
+                    base = _settings(check, folder, "stage 2, fp32", {}, False).model_folder
+                    settings = _settings(check, folder, "LoRA", {"stage": 2}, False, base)
+                    compare(check, "LoRA", settings, on_the_cpu(settings), compiled=False)
             for variant in check.pick(tuple(COMPILED), ("offloading all, stage 3",)):
                 if not check.late("training", COMPILE_SECONDS, variant=variant):
                     settings = _settings(check, folder, variant, COMPILED[variant], False)
@@ -84,8 +91,14 @@ def main(check: Check) -> None:
 
 
 def _settings(
-    check: Check, folder: Path, name: str, deepspeed: dict[str, Any], recomputing: bool
+    check: Check,
+    folder: Path,
+    name: str,
+    deepspeed: dict[str, Any],
+    recomputing: bool,
+    base: str | None = None,
 ) -> Settings:
+    """A run; with a base, of an adapter for it."""
     length = check.pick(128, 32)
     fields: dict[str, Any] = {
         "run": "".join(letter if letter.isalnum() else "-" for letter in name),
@@ -104,6 +117,9 @@ def _settings(
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2},
         "deepspeed": deepspeed,
     }
+    if base is not None:
+        del fields["tokenizer"]
+        fields |= {"model": {"checkpoint": base}, "adapter": {"target_modules": TARGET_MODULES}}
     return Settings(**fields)
 
 
@@ -112,7 +128,12 @@ def on_the_cpu(settings: Settings) -> list[float]:
     data = make_data(settings, prepare_tokenizer(settings)).train
     config = make_config(settings, prepare_tokenizer(settings), data.labels)
     torch.manual_seed(settings.seed)
-    model = GPTJForCausalLM(config).train()
+    if settings.adapter is None:
+        model = GPTJForCausalLM(config)
+    else:
+        model = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
+        add_lora(model, settings.adapter.lora())
+    model.train()
     total = settings.total_steps(len(data))
     wishes = settings.optimizer
     optimizer = torch.optim.AdamW(

@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 from pydantic import ValidationError
 from serving_models import Models
 
 from deployments.generation import Arguments as GenerationArguments
 from deployments.loading import Arguments, BatchArguments, load, name_of
 from gptj import GPTJForCausalLM
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import adapter_parameters, add_lora
+from gptj.checkpoints.manifest import CheckpointError
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -38,6 +44,28 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+def test_an_adapters_address_serves_its_merged_model(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get_gpu_ids", list)  # which starts a cluster, if there is none
+    base, address = str(tmp_path / "base"), str(tmp_path / "adapter")
+    models.generation.save_pretrained(base, tokenizer=models.tokenizer)
+    model = GPTJForCausalLM.from_pretrained(base)
+    add_lora(model, LoRAConfig(4))
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(std=0.1)
+    model.save_adapter(address, base=Base.at(base))
+    loaded, tokenizer = load(GPTJForCausalLM, Arguments(checkpoint=address, dtype="float32"))
+    assert loaded.adapter is None
+    assert len(tokenizer) == len(models.tokenizer)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+    (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"base is incomplete: model\.safetensors"):
+        load(GPTJForCausalLM, Arguments(checkpoint=address))
 
 
 @pytest.mark.parametrize(

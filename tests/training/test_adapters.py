@@ -88,7 +88,7 @@ def run_ranks(runs: list[Settings], world: int = WORLD) -> None:
 def adapter_settings(folder: Path, run: str, **fields: Any) -> Settings:
     model = {"checkpoint": str(folder / "base"), **fields.pop("model", {})}
     values = settings_of(folder, run).model_dump(exclude_unset=True)
-    values.update(model=model, adapter=ADAPTER)
+    values.update(model=model, adapter=ADAPTER, workers={"count": WORLD})
     del values["tokenizer"]
     for key, value in fields.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
@@ -97,11 +97,9 @@ def adapter_settings(folder: Path, run: str, **fields: Any) -> Settings:
 
 def task_settings(folder: Path, task: str) -> Settings:
     """On the task's sample, in batches that all ranks share."""
-    values = adapter_settings(folder, task, task=task, steps=2).model_dump(exclude_unset=True)
-    values["data"] = {"sequence_length": 32}
-    if task == "question-answering":
-        values["data"]["stride"] = 8
-    return Settings(**values)
+    values = adapter_settings(folder, task, steps=2).model_dump(exclude_unset=True)
+    data = {"sequence_length": 96, **({"stride": 16} if task == "question-answering" else {})}
+    return Settings(**{**values, "task": task, "data": data})
 
 
 def halfway(settings: Settings) -> str:
@@ -116,7 +114,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     text = json.loads((folder / "train.jsonl").read_text())["text"]
     tokenizer = GPTJTokenizer.train([text], vocab_size=300)
     torch.manual_seed(1)
-    config = GPTJConfig(**MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config = GPTJConfig(
+        **{**MODEL, "n_positions": 128, "vocab_size": len(tokenizer)},
+        eos_token_id=tokenizer.eos_token_id,
+    )
     GPTJForCausalLM(config).save_pretrained(folder / "base", tokenizer=tokenizer)
     fields = {"checkpoint_every": STEPS // 2, "keep_checkpoints": 2}
     found = {name: adapter_settings(folder, name, **fields, **case) for name, case in CASES.items()}
