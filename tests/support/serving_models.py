@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +63,11 @@ class Models:
         return model
 
 
-def make_models(context: int = CONTEXT) -> Models:
-    """`context` is the language model's, in tokens."""
-    tokenizer = GPTJTokenizer.train(SENTENCES, vocab_size=300)
+def make_models(
+    context: int = CONTEXT, texts: Sequence[str] = SENTENCES, vocab_size: int = 300
+) -> Models:
+    """Random ones, with a vocabulary of the texts; `context` is the language model's, in tokens."""
+    tokenizer = GPTJTokenizer.train(texts, vocab_size)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer) + UNUSED,
