@@ -66,7 +66,7 @@ def without(packages: tuple[str, ...], script: str) -> Any:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=500,  # most of it are imports
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
