@@ -37,7 +37,6 @@ check: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/gpu
 
 format: environment
 	$(BIN)/ruff format .
