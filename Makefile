@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Programs that we start by name (ray, serve, weed, ninja) come from the environment too.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: environment quick test nightly check format quickstart serve bench clean
+.PHONY: environment quick test coverage nightly check format quickstart serve bench clean
 
 environment: $(VENV)/installed
 
@@ -24,6 +24,10 @@ SIDE_BY_SIDE = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reord
 # For each edit: what needs no cluster, no server and no program that takes seconds to start.
 quick: environment
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not server and not alone"
+
+# How much of the library they run. Measuring costs some of their time: each night, not each time.
+coverage: environment
+	$(SIDE_BY_SIDE) -m "not alone and not nightly" --cov --cov-fail-under=90
 
 # Beside `make test`: more of what a test there shows.
 nightly: environment

@@ -30,7 +30,9 @@ class ServeMetrics:
 
     def __init__(self) -> None:
         self._requests = metrics.Counter(
-            "gptj_requests", "Requests that were answered.", ("route", "status")
+            "gptj_requests",
+            "Requests that were answered.",
+            ("route", "status"),  # type: ignore[arg-type]  # Ray's tuple[str] means any number
         )
         self._seconds = self._histogram(
             "gptj_request_seconds", "From a request to its reply's last byte.", ("route",)
@@ -61,7 +63,12 @@ class ServeMetrics:
     def _histogram(
         self, name: str, description: str, tags: tuple[str, ...] = ()
     ) -> metrics.Histogram:
-        return metrics.Histogram(name, description, boundaries=boundaries(), tag_keys=tags)
+        return metrics.Histogram(
+            name,
+            description,
+            boundaries=boundaries(),
+            tag_keys=tags,  # type: ignore[arg-type]  # as above
+        )
 
 
 @cache

@@ -51,6 +51,7 @@ LONGEST = (
 SERVER_FIXTURES = {"s3_server", "s3"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a server; fast tests first: most mistakes show within a minute."""
     side_by_side = "PYTEST_XDIST_WORKER" in os.environ

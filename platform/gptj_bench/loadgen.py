@@ -189,9 +189,8 @@ def read_log(folder: Path) -> Row:
 def _measured(log: Row, answers: Sequence[Answer]) -> Row:
     replies = [answer.reply for answer in answers if answer.reply is not None]
     errors = [answer.error for answer in answers if answer.error is not None]
-    samples_per_s = log.get(
-        "result_samples_per_second", log.get("result_completed_samples_per_sec")
-    )
+    rates = ("result_samples_per_second", "result_completed_samples_per_sec")
+    samples_per_s: float = log[next((name for name in rates if name in log), rates[0])]
     tokens = sum(reply.tokens for reply in replies) / len(answers)
     conditions = {
         "performance": "result_perf_constraints_met",

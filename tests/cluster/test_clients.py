@@ -174,7 +174,6 @@ def expected(folder: str, tasks: Path) -> Found:
     "arguments",
     [
         {"tokenized_requests": True},
-        {"tokenized_requests": False},
         {"tokenized_requests": False, "num_concurrent": 4, "batch_size": 3},
         {"tokenizer": None},  # then it uses our /tokenize
     ],

@@ -121,6 +121,10 @@ def undisturbed(
     log = tmp_path_factory.mktemp("undisturbed") / "log"
     command = [RAY, "job", "submit", "--", str(ROOT / "jobs" / "finetune.py"), "run=undisturbed"]
     command += [*MAIN, "evaluate_every=20"]
+    deadline = time.monotonic() + 300
+    while not exported.look():  # jobs are taken by the same process
+        assert time.monotonic() < deadline, "Ray's agent did not come up"
+        time.sleep(0.2)
     with running(command, environment=environment, log=log) as process:
         while process.poll() is None:
             exported.look()

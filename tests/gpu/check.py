@@ -64,8 +64,8 @@ class Stopped(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every part was done and nothing that was checked was wrong, else 1."""
     given = _arguments(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, _stop)
     given.out.mkdir(parents=True, exist_ok=True)
     for before in ("results.jsonl", "log.txt", report.REPORT, "trace-*"):
         for path in given.out.glob(before):

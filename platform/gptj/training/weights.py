@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from gptj.adapters.base import Base
@@ -18,12 +16,18 @@ from gptj.adapters.lora import NEW_HEADS, adapter_parameters, add_lora
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
-from gptj.extras import Extra
+from gptj.extras import Extra, missing
 from gptj.model import GPTJForCausalLM
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.saving import save_adapter_folder, save_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
+
+try:
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+except ModuleNotFoundError as error:
+    raise missing(error, "training", extra="train") from error
 
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")

@@ -7,10 +7,9 @@ pyproject.toml pins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from ray.serve import autoscaling_policy
@@ -48,7 +47,7 @@ class Clock:
 @contextmanager
 def simulated_time(clock: Clock) -> Iterator[None]:
     """Ray's autoscaler reads `clock` for the length of the block, and real time after it."""
-    modules: list[ModuleType] = [autoscaling_state, autoscaling_policy]
+    modules: list[Any] = [autoscaling_state, autoscaling_policy]
     real = [module.time for module in modules]
     for module in modules:
         module.time = clock
@@ -95,7 +94,9 @@ class Autoscaler:
         now = self._clock.now
         if now >= self._next_record:
             self._next_record += self._record_every
-            self._points.add_metrics_point({QUEUED: queued, **running}, now)
+            points: dict[Hashable, float] = {QUEUED: queued}
+            points.update({replica: float(count) for replica, count in running.items()})
+            self._points.add_metrics_point(points, now)
         if now >= self._next_push:
             self._next_push += self._push_every
             self._points.prune_keys_and_compact_data(now - self._look_back)

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
@@ -159,4 +158,4 @@ def _call(node: LocalRay, config: dict[str, Any] | None = None) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -76,4 +76,5 @@ def request_rates(traffic: Traffic, random: np.random.Generator) -> NDArray[np.f
         inside = slice(int(start), int(end) + 1)
         factors[inside] = np.maximum(factors[inside], random.uniform(*traffic.burst_factors))
     rates = curve * factors
-    return rates * (traffic.requests_per_s / rates.mean())
+    scaled: NDArray[np.float64] = rates * (traffic.requests_per_s / rates.mean())
+    return scaled

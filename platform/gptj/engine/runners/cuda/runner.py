@@ -57,7 +57,7 @@ class CudaRunner:
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
                 operations.prepare(self._weights)
-                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+                self._stream = torch.cuda.Stream(self.device)
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:

@@ -99,8 +99,8 @@ def _seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) ->
     """Mean time of one product."""
     rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
     multiply(weights[0])  # compiles
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(rounds):
         for weight in weights:
