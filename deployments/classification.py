@@ -9,9 +9,11 @@ Also `GET /classification/health`. The prefix is the application's `route_prefix
 
 # No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
+from typing import cast
+
 from fastapi import FastAPI
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from deployments.device import replica_device
 from deployments.loading import BatchArguments as Arguments
@@ -47,4 +49,5 @@ class Classification:
 
 def build(args: Arguments) -> Application:
     check_before_deploying(GPTJForSequenceClassification, args)
-    return Classification.bind(args)
+    deployment = cast(Deployment, Classification)  # which the decorator's types do not say
+    return deployment.bind(args)

@@ -13,12 +13,12 @@ Also `GET /v1/models`, `GET /v1/models/{id}`, vLLM's `POST /tokenize`, `POST /de
 # No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
 import time
-from typing import Annotated, Self
+from typing import Annotated, Self, cast
 
 from fastapi import FastAPI
 from pydantic import Field, model_validator
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from deployments.device import replica_device
 from deployments.loading import Arguments as LoadingArguments
@@ -134,4 +134,5 @@ class Generation:
 
 def build(args: Arguments) -> Application:
     check_before_deploying(GPTJForCausalLM, args)
-    return Generation.bind(args)
+    deployment = cast(Deployment, Generation)  # which the decorator's types do not say
+    return deployment.bind(args)

@@ -10,12 +10,12 @@ Also `GET /question-answering/health`. The prefix is the application's `route_pr
 
 # No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from deployments.device import replica_device
 from deployments.loading import BatchArguments, load_from, loading_turn, open_checkpoint
@@ -72,4 +72,5 @@ class QuestionAnswering:
 
 def build(args: Arguments) -> Application:
     check_before_deploying(GPTJForQuestionAnswering, args)
-    return QuestionAnswering.bind(args)
+    deployment = cast(Deployment, QuestionAnswering)  # which the decorator's types do not say
+    return deployment.bind(args)

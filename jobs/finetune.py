@@ -236,7 +236,7 @@ def build_trainer(settings: Settings, on_gpu: bool, claim: Claim, submission: st
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.workers.max_failures),
-            callbacks=[EndAtOnce()],
+            callbacks=[EndAtOnce()],  # type: ignore[list-item]  # Train's own, and not Tune's
         ),
     )
 

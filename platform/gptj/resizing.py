@@ -45,7 +45,7 @@ def _around_mean(old: Tensor, count: int) -> Tensor:
     mean = old.mean(dim=0)
     centered = old - mean
     covariance = SPREAD * (centered.T @ centered / len(old))
-    definite = constraints.positive_definite.check(covariance)  # type: ignore[no-untyped-call]
+    definite = constraints.positive_definite.check(covariance)
     if not bool(definite.all()):  # such as with fewer rows than columns
         return mean.expand(count, -1)
     return MultivariateNormal(mean, covariance_matrix=covariance).sample((count,))

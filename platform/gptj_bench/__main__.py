@@ -33,7 +33,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -154,7 +153,7 @@ def serve(given: argparse.Namespace) -> list[Row]:
     arguments = {"dtype": given.dtype}
     if given.dtype == "int8":
         arguments = {"dtype": "bfloat16", "quantization": "int8"}
-    rows = []
+    rows: list[Row] = []
     for _ in range(given.repeats):
         with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as name:
             folder = Path(name)
@@ -281,4 +280,4 @@ def _show(row: Row) -> Row:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -150,4 +149,4 @@ def _show(row: Row) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

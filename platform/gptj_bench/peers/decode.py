@@ -90,7 +90,7 @@ def transformers(model: str, dtype: str, threads: int) -> Generate:
             min_new_tokens=new_tokens,
             pad_token_id=50256,
         )
-        return output[:, ids.shape[1] :].numel()
+        return int(output[:, ids.shape[1] :].numel())
 
     return generate
 
