@@ -204,6 +204,9 @@ class Kept:
     def __init__(self) -> None:
         self.values: list[Any] = []
 
+    def __repr__(self) -> str:  # in a test's name, which xdist wants alike in all processes
+        return "Kept()"
+
     def put(self, value: torch.Tensor) -> None:
         self.values.append(value.tolist())
 
