@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -156,12 +156,13 @@ def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
     with log.open("w") as file:
         first = subprocess.Popen(command, env=cluster, cwd=ROOT, stdout=file, stderr=file)
     try:
-        wait_for_checkpoint("killed", 4, first, log)
-        kill_a_worker(node)
+        wait_for(lambda: storage.list_files("s3://gptj/killed/lease") != [], first, log)
         # As long as it lives, it cannot be submitted again.
         refused = direct(cluster, "run=killed", *MAIN)
         assert refused.returncode == 1
         assert f"'killed' is being trained already: process {first.pid} on " in refused.stderr
+        wait_for_checkpoint("killed", 4, first, log)
+        kill_a_worker(node)
         wait_for_checkpoint("killed", 16, first, log)
     finally:
         first.kill()
@@ -193,10 +194,16 @@ def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
 
 
 def wait_for_checkpoint(run: str, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    wanted = f"s3://gptj/{run}/checkpoint-{step:08}"
+    wait_for(lambda: (latest_checkpoint(f"s3://gptj/{run}") or "") >= wanted, process, log)
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until something is there that a process makes, which must live as long."""
     deadline = time.monotonic() + 300
-    while (latest_checkpoint(f"s3://gptj/{run}") or "") < f"s3://gptj/{run}/checkpoint-{step:08}":
+    while not there():
         assert process.poll() is None, tail(log, 4000)
-        assert time.monotonic() < deadline, f"no checkpoint of step {step} appeared"
+        assert time.monotonic() < deadline, tail(log, 4000)
         time.sleep(0.05)
 
 

@@ -102,6 +102,13 @@ def ended(settings: Settings, rank: int) -> Path:
     return Path(settings.storage, f"{settings.run}.rank-{rank}")
 
 
+class NoPicture:
+    """In place of a curve, which takes longer to draw than such a run's steps."""
+
+    def savefig(self, path: Path, dpi: int) -> None:
+        path.touch()
+
+
 def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> None:
     """A rank's runs, on a node of its own where there is a folder for one."""
     if (node := Path(f"../node-{rank}").absolute()).exists():
@@ -119,9 +126,8 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
     draw_curve = progress.draw_curve
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     for settings in runs:
-        # A picture takes longer than the steps of such a run: one has it.
         pictured = settings.run == PICTURED
-        progress.draw_curve = draw_curve if pictured else lambda history, path: path.touch()
+        progress.draw_curve = draw_curve if pictured else lambda history, run: NoPicture()
 
         def report(
             metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
