@@ -324,7 +324,11 @@ def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path
             "batch_size=9",
             "micro_batch_size=1",
         ],
-        "workers.count=2 needs as many GPUs": [store, "workers.count=2", "workers.device=gpu"],
+        "workers.device=gpu, and the cluster has no GPU": [
+            store,
+            "workers.count=2",
+            "workers.device=gpu",
+        ],
         "fp16 needs GPUs": [store, "deepspeed.precision=fp16"],
         "offload_.* CPU workers": [store, "deepspeed.offload_optimizer=true"],
         r"bad\.jsonl.*2.*text": [store, f"data.train={tmp_path}/bad.jsonl"],
