@@ -261,7 +261,10 @@ def test_the_result_is_an_adapters_folder_that_evaluates_and_merges(
             wishes = evaluate_job.read_settings([checkpoint, data, "limit=20"])
             results.append(evaluate_job.measure(wishes))
         for key in results[0].keys() - {"checkpoint", "seconds"}:
-            assert results[0][key] == pytest.approx(results[1][key], abs=1e-5), key
+            adapted, merged = results[0][key], results[1][key]
+            if isinstance(merged, float):
+                merged = pytest.approx(merged, abs=1e-5)
+            assert adapted == merged, key
         config = GPTJConfig.from_pretrained(settings.model_folder)
         cls = HEAD_CLASSES[(config.architectures or [""])[0]]
         model = cls.from_pretrained(settings.model_folder)

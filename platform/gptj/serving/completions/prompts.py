@@ -79,7 +79,7 @@ class PromptResolver:
             return text, ids, b""
         self._check_length(request, len(prompt))
         try:
-            text = self._tokenizer.decode(prompt)
+            text = self._tokenizer.decode(self._tokenizer.check_ids(prompt))
         except ValueError as error:
             raise InvalidRequestError(f"prompt: {error}", param="prompt") from error
         # An id has at least one byte, and a character at most four.
