@@ -53,7 +53,7 @@ def check() -> ModuleType:
 
 
 def test_the_image_has_what_the_library_and_its_extras_need() -> None:
-    """All but the program gptj. As the Dockerfile's own line finds it, in the project's own file."""
+    """All but the program gptj's: as the Dockerfile's own line finds it in the project's file."""
     (line,) = re.findall(r"python -c '(import tomllib;.*)' ", DOCKERFILE)
     printed = io.StringIO()
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
