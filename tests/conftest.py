@@ -40,12 +40,18 @@ LONGEST = (
     "test_k8s_execution",
     "test_training",
     "test_rollout",
-    "test_clients",
-    "test_deployments",
-    "test_cuda_kernels",
     "test_gpu_check",
+    "test_first_hour",
+    "test_deployments",
     "test_drain",
+    "test_clients",
+    "test_load_benchmark",
+    "test_adapters",
+    "test_interop_memory",
+    "test_playground",
+    "test_autoscaling",
     "test_checkpoint",
+    "test_cuda_kernels",
 )
 # What needs an S3 server, a program that takes a second or more to start.
 SERVER_FIXTURES = {"s3_server", "s3"}
