@@ -306,7 +306,7 @@ for line in sys.stdin:
                 print(status, file=sys.stderr)
                 status = 1
     ray.shutdown()
-    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
+    print("reply", json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
 """
 
 
@@ -342,14 +342,15 @@ def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path
         "no-model": [store, f"model.checkpoint={tmp_path}/no-model"],
     }
 
-    lines = "".join(json.dumps(words) + "\n" for words in cases.values())
+    commands = "".join(json.dumps(words) + "\n" for words in cases.values())
     done = subprocess.run(
         [sys.executable, "-c", EACH_IN_TURN],
-        input=lines, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        input=commands, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    replies = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]  # Ray prints others
+    replies = [json.loads(reply) for word, _, reply in lines if word == "reply"]
     assert len(replies) == len(cases)
     for (message, words), (status, _, said) in zip(cases.items(), replies, strict=True):
         assert status == 1, (words, said)
