@@ -1,23 +1,25 @@
-"""The README's commands, as a reader copies them."""
+"""The README's commands, as a reader copies them, and those of other pages."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = "README.md"
 
 
-def section(title: str) -> str:
+def section(title: str, page: str = README) -> str:
     """What is under a heading of the second level."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## )", README.read_text(), re.M | re.S)
-    assert found is not None, f"the README has no section {title!r}"
+    text = (ROOT / page).read_text()
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert found is not None, f"{page} has no section {title!r}"
     return found[1]
 
 
-def blocks(title: str, language: str) -> list[str]:
+def blocks(title: str, language: str, page: str = README) -> list[str]:
     """The fenced blocks of a section, in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", section(title), re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```$", section(title, page), re.M | re.S)
 
 
 def commands(title: str) -> list[str]:

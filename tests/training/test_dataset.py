@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +89,30 @@ def test_what_is_memory_mapped_is_what_was_tokenized(
 def test_rows_are_read_once_however_many_processes_ask(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads = []
+    noted = tmp_path / "reads"
     read = dataset.make_data
-    monkeypatch.setattr(
-        dataset, "make_data", lambda *arguments: reads.append(1) or read(*arguments)
-    )
+
+    def noting(*arguments: Any) -> Any:
+        with noted.open("a") as file:
+            file.write("read\n")
+        return read(*arguments)
+
+    monkeypatch.setattr(dataset, "make_data", noting)
     settings = settings_of(tmp_path, "causal-lm")
-    # Locks are held by file descriptions, not by processes: threads are as good.
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: node_data(settings, tokenizer, tmp_path), range(4)))
-    assert len(reads) == 1
-    assert len({each.fingerprints["train"] for each in found}) == 1
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+
+    def ask() -> None:
+        queue.put(node_data(settings, tokenizer, tmp_path).fingerprints["train"])
+
+    processes = [fork.Process(target=ask) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert noted.read_text() == "read\n"
+    assert len(set(found)) == 1
 
 
 def die_tokenizing(folder: Path, tokenizer: GPTJTokenizer) -> None:

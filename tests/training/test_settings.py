@@ -181,7 +181,7 @@ def test_every_settings_file_of_ours_is_valid() -> None:
 
 
 def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
-    (block,) = blocks("Training", "yaml")
+    (block,) = blocks("Training", "yaml", "jobs/README.md")
     (tmp_path / "readme.yaml").write_text(block)
     assert read_settings([str(tmp_path / "readme.yaml")]).deepspeed.stage == 3
 
