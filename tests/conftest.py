@@ -62,7 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a server; fast tests first: most mistakes show within a minute."""
     side_by_side = "PYTEST_XDIST_WORKER" in os.environ
     for item in items:
-        if SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if (
+            SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+            or "s3" in [str(value).lower() for value in values]  # a fixture asks for it by this
+        ):
             item.add_marker(pytest.mark.server)
 
     def place(item: pytest.Item) -> tuple[int, bool]:

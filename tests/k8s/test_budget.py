@@ -120,6 +120,7 @@ def test_a_cluster_that_is_being_deleted_gets_none(server: ApiServer, tmp_path: 
     assert not server.budgets
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again(server: ApiServer, tmp_path: Path) -> None:
     server.refusals = [503, 429]
     apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
@@ -141,6 +142,7 @@ def test_a_refusal_is_said_at_once_and_in_the_servers_words(
     assert not server.budgets
 
 
+@pytest.mark.slow
 def test_elsewhere_than_in_a_pod_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     done = subprocess.run(

@@ -74,7 +74,9 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
         (["run.name=x", "run=y", "run.name=x"], "run: .*|run.name: run is a value"),
         (["data={"], "the value is not valid YAML"),
         (["steps=" + "9" * 5000], "the value is not valid YAML: .*4300"),
-        (["model.config=" + "[" * 5000], "the value is not valid YAML"),
+        pytest.param(
+            ["model.config=" + "[" * 5000], "the value is not valid YAML", id="deep nesting"
+        ),
         (["model.config={n_layer: 1, n_layer: 2}"], "the key 'n_layer' is there twice"),
         (["model.config.n_layers=4"], "there is no field 'n_layers'; did you mean n_layer?"),
         (["model.checkpoint=m", "model.config.n_layers=4"], "did you mean n_layer?"),

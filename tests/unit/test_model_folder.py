@@ -156,6 +156,7 @@ def test_damage_is_named_without_a_listing(name: str, change: str, s3: LocalS3) 
         load(GPTJForCausalLM, Arguments(checkpoint=address))
 
 
+@pytest.mark.slow
 def test_loading_outside_a_cluster_starts_none(tmp_path: Path) -> None:
     """Not even by a question to Ray about GPUs."""
     GPTJForCausalLM(CONFIG).save_pretrained(
