@@ -25,6 +25,14 @@ def address(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def shard_bytes(text: str) -> int:
+    """Bytes of weights in one file: 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
 def data_address(text: str) -> str:
     """A path or pattern, `s3://bucket/key` or `sample://NAME`."""
     try:

@@ -51,14 +51,11 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--shard-bytes",
-        type=int,
+        type=command_line.shard_bytes,
         default=SHARD_BYTES,
         help="of the weights in one file, at most; default: %(default)s",
     )
-    arguments = parser.parse_args(words)
-    if arguments.shard_bytes < 1:
-        parser.error(f"--shard-bytes must be 1 or more, got {arguments.shard_bytes}")
-    return arguments
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

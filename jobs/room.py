@@ -49,7 +49,7 @@ def holders(resource: str) -> str:
         if amount := (actor.required_resources or {}).get(resource, 0.0):
             held[_holder(actor.name or "", actor.class_name)] += amount
     if not held:
-        return "what has the rest is no actor"
+        return "the rest is not held by actors"
     return "the rest is held by " + ", ".join(f"{who} ({amount:g})" for who, amount in held.items())
 
 

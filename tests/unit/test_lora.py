@@ -366,7 +366,7 @@ def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     weights.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match="cut off"):
         check_complete(tmp_path / "adapter")
-    with pytest.raises(FileNotFoundError, match="is no adapter's folder"):
+    with pytest.raises(FileNotFoundError, match="is not an adapter folder"):
         read(base)
     for changes, wrong in (
         ({"r": 2}, "has the shape"),

@@ -52,7 +52,7 @@ class Base:
             )
         for value in (revision, digest):
             if value is not None and not isinstance(value, str):
-                raise CheckpointError(f"{address} is damaged: {shown(value)} is no text")
+                raise CheckpointError(f"{address} is damaged: {shown(value)} is not a string")
         return cls(base, revision or None, digest if name == BASE else None)
 
     @staticmethod

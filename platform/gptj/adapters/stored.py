@@ -82,12 +82,12 @@ def read_adapter(folder: ModelFolder) -> StoredAdapter:
     """Read an adapter's folder: its settings and its tensors, which may be views of its files.
 
     Raises:
-        FileNotFoundError: if it is no adapter's folder.
+        FileNotFoundError: if it is not an adapter folder.
         CheckpointError: naming what is damaged, or what is not supported.
     """
     if not folder.is_adapter:
         raise storage.NotFoundError(
-            f"{folder.address} is no adapter's folder: it has no {ADAPTER_CONFIG}"
+            f"{folder.address} is not an adapter folder: it has no {ADAPTER_CONFIG}"
         )
     fields = folder.read_object(ADAPTER_CONFIG)
     try:
