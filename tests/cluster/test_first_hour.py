@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import readme
 
@@ -80,6 +82,18 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
             subprocess.run([ENVIRONMENT / "bin" / "gptj", "down"], cwd=tmp_path, timeout=200)
 
 
+def training_workers(folder: Path) -> list[psutil.Process]:
+    """The processes that train, on the cluster that `gptj up` started in a folder."""
+    ray = json.loads((folder / ".gptj/up.json").read_text())["parts"]["Ray"]
+    found = [
+        process
+        for process in psutil.Process(ray["number"]).children(recursive=True)
+        if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline())
+    ]
+    assert found
+    return found
+
+
 def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal: Terminal, tmp_path: Path
 ) -> None:
@@ -109,6 +123,10 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
         if "saved s3://gptj/reviews/checkpoint-" in line:
             break
     assert "checkpoint-00000020" in log[-1], "".join(log)[-4000:]
+    # A person is slow, and the training of a test is short: it is held until it is stopped.
+    workers = training_workers(tmp_path)
+    for worker in workers:
+        worker.suspend()
     # Of Ray Train's clean-up, which looked for a cluster; a slow machine may show others.
     assert "PlacementGroupCleanerMonitor" not in "".join(log)
     assert re.search(r"GPTJForSequenceClassification of [\d,]{7} parameters", "".join(log))
@@ -116,6 +134,9 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     assert (tmp_path / "curves/reviews/loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "curves/reviews/tensorboard").iterdir())
     terminal.run(next_command("ray job stop").replace("JOB", job[1]))
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.resume()
     followed.communicate(timeout=60)
     printed = terminal.run(next_command("gptj train --data reviews.csv"))
     assert "resuming after step" in printed

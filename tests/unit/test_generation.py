@@ -15,6 +15,9 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.generation import StopStrings, generate
 from gptj.sampling import SamplingParams, choose, restrict
 
+# What transformers says where no length is given, as some calls here leave it out on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`")
+
 CONFIG = GPTJConfig(
     vocab_size=60,
     n_positions=64,

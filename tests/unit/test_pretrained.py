@@ -166,7 +166,7 @@ def test_our_folders_work_in_transformers_pipelines(
     else:
         (found,) = pipeline(given)
         expected = model(ids).logits[0].softmax(dim=-1).max()
-        assert found["score"] == pytest.approx(float(expected), abs=1e-5)
+        assert found["score"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_question_answering_folder_loads_in_transformers(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def hold(parent: Path) -> tuple[subprocess.Popen[str], Path]:
         [sys.executable, "-c", HOLD, str(parent)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+    with process.stdout as output:
+        return process, Path(output.readline().strip())
 
 
 def test_it_is_empty_and_gone_afterwards(tmp_path: Path) -> None:

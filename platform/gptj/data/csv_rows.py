@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import IO
 
-from gptj.data.records import BadFileError, BadRecordError, Record, check_header
+from gptj.data.records import BadFileError, BadRecordError, Record, check_header, decoded
 from gptj.data.rows import shown
 
 DELIMITERS = (",", ";", "\t", "|")  # that are looked for
@@ -23,8 +23,13 @@ def read_csv(file: IO[bytes], wanted: Sequence[str], delimiter: str | None) -> I
             columns.
     """
     csv.field_size_limit(LARGEST_CELL)  # of the process: there is no other one
-    # Bytes that are not UTF-8 become lone surrogates, so that their record can be named.
-    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    with decoded(file, newline="") as text:
+        yield from _records(text, wanted, delimiter)
+
+
+def _records(
+    text: io.TextIOWrapper, wanted: Sequence[str], delimiter: str | None
+) -> Iterator[Record]:
     head: list[str] = []  # the lines that were read to find the header
     if delimiter is None:
         delimiter = _delimiter(head, text, wanted)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from gptj.data.records import BadRecordError, MissingColumnsError, Record
+from gptj.data.records import BadRecordError, MissingColumnsError, Record, decoded
 from gptj.data.rows import shown
 
 CHUNK = 2**20  # characters of an array that are read at a time, at least
@@ -81,9 +81,12 @@ def _read_lines(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
 
 def _read_array(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
     """The elements one after the other; memory holds the largest of them, not the array."""
+    with decoded(file) as reader:
+        yield from _elements(reader, wanted)
+
+
+def _elements(reader: io.TextIOWrapper, wanted: Sequence[str]) -> Iterator[Record]:
     decoder = json.JSONDecoder()
-    # Bytes that are not UTF-8 become lone surrogates, so that their record can be named.
-    reader = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
     buffer, position, at_end = reader.read(CHUNK), 0, False
     number = 0
     separator = "["

@@ -5,9 +5,11 @@ They know no addresses and no settings; gptj.data.sources puts both into the mes
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
 
 Record = tuple[int, dict[str, Any]]  # its number from 1 on, and the wanted columns' values
 
@@ -46,3 +48,17 @@ def check_header(names: Sequence[str], wanted: Sequence[str], hint: str = "") ->
         raise BadFileError(f"has the column {twice[0]!r} twice; remedy: rename or drop one")
     if any(name not in names for name in wanted):
         raise MissingColumnsError(None, names, hint)
+
+
+@contextmanager
+def decoded(file: IO[bytes], newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """A file's bytes as text, for the length of the block; the file itself stays open.
+
+    Bytes that are not UTF-8 become lone surrogates, so that their record can be named.
+    """
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
+    try:
+        yield text
+    finally:
+        if not text.closed:  # with the file, if its reader was abandoned
+            text.detach()
