@@ -16,12 +16,8 @@ from serving_models import CONTEXT, SHORT_CONTEXT
 
 from gptj.serving.app import new_app
 from gptj.serving.classification import ClassificationParameters, ClassificationRequest
-from gptj.serving.completions.schemas import (
-    Choice,
-    Completion,
-    CompletionRequest,
-    StreamOptions,
-)
+from gptj.serving.completions.generation_request import StreamOptions
+from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest
 from gptj.serving.errors import APIError, OverloadedError, UnavailableError
 from gptj.serving.middleware.limits import MAX_BODY_BYTES
 from gptj.serving.question_answering import (

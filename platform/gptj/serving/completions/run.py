@@ -12,8 +12,8 @@ from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Ticket
 from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.generation_request import GenerationRequest, Usage
 from gptj.serving.completions.prompts import ResolvedPrompt
-from gptj.serving.completions.schemas import CompletionRequest, Usage
 from gptj.serving.errors import APIError, ModelError, UnavailableError
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
@@ -103,7 +103,7 @@ class CompletionRun:
         self,
         engine: Engine,
         tokenizer: GPTJTokenizer,
-        request: CompletionRequest,
+        request: GenerationRequest,
         prompts: Sequence[ResolvedPrompt],
         events: EventStream,
         recorder: Recorder,
@@ -150,7 +150,7 @@ class CompletionRun:
 
     def _take(self, index: int, event: Event) -> Piece:
         output, ticket = self.outputs[index], self._events.tickets[index]
-        piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
+        piece = output.take(event, len(output.prompt.text) if self._request.shows_prompt else 0)
         self._clocks[index].note(output.new_tokens, output.ended, ticket)
         if output.ended:
             ticket.cancel()  # the engine knows no stop strings
@@ -258,7 +258,7 @@ class EventStream:
 
 
 def text_stream(
-    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: ResolvedPrompt
+    tokenizer: GPTJTokenizer, request: GenerationRequest, prompt: ResolvedPrompt
 ) -> TextStream:
     """For an output of a prompt."""
     return TextStream(
@@ -267,7 +267,7 @@ def text_stream(
         request.min_tokens,
         include_stop=request.include_stop_str_in_output,
         begun=prompt.begun,
-        echoed=request.echo,
+        echoed=request.shows_prompt,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound, TokenEvent
 from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.generation_request import StreamOptions
 from gptj.serving.completions.prompts import PromptResolver, ResolvedPrompt
 from gptj.serving.completions.run import (
     CompletionRun,
@@ -23,13 +24,7 @@ from gptj.serving.completions.run import (
     text_stream,
     usage_of,
 )
-from gptj.serving.completions.schemas import (
-    Choice,
-    Completion,
-    CompletionRequest,
-    Logprobs,
-    StreamOptions,
-)
+from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest, Logprobs
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
 from gptj.serving.metrics import Recorder
@@ -243,7 +238,7 @@ class CompletionService:
         """Raises APIError."""
         self._resolver.check(request)
         # Long texts take a while: not on the event loop.
-        return await asyncio.to_thread(self._resolver.resolve, request)
+        return await asyncio.to_thread(self._resolver.resolve, request, request.prompts)
 
 
 async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
