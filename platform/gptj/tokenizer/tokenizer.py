@@ -436,6 +436,12 @@ class GPTJTokenizer:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
     def _added_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_tokens_decoder())
 
@@ -479,7 +485,7 @@ class GPTJTokenizer:
 
     def _forget(self) -> None:
         """The vocabulary has changed."""
-        for name in ("unused_ids", "_added_ids", "_known_ids"):
+        for name in ("unused_ids", "special_ids", "_added_ids", "_known_ids"):
             self.__dict__.pop(name, None)
 
     def _id(self, token: str | None) -> int | None:

@@ -97,7 +97,7 @@ class GenerationRequest(RequestModel):
     top_k: Annotated[int, bounds(minimum=-1)] = 0  # only the k likeliest tokens; 0 or -1 means all
     # Relative to the likeliest token's probability.
     min_p: Annotated[float, bounds(minimum=0, maximum=1)] = 0.0
-    repetition_penalty: Annotated[float, bounds(exclusiveMinimum=0, maximum=100)] = 1.0
+    repetition_penalty: Annotated[float, bounds(minimum=0.01, maximum=100)] = 1.0
     # Ignore eos and stops before that many tokens.
     min_tokens: Annotated[int, bounds(minimum=0)] = 0
     ignore_eos: bool = False
@@ -105,6 +105,8 @@ class GenerationRequest(RequestModel):
         list[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_BIASES)
     ] = Field(default_factory=list)
     include_stop_str_in_output: bool = False  # end the text after the stop, not before it
+    skip_special_tokens: bool = True  # leave them out of the text
+    return_token_ids: bool = False  # of the prompt and of each output
     use_beam_search: bool = False  # best_of beams, returning the best n
     # Rank beams by logprob / length ** length_penalty.
     length_penalty: Annotated[float, bounds(minimum=-10, maximum=10)] = 1.0
@@ -119,6 +121,11 @@ class GenerationRequest(RequestModel):
     def prompts(self) -> Sequence[Prompt] | None:
         """None where the prompt is not in the body: left out, or rendered from messages."""
         return None
+
+    @property
+    def stops(self) -> Sequence[str]:
+        """All strings that end an output."""
+        return self.stop
 
     @property
     def sequences_field(self) -> str:

@@ -125,6 +125,10 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+# With return_token_ids; otherwise there is no such field.
+TokenIds = Annotated[list[int] | None, Field(exclude_if=lambda ids: ids is None)]
+
+
 class Logprobs(BaseModel):
     """One entry for each token; null for the prompt's first token."""
 
@@ -139,6 +143,10 @@ class Choice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    # Which of the request's stop strings or tokens ended it; null: none of them, or eos.
+    stop_reason: str | int | None = None
+    token_ids: TokenIds = None
+    prompt_token_ids: TokenIds = None  # in the first chunk of a stream
 
 
 class Completion(BaseModel):
