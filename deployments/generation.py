@@ -1,10 +1,16 @@
-"""Text generation behind OpenAI's completions API, as a Ray Serve application.
+"""Text generation behind OpenAI's completions and chat APIs, as a Ray Serve application.
 
     POST /v1/completions
     {"prompt": "In a shocking finding, scientists", "max_tokens": 16, "temperature": 0}
     -> {"id": "cmpl-…", "object": "text_completion", "created": …, "model": "gpt-j-6b",
         "choices": [{"index": 0, "text": " …", "logprobs": null, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 6, "completion_tokens": 16, "total_tokens": 22}}
+
+    POST /v1/chat/completions, where the model has a chat template
+    {"messages": [{"role": "user", "content": "Who wrote it?"}], "max_completion_tokens": 16}
+    -> {"id": "chatcmpl-…", "object": "chat.completion", "created": …, "model": "gpt-j-6b",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "…"}, …}],
+        "usage": {…}}
 
 Also `GET /v1/models`, `GET /v1/models/{id}`, vLLM's `POST /tokenize`, `POST /detokenize` and
 `GET /tokenizer_info`, and `GET /health`.
@@ -25,12 +31,14 @@ from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
-from gptj import GPTJForCausalLM
+from gptj import GPTJForCausalLM, GPTJTokenizer
+from gptj.chat import ChatTemplate, ChatTemplateError, read_template, template_of
 from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
+from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.completions.service import CompletionService
@@ -38,6 +46,9 @@ from gptj.serving.completions.vocabulary import Vocabulary
 
 
 class Arguments(LoadingArguments):
+    # Of /v1/chat/completions: a name (gptj.chat.READY) or the address of a Jinja file. Default: the
+    # checkpoint's own, if it has one.
+    chat_template: str | None = None
     model_name: str | None = None  # what clients call it; default: by its address
     quantization: Quantization = "none"  # int8: weights in 8 bits, faster and smaller on a CPU
     # Sequences that run together, and new tokens of a step, which bound the time between tokens.
@@ -51,6 +62,18 @@ class Arguments(LoadingArguments):
     # the largest steps leave.
     cache_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    def template(self, tokenizer: GPTJTokenizer) -> ChatTemplate | None:
+        """The template of chats. Raises ChatTemplateError if there is a bad one."""
+        given = None if self.chat_template is None else read_template(self.chat_template)
+        try:
+            return template_of(tokenizer, given)
+        except ChatTemplateError as error:
+            whose = self.chat_template or f"{self.checkpoint}, which chat_template replaces"
+            raise ChatTemplateError(f"{error} (of {whose})") from error
+
+    def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
+        self.template(tokenizer)
 
     @model_validator(mode="after")
     def _one_cache_size(self) -> Self:
@@ -106,9 +129,9 @@ class Generation:
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         self._tokenizer = tokenizer
-        self._service = CompletionService(
-            self._engine, tokenizer, vocabulary, name, serve_metrics()
-        )
+        parts = (self._engine, tokenizer, vocabulary, name, serve_metrics())
+        self._completions = CompletionService(*parts)
+        self._chats = ChatService(*parts, arguments.template(tokenizer))
         self._reporter = EngineReporter(self._engine.stats)
         self._stalled_seconds = arguments.stalled_seconds
         self._card = ModelCard(
@@ -120,7 +143,12 @@ class Generation:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return generation_app(
-            self._service, self._tokenizer, self._card, self._alive, serve_metrics()
+            self._completions,
+            self._chats,
+            self._tokenizer,
+            self._card,
+            self._alive,
+            serve_metrics(),
         )
 
     async def check_health(self) -> None:

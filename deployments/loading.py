@@ -51,6 +51,9 @@ class Arguments(BaseModel):
     # Without a step for so long while there is work, the replica counts as dead and is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
 
+    def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
+        """What an application needs of the tokenizer beside its size. Raises ValueError."""
+
     @model_validator(mode="before")
     @classmethod
     def _accept_renamed(cls, fields: Any) -> Any:
@@ -93,7 +96,8 @@ def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
         ValueError: if it has another head, or a tokenizer that does not fit.
     """
     with ModelFolder.open(arguments.checkpoint, revision=arguments.revision) as folder:
-        _config_and_tokenizer(cls, folder, arguments)
+        _, tokenizer = _config_and_tokenizer(cls, folder, arguments)
+        arguments.check_tokenizer(tokenizer)
         folder.check_complete()
         if folder.is_adapter:
             check_base(folder)

@@ -48,9 +48,9 @@ class SamplingParams:
         _check(0 <= self.top_p <= 1, "top_p", "in [0, 1]", self.top_p)
         _check(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         _check(
-            0 < self.repetition_penalty <= 100,
+            0.01 <= self.repetition_penalty <= 100,  # so that no logit becomes infinite
             "repetition_penalty",
-            "in (0, 100]",
+            "in [0.01, 100]",
             self.repetition_penalty,
         )
         for name in ("presence_penalty", "frequency_penalty"):

@@ -18,7 +18,8 @@ from http_server import listening
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.serving.app import new_app
-from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest, Usage
+from gptj.serving.completions.generation_request import Usage
+from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest
 from gptj.serving.errors import InvalidRequestError, OverloadedError
 from gptj_bench import __main__ as benchmark
 from gptj_bench.serve import MODEL_NAME, ours

@@ -154,7 +154,7 @@ def test_the_ingress_leads_to_serves_port_and_to_every_route(objects: list[Objec
         assert application["name"] == "generation"
         card = ModelCard(id="a-model", created=0, root="", max_model_len=1)
         unused = cast(Any, None)  # nothing is asked of it
-        app = generation_app(unused, unused, card, lambda: True)
+        app = generation_app(unused, unused, unused, card, lambda: True)
         for route in [*app.openapi()["paths"], *playground(), *docs()]:
             assert any(
                 route == path or (kind == "Prefix" and route.startswith(f"{path}/"))

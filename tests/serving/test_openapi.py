@@ -24,7 +24,7 @@ pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 
 EXAMPLES = 40  # requests of each operation and kind
-SHORT = 48  # tokens of context, so that no request takes long
+SHORT = 128  # tokens of context, so that no request takes long
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,
@@ -35,6 +35,7 @@ CHECKS = [
 # What JSON Schema cannot say of a request: 400 for one that its schema allows has such a reason.
 REASONS = re.compile(
     r"context_length_exceeded|model's context|must not be below n|does not work with|needs "
+    r"|chat template refuses|set the same limit"
     r"|exceed the limit of \d+ outputs|num_beams|outputs .* wait|token id|not in the vocabulary"
     r"|min_tokens must be in \[0, max_tokens|stop may have|must be in \[\d+, \d+\], got"
 )
@@ -54,6 +55,7 @@ def documents() -> Iterator[dict[str, Any]]:
 
 OPERATIONS = [
     ("/", "POST", "/v1/completions"),
+    ("/", "POST", "/v1/chat/completions"),
     ("/", "POST", "/tokenize"),
     ("/", "POST", "/detokenize"),
     ("/", "GET", "/v1/models"),

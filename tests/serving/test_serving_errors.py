@@ -11,17 +11,15 @@ import openai
 import pytest
 from fastapi import Request
 from http_server import listening
-from serving_client import ANSWERS, CLASSIFICATION, COMPLETIONS, assert_error
+from serving_client import ANSWERS, CHATS, CLASSIFICATION, COMPLETIONS, assert_error
 from serving_models import CONTEXT, SHORT_CONTEXT
 
 from gptj.serving.app import new_app
+from gptj.serving.chat.messages import ChatMessage
+from gptj.serving.chat.schemas import ChatRequest
 from gptj.serving.classification import ClassificationParameters, ClassificationRequest
-from gptj.serving.completions.schemas import (
-    Choice,
-    Completion,
-    CompletionRequest,
-    StreamOptions,
-)
+from gptj.serving.completions.generation_request import StreamOptions
+from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest
 from gptj.serving.errors import APIError, OverloadedError, UnavailableError
 from gptj.serving.middleware.limits import MAX_BODY_BYTES
 from gptj.serving.question_answering import (
@@ -34,12 +32,17 @@ from gptj.serving.tokenize import DetokenizeRequest, TokenizeRequest
 
 pytest_plugins = ["serving_fixtures"]
 
+HELLO = {"role": "user", "content": "x"}
 HERE = {"question": "Who?", "context": "Anna wrote it."}
 LONG = "The tower " * 1000
 
 
 WRONG: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, b"", 422, "JSON object"),
+    (CHATS, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 422, "surrogate"),
+    (CHATS, b'{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}', 422, "surr"),
+    (CHATS, b'{"messages": [{"role": "\\ud800", "content": "x"}]}', 422, "messages"),
+    (CHATS, b'{"messages": ' + b"[" * 800 + b"]" * 800 + b"}", 422, "messages"),
     (COMPLETIONS, b"{", 400, "not valid JSON"),
     (COMPLETIONS, b"\xff\xfe{}", 400, "JSON"),
     (COMPLETIONS, b'{"prompt": "\xc3("}', 400, "JSON"),
@@ -98,6 +101,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, {"top_k": -2}, 400, "top_k"),
     (COMPLETIONS, {"min_p": 2}, 400, "min_p"),
     (COMPLETIONS, {"repetition_penalty": 0}, 400, "repetition_penalty"),
+    (COMPLETIONS, {"repetition_penalty": 1e-38}, 400, "repetition_penalty"),
     (COMPLETIONS, {"presence_penalty": 3}, 400, "presence_penalty"),
     (COMPLETIONS, {"frequency_penalty": -3}, 400, "frequency_penalty"),
     (COMPLETIONS, {"logprobs": 6}, 400, "logprobs must be in [0, 5]"),
@@ -191,8 +195,10 @@ def test_what_is_wrong_gets_its_status_and_the_reason(
 HUGEST = int("9" * 4300)
 HUGE: list[Any] = [int("9" * 309), HUGEST, -HUGEST, [HUGEST], [[1, HUGEST]]]
 TOO_LONG = "9" * 4301  # Python's JSON reads no more digits
-BODIES: list[tuple[str, type[RequestModel], dict[str, Any], list[str]]] = [
+BODIES: list[tuple[str, type[RequestModel], dict[str, Any], list[Any]]] = [
     (COMPLETIONS, CompletionRequest, {"prompt": "x"}, []),
+    (CHATS, ChatRequest, {"messages": [HELLO]}, []),
+    (CHATS, ChatMessage, {"messages": [HELLO]}, ["messages", 0]),
     (COMPLETIONS, StreamOptions, {"prompt": "x", "stream": True}, ["stream_options"]),
     ("/tokenize", TokenizeRequest, {"prompt": "x"}, []),
     ("/detokenize", DetokenizeRequest, {"tokens": [1]}, []),
@@ -208,7 +214,7 @@ BODIES: list[tuple[str, type[RequestModel], dict[str, Any], list[str]]] = [
     ("route", "model", "body", "path"), BODIES, ids=lambda each: getattr(each, "__name__", "")
 )
 def test_a_huge_integer_is_wrong_wherever_it_stands(
-    service: str, route: str, model: type[RequestModel], body: dict[str, Any], path: list[str]
+    service: str, route: str, model: type[RequestModel], body: dict[str, Any], path: list[Any]
 ) -> None:
     with httpx.Client(base_url=service, timeout=30) as client:
         for name in model.model_fields:
@@ -216,7 +222,7 @@ def test_a_huge_integer_is_wrong_wherever_it_stands(
                 fields = copy.deepcopy(body)
                 inner = fields
                 for part in path:
-                    inner = inner.setdefault(part, {})
+                    inner = inner[part] if isinstance(inner, list) else inner.setdefault(part, {})
                 inner[name] = value
                 content = json.dumps(fields).replace('"TOO LONG"', TOO_LONG)
                 reply = client.post(route, content=content)
@@ -226,8 +232,9 @@ def test_a_huge_integer_is_wrong_wherever_it_stands(
                 reason = "at most 1024 bits" if value in HUGE else ""
                 assert_error(reply, 422, reason)
                 param = reply.json()["error"]["param"]
-                assert param.startswith(".".join([*path, name]))
-                assert param == ".".join([*path, name]) or not reason
+                whole = ".".join(map(str, [*path, name])).replace(".0", "[0]")
+                assert param.startswith(whole)
+                assert param == whole or not reason
 
 
 def test_a_whole_number_may_be_written_with_a_point(service: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from serving_models import Models
 
-COMPLETIONS, CLASSIFICATION, ANSWERS = "/v1/completions", "/classification", "/question-answering"
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+CLASSIFICATION, ANSWERS = "/classification", "/question-answering"
 
 
 def complete(service: str, **fields: Any) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def streamed(service: str, **fields: Any) -> list[dict[str, Any]]:
             if part is not whole:
                 whole["text"] += part["text"]
                 whole["finish_reason"] = part["finish_reason"]
+                whole["stop_reason"] = part["stop_reason"]
                 for name in part["logprobs"] or ():
                     whole["logprobs"][name] += part["logprobs"][name]
     return [choices[index] for index in sorted(choices)]

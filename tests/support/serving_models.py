@@ -22,8 +22,10 @@ from gptj import (
     GPTJForSequenceClassification,
     GPTJTokenizer,
 )
+from gptj.chat import template_of
 from gptj.engine.engine import Engine
 from gptj.engine.runners.base import TorchRunner
+from gptj.serving.chat.service import ChatService
 from gptj.serving.classification import ClassificationService, classification_app
 from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
@@ -44,6 +46,15 @@ UNUSED = 20  # rows of the embedding that stand for no text
 KEY = "a-key-of-the-test"
 KEYS = f"another, {KEY}"
 NUM_PAGES = 1024
+# With roles that tokens of the tests' vocabulary spell, and a stop string of its own.
+TEMPLATE = (
+    "{% set stop = ['\\n>'] %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'user' and loop.nextitem and loop.nextitem.role == 'user' %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "> {{ message.role }}{{ ' ' + message.name if message.name }}: {{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}> assistant:{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,9 @@ def served_in_process(models: Models) -> Iterator[str]:
         apps: dict[str, ASGIApp] = {**stack.enter_context(applications(models))}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("GPTJ_API_KEYS", KEYS)
-            guarded = _generation(models, "org/guarded", max_num_seqs=1, max_queued=1)
+            guarded = _generation(
+                models, "org/guarded", max_num_seqs=1, max_queued=1, template=None
+            )
             apps["/guarded"] = stack.enter_context(guarded)
         yield stack.enter_context(listening(mounted(apps)))
 
@@ -131,7 +144,11 @@ def mounted(apps: Mapping[str, ASGIApp]) -> ASGIApp:
 
 @contextmanager
 def _generation(
-    models: Models, name: str, max_num_seqs: int = 64, max_queued: int = 256
+    models: Models,
+    name: str,
+    max_num_seqs: int = 64,
+    max_queued: int = 256,
+    template: str | None = TEMPLATE,
 ) -> Iterator[FastAPI]:
     tokenizer = models.tokenizer
     runner = TorchRunner(models.with_unused_ids(), NUM_PAGES)
@@ -144,11 +161,13 @@ def _generation(
         max_num_seqs=max_num_seqs,
         max_queued=max_queued,
     )
-    service = CompletionService(engine, tokenizer, vocabulary, name, NoRecorder())
+    parts = (engine, tokenizer, vocabulary, name, NoRecorder())
+    completions = CompletionService(*parts)
+    chats = ChatService(*parts, template_of(tokenizer, template))
     context = runner.config.n_positions
     card = ModelCard(id=name, created=int(time.time()), root="in-process", max_model_len=context)
     try:
-        yield generation_app(service, tokenizer, card, lambda: engine.alive(120))
+        yield generation_app(completions, chats, tokenizer, card, lambda: engine.alive(120))
     finally:
         engine.close()
 

@@ -30,7 +30,7 @@ LAYERS = [
     "gptj.checkpoints",
     "gptj.adapters",
     "gptj.config gptj.tokenizer",
-    "gptj.generation gptj.resizing gptj.saving gptj.weight_loading",
+    "gptj.chat gptj.generation gptj.resizing gptj.saving gptj.weight_loading",
     "gptj.pretrained",
     "gptj.model",
     "gptj",  # its names for users

@@ -30,6 +30,7 @@ TRAINING = "training.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, BASE, "adapter_model*")
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,14 +38,15 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
+    CHAT_TEMPLATE,
 )
 
 # What is downloaded of a hub id: small files; weights as safetensors or, for want of them, pickles.
 SMALL_FILES = (CONFIG, TRAINING, MANIFEST, *TOKENIZER_FILES, *ADAPTER_FILES)
 WEIGHTS = (
-    ("*.json", "merges.txt", "*.safetensors"),
-    ("*.json", "adapter_model*.bin"),
-    ("*.json", "pytorch_model*.bin"),
+    ("*.json", "merges.txt", CHAT_TEMPLATE, "*.safetensors"),
+    ("*.json", CHAT_TEMPLATE, "adapter_model*.bin"),
+    ("*.json", CHAT_TEMPLATE, "pytorch_model*.bin"),
 )
 
 

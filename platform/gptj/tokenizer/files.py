@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gptj import storage
-from gptj.checkpoints.folder import ModelFolder
+from gptj.checkpoints.folder import CHAT_TEMPLATE, ModelFolder
 from gptj.errors import NoTokenizerError
 from gptj.serialization.json_object import parse_object
 from gptj.tokenizer.bpe import END_OF_TEXT, add_tokens, byte_level_bpe, make_special
@@ -29,6 +29,7 @@ class TokenizerFiles:
     pad_token: str | None
     model_max_length: int | None
     padding_side: Side
+    chat_template: str | dict[str, str] | None
 
     @classmethod
     def read(cls, opened: ModelFolder) -> TokenizerFiles:
@@ -50,6 +51,7 @@ class TokenizerFiles:
                 pad_token=_token_text(settings.get("pad_token")),
                 model_max_length=_longest(settings.get("model_max_length")),
                 padding_side=_side(settings.get("padding_side", "right")),
+                chat_template=_chat_template(settings.get("chat_template"), files),
             )
         except ValueError as error:
             raise _unreadable(folder, "tokenizer_config.json", error) from error
@@ -118,6 +120,21 @@ def _token_text(token: Any) -> str | None:
     if text is not None and not isinstance(text, str):
         raise ValueError(f"a token must be a text, got {shown(token)}")
     return text
+
+
+def _chat_template(setting: Any, files: Mapping[str, bytes]) -> str | dict[str, str] | None:
+    """The file's, or else the setting's: a text, or several by their names."""
+    if CHAT_TEMPLATE in files:
+        return files[CHAT_TEMPLATE].decode()
+    if setting is None or isinstance(setting, str):
+        return setting
+    try:
+        named = {each["name"]: each["template"] for each in setting}
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"chat_template must be a text, got {shown(setting)}") from error
+    if not all(isinstance(each, str) for pair in named.items() for each in pair):
+        raise ValueError(f"chat_template must have texts, got {shown(setting)}")
+    return named
 
 
 def _longest(tokens: Any) -> int | None:

@@ -54,6 +54,7 @@ class GPTJTokenizer:
         bos_token, eos_token, pad_token: entries of the vocabulary, or None.
         model_max_length: the longest input of the model, in tokens; None where unknown.
         padding_side: where `padding` puts padding.
+        chat_template: Jinja for gptj.chat, or several by their names; None where there is none.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class GPTJTokenizer:
         pad_token: str | None = None,
         model_max_length: int | None = None,
         padding_side: Side = "right",
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
@@ -74,6 +76,7 @@ class GPTJTokenizer:
         self.pad_token = pad_token
         self.model_max_length = model_max_length
         self.padding_side: Side = padding_side
+        self.chat_template = chat_template
 
     @classmethod
     def from_pretrained(
@@ -132,6 +135,7 @@ class GPTJTokenizer:
             pad_token=found.pad_token,
             model_max_length=found.model_max_length,
             padding_side=found.padding_side,
+            chat_template=found.chat_template,
         )
 
     @classmethod
@@ -196,6 +200,12 @@ class GPTJTokenizer:
         }
         if self.model_max_length is not None:
             settings["model_max_length"] = self.model_max_length
+        if isinstance(self.chat_template, dict):
+            settings["chat_template"] = [
+                {"name": name, "template": source} for name, source in self.chat_template.items()
+            ]
+        elif self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
         return {
             "tokenizer.json": self._tokenizer.to_str(pretty=True).encode(),
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
@@ -220,6 +230,13 @@ class GPTJTokenizer:
     @property
     def pad_token_id(self) -> int | None:
         return self._id(self.pad_token)
+
+    @property
+    def default_chat_template(self) -> str | None:
+        """The template of a chat without tools, where there are several."""
+        if isinstance(self.chat_template, dict):
+            return self.chat_template.get("default")
+        return self.chat_template
 
     @cached_property
     def unused_ids(self) -> tuple[int, ...]:
@@ -419,6 +436,12 @@ class GPTJTokenizer:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @cached_property
     def _added_ids(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_tokens_decoder())
 
@@ -462,7 +485,7 @@ class GPTJTokenizer:
 
     def _forget(self) -> None:
         """The vocabulary has changed."""
-        for name in ("unused_ids", "_added_ids", "_known_ids"):
+        for name in ("unused_ids", "special_ids", "_added_ids", "_known_ids"):
             self.__dict__.pop(name, None)
 
     def _id(self, token: str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""The generation service over HTTP: OpenAI's completions API and vLLM's tokenizer API."""
+"""The generation service over HTTP: OpenAI's completions and chat, and vLLM's tokenizer API."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 
 from gptj.serving.app import add_health, new_app
+from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
+from gptj.serving.chat.service import ChatService
+from gptj.serving.completions.generation_request import GenerationRequest
+from gptj.serving.completions.generation_service import GenerationService, server_sent
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
-from gptj.serving.completions.service import CompletionService, server_sent
+from gptj.serving.completions.service import CompletionService
 from gptj.serving.errors import NotFoundError
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
@@ -27,31 +31,50 @@ from gptj.serving.tokenize import (
 )
 from gptj.tokenizer import GPTJTokenizer
 
+AnyService = GenerationService[Any, Any, Any]
+
 CHUNK = (
     'data: {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "gpt-j-6b", '
     '"choices": [{"index": 0, "text": " have", "logprobs": null, "finish_reason": null}], '
     '"usage": null}\n\n'
 )
-STREAM: dict[str, Any] = {
-    "description": "The reply; with `stream` its chunks as server-sent events, of the same shape. "
-    "An error after the first chunk is an event as well, and `[DONE]` is the last.",
-    "content": {
-        "text/event-stream": {
-            "schema": {"type": "string"},
-            "example": f"{CHUNK}data: [DONE]\n\n",
-        }
-    },
+CHAT_CHUNK = (
+    'data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": '
+    '"gpt-j-6b", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "In"}, '
+    '"logprobs": null, "finish_reason": null}], "usage": null}\n\n'
+)
+
+
+EVENT = {  # whose data is a chunk in JSON, an error's body or [DONE]
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
 }
 
 
+def streaming(chunk: str, shape: str) -> dict[str, Any]:
+    """A route's 200, which may be a stream of chunks such as this."""
+    return {
+        "description": f"The reply; with `stream` its chunks as server-sent events, {shape}. "
+        "An error after the first chunk is an event as well, and `[DONE]` is the last.",
+        "content": {
+            "text/event-stream": {
+                "itemSchema": EVENT,
+                "example": f"{chunk}data: [DONE]\n\n",
+            }
+        },
+    }
+
+
 def generation_app(
-    service: CompletionService,
+    completions: CompletionService,
+    chats: ChatService,
     tokenizer: GPTJTokenizer,
     card: ModelCard,
     alive: Callable[[], bool],
     recorder: Recorder | None = None,
 ) -> FastAPI:
-    """Routes of a service; `card` describes its model."""
+    """Routes of the services of one model, which `card` describes."""
     app = new_app("GPT-J text generation", recorder, playground())
     add_health(app, alive, "the engine makes no progress")
 
@@ -63,13 +86,7 @@ def generation_app(
                 code="model_not_found",
             )
 
-    @app.post(
-        "/v1/completions",
-        response_model=Completion,
-        responses={**errors(404, 429, 500, 503), 200: STREAM},
-    )
-    async def complete(request: CompletionRequest) -> Response:
-        """Complete a prompt, as OpenAI's completions API does."""
+    async def answer(service: AnyService, request: GenerationRequest) -> Response:
         check_model(request.model)
         if request.stream:
             chunks = await service.stream(request)
@@ -83,6 +100,27 @@ def generation_app(
         # Serialized here: FastAPI would validate it again, on the event loop.
         content = await asyncio.to_thread(reply.model_dump_json)
         return Response(content, media_type="application/json")
+
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={**errors(404, 429, 500, 503), 200: streaming(CHUNK, "of the same shape")},
+    )
+    async def complete(request: CompletionRequest) -> Response:
+        """Complete a prompt, as OpenAI's completions API does."""
+        return await answer(completions, request)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={
+            **errors(404, 429, 500, 503),
+            200: streaming(CHAT_CHUNK, "with a `delta` in place of the message"),
+        },
+    )
+    async def chat(request: ChatRequest) -> Response:
+        """Answer a chat, as OpenAI's chat API does: the model's chat template makes its prompt."""
+        return await answer(chats, request)
 
     @app.get("/v1/models")
     async def models() -> ModelList:

@@ -23,6 +23,7 @@ class TextStream:
             if the output completes it.
         echoed: the prompt is shown, too: a last character that the output does not complete
             becomes U+FFFD instead of being left out.
+        skip_special: special tokens have no text, wherever they stand.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class TextStream:
         include_stop: bool = False,
         begun: bytes = b"",
         echoed: bool = False,
+        skip_special: bool = False,
     ) -> None:
         if any(not text for text in stop):
             raise ValueError("a stop string must not be empty")
-        self.stopped = False  # by a stop string: no more text follows
+        self.stopped_by: str | None = None  # a stop string: no more text follows
         self.sent = 0  # characters returned so far
         self.decoded = 0  # characters of whole tokens so far, returned or held back
         self._tokenizer = tokenizer
@@ -46,6 +48,7 @@ class TextStream:
         self._min_tokens = min_tokens
         self._include_stop = include_stop
         self._echoed = echoed
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._tokens = 0
         self._held = ""
         self._passed = ""  # the end of the returned text, where a stop string may begin
@@ -54,9 +57,15 @@ class TextStream:
         self._decoder.decode(begun)
         self._first = begun  # the first character's bytes, until it is complete
 
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
+
     def push(self, token_id: int) -> str:
         """The text that is certain after this token, possibly empty."""
         self._tokens += 1
+        if token_id in self._skipped:
+            return self._add("")
         return self._add(self._decode(self._tokenizer.token_bytes(token_id)))
 
     def finish(self, stop_token: int | None = None) -> str:
@@ -67,7 +76,7 @@ class TextStream:
         """
         text = ""
         if stop_token is not None and self._include_stop:
-            if self._tokenizer.decode([stop_token], skip_special_tokens=True):
+            if stop_token not in self._tokenizer.special_ids:
                 text = self.push(stop_token)
         text += self._add(self._decode(b"", final=True))
         if self.stopped:
@@ -91,24 +100,26 @@ class TextStream:
         self._held += new
         self.decoded += len(new)
         if self._stop and self._tokens >= self._min_tokens:
-            end = self._end()
-            if end is not None:
-                self.stopped = True
+            if (found := self._end()) is not None:
+                end, self.stopped_by = found
                 text, self._held = self._held[:end], ""
                 return self._send(text)
         end = len(self._held) - self._possible_stop()
         text, self._held = self._held[:end], self._held[end:]
         return self._send(text)
 
-    def _end(self) -> int | None:
-        """Where the held text ends if it has a stop string: at the first to begin."""
+    def _end(self) -> tuple[int, str] | None:
+        """Where the held text ends if it has a stop string, and which: the first to begin."""
         text, passed = self._passed + self._held, len(self._passed)
         places = [
-            (place, place + len(stop))
+            (place, place + len(stop), stop)
             for stop in self._stop
             if (place := text.find(stop, max(0, passed - len(stop) + 1))) >= 0
         ]
-        return None if not places else min(places)[1 if self._include_stop else 0] - passed
+        if not places:
+            return None
+        begin, end, stop = min(places)
+        return (end if self._include_stop else begin) - passed, stop
 
     def _send(self, text: str) -> str:
         self.sent += len(text)

@@ -1,4 +1,4 @@
-"""Resolves a completions request: each prompt to text, token ids and sampling parameters."""
+"""Resolves a request: each prompt to text, token ids and sampling parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptj.sampling import SamplingParams
 from gptj.serving.completions.detokenizer import unfinished
-from gptj.serving.completions.schemas import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
+from gptj.serving.completions.generation_request import GenerationRequest, Prompt
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError
 from gptj.tokenizer import GPTJTokenizer
@@ -44,10 +44,10 @@ class PromptResolver:
         self._context_length = context_length
         self._max_queued = max_queued
 
-    def check(self, request: CompletionRequest) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """The checks that need no tokenizing. Raises InvalidRequestError."""
         request.check()
-        outputs = len(request.prompt or [""]) * request.candidates
+        outputs = len(request.prompts or [""]) * request.candidates
         if not request.use_beam_search and outputs > self._max_queued:
             # They could never be queued: 429 would have clients retry for nothing.
             raise InvalidRequestError(
@@ -56,9 +56,15 @@ class PromptResolver:
                 param=request.sequences_field,
             )
 
-    def resolve(self, request: CompletionRequest) -> list[ResolvedPrompt]:
-        """Takes a while for long texts. Raises InvalidRequestError."""
-        prompts = [self._default_text()] if request.prompt is None else request.prompt
+    def resolve(
+        self, request: GenerationRequest, prompts: Sequence[Prompt] | None
+    ) -> list[ResolvedPrompt]:
+        """Takes a while for long texts. Raises InvalidRequestError.
+
+        Args:
+            prompts: None: the token that begins a text.
+        """
+        prompts = [self._default_text()] if prompts is None else prompts
         texts = [self._text_and_ids(request, prompt) for prompt in prompts]
         self._check_ids("logit_bias", list(request.logit_bias))
         self._check_ids("stop_token_ids", request.stop_token_ids)
@@ -68,7 +74,7 @@ class PromptResolver:
         ]
 
     def _text_and_ids(
-        self, request: CompletionRequest, prompt: Prompt
+        self, request: GenerationRequest, prompt: Prompt
     ) -> tuple[str, list[int], bytes]:
         if isinstance(prompt, str):
             text = prompt or self._default_text()
@@ -104,27 +110,29 @@ class PromptResolver:
                     param=name,
                 )
 
-    def _max_tokens(self, request: CompletionRequest, length: int) -> int:
+    def _max_tokens(self, request: GenerationRequest, length: int) -> int:
         """How many tokens may follow a prompt of `length` tokens, which fits the context."""
-        if request.max_tokens is not None:
-            return request.max_tokens
-        return min(max(DEFAULT_MAX_TOKENS, request.min_tokens), self._context_length - length)
+        if request.token_limit is not None:
+            return request.token_limit
+        left = self._context_length - length
+        default = left if request.default_tokens is None else request.default_tokens
+        return min(max(default, request.min_tokens), left)
 
-    def _check_length(self, request: CompletionRequest, length: int, known: str = "") -> None:
+    def _check_length(self, request: GenerationRequest, length: int, known: str = "") -> None:
         """InvalidRequestError if a prompt of `length` tokens leaves no room for its completion."""
         context = self._context_length
-        least = max(1, request.min_tokens) if request.max_tokens is None else request.max_tokens
+        limit, field = request.token_limit, request.limit_field
+        least = max(1, request.min_tokens) if limit is None else limit
         if length + least <= context:
             return
         if length >= context:
-            param = "prompt"
+            param = request.prompt_field
         else:
-            implicit = request.max_tokens is None and request.min_tokens
-            param = "min_tokens" if implicit else "max_tokens"
+            param = "min_tokens" if limit is None and request.min_tokens else field
         raise InvalidRequestError(
             f"this model's context is {context} tokens, but {known}{length + least} are requested: "
             f"{known}{length} of the prompt and {least} of the completion; shorten the "
-            + ("prompt or lower max_tokens" if request.max_tokens else "prompt"),
+            + (f"prompt or lower {field}" if limit else "prompt"),
             param=param,
             code="context_length_exceeded",
         )

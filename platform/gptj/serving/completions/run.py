@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,8 +12,8 @@ from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Ticket
 from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.generation_request import GenerationRequest, Usage
 from gptj.serving.completions.prompts import ResolvedPrompt
-from gptj.serving.completions.schemas import CompletionRequest, Usage
 from gptj.serving.errors import APIError, ModelError, UnavailableError
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
@@ -28,13 +28,19 @@ class Piece:
 
     text: str = ""
     tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # all that have arrived, with text or without
     reason: Reason | None = None  # on the last piece
+    stop_reason: str | int | None = None  # the stop string or token of the request that ended it
 
     def __bool__(self) -> bool:
+        """Whether it has something to send; ids alone wait for that."""
         return bool(self.text or self.tokens or self.reason)
 
-    def __add__(self, later: Piece) -> Piece:
-        return Piece(self.text + later.text, self.tokens + later.tokens, later.reason)
+    def extend(self, later: Piece) -> None:
+        self.text += later.text
+        self.tokens += later.tokens
+        self.ids += later.ids
+        self.reason, self.stop_reason = later.reason, later.stop_reason
 
 
 class Output:
@@ -43,13 +49,13 @@ class Output:
     def __init__(
         self, index: int, prompt: ResolvedPrompt, scored_by: Output | None, text: TextStream
     ) -> None:
+        self.text = text
         self.index = index
         self.prompt = prompt
         self.scored_by = scored_by or self  # the output that gets the prompt logprobs
         self.prompt_logprobs: PromptLogprobs | None = None
         self.ended = False
         self.new_tokens = 0
-        self._text = text
         self._waiting: list[tuple[TokenEvent, int]] = []  # until their text is certain
         self._logprob = 0.0
 
@@ -64,25 +70,27 @@ class Output:
         elif isinstance(event, TokenEvent):
             self.new_tokens += 1
             self._logprob += event.logprob or 0.0
-            self._waiting.append((event, self._text.decoded))
-            piece.text = self._text.push(event.token_id)
+            piece.ids.append(event.token_id)
+            self._waiting.append((event, self.text.decoded))
+            piece.text = self.text.push(event.token_id)
         elif isinstance(event, Finished) and event.reason != "cancelled":
             if event.stop_token is not None:
                 # It has no text, but its logprob counts: lm_eval takes the last entry for the new
                 # token and those before for the prompt.
                 self.new_tokens += 1
+                piece.ids.append(event.stop_token)
                 self._logprob += event.logprob or 0.0
                 token = TokenEvent(event.stop_token, event.logprob, event.top)
-                self._waiting.append((token, self._text.decoded))
-            piece.text = self._text.finish(event.stop_token)
+                self._waiting.append((token, self.text.decoded))
+            piece.text = self.text.finish(event.stop_token)
             piece.reason = event.reason
         else:
             raise failure(event)
-        if self._text.stopped:
+        if self.text.stopped:
             piece.reason = "stop"
         self.ended = piece.reason is not None
-        everything = self.ended and not self._text.stopped
-        while self._waiting and (everything or self._waiting[0][1] < self._text.sent):
+        everything = self.ended and not self.text.stopped
+        while self._waiting and (everything or self._waiting[0][1] < self.text.sent):
             token, place = self._waiting.pop(0)
             piece.tokens.append((token, start + place))
         return piece
@@ -103,7 +111,7 @@ class CompletionRun:
         self,
         engine: Engine,
         tokenizer: GPTJTokenizer,
-        request: CompletionRequest,
+        request: GenerationRequest,
         prompts: Sequence[ResolvedPrompt],
         events: EventStream,
         recorder: Recorder,
@@ -130,29 +138,29 @@ class CompletionRun:
         """
         events = self._events
         running = len(self.outputs)
+        pieces: dict[int, Piece] = {}
         try:
             for start in range(0, running, self._request.candidates):
                 self._submit(self.outputs[start : start + self._request.candidates])
             while running:
                 # Events that have arrived are merged: a slow client gets fewer, larger chunks.
-                pieces: dict[int, Piece] = {}
                 for index, event in await events.get_all():
                     if self.outputs[index].ended:
                         continue
-                    piece = self._take(index, event)
-                    pieces[index] = pieces[index] + piece if index in pieces else piece
+                    pieces.setdefault(index, Piece()).extend(self._take(index, event))
                     running -= self.outputs[index].ended
-                for index, piece in pieces.items():
-                    if piece:
-                        yield index, piece
+                for index in [index for index, piece in pieces.items() if piece]:
+                    yield index, pieces.pop(index)
         finally:
             events.cancel()
 
     def _take(self, index: int, event: Event) -> Piece:
         output, ticket = self.outputs[index], self._events.tickets[index]
-        piece = output.take(event, len(output.prompt.text) if self._request.echo else 0)
+        piece = output.take(event, len(output.prompt.text) if self._request.shows_prompt else 0)
         self._clocks[index].note(output.new_tokens, output.ended, ticket)
         if output.ended:
+            last = event.stop_token if isinstance(event, Finished) else None
+            piece.stop_reason = stop_reason(self._request, output.text, last, self._engine.eos_ids)
             ticket.cancel()  # the engine knows no stop strings
         return piece
 
@@ -258,17 +266,29 @@ class EventStream:
 
 
 def text_stream(
-    tokenizer: GPTJTokenizer, request: CompletionRequest, prompt: ResolvedPrompt
+    tokenizer: GPTJTokenizer, request: GenerationRequest, prompt: ResolvedPrompt
 ) -> TextStream:
     """For an output of a prompt."""
     return TextStream(
         tokenizer,
-        request.stop,
+        request.stops,
         request.min_tokens,
         include_stop=request.include_stop_str_in_output,
         begun=prompt.begun,
-        echoed=request.echo,
+        echoed=request.shows_prompt,
+        skip_special=request.skip_special_tokens,
     )
+
+
+def stop_reason(
+    request: GenerationRequest, text: TextStream, last: int | None, eos_ids: Collection[int]
+) -> str | int | None:
+    """Which of the request's stop strings or tokens ended an output; None: none, or eos."""
+    if text.stopped_by is not None:
+        return text.stopped_by
+    if last is None or (last in eos_ids and not request.ignore_eos):
+        return None
+    return last
 
 
 def usage_of(prompts: Sequence[ResolvedPrompt], new_tokens: int) -> Usage:

@@ -1,0 +1,49 @@
+"""Where a chat template comes from: a name of a ready one, or a file's address."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from gptj import storage
+from gptj.chat.errors import ChatTemplateError
+from gptj.storage.addresses import normalized
+
+MAX_BYTES = 2**20
+
+# Of chat-tuned GPT-Js that have no template of their own, by what they were trained on.
+READY = {
+    "alpaca": "Stanford Alpaca's instructions; a reply ends with eos",
+    "dolly": "databricks/dolly-v1-6b: the same, where a reply ends with ### End",
+    "gpt-jt": "togethercomputer/GPT-JT-6B-v1: Input: and Output:",
+    "pygmalion": "PygmalionAI/pygmalion-6b: a persona and a dialogue",
+}
+
+
+def read_template(name_or_address: str) -> str:
+    """The source of a ready template, or of a file at a local or `s3://` address.
+
+    Raises:
+        ChatTemplateError: if there is no such name or file, or it is not UTF-8.
+        gptj.storage.StorageError: if the file cannot be read.
+    """
+    if name_or_address in READY:
+        return (files("gptj.chat") / "ready" / f"{name_or_address}.jinja").read_text()
+    address = normalized(name_or_address)
+    try:
+        content, size = storage.read_start(address, MAX_BYTES)
+    except storage.NotFoundError as error:
+        raise ChatTemplateError(
+            f"{name_or_address} is neither a file nor the name of a chat template: the names are "
+            f"{', '.join(READY)}"
+        ) from error
+    if size > MAX_BYTES:
+        raise ChatTemplateError(f"{address} has {size} bytes, too many for a chat template")
+    return decoded(content, address)
+
+
+def decoded(content: bytes, address: str) -> str:
+    """A template's file as text. Raises ChatTemplateError if it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ChatTemplateError(f"{address} is not a chat template in UTF-8: {error}") from error

@@ -1,0 +1,179 @@
+"""A chat template: messages in, the text of a prompt or of a whole chat out.
+
+    template = ChatTemplate("{% for message in messages %}…{% endfor %}", {"eos_token": "…"})
+    template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+
+Equal to transformers' `apply_chat_template` for the same source and special tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import TemplateError
+
+from gptj.chat.environment import BLOCK_END, BLOCK_START, new_environment
+from gptj.chat.errors import ChatTemplateError
+
+Message = Mapping[str, Any]  # role, content, and whatever else a template knows
+
+# Where a template says that replies end, beside eos: {% set stop = ["### End"] %}.
+STOP = "stop"
+
+# What a template's code can raise; anything else is a bug of ours.
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) of a text."""
+
+    start: int
+    end: int
+
+
+class ChatTemplate:
+    """A template's source, compiled once; `render` is safe to call from several threads.
+
+    Args:
+        source: Jinja.
+        special_tokens: `bos_token`, `eos_token` and the like, for the template to use.
+
+    Raises:
+        ChatTemplateError: if the source is not valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        environment = new_environment()
+        try:
+            self._tree = environment.parse(source)
+            code = environment.compile(self._tree)
+        except (TemplateError, RecursionError) as error:
+            line = getattr(error, "lineno", None)
+            where = "" if line is None else f", line {line}"
+            raise ChatTemplateError(
+                f"the chat template is not valid Jinja: {error}{where}"
+            ) from error
+        self._template = Template.from_code(environment, code, dict(environment.globals))
+
+    @cached_property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a reply, from the template's `{% set stop = […] %}` if it has one."""
+        for node in self._tree.body:
+            if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
+                if node.target.name == STOP:
+                    return _strings(node.node)
+        return ()
+
+    @cached_property
+    def marks_turns(self) -> bool:
+        """Whether it has `{% generation %}` blocks."""
+        return any(name.name == BLOCK_START for name in self._tree.find_all(nodes.Name))
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether it takes contents as lists of parts alone, and not as texts.
+
+        Found by trying: it has to show the text of a message.
+        """
+        text = "a text to find"
+        parts = [{"type": "text", "text": text}]
+        return not self._shows(text, text) and self._shows(parts, text)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a chat.
+
+        Args:
+            messages: fields that are None count as left out.
+            add_generation_prompt: end with what begins the assistant's reply.
+            variables: of the template, beside the messages and special tokens.
+
+        Raises:
+            ChatTemplateError: if the template refuses the messages, or fails on them.
+        """
+        given = {
+            **self._special_tokens,
+            "tools": None,
+            "documents": None,
+            **(variables or {}),
+            "messages": [_without_nulls(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._template.render(given)
+        except _FAILURES as error:
+            reason = str(error) or type(error).__name__
+            raise ChatTemplateError(f"the chat template refuses the messages: {reason}") from error
+
+    def render_blocks(
+        self, messages: Sequence[Message], *, variables: Mapping[str, Any] | None = None
+    ) -> tuple[str, list[Span]]:
+        """A whole chat's text, and the spans of its `{% generation %}` blocks. Raises as `render`.
+
+        They are found by two characters around each, and the text without these is compared.
+        """
+        text = self.render(messages, variables=variables)
+        start, end = _unused_characters(text)
+        marks = {BLOCK_START: start, BLOCK_END: end}
+        marked = self.render(messages, variables={**(variables or {}), **marks})
+        plain, spans, begun = "", [], 0
+        for piece in re.split(f"([{start}{end}])", marked):
+            if piece == start:
+                begun = len(plain)
+            elif piece == end:
+                spans.append(Span(begun, len(plain)))
+            else:
+                plain += piece
+        if plain != text:
+            raise ChatTemplateError(
+                "the chat template changes what its {% generation %} blocks print: its turns "
+                "cannot be told"
+            )
+        return text, spans
+
+    def _shows(self, content: Any, text: str) -> bool:
+        try:
+            return text in self.render([{"role": "user", "content": content}])
+        except ChatTemplateError:
+            return False
+
+
+def _without_nulls(message: Message) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def _strings(node: nodes.Node) -> tuple[str, ...]:
+    try:
+        value = node.as_const() if isinstance(node, nodes.Expr) else None
+    except nodes.Impossible:
+        return ()  # a variable of the template's own
+    if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+    return ()
+
+
+def _unused_characters(text: str) -> tuple[str, str]:
+    """Two of Unicode's private characters that a text does not have."""
+    unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+    return next(unused), next(unused)

@@ -1,0 +1,275 @@
+"""What both endpoints do with a request: prompts to the engine, its events to a reply's text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from gptj.engine.engine import Engine
+from gptj.engine.events import BeamsFound
+from gptj.serving.completions.generation_request import (
+    GenerationRequest,
+    Prompt,
+    StreamOptions,
+    Usage,
+)
+from gptj.serving.completions.prompts import PromptResolver, ResolvedPrompt
+from gptj.serving.completions.run import (
+    CompletionRun,
+    EventRouter,
+    EventStream,
+    Output,
+    Piece,
+    failure,
+    stop_reason,
+    text_stream,
+    usage_of,
+)
+from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.errors import APIError
+from gptj.serving.metrics import Recorder
+from gptj.tokenizer import GPTJTokenizer
+
+Request = TypeVar("Request", bound=GenerationRequest)
+Reply = TypeVar("Reply", bound=BaseModel)
+Chunk = TypeVar("Chunk", bound=BaseModel)
+
+
+class GenerationService(ABC, Generic[Request, Reply, Chunk]):
+    """Answers requests with an engine and a tokenizer; subclasses give replies their shape.
+
+    Args:
+        vocabulary: of the tokenizer and the engine's model.
+        model_name: the model's name in replies.
+        recorder: receives latencies.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: GPTJTokenizer,
+        vocabulary: Vocabulary,
+        model_name: str,
+        recorder: Recorder,
+    ) -> None:
+        self._engine = engine
+        self._recorder = recorder
+        self._tokenizer = tokenizer
+        self._resolver = PromptResolver(
+            tokenizer,
+            vocabulary,
+            context_length=engine.context_length,
+            max_queued=engine.max_queued,
+        )
+        self._model_name = model_name
+        self._router: EventRouter | None = None
+
+    @abstractmethod
+    def _prompts(self, request: Request) -> Sequence[Prompt] | None:
+        """None: the token that begins a text. Raises APIError; not called on the event loop."""
+
+    @abstractmethod
+    def _choice(self, request: Request, output: Output, piece: Piece, index: int) -> Any:
+        """A whole output as a choice of a reply."""
+
+    @abstractmethod
+    def _delta(self, request: Request, output: Output, piece: Piece, first: bool) -> Any:
+        """A part of an output as a choice of a chunk; `first`: of this output."""
+
+    @abstractmethod
+    def _reply(self, choices: list[Any], usage: Usage, prompts: Sequence[ResolvedPrompt]) -> Reply:
+        """The whole reply."""
+
+    @abstractmethod
+    def _first_chunk(self) -> Chunk:
+        """A chunk without choices, of which the others are copies."""
+
+    async def complete(self, request: Request) -> Reply:
+        """The whole reply. Cancelling the call cancels the work.
+
+        Raises APIError, QueueFullError or ClosedError.
+        """
+        start = time.perf_counter()
+        prompts = await self._resolve(request)
+        if request.use_beam_search:
+            return await self._complete_by_beams(request, prompts)
+        run = self._run(request, prompts, start)
+        pieces = [Piece() for _ in run.outputs]
+        async for index, piece in run.pieces():
+            pieces[index].extend(piece)
+        # Logprobs of long prompts take a while: not on the event loop.
+        return await asyncio.to_thread(self._reply_of, request, run, pieces, prompts)
+
+    def _reply_of(
+        self,
+        request: Request,
+        run: CompletionRun,
+        pieces: Sequence[Piece],
+        prompts: Sequence[ResolvedPrompt],
+    ) -> Reply:
+        choices: list[Any] = []
+        for start in range(0, len(run.outputs), request.candidates):
+            candidates = run.outputs[start : start + request.candidates]
+            for output in _best(candidates, request.n):
+                piece = pieces[output.index]
+                choices.append(self._choice(request, output, piece, len(choices)))
+        return self._reply(choices, run.usage(), prompts if request.return_token_ids else [])
+
+    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        """The reply in chunks; returns once the first is there.
+
+        Raises APIError, QueueFullError or ClosedError; the iterator raises APIError as well.
+        """
+        start = time.perf_counter()
+        prompts = await self._resolve(request)
+        run = self._run(request, prompts, start)
+        chunks = self._chunks(request, run)
+        first = await anext(chunks)
+        return _chained(first, chunks)
+
+    def _run(
+        self, request: Request, prompts: Sequence[ResolvedPrompt], start: float
+    ) -> CompletionRun:
+        return CompletionRun(
+            self._engine,
+            self._tokenizer,
+            request,
+            prompts,
+            self._events(),
+            self._recorder,
+            start,
+        )
+
+    def _events(self) -> EventStream:
+        """For a request of the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._router is None or self._router.loop is not loop:
+            self._router = EventRouter(loop)
+        return EventStream(self._router)
+
+    async def _chunks(self, request: Request, run: CompletionRun) -> AsyncIterator[Chunk]:
+        options = request.stream_options or StreamOptions()
+        whole = self._first_chunk()
+        begun: set[int] = set()
+        async for index, piece in run.pieces():
+            output = run.outputs[index]
+            if index in begun:
+                choice = self._delta(request, output, piece, False)
+            else:
+                # Logprobs of a long prompt take a while: not on the event loop.
+                choice = await asyncio.to_thread(self._delta, request, output, piece, True)
+                begun.add(index)
+            usage = run.usage() if options.continuous_usage_stats else None
+            yield whole.model_copy(update={"choices": [choice], "usage": usage})
+        if options.include_usage:
+            yield whole.model_copy(update={"usage": run.usage()})
+
+    def _token_text(self, token: int) -> str:
+        content = self._tokenizer.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:  # part of a character, in OpenAI's notation
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    async def _complete_by_beams(
+        self, request: Request, prompts: Sequence[ResolvedPrompt]
+    ) -> Reply:
+        searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
+        try:
+            found = await asyncio.gather(*searches)
+        finally:
+            for search in searches:
+                search.cancel()
+        choices: list[Any] = []
+        new_tokens = 0
+        for prompt, beams in zip(prompts, found, strict=True):
+            for ids in beams.outputs:
+                new_tokens += len(ids)
+                text = text_stream(self._tokenizer, request, prompt)
+                output = Output(len(choices), prompt, None, text)
+                piece = self._beam(request, prompt, ids)
+                choices.append(self._choice(request, output, piece, output.index))
+        usage = usage_of(prompts, new_tokens)
+        return self._reply(choices, usage, prompts if request.return_token_ids else [])
+
+    async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
+        events = self._events()
+        (params,) = prompt.params
+        try:
+            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.router)
+        except ValueError as error:
+            raise request.named(error) from error
+        events.follow([ticket])
+        try:
+            _, event = await events.get()
+        finally:
+            events.cancel()
+        if not isinstance(event, BeamsFound):
+            raise failure(event)
+        if ticket.queued_seconds is not None:
+            self._recorder.queued(ticket.queued_seconds)
+        return event
+
+    def _beam(self, request: Request, prompt: ResolvedPrompt, ids: Sequence[int]) -> Piece:
+        """A beam as the only piece of an output."""
+        stop_ids = {*request.stop_token_ids}
+        if not request.ignore_eos:
+            stop_ids |= set(self._engine.eos_ids)
+        last = ids[-1] if ids and ids[-1] in stop_ids else None
+        text = text_stream(self._tokenizer, request, prompt)
+        parts = [text.push(token) for token in (ids if last is None else ids[:-1])]
+        parts.append(text.finish(last))
+        ended = last is not None or text.stopped
+        return Piece(
+            "".join(parts),
+            reason="stop" if ended else "length",
+            stop_reason=stop_reason(request, text, last, self._engine.eos_ids),
+            ids=list(ids),
+        )
+
+    async def _resolve(self, request: Request) -> list[ResolvedPrompt]:
+        """Raises APIError."""
+        self._resolver.check(request)
+        # Long texts take a while: not on the event loop.
+        return await asyncio.to_thread(self._resolved, request)
+
+    def _resolved(self, request: Request) -> list[ResolvedPrompt]:
+        return self._resolver.resolve(request, self._prompts(request))
+
+
+async def server_sent(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+    """Chunks as server-sent events; an error is one as well, since the status has been sent."""
+    try:
+        async for chunk in chunks:
+            yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
+    except APIError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def on_one_line(content: str) -> str:
+    """JSON with escaped line separators: it allows three that end lines elsewhere."""
+    if content.isascii():
+        return content
+    for separator in ("\u0085", "\u2028", "\u2029"):
+        content = content.replace(separator, f"\\u{ord(separator):04x}")
+    return content
+
+
+async def _chained(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _best(candidates: Sequence[Output], n: int) -> Sequence[Output]:
+    """The n with the highest mean logprob, as OpenAI's best_of."""
+    if len(candidates) == n:
+        return candidates
+    return sorted(candidates, key=lambda output: -output.mean_logprob)[:n]

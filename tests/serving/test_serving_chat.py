@@ -1,0 +1,265 @@
+"""Chats by OpenAI's own client: a reply is the completion of the template's prompt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, text_of
+from serving_models import KEY, TEMPLATE, Models
+
+from gptj.chat import ChatTemplate
+
+pytest_plugins = ["serving_fixtures"]
+
+USER = {"role": "user", "content": "Who wrote the book?"}
+CHAT = [
+    {"role": "system", "content": "The year 1907."},
+    USER,
+    {"role": "assistant", "content": "Anna"},
+    {"role": "user", "content": "東京 is far away. 😀", "name": "Anna"},
+]
+
+
+def prompt_of(messages: list[dict[str, Any]]) -> str:
+    return ChatTemplate(TEMPLATE).render(messages, add_generation_prompt=True)
+
+
+def chat(service: str, **fields: Any) -> dict[str, Any]:
+    """The reply to a request; greedy, unless it says otherwise."""
+    body = {"messages": [USER], "temperature": 0, "max_tokens": 12, **fields}
+    reply = httpx.post(service + CHATS, json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def streamed(service: str, **fields: Any) -> list[dict[str, Any]]:
+    """The chunks of a stream."""
+    body = {"messages": [USER], "temperature": 0, "max_tokens": 12, **fields, "stream": True}
+    with httpx.stream("POST", service + CHATS, json=body, timeout=60) as reply:
+        assert reply.status_code == 200
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_reply_is_the_completion_of_the_rendered_messages(
+    client: openai.OpenAI, models: Models
+) -> None:
+    reply = client.chat.completions.create(
+        model="generation",
+        messages=CHAT,  # type: ignore[arg-type]
+        max_completion_tokens=12,
+        temperature=0,
+    )
+    prompt = prompt_of(CHAT)
+    ids = greedy(models, prompt)
+    (choice,) = reply.choices
+    assert choice.message.role == "assistant" and choice.message.refusal is None
+    assert choice.message.content == text_of(models, ids)
+    assert choice.finish_reason == ("length" if len(ids) == 12 else "stop")
+    assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-")
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(models.tokenizer.encode(prompt))
+    assert reply.usage.completion_tokens == len(ids)
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + len(ids)
+
+
+def test_a_reply_may_be_sent_back_as_the_client_has_it(client: openai.OpenAI) -> None:
+    messages: list[Any] = [USER]
+    for _ in range(2):
+        reply = client.chat.completions.create(
+            model="generation", messages=messages, max_tokens=6, seed=1
+        )
+        messages += [reply.choices[0].message, {"role": "user", "content": "And then?"}]
+    assert reply.usage is not None and reply.usage.prompt_tokens > 20
+
+
+def test_a_limit_left_out_is_what_the_context_leaves(service: str, models: Models) -> None:
+    eos = str(models.tokenizer.eos_token_id)
+    fields = {"max_tokens": None, "logit_bias": {eos: 100}, "min_tokens": 30, "temperature": 0}
+    reply = chat(service, **fields)
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["completion_tokens"] == 31  # 16 would be completions' default
+
+
+def test_a_streams_chunks_are_the_reply(client: openai.OpenAI, service: str) -> None:
+    fields: Any = {"model": "generation", "messages": CHAT, "max_tokens": 12, "seed": 3, "n": 2}
+    whole = client.chat.completions.create(**fields)
+    texts, reasons = ["", ""], [None, None]
+    stream = client.chat.completions.create(
+        **fields, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    begun = set()
+    for chunk in chunks[:-1]:
+        assert chunk.object == "chat.completion.chunk" and chunk.id == chunks[0].id
+        assert chunk.usage is None
+        for choice in chunk.choices:
+            first = choice.index not in begun
+            begun.add(choice.index)
+            assert choice.delta.role == ("assistant" if first else None)
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert texts[0] != texts[1]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+
+
+def test_the_clients_stream_helper_collects_the_reply(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "generation", "messages": [USER], "max_tokens": 8, "temperature": 0}
+    with client.chat.completions.stream(**fields, logprobs=True, top_logprobs=2) as stream:
+        stream.until_done()
+        collected = stream.current_completion_snapshot.choices[0]
+    reply = client.chat.completions.create(**fields, logprobs=True, top_logprobs=2).choices[0]
+    assert collected.message.content == reply.message.content
+    assert collected.finish_reason == reply.finish_reason
+    assert collected.logprobs is not None and reply.logprobs is not None
+    theirs, ours = collected.logprobs.content, reply.logprobs.content
+    assert theirs is not None and ours is not None
+    assert [each.token for each in theirs] == [each.token for each in ours]
+
+
+def test_logprobs_are_those_of_completions(service: str, models: Models) -> None:
+    fields = {"max_tokens": 10, "temperature": 0}
+    plain = complete(service, prompt=prompt_of([USER]), logprobs=3, **fields)["choices"][0]
+    choice = chat(service, logprobs=True, top_logprobs=3, **fields)["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert choice["logprobs"]["refusal"] is None
+    assert [entry["token"] for entry in entries] == plain["logprobs"]["tokens"]
+    assert [entry["logprob"] for entry in entries] == plain["logprobs"]["token_logprobs"]
+    text = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert text.decode(errors="replace").startswith(choice["message"]["content"].rstrip("\ufffd"))
+    for entry, top in zip(entries, plain["logprobs"]["top_logprobs"], strict=True):
+        assert len(entry["top_logprobs"]) == 3
+        for each in entry["top_logprobs"]:
+            assert top[each["token"]] == each["logprob"]
+            assert len(each["bytes"]) >= 1
+    bare = chat(service, logprobs=True, **fields)["choices"][0]["logprobs"]["content"]
+    assert bare == [{**entry, "top_logprobs": []} for entry in entries]
+    assert chat(service, **fields)["choices"][0]["logprobs"] is None
+    chunks = streamed(service, logprobs=True, top_logprobs=3, **fields)
+    parts = [each for chunk in chunks for each in chunk["choices"][0]["logprobs"]["content"]]
+    assert parts == entries
+
+
+def test_a_chat_ends_at_the_requests_stops_and_at_the_templates(
+    service: str, models: Models
+) -> None:
+    text = text_of(models, greedy(models, prompt_of([USER])))
+    stop = text[3:5]
+    for field in (stop, ["@@", stop], ["@", *(f"{n}@" for n in range(14)), stop]):
+        choice = chat(service, stop=field)["choices"][0]
+        assert choice["message"]["content"] == text[: text.index(stop)]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    bias = {str(models.tokenizer.encode(each)[0]): 100 for each in ("\n", ">")}
+    choice = chat(service, logit_bias=bias, max_tokens=40, temperature=1, seed=1)["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "\n>")
+
+
+def test_beams_and_several_replies(service: str, models: Models) -> None:
+    prompt = prompt_of([USER])
+    body = {"use_beam_search": True, "n": 3}
+    theirs = complete(service, prompt=prompt, **body)["choices"]
+    ours = chat(service, **body)["choices"]
+    assert [each["message"]["content"] for each in ours] == [each["text"] for each in theirs]
+
+
+def test_contents_may_be_parts_and_developers_are_the_system(service: str) -> None:
+    system = {"role": "system", "content": "The year\n1907."}
+    expected = chat(service, messages=[system, USER])
+    parts = [{"type": "text", "text": "The year"}, {"type": "text", "text": "1907."}]
+    for role in ("system", "developer"):
+        reply = chat(service, messages=[{"role": role, "content": parts}, USER])
+        assert reply["choices"] == expected["choices"]
+        assert reply["usage"] == expected["usage"]
+
+
+def test_token_ids_are_there_if_requested(service: str, models: Models) -> None:
+    prompt = models.tokenizer.encode(prompt_of([USER]))
+    new = greedy(models, prompt)
+    reply = chat(service, return_token_ids=True)
+    assert reply["prompt_token_ids"] == prompt
+    assert reply["choices"][0]["token_ids"] == new
+    chunks = streamed(service, return_token_ids=True)
+    assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
+    assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == new
+    assert all("prompt_token_ids" not in chunk["choices"][0] for chunk in chunks[1:])
+    plain = chat(service)
+    assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"messages": []}, 400, "at least one message", "messages"),
+    ({"messages": None}, 422, "messages", "messages"),
+    ({"messages": "hello"}, 422, "messages", "messages"),
+    ({"messages": [{"role": "user"}]}, 400, "needs a content", "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 3}]}, 422, "must be a string", None),
+    ({"messages": [{"role": "user", "content": []}]}, 400, "needs a content", None),
+    ({"messages": [{"content": "x"}]}, 422, "role", "messages[0].role"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 422, "role", "messages[0].role"),
+    ({"messages": [USER, {**USER, "content": [IMAGE]}]}, 400, "reads text alone", None),
+    ({"messages": [{**USER, "content": [{"type": "text"}]}]}, 422, "must have a text", None),
+    ({"messages": [{**USER, "content": [{"text": "x"}]}]}, 422, '"type": "text"', None),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "does not call tools", None),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [TOOL]}]},
+        400,
+        "does not call tools",
+        "messages[1]",
+    ),
+    ({"tools": [TOOL]}, 400, "tools: this service does not call tools", "tools"),
+    ({"functions": [TOOL]}, 400, "does not call tools", "functions"),
+    ({"tool_choice": "required"}, 422, "tool_choice", "tool_choice"),
+    ({"messages": [USER, USER]}, 400, "roles must alternate", "messages"),
+    ({"max_tokens": 0}, 400, "max_tokens must be 1 or more", "max_tokens"),
+    ({"max_tokens": None, "max_completion_tokens": -1}, 400, "1 or more, got -1",
+     "max_completion_tokens"),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, 400, "set the same limit", "max_tokens"),
+    ({"max_tokens": None, "max_completion_tokens": 2048}, 400, "lower max_completion_tokens",
+     "max_completion_tokens"),
+    ({"messages": [{**USER, "content": "x " * 5000}]}, 400, "context is 2048", "messages"),
+    ({"top_logprobs": 1}, 400, "needs logprobs=true", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs must be in", "top_logprobs"),
+    ({"logprobs": 2}, 422, "logprobs", "logprobs"),
+    ({"n": 0}, 400, "n must be 1", "n"),
+    ({"n": 129}, 400, "exceed the limit of 128", "n"),
+    ({"temperature": -1}, 400, "temperature", "temperature"),
+    ({"min_tokens": 13}, 400, "min_tokens", "min_tokens"),
+    ({"stop": [""]}, 422, "empty string", "stop"),
+    ({"stream_options": {}}, 400, "needs stream=true", "stream_options"),
+    ({"prompt": "x"}, 422, "unknown field", "prompt"),
+    ({"model": "another"}, 404, "does not exist", "model"),
+    ({"use_beam_search": True, "stream": True}, 400, "does not work with stream", "stream"),
+    ({"store": True}, 422, "store", "store"),
+    ({"modalities": ["audio"]}, 422, "modalities", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "status", "reason", "param"), WRONG)
+def test_what_is_wrong_gets_its_status_and_the_reason(
+    service: str, fields: dict[str, Any], status: int, reason: str, param: str | None
+) -> None:
+    body = {"messages": [USER], "max_tokens": 12, **fields}
+    reply = httpx.post(service + CHATS, json=body, timeout=30)
+    assert_error(reply, status, reason)
+    if param is not None:
+        assert reply.json()["error"]["param"] == param
+
+
+def test_without_a_template_the_error_says_how_to_give_one(service: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for stream in (False, True):
+        body = {"messages": [USER], "stream": stream}
+        reply = httpx.post(f"{service}/guarded{CHATS}", json=body, headers=headers, timeout=30)
+        assert_error(reply, 400, "args.chat_template")
+        assert reply.json()["error"]["code"] == "no_chat_template"
+    body = {"prompt": "x", "max_tokens": 1}
+    reply = httpx.post(f"{service}/guarded{COMPLETIONS}", json=body, headers=headers, timeout=30)
+    assert reply.status_code == 200

@@ -1,0 +1,90 @@
+"""vLLM's extensions of completions: token ids, stop reasons, special tokens, cut prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from serving_client import complete, greedy, streamed, text_of
+from serving_models import PROMPTS, Models
+
+pytest_plugins = ["serving_fixtures"]
+
+
+def test_token_ids_come_with_the_text_where_they_are_requested(
+    service: str, models: Models
+) -> None:
+    prompts = [models.tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
+    for choice, prompt in zip(
+        complete(service, prompt=PROMPTS[:2], return_token_ids=True)["choices"],
+        prompts,
+        strict=True,
+    ):
+        assert choice["prompt_token_ids"] == prompt
+        assert choice["token_ids"] == greedy(models, prompt)
+    plain = complete(service, prompt="x")["choices"][0]
+    assert not {"prompt_token_ids", "token_ids"} & plain.keys()
+    # Tokens whose text is held back or never sent are among them, in a stream as well.
+    stop = text_of(models, greedy(models, PROMPTS[0]))[3:5]
+    fields: dict[str, Any] = {"prompt": PROMPTS[0], "stop": stop, "return_token_ids": True}
+    (whole,) = complete(service, **fields)["choices"]
+    assert whole["token_ids"] == greedy(models, PROMPTS[0])[: len(whole["token_ids"])]
+    assert models.tokenizer.decode(whole["token_ids"]).find(stop) >= 0
+    with httpx.stream(
+        "POST",
+        f"{service}/v1/completions",
+        json={"temperature": 0, "max_tokens": 12, **fields, "stream": True},
+    ) as reply:
+        lines = [line for line in reply.iter_lines() if line.startswith("data: {")]
+    parts = [httpx.Response(200, content=line[6:]).json()["choices"][0] for line in lines]
+    assert [token for part in parts for token in part["token_ids"]] == whole["token_ids"]
+    assert parts[0]["prompt_token_ids"] == prompts[0]
+    assert all("prompt_token_ids" not in part for part in parts[1:])
+    beams = complete(
+        service, prompt="x", use_beam_search=True, n=2, return_token_ids=True, max_tokens=5
+    )["choices"]
+    for beam in beams:
+        assert text_of(models, beam["token_ids"]) == beam["text"]
+
+
+def test_a_stop_reason_is_the_requests_own_stop(service: str, models: Models) -> None:
+    token = models.tokenizer.encode("T")[0]
+    eos = models.tokenizer.eos_token_id
+    text = text_of(models, greedy(models, PROMPTS[0]))
+    cases: list[tuple[dict[str, Any], str, Any]] = [
+        ({}, "length", None),
+        ({"stop": ["never", text[3:5]]}, "stop", text[3:5]),
+        ({"stop_token_ids": [token], "logit_bias": {str(token): 100}}, "stop", token),
+        ({"logit_bias": {str(eos): 100}}, "stop", None),
+        ({"logit_bias": {str(eos): 100}, "stop_token_ids": [eos]}, "stop", None),
+        (
+            {"logit_bias": {str(eos): 100}, "stop_token_ids": [eos], "ignore_eos": True},
+            "stop",
+            eos,
+        ),
+    ]
+    for fields, reason, stop_reason in cases:
+        for extra in ({}, {"use_beam_search": True}):
+            (choice,) = complete(service, prompt=PROMPTS[0], **fields, **extra)["choices"]
+            if choice["finish_reason"] == reason:  # a beam may end elsewhere
+                assert choice["stop_reason"] == stop_reason, (fields, extra)
+            else:
+                assert extra
+        (choice,) = streamed(service, prompt=PROMPTS[0], **fields)
+        assert (choice["finish_reason"], choice["stop_reason"]) == (reason, stop_reason)
+
+
+def test_special_tokens_are_left_out_unless_requested(service: str, models: Models) -> None:
+    eos = models.tokenizer.eos_token
+    bias = {str(models.tokenizer.eos_token_id): 100}
+    fields: dict[str, Any] = {"prompt": "x", "logit_bias": bias, "ignore_eos": True}
+    for max_tokens in (1, 3):
+        fields["max_tokens"] = max_tokens
+        (left_out,) = complete(service, **fields)["choices"]
+        assert left_out["text"] == ""
+        (shown,) = complete(service, **fields, skip_special_tokens=False)["choices"]
+        assert shown["text"] == max_tokens * str(eos)
+        assert streamed(service, **fields)[0]["text"] == ""
+    (logged,) = complete(service, **fields, logprobs=0)["choices"]
+    assert logged["logprobs"]["tokens"] == 3 * [eos]
+    assert logged["logprobs"]["text_offset"] == [0, 0, 0]

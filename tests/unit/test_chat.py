@@ -1,0 +1,309 @@
+"""Chat templates: published ones render as transformers does, and turns are told from prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
+from gptj.chat import (
+    READY,
+    ChatTemplate,
+    ChatTemplateError,
+    encode_chat,
+    read_template,
+    template_of,
+)
+
+TEXTS = [
+    "Below is an instruction that describes a task.\n\n### Instruction:\nInput: user, assistant",
+    "A café opens at nine; naïve tourists wait — 東京 is far away. 😀",
+]
+USER = {"role": "user", "content": "Where does the café open?  "}
+ASSISTANT = {"role": "assistant", "content": " In 東京 😀\n\nat nine. "}
+SYSTEM = {"role": "system", "content": "Answer <briefly> & 'well'."}
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "one": [USER],
+    "turns": [USER, ASSISTANT, {"role": "user", "content": "Naïve?"}],
+    "system": [SYSTEM, USER, {**ASSISTANT, "tool_calls": None}],
+}
+
+
+def published() -> dict[str, str]:
+    """Chat templates of published models, by their names; trl itself is not imported.
+
+    The trainings' variants have `{% generation %}` blocks.
+    """
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None and spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0]) / "chat_templates"
+    return {name: (folder / f"{name}.jinja").read_text() for name in NAMES}
+
+
+NAMES = [
+    *("cohere", "deepseekv3", "gemma", "gemma3", "glm4moe", "gptoss", "idefics3", "lfm2"),
+    *("llama3", "llama3_1", "phi3", "phi3_5", "qwen2_5", "qwen3", "qwen3_vl"),
+    *("cohere_training", "gemma_training", "llama3_training", "phi3_training"),
+    *("qwen2_5_training", "qwen3_training"),
+]
+PUBLISHED = published()
+ALL = PUBLISHED | {name: read_template(name) for name in READY}
+MARKED = sorted(name for name, source in ALL.items() if "endgeneration" in source)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> GPTJTokenizer:
+    return GPTJTokenizer.train(TEXTS, 400)
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer: GPTJTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def rendered(
+    theirs: Any, source: str, chat: list[dict[str, Any]], **arguments: Any
+) -> str | Exception:
+    try:
+        return theirs.apply_chat_template(chat, chat_template=source, tokenize=False, **arguments)
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_published_templates_render_as_in_transformers(
+    tokenizer: GPTJTokenizer, theirs: Any, chat: str
+) -> None:
+    """Texts are equal, and what one refuses the other does."""
+    refused = 0
+    for name, source in ALL.items():
+        template = template_of(tokenizer, source)
+        assert template is not None
+        for prompt in (False, True):
+            expected = rendered(theirs, source, CHATS[chat], add_generation_prompt=prompt)
+            if isinstance(expected, Exception):
+                with pytest.raises(ChatTemplateError, match="refuses the messages"):
+                    template.render(CHATS[chat], add_generation_prompt=prompt)
+                refused += 1
+            else:
+                text = template.render(CHATS[chat], add_generation_prompt=prompt)
+                assert text == expected, name
+    assert refused < 12
+
+
+def test_the_assistants_tokens_are_those_of_transformers(
+    tokenizer: GPTJTokenizer, theirs: Any
+) -> None:
+    """Their mask, without bytes of a last character that its tokens share."""
+    chat = [USER, {"role": "assistant", "content": "In 東京, at nine."}, USER]
+    chat.append({"role": "assistant", "content": "No 😀 yes"})
+    assert len(MARKED) == 10
+    for name in MARKED:
+        expected = rendered_with_mask(theirs, ALL[name], chat)
+        template = template_of(tokenizer, ALL[name])
+        assert template is not None and template.marks_turns
+        encoded = encode_chat(tokenizer, template, chat)
+        assert encoded.ids == expected["input_ids"], name
+        assert [int(each) for each in encoded.assistant] == expected["assistant_masks"], name
+
+
+def rendered_with_mask(theirs: Any, source: str, chat: list[dict[str, Any]]) -> Any:
+    return theirs.apply_chat_template(
+        chat, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+    )
+
+
+PLAIN = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def written(tokenizer: GPTJTokenizer, source: str, chat: list[dict[str, Any]]) -> list[str]:
+    """The texts of the assistant's turns, each from its first token to its last."""
+    template = template_of(tokenizer, source)
+    assert template is not None
+    encoded = encode_chat(tokenizer, template, chat)
+    assert tokenizer.decode(encoded.ids) == template.render(chat)
+    turns: list[list[int]] = [[]]
+    for token, assistant in zip(encoded.ids, encoded.assistant, strict=True):
+        if assistant:
+            turns[-1].append(token)
+        elif turns[-1]:
+            turns.append([])
+    return [tokenizer.decode(turn) for turn in turns if turn]
+
+
+def test_turns_are_found_without_generation_blocks(tokenizer: GPTJTokenizer) -> None:
+    chat = [SYSTEM, USER, ASSISTANT, USER, {"role": "assistant", "content": "東京 😀"}]
+    eos = tokenizer.eos_token
+    expected = [f"{ASSISTANT['content']}{eos}", f"東京 😀{eos}"]
+    assert written(tokenizer, PLAIN, chat) == expected
+    marked = PLAIN.replace(
+        "{{ message.content }}{{ eos_token }}",
+        "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}",
+    )
+    assert written(tokenizer, marked, [*chat[2:3], chat[-1]]) == expected
+
+
+def test_turns_that_cannot_be_told_are_refused(tokenizer: GPTJTokenizer) -> None:
+    last = "{{ messages[-1].content }}"
+    template = ChatTemplate(f"{last}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}")
+    with pytest.raises(ChatTemplateError, match=r"message 1 of the chat .*endgeneration"):
+        encode_chat(tokenizer, template, [USER, ASSISTANT, USER])
+    with pytest.raises(ChatTemplateError, match="no message with the role assistant"):
+        encode_chat(tokenizer, template, [USER])
+    unseen = ChatTemplate("{% generation %}{% endgeneration %}{{ messages[0].content }}")
+    with pytest.raises(ChatTemplateError, match="shows nothing"):
+        encode_chat(tokenizer, unseen, [USER, ASSISTANT])
+    changed = "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | length }}"
+    with pytest.raises(ChatTemplateError, match="changes what"):
+        encode_chat(tokenizer, ChatTemplate(changed), [USER, ASSISTANT])
+
+
+READY_TEXTS = {
+    "alpaca": "Answer.\n\n### Instruction:\nHi\n\n### Response:\nHo<|endoftext|>\n\n"
+    "### Instruction:\nMore\n\n### Response:\n",
+    "dolly": "Answer.\n\n### Instruction:\nHi\n\n### Response:\nHo\n\n### End\n\n"
+    "### Instruction:\nMore\n\n### Response:\n",
+    "gpt-jt": "Answer.\n\nInput: Hi\nOutput: Ho\n\nInput: More\nOutput:",
+    "pygmalion": "Anna's Persona: Answer.\n<START>\nYou: Hi\nAnna: Ho\nYou: More\nAnna:",
+}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_templates_are_the_models_forms(tokenizer: GPTJTokenizer, name: str) -> None:
+    template = template_of(tokenizer, read_template(name))
+    assert template is not None and template.marks_turns and not template.wants_parts
+    chat = [
+        {"role": "system", "content": "Answer.", "name": "Anna"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "More"},
+    ]
+    text = template.render(chat, add_generation_prompt=True)
+    assert text == READY_TEXTS[name]
+    # What is trained on begins with what is served.
+    whole = template.render([*chat, {"role": "assistant", "content": "Ho"}])
+    assert whole.startswith(text)
+    assert template.stop
+    with pytest.raises(ChatTemplateError, match="system message, first"):
+        template.render([*chat, chat[0]])
+
+
+def test_a_template_says_where_replies_end() -> None:
+    assert ChatTemplate("{% set stop = ['a', 'b'] %}").stop == ("a", "b")
+    for source in ("", "{% set stop = other %}", "{% set stop = [''] %}", "{{ stop }}"):
+        assert ChatTemplate(source).stop == ()
+
+
+def test_templates_that_take_parts_alone_are_told() -> None:
+    wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts}
+    assert wanting == {"idefics3"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.append(1) }}",  # immutable
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ dict.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__.json }}",
+        "{% set ns = namespace(_x=1) %}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ range(1000000) | list }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ raise_exception('refused') }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_what_a_template_must_not_do_is_an_error(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match=r"refuses the messages: ."):
+        ChatTemplate(source).render([USER])
+
+
+def test_a_template_that_is_no_jinja_is_refused_with_its_line() -> None:
+    with pytest.raises(ChatTemplateError, match=r"not valid Jinja.*line 2"):
+        ChatTemplate("\n{% for %}")
+    with pytest.raises(ChatTemplateError, match="not valid Jinja"):
+        ChatTemplate("{{ " + "(" * 5000)
+
+
+def test_templates_come_from_names_and_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text(PLAIN)
+    assert read_template(str(path)) == PLAIN
+    assert "### Response:" in read_template("dolly")
+    with pytest.raises(ChatTemplateError, match=r"doly is neither a file nor the name.*dolly"):
+        read_template("doly")
+    with pytest.raises(storage.StorageError, match="directory"):
+        read_template(str(tmp_path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ChatTemplateError, match="UTF-8"):
+        read_template(str(path))
+
+
+def test_a_folder_keeps_its_template(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    """From transformers to ours and back: its file, its setting, and several with names."""
+    tokenizer.save_pretrained(tmp_path / "plain")
+    assert GPTJTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
+    several = {"default": PLAIN, "tool_use": "tools"}
+    for template, default in ((PLAIN, PLAIN), (several, PLAIN), ({"rag": "x"}, None)):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+        theirs.chat_template = template
+        theirs.save_pretrained(tmp_path / "old", save_jinja_files=False)
+        old = GPTJTokenizer.from_pretrained(tmp_path / "old")
+        assert (old.chat_template, old.default_chat_template) == (template, default)
+        ours = tmp_path / f"ours-{type(template).__name__}-{len(template)}"
+        model = GPTJForCausalLM(
+            GPTJConfig(
+                vocab_size=len(old),
+                n_embd=8,
+                n_layer=1,
+                n_head=1,
+                rotary_dim=4,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+        model.save_pretrained(ours, tokenizer=old)
+        again = transformers.AutoTokenizer.from_pretrained(ours)
+        assert again.chat_template == template
+        assert GPTJTokenizer.from_pretrained(ours).chat_template == template
+    theirs.chat_template = PLAIN
+    theirs.save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new" / "chat_template.jinja").exists()
+    config = tmp_path / "new" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "other"}))
+    assert GPTJTokenizer.from_pretrained(tmp_path / "new").chat_template == PLAIN
+
+
+def test_a_setting_that_is_no_template_is_refused(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    for wrong in (3, [1], [{"name": "default"}], [{"name": "default", "template": 3}]):
+        config.write_text(json.dumps({**settings, "chat_template": wrong}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json.*chat_template must"):
+            GPTJTokenizer.from_pretrained(tmp_path)
+
+
+def test_tokens_that_change_the_text_are_refused(tmp_path: Path) -> None:
+    vocabulary = GPTJTokenizer.train(TEXTS, 300)
+    vocabulary.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(content))
+    tokenizer = GPTJTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ChatTemplateError, match="changes the chat's text"):
+        encode_chat(tokenizer, ChatTemplate(PLAIN), [USER, ASSISTANT])
