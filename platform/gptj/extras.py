@@ -15,7 +15,7 @@ from typing import Any
 # depends on.
 EXTRA_OF = {
     **dict.fromkeys(("ray", "fastapi", "starlette", "uvicorn", "requests"), "serve"),
-    "fastapi_offline": "serve",
+    **dict.fromkeys(("fastapi_offline", "llguidance"), "serve"),
     **dict.fromkeys(("typer", "psutil"), "cli"),
     **dict.fromkeys(("deepspeed", "ninja", "tensorboard", "matplotlib"), "train"),
     **dict.fromkeys(("h5py", "msgpack", "zstandard"), "interop"),

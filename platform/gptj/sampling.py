@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gptj.engine.constraints.compiler import CompiledGrammar
 
 GREEDY_BELOW = 1e-5  # dividing by such a temperature would overflow
 
@@ -34,6 +38,10 @@ class SamplingParams:
     seed: int | None = None  # the same seed, prompt and parameters give the same tokens
     logprobs: int | None = None  # how many likeliest tokens to report a step; None: no report
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens
+    allowed_token_ids: tuple[int, ...] | None = None  # only these; None means all
+    # Sequences of tokens that the output never has: the last of one never follows the others.
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: CompiledGrammar | None = None  # that the output follows; by the engine only
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", "0 or more", self.max_tokens)
@@ -57,6 +65,8 @@ class SamplingParams:
             _check(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]", getattr(self, name))
         for token, bias in self.logit_bias.items():
             _check(-100 <= bias <= 100, f"logit_bias of token {token}", "in [-100, 100]", bias)
+        _check(self.allowed_token_ids != (), "allowed_token_ids", "one or more", "none")
+        _check(all(self.bad_words_ids), "bad_words_ids", "of one or more tokens each", "none")
 
     @property
     def greedy(self) -> bool:
@@ -71,7 +81,7 @@ def adjust(
     output: Sequence[int],
     stop_ids: Sequence[int],
 ) -> Tensor:
-    """One row's logits after penalties, biases and the ban on stopping early; a new tensor.
+    """One row's logits after penalties, biases and bans, without its grammar; a new tensor.
 
     Raises:
         ValueError: for a token in logit_bias that is not in the vocabulary.
@@ -91,6 +101,13 @@ def adjust(
         logits_V[token] += bias
     if len(output) < params.min_tokens and stop_ids:
         logits_V[torch.tensor(sorted(stop_ids), device=logits_V.device)] = -torch.inf
+    if params.allowed_token_ids is not None:
+        others = torch.ones_like(logits_V, dtype=torch.bool)
+        others[torch.tensor(params.allowed_token_ids, device=logits_V.device)] = False
+        logits_V[others] = -torch.inf
+    for *before, last in params.bad_words_ids:
+        if list(output[len(output) - len(before) :]) == before:
+            logits_V[last] = -torch.inf
     return logits_V
 
 

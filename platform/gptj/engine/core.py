@@ -155,23 +155,32 @@ class EngineCore:
         batch = self._scheduler.decode_batch
         sampled = self._sampler.sample(logits_RV, batch.keys)
         ended: list[tuple[Request, Finished]] = []
+        failed = [(batch.requests[row], error) for row, error in sampled.errors.items()]
         damaged: list[Request] = []
-        for request, token, is_finite, logprob, top in zip(
-            batch.requests,
-            sampled.tokens,
-            sampled.finite,
-            sampled.logprobs,
-            sampled.top,
-            strict=True,
+        for row, (request, token, is_finite, logprob, top) in enumerate(
+            zip(
+                batch.requests,
+                sampled.tokens,
+                sampled.finite,
+                sampled.logprobs,
+                sampled.top,
+                strict=True,
+            )
         ):
             if not is_finite:
                 damaged.append(request)
+            elif row in sampled.errors:
+                continue
+            elif sampled.complete.get(row) is False:
+                ended.append((request, Finished("stop")))
             elif token in request.stop_ids:
                 ended.append((request, Finished("stop", token, logprob, top)))
             else:
                 request.tokens.append(token)
                 self._report(request, TokenEvent(token, logprob, top))
-                if len(request.tokens) == request.max_length:
+                if row in sampled.complete:
+                    ended.append((request, Finished("stop")))
+                elif len(request.tokens) == request.max_length:
                     ended.append((request, Finished("length")))
         self.tokens_out += len(batch) - len(damaged)
         batch.advance(sampled.tokens)
@@ -179,6 +188,9 @@ class EngineCore:
             self._end(request, event)
         for request in damaged:
             self._fail(request, _not_finite(), damaged=True)
+        for request, error in failed:
+            if request not in damaged:
+                self._fail(request, error)
 
     def _search(self, logits_WV: Tensor, searches: list[tuple[BeamSearch, list[int]]]) -> None:
         """Extend the beams of each search by its rows of the logits."""

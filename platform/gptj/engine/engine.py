@@ -69,7 +69,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        sampler = Sampler(banned_ids, runner.device)
+        self._sampler = sampler = Sampler(banned_ids, runner.device, runner.config.vocab_size)
         self._scheduler = Scheduler(
             self._pool,
             self._queue,
@@ -154,6 +154,8 @@ class Engine:
             raise ValueError("beam search needs max_tokens of 1 or more, got 0")
         if params.logprobs is not None or params.prompt_logprobs is not None:
             raise ValueError("beam search does not report logprobs: leave them out")
+        if params.grammar is not None:
+            raise ValueError("grammar does not work with beam search: leave one out")
         if beams.num_beams > self._scheduler.max_num_seqs:  # each is a sequence of the batch
             raise ValueError(
                 f"num_beams must be at most max_num_seqs={self._scheduler.max_num_seqs}, "
@@ -191,6 +193,8 @@ class Engine:
             prefix_tokens_hit=self._scheduler.prefix_hit,
             preemptions=self._scheduler.preemptions,
             cancellations=self._cancellations,
+            constrained_tokens_out=self._sampler.constrained_tokens,
+            mask_wait_ms=round(1000 * self._sampler.mask_wait_seconds),
         )
 
     def _request(
@@ -209,6 +213,8 @@ class Engine:
             )
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_ids("bad_words_ids", itertools.chain.from_iterable(params.bad_words_ids))
         eos_ids = () if params.ignore_eos else self.eos_ids
         request = Request(
             next(self._numbers),
@@ -286,6 +292,7 @@ class Engine:
     def _finish(self) -> None:
         self._deliver(self._core.abort(ClosedError("the engine was closed while this request ran")))
         self._fail(self._queue.close(), "the engine was closed while this request ran")  # preempted
+        self._sampler.close()
 
     def _fail(self, requests: Iterable[Request], reason: str) -> None:
         for request in requests:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gptj.engine.constraints.mask_threads import MaskThreads
+from gptj.engine.constraints.token_mask import TokenMask, packed, unpacked
 from gptj.engine.events import TokenEvent
 from gptj.engine.runners.transfer import sent
 from gptj.sampling import SamplingParams
@@ -34,6 +36,9 @@ class SamplerOutput:
     finite: list[bool]  # whether the logits were; if not, the token is meaningless
     logprobs: list[float | None]  # the model's own, before penalties; None unless requested
     top: list[Top]  # the likeliest (id, logprob), best first
+    # Rows whose output is complete by its grammar: with the token, or without (it has none).
+    complete: dict[int, bool]
+    errors: dict[int, Exception]  # of rows whose request fails: the token is meaningless
 
 
 class Sampler:
@@ -44,10 +49,15 @@ class Sampler:
 
     Args:
         banned_ids: masked to -inf, whatever a request's parameters are.
+        vocab_size: columns of the logits.
     """
 
-    def __init__(self, banned_ids: Sequence[int], device: torch.device) -> None:
+    def __init__(self, banned_ids: Sequence[int], device: torch.device, vocab_size: int) -> None:
+        self.constrained_tokens = 0  # sampled by a grammar
         self._device = device
+        self._vocab_size = vocab_size
+        self._free = packed(set(range(vocab_size)).difference(banned_ids), vocab_size)
+        self._threads = MaskThreads()
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
         self._states: dict[int, _State] = {}
         self._batch = _Batch([], [], device)
@@ -61,8 +71,21 @@ class Sampler:
         output_ids: Sequence[int] = (),
     ) -> None:
         """Start a request, or resume it after the given output; all ids are in the vocabulary."""
-        self._states[key] = _State(params, prompt_ids, stop_ids, output_ids)
+        mask = None
+        if _is_masked(params):
+            mask = TokenMask(params, self._free, stop_ids, output_ids)
+            self._threads.start([mask])
+        self._states[key] = _State(params, prompt_ids, stop_ids, output_ids, mask)
         self._batch = _Batch([], [], self._device)
+
+    @property
+    def mask_wait_seconds(self) -> float:
+        """That steps waited for masks, in all."""
+        return self._threads.wait_seconds
+
+    def close(self) -> None:
+        """End its threads."""
+        self._threads.close()
 
     def remove(self, key: int) -> None:
         """Remove a request, if it was added."""
@@ -88,6 +111,9 @@ class Sampler:
             for row in batch.adjusting:
                 batch.states[row].note_due(row, batch)
             batch.adjust(logits_RV)
+        if batch.masked:
+            self._threads.wait()
+            batch.mask(logits_RV)
         likeliest_R = _argmax(logits_RV)
         # The only synchronization with the device: all that the host needs comes with the tokens.
         while True:
@@ -101,7 +127,7 @@ class Sampler:
             if not any(map(any, unsure)):
                 break
             batch.look_further()
-        batch.advance(tokens)
+        complete, errors = self._advance(batch, tokens)
         logprobs: list[float | None] = [None] * len(tokens)
         top: list[Top] = [()] * len(tokens)
         if logprobs_QV is not None:
@@ -111,7 +137,34 @@ class Sampler:
                 batch.reporting, _reports(logprobs_QV, chosen, counts), strict=True
             ):
                 logprobs[row], top[row] = report
-        return SamplerOutput(tokens, [bool(each) for each in sound], logprobs, top)
+        return SamplerOutput(
+            tokens, [bool(each) for each in sound], logprobs, top, complete, errors
+        )
+
+    def _advance(
+        self, batch: _Batch, tokens: Sequence[int]
+    ) -> tuple[dict[int, bool], dict[int, Exception]]:
+        """Append the tokens to the outputs, and begin to compute the masks of the next step."""
+        complete: dict[int, bool] = {}
+        errors: dict[int, Exception] = {}
+        due = []
+        for row in batch.masked:
+            mask = batch.states[row].mask
+            assert mask is not None
+            if mask.error is None and mask.at_end:
+                complete[row] = False
+            elif mask.error is None:
+                self.constrained_tokens += batch.states[row].params.grammar is not None
+                if mask.advance(tokens[row]):
+                    due.append(mask)
+                if mask.at_end:
+                    complete[row] = True
+            if mask.error is not None:
+                errors[row] = mask.error
+        if due:
+            self._threads.start(due)
+        batch.advance(tokens)
+        return complete, errors
 
     def prompt_logprobs(
         self, logits_LV: Tensor, following: Sequence[int], count: int
@@ -138,8 +191,10 @@ class _State:
         prompt_ids: Sequence[int],
         stop_ids: Sequence[int],
         output_ids: Sequence[int],
+        mask: TokenMask | None,
     ) -> None:
         self.params = params
+        self.mask = mask
         self.draws = not params.greedy
         self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self.length = len(output_ids)  # of the output
@@ -165,8 +220,8 @@ class _State:
 
     @property
     def holds_back(self) -> bool:
-        """Whether stop tokens are masked, because of min_tokens."""
-        return self.length < self.params.min_tokens and len(self.stop_ids) > 0
+        """Whether stop tokens are masked, because of min_tokens, and not by the mask."""
+        return self.mask is None and self.length < self.params.min_tokens and len(self.stop_ids) > 0
 
     def advance(self, token: int) -> None:
         self.length += 1
@@ -233,6 +288,7 @@ class _Batch:
         self.reporting = [row for row in rows if states[row].params.logprobs is not None]
         self.adjusting = [row for row in rows if states[row].adjusts]
         self.drawing = [row for row in rows if states[row].draws]
+        self.masked = [row for row in rows if states[row].mask is not None]
         self.reporting_rows = sent(np.array(self.reporting, np.int64), device)
         self.drawing_rows = sent(np.array(self.drawing, np.int64), device)
         self.repeats = _Entries()
@@ -259,6 +315,22 @@ class _Batch:
             flat[places] = torch.where(scores < 0, scores * penalties, scores / penalties)
         if entries := self.additions.take(logits_RV):
             flat.index_add_(0, *entries)
+
+    def mask(self, logits_RV: Tensor) -> None:
+        """Mask what the rows' constraints do not allow to -inf."""
+        words_CW = np.stack([mask.words for row in self.masked if (mask := self.states[row].mask)])
+        if logits_RV.device.type == "cpu":
+            allowed_CV = unpacked(words_CW, logits_RV.shape[-1])
+            for row, allowed_V in zip(self.masked, allowed_CV, strict=True):
+                np.putmask(logits_RV[row].numpy(), ~allowed_V, -np.inf)
+            return
+        device = logits_RV.device
+        rows_C = sent(np.array(self.masked, np.int64), device)
+        bits_CW32 = sent(words_CW.view(np.int32), device)[..., None] >> torch.arange(
+            32, dtype=torch.int32, device=device
+        )
+        excluded_CV = (bits_CW32 & 1 == 0).flatten(1)[:, : logits_RV.shape[-1]]
+        logits_RV[rows_C] = logits_RV[rows_C].masked_fill(excluded_CV, -torch.inf)
 
     def draw(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (D) of the rows that sample, by inverse transform sampling.
@@ -326,6 +398,14 @@ class _Batch:
         unsure = (kept == count) & (self._top_p < 1) & (count < scores_DV.shape[-1])
         least = values_DC.gather(1, kept - 1)
         return least.masked_fill(self._top_p >= 1, -torch.inf), unsure[:, 0]
+
+
+def _is_masked(params: SamplingParams) -> bool:
+    return (
+        params.grammar is not None
+        or params.allowed_token_ids is not None
+        or bool(params.bad_words_ids)
+    )
 
 
 # On a CPU these use NumPy: its argmax is 20 times as fast on one core, and PyTorch's threads would

@@ -24,3 +24,5 @@ class EngineStats:
     prefix_tokens_hit: int  # of those, found there
     preemptions: int
     cancellations: int
+    constrained_tokens_out: int  # sampled by a grammar
+    mask_wait_ms: int  # milliseconds that steps waited for the masks of constrained requests

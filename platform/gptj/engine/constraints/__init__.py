@@ -1,0 +1,1 @@
+"""Constrained output: a JSON Schema, a regex or a grammar in, the tokens that may come next out."""

@@ -1,0 +1,205 @@
+"""Compiles grammars for a tokenizer, away from the engine's thread, and keeps those used last.
+
+Each is tried in a process of its own first (process.py): what crashes there, or hangs, is refused
+here.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from gptj.engine.constraints.grammar import Grammar, GrammarError
+from gptj.engine.constraints.trial import Trial
+from gptj.extras import Extra
+from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.errors import ClosedError, QueueFullError
+
+MAX_CACHED = 64  # grammars, compiled or refused
+MAX_WAITING = 32  # grammars that wait to be compiled
+CPU_SECONDS = 3  # to compile one
+MASK_SECONDS = 0.05  # of CPU time, for the mask of one token
+# Fewer states and less work than llguidance allows by default, since others wait for a mask.
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 100_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+# Models that are not tuned for JSON may never stop writing blanks where they may.
+JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\r\n]{0,32}", "lenient": False}
+
+llguidance = Extra("llguidance", "constrained output")
+
+
+class CompiledGrammar:
+    """A grammar for one tokenizer; its matchers follow outputs."""
+
+    def __init__(
+        self, matcher: Any, words: int, eos_ids: Sequence[int], owner: GrammarCompiler, key: bytes
+    ) -> None:
+        self.words = words  # of 32 bits in a mask
+        self.eos_ids = tuple(eos_ids)  # that a mask allows where an output may end
+        self._matcher = matcher
+        self._owner = owner
+        self._key = key
+
+    def matcher(self) -> Any:
+        """An llguidance.LLMatcher at the start of an output."""
+        return self._matcher.deep_copy()
+
+    def forget(self) -> None:
+        """Compile it anew for the next request: its automaton has grown too large, for one."""
+        self._owner.forget(self._key)
+
+    def refuse(self, reason: str) -> None:
+        """Refuse later requests with it."""
+        self._owner.refuse(self._key, reason)
+
+
+class GrammarCompiler:
+    """Any thread may call it.
+
+    Args:
+        rows: of the model's embedding, possibly more than the tokenizer has ids.
+        eos_ids: that end an output; none if the model has none.
+    """
+
+    def __init__(self, tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._rows = rows
+        self._eos_ids = tuple(eos_ids)
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[bytes, Future[CompiledGrammar]] = OrderedDict()
+        self._waiting = 0
+        self._closed = False
+        self._thread = ThreadPoolExecutor(1, "grammars")  # idle threads end with the interpreter
+        self._ready: tuple[Trial, Any] | None = None  # with the tokenizer as llguidance has it
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Wait until it is compiled.
+
+        Raises:
+            GrammarError: if it cannot be compiled, is too large, or takes too long.
+            QueueFullError, ClosedError, MissingPackageError
+        """
+        return self.submit(grammar).result()
+
+    def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        """As compile, without waiting. Raises QueueFullError and ClosedError at once."""
+        key = grammar.key
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the grammar compiler was closed")
+            known = self._cache.get(key)
+            if known is not None:
+                self._cache.move_to_end(key)
+                return known
+            if self._waiting >= MAX_WAITING:
+                raise QueueFullError(
+                    f"{self._waiting} grammars wait to be compiled already, which is the limit: "
+                    f"try again later"
+                )
+            self._waiting += 1
+            future = self._cache[key] = self._thread.submit(self._compile, grammar, key)
+            while len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        # Without the lock: if it is done already, this calls at once.
+        future.add_done_callback(lambda done: self._note(key, done))
+        return future
+
+    def forget(self, key: bytes) -> None:
+        """Compile a grammar anew for the next request."""
+        with self._lock:
+            self._cache.pop(key, None)
+
+    def refuse(self, key: bytes, reason: str) -> None:
+        """Refuse a grammar as long as it is remembered."""
+        refused: Future[CompiledGrammar] = Future()
+        refused.set_exception(GrammarError(reason))
+        with self._lock:
+            self._cache[key] = refused
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether it is, or is being, compiled already."""
+        with self._lock:
+            return grammar.key in self._cache
+
+    def close(self) -> None:
+        """Refuse new grammars, and end the process that tries them after its current one."""
+        with self._lock:
+            self._closed = True
+        self._thread.shutdown(cancel_futures=True)
+        if self._ready is not None:
+            self._ready[0].close()
+
+    def _note(self, key: bytes, done: Future[CompiledGrammar]) -> None:
+        """Refusals are kept as well; other failures are not the grammar's."""
+        with self._lock:
+            self._waiting -= 1
+            failed = done.cancelled() or not isinstance(done.exception(), GrammarError | None)
+            if failed and self._cache.get(key) is done:
+                del self._cache[key]
+
+    def _compile(self, grammar: Grammar, key: bytes) -> CompiledGrammar:
+        trial, tokenizer = self._ready = self._ready or self._prepare()
+        text = trial.run(grammar)
+        limits = llguidance.LLParserLimits(**LIMITS)
+        matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        if matcher.is_error():  # it was none in the trial
+            raise GrammarError(f"it cannot be compiled: {matcher.get_error()[:500]}")
+        words = -(-tokenizer.vocab_size // 32)
+        return CompiledGrammar(matcher, words, self._eos_ids, self, key)
+
+    def _prepare(self) -> tuple[Trial, Any]:
+        """Takes a second for GPT-J's vocabulary."""
+        rows = max(self._rows, len(self._tokenizer), *(each + 1 for each in self._eos_ids), 0)
+        # Without eos, an id that the model does not have: outputs end with their grammar only.
+        eos_ids = list(self._eos_ids) or [rows]
+        rows = max(rows, *(each + 1 for each in eos_ids))
+        settings = {
+            "tokenizer": _text_only(self._tokenizer, rows, eos_ids),
+            "n_vocab": rows,
+            "eos_ids": eos_ids,
+        }
+        tokenizer = llguidance.LLTokenizer(
+            settings["tokenizer"], n_vocab=settings["n_vocab"], eos_token=settings["eos_ids"]
+        )
+        trial = Trial(
+            {
+                **settings,
+                "limits": LIMITS,
+                "json_options": JSON_OPTIONS,
+                "cpu_seconds": CPU_SECONDS,
+                "mask_seconds": MASK_SECONDS,
+            }
+        )
+        return trial, tokenizer
+
+
+def _text_only(tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> str:
+    """The tokenizer.json with ids 0 to rows - 1, where those that are no text have other names.
+
+    So `<|endoftext|>` in a text is text, and no part of a text is an id that is never sampled.
+    """
+    content = json.loads(tokenizer.files()["tokenizer.json"])
+    added = {token["content"] for token in content["added_tokens"]}
+    text = {
+        token: number
+        for token, number in content["model"]["vocab"].items()
+        if token not in added and number not in eos_ids
+    }
+    names = {f"<|\ue000{n}|>": n for n in sorted(set(range(rows)).difference(text.values()))}
+    content["model"]["vocab"] = text | names
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] = [
+        {"id": number, "content": name, "special": True, **flags} for name, number in names.items()
+    ]
+    return json.dumps(content)

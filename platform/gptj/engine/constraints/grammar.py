@@ -1,0 +1,117 @@
+"""What a client asks of an output's text: a JSON Schema, a regex, choices or a grammar.
+
+Nothing is compiled here; sizes are bounded, so that reading a grammar is cheap. Bounds on the work
+of compiling and of computing masks are in process.py and token_mask.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["json", "regex", "grammar"]
+
+MAX_CHARACTERS = 2**17  # of a grammar; OpenAI's limit is 120,000
+MAX_DEPTH = 48  # of a schema's objects and arrays; the compiler's own limit is about 128
+MAX_CHOICES = 4096
+SPECIAL = r"\.+*?()|[]{}^$#&-~/"  # in a regex
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be compiled, is too large, or takes too long; the message says why."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The source of a constraint.
+
+    Attributes:
+        kind: `json`: a JSON Schema; `regex`: of the whole output, in the syntax of Rust's regex
+            crate without look-around and backreferences; `grammar`: context-free, in Lark's syntax
+            as llguidance has it, or in llama.cpp's GBNF.
+    """
+
+    kind: Kind
+    source: str
+
+    def __post_init__(self) -> None:
+        if len(self.source) > MAX_CHARACTERS:
+            raise GrammarError(
+                f"it has {len(self.source)} characters, and at most {MAX_CHARACTERS} are allowed"
+            )
+
+    @classmethod
+    def of_json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
+        """JSON that is valid by a schema, given as an object or as its JSON text."""
+        if isinstance(schema, str):
+            if len(schema) > MAX_CHARACTERS:
+                return cls("json", schema)  # raises
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError) as error:
+                raise GrammarError(f"it is not valid JSON: {error}") from error
+        if not isinstance(schema, Mapping):
+            raise GrammarError(f"a JSON Schema is an object, got {type(schema).__name__}")
+        _check_depth(schema)
+        if "x-guidance" in schema:
+            raise GrammarError("x-guidance, options of the grammar's compiler, is not supported")
+        return cls("json", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+
+    @classmethod
+    def of_json_object(cls) -> Grammar:
+        """Any JSON object."""
+        return cls.of_json_schema({"type": "object"})
+
+    @classmethod
+    def of_regex(cls, pattern: str) -> Grammar:
+        """Text that matches as a whole."""
+        if not pattern:
+            raise GrammarError("it is empty: give a pattern")
+        return cls("regex", pattern)
+
+    @classmethod
+    def of_choices(cls, texts: Sequence[str]) -> Grammar:
+        """One of the texts."""
+        if not texts or not all(texts):
+            raise GrammarError("it must have at least one choice, and none that is empty")
+        if len(texts) > MAX_CHOICES:
+            raise GrammarError(f"it may have {MAX_CHOICES} choices, got {len(texts)}")
+        return cls("regex", "|".join("".join(map(_escaped, text)) for text in texts))
+
+    @classmethod
+    def of_grammar(cls, text: str) -> Grammar:
+        """Text of a context-free grammar."""
+        if not text.strip():
+            raise GrammarError(
+                "it is empty: give a grammar whose first rule is `start` (or `root`)"
+            )
+        return cls("grammar", text)
+
+    @property
+    def key(self) -> bytes:
+        """A digest of its content."""
+        return hashlib.sha256(f"{self.kind}:{self.source}".encode(errors="surrogatepass")).digest()
+
+
+def _check_depth(schema: Mapping[str, Any]) -> None:
+    """Iterative, since clients decide the depth."""
+    level: list[Any] = [schema]
+    for _ in range(MAX_DEPTH):
+        level = [
+            each
+            for value in level
+            for each in (value.values() if isinstance(value, Mapping) else value)
+            if isinstance(each, Mapping | list)
+        ]
+        if not level:
+            return
+    raise GrammarError(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def _escaped(character: str) -> str:
+    if character in SPECIAL:
+        return "\\" + character
+    return character if character.isprintable() else f"\\x{{{ord(character):x}}}"

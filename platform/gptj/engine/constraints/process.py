@@ -1,0 +1,107 @@
+"""Tries grammars in a process of its own, which its parent can kill: a program, not a module.
+
+The compiler is a library in Rust: some inputs overflow its stack or keep it busy for hours. One
+JSON object a line: first the settings in, `{}` out; then a grammar in, and what llguidance is to
+compile, or an error, out. A grammar passes if it compiles with little stack and memory in the given
+time, and the masks of some random outputs are quick.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+import sys
+import threading
+import time
+from typing import Any
+
+import llguidance
+
+STACK = 2**20  # bytes; threads of the parent have more
+MEMORY = 2 * 2**30  # bytes of address space beyond what the tokenizer takes
+OUTPUTS, TOKENS = 3, 16  # random outputs, and tokens of each, whose masks are computed
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    tokenizer = llguidance.LLTokenizer(
+        setup["tokenizer"], n_vocab=setup["n_vocab"], eos_token=setup["eos_ids"]
+    )
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory()
+    threading.stack_size(STACK)
+    print("{}", flush=True)
+    for line in sys.stdin:
+        # Even without a parent that kills it, it ends.
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = math.ceil(used.ru_utime + used.ru_stime) + setup["cpu_seconds"]
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
+        reply: dict[str, str] = {}
+        thread = threading.Thread(target=_try, args=(tokenizer, setup, json.loads(line), reply))
+        thread.start()
+        thread.join()
+        print(json.dumps(reply), flush=True)
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, most))
+
+
+def _try(
+    tokenizer: Any, setup: dict[str, Any], task: dict[str, str], reply: dict[str, str]
+) -> None:
+    try:
+        grammar = _grammar(task["kind"], task["source"], setup["json_options"])
+        limits = llguidance.LLParserLimits(**setup["limits"])
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+        error = matcher.get_error() or _probe(matcher, setup["mask_seconds"])
+    # Rust's panics are BaseExceptions, and the conversion of a grammar raises anything.
+    except BaseException as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    if error:
+        reply["error"] = error
+    else:
+        reply["grammar"] = grammar
+
+
+def _grammar(kind: str, source: str, json_options: Any) -> str:
+    if kind == "json":
+        return llguidance.LLMatcher.grammar_from_json_schema(source, overrides=json_options)
+    if kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(source)
+    return llguidance.grammar_from("grammar", source)
+
+
+def _probe(matcher: Any, mask_seconds: float) -> str:
+    """An error if masks of random outputs take too long or cannot be computed."""
+    for seed in range(OUTPUTS):
+        chooser = random.Random(seed)
+        trial = matcher.deep_copy()
+        for _ in range(TOKENS):
+            start = time.thread_time()
+            mask = int.from_bytes(trial.compute_bitmask(), "little")
+            seconds = time.thread_time() - start
+            if trial.is_error() or not mask:
+                return trial.get_error() or "it allows no output"
+            if seconds > mask_seconds:
+                return (
+                    f"one token took {seconds:.2f} seconds, and {mask_seconds} are allowed: "
+                    f"simplify it, or lower its counts"
+                )
+            place = chooser.randrange(mask.bit_length())
+            above = mask >> place
+            if not trial.consume_token(place + (above & -above).bit_length() - 1):
+                break
+            if trial.is_stopped():
+                break
+    return ""
+
+
+if __name__ == "__main__":
+    main()

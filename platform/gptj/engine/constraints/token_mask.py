@@ -1,0 +1,158 @@
+"""Which tokens a request's output may continue with: a bit for each token of the vocabulary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptj.engine.constraints.grammar import GrammarError
+from gptj.sampling import SamplingParams
+
+# Of CPU time, for the mask of one token: about what the steps of small models take. Nearly all
+# masks take less than a millisecond.
+MOST_SECONDS = 0.2  # ever
+MEAN_SECONDS = 0.02  # of COUNTED or more
+COUNTED = 16
+
+Words = npt.NDArray[np.uint32]
+
+
+class TokenMask:
+    """Follows the output of a request with a grammar, allowed_token_ids or bad_words.
+
+    Args:
+        free: the bits of all ids that are ever sampled.
+        stop_ids: that end the output.
+        output_ids: so far.
+
+    Raises:
+        GrammarError: if the output does not follow the grammar.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        free: Words,
+        stop_ids: Iterable[int],
+        output_ids: Sequence[int],
+    ) -> None:
+        self.error: Exception | None = None  # the request must fail
+        self.at_end = False  # the grammar allows no further token: the output is complete
+        self.words: Words = np.zeros_like(free)  # of the next token
+        self._params = params
+        self._stop_ids = frozenset(stop_ids)
+        self._output = list(output_ids)
+        size = 32 * len(free)
+        self._free = free.copy()
+        if params.allowed_token_ids is not None:
+            self._free &= packed(params.allowed_token_ids, size)
+        self._stops = packed(self._stop_ids, size)
+        self._grammar = params.grammar
+        self._matcher: Any = None
+        self._seconds, self._count = 0.0, 0
+        if self._grammar is not None:
+            self._matcher = self._grammar.matcher()
+            if params.ignore_eos:
+                self._free &= ~packed(self._grammar.eos_ids, size)
+            if self._output and not self._matcher.consume_tokens(self._output):
+                raise GrammarError("the output so far does not follow the grammar")
+            self.at_end = bool(self._matcher.is_stopped())
+
+    def advance(self, token: int) -> bool:
+        """Append a sampled token; returns whether the mask has to be computed again."""
+        if token in self._stop_ids:
+            return False
+        changes = (
+            self._matcher is not None
+            or bool(self._params.bad_words_ids)
+            or len(self._output) < self._params.min_tokens
+        )
+        self._output.append(token)
+        if self._matcher is not None:
+            if not self._matcher.consume_token(token):
+                self._fail(self._matcher.get_error())
+            self.at_end = bool(self._matcher.is_stopped())
+        return changes and not self.at_end and self.error is None
+
+    def abandon(self) -> None:
+        """Its mask is not computed in time."""
+        self._refuse("the mask of one token takes seconds")
+
+    def compute(self) -> None:
+        """Set `words`, on any thread; errors are in `error`, as they are this request's alone."""
+        words = self._free.copy()
+        if self._matcher is not None and not self._compute_grammar(words):
+            return
+        for word in self._params.bad_words_ids:
+            if len(word) <= len(self._output) + 1 and tuple(
+                self._output[len(self._output) - len(word) + 1 :]
+            ) == tuple(word[:-1]):
+                words[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))
+        if len(self._output) < self._params.min_tokens:
+            words &= ~self._stops
+        self.words = words
+        if words.any():
+            return
+        # min_tokens and ignore_eos cannot have an output go on that its grammar ends.
+        if self._matcher is not None and self._matcher.is_accepting():
+            self.at_end = True
+        else:
+            self.error = GrammarError(
+                "no token is left that the request allows: its grammar, allowed_token_ids, "
+                "bad_words and min_tokens contradict each other here"
+            )
+
+    def _compute_grammar(self, words: Words) -> bool:
+        """Clear bits that the grammar does not allow; False if it fails."""
+        assert self._grammar is not None
+        if self.at_end:
+            words[:] = 0
+            return True
+        start = time.thread_time()
+        allowed = np.zeros(self._grammar.words, np.uint32)
+        try:
+            self._matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
+        except Exception as error:
+            return self._fail(str(error))
+        if self._matcher.is_error():
+            return self._fail(self._matcher.get_error())
+        self._seconds += time.thread_time() - start
+        self._count += 1
+        if self._seconds > max(MOST_SECONDS, MEAN_SECONDS * max(COUNTED, self._count)):
+            return self._refuse(
+                f"its masks take {1000 * self._seconds / self._count:.0f} ms a token, and "
+                f"{1000 * MEAN_SECONDS:.0f} are allowed: simplify it"
+            )
+        words &= allowed[: len(words)]
+        return True
+
+    def _fail(self, reason: str) -> bool:
+        """This output fails; the grammar is compiled anew for the next."""
+        assert self._grammar is not None
+        self._grammar.forget()
+        reason = reason.partition("<")[0].strip()
+        self.error = self.error or GrammarError(f"the grammar failed at this output: {reason}")
+        return False
+
+    def _refuse(self, reason: str) -> bool:
+        """This output fails, and others with the same grammar are refused."""
+        assert self._grammar is not None
+        self.error = self.error or GrammarError(reason)
+        self._grammar.refuse(reason)
+        return False
+
+
+def packed(ids: Iterable[int], size: int) -> Words:
+    """Words with the bits of those ids that are below `size`."""
+    bits = np.zeros(-(-size // 32) * 32, dtype=bool)
+    bits[np.fromiter((each for each in ids if 0 <= each < size), np.int64)] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def unpacked(words: Words, size: int) -> npt.NDArray[np.bool_]:
+    """Booleans (C, size) of words (C, W)."""
+    return np.unpackbits(words.view(np.uint8), axis=1, count=size, bitorder="little").view(bool)

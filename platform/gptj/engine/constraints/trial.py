@@ -1,0 +1,122 @@
+"""The process that grammars are tried in: started when it is needed, killed when it hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gptj.engine.constraints.grammar import Grammar, GrammarError
+
+PROGRAM = Path(__file__).with_name("process.py")
+START_SECONDS = 60  # to import the library and read the tokenizer, on a busy machine
+WALL_SECONDS = 20  # for one grammar; its bound is on CPU time, which a busy machine gives slowly
+MAX_ERROR = 500  # characters
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR")
+
+
+class Trial:
+    """Tries one grammar at a time; not thread-safe.
+
+    Args:
+        settings: of process.py.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+
+    def run(self, grammar: Grammar) -> str:
+        """What llguidance is to compile. Raises GrammarError."""
+        process = self._process or self._start()
+        task = {"kind": grammar.kind, "source": grammar.source}
+        reply = self._ask(process, task, WALL_SECONDS)
+        if reply is None:
+            status = self._kill()
+            if status in (-9, -24):  # SIGKILL, ours, or SIGXCPU, the kernel's
+                raise GrammarError(
+                    f"it takes longer to compile than the {self._settings['cpu_seconds']} seconds "
+                    f"that are allowed: simplify it"
+                )
+            raise GrammarError("it is nested too deeply, or too large, to be compiled: simplify it")
+        if "error" in reply:
+            raise GrammarError(f"it cannot be compiled: {_readable(reply['error'])}")
+        return str(reply["grammar"])
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        # -P: the program's folder has modules of other purposes.
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        self._process, self._unread = process, b""
+        weakref.finalize(self, _end, process)
+        if self._ask(process, self._settings, START_SECONDS) is None:
+            status = self._kill()
+            raise RuntimeError(f"the process that compiles grammars did not start: status {status}")
+        return process
+
+    def _ask(
+        self, process: subprocess.Popen[bytes], task: dict[str, Any], seconds: float
+    ) -> dict[str, Any] | None:
+        """The reply, or None if there is none in time."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                return None
+            part = os.read(process.stdout.fileno(), 2**16)
+            if not part:
+                process.wait()
+                return None
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _kill(self) -> int:
+        process, self._process = self._process, None
+        assert process is not None
+        return _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Its exit status."""
+    process.kill()
+    status = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):  # for what was not written yet
+                pipe.close()
+    return status
+
+
+def _readable(error: str) -> str:
+    """An error of the library: without its parser's state, and not the whole grammar again."""
+    error = error.partition("<state>")[0].replace("<non-verbose/>", "").strip()
+    if error.startswith("NoExtension"):
+        return "it allows no output"
+    return error if len(error) <= MAX_ERROR else error[:MAX_ERROR] + "…"
