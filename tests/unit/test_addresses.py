@@ -62,31 +62,34 @@ def test_what_is_understood_has_one_spelling(
 
 
 UNKNOWN = [
-    ("gs://bucket/x", "gs is no scheme.*remedy: copy it"),
-    ("hdfs://host/x", "hdfs is no scheme.*remedy: copy it"),
-    ("https://host/x", "https is no scheme.*remedy: copy it"),
+    ("gs://bucket/x", "gs:// is not supported.*remedy: copy it"),
+    ("hdfs://host/x", "hdfs:// is not supported.*remedy: copy it"),
+    ("https://host/x", "https:// is not supported.*remedy: copy it"),
     ("s3a://bucket/x", "remedy: s3://bucket/x$"),
     ("s3n://bucket/x", "remedy: s3://bucket/x$"),
     ("S3://bucket/x", "remedy: s3://bucket/x$"),
     ("s3:/bucket/x", "remedy: s3://bucket/x$"),
     (str(Path("s3://bucket/x")), "remedy: s3://bucket/x$"),
-    ("file:///data/x", "remedy: the path alone: /data/x$"),
-    ("file:/data/x", "remedy: the path alone: /data/x$"),
-    ("file://localhost/data/x", "remedy: the path alone: /data/x$"),
-    ("hf://EleutherAI/gpt-j-6B", "its id alone: EleutherAI/gpt-j-6B$"),
-    ("https://huggingface.co/EleutherAI/gpt-j-6B/tree/main", "its id alone: EleutherAI/gpt-j-6B$"),
+    ("file:///data/x", "remedy: give only the path: /data/x$"),
+    ("file:/data/x", "remedy: give only the path: /data/x$"),
+    ("file://localhost/data/x", "remedy: give only the path: /data/x$"),
+    ("hf://EleutherAI/gpt-j-6B", "give only its id: EleutherAI/gpt-j-6B$"),
+    (
+        "https://huggingface.co/EleutherAI/gpt-j-6B/tree/main",
+        "give only its id: EleutherAI/gpt-j-6B$",
+    ),
     ("", "the address is empty"),
     ("  ", "the address is empty"),
     (" s3://bucket/x", "white space around it"),
     ("s3://bucket/x\n", "white space around it"),
     ("a\0b", "control characters"),
-    ('"s3://bucket/x"', "leave out what is before the scheme"),
+    ('"s3://bucket/x"', "remove what precedes the scheme"),
     ("s3://", "s3://bucket/key, got 's3://'"),
     ("s3:///x", "s3://bucket/key, got 's3:///x'"),
-    ("s3://*/x", "'\\*' can be no bucket's name"),
-    ("s3://a b/x", "'a b' can be no bucket's name"),
-    ("s3://b/a//b", "has // or .*remedy: s3://b/a/b$"),
-    ("s3://b//a", "has // or .*remedy: s3://b/a$"),
+    ("s3://*/x", "'\\*' is not a valid bucket name"),
+    ("s3://a b/x", "'a b' is not a valid bucket name"),
+    ("s3://b/a//b", "contains //, .*remedy: s3://b/a/b$"),
+    ("s3://b//a", "contains //, .*remedy: s3://b/a$"),
     ("s3://b/a//", "remedy: s3://b/a$"),
     ("s3://b//", "remedy: s3://b$"),
     ("s3://b/./a", "remedy: s3://b/a$"),
@@ -205,7 +208,7 @@ def test_command_lines_say_why(main, words, capsys) -> None:  # type: ignore[no-
     with pytest.raises(SystemExit):
         main(words)
     message = capsys.readouterr().err
-    assert re.search(r"gs://b/x: gs is no scheme that we know; remedy: copy it", message)
+    assert re.search(r"gs://b/x: gs:// is not supported; remedy: copy it", message)
 
 
 def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,5 +237,5 @@ def test_the_job_refuses_it_before_it_needs_ray(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "jobs/finetune.py"), "storage=gs://bucket/x"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "error: storage: gs://bucket/x: gs is no scheme that we know; remedy:" in done.stderr
+    assert "error: storage: gs://bucket/x: gs:// is not supported; remedy:" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -39,7 +39,7 @@ def test_a_second_holder_is_refused_while_the_first_lives(
     if not same_machine:
         elsewhere(monkeypatch)
     with Lease(folder, term=TERM) as first:
-        with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* is at work"):
+        with pytest.raises(LeaseHeldError, match=f"process {os.getpid()} on .* is still running"):
             Lease(folder, term=TERM)
         first.claim.check()
     with Lease(folder, term=TERM) as second:  # at once

@@ -1,10 +1,9 @@
 """One way to read and write local paths and `s3://bucket/key` addresses: bytes in, bytes out.
 
-Addresses are those of gptj.storage.addresses. S3 goes through boto3, which reads the usual AWS
-variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, a profile, an
-instance's role). Every request has a time limit and carries a checksum that the server verifies;
-outages are waited for (gptj.storage.retries). What is written appears as a whole or not at all, on
-both kinds of storage.
+gptj.storage.addresses defines the addresses. S3 goes through boto3, which reads the usual AWS
+variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION), profiles and
+instance roles. Requests have a timeout, carry a checksum that the server verifies, and are retried
+through outages (gptj.storage.retries). Writes are atomic on both kinds of storage.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from gptj.storage import s3 as _s3
     from gptj.storage import s3_client as _s3_client
 else:
-    _arrow = Extra("gptj.storage.arrow", "a file system of pyarrow")
+    _arrow = Extra("gptj.storage.arrow", "pyarrow's file system")
     _s3 = Extra("gptj.storage.s3", "an s3:// address", "boto3")
     _s3_client = Extra("gptj.storage.s3_client", "an s3:// address", "boto3")
 
@@ -80,20 +79,20 @@ def exists(address: str) -> bool:
 
 
 def size(address: str) -> int:
-    """Bytes of a file; NotFoundError if it is not there."""
+    """A file's size in bytes; NotFoundError if it does not exist."""
     return _s3.size(address) if is_s3(address) else local.size(address)
 
 
 def list_files(folder: str) -> list[FileInfo]:
-    """All files below a folder, by name; an empty list if there is none.
+    """All files below a folder, sorted by name; empty if there are none.
 
-    NotFoundError if its bucket does not exist. Files that are still being written are not listed.
+    NotFoundError if the bucket does not exist. Files still being written are not listed.
     """
     return _s3.list_files(folder) if is_s3(folder) else local.list_files(folder)
 
 
 def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes:
-    """A file, or `length` bytes of it from `start` on.
+    """A file's content, or `length` bytes of it starting at `start`.
 
     NotFoundError if there is no such file, StorageError if it ends before `start + length`.
     """
@@ -105,7 +104,7 @@ def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes
 
 
 def read_start(address: str, length: int) -> tuple[bytes, int]:
-    """The first `length` bytes of a file, or all if it is shorter, and its size; one request.
+    """The first `length` bytes of a file (all if it is shorter) and its size, in one request.
 
     NotFoundError if there is no such file.
     """
@@ -115,7 +114,7 @@ def read_start(address: str, length: int) -> tuple[bytes, int]:
 
 
 def read_into(address: str, start: int, target: memoryview) -> None:
-    """Fill `target` from byte `start` of a file on, large ones by parallel requests.
+    """Fill `target` from a file, starting at byte `start`; large reads are parallel requests.
 
     StorageError if the file ends before `target` is full.
     """
@@ -123,9 +122,9 @@ def read_into(address: str, start: int, target: memoryview) -> None:
 
 
 def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
-    """Fill several buffers, one after the other, from byte `start` of an object of S3 on.
+    """Fill several buffers in order from an S3 object, starting at byte `start`, in one request.
 
-    By one request. StorageError if the object ends before all are full.
+    StorageError if the object ends before all are full.
     """
     _s3.read_scattered(address, start, targets)
 
@@ -133,9 +132,9 @@ def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> N
 def open_read(
     address: str, *, buffer_bytes: int = PART_BYTES // 4
 ) -> AbstractContextManager[IO[bytes]]:
-    """A file to read from and to seek in; from S3 it comes in pieces, as they are asked for.
+    """A seekable file; from S3 it is fetched in pieces on demand.
 
-    `buffer_bytes` is the smallest piece: small ones are for reading here and there.
+    `buffer_bytes` is the smallest piece: use a small one for random access.
     """
     if is_s3(address):
         return _s3.open_read(address, buffer_bytes)
@@ -143,7 +142,7 @@ def open_read(
 
 
 def write_bytes(address: str, content: bytes, *, if_absent: bool = False) -> None:
-    """Write a whole file; `if_absent` raises AlreadyExistsError if there is one already."""
+    """Write a whole file; with `if_absent`, AlreadyExistsError if there already is one."""
     if is_s3(address):
         _s3.write_bytes(address, content, if_absent=if_absent)
         return
@@ -154,10 +153,10 @@ def write_bytes(address: str, content: bytes, *, if_absent: bool = False) -> Non
 def open_write(
     address: str, *, expected_size: int | None = None
 ) -> AbstractContextManager[IO[bytes]]:
-    """A file to write to from front to back; it appears when the block has ended well.
+    """A file to write sequentially; it appears when the block ends without an error.
 
-    To S3 it goes in parts while it is written, so that memory holds some parts and no disk is
-    needed. `expected_size` (bytes) makes parts large enough for a file of more than 80 GB.
+    To S3 it is uploaded in parts while it is written: memory holds a few parts, and no disk is
+    needed. `expected_size` (bytes) makes the parts large enough for a file of more than 80 GB.
     """
     if is_s3(address):
         return _s3.open_write(address, expected_size)
@@ -165,8 +164,8 @@ def open_write(
 
 
 def download(address: str, path: str | Path) -> None:
-    """Copy a file to a local path, in parallel parts; the path's folders are made."""
-    copy = _s3.download if is_s3(address) else local.copy  # what is no address, makes no folder
+    """Copy a file to a local path, in parallel parts, creating the path's parent folders."""
+    copy = _s3.download if is_s3(address) else local.copy  # check the address before mkdir
     local.make_folder(Path(path).parent)
     copy(address, Path(path))
 
@@ -182,7 +181,7 @@ def upload(path: str | Path, address: str) -> None:
 def download_folder(
     address: str, path: str | Path, names: Iterable[str] | None = None
 ) -> list[FileInfo]:
-    """Copy a folder's files (those of the given relative names) to a local folder."""
+    """Copy a folder's files, or those with the given relative names, to a local folder."""
     wanted = None if names is None else set(names)
     files = [file for file in list_files(address) if wanted is None or file.name in wanted]
     if wanted is not None and (missing := wanted - {file.name for file in files}):
@@ -199,19 +198,19 @@ def upload_folder(path: str | Path, address: str) -> list[FileInfo]:
 
 
 def delete(address: str) -> None:
-    """Delete a file; nothing happens if it is not there."""
+    """Delete a file, if it exists."""
     (_s3 if is_s3(address) else local).delete(address)
 
 
 def delete_folder(address: str) -> None:
-    """Delete all files below an address; nothing happens if there are none."""
+    """Delete all files below an address, if there are any."""
     (_s3 if is_s3(address) else local).delete_folder(address)
 
 
 def delete_unfinished(folder: str) -> None:
-    """Delete what writers into a folder that were killed have left, which no listing shows.
+    """Delete the unlisted leftovers of writers that were killed.
 
-    For a folder that nobody else is writing to now.
+    Only for a folder that nobody else is writing to.
     """
     if is_s3(folder):
         _s3.abort_uploads(folder)
@@ -220,23 +219,23 @@ def delete_unfinished(folder: str) -> None:
 
 
 def be_patient() -> None:
-    """Wait for minutes if S3 does not answer, from the first request on.
+    """Retry for minutes if S3 does not answer, even on the first request.
 
-    Otherwise only a server that has answered this process is waited for. For processes of a run
-    that has been checked where it was started.
+    By default only a server that has already answered this process gets that long. For workers of
+    a run whose storage was checked where it was started.
     """
     _s3_client.retry_policy().patient = True
 
 
 def check_writable(address: str) -> None:
-    """Do what the end of long work does, with small files below the address; delete them again.
+    """Write small files below the address the way a long job will at its end, then delete them.
 
-    For the start, so that a missing bucket, a folder of somebody else or a server that lacks what
-    we need does not show at the end. Raises StorageError.
+    Called at the start, so that a missing bucket, a folder of another user or a server without the
+    features we need fails early. Raises StorageError.
     """
     (_s3 if is_s3(address) else local).check_writable(address)
 
 
 def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """pyarrow's file system for an address, and the path in it, for Ray Train."""
+    """A pyarrow file system for an address, and the path in it, for Ray Train."""
     return _arrow.arrow_filesystem(address)

@@ -1,10 +1,9 @@
 """Addresses as users write them: a local path or `s3://bucket/key`, checked, in one spelling.
 
-Everything that takes an address takes it through here, so that all of the product understands the
-same ones: hub ids too where a checkpoint is read (gptj.checkpoints.hub), `sample://` too where data
-are read.
-Anything else with a scheme would be taken for a local folder of a strange name, and what is written
-there would be lost; it is refused with the remedy.
+Everything that takes an address goes through here, so that the whole product accepts the same ones;
+reading a checkpoint also takes hub ids (gptj.checkpoints.hub), and reading data also `sample://`.
+Any other scheme is refused, with a remedy: it would otherwise become a local folder with a strange
+name, and what is written there would be lost.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 SAMPLE = "sample://"
 _S3 = "s3://"
-# `scheme:/` at the beginning; pathlib leaves one slash of `s3://`.
+# `scheme:/` at the beginning: pathlib reduces `s3://` to one slash.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as boto3 takes them
 _HUB_URL = re.compile(
@@ -26,20 +25,20 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class AddressError(ValueError):
-    """What can be no address; the message has the value, the reason and the remedy."""
+    """Not a valid address; the message has the value, the reason and the remedy."""
 
 
 def normalized(address: str | os.PathLike[str], *, samples: bool = False) -> str:
-    """An address in its one spelling: `~` expanded, no `/` at its end.
+    """An address in its canonical form: `~` expanded, no trailing `/`.
 
-    It may also be a hub id, which looks like a relative path: see gptj.checkpoints.hub.
+    A hub id also passes, since it looks like a relative path: see gptj.checkpoints.hub.
 
     Args:
         samples: allow `sample://…`, for data.
 
     Raises:
-        AddressError: if it is empty, has an unknown scheme, or is an `s3://` address that names no
-            bucket or a key that programs understand in different ways (`//`, `.` or `..` in it).
+        AddressError: if it is empty, has an unknown scheme, or is an `s3://` address without a
+            bucket or with an ambiguous key (`//`, `.` or `..` in it).
     """
     text = os.fspath(address)
     if not text.strip():
@@ -49,8 +48,8 @@ def normalized(address: str | os.PathLike[str], *, samples: bool = False) -> str
         )
     if text != text.strip() or _CONTROL.search(text):
         raise AddressError(
-            f"the address {text!r} has white space around it, or control characters; remedy: "
-            f"leave them out"
+            f"the address {text!r} has white space around it or contains control characters; "
+            f"remedy: remove them"
         )
     if text.startswith(_S3):
         return _normalized_s3(text)
@@ -59,17 +58,17 @@ def normalized(address: str | os.PathLike[str], *, samples: bool = False) -> str
             raise AddressError(f"{text} is built-in data, which can only be read as data")
         return text
     if (match := _SCHEME.match(text)) is not None:
-        raise AddressError(f"{text}: {match[1]} is no scheme that we know; {_remedy(text)}")
+        raise AddressError(f"{text}: {match[1]}:// is not supported; {_remedy(text)}")
     if "://" in text and not text.startswith((".", "/")):
         raise AddressError(
-            f"{text!r} is neither a path nor an s3:// address; remedy: leave out what is before "
-            f"the scheme"
+            f"{text!r} is neither a path nor an s3:// address; remedy: remove what precedes the "
+            f"scheme"
         )
     return _normalized_path(text)
 
 
 def is_s3(address: str) -> bool:
-    """Whether it is an `s3://` address, and not a path. AddressError if it is neither."""
+    """Whether it is an `s3://` address rather than a path. AddressError if it is neither."""
     return normalized(address).startswith(_S3)
 
 
@@ -82,7 +81,7 @@ def split_s3(address: str) -> tuple[str, str]:
 
 
 def local_path(address: str | os.PathLike[str]) -> Path:
-    """A local address as a path; AddressError if it is another's."""
+    """A local address as a path; AddressError if it is not local."""
     text = normalized(address)
     if text.startswith(_S3):
         raise AddressError(f"{text} must be a local path: it cannot be on S3")
@@ -90,7 +89,7 @@ def local_path(address: str | os.PathLike[str]) -> Path:
 
 
 def absolute(address: str | os.PathLike[str], *, samples: bool = False) -> str:
-    """As `normalized`, and a relative path as seen from the current folder."""
+    """Like `normalized`, but with relative paths made absolute."""
     text = normalized(address, samples=samples)
     return text if "://" in text else os.path.abspath(text)
 
@@ -106,13 +105,14 @@ def _normalized_s3(address: str) -> str:
     bucket, slash, key = address.removeprefix(_S3).partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise AddressError(
-            f"an S3 address is s3://bucket/key, got {address!r}: {bucket!r} can be no bucket's name"
+            f"an S3 address is s3://bucket/key, got {address!r}: {bucket!r} is not a valid "
+            f"bucket name"
         )
     key = key.removesuffix("/")  # a folder's
     if slash and key and any(part in ("", ".", "..") for part in key.split("/")):
         raise AddressError(
-            f"{address}: the key has // or a part . or .. in it, which S3 and the programs that "
-            f"use it understand in different ways; remedy: s3://{bucket}/{_plain(key)}"
+            f"{address}: the key contains //, . or .., which S3 and its clients interpret "
+            f"differently; remedy: s3://{bucket}/{_plain(key)}"
         )
     if slash and not key and address.endswith("//"):
         raise AddressError(f"{address} has // in it; remedy: s3://{bucket}")
@@ -124,7 +124,7 @@ def _normalized_path(text: str) -> str:
     if text.startswith("~") and expanded == text:
         raise AddressError(
             f"{text}: there is no user {text.partition('/')[0][1:]!r} with a home folder; remedy: "
-            f"the whole path, or ./{text} for a folder of that name"
+            f"the full path, or ./{text} for a folder with that name"
         )
     return expanded.rstrip("/") or "/"
 
@@ -137,14 +137,14 @@ def _remedy(text: str) -> str:
     scheme, _, rest = text.partition(":")
     rest = rest.lstrip("/")
     if (hub := _HUB_URL.fullmatch(text)) is not None:
-        return f"remedy: for a model of the hub, its id alone: {hub[1]}"
+        return f"remedy: for a model on the hub, give only its id: {hub[1]}"
     if scheme.lower() in ("s3", "s3a", "s3n"):
         return f"remedy: s3://{rest}"
     if scheme.lower() == "file":
-        return f"remedy: the path alone: /{rest.removeprefix('localhost/')}"
+        return f"remedy: give only the path: /{rest.removeprefix('localhost/')}"
     if scheme.lower() == "sample":
         return f"remedy: {SAMPLE}{rest}"
     return (
-        f"remedy: copy it to or from a local folder or s3://bucket/key, with the tools of where it "
-        f"is; or, for a folder of this name, ./{text}"
+        f"remedy: copy it to or from a local folder or s3://bucket/key with that storage's own "
+        f"tools; or, for a folder with this name, ./{text}"
     )

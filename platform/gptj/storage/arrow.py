@@ -1,9 +1,8 @@
-"""pyarrow's file system for an address, such as Ray Train writes its own files to.
+"""A pyarrow file system for an address; Ray Train writes its own files through it.
 
-For S3 it is one over gptj.storage.s3, and not pyarrow's own client: what that one takes from the
-environment differs in the bucket's region, AWS_CA_BUNDLE, the shared configuration's endpoint_url,
-roles and addressing style, and it would fail after all checks have passed. It holds no credentials,
-and so may be sent to other processes.
+For S3 it wraps gptj.storage.s3 rather than pyarrow's own client, which reads the bucket's region,
+AWS_CA_BUNDLE, the shared configuration's endpoint_url, roles and addressing style differently, and
+would fail after all our checks have passed. It holds no credentials, so it can be pickled.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from gptj.storage.addresses import absolute, is_s3, split_s3
 from gptj.storage.errors import NotFoundError
 from gptj.storage.s3_client import retry_policy
 
-BUFFER_BYTES = 4 * 2**20  # read from S3 at a time, at least
+BUFFER_BYTES = 4 * 2**20  # smallest read from S3
 
 
 def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """pyarrow's file system for an address, and the path in it."""
+    """A pyarrow file system for an address, and the path in it."""
     if not is_s3(address):
         return pyarrow.fs.LocalFileSystem(), absolute(address)
     bucket, key = split_s3(address)
@@ -33,7 +32,7 @@ def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]
-    """Paths are `bucket/key`. Folders are what keys begin with: none has to be made."""
+    """Paths are `bucket/key`. Folders are only key prefixes and need not be created."""
 
     def __reduce__(self) -> tuple[Callable[[], S3Handler], tuple[()]]:
         return _arrived, ()
@@ -56,7 +55,7 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]
     def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
         files = {file.name: file.size for file in s3.list_files(_address(selector.base_dir))}
         if not files and not selector.allow_not_found:
-            raise NotFoundError(f"{_address(selector.base_dir)} is not there")
+            raise NotFoundError(f"{_address(selector.base_dir)} does not exist")
         base = selector.base_dir.rstrip("/")
         folders = sorted({folder for name in files for folder in _folders_above(name)})
         infos = [FileInfo(f"{base}/{name}", FileType.Directory) for name in folders]
@@ -109,13 +108,13 @@ class S3Handler(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]
 
 
 def _arrived() -> S3Handler:
-    """In another process: the first has checked the storage, and so it is worth waiting for."""
+    """Unpickle in another process: the storage was checked by the first one, so be patient."""
     retry_policy().patient = True
     return S3Handler()
 
 
 class _Output(io.RawIOBase):
-    """A file that appears when it is closed."""
+    """A file that appears once it is closed."""
 
     def __init__(self, address: str) -> None:
         self._writing = s3.open_write(address, None)

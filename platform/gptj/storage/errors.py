@@ -1,12 +1,12 @@
-"""What can go wrong with storage: each error has the address, the reason and the remedy."""
+"""Storage errors: each message has the address, the reason and the remedy."""
 
 from __future__ import annotations
 
 
 class StorageError(OSError):
-    """Reading or writing failed; the message has the address, the reason and the remedy.
+    """A read or write failed; the message has the address, the reason and the remedy.
 
-    Its kinds: NotFoundError (no such file, or bucket), AlreadyExistsError, AccessDeniedError (also
+    Subclasses: NotFoundError (no such file or bucket), AlreadyExistsError, AccessDeniedError (also
     for missing or wrong credentials), UnreachableError (no answer in time).
     """
 
@@ -16,16 +16,16 @@ class NotFoundError(StorageError, FileNotFoundError):
 
 
 class AlreadyExistsError(StorageError, FileExistsError):
-    """A file that was to be new is there already."""
+    """A file that should be new already exists."""
 
 
 class AccessDeniedError(StorageError, PermissionError):
-    """No credentials, wrong ones, or ones that do not allow this."""
+    """Credentials are missing, wrong or insufficient."""
 
 
 class UnreachableError(StorageError):
-    """The server gave no answer in time."""
+    """The server did not answer in time."""
 
 
 def ends_early(address: str, missing: int) -> StorageError:
-    return StorageError(f"{address} ends {missing} bytes before it should: it is cut off")
+    return StorageError(f"{address} is truncated: {missing} bytes are missing")

@@ -1,7 +1,7 @@
-"""Locks between the processes of a node: whoever ends, even by SIGKILL, has let go of them.
+"""Locks between the processes of a node, released when a process ends, even by SIGKILL.
 
-They are flock's, on files that stay where they are: a file that was deleted while somebody waits
-for it would make two locks of one.
+They use flock on files that are never deleted: deleting one while a process waits for it would
+turn one lock into two.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ POLL_SECONDS = 0.1
 
 
 class FileLock:
-    """A lock that many may share, or one has alone. Its folder must be there.
+    """A lock held shared by many or exclusively by one. Its folder must exist.
 
-    Each object is a holder of its own, also within a process.
+    Each object is a separate holder, even within one process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,15 +31,15 @@ class FileLock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def share(self) -> None:
-        """Wait until nobody has it alone. What was held before is let go of first."""
+        """Acquire shared, blocking. Releases what this object held before."""
         fcntl.flock(self.descriptor, fcntl.LOCK_SH)
 
     def take(self) -> None:
-        """Wait until nobody else holds it."""
+        """Acquire exclusively, blocking."""
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
 
     def try_take(self) -> bool:
-        """Have it alone at once, or not at all: then nothing is held, whatever was before."""
+        """Acquire exclusively without blocking; if False, nothing is held, not even as before."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -48,7 +48,7 @@ class FileLock:
         return True
 
     def close(self) -> None:
-        """Let go; nothing happens the second time."""
+        """Release; idempotent."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -62,10 +62,10 @@ class FileLock:
 
 @contextmanager
 def turn(folder: Path, at_once: int) -> Iterator[None]:
-    """Wait for one of `at_once` places in a folder, and hold it for the length of the block.
+    """Hold one of `at_once` slots in a folder for the block, waiting until one is free.
 
-    Those that state different numbers share the places that both know. ValueError if at_once is
-    not positive.
+    Callers with different numbers share the lower-numbered slots. ValueError if at_once is not
+    positive.
     """
     if at_once < 1:
         raise ValueError(f"at_once must be 1 or more, got {at_once}")
@@ -74,7 +74,7 @@ def turn(folder: Path, at_once: int) -> Iterator[None]:
     while (place := _free_place(folder, at_once)) is None:
         time.sleep(POLL_SECONDS)
     if (waited := time.monotonic() - start) > 1:
-        logger.info("waited %.1f s for one of %d places in %s", waited, at_once, folder)
+        logger.info("waited %.1f s for one of %d slots in %s", waited, at_once, folder)
     with place:
         yield
 

@@ -1,9 +1,9 @@
-"""A lease on a folder, local or on S3: one holder at a time, which need not say good-bye.
+"""A lease on a folder, local or on S3: one holder at a time, which may die without releasing it.
 
-The folder has a file for each generation, `00000001.json` and so on, which is created only if it is
-absent: of those who take over an expired lease, one wins. The holder renews its file every few
-seconds. Whoever finds that a file stays as it is for a whole term, by its own clock, takes over;
-no clocks are compared. On the holder's own machine its process is looked up instead.
+The folder has a file for each generation, `00000001.json` and so on, created only if absent: of
+several processes that take over an expired lease, one wins. The holder renews its file every few
+seconds. A process that sees a file unchanged for a whole term, by its own clock, takes over; clocks
+are never compared. On the holder's own machine, its process is looked up instead.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from gptj import storage
 logger = logging.getLogger(__name__)
 
 TERM_SECONDS = 60.0
-RENEWALS = 6  # in a term
+RENEWALS = 6  # per term
 
 
 class LeaseHeldError(Exception):
-    """Somebody else holds the lease; the message says where."""
+    """Another process holds the lease; the message says where."""
 
 
 class LeaseLostError(Exception):
-    """Somebody else has taken over: what this process writes is late."""
+    """Another process has taken over: this one must not write any more."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class _Record:
     owner: str
     host: str
     process: int
-    machine: str  # boot, process namespace and the process's start, to tell whether it lives
+    machine: str  # boot id, PID namespace and process start time, to tell whether it is alive
     renewed: int = 0
     released: bool = False
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a lease's holder tells others that work for it; plain values."""
+    """What a holder passes to processes that work for it; plain, picklable values."""
 
     folder: str
     generation: int
     owner: str
 
     def check(self) -> None:
-        """LeaseLostError if somebody else has taken over."""
+        """LeaseLostError if another process has taken over."""
         newest = _newest(self.folder)
         if newest != self.generation:
             raise LeaseLostError(
@@ -64,14 +64,14 @@ class Claim:
 
 
 class Lease:
-    """A lease that is renewed by a thread until it is released.
+    """A lease, renewed by a thread until it is released.
 
     Args:
-        folder: of the lease's own files.
+        folder: holds only the lease's files.
         term: seconds without renewal after which others take over.
 
     Raises:
-        LeaseHeldError: if its holder lives.
+        LeaseHeldError: if its holder is alive.
         StorageError: if the folder cannot be read or written.
     """
 
@@ -95,7 +95,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Let others have it at once; nothing happens the second time."""
+        """Let others acquire it at once; idempotent."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -104,7 +104,7 @@ class Lease:
             self.claim.check()
             self._write(replace(self._record, released=True))
         except (LeaseLostError, storage.StorageError) as error:
-            logger.warning("the lease is not released: %s", error)
+            logger.warning("cannot release the lease: %s", error)
 
     def _acquire(self, folder: str) -> int:
         while True:
@@ -115,8 +115,8 @@ class Lease:
             try:
                 storage.write_bytes(_address(folder, newest + 1), content, if_absent=True)
             except storage.AlreadyExistsError:
-                continue  # another one was faster
-            for generation in range(1, newest):  # the newest ones tell a late holder that it is
+                continue  # another process was faster
+            for generation in range(1, newest):  # keep the newest, to tell a late holder it lost
                 storage.delete(_address(folder, generation))
             return newest + 1
 
@@ -126,7 +126,7 @@ class Lease:
             return
         ends = time.monotonic() + self._term
         logger.info(
-            "process %d on %s may be at work; waiting for a sign of life, %.0f s at most",
+            "process %d on %s may hold the lease; waiting up to %.0f s for it to renew",
             first.process,
             first.host,
             self._term,
@@ -137,7 +137,7 @@ class Lease:
             if now is None or now.released:
                 return
             if now != first:
-                raise LeaseHeldError(f"process {now.process} on {now.host} is at work")
+                raise LeaseHeldError(f"process {now.process} on {now.host} is still running")
 
     def _renew(self) -> None:
         while not self._ended.wait(self._term / RENEWALS):
@@ -149,7 +149,7 @@ class Lease:
                 logger.error("%s", error)
                 return
             except storage.StorageError as error:
-                logger.warning("the lease is not renewed: %s", error)
+                logger.warning("cannot renew the lease: %s", error)
 
     def _write(self, record: _Record) -> None:
         address = _address(self.claim.folder, self.claim.generation)
@@ -175,7 +175,7 @@ def _read(folder: str, generation: int) -> _Record | None:
 
 
 def _is_dead(record: _Record) -> bool:
-    """Whether the holder was a process of this machine that has ended."""
+    """Whether the holder was a process of this machine and has ended."""
     here = _machine(os.getpid())
     if here is None or record.machine.rpartition(" ")[0] != here.rpartition(" ")[0]:
         return False
@@ -183,11 +183,11 @@ def _is_dead(record: _Record) -> bool:
 
 
 def _machine(process: int) -> str | None:
-    """Boot, process namespace and start of a process; None if it is not there."""
+    """Boot id, PID namespace and start time of a process; None if there is no such process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
-        # After the name, which may hold anything: state is the first field, start the 20th.
+        # The name may contain anything; after it, state is field 1 and start time field 20.
         status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""A file as a folder's listing shows it."""
+"""An entry of a folder's listing."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class FileInfo:
     address: str
-    name: str  # relative to the folder that was listed, with /
+    name: str  # relative to the listed folder, with /
     size: int  # bytes

@@ -1,4 +1,4 @@
-"""Files on a disk: what is written appears as a whole or not at all."""
+"""Files on a local disk, written atomically."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def open_read(address: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_write(address: str, *, if_absent: bool) -> Iterator[IO[bytes]]:
-    """A file beside the path, synced and moved there at the end."""
+    """Write to a temporary file beside the path; sync and move it there at the end."""
     path = local_path(address)
     with explaining(address):
         make_folder(path.parent)
@@ -106,15 +106,15 @@ def delete_folder(address: str) -> None:
 
 
 def delete_unfinished(folder: str) -> None:
-    """Files below a folder that processes began to write and were killed at."""
+    """Delete temporary files below a folder, left by writers that were killed."""
     for path in local_path(folder).rglob(f"*{_UNFINISHED}"):
         delete(str(path))
 
 
 def check_writable(folder: str) -> None:
-    """Write a small file as the end of long work does, and delete it. StorageError if that fails.
+    """Write a small file the way a long job will at its end, then delete it; the folder stays.
 
-    The folder stays.
+    StorageError if that fails.
     """
     path = local_path(folder)
     make_folder(path)
@@ -130,7 +130,7 @@ def check_writable(folder: str) -> None:
 
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
-    """Make a folder, and those above it. StorageError that says which one it is that cannot be."""
+    """Create a folder and its parents. The StorageError names the one that cannot be created."""
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
     except OSError as error:
@@ -141,15 +141,15 @@ _KINDS: dict[type[OSError], type[StorageError]] = {PermissionError: AccessDenied
 
 
 def _unwritable(folder: Path, error: BaseException | None) -> str:
-    """Why nothing can be written to a folder, by what there is above it."""
+    """Explain why a folder is not writable, from its nearest existing parent."""
     above = folder
     while not os.path.lexists(above) and above != above.parent:
         above = above.parent
     reason = error.strerror if isinstance(error, OSError) else str(error)
     if above.is_symlink() and not above.exists():
-        reason, remedy = f"{above} is a link to nothing", "delete the link"
+        reason, remedy = f"{above} is a broken link", "delete the link"
     elif not above.is_dir():
-        reason, remedy = f"{above} is a file and no folder", "choose another folder"
+        reason, remedy = f"{above} is a file, not a folder", "choose another folder"
     elif isinstance(error, PermissionError):
         owner = above.stat()
         remedy = (
@@ -160,15 +160,15 @@ def _unwritable(folder: Path, error: BaseException | None) -> str:
         remedy = f"make room on the disk ({_file_system(above)}), or choose another folder"
     else:
         remedy = f"choose another folder; {above} is on a file system of type {_file_system(above)}"
-    return f"nothing can be written to {folder}: {reason}; remedy: {remedy}"
+    return f"cannot write to {folder}: {reason}; remedy: {remedy}"
 
 
-# What a system says where a file system has no hard links, or forbids them.
+# What os.link raises where a file system lacks hard links or forbids them.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
 class _NoHardLinksError(StorageError):
-    """A file system without them."""
+    """The file system has no hard links."""
 
 
 def _link(source: Path, path: Path) -> None:
@@ -185,7 +185,7 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _file_system(path: Path) -> str:
-    """The type of the file system that a path is on, and where that is mounted."""
+    """The type and mount point of a path's file system."""
     real = str(path.resolve())
     best, kind = "", "unknown"
     try:
@@ -196,13 +196,13 @@ def _file_system(path: Path) -> str:
         _, point, found, *_ = line.split(" ")
         point = point.replace("\\040", " ")
         inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # of several at one place, the last hides the others
+        if inside and len(point) >= len(best):  # >=: a later mount hides earlier ones
             best, kind = point, found
     return f"{kind}, mounted at {best}" if best else kind
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name survives a power cut only once its folder is synced."""
+    """Sync a folder: until then a new name in it may not survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -212,18 +212,18 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def explaining(address: str) -> Iterator[None]:
-    """The system's errors as ours."""
+    """Translate OSErrors into ours."""
     try:
         yield
     except StorageError:
         raise
     except FileExistsError as error:
-        raise AlreadyExistsError(f"{address} exists already") from error
+        raise AlreadyExistsError(f"{address} already exists") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"{address} is not there") from error
+        raise NotFoundError(f"{address} does not exist") from error
     except PermissionError as error:
         raise AccessDeniedError(
-            f"{address}: {error.strerror}; remedy: check who owns it, and its mode"
+            f"{address}: {error.strerror}; remedy: check its owner and mode"
         ) from error
     except OSError as error:
         raise StorageError(f"{address}: {error.strerror or error}") from error

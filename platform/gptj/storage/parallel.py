@@ -1,4 +1,4 @@
-"""Many small waits at the same time: an action and its items in, the first error out."""
+"""Run an I/O-bound action on many items in parallel."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-PARALLEL = 16  # requests at a time
-PART_BYTES = 16 * 2**20  # of a large transfer, of which several go at a time
+PARALLEL = 16  # concurrent requests
+PART_BYTES = 16 * 2**20  # of a large transfer; several parts are in flight at once
 
 Item = TypeVar("Item")
 
 
 def for_each(action: Callable[[Item], Any], items: Iterable[Item], at_once: int = PARALLEL) -> None:
-    """Call `action` on every item, some at a time; the first error stops it and is raised."""
+    """Call `action` on every item, `at_once` in parallel; stop at the first error and raise it."""
     work = list(items)
     if len(work) == 1:
         action(work[0])

@@ -1,8 +1,8 @@
-"""Which requests to S3 are tried again, and for how long: outages cost time, and not the work.
+"""Which S3 requests are retried, and for how long, so that an outage only delays the work.
 
-botocore's own retries end after seconds, and have a quota that makes later errors final. Ours go on
-for minutes, with growing random pauses; but only at a server that has answered before: one that
-never did is more likely to be a wrong address, which should show soon.
+botocore's own retries end after seconds, and their quota makes later errors final. Ours last for
+minutes, with jittered exponential backoff, but only for a server that has answered before: one that
+never has is probably a wrong address, and should fail soon.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from botocore.exceptions import (
 )
 from botocore.parsers import ResponseParserError
 
-FIRST_TRIES = 4  # at a server that has not answered yet
-PATIENCE_SECONDS = 5 * 60  # at one that has, from the first failure of a request on
+FIRST_TRIES = 4  # for a server that has not answered yet
+PATIENCE_SECONDS = 5 * 60  # for one that has, from a request's first failure
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 20.0
-LOG_SECONDS = 10  # between two lines about an outage
+LOG_SECONDS = 10  # between log lines about an outage
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +38,16 @@ _OUTAGE_CODES = frozenset(
     RequestTimeoutException ServiceUnavailable SlowDown Throttling ThrottlingException
     ConditionalRequestConflict OperationAborted""".split()
 )
-# Of a certificate that is not trusted, and a bundle of certificates that is not there.
-_NOT_SAFE = ("CERTIFICATE_VERIFY_FAILED", "Errno 2")
-# What arrived was not what was sent. If that happens again and again, it is no accident.
+# An untrusted certificate, and a missing CA bundle.
+_UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "Errno 2")
+# The content arrived corrupted. If that keeps happening, retrying will not help.
 _DAMAGED_CODES = frozenset(
     """BadDigest IncompleteBody XAmzContentChecksumMismatch XAmzContentSHA256Mismatch""".split()
 )
 
 
 class Retries:
-    """What one client's requests have in common."""
+    """The retry policy of one client, with the state that its requests share."""
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -63,7 +63,7 @@ class Retries:
         request_dict: dict[str, Any] | None = None,
         **_: Any,
     ) -> float | None:
-        """botocore's event: seconds to wait before another try, or None."""
+        """Handler of botocore's needs-retry event: seconds until the next attempt, or None."""
         reason, damaged = _reason(response, caught_exception)
         if reason is None:
             self.patient = self.patient or response is not None
@@ -74,15 +74,15 @@ class Retries:
         return self.pause(attempts, context.setdefault("gptj_failed", time.monotonic()), reason)
 
     def pause(self, attempts: int, first_failure: float, reason: str) -> float | None:
-        """Seconds to wait before another try, or None if there were enough.
+        """Seconds until the next attempt, or None to give up.
 
         Args:
-            attempts: that have failed.
-            first_failure: when the first of them did (time.monotonic).
+            attempts: number that have failed.
+            first_failure: when the first one failed (time.monotonic).
         """
         waited = time.monotonic() - first_failure
         if waited > PATIENCE_SECONDS or (not self.patient and attempts >= FIRST_TRIES):
-            self.patient = False  # what comes next need not wait as long
+            self.patient = False  # later requests need not wait as long
             return None
         if attempts > 1:
             self._log(reason, waited)
@@ -96,7 +96,7 @@ class Retries:
             self._logged = time.monotonic()
         limit = f" for up to {PATIENCE_SECONDS / 60:g} minutes" if self.patient else ""
         logger.warning(
-            "S3 at %s has been failing for %.0f s, trying again%s: %s",
+            "S3 at %s has been failing for %.0f s, retrying%s: %s",
             self.endpoint,
             waited,
             limit,
@@ -107,9 +107,9 @@ class Retries:
 def _reason(
     response: tuple[Any, dict[str, Any]] | None, error: Exception | None
 ) -> tuple[str | None, bool]:
-    """Why a request failed, if another try may succeed; whether its content was damaged."""
+    """Why a request failed, if a retry may succeed; and whether its content was corrupted."""
     if error is not None:
-        if isinstance(error, SSLError) and any(each in str(error) for each in _NOT_SAFE):
+        if isinstance(error, SSLError) and any(each in str(error) for each in _UNTRUSTED):
             return None, False
         passing = isinstance(error, (*_OUTAGES, ResponseParserError))
         return (str(error) or repr(error) if passing else None), False

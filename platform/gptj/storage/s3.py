@@ -1,4 +1,4 @@
-"""Objects of S3: bytes in, bytes out, through boto3."""
+"""S3 objects: bytes in, bytes out, through boto3."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def read_start(address: str, length: int) -> tuple[bytes, int]:
         with explaining(bucket, key):
             _receive(reply, [memoryview(start)], address)
 
-    _outlasting(read)
+    _retrying(read)
     return bytes(start), size
 
 
 def read_into(address: str, start: int, target: memoryview) -> None:
-    """By parallel requests."""
+    """Like gptj.storage.read_into, in parallel requests."""
     parts = range(0, len(target), PART_BYTES)
     for_each(
         lambda offset: read_scattered(
@@ -121,9 +121,9 @@ def read_into(address: str, start: int, target: memoryview) -> None:
 
 
 def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
-    """Fill several buffers, one after the other, from byte `start` of an object of S3 on.
+    """Fill several buffers in order from an object, starting at byte `start`, in one request.
 
-    By one request. StorageError if the object ends before all are full.
+    StorageError if the object ends before all are full.
     """
     bucket, key = split_s3(address)
     end = start + sum(len(each) for each in targets) - 1
@@ -133,11 +133,11 @@ def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> N
             reply = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end}")
             _receive(reply, targets, address)
 
-    _outlasting(read)
+    _retrying(read)
 
 
 def is_folder(address: str) -> bool:
-    """Whether there is a bucket, or any file below an address; its bucket must exist."""
+    """Whether an address is a bucket or has files below it; the bucket must exist."""
     bucket, key = split_s3(address)
     with explaining(bucket, key):
         prefix = f"{key}/" if key else ""
@@ -163,11 +163,11 @@ def write_bytes(address: str, content: bytes, *, if_absent: bool) -> None:
             client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
     except AlreadyExistsError as error:
         retried = was_retried(error.__cause__, "PreconditionFailed", "412")
-        if not retried or not _holds(address, content):
+        if not retried or not _has_content(address, content):
             raise
 
 
-def _holds(address: str, content: bytes) -> bool:
+def _has_content(address: str, content: bytes) -> bool:
     found = memoryview(bytearray(len(content)))
     if size(address) != len(content):
         return False
@@ -181,7 +181,7 @@ def open_write(address: str, expected_size: int | None) -> Iterator[IO[bytes]]:
     part_bytes = max(WRITE_PART_BYTES, -(-(expected_size or 0) // MAX_PARTS))
     upload = StreamingUpload(address, part_bytes)
     try:
-        yield upload  # type: ignore[misc]  # it has write(), which is all that is promised
+        yield upload  # type: ignore[misc]  # callers only need write()
     except BaseException:
         upload.abort()
         raise
@@ -196,11 +196,11 @@ def download(address: str, path: Path) -> None:
             with explaining(bucket, key):
                 client().download_file(bucket, key, str(path), Config=_TRANSFER)
         except UnreachableError as error:
-            if isinstance(error.__cause__, RetriesExceededError):  # boto3's, which do not wait
+            if isinstance(error.__cause__, RetriesExceededError):  # boto3's own retries do not wait
                 raise _BrokenError(str(error)) from error
             raise
 
-    _outlasting(fetch)
+    _retrying(fetch)
 
 
 def upload(path: Path, address: str) -> None:
@@ -213,7 +213,7 @@ def upload(path: Path, address: str) -> None:
 
 
 def copy(address: str, other: str) -> None:
-    """By the server itself."""
+    """Copy within the server."""
     bucket, key = split_s3(address)
     to_bucket, to_key = split_s3(other)
     with explaining(bucket, key):
@@ -238,9 +238,9 @@ def delete_folder(address: str) -> None:
 
 
 def abort_uploads(folder: str) -> None:
-    """Free what uploads into a folder take that have not ended.
+    """Abort unfinished multipart uploads into a folder, to free their storage.
 
-    Only a warning if these credentials may not: nothing depends on it.
+    Only warns if these credentials may not: nothing depends on it.
     """
     bucket, key = split_s3(folder)
     prefix = f"{key}/" if key else ""
@@ -256,17 +256,17 @@ def abort_uploads(folder: str) -> None:
                         Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                     )
     except StorageError as error:
-        logger.warning("unfinished uploads stay on the server: %s", error)
+        logger.warning("cannot abort unfinished uploads: %s", error)
 
 
 def check_writable(folder: str) -> None:
-    """Do what the end of long work does, with two small files, and delete them.
+    """Write two small files the way a long job will at its end, then delete them.
 
-    StorageError if the server, or what these credentials may do, is not enough for it.
+    StorageError if the server or the credentials do not allow it.
     """
     bucket, key = split_s3(folder)
     with explaining(bucket, key):
-        if not bucket_exists(bucket):  # some servers make it when a file is written
+        if not bucket_exists(bucket):  # some servers create it on the first write
             raise no_bucket(bucket, key)
     probe = join(folder, f".writable-{secrets.token_hex(8)}")
     written = []
@@ -276,10 +276,10 @@ def check_writable(folder: str) -> None:
         try:
             write_bytes(probe, b"newer", if_absent=True)
         except AlreadyExistsError:
-            pass  # as it should be: two writers of a checkpoint are kept apart by it
+            pass  # as expected; this is what keeps two writers of a checkpoint apart
         else:
             raise StorageError(
-                f"{folder}: {endpoint()} passes over If-None-Match, and so would let a second run "
+                f"{folder}: {endpoint()} ignores If-None-Match, and so would let a second run "
                 f"overwrite a finished checkpoint; {OTHER_SERVER}"
             )
         in_parts = probe + "-in-parts"
@@ -287,15 +287,15 @@ def check_writable(folder: str) -> None:
         written.append(in_parts)
         upload.complete([upload.send(1, b"new")])
     except BaseException:
-        with suppress(StorageError):  # the first error says more
+        with suppress(StorageError):  # the first error matters more
             _delete_keys(bucket, [split_s3(each)[1] for each in written])
         raise
     _delete_keys(bucket, [split_s3(each)[1] for each in written])
 
 
-# Instead of several keys in one request, one in each: for servers that want a checksum which
-# boto3 does not send any more, or know no such request.
-_NO_BATCHES = ("MissingContentMD5", "NotImplemented", "501", "MethodNotAllowed", "405")
+# Fall back to one key per request, for servers without batch deletes or that require an MD5
+# checksum, which boto3 no longer sends.
+_NO_BATCH_DELETE = ("MissingContentMD5", "NotImplemented", "501", "MethodNotAllowed", "405")
 
 
 def _delete_keys(bucket: str, keys: Sequence[str]) -> None:
@@ -305,21 +305,24 @@ def _delete_keys(bucket: str, keys: Sequence[str]) -> None:
             with explaining(bucket, batch[0]):
                 failed = _delete_batch(bucket, batch)
         except StorageError as error:
-            if not _knows_no_batches(error.__cause__):
+            if not _lacks_batch_delete(error.__cause__):
                 raise
             failed = list(batch)
         for_each(partial(_delete_key, bucket), failed)
 
 
-def _knows_no_batches(error: BaseException | None) -> bool:
+def _lacks_batch_delete(error: BaseException | None) -> bool:
     if not isinstance(error, ClientError):
         return False
     found = error.response.get("Error", {})
-    return found.get("Code", "") in _NO_BATCHES or "content-md5" in found.get("Message", "").lower()
+    return (
+        found.get("Code", "") in _NO_BATCH_DELETE
+        or "content-md5" in found.get("Message", "").lower()
+    )
 
 
 def _delete_batch(bucket: str, keys: Sequence[str]) -> list[str]:
-    """The keys that the server could not delete, and may if it is asked again."""
+    """Delete keys in one request; returns those that failed, which may succeed on a retry."""
     reply = client().delete_objects(
         Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
     )
@@ -327,7 +330,7 @@ def _delete_batch(bucket: str, keys: Sequence[str]) -> list[str]:
 
 
 class _S3File(io.RawIOBase):
-    """A file of S3 that reads by ranges."""
+    """An S3 object as a file, read with range requests."""
 
     def __init__(self, address: str, length: int) -> None:
         self._address = address
@@ -360,8 +363,8 @@ class _S3File(io.RawIOBase):
 def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], address: str) -> None:
     """Fill the targets with the body of an S3 reply.
 
-    Straight from the socket, by the http.client below urllib3 below botocore: what they read they
-    copy, and hold the interpreter's lock meanwhile, at which parallel requests would queue.
+    Reads straight from http.client, below urllib3 and botocore: those copy what they read while
+    holding the GIL, which would serialize parallel requests.
     """
     size = sum(len(each) for each in targets)
     if (length := reply["ContentLength"]) < size:
@@ -375,10 +378,10 @@ def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], addre
                 while filled < len(target):
                     read = response._fp.readinto(target[filled:])
                     if not read:
-                        raise _broken(address, received, size, "the server closed it")
+                        raise _broken(address, received, size, "closed by the server")
                     filled += read
                     received += read
-            response.read(1)  # nothing is left, and the connection can be used again
+            response.read(1)  # drain, so that the connection can be reused
         except StorageError:
             raise
         except (OSError, http.client.HTTPException) as error:
@@ -386,11 +389,11 @@ def _receive(reply: GetObjectOutputTypeDef, targets: Sequence[memoryview], addre
 
 
 class _BrokenError(UnreachableError):
-    """The connection broke in the middle of a file: until there the client tries again."""
+    """The connection broke in the middle of a body, which the client does not retry itself."""
 
 
-def _outlasting(action: Callable[[], None]) -> None:
-    """Call it until no connection breaks in it, for as long as its policy says."""
+def _retrying(action: Callable[[], None]) -> None:
+    """Retry the action while connections break, for as long as the retry policy allows."""
     first_failure = 0.0
     for attempts in count(1):
         try:

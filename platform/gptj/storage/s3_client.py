@@ -1,4 +1,4 @@
-"""boto3's client for the environment as it is, and its errors as ours."""
+"""A boto3 client for the current environment, and its errors as ours."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _OUT_OF_RANGE = ("InvalidRange", "416")
 
 
 def client() -> S3Client:
-    """boto3's client for the environment as it is now; making one takes a while."""
+    """The boto3 client for the current environment; cached, since creating one is slow."""
     return _current()[0]
 
 
 def retry_policy() -> Retries:
-    """What decides whether the client's requests are tried again."""
+    """Decides whether the client's requests are retried."""
     return _current()[1]
 
 
@@ -62,7 +62,7 @@ def _current() -> tuple[S3Client, Retries]:
 def _client_for(
     process_id: int, variables: tuple[tuple[str, str], ...]
 ) -> tuple[S3Client, Retries]:
-    # A session of our own, since boto3's default one is not safe to use from several threads.
+    # Not boto3's default session, which is not thread-safe.
     try:
         client = boto3.Session().client(
             "s3",
@@ -70,12 +70,12 @@ def _client_for(
             config=Config(
                 connect_timeout=CONNECT_SECONDS,
                 read_timeout=READ_SECONDS,
-                retries={"total_max_attempts": 1, "mode": "standard"},  # ours come instead
+                retries={"total_max_attempts": 1, "mode": "standard"},  # we have our own
                 max_pool_connections=4 * PARALLEL,
                 signature_version="s3v4",
             ),
         )
-    except ValueError as error:  # of an endpoint that is no URL
+    except ValueError as error:  # the endpoint is not a URL
         raise StorageError(f"{error}; remedy: correct AWS_ENDPOINT_URL") from error
     retries = Retries(client.meta.endpoint_url)
     client.meta.events.register("needs-retry.s3", retries.needs_retry)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def _client_for(
 
 @contextmanager
 def explaining(bucket: str, key: str) -> Iterator[None]:
-    """boto3's errors as ours, with bucket, key and remedy."""
+    """Translate boto3's errors into ours, with bucket, key and remedy."""
     place = f"s3://{bucket}/{key}"
     try:
         yield
@@ -95,7 +95,7 @@ def explaining(bucket: str, key: str) -> Iterator[None]:
         ) from error
     except ClientError as error:
         raise _explained(error, bucket, key) from error
-    except Boto3Error as error:  # its transfers wrap what went wrong
+    except Boto3Error as error:  # transfers wrap the cause
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ClientError):
             raise _explained(cause, bucket, key) from error
@@ -103,8 +103,8 @@ def explaining(bucket: str, key: str) -> Iterator[None]:
         raise kind(f"{place}: {error}") from error
     except SSLError as error:
         raise UnreachableError(
-            f"{place}: no safe connection to {endpoint()} ({error}); remedy: AWS_CA_BUNDLE=FILE "
-            f"names the certificates of the authority that the server's is from; it is "
+            f"{place}: no secure connection to {endpoint()} ({error}); remedy: set AWS_CA_BUNDLE "
+            f"to a file with the certificate of the server's CA; it is now "
             f"{os.environ.get('AWS_CA_BUNDLE')!r}"
         ) from error
     except (ConnectionError, HTTPClientError) as error:
@@ -126,9 +126,9 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
     if code == "NoSuchBucket":
         return no_bucket(bucket, key)
     if code == "NoSuchKey":
-        return NotFoundError(f"{place} is not there: bucket {bucket!r} has no key {key!r}")
+        return NotFoundError(f"{place} does not exist: bucket {bucket!r} has no key {key!r}")
     if code in ("PreconditionFailed", "412"):
-        return AlreadyExistsError(f"{place} exists already")
+        return AlreadyExistsError(f"{place} already exists")
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
         return AccessDeniedError(
             f"{place}: {endpoint()} does not accept the credentials ({code}); remedy: check "
@@ -142,22 +142,21 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
         )
     if code in ("NotImplemented", "501"):
         return StorageError(
-            f"{place}: {endpoint()} does not know a kind of request that we need, such as writing "
-            f"on the condition that there is no file yet, If-None-Match ({message or code}); "
-            f"{OTHER_SERVER}"
+            f"{place}: {endpoint()} lacks a request that we need, such as a conditional write with "
+            f"If-None-Match ({message or code}); {OTHER_SERVER}"
         )
     if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed"):
         return StorageError(
             f"{place}: bucket {bucket!r} is in another region ({message or code}); remedy: set "
-            f"AWS_REGION to the bucket's, and AWS_ENDPOINT_URL only for servers that are not AWS"
+            f"AWS_REGION to the bucket's, and AWS_ENDPOINT_URL only for servers other than AWS"
         )
     if code in _OUT_OF_RANGE:
-        return StorageError(f"{place} is shorter than it should be: it is cut off")
+        return StorageError(f"{place} is truncated: it is shorter than it should be")
     return StorageError(f"{place}: {code} {message}".rstrip())
 
 
 def is_out_of_range(error: BaseException | None) -> bool:
-    """Whether a file has none of the bytes that were asked for."""
+    """Whether the requested range lies beyond the end of the file."""
     return (
         isinstance(error, ClientError)
         and error.response.get("Error", {}).get("Code", "") in _OUT_OF_RANGE
@@ -172,9 +171,9 @@ def no_bucket(bucket: str, key: str) -> NotFoundError:
 
 
 def was_retried(error: BaseException | None, *codes: str) -> bool:
-    """Whether a request failed with one of these codes, and not at its first try.
+    """Whether a request failed with one of these codes after a retry.
 
-    Then an earlier try may have done what was wanted, and its reply was lost.
+    Then an earlier attempt may have succeeded, and only its reply was lost.
     """
     if not isinstance(error, ClientError):
         return False
@@ -183,7 +182,7 @@ def was_retried(error: BaseException | None, *codes: str) -> bool:
 
 
 def bucket_exists(bucket: str) -> bool:
-    """A HEAD of a missing key does not say whether it is the bucket that is missing."""
+    """Whether the bucket exists; a HEAD of a missing key does not tell."""
     try:
         client().head_bucket(Bucket=bucket)
     except ClientError as error:

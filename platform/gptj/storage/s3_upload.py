@@ -1,4 +1,4 @@
-"""Multipart uploads to S3: bytes written one after the other, or a file of the disk, in parts."""
+"""Multipart uploads to S3, of a stream or of a local file."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from gptj.storage.s3_client import client, explaining, was_retried
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef as Part
 
-WRITE_PART_BYTES = 8 * 2**20  # of a file that is written piece by piece: some are in memory
+WRITE_PART_BYTES = 8 * 2**20  # of a streaming upload; several parts are in memory
 MAX_PARTS = 10_000  # S3's limit
 
 logger = logging.getLogger(__name__)
 
 
 class MultipartUpload:
-    """An upload that has begun: parts in any order, then all of them or nothing."""
+    """A multipart upload in progress: parts in any order, then `complete` or `abort`."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._bucket, self._key = split_s3(address)
         self._lock = Lock()
-        self._size = 0  # bytes of the parts that were sent
+        self._size = 0  # bytes sent
         with explaining(self._bucket, self._key):
             self._upload_id = client().create_multipart_upload(
                 Bucket=self._bucket, Key=self._key, ChecksumAlgorithm="CRC32"
             )["UploadId"]
 
     def send(self, number: int, body: Any) -> Part:
-        """Send a part, of at least 5 MiB unless it is the last; numbers start at 1."""
+        """Send a part of at least 5 MiB, unless it is the last; numbers start at 1."""
         with explaining(self._bucket, self._key):
             reply = client().upload_part(
                 Bucket=self._bucket,
@@ -73,7 +73,7 @@ class MultipartUpload:
                 raise
 
     def _is_there(self, parts: Sequence[Part]) -> bool:
-        """Whether the object is the one that these parts make."""
+        """Whether the object consists of exactly these parts."""
         try:
             with explaining(self._bucket, self._key):
                 found = client().head_object(Bucket=self._bucket, Key=self._key)
@@ -86,9 +86,9 @@ class MultipartUpload:
         return found["ContentLength"] == self._size and found["ETag"].strip('"').endswith(etag)
 
     def abort(self) -> None:
-        """Forget what was sent: the server would keep, and bill, the parts.
+        """Discard the parts, which the server would keep, and bill.
 
-        Only a warning if that fails: it is what was wrong before that matters.
+        Only warns if that fails: the error that led here matters more.
         """
         try:
             with explaining(self._bucket, self._key):
@@ -96,11 +96,11 @@ class MultipartUpload:
                     Bucket=self._bucket, Key=self._key, UploadId=self._upload_id
                 )
         except StorageError as error:
-            logger.warning("an unfinished upload stays on the server: %s", error)
+            logger.warning("cannot abort an unfinished upload: %s", error)
 
 
 def upload_file(path: Path, address: str, size: int, part_bytes: int) -> None:
-    """A large file of the disk, read part by part as it is sent."""
+    """Upload a large local file, reading each part as it is sent."""
     part_bytes = max(part_bytes, -(-size // MAX_PARTS))
     upload = MultipartUpload(address)
     starts = range(0, size, part_bytes)
@@ -119,7 +119,7 @@ def upload_file(path: Path, address: str, size: int, part_bytes: int) -> None:
 
 
 class StreamingUpload:
-    """Bytes written one after the other, sent in parts by threads while more are written."""
+    """A sequential writer whose parts are uploaded by threads meanwhile."""
 
     def __init__(self, address: str, part_bytes: int) -> None:
         self._address = address
@@ -142,7 +142,7 @@ class StreamingUpload:
 
     def finish(self) -> None:
         try:
-            if self._upload is None:  # it fits one request
+            if self._upload is None:  # it fits in one request
                 bucket, key = split_s3(self._address)
                 with explaining(bucket, key):
                     client().put_object(Bucket=bucket, Key=key, Body=bytes(self._buffer))
@@ -170,5 +170,5 @@ class StreamingUpload:
             wait(waiting, return_when=FIRST_COMPLETED)
         for future in self._parts:
             if future.done():
-                future.result()  # a part that failed ends the upload now
+                future.result()  # fail now if a part has failed
         self._parts.append(self._pool.submit(self._upload.send, len(self._parts) + 1, part))

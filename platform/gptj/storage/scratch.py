@@ -1,8 +1,8 @@
-"""Temporary folders that do not outlive their process for long, even if it ends by SIGKILL.
+"""Temporary folders that are cleaned up even if their process is killed.
 
-What Python's tempfile makes stays for ever when its process is killed, and a worker's part of a
-6B checkpoint is tens of gigabytes. Here all temporary folders of a user lie in one, and whoever
-makes a new one first deletes those that nobody holds any more.
+Python's tempfile leaves its folders behind when a process is killed, and a worker's part of a 6B
+checkpoint is tens of gigabytes. Here all of a user's temporary folders share a parent, and creating
+a new one first deletes those whose owner is gone.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
     """A new empty folder, deleted at the end of the block.
 
     Args:
-        parent: where there is room; None: the system's folder for temporary files.
+        parent: where to create it; None: the system's temporary folder.
 
     Raises:
-        AddressError: if the parent is no local folder.
-        StorageError: if the place for it cannot be made.
-        PermissionError: if another user has made the place where ours would be.
+        AddressError: if the parent is not a local path.
+        StorageError: if it cannot be created.
+        PermissionError: if another user owns the folder that would contain it.
     """
     root = _root(parent)
-    # Alone, so that nobody finds a folder whose maker does not hold it yet.
+    # Exclusive, so that nobody finds a folder before its owner has locked it.
     with FileLock(root / LOCK) as alone:
         alone.take()
         _delete_abandoned(root)
@@ -51,16 +51,16 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
             yield content
         finally:
             shutil.rmtree(content)
-            with FileLock(root / LOCK) as alone:  # as whoever looks for abandoned ones
+            with FileLock(root / LOCK) as alone:  # as _delete_abandoned expects
                 alone.take()
                 shutil.rmtree(folder)
 
 
 @contextmanager
 def shared_scratch_folder(name: str, parent: str | Path | None = None) -> Iterator[Path]:
-    """A folder that this node's processes share by its name, deleted when the last one leaves.
+    """A named folder shared by this node's processes, deleted when the last one leaves.
 
-    Arguments and errors are scratch_folder's.
+    Arguments and errors as for scratch_folder.
     """
     root = _root(parent)
     folder = root / f"shared-{name}"
@@ -95,7 +95,7 @@ def _delete_abandoned(root: Path) -> None:
 
 
 def _delete_if_abandoned(folder: Path) -> bool:
-    """Delete a folder that nobody holds. The caller holds the root's lock, so nobody returns."""
+    """Delete a folder nobody holds. The caller holds the root's lock, so nobody can take it."""
     if not folder.is_dir():
         return False
     with FileLock(folder / LOCK) as lock:
