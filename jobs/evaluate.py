@@ -12,6 +12,8 @@ error. Keys, with their defaults:
     batch_size=8            rows that are computed at a time
     sequence_length=…       tokens of a row; default: as in training, or else all of the context
     stride=…                question answering: tokens that windows share; default: as in training
+    packing=…               language modelling: best_fit (documents alone), concatenate, none;
+                            default: as in training, or else concatenate
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
     label_names={…}         what the data have for each label, such as {1: World, 2: Sports};
@@ -45,8 +47,9 @@ from yaml import YAMLError
 
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
+from gptj.data.packing import Packing
 from gptj.data.rows import Row
-from gptj.data.sources import read_rows
+from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
@@ -75,6 +78,7 @@ class Settings(BaseModel):
     batch_size: Positive = 8
     sequence_length: Positive | None = None
     stride: Annotated[int, Field(ge=0)] | None = None
+    packing: Packing | None = None
     columns: dict[str, str] = {}
     delimiter: Delimiter | None = None
     label_names: dict[str, str] | None = None
@@ -156,7 +160,11 @@ def measure(settings: Settings) -> dict[str, Any]:
                 f"unigram={settings.unigram} is for causal-lm models, not {task.head.__name__}"
             )
         rows = data_rows(settings, settings.unigram, task)
-        train = task.read(rows, tokenizer, DataSettings(sequence_length=data.sequence_length))
+        train = task.read(
+            rows,
+            tokenizer,
+            DataSettings(sequence_length=data.sequence_length, packing=data.packing),
+        )
         result["unigram_perplexity"] = unigram_perplexity(train, data)
     model = task.head.from_pretrained(
         settings.checkpoint,
@@ -227,7 +235,9 @@ def make_data(
     rows = data_rows(settings, settings.data, task)
     if task.name != "causal-lm":  # of which a row may be a whole book
         rows = islice(rows, settings.limit)
-    data = task.read(rows, tokenizer, DataSettings(sequence_length=length, stride=stride), labels)
+    packing = settings.packing or training.get("packing", "concatenate")
+    options = DataSettings(sequence_length=length, stride=stride, packing=packing)
+    data = task.read(rows, tokenizer, options, labels)
     if task.name == "causal-lm" and settings.limit is not None:
         data = data.first(settings.limit)
     logger.info("%s", data.summary())
@@ -241,7 +251,8 @@ def data_rows(settings: Settings, address: str, task: AnyTask) -> Iterator[Row]:
             f"columns.{min(unknown)}: there is no such column; a {task.name} model reads "
             f"{', '.join(task.columns)}"
         )
-    return read_rows(address, task.columns, settings.columns, delimiter=settings.delimiter)
+    columns = find_columns(address, task.row_kinds, settings.columns, delimiter=settings.delimiter)
+    return read_rows(address, columns, settings.columns, delimiter=settings.delimiter)
 
 
 def report_progress(model: GPTJPreTrainedModel, batches: int) -> None:

@@ -31,6 +31,12 @@ from gptj.outputs import (
     SequenceClassifierOutput,
 )
 from gptj.pretrained import GPTJPreTrainedModel as GPTJPreTrainedModel
+from gptj.varlen_attention import (
+    DocumentBorders,
+    DocumentsByLength,
+    attend_documents,
+    uses_flash,
+)
 
 IGNORED_LABEL = -100  # positions with this label are not trained on
 ROTARY_BASE = 10000.0
@@ -64,6 +70,7 @@ class GPTJModel(GPTJPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Hugging Face's arguments, with its meaning.
 
@@ -80,14 +87,19 @@ class GPTJModel(GPTJPreTrainedModel):
             output_attentions: return each layer's probabilities (B, H, L, S).
             output_hidden_states: return each block's input, and the result.
             return_dict: False returns a plain tuple of what is not None.
+            cu_seqlens: (N + 1) of int32, rows that hold several documents: in all rows' positions
+                one after the other, document i is [cu_seqlens[i], cu_seqlens[i + 1]), in one row.
+                Each is computed as if it were alone, its positions from 0 on; attention_mask is
+                not looked at, padding being documents, too. Nothing is cached.
 
         Raises:
             ValueError: if not exactly one of input_ids and inputs_embeds is given, or a position
-                is beyond n_positions.
+                is beyond n_positions, or cu_seqlens do not cover the rows, or come with what
+                needs a cache or probabilities.
         """
         x_BLD = self.drop(self._embed(input_ids, inputs_embeds, token_type_ids))
         if use_cache is None:
-            use_cache = self.config.use_cache
+            use_cache = self.config.use_cache and cu_seqlens is None
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if recompute and use_cache:
             use_cache = False  # a block that runs twice would append to the cache twice
@@ -96,8 +108,23 @@ class GPTJModel(GPTJPreTrainedModel):
         with_hidden_states = _given(output_hidden_states, self.config.output_hidden_states)
 
         past = cache.length if cache is not None else 0
+        borders = None
+        if cu_seqlens is not None:
+            if cache is not None or with_attentions:
+                raise ValueError(
+                    "rows of several documents (cu_seqlens) have no cache and no output_attentions"
+                )
+            batch, length, _ = x_BLD.shape
+            borders = DocumentBorders.of(cu_seqlens.to(x_BLD.device), batch * length, length)
+            if position_ids is None:
+                position_ids = borders.positions_T.view(batch, length)
         rotary = Rotary.at(self._positions(position_ids, x_BLD, past), self.config)
-        mask = attention_bias(attention_mask, x_BLD, past)
+        if borders is not None:
+            flash = uses_flash(x_BLD, self.config.attn_pdrop if self.training else 0.0)
+            by_length = None if flash else borders.by_length()
+            mask = AttentionBias(None, True, documents=borders, by_length=by_length)
+        else:
+            mask = attention_bias(attention_mask, x_BLD, past)
         hidden_states, attentions = [], []
         for block in self.h:
             if with_hidden_states:  # each is the size of a batch: only what is asked for is kept
@@ -204,7 +231,14 @@ class GPTJAttention(nn.Module):
         if cache is not None:
             k_BHSK, v_BHSK = cache.update(self.layer, k_BHSK, v_BHLK)
         dropout = self.dropout if self.training else 0.0
-        if with_probabilities or mask.blind_rows:
+        if mask.documents is not None:
+            probabilities = None
+            q_THK, k_THK, v_THK = (
+                each.transpose(1, 2).flatten(0, 1) for each in (q_BHLK, k_BHSK, v_BHSK)
+            )
+            a_THK = attend_documents(q_THK, k_THK, v_THK, mask.documents, mask.by_length, dropout)
+            a_BHLK = a_THK.unflatten(0, (len(h_BLD), -1)).transpose(1, 2)
+        elif with_probabilities or mask.blind_rows:
             a_BHLK, probabilities = attend_visibly(q_BHLK, k_BHSK, v_BHSK, mask, dropout)
         else:
             probabilities = None
@@ -278,6 +312,8 @@ class AttentionBias:
     # Whether gradients must flow through a row that sees nothing. The fused kernels' backward
     # pass recovers probabilities from log-sum-exp, which rounds them to 1 next to the minimum.
     blind_rows: bool = False
+    documents: DocumentBorders | None = None  # of which each sees itself alone, causally
+    by_length: DocumentsByLength | None = None
 
 
 def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> AttentionBias:
@@ -371,6 +407,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """As GPTJModel.forward, and:
 
@@ -392,6 +429,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
             output_attentions,
             output_hidden_states,
             return_dict=True,
+            cu_seqlens=cu_seqlens,
         )
         x_BLD = output.last_hidden_state
         if isinstance(logits_to_keep, Tensor):

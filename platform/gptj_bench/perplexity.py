@@ -45,7 +45,7 @@ class Perplexity:
         rows = CausalLMData(read_rows(self.data, ["text"]), tokenizer, runner.config.n_positions)
         engine = Engine(runner, eos_ids=[], max_num_batched_tokens=512, max_queued=len(rows))
         try:
-            losses = score(engine, [rows[index].tolist() for index in range(len(rows))])
+            losses = score(engine, [rows[index].ids.tolist() for index in range(len(rows))])
         finally:
             engine.close()
             runner.close()

@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gptj import storage
 from gptj.data.rows import DataError
-from gptj.data.sources import read_rows
+from gptj.data.sources import find_columns, read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
 from gptj.training.settings import Settings, read_settings
@@ -94,12 +94,16 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
         if columns.keys() - set(TASKS[task].columns):
             continue
         try:
-            next(read_rows(address, TASKS[task].columns, columns, delimiter=delimiter))
+            kind = find_columns(address, TASKS[task].row_kinds, columns, delimiter=delimiter)
+            next(read_rows(address, kind, columns, delimiter=delimiter))
         except DataError as error:
             missing = missing or error
         else:
             return task
-    tasks = "; ".join(f"{task}: {', '.join(TASKS[task].columns)}" for task in reversed(BY_COLUMNS))
+    tasks = "; ".join(
+        f"{task}: {' or '.join(', '.join(kind) for kind in TASKS[task].row_kinds)}"
+        for task in reversed(BY_COLUMNS)
+    )
     raise DataError(
         f"the columns of {address} fit no task ({tasks}); remedy: --task TASK, and "
         f"data.columns.OURS=NAME for a column of another name ({missing})"

@@ -30,15 +30,15 @@ def stream(tokenizer: GPTJTokenizer, texts: list[str]) -> list[int]:
 def test_rows_are_the_documents_tokens_each_ended_by_eos(tokenizer: GPTJTokenizer) -> None:
     data = CausalLMData(rows(*TEXTS), tokenizer, 32)
     expected = stream(tokenizer, TEXTS)
-    assert [token for i in range(len(data)) for token in data[i].tolist()] == expected
-    assert {len(data[i]) for i in range(len(data) - 1)} == {32}
+    assert [token for i in range(len(data)) for token in data[i].ids.tolist()] == expected
+    assert {len(data[i].ids) for i in range(len(data) - 1)} == {32}
     with pytest.raises(IndexError):
         data[len(data)]
 
 
 def test_only_the_last_row_is_padded_and_its_padding_is_no_label(tokenizer: GPTJTokenizer) -> None:
     data = CausalLMData(rows("cat " * 21), tokenizer, 16)
-    tail = len(data[len(data) - 1])
+    tail = len(data[len(data) - 1].ids)
     assert 1 < tail < 16
     batch = data.collate([data[i] for i in range(len(data))])
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -66,9 +66,9 @@ def test_padding_does_not_change_the_loss(tokenizer: GPTJTokenizer) -> None:
     ).eval()
     data = CausalLMData(rows(*TEXTS), tokenizer, 50)
     examples = [data[0], data[len(data) - 1]]
-    assert len(examples[0]) != len(examples[1])
+    assert len(examples[0].ids) != len(examples[1].ids)
     batch = data.collate(examples)
-    alone = [torch.from_numpy(example).long()[None] for example in examples]
+    alone = [torch.from_numpy(example.ids).long()[None] for example in examples]
     sums = [model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in alone]
     found = model(**batch).loss * data.count_items(batch)
     torch.testing.assert_close(found, sum(sums), rtol=1e-5, atol=0)
@@ -79,7 +79,7 @@ def test_a_row_of_one_token_predicts_nothing_and_is_left_out(tokenizer: GPTJToke
     length = len(tokens) - 1
     data = CausalLMData(rows(*TEXTS), tokenizer, length)
     assert len(data) == 1
-    assert data[0].tolist() == tokens[:length]
+    assert data[0].ids.tolist() == tokens[:length]
     with pytest.raises(DataError, match="texts: fewer than two tokens"):
         CausalLMData(rows(""), tokenizer, 8)
 
@@ -88,9 +88,10 @@ def test_lengths_are_padded_to_a_multiple_of_eight_within_the_limit(
     tokenizer: GPTJTokenizer,
 ) -> None:
     for count, limit, expected in [(3, 100, 8), (8, 100, 8), (9, 100, 16), (9, 12, 12)]:
-        data = CausalLMData(rows("a" * 500), tokenizer, limit)
-        example = data.tokens[:count]
-        assert data.collate([example])["input_ids"].shape == (1, expected)
+        ids = [tokenizer.encode("a")[0]] * (count - 1)
+        data = CausalLMData(rows(tokenizer.decode(ids)), tokenizer, limit)
+        assert len(data[0].ids) == count
+        assert data.collate([data[0]])["input_ids"].shape == (1, expected)
 
 
 def test_what_cannot_be_learned_from_is_refused(tokenizer: GPTJTokenizer) -> None:

@@ -302,10 +302,10 @@ def test_unigram_perplexity_is_that_of_smoothed_frequencies(tokenizer: GPTJToken
     held_out = CausalLMData(rows(text=["the old house is so new", "what"]), tokenizer, 5)
     counts = dict.fromkeys(range(len(tokenizer)), 1)
     for index in range(len(train)):
-        for token in train[index].tolist():
+        for token in train[index].ids.tolist():
             counts[token] += 1
     total = sum(counts.values())
-    predicted = [t for i in range(len(held_out)) for t in held_out[i].tolist()[1:]]
+    predicted = [t for i in range(len(held_out)) for t in held_out[i].ids.tolist()[1:]]
     mean = sum(-math.log(counts[token] / total) for token in predicted) / len(predicted)
     assert unigram_perplexity(train, held_out) == pytest.approx(math.exp(mean))
     batch = held_out.collate([held_out[i] for i in range(len(held_out))])

@@ -1,123 +1,194 @@
-"""Language modelling: rows with `text` in, full sequences of token ids out."""
+"""Language modelling: rows of `text`, or `prompt` and `completion`, in; packed rows of ids out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptj.data.documents import Mask, read_documents, windows
 from gptj.data.examples import (
+    Array,
     Ids,
     count_real_tokens,
-    groups,
     load_arrays,
     padded,
     padding_id,
     save_arrays,
 )
+from gptj.data.packing import WINDOW, Packed, Packing, pack
 from gptj.data.rows import DataError, Row
 from gptj.model import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
 
-DOCUMENTS_AT_ONCE = 64  # they may be long
+
+class PackedRow(NamedTuple):
+    """An example: documents one after the other."""
+
+    ids: Ids  # (L)
+    lengths: Array  # of its documents, L in all
+    learned: Mask | None  # (L); None: all
 
 
 class CausalLMData:
-    """Documents one after the other, each followed by eos, cut into rows of `sequence_length`.
+    """Documents, each ended by eos, in rows of at most `sequence_length` tokens.
 
-    Only the last row may be shorter; it is left out if it has nothing to predict.
+    Packed by best fit, a row holds whole documents, and each is computed as if it were alone. Of a
+    longer text, parts that fill a row are documents; a longer prompt and completion lose the
+    prompt's beginning, down to half of a row, and then the completion's end. What has nothing to
+    learn, such as an empty text, is left out.
+
+    Concatenated, rows are cut from the whole stream wherever they are full, and documents see those
+    before them; only the last row may be shorter.
 
     Args:
-        rows: with the column `text`, a document each.
+        rows: with the column `text`, a document each, or with `prompt` and `completion`, of which
+            only the completion is learned.
         sequence_length: tokens of an example, 2 or more.
+        packing: by best fit; concatenated; or none: a row for each document.
 
     Raises:
-        DataError: if a text is no text, or there are fewer than two tokens.
+        DataError: if a row does not fit, or there is nothing to learn.
         ValueError: if the tokenizer has no eos token, or sequence_length is below 2.
     """
 
     labels = None  # there are none but the tokens
 
-    def __init__(self, rows: Iterable[Row], tokenizer: GPTJTokenizer, sequence_length: int) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        tokenizer: GPTJTokenizer,
+        sequence_length: int,
+        packing: Packing = "concatenate",
+    ) -> None:
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be 2 or more, got {sequence_length}")
-        eos = tokenizer.eos_token_id
-        if eos is None:
-            raise ValueError("the tokenizer has no eos token to end documents with")
         self.sequence_length = sequence_length
+        self.packing = packing
         self.vocabulary = len(tokenizer)
         self._padding = padding_id(tokenizer)
-        documents = [np.empty(0, np.int32)]
-        source = ""
-        for group in groups(rows, DOCUMENTS_AT_ONCE):
-            texts = [row.text("text") for row in group]
-            encoded = tokenizer(texts, return_attention_mask=False)["input_ids"]
-            documents += [np.array([*ids, eos], dtype=np.int32) for ids in encoded]
-            source = group[0].source
-        tokens = np.concatenate(documents)
-        if len(tokens) % sequence_length == 1:
-            tokens = tokens[:-1]
-        if not len(tokens):
-            raise DataError(f"{source or 'the data'}: fewer than two tokens to learn from")
-        self.tokens: Ids = tokens
+        source = "the data"
+
+        def noted() -> Iterator[Row]:
+            nonlocal source
+            for row in rows:
+                source = row.source
+                yield row
+
+        documents = windows(read_documents(noted(), tokenizer), WINDOW)
+        self._take(pack(documents, sequence_length, packing))
+        if not len(self.tokens):
+            raise DataError(f"{source}: fewer than two tokens to learn from")
+
+    def _take(self, packed: Packed) -> None:
+        self.tokens, self.row_ends, self.document_ends, self.learned, self.cut = packed
 
     def save(self, folder: Path) -> None:
+        arrays = {
+            "tokens": self.tokens,
+            "row_ends": self.row_ends,
+            "document_ends": self.document_ends,
+            **({} if self.learned is None else {"learned": self.learned}),
+        }
         fields = {
             "sequence_length": self.sequence_length,
+            "packing": self.packing,
             "vocabulary": self.vocabulary,
+            "cut": self.cut,
             "padding": self._padding,
         }
-        save_arrays(folder, {"tokens": self.tokens}, fields)
+        save_arrays(folder, arrays, fields)
 
     @classmethod
     def load(cls, folder: Path) -> CausalLMData:
         """What `save` has written, memory-mapped."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
-        self.tokens = arrays["tokens"]
+        self.tokens, self.learned = arrays["tokens"], arrays.get("learned")
+        self.row_ends, self.document_ends = arrays["row_ends"], arrays["document_ends"]
         self.sequence_length, self.vocabulary = fields["sequence_length"], fields["vocabulary"]
+        self.packing, self.cut = fields["packing"], fields["cut"]
         self._padding = fields["padding"]
         return self
 
     def __len__(self) -> int:
-        return -(-len(self.tokens) // self.sequence_length)
+        return len(self.row_ends) - 1
 
-    def __getitem__(self, index: int) -> Ids:
-        """The token ids (sequence_length) of an example; of the last one perhaps fewer."""
+    def __getitem__(self, index: int) -> PackedRow:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        start = index * self.sequence_length
-        return self.tokens[start : start + self.sequence_length]
+        start, end = self.row_ends[index : index + 2]
+        first, last = np.searchsorted(self.document_ends, (start, end))
+        return PackedRow(
+            self.tokens[start:end],
+            np.diff(self.document_ends[first : last + 1]),
+            None if self.learned is None else self.learned[start:end],
+        )
 
     def first(self, count: int) -> CausalLMData:
         """The same data without what follows its first `count` examples."""
         part = copy.copy(self)
-        part.tokens = self.tokens[: count * self.sequence_length]
+        part.row_ends = self.row_ends[: count + 1]
+        end = part.row_ends[-1]
+        part.document_ends = self.document_ends[self.document_ends <= end]
+        part.tokens = self.tokens[:end]
+        part.learned = None if self.learned is None else self.learned[:end]
         return part
 
-    def collate(self, examples: Sequence[Ids]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels` (B, L) of int64; padding is never a label."""
-        batch = padded(examples, self._padding, self.sequence_length)
-        hidden = batch["attention_mask"] == 0
-        batch["labels"] = batch["input_ids"].masked_fill(hidden, IGNORED_LABEL)
+    def collate(self, examples: Sequence[PackedRow]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and `labels` (B, L) of int64, and perhaps `cu_seqlens`.
+
+        Padding, prompts and the first tokens of documents are no labels. `cu_seqlens` (N + 1) of
+        int32 is there where a row has several documents: where, of all rows' positions in one line,
+        each document ends; a row's padding is a document too.
+        """
+        batch = padded([row.ids for row in examples], self._padding, self.sequence_length)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        length = labels.shape[1]
+        ends = [0]
+        for number, row in enumerate(examples):
+            inner = np.cumsum(row.lengths)
+            labels[number, torch.from_numpy(inner[:-1])] = IGNORED_LABEL
+            if row.learned is not None:
+                labels[number, : len(row.ids)][torch.from_numpy(~row.learned)] = IGNORED_LABEL
+            ends += (number * length + inner).tolist()
+            if inner[-1] < length:
+                ends.append((number + 1) * length)
+        batch["labels"] = labels
+        if any(len(row.lengths) > 1 for row in examples):
+            batch["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
         return batch
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
-        """Tokens that the loss averages over: a row's first is predicted by nothing."""
+        """Tokens that the loss averages over: a document's first is predicted by nothing."""
         return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
         return count_real_tokens(batch)
 
+    @property
+    def useful_share(self) -> float:
+        """Tokens as a share of what the rows have room for."""
+        return len(self.tokens) / (len(self) * self.sequence_length)
+
     def summary(self) -> str:
-        return f"{len(self.tokens)} tokens in {len(self)} rows of {self.sequence_length}"
+        rows = f"{len(self.tokens)} tokens in {len(self)} rows of {self.sequence_length}"
+        if self.packing != "concatenate":
+            rows = f"{len(self.document_ends) - 1} documents, {rows}"
+        rows += f", {self.useful_share:.1%} of their room"
+        if self.learned is not None:
+            rows += f"; {int(self.learned.sum())} tokens of completions are learned"
+        if self.cut:
+            rows += f"; {self.cut} documents were longer than a row and cut"
+        return rows
 
     def predicted_tokens(self) -> Tensor:
         """All tokens that the loss counts, over the whole data set."""
-        counted = np.ones(len(self.tokens), dtype=bool)
-        counted[:: self.sequence_length] = False
+        counted = np.ones(len(self.tokens), bool) if self.learned is None else self.learned.copy()
+        counted[self.document_ends[:-1]] = False
         return torch.from_numpy(self.tokens[counted].astype(np.int64))

@@ -12,6 +12,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names file, row (from 1 on), column and why."""
 
 
+class MissingColumnError(DataError):
+    """Rows without a column that was asked for."""
+
+
 @dataclass(frozen=True)
 class Row:
     values: dict[str, Any]

@@ -21,10 +21,10 @@ from gptj.data.records import (
     MissingColumnsError,
     Record,
 )
-from gptj.data.rows import DataError, Row
+from gptj.data.rows import DataError, MissingColumnError, Row
 from gptj.storage.addresses import SAMPLE, normalized
 
-__all__ = ["DataError", "Row", "read_rows"]
+__all__ = ["DataError", "MissingColumnError", "Row", "find_columns", "read_rows"]
 
 
 def read_rows(
@@ -73,6 +73,46 @@ def read_rows(
     )
 
 
+def find_columns(
+    address: str,
+    kinds: Sequence[tuple[str, ...]],
+    columns: Mapping[str, str] | None = None,
+    *,
+    delimiter: str | None = None,
+) -> tuple[str, ...]:
+    """The columns of the rows at an address: those of the one kind of rows that the first row fits.
+
+    Args:
+        kinds: the columns of each kind of rows, by our names.
+        columns, delimiter: as of read_rows; a kind must have all columns that are given a name.
+
+    Raises:
+        DataError: if the first row fits no kind, or several; or as read_rows.
+    """
+    kinds = [kind for kind in kinds if set(columns or ()) <= set(kind)]
+    if not kinds:
+        raise DataError(f"no rows have all of the columns {', '.join(columns or ())}")
+    if len(kinds) == 1:
+        return kinds[0]
+    fitting, missing = [], []
+    for kind in kinds:
+        try:
+            next(read_rows(address, kind, columns, delimiter=delimiter))
+            fitting.append(kind)
+        except MissingColumnError as error:
+            missing.append(error)
+    if not fitting:
+        others = " or ".join(" and ".join(kind) for kind in kinds[1:])
+        raise MissingColumnError(f"{missing[0]}; rows may also have {others}") from missing[0]
+    if len(fitting) > 1:
+        choices = " or ".join(f"data.columns.{kind[0]}={kind[0]}" for kind in fitting)
+        raise DataError(
+            f"{address} has the columns of several kinds of rows "
+            f"({'; '.join(', '.join(kind) for kind in fitting)}); remedy: {choices}"
+        )
+    return fitting[0]
+
+
 def _rows(
     records: Iterable[tuple[str, bool, Record]], names: Mapping[str, str], address: str
 ) -> Iterator[Row]:
@@ -87,7 +127,9 @@ def _rows(
         raise DataError(f"{address} has no rows")
 
 
-def _missing(address: str, names: Mapping[str, str], error: MissingColumnsError) -> DataError:
+def _missing(
+    address: str, names: Mapping[str, str], error: MissingColumnsError
+) -> MissingColumnError:
     place = address if error.number is None else f"{address}, row {error.number}"
     missing = {ours: theirs for ours, theirs in names.items() if theirs not in error.there}
     lacking = [
@@ -95,7 +137,7 @@ def _missing(address: str, names: Mapping[str, str], error: MissingColumnsError)
         for ours, theirs in missing.items()
     ]
     there = ", ".join(repr(name) for name in error.there) or "none"
-    return DataError(
+    return MissingColumnError(
         f"{place}: no column {' and no column '.join(lacking)}; there are {there:.400}"
         f"{error.hint}; remedy: {' '.join(f'data.columns.{ours}=NAME' for ours in missing)}"
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
 from gptj.data.rows import Row
-from gptj.data.sources import read_rows
+from gptj.data.sources import find_columns, read_rows
 from gptj.data.split import split_rows
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
@@ -83,7 +83,8 @@ def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> TaskData:
 def task_rows(settings: Settings, address: str, *, evaluation: bool = False) -> Iterator[Row]:
     """The rows at an address, with the task's columns: those to train on, or to measure with."""
     data, task = settings.data, settings.task_definition
-    rows = read_rows(address, task.columns, data.columns, delimiter=data.delimiter)
+    columns = find_columns(address, task.row_kinds, data.columns, delimiter=data.delimiter)
+    rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
     if (share := data.evaluation_split) is None:
         return rows
     cut = "text" if task.name == "causal-lm" else None  # a book is one row
@@ -125,6 +126,6 @@ def _read(
     evaluation: bool = False,
 ) -> tuple[Data, Fingerprint]:
     task = settings.task_definition
-    rows = CountedRows(task_rows(settings, address, evaluation=evaluation), task.columns)
+    rows = CountedRows(task_rows(settings, address, evaluation=evaluation))
     data: Data = task.read(rows, tokenizer, settings.data, labels)
     return data, rows.fingerprint

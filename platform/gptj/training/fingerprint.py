@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gptj.data.sources import Row
@@ -26,21 +26,16 @@ class Fingerprint:
 
 
 class CountedRows:
-    """Rows on their way to a data set, which is to read them all: then `fingerprint` is theirs.
+    """Rows on their way to a data set, which is to read them all: then `fingerprint` is theirs."""
 
-    Args:
-        columns: what the data set reads of a row; other columns may change.
-    """
-
-    def __init__(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    def __init__(self, rows: Iterable[Row]) -> None:
         self._rows = rows
-        self._columns = columns
         self._digest = hashlib.sha256()
         self._count = 0
 
     def __iter__(self) -> Iterator[Row]:
         for row in self._rows:
-            values = [row.values.get(column) for column in self._columns]
+            values = list(row.values.values())  # of the columns that were asked for, in that order
             # Values that are not JSON's, such as dates, by their text.
             self._digest.update(json.dumps(values, sort_keys=True, default=str).encode())
             self._count += 1

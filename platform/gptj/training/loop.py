@@ -309,8 +309,9 @@ class _Run:
         batches = [data.collate([data[i] for i in part]) for part in parts]
         items = sum(data.count_items(batch) for batch in batches)
         tokens = sum(data.count_tokens(batch) for batch in batches)
-        counts = torch.tensor([items, tokens], dtype=torch.float64)
-        all_items, all_tokens = self._sum(counts).tolist()
+        room = sum(batch["input_ids"].numel() for batch in batches)  # padding included
+        counts = torch.tensor([items, tokens, room], dtype=torch.float64)
+        all_items, all_tokens, all_room = self._sum(counts).tolist()
         if not all_items:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
         total = torch.zeros(1, dtype=torch.float64, device=worker.device)
@@ -334,7 +335,8 @@ class _Run:
             # loss scale.
             self._check_finite("the gradient norm", math.nan if norm < 0 else norm)
         if self._log is not None:
-            self._log.step(mean, rate, norm, int(all_tokens), time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._log.step(mean, rate, norm, int(all_tokens), int(all_room), seconds)
 
     def _loss(self, model: Any, data: Data, batch: dict[str, Tensor]) -> Tensor:
         """A micro-batch's loss, summed over its items."""

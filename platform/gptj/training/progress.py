@@ -50,7 +50,7 @@ class ProgressLog:
         self._watch = watch
         self._started = time.monotonic()
         self._first_step = progress.step
-        self._tokens = 0  # of the steps since the last line
+        self._tokens = self._room = 0  # of the steps since the last line
         self._seconds = 0.0
         # Points beyond the checkpoint, which a run that died has left, are not shown.
         self._board = tensorboard.SummaryWriter(
@@ -62,19 +62,32 @@ class ProgressLog:
         self._started = time.monotonic()
 
     def step(
-        self, loss: float, learning_rate: float, norm: float, tokens: int, seconds: float
+        self,
+        loss: float,
+        learning_rate: float,
+        norm: float,
+        tokens: int,
+        room: int,
+        seconds: float,
     ) -> None:
-        """Count an optimizer step; every `log_every` steps it becomes a line and a point."""
+        """Count an optimizer step; every `log_every` steps it becomes a line and a point.
+
+        Args:
+            tokens: of the global batch, without padding.
+            room: with it.
+        """
         progress = self.progress
         self._tokens += tokens
+        self._room += room
         self._seconds += seconds
         progress.unlogged.append(loss)
         if progress.step % self._log_every and progress.step != self._total:
             return
         mean = sum(progress.unlogged) / len(progress.unlogged)
         rate = self._tokens / self._seconds
+        useful = self._tokens / self._room
         progress.unlogged.clear()
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._room, self._seconds = 0, 0, 0.0
         self._add(
             {
                 "step": progress.step,
@@ -82,19 +95,21 @@ class ProgressLog:
                 "learning_rate": learning_rate,
                 "gradient_norm": norm,
                 "tokens_per_second": rate,
+                "useful_tokens": useful,
             }
         )
         elapsed = time.monotonic() - self._started
         done = progress.step - self._first_step
         logger.info(
             "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
-            "%s tokens/s  %s left",
+            "%s tokens/s  %.1f%% useful  %s left",
             progress.step,
             self._total,
             mean,
             learning_rate,
             norm,
             f"{rate:,.0f}",
+            100 * useful,
             duration(elapsed / done * (self._total - progress.step)),
         )
 

@@ -17,6 +17,7 @@ from pydantic import (
 
 from gptj.adapters.config import LoRAConfig
 from gptj.config import ALIASES, PRESETS, GPTJConfig
+from gptj.data.packing import Packing
 from gptj.storage.addresses import normalized
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -80,6 +81,9 @@ class DataSettings(Section):
     columns: dict[str, str] = {}  # our column name (see the task's columns): the file's
     delimiter: Delimiter | None = None  # of CSV; None: the one in the header (comma, ;, tab or |)
     sequence_length: Positive = 128  # tokens of a row; longer texts are cut, contexts windowed
+    # Causal-lm, how documents share rows: whole, each computed as if alone; concatenated and cut
+    # wherever a row is full; or a padded row for each.
+    packing: Packing = "best_fit"
     stride: Annotated[int, Field(ge=0)] = 32  # question answering: tokens that windows share
     problem_type: ProblemType | None = None  # classification; None: as the labels look
     # In the order of their numbers, or {what the data have: name}; empty: as the data have them.

@@ -86,6 +86,12 @@ class Settings(Section):
                     f"data.columns.{name}: task={self.task} has no such column; it has "
                     f"{', '.join(self.task_definition.columns)}"
                 )
+        kinds = self.task_definition.row_kinds
+        if not any(set(self.data.columns) <= set(kind) for kind in kinds):
+            raise ValueError(
+                f"data.columns: {', '.join(self.data.columns)} are not columns of one kind of "
+                f"rows; there are {' or '.join(', '.join(kind) for kind in kinds)}"
+            )
         if self.adapter is not None and not self.model.checkpoint:
             raise ValueError("adapter: a new model has no weights to be kept: set model.checkpoint")
         if self.data.evaluation_split is not None and self.data.evaluation:

@@ -30,7 +30,7 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
         task = settings.task_definition
         # All columns of the task: whatever is missing is named at once.
         rows = task_rows(settings, settings.train_data)
-        texts = (row.text(column) for row in rows for column in task.text_columns)
+        texts = (text for row in rows for text in task.texts(row))
         tokenizer = GPTJTokenizer.train(texts, settings.tokenizer.vocab_size)
         tokenizer.model_max_length = new_config(settings)["n_positions"]
         with FolderWriter(folder) as writer:

@@ -64,11 +64,20 @@ class Task(ABC, Generic[D]):
 
     name: TaskName
     head: type[GPTJPreTrainedModel]
-    columns: tuple[str, ...]  # our names of those that it reads
+    row_kinds: tuple[tuple[str, ...], ...]  # our names of the columns that each kind of rows has
     text_columns: tuple[str, ...] = ("text",)  # of these, what a tokenizer learns from
     sample: str  # data that needs no download
     best_by: tuple[str, ...] = ("loss",)  # the metric that ranks models: the first there is
     own_settings: tuple[str, ...] = ()  # keys of `data` that mean nothing to other tasks
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Our names of all columns that it reads."""
+        return tuple(column for kind in self.row_kinds for column in kind)
+
+    def texts(self, row: Row) -> list[str]:
+        """What a tokenizer learns from."""
+        return [row.text(column) for column in self.text_columns if column in row.values]
 
     @abstractmethod
     def read(

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gptj.data.causal_lm import CausalLMData
+from gptj.data.documents import ROW_KINDS
 from gptj.data.labels import LabelSet
 from gptj.data.rows import Row
 from gptj.model import GPTJForCausalLM
@@ -22,8 +23,10 @@ from gptj.training.tasks.base import Part, Task
 class CausalLM(Task[CausalLMData]):
     name = "causal-lm"
     head = GPTJForCausalLM
-    columns = ("text",)
+    row_kinds = tuple(ROW_KINDS)
+    text_columns = ("text", "prompt", "completion")
     sample = "sample://documentation"
+    own_settings = ("packing",)
 
     def read(
         self,
@@ -32,7 +35,7 @@ class CausalLM(Task[CausalLMData]):
         options: DataSettings,
         labels: LabelSet | None = None,
     ) -> CausalLMData:
-        return CausalLMData(rows, tokenizer, options.sequence_length)
+        return CausalLMData(rows, tokenizer, options.sequence_length, options.packing)
 
     def load(self, folder: Path) -> CausalLMData:
         return CausalLMData.load(folder)

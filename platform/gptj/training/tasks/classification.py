@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 class Classification(Task[ClassificationData]):
     name = "classification"
     head = GPTJForSequenceClassification
-    columns = ("text", "label")
+    row_kinds = (("text", "label"),)
     sample = "sample://reviews"
     best_by = ("f1", "mse")
     own_settings = ("problem_type", "label_names")

@@ -36,7 +36,7 @@ Array = np.ndarray[Any, Any]
 class QuestionAnswering(Task[QuestionAnsweringData]):
     name = "question-answering"
     head = GPTJForQuestionAnswering
-    columns = ("question", "context", "answers")
+    row_kinds = (("question", "context", "answers"),)
     text_columns = ("question", "context")
     sample = "sample://questions"
     best_by = ("f1",)

@@ -1,0 +1,106 @@
+"""Rows in, documents out: token ids, and which of them a language model learns to give.
+
+A row is a `text`, of which every token is learned, or a `prompt` and its `completion`, of which the
+prompt is only read. Another kind of row is another entry of ROW_KINDS and a function beside
+`_texts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptj.data.examples import Array, Ids, compact, groups
+from gptj.data.rows import Row
+from gptj.tokenizer import GPTJTokenizer
+
+DOCUMENTS_AT_ONCE = 64  # they may be long
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Document(NamedTuple):
+    """A row's tokens, eos at the end."""
+
+    ids: Ids
+    learned: Mask | None  # (tokens): what the loss may count; None: all
+
+
+class Documents(NamedTuple):
+    """Several, one after the other: document i is ids[ends[i]:ends[i + 1]]."""
+
+    ids: Ids
+    ends: Array
+    learned: Mask | None
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> Documents:
+        ids = np.concatenate([np.empty(0, np.int32), *(each.ids for each in documents)])
+        ends = np.cumsum([0, *(len(each.ids) for each in documents)])
+        if all(each.learned is None for each in documents):
+            return cls(ids, ends, None)
+        learned = [
+            np.ones(len(each.ids), bool) if each.learned is None else each.learned
+            for each in documents
+        ]
+        return cls(ids, ends, np.concatenate(learned))
+
+
+def read_documents(rows: Iterable[Row], tokenizer: GPTJTokenizer) -> Iterator[Document]:
+    """The rows' documents, in their order; the rows are all of one kind.
+
+    Raises:
+        DataError: naming the row whose text is no text, or whose completion is empty.
+        ValueError: if the tokenizer has no eos token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token to end documents with")
+    for group in groups(rows, DOCUMENTS_AT_ONCE):
+        read = ROW_KINDS[tuple(group[0].values)]
+        yield from read(group, tokenizer, tokenizer.eos_token_id)
+
+
+def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
+    """The documents together, as many as have `tokens` tokens or just more; the last has fewer."""
+    waiting: list[Document] = []
+    size = 0
+    for document in documents:
+        waiting.append(document)
+        size += len(document.ids)
+        if size >= tokens:
+            yield Documents.of(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield Documents.of(waiting)
+
+
+def _texts(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Iterator[Document]:
+    for ids in _encoded([row.text("text") for row in rows], tokenizer):
+        yield Document(compact([*ids, eos]), None)
+
+
+def _completions(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Iterator[Document]:
+    """Prompt and completion are tokenized apart, as a service does, which has only the prompt."""
+    for row in rows:
+        if not row.text("completion"):
+            raise row.error("completion", "is empty")
+    prompts = _encoded([row.text("prompt") for row in rows], tokenizer)
+    completions = _encoded([row.text("completion") for row in rows], tokenizer)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = compact([*prompt, *completion, eos])
+        yield Document(ids, np.arange(len(ids)) >= len(prompt))
+
+
+Reader = Callable[[Sequence[Row], GPTJTokenizer, int], Iterator[Document]]
+
+ROW_KINDS: Mapping[tuple[str, ...], Reader] = {  # by their columns
+    ("text",): _texts,
+    ("prompt", "completion"): _completions,
+}
+
+
+def _encoded(texts: list[str], tokenizer: GPTJTokenizer) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False)["input_ids"]
+    return ids

@@ -1,0 +1,157 @@
+"""Which documents share a row: documents in, rows of tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from gptj.data.documents import Documents, Mask
+from gptj.data.examples import Array, Ids
+
+Packing = Literal["best_fit", "concatenate", "none"]
+WINDOW = 2**22  # tokens that are packed together
+
+
+class Packed(NamedTuple):
+    """Rows: row i is ids[row_ends[i]:row_ends[i + 1]], and of documents likewise."""
+
+    ids: Ids
+    row_ends: Array
+    document_ends: Array
+    learned: Mask | None  # None: all tokens
+    cut: int = 0  # documents that have lost tokens
+
+    @classmethod
+    def joined(cls, parts: Sequence[Packed]) -> Packed:
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
+            _joined_ends([part.row_ends for part in parts]),
+            _joined_ends([part.document_ends for part in parts]),
+            _joined_masks(parts),
+            sum(part.cut for part in parts),
+        )
+
+
+def pack(windows: Iterable[Documents], capacity: int, packing: Packing) -> Packed:
+    """All documents in rows of at most `capacity` tokens; those of a window may share rows.
+
+    Parts of a text that is longer than a row are documents of their own. One of which some tokens
+    are not learned loses the beginning of what is before those that are, down to half of a row, and
+    then its end. Documents with nothing to learn beyond a first token are left out.
+
+    Concatenated, the whole is cut wherever a row is full; a last row of one token is left out.
+    """
+    if packing == "concatenate":
+        return _concatenated(list(windows), capacity)
+    return Packed.joined([_packed(window, capacity, packing) for window in windows])
+
+
+def _concatenated(windows: Sequence[Documents], capacity: int) -> Packed:
+    whole = Packed.joined([Packed(w.ids, w.ends, w.ends, w.learned) for w in windows])
+    size = len(whole.ids)
+    if size % capacity == 1:
+        size -= 1
+    ends = np.array([*range(0, size, capacity), size])
+    learned = None if whole.learned is None else whole.learned[:size]
+    return Packed(whole.ids[:size], ends, ends, learned)
+
+
+def _packed(documents: Documents, capacity: int, packing: Packing) -> Packed:
+    starts, ends, cut = _pieces(documents, capacity)
+    lengths = ends - starts
+    if packing == "best_fit":
+        rows = best_fit(lengths, capacity)
+    else:
+        rows = [[number] for number in range(len(lengths))]
+    order = np.array([number for row in rows for number in row], dtype=np.int64)
+    pieces = list(zip(starts[order].tolist(), ends[order].tolist(), strict=True))
+    document_ends = np.cumsum([0, *lengths[order]])
+    last = np.cumsum([0, *map(len, rows)])  # of each row, in the order of documents
+    learned = documents.learned
+    return Packed(
+        np.concatenate([np.empty(0, np.int32), *(documents.ids[a:b] for a, b in pieces)]),
+        document_ends[last],
+        document_ends,
+        None
+        if learned is None
+        else np.concatenate([np.empty(0, bool), *(learned[a:b] for a, b in pieces)]),
+        cut,
+    )
+
+
+def _pieces(documents: Documents, capacity: int) -> tuple[Array, Array, int]:
+    """Where the parts that fit a row, and teach something, start and end; how many were cut."""
+    starts: list[int] = []
+    ends: list[int] = []
+    cut = 0
+    bounds = documents.ends.tolist()
+    for start, end in pairwise(bounds):
+        if documents.learned is None:
+            for first in range(start, end, capacity):
+                last = min(first + capacity, end)
+                if last - first > 1:
+                    starts.append(first)
+                    ends.append(last)
+            continue
+        learned = documents.learned[start:end]
+        if end - start > capacity:
+            cut += 1
+            prompt = int(learned.argmax())
+            kept = min(prompt, max(capacity - (end - start - prompt), capacity // 2))
+            start += prompt - kept
+            end = min(end, start + capacity)
+        if documents.learned[start + 1 : end].any():
+            starts.append(start)
+            ends.append(end)
+    return np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64), cut
+
+
+def _joined_ends(parts: Sequence[Array]) -> Array:
+    ends = [np.zeros(1, dtype=np.int64)]
+    for part in parts:
+        ends.append(part[1:] + ends[-1][-1])
+    return np.concatenate(ends)
+
+
+def _joined_masks(parts: Sequence[Packed]) -> Mask | None:
+    if all(part.learned is None for part in parts):
+        return None
+    return np.concatenate(
+        [np.ones(len(part.ids), bool) if part.learned is None else part.learned for part in parts]
+    )
+
+
+def best_fit(lengths: Sequence[int] | Array, capacity: int) -> list[list[int]]:
+    """Rows of at most `capacity` tokens, by best fit decreasing.
+
+    The longest document first, each into the fullest row that has room for it, as in Ding et al.,
+    "Fewer Truncations Improve Language Modeling", 2024, https://arxiv.org/abs/2404.10830. Rows, and
+    documents in them, come longest first, and of equal lengths in the order given.
+
+    Raises:
+        ValueError: if a length is not in [1, capacity].
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= capacity:
+        raise ValueError(f"lengths must be in [1, {capacity}], got {sizes.min()} to {sizes.max()}")
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows, by the room they have
+    rooms = 0  # bit r is set where with_room[r] is not empty: the best fit is its lowest one
+    for number in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[number])
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(number)
+        with_room[room - size].append(row)
+        rooms |= 1 << (room - size)
+    return rows

@@ -1,0 +1,108 @@
+"""Causal attention within documents that lie one after the other: no mask, and nothing wasted.
+
+T tokens of all documents, H heads, K head width. On GPUs in half precision it is PyTorch's
+varlen_attn (FlashAttention); elsewhere documents of equal length are computed together, so that
+none is padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+
+@dataclass(frozen=True)
+class DocumentBorders:
+    """Where documents end, once for all layers."""
+
+    cu_seqlens: Tensor  # (N + 1) of int32: document i is [cu_seqlens[i], cu_seqlens[i + 1])
+    positions_T: Tensor  # of each token in its document
+    longest: int  # no document is longer
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int, longest: int) -> DocumentBorders:
+        """ValueError if documents do not cover all tokens; on a GPU it is not asked for that."""
+        if cu_seqlens.device.type == "cpu" and not (
+            cu_seqlens.dim() == 1
+            and len(cu_seqlens) > 1
+            and cu_seqlens[0] == 0
+            and cu_seqlens[-1] == tokens
+            and 0 < int(cu_seqlens.diff().min()) <= int(cu_seqlens.diff().max()) <= longest
+        ):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to batch * length = {tokens}, by {longest} at most, "
+                f"got {cu_seqlens}"
+            )
+        all_T = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+        starts_T = cu_seqlens[torch.searchsorted(cu_seqlens, all_T, right=True) - 1]
+        return cls(cu_seqlens, (all_T - starts_T).long(), longest)
+
+    def by_length(self) -> DocumentsByLength:
+        """Reads the borders back from the device."""
+        starts = self.cu_seqlens[:-1].long()
+        lengths = self.cu_seqlens.diff().long()
+        order = torch.argsort(lengths, stable=True)
+        counted = torch.unique_consecutive(lengths[order], return_counts=True)
+        sizes = [(int(length), int(count)) for length, count in zip(*counted, strict=True)]
+        places = [
+            (starts[part, None] + torch.arange(length, device=starts.device)).flatten()
+            for part, (length, _) in zip(
+                order.split([count for _, count in sizes]), sizes, strict=True
+            )
+        ]
+        order_T = torch.cat(places)
+        return DocumentsByLength(order_T, torch.argsort(order_T), sizes)
+
+
+@dataclass(frozen=True)
+class DocumentsByLength:
+    """The same documents in another order, in which those of equal length are side by side."""
+
+    order_T: Tensor  # the tokens' places now
+    back_T: Tensor
+    sizes: list[tuple[int, int]]  # (length, documents)
+
+
+def attend_documents(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    borders: DocumentBorders,
+    by_length: DocumentsByLength | None,
+    dropout: float,
+) -> Tensor:
+    """Each token's mean (T, H, K) over what its own document has up to it.
+
+    Args:
+        by_length: None: FlashAttention, which `uses_flash` allows.
+    """
+    if by_length is None:
+        longest = borders.longest
+        found: Tensor = varlen_attn(  # type: ignore[assignment]  # without return_aux
+            q_THK, k_THK, v_THK, borders.cu_seqlens, borders.cu_seqlens, longest, longest,
+            window_size=(-1, 0),  # causal
+        )  # fmt: skip
+        return found
+    split = [length * count for length, count in by_length.sizes]
+    sorted_ = [
+        each.index_select(0, by_length.order_T).split(split) for each in (q_THK, k_THK, v_THK)
+    ]
+    attended = []
+    for (length, count), *parts in zip(by_length.sizes, *sorted_, strict=True):
+        q_NHLK, k_NHLK, v_NHLK = (
+            part.unflatten(0, (count, length)).transpose(1, 2) for part in parts
+        )
+        a_NHLK = F.scaled_dot_product_attention(
+            q_NHLK, k_NHLK, v_NHLK, is_causal=True, dropout_p=dropout
+        )
+        attended.append(a_NHLK.transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended).index_select(0, by_length.back_T)
+
+
+def uses_flash(x: Tensor, dropout: float) -> bool:
+    """Whether FlashAttention computes this: it has neither fp32 nor dropout."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and not dropout
