@@ -13,6 +13,7 @@ from gptj.serving.app import add_health, new_app
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from gptj.serving.completions.service import CompletionService, server_sent
 from gptj.serving.errors import NotFoundError
+from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
@@ -50,9 +51,12 @@ def generation_app(
     card: ModelCard,
     alive: Callable[[], bool],
     recorder: Recorder | None = None,
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """Routes of a service; `card` describes its model."""
-    app = new_app("GPT-J text generation", recorder, playground())
+    app = new_app(
+        "GPT-J text generation", recorder, playground(), application="generation", ledger=ledger
+    )
     add_health(app, alive, "the engine makes no progress")
 
     def check_model(name: str | None) -> None:

@@ -32,6 +32,7 @@ from gptj.serving.completions.schemas import (
 )
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
+from gptj.serving.keys.account import note_tokens, reserve_tokens
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -207,6 +208,7 @@ class CompletionService:
                 echoed = prompt.text if request.echo else ""
                 choices.append(Choice(index=len(choices), text=echoed + text, finish_reason=reason))
         usage = usage_of(prompts, new_tokens)
+        note_tokens(usage.total_tokens)
         return Completion(model=self._model_name, choices=choices, usage=usage)
 
     async def _search(self, request: CompletionRequest, prompt: ResolvedPrompt) -> BeamsFound:
@@ -243,7 +245,9 @@ class CompletionService:
         """Raises APIError."""
         self._resolver.check(request)
         # Long texts take a while: not on the event loop.
-        return await asyncio.to_thread(self._resolver.resolve, request)
+        prompts = await asyncio.to_thread(self._resolver.resolve, request)
+        await reserve_tokens(sum(prompt.most_tokens for prompt in prompts))
+        return prompts
 
 
 async def server_sent(chunks: AsyncIterator[Completion]) -> AsyncIterator[str]:
