@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deployments.device import replica_device
+from deployments.ledger import cluster_ledger
 from deployments.loading import BatchArguments as Arguments
 from deployments.loading import load, loading_turn
 from deployments.metrics import serve_metrics
@@ -36,7 +37,7 @@ class Classification:
         self._stalled_seconds = arguments.stalled_seconds
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return classification_app(self._service, self._alive, serve_metrics())
+        return classification_app(self._service, self._alive, serve_metrics(), cluster_ledger())
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose model hangs or has ended."""

@@ -27,6 +27,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deployments.device import replica_device
+from deployments.ledger import cluster_ledger
 from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, loading_turn, name_of
 from deployments.metrics import EngineReporter, serve_metrics
@@ -149,6 +150,7 @@ class Generation:
             self._card,
             self._alive,
             serve_metrics(),
+            cluster_ledger(),
         )
 
     async def check_health(self) -> None:

@@ -47,6 +47,17 @@ class ServeMetrics:
             "gptj_queue_seconds", "From a request to the first step that worked on it."
         )
 
+        self._key_requests = metrics.Counter(
+            "gptj_key_requests",
+            "Requests of a key.",
+            ("key", "refused"),  # type: ignore[arg-type]  # as above
+        )
+        self._key_tokens = metrics.Counter(
+            "gptj_key_tokens",
+            "Tokens that a key has used, of prompts and outputs.",
+            ("key",),
+        )
+
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.inc(1, {"route": route, "status": str(status)})
         self._seconds.observe(seconds, {"route": route})
@@ -59,6 +70,11 @@ class ServeMetrics:
 
     def queued(self, seconds: float) -> None:
         self._queued.observe(seconds)
+
+    def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
+        self._key_requests.inc(1, {"key": key, "refused": str(refused).lower()})
+        if tokens:
+            self._key_tokens.inc(tokens, {"key": key})
 
     def _histogram(
         self, name: str, description: str, tags: tuple[str, ...] = ()

@@ -1,21 +1,46 @@
-"""What Serve's HTTP proxies do before they look for an application.
+"""What Serve's HTTP proxies do around Serve's own routing: see gptj.serving.entry.
 
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
-manifests and `make serve` do): a proxy reads some headers itself, and answers a plain 500 where
-they are not UTF-8.
+manifests and `make serve` do). Without it a replica's death loses requests, slow clients keep
+connections for ever, and some errors are in plain text.
 """
 
 from __future__ import annotations
 
+import uvicorn.protocols.http.auto as http
 import uvicorn.protocols.websockets.auto as websockets
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp
 
+from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.connections import LimitedProtocol
+from gptj.serving.entry.failover import Failover
+from gptj.serving.entry.request_ids import RequestIds
 from gptj.serving.middleware.edge import Edge
+from gptj.serving.middleware.limits import BodyLimit
 
 
 def middlewares() -> list[Middleware]:
-    """Called in each proxy's process, before its server starts."""
+    """Called in each proxy's process, before its server starts. The last sees a request first."""
     # As uvicorn's --ws none, for which Serve has no setting: a POST that offers WebSocket would
     # never be answered.
     websockets.AutoWebSocketsProtocol = None
-    return [Middleware(Edge)]
+    http.AutoHTTPProtocol = LimitedProtocol
+    return [
+        Middleware(Failover, limit_seconds=limit_seconds),
+        Middleware(Admission),  # after the body: half-sent requests are not in flight
+        Middleware(BodyLimit),
+        Middleware(Edge),
+        Middleware(RequestIds),
+    ]
+
+
+def limit_seconds(app: ASGIApp) -> float | None:
+    """Serve's request_timeout_s, which it tells its proxy alone; `app` is one of its layers."""
+    layer: object | None = app
+    while layer is not None:
+        if hasattr(layer, "request_timeout_s"):
+            seconds: float | None = layer.request_timeout_s
+            return seconds
+        layer = getattr(layer, "_app", None)
+    return None

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from deployments.device import replica_device
+from deployments.ledger import cluster_ledger
 from deployments.loading import BatchArguments, load_from, loading_turn, open_checkpoint
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
@@ -59,7 +60,7 @@ class QuestionAnswering:
         self._stalled_seconds = arguments.stalled_seconds
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return question_answering_app(self._service, self._alive, serve_metrics())
+        return question_answering_app(self._service, self._alive, serve_metrics(), cluster_ledger())
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose model hangs or has ended."""

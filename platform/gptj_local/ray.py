@@ -23,7 +23,14 @@ from typing import Any
 from gptj_local.processes import HOST, free_ports, running, tail
 
 START_SECONDS = 120
-PROXY_MIDDLEWARES = "deployments.proxy:middlewares"  # of Serve's HTTP proxies, if any start
+SERVE = {  # of Serve, if it runs there: Ray's processes read these when they start
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
+    # A replica that hangs does not end gracefully: its requests would wait for that.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # A dead proxy is replaced after three checks. Each is a call of a millisecond.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "4",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class LocalRay:
                 # Ray Train's own look-ups in its workers: without it they guess, and beside another
                 # cluster of this machine end in a traceback.
                 "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
-                "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_MIDDLEWARES,
+                **SERVE,
             }
             # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.
             with running(command, environment=variables, log=log, grace_seconds=8) as process:

@@ -12,7 +12,7 @@ from manifests import (
     of_kind,
 )
 
-from gptj_local.ray import PROXY_MIDDLEWARES
+from gptj_local.ray import SERVE
 
 
 def test_serve_gets_serve_yaml_with_another_place(objects: list[Object]) -> None:
@@ -44,15 +44,14 @@ def test_serve_takes_the_configuration_and_its_import_paths_exist(objects: list[
         assert built._bound_deployment.name == deployment["name"]
 
 
-def test_the_proxies_of_serve_have_our_middlewares(objects: list[Object]) -> None:
+def test_serve_has_the_settings_of_one_machine_and_our_middlewares(objects: list[Object]) -> None:
     (environment,) = [
         each["data"]
         for each in of_kind(objects, "ConfigMap")
         if each["metadata"]["name"].startswith("environment")
     ]
-    path = environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
-    assert path == PROXY_MIDDLEWARES  # as on one machine
-    module, _, name = path.partition(":")
+    assert {name: environment[name] for name in SERVE} == SERVE
+    module, _, name = SERVE["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
     assert getattr(importlib.import_module(module), name)()
 
 
@@ -84,6 +83,17 @@ def test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(
         serving = workers["maxReplicas"] * room["num_gpus"]
         # An upgrade has two clusters.
         assert 2 * serving + trainers["maxReplicas"] * float(gpus) <= float(quota)
+
+
+def test_a_replica_that_hangs_is_noticed_within_fifteen_seconds(objects: list[Object]) -> None:
+    """By three checks of Serve's without an answer, or of an engine that makes no step."""
+    (service,) = of_kind(objects, "RayService")
+    for application in yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]:
+        (deployment,) = application["deployments"]
+        period = 1.1 * deployment["health_check_period_s"]  # Serve adds up to a tenth
+        timeout = deployment["health_check_timeout_s"]
+        assert period + 3 * timeout <= 15
+        assert application["args"]["stalled_seconds"] + 3 * period <= 15
 
 
 # For a replica on a new machine: k8s/sizing.md's assumptions come to under nine minutes.

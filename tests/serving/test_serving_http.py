@@ -13,7 +13,7 @@ import pytest
 from serving_client import ANSWERS, CLASSIFICATION, COMPLETIONS, assert_error
 from serving_models import CONTEXT, KEY
 
-from gptj.serving.middleware.keys import Keys
+from gptj.serving.keys.keyring import Keys
 from gptj.serving.middleware.limits import MAX_BODY_BYTES
 
 pytest_plugins = ["serving_fixtures"]

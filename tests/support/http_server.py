@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -14,10 +16,14 @@ from gptj_local.processes import HOST, free_ports
 
 
 @contextmanager
-def listening(app: ASGIApp) -> Iterator[str]:
+def listening(
+    app: ASGIApp, protocol: type[asyncio.Protocol] | Literal["auto"] = "auto"
+) -> Iterator[str]:
     """Its address, for the length of the block."""
     (port,) = free_ports(1)
-    config = uvicorn.Config(app, HOST, port, log_level="critical", lifespan="off", ws="none")
+    config = uvicorn.Config(
+        app, HOST, port, log_level="critical", lifespan="off", ws="none", http=protocol
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -23,9 +23,11 @@ from gptj.serving.errors import (
     error_response,
     json_response,
 )
+from gptj.serving.keys.keyring import Keys
+from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.middleware.edge import Edge
-from gptj.serving.middleware.keys import KeyCheck, Keys
+from gptj.serving.middleware.keys import KeyCheck
 from gptj.serving.middleware.limits import BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
@@ -39,11 +41,18 @@ MAX_REPORTED = 5  # validation errors of a body: one wrong list can have thousan
 
 
 def new_app(
-    title: str, recorder: Recorder | None = None, pages: Mapping[str, Page] | None = None
+    title: str,
+    recorder: Recorder | None = None,
+    pages: Mapping[str, Page] | None = None,
+    *,
+    application: str = "",
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """An application whose errors all have OpenAI's body and a documented status.
 
-    GPTJ_API_KEYS of this process decides who has access. Raises ValueError if it is set but empty.
+    GPTJ_API_KEYS and GPTJ_KEYS_FILE of this process decide who has access: see Keys, whose
+    ValueError is raised. `application` is what a key may be restricted to, and `ledger` counts for
+    the keys' limits.
     `pages` are served to everybody, beside the API's document at `/docs`.
     """
     app = FastAPI(
@@ -57,7 +66,9 @@ def new_app(
     describe(app, guarded=bool(keys))
     # The middleware added last sees a request first.
     app.add_middleware(BodyLimit)
-    app.add_middleware(KeyCheck, keys=keys)
+    app.add_middleware(
+        KeyCheck, keys=keys, application=application, ledger=ledger, recorder=recorder
+    )
     app.add_middleware(Pages, pages={**docs(), **(pages or {})})
     app.add_middleware(Edge)
     app.add_middleware(Observing, recorder=recorder or NoRecorder())

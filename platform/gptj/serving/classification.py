@@ -20,6 +20,8 @@ from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import add_health, new_app
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.keys.account import reserve_tokens
+from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
@@ -121,6 +123,7 @@ class ClassificationService:
             )
         # Long texts take a while: not on the event loop.
         ids = await asyncio.to_thread(self._encode, request.inputs)
+        await reserve_tokens(sum(map(len, ids)))
         logits = await results_of(self._batcher.submit(ids))
         function = request.parameters.function_to_apply or self._function()
         return [self._labels(row, function, top_k) for row in logits]
@@ -187,10 +190,15 @@ class ClassificationService:
 
 
 def classification_app(
-    service: ClassificationService, alive: Callable[[], bool], recorder: Recorder | None = None
+    service: ClassificationService,
+    alive: Callable[[], bool],
+    recorder: Recorder | None = None,
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """Routes of a service."""
-    app = new_app("GPT-J text classification", recorder)
+    app = new_app(
+        "GPT-J text classification", recorder, application="classification", ledger=ledger
+    )
     add_health(app, alive, "the model makes no progress")
 
     @app.post("/", responses=errors(429, 500, 503))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from starlette.responses import Response
@@ -16,25 +17,36 @@ class APIError(Exception):
     """A failed request. Each subclass has a status and a type.
 
     InvalidRequestError (400): can never succeed. AuthenticationError (401): missing or wrong key.
-    NotFoundError (404): unknown model. BodyTooLargeError (413). WrongShapeError (422): missing or
-    unknown fields, or wrong types. OverloadedError (429): try again later. ModelError (500): our
-    fault. UnavailableError (503): try again elsewhere, or later.
+    PermissionDeniedError (403): another application's key. NotFoundError (404): unknown model.
+    RequestTimeoutError (408). BodyTooLargeError (413). WrongShapeError (422): missing or unknown
+    fields, or wrong types. OverloadedError (429): try again later. RateLimitError (429): beyond the
+    key's limits. ModelError (500): our fault. UnavailableError (503): try again elsewhere, or
+    later.
 
     Args:
         message: for the client, with the value and the remedy.
         param: the request's invalid field, such as `n` or `stream_options`.
         code: for programs, such as `context_length_exceeded`.
+        headers: of the reply, beside those of its kind.
     """
 
     status = 500
     type = "server_error"
-    headers: ClassVar[dict[str, str]] = {}
+    default_headers: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
+        self.headers = {**self.default_headers, **(headers or {})}
 
     def body(self) -> dict[str, Any]:
         return error_body(self.message, self.type, self.param, self.code)
@@ -48,12 +60,22 @@ class InvalidRequestError(APIError):
 class AuthenticationError(APIError):
     status = 401
     type = "authentication_error"
-    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+    default_headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class PermissionDeniedError(APIError):
+    status = 403
+    type = "permission_error"
 
 
 class NotFoundError(APIError):
     status = 404
     type = "not_found_error"
+
+
+class RequestTimeoutError(APIError):
+    status = 408
+    type = "timeout_error"
 
 
 class BodyTooLargeError(APIError):
@@ -69,7 +91,15 @@ class WrongShapeError(APIError):
 class OverloadedError(APIError):
     status = 429
     type = "rate_limit_error"
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+    default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class RateLimitError(APIError):
+    """Of one key: the service itself is not full."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_headers: ClassVar[dict[str, str]] = {"x-ratelimit-scope": "key"}
 
 
 class ModelError(APIError):
@@ -80,7 +110,7 @@ class ModelError(APIError):
 class UnavailableError(APIError):
     status = 503
     type = "server_error"
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+    default_headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
 def error_body(

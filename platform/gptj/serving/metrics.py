@@ -20,6 +20,9 @@ class Recorder(Protocol):
     def queued(self, seconds: float) -> None:
         """Time from a request to an output's first step."""
 
+    def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
+        """A request with a key has ended, or was refused for the key's limits."""
+
 
 class NoRecorder:
     """Records nothing."""
@@ -31,3 +34,5 @@ class NoRecorder:
     def token_gap(self, seconds: float) -> None: ...
 
     def queued(self, seconds: float) -> None: ...
+
+    def key_use(self, key: str, tokens: int, *, refused: bool) -> None: ...

@@ -14,10 +14,13 @@ DESCRIPTIONS = {
     400: "What can never work: no JSON, a value out of its range, fields that contradict each "
     "other, or a text too long for the model's context. `param` names the field.",
     401: "No key, or a wrong one.",
+    403: "The key is another application's.",
     404: "There is no such model.",
+    408: "The request was not sent to its end in time, or took longer than the service allows.",
     413: "The body is too large.",
     422: "A field is missing, unknown or of a wrong type. `param` names it.",
-    429: "The queue is full: try again after `Retry-After` seconds.",
+    429: "The queue is full, or the key has had its share (`x-ratelimit-scope: key`): try again "
+    "after `Retry-After` seconds.",
     500: "The model failed on this request.",
     503: "Not ready, or about to stop: try again after `Retry-After` seconds.",
 }
@@ -29,12 +32,14 @@ EXAMPLES = {
         None,
         "invalid_api_key",
     ),
+    403: ("this key is not for generation", "permission_error", None, "key_not_allowed"),
     404: (
         "there is no model 'another' here, but 'gpt-j-6b'",
         "not_found_error",
         "model",
         "model_not_found",
     ),
+    408: ("the request took more than 600 seconds", "timeout_error", None, None),
     413: (
         "the request's body is larger than 1048576 bytes: send less at a time",
         "invalid_request_error",
@@ -100,7 +105,8 @@ def _complete(operation: dict[str, Any], guarded: bool, is_open: bool) -> None:
     """The statuses that middleware answers with, and the key."""
     responses = operation["responses"]
     responses.pop("422", None)
-    statuses = [400] if is_open else [400, 401]  # 400: headers that cannot be read
+    # 400: headers that cannot be read. 408, 429 and 503: by the proxy, see gptj.serving.entry.
+    statuses = [400, 408, 503] if is_open else [400, 401, 403, 408, 429, 503]
     if "requestBody" in operation:
         statuses += [413, 422]
     responses.update({str(status): _error(status) for status in statuses})

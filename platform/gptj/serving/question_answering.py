@@ -21,6 +21,8 @@ from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import add_health, new_app
 from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.keys.account import reserve_tokens
+from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
@@ -120,6 +122,7 @@ class QuestionAnsweringService:
         """
         # Long texts take a while: not on the event loop.
         parts = await asyncio.to_thread(self._windows, request)
+        await reserve_tokens(sum(len(part.input_ids) for part in parts))
         logits = await results_of(self._batcher.submit([part.input_ids for part in parts]))
         answers = await asyncio.to_thread(_answers, request, parts, logits)
         return answers if request.parameters.top_k > 1 else answers[0]
@@ -192,10 +195,15 @@ class QuestionAnsweringService:
 
 
 def question_answering_app(
-    service: QuestionAnsweringService, alive: Callable[[], bool], recorder: Recorder | None = None
+    service: QuestionAnsweringService,
+    alive: Callable[[], bool],
+    recorder: Recorder | None = None,
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """Routes of a service."""
-    app = new_app("GPT-J question answering", recorder)
+    app = new_app(
+        "GPT-J question answering", recorder, application="question-answering", ledger=ledger
+    )
     add_health(app, alive, "the model makes no progress")
 
     @app.post("/", responses=errors(429, 500, 503))

@@ -117,16 +117,14 @@ def read_service(path: Path, application: str, machine: Machine) -> Service:
             max_num_batched_tokens=arguments.max_num_batched_tokens,
         )
         together, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+    # A replica refuses what goes beyond its queue; Serve's own queue, in the proxies, is for what
+    # no replica may be given.
     room = together + arguments.max_queued
-    if deployment["max_ongoing_requests"] > room:
-        raise ValueError(
-            f"{path}: max_ongoing_requests is {deployment['max_ongoing_requests']}, and a replica "
-            f"takes no more than its {together} together and max_queued: {room}"
-        )
+    offered = deployment["max_ongoing_requests"]
     return Service(
         autoscaling=deployment["autoscaling_config"],
-        max_ongoing_requests=deployment["max_ongoing_requests"],
-        max_queued_requests=deployment.get("max_queued_requests", -1),
+        max_ongoing_requests=min(offered, room),
+        max_queued_requests=0 if offered > room else deployment.get("max_queued_requests", -1),
         max_num_seqs=together,
         max_num_batched_tokens=max_num_batched_tokens,
     )

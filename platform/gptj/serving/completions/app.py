@@ -17,6 +17,7 @@ from gptj.serving.completions.generation_service import GenerationService, serve
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.errors import NotFoundError
+from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
@@ -73,9 +74,12 @@ def generation_app(
     card: ModelCard,
     alive: Callable[[], bool],
     recorder: Recorder | None = None,
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """Routes of the services of one model, which `card` describes."""
-    app = new_app("GPT-J text generation", recorder, playground())
+    app = new_app(
+        "GPT-J text generation", recorder, playground(), application="generation", ledger=ledger
+    )
     add_health(app, alive, "the engine makes no progress")
 
     def check_model(name: str | None) -> None:

@@ -33,6 +33,7 @@ from gptj.serving.completions.run import (
 )
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
+from gptj.serving.keys.account import note_tokens, reserve_tokens
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -196,6 +197,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 piece = self._beam(request, prompt, ids)
                 choices.append(self._choice(request, output, piece, output.index))
         usage = usage_of(prompts, new_tokens)
+        note_tokens(usage.total_tokens)
         return self._reply(choices, usage, prompts if request.return_token_ids else [])
 
     async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
@@ -237,7 +239,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         """Raises APIError."""
         self._resolver.check(request)
         # Long texts take a while: not on the event loop.
-        return await asyncio.to_thread(self._resolved, request)
+        prompts = await asyncio.to_thread(self._resolved, request)
+        await reserve_tokens(sum(prompt.most_tokens for prompt in prompts))
+        return prompts
 
     def _resolved(self, request: Request) -> list[ResolvedPrompt]:
         return self._resolver.resolve(request, self._prompts(request))

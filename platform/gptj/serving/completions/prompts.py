@@ -22,6 +22,11 @@ class ResolvedPrompt:
     begun: bytes  # the start of a last character that the ids leave incomplete
     params: list[SamplingParams]  # one for each sample; beam search has one
 
+    @property
+    def most_tokens(self) -> int:
+        """Of the prompt and all its outputs, as usage counts them."""
+        return len(self.ids) + sum(each.max_tokens for each in self.params)
+
 
 class PromptResolver:
     """Every check of a request against the model's vocabulary and limits is made here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gptj.engine.engine import Engine
@@ -15,7 +15,9 @@ from gptj.serving.completions.detokenizer import TextStream
 from gptj.serving.completions.generation_request import GenerationRequest, Usage
 from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.errors import APIError, ModelError, UnavailableError
+from gptj.serving.keys.account import note_tokens
 from gptj.serving.metrics import Recorder
+from gptj.serving.middleware.observing import request_seed
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError
 
@@ -121,6 +123,7 @@ class CompletionRun:
         self._events = events
         self._request = request
         self._prompts = prompts
+        self._seed = request_seed()
         self.outputs: list[Output] = []
         for prompt in prompts:
             first = None
@@ -153,6 +156,7 @@ class CompletionRun:
                     yield index, pieces.pop(index)
         finally:
             events.cancel()
+            note_tokens(self.usage().total_tokens)
 
     def _take(self, index: int, event: Event) -> Piece:
         output, ticket = self.outputs[index], self._events.tickets[index]
@@ -170,9 +174,16 @@ class CompletionRun:
     def _submit(self, outputs: Sequence[Output]) -> None:
         """Submit one prompt's outputs."""
         prompt = outputs[0].prompt
+        params = prompt.params
+        if self._seed is not None and params[0].seed is None:
+            # Each output's own, and the same whenever the request is tried again.
+            params = [
+                replace(each, seed=self._seed + output.index)
+                for each, output in zip(params, outputs, strict=True)
+            ]
         try:
             tickets = self._engine.submit_many(
-                prompt.ids, prompt.params, [self._events.router] * len(outputs)
+                prompt.ids, params, [self._events.router] * len(outputs)
             )
         except ValueError as error:
             raise self._request.named(error) from error

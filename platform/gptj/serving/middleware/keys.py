@@ -1,78 +1,111 @@
-"""API keys: requests need one of GPTJ_API_KEYS, as `Authorization: Bearer KEY`."""
+"""Lets requests in that have a key, as `Authorization: Bearer KEY`, within the key's limits."""
 
 from __future__ import annotations
 
-import hmac
-import logging
-import os
-from collections.abc import Iterable, Mapping
+import uuid
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj.serving.errors import AuthenticationError, error_response
+from gptj.serving.errors import (
+    APIError,
+    AuthenticationError,
+    PermissionDeniedError,
+    error_response,
+)
+from gptj.serving.keys.account import Account, use_account
+from gptj.serving.keys.keyring import Key, Keys
+from gptj.serving.keys.ledger import Ledger, LocalLedger
+from gptj.serving.metrics import NoRecorder, Recorder
+from gptj.serving.middleware.observing import SEED
 from gptj.serving.middleware.paths import route_path
 
-logger = logging.getLogger(__name__)
-
-VARIABLE = "GPTJ_API_KEYS"  # comma separated
-SCHEME = b"bearer "
 OPEN_PATHS = ("/health", "/openapi.json")  # probes have no key, nor has the document's page
 
 
-class Keys:
-    """A set of keys; an empty one allows every request."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._keys = [key.encode() for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._keys)
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Keys:
-        """The keys in GPTJ_API_KEYS. Raises ValueError if it is set but empty."""
-        text = environment.get(VARIABLE)
-        if text is None:
-            logger.warning(
-                "%s is not set: everyone who can reach this service can use it", VARIABLE
-            )
-            return cls(())
-        keys = [key.strip() for key in text.split(",") if key.strip()]
-        if not keys:
-            raise ValueError(
-                f"{VARIABLE}={text!r} has no keys: set some, or unset it to allow every request"
-            )
-        return cls(keys)
-
-    def allow(self, authorization: bytes | None) -> bool:
-        """Whether a header's value has one of the keys, in constant time."""
-        if not self._keys:
-            return True
-        if authorization is None or not authorization.lower().startswith(SCHEME):
-            return False
-        given = authorization[len(SCHEME) :].strip()
-        # Compare all: stopping at the first match would leak by time which key it was.
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return any(matches)
-
-
 class KeyCheck:
-    """Middleware: 401 without a key, except on OPEN_PATHS, before the body is read."""
+    """Middleware, before the body is read: 401 without a key, 403 for another application's.
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    429 beyond its limits, which are for requests that do work (POST). OPEN_PATHS are open.
+
+    Args:
+        application: that the keys must be for.
+        ledger: counts their use, None: in this process.
+        recorder: receives it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        application: str = "",
+        ledger: Ledger | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._app = app
         self._keys = keys
+        self._application = application
+        self._ledger = ledger or LocalLedger()
+        self._recorder = recorder or NoRecorder()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or route_path(scope) in OPEN_PATHS:
+        if scope["type"] != "http" or not self._keys or route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        if not self._keys.allow(dict(scope["headers"]).get(b"authorization")):
-            error = AuthenticationError(
+        key = self._keys.find(dict(scope["headers"]).get(b"authorization"))
+        problem = self._problem(key)
+        if problem is not None or key is None:
+            assert problem is not None
+            await error_response(problem)(scope, receive, send)
+            return
+        if scope["method"] == "POST":
+            await self._counted(key, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _problem(self, key: Key | None) -> APIError | None:
+        if key is None:
+            return AuthenticationError(
                 "this service needs a key: send the header Authorization: Bearer KEY with a "
                 "valid one",
                 code="invalid_api_key",
             )
+        if not key.opens(self._application):
+            return PermissionDeniedError(
+                f"this key is not for {self._application}", code="key_not_allowed"
+            )
+        return None
+
+    async def _counted(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
+        # The proxy gives all tries of a request one seed, which clients cannot choose there.
+        request = dict(scope["headers"]).get(SEED) or uuid.uuid4().hex.encode()
+        account = Account.of(key, request.decode("latin-1"), self._ledger)
+        try:
+            await account.begin()
+        except APIError as error:
+            self._recorder.key_use(key.name, 0, refused=True)
             await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+
+        refused = False
+
+        async def with_limits(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start":
+                present = list(message.get("headers", []))
+                names = {name.lower() for name, _ in present}
+                refused = b"x-ratelimit-scope" in names
+                ours = account.headers().items()
+                present += [
+                    (name.encode(), value.encode())
+                    for name, value in ours
+                    if name.encode() not in names
+                ]
+                message = {**message, "headers": present}
+            await send(message)
+
+        use_account(account)
+        try:
+            await self._app(scope, receive, with_limits)
+        finally:
+            await account.end()
+            self._recorder.key_use(key.name, 0 if refused else account.tokens, refused=refused)

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj.serving.errors import BodyTooLargeError, InvalidRequestError, error_response
+from gptj.serving.errors import (
+    APIError,
+    BodyTooLargeError,
+    InvalidRequestError,
+    UnavailableError,
+    error_response,
+)
 from gptj.serving.middleware.edge import offers_upgrade
 
 MAX_BODY_BYTES = 2**20  # tokenizing takes a hundred times the memory of the text
+MAX_WAITING_BYTES = 2**28  # of all bodies that are being received
 
 
 class BodyLimit:
-    """Middleware: 413 for a body above `max_bytes`; smaller ones are read, then passed on."""
+    """Middleware: 413 for a body above `max_bytes`; smaller ones are read, then passed on.
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    503 beyond `max_waiting_bytes` in all bodies whose end has not arrived. The body of a request
+    for health is not read.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int = MAX_BODY_BYTES,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
         try:
-            body = await self._read(scope, receive)
-        except (BodyTooLargeError, InvalidRequestError) as error:
+            body = b"" if is_health(scope) else await self._read(scope, receive)
+        except APIError as error:
             await error_response(error)(scope, receive, send)
             return
         if body is None:
@@ -43,16 +61,22 @@ class BodyLimit:
             self._check(int(declared[:20]))
         parts: list[bytes] = []
         size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            self._check(size)
-            if not message.get("more_body", False):
-                self._check_complete(scope, declared, size)
-                return b"".join(parts)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self._waiting_bytes += len(parts[-1])
+                self._check(size)
+                if not message.get("more_body", False):
+                    self._check_complete(scope, declared, size)
+                    return b"".join(parts)
+                if self._waiting_bytes > self._max_waiting_bytes:
+                    raise UnavailableError("too many bodies are half sent: try again later")
+        finally:
+            self._waiting_bytes -= size
 
     def _check_complete(self, scope: Scope, declared: bytes | None, size: int) -> None:
         """uvicorn does not read the body of a request that offers an upgrade."""
@@ -69,3 +93,9 @@ class BodyLimit:
             raise BodyTooLargeError(
                 f"the request's body is larger than {self._max_bytes} bytes: send less at a time"
             )
+
+
+def is_health(scope: Scope) -> bool:
+    """Whether the request is for an application's health, or Serve's own."""
+    path: str = scope["path"].rstrip("/")
+    return path.endswith("/health") or path.startswith("/-/")

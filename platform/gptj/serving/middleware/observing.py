@@ -12,16 +12,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gptj.serving.metrics import Recorder
 
 HEADER = b"x-request-id"
+SEED = b"x-gptj-seed"  # the same for all tries of a request: see gptj.serving.entry.failover
 SANE = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CLIENT_GONE = 499
 UNKNOWN_ROUTE = "unknown"  # not the path, of which clients can make up any number
 
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+_seed: ContextVar[int | None] = ContextVar("seed", default=None)
 
 
 def request_id() -> str:
     """The current request's id; a new one outside of any."""
     return _request_id.get() or uuid.uuid4().hex
+
+
+def request_seed() -> int | None:
+    """For a request that has no seed of its own; None outside of any, or without a proxy of ours.
+
+    A request that is tried again has the same one, and so the same answer.
+    """
+    return _seed.get()
 
 
 class Observing:
@@ -40,7 +50,8 @@ class Observing:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        own = next((value for name, value in scope["headers"] if name == HEADER), b"")
+        headers = dict(scope["headers"])
+        own, seed = headers.get(HEADER, b""), headers.get(SEED, b"")
         status, complete = CLIENT_GONE, False
 
         async def observe(message: Message) -> None:
@@ -52,10 +63,12 @@ class Observing:
             await send(message)
 
         token = _request_id.set(own.decode() if SANE.fullmatch(own) else None)
+        seed_token = _seed.set(int(seed[:20]) if seed.isdigit() else None)
         try:
             await self._app(scope, receive, observe)
         finally:
             _request_id.reset(token)
+            _seed.reset(seed_token)
             seconds = time.perf_counter() - start
             route = _route(scope)
             self._recorder.request(route, status if complete else CLIENT_GONE, seconds)

@@ -1,0 +1,1 @@
+"""What stands before the replicas, in Serve's proxy: connections, admission, tries."""

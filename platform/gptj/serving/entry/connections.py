@@ -1,0 +1,191 @@
+"""uvicorn's HTTP connection with time limits, and a bound on requests that are half sent.
+
+uvicorn itself waits for ever: for the rest of a head, of a body, and for a client to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gptj.serialization.json_object import to_json
+from gptj.serving.errors import APIError, InvalidRequestError, RequestTimeoutError
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Of one server process."""
+
+    head_seconds: float = 20.0  # to send a request's head; also until a new connection's first one
+    body_seconds: float = 60.0  # to send its body
+    unread_seconds: float = 30.0  # for a client to read something of what waits for it
+    close_seconds: float = 5.0  # to read the last of it, before the connection is cut
+    # Requests whose end has not arrived. Beyond either bound the oldest is given up, unless it is
+    # younger than `grace_seconds`: a burst of whole requests arrives in that time.
+    unfinished: int = 4096
+    unfinished_per_address: int = 512
+    grace_seconds: float = 2.0
+
+
+@dataclass
+class Unfinished:
+    """The connections that wait for the rest of a request, oldest first."""
+
+    limits: ConnectionLimits
+    _all: OrderedDict[LimitedProtocol, float] = field(default_factory=OrderedDict)
+    _by_address: defaultdict[str, OrderedDict[LimitedProtocol, float]] = field(
+        default_factory=lambda: defaultdict(OrderedDict)
+    )
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, connection: LimitedProtocol, now: float) -> None:
+        if connection in self._all:
+            return
+        address = self._by_address[connection.address]
+        self._all[connection] = address[connection] = now
+        if len(address) > self.limits.unfinished_per_address:
+            self._give_up_oldest(address, now)
+        if len(self._all) > self.limits.unfinished:
+            self._give_up_oldest(self._all, now)
+
+    def discard(self, connection: LimitedProtocol) -> None:
+        if self._all.pop(connection, None) is None:
+            return
+        address = self._by_address[connection.address]
+        del address[connection]
+        if not address:
+            del self._by_address[connection.address]
+
+    def _give_up_oldest(self, among: OrderedDict[LimitedProtocol, float], now: float) -> None:
+        oldest, since = next(iter(among.items()))
+        if now - since >= self.limits.grace_seconds:
+            oldest.give_up("too many requests are half sent, and this is the oldest")
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. Errors that uvicorn answers in plain text have our body."""
+
+    limits = ConnectionLimits()
+    unfinished = Unfinished(limits)  # of the process
+
+    @classmethod
+    def limited(cls, limits: ConnectionLimits) -> type[LimitedProtocol]:
+        """A class with limits and a count of its own."""
+        return type(cls.__name__, (cls,), {"limits": limits, "unfinished": Unfinished(limits)})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None  # of the head or body that arrives
+        self._unread: asyncio.TimerHandle | None = None
+        self._phase = "head"
+
+    @property
+    def address(self) -> str:
+        """The client's, or the load balancer's."""
+        return self.client[0] if self.client else ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_rest("head", self.limits.head_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._request_arrived()
+        self._cancel_unread()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_rest("head", self.limits.head_seconds)
+
+    def on_headers_complete(self) -> None:
+        self._await_rest("body", self.limits.body_seconds)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._request_arrived()
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(self.limits.unread_seconds, self._cut)
+
+    def resume_writing(self) -> None:
+        self._cancel_unread()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._cut_later()
+
+    def send_400_response(self, msg: str) -> None:
+        error = InvalidRequestError(
+            "this is not a valid HTTP/1.1 request: check its first line, headers and framing",
+            code="invalid_http",
+        )
+        self._refuse(error)
+
+    def give_up(self, reason: str) -> None:
+        """End a request whose rest has not arrived."""
+        self._request_arrived()
+        if self.transport.is_closing():
+            return
+        responding = self.cycle is not None and self.cycle.response_started
+        if responding and not self.cycle.response_complete:
+            self._cut()
+        elif responding and self._phase == "body":
+            self._close()  # it has its answer
+        elif self._phase == "head" and not getattr(self, "url", b""):
+            self._close()  # nothing was sent: there is nothing to answer
+        else:
+            self._refuse(RequestTimeoutError(f"the request was not sent to its end: {reason}"))
+
+    def _await_rest(self, phase: str, seconds: float) -> None:
+        self._phase = phase
+        if self._deadline is not None:
+            self._deadline.cancel()
+        reason = f"its {phase} took more than {seconds:g} seconds"
+        self._deadline = self.loop.call_later(seconds, self.give_up, reason)
+        self.unfinished.add(self, self.loop.time())
+
+    def _request_arrived(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        self.unfinished.discard(self)
+
+    def _refuse(self, error: APIError) -> None:
+        content = to_json(error.body(), ensure_ascii=True).encode()
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(content)),
+            "connection": "close",
+            **error.headers,
+        }
+        lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in headers.items())
+        self.transport.write(b"".join([STATUS_LINE[error.status], lines, b"\r\n", content]))
+        self._close()
+
+    def _close(self) -> None:
+        """Close once the client has read what waits for it, or soon."""
+        self._request_arrived()
+        self.transport.close()
+        self._cut_later()
+
+    def _cut_later(self) -> None:
+        self.loop.call_later(self.limits.close_seconds, self._cut)
+
+    def _cut(self) -> None:
+        """Close now; the request's work is cancelled."""
+        self.transport.abort()
+
+    def _cancel_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None

@@ -1,0 +1,160 @@
+"""A stream of completions that another replica goes on with.
+
+The second replica gets the whole request again, with the same seed, and so writes the same text;
+what the client has is left out of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptj.serving.errors import APIError
+
+DONE = b"data: [DONE]\n\n"
+LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "content")  # of logprobs
+
+
+class DivergedError(Exception):
+    """The second stream is not the first one again, or cannot be compared with it."""
+
+
+@dataclass
+class ChoiceState:
+    """How much of one choice there is."""
+
+    text: str = ""
+    tokens: int = 0  # with logprobs
+    ended: bool = False
+
+
+@dataclass
+class EventStream:
+    """Server-sent events, as a client got them so far.
+
+    `feed` takes bytes of a reply as they come and gives the events to send on. After `restart` the
+    bytes are of a second reply to the same request.
+    """
+
+    done: bool = False  # [DONE] was sent
+    _sent: dict[int, ChoiceState] = field(default_factory=dict)
+    _again: dict[int, ChoiceState] = field(default_factory=dict)  # of a second reply
+    _resuming: bool = False
+    _head: dict[str, Any] = field(default_factory=dict)  # id and creation time, of all chunks
+    _usage_sent: bool = False
+    _comparable: bool = True
+    _partial: bytes = b""
+
+    def restart(self) -> None:
+        self._again = {}
+        self._resuming = True
+        self._partial = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The events to send; raises DivergedError."""
+        *events, self._partial = (self._partial + data).split(b"\n\n")
+        return b"".join(self._event(event + b"\n\n") for event in events)
+
+    def _event(self, event: bytes) -> bytes:
+        if event == DONE:
+            self.done = True
+            return event
+        if not event.startswith(b"data: {"):
+            return event  # a comment, say
+        chunk = json.loads(event.removeprefix(b"data: "))
+        if "error" in chunk:
+            return event
+        if not self._resuming:
+            self._note(chunk)
+            return event
+        if not self._comparable:
+            raise DivergedError
+        rest = self._rest(chunk)
+        return b"" if rest is None else f"data: {json.dumps(rest)}\n\n".encode()
+
+    def _note(self, chunk: dict[str, Any]) -> None:
+        if not self._head:
+            self._head = {name: chunk[name] for name in ("id", "created") if name in chunk}
+        choices = chunk.get("choices") or []
+        self._usage_sent |= not choices
+        for choice in choices:
+            state = self._sent.setdefault(choice["index"], ChoiceState())
+            state.text += _text(choice)
+            state.tokens += _tokens(choice)
+            state.ended |= choice.get("finish_reason") is not None
+            if set(choice.get("delta") or ()) - {"role", "content"}:
+                self._comparable = False
+
+    def _rest(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
+        """What of a second reply's chunk is new, if anything."""
+        choices = chunk.get("choices") or []
+        if not choices:
+            if self._usage_sent:
+                return None
+            self._usage_sent = True
+            return {**chunk, **self._head}
+        rest = [new for choice in choices for new in self._rest_of(choice)]
+        return {**chunk, **self._head, "choices": rest} if rest else None
+
+    def _rest_of(self, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        index = choice["index"]
+        begun = index in self._sent
+        sent = self._sent.setdefault(index, ChoiceState())
+        again = self._again.setdefault(index, ChoiceState())
+        text, tokens = _text(choice), _tokens(choice)
+        known = sent.text[len(again.text) :][: len(text)]
+        if not text.startswith(known):
+            raise DivergedError
+        known_tokens = max(0, min(tokens, sent.tokens - again.tokens))
+        again.text += text
+        again.tokens += tokens
+        if sent.ended:
+            return
+        ended = choice.get("finish_reason") is not None
+        if ended and len(again.text) < len(sent.text):
+            raise DivergedError
+        if begun and len(text) == len(known) and tokens == known_tokens and not ended:
+            return
+        sent.text += text[len(known) :]
+        sent.tokens += tokens - known_tokens
+        sent.ended = ended
+        yield _without(choice, len(known), known_tokens, begun)
+
+
+def error_events(error: APIError) -> bytes:
+    """The end of a stream that failed, as the service ends it."""
+    return f"data: {json.dumps(error.body())}\n\n".encode() + DONE
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """Of a completion's choice, or a chat's."""
+    if "delta" in choice:
+        return choice["delta"].get("content") or ""
+    return choice.get("text") or ""
+
+
+def _tokens(choice: dict[str, Any]) -> int:
+    logprobs = choice.get("logprobs") or {}
+    return max((len(logprobs[name] or ()) for name in LISTS if name in logprobs), default=0)
+
+
+def _without(choice: dict[str, Any], characters: int, tokens: int, begun: bool) -> dict[str, Any]:
+    """The choice without what was sent."""
+    rest = dict(choice)
+    if "delta" in choice:
+        delta = {**choice["delta"]}
+        if delta.get("content"):
+            delta["content"] = delta["content"][characters:]
+        if begun:
+            delta.pop("role", None)
+        rest["delta"] = delta
+    else:
+        rest["text"] = choice["text"][characters:]
+    if choice.get("logprobs"):
+        rest["logprobs"] = {
+            name: value[tokens:] if name in LISTS and value else value
+            for name, value in choice["logprobs"].items()
+        }
+    return rest

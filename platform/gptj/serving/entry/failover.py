@@ -1,0 +1,304 @@
+"""Tries a request again on another replica when the one that worked on it has died.
+
+All that these services do can be done again: nothing but the reply comes of a request. Each try has
+the same request id and seed, so that it has the same answer. A stream goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptj.serving.entry.event_stream import DivergedError, EventStream, error_events
+from gptj.serving.errors import (
+    APIError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    RequestTimeoutError,
+    UnavailableError,
+    error_response,
+)
+from gptj.serving.middleware.edge import TIMEOUT
+from gptj.serving.middleware.observing import HEADER as REQUEST_ID
+from gptj.serving.middleware.observing import SEED
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 3  # no more: a request on which replicas die would end them one by one
+PAUSE_SECONDS = 0.1  # before the second try, twice as long before each later one
+DISCONNECT = b"x-request-disconnect-disabled"  # Serve would go on for clients that have left
+
+
+class Failover:
+    """Middleware before Serve's routing, inside RequestIds and BodyLimit.
+
+    It expects the whole body in one message.
+
+    Args:
+        limit_seconds: Serve's limit on a request, None for no limit. It is for all tries together.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit_seconds: Callable[[ASGIApp], float | None] = lambda app: None
+    ) -> None:
+        self._app = app
+        self._limit_seconds = limit_seconds(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = b""
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has left
+            body = message.get("body", b"")
+        exchange = Exchange(self._app, scope, body, receive, send, self._limit_seconds)
+        await exchange.run()
+
+
+class Exchange:
+    """One request of a client, and the tries to answer it."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        scope: Scope,
+        body: bytes,
+        receive: Receive,
+        send: Send,
+        limit_seconds: float | None,
+    ) -> None:
+        self._app = app
+        self._body = body
+        self._receive = receive
+        self._send = send
+        self._start = time.monotonic()
+        given = dict(scope["headers"])
+        self.id = given.get(REQUEST_ID, b"").decode("latin-1")
+        self._limit_seconds, shorter = _limit(given.get(TIMEOUT), limit_seconds)
+        ours = {SEED, DISCONNECT} | (set() if shorter else {TIMEOUT})
+        self._headers = [
+            *(each for each in scope["headers"] if each[0] not in ours),
+            (SEED, str(secrets.randbits(63)).encode()),
+        ]
+        self._scope = scope
+        self._left = False  # the client has
+        self._ended = asyncio.Event()  # nobody wants the rest of the present try
+        self.stream: EventStream | None = None  # once one has begun
+
+    async def run(self) -> None:
+        pause = PAUSE_SECONDS
+        for number in range(1, MAX_TRIES + 1):
+            reply = Reply(self)
+            await self._app(self._scope_of_try(number), self._input(), reply.take)
+            if self._left or reply.sent:
+                return
+            if reply.diverged or self._expired():
+                break
+            if number == MAX_TRIES and reply.complete:  # refused, after a stream had begun
+                await self._end_stream(reply.error())
+                return
+            if number < MAX_TRIES:
+                logger.warning("request %s is tried again: its replica died", self.id)
+                await asyncio.sleep(pause)
+                pause *= 2
+        await self._fail()
+
+    async def _fail(self) -> None:
+        if self._expired():
+            error: APIError = RequestTimeoutError(
+                f"the request took more than {self._limit_seconds:g} seconds"
+            )
+        elif self.stream is not None:
+            error = UnavailableError(
+                "the replica that wrote this died, and no other could go on with it: send the "
+                "request again",
+                code="stream_interrupted",
+            )
+        else:
+            error = UnavailableError(
+                f"{MAX_TRIES} replicas died while they worked on this request",
+                code="replica_died",
+            )
+        if self.stream is not None:
+            await self._end_stream(error)
+        else:
+            await self.send_error(error)
+
+    async def _end_stream(self, error: APIError) -> None:
+        await self._send({"type": "http.response.body", "body": error_events(error)})
+
+    async def send_error(self, error: APIError) -> None:
+        await error_response(error)(self._scope, self._receive, self._send)
+
+    async def start_stream(self, start: Message) -> EventStream:
+        """The client's stream, begun or to be gone on with."""
+        if self.stream is None:
+            self.stream = EventStream()
+            await self._send(start)
+        else:
+            self.stream.restart()
+        return self.stream
+
+    async def send(self, message: Message) -> None:
+        await self._send(message)
+
+    def end_try(self) -> None:
+        """For the replica, the client has left."""
+        self._ended.set()
+
+    @property
+    def path(self) -> str:
+        return str(self._scope["path"])
+
+    def _expired(self) -> bool:
+        # A hair less: Serve's clock is another.
+        return self._limit_seconds is not None and self._elapsed() > 0.99 * self._limit_seconds
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def _scope_of_try(self, number: int) -> Scope:
+        """Serve changes the scope that it gets."""
+        headers = list(self._headers)
+        if number > 1 and self._limit_seconds is not None:
+            left = f"{max(0.001, self._limit_seconds - self._elapsed()):.3f}".encode()
+            headers = [each for each in headers if each[0] != TIMEOUT] + [(TIMEOUT, left)]
+        return {**self._scope, "headers": headers}
+
+    def _input(self) -> Receive:
+        """The body, and after it nothing but the client's leaving."""
+        pending: list[Message] = [{"type": "http.request", "body": self._body, "more_body": False}]
+
+        async def receive() -> Message:
+            if pending:
+                return pending.pop()
+            if self.stream is not None:  # a try to go on with it, which may be of no use
+                return await self._left_or_ended()
+            return await self._until_left()
+
+        return receive
+
+    async def _until_left(self) -> Message:
+        while (message := await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        return message
+
+    async def _left_or_ended(self) -> Message:
+        left = asyncio.ensure_future(self._until_left())
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait((left, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            ended.cancel()
+        return {"type": "http.disconnect"}
+
+
+class Reply:
+    """A replica's reply to one try: kept until it is whole, unless it is a stream."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._start: Message | None = None
+        self._parts: list[bytes] = []
+        self._stream: EventStream | None = None
+        self.complete = False
+        self.sent = False  # to its end
+        self.diverged = False  # from the stream that the client has
+
+    @property
+    def status(self) -> int | None:
+        return None if self._start is None else int(self._start["status"])
+
+    async def take(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            if self.status == 200 and self._type().startswith(b"text/event-stream"):
+                self._stream = await self._exchange.start_stream(message)
+        elif message["type"] == "http.response.body":
+            more = message.get("more_body", False)
+            self.complete = not more
+            if self._stream is not None:
+                await self._stream_on(message.get("body", b""), more)
+            else:
+                self._parts.append(message.get("body", b""))
+                if not more:
+                    await self._send_whole()
+
+    async def _stream_on(self, data: bytes, more: bool) -> None:
+        assert self._stream is not None
+        if self.diverged:
+            return
+        try:
+            events = self._stream.feed(data)
+        except DivergedError:
+            self.diverged = True
+            self._exchange.end_try()
+            return
+        if events or not more:
+            await self._exchange.send(
+                {"type": "http.response.body", "body": events, "more_body": more}
+            )
+        self.sent = not more
+
+    async def _send_whole(self) -> None:
+        if self._exchange.stream is not None:
+            return  # refused, after a stream had begun
+        assert self._start is not None
+        self.sent = True
+        if self._from_serve():
+            await self._exchange.send_error(self.error())
+            return
+        await self._exchange.send(self._start)
+        await self._exchange.send({"type": "http.response.body", "body": b"".join(self._parts)})
+
+    def _type(self) -> bytes:
+        return self._header(b"content-type") or b""
+
+    def _header(self, wanted: bytes) -> bytes | None:
+        assert self._start is not None
+        found = (value for name, value in self._start["headers"] if name.lower() == wanted)
+        return next(found, None)
+
+    def _from_serve(self) -> bool:
+        """Whether Serve answered itself: our services have no error in plain text."""
+        return (self.status or 0) >= 400 and self._type().startswith(b"text/plain")
+
+    def error(self) -> APIError:
+        """Ours for a reply that is none of our services'."""
+        retry = self._header(b"retry-after")
+        headers = {} if retry is None else {"Retry-After": retry.decode("latin-1")}
+        status = self.status
+        if status == HTTPStatus.NOT_FOUND:
+            return NotFoundError(f"there is no {self._exchange.path:.200}", code="unknown_url")
+        if status == HTTPStatus.REQUEST_TIMEOUT:
+            return RequestTimeoutError("the request took more than its limit of time")
+        if status == HTTPStatus.TOO_MANY_REQUESTS:
+            return OverloadedError("the service is full: try again later", headers=headers)
+        if status is not None and status < 500:
+            return InvalidRequestError(f"the request was refused with status {status}")
+        return UnavailableError(
+            "the service has no replica for this request at the moment", headers=headers
+        )
+
+
+def _limit(header: bytes | None, configured: float | None) -> tuple[float | None, bool]:
+    """The request's limit in seconds, and whether the client's header made it shorter."""
+    try:
+        seconds = float(header or b"0")
+    except ValueError:
+        seconds = 0.0
+    if seconds > 0 and (configured is None or seconds < configured):
+        return seconds, True
+    return configured, False

@@ -1,0 +1,35 @@
+"""Gives each request an id, and tells it in every reply."""
+
+from __future__ import annotations
+
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptj.serving.middleware.observing import HEADER
+
+
+class RequestIds:
+    """Middleware: X-Request-Id of a request, the client's own if it has one, and of its reply."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = scope["headers"]
+        given = next((value for name, value in headers if name == HEADER), None)
+        request_id = given or str(uuid.uuid4()).encode()
+        if given is None:
+            scope = {**scope, "headers": [*headers, (HEADER, request_id)]}
+
+        async def identified(message: Message) -> None:
+            if message["type"] == "http.response.start" and request_id.isascii():
+                own = list(message.get("headers", []))
+                if not any(name.lower() == HEADER for name, _ in own):
+                    message = {**message, "headers": [*own, (HEADER, request_id)]}
+            await send(message)
+
+        await self._app(scope, receive, identified)

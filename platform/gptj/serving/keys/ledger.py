@@ -1,0 +1,206 @@
+"""Counts what keys use: requests and tokens of the last minute, and requests that run.
+
+A sliding window: in no 60 seconds does a key get more than its limit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+WINDOW_SECONDS = 60.0
+# A request that has not ended by then is one whose replica died, and nobody tried it again.
+LONGEST_SECONDS = 660.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one key; None means none."""
+
+    requests: int | None = None  # a minute
+    tokens: int | None = None  # a minute
+    concurrent: int | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a key has left, and whether a request was refused for lack of it."""
+
+    refused: Literal["requests", "tokens", "concurrent"] | None = None
+    retry_seconds: float = 0.0  # until a refused request would be let through
+    remaining_requests: int | None = None
+    remaining_tokens: int | None = None
+    reset_requests: float = 0.0  # seconds until all is left again
+    reset_tokens: float = 0.0
+
+
+class Ledger(Protocol):
+    """Counts for all replicas, or for one.
+
+    `request` is the same for all tries of a request, which then counts once.
+    """
+
+    async def begin(self, key: str, limits: Limits, request: str) -> Standing: ...
+
+    async def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing: ...
+
+    async def end(self, key: str, request: str, tokens: int) -> None:
+        """The request has ended, and used so many tokens of those that it reserved."""
+
+
+@dataclass
+class Window:
+    """Amounts of the last minute, by request."""
+
+    total: int = 0
+    _amounts: OrderedDict[str, tuple[float, int]] = field(default_factory=OrderedDict)
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._amounts
+
+    def expire(self, now: float) -> None:
+        while self._amounts:
+            request, (since, amount) = next(iter(self._amounts.items()))
+            if now - since < WINDOW_SECONDS:
+                break
+            del self._amounts[request]
+            self.total -= amount
+
+    def add(self, request: str, amount: int, now: float) -> None:
+        self._amounts[request] = now, amount
+        self.total += amount
+
+    def change(self, request: str, amount: int) -> None:
+        if request in self._amounts:
+            since, before = self._amounts[request]
+            self._amounts[request] = since, amount
+            self.total += amount - before
+
+    def seconds_until(self, room: int, limit: int, now: float) -> float:
+        """Until there is room for so much."""
+        left, wait = self.total, 0.0
+        for since, amount in self._amounts.values():
+            if left + room <= limit:
+                break
+            left, wait = left - amount, max(0.0, since + WINDOW_SECONDS - now)
+        return wait
+
+    def reset_seconds(self, now: float) -> float:
+        if not self._amounts:
+            return 0.0
+        newest, _ = next(reversed(self._amounts.values()))
+        return max(0.0, newest + WINDOW_SECONDS - now)
+
+
+@dataclass
+class _Use:
+    """Of one key."""
+
+    requests: Window = field(default_factory=Window)
+    tokens: Window = field(default_factory=Window)
+    running: OrderedDict[str, float] = field(default_factory=OrderedDict)  # since when
+
+
+class Counts:
+    """The ledger itself, without any waiting; the clock is in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._uses: defaultdict[str, _Use] = defaultdict(_Use)
+
+    def begin(self, key: str, limits: Limits, request: str) -> Standing:
+        use, now = self._use(key)
+        again = request in use.running or request in use.requests
+        if not again and limits.requests is not None and use.requests.total >= limits.requests:
+            wait = use.requests.seconds_until(1, limits.requests, now)
+            return self._standing(use, limits, now, "requests", wait)
+        full = limits.concurrent is not None and len(use.running) >= limits.concurrent
+        if full and request not in use.running:
+            return self._standing(use, limits, now, "concurrent", 1.0)
+        if request not in use.requests:
+            use.requests.add(request, 1, now)
+        use.running[request] = now
+        return self._standing(use, limits, now)
+
+    def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing:
+        use, now = self._use(key)
+        if request in use.tokens:
+            return self._standing(use, limits, now)
+        if limits.tokens is not None and use.tokens.total + tokens > limits.tokens:
+            wait = use.tokens.seconds_until(tokens, limits.tokens, now)
+            return self._standing(use, limits, now, "tokens", wait)
+        use.tokens.add(request, tokens, now)
+        return self._standing(use, limits, now)
+
+    def end(self, key: str, request: str, tokens: int) -> None:
+        use, _ = self._use(key)
+        use.running.pop(request, None)
+        use.tokens.change(request, tokens)
+
+    def _use(self, key: str) -> tuple[_Use, float]:
+        use, now = self._uses[key], self._clock()
+        use.requests.expire(now)
+        use.tokens.expire(now)
+        while use.running:
+            request, since = next(iter(use.running.items()))
+            if now - since < LONGEST_SECONDS:
+                break
+            del use.running[request]
+        return use, now
+
+    @staticmethod
+    def _standing(
+        use: _Use,
+        limits: Limits,
+        now: float,
+        refused: Literal["requests", "tokens", "concurrent"] | None = None,
+        retry_seconds: float = 0.0,
+    ) -> Standing:
+        return Standing(
+            refused,
+            retry_seconds,
+            _left(limits.requests, use.requests.total),
+            _left(limits.tokens, use.tokens.total),
+            use.requests.reset_seconds(now),
+            use.tokens.reset_seconds(now),
+        )
+
+
+class LocalLedger:
+    """A Ledger of this process alone."""
+
+    def __init__(self, counts: Counts | None = None) -> None:
+        self._counts = counts or Counts()
+
+    async def begin(self, key: str, limits: Limits, request: str) -> Standing:
+        return self._counts.begin(key, limits, request)
+
+    async def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing:
+        return self._counts.reserve(key, limits, request, tokens)
+
+    async def end(self, key: str, request: str, tokens: int) -> None:
+        self._counts.end(key, request, tokens)
+
+
+def headers(limits: Limits, standing: Standing) -> dict[str, str]:
+    """OpenAI's of a reply, for the limits that there are."""
+    found: dict[str, str] = {}
+    for kind, limit, remaining, reset in (
+        ("requests", limits.requests, standing.remaining_requests, standing.reset_requests),
+        ("tokens", limits.tokens, standing.remaining_tokens, standing.reset_tokens),
+    ):
+        if limit is not None:
+            found[f"x-ratelimit-limit-{kind}"] = str(limit)
+            found[f"x-ratelimit-remaining-{kind}"] = str(remaining)
+            found[f"x-ratelimit-reset-{kind}"] = f"{reset:.3f}s"
+    if standing.refused is not None:
+        found["retry-after"] = str(max(1, math.ceil(standing.retry_seconds)))
+    return found
+
+
+def _left(limit: int | None, used: int) -> int | None:
+    return None if limit is None else max(0, limit - used)

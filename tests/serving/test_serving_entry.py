@@ -1,0 +1,455 @@
+"""What stands before the replicas: tries, streams that go on, limits of slow clients, admission."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from http_server import listening
+from serving_client import assert_error, complete, streamed
+from serving_models import Models, applications, mounted
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from test_serving_edge import BODY, Reply, request
+
+from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
+from gptj.serving.entry.event_stream import DivergedError, EventStream
+from gptj.serving.entry.failover import MAX_TRIES, Failover
+from gptj.serving.entry.request_ids import RequestIds
+from gptj.serving.errors import OverloadedError, error_response
+from gptj.serving.middleware.edge import Edge
+from gptj.serving.middleware.limits import BodyLimit
+
+pytest_plugins = ["serving_fixtures"]
+
+Dies = Callable[[int], int | None]  # by the number of a try: after how many messages it dies
+
+
+class Replicas:
+    """Stands for Serve: replicas that die, or a refusal of Serve's own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.dies: Dies = lambda number: None
+        self.answers: Callable[[int], tuple[int, bytes] | None] = lambda number: None
+        self.request_timeout_s: float | None = None
+        self.tries = 0
+        self.replies: list[bytes] = []  # what each try wrote, sent on or not
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        number, self.tries = self.tries, self.tries + 1
+        if (answer := self.answers(number)) is not None:
+            await _plain(answer, send)
+            return
+        left = self.dies(number)
+        self.replies.append(b"")
+
+        async def until_death(message: Message) -> None:
+            nonlocal left
+            self.replies[-1] += message.get("body", b"")
+            if left is not None:
+                left -= 1
+                if left < 0:
+                    return
+            await send(message)
+
+        await self._app(scope, receive, until_death)
+
+
+async def _plain(answer: tuple[int, bytes], send: Send) -> None:
+    """As Serve answers itself."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"7")]
+    await send({"type": "http.response.start", "status": answer[0], "headers": headers})
+    await send({"type": "http.response.body", "body": answer[1]})
+
+
+@pytest.fixture(scope="module")
+def replicas(models: Models) -> Iterator[Replicas]:
+    with ExitStack() as stack:
+        apps: dict[str, ASGIApp] = {**stack.enter_context(applications(models))}
+        yield Replicas(mounted(apps))
+
+
+@pytest.fixture(scope="module")
+def address(replicas: Replicas) -> Iterator[str]:
+    entry = Edge(BodyLimit(Admission(Failover(replicas, lambda app: 30.0))))
+    with listening(RequestIds(entry), LimitedProtocol) as address:
+        yield address
+
+
+@pytest.fixture
+def calm(replicas: Replicas, address: str) -> Iterator[str]:
+    """The address, before anything dies; what a test lets die is forgotten after it."""
+    replicas.tries, replicas.replies = 0, []
+    yield address
+    replicas.dies = lambda number: None
+    replicas.answers = lambda number: None
+
+
+def test_a_request_whose_replica_died_is_answered_by_another(replicas: Replicas, calm: str) -> None:
+    undisturbed = complete(calm, prompt="The tower", max_tokens=8)
+    for messages in (0, 1):  # before the reply, and in it
+        replicas.tries = 0
+        replicas.dies = lambda number, messages=messages: None if number else messages  # type: ignore[misc]
+        reply = complete(calm, prompt="The tower", max_tokens=8)
+        assert replicas.tries == 2
+        assert reply["choices"] == undisturbed["choices"]
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"prompt": ["The tower", "The tower"]}])
+def test_a_second_try_has_the_same_seed(
+    replicas: Replicas, calm: str, fields: dict[str, Any]
+) -> None:
+    """Though the client gave none; the samples of a request differ from each other."""
+    replicas.dies = lambda number: None if number else 0
+    reply = complete(calm, **{"prompt": "x", "temperature": 1, "max_tokens": 16, **fields})
+    first, second = (json.loads(each) for each in replicas.replies)
+    assert first["choices"] == second["choices"] == reply["choices"]
+    assert first["id"] == second["id"]
+    texts = [choice["text"] for choice in reply["choices"]]
+    assert texts[0] != texts[1]
+    replicas.dies = lambda number: None
+    again = complete(calm, **{"prompt": "x", "temperature": 1, "max_tokens": 16, **fields})
+    assert again["choices"] != reply["choices"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0},
+        {"temperature": 1, "n": 2, "seed": 5},
+        {"temperature": 0, "logprobs": 2, "echo": True},
+        {"temperature": 0, "stream_options": {"include_usage": True}, "prompt": "東京 is far 😀"},
+    ],
+)
+def test_a_stream_goes_on_where_its_replica_died(
+    replicas: Replicas, calm: str, fields: dict[str, Any]
+) -> None:
+    fields = {"prompt": "The tower", "max_tokens": 12, "ignore_eos": True, **fields}
+    undisturbed = streamed(calm, **fields)
+    for messages in (1, 2, 4, 9):  # the first is the reply's head
+        replicas.tries = 0
+        replicas.dies = lambda number, messages=messages: None if number else messages  # type: ignore[misc]
+        assert streamed(calm, **fields) == undisturbed
+        assert replicas.tries == 2 or messages > 2  # on a slow machine there are fewer chunks
+
+
+def test_a_sampled_stream_without_a_seed_goes_on(replicas: Replicas, calm: str) -> None:
+    replicas.dies = lambda number: 2 + number if number < 2 else None
+    (choice,) = streamed(calm, prompt="x", temperature=1, max_tokens=12, ignore_eos=True)
+    written = [json.loads(line[6:]) for line in replicas.replies[-1].decode().split("\n\n")[:-2]]
+    assert choice["text"] == "".join(chunk["choices"][0]["text"] for chunk in written)
+    assert choice["finish_reason"] == "length"
+
+
+def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(
+    replicas: Replicas, calm: str
+) -> None:
+    replicas.dies = lambda number: 4
+    body = {"prompt": "x", "max_tokens": 12, "stream": True, "ignore_eos": True}
+    reply = httpx.post(f"{calm}/v1/completions", json=body, timeout=30)
+    *_, error, done, end = reply.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert json.loads(error[6:])["error"]["code"] == "stream_interrupted"
+    assert replicas.tries == MAX_TRIES
+    # One that is refused by the others, for lack of room.
+    replicas.dies, replicas.tries = (lambda number: 4), 0
+    replicas.answers = lambda number: (429, b"full") if number else None
+    reply = httpx.post(f"{calm}/v1/completions", json=body, timeout=30)
+    *_, error, done, end = reply.text.split("\n\n")
+    assert json.loads(error[6:])["error"]["type"] == "rate_limit_error"
+
+
+def test_a_second_stream_that_differs_is_not_mixed_into_the_first() -> None:
+    def event(text: str, **fields: Any) -> bytes:
+        choice = {"index": 0, "text": text, "finish_reason": None, **fields}
+        return f"data: {json.dumps({'id': 'a', 'choices': [choice]})}\n\n".encode()
+
+    stream = EventStream()
+    assert stream.feed(event("one ") + event("two ")[:9]) == event("one ")
+    stream.restart()
+    assert stream.feed(event("on")) == b""
+    rest = stream.feed(event("e and"))
+    assert json.loads(rest[6:])["choices"][0]["text"] == "and"
+    for other in (event("two"), event("o", finish_reason="stop")):
+        stream.restart()
+        with pytest.raises(DivergedError):
+            stream.feed(other)
+
+
+def test_chats_streams_go_on_too() -> None:
+    def event(**delta: Any) -> bytes:
+        chunk = {"id": "a", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        return f"data: {json.dumps(chunk)}\n\n".encode()
+
+    stream = EventStream()
+    stream.feed(event(role="assistant", content="") + event(content="Hel"))
+    stream.restart()
+    assert stream.feed(event(role="assistant", content="")) == b""
+    rest = stream.feed(event(content="Hello"))
+    assert json.loads(rest[6:])["choices"][0]["delta"] == {"content": "lo"}
+    stream = EventStream()
+    stream.feed(event(tool_calls=[{"index": 0}]))
+    stream.restart()
+    with pytest.raises(DivergedError):
+        stream.feed(event(tool_calls=[{"index": 0}]))
+
+
+def test_when_every_replica_dies_the_client_is_told_to_try_again(
+    replicas: Replicas, calm: str
+) -> None:
+    replicas.dies = lambda number: 0
+    for path in ("/v1/completions", "/classification"):
+        replicas.tries = 0
+        reply = httpx.post(calm + path, json={"prompt": "x", "max_tokens": 2}, timeout=30)
+        assert_error(reply, 503, "replicas died")
+        assert reply.headers["retry-after"]
+        assert replicas.tries == MAX_TRIES
+
+
+@pytest.mark.parametrize(
+    ("status", "ours", "reason"),
+    [
+        (404, 404, "there is no /v1/completions"),
+        (408, 408, "its limit of time"),
+        (429, 429, "full"),
+        (500, 503, "no replica"),
+        (503, 503, "no replica"),
+    ],
+)
+def test_what_serve_answers_itself_has_our_body(
+    replicas: Replicas, calm: str, status: int, ours: int, reason: str
+) -> None:
+    replicas.answers = lambda number: (status, b"Serve's own words")
+    headers = {"X-Request-Id": "an-id"}
+    reply = httpx.post(f"{calm}/v1/completions", content=BODY, headers=headers, timeout=30)
+    assert_error(reply, ours, reason)
+    assert reply.headers["x-request-id"] == "an-id"
+    if ours in (429, 503):
+        assert reply.headers["retry-after"] == "7"
+    assert replicas.tries == 1
+
+
+def test_a_limit_of_time_is_for_all_tries_together(replicas: Replicas, calm: str) -> None:
+    replicas.dies = lambda number: 0
+    headers = {"X-Request-Timeout-Seconds": "0.05"}
+    reply = httpx.post(f"{calm}/v1/completions", content=BODY, headers=headers, timeout=30)
+    assert_error(reply, 408, "more than 0.05 seconds")
+
+
+# Slow and hostile clients
+
+QUICK = ConnectionLimits(
+    head_seconds=0.6,
+    body_seconds=0.6,
+    unread_seconds=0.6,
+    close_seconds=0.2,
+    unfinished_per_address=20,
+    grace_seconds=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def hasty(replicas: Replicas) -> Iterator[str]:
+    """The same, with little patience."""
+    entry = Edge(BodyLimit(Admission(Failover(replicas))))
+    with listening(RequestIds(entry), LimitedProtocol.limited(QUICK)) as address:
+        yield address
+
+
+def connect(service: str) -> socket.socket:
+    address = urlsplit(service)
+    assert address.hostname
+    return socket.create_connection((address.hostname, address.port), timeout=20)
+
+
+def exchange(service: str, *parts: bytes) -> Reply:
+    """Send bytes as they are; the server must answer and end the connection."""
+    with connect(service) as connection:
+        for part in parts:
+            connection.sendall(part)
+        content = b""
+        while received := connection.recv(65536):
+            content += received
+    return Reply(content)
+
+
+HALF_SENT = {
+    "line": b"POST /v1/comp",
+    "head": request(b"POST", b"/v1/completions")[:-2],
+    "body": request(b"POST", b"/v1/completions", b"", BODY) + BODY[:5],
+    "no body": request(b"POST", b"/classification", b"", BODY),
+    "chunk": request(b"POST", b"/v1/completions", b"Transfer-Encoding: chunked\r\n") + b"5\r\nab",
+}
+
+
+@pytest.mark.parametrize("part", HALF_SENT.values(), ids=HALF_SENT)
+def test_half_a_request_is_given_up(hasty: str, part: bytes) -> None:
+    reply = exchange(hasty, part)
+    assert_error(reply, 408, "was not sent to its end: its ")  # type: ignore[arg-type]
+    assert reply.headers["connection"] == "close"
+
+
+def test_a_connection_on_which_nothing_is_sent_is_closed(hasty: str) -> None:
+    with connect(hasty) as connection:
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("path", [b"/health", b"/classification/health/", b"/-/healthz"])
+def test_health_never_waits_for_a_body(hasty: str, path: bytes) -> None:
+    reply = exchange(hasty, request(b"POST", path, b"Content-Length: 1000\r\n"))
+    assert reply.status_code in (404, 405)
+    reply = exchange(hasty, request(b"GET", path, b"Content-Length: 1000\r\n"))
+    assert reply.status_code in (200, 404)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"GET / HTTP/1.1\r\nHost x\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nH\xc3\xb6st: x\r\n\r\n",
+        request(b"POST", b"/v1/completions", b"Content-Length: x\r\n"),
+        request(b"POST", b"/v1/completions", b"Content-Length: 5\r\nContent-Length: 6\r\n"),
+        request(
+            b"POST", b"/v1/completions", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"
+        ),
+        request(b"POST", b"/v1/completions", b"Transfer-Encoding: chunked\r\n") + b"xyz\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_gets_a_declared_error_at_once(address: str, content: bytes) -> None:
+    """From a server whose patience is as long as in production."""
+    started = time.monotonic()
+    reply = exchange(address, content)
+    assert_error(reply, 400, "not a valid HTTP/1.1 request")  # type: ignore[arg-type]
+    assert time.monotonic() - started < LimitedProtocol.limits.head_seconds / 2
+
+
+def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) -> None:
+    """And the oldest of an address that has too many is given up first."""
+    limits = ConnectionLimits(unfinished_per_address=100, grace_seconds=0.1)
+    protocol = LimitedProtocol.limited(limits)
+    entry = Edge(BodyLimit(Admission(Failover(replicas), max_in_flight=4)))
+    with listening(RequestIds(entry), protocol) as service, ExitStack() as stack:
+        held = []
+        for number in range(200):
+            held.append(stack.enter_context(connect(service)))
+            held[-1].sendall(list(HALF_SENT.values())[number % len(HALF_SENT)])
+            if number == 100:
+                time.sleep(0.3)
+        assert complete(service, prompt="x", max_tokens=2)["choices"]
+        assert httpx.get(f"{service}/health", timeout=20).status_code == 200
+        assert len(protocol.unfinished) <= 101
+        assert b"408 Request Timeout" in held[0].recv(65536)
+        assert b"too many requests are half sent" in held[1].recv(65536)
+        held[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            held[-1].recv(1)
+
+
+def test_a_stream_that_nobody_reads_is_cancelled() -> None:
+    cancelled = asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        assert (await receive())["type"] == "http.request"
+        waiting = asyncio.ensure_future(receive())
+        while not waiting.done():
+            event = b"data: " + b"x" * 65536 + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            await asyncio.sleep(0)
+        if (await waiting)["type"] == "http.disconnect":
+            cancelled.set()
+
+    entry = RequestIds(Edge(BodyLimit(Failover(endless))))
+    with listening(entry, LimitedProtocol.limited(QUICK)) as service, connect(service) as reader:
+        reader.sendall(request(b"GET", b"/"))
+        deadline = time.monotonic() + 20
+        while not cancelled.is_set():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_bodies_that_wait_take_a_bounded_room(replicas: Replicas) -> None:
+    entry = BodyLimit(Failover(replicas), max_waiting_bytes=10_000)
+    with listening(entry) as service, ExitStack() as stack:
+        replies = []
+        for _ in range(3):
+            connection = stack.enter_context(connect(service))
+            head = request(b"POST", b"/tokenize", b"Content-Length: 9000\r\n")
+            connection.sendall(head + b"x" * 6000)
+            replies.append(connection)
+        content = replies[1].recv(65536) or replies[2].recv(65536)
+        assert b"503 Service Unavailable" in content
+        assert b"too many bodies are half sent" in content
+
+
+# Admission
+
+
+def test_a_full_service_is_not_asked_again_for_each_request() -> None:
+    """Its refusals tell how many it takes; that bound grows again while it refuses nobody."""
+    now = 0.0
+    most = 5  # that the replica takes
+    running = 0
+    asked = 0
+    end = asyncio.Event()
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal running, asked
+        asked += 1
+        if running >= most and scope["path"] != "/health":
+            await error_response(OverloadedError("full"))(scope, receive, send)
+            return
+        running += 1
+        await end.wait()
+        running -= 1
+        await error_response(OverloadedError("x"))({**scope, "status": 200}, receive, _nothing)
+
+    async def _nothing(message: Message) -> None: ...
+
+    admission = Admission(replica, max_in_flight=50, clock=lambda: now)
+
+    async def ask(path: str = "/v1/completions") -> int | None:
+        status = None
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        await admission(scope, receive, send)
+        return status
+
+    async def scenario() -> None:
+        nonlocal now, asked
+        held = [asyncio.ensure_future(ask()) for _ in range(most)]
+        await asyncio.sleep(0)
+        assert await ask() == 429  # by the replica
+        asked = 0
+        assert [await ask() for _ in range(100)] == [429] * 100
+        assert asked == 0
+        healthy = asyncio.ensure_future(ask("/health"))
+        await asyncio.sleep(0)
+        assert running == most + 1
+        now = 10.0  # seconds later, one more is tried
+        assert await ask() == 429
+        assert asked == 2
+        end.set()
+        await asyncio.gather(*held, healthy)
+
+    asyncio.run(scenario())

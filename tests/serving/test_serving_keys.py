@@ -1,0 +1,258 @@
+"""Keys by name: hashed, changed without a restart, each with its limits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+from http_server import listening
+from serving_client import assert_error
+from serving_models import Models, applications, mounted
+from starlette.types import ASGIApp
+
+from gptj.serving.keys import keyring
+from gptj.serving.keys.keyring import Keys, digest
+from gptj.serving.keys.ledger import WINDOW_SECONDS, Counts, Limits
+
+pytest_plugins = ["serving_fixtures"]
+
+BODY: dict[str, Any] = {"prompt": "x", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+def entry(key: str, **fields: Any) -> dict[str, Any]:
+    return {"name": key, "sha256": digest(key.encode()), **fields}
+
+
+class KeyFile:
+    """A file of keys, replaced as a mounted secret is: by a link to another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "keys.yaml"
+        self._number = 0
+
+    def write(self, *keys: dict[str, Any], text: str | None = None) -> None:
+        self._number += 1
+        content = self.path.with_name(f"{self._number}.yaml")
+        content.write_text(yaml.safe_dump({"keys": list(keys)}) if text is None else text)
+        link = self.path.with_name("new")
+        link.symlink_to(content)
+        os.replace(link, self.path)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "LOOK_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
+    found = KeyFile(tmp_path_factory.mktemp("keys"))
+    found.write(entry("first"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def guarded(models: Models, file: KeyFile) -> Iterator[str]:
+    """The three services behind the file's keys, and one of the environment."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GPTJ_API_KEYS", "fixed")
+            patch.setenv("GPTJ_KEYS_FILE", str(file.path))
+            apps: dict[str, ASGIApp] = {**stack.enter_context(applications(models))}
+        yield stack.enter_context(listening(mounted(apps)))
+
+
+def ask(service: str, key: str, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(service + path, json=body or BODY, headers=headers, timeout=60)
+
+
+def test_keys_come_and_go_without_a_restart(guarded: str, file: KeyFile) -> None:
+    file.write(entry("first"))
+    assert [ask(guarded, key).status_code for key in ("first", "second")] == [200, 401]
+    file.write(entry("first"), entry("second"))
+    assert [ask(guarded, key).status_code for key in ("first", "second")] == [200, 200]
+    file.write(entry("second"))
+    assert [ask(guarded, key).status_code for key in ("first", "second")] == [401, 200]
+    file.path.unlink()  # nothing is open because of it
+    assert [ask(guarded, key).status_code for key in ("second", "fixed", "none")] == [401, 200, 401]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("keys: [\n  a-secret-put-here", "not valid YAML in line"),
+        ("keys: [{name: a, sha256: a-secret-put-here}]", "keys.0.sha256"),
+        (yaml.safe_dump({"keys": [entry("a", requests_per_minute=0)]}), "requests_per_minute"),
+        (yaml.safe_dump({"keys": [entry("a"), entry("a")]}), "several keys named a"),
+        ("a-secret-put-here", "valid dictionary"),
+    ],
+)
+def test_a_file_that_is_wrong_changes_nothing_and_its_content_is_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, reason: str
+) -> None:
+    file = KeyFile(tmp_path)
+    file.write(entry("good"))
+    keys = Keys.from_environment({"GPTJ_KEYS_FILE": str(file.path)})
+    file.write(text=text)
+    with caplog.at_level(logging.DEBUG):
+        assert keys.allow(b"Bearer good")
+        assert not keys.allow(b"Bearer a-wrong-key")
+    assert reason in caplog.text
+    assert "a-secret-put-here" not in caplog.text
+    assert "a-wrong-key" not in caplog.text
+    with pytest.raises(ValueError, match=r"cannot be used|several") as error:
+        Keys.from_environment({"GPTJ_KEYS_FILE": str(file.path)})
+    assert "a-secret-put-here" not in str(error.value)
+
+
+def test_a_service_without_any_key_does_not_start_open(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no keys"):
+        Keys.from_environment({"GPTJ_KEYS_FILE": str(tmp_path / "missing.yaml")})
+    keys = Keys.from_environment(
+        {"GPTJ_KEYS_FILE": str(tmp_path / "missing.yaml"), "GPTJ_API_KEYS": "a"}
+    )
+    assert keys.allow(b"Bearer a")
+    assert not keys.allow(None)
+
+
+def test_a_key_is_made_by_a_command_that_shows_it_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gptj.serving.keys", "search-team"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    comment, _, made = printed.partition("\n")
+    file = KeyFile(tmp_path)
+    file.write(text="keys:\n" + made)
+    key = Keys(path=file.path).find(f"Bearer {comment.split()[-1]}".encode())
+    assert key is not None
+    assert key.name == "search-team"
+    assert comment.split()[-1] not in made
+
+
+def test_a_key_opens_its_applications(guarded: str, file: KeyFile) -> None:
+    file.write(entry("one", applications=["classification"]), entry("all"))
+    assert ask(guarded, "one", "/classification", inputs="x").status_code == 200
+    assert ask(guarded, "all").status_code == 200
+    assert_error(ask(guarded, "one"), 403, "not for generation")
+    reply = ask(guarded, "one", "/question-answering", inputs={})
+    assert_error(reply, 403, "not for question-answering")
+
+
+def test_requests_a_minute_are_counted_and_refused_with_the_time_to_wait(
+    guarded: str, file: KeyFile
+) -> None:
+    file.write(entry("minute", requests_per_minute=3), entry("free"))
+    replies = [ask(guarded, "minute") for _ in range(4)]
+    assert [reply.status_code for reply in replies] == [200, 200, 200, 429]
+    left = [reply.headers["x-ratelimit-remaining-requests"] for reply in replies]
+    assert left == ["2", "1", "0", "0"]
+    assert {reply.headers["x-ratelimit-limit-requests"] for reply in replies} == {"3"}
+    assert_error(replies[-1], 429, "3 requests a minute: try again in")
+    assert replies[-1].json()["error"]["code"] == "rate_limit_exceeded"
+    assert replies[-1].headers["x-ratelimit-scope"] == "key"
+    for name in ("retry-after", "x-ratelimit-reset-requests"):
+        assert 0 < float(replies[-1].headers[name].rstrip("s")) <= WINDOW_SECONDS
+    assert "x-ratelimit-limit-requests" not in ask(guarded, "free").headers
+    headers = {"Authorization": "Bearer minute"}
+    assert httpx.get(f"{guarded}/v1/models", headers=headers).status_code == 200
+
+
+def test_tokens_a_minute_are_reserved_and_what_was_not_used_goes_back(
+    guarded: str, file: KeyFile
+) -> None:
+    file.write(entry("tokens", tokens_per_minute=100))
+    used = ask(guarded, "tokens").json()["usage"]["total_tokens"]
+    # May take 80, and ends at the first token.
+    stops = {
+        **BODY,
+        "max_tokens": 80,
+        "stop": [ask(guarded, "tokens").json()["choices"][0]["text"][0]],
+    }
+    reply = ask(guarded, "tokens", **stops)
+    assert reply.status_code == 200
+    used = 2 * used + reply.json()["usage"]["total_tokens"]
+    assert used < 50
+    assert_error(ask(guarded, "tokens", **{**BODY, "max_tokens": 95}), 429, "100 tokens a minute")
+    assert_error(ask(guarded, "tokens", **{**BODY, "max_tokens": 200}), 400, "ask for fewer")
+    client = openai.OpenAI(base_url=f"{guarded}/v1", api_key="tokens", max_retries=0)
+    raw = client.completions.with_raw_response.create(model="generation", **_openai(BODY))
+    before = 100 - used - int(raw.headers["x-ratelimit-remaining-tokens"])
+    assert before == raw.parse().usage.total_tokens  # type: ignore[union-attr]
+
+
+def _openai(body: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": body["prompt"],
+        "max_tokens": body["max_tokens"],
+        "extra_body": {"ignore_eos": True},
+    }
+
+
+def test_as_many_requests_run_at_a_time_as_a_key_may_have(guarded: str, file: KeyFile) -> None:
+    file.write(entry("two", concurrent_requests=2))
+    long = {**BODY, "max_tokens": 1500, "stream": True}
+    headers = {"Authorization": "Bearer two"}
+    url = f"{guarded}/v1/completions"
+    with ExitStack() as stack:
+        for _ in range(2):
+            stream = stack.enter_context(
+                httpx.stream("POST", url, json=long, headers=headers, timeout=60)
+            )
+            assert stream.status_code == 200
+        assert_error(ask(guarded, "two"), 429, "2 requests at a time")
+    deadline = time.monotonic() + 30  # those whose client has left do not run any more
+    while ask(guarded, "two").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_no_minute_has_more_than_the_limit_whatever_its_beginning() -> None:
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(requests=10)
+    let_in: list[float] = []
+    for number in range(1000):
+        now = number * 0.5 + (number % 7) * 0.05
+        standing = counts.begin("k", limits, str(number))
+        if standing.refused is None:
+            let_in.append(now)
+        else:
+            wait = standing.retry_seconds
+            assert 0 < wait <= WINDOW_SECONDS
+            assert sum(since > now + wait - WINDOW_SECONDS + 1e-6 for since in let_in) < 10
+    for start in let_in:
+        assert sum(start <= each < start + WINDOW_SECONDS for each in let_in) <= 10
+    assert len(let_in) >= 10 * 500 // 60 - 10
+
+
+def test_a_request_that_is_tried_again_counts_once() -> None:
+    counts = Counts(lambda: 0.0)
+    limits = Limits(requests=1, tokens=10, concurrent=1)
+    for _ in range(3):
+        assert counts.begin("k", limits, "same").refused is None
+        assert counts.reserve("k", limits, "same", 10).refused is None
+    counts.end("k", "same", 4)
+    assert counts.begin("k", limits, "other").refused == "requests"
+    assert counts.reserve("k", limits, "other", 6).refused is None
+    assert counts.reserve("k", limits, "third", 1).refused == "tokens"
+
+
+def test_limits_hold_for_many_clients_at_once(guarded: str, file: KeyFile) -> None:
+    file.write(entry("many", requests_per_minute=20))
+    with ThreadPoolExecutor(16) as pool:
+        statuses = Counter(
+            reply.status_code for reply in pool.map(lambda _: ask(guarded, "many"), range(60))
+        )
+    assert statuses == {200: 20, 429: 40}
