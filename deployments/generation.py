@@ -135,6 +135,7 @@ class Generation:
         self._chats = ChatService(*parts, arguments.template(tokenizer))
         self._reporter = EngineReporter(self._engine.stats)
         self._stalled_seconds = arguments.stalled_seconds
+        self._http_options = arguments.http_options()
         self._card = ModelCard(
             id=name,
             created=int(time.time()),
@@ -151,6 +152,7 @@ class Generation:
             self._alive,
             serve_metrics(),
             cluster_ledger(),
+            self._http_options,
         )
 
     async def check_health(self) -> None:

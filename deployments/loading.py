@@ -19,6 +19,8 @@ from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
 from gptj.pretrained import GPTJPreTrainedModel
+from gptj.serving.app import HTTPOptions
+from gptj.serving.middleware.cors import check_origin
 from gptj.storage.addresses import normalized
 from gptj.storage.file_lock import turn
 
@@ -50,6 +52,13 @@ class Arguments(BaseModel):
     max_queued: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
     # Without a step for so long while there is work, the replica counts as dead and is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
+
+    # Origins of other pages that may ask (CORS), such as https://chat.example.org; * for all.
+    cors_origins: tuple[Annotated[str, AfterValidator(check_origin)], ...] = ()
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"  # of bodies; ignored ones are logged
+
+    def http_options(self) -> HTTPOptions:
+        return HTTPOptions(self.cors_origins, self.unknown_fields == "ignore")
 
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         """What an application needs of the tokenizer beside its size. Raises ValueError."""

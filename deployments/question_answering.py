@@ -58,9 +58,12 @@ class QuestionAnswering:
             max_queued=arguments.max_queued,
         )
         self._stalled_seconds = arguments.stalled_seconds
+        self._http_options = arguments.http_options()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return question_answering_app(self._service, self._alive, serve_metrics(), cluster_ledger())
+        return question_answering_app(
+            self._service, self._alive, serve_metrics(), cluster_ledger(), self._http_options
+        )
 
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose model hangs or has ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from serving_models import Models
 
 from deployments.generation import Arguments as GenerationArguments
-from deployments.loading import Arguments, BatchArguments, load, name_of
+from deployments.loading import Arguments, BatchArguments, check, load, name_of
 from gptj import GPTJForCausalLM
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
@@ -66,6 +67,41 @@ def test_an_adapters_address_serves_its_merged_model(
     (tmp_path / "base/model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"base is incomplete: model\.safetensors"):
         load(GPTJForCausalLM, Arguments(checkpoint=address))
+
+
+def test_a_chat_template_is_checked_before_anything_is_deployed(
+    models: Models, tmp_path: Path
+) -> None:
+    address, own = str(tmp_path / "model"), str(tmp_path / "own")
+    models.generation.save_pretrained(address, tokenizer=models.tokenizer)
+    broken = copy.deepcopy(models.tokenizer)
+    broken.chat_template = "{% for %}"
+    models.generation.save_pretrained(own, tokenizer=broken)
+    mine, wrong = tmp_path / "mine.jinja", tmp_path / "wrong.jinja"
+    mine.write_text("{% set stop = ['x'] %}{{ bos_token }}{{ messages[0].content }}")
+    wrong.write_text("{{ messages")
+    for checkpoint, given, stop in (
+        (address, "dolly", ("\n\n### End", "### End")),
+        (address, str(mine), ("x",)),
+        (own, str(mine), ("x",)),
+    ):
+        arguments = GenerationArguments(checkpoint=checkpoint, chat_template=given)
+        check(GPTJForCausalLM, arguments)
+        template = arguments.template(models.tokenizer)
+        assert template is not None and template.stop == stop
+    bos = models.tokenizer.bos_token
+    assert template.render([{"content": "x"}]) == f"{bos}x"
+    plain = GenerationArguments(checkpoint=address)
+    check(GPTJForCausalLM, plain)
+    assert plain.template(models.tokenizer) is None
+    for checkpoint, given, reason in (
+        (address, "doly", "doly is neither a file nor the name"),
+        (address, str(tmp_path / "none.jinja"), "neither a file"),
+        (address, str(wrong), r"not valid Jinja.*wrong\.jinja"),
+        (own, None, "not valid Jinja.*which chat_template replaces"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check(GPTJForCausalLM, GenerationArguments(checkpoint=checkpoint, chat_template=given))
 
 
 @pytest.mark.parametrize(

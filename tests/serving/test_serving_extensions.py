@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from serving_client import complete, greedy, streamed, text_of
-from serving_models import PROMPTS, Models
+from serving_client import (
+    CLASSIFICATION,
+    assert_alike,
+    assert_error,
+    complete,
+    greedy,
+    streamed,
+    text_of,
+)
+from serving_models import CONTEXT, PROMPTS, SHORT_CONTEXT, Models
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -88,3 +96,44 @@ def test_special_tokens_are_left_out_unless_requested(service: str, models: Mode
     (logged,) = complete(service, **fields, logprobs=0)["choices"]
     assert logged["logprobs"]["tokens"] == 3 * [eos]
     assert logged["logprobs"]["text_offset"] == [0, 0, 0]
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(service: str, models: Models) -> None:
+    ids = models.tokenizer.encode(PROMPTS[4])
+    for prompt in (PROMPTS[4], ids):
+        (choice,) = complete(
+            service, prompt=prompt, truncate_prompt_tokens=5, return_token_ids=True
+        )["choices"]
+        assert choice["prompt_token_ids"] == ids[-5:]
+        assert choice["token_ids"] == greedy(models, ids[-5:])
+        (choice,) = complete(
+            service, prompt=prompt, truncate_prompt_tokens=500, return_token_ids=True
+        )["choices"]
+        assert choice["prompt_token_ids"] == ids
+    long = "The tower stands. " * 1000
+    for fields, room in (
+        ({"max_tokens": 30}, 30),
+        ({"max_tokens": None}, 16),
+        ({"max_tokens": None, "min_tokens": 20}, 20),
+    ):
+        reply = complete(service, prompt=long, truncate_prompt_tokens=-1, **fields)
+        assert reply["usage"]["prompt_tokens"] == CONTEXT - room
+    echoed = complete(service, prompt=ids, truncate_prompt_tokens=2, echo=True, max_tokens=0)
+    assert PROMPTS[4].endswith(echoed["choices"][0]["text"])
+    for wrong in (0, -2):
+        body = {"prompt": "x", "truncate_prompt_tokens": wrong}
+        reply = httpx.post(f"{service}/v1/completions", json=body)
+        assert_error(reply, 400, "1 or more, or -1")
+    body = {"prompt": long, "truncate_prompt_tokens": CONTEXT, "max_tokens": 1}
+    assert_error(httpx.post(f"{service}/v1/completions", json=body), 400, "context is 2048")
+
+
+def test_a_text_to_classify_may_be_cut(service: str, models: Models) -> None:
+    long = "The tower stands. " * 100
+    body = {"inputs": long}
+    reply = httpx.post(service + CLASSIFICATION, json=body)
+    assert_error(reply, 400, "set parameters.truncation")
+    cut = models.tokenizer.decode(models.tokenizer.encode(long)[:SHORT_CONTEXT])
+    expected = httpx.post(service + CLASSIFICATION, json={"inputs": cut}).json()
+    reply = httpx.post(service + CLASSIFICATION, json={**body, "parameters": {"truncation": True}})
+    assert_alike(reply.json(), expected)

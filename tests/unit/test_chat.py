@@ -11,6 +11,9 @@ import pytest
 import transformers
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import add_lora
 from gptj.chat import (
     READY,
     ChatTemplate,
@@ -19,6 +22,11 @@ from gptj.chat import (
     read_template,
     template_of,
 )
+from gptj.interop.exporter import export_weights
+from gptj.interop.importer import import_weights
+from gptj.interop.merging import merge_adapter
+from gptj.training.settings import Settings
+from gptj.training.tokenizer import load_tokenizer
 
 TEXTS = [
     "Below is an instruction that describes a task.\n\n### Instruction:\nInput: user, assistant",
@@ -285,6 +293,36 @@ def test_a_folder_keeps_its_template(tokenizer: GPTJTokenizer, tmp_path: Path) -
     config = tmp_path / "new" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "other"}))
     assert GPTJTokenizer.from_pretrained(tmp_path / "new").chat_template == PLAIN
+
+
+def test_import_export_merging_and_training_keep_the_template(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 1, "rotary_dim": 4}
+    size = len(tokenizer)
+    config = transformers.GPTJConfig(
+        vocab_size=size, bos_token_id=0, eos_token_id=0, n_positions=32, **shape
+    )
+    theirs = tmp_path / "theirs"
+    transformers.GPTJForCausalLM(config).save_pretrained(theirs)
+    tokenizer.save_pretrained(theirs)
+    (theirs / "chat_template.jinja").write_text(PLAIN)
+    imported, exported, merged = (str(tmp_path / name) for name in ("in", "out", "merged"))
+    import_weights(str(theirs), imported)
+    export_weights(imported, exported, format="huggingface")
+    model = GPTJForCausalLM.from_pretrained(imported)
+    add_lora(model, LoRAConfig(2))
+    adapter = str(tmp_path / "adapter")
+    own = GPTJTokenizer.from_pretrained(imported)
+    model.save_adapter(adapter, base=Base.at(imported), tokenizer=own)
+    merge_adapter(imported, adapter, merged)
+    bare = str(tmp_path / "bare")
+    model.save_adapter(bare, base=Base.at(imported))
+    for address in (imported, exported, adapter, merged, bare):
+        assert GPTJTokenizer.from_pretrained(address).chat_template == PLAIN
+    settings = Settings.model_validate({"model": {"checkpoint": imported}})
+    trained = load_tokenizer(settings)
+    assert json.loads(trained.files()["tokenizer_config.json"])["chat_template"] == PLAIN
 
 
 def test_a_setting_that_is_no_template_is_refused(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:

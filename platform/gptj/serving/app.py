@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -26,16 +27,29 @@ from gptj.serving.errors import (
 from gptj.serving.keys.keyring import Keys
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import NoRecorder, Recorder
+from gptj.serving.middleware.cors import Cors
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.keys import KeyCheck
 from gptj.serving.middleware.limits import BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
+from gptj.serving.middleware.unknown_fields import IgnoreUnknownFields
 from gptj.serving.openapi import describe, errors
 from gptj.serving.pages import Page, Pages, docs
 from gptj.workers.errors import ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HTTPOptions:
+    """What an application's settings say of its HTTP."""
+
+    cors_origins: tuple[str, ...] = ()  # whose pages may ask; see middleware.cors
+    ignore_unknown_fields: bool = False  # of bodies, with a warning; otherwise they are errors
+
+
+DEFAULTS = HTTPOptions()
 
 MAX_REPORTED = 5  # validation errors of a body: one wrong list can have thousands
 
@@ -47,6 +61,7 @@ def new_app(
     *,
     application: str = "",
     ledger: Ledger | None = None,
+    options: HTTPOptions = DEFAULTS,
 ) -> FastAPI:
     """An application whose errors all have OpenAI's body and a documented status.
 
@@ -63,14 +78,18 @@ def new_app(
         redoc_url=None,
     )
     keys = Keys.from_environment()
-    describe(app, guarded=bool(keys))
+    describe(app, guarded=bool(keys), open_bodies=options.ignore_unknown_fields)
     # The middleware added last sees a request first.
+    if options.ignore_unknown_fields:
+        app.add_middleware(IgnoreUnknownFields)
     app.add_middleware(BodyLimit)
     app.add_middleware(
         KeyCheck, keys=keys, application=application, ledger=ledger, recorder=recorder
     )
     app.add_middleware(Pages, pages={**docs(), **(pages or {})})
     app.add_middleware(Edge)
+    if options.cors_origins:
+        app.add_middleware(Cors, origins=options.cors_origins)
     app.add_middleware(Observing, recorder=recorder or NoRecorder())
     app.add_middleware(Routing)
     app.add_exception_handler(APIError, _on_api_error)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptj.data.examples import padded
 from gptj.model import GPTJForSequenceClassification
-from gptj.serving.app import add_health, new_app
+from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.keys.account import reserve_tokens
@@ -49,6 +49,7 @@ class ClassificationParameters(RequestModel):
     # Only the k likeliest labels; default: all.
     top_k: Annotated[int | None, bounds(minimum=1)] = None
     function_to_apply: Function | None = None  # to the logits; default: by the problem type
+    truncation: bool = False  # cut a text at the context's length; otherwise that is an error
 
 
 class ClassificationRequest(RequestModel):
@@ -122,7 +123,7 @@ class ClassificationService:
                 param="inputs",
             )
         # Long texts take a while: not on the event loop.
-        ids = await asyncio.to_thread(self._encode, request.inputs)
+        ids = await asyncio.to_thread(self._encode, request.inputs, request.parameters.truncation)
         await reserve_tokens(sum(map(len, ids)))
         logits = await results_of(self._batcher.submit(ids))
         function = request.parameters.function_to_apply or self._function()
@@ -134,12 +135,15 @@ class ClassificationService:
     def close(self) -> None:
         self._batcher.close()
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], truncation: bool) -> list[list[int]]:
         rows = []
         for number, text in enumerate(texts):
             which = f"inputs[{number}]" if len(texts) > 1 else "inputs"
             if not text:
                 raise InvalidRequestError(f"{which} is empty", param=which)
+            if truncation:
+                rows.append(self._tokenizer.encode(text)[: self._model.config.n_positions])
+                continue
             self._check_length(which, "at least ", self._vocabulary.least_tokens(text))
             rows.append(self._tokenizer.encode(text))
             self._check_length(which, "", len(rows[-1]))
@@ -150,7 +154,7 @@ class ClassificationService:
         if length > context:
             raise InvalidRequestError(
                 f"{which} has {known}{length} tokens, and this model's context is {context}: "
-                f"shorten the text",
+                f"shorten the text, or set parameters.truncation",
                 param=which,
                 code="context_length_exceeded",
             )
@@ -194,10 +198,15 @@ def classification_app(
     alive: Callable[[], bool],
     recorder: Recorder | None = None,
     ledger: Ledger | None = None,
+    options: HTTPOptions = DEFAULTS,
 ) -> FastAPI:
     """Routes of a service."""
     app = new_app(
-        "GPT-J text classification", recorder, application="classification", ledger=ledger
+        "GPT-J text classification",
+        recorder,
+        application="classification",
+        ledger=ledger,
+        options=options,
     )
     add_health(app, alive, "the model makes no progress")
 

@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from gptj.serving.middleware.keys import OPEN_PATHS
+from gptj.serving.requests import ONLY_NULL
 
 DESCRIPTIONS = {
     400: "What can never work: no JSON, a value out of its range, fields that contradict each "
@@ -77,8 +78,13 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _error(status) for status in statuses}
 
 
-def describe(app: FastAPI, *, guarded: bool) -> None:
-    """Make the application's document complete. `guarded`: whether it asks for a key."""
+def describe(app: FastAPI, *, guarded: bool, open_bodies: bool = False) -> None:
+    """Make the application's document complete.
+
+    Args:
+        guarded: whether it asks for a key.
+        open_bodies: whether bodies may have fields that it does not know.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -89,6 +95,10 @@ def describe(app: FastAPI, *, guarded: bool) -> None:
             schemas = components.setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
+            if open_bodies:
+                for schema in schemas.values():
+                    if schema.get("additionalProperties") == ONLY_NULL:
+                        schema["additionalProperties"] = True
             template = "#/components/schemas/{model}"
             detail = ErrorReply.model_json_schema(ref_template=template)
             schemas.update(detail.pop("$defs"), ErrorReply=detail)

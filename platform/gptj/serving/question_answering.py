@@ -19,7 +19,7 @@ from gptj.data.examples import padded
 from gptj.data.question_answering import Window, best_spans, windows
 from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
-from gptj.serving.app import add_health, new_app
+from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
@@ -199,10 +199,15 @@ def question_answering_app(
     alive: Callable[[], bool],
     recorder: Recorder | None = None,
     ledger: Ledger | None = None,
+    options: HTTPOptions = DEFAULTS,
 ) -> FastAPI:
     """Routes of a service."""
     app = new_app(
-        "GPT-J question answering", recorder, application="question-answering", ledger=ledger
+        "GPT-J question answering",
+        recorder,
+        application="question-answering",
+        ledger=ledger,
+        options=options,
     )
     add_health(app, alive, "the model makes no progress")
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+logger = logging.getLogger(__name__)
+
+MAX_WARNINGS = 100  # clients can make up any number of names
+_ignored: ContextVar[bool] = ContextVar("ignored", default=False)
+_warned: set[str] = set()
+
 MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4,300 digits
+
+
+ONLY_NULL = {"type": "null"}  # what unknown fields may be
 
 
 def bounds(**schema: Any) -> Any:
@@ -20,7 +32,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
     Of unknown fields, too: clients send null for what they leave to the service.
     """
-    schema["additionalProperties"] = {"type": "null"}
+    schema["additionalProperties"] = dict(ONLY_NULL)
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
         variants = field.get("anyOf", ())
@@ -28,6 +40,24 @@ def _nullable(schema: dict[str, Any]) -> None:
             continue
         own = {key: field.pop(key) for key in list(field) if key not in ("title", "default")}
         field["anyOf"] = [own, {"type": "null"}]
+
+
+@contextmanager
+def ignoring_unknown_fields() -> Iterator[None]:
+    """Bodies that are read in the block may have any fields: a warning names each once."""
+    token = _ignored.set(True)
+    try:
+        yield
+    finally:
+        _ignored.reset(token)
+
+
+def _warn_of(names: set[str]) -> None:
+    new = names - _warned
+    if new and len(_warned) < MAX_WARNINGS:
+        _warned.update(new)
+        shown = ", ".join(repr(name[:60]) for name in sorted(new)[:MAX_WARNINGS])
+        logger.warning("bodies have fields that this service does not know and ignores: %s", shown)
 
 
 def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
@@ -43,6 +73,8 @@ def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
 class RequestModel(BaseModel):
     """A body: unknown fields and wrong types are errors, null means the default.
 
+    Unknown fields are left out in a block of `ignoring_unknown_fields`.
+
     Integers have at most MAX_BITS, so that error messages can print them.
     """
 
@@ -57,9 +89,13 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
-        if isinstance(fields, dict):
-            return {name: value for name, value in fields.items() if value is not None}
-        return fields
+        if not isinstance(fields, dict):
+            return fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        if _ignored.get() and (unknown := given.keys() - cls.model_fields.keys()):
+            _warn_of(unknown)
+            given = {name: given[name] for name in given if name not in unknown}
+        return given
 
     @field_validator("*", mode="before")
     @classmethod

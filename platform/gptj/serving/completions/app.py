@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 
-from gptj.serving.app import add_health, new_app
+from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.generation_request import GenerationRequest
@@ -75,10 +75,16 @@ def generation_app(
     alive: Callable[[], bool],
     recorder: Recorder | None = None,
     ledger: Ledger | None = None,
+    options: HTTPOptions = DEFAULTS,
 ) -> FastAPI:
     """Routes of the services of one model, which `card` describes."""
     app = new_app(
-        "GPT-J text generation", recorder, playground(), application="generation", ledger=ledger
+        "GPT-J text generation",
+        recorder,
+        playground(),
+        application="generation",
+        ledger=ledger,
+        options=options,
     )
     add_health(app, alive, "the engine makes no progress")
 

@@ -104,6 +104,10 @@ class GenerationRequest(RequestModel):
     stop_token_ids: Annotated[
         list[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_BIASES)
     ] = Field(default_factory=list)
+    # Keep only so many of the prompt's last tokens; -1: as many as the limit of new ones leaves.
+    truncate_prompt_tokens: Annotated[int | None, bounds(minimum=-1, **{"not": {"const": 0}})] = (
+        None
+    )
     include_stop_str_in_output: bool = False  # end the text after the stop, not before it
     skip_special_tokens: bool = True  # leave them out of the text
     return_token_ids: bool = False  # of the prompt and of each output
@@ -175,6 +179,12 @@ class GenerationRequest(RequestModel):
                 "stop",
                 f"stop may have {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS} characters "
                 f"in total, got {len(self.stop)} of {sum(map(len, self.stop))}",
+            )
+        cut = self.truncate_prompt_tokens
+        if cut is not None and cut != -1 and cut < 1:
+            raise invalid(
+                "truncate_prompt_tokens",
+                f"truncate_prompt_tokens must be 1 or more, or -1, got {cut}",
             )
         for name, given in (
             ("logit_bias", self.logit_bias),

@@ -70,7 +70,10 @@ class PromptResolver:
             prompts: None: the token that begins a text.
         """
         prompts = [self._default_text()] if prompts is None else prompts
-        texts = [self._text_and_ids(request, prompt) for prompt in prompts]
+        read = self._text_and_ids
+        if request.truncate_prompt_tokens is not None:
+            read = self._last_tokens
+        texts = [read(request, prompt) for prompt in prompts]
         self._check_ids("logit_bias", list(request.logit_bias))
         self._check_ids("stop_token_ids", request.stop_token_ids)
         return [
@@ -88,6 +91,27 @@ class PromptResolver:
             ids = self._tokenizer.encode(text)
             self._check_length(request, len(ids))
             return text, ids, b""
+        return self._of_ids(request, prompt)
+
+    def _last_tokens(
+        self, request: GenerationRequest, prompt: Prompt
+    ) -> tuple[str, list[int], bytes]:
+        """A prompt without what is more than `truncate_prompt_tokens`."""
+        ids = prompt
+        if isinstance(ids, str):
+            ids = self._tokenizer.encode(ids or self._default_text())
+        keep = request.truncate_prompt_tokens
+        assert keep is not None
+        if keep == -1:
+            room = request.token_limit
+            if room is None:
+                room = max(self._least(request), request.default_tokens or 1)
+            keep = max(1, self._context_length - room)
+        return self._of_ids(request, ids[-keep:])
+
+    def _of_ids(
+        self, request: GenerationRequest, prompt: list[int]
+    ) -> tuple[str, list[int], bytes]:
         self._check_length(request, len(prompt))
         try:
             text = self._tokenizer.decode(self._tokenizer.check_ids(prompt))
@@ -123,11 +147,16 @@ class PromptResolver:
         default = left if request.default_tokens is None else request.default_tokens
         return min(max(default, request.min_tokens), left)
 
+    def _least(self, request: GenerationRequest) -> int:
+        """The new tokens that a prompt has to leave room for."""
+        limit = request.token_limit
+        return max(1, request.min_tokens) if limit is None else limit
+
     def _check_length(self, request: GenerationRequest, length: int, known: str = "") -> None:
         """InvalidRequestError if a prompt of `length` tokens leaves no room for its completion."""
         context = self._context_length
         limit, field = request.token_limit, request.limit_field
-        least = max(1, request.min_tokens) if limit is None else limit
+        least = self._least(request)
         if length + least <= context:
             return
         if length >= context:
