@@ -424,6 +424,6 @@ def test_the_code_does_what_the_form_does(open_page: Open, tab: str) -> None:
 
 def test_the_documents_page_shows_the_operations(open_page: Open) -> None:
     page = open_page("/docs")
-    expect(page.locator(".opblock")).to_have_count(7)
+    expect(page.locator(".opblock")).to_have_count(8)
     page = open_page("/classification/docs")
     expect(page.locator(".opblock")).to_have_count(2)
