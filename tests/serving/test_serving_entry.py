@@ -127,6 +127,7 @@ def test_a_second_try_has_the_same_seed(
         {"temperature": 0},
         {"temperature": 1, "n": 2, "seed": 5},
         {"temperature": 0, "logprobs": 2, "echo": True},
+        {"temperature": 0, "return_token_ids": True},
         {"temperature": 0, "stream_options": {"include_usage": True}, "prompt": "東京 is far 😀"},
     ],
 )
@@ -196,6 +197,13 @@ def test_chats_streams_go_on_too() -> None:
     assert stream.feed(event(role="assistant", content="")) == b""
     rest = stream.feed(event(content="Hello"))
     assert json.loads(rest[6:])["choices"][0]["delta"] == {"content": "lo"}
+    ids = {"index": 0, "text": "", "finish_reason": None, "token_ids": [4, 5]}
+    chunk = f"data: {json.dumps({'id': 'a', 'choices': [ids]})}\n\n".encode()
+    longer = chunk.replace(b"[4, 5]", b"[4, 5, 6]")
+    stream = EventStream()
+    stream.feed(chunk)
+    stream.restart()
+    assert json.loads(stream.feed(longer)[6:])["choices"][0]["token_ids"] == [6]
     stream = EventStream()
     stream.feed(event(tool_calls=[{"index": 0}]))
     stream.restart()

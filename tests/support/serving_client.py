@@ -42,6 +42,8 @@ def streamed(service: str, **fields: Any) -> list[dict[str, Any]]:
                 whole["text"] += part["text"]
                 whole["finish_reason"] = part["finish_reason"]
                 whole["stop_reason"] = part["stop_reason"]
+                if "token_ids" in part:
+                    whole["token_ids"] += part["token_ids"]
                 for name in part["logprobs"] or ():
                     whole["logprobs"][name] += part["logprobs"][name]
     return [choices[index] for index in sorted(choices)]

@@ -27,6 +27,7 @@ class ChoiceState:
 
     text: str = ""
     tokens: int = 0  # with logprobs
+    ids: int = 0  # of tokens, where those were requested
     ended: bool = False
 
 
@@ -83,6 +84,7 @@ class EventStream:
             state = self._sent.setdefault(choice["index"], ChoiceState())
             state.text += _text(choice)
             state.tokens += _tokens(choice)
+            state.ids += len(choice.get("token_ids") or ())
             state.ended |= choice.get("finish_reason") is not None
             if set(choice.get("delta") or ()) - {"role", "content"}:
                 self._comparable = False
@@ -108,19 +110,29 @@ class EventStream:
         if not text.startswith(known):
             raise DivergedError
         known_tokens = max(0, min(tokens, sent.tokens - again.tokens))
+        ids = len(choice.get("token_ids") or ())
+        known_ids = max(0, min(ids, sent.ids - again.ids))
         again.text += text
         again.tokens += tokens
+        again.ids += ids
         if sent.ended:
             return
         ended = choice.get("finish_reason") is not None
         if ended and len(again.text) < len(sent.text):
             raise DivergedError
-        if begun and len(text) == len(known) and tokens == known_tokens and not ended:
+        new = (len(text) - len(known)) + (tokens - known_tokens) + (ids - known_ids)
+        if begun and not new and not ended:
             return
         sent.text += text[len(known) :]
         sent.tokens += tokens - known_tokens
+        sent.ids += ids - known_ids
         sent.ended = ended
-        yield _without(choice, len(known), known_tokens, begun)
+        rest = _without(choice, len(known), known_tokens, begun)
+        if "token_ids" in rest:
+            rest["token_ids"] = rest["token_ids"][known_ids:]
+        if begun:
+            rest.pop("prompt_token_ids", None)
+        yield rest
 
 
 def error_events(error: APIError) -> bytes:
