@@ -132,7 +132,8 @@ class Generation:
         self._tokenizer = tokenizer
         parts = (self._engine, tokenizer, vocabulary, name, serve_metrics())
         self._completions = CompletionService(*parts)
-        self._chats = ChatService(*parts, arguments.template(tokenizer))
+        template = arguments.template(tokenizer)
+        self._chats = ChatService(*parts, template)
         self._reporter = EngineReporter(self._engine.stats)
         self._stalled_seconds = arguments.stalled_seconds
         self._http_options = arguments.http_options()
@@ -141,6 +142,7 @@ class Generation:
             created=int(time.time()),
             root=arguments.checkpoint,
             max_model_len=context,
+            chat_template=template is not None,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 Open = Callable[..., Page]
 PHONE = {"width": 360, "height": 740}
-TABS = ("generate", "classify", "ask")
+TABS = ("generate", "chat", "classify", "ask")
 expect.set_options(timeout=20_000)
 
 
@@ -140,6 +140,48 @@ def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
     expect(shown).to_be_hidden()
 
 
+def say(page: Page, message: str) -> list[str]:
+    """All turns of the chat, when the message is answered."""
+    page.fill("#message", message)
+    part(page, "chat", "submit").click()
+    expect(page.locator("#message")).to_have_value("")
+    expect(part(page, "chat", "status")).to_contain_text("Done")
+    return [text(each) for each in part(page, "chat", "turns").locator(".said").all()]
+
+
+def test_a_chat_goes_on_turn_by_turn(open_page: Open, service: str) -> None:
+    page = open_page("/#chat")
+    fill(page, **{"chat-temperature": "0", "chat-max_tokens": "9", "system": "The year 1907."})
+    messages = [{"role": "system", "content": "The year 1907."}]
+    for message in ("Who wrote the book? 😀", "東京 is <b>far</b>"):
+        turns = say(page, message)
+        messages.append({"role": "user", "content": message})
+        body = {"messages": messages, "temperature": 0, "max_tokens": 9}
+        reply = httpx.post(f"{service}/v1/chat/completions", json=body, timeout=30).json()
+        messages.append({"role": "assistant", "content": reply["choices"][0]["message"]["content"]})
+        assert turns == [each["content"] for each in messages[1:]]
+    page.fill("#chat-max_tokens", "1500")
+    page.fill("#message", "x")
+    part(page, "chat", "submit").click()
+    expect(part(page, "chat", "turns").locator(".said").nth(5)).not_to_be_empty()
+    part(page, "chat", "stop").click()
+    expect(part(page, "chat", "status")).to_contain_text("Stopped.")
+    part(page, "chat", "clear").click()
+    expect(part(page, "chat", "turns").locator("li")).to_have_count(0)
+    expect(page.locator("#message")).to_be_focused()
+    fill(page, **{"chat-max_tokens": "9"})
+    assert len(say(page, "x")) == 2
+
+
+def test_a_model_without_a_template_has_no_chats(open_page: Open) -> None:
+    page = open_page("/guarded/#chat", refused=("401", "404"))
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    page.reload()
+    expect(part(page, "chat", "unavailable")).to_contain_text("no chat template")
+    expect(part(page, "chat", "submit")).to_be_disabled()
+
+
 def test_classification_shows_its_labels_as_bars(open_page: Open, service: str) -> None:
     page = open_page("/#classify")
     page.fill("#inputs", "The tower stands in Paris")
@@ -184,6 +226,8 @@ WRONG = [
     ("generate", "top_p", "2", "top_p must be in [0, 1]"),
     ("generate", "seed", "1.5", "valid integer"),
     ("generate", "temperature", "1e", "valid number"),
+    ("chat", "chat-max_tokens", "0", "max_tokens must be 1 or more"),
+    ("chat", "chat-seed", "1.5", "valid integer"),
     ("classify", "inputs", "", "inputs is empty"),
     ("classify", "classify-top_k", "0", "top_k must be 1 or more"),
     ("ask", "question", " ", "must not be empty"),
@@ -334,8 +378,8 @@ def test_everything_can_be_done_by_keyboard(open_page: Open) -> None:
     expect(page.locator("#generate")).to_be_focused()
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#ask")).to_be_focused()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
     expect(page.locator("#classify")).to_have_attribute("aria-selected", "true")
     page.keyboard.press("Tab")
     expect(page.locator("#inputs")).to_be_focused()
@@ -398,15 +442,19 @@ def test_a_phone_scrolls_in_one_direction_only(open_page: Open) -> None:
 def test_the_code_does_what_the_form_does(open_page: Open, tab: str) -> None:
     page = open_page(f"/#{tab}")
     awkward = 'It\'s "odd" \\ $HOME\n`x` 😀'
-    page.fill({"generate": "#prompt", "classify": "#inputs", "ask": "#context"}[tab], awkward)
+    places = {"generate": "prompt", "chat": "message", "classify": "inputs", "ask": "context"}
+    page.fill(f"#{places[tab]}", awkward)
+    if tab == "chat":
+        expect(page.locator("#chat-model")).to_have_value("generation")
+        fill(page, **{"chat-temperature": "0", "chat-max_tokens": "5"})
     if tab == "generate":
         expect(page.locator("#model")).to_have_value("generation")
         fill(page, temperature="0", max_tokens="5", repetition_penalty="1.1")
         page.uncheck("#logprobs")
-    part(page, tab, "submit").click()
-    expect(part(page, tab, "result")).to_be_visible()
     page.click(f"#{tab}-panel summary")
     curl, python = (text(each) for each in part(page, tab, "code").locator("pre").all())
+    part(page, tab, "submit").click()
+    expect(part(page, tab, "result")).to_be_visible()
     replies = [
         subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         for command in (["bash", "-c", f"{curl} --silent"], [sys.executable, "-c", python])
@@ -415,6 +463,11 @@ def test_the_code_does_what_the_form_does(open_page: Open, tab: str) -> None:
         expect(part(page, tab, "status")).to_contain_text("Done")
         shown = text(part(page, tab, "tokens")).removeprefix(awkward)
         assert replies[1].removesuffix("\n") == shown
+        assert replies[0].count("data: ") > 1
+        return
+    if tab == "chat":
+        expect(part(page, tab, "status")).to_contain_text("Done")
+        assert replies[1].removesuffix("\n") == text(page.locator(".said").last)
         assert replies[0].count("data: ") > 1
         return
     status = text(part(page, tab, "status"))

@@ -165,7 +165,13 @@ def _generation(
     completions = CompletionService(*parts)
     chats = ChatService(*parts, template_of(tokenizer, template))
     context = runner.config.n_positions
-    card = ModelCard(id=name, created=int(time.time()), root="in-process", max_model_len=context)
+    card = ModelCard(
+        id=name,
+        created=int(time.time()),
+        root="in-process",
+        max_model_len=context,
+        chat_template=template is not None,
+    )
     try:
         yield generation_app(completions, chats, tokenizer, card, lambda: engine.alive(120))
     finally:

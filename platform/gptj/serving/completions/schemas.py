@@ -167,6 +167,7 @@ class ModelCard(BaseModel):
     owned_by: str = "gptj"
     root: str  # the checkpoint's address
     max_model_len: int  # the context, in tokens
+    chat_template: bool = False  # whether it has one, and so answers chats
 
 
 class ModelList(BaseModel):

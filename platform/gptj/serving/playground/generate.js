@@ -1,8 +1,9 @@
 // Text generation: the stream of POST /v1/completions, token by token with its alternatives.
 
-import { address, events, key, request } from "./client.js";
+import { events } from "./client.js";
 import { characters, element, Form, percent } from "./form.js";
-import { curl, literal, showCode } from "./snippets.js";
+import { showModels } from "./models.js";
+import { showCode, streamPrograms } from "./snippets.js";
 
 const PATH = "v1/completions";
 const ALTERNATIVES = 5;
@@ -15,7 +16,9 @@ export function start(panel, needsKey) {
     submit: (fields, signal) => generate(form, tokens, requestOf(fields), signal),
   });
   const tokens = new Tokens(form.part("tokens"), form.part("alternatives"));
-  showCode(form.part("code"), form.form, () => programs(requestOf(form.body())));
+  showCode(form.part("code"), form.form, () =>
+    streamPrograms(PATH, "completions", requestOf(form.body()), "text"),
+  );
   return { ready: () => showModels(form) };
 }
 
@@ -25,16 +28,6 @@ function requestOf(fields) {
   if (stop) rest.stop = stop.replaceAll("\\n", "\n");
   if (logprobs) rest.logprobs = ALTERNATIVES;
   return { ...rest, stream: true };
-}
-
-/** The names of /v1/models as the choice; without a key it may have to wait for one. */
-async function showModels(form) {
-  const models = (await (await request("v1/models")).json()).data;
-  const choice = form.form.elements.model;
-  const chosen = choice.value;
-  choice.replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
-  if (models.some(({ id }) => id === chosen)) choice.value = chosen;
-  form.form.dispatchEvent(new Event("input")); // the code names the model
 }
 
 async function generate(form, tokens, body, signal) {
@@ -188,22 +181,3 @@ class Tokens {
 /** A token with its white space to be seen. */
 const visibleText = (text) =>
   text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
-
-const OWN = new Set(["top_k", "repetition_penalty"]); // fields that OpenAI's API does not have
-
-function programs(body) {
-  const own = Object.entries(body).filter(([name]) => OWN.has(name));
-  const fields = Object.entries(body).filter(([name]) => !OWN.has(name));
-  const lines = fields.map(([name, value]) => `    ${name}=${literal(value)},\n`);
-  if (own.length) lines.push(`    extra_body=${literal(Object.fromEntries(own))},\n`);
-  const environment = key.get() ? "import os\n\n" : "";
-  const apiKey = key.get() ? `os.environ["GPTJ_API_KEY"]` : `"none"`;
-  return {
-    curl: curl(PATH, body, "--no-buffer "),
-    Python:
-      `${environment}from openai import OpenAI\n\n` +
-      `client = OpenAI(base_url=${literal(address("v1"))}, api_key=${apiKey})\n` +
-      `stream = client.completions.create(\n${lines.join("")})\n` +
-      `for chunk in stream:\n    print(chunk.choices[0].text, end="", flush=True)\nprint()`,
-  };
-}

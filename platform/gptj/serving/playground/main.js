@@ -1,13 +1,15 @@
 // The page: its tabs, which of them have an application that answers, and the key.
 
 import * as ask from "./ask.js";
+import * as chat from "./chat.js";
 import * as classify from "./classify.js";
 import { key, request } from "./client.js";
 import * as generate from "./generate.js";
 
 // By the ids of the tabs in index.html. A module has the path of its application's `health`, and
 // `start(panel, needsKey)`, whose reply may have `ready()`, called when the application answers.
-const MODULES = { generate, classify, ask };
+// It may have `missing()`: why the application does not do this, or null.
+const MODULES = { generate, chat, classify, ask };
 const PATIENCE_MS = 10_000; // between looks at an application that does not answer
 
 class Tabs {
@@ -72,7 +74,8 @@ async function watch(tab, module, started) {
 async function problem(module) {
   try {
     await request(module.health);
-    return null;
+    const missing = (await module.missing?.()) ?? null;
+    return missing && `Unavailable: ${missing}`;
   } catch (error) {
     if (error.status === 404 || error.status === 401)
       return `Unavailable: no application of this kind is deployed here (nothing at /${module.health}).`;

@@ -47,6 +47,26 @@ export function python(path, body) {
   );
 }
 
+const OWN = new Set(["top_k", "repetition_penalty"]); // fields that OpenAI's API does not have
+
+/** A stream by curl and by OpenAI's client: `call` is its method, `part` a choice's text. */
+export function streamPrograms(path, call, body, part) {
+  const own = Object.entries(body).filter(([name]) => OWN.has(name));
+  const fields = Object.entries(body).filter(([name]) => !OWN.has(name));
+  const lines = fields.map(([name, value]) => `    ${name}=${literal(value)},\n`);
+  if (own.length) lines.push(`    extra_body=${literal(Object.fromEntries(own))},\n`);
+  const environment = key.get() ? "import os\n\n" : "";
+  const apiKey = key.get() ? `os.environ["GPTJ_API_KEY"]` : `"none"`;
+  return {
+    curl: curl(path, body, "--no-buffer "),
+    Python:
+      `${environment}from openai import OpenAI\n\n` +
+      `client = OpenAI(base_url=${literal(address("v1"))}, api_key=${apiKey})\n` +
+      `stream = client.${call}.create(\n${lines.join("")})\n` +
+      `for chunk in stream:\n    print(chunk.choices[0].${part}, end="", flush=True)\nprint()`,
+  };
+}
+
 /** JSON's value in Python's notation. */
 export function literal(value) {
   if (value === null) return "None";
