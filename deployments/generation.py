@@ -36,6 +36,7 @@ from gptj import GPTJForCausalLM, GPTJTokenizer
 from gptj.chat import ChatTemplate, ChatTemplateError, read_template, template_of
 from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
+from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
@@ -130,7 +131,8 @@ class Generation:
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         self._tokenizer = tokenizer
-        parts = (self._engine, tokenizer, vocabulary, name, serve_metrics())
+        grammars = GrammarCompiler(tokenizer, self._engine.vocab_size, self._engine.eos_ids)
+        parts = (self._engine, tokenizer, vocabulary, name, serve_metrics(), grammars)
         self._completions = CompletionService(*parts)
         template = arguments.template(tokenizer)
         self._chats = ChatService(*parts, template)

@@ -57,6 +57,14 @@ class ServeMetrics:
             "Tokens that a key has used, of prompts and outputs.",
             ("key",),
         )
+        self._grammars = metrics.Counter(
+            "gptj_grammars",
+            "Requests with a grammar, by what became of it.",
+            ("result",),  # type: ignore[arg-type]  # as above
+        )
+        self._compiling = self._histogram(
+            "gptj_grammar_seconds", "From a request with a grammar until it was compiled or known."
+        )
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.inc(1, {"route": route, "status": str(status)})
@@ -75,6 +83,10 @@ class ServeMetrics:
         self._key_requests.inc(1, {"key": key, "refused": str(refused).lower()})
         if tokens:
             self._key_tokens.inc(tokens, {"key": key})
+
+    def grammar(self, result: str, seconds: float) -> None:
+        self._grammars.inc(1, {"result": result})
+        self._compiling.observe(seconds)
 
     def _histogram(
         self, name: str, description: str, tags: tuple[str, ...] = ()

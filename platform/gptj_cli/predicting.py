@@ -20,6 +20,7 @@ from gptj.config import GPTJConfig
 from gptj.data.examples import groups
 from gptj.data.rows import Row
 from gptj.data.sources import read_rows
+from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.model import (
     GPTJForCausalLM,
@@ -141,7 +142,8 @@ def answerer(
     assert isinstance(model, GPTJForCausalLM)
     vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
     engine = _engine(model, vocabulary, options)
-    writer = CompletionService(engine, tokenizer, vocabulary, NAME, NoRecorder())
+    grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
+    writer = CompletionService(engine, tokenizer, vocabulary, NAME, NoRecorder(), grammars)
 
     async def continued(row: Row) -> dict[str, Any]:
         text = row.text("text")

@@ -23,6 +23,7 @@ from gptj import (
     GPTJTokenizer,
 )
 from gptj.chat import template_of
+from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.runners.base import TorchRunner
 from gptj.serving.chat.service import ChatService
@@ -161,7 +162,8 @@ def _generation(
         max_num_seqs=max_num_seqs,
         max_queued=max_queued,
     )
-    parts = (engine, tokenizer, vocabulary, name, NoRecorder())
+    grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
+    parts = (engine, tokenizer, vocabulary, name, NoRecorder(), grammars)
     completions = CompletionService(*parts)
     chats = ChatService(*parts, template_of(tokenizer, template))
     context = runner.config.n_positions
@@ -175,6 +177,7 @@ def _generation(
     try:
         yield generation_app(completions, chats, tokenizer, card, lambda: engine.alive(120))
     finally:
+        grammars.close()
         engine.close()
 
 

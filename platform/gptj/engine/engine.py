@@ -99,6 +99,11 @@ class Engine:
         return self._queue.max_queued
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding, possibly more than its tokenizer has ids."""
+        return self._runner.config.vocab_size
+
+    @property
     def context_length(self) -> int:
         """The most tokens that a prompt and its output may have together."""
         return self._runner.config.n_positions

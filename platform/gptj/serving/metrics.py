@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class Recorder(Protocol):
@@ -23,6 +23,9 @@ class Recorder(Protocol):
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
         """A request with a key has ended, or was refused for the key's limits."""
 
+    def grammar(self, result: Literal["compiled", "cached", "refused"], seconds: float) -> None:
+        """A request's grammar was compiled, or was known, or was refused, after so long."""
+
 
 class NoRecorder:
     """Records nothing."""
@@ -36,3 +39,5 @@ class NoRecorder:
     def queued(self, seconds: float) -> None: ...
 
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None: ...
+
+    def grammar(self, result: Literal["compiled", "cached", "refused"], seconds: float) -> None: ...

@@ -15,7 +15,7 @@ from gptj.engine.constraints.token_mask import TokenMask
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8
-PATIENCE_SECONDS = 5.0  # for one row's mask, which takes a millisecond: then it hangs
+PATIENCE_SECONDS = 10.0  # for one row's mask, which takes a millisecond: then it hangs
 
 
 class _Batch:
@@ -71,7 +71,9 @@ class MaskThreads:
             batch = self._pending[0]
             while not batch.done.is_set():
                 before = batch.computed
-                if not batch.done.wait(PATIENCE_SECONDS) and batch.computed == before:
+                if batch.done.wait(PATIENCE_SECONDS):
+                    break
+                if batch.computed == before < len(batch.masks):
                     self._give_up(batch)
                     break
             self._pending.remove(batch)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from gptj.chat import ChatTemplate, ChatTemplateError
+from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import TokenEvent
 from gptj.serving.chat.messages import for_template
@@ -52,9 +53,10 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         vocabulary: Vocabulary,
         model_name: str,
         recorder: Recorder,
+        grammars: GrammarCompiler,
         template: ChatTemplate | None,
     ) -> None:
-        super().__init__(engine, tokenizer, vocabulary, model_name, recorder)
+        super().__init__(engine, tokenizer, vocabulary, model_name, recorder, grammars)
         self._template = template
 
     async def complete(self, request: ChatRequest) -> ChatCompletion:

@@ -8,13 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
+from gptj.engine.constraints.compiler import CompiledGrammar
 from gptj.engine.events import BeamParams
 from gptj.sampling import SamplingParams
+from gptj.serving.completions.constraints import ConstraintFields
 from gptj.serving.errors import APIError, InvalidRequestError
 from gptj.serving.requests import RequestModel, bounds, checked_text
 
 MAX_SEQUENCES = 128  # outputs of one request: prompts times candidates
-MAX_LOGPROBS = 5
+MAX_LOGPROBS = 20  # vLLM's; OpenAI's completions have 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
@@ -67,7 +69,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: Literal[False] = False  # OpenAI's padding, not supported
 
 
-class GenerationRequest(RequestModel):
+class GenerationRequest(ConstraintFields):
     """The fields of both endpoints, with OpenAI's names and vLLM's extensions.
 
     What the endpoints name differently, a subclass says in the properties.
@@ -152,12 +154,18 @@ class GenerationRequest(RequestModel):
         raise NotImplementedError
 
     @property
+    def prompt_alternatives(self) -> int | None:
+        """How many likeliest tokens to report in each place of the prompt; None: no logprobs."""
+        return self.alternatives if self.shows_prompt else None
+
+    @property
     def shows_prompt(self) -> bool:
         """Whether the prompt is a part of the reply."""
         return False
 
     def check(self) -> None:
         """Raises InvalidRequestError for fields that contradict each other or exceed a limit."""
+        self.check_constraints(beams=self.use_beam_search)
         if self.n < 1:
             raise invalid("n", f"n must be 1 or more, got {self.n}")
         if self.stream_options is not None and not self.stream:
@@ -165,8 +173,8 @@ class GenerationRequest(RequestModel):
         limit, field = self.token_limit, self.limit_field
         if limit is not None and limit < 0:
             raise invalid(field, f"{field} must be 0 or more, got {limit}")
-        if limit == 0 and not self.shows_prompt:
-            raise invalid(field, f"{field}=0 needs echo=true")
+        if limit == 0 and not self.shows_prompt and self.prompt_alternatives is None:
+            raise invalid(field, f"{field}=0 needs echo=true or prompt_logprobs")
         prompts = 1 if self.prompts is None else len(self.prompts)
         if prompts * self.candidates > MAX_SEQUENCES:
             raise invalid(
@@ -219,8 +227,16 @@ class GenerationRequest(RequestModel):
             field = self.limit_field
             raise invalid(field, f"beam search needs {field} of 1 or more")
 
-    def sampling(self, max_tokens: int) -> list[SamplingParams]:
+    def sampling(
+        self,
+        max_tokens: int,
+        grammar: CompiledGrammar | None = None,
+        bad_words_ids: tuple[tuple[int, ...], ...] = (),
+    ) -> list[SamplingParams]:
         """Of one prompt, for each of its samples; beam search has one.
+
+        Args:
+            grammar, bad_words_ids: of the body's fields.
 
         Raises InvalidRequestError naming the field that is out of range.
         """
@@ -241,7 +257,12 @@ class GenerationRequest(RequestModel):
                 ignore_eos=self.ignore_eos,
                 seed=self.seed,
                 logprobs=0 if self.alternatives is None and ranks else self.alternatives,
-                prompt_logprobs=self.alternatives if self.shows_prompt else None,
+                prompt_logprobs=self.prompt_alternatives,
+                allowed_token_ids=(
+                    None if self.allowed_token_ids is None else tuple(self.allowed_token_ids)
+                ),
+                bad_words_ids=bad_words_ids,
+                grammar=grammar,
             )
         except ValueError as error:
             raise self.named(error) from error

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
+from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound
 from gptj.serving.completions.generation_request import (
@@ -49,6 +50,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         vocabulary: of the tokenizer and the engine's model.
         model_name: the model's name in replies.
         recorder: receives latencies.
+        grammars: for structured output.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         vocabulary: Vocabulary,
         model_name: str,
         recorder: Recorder,
+        grammars: GrammarCompiler,
     ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._recorder = recorder
         self._tokenizer = tokenizer
         self._resolver = PromptResolver(
@@ -238,13 +242,14 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
     async def _resolve(self, request: Request) -> list[ResolvedPrompt]:
         """Raises APIError."""
         self._resolver.check(request)
+        grammar = await request.compiled(self._grammars, self._recorder)
         # Long texts take a while: not on the event loop.
-        prompts = await asyncio.to_thread(self._resolved, request)
+        prompts = await asyncio.to_thread(self._resolved, request, grammar)
         await reserve_tokens(sum(prompt.most_tokens for prompt in prompts))
         return prompts
 
-    def _resolved(self, request: Request) -> list[ResolvedPrompt]:
-        return self._resolver.resolve(request, self._prompts(request))
+    def _resolved(self, request: Request, grammar: CompiledGrammar | None) -> list[ResolvedPrompt]:
+        return self._resolver.resolve(request, self._prompts(request), grammar)
 
 
 async def server_sent(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptj.engine.constraints.compiler import CompiledGrammar
 from gptj.sampling import SamplingParams
 from gptj.serving.completions.detokenizer import unfinished
 from gptj.serving.completions.generation_request import GenerationRequest, Prompt
@@ -62,12 +63,16 @@ class PromptResolver:
             )
 
     def resolve(
-        self, request: GenerationRequest, prompts: Sequence[Prompt] | None
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Prompt] | None,
+        grammar: CompiledGrammar | None = None,
     ) -> list[ResolvedPrompt]:
         """Takes a while for long texts. Raises InvalidRequestError.
 
         Args:
             prompts: None: the token that begins a text.
+            grammar: the request's, compiled.
         """
         prompts = [self._default_text()] if prompts is None else prompts
         read = self._text_and_ids
@@ -76,8 +81,15 @@ class PromptResolver:
         texts = [read(request, prompt) for prompt in prompts]
         self._check_ids("logit_bias", list(request.logit_bias))
         self._check_ids("stop_token_ids", request.stop_token_ids)
+        self._check_ids("allowed_token_ids", request.allowed_token_ids or ())
+        bad_words = request.bad_words_ids(self._tokenizer)
         return [
-            ResolvedPrompt(text, ids, begun, request.sampling(self._max_tokens(request, len(ids))))
+            ResolvedPrompt(
+                text,
+                ids,
+                begun,
+                request.sampling(self._max_tokens(request, len(ids)), grammar, bad_words),
+            )
             for text, ids, begun in texts
         ]
 

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from gptj.engine.constraints.grammar import GrammarError
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Ticket
 from gptj.serving.completions.detokenizer import TextStream
 from gptj.serving.completions.generation_request import GenerationRequest, Usage
 from gptj.serving.completions.prompts import ResolvedPrompt
-from gptj.serving.errors import APIError, ModelError, UnavailableError
+from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
 from gptj.serving.keys.account import note_tokens
 from gptj.serving.metrics import Recorder
 from gptj.serving.middleware.observing import request_seed
@@ -314,5 +315,7 @@ def usage_of(prompts: Sequence[ResolvedPrompt], new_tokens: int) -> Usage:
 def failure(event: Event) -> APIError:
     if isinstance(event, Failed) and isinstance(event.error, ClosedError):
         return UnavailableError(str(event.error))
+    if isinstance(event, Failed) and isinstance(event.error, GrammarError):
+        return InvalidRequestError(f"the output could not be constrained: {event.error}")
     reason = str(event.error) if isinstance(event, Failed) else "it was cancelled"
     return ModelError(f"the model failed on this request: {reason}")

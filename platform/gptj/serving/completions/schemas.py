@@ -79,6 +79,8 @@ class CompletionRequest(GenerationRequest):
     # Default: n.
     best_of: Annotated[int | None, bounds(minimum=1, maximum=MAX_SEQUENCES)] = None
     logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
+    # vLLM's: the same for each token of the prompt, without echoing it.
+    prompt_logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
     echo: bool = False
 
     @property
@@ -98,6 +100,11 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     @property
+    def prompt_alternatives(self) -> int | None:
+        counts = [self.logprobs if self.echo else None, self.prompt_logprobs]
+        return max((count for count in counts if count is not None), default=None)
+
+    @property
     def shows_prompt(self) -> bool:
         return self.echo
 
@@ -114,10 +121,15 @@ class CompletionRequest(GenerationRequest):
             raise invalid("best_of", f"best_of={self.best_of} must not be below n={self.n}")
         if self.stream and self.candidates > self.n:
             raise invalid("best_of", "best_of above n does not work with stream=true")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise invalid(
-                "logprobs", f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}"
-            )
+        for field, count in (
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ):
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise invalid(field, f"{field} must be in [0, {MAX_LOGPROBS}], got {count}")
+        if self.prompt_logprobs is not None and (self.stream or self.use_beam_search):
+            other = "stream=true" if self.stream else "beam search"
+            raise invalid("prompt_logprobs", f"{other} does not work with prompt_logprobs")
         super().check()
 
 
@@ -138,10 +150,18 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(default_factory=list)  # in characters of the choice's text
 
 
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int | None  # 1 for the likeliest; null if it is not among those that were asked for
+    decoded_token: str
+
+
 class Choice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None = None
+    # For each token of the prompt itself and the likeliest in its place, by id; null for the first.
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     # Which of the request's stop strings or tokens ended it; null: none of them, or eos.
     stop_reason: str | int | None = None

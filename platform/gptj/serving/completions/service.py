@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gptj.engine.events import TokenEvent
 from gptj.serving.completions.detokenizer import TextStream
@@ -11,7 +12,13 @@ from gptj.serving.completions.generation_request import Prompt, Usage
 from gptj.serving.completions.generation_service import GenerationService
 from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.completions.run import Output, Piece
-from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest, Logprobs
+from gptj.serving.completions.schemas import (
+    Choice,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    PromptLogprob,
+)
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
 
@@ -52,7 +59,11 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
         if first and request.echo:
             choice.text = output.prompt.text + piece.text
             if logprobs is not None:
-                self._echo_logprobs(logprobs, output)
+                self._echo_logprobs(logprobs, output, request.logprobs or 0)
+        if first and request.prompt_logprobs is not None:
+            choice.prompt_logprobs = [
+                self._prompt_logprob(event, request.prompt_logprobs) for event in _scored(output)
+            ]
         if logprobs is not None:
             for event, place in piece.tokens:
                 self._add_logprob(logprobs, event, place)
@@ -61,13 +72,25 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
             choice.prompt_token_ids = output.prompt.ids if first else None
         return choice
 
-    def _echo_logprobs(self, logprobs: Logprobs, output: Output) -> None:
-        scored = output.scored_by.prompt_logprobs
-        assert scored is not None  # always the first event, if requested
+    def _echo_logprobs(self, logprobs: Logprobs, output: Output, count: int) -> None:
         text = TextStream(self._tokenizer)
-        for event in scored.tokens:
-            self._add_logprob(logprobs, event, text.decoded)
+        for event in _scored(output):
+            self._add_logprob(logprobs, replace(event, top=event.top[:count]), text.decoded)
             text.push(event.token_id)
+
+    def _prompt_logprob(self, event: TokenEvent, count: int) -> dict[str, PromptLogprob] | None:
+        if event.logprob is None:  # the first of the prompt
+            return None
+        ranks = {token: rank for rank, (token, _) in enumerate(event.top, 1)}
+        logprobs = {event.token_id: event.logprob, **dict(event.top[:count])}
+        return {
+            str(token): PromptLogprob(
+                logprob=finite(logprob),
+                rank=ranks.get(token),
+                decoded_token=self._token_text(token),
+            )
+            for token, logprob in logprobs.items()
+        }
 
     def _add_logprob(self, logprobs: Logprobs, event: TokenEvent, place: int) -> None:
         first_of_prompt = event.logprob is None
@@ -78,6 +101,13 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
         if not first_of_prompt:  # the token itself, even if it is not among them
             top.setdefault(logprobs.tokens[-1], finite(event.logprob))
         logprobs.top_logprobs.append(None if first_of_prompt else top)
+
+
+def _scored(output: Output) -> Sequence[TokenEvent]:
+    """The prompt's tokens with their logprobs, which were requested."""
+    scored = output.scored_by.prompt_logprobs
+    assert scored is not None  # always the first event, if requested
+    return scored.tokens
 
 
 def finite(logprob: float | None) -> float:
