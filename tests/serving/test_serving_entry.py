@@ -349,12 +349,28 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
                 time.sleep(0.3)
         assert complete(service, prompt="x", max_tokens=2)["choices"]
         assert httpx.get(f"{service}/health", timeout=20).status_code == 200
-        assert len(protocol.unfinished) <= 101
         assert b"408 Request Timeout" in held[0].recv(65536)
         assert b"too many requests are half sent" in held[1].recv(65536)
         held[-1].setblocking(False)
         with pytest.raises(BlockingIOError):
             held[-1].recv(1)
+
+
+def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them() -> None:
+    """Many connections of one address at once, while the loop does something else."""
+
+    async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        time.sleep(0.01)
+        await _plain((200, b"answer"), send)
+
+    limits = ConnectionLimits(unfinished=20, unfinished_per_address=10, grace_seconds=0.3)
+    with listening(busy, LimitedProtocol.limited(limits)) as service, ExitStack() as stack:
+        connections = []
+        for _ in range(100):
+            connections.append(stack.enter_context(connect(service)))
+            connections[-1].sendall(request(b"GET", b"/"))
+        for connection in connections:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
 
 
 def test_a_stream_that_nobody_reads_is_cancelled() -> None:
