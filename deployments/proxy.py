@@ -7,8 +7,8 @@ connections for ever, and some errors are in plain text.
 
 from __future__ import annotations
 
+import uvicorn.config
 import uvicorn.protocols.http.auto as http
-import uvicorn.protocols.websockets.auto as websockets
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
@@ -24,7 +24,7 @@ def middlewares() -> list[Middleware]:
     """Called in each proxy's process, before its server starts. The last sees a request first."""
     # As uvicorn's --ws none, for which Serve has no setting: a POST that offers WebSocket would
     # never be answered.
-    websockets.AutoWebSocketsProtocol = None
+    uvicorn.config.WS_PROTOCOLS["auto"] = None
     http.AutoHTTPProtocol = LimitedProtocol
     return [
         Middleware(Failover, limit_seconds=limit_seconds),

@@ -71,6 +71,7 @@ class Load:
 
     url: str
     clients: int
+    key: str = "none"  # of the service, if it asks for one
     _expected: dict[str, str] = field(default_factory=dict)
     _events: list[tuple[str, float, float]] = field(default_factory=list)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,11 +79,14 @@ class Load:
 
     async def begin(self) -> None:
         """Learn the undisturbed texts, then ask all the time."""
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with self._client() as client:
             for prompt in PROMPTS:
                 reply = await client.post(self.url, json=_body(prompt))
                 self._expected[prompt] = reply.raise_for_status().json()["choices"][0]["text"]
         self._tasks = [asyncio.create_task(self._run(each)) for each in range(self.clients)]
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(timeout=120, headers={"Authorization": f"Bearer {self.key}"})
 
     async def end(self) -> None:
         self._ended.set()
@@ -104,7 +108,7 @@ class Load:
     async def _run(self, number: int) -> None:
         stream = number % 2 == 1
         prompt = PROMPTS[number % len(PROMPTS)]
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with self._client() as client:
             while not self._ended.is_set():
                 start = time.monotonic()
                 outcome = await self._ask(client, prompt, stream)
@@ -157,6 +161,7 @@ class Cluster:
 
     node: LocalRay
     url: str
+    key: str = "none"
 
     def processes(self, actor: str) -> dict[str, int]:
         """Process ids of the live actors of a class, by the actors' ids."""
@@ -198,8 +203,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, replicas: int = 2) -> Iterator[Cluster]:
-    """Two replicas of a tiny model behind serve.yaml's settings."""
+def cluster(folder: Path, replicas: int = 2, key: str = "none") -> Iterator[Cluster]:
+    """Replicas of a tiny model behind serve.yaml's settings."""
     tokenizer = GPTJTokenizer.train([*PROMPTS, "It runs past the tower, and nobody reads."], 300)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -228,7 +233,7 @@ def cluster(folder: Path, replicas: int = 2) -> Iterator[Cluster]:
     with LocalRay.start(folder, cpus=4) as node:
         command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
         with running(command, environment={**os.environ, **node.environment()}, log=log) as process:
-            found = Cluster(node, f"http://{HOST}:{port}")
+            found = Cluster(node, f"http://{HOST}:{port}", key)
             deadline = time.monotonic() + START_SECONDS
             while len(found.processes("ServeReplica")) < replicas or not found._answers():
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -239,7 +244,7 @@ def cluster(folder: Path, replicas: int = 2) -> Iterator[Cluster]:
 
 async def measure(service: Cluster, faults: Sequence[str], clients: int) -> AsyncIterator[Result]:
     """Break each part in turn under load."""
-    load = Load(f"{service.url}/v1/completions", clients)
+    load = Load(f"{service.url}/v1/completions", clients, service.key)
     await load.begin()
     try:
         for fault in faults:

@@ -29,7 +29,6 @@ SERVE = {  # of Serve, if it runs there: Ray's processes read these when they st
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # A dead proxy is replaced after three checks. Each is a call of a millisecond.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.1",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "4",
 }
 
 

@@ -110,7 +110,8 @@ def test_image_names_and_build_arguments_are_those_of_the_manifests() -> None:
 
 def test_rotating_the_clients_keys_makes_the_secret_that_pods_read(tmp_path: Path) -> None:
     """The README's command itself, up to the pipe."""
-    (line,) = re.findall(r"^kubectl .*create secret generic api-keys .*\\\n.*-o yaml", README, re.M)
+    command = r"^kubectl .*create secret generic api-keys .*\$new.*\\\n.*-o yaml"
+    (line,) = re.findall(command, README, re.M)
     done = subprocess.run(
         ["bash", "-c", line.replace("kubectl", program()[0], 1)],
         env={"new": "new-key", "old": "old-key", "HOME": str(tmp_path)},

@@ -48,6 +48,8 @@ def test_no_secret_is_written_down(objects: list[Object]) -> None:
         for variable in container.get("env", []):
             if variable["name"] == "RAY_AUTH_MODE":
                 assert variable["value"] == "token"
+            elif variable["name"] == "GPTJ_KEYS_FILE":
+                assert variable["value"].startswith("/etc/gptj/keys/")  # a secret's
             elif re.search(r"KEY|SECRET|PASSWORD|TOKEN|AUTH", variable["name"]):
                 assert set(variable) == {"name", "valueFrom"}, variable["name"]
     for each in of_kind(objects, "ConfigMap"):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -357,12 +358,28 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
                 time.sleep(0.3)
         assert complete(service, prompt="x", max_tokens=2)["choices"]
         assert httpx.get(f"{service}/health", timeout=20).status_code == 200
-        assert len(protocol.unfinished) <= 101
         assert b"408 Request Timeout" in held[0].recv(65536)
         assert b"too many requests are half sent" in held[1].recv(65536)
         held[-1].setblocking(False)
         with pytest.raises(BlockingIOError):
             held[-1].recv(1)
+
+
+def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them() -> None:
+    """Many connections of one address at once, while the loop does something else."""
+
+    async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+        time.sleep(0.01)
+        await _plain((200, b"answer"), send)
+
+    limits = ConnectionLimits(unfinished=20, unfinished_per_address=10, grace_seconds=0.3)
+    with listening(busy, LimitedProtocol.limited(limits)) as service, ExitStack() as stack:
+        connections = []
+        for _ in range(100):
+            connections.append(stack.enter_context(connect(service)))
+            connections[-1].sendall(request(b"GET", b"/"))
+        for connection in connections:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
 
 
 def test_a_stream_that_nobody_reads_is_cancelled() -> None:
@@ -406,31 +423,28 @@ def test_bodies_that_wait_take_a_bounded_room(replicas: Replicas) -> None:
 # Admission
 
 
-def test_a_full_service_is_not_asked_again_for_each_request() -> None:
-    """Its refusals tell how many it takes; that bound grows again while it refuses nobody."""
-    now = 0.0
-    most = 5  # that the replica takes
-    running = 0
-    asked = 0
-    end = asyncio.Event()
+class Queue:
+    """A service with room for so many requests, whose clients end when they are told to."""
 
-    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal running, asked
-        asked += 1
-        if running >= most and scope["path"] != "/health":
+    def __init__(self, room: int, **settings: Any) -> None:
+        self.room = room
+        self.asked = 0
+        self.running: list[asyncio.Event] = []
+        self.now = 0.0
+        self._admission = Admission(self._serve, clock=lambda: self.now, **settings)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked += 1
+        if len(self.running) >= self.room and scope["path"] != "/health":
             await error_response(OverloadedError("full"))(scope, receive, send)
             return
-        running += 1
+        self.running.append(end := asyncio.Event())
         await end.wait()
-        running -= 1
-        await error_response(OverloadedError("x"))({**scope, "status": 200}, receive, _nothing)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
 
-    async def _nothing(message: Message) -> None: ...
-
-    admission = Admission(replica, max_in_flight=50, clock=lambda: now)
-
-    async def ask(path: str = "/v1/completions") -> int | None:
-        status = None
+    async def ask(self, path: str = "/v1/completions") -> int:
+        status = 0
 
         async def send(message: Message) -> None:
             nonlocal status
@@ -440,24 +454,68 @@ def test_a_full_service_is_not_asked_again_for_each_request() -> None:
             return {"type": "http.disconnect"}
 
         scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-        await admission(scope, receive, send)
+        await self._admission(scope, receive, send)
         return status
 
+    async def hold(self, path: str = "/v1/completions") -> asyncio.Task[int]:
+        """A request that runs until `answer`."""
+        task = asyncio.ensure_future(self.ask(path))
+        await asyncio.sleep(0)
+        return task
+
+    async def answer(self) -> None:
+        self.running.pop(0).set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+def test_a_full_service_is_not_asked_again_for_each_request() -> None:
     async def scenario() -> None:
-        nonlocal now, asked
-        held = [asyncio.ensure_future(ask()) for _ in range(most)]
-        await asyncio.sleep(0)
-        assert await ask() == 429  # by the replica
-        asked = 0
-        assert [await ask() for _ in range(100)] == [429] * 100
-        assert asked == 0
-        healthy = asyncio.ensure_future(ask("/health"))
-        await asyncio.sleep(0)
-        assert running == most + 1
-        now = 10.0  # seconds later, one more is tried
-        assert await ask() == 429
-        assert asked == 2
-        end.set()
-        await asyncio.gather(*held, healthy)
+        service = Queue(room=5)
+        held = [await service.hold() for _ in range(5)]
+        assert await service.ask() == 429
+        assert service.asked == 6
+        assert [await service.ask() for _ in range(100)] == [429] * 100
+        assert service.asked == 6
+        health = await service.hold("/health")
+        assert len(service.running) == 6
+        other = await service.hold("/classification")  # is refused by its own service
+        while service.running:
+            await service.answer()
+        assert await asyncio.gather(*held, health, other) == [200] * 6 + [429]
+
+    asyncio.run(scenario())
+
+
+def test_a_service_that_has_grown_gets_more_by_and_by() -> None:
+    async def scenario() -> None:
+        service = Queue(room=5)
+        held = [await service.hold() for _ in range(5)]
+        assert await service.ask() == 429
+        service.room, service.now = 8, 10.0
+        most = []
+        for _ in range(20):
+            held += [await service.hold() for _ in range(2)]
+            most.append(len(service.running))
+            await service.answer()
+        assert most[0] == 5
+        assert 8 in most
+        assert most == sorted(most)
+        while service.running:
+            await service.answer()
+        await asyncio.gather(*held)
+
+    asyncio.run(scenario())
+
+
+def test_a_burst_does_not_all_reach_a_service_that_nobody_knows_yet() -> None:
+    async def scenario() -> None:
+        service = Queue(room=1000, first_bound=10)
+        held = [await service.hold() for _ in range(100)]
+        assert service.asked == 10
+        while service.running:
+            await service.answer()
+        statuses = Counter(await asyncio.gather(*held))
+        assert statuses == {200: 10, 429: 90}
 
     asyncio.run(scenario())

@@ -18,23 +18,35 @@ from gptj.serving.middleware.limits import is_health
 
 PER_KEY = b"x-ratelimit-scope"  # of a 429 that is about the key: see RateLimitError
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
-GROWTH = 1.1  # of a route's bound, for each second without a refusal
+FIRST_BOUND = 512  # of a route, until more is known
+GROWTH = 0.5  # of a route's bound, by each answer while it is reached
 FULL = OverloadedError("the service is full: try again later")
 
 
 @dataclass
 class Bound:
-    """How many requests of a route were in flight when a replica last refused one."""
+    """How many requests of a route may be in flight, by what its replicas took and refused.
 
-    in_flight: int
-    since: float
+    As TCP finds the room of a network: up by and by while it is used up and nothing is refused,
+    down at once to what was in flight at a refusal.
+    """
 
-    def now(self, now: float) -> float:
-        return max(1, self.in_flight) * float(GROWTH ** (now - self.since))
+    value: float
+    refused_at: float = float("-inf")
+
+    def note_answer(self, in_flight: int) -> None:
+        if in_flight + 1 >= self.value:
+            self.value += GROWTH
+
+    def note_refusal(self, in_flight: int, now: float) -> None:
+        # Several refusals of one moment come back one by one, while fewer and fewer are in flight.
+        if now - self.refused_at > 1:
+            self.value = max(1, in_flight)
+            self.refused_at = now
 
 
 class Admission:
-    """Middleware: 429 while a route has as many requests as when a replica was last full.
+    """Middleware: 429 while as many of a route's requests are in flight as its bound says.
 
     Health is always let through.
     """
@@ -43,28 +55,34 @@ class Admission:
         self,
         app: ASGIApp,
         max_in_flight: int = MAX_IN_FLIGHT,
+        first_bound: int = FIRST_BOUND,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
         self._max_in_flight = max_in_flight
+        self._first_bound = first_bound
         self._clock = clock
         self._in_flight: Counter[str] = Counter()  # by path; only what is in flight
-        self._bounds: dict[str, Bound] = {}  # by path; a replica has answered there
+        self._bounds: dict[str, Bound] = {}  # by path; there a replica has refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_health(scope):
             await self._app(scope, receive, send)
             return
         path = scope["path"].rstrip("/")
-        if not self._has_room(path):
+        bound = self._bounds.get(path) or Bound(self._first_bound)
+        in_flight = self._in_flight[path]
+        if in_flight >= bound.value or self._in_flight.total() >= self._max_in_flight:
             await error_response(FULL)(scope, receive, send)
             return
-        refused = False
+        status, refused = 0, False
 
         async def watch(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] == 429:
-                refused = not any(name.lower() == PER_KEY for name, _ in message["headers"])
+            nonlocal status, refused
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                names = {name.lower() for name, _ in message["headers"]}
+                refused = status == 429 and PER_KEY not in names
             await send(message)
 
         self._in_flight[path] += 1
@@ -72,27 +90,11 @@ class Admission:
             await self._app(scope, receive, watch)
         finally:
             self._in_flight[path] -= 1
+            left = self._in_flight[path]
             if refused:
-                self._note_refusal(path)
-            if not self._in_flight[path]:
+                self._bounds.setdefault(path, bound).note_refusal(left, self._clock())
+            elif status == 200:
+                # Only routes that exist are remembered: paths are for clients to make up.
+                self._bounds.setdefault(path, bound).note_answer(left)
+            if not left:
                 del self._in_flight[path]
-
-    def _has_room(self, path: str) -> bool:
-        if self._in_flight.total() >= self._max_in_flight:
-            return False
-        bound = self._bounds.get(path)
-        if bound is None:
-            return True
-        most = bound.now(self._clock())
-        if most > self._max_in_flight:
-            del self._bounds[path]
-            return True
-        return self._in_flight[path] < most
-
-    def _note_refusal(self, path: str) -> None:
-        """So many were too many: those that are in flight now, without the refused one."""
-        now, in_flight = self._clock(), self._in_flight[path]
-        bound = self._bounds.get(path)
-        # Several refusals of one moment come back one by one, while fewer and fewer are in flight.
-        if bound is None or now - bound.since > 1 or in_flight > bound.in_flight:
-            self._bounds[path] = Bound(in_flight, now)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gptj.serialization.json_object import to_json
 from gptj.serving.errors import APIError, InvalidRequestError, RequestTimeoutError
+
+READ_SECONDS = 0.01  # by then a loop has looked at its sockets once more
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,36 @@ class ConnectionLimits:
     body_seconds: float = 60.0  # to send its body
     unread_seconds: float = 30.0  # for a client to read something of what waits for it
     close_seconds: float = 5.0  # to read the last of it, before the connection is cut
-    # Requests whose end has not arrived. Beyond either bound the oldest is given up, unless it is
+    # Requests whose end has not arrived. Beyond either bound the oldest are given up, but for those
     # younger than `grace_seconds`: a burst of whole requests arrives in that time.
     unfinished: int = 4096
     unfinished_per_address: int = 512
     grace_seconds: float = 2.0
+
+
+class Timer:
+    """Calls something after some seconds, and not before what has arrived by then is read.
+
+    A loop that is behind its work runs its timers before it looks at its sockets (uvloop does): it
+    must not give up what clients sent long ago.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        seconds: float,
+        function: Callable[..., None],
+        *arguments: Any,
+    ) -> None:
+        self._loop = loop
+        self._call = partial(function, *arguments)
+        self._handle = loop.call_later(seconds, self._due)
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+    def _due(self) -> None:
+        self._handle = self._loop.call_later(READ_SECONDS, self._call)
 
 
 @dataclass
@@ -40,19 +69,22 @@ class Unfinished:
     _by_address: defaultdict[str, OrderedDict[LimitedProtocol, float]] = field(
         default_factory=lambda: defaultdict(OrderedDict)
     )
+    _sweeping: bool = False  # a sweep is to come
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def add(self, connection: LimitedProtocol, now: float) -> None:
+    def add(self, connection: LimitedProtocol, loop: asyncio.AbstractEventLoop) -> None:
         if connection in self._all:
             return
         address = self._by_address[connection.address]
-        self._all[connection] = address[connection] = now
-        if len(address) > self.limits.unfinished_per_address:
-            self._give_up_oldest(address, now)
-        if len(self._all) > self.limits.unfinished:
-            self._give_up_oldest(self._all, now)
+        self._all[connection] = address[connection] = loop.time()
+        if not self._sweeping and (
+            len(address) > self.limits.unfinished_per_address
+            or len(self._all) > self.limits.unfinished
+        ):
+            self._sweeping = True
+            Timer(loop, self.limits.grace_seconds, self._sweep, loop)
 
     def discard(self, connection: LimitedProtocol) -> None:
         if self._all.pop(connection, None) is None:
@@ -62,10 +94,19 @@ class Unfinished:
         if not address:
             del self._by_address[connection.address]
 
-    def _give_up_oldest(self, among: OrderedDict[LimitedProtocol, float], now: float) -> None:
-        oldest, since = next(iter(among.items()))
-        if now - since >= self.limits.grace_seconds:
-            oldest.give_up("too many requests are half sent, and this is the oldest")
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._sweeping = False
+        most = self.limits.unfinished_per_address
+        for address in list(self._by_address.values()):
+            self._give_up(list(address.items())[: max(0, len(address) - most)], loop.time())
+        self._give_up(
+            list(self._all.items())[: max(0, len(self._all) - self.limits.unfinished)], loop.time()
+        )
+
+    def _give_up(self, oldest: Iterable[tuple[LimitedProtocol, float]], now: float) -> None:
+        for connection, since in oldest:
+            if now - since >= self.limits.grace_seconds:
+                connection.give_up("too many requests are half sent, and this is the oldest")
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -81,8 +122,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._deadline: asyncio.TimerHandle | None = None  # of the head or body that arrives
-        self._unread: asyncio.TimerHandle | None = None
+        self._deadline: Timer | None = None  # of the head or body that arrives
+        self._unread: Timer | None = None
         self._phase = "head"
 
     @property
@@ -114,7 +155,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
-            self._unread = self.loop.call_later(self.limits.unread_seconds, self._cut)
+            self._unread = Timer(self.loop, self.limits.unread_seconds, self._cut)
 
     def resume_writing(self) -> None:
         self._cancel_unread()
@@ -151,8 +192,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
         reason = f"its {phase} took more than {seconds:g} seconds"
-        self._deadline = self.loop.call_later(seconds, self.give_up, reason)
-        self.unfinished.add(self, self.loop.time())
+        self._deadline = Timer(self.loop, seconds, self.give_up, reason)
+        self.unfinished.add(self, self.loop)
 
     def _request_arrived(self) -> None:
         if self._deadline is not None:
