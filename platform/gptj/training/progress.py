@@ -82,19 +82,21 @@ class ProgressLog:
                 "learning_rate": learning_rate,
                 "gradient_norm": norm,
                 "tokens_per_second": rate,
+                "skipped_steps": progress.skipped_steps,
             }
         )
         elapsed = time.monotonic() - self._started
         done = progress.step - self._first_step
         logger.info(
             "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
-            "%s tokens/s  %s left",
+            "%s tokens/s  %s%s left",
             progress.step,
             self._total,
             mean,
             learning_rate,
             norm,
             f"{rate:,.0f}",
+            f"{progress.skipped_steps} steps skipped  " if progress.skipped_steps else "",
             duration(elapsed / done * (self._total - progress.step)),
         )
 
