@@ -30,6 +30,7 @@ from gptj.adapters.lora import NEW_HEADS, add_lora
 from gptj.config import PRESETS, GPTJConfig
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
+from gptj.training.deepspeed_config import BUCKET
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tasks import TASKS, TaskName
@@ -37,7 +38,6 @@ from gptj.training.tasks import TASKS, TaskName
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASTER, MOMENTS = 4, 8  # bytes of a trained weight: in fp32, and Adam's two numbers
-BUCKET = 500_000_000  # numbers of DeepSpeed's buffer for gradients on their way
 LIVE = 1_000_000_000  # numbers that stage 3 keeps gathered at a time
 CONTEXT = 1_200_000_000  # bytes of CUDA's and NCCL's own, of each GPU
 PROCESS = 700_000_000  # of a worker on a CPU: Python, PyTorch, DeepSpeed, Ray
@@ -106,9 +106,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     host: dict[str, int] = {}
     if spread.offload_parameters:
         host["weights"], device["weights"] = weights, 0
-    if spread.offload_optimizer:
-        host["optimizer"] = optimizer + gradients * 2
-        device["gradients"] = gradients
+    if spread.offload_optimizer:  # with gradients, in fp32, as they come
+        host["optimizer"] = optimizer + trained * 4 // workers
+        gradients = gradients if stage == 1 else 0
     else:
         device["optimizer"] = optimizer
     # In the backward pass; one micro-batch's activations go while the gradients come.
