@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gptj import storage
+from gptj.config import GPTJConfig
 from gptj.extras import missing
 from gptj.storage.lease import Claim, Lease, LeaseHeldError
 from gptj.storage.scratch import shared_scratch_folder
@@ -55,6 +56,7 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+    from jobs.memory import check_memory
     from jobs.room import wait_for_room
     from jobs.training_metrics import TrainingMetrics, count_failure
 except ModuleNotFoundError as error:
@@ -104,7 +106,8 @@ def fine_tune(
             read as well.
     """
     try:
-        check_inputs(settings, shared)
+        config = check_inputs(settings, shared)
+        check_memory(settings, config, on_gpu)
         # Ray's own list of checkpoints, of which we have deleted old ones; the run resumes from
         # what is complete in its folder.
         storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
@@ -198,8 +201,12 @@ def check_workers(settings: Settings) -> bool:
     return on_gpu
 
 
-def check_inputs(settings: Settings, shared: Path) -> None:
-    """Find out now, and not after hours, what is wrong with storage, data or settings."""
+def check_inputs(settings: Settings, shared: Path) -> GPTJConfig:
+    """Find out now, and not after hours, what is wrong with storage, data or settings.
+
+    Returns:
+        the model's configuration.
+    """
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
@@ -213,7 +220,7 @@ def check_inputs(settings: Settings, shared: Path) -> None:
         if each is not None:
             logger.info("%s data: %s", name, each.summary())
     settings.total_steps(len(data.train))
-    make_config(settings, tokenizer, data.train.labels)
+    return make_config(settings, tokenizer, data.train.labels)
 
 
 def build_trainer(settings: Settings, on_gpu: bool, claim: Claim, submission: str) -> TorchTrainer:

@@ -17,6 +17,7 @@ NUMBERS = {
     "gradient_norm": "The gradient's norm at the last step, before it is clipped.",
     "tokens_per_second": "Tokens that are trained on, of all workers, since the point before.",
     "useful_tokens": "Tokens as a share of what was computed with padding, since the point before.",
+    "skipped_steps": "Steps without an update so far: fp16 overflows and loss spikes.",
     "evaluation_loss": "The loss on the evaluation data.",
 }
 REPEAT_SECONDS = 5.0  # Ray forgets numbers that are not set again

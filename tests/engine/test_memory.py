@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification
 from gptj.checkpoints.skeleton import without_weights
 from gptj.engine import memory
 from gptj.engine.runners.base import TorchRunner
+from gptj.live_bytes import LiveBytes
 
 SIX_B = GPTJConfig.preset("6b")
 

@@ -79,8 +79,12 @@ def test_a_full_disk_is_named_whoever_meets_it(small_disk: Path) -> None:
     assert "the disk is full" in message
     assert "results" in message
     with (
-        pytest.raises(DiskFullError, match=f"the disk of {small_disk}, 0.00105 GB in all, is full"),
-        naming_full_disk(small_disk),
+        pytest.raises(
+            DiskFullError,
+            match=f"the disk of {small_disk}, 0.00105 GB in all, is full: 0.00419 GB are needed "
+            f"there and 0.00105 GB are there; remedy: free space there, or set TMPDIR",
+        ),
+        naming_full_disk(small_disk, 2**22),
     ):
         torch.save(torch.zeros(2**20), small_disk / "shard.pt")
 

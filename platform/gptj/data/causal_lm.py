@@ -23,7 +23,7 @@ from gptj.data.examples import (
 )
 from gptj.data.packing import WINDOW, Packed, Packing, pack
 from gptj.data.rows import DataError, Row
-from gptj.model import IGNORED_LABEL
+from gptj.linear_cross_entropy import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
 
 

@@ -11,6 +11,9 @@ from gptj.training.sections import DeepSpeedSettings, OptimizerSettings
 from gptj.training.settings import Settings
 
 NEVER = 10**9
+# Numbers of the buffers that gradients pass through: DeepSpeed's own 500 million are 2 GB in bf16,
+# also for an adapter. Larger matrices go alone.
+BUCKET = 50_000_000
 
 
 def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": spread.stage,
         "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET,
         "overlap_comm": on_gpu,  # needs streams
     }
     if spread.offload_optimizer:

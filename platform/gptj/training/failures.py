@@ -59,22 +59,38 @@ def unrecoverable(error: BaseException) -> str | None:
 
 
 @contextmanager
-def naming_full_disk(folder: Path) -> Iterator[None]:
+def naming_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]:
     """Raise DiskFullError for what fails in the block because `folder` has no room.
 
     PyTorch's writers say only that a stream is broken; so the disk itself is asked.
+
+    Args:
+        needed: bytes that the block writes there, if that is known.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
         if not _is_full(folder):
             raise
-        size = shutil.disk_usage(folder).total
+        usage = shutil.disk_usage(folder)
+        # What the block has written so far is free again once the folder goes.
+        written = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+        wanted = "" if needed is None else f": {gigabytes(needed)} are needed there"
         raise DiskFullError(
-            f"the disk of {folder}, {size / 1e9:.3g} GB in all, is full; remedy: free space there, "
-            f"or set TMPDIR for the workers to a folder with room for each worker's part of a "
-            f"checkpoint"
+            f"the disk of {folder}, {gigabytes(usage.total)} in all, is full{wanted}"
+            f"{' and' if wanted else ':'} {gigabytes(usage.free + written)} are there; "
+            f"{DISK_REMEDY}"
         ) from error
+
+
+DISK_REMEDY = (
+    "remedy: free space there, or set TMPDIR for the workers to a folder with room for each "
+    "worker's part of a checkpoint"
+)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 def _is_full(folder: Path) -> bool:

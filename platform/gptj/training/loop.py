@@ -44,7 +44,9 @@ from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
 from gptj.training.progress import ProgressLog, duration
 from gptj.training.provenance import provenance
+from gptj.training.room import check_room, checkpoint_bytes
 from gptj.training.settings import Settings, SettingsError
+from gptj.training.spikes import SpikeFilter, UpdateGate
 from gptj.training.state import (
     Progress,
     check_resumable,
@@ -135,9 +137,10 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         run = _Run(settings, worker, progress, total, scratch, checkpoint)
         engine = run.start(config)
         if checkpoint is not None:
-            load_state(engine, checkpoint, run.scratch("resume"), worker.rank, worker.world_size)
+            run.load(engine, checkpoint)
             if worker.rank == 0:
                 logger.info("resuming after step %d of %d", progress.step, total)
+        run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
         run.export(engine.module, tokenizer, metrics)
     return metrics
@@ -162,15 +165,25 @@ class _Run:
         self.total = total
         self._scratch = scratch
         self._checkpoint_address = checkpoint  # the newest
+        self._clipped: Tensor | None = None  # the last gradient norm, where DeepSpeed has none
+        self._gate: UpdateGate | None = None
+        self._part_bytes: int | None = None  # this rank's part of a checkpoint
         self._log = None
         if worker.rank == 0:
             self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
 
-    def scratch(self, name: str) -> Path:
-        """A new local folder, which ends with the run."""
-        folder = self._scratch / name
-        folder.mkdir()
-        return folder
+    def load(self, engine: Any, checkpoint: str) -> None:
+        """Bring the engine back to a checkpoint, of which no copy stays."""
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            worker = self.worker
+            load_state(engine, checkpoint, Path(folder), worker.rank, worker.world_size)
+
+    def check_room(self, model: GPTJPreTrainedModel) -> None:
+        """DiskFullError, on all ranks, if one's disk has no room for its part of a checkpoint."""
+        worker = self.worker
+        part = checkpoint_bytes(self.settings, model, worker.rank, worker.world_size)
+        self._part_bytes = part
+        check_room(self._scratch, self.settings.folder, part)
 
     def start(self, config: GPTJConfig) -> Any:
         """DeepSpeed's engine with the model."""
@@ -196,6 +209,8 @@ class _Run:
         )
         if settings.deepspeed.stage == 0:
             undo_first_step(engine)
+        if settings.optimizer.skip_spikes is not None:
+            self._gate = self._skipping_spikes(engine)
         # Dropout differs from rank to rank, and repeats with the seed.
         torch.manual_seed(settings.seed + 1 + worker.rank)
         return engine
@@ -247,14 +262,13 @@ class _Run:
 
     def _return_to_best(self, engine: Any) -> dict[str, float] | None:
         """Bring the weights back to the best evaluation's; its metrics, if it was not the last."""
-        best, worker = self.progress.best, self.worker
+        best = self.progress.best
         if best is None or best["step"] == self.progress.step:
             return None
         if self.settings.export == "last" or not best["kept"]:
             return None
         address = storage.join(self.settings.folder, _checkpoint_name(best["step"]))
-        folder = self.scratch("best")
-        load_state(engine, address, folder, worker.rank, worker.world_size)
+        self.load(engine, address)
         if self._log is not None:
             logger.info(
                 "exporting the best model, of step %d: %s",
@@ -316,7 +330,7 @@ class _Run:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
         total = torch.zeros(1, dtype=torch.float64, device=worker.device)
         rate = engine.optimizer.param_groups[0]["lr"]  # afterwards it is the next step's
-        clipped = None
+        self._clipped = None
         for number, batch in enumerate(batches, 1):
             loss = self._loss(engine, data, batch) / all_items
             total += loss.detach()
@@ -324,16 +338,20 @@ class _Run:
             # since the loss is already a mean over the whole global batch.
             engine.backward(loss * (settings.gradient_accumulation_steps * worker.world_size))
             if number == len(batches) and not clips_gradients(settings.deepspeed):
-                clipped = _clip_gradients(engine.module, settings.optimizer.gradient_clipping)
+                limit = settings.optimizer.gradient_clipping
+                self._clipped = _clip_gradients(engine.module, limit)
             self._update(engine)
         mean = float(self._sum(total))
-        norm = float(engine.get_global_grad_norm() if clipped is None else clipped)
+        norm = self._norm(engine)
         self.progress.step += 1
         self._check_finite("the training loss", mean)
         if settings.deepspeed.precision != "fp16" or engine.was_step_applied():
-            # A norm that is none is -1 to DeepSpeed. In fp16 it skips such steps, and lowers the
-            # loss scale.
-            self._check_finite("the gradient norm", math.nan if norm < 0 else norm)
+            self._check_finite("the gradient norm", norm)
+            self.progress.overflows_in_a_row = 0
+            if self._gate is not None and self._gate.closed:
+                self.progress.spikes += 1
+        else:
+            self._count_overflow(engine)
         if self._log is not None:
             seconds = time.monotonic() - started
             self._log.step(mean, rate, norm, int(all_tokens), int(all_room), seconds)
@@ -353,6 +371,8 @@ class _Run:
         scaling = getattr(engine.optimizer, "loss_scale_config", None)  # stage 0's
         lowest = scaling is not None and scaling.cur_scale == scaling.min_loss_scale
         last = engine.is_gradient_accumulation_boundary()
+        if self._gate is not None:
+            self._gate.begin()
         try:
             engine.step()
         except Exception as error:
@@ -361,6 +381,59 @@ class _Run:
             raise self._diverged(what, ahead=1) from error
         if lowest and last and engine.optimizer.overflow:
             raise self._diverged(what, ahead=1)
+
+    def _norm(self, engine: Any) -> float:
+        """Of the last gradients, before they were clipped. One that is not finite may be NaN."""
+        norm = float(engine.optimizer._global_grad_norm if self._clipped is None else self._clipped)
+        return math.nan if norm < 0 else norm  # DeepSpeed's word for it is -1
+
+    def _skipping_spikes(self, engine: Any) -> UpdateGate:
+        """Keep the optimizer from batches whose gradient norm is far above the usual."""
+        optimizer, progress = self.settings.optimizer, self.progress
+        assert optimizer.skip_spikes is not None
+        spikes = SpikeFilter(progress.norms, optimizer.skip_spikes, optimizer.spike_window)
+
+        def is_usual() -> bool:
+            # All ranks have the same norm up to how it was added up, and must decide alike.
+            norm = float(self._broadcast(torch.tensor([self._norm(engine)], dtype=torch.float64)))
+            skipped = spikes.is_spike(norm)
+            if skipped and self._log is not None:
+                logger.warning(
+                    "step %d: the batch is skipped, since its gradient norm %.4g is more than "
+                    "optimizer.skip_spikes=%g times the median %.4g of the last %d",
+                    progress.step + 1,
+                    norm,
+                    optimizer.skip_spikes,
+                    spikes.median,
+                    len(progress.norms),
+                )
+            spikes.record(norm)
+            return not skipped
+
+        return UpdateGate(engine, is_usual)
+
+    def _count_overflow(self, engine: Any) -> None:
+        """DeepSpeed has skipped the step, and lowered the loss scale.
+
+        DivergedError if that has been so for too many steps in a row.
+        """
+        progress, limit = self.progress, self.settings.deepspeed.max_overflows
+        progress.overflows += 1
+        progress.overflows_in_a_row += 1
+        if self._log is not None:
+            logger.warning(
+                "step %d is skipped: its gradients overflow in fp16 (%d in a row, %d in all); the "
+                "loss scale is now %g",
+                progress.step,
+                progress.overflows_in_a_row,
+                progress.overflows,
+                engine.optimizer.loss_scale,
+            )
+        if progress.overflows_in_a_row >= limit:
+            raise self._diverged(
+                f"gradients have overflowed in fp16 for deepspeed.max_overflows={limit} steps in a "
+                f"row,"
+            )
 
     def _check_weights(self, engine: Any, data: Data | None, order: BatchOrder) -> None:
         """Before weights are saved: that they are finite, and so is a loss that they give.
@@ -430,7 +503,7 @@ class _Run:
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             path = Path(folder) / name
             path.mkdir()
-            with naming_full_disk(path):
+            with naming_full_disk(path, self._part_bytes):
                 save_state(engine, path, self.progress, self.worker.rank)
             if self._log is not None:
                 self.worker.fence()
@@ -447,6 +520,14 @@ class _Run:
         parts: list[Any] = [None] * self.worker.world_size
         dist.all_gather_object(parts, part)
         return parts
+
+    def _broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's, on all ranks."""
+        if self.worker.world_size == 1:
+            return values
+        values = values.to(self.worker.device)
+        dist.broadcast(values, src=0)
+        return values.cpu()
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all ranks; on the device that the ranks' backend talks through."""

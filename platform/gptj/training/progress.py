@@ -96,13 +96,14 @@ class ProgressLog:
                 "gradient_norm": norm,
                 "tokens_per_second": rate,
                 "useful_tokens": useful,
+                "skipped_steps": progress.skipped_steps,
             }
         )
         elapsed = time.monotonic() - self._started
         done = progress.step - self._first_step
         logger.info(
             "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
-            "%s tokens/s  %.1f%% useful  %s left",
+            "%s tokens/s  %.1f%% useful  %s%s left",
             progress.step,
             self._total,
             mean,
@@ -110,6 +111,7 @@ class ProgressLog:
             norm,
             f"{rate:,.0f}",
             100 * useful,
+            f"{progress.skipped_steps} steps skipped  " if progress.skipped_steps else "",
             duration(elapsed / done * (self._total - progress.step)),
         )
 

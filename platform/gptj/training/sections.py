@@ -150,6 +150,10 @@ class OptimizerSettings(Section):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # largest norm; 0: none
+    # Skip a batch whose gradient norm is more than so many times the median of the last
+    # spike_window ones, once there is a tenth of these. None: never.
+    skip_spikes: Annotated[float, Field(gt=1)] | None = None
+    spike_window: Annotated[int, Field(ge=10)] = 100
 
 
 class DeepSpeedSettings(Section):
@@ -157,6 +161,7 @@ class DeepSpeedSettings(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2  # 1: optimizer; 2: and gradients; 3: and weights
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_overflows: Positive = 16  # fp16: skipped steps in a row that end the run
     offload_optimizer: bool = False  # to the host's memory, from stage 1 on
     offload_parameters: bool = False  # to the host's memory, at stage 3
 

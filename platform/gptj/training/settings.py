@@ -144,6 +144,12 @@ class Settings(Section):
             yield "model.revision", "set model.checkpoint", "without model.checkpoint"
         if self.tokenizer.address:
             yield "tokenizer.vocab_size", "drop tokenizer.address", "on a tokenizer that exists"
+        if self.optimizer.skip_spikes is None:
+            key, reason = "optimizer.spike_window", "without optimizer.skip_spikes"
+            yield key, "set optimizer.skip_spikes", reason
+        if self.deepspeed.precision != "fp16":
+            key = "deepspeed.max_overflows"
+            yield key, "set deepspeed.precision=fp16", f"in {self.deepspeed.precision}"
         if self.optimizer.schedule == "constant":
             key, reason = "optimizer.final_share", "with optimizer.schedule=constant"
             yield key, "choose cosine or linear", reason
@@ -211,6 +217,7 @@ CHANGEABLE = frozenset(
         "workers.cpus",
         "workers.autoscaling",
         "workers.max_failures",
+        "deepspeed.max_overflows",
         "export",
         "early_stopping",
     }

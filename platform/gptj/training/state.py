@@ -49,6 +49,14 @@ class Progress:
     # The best evaluation: step, score, metrics, and whether its checkpoint is kept.
     best: dict[str, Any] | None = None
     worse: int = 0  # evaluations since then
+    overflows: int = 0  # steps that were skipped, since gradients overflowed in fp16
+    overflows_in_a_row: int = 0  # of these the last ones
+    spikes: int = 0  # steps that were skipped, since the gradient norm was far above the usual
+    norms: list[float] = field(default_factory=list)  # the last ones, if spikes are skipped
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.overflows + self.spikes
 
 
 def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:

@@ -42,7 +42,7 @@ class CausalLM(Task[CausalLMData]):
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], items: int) -> tuple[Tensor, Any]:
         # Not mean times items: a batch without a counted token has no mean.
-        output = model(**batch, use_cache=False, num_items_in_batch=1)
+        output = model(**batch, use_cache=False, num_items_in_batch=1, skip_logits=True)
         return output.loss, output
 
     def metrics(self, data: CausalLMData, whole: Part) -> dict[str, float]:

@@ -1,0 +1,87 @@
+"""Whether a training fits the memory of the cluster's GPUs or machine, asked before it begins."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+import torch
+
+from gptj.config import GPTJConfig
+from gptj.training.memory import (
+    certain_bytes,
+    changed,
+    fits,
+    fitting,
+    plan_memory,
+    words,
+)
+from gptj.training.settings import Settings, SettingsError
+
+logger = logging.getLogger("finetune")
+
+GPU_SECONDS = 60.0
+
+
+def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool) -> None:
+    """SettingsError, with settings that would do, for a run that cannot fit.
+
+    GPUs that the cluster has yet to get are not known; nor is how much of several machines' memory
+    a run on CPUs may have.
+    """
+    if on_gpu:
+        if not (settings.workers.autoscaling and not ray.cluster_resources().get("GPU")):
+            check_gpu_memory(settings, config, gpu_memory())
+    elif sum(node["Alive"] for node in ray.nodes()) == 1:
+        check_machine_memory(settings, config, machine_memory())
+
+
+def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> None:
+    """SettingsError if a worker needs more than a GPU's `memory`, in bytes."""
+    plan = plan_memory(settings, config, on_gpu=True)
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
+    needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
+    if fits(plan, settings.workers.count, memory):
+        logger.info("the run will take about %s", needed)
+        return
+    found = []
+    for change in fitting(settings, config, gpu_memory=memory):
+        less = plan_memory(changed(settings, change), config, on_gpu=True)
+        found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
+    raise SettingsError(
+        f"the run does not fit: it would take {needed}. "
+        + (f"These settings do: {'; or '.join(found)}" if found else "It takes more GPUs")
+    )
+
+
+def check_machine_memory(settings: Settings, config: GPTJConfig, memory: int) -> None:
+    """SettingsError if weights, gradients and optimizer alone are more than a machine's memory."""
+    needed = certain_bytes(settings, config)
+    if needed > memory:
+        raise SettingsError(
+            f"the run does not fit: the weights, gradients and optimizer of "
+            f"workers.count={settings.workers.count} workers take {needed / 1e9:.1f} GB together, "
+            f"and the machine has {memory / 1e9:.1f} GB: take a smaller model, an adapter "
+            f"(adapter={{}}), deepspeed.precision=bf16, deepspeed.stage=3, or fewer workers"
+        )
+
+
+def gpu_memory() -> int:
+    """Bytes of one of the cluster's GPUs; of a worker's, as they are usually alike."""
+    found: int = ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote(), timeout=GPU_SECONDS)
+    return found
+
+
+def _gpu_memory() -> int:
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def machine_memory() -> int:
+    """Bytes of physical memory of this machine, or what its container may have of it."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            return min(physical, int(file.read()))
+    except (OSError, ValueError):  # there is no such limit: "max"
+        return physical

@@ -1,0 +1,420 @@
+"""What a training run needs of each GPU's memory and of the host's, by part, before it begins.
+
+    python -m gptj.training.memory --gpus 4 --gpu-memory 24 [--model 6b|small|tiny|ADDRESS]
+                                   [SETTINGS.yaml] [key=value …]
+
+Prints the parts, and settings with which the run fits where it does not. `--gpu-memory` and
+`--host-memory` (of a node, 8 GPUs at most) are in GB; without the first the run is one on CPUs.
+
+What DeepSpeed keeps is computed from the number of weights; activations are counted, by running
+blocks of the model on PyTorch's meta device, which has shapes and no numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptj.adapters.lora import NEW_HEADS, add_lora
+from gptj.config import PRESETS, GPTJConfig
+from gptj.live_bytes import LiveBytes
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.training.deepspeed_config import BUCKET
+from gptj.training.sections import AdapterSettings
+from gptj.training.settings import Settings, SettingsError, read_settings
+from gptj.training.tasks import TASKS, TaskName
+
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MASTER, MOMENTS = 4, 8  # bytes of a trained weight: in fp32, and Adam's two numbers
+LIVE = 1_000_000_000  # numbers that stage 3 keeps gathered at a time
+CONTEXT = 1_200_000_000  # bytes of CUDA's and NCCL's own, of each GPU
+PROCESS = 700_000_000  # of a worker on a CPU: Python, PyTorch, DeepSpeed, Ray
+NODE_GPUS = 8
+PUBLISHED = "EleutherAI/gpt-j-6B"
+SPARE = 0.05  # of a GPU's memory, which fragmentation may take
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the moment of the peak, by part.
+
+    Args:
+        device: of each GPU; on CPUs, of each worker.
+        host: of each worker, beside its GPU.
+    """
+
+    device: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> MemoryPlan:
+    """What each of the run's workers needs.
+
+    Args:
+        config: of the model, as the run has it.
+    """
+    spread, workers = settings.deepspeed, settings.workers.count
+    width, stage = WIDTHS[spread.precision], spread.stage
+    total, trained, largest = _count(settings.task, config, settings.adapter)
+    rows = settings.micro_batch_size
+    body, head = _activations(
+        settings.task,
+        config.to_json(),
+        settings.adapter,
+        spread.precision,
+        settings.model.gradient_checkpointing,
+        rows,
+        settings.data.sequence_length,
+    )
+
+    weights = total * width // (workers if stage == 3 else 1)
+    gathered = min(total, LIVE) * width if stage == 3 else 0
+    state = trained * (MOMENTS if stage == 0 and spread.precision == "fp32" else MASTER + MOMENTS)
+    optimizer = state // (workers if stage else 1)
+    gradients = trained * width // (workers if stage >= 2 else 1)
+    # DeepSpeed's optimizer reads gradients in fp32, in a copy.
+    copies = 0 if stage == 0 and spread.precision == "fp32" else trained * 4
+    copies = copies // (workers if stage else 1)
+    if stage == 3:  # one group of weights after the other
+        copies = min(copies, LIVE * 4)
+    if not on_gpu:  # PyTorch's Adam has two temporary tensors of what it updates at a time
+        copies += 2 * 4 * (trained // workers if stage else largest)
+    bucket = BUCKET if on_gpu else min(trained, BUCKET)
+    buffers = bucket * width * (2 if on_gpu and 0 < stage < 3 else 1) if stage else 0
+
+    device = {"weights": weights}
+    host: dict[str, int] = {}
+    if spread.offload_parameters:
+        host["weights"], device["weights"] = weights, 0
+    if spread.offload_optimizer:  # with gradients, in fp32, as they come
+        host["optimizer"] = optimizer + trained * 4 // workers
+        gradients = gradients if stage == 1 else 0
+    else:
+        device["optimizer"] = optimizer
+    # In the backward pass; one micro-batch's activations go while the gradients come.
+    together = settings.gradient_accumulation_steps > 1 or stage >= 2
+    learning = body + head + gradients if together else max(body + head, gradients)
+    updating = gradients + (0 if spread.offload_optimizer else copies)
+    if learning >= updating:
+        device["gradients"] = max(0, learning - body - head)
+        device["activations"], device["logits"] = body, head
+    else:
+        device["gradients"], device["update"] = gradients, updating - gradients
+    device["buffers"] = buffers + gathered
+    if on_gpu:
+        device["CUDA"] = CONTEXT
+        # The first rank reads the whole model there, and the others have room for it.
+        host["loading"] = total * width
+        host["process"] = PROCESS * 2
+    else:
+        device["process"] = PROCESS
+    return MemoryPlan({k: v for k, v in device.items() if v}, host)
+
+
+def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
+    """What all workers together hold for the whole run, wherever: weights, Adam's state, gradients.
+
+    Less than they need, so that a machine with less cannot do.
+    """
+    spread, workers = settings.deepspeed, settings.workers.count
+    width = WIDTHS[spread.precision]
+    total, trained, _ = _count(settings.task, config, settings.adapter)
+    weights = total * width * (1 if spread.stage == 3 else workers)
+    state = MOMENTS + (0 if spread.precision == "fp32" else MASTER)
+    optimizer = trained * state * (1 if spread.stage else workers)
+    gradients = trained * width * (1 if spread.stage >= 2 else workers)
+    return weights + optimizer + gradients
+
+
+def fitting(
+    settings: Settings,
+    config: GPTJConfig,
+    *,
+    gpu_memory: float,
+    host_memory: float | None = None,
+    limit: int = 3,
+) -> list[dict[str, Any]]:
+    """Changes of settings, as {key: value}, with which a run fits; those that cost least first.
+
+    Args:
+        gpu_memory: of each GPU, in bytes.
+        host_memory: of a node, in bytes; None: as much as it takes.
+    """
+    found: list[dict[str, Any]] = []
+    for change in _changes(settings):
+        if any(each.items() <= change.items() for each in found):
+            continue  # less does as well
+        plan = plan_memory(changed(settings, change), config, on_gpu=True)
+        if fits(plan, settings.workers.count, gpu_memory, host_memory):
+            found.append(change)
+            if len(found) == limit:
+                break
+    return found
+
+
+def fits(plan: MemoryPlan, gpus: int, gpu_memory: float, host_memory: float | None = None) -> bool:
+    """Whether it does, with SPARE of the GPU's memory left; nodes have up to NODE_GPUS."""
+    local = min(gpus, NODE_GPUS)
+    roomy = host_memory is None or plan.host_bytes * local <= host_memory
+    return roomy and plan.device_bytes <= gpu_memory * (1 - SPARE)
+
+
+def changed(settings: Settings, change: Mapping[str, Any]) -> Settings:
+    """The settings with other values, of which the keys have dots."""
+    fields = settings.model_dump(exclude_unset=True)
+    for key, value in change.items():
+        *path, leaf = key.split(".")
+        section = fields
+        for name in path:
+            section[name] = dict(section.get(name) or {})
+            section = section[name]
+        section[leaf] = value
+    return Settings(**fields)
+
+
+def words(change: Mapping[str, Any]) -> str:
+    """As on a command line."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
+
+
+def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
+    """All that may save memory, by what it costs: time, the host's memory, and then quality."""
+    sizes = [settings.micro_batch_size]
+    while sizes[-1] > 1 and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    if sizes[-1] > 1:
+        sizes.append(1)
+    offloads: list[dict[str, Any]] = [{}]
+    if not settings.deepspeed.offload_optimizer:
+        offloads.append({"deepspeed.offload_optimizer": True})
+    if not settings.deepspeed.offload_parameters:
+        both = {"deepspeed.offload_optimizer": True, "deepspeed.offload_parameters": True}
+        offloads.append(both)
+    adapters: list[dict[str, Any]] = [{}]
+    if settings.adapter is None and settings.model.checkpoint:
+        adapters.append({"adapter": {}})
+    recomputes: list[dict[str, Any]] = [{}]
+    if not settings.model.gradient_checkpointing:
+        recomputes.append({"model.gradient_checkpointing": True})
+    stages = [{}, *({"deepspeed.stage": s} for s in (2, 3) if s > settings.deepspeed.stage)]
+    if settings.workers.count == 1 and settings.deepspeed.stage < 3:
+        stages = [{}, {"deepspeed.stage": 3}]
+    for adapter, offload, size, stage, recompute in itertools.product(
+        adapters, offloads, sizes, stages, recomputes
+    ):
+        change = {**recompute, **stage, **offload, **adapter}
+        if size != settings.micro_batch_size:
+            change["micro_batch_size"] = size
+        now = change.get("deepspeed.stage", settings.deepspeed.stage)
+        if "deepspeed.offload_parameters" in change and now < 3:
+            continue
+        if "deepspeed.offload_optimizer" in change and now < 1:
+            continue
+        yield change
+
+
+@lru_cache(maxsize=256)
+def _activations(
+    task: TaskName,
+    config: str,
+    adapter: AdapterSettings | None,
+    precision: str,
+    recompute: bool,
+    rows: int,
+    length: int,
+) -> tuple[int, int]:
+    """Bytes at the peak of a micro-batch's forward and backward pass: the body's, the head's.
+
+    Beside weights and gradients, of which those on their way are counted. Blocks take the same:
+    a few of them are run.
+    """
+    fields = GPTJConfig(**json.loads(config))
+    layers = fields.n_layer
+    peaks = []
+    for count in (2, 3):  # the first one may have inputs without gradients
+        fields.n_layer = count
+        peaks.append(_peak(task, fields, adapter, precision, recompute, rows, length))
+    (body, whole), (next_body, next_whole) = peaks
+    body += (layers - 2) * (next_body - body)
+    whole += (layers - 2) * (next_whole - whole)
+    return min(body, whole), max(0, whole - body)
+
+
+def _peak(
+    task: TaskName,
+    config: GPTJConfig,
+    adapter: AdapterSettings | None,
+    precision: str,
+    recompute: bool,
+    rows: int,
+    length: int,
+) -> tuple[int, int]:
+    """Of a model on the meta device: without its head, and with it."""
+    model = _meta_model(task, config, adapter).to(DTYPES[precision]).train()
+    if recompute:
+        model.gradient_checkpointing_enable()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop)
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    found = []
+    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
+        for head in (False, True):
+            with LiveBytes() as memory:
+                if head:
+                    loss = _loss(task, model, ids)
+                else:
+                    hidden = model.base_model(input_ids=ids, use_cache=False)
+                    loss = hidden.last_hidden_state.mean()
+                loss.backward()
+                del loss
+                hidden = None
+            found.append(memory.peak)
+    return found[0], found[1]
+
+
+def _loss(task: TaskName, model: GPTJPreTrainedModel, ids: Tensor) -> Tensor:
+    if task == "causal-lm":
+        loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
+    else:  # whose heads have few outputs
+        loss = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.mean()
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _drop(parameter: Tensor) -> None:
+    """What is kept of gradients is counted apart."""
+    parameter.grad = None
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> Tensor:
+    """As GPUs and CPUs compute it; on the meta device PyTorch would take the plain one."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    out: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask)[0]
+    return out
+
+
+@lru_cache(maxsize=64)
+def _counted(task: TaskName, config: str, adapter: AdapterSettings | None) -> tuple[int, int, int]:
+    model = _meta_model(task, GPTJConfig(**json.loads(config)), adapter)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() for p in model.parameters()), sum(trained), max(trained)
+
+
+def _count(
+    task: TaskName, config: GPTJConfig, adapter: AdapterSettings | None
+) -> tuple[int, int, int]:
+    """All weights, those that are trained, and of these the largest matrix."""
+    return _counted(task, config.to_json(), adapter)
+
+
+def _meta_model(
+    task: TaskName, config: GPTJConfig, adapter: AdapterSettings | None
+) -> GPTJPreTrainedModel:
+    cls = TASKS[task].head
+    with torch.device("meta"):
+        model = cls(config)
+        if adapter is not None:
+            add_lora(model, adapter.lora(NEW_HEADS.get(cls.__name__, ())))
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gptj.training.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="a preset's name, or a checkpoint's address")
+    parser.add_argument("--gpus", type=int, help="as workers.count")
+    parser.add_argument("--gpu-memory", type=float, help="GB of each")
+    parser.add_argument("--host-memory", type=float, help="GB of each node")
+    parser.add_argument("settings", nargs="*", help="SETTINGS.yaml key=value …")
+    given = parser.parse_intermixed_args(arguments)
+    on_gpu = given.gpu_memory is not None
+    given_words = list(given.settings)
+    if given.gpus is not None:
+        given_words.append(f"workers.count={given.gpus}")
+        if not any(word.startswith("batch_size=") for word in given_words):
+            given_words.append(f"batch_size={given.gpus * 8}")
+    if given.model is not None:
+        kind = "model.preset" if given.model in ("tiny", "small") else "model.checkpoint"
+        given_words.append(f"{kind}={PUBLISHED if given.model == '6b' else given.model}")
+    try:
+        settings = read_settings(given_words)
+        config = known_config(settings)
+    except (SettingsError, OSError) as error:
+        sys.exit(f"error: {error}")
+    plan = plan_memory(settings, config, on_gpu=on_gpu)
+    print(described(plan, settings.workers.count, on_gpu=on_gpu))
+    if not on_gpu:
+        return
+    memory = given.gpu_memory * 1e9
+    host = None if given.host_memory is None else given.host_memory * 1e9
+    if fits(plan, settings.workers.count, memory, host):
+        print(f"It fits {given.gpu_memory:g} GB.")
+        return
+    print(f"It does not fit {given.gpu_memory:g} GB. These settings do:")
+    found = fitting(settings, config, gpu_memory=memory, host_memory=host)
+    for change in found:
+        plan = plan_memory(changed(settings, change), config, on_gpu=True)
+        print(f"  {words(change)}  ({plan.device_bytes / 1e9:.1f} GB)")
+    if not found:
+        print("  none: take more or larger GPUs, or a shorter data.sequence_length")
+        sys.exit(1)
+
+
+def known_config(settings: Settings) -> GPTJConfig:
+    """The configuration of the run's model, as far as it is known without the data."""
+    if settings.model.checkpoint == PUBLISHED:  # which need not be reachable for that
+        return GPTJConfig(**PRESETS["6b"])
+    if settings.model.checkpoint:
+        revision = settings.model.revision or None
+        return GPTJConfig.from_pretrained(settings.model.checkpoint, revision=revision)
+    return GPTJConfig(**{**PRESETS[settings.model.preset], **settings.model.config})
+
+
+def described(plan: MemoryPlan, workers: int, *, on_gpu: bool) -> str:
+    """The parts as a table, in GB."""
+    where = "each GPU" if on_gpu else "each worker"
+    columns = [(f"{where} of {workers}", plan.device)]
+    if plan.host:
+        columns.append(("the host, for each", plan.host))
+    lines = []
+    for title, parts in columns:
+        lines.append(f"{title}:")
+        lines += [f"  {name:<12}{size / 1e9:8.2f} GB" for name, size in parts.items()]
+        lines.append(f"  {'in all':<12}{sum(parts.values()) / 1e9:8.2f} GB")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

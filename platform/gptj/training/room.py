@@ -1,0 +1,91 @@
+"""Whether checkpoints find room on the workers' disks: asked before the first step.
+
+A rank writes its part of a checkpoint into its scratch folder, and from there to where the run is
+stored. Ranks of one node share a disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from gptj import storage
+from gptj.training.failures import DISK_REMEDY, DiskFullError, gigabytes
+from gptj.training.settings import Settings
+
+MASTER_BYTES = 4  # of a weight in fp32
+MOMENT_BYTES = 8  # of Adam's two moments of a weight
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+SPARE_BYTES = 32 * 2**20  # names, random states, TensorBoard's files, the curve
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank writes to a disk at a time."""
+
+    node: str
+    disk: int  # which of the node's
+    folder: str
+    bytes: int
+    free: int
+
+
+def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size: int) -> int:
+    """The size of a rank's part of a checkpoint, up to what `SPARE_BYTES` holds.
+
+    Of what is trained: DeepSpeed saves no frozen weights here.
+    """
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    precision, stage = settings.deepspeed.precision, settings.deepspeed.stage
+    if stage == 0:  # rank 0 writes all
+        masters = 0 if precision == "fp32" else MASTER_BYTES
+        return trained * (WEIGHT_BYTES[precision] + masters + MOMENT_BYTES) if rank == 0 else 0
+    part = -(-trained // world_size) * (MASTER_BYTES + MOMENT_BYTES)
+    if stage < 3 and rank == 0:
+        part += trained * WEIGHT_BYTES[precision]
+    return part
+
+
+def check_room(scratch: Path, results: str, needed: int) -> None:
+    """That a checkpoint's parts find room on the disks of all ranks, which call it together.
+
+    Args:
+        scratch: this rank's folder for temporary files.
+        results: where the run is stored; if it is local, the parts are copied there.
+        needed: bytes of this rank's part.
+
+    Raises:
+        DiskFullError: on all ranks, with the node, the folder, what is needed and what is free.
+    """
+    mine = [_need(scratch, needed + SPARE_BYTES)]
+    if not storage.is_s3(results):
+        mine.append(_need(Path(results), needed + SPARE_BYTES))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    disks: dict[tuple[str, int], list[Need]] = {}
+    for need in [need for each in found for need in each]:
+        disks.setdefault((need.node, need.disk), []).append(need)
+    for (node, _), needs in disks.items():
+        total, free = sum(each.bytes for each in needs), min(each.free for each in needs)
+        if total > free:
+            folders = " and ".join(dict.fromkeys(each.folder for each in needs))
+            raise DiskFullError(
+                f"the disk of {folders} on node {node} has no room for a checkpoint: "
+                f"{gigabytes(total)} are needed there, for the parts of {len(found)} workers, and "
+                f"{gigabytes(free)} are free; {DISK_REMEDY}"
+            )
+
+
+def _need(folder: Path, size: int) -> Need:
+    """For a folder that may not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return Need(socket.gethostname(), os.stat(folder).st_dev, str(folder), size, free)

@@ -1,0 +1,73 @@
+"""Batches that would throw a training off: told by their gradient norm, and not learned from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+
+class SpikeFilter:
+    """Tells a gradient norm that is far above the usual.
+
+    Norms of skipped batches count as well: after a lasting change of level half a window of
+    batches is lost, and not all the rest.
+
+    Args:
+        norms: of the last batches, oldest first; it is kept up to date.
+        factor: a norm above so many times the median is a spike.
+        window: norms that the median is of; nothing is a spike before there is a tenth of them.
+    """
+
+    def __init__(self, norms: list[float], factor: float, window: int) -> None:
+        self._norms = norms
+        self._factor = factor
+        self._window = window
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self._norms)
+
+    def is_spike(self, norm: float) -> bool:
+        enough = len(self._norms) >= self._window // 10
+        return enough and norm > self._factor * self.median
+
+    def record(self, norm: float) -> None:
+        """Norms that are not finite do not count: they end the run."""
+        if math.isfinite(norm):
+            self._norms.append(norm)
+            del self._norms[: -self._window]
+
+
+class UpdateGate:
+    """Lets DeepSpeed take a step without an update: weights, masters and moments stay.
+
+    DeepSpeed computes the norm within its step, and then calls the optimizer that it wraps, at
+    stage 3 several times; that call is what is left out.
+
+    Args:
+        engine: DeepSpeed's, initialised.
+        is_open: whether to update; asked once a step.
+    """
+
+    def __init__(self, engine: Any, is_open: Callable[[], bool]) -> None:
+        optimizer = engine.basic_optimizer
+        update = optimizer.step
+        self._open: bool | None = None
+
+        def step(*arguments: Any, **options: Any) -> Any:
+            if self._open is None:
+                self._open = is_open()
+            return update(*arguments, **options) if self._open else None
+
+        optimizer.step = step
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last step's update was left out."""
+        return self._open is False
+
+    def begin(self) -> None:
+        """Another step comes."""
+        self._open = None

@@ -1,0 +1,148 @@
+"""How well gptj.training.memory predicts: the peak of real runs on CPUs beside the prediction.
+
+    python -m gptj_bench.training_memory [CASE …] [--width 512] [--layers 6]
+
+Each case trains for two steps with DeepSpeed, in processes of its own, a model with GPT-J's
+vocabulary on text that needs no download. The peak is what a rank's process had in physical memory
+at most (VmHWM, set back when training begins); of several ranks the largest. One JSON object a
+line, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.serialization.json_object import to_json
+from gptj.storage.local import make_folder
+from gptj.training.loop import Worker, train
+from gptj.training.memory import known_config, plan_memory
+from gptj.training.settings import Settings
+from gptj.training.tokenizer import prepare_tokenizer
+
+CASES: dict[str, dict[str, Any]] = {
+    "fp32, stage 0": {},
+    "bf16, stage 0": {"deepspeed": {"stage": 0, "precision": "bf16"}},
+    "fp32, stage 2": {"deepspeed": {"stage": 2}},
+    "bf16, stage 2, 2 workers": {
+        "deepspeed": {"stage": 2, "precision": "bf16"},
+        "workers": {"count": 2},
+        "batch_size": 4,
+    },
+    "bf16, stage 3, 2 workers": {
+        "deepspeed": {"stage": 3, "precision": "bf16"},
+        "workers": {"count": 2},
+        "batch_size": 4,
+    },
+    "fp32, stage 3": {"deepspeed": {"stage": 3}},
+    "16 rows": {"micro_batch_size": 16, "batch_size": 16},
+    "16 rows, recomputed": {
+        "micro_batch_size": 16,
+        "batch_size": 16,
+        "model": {"gradient_checkpointing": True},
+    },
+    "4 micro-batches": {"batch_size": 8},
+    "LoRA, fp32": {"adapter": {}},
+    "LoRA, bf16, 16 rows": {
+        "adapter": {},
+        "deepspeed": {"stage": 2, "precision": "bf16"},
+        "micro_batch_size": 16,
+        "batch_size": 16,
+    },
+    "classification": {"task": "classification"},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    given = parser.parse_args(arguments)
+    shape = {"n_embd": given.width, "n_layer": given.layers, "n_head": 8, "rotary_dim": 32}
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="gptj-memory-") as name:
+        for number, case in enumerate(given.cases or CASES):
+            rows.append(measure(Path(name) / str(number), case, CASES[case], shape))
+            print(to_json(rows[-1]), flush=True)
+    print("| run | predicted, GB | measured, GB | off by |\n|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['case']} | {row['predicted'] / 1e9:.2f} | {row['measured'] / 1e9:.2f} | "
+            f"{row['predicted'] / row['measured'] - 1:+.0%} |"
+        )
+
+
+def measure(
+    folder: Path, case: str, fields: dict[str, Any], shape: dict[str, int]
+) -> dict[str, Any]:
+    """A case's prediction and its measurement, in bytes."""
+    make_folder(folder)
+    config = GPTJConfig(vocab_size=50400, n_positions=256, **shape)
+    settings = make_settings(folder, fields, config)
+    prepare_tokenizer(settings)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(  # type: ignore[no-untyped-call]
+        _rank, (port, settings, folder), nprocs=settings.workers.count
+    )
+    peaks = [int((folder / f"peak-{n}").read_text()) for n in range(settings.workers.count)]
+    plan = plan_memory(settings, known_config(settings), on_gpu=False)
+    return {
+        "case": case,
+        "predicted": plan.device_bytes,
+        "measured": max(peaks),
+        "parts": dict(plan.device),
+        "ranks": peaks,
+    }
+
+
+def make_settings(folder: Path, fields: dict[str, Any], config: GPTJConfig) -> Settings:
+    values: dict[str, Any] = {
+        "storage": str(folder),
+        "steps": 2,
+        "batch_size": 2,
+        "micro_batch_size": 2,
+        "data": {"sequence_length": 256},
+        "deepspeed": {"stage": 0},
+        **fields,
+    }
+    shape = {k: v for k, v in config.to_dict().items() if k in GPTJConfig.__annotations__}
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "rotary_dim")
+    model = dict(values.pop("model", {}))
+    if "adapter" in values:
+        GPTJForCausalLM(config).save_pretrained(folder / "base")
+        model["checkpoint"] = str(folder / "base")
+    else:
+        model["config"] = {name: shape[name] for name in names}
+    return Settings(**{**values, "model": model})
+
+
+def _rank(rank: int, port: int, settings: Settings, folder: Path) -> None:
+    world = settings.workers.count
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    Path("/proc/self/clear_refs").write_text("5")
+    train(settings, Worker(rank, world, torch.device("cpu"), lambda metrics, path, name: None))
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line for line in status if line.startswith("VmHWM"))
+    (folder / f"peak-{rank}").write_text(str(int(peak.split()[1]) * 1024))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

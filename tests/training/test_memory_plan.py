@@ -1,0 +1,140 @@
+"""What a run needs of memory: against real tensors, and what is said of runs that do not fit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.adapters.lora import add_lora
+from gptj.live_bytes import LiveBytes
+from gptj.training import memory
+from gptj.training.memory import certain_bytes, changed, fits, fitting, main, plan_memory, words
+from gptj.training.sections import AdapterSettings
+from gptj.training.settings import Settings, SettingsError
+from jobs.memory import check_gpu_memory, check_machine_memory
+
+GB = 10**9
+SIX = GPTJConfig.preset("6b")
+
+
+def run_of(count: int = 1, **fields: Any) -> Settings:
+    """The published model in bf16, as jobs/README.md trains it."""
+    values: dict[str, Any] = {
+        "batch_size": 8 * count,
+        "micro_batch_size": 1,
+        "data": {"train": "s3://b/d", "sequence_length": 1024},
+        "model": {"checkpoint": memory.PUBLISHED},
+        "deepspeed": {"stage": 3, "precision": "bf16"},
+        "workers": {"count": count},
+    }
+    for key, value in fields.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return Settings(**values)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("adapter", [None, AdapterSettings()])
+def test_activations_are_those_of_real_tensors(
+    adapter: AdapterSettings | None, recompute: bool
+) -> None:
+    """Counted on the meta device with two and three blocks, for a model of five."""
+    config = GPTJConfig(vocab_size=900, n_embd=64, n_layer=5, n_head=4, rotary_dim=8)
+    model = GPTJForCausalLM(config).train()
+    if adapter is not None:
+        add_lora(model, adapter.lora())
+    if recompute:
+        model.gradient_checkpointing_enable()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(memory._drop)
+    ids = torch.zeros(3, 96, dtype=torch.long)
+    with LiveBytes() as real:
+        model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+    body, head = memory._activations(
+        "causal-lm", config.to_json(), adapter, "fp32", recompute, 3, 96
+    )
+    assert body + head == pytest.approx(real.peak, rel=0.02)
+
+
+def test_the_published_model_takes_what_is_known() -> None:
+    """16 bytes a weight: 96.8 GB in all, spread by stage 3 over as many GPUs as there are."""
+    alone, eight = (plan_memory(run_of(count), SIX, on_gpu=True) for count in (1, 8))
+    for plan, count in ((alone, 1), (eight, 8)):
+        state = sum(plan.device[name] for name in ("weights", "optimizer", "gradients"))
+        assert state * count == pytest.approx(96.8 * GB, rel=0.02)
+    assert not fits(alone, 1, 80 * GB)
+    assert fits(eight, 8, 40 * GB)
+    adapter = plan_memory(run_of(adapter={}, deepspeed={"stage": 2}), SIX, on_gpu=True)
+    assert adapter.device["weights"] == pytest.approx(12.1 * GB, rel=0.01)
+    assert adapter.device["optimizer"] < 0.1 * GB
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("gigabytes", [16, 24, 40, 80])
+def test_settings_that_are_named_fit(gigabytes: int, count: int) -> None:
+    settings = run_of(count, micro_batch_size=8)
+    found = fitting(settings, SIX, gpu_memory=gigabytes * GB)
+    for change in found:
+        plan = plan_memory(changed(settings, change), SIX, on_gpu=True)
+        assert fits(plan, count, gigabytes * GB)
+    assert found or gigabytes == 16
+    if gigabytes >= 24:
+        assert any("adapter" not in change for change in found)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_settings_that_do() -> None:
+    settings = run_of(4)
+    with pytest.raises(SettingsError) as refused:
+        check_gpu_memory(settings, SIX, 24 * GB)
+    message = str(refused.value)
+    assert re.search(r"it would take \d+\.\d GB of each GPU's 24\.0 GB \(weights 3\.03, ", message)
+    assert "deepspeed.offload_optimizer=true" in message
+    check_gpu_memory(run_of(8), SIX, 80 * GB)
+    longest = run_of(1, data={"sequence_length": 2048})
+    with pytest.raises(SettingsError, match="It takes more GPUs"):
+        check_gpu_memory(longest, SIX, 2 * GB)
+
+
+def test_on_a_cpu_only_what_is_certain_is_refused() -> None:
+    """Weights, gradients and Adam's moments: 16 bytes a weight in fp32."""
+    config = GPTJConfig.preset("small")
+    settings = Settings(model={"preset": "small"})  # type: ignore[arg-type]
+    needed = certain_bytes(settings, config)
+    assert needed == pytest.approx(16 * 305e6, rel=0.02)
+    check_machine_memory(settings, config, needed)
+    with pytest.raises(SettingsError, match=r"take 4\.\d GB together, and the machine has 4\.0 GB"):
+        check_machine_memory(settings, config, 4 * GB)
+
+
+def test_changes_are_said_as_on_a_command_line() -> None:
+    change = {"model.gradient_checkpointing": True, "micro_batch_size": 1, "adapter": {}}
+    assert words(change) == "model.gradient_checkpointing=true micro_batch_size=1 adapter={}"
+    settings = changed(run_of(2, micro_batch_size=4), change)
+    assert settings.model.gradient_checkpointing
+    assert settings.model.checkpoint == memory.PUBLISHED
+    assert settings.adapter == AdapterSettings()
+
+
+def test_the_program_prints_the_parts_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model=6b", "--gpus=4", "--gpu-memory=24"]
+    main([*given, "deepspeed.precision=bf16", "deepspeed.stage=3", "data.train=s3://b/d"])
+    printed = capsys.readouterr().out
+    assert re.search(r"each GPU of 4:\n  weights +3\.03 GB\n", printed)
+    assert "It does not fit 24 GB. These settings do:" in printed
+    assert "deepspeed.offload_optimizer=true" in printed
+    main(["--model=tiny"])
+    assert "each worker of 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no such setting"):
+        main([*given, "stage=3"])
+
+
+@pytest.mark.slow
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "gptj.training.memory", "--help"]
+    assert "--gpu-memory" in subprocess.run(command, capture_output=True, text=True).stdout
