@@ -6,7 +6,7 @@ They know no addresses and no settings; gptj.data.sources puts both into the mes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Record = tuple[int, dict[str, Any]]  # its number from 1 on, and the wanted columns' values
@@ -29,6 +29,14 @@ class MissingColumnsError(Exception):
         self.number = number
         self.there = there
         self.hint = hint  # what else may be the reason
+
+
+OnBadRecord = Callable[[BadRecordError | MissingColumnsError], None]
+
+
+def refuse(error: BadRecordError | MissingColumnsError) -> None:
+    """What is done about a bad record, unless it is to be skipped."""
+    raise error
 
 
 class BadFileError(Exception):
