@@ -48,6 +48,7 @@ from yaml import YAMLError
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.packing import Packing
+from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
@@ -232,12 +233,16 @@ def make_data(
     written = settings.label_names or training.get("label_names")
     if labels is not None and isinstance(written, dict):
         labels = labels.translated(written)
-    rows = data_rows(settings, settings.data, task)
-    if task.name != "causal-lm":  # of which a row may be a whole book
-        rows = islice(rows, settings.limit)
     packing = settings.packing or training.get("packing", "concatenate")
     options = DataSettings(sequence_length=length, stride=stride, packing=packing)
-    data = task.read(rows, tokenizer, options, labels)
+    data: Any
+    if (prepared := Prepared.at(settings.data)) is not None:
+        data = task.read_prepared(prepared, tokenizer, options)
+    else:
+        rows = data_rows(settings, settings.data, task)
+        if task.name != "causal-lm":  # of which a row may be a whole book
+            rows = islice(rows, settings.limit)
+        data = task.read(rows, tokenizer, options, labels)
     if task.name == "causal-lm" and settings.limit is not None:
         data = data.first(settings.limit)
     logger.info("%s", data.summary())

@@ -43,6 +43,7 @@ from gptj.training.state import (
 )
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tokenizer import prepare_tokenizer
+from tests.support.packed_rows import loss_alone
 
 STEPS = 6
 PICTURED = "stage-2"
@@ -68,6 +69,7 @@ def settings_of(folder: Path, run: str, **fields: Any) -> Settings:
     }
     for key, value in fields.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    values["data"]["train"] = values["data"]["train"].format(folder=folder)
     return Settings(**values)
 
 
@@ -75,6 +77,8 @@ def write_text(folder: Path) -> None:
     """A text that does not fill its last row of tokens: batches have unequal counts."""
     words = [f"word{n} is {'very ' * (n % 5)}good." for n in range(101)]
     (folder / "train.jsonl").write_text(json.dumps({"text": " ".join(words)}) + "\n")
+    pairs = [{"prompt": word[: 8 + n % 4], "completion": word[8:]} for n, word in enumerate(words)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def releasing(settings: Settings, device_type: str) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = data.collate([data[i] for i in order.indices(step)])
-        loss = model(**batch).loss
+        loss = loss_alone(model, batch) if "cu_seqlens" in batch else model(**batch).loss
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
@@ -209,6 +213,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"stage-{stage}": {"deepspeed": {"stage": stage}} for stage in (3, 0, 1, 2)},
     "accumulating": {"deepspeed": {"stage": 2}, "micro_batch_size": 1},
     "recomputing": {"deepspeed": {"stage": 3}, "model": {"gradient_checkpointing": True}},
+    # Rows of several prompts and completions, which the reference computes one by one.
+    "packed-3": {
+        "deepspeed": {"stage": 3},
+        "data": {"train": "{folder}/pairs.jsonl"},
+        "model": {"gradient_checkpointing": True},
+    },
+    "packed-2": {"deepspeed": {"stage": 2}, "data": {"train": "{folder}/pairs.jsonl"}},
     "tied-2": {
         "deepspeed": {"stage": 2},
         "model": {"config": {**MODEL, "tie_word_embeddings": True}},

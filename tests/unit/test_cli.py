@@ -65,7 +65,9 @@ def test_every_command_explains_itself() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["finetune", "evaluate", "import_weights", "export_weights"])
+@pytest.mark.parametrize(
+    "name", ["finetune", "prepare_data", "evaluate", "import_weights", "export_weights"]
+)
 def test_every_job_explains_itself(name: str) -> None:
     program = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.py"
     result = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)

@@ -22,6 +22,7 @@ from gptj.data.examples import (
     save_arrays,
 )
 from gptj.data.packing import WINDOW, Packed, Packing, pack
+from gptj.data.prepared import Prepared
 from gptj.data.rows import DataError, Row
 from gptj.linear_cross_entropy import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
@@ -66,12 +67,7 @@ class CausalLMData:
         sequence_length: int,
         packing: Packing = "concatenate",
     ) -> None:
-        if sequence_length < 2:
-            raise ValueError(f"sequence_length must be 2 or more, got {sequence_length}")
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.vocabulary = len(tokenizer)
-        self._padding = padding_id(tokenizer)
+        self._begin(tokenizer, sequence_length, packing)
         source = "the data"
 
         def noted() -> Iterator[Row]:
@@ -81,11 +77,40 @@ class CausalLMData:
                 yield row
 
         documents = windows(read_documents(noted(), tokenizer), WINDOW)
-        self._take(pack(documents, sequence_length, packing))
-        if not len(self.tokens):
-            raise DataError(f"{source}: fewer than two tokens to learn from")
+        packed = pack(documents, sequence_length, packing)
+        self._take(packed, source)
 
-    def _take(self, packed: Packed) -> None:
+    @classmethod
+    def prepared(
+        cls,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        sequence_length: int,
+        packing: Packing = "concatenate",
+    ) -> CausalLMData:
+        """From documents that are tokenized already, by the same tokenizer.
+
+        Raises:
+            DataError: if the tokenizer is another, or there is nothing to learn.
+            CheckpointError: for a damaged shard.
+        """
+        prepared.check_tokenizer(tokenizer)
+        self = cls.__new__(cls)
+        self._begin(tokenizer, sequence_length, packing)
+        self._take(pack(prepared.windows(), sequence_length, packing), prepared.address)
+        return self
+
+    def _begin(self, tokenizer: GPTJTokenizer, sequence_length: int, packing: Packing) -> None:
+        if sequence_length < 2:
+            raise ValueError(f"sequence_length must be 2 or more, got {sequence_length}")
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.vocabulary = len(tokenizer)
+        self._padding = padding_id(tokenizer)
+
+    def _take(self, packed: Packed, source: str) -> None:
+        if not len(packed.ids):
+            raise DataError(f"{source}: fewer than two tokens to learn from")
         self.tokens, self.row_ends, self.document_ends, self.learned, self.cut = packed
 
     def save(self, folder: Path) -> None:

@@ -8,27 +8,42 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import IO
 
-from gptj.data.records import BadFileError, BadRecordError, Record, check_header, decoded
+from gptj.data.records import (
+    BadFileError,
+    BadRecordError,
+    OnBadRecord,
+    Record,
+    check_header,
+    decoded,
+    refuse,
+)
 from gptj.data.rows import shown
 
 DELIMITERS = (",", ";", "\t", "|")  # that are looked for
 LARGEST_CELL = 2**28  # characters; an open quotation mark would make the whole file one cell
 
 
-def read_csv(file: IO[bytes], wanted: Sequence[str], delimiter: str | None) -> Iterator[Record]:
+def read_csv(
+    file: IO[bytes],
+    wanted: Sequence[str],
+    delimiter: str | None,
+    on_bad: OnBadRecord = refuse,
+) -> Iterator[Record]:
     """The wanted columns of each record, numbered without the header.
 
     Args:
         delimiter: None finds it: the first of DELIMITERS that gives a header with all wanted
             columns.
+        on_bad: takes the error of a record that is then left out; that of wrong quotation marks,
+            after which nobody knows where a record begins, is raised.
     """
     csv.field_size_limit(LARGEST_CELL)  # of the process: there is no other one
     with decoded(file, newline="") as text:
-        yield from _records(text, wanted, delimiter)
+        yield from _records(text, wanted, delimiter, on_bad)
 
 
 def _records(
-    text: io.TextIOWrapper, wanted: Sequence[str], delimiter: str | None
+    text: io.TextIOWrapper, wanted: Sequence[str], delimiter: str | None, on_bad: OnBadRecord
 ) -> Iterator[Record]:
     head: list[str] = []  # the lines that were read to find the header
     if delimiter is None:
@@ -53,19 +68,35 @@ def _records(
         number += 1
         if number == 0:
             continue
-        if len(cells) != len(names):
-            raise BadRecordError(
-                number,
-                f"has {len(cells)} cells and the header {len(names)}, at the delimiter "
-                f"{delimiter!r}; remedy: quote cells that contain it",
-            )
-        values = {name: cells[place] for name, place in places}
-        for name, cell in values.items():
-            if not _is_text(cell):
-                raise BadRecordError(
-                    number, f"is not UTF-8: {shown(cell)}; remedy: save the file as UTF-8", name
-                )
+        try:
+            values = _values(cells, number, names, places, delimiter)
+        except BadRecordError as error:
+            on_bad(error)
+            continue
         yield number, values
+
+
+def _values(
+    cells: Sequence[str],
+    number: int,
+    names: Sequence[str],
+    places: Sequence[tuple[str, int]],
+    delimiter: str,
+) -> dict[str, str]:
+    """A record's wanted cells; BadRecordError if it has not as many as the header, or no text."""
+    if len(cells) != len(names):
+        raise BadRecordError(
+            number,
+            f"has {len(cells)} cells and the header {len(names)}, at the delimiter "
+            f"{delimiter!r}; remedy: quote cells that contain it",
+        )
+    values = {name: cells[place] for name, place in places}
+    for name, cell in values.items():
+        if not _is_text(cell):
+            raise BadRecordError(
+                number, f"is not UTF-8: {shown(cell)}; remedy: save the file as UTF-8", name
+            )
+    return values
 
 
 def _delimiter(head: list[str], text: io.TextIOWrapper, wanted: Sequence[str]) -> str:

@@ -1,8 +1,7 @@
 """Rows in, documents out: token ids, and which of them a language model learns to give.
 
 A row is a `text`, of which every token is learned, or a `prompt` and its `completion`, of which the
-prompt is only read. Another kind of row is another entry of ROW_KINDS and a function beside
-`_texts`.
+prompt is only read. Another kind of row is another entry of ROW_KINDS.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptj.data.examples import Array, Ids, compact, groups
-from gptj.data.rows import Row
+from gptj.data.rows import DataError, Row, refuse_row
 from gptj.tokenizer import GPTJTokenizer
 
 DOCUMENTS_AT_ONCE = 64  # they may be long
@@ -48,8 +47,15 @@ class Documents(NamedTuple):
         return cls(ids, ends, np.concatenate(learned))
 
 
-def read_documents(rows: Iterable[Row], tokenizer: GPTJTokenizer) -> Iterator[Document]:
+def read_documents(
+    rows: Iterable[Row],
+    tokenizer: GPTJTokenizer,
+    on_bad: Callable[[DataError], None] = refuse_row,
+) -> Iterator[Document]:
     """The rows' documents, in their order; the rows are all of one kind.
+
+    Args:
+        on_bad: takes the error of a row, which is then left out.
 
     Raises:
         DataError: naming the row whose text is no text, or whose completion is empty.
@@ -58,8 +64,17 @@ def read_documents(rows: Iterable[Row], tokenizer: GPTJTokenizer) -> Iterator[Do
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token to end documents with")
     for group in groups(rows, DOCUMENTS_AT_ONCE):
-        read = ROW_KINDS[tuple(group[0].values)]
-        yield from read(group, tokenizer, tokenizer.eos_token_id)
+        kind = ROW_KINDS[tuple(group[0].values)]
+        good = []
+        for row in group:
+            try:
+                kind.check(row)
+            except DataError as error:
+                on_bad(error)
+            else:
+                good.append(row)
+        if good:
+            yield from kind.read(good, tokenizer, tokenizer.eos_token_id)
 
 
 def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
@@ -83,9 +98,6 @@ def _texts(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Iterator[
 
 def _completions(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Iterator[Document]:
     """Prompt and completion are tokenized apart, as a service does, which has only the prompt."""
-    for row in rows:
-        if not row.text("completion"):
-            raise row.error("completion", "is empty")
     prompts = _encoded([row.text("prompt") for row in rows], tokenizer)
     completions = _encoded([row.text("completion") for row in rows], tokenizer)
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -93,11 +105,24 @@ def _completions(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Ite
         yield Document(ids, np.arange(len(ids)) >= len(prompt))
 
 
-Reader = Callable[[Sequence[Row], GPTJTokenizer, int], Iterator[Document]]
+def _check_text(row: Row) -> None:
+    row.text("text")
 
-ROW_KINDS: Mapping[tuple[str, ...], Reader] = {  # by their columns
-    ("text",): _texts,
-    ("prompt", "completion"): _completions,
+
+def _check_completion(row: Row) -> None:
+    row.text("prompt")
+    if not row.text("completion"):
+        raise row.error("completion", "is empty")
+
+
+class RowKind(NamedTuple):
+    check: Callable[[Row], None]  # DataError for a row that cannot be learned from
+    read: Callable[[Sequence[Row], GPTJTokenizer, int], Iterator[Document]]  # (…, eos)
+
+
+ROW_KINDS: Mapping[tuple[str, ...], RowKind] = {  # by their columns
+    ("text",): RowKind(_check_text, _texts),
+    ("prompt", "completion"): RowKind(_check_completion, _completions),
 }
 
 

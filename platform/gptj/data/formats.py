@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 from gptj.data.csv_rows import read_csv
 from gptj.data.json_rows import read_json
 from gptj.data.parquet_rows import read_parquet
-from gptj.data.records import MissingColumnsError, Record
+from gptj.data.records import MissingColumnsError, OnBadRecord, Record, refuse
 from gptj.extras import Extra
 
 if TYPE_CHECKING:
@@ -55,9 +55,16 @@ def format_of(name: str) -> Format | None:
 
 
 def read_records(
-    file: IO[bytes], format: Format, wanted: Sequence[str], delimiter: str | None
+    file: IO[bytes],
+    format: Format,
+    wanted: Sequence[str],
+    delimiter: str | None,
+    on_bad: OnBadRecord = refuse,
 ) -> Iterator[Record]:
     """A file's records, of which only the wanted columns are kept.
+
+    Args:
+        on_bad: takes the error of a record that can be left out.
 
     Raises:
         BadFileError, BadRecordError, MissingColumnsError: for data that do not fit.
@@ -70,9 +77,9 @@ def read_records(
         case "parquet":
             return read_parquet(file, wanted)
         case "json":
-            return read_json(file, wanted)
+            return read_json(file, wanted, on_bad)
         case "csv":
-            return read_csv(file, wanted, delimiter)
+            return read_csv(file, wanted, delimiter, on_bad)
         case "text":
             return _read_text(file, wanted)
 

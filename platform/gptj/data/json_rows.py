@@ -7,7 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from gptj.data.records import BadRecordError, MissingColumnsError, Record, decoded
+from gptj.data.records import (
+    BadRecordError,
+    MissingColumnsError,
+    OnBadRecord,
+    Record,
+    decoded,
+    refuse,
+)
 from gptj.data.rows import shown
 
 CHUNK = 2**20  # characters of an array that are read at a time, at least
@@ -15,16 +22,22 @@ CHUNK = 2**20  # characters of an array that are read at a time, at least
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_json(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+def read_json(
+    file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord = refuse
+) -> Iterator[Record]:
     """The wanted columns of each record.
 
     Records are numbered by their lines, by their place in an array, or as SQuAD's questions come.
     Lines and arrays are read as they are asked for; SQuAD's file is one object, and read at once.
+
+    Args:
+        on_bad: takes the error of a line that is then left out, or of an array's object that lacks
+            a column; other errors are raised.
     """
     start = file.peek(64)  # type: ignore[attr-defined]  # all of our files are buffered
     if start.removeprefix(_BOM).lstrip().startswith(b"["):
-        return _read_array(file, wanted)
-    return _read_lines(file, wanted)
+        return _read_array(file, wanted, on_bad)
+    return _read_lines(file, wanted, on_bad)
 
 
 def parse_json(text: str) -> Any:
@@ -55,37 +68,50 @@ def lone_surrogate(value: Any) -> str | None:
     return None
 
 
-def _read_lines(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+def _read_lines(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> Iterator[Record]:
     is_first = True
     for number, line in enumerate(file, 1):
         content = line.removeprefix(_BOM) if number == 1 else line
         if not content.strip():
             continue
-        text = _decoded(content, number).strip()
         try:
+            text = _decoded(content, number).strip()
             value = parse_json(text)
+        except BadRecordError as error:
+            on_bad(error)
+            continue
         except ValueError as error:
             cut_off = isinstance(error, json.JSONDecodeError) and error.pos >= len(text)
             if is_first and cut_off and (document := _rest_as_squad(text, file)) is not None:
                 yield from _squad(document, wanted)
                 return
-            raise _not_an_object(number, text, error) from error
+            wrong = _not_an_object(number, text, error)
+            wrong.__cause__ = error
+            on_bad(wrong)
+            continue
         if is_first and _is_squad(value):
             if any(rest.strip() for rest in file):
                 raise BadRecordError(number + 1, "SQuAD's object must be all of the file")
             yield from _squad(value, wanted)
             return
         is_first = False
-        yield number, _fields(value, text, number, wanted)
+        try:
+            fields = _fields(value, text, number, wanted)
+        except (BadRecordError, MissingColumnsError) as error:
+            on_bad(error)
+            continue
+        yield number, fields
 
 
-def _read_array(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+def _read_array(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> Iterator[Record]:
     """The elements one after the other; memory holds the largest of them, not the array."""
     with decoded(file) as reader:
-        yield from _elements(reader, wanted)
+        yield from _elements(reader, wanted, on_bad)
 
 
-def _elements(reader: io.TextIOWrapper, wanted: Sequence[str]) -> Iterator[Record]:
+def _elements(
+    reader: io.TextIOWrapper, wanted: Sequence[str], on_bad: OnBadRecord
+) -> Iterator[Record]:
     decoder = json.JSONDecoder()
     buffer, position, at_end = reader.read(CHUNK), 0, False
     number = 0
@@ -134,7 +160,12 @@ def _elements(reader: io.TextIOWrapper, wanted: Sequence[str]) -> Iterator[Recor
                 raise _not_an_object(number, buffer[position:], error) from error
         text = buffer[position:end]
         position = end
-        yield number, _fields(value, text, number, wanted)
+        try:
+            fields = _fields(value, text, number, wanted)
+        except (BadRecordError, MissingColumnsError) as error:
+            on_bad(error)
+            continue
+        yield number, fields
     position += 1
     if next_character():
         raise BadRecordError(number + 1, f"is beyond the array: {shown(buffer[position:])}")

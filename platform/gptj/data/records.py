@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -31,6 +31,14 @@ class MissingColumnsError(Exception):
         self.number = number
         self.there = there
         self.hint = hint  # what else may be the reason
+
+
+OnBadRecord = Callable[[BadRecordError | MissingColumnsError], None]
+
+
+def refuse(error: BadRecordError | MissingColumnsError) -> None:
+    """What is done about a bad record, unless it is to be skipped."""
+    raise error
 
 
 class BadFileError(Exception):

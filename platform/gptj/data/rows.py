@@ -12,8 +12,17 @@ class DataError(ValueError):
     """Data that cannot be used; the message names file, row (from 1 on), column and why."""
 
 
+class NoRowsError(DataError):
+    """An address without a row that can be used."""
+
+
 class MissingColumnError(DataError):
     """Rows without a column that was asked for."""
+
+
+def refuse_row(error: DataError) -> None:
+    """What is done about a bad row, unless it is to be skipped."""
+    raise error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ needs no download (gptj.data.samples).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from gptj import storage
@@ -21,10 +21,10 @@ from gptj.data.records import (
     MissingColumnsError,
     Record,
 )
-from gptj.data.rows import DataError, MissingColumnError, Row
+from gptj.data.rows import DataError, MissingColumnError, NoRowsError, Row, refuse_row
 from gptj.storage.addresses import SAMPLE, normalized
 
-__all__ = ["DataError", "MissingColumnError", "Row", "find_columns", "read_rows"]
+__all__ = ["DataError", "MissingColumnError", "Row", "data_files", "find_columns", "read_rows"]
 
 
 def read_rows(
@@ -33,6 +33,7 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     *,
     delimiter: str | None = None,
+    on_bad: Callable[[DataError], None] = refuse_row,
 ) -> Iterator[Row]:
     """The rows of all files at an address, in the order of the files' names.
 
@@ -43,6 +44,8 @@ def read_rows(
             not even read.
         columns: our name of a column to its name in the files, where it has another one.
         delimiter: of CSV files; None finds it in each file's header.
+        on_bad: takes the error of a single row, which is then left out; what makes a file, or the
+            rest of it, unreadable is raised.
 
     Raises:
         DataError: at once, if the address has no files that can be read, or files of several
@@ -66,7 +69,7 @@ def read_rows(
         (
             (file, format.kind != "csv", record)
             for file, format in files.items()
-            for record in _read(file, format, names, delimiter)
+            for record in _read(file, format, names, delimiter, on_bad)
         ),
         names,
         address,
@@ -113,6 +116,12 @@ def find_columns(
     return fitting[0]
 
 
+def data_files(address: str) -> list[str]:
+    """The addresses of the files that read_rows reads, in its order; a sample's own is one."""
+    address = normalized(address, samples=True)
+    return [address] if address.startswith(SAMPLE) else list(_files(address))
+
+
 def _rows(
     records: Iterable[tuple[str, bool, Record]], names: Mapping[str, str], address: str
 ) -> Iterator[Row]:
@@ -124,7 +133,7 @@ def _rows(
         renamed = {ours: values[theirs] for ours, theirs in names.items()}
         yield Row(renamed, source, number, names, typed)
     if source is None:
-        raise DataError(f"{address} has no rows")
+        raise NoRowsError(f"{address} has no rows")
 
 
 def _missing(
@@ -199,21 +208,31 @@ def _read(
     format: Format,
     names: Mapping[str, str],
     delimiter: str | None,
+    on_bad: Callable[[DataError], None],
 ) -> Iterator[Record]:
     """The records of one file, with every error as a DataError that names it."""
     number = 0
     wanted = list(dict.fromkeys(names.values()))
+
+    def named(error: BadRecordError | MissingColumnsError) -> DataError:
+        if isinstance(error, MissingColumnsError):
+            return _missing(address, names, error)
+        column = f", column {error.column!r}" if error.column is not None else ""
+        return DataError(f"{address}, row {error.number}{column}: {error}")
+
+    def bad(error: BadRecordError | MissingColumnsError) -> None:
+        if on_bad is refuse_row:
+            raise error
+        on_bad(named(error))
+
     with storage.open_read(address) as file:
         try:
-            for number, values in read_records(file, format, wanted, delimiter):
+            for number, values in read_records(file, format, wanted, delimiter, bad):
                 yield number, values
         except BadFileError as error:
             raise DataError(f"{address} {error}") from error
-        except BadRecordError as error:
-            column = f", column {error.column!r}" if error.column is not None else ""
-            raise DataError(f"{address}, row {error.number}{column}: {error}") from error
-        except MissingColumnsError as error:
-            raise _missing(address, names, error) from error
+        except (BadRecordError, MissingColumnsError) as error:
+            raise named(error) from error
         except storage.StorageError:
             raise
         except (DamagedFileError, UnicodeDecodeError, OSError) as error:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
+from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.data.split import split_rows
@@ -19,7 +20,7 @@ from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.failures import naming_full_disk
 from gptj.training.fingerprint import CountedRows, Fingerprint
-from gptj.training.settings import Settings
+from gptj.training.settings import Settings, SettingsError
 from gptj.training.tasks import Data
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,25 @@ def _read(
     evaluation: bool = False,
 ) -> tuple[Data, Fingerprint]:
     task = settings.task_definition
+    if (prepared := Prepared.at(address)) is not None:
+        check_prepared(settings, address)
+        data = task.read_prepared(prepared, tokenizer, settings.data)
+        return data, Fingerprint(prepared.index.rows, prepared.digest)
     rows = CountedRows(task_rows(settings, address, evaluation=evaluation))
-    data: Data = task.read(rows, tokenizer, settings.data, labels)
+    data = task.read(rows, tokenizer, settings.data, labels)
     return data, rows.fingerprint
+
+
+def check_prepared(settings: Settings, address: str) -> None:
+    """SettingsError for settings that say how raw data are read."""
+    data = settings.data
+    given = {
+        "columns": data.columns,
+        "delimiter": data.delimiter,
+        "evaluation_split": data.evaluation_split,
+    }
+    if wrong := [f"data.{name}" for name, value in given.items() if value]:
+        raise SettingsError(
+            f"{address} is prepared, and {', '.join(wrong)} says how raw data are read: leave it "
+            f"out" + (", and prepare data to measure with" if data.evaluation_split else "")
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gptj import storage
 from gptj.checkpoints.manifest import FolderWriter, Manifest
+from gptj.data.prepared import Prepared
 from gptj.errors import NoTokenizerError
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.dataset import task_rows
@@ -20,8 +21,7 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
     Raises:
         storage.StorageError, gptj.data.sources.DataError: if the training data cannot be read.
     """
-    address = settings.model.checkpoint or settings.tokenizer.address
-    if address:
+    if settings.model.checkpoint or settings.tokenizer.address or _is_prepared(settings):
         return load_tokenizer(settings)
     folder = storage.join(settings.folder, "tokenizer")
     if latest_checkpoint(settings.folder) is None:
@@ -68,4 +68,10 @@ def _stored_tokenizer(settings: Settings) -> GPTJTokenizer:
                     f"a tokenizer of its own: leave it out"
                 )
             return own
+    if not address and _is_prepared(settings):
+        address = settings.train_data  # whose tokenizer lies beside the shards
     return GPTJTokenizer.from_pretrained(address or storage.join(settings.folder, "tokenizer"))
+
+
+def _is_prepared(settings: Settings) -> bool:
+    return Prepared.at(settings.train_data) is not None

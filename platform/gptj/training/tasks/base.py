@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
-from gptj.data.rows import Row
+from gptj.data.prepared import Prepared
+from gptj.data.rows import DataError, Row
 from gptj.model import GPTJPreTrainedModel
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.sections import DataSettings
@@ -95,6 +96,12 @@ class Task(ABC, Generic[D]):
         Raises:
             DataError: naming the row that does not fit.
         """
+
+    def read_prepared(
+        self, prepared: Prepared, tokenizer: GPTJTokenizer, options: DataSettings
+    ) -> D:
+        """The same from prepared data. DataError if the task, or the tokenizer, is another."""
+        raise DataError(f"{prepared.address} is prepared for task=causal-lm, not {self.name}")
 
     @abstractmethod
     def load(self, folder: Path) -> D:

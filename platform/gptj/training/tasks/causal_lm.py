@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.documents import ROW_KINDS
 from gptj.data.labels import LabelSet
+from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
 from gptj.model import GPTJForCausalLM
 from gptj.tokenizer import GPTJTokenizer
@@ -36,6 +37,11 @@ class CausalLM(Task[CausalLMData]):
         labels: LabelSet | None = None,
     ) -> CausalLMData:
         return CausalLMData(rows, tokenizer, options.sequence_length, options.packing)
+
+    def read_prepared(
+        self, prepared: Prepared, tokenizer: GPTJTokenizer, options: DataSettings
+    ) -> CausalLMData:
+        return CausalLMData.prepared(prepared, tokenizer, options.sequence_length, options.packing)
 
     def load(self, folder: Path) -> CausalLMData:
         return CausalLMData.load(folder)

@@ -1,0 +1,102 @@
+"""jobs/prepare_data.py with Ray Data on a real cluster: same bytes, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptj import GPTJTokenizer, storage
+from gptj.checkpoints.manifest import FolderWriter, verify
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.prepared import Prepared
+from gptj.data.sources import read_rows
+from gptj_local.processes import running, tail
+from gptj_local.ray import LocalRay
+from gptj_local.s3 import LocalS3
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+RAW, TOKENIZER = "s3://gptj/prepare-raw", "s3://gptj/prepare-tokenizer"
+TEXTS = [f"{'very ' * (n % 7)}old cat {n} and new dog {n * n}" for n in range(600)]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    environment = {**os.environ, **s3_server.environment()}
+    folder = tmp_path_factory.mktemp("ray")
+    with LocalRay.start(folder, cpus=4, environment=environment) as node:
+        yield {**environment, **node.environment()}
+
+
+def command(destination: str, *words: str, data: str = RAW) -> list[str]:
+    program = str(ROOT / "jobs" / "prepare_data.py")
+    fixed = [f"tokenizer={TOKENIZER}", "shard_characters=1000"]
+    return [sys.executable, program, data, destination, *fixed, *words]
+
+
+def ran(cluster: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*words], env=cluster, cwd=ROOT, capture_output=True, text=True)
+
+
+def contents(address: str) -> dict[str, bytes]:
+    return {file.name: storage.read_bytes(file.address) for file in storage.list_files(address)}
+
+
+def test_data_are_prepared_alike_by_any_number_of_workers_and_after_a_kill(
+    cluster: dict[str, str], s3: LocalS3, tmp_path: Path
+) -> None:
+    tokenizer = GPTJTokenizer.train(TEXTS, 300)
+    with FolderWriter(TOKENIZER) as writer:
+        for name, content in tokenizer.files().items():
+            writer.write(name, content)
+    for number in range(3):
+        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[number::3]]
+        storage.write_bytes(f"{RAW}/{number}.jsonl", "".join(lines).encode())
+
+    undisturbed = "s3://gptj/prepared-undisturbed"
+    result = ran(cluster, *command(undisturbed, "workers=1"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "600 rows, " in result.stdout
+    verify(undisturbed)
+    prepared = Prepared.at(undisturbed)
+    assert prepared is not None and len(prepared.index.shards) > 10
+    found = CausalLMData.prepared(prepared, tokenizer, 64, "none")
+    expected = CausalLMData(read_rows(RAW, ["text"]), tokenizer, 64, "none")
+    assert found.tokens.tolist() == expected.tokens.tolist()
+
+    killed, log = "s3://gptj/prepared-killed", tmp_path / "log"
+    with running(command(killed, "workers=2"), environment=cluster, log=log) as process:
+        deadline = time.monotonic() + 300
+        while len(storage.list_files(f"{killed}/unfinished")) < 3:
+            assert process.poll() is None, tail(log)
+            assert time.monotonic() < deadline, tail(log)
+            time.sleep(0.02)
+        process.kill()
+    assert Prepared.at(killed) is not None or storage.exists(f"{killed}/unfinished/plan.json")
+    result = ran(cluster, *command(killed, "workers=3"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert contents(killed) == contents(undisturbed)
+
+    storage.write_bytes("s3://gptj/prepare-bad/0.jsonl", b'{"text": "a"}\n{"text": 1}\n')
+    result = ran(cluster, *command("s3://gptj/prepared-bad", data="s3://gptj/prepare-bad"))
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1] == (
+        "error: s3://gptj/prepare-bad/0.jsonl, row 2, column 'text': must be text, got 1"
+    )
+
+    program = [sys.executable, str(ROOT / "jobs" / "finetune.py")]
+    words = ["steps=2", "run=on-prepared", "storage=s3://gptj", f"data.train={killed}"]
+    result = ran(cluster, *program, *words, "model.config.n_embd=64", "data.sequence_length=64")
+    assert result.returncode == 0, result.stdout + result.stderr
+    training = json.loads(storage.read_bytes("s3://gptj/on-prepared/model/training.json"))
+    assert training["data"]["train"] == {"rows": 600, "sha256": prepared.digest}
