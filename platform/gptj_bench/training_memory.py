@@ -95,9 +95,7 @@ def measure(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(  # type: ignore[no-untyped-call]
-        _rank, (port, settings, folder), nprocs=settings.workers.count
-    )
+    spawn(_rank, (port, settings, folder), nprocs=settings.workers.count)
     peaks = [int((folder / f"peak-{n}").read_text()) for n in range(settings.workers.count)]
     plan = plan_memory(settings, known_config(settings), on_gpu=False)
     return {
