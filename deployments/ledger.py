@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from functools import cache
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from gptj.serving.keys.keyring import FILE_VARIABLE
 from gptj.serving.keys.ledger import Counts, Ledger, Limits, LocalLedger, Standing
 
 logger = logging.getLogger(__name__)
 
 NAME, NAMESPACE = "gptj-key-ledger", "serve"
+START_SECONDS = 60.0
 ANSWER_SECONDS = 1.0
 WITHOUT_SECONDS = 5.0  # until it is asked again, after it did not answer
 
@@ -32,6 +36,18 @@ class ClusterLedger:
         self._actor: Any = None
         self._local = LocalLedger()
         self._without_until = 0.0
+        # The first requests must find it there. On a thread: this one may have an event loop.
+        starting = threading.Thread(target=self._start, name="key-ledger", daemon=True)
+        starting.start()
+        starting.join(START_SECONDS)
+
+    def _start(self) -> None:
+        try:
+            actor = _actor()
+            ray.get(actor.__ray_ready__.remote(), timeout=START_SECONDS)
+            self._actor = actor
+        except RayError as error:
+            logger.warning("the ledger of keys has not started: %s", error)
 
     async def begin(self, key: str, limits: Limits, request: str) -> Standing:
         standing: Standing | None = await self._ask("begin", key, limits, request)
@@ -82,5 +98,5 @@ def _actor() -> Any:
 
 @cache
 def cluster_ledger() -> Ledger:
-    """This process's way to it."""
-    return ClusterLedger()
+    """This process's way to it; where no key can have a limit, there is no actor."""
+    return ClusterLedger() if FILE_VARIABLE in os.environ else LocalLedger()

@@ -37,17 +37,27 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_a_limit_holds_over_all_replicas(service: Cluster) -> None:
-    def ask(_: int) -> httpx.Response:
-        body = {"prompt": "x", "max_tokens": 1}
-        headers = {"Authorization": "Bearer limited"}
-        return httpx.post(f"{service.url}/v1/completions", json=body, headers=headers, timeout=60)
-
     with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(ask, range(60)))
+        replies = list(pool.map(lambda _: ask_limited(service), range(60)))
     assert sum(reply.status_code == 200 for reply in replies) == 40
     refused = [reply for reply in replies if reply.status_code != 200]
     assert_error(refused[0], 429, "40 requests a minute")
-    assert len(service.processes("Counts")) == 1
+
+
+def test_requests_are_answered_without_the_ledger_until_it_is_back(service: Cluster) -> None:
+    (ledger,) = service.processes("Counts").values()
+    os.kill(ledger, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not service.processes("Counts"):
+        assert ask_limited(service).status_code in (200, 429)
+        assert time.monotonic() < deadline
+    assert list(service.processes("Counts").values()) != [ledger]
+
+
+def ask_limited(service: Cluster) -> httpx.Response:
+    body = {"prompt": "x", "max_tokens": 1}
+    headers = {"Authorization": "Bearer limited"}
+    return httpx.post(f"{service.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def test_no_request_is_lost_when_a_replica_or_the_controller_dies(service: Cluster) -> None:

@@ -228,7 +228,7 @@ def test_when_every_replica_dies_the_client_is_told_to_try_again(
     ("status", "ours", "reason"),
     [
         (404, 404, "there is no /v1/completions"),
-        (408, 408, "its limit of time"),
+        (408, 408, "more than 30 seconds"),
         (429, 429, "full"),
         (500, 503, "no replica"),
         (503, 503, "no replica"),

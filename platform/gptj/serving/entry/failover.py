@@ -115,9 +115,7 @@ class Exchange:
 
     async def _fail(self) -> None:
         if self._expired():
-            error: APIError = RequestTimeoutError(
-                f"the request took more than {self._limit_seconds:g} seconds"
-            )
+            error: APIError = self.timeout()
         elif self.stream is not None:
             error = UnavailableError(
                 "the replica that wrote this died, and no other could go on with it: send the "
@@ -151,6 +149,10 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         await self._send(message)
+
+    def timeout(self) -> APIError:
+        limit = "its limit" if self._limit_seconds is None else f"{self._limit_seconds:g} seconds"
+        return RequestTimeoutError(f"the request took more than {limit}")
 
     def end_try(self) -> None:
         """For the replica, the client has left."""
@@ -283,7 +285,7 @@ class Reply:
         if status == HTTPStatus.NOT_FOUND:
             return NotFoundError(f"there is no {self._exchange.path:.200}", code="unknown_url")
         if status == HTTPStatus.REQUEST_TIMEOUT:
-            return RequestTimeoutError("the request took more than its limit of time")
+            return self._exchange.timeout()
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             return OverloadedError("the service is full: try again later", headers=headers)
         if status is not None and status < 500:
