@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import yaml
 from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, text_of
-from serving_models import KEY, TEMPLATE, Models
+from serving_models import KEY, PROMPTS, TEMPLATE, Models
 
 from gptj.chat import ChatTemplate
 
@@ -263,3 +266,47 @@ def test_without_a_template_the_error_says_how_to_give_one(service: str) -> None
     body = {"prompt": "x", "max_tokens": 1}
     reply = httpx.post(f"{service}/guarded{COMPLETIONS}", json=body, headers=headers, timeout=30)
     assert reply.status_code == 200
+
+
+@pytest.mark.slow
+def test_lm_evals_chats_are_those_of_transformers_in_process(
+    service: str, models: Models, tmp_path: Path
+) -> None:
+    """The same task by lm_eval's classes for chat services and for models of transformers."""
+    from lm_eval import simple_evaluate  # here, since it takes seconds
+    from lm_eval.tasks import TaskManager
+
+    folder = str(tmp_path / "model")
+    tokenizer = copy.deepcopy(models.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    models.generation.save_pretrained(folder, tokenizer=tokenizer)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": each, "right": "x"}) + "\n" for each in PROMPTS))
+    task = {
+        "task": "chats",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "description": "The year 1907.",  # the system message
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{right}}",
+        "generation_kwargs": {"until": ["\n>", "e"], "max_gen_toks": 24, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "chats.yaml").write_text(yaml.safe_dump(task))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    replies = []
+    for model, arguments in (
+        ("hf", {"pretrained": folder, "dtype": "float32", "device": "cpu", "batch_size": 1}),
+        ("local-chat-completions", {"model": "generation", "base_url": service + CHATS}),
+    ):
+        results = simple_evaluate(
+            model, arguments, ["chats"], task_manager=manager, apply_chat_template=True
+        )
+        assert results is not None
+        samples = sorted(results["samples"]["chats"], key=lambda sample: sample["doc_id"])
+        replies.append([sample["resps"] for sample in samples])
+    assert replies[0] == replies[1]
+    assert len({str(each) for each in replies[0]}) > 1
