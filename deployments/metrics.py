@@ -60,7 +60,7 @@ class ServeMetrics:
         self._grammars = metrics.Counter(
             "gptj_grammars",
             "Requests with a grammar, by what became of it.",
-            ("result",),  # type: ignore[arg-type]  # as above
+            ("result",),
         )
         self._compiling = self._histogram(
             "gptj_grammar_seconds", "From a request with a grammar until it was compiled or known."
