@@ -553,7 +553,9 @@ def test_invalid_requests_are_refused_with_the_value(
 
 def test_requests_larger_than_the_cache_are_refused(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 3), eos_ids=[EOS], max_num_seqs=4)
-    with pytest.raises(ValueError, match=r"40 tokens .* max_tokens=9 need 4 pages of 16 .* has 3"):
+    with pytest.raises(
+        ValueError, match=r"40 prompt tokens .* max_tokens=9 need 4 pages of 16 .* has 3"
+    ):
         submit(engine, tokens(40), max_tokens=9)
     with pytest.raises(ValueError, match="for each of 4 beams need 4 pages"):
         search(engine, [5], BeamParams(4), max_tokens=12)

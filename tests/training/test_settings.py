@@ -137,7 +137,7 @@ def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "s.yaml").write_text(content)
         with pytest.raises(
-            SettingsError, match=f"s.yaml is not valid YAML: .*the key '{key}' is there tw"
+            SettingsError, match=f"s.yaml is not valid YAML: .*the key '{key}' is repeated"
         ):
             read_settings([str(tmp_path / "s.yaml")])
     (tmp_path / "s.yaml").write_text("data: &d {train: a}\nmodel: {config: {n_layer: 1}}\n")

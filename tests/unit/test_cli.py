@@ -146,7 +146,7 @@ def test_without_a_cluster_the_remedy_is_named(
 ) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match="remedy: gptj up"):
+    with pytest.raises(SystemExit, match="with gptj up"):
         main(["train", "--folder", str(tmp_path)])
     (tmp_path / "env").touch()
     with pytest.raises(SystemExit, match=f"remedy: source {tmp_path}/env"):
