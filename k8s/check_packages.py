@@ -19,9 +19,9 @@ from pathlib import Path
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
 BUILT = {"cpu": ("deepspeed_shm_comm",), "cuda": ("fused_adam", "cpu_adam")}
-# The virtual environment's own, of the Python that made it.
+# Installed in every virtual environment by its Python.
 UNPINNED = {"pip"}
-# The containers that nvcc leaves in a library: a header, and entries of PTX or machine code.
+# The fat binary containers that nvcc embeds: a header, then entries of PTX or machine code.
 FAT_BINARY = 0xBA55ED50
 KINDS = {1: "compute", 2: "sm"}
 
@@ -66,7 +66,7 @@ def architectures(library: Path) -> list[str]:
 
 def main(variant: str, constraints: str) -> None:
     os.environ["DS_ACCELERATOR"] = variant
-    os.environ["TORCH_EXTENSIONS_DIR"] = "/nowhere"  # what is not built ahead fails
+    os.environ["TORCH_EXTENSIONS_DIR"] = "/nowhere"  # so that what is not prebuilt fails
     if wrong := unpinned(Path(constraints).read_text()):
         raise SystemExit(f"not as {constraints} pins it: {', '.join(wrong)}")
     import torch

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from gptj.tokenizer import GPTJTokenizer
 
-__version__ = "0.1.0"  # that of pyproject.toml
+__version__ = "0.1.0"  # as in pyproject.toml
 
 __all__ = [
     "GPTJConfig",

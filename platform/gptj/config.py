@@ -1,4 +1,4 @@
-"""The shape and settings of a GPT-J: Hugging Face's `config.json` in, a checked object out."""
+"""A GPT-J's configuration: Hugging Face's `config.json` in, a validated object out."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ALIASES = {
 }
 
 _QUANTIZED = "remedy: leave it out, and serve with `quantization: int8`"
-# For arguments that Hugging Face's from_pretrained has and ours has not.
+# For arguments of Hugging Face's from_pretrained that ours does not take.
 REMEDIES = {
     "load_in_8bit": _QUANTIZED,
     "load_in_4bit": _QUANTIZED,
     "quantization_config": _QUANTIZED,
     "max_memory": "remedy: device, or device_map='auto', for one device",
-    "offload_folder": "remedy: leave it out; local weights are mapped, and not copied into memory",
-    "trust_remote_code": "remedy: leave it out; code of a folder is never run",
-    "use_safetensors": "remedy: leave it out; safetensors are taken wherever there are any",
+    "offload_folder": "remedy: leave it out; local weights are memory-mapped, not copied",
+    "trust_remote_code": "remedy: leave it out; a folder's code is never run",
+    "use_safetensors": "remedy: leave it out; safetensors are preferred if there are any",
     "subfolder": "remedy: give the address of the folder itself",
     "ignore_mismatched_sizes": "remedy: change the configuration, or resize_token_embeddings",
 }
@@ -53,19 +53,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 class GPTJConfig:
     """Hugging Face's GPTJConfig: the same field names, defaults, aliases and JSON.
 
-    `GPTJConfig(n_layer=2, …)` sets fields by name. Those that we do not know are kept as
-    attributes and written back, as Hugging Face does, so that a round trip loses nothing.
-    A ValueError names the value that no model can have.
+    `GPTJConfig(n_layer=2, …)` sets fields by name. Unknown fields are kept as attributes and
+    written back, as in Hugging Face, so a round trip loses nothing.
+    Invalid values raise a ValueError that names them.
     """
 
     model_type = "gptj"
 
-    vocab_size: int = 50400  # rows of the embedding: GPT-2's 50257 tokens and 143 unused ones
+    vocab_size: int = 50400  # embedding rows: GPT-2's 50257 tokens and 143 unused
     n_positions: int = 2048  # the longest sequence, in tokens
     n_embd: int = 4096  # width of the residual stream
     n_layer: int = 28
-    n_head: int = 16  # each is n_embd / n_head wide
-    rotary_dim: int | None = 64  # dimensions of each head that are rotated; None: all
+    n_head: int = 16  # each of width n_embd / n_head
+    rotary_dim: int | None = 64  # rotated dimensions of each head; None: all
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     activation_function: str = "gelu_new"  # one of ACTIVATIONS
     resid_pdrop: float = 0.0
@@ -73,18 +73,18 @@ class GPTJConfig:
     attn_pdrop: float = 0.0
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02  # standard deviation of new weights
-    use_cache: bool = True  # whether forward returns keys and values unless told otherwise
+    use_cache: bool = True  # whether forward returns the KV cache by default
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
-    problem_type: str | None = None  # how labels are read, one of PROBLEM_TYPES; None: find out
-    architectures: list[str] | None = None  # the class that a checkpoint was saved from
+    problem_type: str | None = None  # one of PROBLEM_TYPES; None: inferred from labels
+    architectures: list[str] | None = None  # the class of the saved model
     dtype: torch.dtype | None = None  # of the stored weights
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
-    id2label: dict[int, str]  # class numbers to names; its length is num_labels
+    id2label: dict[int, str]  # class index to name; its length is num_labels
     label2id: dict[str, int]
 
     def __init__(self, **fields: Any) -> None:
@@ -107,14 +107,14 @@ class GPTJConfig:
         )
         for name, value in fields.items():
             if hasattr(GPTJConfig, name) and name not in GPTJConfig.__annotations__:
-                raise ValueError(f"{name} is no field of a configuration")
+                raise ValueError(f"{name} is not a configuration field")
             setattr(self, name, value)
         self._check_types()
         self._check()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTJConfig:
-        """One of PRESETS (tiny: 13.4 M parameters at the full vocabulary; small: 305 M; 6b).
+        """One of PRESETS (tiny: 13.4 M parameters with the full vocabulary; small: 305 M; 6b).
 
         Overrides replace fields, as in `GPTJConfig.preset("tiny", vocab_size=1024)`.
         """
@@ -137,14 +137,14 @@ class GPTJConfig:
 
     @classmethod
     def from_folder(cls, folder: ModelFolder, **overrides: Any) -> GPTJConfig:
-        """The `config.json` of an open folder: see `from_pretrained`."""
+        """The `config.json` of an open folder; see `from_pretrained`."""
         return cls.adapted_from_folder(folder, None, **overrides)
 
     @classmethod
     def adapted_from_folder(
         cls, folder: ModelFolder, base: ModelFolder | None, **overrides: Any
     ) -> GPTJConfig:
-        """As `from_folder`; `base` is an adapter's base model, if that is not where it was."""
+        """Like `from_folder`; `base` is an adapter's base model, if it has moved."""
         fields = read_adapted_config(folder, base) if folder.is_adapter else folder.read_config()
         check_overrides(overrides, fields)
         if "num_labels" in overrides or "id2label" in overrides or "label2id" in overrides:
@@ -156,17 +156,17 @@ class GPTJConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> GPTJConfig:
-        """What `to_dict` or a `config.json` holds; another model's is refused by its name."""
+        """From the fields of `to_dict` or a `config.json`; refuses other model types."""
         if (found := fields.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(
                 f"this is the configuration of a {shown(found)} model, not of a 'gptj'"
             )
         if "self" in fields:
-            raise ValueError("self is no field of a configuration")
+            raise ValueError("self is not a configuration field")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON; Hugging Face's GPTJConfig reads it."""
+        """Every field, JSON-serializable and readable by Hugging Face's GPTJConfig."""
         known = {
             name: getattr(self, name)
             for name, value in vars(GPTJConfig).items()
@@ -199,7 +199,7 @@ class GPTJConfig:
 
     @property
     def rotated_dim(self) -> int:
-        """How many dimensions of each head are rotated."""
+        """Rotated dimensions of each head."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
@@ -251,12 +251,12 @@ class GPTJConfig:
         for labels in (id2label, label2id):
             if labels is not None and not isinstance(labels, dict):
                 raise ValueError(
-                    f"id2label and label2id must map one to the other, got {shown(labels)}"
+                    f"id2label and label2id must be each other's inverse, got {shown(labels)}"
                 )
         if id2label is None and label2id is not None:
             if not all(_is_count(index) for index in label2id.values()):
                 raise ValueError(
-                    f"label2id must map labels to their numbers, got {shown(label2id)}"
+                    f"label2id must map labels to their indices, got {shown(label2id)}"
                 )
             id2label = {index: label for label, index in label2id.items()}
         if num_labels is not None and not _is_count(num_labels, MOST_LABELS):
@@ -267,19 +267,17 @@ class GPTJConfig:
                 raise ValueError(f"num_labels must be 1 or more, got {count}")
             id2label = {index: f"LABEL_{index}" for index in range(count)}
         if not all(isinstance(label, str) for label in id2label.values()):
-            raise ValueError(f"labels must be texts, got {shown(id2label)}")
-        # JSON's keys are text.
+            raise ValueError(f"labels must be strings, got {shown(id2label)}")
+        # JSON's keys are strings.
         self.id2label = {int(index): label for index, label in id2label.items()}
         if sorted(self.id2label) != list(range(len(self.id2label))):
-            raise ValueError(
-                f"id2label must number its labels from 0 on, got {shown(self.id2label)}"
-            )
+            raise ValueError(f"id2label must number its labels from 0, got {shown(self.id2label)}")
         if num_labels is not None and num_labels != len(self.id2label):
             raise ValueError(f"num_labels={num_labels} contradicts id2label={shown(self.id2label)}")
         self.label2id = label2id or {label: index for index, label in self.id2label.items()}
 
     def _check_types(self) -> None:
-        """Files hold anything: a field of the wrong kind is named here, not met much later."""
+        """Check the types of fields, since a file may hold anything."""
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
             if not _is_count(value) or value < 1:
@@ -294,7 +292,7 @@ class GPTJConfig:
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(each) is int for each in ids):
             raise ValueError(
-                f"eos_token_id must be a whole number, some, or null, got {shown(eos)}"
+                f"eos_token_id must be a whole number, a list of them or null, got {shown(eos)}"
             )
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"):
             value = getattr(self, name)
@@ -348,15 +346,15 @@ class GPTJConfig:
 
 
 def is_field(name: str) -> bool:
-    """Whether every configuration has it, perhaps under this other name."""
+    """Whether it is a field of every configuration, or an alias of one."""
     return name in GPTJConfig.__annotations__ or name in ALIASES or name == "num_labels"
 
 
 def check_overrides(overrides: Mapping[str, Any], fields: Collection[str] = ()) -> None:
-    """Refuse what is neither a field of a configuration nor one of a folder's own.
+    """Refuse names that are neither configuration fields nor among the folder's own `fields`.
 
     Raises:
-        TypeError: naming it, what was perhaps meant, or the remedy.
+        TypeError: with a suggestion or a remedy.
     """
     known = {*GPTJConfig.__annotations__, *ALIASES, "num_labels", *fields}
     for name in overrides:
@@ -373,7 +371,7 @@ def check_overrides(overrides: Mapping[str, Any], fields: Collection[str] = ()) 
 
 
 def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    """`torch.float16`, "float16" and "torch.float16" are the same; None stays None."""
+    """Accepts `torch.float16`, "float16" and "torch.float16"; None stays None."""
     if name is None or isinstance(name, torch.dtype):
         return name
     dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
@@ -383,9 +381,9 @@ def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _is_count(value: Any, most: int = 2**40) -> bool:
-    """Whether it is a whole number that can count something; True is none."""
+    """Whether it is an int that can be a count; bools are not."""
     return type(value) is int and 0 <= value <= most
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # which NaN is not
+    return type(value) in (int, float) and abs(value) < 1e300  # false for NaN

@@ -1,4 +1,4 @@
-"""Whether this build of PyTorch can compute on a GPU, said before anything is loaded."""
+"""Check, before loading anything, that this build of PyTorch supports the GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([a-z]?)")
 
 
 class UnsupportedDeviceError(RuntimeError):
-    """PyTorch has no code for this GPU; the message says what would help."""
+    """This build of PyTorch has no kernels for the GPU; the message has the remedy."""
 
 
 def check_device(device: torch.device | str) -> None:
-    """Refuse a GPU that PyTorch would warn of, and fail on with the first kernel.
+    """Refuse a GPU that PyTorch only warns about, then fails on at the first kernel.
 
     Raises:
-        UnsupportedDeviceError: for a V100, say, with PyTorch for CUDA 13.
+        UnsupportedDeviceError: for example for a V100 with PyTorch for CUDA 13.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -27,17 +27,17 @@ def check_device(device: torch.device | str) -> None:
     architectures = torch.cuda.get_arch_list()
     if not runs_on((properties.major, properties.minor), architectures):
         raise UnsupportedDeviceError(
-            f"{properties.name} has compute capability {properties.major}.{properties.minor}, and "
-            f"PyTorch {torch.__version__} has code for {', '.join(architectures)} only: take a "
-            f"newer GPU, or a build of PyTorch for an older CUDA (12.6 has sm_70, a V100's)"
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
+            f"PyTorch {torch.__version__} only supports {', '.join(architectures)}; remedy: a "
+            f"newer GPU, or a PyTorch build for an older CUDA (12.6 has sm_70, a V100's)"
         )
 
 
 def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether code for these architectures runs on a GPU of this compute capability.
 
-    Machine code (sm_86) runs from its own version on within the major one, PTX (compute_86) on any
-    later GPU, and code with a letter on its own version alone.
+    Machine code (sm_86) runs on GPUs of the same major version and an equal or later minor one, PTX
+    (compute_86) on any later GPU, and code with a letter suffix only on its own version.
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#application-compatibility
     """
     for name in architectures:

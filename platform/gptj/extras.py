@@ -1,8 +1,8 @@
-"""Packages that only some parts of the library need, imported when such a part is used.
+"""Optional dependencies, imported on first use.
 
     pyarrow = Extra("pyarrow", "reading Parquet and CSV files")
 
-stands for the module; the first use of an attribute imports it, or says what to install.
+stands for the module: the first attribute access imports it, or says what to install.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import importlib
 import importlib.util
 from typing import Any
 
-# What brings them, of pyproject.toml's optional-dependencies. What is not here, the library itself
-# depends on.
+# Package -> extra, as in pyproject.toml's optional-dependencies. The library itself requires all
+# packages not listed here.
 EXTRA_OF = {
     **dict.fromkeys(("ray", "fastapi", "starlette", "uvicorn", "requests"), "serve"),
     **dict.fromkeys(("fastapi_offline", "llguidance"), "serve"),
@@ -23,16 +23,16 @@ EXTRA_OF = {
 
 
 class MissingPackageError(ImportError):
-    """A package that a part of the library needs is not installed; the message has the remedy."""
+    """An optional dependency is not installed; the message has the remedy."""
 
 
 class Extra:
-    """A module that is imported at the first use of one of its attributes.
+    """A module that is imported on the first access to one of its attributes.
 
     Args:
-        name: of the module.
-        purpose: what needs it, for the error.
-        package: that has it, if its name is another.
+        name: the module's name.
+        purpose: what needs it, for the error message.
+        package: the package that provides it, if named differently.
     """
 
     def __init__(self, name: str, purpose: str, package: str | None = None) -> None:
@@ -41,7 +41,7 @@ class Extra:
         self._package = package
 
     def __getattr__(self, attribute: str) -> Any:
-        # Whoever looks over a module's objects, such as inspect, asks for more of these.
+        # Introspection, such as inspect's, probes dunder attributes; it must not import.
         if attribute.startswith("__") and attribute != "__version__":
             raise AttributeError(attribute)
         module = require(self._name, self._purpose, self._package)
@@ -78,12 +78,12 @@ def missing(
     package: str | None = None,
     extra: str | None = None,
 ) -> MissingPackageError:
-    """The error to raise instead, with the remedy.
+    """The MissingPackageError to raise instead of `error`.
 
     Args:
         purpose: what needs the package.
-        package: that has the module, if its name is another.
-        extra: of this project that brings it, if not the usual one.
+        package: the package that provides the module, if named differently.
+        extra: the extra that installs it, if not the usual one.
     """
     package = package or (error.name or "").partition(".")[0]
     extra = extra or EXTRA_OF.get(package)

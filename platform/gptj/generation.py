@@ -1,7 +1,7 @@
-"""Continuing token ids (B, L) by a model: greedy, sampled or by beam search; ids (B, L + new) out.
+"""`generate`: greedy decoding, sampling or beam search; ids (B, L) in, ids (B, L + new) out.
 
-The slow and plain way, one batch from its start to its end: the reference for the engine.
-Arguments and results are Hugging Face's `generate`; greedy and beam results equal its results.
+Simple and slow, one static batch at a time: the reference for the engine. Arguments and results
+follow Hugging Face's `generate`; greedy and beam results equal its results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULT_NEW_TOKENS = 20
 
 
 class CausalLM(Protocol):
-    """What generating needs of a model."""
+    """What generation needs from a model."""
 
     config: GPTJConfig
 
@@ -39,11 +39,11 @@ class CausalLM(Protocol):
         logits_to_keep: int,
         return_dict: bool,
     ) -> CausalLMOutput:
-        """Logits (B, logits_to_keep, V) of the tokens that follow (B, L) ids."""
+        """Next-token logits (B, logits_to_keep, V) for ids (B, L)."""
 
 
 class Streamer(Protocol):
-    """Takes tokens as they come, such as transformers' TextStreamer."""
+    """Receives tokens as they are generated, such as transformers' TextStreamer."""
 
     def put(self, value: Tensor) -> None:
         """First the prompts (B, L), then each step's tokens (B)."""
@@ -101,41 +101,41 @@ def generate(
     output_scores: bool = False,
     return_dict_in_generate: bool = False,
 ) -> Tensor | GenerateOutput:
-    """Continue each row of a batch; rows that end early are filled with padding.
+    """Continue each row of a batch; rows that end early are padded.
 
         ids = tokenizer("In a shocking finding,", return_tensors="pt").input_ids
         new = model.generate(ids, do_sample=True, temperature=0.9, max_new_tokens=50)
         print(tokenizer.decode(new[0]))
 
-    Arguments and results are those of Hugging Face's `generate`; greedy and beam results equal its
+    Arguments and results follow Hugging Face's `generate`; greedy and beam results equal its
     results.
 
     Args:
-        input_ids: (B, L) prompts of one length, padded on the left where they are shorter.
-        attention_mask: (B, L), 0 on padding; default: pad_token_id is padding if it is not eos.
-        do_sample: draw tokens; otherwise the likeliest.
+        input_ids: (B, L) prompts, padded on the left to one length.
+        attention_mask: (B, L), 0 on padding; default: mask pad_token_id, unless it is an eos.
+        do_sample: sample tokens; if False, take the most likely.
         temperature, top_k, top_p, min_p: for sampling: divide logits by the temperature, then keep
-            the k likeliest (None or 0: all), the likeliest that together have probability top_p,
-            and those with min_p of the likeliest one's.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
-            are in the prompt or output.
-        seed: for the draws; default: PyTorch's global generator.
-        num_beams: keep so many continuations and return the likeliest; 1 is no beam search.
-        length_penalty: beams rank by log-probability / length ** length_penalty.
-        early_stopping: end a beam search when num_beams continuations have ended.
-        num_return_sequences: rows of the result a prompt; without sampling at most num_beams.
-        max_length, max_new_tokens: with and without the prompt; default: 20 new tokens.
-        min_new_tokens: no eos before so many.
+            the k most likely tokens (None or 0: all), the smallest set with total probability
+            top_p, and those with at least min_p times the highest probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
+            the prompt or output.
+        seed: for sampling; default: PyTorch's global generator.
+        num_beams: beam width; 1 disables beam search.
+        length_penalty: beams are ranked by log-probability / length ** length_penalty.
+        early_stopping: end the search once num_beams beams have finished.
+        num_return_sequences: rows of the result per prompt; without sampling at most num_beams.
+        max_length, max_new_tokens: limits with and without the prompt; default: 20 new tokens.
+        min_new_tokens: suppress eos before this many.
         eos_token_id, pad_token_id: default: the configuration's, and the first eos for padding.
-        stop_strings: a row ends with the token that completes one of them; needs `tokenizer`.
-        streamer: gets the prompts and each step's tokens; not with beams.
+        stop_strings: a row ends with the token that completes one of them; requires `tokenizer`.
+        streamer: receives the prompts and each step's tokens; not with beams.
         use_cache: False recomputes the whole sequence at each step.
-        output_scores: return each step's scores; needs return_dict_in_generate.
+        output_scores: return each step's scores; requires return_dict_in_generate.
         return_dict_in_generate: return a GenerateOutput.
 
     Returns:
-        (B * num_return_sequences, L + new) token ids, prompts included; or a GenerateOutput that
-        has them as `sequences`.
+        (B * num_return_sequences, L + new) token ids, including prompts, or a GenerateOutput with
+        them as `sequences`.
 
     Raises:
         ValueError: with the value and the remedy.
@@ -153,7 +153,7 @@ def generate(
         raise ValueError("beam search draws no samples: choose do_sample=True or num_beams > 1")
     if num_beams > 1 and streamer is not None:
         raise ValueError(
-            f"a streamer needs num_beams=1, got {num_beams}: beams change until the end"
+            f"a streamer needs num_beams=1, got {num_beams}: beams may change until the end"
         )
     if not do_sample and num_return_sequences > num_beams:
         raise ValueError(
@@ -220,9 +220,9 @@ def generate(
 
 
 class StopStrings:
-    """Whether a row's last token completes one of some strings.
+    """Tests whether a row's last token completes a stop string.
 
-    The string may begin in the prompt, and the token may go on after it.
+    The string may begin in the prompt, and the token may continue past it.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: GPTJTokenizer) -> None:
@@ -234,7 +234,7 @@ class StopStrings:
     def of(
         cls, strings: str | Sequence[str] | None, tokenizer: GPTJTokenizer | None
     ) -> StopStrings | None:
-        """None without strings. ValueError for empty ones, or if there is no tokenizer."""
+        """None without strings. ValueError for empty strings or a missing tokenizer."""
         if strings is None:
             return None
         strings = [strings] if isinstance(strings, str) else list(strings)
@@ -253,7 +253,7 @@ class StopStrings:
             text = self._bytes(token) + text
         before = len(text) - len(last)
         return any(
-            # Not an earlier one: it must end within the last token.
+            # It must end within the last token: skip earlier matches.
             text.find(each, max(0, before - len(each) + 1)) >= 0
             for each in self._strings
         )
@@ -263,23 +263,23 @@ class StopStrings:
 
 
 class Decoder:
-    """A model in the middle of a batch: tokens (B, L) in, logits of what follows (B, V) out.
+    """A model's decoding state for a batch: tokens (B, L) in, next-token logits (B, V) out.
 
-    Keeps the cache, the mask, and each row's positions, which count real tokens only.
+    Keeps the KV cache, the mask and each row's positions, which skip padding.
     """
 
     def __init__(self, model: CausalLM, attention_mask: Tensor, use_cache: bool = True) -> None:
         self._model = model
-        self._mask = attention_mask  # (B, S), of all positions so far
+        self._mask = attention_mask  # (B, S), all positions so far
         self.cache = KVCache() if use_cache else None
-        self._ids: Tensor | None = None  # without a cache, everything is computed again
+        self._ids: Tensor | None = None  # without a cache, everything is recomputed
 
     def real_tokens(self, prompts: Tensor) -> list[list[int]]:
-        """The prompts without their padding."""
+        """The prompts without padding."""
         return [row[mask.bool()].tolist() for row, mask in zip(prompts, self._mask, strict=True)]
 
     def advance(self, ids_BL: Tensor) -> Tensor:
-        """Logits (B, V), in fp32, of the token after these, which follow those given before."""
+        """Append tokens; returns next-token logits (B, V) in fp32."""
         if self._ids is None:
             self._ids = ids_BL
         else:
@@ -301,7 +301,7 @@ class Decoder:
         return output.logits[:, -1].float()
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; one may come more than once."""
+        """Keep these rows, in this order, perhaps repeated."""
         assert self._ids is not None
         self._mask, self._ids = self._mask[rows], self._ids[rows]
         if self.cache is not None:
@@ -319,7 +319,7 @@ def _one_by_one(
     streamer: Streamer | None,
     scores: list[Tensor] | None,
 ) -> Tensor:
-    """(B, L + new). Appends each step's scores (B, V) to `scores`, if it is a list."""
+    """Greedy or sampled ids (B, L + new). Appends each step's scores (B, V) to `scores`."""
     rows = len(prompts)
     real = decoder.real_tokens(prompts)
     outputs: list[list[int]] = [[] for _ in range(rows)]
@@ -369,9 +369,9 @@ def beam_search(
     stops: StopStrings | None = None,
     scores: list[Tensor] | None = None,
 ) -> GenerateOutput:
-    """The likeliest continuations of each row, best first: see `generate`.
+    """The most likely continuations of each row, best first; see `generate`.
 
-    Appends each step's scores (B * num_beams, V) to `scores`, if it is a list.
+    Appends each step's scores (B * num_beams, V) to `scores`, if given.
     """
     device = input_ids.device
     searches = [
@@ -440,20 +440,20 @@ def beam_search(
 
 @dataclass(frozen=True)
 class Beam:
-    """A continuation: one that a search goes on with, or one that has ended."""
+    """A continuation, running or finished."""
 
     output: list[int]
-    score: float  # log-probability; of an ended one, as it is ranked
-    origins: tuple[int, ...] = ()  # of each token, the beam that it continued
+    score: float  # log-probability; length-penalized once finished
+    origins: tuple[int, ...] = ()  # for each token, the beam that it extended
 
     @property
     def origin(self) -> int:
-        """The beam of the last step that it continues."""
+        """The beam that the last token extended."""
         return self.origins[-1]
 
 
 class Beams:
-    """One prompt's search: beams that go on, and the best that have ended."""
+    """One prompt's beam search: running beams and the best finished ones."""
 
     def __init__(
         self,
@@ -466,8 +466,8 @@ class Beams:
         stops: StopStrings | None = None,
     ) -> None:
         self.prompt = prompt
-        self.open = True  # whether a better result may still come
-        # All start equal: but for the first, they are kept out by their scores.
+        self.open = True  # whether a better result is still possible
+        # All beams start identical, so only the first may compete.
         self.running = [Beam([], 0.0 if beam == 0 else -1e9) for beam in range(width)]
         self._width = width
         self._max_tokens = max_tokens
@@ -479,12 +479,12 @@ class Beams:
 
     @property
     def candidates(self) -> int:
-        """How many continuations a step needs to see."""
-        # An eos ends a beam, so that each may take one candidate from those that go on.
+        """How many candidates a step needs."""
+        # Each eos may use up one candidate per beam.
         return max(2, 1 + len(self._eos_ids)) * self._width
 
     def step(self, candidates: list[tuple[float, int, int]]) -> None:
-        """Take the (score, beam, token) of the likeliest continuations, best first."""
+        """Advance with the best (score, beam, token) candidates, best first."""
         going_on = []
         length = len(self.running[0].output) + 1
         for rank, (score, beam, token) in enumerate(candidates):
@@ -496,7 +496,7 @@ class Beams:
                 self.ended.append(Beam(output, self._ranked(score, length), origins))
         self.ended.sort(key=lambda each: -each.score)
         del self.ended[self._width :]
-        if len(going_on) < self._width:  # the last step: all have ended
+        if len(going_on) < self._width:  # the last step: all have finished
             self.open = False
             return
         self.running = going_on[: self._width]
@@ -519,10 +519,10 @@ class Beams:
 def _new_tokens(
     max_length: int | None, max_new_tokens: int | None, length: int, n_positions: int
 ) -> int:
-    """How many tokens to add at most; ValueError if the model has no positions for them."""
+    """Most tokens to generate; ValueError if they exceed the model's context."""
     if max_new_tokens is None and max_length is None:
         new = min(DEFAULT_NEW_TOKENS, n_positions - length)
-    elif max_new_tokens is not None:  # the narrower wish, as in Hugging Face
+    elif max_new_tokens is not None:  # takes precedence, as in Hugging Face
         new = max_new_tokens
     else:
         assert max_length is not None
@@ -534,7 +534,7 @@ def _new_tokens(
         )
     if length + new > n_positions:
         raise ValueError(
-            f"{length} tokens of the prompt and {new} new ones exceed the model's context of "
+            f"the prompt's {length} tokens and {new} new ones exceed the model's context of "
             f"{n_positions}: shorten the prompt or lower max_new_tokens"
         )
     return new

@@ -1,4 +1,4 @@
-"""Keys and values of the positions seen so far: (B, H, L, K) of each layer, growing in place."""
+"""A KV cache that grows in place: keys and values (B, H, L, K) of each layer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class KVCache:
-    """The past of a batch, one (keys, values) pair a layer, both (B, H, length, K).
+    """A batch's past: one (keys, values) pair per layer, both (B, H, length, K).
 
-    Room grows by doubling, so that a token costs one write and not a copy of the past. While
-    autograd records, pairs are concatenated instead: a write in place would change tensors that
-    the backward pass needs.
+    Capacity doubles as needed, so a token costs one write rather than a copy of the past. While
+    autograd records, pairs are concatenated instead: in-place writes would modify tensors that the
+    backward pass needs.
 
-    Indexing and iterating give the pairs, as Hugging Face's `past_key_values` does.
+    Indexing and iteration give the pairs, as with Hugging Face's `past_key_values`.
     """
 
     def __init__(self, past: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -23,14 +23,14 @@ class KVCache:
 
     @classmethod
     def of(cls, past: KVCache | Sequence[tuple[Tensor, Tensor]] | None) -> KVCache:
-        """The cache itself, or a new one that holds the given pairs (none: an empty one)."""
+        """The cache itself, or a new one with the given pairs (None: empty)."""
         if isinstance(past, KVCache):
             return past
         return cls() if past is None else cls(past)
 
     @property
     def length(self) -> int:
-        """Positions that every layer holds."""
+        """Number of cached positions."""
         return self._layers[-1].length if self._layers else 0
 
     def get_seq_length(self) -> int:
@@ -46,16 +46,16 @@ class KVCache:
         return self[layer]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order: for beams, and when requests end.
+        """Keep these rows of the batch, in this order: for beams and finished rows.
 
         Args:
-            rows: (B') of int64; a row may come more than once.
+            rows: (B') int64; rows may repeat.
         """
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def crop(self, length: int) -> None:
-        """Forget the positions from `length` on."""
+        """Drop all positions from `length` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} positions to {length}")
         for layer in self._layers:

@@ -1,12 +1,12 @@
 """GPT-J in PyTorch: token ids (B, L) in, hidden states, logits and losses out.
 
-Shapes, as the ends of names: B batch, L positions of this call, S positions with the past,
+Shape suffixes of names: B batch, L positions of this call, S positions including the past,
 D width, H heads, K head width, R rotated dimensions of a head, V vocabulary, C classes.
 
 Parameter names are those of the published checkpoint (EleutherAI/gpt-j-6B on Hugging Face), so
-that state dicts load both ways with nothing renamed. The architecture: Wang and Komatsuzaki,
-"GPT-J-6B", 2021, https://github.com/kingoflolz/mesh-transformer-jax; the rotation: Su et al.,
-"RoFormer", 2021, https://arxiv.org/abs/2104.09864, equation 34.
+state dicts load both ways without renaming. Architecture: Wang and Komatsuzaki, "GPT-J-6B", 2021,
+https://github.com/kingoflolz/mesh-transformer-jax; rotary embedding: Su et al., "RoFormer", 2021,
+https://arxiv.org/abs/2104.09864, equation 34.
 """
 
 from __future__ import annotations
@@ -73,21 +73,21 @@ class GPTJModel(GPTJPreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Hugging Face's arguments, with its meaning.
+        """Hugging Face's arguments, with the same meaning.
 
         Args:
-            input_ids: (B, L) of int64; or else
+            input_ids: (B, L) int64; or instead
             inputs_embeds: (B, L, D).
             past_key_values: the cache of S - L earlier positions, which this call extends.
-            attention_mask: (B, S), 1 where a position may be attended to and 0 on padding; or
-                (B, 1, L, S), boolean or to be added to the scores, used as it is.
+            attention_mask: (B, S), 1 on visible positions and 0 on padding; or (B, 1, L, S),
+                boolean or additive, used as is.
             token_type_ids: (B, L), embedded by wte and added.
-            position_ids: (B, L); by default they count on from the past.
-            use_cache: return the cache; default as configured, off while training with
+            position_ids: (B, L); default: continue after the past.
+            use_cache: return the cache; default: the configuration's; off while training with
                 gradient checkpointing.
             output_attentions: return each layer's probabilities (B, H, L, S).
-            output_hidden_states: return each block's input, and the result.
-            return_dict: False returns a plain tuple of what is not None.
+            output_hidden_states: return each block's input and the final hidden states.
+            return_dict: False returns a plain tuple of the values that are not None.
             cu_seqlens: (N + 1) of int32, rows that hold several documents: in all rows' positions
                 one after the other, document i is [cu_seqlens[i], cu_seqlens[i + 1]), in one row.
                 Each is computed as if it were alone, its positions from 0 on; attention_mask is
@@ -128,7 +128,7 @@ class GPTJModel(GPTJPreTrainedModel):
             mask = attention_bias(attention_mask, x_BLD, past)
         hidden_states, attentions = [], []
         for block in self.h:
-            if with_hidden_states:  # each is the size of a batch: only what is asked for is kept
+            if with_hidden_states:  # each is as large as the activations: keep only if requested
                 hidden_states.append(x_BLD)
             if recompute:
                 x_BLD, probabilities = checkpoint(
@@ -168,7 +168,7 @@ class GPTJModel(GPTJPreTrainedModel):
                     f"n_positions={self.config.n_positions}; shorten it"
                 )
             return torch.arange(past, end, device=x_BLD.device)[None]
-        # Reading positions back from a GPU would stall it at every step.
+        # Only on the CPU: reading positions back would synchronize the GPU at every step.
         if position_ids.device.type == "cpu" and position_ids.numel():
             last = int(position_ids.max())
             if last >= self.config.n_positions:
@@ -180,7 +180,7 @@ class GPTJModel(GPTJPreTrainedModel):
 
 
 class GPTJBlock(nn.Module):
-    """x + attention(norm(x)) + mlp(norm(x)): one norm, both branches in parallel."""
+    """x + attention(norm(x)) + mlp(norm(x)): one norm, two parallel branches."""
 
     def __init__(self, config: GPTJConfig, layer: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class GPTJBlock(nn.Module):
 
 
 class GPTJAttention(nn.Module):
-    """Multi-head causal self-attention with rotated queries and keys."""
+    """Multi-head causal self-attention with rotary queries and keys."""
 
     def __init__(self, config: GPTJConfig, layer: int) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class GPTJAttention(nn.Module):
 
 
 class GPTJMLP(nn.Module):
-    """Widen, activate, narrow."""
+    """Up-projection, activation, down-projection."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
@@ -272,13 +272,13 @@ class GPTJMLP(nn.Module):
 
 @dataclass(frozen=True)
 class Rotary:
-    """Sines and cosines of this call's positions, once for all layers; always fp32.
+    """Sines and cosines of this call's positions, shared by all layers; always fp32.
 
-    They are computed and not stored: a table in the model would lose its precision to
-    `model.half()`, and would have to be found in checkpoints that do not hold it.
+    Computed rather than stored: a buffer would lose precision in `model.half()`, and would be
+    missing from published checkpoints.
     """
 
-    sin_BL1R: Tensor  # each angle twice, for the two dimensions that it turns
+    sin_BL1R: Tensor  # each angle twice, once per dimension of its pair
     cos_BL1R: Tensor
 
     @classmethod
@@ -291,9 +291,9 @@ class Rotary:
         return cls(angles_BL1R.sin(), angles_BL1R.cos())
 
     def rotate(self, x_BLHK: Tensor) -> Tensor:
-        """Turn each pair (2i, 2i + 1) of the first R dimensions; the others stay.
+        """Rotate each pair (2i, 2i + 1) of the first R dimensions; the others pass through.
 
-        Computed in fp32 and rounded once, to x's own dtype.
+        Computed in fp32 and rounded once, to x's dtype.
         """
         dim = self.sin_BL1R.shape[-1]
         x_BLHR = x_BLHK[..., :dim].float()
@@ -306,22 +306,22 @@ class Rotary:
 
 @dataclass(frozen=True)
 class AttentionBias:
-    """What each query may see: scores to add, or plain causality, which has faster kernels."""
+    """What each query may attend to: a bias, or plain causality, which has faster kernels."""
 
     scores: Tensor | None  # (B or 1, 1, L, S): 0 where visible, the dtype's minimum where not
     is_causal: bool
-    # Whether gradients must flow through a row that sees nothing. The fused kernels' backward
-    # pass recovers probabilities from log-sum-exp, which rounds them to 1 next to the minimum.
+    # Whether gradients must flow through a fully masked row. The fused kernels' backward pass
+    # recovers probabilities from the log-sum-exp, which rounds them to 1 next to the minimum.
     blind_rows: bool = False
     documents: DocumentBorders | None = None  # of which each sees itself alone, causally
     by_length: DocumentsByLength | None = None
 
 
 def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> AttentionBias:
-    """Causality and padding, for L queries that follow `past` positions.
+    """Causal and padding masks for L queries after `past` positions.
 
-    Hidden positions get the dtype's minimum and not minus infinity: a row that sees nothing
-    (padding on the left) then averages over everything, as Hugging Face's does, and is never NaN.
+    Masked positions get the dtype's minimum rather than -inf, so that a fully masked row (left
+    padding) averages over everything, as in Hugging Face, and is never NaN.
     """
     batch, length, _ = x_BLD.shape
     total = past + length
@@ -350,7 +350,7 @@ def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> A
 def attend_visibly(
     q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: AttentionBias, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its probabilities (B, H, L, S); scores and softmax in fp32."""
+    """Attention that also returns probabilities (B, H, L, S); scores and softmax in fp32."""
     scores = q_BHLK.float() @ k_BHSK.float().transpose(-1, -2) / math.sqrt(q_BHLK.shape[-1])
     if mask.is_causal:
         length = scores.shape[-1]
@@ -370,7 +370,7 @@ def activate(x: Tensor, name: str) -> Tensor:
         return F.gelu(x)
     if name == "relu":
         return F.relu(x)
-    return F.silu(x)  # GPTJConfig lets no other name through
+    return F.silu(x)  # GPTJConfig accepts no other name
 
 
 class GPTJForCausalLM(GPTJPreTrainedModel):
@@ -414,11 +414,11 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         """As GPTJModel.forward, and:
 
         Args:
-            labels: (B, L); position i is trained to give label i + 1; -100 is not counted.
-            logits_to_keep: logits of the last so many positions only, or of the positions in an
-                index tensor; 0 gives all.
-            num_items_in_batch: divide the summed loss by this instead of by the labels counted
-                here: the number in the whole global batch, when this is a part of it.
+            labels: (B, L); position i predicts label i + 1; -100 is ignored.
+            logits_to_keep: compute logits of only this many last positions, or of the positions in
+                an index tensor; 0: all.
+            num_items_in_batch: divide the summed loss by this instead of this batch's label count:
+                the count over the global batch that this one is part of.
             skip_logits: return the loss and no logits, which are then never there as a whole:
                 4 GB less at 4 x 1024 positions and 50,400 entries. Equal up to the order of
                 summation; needs labels.
@@ -471,7 +471,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
 
 
 class GPTJForSequenceClassification(GPTJPreTrainedModel):
-    """The base model and a linear map of each sequence's last token to classes."""
+    """The base model and a linear classifier on each sequence's last token."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
@@ -496,13 +496,13 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
         """As GPTJModel.forward, and:
 
         Args:
-            labels: (B) of class numbers, (B, C) of 0.0 and 1.0 for several classes at once, or
-                (B) or (B, C) of numbers to regress on; config.problem_type says which, and
-                where it does not, num_labels and the dtype do.
+            labels: (B) class indices, (B, C) of 0.0 and 1.0 for multi-label, or (B) or (B, C)
+                regression targets, as config.problem_type says; if unset, num_labels and the dtype
+                decide.
 
         Raises:
-            ValueError: for a batch of several rows of which the last tokens cannot be told from
-                padding, since neither attention_mask nor pad_token_id is there.
+            ValueError: for a batch of several rows with neither attention_mask nor pad_token_id,
+                so that last tokens cannot be told from padding.
         """
         output = self.transformer(
             input_ids,
@@ -534,10 +534,10 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
     def _last_tokens(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, x_BLD: Tensor
     ) -> Tensor:
-        """Where each row's last real token is, (B).
+        """Index of each row's last token that is not padding, (B).
 
-        The mask decides where there is one (padding may be the eos token, which a text may also
-        end with); Hugging Face's rule, the last id that is not pad_token_id, where there is none.
+        By the mask, if given (padding may be the eos token, which may also end a text); otherwise
+        by Hugging Face's rule: the last id that is not pad_token_id.
         """
         batch, length, _ = x_BLD.shape
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -555,7 +555,7 @@ class GPTJForSequenceClassification(GPTJPreTrainedModel):
 
 
 class GPTJForQuestionAnswering(GPTJPreTrainedModel):
-    """The base model and two scores a token: that the answer starts, or ends, there."""
+    """The base model and two logits per token: that the answer starts, or ends, there."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
@@ -565,7 +565,7 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
 
     def config_to_save(self) -> GPTJConfig:
         config = super().config_to_save()
-        config.num_labels = 2  # start and end: Hugging Face makes as many outputs as labels
+        config.num_labels = 2  # start and end: Hugging Face makes one output per label
         return config
 
     def forward(
@@ -584,8 +584,8 @@ class GPTJForQuestionAnswering(GPTJPreTrainedModel):
         """As GPTJModel.forward, and:
 
         Args:
-            start_positions, end_positions: (B), the answer's first and last token; one that is
-                beyond the sequence is not trained on.
+            start_positions, end_positions: (B), the answer's first and last token; positions beyond
+                the sequence are ignored.
         """
         output = self.transformer(
             input_ids,
@@ -639,8 +639,8 @@ def causal_lm_loss(
 def classification_loss(logits_BC: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
     """MSE, cross-entropy or binary cross-entropy, in fp32, by the problem's type.
 
-    Without one: a single class is a regression, whole numbers are class numbers, and floats are
-    several classes at once (Hugging Face's rule).
+    If None: one class means regression, integers are class indices, and floats are multi-label
+    (Hugging Face's rule).
     """
     logits, labels = logits_BC.float(), labels.to(logits_BC.device)
     classes = logits.shape[-1]

@@ -1,4 +1,4 @@
-"""What forward returns: named fields that also unpack as Hugging Face's outputs do."""
+"""Outputs of forward: named fields that also unpack like Hugging Face's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj.kv_cache import KVCache
 
 @dataclass
 class ModelOutput:
-    """Fields by name, by key (`output["logits"]`), or in order over those that are not None."""
+    """Fields by name, by key (`output["logits"]`), or by index among those that are not None."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.keys())
@@ -57,14 +57,14 @@ class CausalLMOutput(ModelOutput):
 
 @dataclass
 class GenerateOutput(ModelOutput):
-    """What generate returns with return_dict_in_generate; R = B * num_return_sequences."""
+    """The result of generate with return_dict_in_generate; R = B * num_return_sequences."""
 
     sequences: Tensor  # (R, L + new)
-    sequences_scores: Tensor | None = None  # (R), of beams: as they are ranked
-    # Of each step, (R, V) or of beams (B * num_beams, V): logits, of beams log-probabilities, that
-    # penalties, temperature, top_k and so on have changed.
+    sequences_scores: Tensor | None = None  # (R), of beams: length-penalized
+    # Per step: logits (R, V), or of beams log-probabilities (B * num_beams, V), after penalties,
+    # temperature, top_k and so on.
     scores: tuple[Tensor, ...] | None = None
-    # (R, new), of beams: the row of `scores` that each token was chosen from, -1 after the end.
+    # (R, new), of beams: the row of `scores` that each token came from, -1 after the end.
     beam_indices: Tensor | None = None
     past_key_values: KVCache | None = None
 

@@ -1,4 +1,4 @@
-"""What the base model and its heads share: settings, loading, saving."""
+"""What the base model and its heads share: configuration, loading, saving."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ Model = TypeVar("Model", bound="GPTJPreTrainedModel")
 
 
 class GPTJPreTrainedModel(nn.Module):
-    """The base class of GPTJModel and its heads; they are in gptj.model."""
+    """Base class of GPTJModel and its heads, which are in gptj.model."""
 
     config_class = GPTJConfig
     base_model_prefix = "transformer"
     gradient_checkpointing = False
-    # Parameters that may share another's tensor, by their names.
+    # Names of parameters that may be tied, and of those they are tied to.
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.config = config
-        self.adapter: LoRAConfig | None = None  # of one that is not merged: gptj.adapters.lora
+        self.adapter: LoRAConfig | None = None  # unmerged adapter: see gptj.adapters.lora
 
     @classmethod
     def from_pretrained(
@@ -66,39 +66,38 @@ class GPTJPreTrainedModel(nn.Module):
     ) -> Model:
         """Load a model folder, an `s3://` address or a hub id such as `EleutherAI/gpt-j-6B`.
 
-        At an adapter's address, its base model with the adapter in it, of which
-        gptj.adapters.lora.merge_lora makes a plain model.
+        From an adapter's address, loads its base model with the adapter, which
+        gptj.adapters.lora.merge_lora can merge.
 
-        Weights go straight into `dtype` on `device`: no second copy of the model is made. The
-        model comes back in evaluation mode. The log says when a head that the checkpoint lacks is
-        made new, when weights of several dtypes become one (the configuration's, if it is among
-        them, or else that of most), and when a stored lm_head that differs from the embedding is
-        kept, whatever the configuration says of ties. Another head's weights are left out.
+        Weights are loaded straight into `dtype` on `device`, without a second copy of the model,
+        and the model is in evaluation mode. Logs when a head missing from the checkpoint is newly
+        initialised, when mixed dtypes are unified (to the configuration's, if among them, else the
+        majority's), and when a stored lm_head that differs from the embedding is kept although the
+        configuration ties them. Another head's weights are skipped.
 
         Args:
-            dtype: of the weights; None or "auto" keeps the checkpoint's. `torch_dtype` is its
+            dtype: of the weights; None or "auto" keeps the checkpoint's. `torch_dtype` is the
                 older name.
-            device: where the weights go; default: the CPU.
-            device_map: Hugging Face's way to say it, for one device: a device, "auto" (a GPU, if
-                there is one), or {"": device}.
+            device: of the weights; default: the CPU.
+            device_map: Hugging Face's equivalent, for one device: a device, "auto" (a GPU, if there
+                is one) or {"": device}.
             revision: a branch, tag or commit of a hub id.
-            config: instead of the folder's `config.json`.
-            verify: compare each file's SHA-256 with the folder's manifest, if it has one. It
-                takes a core for each 1.5 GB/s, which matters only for files that are in memory
-                already.
-            base: of an adapter: where its base model is; None: where it was in training.
-            low_cpu_mem_usage, attn_implementation: accepted for code that was written for Hugging
-                Face: memory is always saved, and attention always PyTorch's ("sdpa").
-            token, cache_dir, local_files_only, force_download: of a hub id, as huggingface_hub
-                takes them.
+            config: replaces the folder's `config.json`.
+            verify: check each file's SHA-256 against the folder's manifest, if it has one. This
+                takes one core per 1.5 GB/s, which matters only for files in the page cache.
+            base: an adapter's base model; None: where it was during training.
+            low_cpu_mem_usage, attn_implementation: accepted for compatibility with Hugging Face:
+                memory is always saved, and attention is always PyTorch's ("sdpa").
+            token, cache_dir, local_files_only, force_download: for a hub id, passed to
+                huggingface_hub.
             overrides: fields of the configuration to replace, such as `num_labels`.
 
         Raises:
-            TypeError: for an argument that is none of these.
+            TypeError: for an unknown argument.
             FileNotFoundError: if there is no model at the address, or no base model.
-            CheckpointError: naming what is missing, cut off, altered or of another shape, or if
-                the base is another model than the adapter was trained on.
-            UnsupportedDeviceError: if PyTorch has no code for the GPU.
+            CheckpointError: naming what is missing, truncated, altered or of the wrong shape, or
+                if the base is not the model that the adapter was trained on.
+            UnsupportedDeviceError: if PyTorch does not support the GPU.
         """
         if attn_implementation not in (None, "sdpa"):
             raise ValueError(
@@ -142,7 +141,7 @@ class GPTJPreTrainedModel(nn.Module):
         base: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> Model:
-        """The model of a folder that was opened with `weights=True`: see `from_pretrained`."""
+        """The model of a folder opened with `weights=True`; see `from_pretrained`."""
         check_device(device)
         if folder.is_adapter:
             return cls._with_adapter(folder, base, config, dtype, device, overrides)
@@ -199,11 +198,11 @@ class GPTJPreTrainedModel(nn.Module):
         head_follows: bool = False,
     ) -> Model:
         try:
-            with without_weights():  # no memory, and no time for weights that are replaced at once
+            with without_weights():  # no memory or time for weights that are replaced at once
                 model = cls(config)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{folder.address}/{CONFIG}: no model can be made of this configuration: {error}"
+                f"{folder.address}/{CONFIG}: cannot build a model with this configuration: {error}"
             ) from error
         in_use, ties_hold = load_weights(
             model,
@@ -219,7 +218,7 @@ class GPTJPreTrainedModel(nn.Module):
         if not ties_hold:
             untied = GPTJConfig.from_dict({**config.to_dict(), "tie_word_embeddings": False})
             model.config = model.base_model.config = untied
-        if in_use:  # the files are the model's memory
+        if in_use:  # the model maps the files
             folder.lease_for(model)
         return model.eval()
 
@@ -231,24 +230,24 @@ class GPTJPreTrainedModel(nn.Module):
         training: Mapping[str, Any] | None = None,
         max_shard_size: int = SHARD_BYTES,
     ) -> None:
-        """Write a model folder that we and Hugging Face can load; complete, or not there.
+        """Write, atomically, a model folder that we and Hugging Face can load.
 
         Args:
             address: a new folder, local or `s3://`.
-            tokenizer: to be saved beside the model.
-            training: how the model came to be, for `training.json`.
-            max_shard_size: bytes of weights in one file, at most.
+            tokenizer: saved with the model.
+            training: how the model was trained, for `training.json`.
+            max_shard_size: most bytes of weights in one file.
 
         Raises:
             AlreadyExistsError: if there is a finished checkpoint at the address.
-            ValueError: if the model has an adapter that is not merged.
+            ValueError: if the model has an unmerged adapter.
         """
         if self.adapter is not None:
             raise ValueError(
-                "the model has an adapter beside its weights; remedy: merge it first "
-                "(gptj.adapters.lora.merge_lora), or save it alone (save_adapter)"
+                "the model has an unmerged adapter; remedy: merge it first "
+                "(gptj.adapters.lora.merge_lora), or save only the adapter (save_adapter)"
             )
-        # Without a second name of one tensor (lm_head.weight, if it is tied).
+        # Without the second name of a tied tensor (lm_head.weight).
         names = {name for name, _ in self.named_parameters()}
         state: dict[str, Tensor] = {n: t for n, t in self.state_dict().items() if n in names}
         specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
@@ -270,7 +269,7 @@ class GPTJPreTrainedModel(nn.Module):
         tokenizer: GPTJTokenizer | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the folder of the model's adapter, which PEFT can load; complete, or not there.
+        """Write, atomically, a folder with the model's adapter that PEFT can load.
 
         Raises:
             ValueError: if the model has no adapter.
@@ -291,7 +290,7 @@ class GPTJPreTrainedModel(nn.Module):
         )
 
     def config_to_save(self) -> GPTJConfig:
-        """The configuration as a folder stores it: with the model's class and dtype."""
+        """The configuration to store in a folder, with the model's class and dtype."""
         config = GPTJConfig.from_dict(self.config.to_dict())
         config.architectures = [type(self).__name__]
         config.dtype = self.dtype
@@ -307,14 +306,14 @@ class GPTJPreTrainedModel(nn.Module):
 
     @property
     def base_model(self) -> GPTJPreTrainedModel:
-        """The model without its head: itself, if it has none."""
+        """The model without its head; itself, if it has none."""
         return cast(GPTJPreTrainedModel, getattr(self, self.base_model_prefix, self))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Linear | None:
-        """The head that has a row for each token, if the model has one."""
+        """The head with a row for each token, if the model has one."""
         return None
 
     def resize_token_embeddings(
@@ -323,19 +322,19 @@ class GPTJPreTrainedModel(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Embedding:
-        """Give the embedding, and a next-token head, another number of rows.
+        """Resize the embedding and, if there is one, the next-token head.
 
-        The first rows stay as they are, and a tied head stays tied. Rows of `lm_head` that the
-        tokenizer has no entry for, as the published model has, are there to be used: a model needs
-        no resizing before `len(tokenizer)` exceeds `config.vocab_size`.
+        Existing rows are kept, and a tied head stays tied. Rows without a tokenizer entry, as the
+        published model has, can be used for new tokens: a model needs no resizing until
+        `len(tokenizer)` exceeds `config.vocab_size`.
 
         Args:
-            new_num_tokens: rows; None: as many as there are.
-            pad_to_multiple_of: round up, for the shapes that GPUs like.
+            new_num_tokens: new number of rows; None: unchanged.
+            pad_to_multiple_of: round up, for GPU-friendly shapes.
             mean_resizing: draw new rows around the mean of the old ones, with a billionth of their
-                covariance, so that new tokens are neither likelier nor less likely than the average
-                (Hewitt, 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html); or else
-                from normal(0, initializer_range).
+                covariance, so that new tokens are about as likely as the average one (Hewitt, 2021,
+                https://nlp.stanford.edu/~johnhew/vocab-expansion.html); if False, from
+                normal(0, initializer_range).
 
         Returns:
             The embedding.
@@ -375,18 +374,18 @@ class GPTJPreTrainedModel(nn.Module):
         commit_message: str = "Upload model",
         max_shard_size: int = SHARD_BYTES,
     ) -> str:
-        """Upload the model's folder to the Hugging Face hub; returns the commit's address.
+        """Upload the model's folder to the Hugging Face hub; returns the commit's URL.
 
         Args:
-            repo_id: owner/name; made if it is not there.
-            tokenizer: to be uploaded beside the model.
-            private: whether a new repository is; None: as the account's default.
-            token: default: HF_TOKEN, or that of `hf auth login`.
+            repo_id: owner/name; created if it does not exist.
+            tokenizer: uploaded with the model.
+            private: whether to make a new repository private; None: the account's default.
+            token: default: HF_TOKEN, or the one of `hf auth login`.
             revision: the branch; default: main.
-            max_shard_size: bytes of weights in one file, at most.
+            max_shard_size: most bytes of weights in one file.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: saying what the hub refuses.
+            huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
         """
         with scratch_folder() as scratch:
             folder = scratch / "model"
@@ -401,13 +400,13 @@ class GPTJPreTrainedModel(nn.Module):
             )
 
     def tie_weights(self) -> None:
-        """Share the tensors that the configuration ties; here none."""
+        """Tie the tensors that the configuration says; none in the base model."""
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input for the backward pass, and recompute the rest."""
+        """Keep only each block's input for the backward pass and recompute the rest."""
         self.base_model.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -425,20 +424,18 @@ class GPTJPreTrainedModel(nn.Module):
 
 
 def _one_device(device: torch.device | str | None, device_map: Any) -> torch.device:
-    """ValueError for a map of several devices, or a device beside a map."""
+    """The device. ValueError for a map of several devices, or for both arguments."""
     if device_map is None:
         return torch.device("cpu" if device is None else device)
     if device is not None:
-        raise ValueError(f"device={device!r} and device_map={device_map!r}: leave one out")
+        raise ValueError(f"got both device={device!r} and device_map={device_map!r}: leave one out")
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if device_map == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device_map, int | str | torch.device) and device_map not in _SEVERAL_DEVICES:
         return torch.device(device_map)
-    raise ValueError(
-        f"device_map={device_map!r} is for several devices; remedy: device='cuda', for one"
-    )
+    raise ValueError(f"device_map={device_map!r} is for several devices; remedy: device='cuda'")
 
 
 _SEVERAL_DEVICES = ("balanced", "balanced_low_0", "sequential")

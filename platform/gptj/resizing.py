@@ -1,4 +1,4 @@
-"""An embedding's or head's rows in, another number of them out: the first ones stay."""
+"""Resize the rows of an embedding or head, keeping the existing ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, constraints
 
-SPREAD = 1e-9  # of new rows around the mean, as a share of the old rows' covariance
+SPREAD = 1e-9  # new rows' covariance, as a fraction of the old rows'
 
 
 @torch.no_grad()
@@ -14,7 +14,7 @@ def resized(old: Tensor, rows: int, std: float | None) -> nn.Parameter:
     """(rows, D) from (V, D).
 
     Args:
-        std: of new rows, around 0; None: draw them around the mean of the old ones.
+        std: of new rows, around 0; None: draw them around the old rows' mean.
     """
     new = old.new_empty(rows, old.shape[1])
     kept = min(rows, len(old))
@@ -30,7 +30,7 @@ def resized(old: Tensor, rows: int, std: float | None) -> nn.Parameter:
 
 @torch.no_grad()
 def resized_bias(old: Tensor, rows: int, mean_resizing: bool) -> nn.Parameter:
-    """(rows) from (V); new ones are the mean, or 0."""
+    """(rows) from (V); new entries are the mean, or 0."""
     new = old.new_zeros(rows)
     kept = min(rows, len(old))
     new[:kept] = old[:kept]
@@ -41,11 +41,11 @@ def resized_bias(old: Tensor, rows: int, mean_resizing: bool) -> nn.Parameter:
 
 
 def _around_mean(old: Tensor, count: int) -> Tensor:
-    """(count, D) draws with the mean of the rows, and SPREAD of their covariance."""
+    """Draw (count, D) with the rows' mean and SPREAD times their covariance."""
     mean = old.mean(dim=0)
     centered = old - mean
     covariance = SPREAD * (centered.T @ centered / len(old))
     definite = constraints.positive_definite.check(covariance)
-    if not bool(definite.all()):  # such as with fewer rows than columns
+    if not bool(definite.all()):  # for example with fewer rows than columns
         return mean.expand(count, -1)
     return MultivariateNormal(mean, covariance_matrix=covariance).sample((count,))

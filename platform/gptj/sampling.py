@@ -1,7 +1,7 @@
-"""How the next token is chosen: logits (B, V) in, token ids (B,) and their log-probabilities out.
+"""Sampling: logits (B, V) in, token ids (B,) and their log-probabilities out.
 
-Rows of a batch differ in everything: each has parameters and a random generator of its own, so
-that a seeded request gets the same tokens whatever runs beside it.
+Each row has its own parameters and random generator, so a seeded request gets the same tokens
+whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ GREEDY_BELOW = 1e-5  # dividing by such a temperature would overflow
 class SamplingParams:
     """Sampling parameters of one request. The defaults sample from the model's distribution."""
 
-    max_tokens: int = 16  # new tokens at most; the prompt is not counted
-    min_tokens: int = 0  # no stop token before so many
-    temperature: float = 1.0  # 0 means the likeliest token
-    top_k: int = 0  # only the k likeliest; 0 means all
-    top_p: float = 1.0  # only the likeliest that together have this probability; 0: the likeliest
-    min_p: float = 0.0  # only those with this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # divides logits of tokens of the prompt or output (CTRL)
-    presence_penalty: float = 0.0  # taken off logits of tokens of the output, once
-    frequency_penalty: float = 0.0  # and for each time
+    max_tokens: int = 16  # most new tokens, without the prompt
+    min_tokens: int = 0  # suppress stop tokens before this many
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # only the k most likely tokens; 0: all
+    top_p: float = 1.0  # the smallest set with this total probability; 0: the most likely token
+    min_p: float = 0.0  # only tokens with this fraction of the highest probability
+    repetition_penalty: float = 1.0  # of tokens in the prompt or output (as in CTRL)
+    presence_penalty: float = 0.0  # subtracted once per distinct output token
+    frequency_penalty: float = 0.0  # subtracted per occurrence
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to logits
-    stop_token_ids: tuple[int, ...] = ()  # end the output, beside eos
-    ignore_eos: bool = False  # eos is a token like others
+    stop_token_ids: tuple[int, ...] = ()  # besides eos
+    ignore_eos: bool = False  # treat eos as an ordinary token
     seed: int | None = None  # the same seed, prompt and parameters give the same tokens
-    logprobs: int | None = None  # how many likeliest tokens to report a step; None: no report
-    prompt_logprobs: int | None = None  # the same for the prompt's own tokens
+    logprobs: int | None = None  # top tokens to report per step; None: none
+    prompt_logprobs: int | None = None  # the same for prompt tokens
     allowed_token_ids: tuple[int, ...] | None = None  # only these; None means all
     # Sequences of tokens that the output never has: the last of one never follows the others.
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -70,7 +70,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken, and none drawn."""
+        """Whether to take the most likely token instead of sampling."""
         return self.temperature < GREEDY_BELOW or self.top_p == 0
 
 
@@ -97,7 +97,7 @@ def adjust(
         logits_V -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
     for token, bias in params.logit_bias.items():
         if not 0 <= token < len(logits_V):
-            raise ValueError(f"logit_bias: {token} is no token of {len(logits_V)}")
+            raise ValueError(f"logit_bias: {token} is not in the vocabulary of {len(logits_V)}")
         logits_V[token] += bias
     if len(output) < params.min_tokens and stop_ids:
         logits_V[torch.tensor(sorted(stop_ids), device=logits_V.device)] = -torch.inf
@@ -112,9 +112,9 @@ def adjust(
 
 
 def restrict(logits_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Temperature, then only the tokens that top_k, top_p and min_p leave; the others are -inf.
+    """Apply temperature, top_k, top_p and min_p; masks the other tokens to -inf.
 
-    In Hugging Face's order; greedy rows stay as they are.
+    In Hugging Face's order; greedy rows are unchanged.
     """
     rows = [
         row if each.greedy else _restrict_row(row / each.temperature, each)
@@ -130,7 +130,7 @@ def _restrict_row(logits_V: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         ascending, order = logits_V.sort()
         outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - params.top_p
-        outside[-1] = False  # the likeliest always stays
+        outside[-1] = False  # always keep the most likely
         logits_V = logits_V.masked_fill(outside.scatter(0, order, outside), -torch.inf)
     if params.min_p > 0:
         probabilities = logits_V.softmax(dim=-1)
@@ -144,10 +144,10 @@ def choose(
     params: Sequence[SamplingParams],
     generators: Sequence[torch.Generator | None],
 ) -> Tensor:
-    """The next token of each row, (B,) of int64: the likeliest, or drawn by its generator.
+    """Each row's next token, (B,) int64: the most likely one, or sampled with its generator.
 
-    Drawing is argmax(p / e) with e from the exponential distribution, which picks i with
-    probability p_i and needs no normalisation that waits for the device.
+    Samples argmax(p / e) with e exponentially distributed, which picks i with probability p_i
+    without synchronizing with the device.
     """
     restricted = restrict(logits_BV, params)
     scores = restricted.softmax(dim=-1)

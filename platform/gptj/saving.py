@@ -1,4 +1,4 @@
-"""A model folder, written: configuration, tensors and tokenizer in; complete, or not there."""
+"""Write a model folder atomically: configuration, tensors and tokenizer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def save_folder(
     shard_bytes: int = SHARD_BYTES,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a model folder whose tensors come one at a time, in the order of `specs`.
+    """Write a model folder from tensors that arrive one at a time, in the order of `specs`.
 
-    So a model that is spread over many processes is written without being gathered.
+    So a sharded model can be written without gathering it.
 
     Args:
         address: a new folder, local or `s3://`.
-        training: how the model came to be, for `training.json`.
+        training: how the model was trained, for `training.json`.
         fence: see FolderWriter.
 
     Raises:
@@ -60,10 +60,10 @@ def save_adapter_folder(
     training: Mapping[str, Any] | None = None,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write an adapter's folder, as PEFT reads it and with what we know beside it; as save_folder.
+    """Like save_folder, for an adapter: a folder that PEFT can read, plus our own metadata.
 
     Args:
-        config: of the adapted model, with its class in `architectures`.
+        config: the adapted model's, with its class in `architectures`.
         specs: with the model's names.
     """
     fields = {
@@ -88,7 +88,7 @@ def write_small_files(
 ) -> None:
     """Write everything but the weights, after them.
 
-    The configuration comes last: without it nothing takes an unfinished folder for a model.
+    The configuration comes last: without it, nothing mistakes an unfinished folder for a model.
     """
     for name, content in (tokenizer.files() if tokenizer is not None else {}).items():
         writer.write(name, content)

@@ -1,4 +1,4 @@
-"""Stored tensors into the parameters of a model without weights, in any order."""
+"""Load stored tensors, in any order, into the parameters of a model without weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gptj.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "transformer."  # of the base model's parameters in a model with a head
-# Buffers of old checkpoints, which hold no knowledge: the causal mask and its value.
+PREFIX = "transformer."  # prefix of the base model's parameters in a model with a head
+# Buffers of old checkpoints, which are constants: the causal mask and its value.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
-# What the heads add to the base model. Another head's weights are left out, missing ones made new.
+# Parameters of heads: another head's are skipped, missing ones newly initialised.
 HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 UNTIED = (
-    "%s has an lm_head.weight that differs from its embedding, though its configuration says "
-    "tie_word_embeddings: it is kept, and the two are not tied"
+    "%s has an lm_head.weight that differs from its embedding, although its configuration has "
+    "tie_word_embeddings: keeping it untied"
 )
 
 
@@ -41,19 +41,19 @@ def load_weights(
     """Replace every parameter of a model on the meta device.
 
     Args:
-        folder: where the tensors are from, for errors.
-        dtype: of the parameters; None: as stored. Several become `stored_dtype`, if it is among
-            them, or else that of most.
+        folder: where the tensors come from, for error messages.
+        dtype: of the parameters; None: as stored. Mixed dtypes are unified to `stored_dtype`, if
+            it is among them, else to the majority's.
         initializer_range: standard deviation of a missing head's new weights.
-        tied: parameters that share another's tensor, by name. They need not be stored.
-        head_follows: a missing head comes from elsewhere, and is not logged.
+        tied: names of tied parameters, and of those they are tied to. They need not be stored.
+        head_follows: a missing head will be loaded from elsewhere, so do not log it.
 
     Returns:
-        Whether the model uses the stored tensors' memory, and whether the tied parameters are
-        equal. If not, they keep their own values.
+        Whether the model uses the stored tensors' memory, and whether the tied parameters were
+        equal; if not, they keep their own values.
 
     Raises:
-        CheckpointError: naming what is missing, has another shape, or belongs to another model.
+        CheckpointError: naming what is missing, has the wrong shape, or is unexpected.
     """
     expected = dict(model.named_parameters(remove_duplicate=False))
     loaded: set[str] = set()
@@ -70,7 +70,8 @@ def load_weights(
             )
         if not stored.is_floating_point():
             raise CheckpointError(
-                f"{stored_name} of {folder} has the dtype {stored.dtype}; weights are floats"
+                f"{stored_name} of {folder} has the dtype {stored.dtype}, which is not floating "
+                f"point"
             )
         weight = stored.to(device=device, dtype=dtype or stored.dtype)
         in_use |= weight is stored
@@ -87,13 +88,13 @@ def load_weights(
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter by its name."""
+    """Replace a parameter, given its name."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
 
 
 def _own_name(stored: str, expected: Mapping[str, Tensor]) -> str | None:
-    """The parameter that a stored tensor is for: base models have no prefix, heads do."""
+    """The parameter for a stored tensor; only models with heads have the prefix."""
     for name in (stored, PREFIX + stored, stored.removeprefix(PREFIX)):
         if name in expected:
             return name
@@ -103,14 +104,14 @@ def _own_name(stored: str, expected: Mapping[str, Tensor]) -> str | None:
 def _check_expendable(name: str, folder: str) -> None:
     if not name.endswith(OLD_BUFFERS) and not name.startswith(HEADS):
         raise CheckpointError(
-            f"{folder} has weights that no GPT-J of this configuration has: {name}"
+            f"{folder} has a weight that no GPT-J of this configuration has: {name}"
         )
 
 
 def _unite_dtypes(
     model: nn.Module, loaded: set[str], folder: str, preferred: torch.dtype | None
 ) -> None:
-    """Convert what has another dtype than the rest."""
+    """Convert the weights to one dtype."""
     numbers: Counter[torch.dtype] = Counter()
     for name in loaded:
         weight = model.get_parameter(name)
@@ -119,7 +120,10 @@ def _unite_dtypes(
         return
     target = one_dtype(numbers, preferred)
     logger.warning(
-        "%s has weights in %s: all become %s", folder, ", ".join(sorted(map(str, numbers))), target
+        "%s has weights in %s: converting all to %s",
+        folder,
+        ", ".join(sorted(map(str, numbers))),
+        target,
     )
     for name in loaded:
         weight = model.get_parameter(name)
@@ -128,14 +132,14 @@ def _unite_dtypes(
         converted = weight.detach().to(target)
         if bool((converted.isinf() & weight.isfinite()).any()):
             raise CheckpointError(
-                f"{name} of {folder} has values that are too large for {target}, the dtype of its "
-                f"other weights; remedy: dtype=float32"
+                f"{name} of {folder} has values too large for {target}, the dtype of the other "
+                f"weights; remedy: dtype=float32"
             )
         assign(model, name, converted)
 
 
 def _tie(model: nn.Module, name: str, source: str, loaded: set[str]) -> bool:
-    """Give one parameter another's tensor; False, and nothing done, if they differ."""
+    """Tie a parameter to another's tensor; if they differ, return False and do nothing."""
     if name in loaded and source not in loaded:
         assign(model, source, model.get_parameter(name).detach())
         loaded.add(source)
@@ -163,7 +167,7 @@ def _make_missing(
         raise CheckpointError(f"{folder} is incomplete: {', '.join(lacking[:20])}{more} missing")
     if not head_follows:
         names = ", ".join(sorted(missing))
-        logger.warning("%s has no %s: new weights, to be trained before use", folder, names)
+        logger.warning("%s has no %s: newly initialised, train before use", folder, names)
     dtype = next(each.dtype for each in model.parameters() if not each.is_meta)
     for name in missing:
         new = torch.zeros(model.get_parameter(name).shape, device=device, dtype=dtype)

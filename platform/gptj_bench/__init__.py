@@ -1,1 +1,1 @@
-"""What `platform/gptj_bench` measures, one file a subject."""
+"""Benchmarks: engine, services, weight loading, perplexity, autoscaling."""

@@ -1,4 +1,4 @@
-"""Measure the engine and the service, beside the engines that users would pick instead.
+"""Benchmark the engine and the service against the engines that users might choose instead.
 
     python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
                              [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
@@ -15,15 +15,15 @@
                              [--no-s3] [--keep]
     python -m gptj_bench model DIR
 
-Prints one JSON object a line: the machine and the settings in force first, then measurements, then
-medians over the repeats and their ratios to vLLM's, and at last a table. With --peers, a folder
-with the environments that peers/setup.sh makes, other engines run in turn with ours, one at a time.
-`model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (a development dependency
-carries it) to measure with. `perplexity` says what the engine's number formats cost on a text, in
-rows as long as the model's context. `mlperf` asks our service, or one at --url, as MLPerf's load
-generator does: see mlperf.py. `load` writes a random model in fp16 into DIR and, unless told
-otherwise, a second copy into an S3 server there, reads them in processes of their own (see
-load_weights.py), from S3 with and without the node's cache of checkpoints, and deletes them.
+Prints JSON lines: the machine and settings first, then measurements, then medians over the repeats
+and their ratios to vLLM's; at the end a table. With --peers, a folder with the environments that
+peers/setup.sh makes, other engines alternate with ours, one at a time.
+`model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (from a development
+dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
+rows as long as the model's context. `mlperf` sends MLPerf's load to our service, or to one at
+--url: see mlperf.py. `load` writes a random fp16 model into DIR and, by default, a second copy into
+an S3 server there, reads them in separate processes (see load_weights.py), from S3 with and without
+the node's checkpoint cache, and deletes them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from gptj_bench.serve import MODEL_NAME, ours, vllm
 from jobs import command_line
 
 PEER_SCRIPT = Path(__file__).parent / "peers" / "decode.py"
-# Each with its environment, in the number formats that it has.
+# Each with its environment and supported dtypes.
 PEERS = (
     ("vllm", "vllm", "bfloat16"),
     ("vllm", "vllm", "float32"),
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--repeats", type=int, default=1)
         command.add_argument("--peers", type=command_line.folder)
         if name == "decode":
-            command.add_argument("--preset", choices=PRESETS)  # random weights of these shapes
+            command.add_argument("--preset", choices=PRESETS)  # random weights
             command.add_argument("--threads", type=int, default=os.cpu_count())
         else:
             command.add_argument("--rounds", type=int, default=2)
@@ -99,16 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--readers", nargs="+", choices=load_weights.READERS, default=load_weights.READERS
     )
     command.add_argument("--no-s3", action="store_true")
-    command.add_argument("--keep", action="store_true", help="the model on disk")
+    command.add_argument("--keep", action="store_true", help="keep the model on disk")
     commands.add_parser("model").add_argument("folder", type=command_line.address)
     given = parser.parse_args(arguments)
     if given.command == "model":
         write_model(given.folder)
         return
     if given.command == "decode" and (given.model is None) == (given.preset is None):
-        parser.error("either --model or --preset says what to measure")
+        parser.error("give either --model or --preset")
     if given.command == "decode" and given.preset and given.peers:
-        parser.error("--peers read their weights from a folder: give one with --model")
+        parser.error("--peers needs --model: other engines read their weights from a folder")
     settings = {name: str(value) for name, value in vars(given).items()}
     _show({**machine.description(), "settings": settings})
     if given.command == "mlperf":
@@ -149,7 +149,7 @@ def decode(given: argparse.Namespace) -> list[Row]:
 
 
 def serve(given: argparse.Namespace) -> list[Row]:
-    """Our service, then vLLM's, under the same load; each is warmed up first."""
+    """Our service, then vLLM's, under the same load, each after a warm-up."""
     arguments = {"dtype": given.dtype}
     if given.dtype == "int8":
         arguments = {"dtype": "bfloat16", "quantization": "int8"}
@@ -203,7 +203,7 @@ def _loaded(
 
 
 def _peer(python: Path, engine: str, dtype: str, given: argparse.Namespace) -> list[Row]:
-    """Another engine's measurements, in its own environment."""
+    """Another engine's measurements, run in its own environment."""
     command = [str(python), str(PEER_SCRIPT), engine, given.model, f"--dtype={dtype}"]
     command += [f"--batch={','.join(map(str, given.sizes))}", f"--threads={given.threads}"]
     command += [f"--prompt-tokens={given.prompt_tokens}", f"--new-tokens={given.new_tokens}"]
@@ -214,7 +214,7 @@ def _peer(python: Path, engine: str, dtype: str, given: argparse.Namespace) -> l
 
 
 def summarized(rows: Sequence[Row]) -> list[Row]:
-    """Medians over repeats, and the ratio to vLLM's tokens a second in bf16 at the same size."""
+    """Medians over repeats, and the ratio to vLLM's bf16 tokens/s at the same size."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         size = row["batch"] if "batch" in row else row["concurrency"]
@@ -239,7 +239,7 @@ def summarized(rows: Sequence[Row]) -> list[Row]:
 
 
 def table(summary: Sequence[Row]) -> str:
-    """A Markdown table with a row for each engine and size."""
+    """A Markdown table with a row per engine and size."""
     names = ["engine", "dtype", "size", "tokens_per_s", "times_vllm", "share_of_memory_limit"]
     names += ["ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "failed"]
     used = [name for name in names if any(name in row for row in summary)]

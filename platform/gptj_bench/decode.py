@@ -1,4 +1,4 @@
-"""Tokens a second of the engine alone: prompts of random ids, greedy, eos ignored."""
+"""The engine's tokens/s without HTTP: random prompts, greedy, ignoring eos."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from gptj_bench.machine import gpu_read_bandwidth, read_bandwidth
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
-TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
+TEXT_IDS = 50000  # ids below this are text in GPT-J's vocabulary
 
 
 @dataclass(frozen=True)
 class Decode:
-    model: str  # a folder or an address, or the name of a preset
+    model: str  # an address, or the name of a preset
     dtype: str  # bfloat16, float32, float16 or int8
     batches: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
     threads: int
-    is_preset: bool = False  # its weights are random, and made on the device
+    is_preset: bool = False  # with random weights, created on the device
 
     def run(self) -> Iterator[dict[str, Any]]:
-        """One measurement a batch size; the first one has the memory's limit as well."""
+        """One measurement per batch size; the first also has the limit set by memory bandwidth."""
         torch.set_num_threads(self.threads)
         before = self._bandwidth()
         most = max(self.batches)
@@ -94,7 +94,7 @@ class Decode:
             "threads": self.threads,
             "tokens": timing.tokens,
             "tokens_per_s": round(timing.tokens / timing.seconds, 1),
-            # By the median time between two tokens, when all prompts have been computed.
+            # From the median time between tokens after all prompts are prefilled.
             "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
         }
 
@@ -102,11 +102,11 @@ class Decode:
 def load_runner(
     model: str, dtype: str, cache_tokens: Callable[[GPTJConfig], int], *, is_preset: bool = False
 ) -> Runner:
-    """A model on the GPU, where there is one; int8 weights are made of bf16 ones.
+    """A model on the GPU, if there is one; int8 weights are quantized from bf16.
 
     Args:
-        model: its address, or the name of a preset, which gets random weights.
-        cache_tokens: how many the cache has room for.
+        model: an address, or the name of a preset, which gets random weights.
+        cache_tokens: the cache's size.
     """
     stored = "bfloat16" if dtype == "int8" else dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,7 +120,7 @@ def load_runner(
 
 
 def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
-    """New weights, made where they are used: nothing is read."""
+    """A model with random weights, created on the device."""
     with without_weights():
         model = GPTJForCausalLM(config)
     model = model.to(dtype).to_empty(device=device).eval()
@@ -132,12 +132,12 @@ def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJFor
 @dataclass(frozen=True)
 class Timing:
     tokens: int
-    seconds: float  # prompts included
+    seconds: float  # including prefill
     step_seconds: float
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
-    """Continue all prompts together. Raises the error of one that fails."""
+    """Continue all prompts together. Raises a failed request's error."""
     events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
 
@@ -159,7 +159,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) 
                 moments.append(moment)
         running -= isinstance(event, Finished)
     seconds = time.perf_counter() - start
-    # The last row's token of each step: later steps have all rows.
+    # The last row's token of each step; by then steps have all rows.
     steps = moments[len(prompts) - 1 :: len(prompts)][-new_tokens:]
     gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
     step = statistics.median(gaps[len(gaps) // 2 :]) if gaps else seconds

@@ -1,4 +1,4 @@
-"""A streaming load on any `POST /v1/completions`: tokens a second, and how long clients wait."""
+"""Streaming load on any `POST /v1/completions`: tokens/s and latencies."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TIMEOUT_SECONDS = 300
 class Load:
     url: str
     model: str
-    rounds: int  # requests of each client
+    rounds: int  # requests per client
     prompt_tokens: int
     new_tokens: int
-    vocabulary: int  # prompts are random ids below it
+    vocabulary: int  # prompts are random ids below this
     headers: dict[str, str] = field(default_factory=dict)
 
     def run(self, concurrency: int) -> dict[str, Any]:
-        """So many clients, each with one request at a time."""
+        """Run `concurrency` clients, each with one request at a time."""
         numbers = random.Random(concurrency)
         prompts = [
             [numbers.randrange(self.vocabulary) for _ in range(self.prompt_tokens)]
@@ -44,7 +44,7 @@ class Load:
                     prompt = prompts.pop()
                 try:
                     reply = self._ask(prompt)
-                except (OSError, ValueError) as error:  # counted, and shown: never timed
+                except (OSError, ValueError) as error:  # counted and reported, but not timed
                     with lock:
                         failures.append(repr(error))
                 else:
@@ -98,7 +98,7 @@ class Load:
                 if event.get("usage"):
                     tokens = event["usage"]["completion_tokens"]
         if first is None or tokens != self.new_tokens:
-            raise ValueError(f"{tokens} of {self.new_tokens} tokens came")
+            raise ValueError(f"got {tokens} of {self.new_tokens} tokens")
         return _Reply(first, time.perf_counter() - start, tokens)
 
 

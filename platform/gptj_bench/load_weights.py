@@ -1,18 +1,17 @@
-"""How long a model takes from disk or S3 into memory, and how much memory at most, for inference.
+"""Time and peak memory to load a model for inference, from disk or S3.
 
-Each measurement is a process of its own, `python -m gptj_bench.load_weights READER ADDRESS`,
-which prints one JSON object. READER is one of
+Each measurement is a separate process, `python -m gptj_bench.load_weights READER ADDRESS`, which
+prints one JSON object. READER is one of
 
-    plain            reads the same bytes and keeps none: four threads from a disk, sixteen
+    plain            reads the same bytes and discards them: four threads from disk, sixteen
                      connections from S3
-    gptj             GPTJForCausalLM.from_pretrained, each file's SHA-256 compared
-    gptj-unverified  the same, without
-    gptj-replica     with the weights in the kernels' own order, as a deployment has them (bf16)
+    gptj             GPTJForCausalLM.from_pretrained, verifying each file's SHA-256
+    gptj-unverified  the same without verification
+    gptj-replica     with weights packed for the kernels, as in a deployment (bf16)
     transformers     transformers' from_pretrained
 
-and all but the first then generate a token, since weights that are mapped are read when they are
-used. `peak_gb` is the most physical memory that the process had, programs and mapped files
-counted (VmHWM).
+All but the first then generate a token, since mapped weights are read on first use. `peak_gb` is
+the process's peak resident memory, including code and mapped files (VmHWM).
 """
 
 from __future__ import annotations
@@ -47,21 +46,21 @@ from gptj_bench.decode import generate
 from gptj_local.s3 import LocalS3
 
 READERS = ("plain", "gptj", "gptj-unverified", "gptj-replica", "transformers")
-PROMPT = (464, 3290)  # "The dog"; short, since fp16 is slow on processors without it
+PROMPT = (464, 3290)  # "The dog"; short, since fp16 is slow on CPUs without it
 PIECE_BYTES = 8 * 2**20
 THREADS = 4  # of the plain read; more are no faster
-PARTS = 16  # requests of the plain download at a time, as storage's
+PARTS = 16  # concurrent requests of the plain download, as in gptj.storage
 PROBES = 200
 DROP_SECONDS = 0.5
-SECONDS = 1800  # of one measurement at most
+SECONDS = 1800  # timeout of one measurement
 S3_READERS = ("plain", "gptj", "gptj-unverified")
-CACHE_READERS = ("gptj", "gptj-unverified")  # those that use the node's cache of checkpoints
+CACHE_READERS = ("gptj", "gptj-unverified")  # those that use the node's checkpoint cache
 
 Row = dict[str, Any]
 
 
 def create(folder: str, size: str) -> Row:
-    """Write a random GPT-J of a preset in fp16, tensor by tensor, in three files or more."""
+    """Write a random fp16 GPT-J of a preset, tensor by tensor, in at least three files."""
     start = time.perf_counter()
     with without_weights():
         model = GPTJForCausalLM(GPTJConfig.preset(size))
@@ -94,23 +93,23 @@ def weight_bytes(address: str) -> int:
 
 
 def from_disk(folder: str, readers: Sequence[str], repeats: int) -> Iterator[Row]:
-    """Each reader with none of the files in the system's cache, and then with all of them."""
+    """Each reader with a cold page cache, then with a warm one."""
     for _ in range(repeats):
         for cache in ("cold", "warm"):
             for reader in readers:
                 if cache == "cold":
                     drop(Path(folder))
                 else:
-                    _plain(folder)  # brings the files in
+                    _plain(folder)  # warms the page cache
                 state = {"from": "disk", "cache": cache, "cached_share": cached_share(Path(folder))}
                 yield {**state, **measure(reader, folder)}
 
 
 def from_s3(folder: str, place: Path, readers: Sequence[str], repeats: int) -> Iterator[Row]:
-    """From a server on this machine, whose files are kept out of this machine's memory.
+    """From an S3 server on this machine, whose files are kept out of the page cache.
 
-    A server elsewhere would not fill it either; here its files and the model would not fit. Then
-    through the node's cache: while it is empty, with the files on its disk, and in its memory too.
+    A remote server would not fill this machine's memory either, and files and model would not fit
+    together. Then through the node's cache: empty, with the files on disk, and in the page cache.
     """
     with LocalS3.start(place) as server:
         os.environ.update(server.environment())
@@ -133,7 +132,7 @@ def from_s3(folder: str, place: Path, readers: Sequence[str], repeats: int) -> I
 
 
 def _through_cache(reader: str, address: str, place: Path) -> Iterator[Row]:
-    """The node's cache has its folder beside the server's."""
+    """Measure through the node's cache, in a folder beside the server's."""
     folder = place.with_name(f"{place.name}-cache")
     size = 2 * sum(file.size for file in storage.list_files(address)) / 1e9
     environment = {FOLDER_VARIABLE: str(folder), SIZE_VARIABLE: str(size)}
@@ -150,7 +149,7 @@ def _through_cache(reader: str, address: str, place: Path) -> Iterator[Row]:
 
 
 def measure(reader: str, address: str, environment: Mapping[str, str] | None = None) -> Row:
-    """One measurement, in a process of its own, with these variables beside its own."""
+    """One measurement in a new process, with additional environment variables."""
     command = [sys.executable, "-m", "gptj_bench.load_weights", reader, address]
     variables = {**os.environ, **(environment or {})}
     result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=variables)
@@ -161,13 +160,13 @@ def measure(reader: str, address: str, environment: Mapping[str, str] | None = N
 
 
 def drop(folder: Path) -> None:
-    """Have the system forget a folder's files, which must have been written out."""
+    """Evict a folder's files, which must be synced, from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             try:
                 descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
-                continue  # the server has deleted it meanwhile
+                continue  # deleted by the server meanwhile
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
@@ -176,7 +175,7 @@ def drop(folder: Path) -> None:
 
 @contextmanager
 def dropping(folder: Path) -> Iterator[None]:
-    """Have the system forget a folder's files again and again, for the length of the block."""
+    """Keep evicting a folder's files from the page cache during the block."""
     drop(folder)
     ended = threading.Event()
 
@@ -194,9 +193,9 @@ def dropping(folder: Path) -> Iterator[None]:
 
 
 def cached_share(folder: Path) -> float:
-    """How much of the weights the system has in its cache, by probes of pages far apart.
+    """Fraction of the weights in the page cache, by probing pages far apart.
 
-    Each page is probed once at most, since a probe that fails has its page read.
+    Each page is probed at most once, since a miss reads it in.
     """
     files = weight_files(str(folder))
     step = max(mmap.PAGESIZE, sum(f.size for f in files) // PROBES // mmap.PAGESIZE * mmap.PAGESIZE)
@@ -204,21 +203,21 @@ def cached_share(folder: Path) -> float:
     for file in files:
         descriptor = os.open(file.address, os.O_RDONLY)
         try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # and nothing around it
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
             for offset in range(0, file.size, step):
                 probes += 1
                 try:
                     os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
                     cached += 1
                 except BlockingIOError:
-                    pass  # the answer: it would have to come from the disk
+                    pass  # a miss: it would have to be read from disk
         finally:
             os.close(descriptor)
     return round(cached / probes, 3)
 
 
 def summarized(rows: Sequence[Row]) -> list[Row]:
-    """Medians over the repeats, beside the plain read of the same bytes."""
+    """Medians over the repeats, relative to the plain read of the same bytes."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["from"], row["cache"], row["reader"]), []).append(row)
@@ -245,7 +244,7 @@ def summarized(rows: Sequence[Row]) -> list[Row]:
 
 
 def until_token(row: Row) -> float:
-    """Seconds: loading, and the first token, which reads what is mapped."""
+    """Seconds for loading and the first token, which reads mapped weights."""
     return float(row["seconds"] + row["first_token_seconds"])
 
 
@@ -322,7 +321,7 @@ def _read(pieces: Sequence[tuple[storage.FileInfo, int, int]]) -> None:
 
 
 def _download(pieces: Sequence[tuple[storage.FileInfo, int, int]]) -> None:
-    """By boto3 itself, a range a request."""
+    """With plain boto3, one range per request."""
     import boto3
     from botocore.config import Config
 
@@ -380,7 +379,7 @@ def _transformers(address: str) -> Row:
 
 
 def _loaded() -> Row:
-    """The peak before any token."""
+    """Peak memory before the first token."""
     return {"loaded_peak_gb": round(peak_bytes() / 1e9, 3)}
 
 
@@ -395,11 +394,11 @@ def _first_token(model: Any) -> Row:
 
 
 def peak_bytes() -> int:
-    """The most physical memory that this process has had."""
+    """This process's peak resident memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("the system does not say how much memory a process has had")
+    raise RuntimeError("this system does not report a process's peak memory")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MLPerf's load generator, asking `POST /v1/completions`: its settings in, its verdict out."""
+"""Drive `POST /v1/completions` with MLPerf's load generator: settings in, verdict out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REQUEST: Mapping[str, Any] = {
     "max_tokens": MAX_TOKENS,
 }
 FAILURES = (OSError, http.client.HTTPException, ValueError)  # of a request
-TIMEOUT_SECONDS = 600  # as long as our service works on a request
+TIMEOUT_SECONDS = 600  # as our service's own limit
 WARM_UP_REQUESTS = 2
 
 Scenario = Literal["offline", "server"]
@@ -38,20 +38,20 @@ class MLPerf:
     url: str  # of POST /v1/completions
     prompts: Sequence[Sequence[int]]
     samples: int  # at least
-    target_qps: float  # samples a second: how often a server is asked, and what is expected offline
+    target_qps: float  # samples/s: the server scenario's rate, and the expected offline rate
     min_duration: float  # seconds
-    concurrency: int  # requests in flight; others wait here, which counts as latency
-    folder: Path  # of the load generator's logs, and of replies.jsonl
+    concurrency: int  # requests in flight; others wait in the client, which counts as latency
+    folder: Path  # for the load generator's logs and replies.jsonl
     headers: Mapping[str, str]
 
     def run(self, scenario: Scenario) -> Row:
-        """Offline, all samples come at once; a server gets one at a time, at random intervals."""
+        """Offline, all samples arrive at once; server, one at a time at random intervals."""
         client = Client(self.url, self.headers)
         for prompt in self.prompts[:WARM_UP_REQUESTS]:
             try:
                 client.ask(prompt)
             except FAILURES as error:
-                raise RuntimeError(f"{self.url} does not answer a prompt: {error}") from error
+                raise RuntimeError(f"{self.url} does not answer: {error}") from error
         settings, changed = self._settings(scenario)
         folder = self.folder / scenario
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class MLPerf:
         }
 
     def _test(self, client: Client, settings: Any, folder: Path) -> list[Answer]:
-        """Let the load generator ask, until all that it asked has been answered."""
+        """Run the load generator until all its queries are answered."""
         loadgen = load_generator()
         answers: list[Future[Answer]] = []
 
@@ -80,9 +80,9 @@ class MLPerf:
                 reply = client.ask(self.prompts[sample])
                 tokens = reply.tokens
                 return Answer(query, sample, time.perf_counter() - start, reply)
-            except FAILURES as error:  # counted, and shown
+            except FAILURES as error:  # counted and reported
                 return Answer(query, sample, time.perf_counter() - start, error=repr(error))
-            finally:  # without it, the load generator would wait for ever
+            finally:  # otherwise the load generator would hang
                 done = loadgen.QuerySampleResponse(query, 0, 0, tokens)
                 loadgen.QuerySamplesComplete([done])
 
@@ -94,7 +94,7 @@ class MLPerf:
             count = len(self.prompts)
             sut = loadgen.ConstructSUT(issue, lambda: None)
             qsl = loadgen.ConstructQSL(count, count, lambda samples: None, lambda samples: None)
-            # A file of this name replaces the settings; by default, one where we were started.
+            # An audit.config overrides the settings; by default the one in the current folder.
             audit = str(folder / "audit.config")
             try:
                 loadgen.StartTestWithLogSettings(sut, qsl, settings, _log_settings(folder), audit)
@@ -104,11 +104,11 @@ class MLPerf:
         return [future.result() for future in answers]
 
     def _settings(self, scenario: Scenario) -> tuple[Any, Row]:
-        """The load generator's settings, and those that are not MLPerf's: [MLPerf's, ours]."""
+        """The load generator's settings, and deviations from MLPerf's as [MLPerf's, ours]."""
         loadgen = load_generator()
         settings = loadgen.TestSettings()
         name = scenario.capitalize()
-        # Kind 0 is the mlperf.conf that it carries; kind 1 would read it once in a process only.
+        # Kind 0 is the built-in mlperf.conf; kind 1 would be read only once per process.
         settings.FromConfig("", "gptj", name, 0)
         settings.scenario = getattr(loadgen.TestScenario, name)
         settings.mode = loadgen.TestMode.PerformanceOnly
@@ -136,11 +136,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one query."""
+    """The outcome of one query."""
 
-    query: int  # the load generator's number of it
-    sample: int  # of the prompts
-    seconds: float  # without what it waited here for its turn
+    query: int  # the load generator's id
+    sample: int  # index of the prompt
+    seconds: float  # excluding the wait in the client
     reply: Reply | None = None
     error: str | None = None
 
@@ -153,9 +153,9 @@ class Client:
         self._headers = {"content-type": "application/json", **headers}
 
     def ask(self, prompt: Sequence[int]) -> Reply:
-        """The best continuation. A service that is full is asked again when it says so.
+        """The best continuation. Retries when a full service says to.
 
-        Raises FAILURES: the first two if there is no reply, ValueError for one that is wrong.
+        Raises FAILURES: the first two if there is no reply, ValueError for an invalid one.
         """
         content = json.dumps({**REQUEST, "prompt": list(prompt)}).encode()
         request = urllib.request.Request(self._url, content, self._headers)
@@ -175,12 +175,12 @@ def _checked(body: Mapping[str, Any]) -> Reply:
     (choice,) = body["choices"]
     tokens = body["usage"]["completion_tokens"]
     if not MIN_TOKENS <= tokens <= MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens came instead of {MIN_TOKENS} to {MAX_TOKENS}")
+        raise ValueError(f"got {tokens} tokens instead of {MIN_TOKENS} to {MAX_TOKENS}")
     return Reply(choice["text"], tokens, choice["finish_reason"])
 
 
 def read_log(folder: Path) -> Row:
-    """What the load generator wrote of settings and results: names and values."""
+    """Settings and results from the load generator's log, by name."""
     lines = (folder / "mlperf_log_detail.txt").read_text(encoding="utf-8").splitlines()
     entries = (json.loads(line.removeprefix(":::MLLOG ")) for line in lines)
     return {entry["key"]: entry["value"] for entry in entries}
@@ -205,7 +205,7 @@ def _measured(log: Row, answers: Sequence[Answer]) -> Row:
         "latency_p99_ms": "result_99.00_percentile_latency_ns",
     }
     return {
-        # The load generator counts replies and does not read them.
+        # The load generator only counts replies.
         "valid": log["result_validity"] == "VALID" and not errors,
         "verdict": log["result_validity"],
         "met": {name: log[key] for name, key in conditions.items() if key in log},
@@ -234,7 +234,7 @@ def _log_settings(folder: Path) -> Any:
 
 
 def load_generator() -> Any:
-    """The load generator, which only this benchmark needs."""
+    """Import the load generator, which only this benchmark needs."""
     try:
         import mlperf_loadgen
     except ModuleNotFoundError as error:

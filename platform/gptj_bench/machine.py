@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, memory, versions, and how fast memory can be read."""
+"""The machine of a measurement: processor, memory, versions and memory read bandwidth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from gptj.engine.runners.cpu import library
 
-BYTES = 2**30  # read at a time: far more than any cache holds
+BYTES = 2**30  # read at a time: far larger than any cache
 TIMES = 5
 
 
@@ -29,7 +29,7 @@ def description() -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """Its version; None if it is not installed."""
+    """A package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -37,7 +37,7 @@ def installed(package: str) -> str | None:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second at which so many threads read memory at best, or NaN without AVX-512."""
+    """Best bytes/s at which this many threads read memory; NaN without AVX-512."""
     try:
         kernels = library.load()
     except library.UnsupportedError:
@@ -54,7 +54,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def gpu_read_bandwidth() -> float:
-    """Bytes a second at which the GPU reads its memory at best, adding up what it reads."""
+    """Best bytes/s at which the GPU reads its memory, measured with a sum."""
     memory = torch.zeros(BYTES, dtype=torch.float32, device="cuda")
     best = 0.0
     for _ in range(TIMES):

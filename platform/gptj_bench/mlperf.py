@@ -1,9 +1,8 @@
 """MLPerf's GPT-J over HTTP: `python -m gptj_bench mlperf`.
 
-The settings are those of MLPerf Inference's GPT-J (github.com/mlcommons/inference: language/gpt-j,
-and the mlperf.conf that the load generator carries): 4 beams, 30 to 128 new tokens, prompts of at
-most 1919 tokens, and as a server 99 % of the replies within 20 seconds. A measurement shows what
-it changed of them.
+Settings follow MLPerf Inference's GPT-J (github.com/mlcommons/inference: language/gpt-j, and the
+load generator's built-in mlperf.conf): 4 beams, 30 to 128 new tokens, prompts of at most 1919
+tokens, and in the server scenario 99 % of the replies within 20 seconds. Results list deviations.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
     )
-    parser.add_argument("--url", help="a service that runs already, such as http://host:8000")
+    parser.add_argument("--url", help="a running service, such as http://host:8000")
     parser.add_argument("--scenario", default="both", choices=["offline", "server", "both"])
     parser.add_argument(
         "--prompts",
@@ -40,15 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a data set with the column text; default: random ids",
     )
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of random prompts")
-    parser.add_argument("--samples", type=int, default=24, help="at least; MLPerf's are 13368")
-    parser.add_argument("--min-duration", type=float, default=10, help="seconds; MLPerf's: 600")
-    parser.add_argument("--target-qps", type=float, default=1, help="samples a second")
+    parser.add_argument("--samples", type=int, default=24, help="minimum; MLPerf uses 13368")
+    parser.add_argument("--min-duration", type=float, default=10, help="seconds; MLPerf uses 600")
+    parser.add_argument("--target-qps", type=float, default=1, help="samples per second")
     parser.add_argument("--concurrency", type=int, default=32, help="requests in flight")
     parser.add_argument("--logs", type=command_line.folder, default=Path("outputs/mlperf"))
 
 
 def measure(given: argparse.Namespace) -> Iterator[Row]:
-    """A measurement for each scenario. Raises ValueError for what cannot be measured."""
+    """One measurement per scenario. ValueError for invalid arguments."""
     load_generator()
     for name in ("samples", "concurrency", "target_qps"):
         if not getattr(given, name) > 0:
@@ -83,7 +82,7 @@ def measure(given: argparse.Namespace) -> Iterator[Row]:
 
 
 def _prompts(given: argparse.Namespace) -> list[list[int]]:
-    """Ids: of texts, cut off where MLPerf cuts them, or random ones."""
+    """Token ids: of texts, truncated as in MLPerf, or random."""
     config = GPTJConfig.from_pretrained(given.model)
     limit = min(MAX_PROMPT_TOKENS, config.n_positions - MAX_TOKENS)
     if given.prompts:
@@ -92,7 +91,7 @@ def _prompts(given: argparse.Namespace) -> list[list[int]]:
         return [tokenizer.encode(row.text("text"))[:limit] for row in rows]
     if not 1 <= given.prompt_tokens <= limit:
         raise ValueError(
-            f"--prompt-tokens must be in [1, {limit}], so that {MAX_TOKENS} more have room in the "
+            f"--prompt-tokens must be in [1, {limit}], so that {MAX_TOKENS} more fit into the "
             f"model's context of {config.n_positions}, got {given.prompt_tokens}"
         )
     numbers = random.Random(0)

@@ -1,4 +1,4 @@
-"""What number formats cost: a model's perplexity on a text, as the engine computes it in each."""
+"""The cost of dtypes: a model's perplexity on a text, computed by the engine in each dtype."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from gptj_bench.decode import load_runner
 @dataclass(frozen=True)
 class Perplexity:
     model: str
-    data: str  # as jobs/evaluate.py takes it
-    dtypes: tuple[str, ...]  # the first is what the others are compared with
+    data: str  # as for jobs/evaluate.py
+    dtypes: tuple[str, ...]  # the first is the baseline
 
     def run(self) -> Iterator[dict[str, Any]]:
         tokenizer = GPTJTokenizer.from_pretrained(self.model)
@@ -40,7 +40,7 @@ class Perplexity:
             }
 
     def _measure(self, dtype: str, tokenizer: GPTJTokenizer) -> tuple[float, int]:
-        """The mean loss of a token in nats, and how many there are."""
+        """Mean loss per token in nats, and the number of tokens."""
         runner = load_runner(self.model, dtype, lambda config: config.n_positions)
         rows = CausalLMData(read_rows(self.data, ["text"]), tokenizer, runner.config.n_positions)
         engine = Engine(runner, eos_ids=[], max_num_batched_tokens=512, max_queued=len(rows))
@@ -54,7 +54,7 @@ class Perplexity:
 
 @torch.inference_mode()
 def score(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """The loss in nats of each token but the prompts' first. Raises the error of one that fails."""
+    """Loss in nats of each token except the prompts' first. Raises a failed request's error."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""The services that are measured over HTTP: ours on a local Ray cluster, and vLLM's."""
+"""The services measured over HTTP: ours on a local Ray cluster, and vLLM's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL_NAME = "gptj"
 
 @contextmanager
 def ours(model: str, arguments: dict[str, Any], folder: Path) -> Iterator[str]:
-    """Our generation application with one replica, as `serve run` of serve.yaml; its address."""
+    """Run our generation application from serve.yaml with one replica; yields its URL."""
     (port,) = free_ports(1)
     cpus = os.cpu_count() or 1
     config = yaml.safe_load(SERVE_CONFIG.read_text())
@@ -40,7 +40,7 @@ def ours(model: str, arguments: dict[str, Any], folder: Path) -> Iterator[str]:
     }
     deployment = application["deployments"][0]
     deployment["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
-    # Ray lets a replica compute on as many threads as it has CPUs.
+    # Ray limits a replica's threads to its CPUs.
     deployment["ray_actor_options"] = {"num_cpus": cpus}
     config["http_options"]["port"] = port
     config["applications"] = [application]
@@ -57,7 +57,7 @@ def ours(model: str, arguments: dict[str, Any], folder: Path) -> Iterator[str]:
 
 @contextmanager
 def vllm(model: str, python: Path, folder: Path) -> Iterator[str]:
-    """vLLM's OpenAI server on the CPU, with two threads and without compilation; its address."""
+    """Run vLLM's OpenAI server on the CPU, two threads, no compilation; yields its URL."""
     (port,) = free_ports(1)
     log = folder / "vllm.log"
     environment = {
@@ -90,4 +90,4 @@ def _healthy(address: str) -> bool:
         with urllib.request.urlopen(f"{address}/health", timeout=5) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False  # not yet: the caller counts the time
+        return False  # not yet; the caller has the timeout

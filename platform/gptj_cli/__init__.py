@@ -1,1 +1,1 @@
-"""The program `gptj`: a cluster on this machine, training, serving, predictions, model folders."""
+"""The program `gptj`: a local cluster, training, serving, predictions, model folders."""

@@ -1,7 +1,7 @@
-"""The program `gptj`: what its commands are called, take and print.
+"""The program `gptj`: its commands, their arguments and output.
 
-What they do is in the modules beside this one, which are imported when a command needs them: help
-comes at once.
+The commands' work is in this package's other modules, imported only when needed so that help is
+instant.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DType(StrEnum):
 
 
 Folder = Annotated[
-    Path, typer.Option("--folder", help="Where data, logs and exports of `gptj up` are.")
+    Path, typer.Option("--folder", help="The folder for data, logs and exports of `gptj up`.")
 ]
 Address = Annotated[
     str, typer.Argument(metavar="ADDRESS", help="A model folder, local or s3://…, or a hub id.")
@@ -69,7 +69,7 @@ Words = Annotated[
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run a command; what a user can put right ends in one line, without a traceback."""
+    """Run a command; errors that a user can fix print one line, without a traceback."""
     try:
         app(args=words)
     except (ValueError, OSError, RuntimeError) as error:
@@ -80,10 +80,10 @@ def main(words: Sequence[str] | None = None) -> None:
 def up(
     folder: Folder = FOLDER,
     cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs that Ray may promise; default: 4 or more.")
+        int | None, typer.Option(min=1, help="Logical CPUs of the Ray node; default: 4 or more.")
     ] = None,
 ) -> None:
-    """Start S3 and Ray on this machine; they go on until `gptj down`.
+    """Start S3 and Ray on this machine; they run until `gptj down`.
 
     Both listen on loopback only and ask for credentials, which `FOLDER/env` exports.
     """
@@ -92,12 +92,12 @@ def up(
     started = local.up(folder, cpus or local.default_cpus())
     found = local.read(folder)
     if found is None:
-        raise RuntimeError(f"it has ended just now; see {folder / local.LOG}")
+        raise RuntimeError(f"it has just ended; see {folder / local.LOG}")
     exports = folder / local.EXPORTS
     if not started:
-        print("It is up already.")
+        print("Already running.")
     print(exports.read_text())
-    print(f"S3         {found['s3']}, its files in {folder / 's3'}")
+    print(f"S3         {found['s3']}, files in {folder / 's3'}")
     print(f"Ray        {found['dashboard']} (the dashboard asks for RAY_AUTH_TOKEN)")
     print(f"Logs       {folder / local.LOG}, {folder / 'ray.log'}, {folder / 's3' / 'weed.log'}")
     print(f"Use it     source {exports}      (in each terminal)")
@@ -106,13 +106,13 @@ def up(
 
 @app.command()
 def down(folder: Folder = FOLDER) -> None:
-    """End what `gptj up` has started, and nothing else. Data stay."""
+    """Stop what `gptj up` started, and nothing else. Data are kept."""
     from gptj_cli import local
 
     if local.down(folder):
-        print(f"S3 and Ray have ended; data and logs stay in {folder}.")
+        print(f"Stopped S3 and Ray; data and logs are kept in {folder}.")
     else:
-        print(f"Nothing of {folder} is up.")
+        print(f"Nothing is running for {folder}.")
 
 
 @app.command()
@@ -120,24 +120,26 @@ def train(
     words: Words = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A file, folder or pattern, local or s3://…; default: as settings say."),
+        typer.Option(help="A file, folder or pattern, local or s3://…; default: the settings'."),
     ] = None,
     evaluation: Annotated[
         str | None,
-        typer.Option(help="Data to measure on; or data.evaluation_split=0.1 holds some out."),
+        typer.Option(help="Evaluation data; or hold some out with data.evaluation_split=0.1."),
     ] = None,
-    task: Annotated[Task | None, typer.Option(help="Default: by the data's columns.")] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="Default: inferred from the data's columns.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A checkpoint to go on from; default: a new, small model.")
+        str | None, typer.Option(help="A checkpoint to start from; default: a new, small model.")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="The run's name; default: the data's.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="The run's name; default: from the data's.")
+    ] = None,
     storage: Annotated[
         str,
         typer.Option(envvar="GPTJ_STORAGE", help="A folder or s3://…; results go to STORAGE/RUN."),
     ] = "outputs",
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Do not follow the log of the job.")
-    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
     folder: Folder = FOLDER,
 ) -> None:
     """Fine-tune on the cluster: submits jobs/finetune.py and follows its log.
@@ -147,8 +149,8 @@ def train(
     gptj train --data reviews.csv --run second epochs=3 optimizer.learning_rate=1e-4
     gptj train jobs/settings/sst2.yaml --data train.jsonl --evaluation dev.jsonl
 
-    Settings are those of jobs/finetune.py, whose --help says where they are listed. The same
-    command again goes on after the last checkpoint. Ctrl-C ends the following, not the job.
+    Settings are those of jobs/finetune.py, whose --help says where they are listed. Rerunning the
+    command resumes from the last checkpoint. Ctrl-C stops following, not the job.
     """
     from gptj.training.settings import read_settings
     from gptj_cli import cluster, training
@@ -173,11 +175,11 @@ def train(
     try:
         good = training.follow(client, job)
     except KeyboardInterrupt:
-        print(f"\nThe job goes on.\n{how}", flush=True)
+        print(f"\nThe job keeps running.\n{how}", flush=True)
         raise typer.Exit(130) from None
     if not good:
         info = client.get_job_info(job)
-        sys.exit(f"error: the job {job} has ended: {str(info.status.value).lower()}")
+        sys.exit(f"error: job {job} ended: {str(info.status.value).lower()}")
     print(f"\nPredict:   gptj predict {settings.model_folder} FILE")
     print(f"Serve:     gptj serve {settings.model_folder}")
     print(f"Curves:    gptj curves {settings.folder}")
@@ -191,7 +193,7 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="SETTINGS", help="key=value …")
     ] = None,
 ) -> None:
-    """Measure a checkpoint on data, here and without a cluster: jobs/evaluate.py."""
+    """Evaluate a checkpoint on data, here and without a cluster: jobs/evaluate.py."""
     from jobs import evaluate as job
 
     job.main([address, data, *(words or [])])
@@ -203,31 +205,29 @@ def serve(
         list[str], typer.Argument(metavar="ADDRESS…", help="Model folders or hub ids.")
     ],
     name: Annotated[
-        list[str] | None, typer.Option(help="What clients call a model, one each; in order.")
+        list[str] | None, typer.Option(help="The models' names for clients, one each, in order.")
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     host: Annotated[
-        str, typer.Option(help="0.0.0.0 for all of a network: set GPTJ_API_KEYS before `up`.")
+        str, typer.Option(help="0.0.0.0 to serve the network: set GPTJ_API_KEYS before `up`.")
     ] = "127.0.0.1",
-    device: Annotated[Device, typer.Option(help="auto: a GPU where the cluster has one.")] = (
+    device: Annotated[Device, typer.Option(help="auto: a GPU if the cluster has one.")] = (
         Device.AUTO
     ),
     dtype: Annotated[
         DType,
-        typer.Option(
-            help="auto: float16 on a GPU; bfloat16 on a CPU that computes in it, or else float32."
-        ),
+        typer.Option(help="auto: float16 on a GPU; on a CPU bfloat16 if supported, else float32."),
     ] = DType.AUTO,
-    min_replicas: Annotated[int, typer.Option(min=1, help="That always run, of each model.")] = 1,
+    min_replicas: Annotated[int, typer.Option(min=1, help="Minimum for each model.")] = 1,
     show: Annotated[
-        bool, typer.Option("--print", help="Print the configuration, for `serve run`, and end.")
+        bool, typer.Option("--print", help="Print the configuration, for `serve run`, and exit.")
     ] = False,
     folder: Folder = FOLDER,
 ) -> None:
-    """Serve checkpoints over HTTP, these and no others; the head is found from each.
+    """Serve exactly these checkpoints over HTTP; each one's head selects its service.
 
-    Returns when all of them answer. The same command with another checkpoint replaces the one that
-    is served without a pause. `serve shutdown -y` or `gptj down` ends it.
+    Returns once all of them answer. The same command with another checkpoint replaces the served
+    one without downtime. `serve shutdown -y` or `gptj down` stops it.
     """
     import yaml
 
@@ -268,21 +268,19 @@ def predict(
         typer.Argument(metavar="SETTINGS", help="columns.OURS=NAME … or delimiter=…"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="A file for the results; default: standard output.")
+        Path | None, typer.Option(help="Output file; default: standard output.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are computed together.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a language model.")] = 32,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Of a language model; 0: the likeliest token.")
-    ] = 0,
-    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one.")] = Device.AUTO,
-    dtype: Annotated[DType, typer.Option(help="As of gptj serve.")] = DType.AUTO,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens (language models).")] = 32,
+    temperature: Annotated[float, typer.Option(min=0, help="For language models; 0: greedy.")] = 0,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
+    dtype: Annotated[DType, typer.Option(help="As for gptj serve.")] = DType.AUTO,
 ) -> None:
-    """Ask a checkpoint about each row of a file, here and without a cluster.
+    """Run a checkpoint on each row of a file, here and without a cluster.
 
-    A classifier and a language model read the column text, question answering reads question and
-    context. Results are JSON lines in the order of the rows; a row that cannot be answered gives
-    an error there, and the exit status is 1.
+    Classifiers and language models read the column text, question answering reads question and
+    context. Results are JSON lines in row order; a row that cannot be answered gets an error there,
+    and the exit status is 1.
     """
     import asyncio
 
@@ -310,7 +308,7 @@ def predict(
     with open(output, "w") if output is not None else contextlib.nullcontext(sys.stdout) as target:
         rows, failed = asyncio.run(write(target))
     if failed:
-        sys.exit(f"error: {failed} of {rows} rows have no answer: see error in their lines")
+        sys.exit(f"error: {failed} of {rows} rows failed: see error in their lines")
 
 
 @app.command()
@@ -320,7 +318,7 @@ def curves(
         Path | None, typer.Argument(metavar="FOLDER", help="Default: ./curves/RUN.")
     ] = None,
 ) -> None:
-    """Fetch a run's curves: loss.png, history.jsonl and TensorBoard's files; also while it runs."""
+    """Fetch a run's curves, even while it runs: loss.png, history.jsonl, TensorBoard's files."""
     from gptj import storage
     from gptj.training.progress import CURVE, HISTORY, TENSORBOARD
 
@@ -328,14 +326,16 @@ def curves(
     names = [file.name for file in storage.list_files(address)]
     wanted = [n for n in names if n in (CURVE, HISTORY) or n.startswith(f"{TENSORBOARD}/")]
     if not wanted:
-        raise ValueError(f"{address} has no curves: they come with a run's first checkpoint")
+        raise ValueError(
+            f"{address} has no curves yet: they are written with a run's first checkpoint"
+        )
     storage.download_folder(address, target, wanted)
     print(f"{target / CURVE}\n{target / HISTORY}\ntensorboard --logdir {target / TENSORBOARD}")
 
 
 @app.command()
 def verify(address: Address) -> None:
-    """Read a model folder and compare each file with its manifest."""
+    """Read a model folder and check each file against its manifest."""
     from gptj.checkpoints.manifest import verify as verified
     from gptj.storage.addresses import normalized
 
@@ -364,7 +364,7 @@ def show_model(
     address: Address,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Say what a model is, and how it came to be."""
+    """Show what a model is and how it was trained."""
     from gptj_cli import models as folders
 
     found = folders.describe(address)
@@ -386,11 +386,14 @@ def copy_model(
 @models.command("rm")
 def remove_model(
     address: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="A model folder, or a run's with all in it.")
+        str,
+        typer.Argument(
+            metavar="ADDRESS", help="A model folder, or a run's folder with everything in it."
+        ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a model folder, or a run's with its checkpoints."""
+    """Delete a model folder, or a run's folder with its checkpoints."""
     from gptj_cli import models as folders
 
     files = folders.removable(address)
@@ -402,7 +405,7 @@ def remove_model(
 
 
 def _reading(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """`columns.OURS=NAME` and `delimiter=…`, also with `data.` as in training."""
+    """Parse `columns.OURS=NAME` and `delimiter=…`, optionally prefixed `data.` as in training."""
     columns: dict[str, str] = {}
     delimiter = None
     for word in words:

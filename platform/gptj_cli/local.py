@@ -1,7 +1,7 @@
 """S3 and Ray on this machine's loopback, which outlive the command that starts them.
 
-`up` starts a supervisor process (gptj_cli.supervisor), which writes who it is into a folder; `down`
-ends exactly the processes that are written there.
+`up` starts a supervisor process (gptj_cli.supervisor), which records its processes in a folder;
+`down` ends exactly the processes recorded there.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ STATE, EXPORTS, LOG = "up.json", "env", "up.log"
 
 @dataclass(frozen=True)
 class Process:
-    """A process that is meant even when its number has been given to another one since."""
+    """A process, identified by id and start time, since ids are reused."""
 
     number: int
-    created: float  # seconds since 1970, as the system counts them
+    created: float  # start time, in seconds since 1970
 
     @classmethod
     def of(cls, number: int) -> Process:
@@ -48,7 +48,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Local:
-    """What is up."""
+    """The running services."""
 
     supervisor: Process
     parts: dict[str, Process]
@@ -57,10 +57,10 @@ class Local:
     variables: dict[str, str]  # for programs that use it
 
     def write(self, folder: Path) -> None:
-        """The exports first: whoever finds the state file finds them too."""
+        """Write the exports, then the state file, so that readers of the latter find both."""
         write_exports(folder / EXPORTS, self.variables)
         state = asdict(self)
-        del state["variables"]  # they hold secrets, which lie in one place
+        del state["variables"]  # they hold secrets, which belong in one place
         unfinished = folder / f"{STATE}.unfinished"
         unfinished.write_text(json.dumps(state, indent=2))
         unfinished.replace(folder / STATE)
@@ -86,13 +86,13 @@ def is_up(folder: Path) -> bool:
 
 
 def up(folder: Path, cpus: int) -> bool:
-    """Start S3 and Ray, unless they run already; whether this call has started them.
+    """Start S3 and Ray, unless they are running; returns whether this call started them.
 
     Raises RuntimeError with the end of the log if they do not come up.
     """
     if is_up(folder):
         return False
-    if read(folder) is not None:  # a supervisor that was killed has left processes
+    if read(folder) is not None:  # a killed supervisor has left processes behind
         down(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG
@@ -102,13 +102,13 @@ def up(folder: Path, cpus: int) -> bool:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # neither Ctrl-C nor the end of this terminal reaches it
+            start_new_session=True,  # survives Ctrl-C and the end of this terminal
         )
     try:
         deadline = time.monotonic() + START_SECONDS
         while read(folder) is None:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"nothing is up; the end of {log}:\n{tail(log)}")
+                raise RuntimeError(f"S3 and Ray did not start; the end of {log}:\n{tail(log)}")
             time.sleep(0.1)
     except BaseException:
         process.terminate()
@@ -118,7 +118,7 @@ def up(folder: Path, cpus: int) -> bool:
 
 
 def down(folder: Path) -> bool:
-    """End what `up` has started, by process id, and nothing else; whether there was anything."""
+    """End what `up` started, and nothing else; returns whether there was anything."""
     state = read(folder)
     if state is None:
         return False
@@ -129,7 +129,7 @@ def down(folder: Path) -> bool:
             supervisor.wait(END_SECONDS)
         except psutil.TimeoutExpired:
             supervisor.kill()
-    # None is left unless the supervisor was killed.
+    # Only a killed supervisor leaves any.
     left = [Process(**part).running() for part in state["parts"].values()]
     trees = [each for part in left if part for each in (part, *part.children(recursive=True))]
     for process in trees:
@@ -141,5 +141,5 @@ def down(folder: Path) -> bool:
 
 
 def default_cpus() -> int:
-    """CPUs that Ray may promise: two workers and a replica fit on a small machine, too."""
+    """Logical CPUs of the Ray node: enough for two workers and a replica on a small machine."""
     return max(4, os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""`gptj models`: what model folders there are at an address, what one holds, copying, deleting."""
+"""`gptj models`: list, show, copy and delete model folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo
 
-CONFIGS = (CONFIG, ADAPTER_CONFIG)  # a model's, or that of an adapter for one
+CONFIGS = (CONFIG, ADAPTER_CONFIG)  # a model's, or an adapter's
 COPY_BYTES = 16 * 2**20
 
 
@@ -25,11 +25,11 @@ class ModelFolder:
     address: str
     files: int
     size: int  # bytes
-    complete: bool  # whether its manifest is there
+    complete: bool  # whether it has a manifest
 
 
 def folders(address: str) -> list[ModelFolder]:
-    """The model folders at and below an address, by name. NotFoundError if nothing is there."""
+    """Model folders at and below an address, by name. NotFoundError if there are no files."""
     address = normalized(address)
     by_folder: dict[str, list[FileInfo]] = defaultdict(list)
     files = storage.list_files(address)
@@ -51,9 +51,9 @@ def folders(address: str) -> list[ModelFolder]:
 
 
 def describe(address: str) -> dict[str, Any]:
-    """What a model folder holds, and how it came to be, as far as it says.
+    """What a model folder holds and how it was trained, as far as recorded.
 
-    Raises FileNotFoundError or CheckpointError if it is none.
+    FileNotFoundError or CheckpointError if it is not a model folder.
     """
     address = normalized(address)
     config = GPTJConfig.from_pretrained(address)
@@ -87,7 +87,7 @@ def describe(address: str) -> dict[str, Any]:
 
 
 def copy(source: str, destination: str) -> Manifest:
-    """Copy a model folder to a new address, every file compared with the manifest on the way.
+    """Copy a model folder to a new address, checking each file against the manifest.
 
     Raises:
         AlreadyExistsError: if there is a finished checkpoint at the destination.
@@ -96,9 +96,9 @@ def copy(source: str, destination: str) -> Manifest:
     source, destination = normalized(source), normalized(destination)
     manifest = Manifest.read(source)
     if manifest is None:
-        GPTJConfig.from_pretrained(source)  # which says so, if nothing is there
+        GPTJConfig.from_pretrained(source)  # raises if there is no model
         raise ValueError(
-            f"{source} has no manifest to compare the copy with; remedy: "
+            f"{source} has no manifest to verify the copy against; remedy: "
             f"jobs/import_weights.py {source} {destination}"
         )
     with FolderWriter(destination) as writer:
@@ -117,8 +117,8 @@ def removable(address: str) -> list[FileInfo]:
     """The files that `remove` would delete.
 
     Raises:
-        ValueError: if it is neither a model folder nor a run's: a mistyped address must not take a
-            bucket or a home folder with it.
+        ValueError: if it is neither a model's nor a run's folder: a mistyped address must not
+            delete a bucket or a home folder.
     """
     address = normalized(address)
     files = storage.list_files(address)
@@ -127,13 +127,13 @@ def removable(address: str) -> list[FileInfo]:
     if not _is_model(files) and not _is_run(files):
         raise ValueError(
             f"{address} is neither a model folder (config.json) nor a run's folder "
-            f"(history.jsonl, checkpoint-…): it stays; name one of those"
+            f"(history.jsonl, checkpoint-…): not deleted; remedy: name one of those"
         )
     return files
 
 
 def remove(address: str) -> None:
-    """Delete a model folder or a run's; the manifest first, so that nothing takes half of it."""
+    """Delete a model's or a run's folder, manifest first, so that nothing loads half of it."""
     address = normalized(address)
     for file in removable(address):
         if file.name == MANIFEST or file.name.endswith(f"/{MANIFEST}"):
@@ -152,7 +152,7 @@ def _is_run(files: Iterable[FileInfo]) -> bool:
 
 
 def shown(description: dict[str, Any]) -> str:
-    """As lines for a reader."""
+    """Format as lines of text."""
     width = max(map(len, description))
     return "\n".join(
         f"{key:<{width}}  "

@@ -1,6 +1,6 @@
-"""`gptj predict`: a checkpoint and rows in, one JSON object a row out; no cluster.
+"""`gptj predict`: a checkpoint and rows in, one JSON object per row out; no cluster.
 
-The services themselves compute it, in this process: answers are those that HTTP would give.
+The services' own code runs in this process, so answers equal those over HTTP.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from gptj.serving.question_answering import (
 from gptj.tokenizer import GPTJTokenizer
 from jobs.evaluate import task_of
 
-NAME = "model"  # of the only one that there is
+NAME = "model"  # of the only model
 Answer = Callable[[Row], Awaitable[dict[str, Any]]]
 
-# What a head reads of a row: what training reads, without what is to be found.
+# The columns each head reads: training's, without the labels.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "GPTJForCausalLM": ("text",),
     "GPTJForSequenceClassification": ("text",),
@@ -57,27 +57,27 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    batch_size: int = 16  # rows, or windows of them, that are computed together
+    batch_size: int = 16  # rows, or windows of rows, computed together
     columns: Mapping[str, str] = field(default_factory=dict)  # our column name: the file's
     delimiter: str | None = None
-    max_tokens: int = 32  # new ones, of a language model
-    temperature: float = 0.0  # 0: the likeliest token
-    device: str | None = None  # default: cuda where there is one
+    max_tokens: int = 32  # most new tokens (language models)
+    temperature: float = 0.0  # 0: greedy
+    device: str | None = None  # default: cuda if available
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
 
 
 async def predict(address: str, data: str, options: Options) -> AsyncIterator[dict[str, Any]]:
-    """The rows' results in their order, as they are ready.
+    """The rows' results, in order, as they become ready.
 
-    A row that the model cannot take gives `{"row": …, "error": …}`.
+    A row the model cannot handle gives `{"row": …, "error": …}`.
 
     Raises:
-        FileNotFoundError, CheckpointError, ValueError: for what cannot be loaded or read.
+        FileNotFoundError, CheckpointError, ValueError: if something cannot be loaded or read.
     """
     task = task_of(GPTJConfig.from_pretrained(address), address)
     head = task.head.__name__
     if unknown := options.columns.keys() - set(COLUMNS[head]):
-        raise ValueError(f"a {head} reads {', '.join(COLUMNS[head])}, and no {min(unknown)}")
+        raise ValueError(f"a {head} reads {', '.join(COLUMNS[head])}, not {min(unknown)}")
     rows = read_rows(data, COLUMNS[head], options.columns, delimiter=options.delimiter)
     arguments = Arguments(checkpoint=address, dtype=options.dtype)
     with open_checkpoint(arguments) as folder:
@@ -90,7 +90,7 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
 
 
 def device_of(options: Options) -> torch.device:
-    """ValueError for a GPU that is not there."""
+    """The device to use. ValueError if the requested GPU does not exist."""
     on_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not on_gpu:
         raise ValueError("--device cuda: this machine has no CUDA device; leave it out")
@@ -103,10 +103,10 @@ def answerer(
     trained: Mapping[str, Any],
     options: Options,
 ) -> tuple[Any, Answer]:
-    """What must be closed at the end, and how a row is answered.
+    """A resource to close at the end, and a function that answers a row.
 
     Args:
-        trained: the `data` settings of the model's training, as far as they are known.
+        trained: the `data` settings of the model's training, as far as known.
     """
     waiting = 64 * options.batch_size
     if isinstance(model, GPTJForSequenceClassification):

@@ -1,6 +1,6 @@
-"""`gptj serve`: checkpoints in, a Serve configuration out; and its applications on the cluster.
+"""`gptj serve`: build a Serve configuration for checkpoints and deploy it.
 
-The configuration is k8s/base/serve.yaml's, with the checkpoints' own applications in it.
+The configuration is k8s/base/serve.yaml with the checkpoints' applications.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ APPLICATIONS = {
     "GPTJForSequenceClassification": "classification",
     "GPTJForQuestionAnswering": "question-answering",
 }
-START_SECONDS = 1800  # of which a model of 6B parameters may need minutes, to be fetched and read
+START_SECONDS = 1800  # a 6B model may take minutes to fetch and load
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Service:
-    """One checkpoint among those that are served."""
+    """One of the served checkpoints."""
 
     checkpoint: str
-    head: str  # a class's name
-    name: str  # of the model
+    head: str  # class name
+    name: str  # the model's
 
     @property
     def kind(self) -> str:
@@ -61,14 +61,14 @@ class Service:
 
 
 def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
-    """What is at the addresses, each checked as a replica will before it loads.
+    """The services for the addresses, each checked as a replica would before loading.
 
     Raises:
-        FileNotFoundError, CheckpointError: for an address without a good checkpoint.
-        ValueError: for a head that nothing serves, or two models of one name.
+        FileNotFoundError, CheckpointError: for an address without a valid checkpoint.
+        ValueError: for a head without a service, or two models with one name.
     """
     if len(names) > len(addresses):
-        raise ValueError(f"{len(names)} names for {len(addresses)} models: --name is one each")
+        raise ValueError(f"{len(names)} names for {len(addresses)} models; remedy: one --name each")
     found = []
     for number, address in enumerate(addresses):
         checkpoint = absolute(address) if Path(address).exists() else address
@@ -78,17 +78,19 @@ def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
         found.append(Service(checkpoint, head, name))
     counted = Counter(service.name for service in found)
     if twice := [name for name, count in counted.items() if count > 1]:
-        raise ValueError(f"two models would be called {twice[0]!r}; remedy: --name for each")
+        raise ValueError(f"two models would be named {twice[0]!r}; remedy: a --name for each")
     return found
 
 
 def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
-    """What `serve deploy` and `serve run` take.
+    """A configuration for `serve deploy` and `serve run`.
 
-    The only model of its head is at that head's usual route; several are at /NAME and the route.
+    A head's only model is at the head's usual route; several are at /NAME plus that route.
     """
     if not TEMPLATE.exists():
-        raise ValueError(f"{TEMPLATE} is not there: gptj serve runs from a clone of the repository")
+        raise ValueError(
+            f"{TEMPLATE} does not exist; remedy: run gptj serve from a clone of the repository"
+        )
     template = yaml.safe_load(TEMPLATE.read_text())
     by_kind = {each["name"]: each for each in template["applications"]}
     counted = Counter(service.kind for service in found)
@@ -124,14 +126,14 @@ def has_gpus(dashboard: str) -> bool:
 
 
 def deploy(dashboard: str, config: dict[str, Any]) -> list[str]:
-    """Have the cluster serve this and nothing else; wait until all of it answers.
+    """Make the cluster serve exactly this configuration; wait until all of it answers.
 
     Returns:
-        The names of the applications that have been taken away by it.
+        The names of applications that are no longer served.
 
     Raises:
-        ValueError: if an application cannot start: its error's own words, without the traceback.
-            What was served before goes on being served where Serve could not replace it.
+        ValueError: if an application cannot start, with its error but no traceback. Serve keeps
+            serving what it could not replace.
         RuntimeError: if the cluster refuses the configuration.
     """
     client = ServeSubmissionClient(dashboard)
@@ -148,7 +150,7 @@ def deploy(dashboard: str, config: dict[str, Any]) -> list[str]:
 
 
 def wait_until_healthy(url: str, seconds: float = 60) -> None:
-    """Until a GET of the URL gives 200. RuntimeError if it does not in time."""
+    """Wait until a GET of the URL returns 200. RuntimeError on timeout."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -161,7 +163,7 @@ def wait_until_healthy(url: str, seconds: float = 60) -> None:
 
 
 def curl(base: str, application: dict[str, Any]) -> str:
-    """A command that asks a service something."""
+    """An example curl command for a service."""
     route = application["route_prefix"].rstrip("/")
     kind = application["import_path"].split(":")[0].rpartition(".")[2]
     body: dict[str, Any]
@@ -179,7 +181,7 @@ def curl(base: str, application: dict[str, Any]) -> str:
 
 
 def error_of(message: str) -> str:
-    """The last error of a traceback, in its own words; all of a message that has none."""
+    """A traceback's last error message; the whole message if it has no traceback."""
     lines = [line for line in message.strip().splitlines() if line.strip()]
     start = next(
         (number for number in reversed(range(len(lines))) if lines[number].startswith(" ")), None
@@ -192,7 +194,7 @@ def error_of(message: str) -> str:
 
 
 def _are_running(details: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether all applications run as they are wanted; ValueError if one has failed."""
+    """Whether all applications run as configured; ValueError if one has failed."""
     running = True
     for wanted in config["applications"]:
         application = details["applications"].get(wanted["name"])
@@ -208,24 +210,24 @@ def _are_running(details: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def _check_port(dashboard: str, details: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """That Serve listens, or can listen, where it is wanted. It cannot move while it runs."""
+    """Check that Serve listens, or can listen, there; it cannot move while it runs."""
     there = details.get("http_options") or {}
     place = {key: wanted[key] for key in ("host", "port")}
     if there:
         if any(there.get(key) != value for key, value in place.items()):
             raise ValueError(
-                f"this cluster serves at {there.get('host')}:{there.get('port')} already, and "
-                f"cannot at {place['host']}:{place['port']} as well; remedy: --port "
+                f"this cluster already serves at {there.get('host')}:{there.get('port')}, and "
+                f"cannot also serve at {place['host']}:{place['port']}; remedy: --port "
                 f"{there.get('port')}, or serve shutdown -y first"
             )
     elif is_here(dashboard):
         with socket.socket() as probe:
-            # As the server does: a port whose last connections are only lingering counts as free.
+            # As the server does: a port with only lingering (TIME_WAIT) connections counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((place["host"], place["port"]))
             except OSError as error:
                 raise ValueError(
                     f"port {place['port']} on {place['host']} is not free ({error.strerror}); "
-                    f"remedy: --port with another one, or end what listens there"
+                    f"remedy: another --port, or stop the program that listens there"
                 ) from error

@@ -1,4 +1,4 @@
-"""The process behind `gptj up`: it runs S3 and Ray, and ends them when it is told to end.
+"""The process behind `gptj up`: runs S3 and Ray, and stops them when signalled.
 
 python -m gptj_cli.supervisor FOLDER CPUS
 """
@@ -21,7 +21,7 @@ from gptj_local.s3 import LocalS3
 
 WATCH_SECONDS = 1.0
 
-# Of a terminal that has sourced the exports of another cluster: they would reach this one's jobs.
+# Variables from another cluster's exports, sourced in this terminal; they must not reach our jobs.
 OF_ANOTHER_CLUSTER = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def supervise(folder: Path, cpus: int) -> None:
-    """Run both until a signal; RuntimeError if one of them ends by itself."""
+    """Run both until a signal; RuntimeError if one of them exits by itself."""
     lock = FileLock(folder / "lock")
     if not lock.try_take():
-        sys.exit(f"another `gptj up` is at work in {folder}")
+        sys.exit(f"another `gptj up` is running in {folder}")
     with LocalS3.start(folder / "s3") as s3:
         variables = s3.environment() | {"GPTJ_STORAGE": f"s3://{s3.bucket}"}
         with LocalRay.start(folder, cpus=cpus, environment=os.environ | variables) as ray:
@@ -62,13 +62,13 @@ def supervise(folder: Path, cpus: int) -> None:
                     time.sleep(WATCH_SECONDS)
                     for name, number in parts.items():
                         if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
-                            raise RuntimeError(f"{name} has ended by itself: see the logs")
+                            raise RuntimeError(f"{name} exited by itself: see the logs")
             finally:
                 Local.forget(folder)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # Once: a second signal must not cut the clean-up short.
+    # Only once: a second signal must not interrupt the clean-up.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(0)

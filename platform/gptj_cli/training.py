@@ -1,4 +1,4 @@
-"""`gptj train`: a data file and settings in, a job of jobs/finetune.py on the cluster out."""
+"""`gptj train`: submit jobs/finetune.py to the cluster for a data file and settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptj.training.settings import Settings, read_settings
 from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
 
-# The one with the most columns first: data of question answering may have a text or label too.
+# Most columns first: question-answering data may also have a text or label.
 BY_COLUMNS: tuple[TaskName, ...] = ("question-answering", "classification", "causal-lm")
 ENDINGS = re.compile(r"(\.(parquet|jsonl|json|csv|tsv|txt|gz|zst))+$", re.IGNORECASE)
 
@@ -36,14 +36,14 @@ def words_of_run(
     run: str | None,
     storage_address: str,
 ) -> list[str]:
-    """`[SETTINGS.yaml] [key=value …]` for jobs/finetune.py, with what the options say.
+    """`[SETTINGS.yaml] [key=value …]` for jobs/finetune.py, from the words and options.
 
-    Paths become absolute, since a job runs in another folder. What the settings leave open is
-    found: the task by the data's columns, the run's name by the data's.
+    Paths become absolute, since a job runs in another folder. If not given, the task is inferred
+    from the data's columns and the run's name from the data's.
 
     Raises:
-        SettingsError: for settings that cannot work.
-        DataError, StorageError: if the data cannot be read, or their columns fit no task.
+        SettingsError: for invalid settings.
+        DataError, StorageError: if the data cannot be read, or the columns match no task.
     """
     said = list(words)
     if said and "=" not in said[0]:
@@ -69,7 +69,7 @@ def words_of_run(
 
 
 def given_keys(words: Sequence[str]) -> set[str]:
-    """The settings that a command line gives, those of its file included; dotted."""
+    """Dotted keys of the settings on a command line and in its file."""
     fields: set[str] = {word.partition("=")[0] for word in words if "=" in word}
     if words and "=" not in words[0]:
         fields |= _file_keys(words[0])
@@ -77,9 +77,9 @@ def given_keys(words: Sequence[str]) -> set[str]:
 
 
 def task_of(address: str, words: Sequence[str]) -> TaskName:
-    """The task whose columns the data have, under the names that `data.columns.…` says.
+    """The task that matches the data's columns, as named by `data.columns.…`.
 
-    Raises DataError, which lists the columns, if no task fits.
+    DataError, which lists the columns, if none does.
     """
     columns = {
         key.removeprefix("data.columns."): name
@@ -105,29 +105,29 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
         for task in reversed(BY_COLUMNS)
     )
     raise DataError(
-        f"the columns of {address} fit no task ({tasks}); remedy: --task TASK, and "
-        f"data.columns.OURS=NAME for a column of another name ({missing})"
+        f"the columns of {address} match no task ({tasks}); remedy: --task TASK, and "
+        f"data.columns.OURS=NAME for a column with another name ({missing})"
     )
 
 
 def run_of(address: str) -> str:
-    """A run's name by its data: reviews of /somewhere/reviews.csv.gz."""
+    """A run's name from its data: reviews for /somewhere/reviews.csv.gz."""
     name = ENDINGS.sub("", address.rstrip("/").rpartition("/")[2])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
     return name or "finetune"
 
 
 def submit(address: str, words: Sequence[str]) -> tuple[JobSubmissionClient, str]:
-    """Start the job; the client and the job's id."""
+    """Submit the job; returns the client and the job's id."""
     client = JobSubmissionClient(address)
-    # Elsewhere it is the image's Python, here the one that runs us, whatever the PATH says.
+    # On this machine our own interpreter, regardless of PATH; elsewhere the image's.
     python = sys.executable if is_here(address) else "python"
     entrypoint = shlex.join([python, "-m", "jobs.finetune", *words])
     return client, client.submit_job(entrypoint=entrypoint)
 
 
 def follow(client: JobSubmissionClient, job: str) -> bool:
-    """Print the job's log as it comes, until it ends; whether it ended well."""
+    """Print the job's log until it ends; returns whether it succeeded."""
 
     logging.getLogger(JobSubmissionClient.__module__).setLevel(
         logging.WARNING
@@ -147,7 +147,7 @@ def _file_keys(address: str) -> set[str]:
 
 
 def _resolved(words: list[str], settings: Settings) -> list[str]:
-    """Paths that the words give, as the settings have resolved them."""
+    """The words, with paths as resolved by the settings."""
     values = {
         "storage": settings.storage,
         "data.train": settings.data.train,
@@ -161,5 +161,5 @@ def _resolved(words: list[str], settings: Settings) -> list[str]:
 
 
 def _word(key: str, text: str) -> str:
-    """`key=text`, quoted if YAML would read something else (`a #1.csv` ends at the #)."""
+    """`key=text`, quoted if YAML would read it differently (`a #1.csv` ends at the #)."""
     return f"{key}={text}" if parse_yaml(text) == text else f"{key}={json.dumps(text)}"

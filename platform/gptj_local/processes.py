@@ -1,4 +1,4 @@
-"""Programs that we start and must end: each in a session of its own, ended with all it started."""
+"""Subprocesses, each in its own session and ended together with its descendants."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HOST = "127.0.0.1"
 def running(
     command: Sequence[str], *, environment: Mapping[str, str], log: Path, grace_seconds: float = 40
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` for the length of the block, its output in `log`.
+    """Run `command` during the block, with its output in `log`.
 
-    It gets a session of its own, so that Ctrl-C reaches only us, and we end things in order: at
-    the end of the block SIGTERM, `grace_seconds` to finish, then SIGKILL for it and for every
-    process that it started and left behind.
+    It gets its own session, so that Ctrl-C reaches only us and we can stop things in order: at the
+    end of the block SIGTERM, `grace_seconds` to finish, then SIGKILL for it and every process that
+    it left behind.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -40,7 +40,7 @@ def running(
 
 
 def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    """SIGTERM, then SIGKILL for whatever of its process tree is left after `grace_seconds`."""
+    """SIGTERM, then SIGKILL for what is left of its process tree after `grace_seconds`."""
     tree = _tree(process)
     process.terminate()
     try:
@@ -48,18 +48,18 @@ def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     except subprocess.TimeoutExpired:
         tree += _tree(process)
     finally:
-        # In `finally`, since an impatient second Ctrl-C may cut the wait short.
+        # In `finally`, since a second Ctrl-C may interrupt the wait.
         process.kill()
         process.wait()
         for orphan in tree:
-            # psutil compares start times too, so a reused process id is never hit.
+            # psutil also compares start times, so a reused process id is never killed.
             if orphan.is_running():
                 orphan.kill()
         psutil.wait_procs(tree, timeout=5)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that were free a moment ago; held open together so that they differ."""
+    """Distinct loopback ports that were free a moment ago."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -1,7 +1,7 @@
-"""A Ray cluster of one node for trying things out, on free ports and behind a token of its own.
+"""A single-node Ray cluster for local use, on free ports and with its own token.
 
-`with LocalRay.start(folder, cpus=4) as ray_node:` gives a running node; processes that get its
-`environment()` (ray job submit, serve run, ray.init) talk to it and to no other cluster.
+`with LocalRay.start(folder, cpus=4) as ray_node:` gives a running node; processes with its
+`environment()` (ray job submit, serve run, ray.init) talk only to this cluster.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SERVE = {  # of Serve, if it runs there: Ray's processes read these when they st
 class LocalRay:
     port: int  # the head's, where drivers connect
     dashboard_port: int  # where jobs are submitted
-    metrics_port: int  # where Prometheus reads
+    metrics_port: int  # scraped by Prometheus
     process_id: int
-    token: str = field(repr=False)  # without it every call to the cluster is refused
+    token: str = field(repr=False)  # required by every call to the cluster
 
     @property
     def dashboard(self) -> str:
@@ -50,7 +50,7 @@ class LocalRay:
             **_authentication(self.token),
             "RAY_ADDRESS": f"{HOST}:{self.port}",
             "RAY_API_SERVER_ADDRESS": self.dashboard,
-            "RAY_DASHBOARD_ADDRESS": self.dashboard,  # of serve deploy, status and shutdown
+            "RAY_DASHBOARD_ADDRESS": self.dashboard,  # for serve deploy, status and shutdown
         }
 
     @classmethod
@@ -66,7 +66,7 @@ class LocalRay:
         token = secrets.token_hex(32)
         head, dashboard, agent, client, metrics = free_ports(5)
         log = folder / "ray.log"
-        # Ray's socket paths must stay under 107 bytes, which a folder of the user's may exceed.
+        # Ray's socket paths must stay under 107 bytes, which the user's folder may exceed.
         with tempfile.TemporaryDirectory(prefix="gptj-ray-") as sessions:
             command = [
                 str(Path(sys.executable).parent / "ray"),
@@ -92,7 +92,7 @@ class LocalRay:
                 "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
                 **SERVE,
             }
-            # The raylet sometimes takes half a minute to say good-bye to a cluster of one node.
+            # The raylet sometimes takes half a minute to leave a cluster of one node.
             with running(command, environment=variables, log=log, grace_seconds=8) as process:
                 node = cls(head, dashboard, metrics, process.pid, token)
                 deadline = time.monotonic() + START_SECONDS
@@ -106,7 +106,7 @@ class LocalRay:
                 yield node
 
     def _answers(self) -> bool:
-        """Whether the jobs API takes requests, and the node has joined its cluster.
+        """Whether the jobs API accepts requests and the node has joined its cluster.
 
         `ray start` gives up on a node that does not join within half a minute.
         """
@@ -114,7 +114,7 @@ class LocalRay:
             self._get("/api/jobs/")
             nodes = self._get("/api/v0/nodes?limit=1")
         except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return False  # not yet: the caller counts the time
+            return False  # not yet; the caller has the timeout
         return bool(nodes["result"] and nodes["data"]["result"]["total"])
 
     def _get(self, path: str) -> Any:
@@ -134,5 +134,5 @@ def _authentication(token: str) -> dict[str, str]:
 
 
 def _path(environment: Mapping[str, str]) -> str:
-    """Our Python first, for the entry points of jobs that begin with `#!/usr/bin/env python`."""
+    """PATH with our Python first, for job entry points that use `#!/usr/bin/env python`."""
     return f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"

@@ -1,7 +1,7 @@
-"""An S3 server on loopback for trying things out: SeaweedFS in a folder, under a key of its own.
+"""A local S3 server on loopback: SeaweedFS in a folder, with its own access key.
 
-For the quickstart and the tests. `with LocalS3.start(folder) as s3:` gives a running server whose
-`environment()` is what boto3, pyarrow and our storage read. It ends with the block.
+For the quickstart and the tests. `with LocalS3.start(folder) as s3:` runs a server during the
+block; its `environment()` has the variables that boto3, pyarrow and our storage read.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class LocalS3:
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_REGION": "us-east-1",
-            # No look-up of cloud instance credentials, which has no answer on loopback.
+            # Do not look up cloud instance credentials.
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
     @classmethod
     @contextmanager
     def start(cls, folder: Path, bucket: str = "gptj") -> Iterator[LocalS3]:
-        """Run a server that keeps its files in `folder`; it listens on loopback only.
+        """Run a server on loopback only, with its files in `folder`.
 
         Raises FileNotFoundError if SeaweedFS is not installed, RuntimeError with the end of the
         server's log if it does not come up.
@@ -75,7 +75,7 @@ class LocalS3:
             **os.environ,
             "AWS_ACCESS_KEY_ID": access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key,
-            "TMPDIR": str(folder),  # its logs and sockets
+            "TMPDIR": str(folder),  # for its logs and sockets
         }
         try:
             with running(command, environment=environment, log=log) as process:
@@ -84,7 +84,7 @@ class LocalS3:
                 server._wait_until_up(process, log)
                 yield server
         finally:
-            # SeaweedFS leaves its sockets, which it names by port in a place of its own choice.
+            # SeaweedFS leaves its sockets behind, named by port in a folder of its choice.
             for port in ports:
                 for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                     left_behind.unlink()

@@ -39,12 +39,12 @@ def test_the_cache_is_no_larger_than_requests_can_use() -> None:
     assert tokens_of(10**12, 0.5, most=1000) == 1000
 
 
-def test_a_share_that_holds_no_whole_context_is_refused_with_the_remedy() -> None:
+def test_a_share_smaller_than_one_context_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"fewer than the model's context of 128.*cache_tokens"):
         tokens_of(10 * PAGE, 0.5)
 
 
-def test_on_a_cpu_a_share_is_of_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_a_share_is_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     page = page_bytes(model.config, 4)
     monkeypatch.setattr("gptj.engine.backends.free_bytes", lambda device: 100 * page)
@@ -92,7 +92,7 @@ class Card(TorchDispatchMode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [("fused", 42_000_000), ("plain", 24_000_000)])
-def test_the_cache_takes_what_the_largest_steps_leave_and_no_more(
+def test_the_cache_takes_only_what_the_largest_steps_leave_free(
     kind: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk that fills a step, with logits of all its tokens, beside rows at a context's end.

@@ -98,7 +98,7 @@ def decode_inputs(contexts: list[int]) -> Inputs:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processors", "splits"), [(1, 1), (2, 2), (8, 8)])
 @shapes
-def test_single_tokens_see_ragged_contexts_over_scattered_pages(
+def test_decode_attention_over_ragged_contexts_and_scattered_pages(
     shape: str, dtype: torch.dtype, processors: int, splits: int
 ) -> None:
     """Contexts that end before, at and after a page's border; some with fewer pages than runs."""
@@ -110,7 +110,7 @@ def test_single_tokens_see_ragged_contexts_over_scattered_pages(
 
 
 @shapes
-def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dtype) -> None:
+def test_prefill_attention_is_causal_and_sees_the_past(shape: str, dtype: torch.dtype) -> None:
     """Chunks that end before, at and after a tile's border, with and without a past."""
     it = setting(shape, dtype)
     sizes = [(3, 0), (TILE - 1, 33), (TILE, 0), (TILE + 1, 16), (2 * TILE + 5, 47)]
@@ -140,7 +140,7 @@ def test_chunks_see_their_past_and_not_their_future(shape: str, dtype: torch.dty
 
 @pytest.mark.slow
 @dtypes
-def test_what_lies_beyond_a_context_is_not_seen(dtype: torch.dtype) -> None:
+def test_attention_ignores_memory_beyond_the_context(dtype: torch.dtype) -> None:
     it = setting("head width 10", dtype)
     inputs = decode_inputs([17, 40])
     q_THK = it.random(2, it.config.n_head, it.config.head_dim)
@@ -156,7 +156,7 @@ def test_what_lies_beyond_a_context_is_not_seen(dtype: torch.dtype) -> None:
 
 
 @shapes
-def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
+def test_rope_and_cache_rotates_and_stores_at_the_right_slots(
     shape: str, dtype: torch.dtype
 ) -> None:
     it = setting(shape, dtype)
@@ -184,7 +184,7 @@ def test_queries_and_keys_are_turned_and_values_kept_where_they_belong(
 
 
 @shapes
-def test_the_residual_stream_is_added_to_and_normed(shape: str, dtype: torch.dtype) -> None:
+def test_add_and_norm(shape: str, dtype: torch.dtype) -> None:
     it = setting(shape, dtype)
     width = it.config.n_embd
     stream = 1e3 * it.random(3, width, dtype=torch.float32) + 5e3  # a mean that could drown it
@@ -203,9 +203,7 @@ def test_the_residual_stream_is_added_to_and_normed(shape: str, dtype: torch.dty
 @pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("blocks", [Blocks(1, 64, 4), Blocks(4, 32, 4)])
-def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
-    dtype: torch.dtype, blocks: Blocks
-) -> None:
+def test_gemv_with_any_number_of_columns_and_inputs(dtype: torch.dtype, blocks: Blocks) -> None:
     it = setting("head width 10", dtype)
     x_1C, weight = it.random(1, 100), it.random(37, 100)
     expected = F.linear(x_1C.float(), weight.float())
@@ -215,7 +213,7 @@ def test_a_row_is_multiplied_by_any_number_of_columns_and_inputs(
 
 
 @shapes
-def test_copied_pages_hold_what_was_filled(shape: str, dtype: torch.dtype) -> None:
+def test_copied_pages_hold_the_filled_positions(shape: str, dtype: torch.dtype) -> None:
     it = setting(shape, dtype)
     config = it.config
     cache = it.random(2, 3, 7, config.n_head, PAGE, config.head_dim)
@@ -228,7 +226,7 @@ def test_copied_pages_hold_what_was_filled(shape: str, dtype: torch.dtype) -> No
     assert torch.equal(ours[:, :, 2, :, 5:], cache[:, :, 2, :, 5:])
 
 
-def test_caches_of_more_than_2_31_numbers_are_addressed_whole() -> None:
+def test_caches_of_more_than_2_31_elements_are_addressed_correctly() -> None:
     """On a CPU only the pages that are touched take memory, of 17 GB."""
     it = setting("head width 256", torch.float32)
     config = it.config
@@ -285,7 +283,7 @@ ERRORS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_kernel_is_tried_before_the_model_is_taken(
+def test_every_kernel_is_tried_before_the_weights_are_released(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = setting("head width 10", torch.float32)
@@ -296,7 +294,7 @@ def test_every_kernel_is_tried_before_the_model_is_taken(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_whatever_triton_lacks_is_a_reason_for_pytorch_and_no_failure(
+def test_any_failure_of_triton_falls_back_to_pytorch(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = setting("head width 10", torch.float32)
@@ -306,7 +304,7 @@ def test_whatever_triton_lacks_is_a_reason_for_pytorch_and_no_failure(
         try_out(it.triton, DEVICE)
 
 
-def test_a_product_that_does_not_compile_is_left_to_pytorch(
+def test_a_gemv_that_does_not_compile_falls_back_to_pytorch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
@@ -327,9 +325,7 @@ def test_a_product_that_does_not_compile_is_left_to_pytorch(
 @pytest.mark.parametrize(
     "arguments", [[], pytest.param(["--all"], marks=pytest.mark.nightly)], ids=["one", "all"]
 )
-def test_the_kernels_compile_for_gpus_that_are_not_here(
-    arguments: list[str], tmp_path: Path
-) -> None:
+def test_the_kernels_compile_for_other_gpus(arguments: list[str], tmp_path: Path) -> None:
     """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B on an A100, an L4 and an H100."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"

@@ -58,7 +58,7 @@ def test_greedy_output_of_a_mixed_batch_equals_generate_for_each_prompt_alone(
     runner.close()
 
 
-def test_a_sampled_output_does_not_depend_on_the_rows_beside_it(device: torch.device) -> None:
+def test_a_sampled_output_does_not_depend_on_the_batch(device: torch.device) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, 64, operations(model))
     engine = Engine(runner, eos_ids=[], max_num_seqs=8)
@@ -84,7 +84,7 @@ def test_padding_touches_no_page_but_the_scratch_page(device: torch.device) -> N
     runner.close()
 
 
-def test_more_rows_than_any_graph_has_are_computed_all_the_same(device: torch.device) -> None:
+def test_batches_larger_than_any_graph_run_eagerly(device: torch.device) -> None:
     model = tiny_model(device=device)
     count = MAX_SIZE + 3
     runner = CudaRunner(model, count, operations(model))
@@ -96,7 +96,7 @@ def test_more_rows_than_any_graph_has_are_computed_all_the_same(device: torch.de
     runner.close()
 
 
-def test_logits_stay_what_they_are_when_the_next_step_comes(device: torch.device) -> None:
+def test_logits_survive_the_next_step(device: torch.device) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, 8, operations(model))
     logits = runner.step(decode_batch([5], [0], [[0]]))
@@ -106,7 +106,7 @@ def test_logits_stay_what_they_are_when_the_next_step_comes(device: torch.device
     runner.close()
 
 
-def test_a_released_model_lives_on_in_the_runner_alone(device: torch.device) -> None:
+def test_a_released_models_weights_live_only_in_the_runner(device: torch.device) -> None:
     model = tiny_model(device=device)
     with torch.inference_mode():
         expected = model(torch.tensor([[5]], device=device)).logits[0]
@@ -136,7 +136,7 @@ class Watched(PlainOperations):
         return super().multiply(x_TC, weight, wide=wide)
 
 
-def test_products_add_up_in_fp32_and_the_processs_setting_stays() -> None:
+def test_products_accumulate_in_fp32_and_restore_the_global_setting() -> None:
     model = tiny_model()
     runner = CudaRunner(model, 8, Watched(model.dtype, model.config.layer_norm_epsilon))
     runner.step(decode_batch([5], [0], [[0]]))
@@ -165,7 +165,7 @@ def test_a_layers_output_may_exceed_fp16(device: torch.device) -> None:
     runner.close()
 
 
-def test_a_cache_of_another_size_is_as_good_as_a_new_one(device: torch.device) -> None:
+def test_a_resized_cache_works_like_a_new_one(device: torch.device) -> None:
     model = tiny_model(device=device)
     runner = CudaRunner(model, 1, operations(model))
     runner.step(decode_batch([9], [0], [[0]]))
@@ -178,13 +178,13 @@ def test_a_cache_of_another_size_is_as_good_as_a_new_one(device: torch.device) -
         each.close()
 
 
-def test_each_number_of_rows_has_the_least_size_with_room() -> None:
+def test_each_batch_uses_the_smallest_graph_that_fits() -> None:
     assert [size_for(count) for count in (1, 2, 3, 5, 9, 64, 65)] == [1, 2, 4, 8, 16, 64, 80]
     assert all(size_for(size) == size for size in SIZES)
     assert size_for(MAX_SIZE) == 256
 
 
-def test_a_model_that_is_not_on_a_gpu_has_no_kernels_and_the_error_says_so() -> None:
+def test_a_model_on_a_cpu_is_refused_with_the_reason() -> None:
     with pytest.raises(UnsupportedError, match="the model is on cpu"):
         operations_for(tiny_model())
 
@@ -195,7 +195,7 @@ class ElsewhereModel(GPTJForCausalLM):
     device = torch.device("cuda")  # type: ignore[assignment]
 
 
-def test_without_kernels_a_gpu_runs_on_pytorch_and_the_log_says_why(
+def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unsupported(model: GPTJForCausalLM) -> Operations:
@@ -216,7 +216,7 @@ def test_without_kernels_a_gpu_runs_on_pytorch_and_the_log_says_why(
     ("major", "triton", "reason"),
     [(7, True, "Old GPU has compute capability 7.5"), (9, False, "Triton cannot be imported")],
 )
-def test_without_a_new_gpu_and_triton_there_is_a_reason(
+def test_old_gpus_and_missing_triton_are_reported(
     monkeypatch: pytest.MonkeyPatch, major: int, triton: bool, reason: str
 ) -> None:
     properties = SimpleNamespace(name="Old GPU", major=major, minor=5, multi_processor_count=8)

@@ -33,7 +33,7 @@ CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
         ((9, 0), [], False),
     ],
 )
-def test_code_runs_within_its_major_version_and_ptx_on_what_is_newer(
+def test_code_runs_within_its_major_version_and_ptx_on_newer_gpus(
     capability: tuple[int, int], architectures: list[str], expected: bool
 ) -> None:
     assert runs_on(capability, architectures) == expected
@@ -44,7 +44,7 @@ def test_a_v100_is_refused_at_once_with_the_remedy(monkeypatch: pytest.MonkeyPat
     properties = SimpleNamespace(name="Tesla V100-SXM2-16GB", major=7, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA_13)
-    refusal = r"V100.* compute capability 7\.0, .* code for sm_75, .*: take a newer GPU, or .*12\.6"
+    refusal = r"V100.* compute capability 7\.0, .* only supports sm_75, .*: a newer GPU, or .*12\.6"
     with pytest.raises(UnsupportedDeviceError, match=refusal):
         GPTJForCausalLM.from_pretrained("/no/such/folder", device="cuda")
     check_device("cpu")

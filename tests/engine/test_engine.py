@@ -124,7 +124,7 @@ def test_requests_with_different_parameters_share_a_batch(
     assert outputs[4] == [17] * 12
 
 
-def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(engine: Engine) -> None:
+def test_a_seed_gives_the_same_tokens_in_any_batch(engine: Engine) -> None:
     setting = {"temperature": 1.0, "seed": 7, "ignore_eos": True}
     first = submit(engine, PROMPTS[0], **setting).ids
     others = [submit(engine, prompt, temperature=1.0) for prompt in PROMPTS]
@@ -153,7 +153,9 @@ def test_a_seed_gives_the_same_tokens_when_its_request_is_preempted(
     assert outputs[0] == outputs[1]
 
 
-def test_outputs_submitted_together_equal_those_submitted_apart(model: GPTJForCausalLM) -> None:
+def test_samples_submitted_together_equal_those_submitted_separately(
+    model: GPTJForCausalLM,
+) -> None:
     """With room for all, with few at a time, and with a cache that some must give up."""
     settings: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": seed, "max_tokens": 12 + 3 * seed, "ignore_eos": True}
@@ -170,7 +172,7 @@ def test_outputs_submitted_together_equal_those_submitted_apart(model: GPTJForCa
     apart.close()
 
 
-def test_a_prompt_of_several_outputs_is_computed_once(model: GPTJForCausalLM) -> None:
+def test_a_prompt_with_several_samples_is_computed_once(model: GPTJForCausalLM) -> None:
     """Even without the prefix cache."""
     engine = Engine(TorchRunner(model, 64), eos_ids=[EOS], prefix_caching=False)
     callers = submit_many(engine, tokens(30), *({"max_tokens": 5, "min_tokens": 5},) * 4)
@@ -179,7 +181,7 @@ def test_a_prompt_of_several_outputs_is_computed_once(model: GPTJForCausalLM) ->
     engine.close()
 
 
-def test_of_several_outputs_only_those_that_ask_report_on_the_prompt(
+def test_only_samples_that_request_prompt_logprobs_get_them(
     model: GPTJForCausalLM,
 ) -> None:
     engine = Engine(TorchRunner(model, 64), eos_ids=[EOS], max_num_seqs=8, max_num_batched_tokens=8)
@@ -193,7 +195,7 @@ def test_of_several_outputs_only_those_that_ask_report_on_the_prompt(
     engine.close()
 
 
-def test_outputs_of_one_prompt_can_be_cancelled_one_by_one(model: GPTJForCausalLM) -> None:
+def test_samples_of_one_prompt_can_be_cancelled_separately(model: GPTJForCausalLM) -> None:
     """The first, too, while the prompt is computed: it is computed for the others."""
     gate = Gate()
     runner = WatchedRunner(model, 64, gate)
@@ -210,7 +212,7 @@ def test_outputs_of_one_prompt_can_be_cancelled_one_by_one(model: GPTJForCausalL
     engine.close()
 
 
-def test_logprobs_are_the_models_own_and_the_prompts_are_reported(
+def test_logprobs_of_output_and_prompt_are_the_models(
     engine: Engine, model: GPTJForCausalLM
 ) -> None:
     prompt = PROMPTS[2]
@@ -218,7 +220,7 @@ def test_logprobs_are_the_models_own_and_the_prompts_are_reported(
     check_logprobs(model, prompt, caller)
 
 
-def test_a_long_prompt_is_reported_on_in_whole_though_computed_in_parts_and_known(
+def test_prompt_logprobs_are_complete_despite_chunking_and_prefix_caching(
     model: GPTJForCausalLM,
 ) -> None:
     engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], max_num_seqs=4, max_num_batched_tokens=7)
@@ -255,7 +257,7 @@ def test_a_prompt_can_be_scored_without_generating(engine: Engine) -> None:
     assert scored == PromptLogprobs((TokenEvent(5),))
 
 
-def test_no_logprobs_are_reported_where_none_are_asked_for(engine: Engine) -> None:
+def test_no_logprobs_are_reported_unless_requested(engine: Engine) -> None:
     found = submit(engine, PROMPTS[0], max_tokens=2, min_tokens=2).wait()[:-1]
     assert [event.logprob for event in found if isinstance(event, TokenEvent)] == [None, None]
 
@@ -268,7 +270,7 @@ def test_eos_ends_an_output_unless_it_is_ignored(engine: Engine) -> None:
     assert EOS not in submit(engine, [5], **forced, min_tokens=3).ids[:3]
 
 
-def test_stop_tokens_end_an_output_and_are_named(engine: Engine) -> None:
+def test_stop_tokens_end_an_output_and_are_reported(engine: Engine) -> None:
     full = submit(engine, PROMPTS[0], ignore_eos=True).ids
     stop = next(each for each in full[2:] if each != full[0])
     assert 0 < full.index(stop) < len(full) - 1
@@ -277,7 +279,7 @@ def test_stop_tokens_end_an_output_and_are_named(engine: Engine) -> None:
     assert caller.events[-1] == Finished("stop", stop)
 
 
-def test_banned_ids_are_never_chosen_and_have_no_probability(model: GPTJForCausalLM) -> None:
+def test_banned_ids_are_masked(model: GPTJForCausalLM) -> None:
     favourite = alone(model, PROMPTS[0], max_new_tokens=1)[0]
     engine = Engine(TorchRunner(model, 32), eos_ids=[EOS], banned_ids=[favourite])
     caller = submit(engine, PROMPTS[0], logprobs=97, ignore_eos=True, max_tokens=20)
@@ -340,7 +342,9 @@ def check_beams(found: Caller, expected: list[list[int]]) -> None:
         assert set(theirs[len(ours) :]) <= {0}
 
 
-def test_beam_search_heeds_min_tokens_and_penalties(engine: Engine, model: GPTJForCausalLM) -> None:
+def test_beam_search_applies_min_tokens_and_penalties(
+    engine: Engine, model: GPTJForCausalLM
+) -> None:
     plain = alone(model, PROMPTS[2], num_beams=4, pad_token_id=0)
     stops = [EOS, plain[2]]  # which plain beams meet early
     for ours, theirs, without in (
@@ -364,12 +368,12 @@ def test_beam_search_heeds_min_tokens_and_penalties(engine: Engine, model: GPTJF
         assert heeded != alone(model, PROMPTS[2], num_beams=4, pad_token_id=0, **without)
 
 
-def test_a_beam_search_may_have_every_token_as_a_stop_token(engine: Engine) -> None:
+def test_beam_search_with_every_token_as_a_stop_token(engine: Engine) -> None:
     found = search(engine, PROMPTS[0], BeamParams(4), max_tokens=3, stop_token_ids=tuple(range(97)))
     assert len(found.beams[0]) == 1
 
 
-def test_a_cancelled_request_ends_and_the_others_go_on(
+def test_a_cancelled_request_ends_and_the_others_continue(
     engine: Engine, model: GPTJForCausalLM
 ) -> None:
     """Cancelled from within its own first event: the next step must drop its row."""
@@ -421,7 +425,7 @@ def event_ends(event: Event) -> bool:
     return isinstance(event, Finished | Failed)
 
 
-def test_a_ticket_says_how_long_its_request_queued(model: GPTJForCausalLM) -> None:
+def test_a_ticket_reports_its_requests_queue_time(model: GPTJForCausalLM) -> None:
     gate = Gate()
     engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=1)
     running = held(engine, gate)
@@ -439,7 +443,7 @@ def test_a_ticket_says_how_long_its_request_queued(model: GPTJForCausalLM) -> No
     engine.close()
 
 
-def test_an_error_in_a_step_fails_what_was_in_it_and_the_engine_goes_on(
+def test_a_failed_step_fails_its_requests_and_the_engine_continues(
     model: GPTJForCausalLM,
 ) -> None:
     """With a new cache: nothing that the failed step may have written is found again."""
@@ -466,7 +470,7 @@ def test_an_error_in_a_step_fails_what_was_in_it_and_the_engine_goes_on(
     engine.close()
 
 
-def test_an_output_that_is_not_finite_fails_with_the_reason() -> None:
+def test_a_nonfinite_output_fails_with_the_reason() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.bias[3] = math.nan
@@ -479,7 +483,7 @@ def test_an_output_that_is_not_finite_fails_with_the_reason() -> None:
     engine.close()
 
 
-def test_pages_of_an_output_that_is_not_finite_are_not_found_again(model: GPTJForCausalLM) -> None:
+def test_pages_with_nonfinite_values_are_not_reused(model: GPTJForCausalLM) -> None:
     """A single fault must not stay in the prefix cache; the others of its step are unharmed."""
 
     class Faulty(TorchRunner):
@@ -503,7 +507,9 @@ def test_pages_of_an_output_that_is_not_finite_are_not_found_again(model: GPTJFo
     engine.close()
 
 
-def test_a_caller_that_raises_harms_no_other(engine: Engine, model: GPTJForCausalLM) -> None:
+def test_a_failing_callback_does_not_affect_other_callers(
+    engine: Engine, model: GPTJForCausalLM
+) -> None:
     def broken(event: Event) -> None:
         raise RuntimeError("this caller is gone")
 
@@ -513,7 +519,7 @@ def test_a_caller_that_raises_harms_no_other(engine: Engine, model: GPTJForCausa
     assert caller.wait()[-1] == Finished("cancelled")
 
 
-def test_parameters_that_break_the_sampler_fail_their_request_only(
+def test_parameters_that_break_the_sampler_fail_only_their_request(
     engine: Engine, model: GPTJForCausalLM
 ) -> None:
     class Broken(dict[int, float]):
@@ -538,16 +544,18 @@ def test_parameters_that_break_the_sampler_fail_their_request_only(
         ([5], {"stop_token_ids": (99,)}, "stop_token_ids: 99"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_value(
+def test_invalid_requests_are_refused_with_the_value(
     engine: Engine, prompt: list[int], params: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         submit(engine, prompt, **params)
 
 
-def test_what_the_cache_can_never_hold_is_refused(model: GPTJForCausalLM) -> None:
+def test_requests_larger_than_the_cache_are_refused(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 3), eos_ids=[EOS], max_num_seqs=4)
-    with pytest.raises(ValueError, match=r"40 tokens .* max_tokens=9 need 4 pages of 16 .* has 3"):
+    with pytest.raises(
+        ValueError, match=r"40 prompt tokens .* max_tokens=9 need 4 pages of 16 .* has 3"
+    ):
         submit(engine, tokens(40), max_tokens=9)
     with pytest.raises(ValueError, match="for each of 4 beams need 4 pages"):
         search(engine, [5], BeamParams(4), max_tokens=12)
@@ -571,17 +579,17 @@ def test_a_prompt_and_output_can_fill_the_context(engine: Engine, model: GPTJFor
     assert callers[1].ids == alone(model, prompt, eos_token_id=[])
 
 
-def test_a_full_queue_refuses_all_or_nothing_and_takes_requests_again_later(
+def test_a_full_queue_refuses_all_or_nothing_and_recovers(
     model: GPTJForCausalLM,
 ) -> None:
     gate = Gate()
     engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[EOS], max_num_seqs=1, max_queued=2)
     held(engine, gate)
     waiting = [submit(engine, PROMPTS[0])]
-    with pytest.raises(QueueFullError, match="1 requests wait already, and 2 more"):
+    with pytest.raises(QueueFullError, match="1 requests are already waiting, and 2 more"):
         submit_many(engine, PROMPTS[0], {}, {})
     waiting.append(submit(engine, PROMPTS[0]))
-    with pytest.raises(QueueFullError, match="2 requests wait already"):
+    with pytest.raises(QueueFullError, match="2 requests are already waiting"):
         submit(engine, PROMPTS[0])
     gate.open()
     for caller in waiting:
@@ -590,7 +598,7 @@ def test_a_full_queue_refuses_all_or_nothing_and_takes_requests_again_later(
     engine.close()
 
 
-def test_the_engine_is_alive_idle_or_busy_and_not_when_it_hangs_or_has_ended(
+def test_the_engine_is_alive_unless_it_hangs_or_has_ended(
     model: GPTJForCausalLM,
 ) -> None:
     gate = Gate()
@@ -648,7 +656,7 @@ def test_an_engine_whose_every_step_fails_is_not_alive(model: GPTJForCausalLM) -
     engine.close()
 
 
-def test_closing_fails_what_runs_what_waits_and_what_comes(model: GPTJForCausalLM) -> None:
+def test_closing_fails_running_waiting_and_new_requests(model: GPTJForCausalLM) -> None:
     gate = Gate()
     engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=1)
     running = held(engine, gate)
@@ -692,7 +700,7 @@ def test_a_caller_gets_all_events_of_a_step_in_one_call(model: GPTJForCausalLM) 
     engine.close()
 
 
-def test_a_failed_step_still_reports_what_ended_in_it(
+def test_a_failed_step_still_reports_requests_that_ended_in_it(
     model: GPTJForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

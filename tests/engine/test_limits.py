@@ -29,7 +29,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         (GPU, 133_000, {"max_num_seqs": 8, "max_num_batched_tokens": 64}, (8, 64)),
     ],
 )
-def test_what_is_not_stated_suits_the_device(
+def test_defaults_depend_on_the_device(
     device: torch.device, cache_tokens: int, given: dict[str, int], expected: tuple[int, int]
 ) -> None:
     limits = Limits.of(device, cache_tokens, 2048, **given)
@@ -41,7 +41,7 @@ def test_short_contexts_need_less_of_the_cache() -> None:
     assert Limits.of(GPU, 6_400, 128).max_num_seqs == 50
 
 
-def test_an_engine_without_limits_has_its_runners() -> None:
+def test_an_engine_without_limits_uses_its_runners_defaults() -> None:
     model = tiny_model()
     engine = Engine(TorchRunner(model, 64), eos_ids=[])
     assert engine._scheduler.max_num_seqs == 64

@@ -31,20 +31,20 @@ def peak(config: GPTJConfig, rows: int, length: int, *, padded: bool) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "length"), [(1, 512), (8, 2048), (32, 2048)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_batch_of_6b_holds_what_the_arithmetic_says(rows: int, length: int, padded: bool) -> None:
+def test_activation_memory_of_6b_matches_the_formula(rows: int, length: int, padded: bool) -> None:
     """Never less; what it counts beside is attention's copy of the mask."""
     held = peak(SIX_B, rows, length, padded=padded)
     counted = memory.activation_bytes(SIX_B, rows, length)
     assert held <= counted <= 1.1 * held
 
 
-def test_what_a_forward_pass_holds_does_not_grow_with_the_layers() -> None:
+def test_activation_memory_does_not_grow_with_layers() -> None:
     """Hidden states are kept for those who ask for them, and no others."""
     shallow, deep = (GPTJConfig(n_embd=256, n_head=4, n_layer=layers) for layers in (2, 12))
     assert peak(shallow, 4, 512, padded=False) == peak(deep, 4, 512, padded=False)
 
 
-def test_weights_and_cache_are_what_the_model_and_the_runner_take() -> None:
+def test_weight_and_cache_sizes_match_the_model_and_the_runner() -> None:
     config = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
     model = GPTJForCausalLM(config).to(torch.float16).eval()
     assert memory.weight_bytes(GPTJForCausalLM, config) == sum(
@@ -59,8 +59,10 @@ def test_weights_and_cache_are_what_the_model_and_the_runner_take() -> None:
     runner.close()
 
 
-def test_cards_that_are_too_small_are_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"13.0 GB hold weights of 12.1 GB and a cache of 0 tok"):
+def test_gpus_that_are_too_small_are_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        ValueError, match=r"13.0 GB hold weights of 12.1 GB and a cache of only 0 tok"
+    ):
         memory.generation(SIX_B, 13e9)
-    with pytest.raises(ValueError, match=r"12.0 GB hold no batch of one row beside a GPTJForSeq"):
+    with pytest.raises(ValueError, match=r"12.0 GB cannot hold a GPTJForSeq"):
         memory.batch_sizes(GPTJForSequenceClassification, SIX_B, 12e9, 32)

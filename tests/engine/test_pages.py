@@ -25,7 +25,7 @@ def filled(pool: PagePool, tokens: list[int]) -> list[int]:
     return pages
 
 
-def test_a_shared_page_is_free_when_its_last_user_has_gone() -> None:
+def test_a_shared_page_is_freed_with_its_last_reference() -> None:
     pool = PagePool(3, caching=True)
     pages = pool.take(2)
     pool.share(pages[:1])
@@ -38,7 +38,7 @@ def test_a_shared_page_is_free_when_its_last_user_has_gone() -> None:
     assert sorted(pool.take(3)) == [0, 1, 2]
 
 
-def test_the_longest_known_start_is_found() -> None:
+def test_the_longest_cached_prefix_is_found() -> None:
     pool = PagePool(8, caching=True)
     pages = filled(pool, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
     assert pool.find(digests([1, 2, 3, 4, 5, 6, 7, 8, 9])) == pages[:2]
@@ -46,14 +46,14 @@ def test_the_longest_known_start_is_found() -> None:
     assert pool.find(digests([1, 2, 3])) == []
 
 
-def test_the_same_page_after_another_prefix_is_another_page() -> None:
+def test_equal_tokens_after_different_prefixes_are_different_pages() -> None:
     pool = PagePool(8, caching=True)
     filled(pool, [1, 2, 3, 4, 5, 6, 7, 8])
     assert pool.find(digests([4, 3, 2, 1, 5, 6, 7, 8])) == []
     assert pool.find(digests([5, 6, 7, 8])) == []
 
 
-def test_digests_grow_with_the_text_and_do_not_depend_on_when() -> None:
+def test_digests_can_be_extended_incrementally() -> None:
     tokens = list(range(19))
     known = digests(tokens[:9])
     assert len(known) == 2
@@ -62,7 +62,7 @@ def test_digests_grow_with_the_text_and_do_not_depend_on_when() -> None:
     assert len(known) == 4
 
 
-def test_a_found_page_that_is_taken_into_use_is_not_given_to_others() -> None:
+def test_a_cached_page_in_use_is_not_reallocated() -> None:
     pool = PagePool(3, caching=True)
     pages = filled(pool, [1, 2, 3, 4, 5, 6, 7, 8])
     assert pool.free == 3
@@ -75,7 +75,7 @@ def test_a_found_page_that_is_taken_into_use_is_not_given_to_others() -> None:
     assert pool.take(1)[0] not in pages
 
 
-def test_the_longest_unused_goes_first_and_a_prefixs_end_before_its_start() -> None:
+def test_eviction_is_lru_and_from_the_end_of_a_prefix() -> None:
     pool = PagePool(5, caching=True)
     first, second = [1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 8, 8, 8, 8]
     old = filled(pool, first)
@@ -97,7 +97,7 @@ def test_without_caching_nothing_is_found() -> None:
     assert pool.cached == 0
 
 
-def test_a_damaged_page_is_not_found_again() -> None:
+def test_a_forgotten_page_is_not_found() -> None:
     pool = PagePool(2, caching=True)
     tokens = [1, 2, 3, 4, 5, 6, 7, 8]
     pages = filled(pool, tokens)
@@ -108,7 +108,7 @@ def test_a_damaged_page_is_not_found_again() -> None:
     assert len(pool.take(2)) == 2
 
 
-def test_a_cleared_pool_is_as_new() -> None:
+def test_a_cleared_pool_is_like_new() -> None:
     pool = PagePool(3, caching=True)
     filled(pool, [1, 2, 3, 4])
     pool.take(2)
@@ -118,7 +118,7 @@ def test_a_cleared_pool_is_as_new() -> None:
     assert pool.find(digests([1, 2, 3, 4])) == []
 
 
-def test_random_use_never_gives_a_page_to_two_and_leaks_none() -> None:
+def test_random_use_neither_double_allocates_nor_leaks_pages() -> None:
     rng = random.Random(0)
     pool = PagePool(12, caching=True)
     held: list[list[int]] = []

@@ -49,7 +49,7 @@ def trained(folder: str) -> CausalLMData:
 
 
 @pytest.mark.slow
-def test_number_formats_cost_less_than_half_a_percent(
+def test_dtypes_change_perplexity_by_less_than_half_a_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the command, whose fp32 row is what evaluation computes without the engine."""

@@ -168,7 +168,7 @@ def assert_near(case: Case, ours: Tensor, ids: np.ndarray) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_the_models_over_scattered_pages_and_in_chunks(
+def test_logits_equal_the_models_with_scattered_pages_and_chunks(
     make: Callable[..., Case], shape: str
 ) -> None:
     case = make(**SHAPES[shape])
@@ -182,7 +182,7 @@ def test_logits_are_the_models_over_scattered_pages_and_in_chunks(
 
 
 @pytest.mark.slow
-def test_sequences_of_a_step_do_not_mix(make: Callable[..., Case]) -> None:
+def test_sequences_in_a_step_are_independent(make: Callable[..., Case]) -> None:
     case = make()
     long, short = random_ids(LENGTH, 300, 1), random_ids(9, 300, 2)
     step(case.runner, (long[:50], 0, [1, 2, 3, 4]))
@@ -192,7 +192,7 @@ def test_sequences_of_a_step_do_not_mix(make: Callable[..., Case]) -> None:
 
 
 @pytest.mark.slow
-def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
+def test_a_copied_page_is_independent(make: Callable[..., Case]) -> None:
     case = make()
     ids = random_ids(LENGTH, 300)
     step(case.runner, (ids[:20], 0, [1, 2]))
@@ -205,7 +205,7 @@ def test_a_copied_page_is_a_page_of_its_own(make: Callable[..., Case]) -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_made_anew_works(make: Callable[..., Case]) -> None:
+def test_a_reset_cache_works(make: Callable[..., Case]) -> None:
     case = make()
     ids = random_ids(LENGTH, 300)
     step(case.runner, (ids, 0, [1, 2, 3, 4]))
@@ -213,7 +213,7 @@ def test_a_cache_made_anew_works(make: Callable[..., Case]) -> None:
     assert_near(case, step(case.runner, (ids, 0, [4, 3, 2, 1]))[0], ids)
 
 
-def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[..., Case]) -> None:
+def test_unused_slots_of_a_page_do_not_matter(make: Callable[..., Case]) -> None:
     """A page may have been another request's, whose output was not finite."""
     case = make()
     ids = random_ids(LENGTH, 300)
@@ -231,7 +231,7 @@ def test_what_an_unused_place_of_a_page_holds_does_not_matter(make: Callable[...
 
 
 @pytest.mark.parametrize("kind", ["torch", "plain", pytest.param("cpu", marks=needs_kernels)])
-def test_logits_that_round_to_one_number_of_bf16_are_told_apart(kind: str) -> None:
+def test_logits_closer_than_bf16_resolution_are_distinguished(kind: str) -> None:
     """Near 20 bf16's numbers are 0.125 apart: 20 and 20.0625 would be one, and the first win."""
     model = random_model().to(torch.bfloat16)
     model.transformer.ln_f.weight.data.fill_(0)
@@ -275,7 +275,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["torch", "plain"])
-def test_attention_has_the_shape_for_which_there_are_fused_kernels(kind: str) -> None:
+def test_attention_uses_fused_kernels_without_synchronizing(kind: str) -> None:
     """Also on a T4, which has PyTorch's alone. A step waits for no number of the device's."""
     model = random_model()
     runner = TorchRunner(model, 8) if kind == "torch" else gpu_runner(model, 8, "plain")
@@ -286,7 +286,7 @@ def test_attention_has_the_shape_for_which_there_are_fused_kernels(kind: str) ->
     runner.close()
 
 
-def test_sampling_waits_for_the_device_when_the_tokens_are_there_and_not_before() -> None:
+def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
     """Also where top_p keeps more tokens than are looked at first: then all is drawn again."""
     wide = SamplingParams(temperature=1.0, top_p=0.95, min_p=1e-9, seed=5, logprobs=3)
     narrow = replace(wide, top_p=0.2, presence_penalty=0.5, logit_bias={3: 1.0})
@@ -307,7 +307,7 @@ def test_sampling_waits_for_the_device_when_the_tokens_are_there_and_not_before(
     assert expected[0] == expected[1]
 
 
-def test_copies_are_made_at_once_unless_one_needs_what_another_changes() -> None:
+def test_dependent_page_copies_are_made_in_separate_groups() -> None:
     a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
     freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
     assert list(independent([a, b])) == [[a, b]]
@@ -318,7 +318,7 @@ def test_copies_are_made_at_once_unless_one_needs_what_another_changes() -> None
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
-def test_kernels_give_the_same_bits_in_any_batch_and_chunks(kind: str) -> None:
+def test_kernels_are_bitwise_independent_of_batch_and_chunks(kind: str) -> None:
     runner = CpuRunner(random_model(n_embd=192, n_head=3), 256, kind, threads=2)  # type: ignore[arg-type]
     ids = random_ids(40, 300)
     (whole,) = step(runner, (ids, 0, [0, 1, 2]))
@@ -332,7 +332,7 @@ def test_kernels_give_the_same_bits_in_any_batch_and_chunks(kind: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 3])
-def test_kernels_give_the_same_bits_on_any_number_of_threads(threads: int) -> None:
+def test_kernels_are_bitwise_independent_of_threads(threads: int) -> None:
     model = random_model()
     ids = random_ids(LENGTH, 300)
     results = []
@@ -346,7 +346,7 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads(threads: int) -> No
 @needs_kernels
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_kernels_do_not_hide_what_is_not_finite(kind: str, broken: float) -> None:
+def test_kernels_propagate_nonfinite_values(kind: str, broken: float) -> None:
     model = random_model()
     model.transformer.wte.weight.data[5, 3] = broken
     runner = CpuRunner(model, 8, kind)  # type: ignore[arg-type]
@@ -357,7 +357,7 @@ def test_kernels_do_not_hide_what_is_not_finite(kind: str, broken: float) -> Non
 
 
 @needs_kernels
-def test_a_released_model_lives_on_in_the_runner_alone() -> None:
+def test_a_released_models_weights_live_only_in_the_runner() -> None:
     model = random_model()
     ids = random_ids(LENGTH, 300)
     expected = reference(model, ids)
@@ -370,7 +370,7 @@ def test_a_released_model_lives_on_in_the_runner_alone() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_given_back_while_they_are_packed_unless_they_are_the_embedding(
+def test_weights_are_freed_while_packed_except_a_tied_embedding(
     tied: bool,
 ) -> None:
     model = random_model(tie_word_embeddings=tied, vocab_size=3000)
@@ -399,7 +399,7 @@ def new_bytes(size: int) -> Tensor:
         ([(300, 64), (300, 200)], True),
     ],
 )
-def test_several_weights_are_packed_as_the_one_that_they_make(
+def test_several_weights_pack_like_their_concatenation(
     kind: Kind, shapes: list[tuple[int, int]], beside: bool
 ) -> None:
     weights = [torch.randn(shape) for shape in shapes]
@@ -430,7 +430,7 @@ def test_quantized_weights_are_within_half_a_step() -> None:
 
 
 @pytest.mark.parametrize(("kind", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
-def test_packed_weights_take_their_width_and_no_more(kind: str, size: int) -> None:
+def test_packed_weights_take_exactly_their_width(kind: str, size: int) -> None:
     weight = torch.randn(64, 32)
     packed = pack([weight], None, kind, new_bytes)  # type: ignore[arg-type]
     assert packed.data.nbytes == 64 * 32 * size
@@ -442,7 +442,7 @@ def test_packed_weights_take_their_width_and_no_more(kind: str, size: int) -> No
     ("changes", "reason"),
     [({"activation_function": "relu"}, "gelu_new"), ({"n_inner": 50}, "n_inner=50")],
 )
-def test_a_model_that_the_kernels_do_not_know_runs_on_pytorch_and_the_log_says_why(
+def test_unsupported_models_use_pytorch_and_log_why(
     changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = random_model(**changes)
@@ -460,7 +460,7 @@ def test_a_model_that_the_kernels_do_not_know_runs_on_pytorch_and_the_log_says_w
 
 
 @needs_kernels
-def test_without_a_compiler_there_is_a_reason_and_a_plain_runner(
+def test_without_a_compiler_pytorch_is_used_and_the_reason_logged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -472,7 +472,7 @@ def test_without_a_compiler_there_is_a_reason_and_a_plain_runner(
 
 
 @needs_kernels
-def test_the_library_is_built_once_and_left_whole(
+def test_the_library_is_built_once_and_atomically(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -483,7 +483,7 @@ def test_the_library_is_built_once_and_left_whole(
     assert [path.name for path in (tmp_path / "gptj").iterdir()] == [first.name]
 
 
-def test_the_cache_has_whole_pages_and_at_least_the_tokens_asked_for() -> None:
+def test_the_cache_has_whole_pages_and_at_least_the_requested_tokens() -> None:
     runner = best_runner(random_model(), 17)
     assert runner.num_pages == 2
     assert runner.page_size == PAGE

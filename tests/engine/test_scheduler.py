@@ -37,7 +37,7 @@ def model() -> GPTJForCausalLM:
     return tiny_model()
 
 
-def test_a_long_prompt_neither_stops_those_that_decode_nor_exceeds_the_steps_tokens(
+def test_a_long_prompt_neither_stalls_decoding_nor_exceeds_the_token_budget(
     model: GPTJForCausalLM,
 ) -> None:
     runner = WatchedRunner(model, 64)
@@ -60,7 +60,7 @@ def test_a_long_prompt_neither_stops_those_that_decode_nor_exceeds_the_steps_tok
     engine.close()
 
 
-def test_prompts_advance_beside_as_many_decoding_as_a_step_has_tokens(
+def test_prompts_advance_even_with_max_num_seqs_decoding(
     model: GPTJForCausalLM,
 ) -> None:
     engine = Engine(TorchRunner(model, 64), eos_ids=[], max_num_seqs=4, max_num_batched_tokens=4)
@@ -92,7 +92,7 @@ def test_prompts_are_computed_in_order_of_arrival(model: GPTJForCausalLM) -> Non
     engine.close()
 
 
-def test_what_does_not_fit_now_waits_and_those_behind_do_not_overtake(
+def test_requests_that_do_not_fit_wait_and_are_not_overtaken(
     model: GPTJForCausalLM,
 ) -> None:
     engine = Engine(TorchRunner(model, 5), eos_ids=[], max_num_seqs=8)
@@ -107,7 +107,7 @@ def test_what_does_not_fit_now_waits_and_those_behind_do_not_overtake(
     engine.close()
 
 
-def test_under_pressure_the_newest_gives_way_and_still_gets_its_tokens_once(
+def test_under_pressure_the_newest_is_preempted_and_gets_each_token_once(
     model: GPTJForCausalLM,
 ) -> None:
     runner = WatchedRunner(model, 9)
@@ -134,7 +134,7 @@ def test_under_pressure_the_newest_gives_way_and_still_gets_its_tokens_once(
     engine.close()
 
 
-def test_a_known_prefix_is_not_computed_again(model: GPTJForCausalLM) -> None:
+def test_a_cached_prefix_is_not_recomputed(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 64), eos_ids=[])
     expected = alone(model, tokens(40), eos_token_id=[])
     assert submit(engine, tokens(40)).ids == expected
@@ -150,7 +150,7 @@ def test_a_known_prefix_is_not_computed_again(model: GPTJForCausalLM) -> None:
     engine.close()
 
 
-def test_a_conversations_next_turn_finds_its_earlier_output(model: GPTJForCausalLM) -> None:
+def test_a_conversations_next_turn_reuses_its_earlier_output(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 64), eos_ids=[])
     first = tokens(20)
     output = submit(engine, first, max_tokens=30).ids
@@ -160,7 +160,7 @@ def test_a_conversations_next_turn_finds_its_earlier_output(model: GPTJForCausal
     engine.close()
 
 
-def test_the_same_page_of_text_after_another_beginning_is_another(model: GPTJForCausalLM) -> None:
+def test_equal_pages_after_different_prefixes_are_not_shared(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 64), eos_ids=[])
     for start in (3, 4):
         prompt = [*tokens(16, start=start), *tokens(16, start=9), 5]
@@ -169,7 +169,7 @@ def test_the_same_page_of_text_after_another_beginning_is_another(model: GPTJFor
     engine.close()
 
 
-def test_cached_prefixes_give_way_to_what_runs(model: GPTJForCausalLM) -> None:
+def test_cached_prefixes_are_evicted_for_running_sequences(model: GPTJForCausalLM) -> None:
     engine = Engine(TorchRunner(model, 6), eos_ids=[])
     for number in range(6):
         prompt = tokens(50, start=number)
@@ -248,7 +248,7 @@ def test_a_thousand_requests_cancelled_at_random_leave_nothing_running(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
-def test_after_any_mix_each_has_one_end_and_all_pages_are_free(
+def test_after_any_mix_each_request_ends_once_and_all_pages_are_free(
     model: GPTJForCausalLM, seed: int
 ) -> None:
     """Outputs of every kind, cancelled at random; callers and steps that fail at random."""

@@ -63,7 +63,7 @@ HEADS: list[tuple[ExportFormat, type[GPTJPreTrainedModel]]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "cls"), HEADS)
 @pytest.mark.parametrize("files", ["one", "shards"])
-def test_what_is_exported_imports_again_bit_by_bit(
+def test_an_export_reimports_bit_identical(
     format: ExportFormat, cls: type[GPTJPreTrainedModel], files: str, tmp_path: Path
 ) -> None:
     model = make(cls)
@@ -89,7 +89,7 @@ def test_what_is_exported_imports_again_bit_by_bit(
 
 @pytest.mark.parametrize("format", ["huggingface", "flax", "tensorflow"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_dtype_goes_to_every_format_through_s3(
+def test_every_dtype_exports_to_every_format_on_s3(
     format: ExportFormat, dtype: str, tmp_path: Path, s3: LocalS3
 ) -> None:
     model = make(n_layer=1)
@@ -102,7 +102,7 @@ def test_every_dtype_goes_to_every_format_through_s3(
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
-def test_transformers_loads_an_export_in_shards(tmp_path: Path) -> None:
+def test_transformers_loads_a_sharded_export(tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(str(tmp_path / "model"))
     exported = tmp_path / "exported"
@@ -118,7 +118,7 @@ def test_transformers_loads_an_export_in_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["flax", "tensorflow"])
-def test_tied_embeddings_are_stored_twice_where_the_format_has_no_ties(
+def test_tied_embeddings_are_duplicated_in_formats_without_tying(
     format: ExportFormat, tmp_path: Path
 ) -> None:
     model = make(tie_word_embeddings=True)
@@ -131,9 +131,9 @@ def test_tied_embeddings_are_stored_twice_where_the_format_has_no_ties(
     assert torch.equal(found.transformer.wte.weight, model.transformer.wte.weight)
 
 
-def test_a_head_that_the_format_lacks_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_head_is_refused(tmp_path: Path) -> None:
     make(GPTJForSequenceClassification).save_pretrained(str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="is a GPTJForSequenceClassification, and the format has"):
+    with pytest.raises(ValueError, match="is a GPTJForSequenceClassification; the format supports"):
         export_weights(str(tmp_path / "model"), str(tmp_path / "exported"), format="flax")
     assert storage.list_files(str(tmp_path / "exported")) == []
 
@@ -144,7 +144,7 @@ def write(folder: Path, pieces: Any, tensors: list[torch.Tensor]) -> str:
     return str(folder / "file")
 
 
-def test_arrays_above_flaxs_limit_are_in_pieces(
+def test_arrays_above_flaxs_limit_are_chunked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flax's own limit is 1 GiB; here a hundred bytes."""
@@ -165,7 +165,7 @@ def test_arrays_above_flaxs_limit_are_in_pieces(
     assert list(pieces["chunks"]) == ["0", "1", "2", "3"]
 
 
-def test_long_lists_of_names_are_in_parts_as_keras_reads_them(tmp_path: Path) -> None:
+def test_long_lists_of_names_are_split_as_in_keras(tmp_path: Path) -> None:
     """An attribute of HDF5 ends at 64 KB; Keras goes on with name0, name1, …"""
     import h5py
 

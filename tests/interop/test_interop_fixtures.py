@@ -45,7 +45,7 @@ def test_every_class_has_a_fixture() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_they_saved_computes_the_same_here(name: str, tmp_path: Path) -> None:
+def test_imported_fixtures_compute_the_same_outputs(name: str, tmp_path: Path) -> None:
     """Outputs of about 1 in float32; three programs add in different orders."""
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     model = imported(name, tmp_path / "ours")
@@ -96,7 +96,7 @@ def read_tensorflow(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_our_export_has_the_form_of_their_files(name: str, tmp_path: Path) -> None:
+def test_our_export_has_the_same_layout_as_their_files(name: str, tmp_path: Path) -> None:
     """The same files, and in them the same names, shapes and numbers: so their classes read it."""
     imported(name, tmp_path / "ours")
     format: ExportFormat = "flax" if name.startswith("Flax") else "tensorflow"

@@ -142,7 +142,7 @@ def attempt(index: Index, path: Path, content: bytes) -> str | None:
     ],
     ids=["npz", "msgpack", "hdf5", "pickle"],
 )
-def test_a_damaged_file_is_an_error_of_ours(
+def test_a_damaged_file_raises_our_error(
     index: Index, good: Callable[[], bytes], count: int, tmp_path: Path
 ) -> None:
     content = good()
@@ -157,7 +157,7 @@ def test_a_damaged_file_is_an_error_of_ours(
 
 
 @pytest.mark.parametrize("compressed", [True, False], ids=["outside", "inside"])
-def test_a_damaged_stream_is_an_error_of_ours(compressed: bool, tmp_path: Path) -> None:
+def test_a_damaged_stream_raises_our_error(compressed: bool, tmp_path: Path) -> None:
     """Damage of the compressed bytes, and of what they hold."""
     path = tmp_path / "file.tar.zst"
     content = good_tar()
@@ -178,7 +178,7 @@ def test_a_damaged_stream_is_an_error_of_ours(compressed: bool, tmp_path: Path) 
     assert errors > 50
 
 
-def test_claims_of_huge_sizes_are_refused_by_name(tmp_path: Path) -> None:
+def test_huge_claimed_sizes_are_refused_by_name(tmp_path: Path) -> None:
     """Whole and well-formed files, but for one number."""
 
     def array(shape: list[int], data: bytes, dtype: str = "float32") -> msgpack.ExtType:
@@ -234,13 +234,13 @@ def test_arrays_that_numpy_would_not_write_are_refused(tmp_path: Path) -> None:
     assert "CRC" in (attempt(open_npz, tmp_path / "flipped", bytes(flipped)) or "")
 
 
-def test_a_pickle_of_more_numbers_than_it_stores_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_claims_more_numbers_than_it_stores_is_refused(tmp_path: Path) -> None:
     """A number that is repeated without end is small in the file, and would not be in memory."""
     content = io.BytesIO()
     torch.save({"wte": torch.zeros(1).expand(10**6, 10**6)}, content)
     error = attempt(index_pickle, tmp_path / "file", content.getvalue())
     assert error is not None
-    assert "(1000000, 1000000), and 1 numbers are stored" in error
+    assert "(1000000, 1000000), but 1 stored numbers" in error
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_hdf5_files_that_point_elsewhere_are_refused(tmp_path: Path) -> None:
         assert attempt(index_hdf5, tmp_path / name, content) is not None, name
 
 
-def test_a_stream_with_a_file_twice_is_refused(tmp_path: Path) -> None:
+def test_a_stream_with_a_duplicate_file_is_refused(tmp_path: Path) -> None:
     """Which of the two would count depends on the program that unpacks it."""
     member = good_tar()[: 512 + 1024]
     path = tmp_path / "file.tar.zst"
@@ -276,7 +276,7 @@ def test_a_stream_with_a_file_twice_is_refused(tmp_path: Path) -> None:
         tar_stream.unpack(str(path), tmp_path)
 
 
-def test_a_stream_that_grows_without_end_stops_at_the_disk(
+def test_an_endless_stream_stops_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = tarfile.TarInfo("shard_0/0.npz")

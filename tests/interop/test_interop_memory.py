@@ -155,7 +155,7 @@ def write_adapter(folder: Path, base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
+def test_a_model_twice_the_memory_budget_imports_within_it(tmp_path: Path) -> None:
     """At most three times the largest tensor and 500 MB, everything counted."""
     specs = write_source("flax", tmp_path / "source", n_embd=1024, n_layer=42)
     total, largest = sum(spec.size for spec in specs), max(spec.size for spec in specs)
@@ -168,7 +168,7 @@ def test_a_model_of_twice_the_budget_imports_within_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_format_goes_in_and_out_and_an_adapter_into_one_tensor_by_tensor(
+def test_all_conversions_hold_a_few_tensors_in_memory(
     tmp_path: Path,
 ) -> None:
     """What a job adds to the programs that it needs; 50 MB are for reading a file's contents."""

@@ -94,7 +94,7 @@ def server(tmp_path: Path) -> Iterator[ApiServer]:
     listening.server_close()
 
 
-def test_the_budget_is_of_this_clusters_workers_and_goes_with_it(
+def test_the_budget_covers_this_clusters_workers_and_is_deleted_with_it(
     server: ApiServer, tmp_path: Path, objects: list[Object]
 ) -> None:
     done = apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
@@ -114,20 +114,20 @@ def test_the_budget_is_of_this_clusters_workers_and_goes_with_it(
         assert not selects(budget["spec"]["selector"], head["metadata"]["labels"])
 
 
-def test_a_cluster_that_is_being_deleted_gets_none(server: ApiServer, tmp_path: Path) -> None:
+def test_a_cluster_being_deleted_gets_no_budget(server: ApiServer, tmp_path: Path) -> None:
     server.deleting = {"deletionTimestamp": "2026-11-26T08:00:00Z"}
     assert "being deleted" in apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
     assert not server.budgets
 
 
 @pytest.mark.slow
-def test_a_busy_server_is_asked_again(server: ApiServer, tmp_path: Path) -> None:
+def test_requests_to_a_busy_server_are_retried(server: ApiServer, tmp_path: Path) -> None:
     server.refusals = [503, 429]
     apply(Kubernetes(server.address, tmp_path), CLUSTER, 1)
     assert server.budgets
 
 
-def test_a_refusal_is_said_at_once_and_in_the_servers_words(
+def test_a_refusal_fails_at_once_with_the_servers_message(
     server: ApiServer, tmp_path: Path
 ) -> None:
     kubernetes = Kubernetes(server.address, tmp_path)
@@ -143,7 +143,7 @@ def test_a_refusal_is_said_at_once_and_in_the_servers_words(
 
 
 @pytest.mark.slow
-def test_elsewhere_than_in_a_pod_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_pod_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     done = subprocess.run(
         [sys.executable, "-m", "deployments.budget", CLUSTER], capture_output=True, text=True
@@ -152,7 +152,7 @@ def test_elsewhere_than_in_a_pod_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert done.stderr.startswith(f"error: no disruption budget for {CLUSTER}: KUBERNETES_")
 
 
-def test_the_head_may_do_what_it_asks_for_and_no_more(objects: list[Object]) -> None:
+def test_the_head_has_exactly_the_rights_it_needs(objects: list[Object]) -> None:
     """And it asks before it starts, by its cluster's name."""
     (role,) = of_kind(objects, "Role")
     assert role["rules"] == [

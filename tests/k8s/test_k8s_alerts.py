@@ -14,7 +14,7 @@ import yaml
 CASES = Path(__file__).with_name("alerts.yaml")
 
 
-def test_every_expression_is_promql_and_names_metrics_that_exist() -> None:
+def test_every_expression_is_valid_promql_over_existing_metrics() -> None:
     """What a live cluster exports of them is compared in the tests that have one."""
     for expression in [
         *k8s_metrics.rules(),
@@ -29,7 +29,7 @@ def test_every_expression_is_promql_and_names_metrics_that_exist() -> None:
             assert k8s_metrics.missing({}, [expression]) == []
 
 
-def test_what_an_export_lacks_is_found() -> None:
+def test_missing_metrics_are_found() -> None:
     export = {"ray_gptj_training_step": {"run"}}
     wrong = k8s_metrics.Expression("here", "max by (rum) (ray_gptj_training_step)")
     assert k8s_metrics.missing(export, [wrong]) == ["here: none of its metrics has a label rum"]
@@ -38,7 +38,7 @@ def test_what_an_export_lacks_is_found() -> None:
     assert k8s_metrics.missing(export, [gone], uncounted=["ray_gptj_x_total"]) == []
 
 
-def test_each_alert_fires_when_it_should_and_not_when_all_is_well(tmp_path: Path) -> None:
+def test_each_alert_fires_only_when_it_should(tmp_path: Path) -> None:
     """By Prometheus' own evaluation."""
     promtool = shutil.which("promtool")
     if promtool is None:

@@ -52,7 +52,7 @@ def check() -> ModuleType:
     return module
 
 
-def test_the_image_has_what_the_library_and_its_extras_need() -> None:
+def test_the_image_installs_the_library_and_its_extras() -> None:
     """All but the program gptj's: as the Dockerfile's own line finds it in the project's file."""
     (line,) = re.findall(r"python -c '(import tomllib;.*)' ", DOCKERFILE)
     printed = io.StringIO()
@@ -71,7 +71,7 @@ def test_the_kernels_are_built_beside_their_source() -> None:
     assert list((ROOT / folder).glob("*.cpp"))
 
 
-def test_cudas_packages_are_pinned_and_of_one_release() -> None:
+def test_cuda_packages_are_pinned_to_one_release() -> None:
     assert not [name for name in TORCH_ASKS if name not in PINS]
     major, minor, *_ = PINS["cuda-toolkit"].split(".")
     # What is compiled by one release is linked, and run, by no older one.
@@ -82,7 +82,7 @@ def test_cudas_packages_are_pinned_and_of_one_release() -> None:
     assert f"CUDA {major}.{minor}" in (K8S / "README.md").read_text()
 
 
-def test_the_compiler_is_pinned_and_stays_out_of_the_image() -> None:
+def test_the_compiler_is_pinned_and_removed_from_the_image() -> None:
     (removed,) = re.findall(r"pip uninstall --yes (.*);", DOCKERFILE)
     assert (
         set(removed.split())
@@ -98,7 +98,7 @@ def test_the_compiler_is_pinned_and_stays_out_of_the_image() -> None:
     assert "nvidia/cuda" not in DOCKERFILE
 
 
-def test_operators_are_checked_for_each_gpu_that_they_are_built_for(check: ModuleType) -> None:
+def test_operators_are_checked_for_each_gpu_they_are_built_for(check: ModuleType) -> None:
     (listed,) = re.findall(r'TORCH_CUDA_ARCH_LIST="(.*)"', DOCKERFILE)
     wanted = []
     for each in listed.split(";"):
@@ -108,7 +108,7 @@ def test_operators_are_checked_for_each_gpu_that_they_are_built_for(check: Modul
     assert listed.endswith("+PTX"), "newer GPUs compile the last one's PTX"
 
 
-def test_operators_have_bf16_with_older_gpus_in_the_list() -> None:
+def test_operators_support_bf16_even_with_older_gpus_listed() -> None:
     """DeepSpeed leaves BF16_AVAILABLE out below 8.0: no source of fused_adam may look at it."""
     import deepspeed
     from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
@@ -141,7 +141,7 @@ def test_code_for_gpus_is_found_in_a_library(check: ModuleType, tmp_path: Path) 
     assert check.architectures(library) == ["compute_120", "sm_120", "sm_80"]
 
 
-def test_packages_that_are_not_pinned_are_named(check: ModuleType) -> None:
+def test_unpinned_packages_are_named(check: ModuleType) -> None:
     """In this environment too, where PyTorch's build for CPUs counts as its release."""
     assert check.unpinned(CONSTRAINTS + "pip==0\n") == check.unpinned(CONSTRAINTS)
     without = CONSTRAINTS.replace(f"numpy=={PINS['numpy']}", "numpy==1.0")

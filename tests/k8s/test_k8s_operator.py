@@ -37,7 +37,7 @@ def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=NAMES)
-def test_our_copy_of_the_operator_builds_what_its_own_code_builds(case: Object) -> None:
+def test_our_copy_of_the_operator_builds_the_same_objects(case: Object) -> None:
     given, made = case["given"], case["made"]
     cluster = operator.ray_cluster(given, "abcde")
     cluster["metadata"]["uid"] = "the-uid"
@@ -80,7 +80,7 @@ def test_a_difference_is_found_in_any_field() -> None:
     assert differences({"a": {}, "b": None}, {}) == []
 
 
-def test_each_line_that_is_cited_is_the_one_that_was_meant() -> None:
+def test_each_cited_line_is_the_intended_one() -> None:
     """Its text is written down beside it: what a citation shows can be read without KubeRay."""
     folder = Path(__file__).parent
     cited: dict[str, str] = yaml.safe_load((folder / "kuberay_golden" / "cited.yaml").read_text())

@@ -33,7 +33,7 @@ def services(objects: list[Object]) -> Iterator[Object]:
             yield operator.serve_service(owner, cluster)
 
 
-def test_requests_go_to_the_workers_through_a_service_of_the_heads_ports(
+def test_the_serve_service_has_the_heads_ports_and_selects_workers(
     objects: list[Object],
 ) -> None:
     (owner,) = of_kind(objects, "RayService")
@@ -54,12 +54,12 @@ def test_requests_go_to_the_workers_through_a_service_of_the_heads_ports(
         operator.serve_service(owner, cluster)
 
 
-def test_no_pod_gets_variables_for_services(objects: list[Object]) -> None:
+def test_no_pod_has_service_links(objects: list[Object]) -> None:
     for pod in templates(objects):
         assert pod["spec"]["enableServiceLinks"] is False, pod["metadata"]["labels"]
 
 
-def test_no_service_is_named_like_a_variable_of_the_s3_server(
+def test_no_service_name_collides_with_the_s3_servers_variables(
     objects: list[Object], tmp_path: Path
 ) -> None:
     """For a pod with service links: SeaweedFS takes its flags from variables, too."""
@@ -128,7 +128,7 @@ def test_pods_of_ray_are_never_restarted_by_the_kubelet(objects: list[Object]) -
             assert pod["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_submitter_tries_again_and_submits_no_job_twice(objects: list[Object]) -> None:
+def test_the_submitter_retries_without_submitting_a_job_twice(objects: list[Object]) -> None:
     (owner,) = of_kind(objects, "RayJob")
     job = operator.submitter(owner, operator.ray_cluster(owner, "abcde"), "finetune-fghij")
     assert job["spec"]["backoffLimit"] == 2
@@ -162,7 +162,7 @@ def test_no_pod_of_a_training_is_evicted(objects: list[Object], kind: str) -> No
     assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
 
 
-def test_no_budget_is_for_the_workers_of_several_clusters(objects: list[Object]) -> None:
+def test_no_budget_spans_the_workers_of_several_clusters(objects: list[Object]) -> None:
     """deployments/budget.py makes one for each; a pod may be under one budget only."""
     (owner,) = of_kind(objects, "RayService")
     cluster = operator.ray_cluster(owner, "abcde")
@@ -172,7 +172,7 @@ def test_no_budget_is_for_the_workers_of_several_clusters(objects: list[Object])
         assert not selects(budget["spec"]["selector"], labels)
 
 
-def test_kueue_alone_suspends_a_training(objects: list[Object]) -> None:
+def test_only_kueue_suspends_a_training(objects: list[Object]) -> None:
     """`kubectl apply` leaves alone what the manifest does not name."""
     (job,) = of_kind(objects, "RayJob")
     assert "suspend" not in job["spec"]
@@ -192,7 +192,7 @@ def test_applying_serving_starts_no_training(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", TRAININGS, ids=lambda path: path.name)
-def test_deleting_a_training_takes_nothing_from_serving_or_the_namespace(folder: Path) -> None:
+def test_deleting_a_training_leaves_serving_and_the_namespace(folder: Path) -> None:
     """And the other way round: no object is in two kustomizations."""
     training = kustomize(folder)
     assert of_kind(training, "RayJob")
@@ -204,7 +204,7 @@ def test_deleting_a_training_takes_nothing_from_serving_or_the_namespace(folder:
         keys |= theirs if other == K8S / "namespace" else set()
 
 
-def test_what_makes_a_new_cluster_is_what_the_readme_says(objects: list[Object]) -> None:
+def test_the_readme_says_what_causes_a_new_cluster(objects: list[Object]) -> None:
     (owner,) = of_kind(objects, "RayService")
     before = operator.compared(owner)
 
@@ -224,7 +224,7 @@ def test_what_makes_a_new_cluster_is_what_the_readme_says(objects: list[Object])
     assert not changed("maxReplicas", 9)
 
 
-def test_priority_classes_are_below_those_of_what_they_depend_on(objects: list[Object]) -> None:
+def test_priority_classes_are_below_their_dependencies(objects: list[Object]) -> None:
     """The README installs the operator with a class of Kubernetes' own, whose value this is."""
     system_cluster_critical = 2_000_000_000
     for each in of_kind(objects, "PriorityClass"):

@@ -89,7 +89,7 @@ def test_files_folders_and_objects_in_the_commands_exist(objects: list[Object]) 
                 assert key in names | made_by_kuberay | secrets, text
 
 
-def test_image_names_and_build_arguments_are_those_of_the_manifests() -> None:
+def test_image_names_and_build_arguments_match_the_manifests() -> None:
     dockerfile = (K8S / "Dockerfile").read_text()
     built = [words for words in commands() if words[:2] == ["docker", "build"]]
     assert len(built) == 2
@@ -108,7 +108,7 @@ def test_image_names_and_build_arguments_are_those_of_the_manifests() -> None:
         assert tag == f"{image.get('newName', image['name'])}:{image['newTag']}"
 
 
-def test_rotating_the_clients_keys_makes_the_secret_that_pods_read(tmp_path: Path) -> None:
+def test_rotating_api_keys_creates_the_secret_that_pods_read(tmp_path: Path) -> None:
     """The README's command itself, up to the pipe."""
     command = r"^kubectl .*create secret generic api-keys .*\$new.*\\\n.*-o yaml"
     (line,) = re.findall(command, README, re.M)
@@ -137,7 +137,7 @@ def test_places_to_edit_are_found_by_the_readmes_search() -> None:
     } <= set(found)
 
 
-def test_a_laptop_has_room_for_what_the_pods_ask_for(objects: list[Object]) -> None:
+def test_the_readme_states_the_local_pods_total_requests(objects: list[Object]) -> None:
     if "nvidia.com/gpu" in str(objects):
         return
     ((cpus, memory),) = re.findall(r"the pods ask for (\d+) CPUs and (\d+) GiB", README)
@@ -154,7 +154,7 @@ def test_a_laptop_has_room_for_what_the_pods_ask_for(objects: list[Object]) -> N
     assert int(memory) - 1 < asked["memory"] / 2**30 <= int(memory)
 
 
-def test_why_a_cluster_does_not_come_up_is_asked_of_that_cluster(objects: list[Object]) -> None:
+def test_troubleshooting_commands_query_the_pending_cluster(objects: list[Object]) -> None:
     """On a first deployment there is no active one, and no service of the RayService's head."""
     (block,) = [each for each in BLOCKS if "serve status" in each]
     assert block.index("pendingServiceStatus") < block.index("activeServiceStatus")
@@ -165,7 +165,7 @@ def test_why_a_cluster_does_not_come_up_is_asked_of_that_cluster(objects: list[O
     assert {port["port"] for port in head["spec"]["ports"]} >= {8265}
 
 
-def test_the_patch_of_a_running_cluster_changes_what_it_has(objects: list[Object]) -> None:
+def test_the_patch_of_a_running_cluster_matches_its_fields(objects: list[Object]) -> None:
     (patch,) = re.findall(r"patch raycluster .*-p '(\[.*?\])'", README.replace("\\\n", " "))
     (operation,) = json.loads(patch)
     found: Any = next(made_clusters(objects))[1]

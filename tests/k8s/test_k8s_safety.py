@@ -42,7 +42,7 @@ def test_every_pod_passes_the_restricted_standard(objects: list[Object]) -> None
         assert not any("hostPort" in port for port in container.get("ports", []))
 
 
-def test_no_secret_is_written_down(objects: list[Object]) -> None:
+def test_manifests_contain_no_secrets(objects: list[Object]) -> None:
     assert not of_kind(objects, "Secret")
     for _, container in containers(objects):
         for variable in container.get("env", []):
@@ -67,7 +67,7 @@ def test_no_secret_is_written_down(objects: list[Object]) -> None:
             assert value != (other.get("stringData") or other["data"])[key], "a default"
 
 
-def test_accounts_have_no_rights_of_their_own_and_no_token(objects: list[Object]) -> None:
+def test_service_accounts_have_no_rights_and_no_token(objects: list[Object]) -> None:
     """But the head's, which KubeRay lets start workers; test_budget.py has its own role."""
     assert not of_kind(objects, "ClusterRole", "ClusterRoleBinding")
     for each in of_kind(objects, "Role", "RoleBinding"):
@@ -152,7 +152,7 @@ def test_with_cilium_the_head_reaches_the_api_server_as_an_entity(objects: list[
         assert chosen == {"serving-head"}
 
 
-def test_connections_are_those_that_are_needed(objects: list[Object]) -> None:
+def test_only_the_needed_connections_are_allowed(objects: list[Object]) -> None:
     local = bool(
         [
             each

@@ -29,7 +29,7 @@ CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 
 
 @pytest.mark.slow
-def test_each_object_is_what_kubernetes_knows(objects: list[Object]) -> None:
+def test_each_object_matches_kubernetes_schemas(objects: list[Object]) -> None:
     """Strictly: an unknown field is a fault. The latest version, and the oldest that we support."""
     for each in objects:
         if each["kind"] not in CUSTOM:
@@ -72,7 +72,7 @@ def close(schema: Object) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RayService", "RayJob"])
-def test_each_ray_object_is_what_kuberay_knows(objects: list[Object], kind: str) -> None:
+def test_each_ray_object_matches_kuberays_schema(objects: list[Object], kind: str) -> None:
     schema = crd(kind)
     (found,) = of_kind(objects, kind)
     checked = {**schema, "properties": {**schema["properties"], "metadata": {"type": "object"}}}
@@ -84,7 +84,7 @@ def test_each_ray_object_is_what_kuberay_knows(objects: list[Object], kind: str)
         jsonschema.Draft202012Validator(checked).validate(wrong)
 
 
-def test_pod_templates_of_ray_objects_are_what_kubernetes_knows(objects: list[Object]) -> None:
+def test_pod_templates_of_ray_objects_match_kubernetes_schemas(objects: list[Object]) -> None:
     for number, template in enumerate(templates(objects)):
         pod = {
             "apiVersion": "v1",
@@ -106,7 +106,7 @@ FIELDS = {
 }
 
 
-def test_objects_of_other_operators_have_the_fields_that_those_know(objects: list[Object]) -> None:
+def test_objects_of_other_operators_have_known_fields(objects: list[Object]) -> None:
     queues = (K8S / "components" / "kueue" / "cluster-queue.yaml").read_text()
     for each in [*objects, *yaml.safe_load_all(queues)]:
         if each["kind"] in FIELDS:

@@ -15,7 +15,7 @@ from manifests import (
 from gptj_local.ray import SERVE
 
 
-def test_serve_gets_serve_yaml_with_another_place(objects: list[Object]) -> None:
+def test_the_rayservice_has_serve_yaml_with_its_own_place(objects: list[Object]) -> None:
     """All but the block `place` is the file's; there the same settings, on all addresses."""
     (service,) = of_kind(objects, "RayService")
     text = service["spec"]["serveConfigV2"]
@@ -29,7 +29,7 @@ def test_serve_gets_serve_yaml_with_another_place(objects: list[Object]) -> None
     assert here["host"] == "0.0.0.0"
 
 
-def test_serve_takes_the_configuration_and_its_import_paths_exist(objects: list[Object]) -> None:
+def test_serve_accepts_the_configuration_and_its_import_paths_exist(objects: list[Object]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     (service,) = of_kind(objects, "RayService")
@@ -55,7 +55,7 @@ def test_serve_has_the_settings_of_one_machine_and_our_middlewares(objects: list
     assert getattr(importlib.import_module(module), name)()
 
 
-def test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(
+def test_the_workers_fit_all_replicas_and_the_quota(
     objects: list[Object],
 ) -> None:
     (service,) = of_kind(objects, "RayService")

@@ -42,39 +42,37 @@ def variant(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.slow
-def test_kubernetes_and_kuberay_know_what_is_built(
-    variant: tuple[str, list[Object]], plain: list[Object]
-) -> None:
+def test_variants_match_the_schemas(variant: tuple[str, list[Object]], plain: list[Object]) -> None:
     """What differs from the overlay for 24 GB, which other tests check."""
     _, objects = variant
     schemas.test_ray_objects_keep_the_operators_rules(objects)
     schemas.test_names_and_labels_are_within_kubernetes_limits(objects)
     changed = [each for each in objects if each not in plain]
-    schemas.test_each_object_is_what_kubernetes_knows(changed)
-    schemas.test_pod_templates_of_ray_objects_are_what_kubernetes_knows(changed)
+    schemas.test_each_object_matches_kubernetes_schemas(changed)
+    schemas.test_pod_templates_of_ray_objects_match_kubernetes_schemas(changed)
     for each in of_kind(changed, "RayService", "RayJob"):
-        schemas.test_each_ray_object_is_what_kuberay_knows(changed, each["kind"])
+        schemas.test_each_ray_object_matches_kuberays_schema(changed, each["kind"])
 
 
-def test_what_is_built_is_as_safe(variant: tuple[str, list[Object]]) -> None:
+def test_variants_are_as_safe(variant: tuple[str, list[Object]]) -> None:
     _, objects = variant
     safety.test_every_pod_passes_the_restricted_standard(objects)
-    safety.test_no_secret_is_written_down(objects)
-    safety.test_accounts_have_no_rights_of_their_own_and_no_token(objects)
-    safety.test_connections_are_those_that_are_needed(objects)
-    references.test_images_are_pinned_and_those_that_we_build(objects)
+    safety.test_manifests_contain_no_secrets(objects)
+    safety.test_service_accounts_have_no_rights_and_no_token(objects)
+    safety.test_only_the_needed_connections_are_allowed(objects)
+    references.test_images_are_pinned_or_ours(objects)
 
 
-def test_serve_takes_what_is_built(variant: tuple[str, list[Object]]) -> None:
+def test_serve_accepts_variants(variant: tuple[str, list[Object]]) -> None:
     name, objects = variant
-    serve.test_serve_gets_serve_yaml_with_another_place(objects)
-    serve.test_serve_takes_the_configuration_and_its_import_paths_exist(objects)
+    serve.test_the_rayservice_has_serve_yaml_with_its_own_place(objects)
+    serve.test_serve_accepts_the_configuration_and_its_import_paths_exist(objects)
     if name != "incremental-upgrade":  # its clusters start with one worker, and grow
-        serve.test_the_workers_have_room_for_all_replicas_and_no_more_than_the_quota(objects)
+        serve.test_the_workers_fit_all_replicas_and_the_quota(objects)
 
 
 @pytest.mark.parametrize("overlay", CARDS)
-def test_settings_of_a_card_are_the_arithmetics(overlay: str) -> None:
+def test_a_cards_settings_match_the_computed_ones(overlay: str) -> None:
     card = memory.CARDS[CARDS[overlay]]
     (service,) = of_kind(build(overlay), "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
@@ -107,14 +105,14 @@ def test_settings_of_a_card_are_the_arithmetics(overlay: str) -> None:
     assert quantity(pod["containers"][0]["resources"]["requests"]["memory"]) >= needed
 
 
-def test_the_documents_table_of_cards_is_the_arithmetics(
+def test_the_documented_table_of_cards_matches_the_computed_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     memory.main()
     assert capsys.readouterr().out in (K8S / "sizing.md").read_text()
 
 
-def test_the_cache_of_checkpoints_has_room_on_its_volume(
+def test_the_checkpoint_cache_fits_on_its_volume(
     variant: tuple[str, list[Object]],
 ) -> None:
     """In every pod that loads models, and on a claim that outlives pods where that is added."""
@@ -147,7 +145,7 @@ GROWN = [(1, 2), (2, 3), (4, 6), (6, 9)]
 
 
 @pytest.mark.parametrize(("replicas", "at_most"), GROWN)
-def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
+def test_the_readme_states_the_replicas_of_an_incremental_upgrade(
     replicas: int, at_most: int
 ) -> None:
     """Serve's own rounding, in the order of KubeRay 1.7.0's reconcileServeTargetCapacity."""
@@ -166,7 +164,7 @@ def test_an_upgrade_in_steps_takes_as_many_replicas_as_the_readme_says(
     assert f"| {replicas} | {2 * replicas} | {at_most} |" in text
 
 
-def test_an_upgrade_in_steps_keeps_the_operators_rules() -> None:
+def test_an_incremental_upgrade_follows_the_operators_rules() -> None:
     """ValidateClusterUpgradeOptions, and the names of createGateway and of Istio's deployment."""
     objects = build("gpu+incremental-upgrade")
     (service,), (ingress,) = of_kind(objects, "RayService"), of_kind(objects, "Ingress")
@@ -202,7 +200,7 @@ def test_an_upgrade_in_steps_keeps_the_operators_rules() -> None:
     assert admitted["ingress"][0]["ports"] == [{"port": 8000, "protocol": "TCP"}]
 
 
-def test_training_on_spot_machines_keeps_its_head_on_others() -> None:
+def test_training_on_spot_machines_keeps_its_head_on_regular_ones() -> None:
     (job,) = of_kind(build("gpu+spot"), "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
@@ -222,7 +220,7 @@ def team() -> list[Object]:
     ]
 
 
-def test_a_teams_deployment_is_whole_and_in_its_own_namespace(
+def test_a_teams_deployment_is_complete_and_in_its_own_namespace(
     team: list[Object], plain: list[Object]
 ) -> None:
     (namespace,) = of_kind(team, "Namespace")
@@ -243,8 +241,8 @@ def test_a_teams_deployment_is_whole_and_in_its_own_namespace(
         "RoleBinding",
     }
     known = ("ResourceQuota", "LimitRange", "RoleBinding", "Namespace", "Ingress")
-    schemas.test_each_object_is_what_kubernetes_knows(of_kind(team, *known))
-    schemas.test_each_ray_object_is_what_kuberay_knows(team, "RayService")
+    schemas.test_each_object_matches_kubernetes_schemas(of_kind(team, *known))
+    schemas.test_each_ray_object_matches_kuberays_schema(team, "RayService")
     (ingress,), (gpu_ingress,) = of_kind(team, "Ingress"), of_kind(plain, "Ingress")
     assert ingress["spec"]["rules"][0]["host"] != gpu_ingress["spec"]["rules"][0]["host"]
     assert ingress["spec"]["tls"][0]["hosts"] == [ingress["spec"]["rules"][0]["host"]]

@@ -189,7 +189,7 @@ def test_checkpoint_and_data_may_be_in_s3(
         (["model", "data", "delimiter=;;"], "delimiter=';;': .*must be one character"),
         (
             ["model", "data", "label_names={1: a, 1: b}"],
-            "label_names=.* the key '1' is there twice",
+            "label_names=.* the key '1' is repeated",
         ),
         (["model", "data", "limit=" + "9" * 5000], "the value is not valid YAML: .*4300"),
     ],
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
     with pytest.raises(ValueError, match=r"unigram=.* is for causal-lm models"):
         labelled = written(tmp_path / "l.jsonl", [{"text": "a", "label": 1}])
         measure(read_settings([classifier, labelled, f"unigram={data}"]))
-    with pytest.raises(FileNotFoundError, match="no existing folder"):
+    with pytest.raises(FileNotFoundError, match="not an existing folder"):
         measure(read_settings([str(tmp_path / "nothing here"), data]))
     torch.manual_seed(0)
     broken = GPTJForCausalLM(GPTJConfig.preset("tiny", vocab_size=len(tokenizer)))

@@ -77,7 +77,7 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
         pytest.param(
             ["model.config=" + "[" * 5000], "the value is not valid YAML", id="deep nesting"
         ),
-        (["model.config={n_layer: 1, n_layer: 2}"], "the key 'n_layer' is there twice"),
+        (["model.config={n_layer: 1, n_layer: 2}"], "the key 'n_layer' is repeated"),
         (["model.config.n_layers=4"], "there is no field 'n_layers'; did you mean n_layer?"),
         (["model.checkpoint=m", "model.config.n_layers=4"], "did you mean n_layer?"),
         (["model.config.zzz=4"], "there is no field 'zzz'; there are activation_function, .*n_l"),
@@ -137,7 +137,7 @@ def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "s.yaml").write_text(content)
         with pytest.raises(
-            SettingsError, match=f"s.yaml is not valid YAML: .*the key '{key}' is there tw"
+            SettingsError, match=f"s.yaml is not valid YAML: .*the key '{key}' is repeated"
         ):
             read_settings([str(tmp_path / "s.yaml")])
     (tmp_path / "s.yaml").write_text("data: &d {train: a}\nmodel: {config: {n_layer: 1}}\n")

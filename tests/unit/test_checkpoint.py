@@ -333,7 +333,7 @@ def test_another_models_folder_is_refused_by_its_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="'llama'"):
         GPTJConfig.from_pretrained(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no existing folder"):
+    with pytest.raises(FileNotFoundError, match="not an existing folder"):
         GPTJConfig.from_pretrained(str(tmp_path / "not there"))
 
 
@@ -381,7 +381,7 @@ def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3:
     assert "good" not in reasons
     assert "altered after it was written" in reasons["altered"]
     assert "has 11 bytes and should have 10" in reasons["longer"]
-    assert reasons["shorter"].endswith("it is cut off")
+    assert reasons["shorter"].endswith("it is truncated")
     assert reasons["missing"] == "missing is missing"
     assert "is not in the folder's manifest" in reasons["extra"]
     assert "has 10 bytes and should have 11" in reasons["lied-size"]
@@ -391,11 +391,11 @@ def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3:
 def test_verify_says_what_is_wrong_with_an_address(
     tmp_path: Path, s3: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "nor any other file" in said_by_verify(str(tmp_path / "not there"))
+    assert "and no other files" in said_by_verify(str(tmp_path / "not there"))
     make().save_pretrained(str(tmp_path / "m"))
     (tmp_path / "m" / MANIFEST).unlink()
-    assert "its writing was cut short" in said_by_verify(str(tmp_path / "m"))
-    assert "nor any other file" in said_by_verify(f"s3://gptj/{tmp_path.name}/not-there")
+    assert "it was never finished" in said_by_verify(str(tmp_path / "m"))
+    assert "and no other files" in said_by_verify(f"s3://gptj/{tmp_path.name}/not-there")
     assert "no bucket 'other'" in said_by_verify("s3://other/model")
     with pytest.raises(FileNotFoundError, match="no bucket 'other'"):
         GPTJForCausalLM.from_pretrained("s3://other/model")
@@ -518,7 +518,7 @@ def test_a_writer_that_stalled_never_alters_a_finished_folder(file: str, tmp_pat
     """It had begun while the folder was unfinished, and wakes up after another has finished it."""
     address = str(tmp_path / "model")
     with (
-        pytest.raises(storage.AlreadyExistsError, match="holds a finished checkpoint already"),
+        pytest.raises(storage.AlreadyExistsError, match="already holds a finished checkpoint"),
         FolderWriter(address) as late,
     ):
         if file == "large":

@@ -69,7 +69,7 @@ def test_presets_take_overrides() -> None:
         ({"problem_type": "guess"}, "'guess'"),
         ({"num_labels": 0}, "num_labels .* got 0"),
         ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels=3 contradicts"),
-        ({"id2label": {1: "a"}}, "from 0 on"),
+        ({"id2label": {1: "a"}}, "from 0"),
         ({"hidden_size": 64, "n_embd": 32}, "hidden_size=64 contradicts n_embd=32"),
         ({"dtype": "int8"}, "'int8'"),
     ],

@@ -62,24 +62,24 @@ def tensor(dtype: object, shape: object, *offsets: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ({"a": tensor("F32", [2**40, 2**20], 0, 64)}, "its place"),
-        ({"a": tensor("F32", [2**40, 2**40], 0, 64)}, "no tensor has the shape"),
-        ({"a": tensor("F32", [-4, -4], 0, 64)}, "is no shape"),
-        ({"a": tensor("F32", [True, 16], 0, 64)}, "is no shape"),
-        ({"a": tensor("F32", [16.0], 0, 64)}, "is no shape"),
-        ({"a": tensor("F32", [1] * 9, 0, 4)}, "is no shape"),
-        ({"a": tensor("F32", [16], 0, 2**63)}, "is no place"),
-        ({"a": tensor("F32", [16], 0)}, "is no place"),
-        ({"a": tensor("F32", [16], -64, 0)}, "is no place"),
-        ({"a": tensor("F32", [2**30], 0, 2**32)}, "cut off"),
+        ({"a": tensor("F32", [2**40, 2**20], 0, 64)}, "its data_offsets"),
+        ({"a": tensor("F32", [2**40, 2**40], 0, 64)}, "is too large"),
+        ({"a": tensor("F32", [-4, -4], 0, 64)}, "is not a valid shape"),
+        ({"a": tensor("F32", [True, 16], 0, 64)}, "is not a valid shape"),
+        ({"a": tensor("F32", [16.0], 0, 64)}, "is not a valid shape"),
+        ({"a": tensor("F32", [1] * 9, 0, 4)}, "is not a valid shape"),
+        ({"a": tensor("F32", [16], 0, 2**63)}, "are not valid data_offsets"),
+        ({"a": tensor("F32", [16], 0)}, "are not valid data_offsets"),
+        ({"a": tensor("F32", [16], -64, 0)}, "are not valid data_offsets"),
+        ({"a": tensor("F32", [2**30], 0, 2**32)}, "truncated"),
         ({"a": tensor("F32", [8], 0, 32)}, "damaged"),
         ({"a": tensor("F32", [8], 0, 32), "b": tensor("F32", [8], 16, 48)}, "overlap"),
         ({"a": tensor("F32", [8], 0, 32), "b": tensor("F32", [4], 48, 64)}, "leave a gap"),
-        ({"a": tensor("F16", [16], 0, 64)}, "32 bytes by its shape, and 64"),
-        ({"a": tensor("F7", [16], 0, 64)}, "'F7' is none of"),
-        ({"a": tensor([], [16], 0, 64)}, "is none of"),
-        ({"a": 3}, "describes no tensor"),
-        ([], "no JSON object"),
+        ({"a": tensor("F16", [16], 0, 64)}, "its shape needs 32 bytes, its data_offsets span 64"),
+        ({"a": tensor("F7", [16], 0, 64)}, "'F7' is not one of"),
+        ({"a": tensor([], [16], 0, 64)}, "is not one of"),
+        ({"a": 3}, "does not describe a tensor"),
+        ([], "not a JSON object"),
         (b"[" * 10**6, "damaged"),
         (b"\xff\xfe\xfd", "damaged"),
         (b"1" * 10_000, "damaged"),
@@ -112,7 +112,9 @@ def test_a_huge_small_file_is_not_read(name: str, tmp_path: Path) -> None:
     with open(tmp_path / name, "wb") as file:
         file.truncate(2**40)
     read = GPTJTokenizer if name == "tokenizer.json" else GPTJForCausalLM
-    with pytest.raises(CheckpointError, match=f"{name} has {2**40} bytes.*at most {LIMIT_BYTES}"):
+    with pytest.raises(
+        CheckpointError, match=f"{name} is damaged: it has {2**40} bytes.*limit of {LIMIT_BYTES}"
+    ):
         read.from_pretrained(str(tmp_path))
 
 
@@ -155,15 +157,21 @@ def test_a_configuration_that_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"format": 1, "files": {"../x": {"size": 1, "sha256": "%s"}}}', "no file of a folder"),
-        (b'{"format": 1, "files": {"/etc/x": {"size": 1, "sha256": "%s"}}}', "no file of a folder"),
-        (b'{"format": 1, "files": {"x": {"size": -1, "sha256": "%s"}}}', "the size -1"),
-        (b'{"format": 1, "files": {"x": {"size": 1e3, "sha256": "%s"}}}', "the size 1000.0"),
-        (b'{"format": 1, "files": {"x": {"size": 1, "sha256": "%sff"}}}', "is no SHA-256"),
-        (b'{"format": 1, "files": {"x": {"size": 1}, "%s": 1}}', "no size and sha256"),
-        (b'{"format": 1, "files": ["%s"]}', "names no files"),
+        (b'{"format": 1, "files": {"../x": {"size": 1, "sha256": "%s"}}}', "not inside the folder"),
+        (
+            b'{"format": 1, "files": {"/etc/x": {"size": 1, "sha256": "%s"}}}',
+            "not inside the folder",
+        ),
+        (b'{"format": 1, "files": {"x": {"size": -1, "sha256": "%s"}}}', "-1 is not a valid size"),
+        (
+            b'{"format": 1, "files": {"x": {"size": 1e3, "sha256": "%s"}}}',
+            "1000.0 is not a valid size",
+        ),
+        (b'{"format": 1, "files": {"x": {"size": 1, "sha256": "%sff"}}}', "is not a SHA-256"),
+        (b'{"format": 1, "files": {"x": {"size": 1}, "%s": 1}}', "not a size and sha256"),
+        (b'{"format": 1, "files": ["%s"]}', "no list of files"),
         (b'{"format": 2, "files": {"%s": 1}}', "format 2; this version reads 1"),
-        (b'["%s"]', "no JSON object"),
+        (b'["%s"]', "not a JSON object"),
     ],
 )
 def test_a_lying_manifest_is_refused(content: bytes, said: str, tmp_path: Path) -> None:

@@ -341,7 +341,7 @@ def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 60}, "7 tokens of the prompt and 60 new ones exceed .* 64"),
+        ({"max_new_tokens": 60}, "7 tokens and 60 new ones exceed .* 64"),
         ({"max_length": 7}, "nothing to generate"),
         ({"max_new_tokens": 4, "min_new_tokens": 5}, r"min_tokens must be in \[0, max_tokens=4\]"),
         ({"temperature": -1.0, "do_sample": True}, "temperature must be in .* got -1.0"),

@@ -348,11 +348,11 @@ def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: C
     )
     assert "'someone/nothing'" in absent
     assert "no model of that name" in absent
-    assert "no existing folder" in absent
+    assert "not an existing folder" in absent
     assert "HF_TOKEN" in absent
-    assert branch == f"the hub's {REPOSITORY!r} has no revision 'nowhere'"
-    assert commit == f"the hub's {REPOSITORY!r} has no revision '{'c' * 40}'"
-    assert f"{GATED!r} is only for accounts that have accepted its terms" in gated
+    assert branch == f"{REPOSITORY!r} on the hub has no revision 'nowhere'"
+    assert commit == f"{REPOSITORY!r} on the hub has no revision '{'c' * 40}'"
+    assert f"{GATED!r} on the hub is gated" in gated
 
 
 @pytest.mark.slow
@@ -379,7 +379,9 @@ def test_folders_and_s3_addresses_pass_through(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["/no/such/folder", "./model", "a/b/c", "some one/model"])
 def test_what_can_be_no_hub_id_is_refused_without_asking(address: str) -> None:
-    with pytest.raises(FileNotFoundError, match="no existing folder, no s3:// address and no hub"):
+    with pytest.raises(
+        FileNotFoundError, match="not an existing folder, an s3:// address or a hub"
+    ):
         locate(address, revision=None, patterns=[])
 
 

@@ -141,7 +141,7 @@ print(FileLock(Path({str(lock)!r})).try_take())
     assert free() == "True"
 
 
-@pytest.mark.parametrize("change", ["missing", "cut off"])
+@pytest.mark.parametrize("change", ["missing", "truncated"])
 @pytest.mark.parametrize(
     "name", ["config.json", "model-00002-of-00002.safetensors", "tokenizer.json"]
 )
@@ -150,7 +150,7 @@ def test_damage_is_named_without_a_listing(name: str, change: str, s3: LocalS3) 
     file = storage.join(address, name)
     content = storage.read_bytes(file)
     storage.delete(file)
-    if change == "cut off":
+    if change == "truncated":
         storage.write_bytes(file, content[:-1])
     with pytest.raises(CheckpointError, match=rf"{name}.* {change}"):
         load(GPTJForCausalLM, Arguments(checkpoint=address))

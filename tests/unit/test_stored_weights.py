@@ -96,7 +96,7 @@ def test_weights_in_two_dtypes_become_one(
         assert tensor.dtype == torch.bfloat16, name
         assert torch.equal(tensor, expected.state_dict()[name]), name
     assert torch.equal(logits_of(model), logits_of(expected))
-    assert "torch.bfloat16, torch.float32: all become torch.bfloat16" in caplog.text
+    assert "torch.bfloat16, torch.float32: converting all to torch.bfloat16" in caplog.text
     assert GPTJForCausalLM.from_pretrained(address, dtype="float32").dtype == torch.float32
     if not storage.is_s3(address):  # what agrees is mapped as before
         assert f"{address}/model.safetensors" in Path("/proc/self/maps").read_text()
@@ -206,7 +206,7 @@ def test_what_is_imported_and_exported_has_one_dtype_and_its_own_head(
             (source / name).unlink()
         torch.save(state, source / "pytorch_model.bin")
     import_weights(str(source), str(tmp_path / "imported"))
-    assert "torch.float16, torch.float32: all become torch.float16" in caplog.text
+    assert "torch.float16, torch.float32: converting all to torch.float16" in caplog.text
     assert "an lm_head.weight that differs" in caplog.text
     export_weights(str(tmp_path / "imported"), str(tmp_path / "exported"), format=export)
     import_weights(str(tmp_path / "exported"), str(tmp_path / "back"))

@@ -460,25 +460,25 @@ def test_few_texts_give_a_smaller_vocabulary() -> None:
         ({"padding": True, "pad_to_multiple_of": 0}, "pad_to_multiple_of must be 1 or more, got 0"),
         (
             {"padding": True, "truncation": True, "max_length": 10, "pad_to_multiple_of": 8},
-            "max_length=10 is no multiple of pad_to_multiple_of=8",
+            "max_length=10 is not a multiple of pad_to_multiple_of=8",
         ),
         ({"truncation": "only_second", "max_length": 3}, "'only_second' needs text_pair"),
         (
             {"text_pair": "one " * 9, "truncation": "only_second", "max_length": 6},
-            "max_length=6 and truncation='only_second' leave 0 tokens for a text of 10.*remedy",
+            "max_length=6 and truncation='only_second' leave room for 0 tokens of .* 10.*remedy",
         ),
         (
             {"text_pair": "one " * 9, "truncation": True, "max_length": 6, "stride": 4},
-            "max_length=6 and truncation='longest_first' leave 3 .* more than stride=4; remedy",
+            "max_length=6 and truncation='longest_first' leave room for 3 .* than stride=4; remedy",
         ),
         ({"text_pair": ["one"]}, "both be strings or both be lists"),
         ({"text_pair": 5}, "text_pair must be a string or a list of strings, got 5"),
         ({"text": ["a", "b"], "text_pair": ["c"]}, "2 texts cannot pair with 1"),
         ({"text": None}, "text must be a string or a list of strings, got None"),
         ({"text": ["a", 7]}, "text 1 must be a string, got int"),
-        ({"text": "a\ud800b"}, "text 0 has half of a surrogate pair.* at character 1.*remedy"),
-        ({"text": ["a", "bc\udfff"]}, "text 1 has half of a surrogate pair.* at character 2"),
-        ({"text_pair": "\ud83d\ude00"}, "text 0 has half of a surrogate pair.* at character 0"),
+        ({"text": "a\ud800b"}, "text 0 has a lone surrogate.* at character 1.*remedy"),
+        ({"text": ["a", "bc\udfff"]}, "text 1 has a lone surrogate.* at character 2"),
+        ({"text_pair": "\ud83d\ude00"}, "text 0 has a lone surrogate.* at character 0"),
     ],
 )
 def test_a_wrong_call_is_an_error_with_its_value(
@@ -596,7 +596,7 @@ def test_missing_settings_are_errors_with_a_remedy(
     del vocabulary[END_OF_TEXT]
     with pytest.raises(ValueError, match=r"vocabulary of 50256 entries lacks '<|endoftext|>'"):
         GPTJTokenizer.from_vocabulary(vocabulary, merges)
-    with pytest.raises(ValueError, match="do not fit each other"):
+    with pytest.raises(ValueError, match="do not match"):
         GPTJTokenizer.from_vocabulary({"a": 0, END_OF_TEXT: 1}, [("a", "b")])
 
 
@@ -606,7 +606,7 @@ def test_missing_settings_are_errors_with_a_remedy(
         (["a"], 256, "vocab_size must be at least 257 .*, got 256"),
         ("a", 300, r"texts must be several strings, got one; remedy: \[text\]"),
         (["a", b"b"], 300, "text 1 must be a string, got bytes"),
-        (["a", "\udc80"], 300, "text 1 has half of a surrogate pair.* at character 0"),
+        (["a", "\udc80"], 300, "text 1 has a lone surrogate.* at character 0"),
     ],
 )
 def test_training_on_what_cannot_be_is_an_error(texts: Any, size: int, message: str) -> None:

@@ -15,7 +15,7 @@ from gptj.workers.errors import ClosedError, QueueFullError
 def test_a_queue_takes_all_or_none_and_gives_back_in_order() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3)
     queue.put(["a", "b"])
-    with pytest.raises(QueueFullError, match="2 requests wait already, and 2 more"):
+    with pytest.raises(QueueFullError, match="2 requests are already waiting, and 2 more"):
         queue.put(["c", "d"])
     queue.put(["c"])
     assert queue.peek(2) == ["a", "b"]

@@ -1,1 +1,1 @@
-"""LoRA adapters: small trained matrices beside the frozen weights of a model, in PEFT's format."""
+"""LoRA adapters: small trained matrices beside a model's frozen weights, in PEFT's format."""

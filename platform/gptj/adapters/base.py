@@ -1,6 +1,6 @@
-"""Which model an adapter belongs to: its address, and what is known of its content.
+"""An adapter's base model: its address and, if known, a digest of its content.
 
-In a folder of ours `base.json` says so; in one of PEFT's its configuration names an address.
+Our adapter folders record it in `base.json`; PEFT's configuration names an address.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Base:
 
     Attributes:
         address: a folder, an `s3://` address or a hub id.
-        revision: of a hub id.
-        digest: of its manifest (Manifest.digest); None if it has none, or it is not known.
+        revision: branch, tag or commit of a hub id.
+        digest: of its manifest (Manifest.digest); None if there is none, or it is unknown.
     """
 
     address: str
@@ -33,13 +33,13 @@ class Base:
 
     @classmethod
     def at(cls, address: str, revision: str | None = None) -> Base:
-        """The model that is now at an address. FileNotFoundError if there is none."""
+        """The model currently at an address. FileNotFoundError if there is none."""
         with ModelFolder.open(address, revision=revision, files=()) as folder:
             return cls(address, revision, digest_of(folder))
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Base:
-        """What an adapter's folder says. CheckpointError if it does not say it."""
+        """The base that an adapter's folder records. CheckpointError if it records none."""
         name = BASE if BASE in folder else ADAPTER_CONFIG
         address = storage.join(folder.address, name)
         fields = folder.read_object(name)
@@ -57,7 +57,7 @@ class Base:
 
     @staticmethod
     def named_in(folder: ModelFolder) -> bool:
-        """Whether an adapter's folder names a base; one of PEFT's need not."""
+        """Whether an adapter's folder names a base; PEFT's need not."""
         return BASE in folder or bool(
             folder.read_object(ADAPTER_CONFIG).get("base_model_name_or_path")
         )
@@ -66,17 +66,17 @@ class Base:
         return {"address": self.address, "revision": self.revision, "digest": self.digest}
 
     def check(self, adapter: str, found: Base) -> None:
-        """CheckpointError if the model that was found is another than the one trained on."""
+        """CheckpointError if `found` is not the model that the adapter was trained on."""
         if self.digest is not None and found.digest is None:
             logger.warning(
-                "%s has no manifest, so that only its shapes tell whether it is the base of %s",
+                "%s has no manifest, so only shapes can tell whether it is the base of %s",
                 found.address,
                 adapter,
             )
         elif self.digest not in (None, found.digest):
             raise CheckpointError(
-                f"{adapter} was trained on another model than {found.address}: on {self.address} "
-                f"with the manifest's digest {self.digest}, and this one's is {found.digest}"
+                f"{adapter} was not trained on {found.address}, but on {self.address} with the "
+                f"manifest digest {self.digest}; this one's is {found.digest}"
             )
 
 
@@ -92,10 +92,10 @@ def check_base(folder: ModelFolder) -> None:
 
 
 def check_plain(address: str, revision: str | None = None) -> None:
-    """ValueError if there is an adapter at the address, where a whole model is needed."""
+    """ValueError if the address holds an adapter rather than a whole model."""
     with ModelFolder.open(address, revision=revision, files=[ADAPTER_CONFIG]) as folder:
         if folder.is_adapter:
             raise ValueError(
-                f"{address} is an adapter, and a whole model is needed here; remedy: merge it into "
+                f"{address} is an adapter, but a whole model is needed here; remedy: merge it into "
                 f"its base first: jobs/merge_adapter.py"
             )

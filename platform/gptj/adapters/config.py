@@ -1,6 +1,6 @@
-"""A LoRA adapter's settings: ours, and PEFT's `adapter_config.json` in and out.
+"""A LoRA adapter's settings: ours, and conversion from and to PEFT's `adapter_config.json`.
 
-The method: Hu et al., "LoRA", 2021, https://arxiv.org/abs/2106.09685; the scaling of rsLoRA:
+Method: Hu et al., "LoRA", 2021, https://arxiv.org/abs/2106.09685; rsLoRA's scaling:
 Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 TARGET_MODULES = ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out")
 HEADS = ("lm_head", "score", "qa_outputs")
 
-# Fields of PEFT's configuration that we read, and those that change nothing in a trained adapter.
-# Any other that is set is refused: it would change what the adapter computes.
+# Fields of PEFT's configuration that we read, and those without effect on a trained adapter. Any
+# other field that is set is refused: it would change what the adapter computes.
 _READ = frozenset(
     {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
     | {"use_rslora", "init_lora_weights"}
@@ -27,9 +27,9 @@ _WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core"}
     | {"peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
 )
-# Initialisations that leave the base model's weights as they are.
+# Initialisations that do not change the base model's weights.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-# A layer of all blocks or, with a number, of one.
+# A module in all blocks or, with a number, in one.
 _PATH = re.compile(
     r"(?:(?:transformer\.)?h\.(?P<layer>\d{1,4})\.)?(?:(?:attn|mlp)\.)?(?P<name>\w+)"
 )
@@ -37,18 +37,18 @@ _PATH = re.compile(
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is trained beside the frozen weights, and how much of it is added.
+    """What is trained beside the frozen weights, and how it is scaled.
 
     Attributes:
         rank: columns of B and rows of A.
-        alpha: B A x is added alpha / rank times.
-        dropout: share of A's inputs that training sets to 0.
-        target_modules: a block's layers that get A and B.
-        rslora: alpha / sqrt(rank) times instead.
-        modules_to_save: heads that are trained as a whole, and stored with the adapter.
+        alpha: B A x is scaled by alpha / rank.
+        dropout: probability of zeroing an input of A during training.
+        target_modules: each block's linear layers that get A and B.
+        rslora: scale by alpha / sqrt(rank) instead.
+        modules_to_save: heads that are trained in full and stored with the adapter.
 
     Raises:
-        ValueError: naming the value and what it may be.
+        ValueError: naming the value and the valid ones.
     """
 
     rank: int = 8
@@ -64,9 +64,9 @@ class LoRAConfig:
         if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {self.alpha!r}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout!r}")
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if not self.target_modules:
-            raise ValueError(f"target_modules is empty; choose of {', '.join(TARGET_MODULES)}")
+            raise ValueError(f"target_modules is empty; choose from {', '.join(TARGET_MODULES)}")
         _check_names("target_modules", self.target_modules, TARGET_MODULES)
         _check_names("modules_to_save", self.modules_to_save, HEADS)
         for name, order in (("target_modules", TARGET_MODULES), ("modules_to_save", HEADS)):
@@ -79,10 +79,10 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> LoRAConfig:
-        """From PEFT's fields. ValueError for what is damaged, or would compute something else."""
+        """From PEFT's fields. ValueError if one is invalid, or would change what we compute."""
         if fields.get("peft_type") != "LORA":
             raise ValueError(
-                f"peft_type is {shown(fields.get('peft_type'))}, and only LORA is read"
+                f"peft_type is {shown(fields.get('peft_type'))}, but only LORA is supported"
             )
         for name, value in fields.items():
             if name not in _READ | _WITHOUT_EFFECT and not _is_unset(name, value):
@@ -104,7 +104,7 @@ class LoRAConfig:
         )
 
     def to_peft(self) -> dict[str, Any]:
-        """PEFT's fields of the same adapter; others have their defaults."""
+        """The same adapter as PEFT's fields; the others have their defaults."""
         whole = float(self.alpha).is_integer()
         return {
             "peft_type": "LORA",
@@ -128,7 +128,7 @@ def _is_number(value: Any) -> bool:
 def _check_names(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{field}: {shown(name)} is none of {', '.join(known)}")
+            raise ValueError(f"{field}: {shown(name)} is not one of {', '.join(known)}")
 
 
 def _is_unset(name: str, value: Any) -> bool:
@@ -138,15 +138,15 @@ def _is_unset(name: str, value: Any) -> bool:
 
 
 def _targets(value: Any) -> tuple[str, ...]:
-    """Names of a block's layers, by PEFT's list of ends of their paths."""
+    """Names of a block's layers, from PEFT's list of path suffixes."""
     if value == "all-linear":
         return TARGET_MODULES
     if isinstance(value, str):
         raise ValueError(
-            f"target_modules={shown(value)} is a pattern, which is not supported; remedy: a list "
-            f"of {', '.join(TARGET_MODULES)}"
+            f"target_modules={shown(value)} is a pattern, which is not supported; remedy: use a "
+            f"list of {', '.join(TARGET_MODULES)}"
         )
-    layers: dict[str, set[int]] = {}  # that are named one by one
+    layers: dict[str, set[int]] = {}  # blocks by module, where named one by one
     names = []
     for path in _strings("target_modules", value):
         match = _PATH.fullmatch(path)
@@ -162,7 +162,7 @@ def _targets(value: Any) -> tuple[str, ...]:
 def _saved(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    # "classifier" is PEFT's other guess at the name of a classifier's head.
+    # PEFT also guesses "classifier" as the name of a classification head.
     return tuple(name for name in _strings("modules_to_save", value) if name != "classifier")
 
 

@@ -1,7 +1,7 @@
-"""LoRA in a model: linear layers with frozen weights become frozen weights and two small matrices.
+"""LoRA in a model: two small trainable matrices beside each frozen linear layer.
 
-A linear layer keeps its parameters' names, so that checkpoints of the base model fit an adapted
-one; A and B are beside them, under PEFT's names (`…q_proj.lora_A.weight`).
+Linear layers keep their parameter names, so checkpoints of the base model load into an adapted one;
+A and B have PEFT's names (`…q_proj.lora_A.weight`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gptj.adapters.config import TARGET_MODULES, LoRAConfig
 if TYPE_CHECKING:
     from gptj.pretrained import GPTJPreTrainedModel
 
-# Heads that a base model usually lacks, and that are trained with an adapter; by the model's class.
+# Heads that a base model usually lacks and that are trained with an adapter, by model class.
 NEW_HEADS = {
     "GPTJForSequenceClassification": ("score",),
     "GPTJForQuestionAnswering": ("qa_outputs",),
@@ -25,14 +25,14 @@ NEW_HEADS = {
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + scaling * B A dropout(x), with W and b of the layer that it replaces.
+    """W x + b + scaling * B A dropout(x), with W and b of the layer it replaces.
 
-    A (rank, in) begins as nn.Linear's weights do (Kaiming-uniform with a = sqrt 5, as PEFT's), and
-    B (out, rank) with 0: a new adapter changes nothing.
+    A (rank, in) is initialised like nn.Linear's weight (Kaiming-uniform with a = sqrt 5, as in
+    PEFT) and B (out, rank) with zeros, so a new adapter changes nothing.
     """
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would make weights
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate weights
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
@@ -48,7 +48,7 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + added * self.scaling
 
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same; it has this one's weights, changed in place."""
+        """An equivalent plain layer, which takes over this one's weights, merged in place."""
         add_product(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
@@ -58,12 +58,12 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
-    """Freeze a model, and put A and B into its target modules; they and saved heads are trained.
+    """Freeze a model and add A and B to its target modules; only they and saved heads train.
 
-    ValueError if it has an adapter already, or lacks a head that is to be saved.
+    ValueError if it already has an adapter, or lacks a head in modules_to_save.
     """
     if model.adapter is not None:
-        raise ValueError("the model has an adapter already; remedy: merge it first (merge_lora)")
+        raise ValueError("the model already has an adapter; remedy: merge it first (merge_lora)")
     for head in config.modules_to_save:
         if not hasattr(model, head):
             raise ValueError(f"modules_to_save: a {type(model).__name__} has no {head}")
@@ -81,7 +81,7 @@ def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
 
 
 def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
-    """What an adapter consists of, by the model's names: A, B, and the heads that are saved."""
+    """The adapter's parameters by the model's names: A, B, and the saved heads."""
     heads = tuple(f"{head}." for head in model.adapter.modules_to_save) if model.adapter else ()
     return {
         name: parameter
@@ -91,9 +91,9 @@ def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def merge_lora(model: GPTJPreTrainedModel) -> None:
-    """Add the adapter to the weights, which it changes; afterwards the model is a plain one.
+    """Merge the adapter into the weights, in place; afterwards the model is a plain one.
 
-    Nothing happens to a model without one.
+    Does nothing to a model without an adapter.
     """
     if model.adapter is None:
         return
@@ -108,6 +108,6 @@ def merge_lora(model: GPTJPreTrainedModel) -> None:
 @torch.no_grad()
 def add_product(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> None:
     """W += scaling * B A, summed in fp32 and rounded once."""
-    wide = weight_OI.float()  # itself, if it is fp32
+    wide = weight_OI.float()  # no copy if already fp32
     wide.addmm_(b_OR.to(wide), a_RI.to(wide), alpha=scaling)
     weight_OI.copy_(wide)

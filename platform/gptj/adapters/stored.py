@@ -1,4 +1,4 @@
-"""An adapter's folder, read: put into a model of its base, or merged with it.
+"""Read an adapter's folder, and load it into its base model.
 
 PEFT's `adapter_config.json` and `adapter_model.safetensors`; folders of ours (gptj.saving) have
 `base.json`, the adapted model's `config.json`, the tokenizer and `training.json` too.
@@ -29,8 +29,8 @@ KINDS = (
     (ADAPTER_FILE, "adapter_model.safetensors.index.json"),
     ("adapter_model.bin", "adapter_model.bin.index.json"),
 )
-PREFIX = "base_model.model."  # of PEFT's names; ours follow it
-TASK_TYPES = {  # PEFT's, by our classes' names
+PREFIX = "base_model.model."  # of PEFT's names; the rest is ours
+TASK_TYPES = {  # PEFT's, by our class names
     "GPTJForCausalLM": "CAUSAL_LM",
     "GPTJForSequenceClassification": "SEQ_CLS",
     "GPTJForQuestionAnswering": "QUESTION_ANS",
@@ -44,12 +44,12 @@ HEAD_OF = {
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter that was read.
+    """An adapter read from its folder.
 
     Attributes:
-        task_type: PEFT's, if it is known.
-        tensors: by the model's names: A, B, and the heads that were trained.
-        known_base: None if PEFT's folder does not name it.
+        task_type: PEFT's, if known.
+        tensors: A, B and the trained heads, by the model's names.
+        known_base: None if a PEFT folder does not name it.
     """
 
     address: str
@@ -60,14 +60,14 @@ class StoredAdapter:
 
     @property
     def architecture(self) -> str | None:
-        """The name of the adapted model's class, if a head or PEFT's task says so."""
+        """The adapted model's class name, if a head or PEFT's task type reveals it."""
         for cls, head in HEAD_OF.items():
             if head in self.config.modules_to_save:
                 return cls
         return next((cls for cls, task in TASK_TYPES.items() if task == self.task_type), None)
 
     def adapted_fields(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """The adapted model's configuration: the base's, with as many labels as `score` has."""
+        """The adapted model's configuration: the base's, with `score`'s number of labels."""
         fields = dict(base)
         if self.architecture is not None:
             fields["architectures"] = [self.architecture]
@@ -79,11 +79,11 @@ class StoredAdapter:
 
 
 def read_adapter(folder: ModelFolder) -> StoredAdapter:
-    """Read an adapter's folder: its settings and its tensors, which may be views of its files.
+    """Read an adapter's settings and tensors, which may be views of its files.
 
     Raises:
         FileNotFoundError: if it is not an adapter folder.
-        CheckpointError: naming what is damaged, or what is not supported.
+        CheckpointError: naming what is damaged or not supported.
     """
     if not folder.is_adapter:
         raise storage.NotFoundError(
@@ -99,7 +99,8 @@ def read_adapter(folder: ModelFolder) -> StoredAdapter:
     for name, tensor in folder.read_weights(KINDS):
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{name} of {folder.address} has the dtype {tensor.dtype}, no weight's"
+                f"{name} of {folder.address} has the dtype {tensor.dtype}, which is not "
+                f"floating point"
             )
         tensors[name.removeprefix(PREFIX)] = tensor
     base = Base.of(folder) if Base.named_in(folder) else None
@@ -107,7 +108,7 @@ def read_adapter(folder: ModelFolder) -> StoredAdapter:
 
 
 def read_adapted_config(folder: ModelFolder, base: ModelFolder | None = None) -> dict[str, Any]:
-    """The fields of the adapted model's configuration: the folder's own, or by its base's.
+    """The adapted model's configuration fields: the folder's own, or derived from its base's.
 
     Raises what read_adapter does, and FileNotFoundError if there is no base.
     """
@@ -121,17 +122,17 @@ def read_adapted_config(folder: ModelFolder, base: ModelFolder | None = None) ->
 
 
 def put_adapter(model: GPTJPreTrainedModel, adapter: StoredAdapter) -> None:
-    """Put an adapter that was read into a model of its base, in the model's dtype.
+    """Load an adapter into a model of its base, in the model's dtype.
 
-    A head that the model does not have is left out.
+    Heads that the model does not have are skipped.
 
     Raises:
-        CheckpointError: naming what is missing, too much, or of another shape.
+        CheckpointError: naming what is missing, unexpected or of the wrong shape.
     """
     prefix = f"{model.base_model_prefix}."
     kept = tuple(name for name in adapter.config.modules_to_save if hasattr(model, name))
     lost = tuple(f"{name}." for name in HEADS if name not in kept)
-    with without_weights():  # nor random numbers for what is read
+    with without_weights():  # no random initialisation of what is loaded
         try:
             add_lora(model, replace(adapter.config, modules_to_save=kept))
         except ValueError as error:
@@ -144,12 +145,12 @@ def put_adapter(model: GPTJPreTrainedModel, adapter: StoredAdapter) -> None:
         parameter = parameters.pop(name, None)
         if parameter is None:
             raise CheckpointError(
-                f"{adapter.address} has weights that no such adapter of this model has: {stored}"
+                f"{adapter.address} has a weight that this model's adapter lacks: {stored}"
             )
         if parameter.shape != tensor.shape:
             raise CheckpointError(
-                f"{stored} of {adapter.address} has the shape {tuple(tensor.shape)}, and for this "
-                f"base model it should have {tuple(parameter.shape)}"
+                f"{stored} of {adapter.address} has the shape {tuple(tensor.shape)}, but this base "
+                f"model needs {tuple(parameter.shape)}"
             )
         with torch.no_grad():
             parameter.copy_(tensor)

@@ -1,1 +1,1 @@
-"""Model folders: written, verified, cached, read."""
+"""Write, verify, cache and read model folders."""

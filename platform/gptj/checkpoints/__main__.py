@@ -27,9 +27,7 @@ def main(given: Sequence[str] | None = None) -> None:
         manifest = verify(address)
     except (ValueError, storage.StorageError) as error:
         sys.exit(str(error))
-    print(
-        f"{address}: good: {len(manifest.files)} files, {manifest.size} bytes, as they were written"
-    )
+    print(f"{address}: good: {len(manifest.files)} files, {manifest.size} bytes match the manifest")
 
 
 if __name__ == "__main__":

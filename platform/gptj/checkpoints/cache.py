@@ -1,20 +1,19 @@
-"""Checkpoints of S3 on a disk of this node: an address and its manifest in, a local folder out.
+"""A node-local disk cache of S3 checkpoints: an address and its manifest in, a local folder out.
 
 Off unless its folder and its size are set:
 
     GPTJ_CACHE_FOLDER=/var/cache/gptj  GPTJ_CACHE_GB=60
 
-A folder has one entry a checkpoint, named by what its manifest says, so that a checkpoint which
-is replaced in S3 gets a new one:
+The folder has one entry per checkpoint, keyed by its manifest's content, so that a checkpoint
+replaced in S3 gets a new entry:
 
     KEY/            the files; manifest.json last, without which the entry is incomplete
     KEY.lock        shared while the entry is used, held alone while it is fetched or deleted;
                     its content is the entry's size in bytes, its time the last use
     lock            held while it is decided what to delete
 
-The entries that were not used for the longest time go first, and none that is in use. All of it
-holds for several processes, and for processes that are killed: what they leave is counted, and
-fetched again or deleted.
+The least recently used entries are evicted first, never one in use. Several processes may share the
+cache, and may be killed: what they leave is counted, and fetched again or deleted.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lease:
-    """An entry's folder, which stays until `close` or the end of the process."""
+    """Keeps an entry's folder until `close` or the end of the process."""
 
     folder: str
     _lock: FileLock
@@ -55,8 +54,8 @@ class Lease:
         self._lock.close()
 
     def share_with(self, user: object) -> None:
-        """Keep the folder for as long as `user` lives, whenever this lease is closed."""
-        # A second descriptor of the same lock, which is let go of with the last of them.
+        """Keep the folder until `user` is garbage-collected, even if this lease is closed."""
+        # A duplicate descriptor: flock releases the lock with the last one.
         weakref.finalize(user, os.close, os.dup(self._lock.descriptor))
 
 
@@ -67,13 +66,13 @@ class CheckpointCache:
 
     @classmethod
     def from_environment(cls) -> CheckpointCache | None:
-        """None if it is off. ValueError for a folder without a size, or that is none, or a size."""
+        """None if it is off. ValueError if only one variable is set, or one is invalid."""
         folder, size = os.environ.get(FOLDER_VARIABLE), os.environ.get(SIZE_VARIABLE)
         if not folder and not size:
             return None
         if not folder or not size:
             raise ValueError(
-                f"the cache of checkpoints needs both {FOLDER_VARIABLE} and {SIZE_VARIABLE}, got "
+                f"the checkpoint cache needs both {FOLDER_VARIABLE} and {SIZE_VARIABLE}, got "
                 f"{folder!r} and {size!r}"
             )
         try:
@@ -85,22 +84,22 @@ class CheckpointCache:
         return cls(local_path(folder), limit)
 
     def lease(self, address: str, manifest: Manifest, *, verify: bool = True) -> Lease | None:
-        """A folder with the checkpoint's files, fetched first if they are not there.
+        """A folder with the checkpoint's files, fetched first if necessary.
 
-        They are compared with the manifest: as they come, or, if they were there, by reading
-        them; those that are not as they should be are fetched again. None, and the log says why,
-        if there is no room for them: then they have to be read from S3.
+        Files are checked against the manifest, as they arrive or, if already cached, by reading
+        them; mismatches are fetched again. Returns None, and logs why, if there is no room: then
+        the caller reads from S3.
 
         Args:
-            verify: read what was there; or else look at the sizes only.
+            verify: check the hashes of cached files; if False, only their sizes.
 
         Raises:
-            CheckpointError: if what S3 has does not fit the manifest.
-            storage.StorageError: if S3 cannot be read, or the cache's folder cannot be made.
+            CheckpointError: if the files on S3 do not match the manifest.
+            storage.StorageError: if S3 cannot be read, or the cache's folder cannot be created.
         """
         if manifest.size > self.limit:
             logger.warning(
-                "%s has %d bytes, more than the cache's %d: it is not kept",
+                "%s has %d bytes, more than the cache's %d: not caching it",
                 address,
                 manifest.size,
                 self.limit,
@@ -121,9 +120,9 @@ class CheckpointCache:
         return None
 
     def _have(self, address: str, entry: Manifest, lock: FileLock, verify: bool) -> bool:
-        """Make the entry complete and good, and hold its lock shared; False if it cannot be."""
+        """Make the entry complete and valid, and hold its lock shared; False if impossible."""
         while True:
-            lock.share()  # waits for one who is fetching it
+            lock.share()  # waits for a process that is fetching it
             damaged = False
             if _stamp(entry) is not None:
                 try:
@@ -135,24 +134,24 @@ class CheckpointCache:
                     logger.warning("fetching %s again: %s", address, error)
                     damaged = True
             if not lock.try_take():
-                if damaged:  # those who have it mapped may keep it for days
-                    logger.warning("the damaged copy of %s is in use: reading S3", address)
+                if damaged:  # processes that map it may keep it for days
+                    logger.warning("the damaged copy of %s is in use: reading from S3", address)
                     return False
-                continue  # somebody else is about to fetch it
+                continue  # another process is about to fetch it
             if _stamp(entry) is not None and not damaged:
                 continue  # somebody has, meanwhile
             if not self._make_room(entry.size, lock):
-                logger.warning("no room for %s: all that is kept is in use", address)
+                logger.warning("no room for %s: everything in the cache is in use", address)
                 return False
             if not self._fetch(address, entry, lock):
                 return False
             fetched = _stamp(entry)
             lock.share()
-            if _stamp(entry) == fetched:  # it was for an instant nobody's, and could be deleted
+            if _stamp(entry) == fetched:  # it was briefly unlocked, and could have been deleted
                 return True
 
     def _make_room(self, size: int, own: FileLock) -> bool:
-        """Delete what was not used for the longest time, and reserve; False if it is all in use."""
+        """Evict least recently used entries and reserve `size`; False if all are in use."""
         with FileLock(self.folder / "lock") as deciding:
             deciding.take()
             shutil.rmtree(own.path.with_suffix(""), ignore_errors=True)
@@ -171,7 +170,7 @@ class CheckpointCache:
             return True
 
     def _fetch(self, address: str, entry: Manifest, lock: FileLock) -> bool:
-        """Copy the files, each compared as it comes; False if the disk cannot hold them."""
+        """Copy the files, checking each as it arrives; False if the disk is full."""
 
         def fetch_one(name: str) -> None:
             path = Path(entry.folder, name)
@@ -189,7 +188,7 @@ class CheckpointCache:
             raise
         except OSError as error:
             _delete(lock)
-            logger.warning("%s cannot be kept in %s: %s", address, self.folder, error)
+            logger.warning("cannot cache %s in %s: %s", address, self.folder, error)
             return False
         return True
 
@@ -199,7 +198,7 @@ def _key(manifest: Manifest) -> str:
 
 
 def _stamp(entry: Manifest) -> tuple[int, int] | None:
-    """What tells one complete copy from another; None if the entry is not complete."""
+    """Identifies one complete copy of an entry; None if the entry is incomplete."""
     try:
         status = Path(entry.folder, MANIFEST).stat()
     except FileNotFoundError:
@@ -208,12 +207,12 @@ def _stamp(entry: Manifest) -> tuple[int, int] | None:
 
 
 def _staleness(lock: Path) -> tuple[bool, int]:
-    """Sorts what a killed process has left before all others, and those by their last use."""
+    """Sort key: leftovers of killed processes first, then by last use."""
     return (lock.with_suffix("") / MANIFEST).exists(), lock.stat().st_mtime_ns
 
 
 def _reserved(lock: Path) -> int:
-    """Bytes that an entry may take."""
+    """Bytes reserved for an entry."""
     text = lock.read_text()
     return int(text) if text.isdecimal() else 0
 
@@ -225,13 +224,13 @@ def _reserve(lock: FileLock, size: int) -> None:
 
 
 def _delete(lock: FileLock) -> None:
-    """Delete an entry that its lock's holder has alone."""
+    """Delete an entry; the caller holds its lock exclusively."""
     shutil.rmtree(lock.path.with_suffix(""), ignore_errors=True)
     _reserve(lock, 0)
 
 
 def _copy(address: str, path: Path, size: int) -> FileRecord:
-    """Write an object of S3 to a local file; its size and SHA-256."""
+    """Write an S3 object to a local file; returns its size and SHA-256."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(PARTS_AHEAD) as fetchers, path.open("wb") as file:
         for part in stream(address, 0, new_parts(size), fetchers, PARTS_AHEAD):

@@ -1,4 +1,4 @@
-"""A model folder, opened once: its manifest, small files and weights, from wherever they are.
+"""A model folder, opened once: its manifest, small files and weights, wherever they are stored.
 
 `config.json`, `model.safetensors` or shards with an index, the tokenizer's files, `training.json`
 and, written last, `manifest.json` (see gptj.checkpoints.manifest). Folders from Hugging Face have
@@ -26,7 +26,7 @@ from gptj.storage.addresses import normalized
 
 CONFIG = "config.json"
 TRAINING = "training.json"
-# Of an adapter (gptj.adapters): PEFT's settings, and what it belongs to.
+# An adapter's files (gptj.adapters): PEFT's settings, and its base model.
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, BASE, "adapter_model*")
@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
 )
 
-# What is downloaded of a hub id: small files; weights as safetensors or, for want of them, pickles.
+# What is downloaded for a hub id: small files; weights as safetensors or, failing that, pickles.
 SMALL_FILES = (CONFIG, TRAINING, MANIFEST, *TOKENIZER_FILES, *ADAPTER_FILES)
 WEIGHTS = (
     ("*.json", "merges.txt", CHAT_TEMPLATE, "*.safetensors"),
@@ -57,8 +57,8 @@ class ModelFolder:
             tokenizer = GPTJTokenizer.from_folder(folder)
             model = GPTJForCausalLM.from_folder(folder)
 
-    Files that the manifest names are compared with it as they are read. A model whose memory is
-    the files' own outlives the block: see `lease_for`.
+    Files that the manifest names are checked against it as they are read. A model that maps the
+    files may outlive the block: see `lease_for`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ModelFolder:
         from_hub: bool = False,
         verify: bool = True,
     ) -> None:
-        self.address = address  # local or s3://; of a hub id, where its files are
+        self.address = address  # local or s3://; for a hub id, its download folder
         self.manifest = manifest
         self._lease = lease
         self._from_hub = from_hub
@@ -87,19 +87,19 @@ class ModelFolder:
         verify: bool = True,
         hub: Mapping[str, Any] | None = None,
     ) -> ModelFolder:
-        """Find the folder and read its manifest.
+        """Locate the folder and read its manifest.
 
         Args:
             revision: a branch, tag or commit of a hub id.
-            weights: whether the weights will be read: then they are downloaded from the hub, or
-                fetched to this node's cache of S3, if it has one.
-            files: patterns of what to download from the hub otherwise.
-            hub: huggingface_hub's arguments, such as `token`, for a hub id.
-            verify: compare the weights' SHA-256 with the manifest. Small files always are.
+            weights: whether the weights will be read; if so, they are downloaded from the hub, or
+                fetched into this node's S3 cache, if it has one.
+            files: patterns of the other files to download from the hub.
+            hub: huggingface_hub's arguments for a hub id, such as `token`.
+            verify: check the weights' SHA-256 against the manifest. Small files are always checked.
 
         Raises:
             FileNotFoundError: if there is nothing at the address.
-            CheckpointError: if the manifest is damaged, or what it names is missing or cut off.
+            CheckpointError: if the manifest is damaged, or a file it names is missing or truncated.
         """
         address = normalized(address)
         choices = WEIGHTS if weights else [(*files, MANIFEST)]
@@ -113,7 +113,7 @@ class ModelFolder:
             cache = CheckpointCache.from_environment()
             lease = None if cache is None else cache.lease(folder, manifest, verify=verify)
             return cls(folder, manifest, lease=lease, verify=verify)
-        if not from_hub:  # of a hub id only what is needed is here
+        if not from_hub:  # a hub download has only the files that were needed
             manifest.check_sizes()
         return cls(folder, manifest, from_hub=from_hub, verify=verify)
 
@@ -124,28 +124,28 @@ class ModelFolder:
         self.close()
 
     def close(self) -> None:
-        """Give up the copy in the node's cache, unless a model uses it."""
+        """Release the copy in the node's cache, unless a model uses it."""
         if self._lease is not None:
             self._lease.close()
 
     def lease_for(self, user: object) -> None:
-        """Keep the files for as long as `user` lives, whose memory they are."""
+        """Keep the files until `user`, which maps them, is garbage-collected."""
         if self._lease is not None:
             self._lease.share_with(user)
 
     def __contains__(self, name: str) -> bool:
-        """Whether the folder has a file, by its manifest or else by its listing."""
+        """Whether the folder has a file, by its manifest or, without one, its listing."""
         return (self.manifest is not None and name in self.manifest.files) or name in self._listed
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it holds an adapter, and not a model."""
+        """Whether it holds an adapter rather than a model."""
         return ADAPTER_CONFIG in (self._listed if self.manifest is None else self.manifest.files)
 
     def read(self, name: str) -> bytes:
-        """A small file. CheckpointError if it is not what the manifest says.
+        """A small file's content. CheckpointError if it does not match the manifest.
 
-        A file that the manifest does not name is refused: it was added later.
+        A file that the manifest does not name was added later, and is refused.
         """
         if self.manifest is None:
             return read_small(storage.join(self.address, name))
@@ -153,17 +153,17 @@ class ModelFolder:
         return read_verified(self._copy, name, Manifest(self._copy, self.manifest.files))
 
     def read_tokenizer(self) -> dict[str, bytes]:
-        """The tokenizer's files that there are.
+        """The tokenizer's files that exist, by name.
 
-        A tokenizer may be saved beside a finished model, as Hugging Face's users do: its files
-        need not be in the manifest.
+        They need not be in the manifest: Hugging Face users often save a tokenizer into a finished
+        model's folder.
         """
         recorded = {} if self.manifest is None else self.manifest.files
         if "tokenizer.json" not in recorded and "vocab.json" not in recorded:
             names = [name for name in TOKENIZER_FILES if name in self._listed or name in recorded]
         else:
             names = [name for name in TOKENIZER_FILES if name in recorded]
-        if "tokenizer.json" in names:  # which has them all
+        if "tokenizer.json" in names:  # contains everything
             names = [n for n in names if n not in ("vocab.json", "merges.txt", "added_tokens.json")]
         return {
             name: self.read(name)
@@ -173,7 +173,7 @@ class ModelFolder:
         }
 
     def read_object(self, name: str) -> dict[str, Any]:
-        """A small file's JSON object."""
+        """A small file, parsed as a JSON object."""
         return parse_object(self.read(name), storage.join(self.address, name))
 
     def read_config(self) -> dict[str, Any]:
@@ -183,14 +183,13 @@ class ModelFolder:
                 raise storage.NotFoundError(f"{self.address} has no {CONFIG}")
             return self.read_object(CONFIG)
         except storage.NotFoundError as error:
-            storage.list_files(self.address)  # raises, if it is the bucket that is missing
+            storage.list_files(self.address)  # raises if the bucket is missing
             raise storage.NotFoundError(
-                f"{self.address} is not a model folder: it has no {CONFIG} (or its writing was "
-                f"cut short)"
+                f"{self.address} is not a model folder: it has no {CONFIG} (or was never finished)"
             ) from error
 
     def read_training_data(self) -> dict[str, Any]:
-        """How the training read its data, by `training.json`; empty if that does not say."""
+        """How training read its data, from `training.json`; empty if unknown."""
         if TRAINING not in self:
             return {}
         return training_data(self.read(TRAINING), storage.join(self.address, TRAINING))
@@ -202,17 +201,17 @@ class ModelFolder:
         if self.manifest is None:
             return read_weights(self.address, None, kinds=kinds)
         manifest = Manifest(self._copy, self.manifest.files)
-        # The cache has compared its copy already.
+        # The cache has already checked its copy.
         verify = self.verify and self._lease is None
-        # The manifest has the names that a listing of S3 would cost a request for.
+        # The manifest has the names: saves listing S3.
         names = manifest.files if storage.is_s3(self._copy) else None
         return read_weights(self._copy, manifest, names=names, verify=verify, kinds=kinds)
 
     def check_complete(self) -> None:
-        """Check that all files are there in their full size, without reading the weights.
+        """Check that all files exist at their full size, without reading the weights.
 
-        Of an adapter its own alone (see gptj.adapters.base.check_base); of a folder without a
-        manifest only the names are known, of a hub id nothing.
+        For an adapter, only its own files (see gptj.adapters.base.check_base). Without a manifest
+        only names can be checked, and for a hub id nothing.
 
         Raises:
             CheckpointError: if a file is missing or cut off.
@@ -227,17 +226,17 @@ class ModelFolder:
 
     @property
     def _copy(self) -> str:
-        """Where the files of the manifest are read."""
+        """Where the manifest's files are read from."""
         return self.address if self._lease is None else self._lease.folder
 
     @cached_property
     def _listed(self) -> dict[str, int]:
-        """Names and sizes."""
+        """Sizes by name."""
         return {file.name: file.size for file in storage.list_files(self.address)}
 
 
 def training_data(content: bytes, address: str) -> dict[str, Any]:
-    """How a training read its data, by its `training.json`; empty if that does not say.
+    """How training read its data, from a `training.json`; empty if unknown.
 
     Raises CheckpointError if the file is damaged.
     """
@@ -255,7 +254,7 @@ def _locate(
     choices: Sequence[Sequence[str]],
     hub: Mapping[str, Any],
 ) -> str:
-    """The folder, with the first of several kinds of files that a hub id has."""
+    """Locate a folder; for a hub id, download the first of `choices` that it has."""
     for patterns in choices:
         folder = locate(address, revision=revision, patterns=patterns, **hub)
         if folder == address or len(choices) == 1:

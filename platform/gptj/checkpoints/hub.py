@@ -1,6 +1,6 @@
-"""Where a model is: a folder, `s3://` or a hub id in, a folder that storage can read out.
+"""Locate a model: a folder, `s3://` address or hub id in, a folder that storage can read out.
 
-And back: a local folder to the hub.
+And the reverse: upload a local folder to the hub.
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ def locate(
 ) -> str:
     """The folder or `s3://` address where the files of a model or tokenizer can be read.
 
-    Folders and `s3://` addresses come back as gptj.storage.addresses spells them.
+    Folders and `s3://` addresses are returned in canonical form (gptj.storage.addresses).
 
     A hub id such as `EleutherAI/gpt-j-6B` is downloaded to the hub's cache first (only files
     that match `patterns`).
 
     Args:
-        revision: a branch, tag or commit of a hub id; folders and S3 have none.
-        options: of huggingface_hub's snapshot_download, such as `token`.
+        revision: a branch, tag or commit of a hub id; not for folders or S3.
+        options: for huggingface_hub's snapshot_download, such as `token`.
 
     Raises:
-        FileNotFoundError: if it is none of the three, or the hub does not have it.
-        ValueError: for a revision of something that has none; AddressError for what can be no
-            address.
+        FileNotFoundError: if it is none of the three, or not on the hub.
+        ValueError: for a revision of anything but a hub id; AddressError for an invalid address.
     """
     address = normalized(address)
     if is_s3(address) or Path(address).is_dir():
@@ -57,29 +56,29 @@ def locate(
         return address
     if HUB_ID.fullmatch(address) is None:
         raise FileNotFoundError(
-            f"{address!r} is no existing folder, no s3:// address and no hub id (owner/name)"
+            f"{address!r} is not an existing folder, an s3:// address or a hub id (owner/name)"
         )
     try:
         return str(
             snapshot_download(address, revision=revision, allow_patterns=list(patterns), **options)
         )
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"the hub's {address!r} has no revision {revision!r}") from error
+        raise FileNotFoundError(f"{address!r} on the hub has no revision {revision!r}") from error
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"the hub's {address!r} is only for accounts that have accepted its terms; remedy: "
-            f"accept them on its page and set HF_TOKEN"
+            f"{address!r} on the hub is gated; remedy: accept its terms on its page, and set "
+            f"HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{address!r} is no existing folder and no s3:// address, and the hub has no model of "
-            f"that name that this account may read; remedy: correct it, or set HF_TOKEN for a "
+            f"{address!r} is not an existing folder or an s3:// address, and the hub has no model "
+            f"of that name that this account may read; remedy: correct it, or set HF_TOKEN for a "
             f"private one"
         ) from error
     except (EntryNotFoundError, FileMetadataError, HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{address!r} is no existing folder and no s3:// address, and as a hub id it could "
-            f"not be downloaded: {error}"
+            f"{address!r} is not an existing folder or an s3:// address, and could not be "
+            f"downloaded as a hub id: {error}"
         ) from error
 
 
@@ -92,9 +91,9 @@ def upload(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """Commit a local folder's files to a repository of the hub; returns the commit's address.
+    """Commit a local folder's files to a hub repository; returns the commit's URL.
 
-    The repository and the branch are made if they are not there.
+    Creates the repository and the branch if they do not exist.
     """
     hub = HfApi(token=token)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -1,8 +1,8 @@
-"""What a finished folder holds: every file's size and SHA-256, in `manifest.json`, written last.
+"""`manifest.json`: every file's size and SHA-256, written last into a finished folder.
 
-A folder whose writing was cut short has no manifest; one whose files were cut off or altered
-afterwards does not match it. Both are refused by name. Model folders and training checkpoints use
-the same file.
+An unfinished folder has no manifest; a folder whose files were truncated or altered later does not
+match it. Both are refused, with an error that names the file. Model folders and training
+checkpoints use the same format.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 
 MANIFEST = "manifest.json"
-LIMIT_BYTES = 64 * 2**20  # of a small file; GPT-J's largest, tokenizer.json, has 3 MB
+LIMIT_BYTES = 64 * 2**20  # largest small file; GPT-J's tokenizer.json has 3 MB
 _FORMAT = 1
-_CHUNK_BYTES = 2**20  # hashed at a time, while it is in the processor's cache
-_AHEAD_BYTES = 32 * 2**20  # that the disk reads meanwhile
-_PARTS_AHEAD = 4  # of each file of S3
+_CHUNK_BYTES = 2**20  # hashed at a time: fits in the CPU's cache
+_AHEAD_BYTES = 32 * 2**20  # read ahead from disk while hashing
+_PARTS_AHEAD = 4  # of each S3 file
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class FileRecord:
 
     @classmethod
     def parse(cls, fields: Any) -> FileRecord:
-        """From JSON. ValueError if it can be no file's."""
+        """From JSON. ValueError if it is not a valid record."""
         if not isinstance(fields, dict) or set(fields) != {"size", "sha256"}:
-            raise ValueError(f"{shown(fields)} is no size and sha256")
+            raise ValueError(f"{shown(fields)} is not a size and sha256")
         size, digest = fields["size"], fields["sha256"]
         if type(size) is not int or size < 0:
-            raise ValueError(f"no file has the size {shown(size)}")
+            raise ValueError(f"{shown(size)} is not a valid size")
         if not isinstance(digest, str) or re.fullmatch("[0-9a-f]{64}", digest) is None:
-            raise ValueError(f"{shown(digest)} is no SHA-256")
+            raise ValueError(f"{shown(digest)} is not a SHA-256")
         return cls(size, digest)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a folder, by their names relative to it."""
+    """A folder's files, by their relative names."""
 
     folder: str
     files: Mapping[str, FileRecord]
@@ -70,7 +70,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, content: bytes, folder: str, name: str = MANIFEST) -> Manifest:
-        """The manifest of a folder from its file's bytes. CheckpointError if it is damaged."""
+        """A folder's manifest from the file's bytes. CheckpointError if it is damaged."""
         address = storage.join(folder, name)
         fields = parse_object(content, address)
         if fields.get("format") != _FORMAT:
@@ -78,11 +78,13 @@ class Manifest:
                 f"{address} has format {shown(fields.get('format'))}; this version reads {_FORMAT}"
             )
         if not isinstance(fields.get("files"), dict):
-            raise CheckpointError(f"{address} is damaged: it names no files")
+            raise CheckpointError(f"{address} is damaged: it has no list of files")
         files = {}
         for file, record in fields["files"].items():
-            if not _is_within(file):  # a copy of the folder would write elsewhere
-                raise CheckpointError(f"{address} is damaged: {shown(file)} is no file of a folder")
+            if not _is_within(file):  # copying the folder would write outside it
+                raise CheckpointError(
+                    f"{address} is damaged: {shown(file)} is not inside the folder"
+                )
             try:
                 files[file] = FileRecord.parse(record)
             except ValueError as error:
@@ -96,12 +98,12 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all files' names, sizes and hashes: that of each copy of the folder too."""
+        """SHA-256 of all files' names, sizes and hashes; equal for all copies of a folder."""
         lines = [f"{name}\0{r.size}\0{r.sha256}\n" for name, r in sorted(self.files.items())]
         return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()
 
     def write(self, name: str = MANIFEST) -> None:
-        """Finish the folder. AlreadyExistsError if another writer has."""
+        """Finish the folder. AlreadyExistsError if another writer already has."""
         fields = {
             "format": _FORMAT,
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
@@ -110,14 +112,14 @@ class Manifest:
         storage.write_bytes(storage.join(self.folder, name), content, if_absent=True)
 
     def check_files(self, names: Iterable[str]) -> None:
-        """Read these files, some at a time, and compare them. CheckpointError names the first bad.
+        """Read these files and check their hashes. CheckpointError names the first bad one.
 
-        Hashing takes a core for each 1.5 GB/s; files are hashed side by side.
+        Hashing takes one core per 1.5 GB/s; files are hashed in parallel.
         """
         storage.for_each(self._check_file, names, self._files_at_once)
 
     def problems(self) -> list[str]:
-        """What is wrong with the folder, a line a file, all files read; empty if it is good."""
+        """Read all files; returns one line per problem, none if the folder is good."""
         found = {file.name: file.size for file in storage.list_files(self.folder)}
         lines: dict[str, str] = {}
 
@@ -134,10 +136,10 @@ class Manifest:
         return [lines[name] for name in sorted(lines)]
 
     def check_sizes(self, found: Mapping[str, int] | None = None) -> None:
-        """CheckpointError for files that are missing or cut off; nothing is read.
+        """CheckpointError for files that are missing or truncated; reads nothing.
 
         Args:
-            found: the names and sizes that there are; None: list the folder.
+            found: actual sizes by name; None: list the folder.
         """
         if found is None:
             found = {file.name: file.size for file in storage.list_files(self.folder)}
@@ -147,19 +149,19 @@ class Manifest:
             self.check_size(name, found[name])
 
     def check_size(self, name: str, size: int) -> None:
-        """CheckpointError if a file does not have the size that was written."""
+        """CheckpointError if a file's size differs from the manifest's."""
         expected = self.record(name).size
         if size != expected:
             raise CheckpointError(
                 f"{storage.join(self.folder, name)} has {size} bytes and should have "
-                f"{expected}: it is " + ("cut off" if size < expected else "altered")
+                f"{expected}: it is " + ("truncated" if size < expected else "altered")
             )
 
     def missing(self, name: str) -> CheckpointError:
         return CheckpointError(f"{self.folder} is incomplete: {name} is missing")
 
     def check_content(self, name: str, size: int, sha256: str) -> None:
-        """CheckpointError if a file's size or hash is not what was written."""
+        """CheckpointError if a file's size or hash differs from the manifest's."""
         self.check_size(name, size)
         expected = self.record(name).sha256
         if sha256 != expected:
@@ -178,7 +180,7 @@ class Manifest:
 
     @property
     def _files_at_once(self) -> int:
-        """From S3 parts of each are in memory."""
+        """Files to hash in parallel; fewer from S3, whose parts are held in memory."""
         return 4 if storage.is_s3(self.folder) else storage.PARALLEL
 
     def _check_file(self, name: str) -> None:
@@ -187,20 +189,19 @@ class Manifest:
 
 
 def verify(folder: str) -> Manifest:
-    """Read every file of a finished folder and compare it with the manifest.
+    """Read every file of a finished folder and check it against the manifest.
 
     Raises:
-        CheckpointError: with a line for each file that is missing, cut off, altered, or not in
-            the manifest; or if there is no manifest: then the folder was never finished, or is
-            not one of ours.
+        CheckpointError: with a line for each file that is missing, truncated, altered or not in
+            the manifest; or if there is no manifest, because the folder was never finished or is
+            not ours.
     """
     manifest = Manifest.read(folder)
     if manifest is None:
-        if not storage.list_files(folder):  # which raises, if it is the bucket that is missing
-            raise CheckpointError(f"{folder} has no {MANIFEST}, nor any other file")
+        if not storage.list_files(folder):  # raises if the bucket is missing
+            raise CheckpointError(f"{folder} has no {MANIFEST} and no other files")
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}: either its writing was cut short, or this platform did "
-            f"not write it"
+            f"{folder} has no {MANIFEST}: it was never finished, or not written by this platform"
         )
     if problems := manifest.problems():
         raise CheckpointError("\n".join(problems))
@@ -208,17 +209,17 @@ def verify(folder: str) -> Manifest:
 
 
 def read_small(address: str) -> bytes:
-    """A whole file, by one request. CheckpointError if it has more than LIMIT_BYTES."""
+    """A whole file, in one request. CheckpointError if it has more than LIMIT_BYTES."""
     content, size = storage.read_start(address, LIMIT_BYTES)
     if size > LIMIT_BYTES:
         raise CheckpointError(
-            f"{address} has {size} bytes; such a file has at most {LIMIT_BYTES}: it is damaged"
+            f"{address} is damaged: it has {size} bytes, more than the limit of {LIMIT_BYTES}"
         )
     return content
 
 
 def read_verified(folder: str, name: str, manifest: Manifest | None) -> bytes:
-    """A small file's content, compared with the manifest where there is one."""
+    """A small file's content, checked against the manifest if there is one."""
     try:
         content = read_small(storage.join(folder, name))
     except storage.NotFoundError as error:
@@ -231,11 +232,11 @@ def read_verified(folder: str, name: str, manifest: Manifest | None) -> bytes:
 
 
 class FolderWriter:
-    """Writes the files of a new folder, and its manifest at the end.
+    """Writes the files of a new folder, then its manifest.
 
-    `with FolderWriter(address) as writer: …` finishes the folder when the block ends well; after
-    an error there is no manifest, and so no checkpoint. AlreadyExistsError, before any file
-    appears, if the folder has a manifest: finished folders never change.
+    `with FolderWriter(address) as writer: …` finishes the folder when the block succeeds; after an
+    error there is no manifest, and so no checkpoint. Raises AlreadyExistsError, before writing any
+    file, if the folder has a manifest: finished folders never change.
 
     Args:
         fence: called before each file appears; raises if this process may not write any more.
@@ -253,11 +254,11 @@ class FolderWriter:
         return self
 
     def _check(self) -> None:
-        """A writer that stalled may find that another one has finished the folder meanwhile."""
+        """Raise if another writer finished the folder, perhaps while this one stalled."""
         self._fence()
         if storage.exists(storage.join(self.folder, MANIFEST)):
             raise storage.AlreadyExistsError(
-                f"{self.folder} holds a finished checkpoint already, which is never changed; "
+                f"{self.folder} already holds a finished checkpoint, which is never changed; "
                 f"write to another address, or delete it first"
             )
 
@@ -273,7 +274,7 @@ class FolderWriter:
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[HashingFile]:
-        """A file of `size` bytes, to write from front to back; it is hashed on the way."""
+        """A file of `size` bytes to write sequentially; hashed as it is written."""
         with storage.open_write(storage.join(self.folder, name), expected_size=size) as file:
             hashing = HashingFile(file)
             yield hashing
@@ -295,12 +296,12 @@ class HashingFile:
 
 
 def describe(folder: str, names: Iterable[str]) -> Manifest:
-    """The manifest of files that other programs have written into a local folder."""
+    """A manifest for files that other programs wrote into a local folder."""
     return Manifest(folder, {name: hash_file(storage.join(folder, name)) for name in names})
 
 
 def hash_file(address: str) -> FileRecord:
-    """A file's size and SHA-256: from a disk, or from S3 as it comes; memory holds a few parts."""
+    """A file's size and SHA-256; an S3 object is streamed, with a few parts in memory."""
     digest, size = hashlib.sha256(), 0
     if storage.is_s3(address):
         size = storage.size(address)
@@ -319,13 +320,13 @@ def hash_file(address: str) -> FileRecord:
 
 
 def _read_ahead(descriptor: int, position: int) -> None:
-    """Have the disk read while the processor hashes; a hint, which not every system takes."""
+    """Hint the kernel to read ahead while the CPU hashes; not all systems support it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, position + _AHEAD_BYTES, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _is_within(name: str) -> bool:
-    """Whether a relative name stays in its folder."""
+    """Whether a relative name stays inside its folder."""
     return (
         name == posixpath.normpath(name)
         and not name.startswith(("/", ".."))

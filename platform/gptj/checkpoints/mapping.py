@@ -1,8 +1,8 @@
-"""A stretch of a local file in memory: nothing is read until it is used, and each stretch goes on
-its own when nobody uses it any more.
+"""Memory-map a range of a local file: pages are read on first use, and each range is unmapped
+separately once unused.
 
-Processes that map the same file share its pages. Python's mmap would keep a file open for each
-mapping, and a model has hundreds.
+Processes that map the same file share its pages. Python's mmap would keep one file descriptor
+open per mapping, and a model has hundreds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 
 def map_stretch(descriptor: int, start: int, size: int) -> Any:
-    """`size` bytes of an open file from byte `start` on, as a writable buffer.
+    """`size` bytes of an open file, starting at byte `start`, as a writable buffer.
 
-    What is written to it is private, and never reaches the file. OSError if it cannot be mapped.
+    Writes are private and never reach the file. OSError if it cannot be mapped.
     """
     if size == 0:
         return bytearray()
@@ -36,7 +36,7 @@ def map_stretch(descriptor: int, start: int, size: int) -> Any:
         raise OSError(number, os.strerror(number))
     buffer = (ctypes.c_char * size).from_address(address + before)
     finalizer = weakref.finalize(buffer, _munmap, address, length)
-    finalizer.atexit = False  # tensors may still be in use then, and the system cleans up
+    finalizer.atexit = False  # tensors may still be in use, and the OS cleans up
     return buffer
 
 

@@ -1,4 +1,4 @@
-"""Models of shapes only, which cost neither memory nor time."""
+"""Models with shapes but no weights, which cost neither memory nor time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules that are made in the block are on the meta device, and nothing initialises them.
+    """Create modules in the block on the meta device, without initialising them.
 
-    Without the latter PyTorch would import its compiler, a second's work, to draw random numbers
-    that are none.
+    Initialising on the meta device would make PyTorch import its compiler, which takes a second.
     """
     with torch.device("meta"), _NoInitialisation():
         yield
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """The functions of torch.nn.init do nothing."""
+    """Makes the functions of torch.nn.init do nothing."""
 
     def __torch_function__(
         self,

@@ -1,6 +1,6 @@
-"""Bytes of S3 in order, while those that follow are on their way; several files side by side.
+"""Stream S3 objects in order with prefetching, several files in parallel.
 
-The memory that is in flight is bounded by the number of parts, whatever the sizes of the files.
+The number of parts in flight bounds the memory, whatever the sizes of the files.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from gptj import storage
 Item = TypeVar("Item")
 
 
-Part = list[memoryview]  # buffers that one request fills
+Part = list[memoryview]  # buffers filled by one request
 
 
 def stream(
     address: str, start: int, parts: Iterable[Part], fetchers: Executor, ahead: int
 ) -> Iterator[Part]:
-    """Fill the parts one after the other from byte `start` of an object of S3 on.
+    """Fill the parts in order from an S3 object, starting at byte `start`.
 
-    Each is yielded when it is full, in their order; at most `ahead` are being filled. A part
-    should have storage.PART_BYTES at most.
+    Each is yielded in order once it is full; at most `ahead` are being filled. A part should have
+    at most storage.PART_BYTES.
 
     Raises:
         storage.StorageError: if the object ends early, or cannot be read.
@@ -48,16 +48,16 @@ def stream(
 
 
 def new_parts(size: int) -> Iterator[Part]:
-    """Parts in memory of their own, for all of a file."""
+    """Newly allocated parts for a whole file."""
     for start in range(0, size, storage.PART_BYTES):
         yield [memoryview(bytearray(min(storage.PART_BYTES, size - start)))]
 
 
 def merged(sources: Sequence[Iterator[Item]], threads: int) -> Iterator[Item]:
-    """What several iterators give, as it comes; a thread each, at most `threads` at a time.
+    """Merge several iterators, in order of arrival; one thread each, at most `threads` at a time.
 
-    Each computes at most one item more than was asked for. The first error ends them all, and is
-    raised. Items are not None.
+    Each runs at most one item ahead. The first error stops all and is raised. Items must not be
+    None.
     """
     ready: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
     room = threading.Semaphore(threads)
@@ -71,9 +71,9 @@ def merged(sources: Sequence[Iterator[Item]], threads: int) -> Iterator[Item]:
                     break
                 room.acquire()
                 ready.put((item, None))
-                del item  # it is the consumer's alone, who may want its memory back
+                del item  # now owned by the consumer, which may want to free it
             ready.put((None, None))
-        except BaseException as error:  # raised again where the items are used
+        except BaseException as error:  # re-raised in the consumer
             ready.put((None, error))
 
     with ThreadPoolExecutor(threads) as pool:

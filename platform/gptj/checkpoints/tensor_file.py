@@ -1,8 +1,8 @@
-"""The header of a safetensors file: where each tensor lies, checked against the file's size.
+"""The header of a safetensors file: each tensor's position, checked against the file's size.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes of the header's length,
-little-endian; the header, JSON of names, dtypes, shapes and offsets; then the tensors' bytes,
-without gaps. A header may say anything: nothing is reserved or read that is not in the file.
+Format (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes,
+little-endian; the header, JSON with names, dtypes, shapes and offsets; then the tensors' bytes,
+without gaps. Headers are not trusted: nothing beyond the file's end is allocated or read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gptj import storage
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
 
-HEADER_LIMIT = 16 * 2**20  # bytes; GPT-J's has 40 KB
-FIRST_BYTES = 128 * 2**10  # read of a file before it is known how long its header is
+HEADER_LIMIT = 16 * 2**20  # bytes; GPT-J's header has 40 KB
+FIRST_BYTES = 128 * 2**10  # read before the header's length is known
 MOST_DIMENSIONS = 8
 LARGEST = 2**60  # elements
 
@@ -43,7 +43,7 @@ class StoredTensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # bytes, from the beginning of the file
+    start: int  # byte offset in the file
     end: int
 
     @property
@@ -52,7 +52,7 @@ class StoredTensor:
         return self.end - self.start
 
     def view(self, buffer: Any, offset: int = 0) -> Tensor:
-        """The tensor in a writable buffer of bytes; they share memory."""
+        """The tensor as a view of a writable byte buffer."""
         if self.size == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         count = self.size // self.dtype.itemsize
@@ -62,25 +62,25 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    content: bytes  # all before the tensors
-    tensors: list[StoredTensor]  # by their place in the file
+    content: bytes  # everything before the tensors
+    tensors: list[StoredTensor]  # in file order
     file_size: int  # bytes
 
 
 def read_header(address: str) -> Header:
-    """The header of a file, by one request unless it is uncommonly long.
+    """Read a file's header, in one request unless it is unusually long.
 
     Raises:
-        CheckpointError: naming the file and what is wrong: it is cut off, or its header is
-            damaged or does not fit its size.
+        CheckpointError: naming the file and what is wrong: it is truncated, or its header is
+            damaged or does not match its size.
     """
     start, total = storage.read_start(address, FIRST_BYTES)
     if total < 8:
-        raise CheckpointError(f"{address} is cut off: it has {total} bytes, fewer than 8")
+        raise CheckpointError(f"{address} is truncated: it has {total} bytes, fewer than 8")
     length = int.from_bytes(start[:8], "little")
     if length > total - 8:
         raise CheckpointError(
-            f"{address} is cut off or not a safetensors file: its header should have {length} "
+            f"{address} is truncated or not a safetensors file: its header should have {length} "
             f"bytes, and the whole file has {total}"
         )
     if length > HEADER_LIMIT:
@@ -104,39 +104,39 @@ def read_header(address: str) -> Header:
     if total != end:
         raise CheckpointError(
             f"{address} has {total} bytes and its header promises {end}: it is "
-            + ("cut off" if total < end else "damaged")
+            + ("truncated" if total < end else "damaged")
         )
     return Header(content, tensors, total)
 
 
 def _tensor(name: str, fields: Any, data: int, address: str) -> StoredTensor:
     if not isinstance(fields, dict):
-        raise _damaged(address, name, f"{shown(fields)} describes no tensor")
+        raise _damaged(address, name, f"{shown(fields)} does not describe a tensor")
     dtype_name: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise _damaged(
-            address, name, f"its dtype {shown(dtype_name)} is none of {', '.join(DTYPES)}"
+            address, name, f"its dtype {shown(dtype_name)} is not one of {', '.join(DTYPES)}"
         )
     if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS:
-        raise _damaged(address, name, f"{shown(shape)} is no shape")
+        raise _damaged(address, name, f"{shown(shape)} is not a valid shape")
     if math.prod(max(size, 1) for size in shape) > LARGEST:
-        raise _damaged(address, name, f"no tensor has the shape {shown(shape)}")
+        raise _damaged(address, name, f"the shape {shown(shape)} is too large")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(address, name, f"{shown(offsets)} is no place in a file")
+        raise _damaged(address, name, f"{shown(offsets)} are not valid data_offsets")
     start, end = offsets
     size = math.prod(shape) * dtype.itemsize
     if end - start != size:
         raise _damaged(
-            address, name, f"it has {size} bytes by its shape, and {end - start} by its place"
+            address, name, f"its shape needs {size} bytes, its data_offsets span {end - start}"
         )
     return StoredTensor(name, dtype, tuple(shape), data + start, data + end)
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether it is a list of whole numbers that can be sizes; JSON's true is none."""
+    """Whether it is a list of non-negative integers; JSON's true is not one."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= LARGEST for n in value)
 
 

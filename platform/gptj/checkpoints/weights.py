@@ -1,7 +1,7 @@
-"""Weights of a model folder: tensors into safetensors files and back, at most one copy in memory.
+"""A model folder's weights: write tensors to safetensors files and read them, one copy in memory.
 
-We write the format ourselves since a model that is spread over processes arrives parameter by
-parameter, and read it ourselves since S3 has no memory map.
+We write the format ourselves because a sharded model arrives parameter by parameter, and read it
+ourselves because S3 cannot be memory-mapped.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 KINDS = ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))
 SHARD_BYTES = 5 * 10**9
-RUN_BYTES = 16 * 2**20  # of small tensors that are read together
-FILES_AT_ONCE = 4  # from S3: each is hashed by a thread of its own
+RUN_BYTES = 16 * 2**20  # small tensors are read together up to this size
+FILES_AT_ONCE = 4  # from S3; each is hashed by its own thread
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that is to be written: known before its values are."""
+    """A tensor to be written; known before its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,11 +56,11 @@ class TensorSpec:
 
 
 def one_dtype(numbers: Mapping[torch.dtype, int], preferred: torch.dtype | None) -> torch.dtype:
-    """The dtype for weights that are stored in several.
+    """The dtype to use for weights stored in several dtypes.
 
     Args:
-        numbers: how many are stored in each.
-        preferred: the configuration's, which wins if some are stored in it; or else the majority's.
+        numbers: how many numbers are stored in each dtype.
+        preferred: the configuration's; wins if any weight has it, else the majority's does.
     """
     if preferred is not None and preferred in numbers:
         return preferred
@@ -73,9 +73,9 @@ def write_weights(
     tensors: Iterable[Tensor],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors, which come in the order of `specs`, one at a time, into one file or shards.
+    """Write tensors, one at a time and in the order of `specs`, into one file or shards.
 
-    Each is converted to its spec's dtype; a tensor that does not have its spec's shape is a bug.
+    Each is converted to its spec's dtype; a shape that differs from its spec's is a bug.
     """
     shards = split_shards(specs, shard_bytes)
     source = iter(tensors)
@@ -95,7 +95,7 @@ def write_weights(
 def write_file(
     writer: FolderWriter, name: str, specs: Sequence[TensorSpec], tensors: Iterator[Tensor]
 ) -> None:
-    """Write one safetensors file, with the next tensors that there are; as write_weights."""
+    """Write one safetensors file from the next `len(specs)` tensors; see write_weights."""
     header = _header(specs)
     with writer.open(name, len(header) + sum(spec.size for spec in specs)) as file:
         file.write(header)
@@ -104,9 +104,9 @@ def write_file(
 
 
 def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    """The tensors in their order, in as few files of at most `shard_bytes` as that allows.
+    """Split the tensors, in order, into as few files of at most `shard_bytes` as possible.
 
-    A tensor that is larger has a file of its own.
+    A larger tensor gets its own file.
     """
     shards: list[list[TensorSpec]] = [[]]
     size = 0
@@ -127,17 +127,17 @@ def read_weights(
     verify: bool = True,
     kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model folder with its name, in the dtype that it is stored in, on the CPU.
+    """Every tensor of a model folder with its name, in its stored dtype, on the CPU.
 
-    The order is any. Local files are mapped into memory, each tensor on its own, so that its
-    memory goes with it; with a manifest all are hashed first, side by side. From S3 the bytes go
-    into the tensors' own memory, several files at a time, while the last tensors are used; a
-    file's hash is known, and checked, when its last tensor has been given out. Tensors may be
-    views of shared memory, and may be written to.
+    In no particular order. Local files are memory-mapped tensor by tensor, so that each tensor's
+    memory is freed with it; with a manifest all files are first hashed in parallel. From S3 several
+    files are read at a time, ahead of the consumer, straight into the tensors' memory; a file's
+    hash is checked once its last tensor has been yielded. Tensors may be views of shared memory,
+    and may be written to.
 
     Args:
-        names: of the folder's files; None: list them.
-        verify: compare the SHA-256 of each file with the manifest; sizes always are.
+        names: the folder's files; None: list them.
+        verify: check each file's SHA-256 against the manifest; sizes are always checked.
         kinds: see weight_files.
 
     Raises:
@@ -148,7 +148,7 @@ def read_weights(
     files = weight_files(folder, names, manifest, kinds)
     if manifest is not None:
         for name in files:
-            manifest.record(name)  # refuses what was added later
+            manifest.record(name)  # refuses files added later
     if storage.is_s3(folder):
         yield from _read_remote(folder, files, manifest, verify)
         return
@@ -165,11 +165,11 @@ def weight_files(
     manifest: Manifest | None,
     kinds: Sequence[tuple[str, str]] = KINDS,
 ) -> list[str]:
-    """The files with weights among the `names` of a folder: of the first kind that it has.
+    """The weight files among a folder's `names`: those of the first kind that it has.
 
     Args:
-        manifest: the folder's, which an index is compared with.
-        kinds: names of a single file, and of the index of several.
+        manifest: the folder's; an index is checked against it.
+        kinds: pairs of names: of a single file, and of an index of shards.
 
     Raises:
         CheckpointError: if there are none, one is missing, or the index is damaged.
@@ -187,18 +187,18 @@ def weight_files(
             if not isinstance(weight_map, dict) or not all(
                 isinstance(shard, str) for shard in weight_map.values()
             ):
-                raise CheckpointError(f"{address} is damaged: it has no map of weights to files")
+                raise CheckpointError(f"{address} is damaged: it has no weight_map")
             shards = sorted(set(weight_map.values()))
             for shard in shards:
-                if shard not in names:  # which also keeps an index from naming files elsewhere
+                if shard not in names:  # this also refuses paths outside the folder
                     raise CheckpointError(f"{folder} is incomplete: {shard} is missing")
             return shards
     looked_for = ", ".join(name for kind in kinds for name in kind)
-    raise CheckpointError(f"{folder} has no weights: there is none of {looked_for}")
+    raise CheckpointError(f"{folder} has no weights: looked for {looked_for}")
 
 
 def _recorded_shards(manifest: Manifest | None, index: str) -> list[str]:
-    """The shards that we wrote, by the manifest: the index need not be read."""
+    """The shards that we wrote, from the manifest, without reading the index."""
     if manifest is None or index != INDEX_FILE:
         return []
     names = [n for n in manifest.files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", n)]
@@ -218,8 +218,8 @@ def _read_remote(
 ) -> Iterator[tuple[str, Tensor]]:
     if pickles := [name for name in files if name.endswith(".bin")]:
         raise CheckpointError(
-            f"{storage.join(folder, pickles[0])} is a pickle, which is read from local folders "
-            f"only; convert it to safetensors"
+            f"{storage.join(folder, pickles[0])} is a pickle, which can only be read from local "
+            f"folders; remedy: convert it to safetensors"
         )
     headers: dict[str, Header] = {}
 
@@ -231,7 +231,7 @@ def _read_remote(
         if manifest is not None:
             manifest.check_size(name, headers[name].file_size)
 
-    storage.for_each(read_and_check, files)  # all before gigabytes are read
+    storage.for_each(read_and_check, files)  # all headers, before gigabytes are read
     expected = manifest if verify else None
     with ThreadPoolExecutor(storage.PARALLEL) as fetchers:
         sources = [_read_one(folder, name, headers[name], expected, fetchers) for name in files]
@@ -247,7 +247,7 @@ def _read_one(
     buffers: deque[mmap.mmap] = deque()
 
     def parts() -> Iterator[Part]:
-        """Cut where S3 keeps its own parts, wherever tensors begin and end."""
+        """Split at S3's own part boundaries, regardless of tensor boundaries."""
         part: Part = []
         position = len(header.content)
         for run in runs:
@@ -264,7 +264,7 @@ def _read_one(
         if part:
             yield part
 
-    # Each file has enough asked for to keep all fetchers busy, if it waits for its first part.
+    # Each file requests enough to keep all fetchers busy if it waits for its first part.
     coming = stream(address, len(header.content), parts(), fetchers, storage.PARALLEL)
     for run in runs:
         start = run[0].start
@@ -276,7 +276,7 @@ def _read_one(
                 del piece
         buffer = buffers.popleft()
         views = deque((each.name, each.view(buffer, each.start - start)) for each in run)
-        del buffer  # it goes with the last of its tensors
+        del buffer  # freed with the last of its tensors
         while views:
             yield views.popleft()
     if manifest is not None:
@@ -284,10 +284,9 @@ def _read_one(
 
 
 def _memory(size: int) -> mmap.mmap:
-    """Bytes that are the system's again at once when nobody uses them.
+    """Memory that returns to the system as soon as it is unused.
 
-    In pages of the usual size: to find large ones in a full memory took three times as long as
-    filling it.
+    Without huge pages: finding them in nearly full memory took three times as long as filling it.
     """
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
@@ -295,11 +294,12 @@ def _memory(size: int) -> mmap.mmap:
 def _read_pickle(address: str) -> Iterator[tuple[str, Tensor]]:
     try:
         with open(address, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # which a memory map needs; older ones are not
+            zipped = file.read(4) == b"PK\x03\x04"  # mmap needs this; PyTorch < 1.6 did not zip
         state = torch.load(address, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{address} is damaged, or holds more than tensors and could run code: refused"
+            f"{address} is damaged, or holds objects other than tensors, which could run code: "
+            f"refused"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise CheckpointError(f"{address} is damaged: {error}") from error
@@ -307,7 +307,7 @@ def _read_pickle(address: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _runs(tensors: list[StoredTensor]) -> list[list[StoredTensor]]:
-    """Neighbours that are read together: several small tensors, or one large."""
+    """Group neighbours to read together: several small tensors, or one large one."""
     runs: list[list[StoredTensor]] = []
     for tensor in tensors:
         if tensor.size == 0:

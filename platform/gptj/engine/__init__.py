@@ -1,1 +1,1 @@
-"""Requests of many callers in, one model's steps over all of them: ids in, ids out."""
+"""Continuous batching of many callers' requests over one model: ids in, ids out."""

@@ -30,11 +30,11 @@ def best_runner(
     quantization: Quantization = "none",
     release: bool = False,
 ) -> Runner:
-    """Our kernels on a CPU with AVX-512 or a GPU with Triton; otherwise PyTorch, as the log says.
+    """Our kernels on a CPU with AVX-512 or a GPU with Triton; otherwise PyTorch, with a warning.
 
     Args:
         model: in evaluation mode, on its device.
-        cache: its size in positions, rounded up to whole pages, or its share of memory.
+        cache: its size in positions, rounded up to whole pages, or a share of memory.
         quantization: int8 stores weights in 8 bits, whatever the model's dtype.
         release: move the model's weights to the runner instead of copying them.
 
@@ -49,7 +49,7 @@ def best_runner(
         raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
     if model.device.type == "cpu":
         return _cpu_runner(model, _pages_on_cpu(model, cache), quantization, release)
-    # With a share, start with one page, so that everything else can be measured.
+    # With a share, start with one page and measure everything else first.
     num_pages = 1 if isinstance(cache, CacheShare) else -(-cache // PAGE_SIZE)
     element_size = model.dtype.itemsize
     runner = _gpu_runner(model, num_pages, quantization, release)
@@ -101,5 +101,5 @@ def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
 def _kind(model: GPTJForCausalLM, quantization: Quantization) -> Kind:
     kind = "int8" if quantization == "int8" else KINDS.get(model.dtype)
     if kind is None:
-        raise UnsupportedError(f"the kernels have no {model.dtype}")
+        raise UnsupportedError(f"the kernels do not support {model.dtype}")
     return kind

@@ -29,12 +29,12 @@ def pages_needed(prompt_length: int, max_length: int, width: int, page_size: int
 
 
 class BeamSearch:
-    """One request's W beams: their pages, and the tokens that they feed to the next step.
+    """One request's W beams: their pages, and the tokens to feed to the next step.
 
     Args:
-        pages: of the prompt; each beam copies the last one unless it is full.
-        spare: pages for everything that the beams may write.
-        max_pages: of a sequence.
+        pages: the prompt's; each beam copies the last one unless it is full.
+        spare: pages for everything the beams may write.
+        max_pages: most pages of a sequence.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class BeamSearch:
         full = request.prompt_length // page_size
         self.request = request
         self.width = width
-        self.position = request.prompt_length - 1  # the last computed, until the first step
+        self.position = request.prompt_length - 1  # last computed position, before the first step
         self.ids: Ints = np.zeros(width, dtype=np.int32)
         self.table: Ints = np.zeros((width, max_pages), dtype=np.int32)
         self.table[:, : len(pages)] = pages
@@ -65,7 +65,7 @@ class BeamSearch:
         )
         self._pool = pool
         self._page_size = page_size
-        self.pages = list(pages[:full])  # of the prompt, shared by all beams
+        self.pages = list(pages[:full])  # the prompt's full pages, shared by all beams
         self._tails = [list(pages[full:]) for _ in range(width)]
         for tail in self._tails[1:]:
             pool.share(tail)
@@ -73,17 +73,17 @@ class BeamSearch:
 
     @property
     def open(self) -> bool:
-        """Whether a better result may still come."""
+        """Whether a better result is still possible."""
         return self._beams.open
 
     @property
     def candidates(self) -> int:
-        """The most continuations of a beam that a step considers."""
+        """Candidates that a step needs per beam."""
         return self._beams.candidates
 
     @property
     def outputs(self) -> list[list[int]]:
-        """Of each beam so far."""
+        """Each beam's output so far."""
         return [beam.output for beam in self._beams.running]
 
     def results(self) -> tuple[tuple[int, ...], ...]:
@@ -105,9 +105,9 @@ class BeamSearch:
         return copies
 
     def step(self, logprobs_WK: Floats, ids_WK: Ints) -> None:
-        """Keep the likeliest continuations, given the likeliest tokens of each beam.
+        """Keep the best continuations, given each beam's most likely tokens.
 
-        The first step has one row, the prompt's.
+        The first step has a single row, the prompt's.
         """
         if len(logprobs_WK) < self.width:
             logprobs_WK = logprobs_WK.repeat(self.width, axis=0)
@@ -132,7 +132,7 @@ class BeamSearch:
         self._pool.release(self._spare)
 
     def _follow(self, origins: list[int]) -> None:
-        """Give each beam the pages of the beam that it continues."""
+        """Give each beam the pages of the beam that it extends."""
         if origins == list(range(self.width)):
             return
         free = self._pool.free
@@ -148,11 +148,11 @@ class BeamSearch:
 def likeliest(
     logits_WV: Tensor, searches: Sequence[tuple[BeamSearch, int]], banned: Tensor
 ) -> tuple[Floats, Ints]:
-    """The likeliest next tokens of each row with their logprobs, both (W, K).
+    """Each row's most likely next tokens and their logprobs, both (W, K).
 
     Args:
-        logits_WV: changed in place.
-        searches: with the number of rows of each, in order.
+        logits_WV: modified in place.
+        searches: each with its number of rows, in order.
         banned: ids to mask to -inf.
     """
     logits_WV[:, banned] = -torch.inf

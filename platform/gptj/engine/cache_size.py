@@ -1,7 +1,7 @@
 """Sizes the KV cache as a share of the device's memory, in tokens.
 
-On a GPU the model is loaded with a small cache and runs the largest possible steps: the share is of
-what weights, graphs, workspaces and steps then leave free.
+On a GPU the model first runs the largest possible steps with a small cache; the share applies to
+what weights, graphs, workspaces and steps leave free.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class CacheShare:
-    """A cache of a share of the device's memory, at most what the limits can use."""
+    """A cache sized as a share of the device's free memory, at most what the limits can use."""
 
-    share: float  # of what is free once the weights are loaded; in (0, 1)
-    limits: Limits  # of the steps, which need a GPU's memory as well
+    share: float  # of the memory free after loading the weights; in (0, 1)
+    limits: Limits  # of the steps, which also need GPU memory
 
 
 def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> None:
-    """Give a GPU's runner the largest cache that fits beside everything else.
+    """Give a GPU's runner the largest cache that fits.
 
     Args:
         runner: with the smallest possible cache.
-        element_size: bytes of a number in the cache.
+        element_size: bytes per number in the cache.
 
     Raises:
-        ValueError: as `tokens_within`.
+        ValueError: see `tokens_within`.
     """
     torch.cuda.empty_cache()  # loading leaves memory in the allocator
     before, _ = torch.cuda.mem_get_info(runner.device)
@@ -67,8 +67,8 @@ def tokens_within(
     """Positions that fit in a share of `free` bytes, in whole pages and at most `most`.
 
     Args:
-        element_size: bytes of a number in the cache.
-        most: positions that all running requests can use together.
+        element_size: bytes per number in the cache.
+        most: positions that all running requests together can use.
 
     Raises:
         ValueError: if one request with a full context does not fit.
@@ -86,7 +86,7 @@ def tokens_within(
 
 
 def room(config: GPTJConfig, device: torch.device, share: float, element_size: int) -> int:
-    """Positions that fit in a share of what is free now, in whole pages."""
+    """Positions that fit in a share of the memory free now, in whole pages."""
     return int(free_bytes(device) * share) // page_bytes(config, element_size) * PAGE_SIZE
 
 

@@ -24,7 +24,7 @@ RequestEvent = tuple[Request, Event]
 
 
 class EngineCore:
-    """Scheduler, runner and sampler in one loop body; knows no threads and no callers.
+    """Scheduler, runner and sampler in one step; unaware of threads and callers.
 
     Args:
         banned_ids: masked to -inf in every request.
@@ -45,7 +45,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._sampler = sampler
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=runner.device)
-        self._events: list[RequestEvent] = []  # of the step in progress
+        self._events: list[RequestEvent] = []  # of the current step
 
     @torch.inference_mode()
     def step(self) -> list[RequestEvent]:
@@ -66,7 +66,7 @@ class EngineCore:
         return self._take_events()
 
     def abort(self, error: Exception) -> list[RequestEvent]:
-        """Fail all running requests; returns the events of the step that failed as well."""
+        """Fail all running requests; also returns the failed step's events."""
         for request in self._scheduler.reset():
             self._report(request, Failed(error))
         return self._take_events()
@@ -83,9 +83,9 @@ class EngineCore:
     def _finish_prefill(
         self, scheduled: ScheduledStep, logits_WV: Tensor
     ) -> tuple[list[int], list[tuple[BeamSearch, list[int]]]]:
-        """Let prompts that are computed decode.
+        """Move fully prefilled prompts to decoding.
 
-        Returns the row of the logits for each row of the decode batch, and those of each search.
+        Returns the logits row of each decode row, and the logits rows of each search.
         """
         rows = list(range(scheduled.decoding))
         searches: list[tuple[BeamSearch, list[int]]] = []
@@ -105,7 +105,7 @@ class EngineCore:
         return rows, searches
 
     def _finish_chunk(self, chunk: Chunk, logits_WV: Tensor) -> bool:
-        """Record a computed chunk; returns whether its sequence has a token to sample."""
+        """Record a computed chunk; returns whether its sequence is ready to sample."""
         sequence, last = chunk.sequence, chunk.last
         self._scheduler.note_computed(chunk)
         if sequence.scores:
@@ -132,7 +132,7 @@ class EngineCore:
                 events += self._sampler.prompt_logprobs(logits, following, count)
 
     def _begin(self, request: Request, sequence: Sequence) -> None:
-        """The prompt is computed: report its logprobs, if requested, and prepare to sample."""
+        """After prefill: report prompt logprobs, if requested, and prepare to sample."""
         if request.scores_prompt:
             request.scored = True
             self._report(request, PromptLogprobs(tuple(sequence.scores[request])))
@@ -145,7 +145,7 @@ class EngineCore:
                 self._sampler.add(
                     request.number, request.params, prompt, tuple(request.stop_ids), output
                 )
-            # Whatever it is, it concerns this request only.
+            # Any error here concerns only this request.
             except Exception as error:
                 logger.exception("a request failed")
                 self._fail(request, error)
@@ -193,7 +193,7 @@ class EngineCore:
                 self._fail(request, error)
 
     def _search(self, logits_WV: Tensor, searches: list[tuple[BeamSearch, list[int]]]) -> None:
-        """Extend the beams of each search by its rows of the logits."""
+        """Extend each search's beams, given its logits rows."""
         rows = [row for _, each in searches for row in each]
         logprobs_WK, ids_WK = likeliest(
             _select(logits_WV, rows),
@@ -239,8 +239,7 @@ class EngineCore:
 
 def _not_finite() -> ArithmeticError:
     return ArithmeticError(
-        "the model's output is not finite: its weights are damaged, or too large for its "
-        "number format"
+        "the model's output is not finite: its weights are damaged, or overflow its dtype"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sequences, and the batch of those that decode, as arrays that persist from step to step."""
+"""Sequences, and the decode batch as arrays that persist between steps."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gptj.engine.request import Request
 class Sequence:
     """Tokens and their pages. All samples of a prompt share one sequence while it is prefilled."""
 
-    samples: list[Request]  # with the same tokens; one request once it decodes
+    samples: list[Request]  # with the same tokens; a single one once decoding
     pages: list[int]
-    computed: int  # positions in the cache; while it decodes, see its row's position
+    computed: int  # cached positions; while decoding, see its row's position
     registered: int  # full pages that are in the prefix cache
     spare: list[int] = field(default_factory=list)  # pages reserved for its beams
     scores: dict[Request, list[TokenEvent]] = field(default_factory=dict)  # prompt logprobs so far
@@ -28,7 +28,7 @@ class Sequence:
 
     @property
     def number(self) -> int:
-        """Its position in order of arrival."""
+        """Its index in order of arrival."""
         return self.samples[0].number
 
 
@@ -36,7 +36,7 @@ class DecodeBatch:
     """The next step's input of each decoding sequence: rows 0 to len - 1, in arbitrary order.
 
     Args:
-        max_pages: of a sequence.
+        max_pages: most pages of a sequence.
     """
 
     def __init__(self, max_rows: int, max_pages: int, page_size: int) -> None:
@@ -45,14 +45,14 @@ class DecodeBatch:
         self.page_table = np.zeros((max_rows, max_pages), dtype=np.int32)
         self.sequences: list[Sequence] = []
         self.requests: list[Request] = []  # of each row
-        self.keys: list[int] = []  # their numbers
+        self.keys: list[int] = []  # request numbers, per row
         self._page_size = page_size
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def append(self, sequence: Sequence) -> None:
-        """Add a prefilled sequence, whose next token is not sampled yet."""
+        """Add a prefilled sequence whose next token has not been sampled yet."""
         row = sequence.row = len(self.sequences)
         (request,) = sequence.samples
         self.positions[row] = sequence.computed - 1

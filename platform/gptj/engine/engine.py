@@ -36,12 +36,12 @@ class Engine:
     """Generates for concurrent requests, on its own thread.
 
     Args:
-        runner: the model with its cache; used by the engine's thread only until `close`.
+        runner: the model with its cache; used only by the engine's thread until `close`.
         eos_ids: end an output, unless its request ignores them.
-        banned_ids: masked to -inf, such as ids that stand for no text.
-        max_num_seqs: sequences that run at once; each beam is one. By default this and
-            max_num_batched_tokens suit the runner's device: see Limits.
-        max_queued: requests that may wait.
+        banned_ids: masked to -inf, such as ids without text.
+        max_num_seqs: most running sequences; each beam is one. The defaults of this and
+            max_num_batched_tokens depend on the runner's device: see Limits.
+        max_queued: most waiting requests.
         max_num_batched_tokens: new tokens of a step, at least max_num_seqs: a prompt longer than
             what decoding leaves of them is prefilled in several steps.
         prefix_caching: whether unused pages are kept for prompts with the same prefix.
@@ -81,7 +81,7 @@ class Engine:
         )
         self._core = EngineCore(runner, self._scheduler, sampler, banned_ids)
         self._numbers = itertools.count()
-        self._cancelled: deque[Request] = deque()  # while they ran
+        self._cancelled: deque[Request] = deque()  # while running
         self._cancellations = 0
         self._counting = threading.Lock()
         self._thread = WorkerThread(
@@ -105,7 +105,7 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """The most tokens that a prompt and its output may have together."""
+        """Most tokens of a prompt and its output together."""
         return self._runner.config.n_positions
 
     def submit(
@@ -115,9 +115,9 @@ class Engine:
 
         Args:
             on_events: called on the engine's thread, so it must be quick. After each step it gets
-                all events of the requests that were submitted with it: for each, PromptLogprobs
-                first, if requested, a TokenEvent a token, and Finished or Failed last. (A request
-                that is cancelled while it waits is Finished on the cancelling thread.)
+                all events of the requests submitted with it: for each, PromptLogprobs first, if
+                requested, then a TokenEvent per token, and Finished or Failed last. (A request
+                cancelled while waiting is Finished on the cancelling thread.)
 
         Raises:
             ValueError: if the prompt is empty, has ids outside the vocabulary, or can never fit
@@ -133,9 +133,9 @@ class Engine:
         params: Sequence[SamplingParams],
         on_events: Sequence[OnEvents],
     ) -> list[Ticket]:
-        """As submit, for several samples of one prompt: all are queued, or none.
+        """Like submit, for several samples of one prompt: all are queued, or none.
 
-        The prompt is computed once for all samples that run together; they share its pages.
+        Samples that run together share the prompt's computation and pages.
         """
         prompt = self._checked(prompt_ids)
         requests = [
@@ -154,7 +154,7 @@ class Engine:
         beams: BeamParams,
         on_events: OnEvents,
     ) -> Ticket:
-        """As submit, but reports one BeamsFound; temperature, top_k, top_p, min_p are ignored."""
+        """Like submit, but reports one BeamsFound and ignores temperature, top_k, top_p, min_p."""
         if params.max_tokens < 1:
             raise ValueError("beam search needs max_tokens of 1 or more, got 0")
         if params.logprobs is not None or params.prompt_logprobs is not None:
@@ -171,13 +171,13 @@ class Engine:
         return request.ticket
 
     def alive(self, within_seconds: float) -> bool:
-        """Whether the engine makes progress: see WorkerThread.alive."""
+        """Whether the engine makes progress; see WorkerThread.alive."""
         return self._thread.alive(within_seconds)
 
     def close(self) -> None:
-        """Stop after the step in progress; what runs or waits ends as Failed.
+        """Stop after the running step; running and waiting requests end as Failed.
 
-        The runner is not closed: its owner may do so afterwards.
+        Does not close the runner; its owner may do so afterwards.
         """
         self._fail(self._queue.close(), "the engine was closed before this request's turn")
         self._thread.join()
@@ -236,7 +236,7 @@ class Engine:
         if pages > self._pool.num_pages:
             each = "" if beams is None else f" for each of {beams.num_beams} beams"
             raise ValueError(
-                f"{length} tokens of the prompt and max_tokens={params.max_tokens}{each} need "
+                f"{length} prompt tokens and max_tokens={params.max_tokens}{each} need "
                 f"{pages} pages of {self._runner.page_size} tokens, but the cache has "
                 f"{self._pool.num_pages}: shorten the prompt, lower max_tokens, or give the cache "
                 f"more memory"
@@ -270,7 +270,7 @@ class Engine:
             self._cancellations += 1
 
     def _step(self) -> bool:
-        """On the engine's thread: drop what was cancelled, then advance all that runs."""
+        """Drop cancelled requests, then advance the running ones; on the engine's thread."""
         self._drop_cancelled()
         before = self._core.steps
         self._deliver(self._core.step())
@@ -282,12 +282,12 @@ class Engine:
             if self._scheduler.runs(request):
                 self._count_cancellation()
                 self._deliver(self._core.cancel(request))
-            elif not request.ended:  # preempted since, it waits again
+            elif not request.ended:  # preempted since, and waiting again
                 self._cancel(request)
 
     @torch.inference_mode()
     def _recover(self, error: Exception) -> None:
-        """Reset the cache: what a failed step has written to it cannot be trusted."""
+        """Reset the cache, which a failed step may have corrupted."""
         lost = self._core.abort(error)
         try:
             self._runner.reset()
@@ -312,8 +312,8 @@ class Engine:
         for on_events, own in by_caller.items():
             try:
                 on_events(own)
-            # A caller that cannot take its events must not stop the others'.
+            # A failing callback must not affect other callers.
             except Exception:
-                logger.exception("a caller failed to take its events: its requests are cancelled")
+                logger.exception("a caller's on_events failed: cancelling its requests")
                 for ticket, _ in own:
                     ticket.cancel()

@@ -1,7 +1,7 @@
 """Defaults of max_num_seqs and max_num_batched_tokens, by device.
 
-A few sequences saturate a CPU. A GPU reads its weights as fast for hundreds of sequences as for
-one, and becomes compute-bound at about a thousand tokens a step; the cache limits its batch.
+A few sequences saturate a CPU. A GPU reads its weights once per step, for one sequence or hundreds,
+and becomes compute-bound at about a thousand tokens per step; the cache limits its batch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 
 CPU_MAX_NUM_SEQS = 64
 CPU_MAX_NUM_BATCHED_TOKENS = 256
-GPU_MAX_NUM_SEQS = (8, 256)  # at least, and at most: the largest CUDA graph
+GPU_MAX_NUM_SEQS = (8, 256)  # minimum, and maximum: the largest CUDA graph
 GPU_MAX_NUM_BATCHED_TOKENS = (256, 2048)
-STEP_SHARE = 4  # tokens of a step for each sequence: one decodes, three are for prefill
+STEP_SHARE = 4  # tokens per step and sequence: one for decoding, three for prefill
 TYPICAL_TOKENS = 512  # of a running sequence, to estimate how many the cache holds
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may hold."""
+    """Limits of one step."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -35,11 +35,11 @@ class Limits:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
     ) -> Limits:
-        """The given values; for None, what suits the device.
+        """The given values, with defaults for the device in place of None.
 
         Args:
             cache_tokens: positions in the cache.
-            context_length: of the model.
+            context_length: the model's.
         """
         if device.type == "cpu":
             running, tokens = CPU_MAX_NUM_SEQS, max(CPU_MAX_NUM_BATCHED_TOKENS, max_num_seqs or 0)

@@ -1,7 +1,7 @@
-"""What fits on a GPU when serving: a configuration and the card's memory in, settings out.
+"""What fits on a GPU for serving: a configuration and the GPU's memory in, settings out.
 
-A process needs memory for weights, the CUDA context and activations; generation gives the rest to
-its KV cache, the other services to the rows of a batch. All in bytes, with 16-bit weights.
+A process needs memory for weights, the CUDA context and activations; generation uses the rest for
+its KV cache, the other services for the rows of a batch. In bytes, with 16-bit weights.
 
     python -m gptj.engine.memory            GPT-J 6B on cards of 16, 24, 40 and 80 GB, as a table
 """
@@ -20,10 +20,10 @@ from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenc
 from gptj.pretrained import GPTJPreTrainedModel
 
 GIB = 2**30
-# A card's total as PyTorch reports it, the least of those sold with that many GB, from published
+# Total memory as PyTorch reports it, the least of the models sold with that many GB, from published
 # out-of-memory errors: T4 (14.56 GiB), A10G and L4 (22.0), A100 (39.4), A100 and H100 (79.1).
 CARDS = {16: 14.5 * GIB, 24: 22.0 * GIB, 40: 39.3 * GIB, 80: 79.0 * GIB}
-# Assumptions, not measured: a process's CUDA context with its libraries' kernels; and, for
+# Assumptions, not measurements: a process's CUDA context with its libraries' kernels; and, for
 # generation, logits, CUDA graphs and fragmentation.
 CONTEXT_BYTES = 0.6e9
 STEP_BYTES = 1.0e9
@@ -55,7 +55,7 @@ class BatchSizes:
 
 
 def weight_bytes(cls: type[GPTJPreTrainedModel], config: GPTJConfig) -> int:
-    """Of a model's 16-bit weights."""
+    """Bytes of a model's 16-bit weights."""
     with without_weights():
         return 2 * cls(config).num_parameters()
 
@@ -65,7 +65,7 @@ def activation_bytes(config: GPTJConfig, rows: int, length: int) -> int:
 
     For each token a block holds four tensors of the model's width (input, norm, attention output,
     and a temporary) and two of the MLP's; padding needs a mask of scores, which attention may copy
-    to align it. Layers do not add up.
+    to align it. Layers reuse the same memory.
     """
     token = 2 * (4 * config.n_embd + 2 * config.inner_dim)
     mask = 2 * 2 * length
@@ -84,7 +84,7 @@ def generation(config: GPTJConfig, card_bytes: float) -> Generation:
     if tokens < config.n_positions:
         raise ValueError(
             f"{card_bytes / 1e9:.1f} GB hold weights of {weights / 1e9:.1f} GB and a cache of "
-            f"{max(0, tokens)} tokens, fewer than the model's context of {config.n_positions}"
+            f"only {max(0, tokens)} tokens, less than the model's context of {config.n_positions}"
         )
     return Generation(tokens, max(1, min(MAX_NUM_SEQS, tokens // MEAN_REQUEST_TOKENS)))
 
@@ -92,9 +92,9 @@ def generation(config: GPTJConfig, card_bytes: float) -> Generation:
 def batch_sizes(
     cls: type[GPTJPreTrainedModel], config: GPTJConfig, card_bytes: float, most: int
 ) -> BatchSizes:
-    """How many replicas share a card, and the rows of a batch of each, a power of two up to `most`.
+    """How many replicas share a GPU, and each one's batch size, a power of two up to `most`.
 
-    As many replicas as have room for the largest batch, but at least one.
+    As many replicas as fit with the largest batch, but at least one.
 
     Raises ValueError if one row with a full context does not fit.
     """
@@ -105,8 +105,8 @@ def batch_sizes(
         if fitting >= most or (replicas == 1 and fitting >= 1):
             return BatchSizes(replicas, min(most, 2 ** (fitting.bit_length() - 1)))
     raise ValueError(
-        f"{card_bytes / 1e9:.1f} GB hold no batch of one row beside a {cls.__name__}, which takes "
-        f"{row / 1e9:.1f} GB"
+        f"{card_bytes / 1e9:.1f} GB cannot hold a {cls.__name__} and a batch of one row, which "
+        f"takes {row / 1e9:.1f} GB"
     )
 
 

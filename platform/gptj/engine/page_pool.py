@@ -1,8 +1,8 @@
 """Allocates the pages of a KV cache: reference counts, and a prefix cache of full pages.
 
-Page numbers only: their content is the runner's. A full page is identified by a digest of its own
-tokens and all tokens before it. An unused page stays cached until its memory is needed; the least
-recently used is evicted first.
+It only handles page numbers; the runner holds their content. A full page is identified by a digest
+of its own tokens and all tokens before it. An unused page stays cached until its memory is needed;
+the least recently used is evicted first.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from hashlib import blake2b
 
 import numpy as np
 
-DIGEST_BYTES = 16  # two prefixes collide with a probability of 2^-64 after 2^32 pages
+DIGEST_BYTES = 16  # the collision probability is 2^-64 after 2^32 pages
 
 
 def extend_digests(digests: list[bytes], tokens: Sequence[int], page_size: int) -> None:
-    """Append the digests of the full pages of `tokens` that are missing."""
+    """Append the missing digests of the full pages of `tokens`."""
     for start in range(len(digests) * page_size, len(tokens) - page_size + 1, page_size):
         ids = np.array(tokens[start : start + page_size], dtype=np.int32)
         before = digests[-1] if digests else b""
@@ -28,7 +28,7 @@ class PagePool:
     """Reference-counts `num_pages` pages, and finds cached ones by their digests.
 
     Args:
-        num_pages: of the whole cache.
+        num_pages: pages in the cache.
         caching: whether full pages are cached by content.
     """
 
@@ -44,14 +44,14 @@ class PagePool:
 
     @property
     def cached(self) -> int:
-        """Unreferenced pages that hold a prefix."""
+        """Unreferenced pages that hold a cached prefix."""
         return len(self._unused)
 
     def references(self, page: int) -> int:
         return self._references[page]
 
     def take(self, count: int) -> list[int]:
-        """Allocate pages with one reference each; that many must be free."""
+        """Allocate `count` pages with one reference each; that many must be free."""
         return [self._take() for _ in range(count)]
 
     def share(self, pages: Iterable[int]) -> None:
@@ -63,7 +63,7 @@ class PagePool:
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop a reference to each of a sequence's pages, given in sequence order."""
-        # The end of a prefix is useless without its start: it is evicted first.
+        # The end of a prefix is useless without its start, so evict it first.
         for page in reversed(pages):
             assert self._references[page] > 0
             self._references[page] -= 1
@@ -80,7 +80,7 @@ class PagePool:
             self._digests[page] = digest
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Drop these pages, which are referenced, from the prefix cache."""
+        """Drop these referenced pages from the prefix cache."""
         for page in pages:
             if (digest := self._digests.pop(page, None)) is not None:
                 del self._known[digest]

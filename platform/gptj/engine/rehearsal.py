@@ -1,7 +1,7 @@
-"""Runs the largest possible steps once, to measure the memory that they need beside the cache.
+"""Runs the largest possible steps once, to measure the memory they need besides the cache.
 
-PyTorch's allocator keeps the memory of a step, and libraries allocate workspaces at their first
-call: what a GPU has free after a rehearsal is free for the cache.
+PyTorch's allocator keeps a step's memory, and libraries allocate workspaces on first use, so what
+is free after a rehearsal is free for the cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptj.engine.runners.base import Ints, Runner, StepBatch
 from gptj.engine.sampler import Sampler
 from gptj.sampling import SamplingParams
 
-# Everything that the sampler does. With equal logits top_p keeps all tokens.
+# Exercises the whole sampler. With equal logits top_p keeps all tokens.
 EVERY_PARAMETER = SamplingParams(
     temperature=0.5,
     top_k=1000,

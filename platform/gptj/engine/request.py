@@ -23,14 +23,14 @@ class Request:
     group: int | None = None  # shared by samples of one prompt until they decode
     submitted: float = field(default_factory=time.monotonic)  # seconds
     started: float | None = None  # its first step
-    digests: list[bytes] = field(default_factory=list)  # of the tokens' full pages, so far
+    digests: list[bytes] = field(default_factory=list)  # of the tokens' full pages so far
     scored: bool = False  # whether its prompt logprobs have been reported
-    ended: bool = False  # its last event has been made
-    ticket: Ticket = field(init=False)  # what its caller has of it
+    ended: bool = False  # its last event has been created
+    ticket: Ticket = field(init=False)  # its caller's handle
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether prompt logprobs are still to be reported."""
+        """Whether prompt logprobs have yet to be reported."""
         return self.params.prompt_logprobs is not None and not self.scored
 
     @property
@@ -53,5 +53,5 @@ class Ticket:
         return None if request.started is None else request.started - request.submitted
 
     def cancel(self) -> None:
-        """End the request: at once if it waits, at the next step if it runs; harmless later."""
+        """End the request: at once if waiting, at the next step if running; no-op if ended."""
         self._cancel(self._request)

@@ -1,4 +1,4 @@
-"""Decides which tokens the next step computes, and on which pages. No tensors, no model.
+"""Decides which tokens the next step computes and on which pages. No tensors, no model.
 
 Every running sequence decodes in every step; the rest of the token budget goes to prompts, in order
 of arrival. When pages run out, the newest request is preempted and waits again.
@@ -27,7 +27,7 @@ class Chunk:
     sequence: Sequence
     start: int
     end: int
-    logits: range  # its rows in the step's logits
+    logits: range  # its rows of the step's logits
 
     @property
     def last(self) -> bool:
@@ -36,23 +36,23 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One step. Its logits have a row for each decoding sequence, then beams, then chunks."""
+    """One step. Logits rows: decoding sequences, then beams, then chunks."""
 
     batch: StepBatch
-    copies: list[PageCopy]  # to make before the step
+    copies: list[PageCopy]  # to perform before the step
     decoding: int
     searches: list[BeamSearch]
     chunks: list[Chunk]
 
 
 class Scheduler:
-    """Holds what runs, and admits what fits from the queue.
+    """Holds the running sequences and admits requests from the queue as they fit.
 
     Args:
         left: called with each request that leaves the decode batch.
-        max_length: positions of a sequence.
-        max_num_seqs: running sequences.
-        max_num_batched_tokens: new tokens of a step.
+        max_length: most positions of a sequence.
+        max_num_seqs: most running sequences.
+        max_num_batched_tokens: most new tokens in a step.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
     ) -> None:
-        # So that every running sequence can decode in every step.
+        # Every running sequence must be able to decode in every step.
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs must be in [1, max_num_batched_tokens={max_num_batched_tokens}], "
@@ -87,7 +87,7 @@ class Scheduler:
         self._places: dict[Request, Sequence | BeamSearch] = {}
         self._prefilling: list[Sequence] = []  # in order of arrival
         self._searches: list[BeamSearch] = []
-        self._forked: list[Sequence] = []  # may share the page that they write next
+        self._forked: list[Sequence] = []  # may share the page they write next
 
     def pages_for(self, request: Request) -> int:
         """The most pages that a request can need."""
@@ -113,7 +113,7 @@ class Scheduler:
         self._register(chunk.sequence)
 
     def decode(self, sequence: Sequence) -> None:
-        """The prompt is prefilled: its samples decode, each in its own row, on the same pages."""
+        """After prefill: the prompt's samples decode in a row each, sharing its pages."""
         self._prefilling.remove(sequence)
         first, *others = sequence.samples
         sequence.samples = [first]
@@ -132,7 +132,7 @@ class Scheduler:
             self._forked.append(sequence)
 
     def search(self, sequence: Sequence) -> BeamSearch:
-        """The prompt is prefilled: its beams take over."""
+        """After prefill: the prompt's beams take over."""
         self._prefilling.remove(sequence)
         (request,) = sequence.samples
         search = BeamSearch(
@@ -151,7 +151,7 @@ class Scheduler:
         """Remove a request and release its pages.
 
         Args:
-            damaged: drop its pages from the prefix cache.
+            damaged: also drop its pages from the prefix cache.
         """
         place = self._places.pop(request)
         self.running -= request.width
@@ -174,7 +174,7 @@ class Scheduler:
         return request in self._places
 
     def reset(self) -> list[Request]:
-        """Drop everything, as after a lost cache; returns the requests that ran."""
+        """Drop everything, for a cache reset; returns the requests that were running."""
         lost = list(self._places)
         for request in self.decode_batch.requests:
             self._left(request)
@@ -192,7 +192,7 @@ class Scheduler:
         copies = []
         needing = self.decode_batch.at_border() + [each for each in self._forked if each.row >= 0]
         self._forked = []
-        # Oldest first: what it preempts has not been given a page yet.
+        # Oldest first, so that preempted ones have not been given a page yet.
         for sequence in sorted(needing, key=lambda each: each.number):
             if sequence.row < 0:  # preempted just now
                 continue
@@ -269,26 +269,26 @@ class Scheduler:
         return None
 
     def _head(self, count: int) -> list[Request]:
-        """The first waiting request and, of its group, those that follow: `count` at most."""
+        """The first waiting request and its group's next ones, at most `count`."""
         requests = self._queue.peek(count)
         if not requests or requests[0].group is None:
             return requests[:1]
         return [request for request in requests if request.group == requests[0].group]
 
     def _known_pages(self, request: Request) -> list[int]:
-        """Cached pages of its prefix; the last token is always computed, for its logits."""
+        """Its prefix's cached pages; the last token is always computed, for its logits."""
         if not self._pool.caching:
             return []
         extend_digests(request.digests, request.tokens, self._page_size)
         return self._pool.find(request.digests[: (len(request.tokens) - 1) // self._page_size])
 
     def _fits(self, request: Request, known: list[int], samples: int) -> bool:
-        """Whether there are pages for it, and a page for each running sequence to grow."""
+        """Whether there are enough pages for it and one more for each running sequence."""
         if not self.running:
-            return True  # submit refuses what can never fit
+            return True  # submit refuses requests that can never fit
         needed = -(-len(request.tokens) // self._page_size)
         if request.beams is not None or len(request.tokens) > request.prompt_length:
-            # Waiting costs less than being preempted again and again.
+            # Waiting is cheaper than repeated preemption.
             needed = self.pages_for(request)
         growing = len(self.decode_batch) + sum(
             len(sequence.samples) for sequence in self._prefilling

@@ -1,1 +1,1 @@
-"""Weights of other programs in and out: Hugging Face, mesh-transformer-jax, Flax, TensorFlow."""
+"""Import and export weights: Hugging Face, mesh-transformer-jax, Flax, TensorFlow."""

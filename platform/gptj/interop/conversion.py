@@ -1,4 +1,4 @@
-"""Stored tensors in, their values in a dtype out, one at a time, with the progress in the log."""
+"""Convert stored tensors to a dtype, one at a time, logging the progress."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 def specs_of(
     tensors: Sequence[StoredTensor], dtype: torch.dtype | None, config: GPTJConfig
 ) -> list[TensorSpec]:
-    """What is to be written, all in one dtype, which the configuration is given too.
+    """Specs of the tensors to write, all in one dtype; also sets the configuration's dtype.
 
     Args:
-        dtype: None: as stored; if that is several, see gptj.checkpoints.weights.one_dtype.
+        dtype: None: as stored; if mixed, see gptj.checkpoints.weights.one_dtype.
     """
     numbers: Counter[torch.dtype] = Counter()
     for tensor in tensors:
@@ -32,7 +32,7 @@ def specs_of(
     config.dtype = dtype or one_dtype(numbers, config.dtype)
     if dtype is None and len(numbers) > 1:
         logger.warning(
-            "weights are stored as %s: all become %s",
+            "weights are stored as %s: converting all to %s",
             ", ".join(sorted(map(str, numbers))),
             config.dtype,
         )
@@ -42,7 +42,7 @@ def specs_of(
 def read_all(tensors: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> Iterator[Tensor]:
     """The values of each tensor, contiguous, in the dtype of its spec.
 
-    A tensor is read when it is asked for, and not kept.
+    Each tensor is read lazily and not kept.
     """
     progress, done = Progress(sum(spec.size for spec in specs)), 0
     for number, (tensor, spec) in enumerate(zip(tensors, specs, strict=True), 1):

@@ -1,4 +1,4 @@
-"""A model folder in, one for Hugging Face, Flax or TensorFlow out, tensor by tensor."""
+"""Export a model folder to Hugging Face, Flax or TensorFlow, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -35,22 +35,21 @@ def export_weights(
     revision: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> GPTJConfig:
-    """Write a folder that the format's programs load; it is complete, or it is not there.
+    """Write a folder that the format's programs can load, atomically. Returns its configuration.
 
-    Like a model folder of ours it has a manifest, which others pass over. Returns its
-    configuration.
+    Like our own model folders it has a manifest, which other programs ignore.
 
     Args:
         source: a model folder, local or `s3://`, or a hub id.
         destination: a new folder, local or `s3://`.
-        dtype: float16, bfloat16 or float32; None: as stored; if that is several, one of them.
-        revision: of a hub id.
-        shard_bytes: of the weights in one file, at most.
+        dtype: float16, bfloat16 or float32; None: as stored; if mixed, one of them.
+        revision: branch, tag or commit of a hub id.
+        shard_bytes: most bytes of weights in one file.
 
     Raises:
-        FileNotFoundError, CheckpointError: as open_source does.
+        FileNotFoundError, CheckpointError: see open_source.
         ValueError: if the format has no class for the model's head.
-        AlreadyExistsError: if there is something at the destination.
+        AlreadyExistsError: if the destination is not empty.
     """
     target = parse_dtype(dtype)
     source, destination = normalized(source), normalized(destination)
@@ -81,7 +80,7 @@ def _export(
     config, cls = source.config, (source.config.architectures or [""])[0]
     if cls not in layout.classes:
         raise ValueError(
-            f"{source.address} is a {cls}, and the format has only {', '.join(layout.classes)}"
+            f"{source.address} is a {cls}; the format supports only {', '.join(layout.classes)}"
         )
     tensors = [_renamed(tensor, layout, cls) for tensor in _untied(source)]
     stored = {tensor.name: tensor for tensor in tensors}
@@ -113,7 +112,7 @@ def _export(
 
 
 def _untied(source: Source) -> list[StoredTensor]:
-    """With a copy of the embedding as the head's weights, if the model has one tensor for both."""
+    """The tensors, with a copy of the embedding as the head's weights if the two are tied."""
     tensors = list(source.tensors)
     if source.config.tie_word_embeddings and source.config.architectures == [
         GPTJForCausalLM.__name__

@@ -1,4 +1,4 @@
-"""Whether weights are those of a GPT-J: tensors and a configuration in, the same checked out."""
+"""Check that tensors and a configuration make up a GPT-J."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ HEADS: dict[str, type[GPTJPreTrainedModel]] = {
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 8  # problems in a message
+_NAMED = 8  # most problems named in a message
 
 
 def fit(
     tensors: Sequence[StoredTensor], config: GPTJConfig, source: str
 ) -> tuple[GPTJConfig, list[StoredTensor]]:
-    """The tensors of a model in its order and under its names, with the class in `architectures`.
+    """The tensors in the model's order and under its names; sets the class in `architectures`.
 
-    The class follows from the heads that there are; the causal masks of old checkpoints are left
-    out.
+    The heads present determine the class. The causal masks of old checkpoints are dropped.
 
     Raises:
-        CheckpointError: naming what is missing, too much, or of a wrong shape or dtype.
+        CheckpointError: naming what is missing, unexpected, or of the wrong shape or dtype.
     """
     stored: dict[str, StoredTensor] = {}
     for tensor in tensors:
@@ -54,7 +53,7 @@ def fit(
         stored[name] = tensor
     cls = _class_of(stored, config, source)
     config = _tied_or_not(stored, config, cls, source)
-    if config.n_layer > len(stored):  # and no model of a million layers is made to find out
+    if config.n_layer > len(stored):  # before building a model of a million layers
         raise CheckpointError(
             f"{source} has {len(stored)} tensors, too few for the {config.n_layer} layers of its "
             f"configuration"
@@ -73,14 +72,14 @@ def fit(
 
     problems = [
         *(f"{name} is missing" for name, tensor in found.items() if tensor is None),
-        *(f"{tensor.name} is in no {cls.__name__}" for tensor in stored.values()),
+        *(f"{tensor.name} is not part of a {cls.__name__}" for tensor in stored.values()),
         *(
-            f"{name} has the shape {tensor.shape}, and by the configuration {expected[name]}"
+            f"{name} has the shape {tensor.shape}, but the configuration's is {expected[name]}"
             for name, tensor in found.items()
             if tensor is not None and tensor.shape != expected[name]
         ),
         *(
-            f"{name} has the dtype {tensor.dtype}, and should be of floats"
+            f"{name} has the dtype {tensor.dtype}, which is not floating point"
             for name, tensor in found.items()
             if tensor is not None and not tensor.dtype.is_floating_point
         ),
@@ -88,7 +87,7 @@ def fit(
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise CheckpointError(
-            f"{source} does not hold the {cls.__name__} of its configuration: "
+            f"{source} does not match the {cls.__name__} of its configuration: "
             + "; ".join(problems[:_NAMED])
             + more
         )
@@ -101,9 +100,9 @@ def _tied_or_not(
     cls: type[GPTJPreTrainedModel],
     source: str,
 ) -> GPTJConfig:
-    """The configuration without tie_word_embeddings, if the head differs from the embedding.
+    """The configuration, with tie_word_embeddings unset if the head differs from the embedding.
 
-    If only the head is stored, it becomes the embedding too.
+    If only the head is stored, it is also used as the embedding.
     """
     head, embedding = stored.get("lm_head.weight"), stored.get("wte.weight")
     if cls is not GPTJForCausalLM or not config.tie_word_embeddings or head is None:
@@ -127,7 +126,7 @@ def _class_of(
         return declared
     if len(heads) > 1:
         raise CheckpointError(
-            f"{source} has several heads ({', '.join(cls.__name__ for cls in heads)}), and its "
+            f"{source} has several heads ({', '.join(cls.__name__ for cls in heads)}), but its "
             f"configuration's architectures={config.architectures} names none of them"
         )
     return heads[0] if heads else GPTJModel

@@ -1,4 +1,4 @@
-"""Flax's names and layouts, and Hugging Face's: `flax_model.msgpack` in and out.
+"""Map Flax's names and layouts to Hugging Face's and back: `flax_model.msgpack`.
 
 transformer/h/0/attn/q_proj/kernel    transformer.h.0.attn.q_proj.weight, transposed
 transformer/h/0/ln_1/scale            transformer.h.0.ln_1.weight

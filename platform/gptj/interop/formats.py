@@ -1,4 +1,4 @@
-"""Which of the formats an address holds: found by looking, or as the caller says."""
+"""Detect the format of an address's weights, or check the one the caller names."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ MESH: FormatName = "mesh-transformer-jax"
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of model folder: its files of weights, and what opens one of them."""
+    """A kind of model folder: its weight files, and the function that opens one."""
 
     name: FormatName
     kinds: Sequence[tuple[str, str]]  # a single file, and the index of several
-    patterns: Sequence[Sequence[str]]  # what to get from a hub; the first that has weights
+    patterns: Sequence[
+        Sequence[str]
+    ]  # to download from the hub; the first set with weights is used
     open_file: Callable[[str], list[StoredTensor]]
 
     def matches(self, files: Iterable[FileInfo]) -> bool:
@@ -61,7 +63,7 @@ _SMALL_FILES = ("*.json", *TOKENIZER_FILES)
 
 @dataclass(frozen=True)
 class Place:
-    """Where weights are, and in which format; None: mesh-transformer-jax."""
+    """Where weights are, and in which format (None: mesh-transformer-jax)."""
 
     address: str  # a folder, or one file of mesh-transformer-jax in a tar.zst
     format: Format | None
@@ -69,12 +71,12 @@ class Place:
 
 
 def find(address: str, name: FormatName | None, revision: str | None) -> Place:
-    """Look what there is at a folder, an `s3://` address, a hub id or a `.tar.zst` file.
+    """Find the weights at a folder, an `s3://` address, a hub id or a `.tar.zst` file.
 
     Raises:
         FileNotFoundError: if there is nothing.
-        CheckpointError: if what there is has none of the formats, or not the given one.
-        gptj.storage.addresses.AddressError: for what can be no address.
+        CheckpointError: if the files have none of the formats, or not the given one.
+        gptj.storage.addresses.AddressError: if the address is invalid.
     """
     address = normalized(address)
     if tar_stream.is_stream(address):
@@ -91,7 +93,7 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
             files = storage.list_files(folder)
             if each.matches(files):
                 return Place(folder, each, files)
-            if folder == address:  # no hub: all files are there
+            if folder == address:  # not the hub: all files are there
                 break
     if name in (None, MESH):
         folder = locate(address, revision=revision, patterns=_SMALL_FILES)
@@ -102,6 +104,5 @@ def find(address: str, name: FormatName | None, revision: str | None) -> Place:
     if name in (None, MESH):
         looked_for.append("shard_0/0.npz")
     raise CheckpointError(
-        f"{address} has no weights that we know how to read: there is none of "
-        f"{', '.join(looked_for)}"
+        f"{address} has no weights in a format we can read: looked for {', '.join(looked_for)}"
     )

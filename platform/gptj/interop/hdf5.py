@@ -1,8 +1,8 @@
-"""HDF5 files of plain arrays: found in place, and written from front to back.
+"""HDF5 files of plain arrays: indexed in place, and written sequentially.
 
-The HDF5 library is C code, and the files come from anywhere. So it only looks for the arrays, in a
-process of its own with bounded time and memory, and their bytes are read by us. And it only writes
-files with holes where the arrays are to be, which are filled while the file goes to its place.
+The HDF5 library is C code, and files are not trusted. So it only locates the arrays, in a separate
+process with bounded time and memory, and we read their bytes. When writing, it only makes a file
+with holes for the arrays, which we fill while the file is copied to its destination.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = {
     "int32": torch.int32,
     "int64": torch.int64,
 }
-# An attribute has to fit an object's header; longer lists are written in parts, as Keras does.
+# An attribute must fit in an object header; longer lists are split, as Keras does.
 ATTRIBUTE_BYTES = 64_000
 
 
@@ -48,23 +48,23 @@ def index_hdf5(address: str) -> list[StoredTensor]:
     """The arrays of a file, by their paths in it.
 
     Raises:
-        CheckpointError: if the file is damaged, or an array is not stored in one plain piece.
+        CheckpointError: if the file is damaged, or an array is not contiguous and uncompressed.
     """
-    require("h5py", "weights of TensorFlow")  # which the other process would miss
+    require("h5py", "weights of TensorFlow")  # which the child process needs
     size = storage.size(address)
     tensors = []
     for name, shape, kind, start in _ask_child(address, size):
         length = math.prod(shape) * DTYPES[kind].itemsize
         if start + length > size:
-            raise CheckpointError(f"{address} is damaged: {name} ends behind the file")
+            raise CheckpointError(f"{address} is damaged: {name} ends beyond the file")
         places = [(start, length)]
         tensors.append(tensor_in_file(name, tuple(shape), DTYPES[kind], address, places))
     return tensors
 
 
 def _ask_child(address: str, size: int) -> Iterator[tuple[str, list[int], str, int]]:
-    """What the process that looks into the file finds; it gets the bytes that it asks for."""
-    # -P: it imports what is installed, and none of the modules that lie beside it.
+    """What the child process finds in the file; serves the bytes that it asks for."""
+    # -P: import installed packages, not the modules next to the script.
     command = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_index.py")), str(size)]
     with (
         storage.open_read(address, buffer_bytes=2**16) as file,
@@ -85,16 +85,16 @@ def _ask_child(address: str, size: int) -> Iterator[tuple[str, list[int], str, i
                     child.stdin.write(file.read(values[1]))
                     child.stdin.flush()
         except (BrokenPipeError, json.JSONDecodeError):
-            child.kill()  # it died in the middle of something: what it ended with says why
+            child.kill()  # it died mid-message: its exit status says why
         reason = child.stderr.read().decode(errors="replace").strip()
     if child.returncode != 0:
-        reason = reason or f"the HDF5 library ended with {child.returncode}"
-        raise CheckpointError(f"{address} is no readable HDF5 file: {reason}")
+        reason = reason or f"the HDF5 library exited with {child.returncode}"
+        raise CheckpointError(f"{address} is not a readable HDF5 file: {reason}")
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is to be written at the root or in a group: arrays by path, and lists of names."""
+    """The content of a group, or of the root: arrays by path, and lists of names."""
 
     path: str
     arrays: Sequence[tuple[str, TensorSpec]]
@@ -102,10 +102,10 @@ class Group:
 
 
 def plan_hdf5(groups: Sequence[Group]) -> list[Piece]:
-    """A file with everything but the arrays' bytes, which are to follow their pieces."""
+    """Everything in the file except the arrays' bytes, which follow their pieces."""
     places: list[tuple[int, TensorSpec]] = []
     with tempfile.TemporaryDirectory(prefix="gptj-hdf5-") as folder:
-        path = Path(folder, "holes.h5")  # and so it takes hardly any space on disk
+        path = Path(folder, "holes.h5")  # sparse: takes hardly any disk space
         with h5py.File(path, "w") as file:
             for group in groups:
                 target = file.require_group(group.path)
@@ -139,10 +139,10 @@ def _make_hole(target: h5py.Group, name: str, spec: TensorSpec) -> h5py.h5d.Data
 
 
 def hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeID:
-    """HDF5's type of numbers; NumPy, and so h5py, has no name for bfloat16."""
+    """HDF5's number type; NumPy, and so h5py, has none for bfloat16."""
     if dtype == torch.bfloat16:
         kind = h5py.h5t.IEEE_F16LE.copy()
-        kind.set_fields(15, 7, 8, 0, 7)  # sign, exponent and mantissa: where, how many bits
+        kind.set_fields(15, 7, 8, 0, 7)  # positions and widths of sign, exponent and mantissa
         kind.set_ebias(127)
         return kind
     return h5py.h5t.py_create(np.dtype(str(dtype).removeprefix("torch.")).newbyteorder("<"))

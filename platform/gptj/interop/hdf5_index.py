@@ -1,10 +1,10 @@
-"""What an HDF5 file holds: the process that gptj.interop.hdf5 starts to find out.
+"""Index an HDF5 file: the child process that gptj.interop.hdf5 starts.
 
-A file that is damaged with care can make the HDF5 library crash, loop or ask for any amount of
-memory; here it can. This process opens no file and no connection, and imports nothing of ours. Its
-argument is the file's size; it writes one JSON list a line:
+A malicious file can make the HDF5 library crash, loop or allocate any amount of memory; here that
+does no harm. This process opens no files or connections and imports none of our modules. Its
+argument is the file's size; it writes one JSON list per line:
 
-    ["read", FIRST_BYTE, BYTES]            then that many bytes are to come on standard input
+    ["read", FIRST_BYTE, BYTES]            then expects that many bytes on standard input
     ["array", PATH, SHAPE, DTYPE, FIRST_BYTE]
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 
 import h5py
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of addresses, of which libraries reserve some hundred MB
-SECONDS_LIMIT = 30  # of the processor
+MEMORY_LIMIT = 2 * 2**30  # bytes of address space, of which libraries reserve some hundred MB
+SECONDS_LIMIT = 30  # of CPU time
 OBJECTS_LIMIT = 100_000
-DEPTH_LIMIT = 32  # of groups in groups
+DEPTH_LIMIT = 32  # nested groups
 MESSAGE_LIMIT = 500  # characters
 
 DTYPES = ("float16", "float32", "float64", "int32", "int64")
@@ -31,7 +31,7 @@ Array = tuple[str, tuple[int, ...], str, int]
 
 
 class AskedFile(io.RawIOBase):
-    """The file, as the other process reads it for us."""
+    """The file, read through the parent process."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -56,7 +56,7 @@ class AskedFile(io.RawIOBase):
         say("read", self._position, len(target))
         content = sys.stdin.buffer.read(len(target))
         if len(content) != len(target):
-            raise EOFError("the process that asked is gone")
+            raise EOFError("the parent process is gone")
         target[:] = content
         self._position += len(content)
         return len(content)
@@ -67,7 +67,7 @@ def say(*values: object) -> None:
 
 
 def read_index(file: AskedFile) -> Iterator[Array]:
-    """Every array of the file. ValueError, or what h5py raises, if it is damaged."""
+    """Every array of the file. ValueError, or any error of h5py, if it is damaged."""
     with h5py.File(file, "r") as hdf5:
         seen = 0
         waiting = [("", hdf5)]
@@ -91,11 +91,11 @@ def _describe(place: str, item: object) -> Array:
     if not isinstance(item, h5py.Dataset):
         raise ValueError(f"{place} is neither a group nor an array")
     if item.external or item.is_virtual:
-        raise ValueError(f"{place} lies in another file: refused")
+        raise ValueError(f"{place} is stored in another file: refused")
     layout = item.id.get_create_plist()
     start = item.id.get_offset()
     if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_nfilters() or start is None:
-        raise ValueError(f"{place} is not stored in one piece (compressed, in chunks or empty)")
+        raise ValueError(f"{place} is not contiguous (compressed, chunked or empty)")
     return place, item.shape, _kind(item), start
 
 
@@ -105,7 +105,7 @@ def _kind(item: h5py.Dataset) -> str:
         if kind.get_fields() == (15, 7, 8, 0, 7) and kind.get_ebias() == 127:
             return "bfloat16"
     if item.dtype.name not in DTYPES:
-        raise ValueError(f"{item.name} has the dtype {item.dtype}, and should be of floats")
+        raise ValueError(f"{item.name} has the dtype {item.dtype}, which is not floating point")
     if item.dtype.newbyteorder("<") != item.dtype:
         raise ValueError(f"{item.name} is big-endian")
     return str(item.dtype.name)
@@ -118,7 +118,7 @@ def main() -> None:
     try:
         for array in read_index(AskedFile(int(sys.argv[1]))):
             say("array", *array)
-    except Exception as error:  # whatever h5py raises, the other process says that it is damaged
+    except Exception as error:  # whatever h5py raises, the parent reports a damaged file
         sys.exit(f"{type(error).__name__}: {error}"[:MESSAGE_LIMIT])
 
 

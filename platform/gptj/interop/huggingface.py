@@ -1,4 +1,4 @@
-"""Hugging Face's files of PyTorch weights: safetensors and pickles, found without reading them."""
+"""Hugging Face's PyTorch weights: index safetensors and pickles without reading the tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gptj.interop.tensors import StoredTensor, tensor_in_file
 
 
 def open_file(address: str) -> list[StoredTensor]:
-    """The tensors of a file. CheckpointError if it is damaged or could run code."""
+    """A file's tensors. CheckpointError if it is damaged or could run code."""
     if address.endswith(".bin"):
         return index_pickle(address)
     return [

@@ -1,4 +1,4 @@
-"""Weights from anywhere in, a model folder of ours out, one tensor in memory at a time."""
+"""Import weights of any supported format into a model folder, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def import_weights(
     tokenizer: str | None = None,
     scratch: str | Path | None = None,
 ) -> GPTJConfig:
-    """Write a model folder; it is complete, or it is not there. Returns its configuration.
+    """Write a model folder, atomically. Returns its configuration.
 
     See open_source for the other arguments.
 
     Args:
         destination: a new folder, local or `s3://`.
-        dtype: float16, bfloat16 or float32; None: as stored; if that is several, one of them.
+        dtype: float16, bfloat16 or float32; None: as stored; if mixed, one of them.
 
     Raises:
-        FileNotFoundError, CheckpointError: as open_source does.
-        AlreadyExistsError: if there is something at the destination.
+        FileNotFoundError, CheckpointError: see open_source.
+        AlreadyExistsError: if the destination is not empty.
     """
     target = parse_dtype(dtype)
     source, destination = normalized(source), normalized(destination)
@@ -62,12 +62,12 @@ def import_weights(
 
 
 def check_new(destination: str) -> None:
-    """AlreadyExistsError if a folder has files, StorageError if nothing can be written there."""
+    """AlreadyExistsError if a folder has files, StorageError if it is not writable."""
     files = storage.list_files(destination)
     if files:
         names = sorted({PurePosixPath(file.name).parts[0] for file in files})[:5]
         raise storage.AlreadyExistsError(
-            f"{destination} holds files already ({', '.join(names)}), perhaps of a run that was "
-            f"cut short; write to another address, or delete it first"
+            f"{destination} already holds files ({', '.join(names)}), perhaps from an interrupted "
+            f"run; write to another address, or delete it first"
         )
     storage.check_writable(destination)

@@ -1,4 +1,4 @@
-"""What another program's folder of weights looks like, for writing one."""
+"""The layout of another program's weight folder, for writing one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gptj.interop.pieces import Piece
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of files, of parameters, and how a file is laid out.
+    """File names, parameter names, and the layout of a file.
 
     Attributes:
-        classes: the heads that the format has, by our classes' names.
-        single: the file, if there is one.
-        shard: one of several; the fields are its number and how many there are.
-        index: of several.
+        classes: the heads that the format supports, by our class names.
+        single: file name of unsharded weights.
+        shard: file name of a shard; its fields are the shard's number and the number of shards.
+        index: file name of the shards' index.
         name: Hugging Face's name of a parameter and our class -> the name in the format, and
-            whether it has the transpose.
+            whether it is stored transposed.
         index_name: the name in the format and our class -> the name in an index.
         plan: a file's tensors, our class, and whether the file is the only one -> its pieces.
     """

@@ -1,4 +1,4 @@
-"""A base model and an adapter in, a model folder out, one tensor in memory at a time."""
+"""Merge an adapter into its base model's folder, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gptj.saving import save_folder
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # one of which a tokenizer has
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # a tokenizer has one of these
 
 
 def merge_adapter(
@@ -45,22 +45,22 @@ def merge_adapter(
     revision: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> GPTJConfig:
-    """Write the model that computes what the base does with the adapter; see merge_lora.
+    """Write a model folder equivalent to the base with the adapter; see merge_lora.
 
-    The folder is complete, or it is not there. Returns its configuration. The tokenizer and
-    `training.json` are the adapter's, or the base's where it has none.
+    The write is atomic. Returns the configuration. The tokenizer and `training.json` are the
+    adapter's or, if it has none, the base's.
 
     Args:
         base, adapter: folders, local or `s3://`, or hub ids.
         destination: a new folder, local or `s3://`.
         dtype: float16, bfloat16 or float32; None: the base's.
-        revision: of a base on the hub.
+        revision: branch, tag or commit of a base on the hub.
 
     Raises:
         FileNotFoundError: if there is no base or no adapter.
         CheckpointError: naming what is damaged or not supported, or if the adapter belongs to
             another model.
-        AlreadyExistsError: if there is something at the destination.
+        AlreadyExistsError: if the destination is not empty.
     """
     target = parse_dtype(dtype)
     base, destination = normalized(base), normalized(destination)
@@ -87,7 +87,7 @@ def merge_adapter(
 
 
 def _check_base(adapter: StoredAdapter, address: str, revision: str | None) -> None:
-    if adapter.known_base is not None:  # PEFT's may name none
+    if adapter.known_base is not None:  # PEFT's need not name one
         adapter.known_base.check(adapter.address, Base.at(address, revision))
 
 
@@ -100,26 +100,28 @@ def _config(source: Source, folder: ModelFolder, adapter: StoredAdapter) -> GPTJ
     name = adapter.architecture or (config.architectures or [""])[0]
     cls = HEAD_CLASSES.get(name)
     if cls is None:
-        raise CheckpointError(f"{adapter.address}: {name or 'no class'} is no GPT-J of ours")
+        raise CheckpointError(
+            f"{adapter.address}: {name or 'no class'} is not one of our GPT-J classes"
+        )
     config.architectures = [name]
     config.dtype = source.config.dtype
     with without_weights():
         model = cls(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    put_adapter(model, adapter)  # which compares names and shapes, and has no weights to copy to
+    put_adapter(model, adapter)  # checks names and shapes; there are no weights to copy to
     given = {tensor.name: tensor.shape for tensor in _base_tensors(source, cls)}
     given |= {n: tuple(t.shape) for n, t in adapter.tensors.items() if n in expected}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             raise CheckpointError(
-                f"{adapter.address} is for another model than {source.address}: {name} has the "
+                f"{adapter.address} is not for the model {source.address}: {name} has the "
                 f"shape {given.get(name)}, and should have {expected.get(name)}"
             )
     return config
 
 
 def _merged(source: Source, adapter: StoredAdapter, config: GPTJConfig) -> list[StoredTensor]:
-    """The model's tensors, in its order: the base's, changed where the adapter says so."""
+    """The merged model's tensors, in its order."""
     cls = HEAD_CLASSES[(config.architectures or [""])[0]]
     tensors = {tensor.name: tensor for tensor in _base_tensors(source, cls)}
     for name, values in adapter.tensors.items():
@@ -134,7 +136,7 @@ def _merged(source: Source, adapter: StoredAdapter, config: GPTJConfig) -> list[
 
 
 def _base_tensors(source: Source, cls: type[GPTJPreTrainedModel]) -> list[StoredTensor]:
-    """Under the names that a class has for them, without other classes' heads."""
+    """The base's tensors under the class's names, without other classes' heads."""
     others = tuple(f"{head}." for head in HEADS if head != HEAD_OF.get(cls.__name__))
     kept = [tensor for tensor in source.tensors if not tensor.name.startswith(others)]
     if source.config.architectures == [GPTJModel.__name__] and cls is not GPTJModel:
@@ -159,7 +161,7 @@ def _with_product(tensor: StoredTensor, a: Tensor, b: Tensor, scaling: float) ->
 
 
 def _tokenizer(adapter: ModelFolder) -> GPTJTokenizer | None:
-    """The adapter's own; None if it has none."""
+    """The adapter's own tokenizer, if it has one."""
     own = any(name in adapter for name in TOKENIZER_FILES)
     return GPTJTokenizer.from_folder(adapter) if own else None
 

@@ -1,10 +1,10 @@
-"""Checkpoints of mesh-transformer-jax, which GPT-J was trained with: shards in, tensors out.
+"""Checkpoints of mesh-transformer-jax, with which GPT-J was trained: shards in, tensors out.
 
     step_N/shard_{0..S-1}/{0..15}.npz
 
-Each shard is one TPU core's part of every leaf of the training state: the optimizer's (in full
-checkpoints), then the parameters, then the step. Leaves are in the order of their names as text
-(layer_0, layer_1, layer_10, …), and are dealt to the files in equal runs.
+Each shard is one TPU core's part of every leaf of the training state: the optimizer's leaves (in
+full checkpoints), then the parameters, then the step. Leaves are sorted by name as text (layer_0,
+layer_1, layer_10, …) and split into equal runs, one per file.
 Source: github.com/kingoflolz/mesh-transformer-jax, checkpoint.py, layers.py, to_hf_weights.py.
 """
 
@@ -24,12 +24,12 @@ from gptj.interop.tensors import StoredTensor, fill
 from gptj.storage import FileInfo
 
 SHARD_FILE = re.compile(r"(?:(?P<step>.*)/)?shard_(?P<shard>\d{1,4})/(?P<piece>\d{1,4})\.npz")
-# Leaves of a checkpoint: ten a layer, two of the embedding, four of the projection, the step.
+# Leaves of a checkpoint: ten per layer, two of the embedding, four of the projection, the step.
 LEAVES_A_LAYER, OTHER_LEAVES = 10, 7
 # A full checkpoint has the parameters three times (with Adam's two moments) and three counts.
 COPIES_IN_FULL = 3
 
-_ROWS = 256  # of the embedding that are computed at a time
+_ROWS = 256  # of the embedding, computed at a time
 
 
 def is_checkpoint(files: Sequence[FileInfo]) -> bool:
@@ -39,11 +39,11 @@ def is_checkpoint(files: Sequence[FileInfo]) -> bool:
 def open_checkpoint(
     address: str, files: Sequence[FileInfo], n_layer: int | None
 ) -> list[StoredTensor]:
-    """The parameters of a checkpoint under Hugging Face's names, in a layer's usual shapes.
+    """The parameters of a checkpoint under Hugging Face's names and in its shapes.
 
     Args:
-        files: all below the address, which is a step's folder or the one above it.
-        n_layer: None: find out from the number of leaves.
+        files: all files below the address, which is a step's folder or its parent.
+        n_layer: None: infer it from the number of leaves.
 
     Raises:
         CheckpointError: naming the shard, file or leaf that is missing, damaged or does not fit.
@@ -53,16 +53,16 @@ def open_checkpoint(
     for number, shard in enumerate(shards):
         if len(shard) != leaves:
             raise CheckpointError(
-                f"{address}: shard_{number} has {len(shard)} leaves and shard_0 has {leaves}"
+                f"{address}: shard_{number} has {len(shard)} leaves but shard_0 has {leaves}"
             )
     if n_layer is None:
         n_layer = _layers_of(leaves, address)
     wanted = LEAVES_A_LAYER * n_layer + OTHER_LEAVES
     if leaves < wanted:
         raise CheckpointError(
-            f"{address} has {leaves} leaves in a shard; {n_layer} layers have {wanted} at least"
+            f"{address} has {leaves} leaves per shard; {n_layer} layers need at least {wanted}"
         )
-    first = leaves - wanted  # the optimizer's state comes before
+    first = leaves - wanted  # the optimizer's state comes first
     opened = _open_leaves([shard[first:-1] for shard in shards])
     return list(_merged(opened, n_layer))
 
@@ -73,9 +73,9 @@ def _layers_of(leaves: int, address: str) -> int:
         if leaves % copies == 0 and rest == 0 and layers > 0:
             return layers
     raise CheckpointError(
-        f"{address} has {leaves} leaves in a shard: neither a slim checkpoint's (10 a layer and 7) "
-        f"nor a full one's with Adam (three times as many); remedy: give its configuration, if "
-        f"another optimizer trained it"
+        f"{address} has {leaves} leaves per shard, which fits neither a slim checkpoint (10 per "
+        f"layer and 7) nor a full one with Adam (three times as many); remedy: give its "
+        f"configuration, if it was trained with another optimizer"
     )
 
 
@@ -91,7 +91,7 @@ def _files_by_shard(address: str, files: Sequence[FileInfo]) -> list[list[FileIn
     pieces = max(len(shard) for shard in shards.values())
     for number in range(max(shards) + 1):
         if number not in shards:
-            raise CheckpointError(f"{address} is incomplete: there is no shard_{number}")
+            raise CheckpointError(f"{address} is incomplete: shard_{number} is missing")
         if missing := set(range(pieces)) - set(shards[number]):
             raise CheckpointError(
                 f"{address} is incomplete: shard_{number} has no {min(missing)}.npz"
@@ -112,7 +112,7 @@ def _read_index(address: str, shards: list[list[FileInfo]]) -> list[list[Member]
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One parameter: its part of every shard."""
+    """One parameter: its parts from all shards."""
 
     parts: list[StoredTensor]
 
@@ -143,20 +143,20 @@ def _open_leaves(shards: list[list[Member]]) -> list[_Leaf]:
                     f"part of it, {leaf.parts[0].name}, has {leaf.shape} and {leaf.dtype}"
                 )
             if not part.dtype.is_floating_point:
-                raise CheckpointError(f"{part.name} is no parameter: its dtype is {part.dtype}")
+                raise CheckpointError(f"{part.name} is not a parameter: its dtype is {part.dtype}")
     return leaves
 
 
 def _merged(leaves: list[_Leaf], n_layer: int) -> Iterator[StoredTensor]:
-    """Every parameter under its name; the leaves come in the order of their names as text."""
+    """Every parameter under its name; leaves are sorted by name as text."""
     source = iter(leaves)
 
     def take(name: str, dimensions: int) -> _Leaf:
         leaf = next(source)
         if len(leaf.shape) != dimensions:
             raise CheckpointError(
-                f"{leaf.parts[0].name} has the shape {leaf.shape}, and as {name} should have "
-                f"{dimensions} dimensions: this is no GPT-J of {n_layer} layers"
+                f"{leaf.parts[0].name} has the shape {leaf.shape}, but {name} should have "
+                f"{dimensions} dimensions: this is not a GPT-J of {n_layer} layers"
             )
         return leaf
 
@@ -196,7 +196,7 @@ def _merged(leaves: list[_Leaf], n_layer: int) -> Iterator[StoredTensor]:
 
 
 def _joined(name: str, leaf: _Leaf, axis: int, transpose: bool) -> StoredTensor:
-    """The parts one after the other along an axis of the result, each transposed before."""
+    """The parts, transposed if asked, then concatenated along an axis of the result."""
     part_shape = leaf.shape[::-1] if transpose else leaf.shape
     shape = list(part_shape)
     shape[axis] *= len(leaf.parts)
@@ -213,7 +213,7 @@ def _joined(name: str, leaf: _Leaf, axis: int, transpose: bool) -> StoredTensor:
 
 
 def _summed(name: str, leaf: _Leaf) -> StoredTensor:
-    """The sum over shards: each adds its own bias before all of them are added up."""
+    """The sum over shards: each shard's bias was added before the all-reduce."""
 
     def load(dtype: torch.dtype) -> Tensor:
         return fill(torch.empty(leaf.shape, dtype=dtype), _sum(leaf), name)
@@ -222,7 +222,7 @@ def _summed(name: str, leaf: _Leaf) -> StoredTensor:
 
 
 def _embedding(name: str, leaf: _Leaf, bias: _Leaf) -> StoredTensor:
-    """Rows of the embedding, with the sum of the shards' biases added to each."""
+    """The embedding, with the sum of the shards' biases added to each row."""
     rows, width = leaf.shape
 
     def load(dtype: torch.dtype) -> Tensor:
@@ -238,14 +238,14 @@ def _embedding(name: str, leaf: _Leaf, bias: _Leaf) -> StoredTensor:
 
     if bias.shape != (width,):
         raise CheckpointError(
-            f"{bias.parts[0].name} has the shape {bias.shape}, and the embedding's rows have "
+            f"{bias.parts[0].name} has the shape {bias.shape}, but the embedding's rows have "
             f"{width} columns"
         )
     return StoredTensor(name, (rows * len(leaf.parts), width), leaf.dtype, load)
 
 
 def _sum(leaf: _Leaf) -> Tensor:
-    """In float32: bfloat16 would lose what the sum is for."""
+    """Sum in float32: bfloat16 would lose too much precision."""
     total = torch.zeros(leaf.shape)
     for part in leaf.parts:
         total += part.load(torch.float32)

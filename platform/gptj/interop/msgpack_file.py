@@ -1,8 +1,8 @@
-"""MessagePack files of nested maps with arrays, as Flax writes them: read in place, and written.
+"""MessagePack files of nested maps with arrays, as Flax writes them: indexed in place, and written.
 
-An array is an extension of type 1: its shape, the name of its dtype, its bytes. One above 1 GiB is
-a map of pieces. Formats: github.com/msgpack/msgpack/blob/master/spec.md; flax.serialization.
-MessagePack's own reader would hold each array, or the whole file, in memory.
+An array is an extension of type 1: its shape, dtype name and bytes. One above 1 GiB is a map of
+chunks. Formats: github.com/msgpack/msgpack/blob/master/spec.md; flax.serialization. The msgpack
+package would hold each array, or the whole file, in memory.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ else:
 
 ARRAY = 1  # the extension's type
 CHUNKED = "__msgpack_chunked_array__"
-CHUNK_BYTES = 2**30  # of an array in one piece
+CHUNK_BYTES = 2**30  # largest unchunked array
 SEPARATOR = "/"
-_WINDOW = 2**16  # bytes read together, between arrays
-_DEPTH = 32  # of maps in maps
+_WINDOW = 2**16  # bytes read at a time between arrays
+_DEPTH = 32  # nested maps
 _NODES = 100_000  # arrays and maps: far more than a model has
-_TEXT = 1000  # bytes of a key
+_TEXT = 1000  # longest key, in bytes
 
 DTYPES = {
     "float64": torch.float64,
@@ -51,23 +51,22 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def index_msgpack(address: str) -> list[StoredTensor]:
-    """The arrays of a file, named by the keys that lead to them (`h/0/ln_1/bias`).
+    """The arrays of a file, named by their paths of keys (`h/0/ln_1/bias`).
 
     Raises:
-        CheckpointError: if the file is damaged, cut off, or holds anything but maps and arrays.
+        CheckpointError: if the file is damaged or truncated, or holds anything but maps and arrays.
     """
     scanner = _Scanner(address)
     tensors = list(scanner.arrays())
     if scanner.position != scanner.end:
         raise CheckpointError(
-            f"{address} goes on for {scanner.end - scanner.position} bytes after its content: it "
-            f"is damaged"
+            f"{address} is damaged: {scanner.end - scanner.position} bytes follow its content"
         )
     return tensors
 
 
 def plan_msgpack(specs: Mapping[str, TensorSpec]) -> list[Piece]:
-    """A file of nested maps, by the arrays' paths with SEPARATOR; their bytes are to follow."""
+    """A file of nested maps from array paths joined by SEPARATOR, without the arrays' bytes."""
     tree: dict[str, object] = {}
     for path, spec in specs.items():
         *folders, leaf = path.split(SEPARATOR)
@@ -128,7 +127,7 @@ class _Array:
 
 
 class _Scanner:
-    """Goes through a file once, from array to array; it never reads an array's bytes."""
+    """Scans a file once, skipping the arrays' bytes."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -139,7 +138,7 @@ class _Scanner:
         self._nodes = 0
 
     def arrays(self, path: tuple[str, ...] = ()) -> Iterator[StoredTensor]:
-        """What lies at the position: an array, or a map of arrays and maps."""
+        """The arrays at the position: one array, or those of a nested map."""
         self._nodes += 1
         if len(path) > _DEPTH or self._nodes > _NODES:
             raise self._damaged("it has far more maps than a model")
@@ -152,7 +151,7 @@ class _Scanner:
             return
         count = self._count(code, _MAPS, 0x80, 0x0F)
         if count is None:
-            raise self._damaged(f"{name or 'its content'} is no map and no array")
+            raise self._damaged(f"{name or 'its content'} is neither a map nor an array")
         for number in range(count):
             key = self._text()
             if key == CHUNKED and number == 0:
@@ -161,9 +160,9 @@ class _Scanner:
             yield from self.arrays((*path, key))
 
     def _chunked(self, name: str, count: int) -> StoredTensor:
-        """An array in pieces, after its first key; Flax writes the keys in this order."""
+        """A chunked array, after its first key; Flax writes the keys in this order."""
         if count != 3 or self._byte() != 0xC3 or self._text() != "shape":
-            raise self._damaged(f"{name} is no array in pieces as Flax writes them")
+            raise self._damaged(f"{name} is not a chunked array as Flax writes them")
         axes = self._count(self._byte(), _MAPS, 0x80, 0x0F) or 0
         shape = []
         for axis in range(min(axes, _DEPTH)):
@@ -171,16 +170,16 @@ class _Scanner:
                 raise self._damaged(f"{name} has a wrong shape")
             shape.append(self._integer())
         if self._text() != "chunks":
-            raise self._damaged(f"{name} is no array in pieces as Flax writes them")
+            raise self._damaged(f"{name} is not a chunked array as Flax writes them")
         chunks = []
         for number in range(self._count(self._byte(), _MAPS, 0x80, 0x0F) or 0):
             if self._text() != str(number):
-                raise self._damaged(f"{name} lacks its piece {number}")
+                raise self._damaged(f"{name} lacks its chunk {number}")
             chunks.append(self._extension(self._byte()))
         size = sum(chunk.size for chunk in chunks)
         kinds = {chunk.dtype for chunk in chunks}
         if len(kinds) != 1 or size != math.prod(shape) * chunks[0].dtype.itemsize:
-            raise self._damaged(f"the pieces of {name} do not have its shape {tuple(shape)}")
+            raise self._damaged(f"the chunks of {name} do not match its shape {tuple(shape)}")
         places = [(chunk.start, chunk.size) for chunk in chunks]
         return tensor_in_file(name, tuple(shape), kinds.pop(), self.address, places)
 
@@ -194,13 +193,13 @@ class _Scanner:
         end = self.position + size
         if kind != ARRAY or end > self.end:
             raise self._damaged(
-                f"an array of {size} bytes and type {kind} ends behind the file, or is none"
+                f"an array of {size} bytes and type {kind} ends beyond the file, or is not an array"
             )
         if self._count(self._byte(), _ARRAYS, 0x90, 0x0F) != 3:
             raise self._damaged("an array does not have shape, dtype and bytes")
         axes = self._count(self._byte(), _ARRAYS, 0x90, 0x0F)
         if axes is None or axes > _DEPTH:
-            raise self._damaged(f"an array has the shape of {axes} axes")
+            raise self._damaged(f"an array has {axes} axes")
         shape = tuple(self._integer() for _ in range(axes))
         dtype = self._text()
         code = self._byte()
@@ -216,11 +215,11 @@ class _Scanner:
     def _text(self) -> str:
         size = self._count(self._byte(), _TEXTS, 0xA0, 0x1F)
         if size is None or size > _TEXT:
-            raise self._damaged("a key is no text, or a very long one")
+            raise self._damaged("a key is not a string, or is too long")
         try:
             text = self._take(size).decode()
         except UnicodeDecodeError as error:
-            raise self._damaged("a key is no UTF-8 text") from error
+            raise self._damaged("a key is not UTF-8") from error
         if SEPARATOR in text:
             raise self._damaged(f"the key {text!r} has a {SEPARATOR!r}")
         return text
@@ -230,11 +229,11 @@ class _Scanner:
         if code < 0x80:
             return code
         if code not in _INTEGERS:
-            raise self._damaged("a shape is not of whole numbers")
+            raise self._damaged("a shape has a non-integer")
         return self._number(_INTEGERS[code])
 
     def _count(self, code: int, widths: Mapping[int, int], small: int, mask: int) -> int | None:
-        """Of a map, list or text: within its first byte (`small` to small + mask), or after it."""
+        """Length of a map, list or string, in its first byte (`small` to small + mask) or after."""
         if small <= code <= small + mask:
             return code & mask
         return self._number(widths[code]) if code in widths else None
@@ -247,7 +246,7 @@ class _Scanner:
 
     def _take(self, size: int) -> bytes:
         if self.position + size > self.end:
-            raise self._damaged("it is cut off")
+            raise self._damaged("it is truncated")
         offset = self.position - self._window_start
         if not 0 <= offset <= len(self._window) - size:
             length = min(_WINDOW, self.end - self.position)
@@ -258,17 +257,17 @@ class _Scanner:
 
     def _damaged(self, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.address} is damaged, or no file of Flax, at byte {self.position}: {reason}"
+            f"{self.address} is damaged, or not a Flax file, at byte {self.position}: {reason}"
         )
 
 
-# First bytes, and how many bytes the number after them has.
+# First byte: width of the number after it.
 _MAPS = {0xDE: 2, 0xDF: 4}
 _ARRAYS = {0xDC: 2, 0xDD: 4}
 _TEXTS = {0xD9: 1, 0xDA: 2, 0xDB: 4}
 _BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 _INTEGERS = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
-# The same, and the size where none follows.
+# The same; for fixed sizes, the size.
 _EXTENSIONS = {
     0xC7: (1, 0),
     0xC8: (2, 0),

@@ -1,8 +1,8 @@
-"""NumPy's `.npz` files: arrays that lie in a zip archive, found without reading them.
+"""NumPy's `.npz` files: index the arrays in a zip archive without reading them.
 
-`numpy.savez` stores arrays without compression, so that each can be read in place, also from S3.
-NumPy's own reader holds whole files in memory, and believes what their headers say.
-The formats: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, APPNOTE.TXT.
+`numpy.savez` stores arrays uncompressed, so each can be read in place, even from S3. NumPy's own
+reader holds whole files in memory and trusts their headers.
+Formats: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, APPNOTE.TXT.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptj import storage
 from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
 
-# bfloat16 is no type of NumPy's: it writes two bytes without a meaning.
+# NumPy has no bfloat16 and writes it as two opaque bytes.
 DTYPES = {
     "V2": torch.bfloat16,
     "f2": torch.float16,
@@ -37,8 +37,8 @@ _HEADER = re.compile(
     rb"\{'descr': '([<|>=])([a-zA-Z]\d{1,2})', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \}\s*"
 )
-_LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name
-_HEADER_BYTES = 4096  # read at once: more than the headers of a plain array
+_LOCAL_HEADER = 30  # bytes of a zip member's local header, before its name
+_HEADER_BYTES = 4096  # read in one request; plain arrays have shorter headers
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Member:
 
     address: str
     name: str
-    start: int  # of its zip header, bytes
-    size: int  # of its .npy file, bytes
+    start: int  # byte offset of its zip header
+    size: int  # bytes of its .npy file
     crc: int
-    end: int  # of the zip file, bytes
+    end: int  # bytes of the zip file
 
 
 def index_npz(address: str) -> list[Member]:
     """The arrays arr_0, arr_1, … of an archive, in that order.
 
     Raises:
-        CheckpointError: if the file is damaged, cut off, or not what `numpy.savez` writes.
+        CheckpointError: if the file is damaged, truncated, or not what `numpy.savez` writes.
     """
     total = storage.size(address)
     try:
@@ -65,16 +65,16 @@ def index_npz(address: str) -> list[Member]:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
     except _DAMAGES as error:
-        raise CheckpointError(f"{address} is no readable .npz file: {error}") from error
+        raise CheckpointError(f"{address} is not a readable .npz file: {error}") from error
     members: dict[int, Member] = {}
     for info in infos:
         match = _MEMBER.fullmatch(info.filename)
         if match is None or int(match[1]) in members:
-            raise CheckpointError(f"{address}: its member {info.filename!r} is not expected")
+            raise CheckpointError(f"{address}: unexpected member {info.filename!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise CheckpointError(
                 f"{address}: {info.filename} is compressed or encrypted, which "
-                f"mesh-transformer-jax never does; remedy: write it again with numpy.savez"
+                f"mesh-transformer-jax never does; remedy: rewrite it with numpy.savez"
             )
         members[int(match[1])] = Member(
             address, info.filename, info.header_offset, info.file_size, info.CRC, total
@@ -97,16 +97,16 @@ _DAMAGES = (
 
 
 def open_member(member: Member) -> StoredTensor:
-    """The array of a member: its header is read, its values are not.
+    """A member's array: reads its header, not its values.
 
     Raises:
-        CheckpointError: if the header is damaged, or promises more or less than there is.
+        CheckpointError: if the header is damaged or does not match the member's size.
     """
     place = f"{member.address}: {member.name}"
     room = member.end - member.start
     head = storage.read_bytes(member.address, member.start, max(0, min(_HEADER_BYTES, room)))
     if len(head) < _LOCAL_HEADER or head[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{place} is not where the archive says: the file is damaged")
+        raise CheckpointError(f"{place} is not where the directory says: the file is damaged")
     name_length, extra_length = struct.unpack("<HH", head[26:30])
     first = _LOCAL_HEADER + name_length + extra_length
     shape, dtype, fortran, length = _parse_header(head[first:], place)
@@ -115,7 +115,7 @@ def open_member(member: Member) -> StoredTensor:
     start = member.start + first + length
     if length + size != member.size or start + size > member.end:
         raise CheckpointError(
-            f"{place} has {member.size - length} bytes of values, and its header promises {size}"
+            f"{place} has {member.size - length} bytes of values, but its header says {size}"
         )
 
     def load(target: torch.dtype) -> Tensor:
@@ -131,9 +131,9 @@ def open_member(member: Member) -> StoredTensor:
 
 
 def _parse_header(content: bytes, place: str) -> tuple[tuple[int, ...], torch.dtype, bool, int]:
-    """Shape, dtype, whether the first axis varies fastest, and the header's bytes."""
+    """Shape, dtype, whether it is in Fortran order, and the header's size in bytes."""
     if content[:6] != b"\x93NUMPY" or content[6:8] not in (b"\x01\x00", b"\x02\x00"):
-        raise CheckpointError(f"{place} is no array in NumPy's format 1.0 or 2.0")
+        raise CheckpointError(f"{place} is not in NumPy's array format 1.0 or 2.0")
     prefix = 10 if content[6] == 1 else 12
     length = prefix + int.from_bytes(content[8:prefix], "little")
     match = _HEADER.fullmatch(content[prefix:length])
@@ -144,6 +144,6 @@ def _parse_header(content: bytes, place: str) -> tuple[tuple[int, ...], torch.dt
         )
     order, kind = match[1].decode(), match[2].decode()
     if kind not in DTYPES or order == ">":
-        raise CheckpointError(f"{place} has the dtype {order + kind}, and should be of floats")
+        raise CheckpointError(f"{place} has the dtype {order + kind}, which is not floating point")
     shape = tuple(int(text) for text in match[4].decode().split(",") if text.strip())
     return shape, DTYPES[kind], match[3] == b"True", length

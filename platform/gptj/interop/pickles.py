@@ -1,9 +1,9 @@
-"""PyTorch's `.bin` files: tensors in, found without reading them.
+"""PyTorch's `.bin` files: index the tensors without reading them.
 
-Only tensors are unpickled (`weights_only=True`), and only their places: PyTorch tells the offset of
-each in the file when it loads under a FakeTensorMode
-(https://docs.pytorch.org/docs/stable/notes/serialization.html). So a file on S3 needs no copy on
-disk, and no file needs memory for more than one tensor.
+Only tensors are unpickled (`weights_only=True`), and only their positions: under a FakeTensorMode,
+PyTorch records each tensor's offset in the file
+(https://docs.pytorch.org/docs/stable/notes/serialization.html). So a file on S3 needs no local
+copy, and memory holds one tensor.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from gptj import storage
 from gptj.errors import CheckpointError
 from gptj.interop.tensors import StoredTensor, bytes_of, narrowed
 
-# A file of PyTorch before 1.6 has no offsets, and is held in memory as a whole.
+# Files from PyTorch before 1.6 have no offsets and must be loaded whole.
 OLD_FORMAT_LIMIT = 256 * 2**20  # bytes
 
 
 def index_pickle(address: str) -> list[StoredTensor]:
-    """The tensors of a state dict that `torch.save` wrote.
+    """The tensors of a state dict written by `torch.save`.
 
     Raises:
-        CheckpointError: if the file is damaged, holds more than tensors, or is of the format
-            before PyTorch 1.6 and too large for memory.
+        CheckpointError: if the file is damaged, holds more than tensors, or is in the format
+            before PyTorch 1.6 and too large to load.
     """
     size = storage.size(address)
     zipped = size >= 4 and storage.read_bytes(address, 0, 4) == b"PK\x03\x04"
@@ -42,7 +42,7 @@ def index_pickle(address: str) -> list[StoredTensor]:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
-        raise CheckpointError(f"{address} holds no plain state dict: tensors by their names")
+        raise CheckpointError(f"{address} is not a plain state dict of tensors by name")
     if zipped:
         return [_stored(name, tensor, address, size) for name, tensor in state.items()]
     return [_held(name, tensor) for name, tensor in state.items()]
@@ -57,7 +57,8 @@ def _load(address: str, fake: bool) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{address} is damaged, or holds more than tensors and could run code: refused"
+            f"{address} is damaged, or holds objects other than tensors, which could run code: "
+            f"refused"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{address} is damaged: {error}") from error
@@ -75,7 +76,7 @@ def _stored(name: str, fake: Tensor, address: str, size: int) -> StoredTensor:
     reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
     if needed > count or (needed > 0 and reach > count):
         raise CheckpointError(
-            f"{address}: {name} has the shape {shape}, and {count} numbers are stored for it"
+            f"{address}: {name} has the shape {shape}, but {count} stored numbers"
         )
 
     def load(target: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
-"""A file as bytes and the tensors between them: planned before any value is read.
+"""A file as a plan of bytes and the tensors between them, made before any value is read.
 
-So the size of a file is known when its writing begins, it goes to S3 from front to back, and memory
-holds one tensor.
+So a file's size is known before writing starts, it can be streamed to S3, and memory holds one
+tensor.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from gptj.interop.tensors import bytes_of
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes, and the tensor, or a part of it, that follows them; None at the end of a file."""
+    """Bytes, then a tensor or part of one (None at the end of a file)."""
 
     header: bytes
     spec: TensorSpec | None
-    start: int  # first byte of the tensor; its parts come in order
-    size: int  # bytes of it
+    start: int  # first byte within the tensor; its parts come in order
+    size: int  # bytes of the tensor
 
 
 def tensors_of(files: Sequence[Sequence[Piece]]) -> list[TensorSpec]:
-    """The tensors in the order in which `write_pieces` needs them."""
+    """The tensors in the order `write_pieces` needs them."""
     return [p.spec for pieces in files for p in pieces if p.spec is not None and p.start == 0]
 
 
 def write_pieces(
     writer: FolderWriter, name: str, pieces: Sequence[Piece], tensors: Iterator[Tensor]
 ) -> None:
-    """Write one file; contiguous tensors are taken from `tensors` one at a time."""
+    """Write one file, taking contiguous tensors from `tensors` one at a time."""
     with writer.open(name, sum(len(piece.header) + piece.size for piece in pieces)) as file:
         content = memoryview(b"")
         for piece in pieces:
             file.write(piece.header)
             if piece.spec is not None:
                 if piece.start == 0:
-                    content = memoryview(b"")  # let go of the last one first
+                    content = memoryview(b"")  # release the previous tensor first
                     content = bytes_of(next(tensors))
                 file.write(content[piece.start : piece.start + piece.size])

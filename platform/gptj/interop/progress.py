@@ -1,4 +1,4 @@
-"""How far a long conversion is: bytes in, lines in the log out."""
+"""Log the progress of a long conversion."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Logs every few seconds, and at the end, what is done and the time left at the rate so far."""
+    """Logs, every few seconds and at the end, the bytes done and the estimated time left."""
 
     def __init__(self, total: int) -> None:
         self._total = total  # bytes
         self._started = self._last = time.monotonic()
 
     def reach(self, done: int, what: str) -> None:
-        """So many bytes are done, and with them what is named."""
+        """Report that `done` bytes, up to and including `what`, are finished."""
         now = time.monotonic()
         if now - self._last < PROGRESS_SECONDS and done < self._total:
             return

@@ -1,4 +1,4 @@
-"""A model from anywhere: an address in, its configuration, tensors and small files out."""
+"""Open a model of any format: an address in, its configuration, tensors and small files out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gptj.storage.addresses import normalized
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 
-# A configuration of mesh-transformer-jax has these names for our fields.
+# mesh-transformer-jax's names for our configuration fields.
 MESH_FIELDS = {
     "layers": "n_layer",
     "d_model": "n_embd",
@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is known to be a GPT-J, none of its values read yet."""
+    """A model verified to be a GPT-J; its values have not been read yet."""
 
     address: str
     format: FormatName
     config: GPTJConfig  # `architectures` names the class
     tensors: list[StoredTensor]  # in the model's order
     tokenizer: GPTJTokenizer | None
-    training: Mapping[str, Any] | None  # how it came to be, if it is one of ours
+    training: Mapping[str, Any] | None  # training.json, if it is one of ours
 
 
 @contextmanager
@@ -61,18 +61,18 @@ def open_source(
 ) -> Iterator[Source]:
     """Open what an address holds, and check that it is a whole GPT-J.
 
-    A folder with a manifest is compared with it first, and so read twice.
+    A folder with a manifest is first verified against it, and so read twice.
 
     Args:
         address: a folder, local or `s3://`, a hub id, or a `.tar.zst` file.
-        format: None: find out by looking.
-        config: a JSON file, of Hugging Face or mesh-transformer-jax, where the folder has none.
-        tokenizer: a folder or hub id, where the source has none.
-        scratch: a folder with room for an unpacked `.tar.zst`; None: the system's.
+        format: None: detect it.
+        config: a JSON file, of Hugging Face or mesh-transformer-jax, if the folder has none.
+        tokenizer: a folder or hub id, if the source has none.
+        scratch: a folder with room for an unpacked `.tar.zst`; None: the system's temporary folder.
 
     Raises:
         FileNotFoundError: if there is nothing at the address.
-        CheckpointError: naming what is missing, damaged, or does not fit.
+        CheckpointError: naming what is missing, damaged or inconsistent.
     """
     address = normalized(address)
     place = find(address, format, revision)
@@ -82,7 +82,7 @@ def open_source(
             tar_stream.unpack(address, folder)
             unpacked = Place(str(folder), None, storage.list_files(str(folder)))
             if not mesh_transformer.is_checkpoint(unpacked.files):
-                raise CheckpointError(f"{address} has no shard_0/0.npz in it")
+                raise CheckpointError(f"{address} does not contain shard_0/0.npz")
             yield _source(address, unpacked, given, tokenizer)
     else:
         yield _source(address, place, given, tokenizer)
@@ -90,8 +90,8 @@ def open_source(
 
 def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str | None) -> Source:
     manifest = Manifest.read(place.address)
-    if manifest is not None and place.address == address:  # no part of a hub's folder
-        logger.info("comparing %s with its manifest", address)
+    if manifest is not None and place.address == address:  # not a partial download from the hub
+        logger.info("verifying %s against its manifest", address)
         verify(place.address)
     names = {file.name for file in place.files}
     if place.format is None:
@@ -104,7 +104,7 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
             tensors += place.format.open_file(storage.join(place.address, name))
         config = given or _folder_config(place, names)
         if place.format.name == "tensorflow":
-            config.tie_word_embeddings = False  # its classes never tie them
+            config.tie_word_embeddings = False  # these formats never tie them
     name = MESH if place.format is None else place.format.name
     logger.info("%s has the format %s", address, name)
     config, fitted = fit(tensors, config, address)
@@ -128,11 +128,11 @@ def _read_config(address: str) -> GPTJConfig:
     try:
         fields = json.loads(storage.read_bytes(address))
         if not isinstance(fields, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
         if "d_model" in fields:
             for name, wanted in (("pe", "rotary"), ("norm", "layernorm")):
                 if fields.get(name) != wanted:
-                    raise ValueError(f"a GPT-J has {name}={wanted!r}, got {fields.get(name)!r}")
+                    raise ValueError(f"a GPT-J needs {name}={wanted!r}, got {fields.get(name)!r}")
             fields = {ours: fields[name] for name, ours in MESH_FIELDS.items() if name in fields}
         return GPTJConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -140,13 +140,13 @@ def _read_config(address: str) -> GPTJConfig:
 
 
 def _published_config(tensors: list[StoredTensor], address: str) -> GPTJConfig:
-    """GPT-J-6B's, if the shapes are: heads and rotary dimensions do not show in weights."""
+    """GPT-J-6B's, if the shapes match; weights do not reveal heads and rotary dimensions."""
     config = GPTJConfig()
     shape = next(t.shape for t in tensors if t.name == "transformer.wte.weight")
     layers = sum(t.name.endswith(".ln_1.weight") for t in tensors)
     if (*shape, layers) != (config.vocab_size, config.n_embd, config.n_layer):
         raise CheckpointError(
-            f"{address} has {layers} layers and an embedding of shape {shape}, and so is not the "
+            f"{address} has {layers} layers and an embedding of shape {shape}, so it is not the "
             f"published GPT-J-6B; remedy: give its configuration, of mesh-transformer-jax or "
             f"Hugging Face"
         )
@@ -157,12 +157,14 @@ def _tokenizer(
     place: Place, names: set[str], address: str | None, config: GPTJConfig
 ) -> GPTJTokenizer | None:
     if address is None and "tokenizer.json" not in names and "vocab.json" not in names:
-        logger.warning("%s has no tokenizer, and none was given: there will be none", place.address)
+        logger.warning(
+            "%s has no tokenizer, and none was given: importing without one", place.address
+        )
         return None
     tokenizer = GPTJTokenizer.from_pretrained(address or place.address)
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"the tokenizer of {address or place.address} has {len(tokenizer)} entries, and the "
+            f"the tokenizer of {address or place.address} has {len(tokenizer)} entries, but the "
             f"model's embedding has {config.vocab_size} rows"
         )
     return tokenizer

@@ -1,8 +1,8 @@
-"""A published `.tar.zst` of mesh-transformer-jax in, the files of its shards in a folder out.
+"""Unpack a published `.tar.zst` of mesh-transformer-jax into a folder of shard files.
 
-GPT-J's weights were published as one such file. A tensor's parts are spread over all of it, so
-that it has to be unpacked before it can be read; it is never held in memory.
-The header of tar: POSIX 1003.1 ustar. Python's tarfile believes sizes that a header claims.
+GPT-J's weights were published as one such file. A tensor's parts are spread over all of it, so it
+must be unpacked before it can be read; it is never held in memory.
+Header format: POSIX 1003.1 ustar. Python's tarfile trusts the sizes in headers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ else:
     zstandard = Extra("zstandard", "a .tar.zst file")
 
 SUFFIXES = (".tar.zst", ".tar.zstd")
-WINDOW_LIMIT = 2**27  # bytes of memory that a stream may ask for: zstd's own default
+WINDOW_LIMIT = 2**27  # bytes of memory a stream may need; zstd's own default
 _BLOCK = 512
 _READ_BYTES = 2**20
 _MEMBER = re.compile(r"(?:.*/)?shard_(\d{1,4})/(\d{1,4})\.npz")
@@ -39,10 +39,10 @@ def is_stream(address: str) -> bool:
 
 
 def unpack(address: str, folder: Path) -> None:
-    """Write `shard_N/M.npz` below a folder; everything else in the stream is passed over.
+    """Write `shard_N/M.npz` below a folder, ignoring everything else in the stream.
 
     Raises:
-        CheckpointError: if the stream is damaged or cut off.
+        CheckpointError: if the stream is damaged or truncated.
         OSError: if the disk is full.
     """
     logger.info("unpacking %s into %s", address, folder)
@@ -62,19 +62,19 @@ def unpack(address: str, folder: Path) -> None:
                 if member.size > shutil.disk_usage(folder).free:
                     raise OSError(
                         f"{folder} has no room for {member.name} of {member.size} bytes; remedy: "
-                        f"another folder for the unpacked stream"
+                        f"unpack it into another folder"
                     )
                 with open(path, "xb") as target:
                     _copy(stream, target, member, address)
     except zstandard.ZstdError as error:
-        raise CheckpointError(f"{address} is damaged, or no zstd stream: {error}") from error
+        raise CheckpointError(f"{address} is damaged or not a zstd stream: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Member:
     name: str
     size: int
-    regular: bool  # a plain file
+    regular: bool  # a regular file
 
 
 def _decompressed(file: IO[bytes]) -> zstandard.ZstdDecompressionReader:
@@ -83,14 +83,14 @@ def _decompressed(file: IO[bytes]) -> zstandard.ZstdDecompressionReader:
 
 
 def _members(stream: IO[bytes], address: str) -> Iterator[_Member]:
-    """The headers; between two of them the caller reads the file."""
+    """The headers; the caller reads each member's content before the next one."""
     while True:
         header = _read(stream, _BLOCK, address)
         if not header.strip(b"\0"):  # the end of the archive
             return
         claimed = _octal(header[148:156])
         if claimed != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-            raise CheckpointError(f"{address} is damaged: a header's sum is wrong")
+            raise CheckpointError(f"{address} is damaged: wrong header checksum")
         size = _octal(header[124:136])
         if size is None:
             raise CheckpointError(f"{address} is damaged: a file has no size")
@@ -115,7 +115,7 @@ def _read(stream: IO[bytes], size: int, address: str) -> bytes:
     while len(content) < size:
         chunk = stream.read(size - len(content))
         if not chunk:
-            raise CheckpointError(f"{address} is cut off, or no tar")
+            raise CheckpointError(f"{address} is truncated or not a tar file")
         content += chunk
     return bytes(content)
 

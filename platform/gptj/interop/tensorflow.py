@@ -1,11 +1,11 @@
-"""TensorFlow's names and layouts, and Hugging Face's: `tf_model.h5` in and out.
+"""Map TensorFlow's names and layouts to Hugging Face's and back: `tf_model.h5`.
 
     transformer/h_._0/attn/q_proj/kernel:0    transformer.h.0.attn.q_proj.weight, transposed
     transformer/h_._0/ln_1/gamma:0, beta:0    transformer.h.0.ln_1.weight, bias
     transformer/wte/weight:0                  transformer.wte.weight
 
-A whole file has them in a group for each top-level layer and, in it, the model's scope; a file of
-several has them at its root.
+An unsharded file groups them by top-level layer and then by the model's scope; a shard has them at
+its root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SINGLE_FILE = "tf_model.h5"
 INDEX_FILE = "tf_model.h5.index.json"
 TOP = "transformer"
 LAYERS = (TOP, "lm_head", "score", "qa_outputs")  # the classes' top-level layers
-SCOPES = {  # the classes' names as Keras writes them
+SCOPES = {  # class names as Keras writes them
     "GPTJModel": "tfgptj_model",
     "GPTJForCausalLM": "tfgptj_for_causal_lm",
     "GPTJForSequenceClassification": "tfgptj_for_sequence_classification",
@@ -38,7 +38,7 @@ def open_file(address: str) -> list[StoredTensor]:
 
 
 def tensorflow_name(name: str, cls: str) -> tuple[str, bool]:
-    """TensorFlow's name of a parameter, without the scope, and whether it is the transpose."""
+    """TensorFlow's name of a parameter, without the scope, and whether it is transposed."""
     if cls == "GPTJModel":
         name = f"{TOP}.{name}"  # every class has it, the base model too
     *module, leaf = name.split(".")
@@ -55,9 +55,7 @@ def _from_tensorflow(tensor: StoredTensor, address: str) -> StoredTensor:
     parts = tensor.name.removesuffix(":0").split("/")
     tops = [number for number, part in enumerate(parts) if part in LAYERS]
     if not tops:
-        raise CheckpointError(
-            f"{address} has weights that are none of a GPT-J in TensorFlow: {tensor.name}"
-        )
+        raise CheckpointError(f"{address} has a weight that no TensorFlow GPT-J has: {tensor.name}")
     *module, leaf = parts[tops[-1] :]
     if leaf == "kernel":
         tensor = tensor.transposed()

@@ -1,7 +1,7 @@
-"""A tensor that lies somewhere: what it is is known, its values are read when they are needed.
+"""Lazy tensors: the metadata is known, the values are read on demand.
 
-Every format is opened as a list of these, under Hugging Face's names; so conversions hold one
-tensor at a time, whatever the size of the model.
+Every format is opened as a list of these, under Hugging Face's names, so that conversions hold one
+tensor in memory, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class StoredTensor:
     """A tensor of a checkpoint.
 
     Attributes:
-        name: in the file; later Hugging Face's.
+        name: the file's; later Hugging Face's.
         dtype: as it is stored.
-        load: reads the values, in the dtype that it is given, as a tensor of `shape`.
+        load: reads the values as a tensor of `shape`, in the given dtype.
     """
 
     name: str
@@ -34,14 +34,14 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Bytes, as it is stored."""
+        """Bytes, as stored."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def renamed(self, name: str) -> StoredTensor:
         return replace(self, name=name)
 
     def transposed(self) -> StoredTensor:
-        """The same matrix with its axes exchanged; CheckpointError if it is none."""
+        """The transposed matrix; CheckpointError if it is not a matrix."""
         if len(self.shape) != 2:
             raise CheckpointError(f"{self.name} has the shape {self.shape}, and should be a matrix")
 
@@ -58,7 +58,7 @@ def tensor_in_file(
     address: str,
     places: Sequence[tuple[int, int]],
 ) -> StoredTensor:
-    """A tensor whose bytes lie one after the other in a file, local or on S3.
+    """A tensor stored contiguously, or in pieces, in a file, local or on S3.
 
     Args:
         places: (first byte, bytes) of its pieces; most tensors have one.
@@ -70,14 +70,14 @@ def tensor_in_file(
         for start, size in places:
             storage.read_into(address, start, view[:size])
             view = view[size:]
-        assert not view, f"{name}: {len(view)} bytes have no place in the file"
+        assert not view, f"{name}: {len(view)} bytes are not in the file"
         return narrowed(stored, target, name)
 
     return StoredTensor(name, shape, dtype, load)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor; they share memory."""
+    """A view of a contiguous tensor's bytes."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
@@ -89,10 +89,10 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def fill(target: Tensor, values: Tensor, name: str) -> Tensor:
-    """Copy values into a tensor of another dtype, without a third one in memory.
+    """Copy values into a tensor of another dtype, without a temporary copy.
 
     Raises:
-        CheckpointError: if a value is finite and the target's dtype has none so large.
+        CheckpointError: if a finite value overflows the target's dtype.
     """
     target.copy_(values)
     narrows = torch.finfo(target.dtype).max < torch.finfo(values.dtype).max
@@ -100,7 +100,7 @@ def fill(target: Tensor, values: Tensor, name: str) -> Tensor:
         largest = values.abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
         if largest > torch.finfo(target.dtype).max:
             raise CheckpointError(
-                f"{name} has values up to {largest:g}, and "
+                f"{name} has values up to {largest:g}, but "
                 f"{str(target.dtype).removeprefix('torch.')} ends at "
                 f"{torch.finfo(target.dtype).max:g}; remedy: bfloat16 or float32"
             )

@@ -1,1 +1,1 @@
-"""JSON and YAML, as strictly as settings and files of ours need them."""
+"""Strict JSON and YAML for settings and our own files."""

@@ -1,8 +1,8 @@
-"""JSON in and out: a checkpoint's small files read with care, and text that any reader takes.
+"""Careful parsing of a checkpoint's JSON files, and output that every JSON parser accepts.
 
-What is read may be cut off, nested a million deep, no text at all: the error names the file, and
-memory stays bounded by the limit of a file's size. What is written has no NaN and no infinity,
-which Python writes and JSON does not have.
+Input may be truncated, nested a million levels deep or binary: the error names the file, and the
+limit on a file's size bounds the memory. Output has no NaN or infinity, which Python writes but
+JSON does not have.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from gptj.errors import CheckpointError
 
 
 def parse_object(content: bytes, address: str) -> dict[str, Any]:
-    """The object that a file holds. CheckpointError with its address if it holds none."""
+    """Parse a file's JSON object. CheckpointError with its address if it holds none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{address} is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{address} is damaged: it holds no JSON object")
+        raise CheckpointError(f"{address} is damaged: it is not a JSON object")
     return value
 
 
 def to_json(
     value: Any, *, indent: int | None = None, ensure_ascii: bool = True, sort_keys: bool = False
 ) -> str:
-    """As json.dumps, with null in place of each number that is not finite."""
+    """Like json.dumps, with null in place of NaN and infinities."""
     dumps = partial(
         json.dumps,
         indent=indent,
@@ -40,7 +40,7 @@ def to_json(
     )
     try:
         return dumps(value)
-    except ValueError:  # rare: only then is the value copied
+    except ValueError:  # rare, so only now copy the value
         return dumps(_finite(value))
 
 

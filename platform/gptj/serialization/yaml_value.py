@@ -1,4 +1,4 @@
-"""A YAML document in, its value out, or one kind of error whatever is wrong with it."""
+"""Parse a YAML document, with one kind of error for all problems."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def parse_yaml(content: bytes | str) -> Any:
     """The value of a document.
 
     Raises:
-        yaml.YAMLError: if it is none, has a key twice, or numbers of thousands of digits or a depth
-            that Python cannot hold.
+        yaml.YAMLError: if it is not valid YAML, repeats a key, or has numbers too long or nesting
+            too deep for Python.
     """
     try:
         return yaml.load(content, _UniqueKeysLoader)  # a safe loader
@@ -22,14 +22,14 @@ def parse_yaml(content: bytes | str) -> Any:
 
 
 class _UniqueKeysLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which PyYAML would take the last."""
+    """Refuses duplicate keys, where PyYAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    None, None, f"the key {key.value!r} is repeated", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""Text in, token ids out, and back: GPT-2's byte-level BPE with GPT-J's 50400 entries."""
+"""Text to token ids and back: GPT-2's byte-level BPE with GPT-J's 50400 entries."""
 
 from gptj.errors import NoTokenizerError
 from gptj.tokenizer.bpe import END_OF_TEXT, EXTRA_TOKENS

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE, as an object of the `tokenizers` library."""
+"""GPT-2's byte-level BPE, built with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers import processors as post_processors
 
 END_OF_TEXT = "<|endoftext|>"
-EXTRA_TOKENS = 143  # <|extratoken_1|> … fill the embedding's 50400 rows; no text has them
+EXTRA_TOKENS = 143  # <|extratoken_1|> … pad the embedding to 50400 rows; never in text
 EXTRA = r"<\|extratoken_\d+\|>"
 
 
@@ -18,7 +18,7 @@ def byte_level_bpe(
     try:
         model = models.BPE(vocab=dict(vocabulary), merges=list(merges))
     except Exception as error:  # the library raises no narrower type
-        raise ValueError(f"vocabulary and merges do not fit each other: {error}") from error
+        raise ValueError(f"vocabulary and merges do not match: {error}") from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -27,20 +27,20 @@ def byte_level_bpe(
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Mapping[str, int], *, special: bool) -> None:
-    """Add in the order of their ids, and make sure that those are the ids they get."""
+    """Add tokens in the order of their ids, checking that they get those ids."""
     for token, number in sorted(tokens.items(), key=lambda each: each[1]):
         added = AddedToken(token, normalized=False, special=special)
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
         if tokenizer.token_to_id(token) != number:
             raise ValueError(
                 f"added token {token!r} should have id {number}, but gets "
-                f"{tokenizer.token_to_id(token)}; remedy: ids of added tokens follow the "
+                f"{tokenizer.token_to_id(token)}; remedy: ids of added tokens must follow the "
                 f"vocabulary's without a gap"
             )
 
 
 def make_special(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
-    """Never split these entries of the vocabulary, and leave them out where it is asked for."""
+    """Mark entries as special: never split, and omitted with skip_special_tokens."""
     added = tokenizer.get_added_tokens_decoder().values()
     done = {token.content for token in added if token.special}
     for token in sorted(set(tokens) - done):
@@ -48,7 +48,7 @@ def make_special(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for U+0100 and on."""
+    """GPT-2's table: printable bytes map to themselves, the others to U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

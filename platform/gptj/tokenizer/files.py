@@ -21,7 +21,7 @@ SPECIAL_NAMES = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "pad", "sep", 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a folder says of a tokenizer."""
+    """A tokenizer and its settings, as read from a folder."""
 
     tokenizer: Tokenizer
     bos_token: str | None
@@ -33,7 +33,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, opened: ModelFolder) -> TokenizerFiles:
-        """Raises NoTokenizerError if there is none, ValueError if a file cannot be read."""
+        """NoTokenizerError if there is none, ValueError if a file cannot be parsed."""
         folder, files = opened.address, opened.read_tokenizer()
         special_map = _json_object(folder, files, "special_tokens_map.json")
         settings = {**special_map, **_json_object(folder, files, "tokenizer_config.json")}
@@ -83,28 +83,28 @@ def _read_vocabulary(folder: str, files: Mapping[str, bytes], prefix_space: bool
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> set[str]:
-    """The special tokens that a tokenizer's configuration names."""
+    """The special tokens named in a tokenizer's configuration."""
     several = ("additional_special_tokens", "extra_special_tokens")
     values = [settings[name] for name in SPECIAL_NAMES if name in settings]
     for name in several:
         found = settings.get(name) or []
-        if not isinstance(found, list | dict):  # a newer form names them
+        if not isinstance(found, list | dict):  # a newer format maps names to tokens
             raise ValueError(f"{name} must be a list of tokens, got {shown(found)}")
         values += found.values() if isinstance(found, dict) else found
     return {text for value in values if (text := _token_text(value)) is not None}
 
 
 def _json_object(folder: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A file's JSON object; an empty one if there is no such file."""
+    """A file's JSON object; empty if there is no such file."""
     return parse_object(files.get(name, b"{}"), storage.join(folder, name))
 
 
 def _unreadable(folder: str, name: str, error: Exception) -> ValueError:
-    return ValueError(f"{storage.join(folder, name)} is not readable: {error}")
+    return ValueError(f"cannot read {storage.join(folder, name)}: {error}")
 
 
 def _parse_merges(text: str) -> list[tuple[str, str]]:
-    """merges.txt: a pair a line, after a first line that may give a version."""
+    """Parse merges.txt: one pair per line, perhaps after a version line."""
     merges = []
     for line in text.splitlines():
         if not line or line.startswith("#version"):
@@ -115,10 +115,10 @@ def _parse_merges(text: str) -> list[tuple[str, str]]:
 
 
 def _token_text(token: Any) -> str | None:
-    """A token's text; Hugging Face writes some as objects. ValueError if it is none."""
+    """A token's text; Hugging Face writes some tokens as objects. ValueError if invalid."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"a token must be a text, got {shown(token)}")
+        raise ValueError(f"a token must be a string, got {shown(token)}")
     return text
 
 
@@ -138,7 +138,7 @@ def _chat_template(setting: Any, files: Mapping[str, bytes]) -> str | dict[str, 
 
 
 def _longest(tokens: Any) -> int | None:
-    """model_max_length, for which Hugging Face writes 1e30 where it is unknown."""
+    """model_max_length; Hugging Face writes 1e30 if it is unknown."""
     if tokens is None:
         return None
     if type(tokens) not in (int, float) or not tokens >= 0:

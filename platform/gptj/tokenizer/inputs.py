@@ -1,4 +1,4 @@
-"""What users give a tokenizer: texts and choices, checked."""
+"""Validation of a tokenizer's arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STRATEGIES = ("longest_first", "only_first", "only_second", "do_not_truncate")
 def as_lists(
     text: str | Sequence[str], text_pair: str | Sequence[str] | None
 ) -> tuple[list[str], list[str] | None]:
-    """One text or several as a list, and their pairs as one of the same length."""
+    """Texts as a list, and their pairs, if any, as a list of the same length."""
     for name, value in (("text", text), ("text_pair", text_pair)):
         if not isinstance(value, str | Sequence) and (name == "text" or value is not None):
             raise ValueError(f"{name} must be a string or a list of strings, got {value!r:.80}")
@@ -37,8 +37,8 @@ def checked_texts(texts: Iterable[str]) -> Iterator[str]:
             raise ValueError(f"text {index} must be a string, got {type(text).__name__}")
         if (found := re.search("[\ud800-\udfff]", text)) is not None:
             raise ValueError(
-                f"text {index} has half of a surrogate pair ({found.group()!r}) at character "
-                f"{found.start()}, which is not Unicode text; remedy: "
+                f"text {index} has a lone surrogate ({found.group()!r}) at character "
+                f"{found.start()}, which is not valid Unicode; remedy: "
                 f"text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
             )
         yield text

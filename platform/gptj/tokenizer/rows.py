@@ -1,4 +1,4 @@
-"""Encodings in, rows of one batch out: truncated to windows, padded, as lists or tensors."""
+"""Encodings in, rows of a batch out: truncated to windows, padded, as lists or tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class Encoded(dict[str, Any]):
-    """What the tokenizer returns: `encoded["input_ids"]` and `encoded.input_ids` are the same."""
+    """What the tokenizer returns; `encoded["input_ids"]` is also `encoded.input_ids`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -23,14 +23,14 @@ class Encoded(dict[str, Any]):
             raise AttributeError(name) from error
 
     def to(self, device: torch.device | str) -> Encoded:
-        """The same with every tensor on `device`."""
+        """A copy with every tensor on `device`."""
         return Encoded(
             {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
         )
 
 
 class Window:
-    """One row of the result: the lists that truncation has cut and padding will fill."""
+    """One row of the result, truncated but not yet padded."""
 
     def __init__(self, first: Encoding, second: Encoding | None = None) -> None:
         self.ids: list[int] = list(first.ids)
@@ -58,12 +58,12 @@ def filled(values: list[Item], filler: Item, missing: int, side: Side) -> list[I
 def truncate_pair(
     first: Encoding, second: Encoding, limit: int | None, stride: int, strategy: str
 ) -> list[Window]:
-    """The rows of a pair, in Hugging Face's order: each part of the one with each of the other."""
+    """The rows of a pair in Hugging Face's order: each window of one with each of the other."""
     sizes = len(first.ids), len(second.ids)
     if limit is None or sum(sizes) <= limit:
         return [Window(first, second)]
     if strategy == "longest_first":
-        # The longer one down to the other's length, then both alike.
+        # Shorten the longer one to the other's length, then both equally.
         shorter = min(*sizes, limit // 2)
         rooms = (shorter, limit - shorter) if sizes[0] <= sizes[1] else (limit - shorter, shorter)
     elif strategy == "only_first":
@@ -73,8 +73,9 @@ def truncate_pair(
     for size, room in zip(sizes, rooms, strict=True):
         if size > room and room <= stride:
             raise ValueError(
-                f"max_length={limit} and truncation={strategy!r} leave {room} tokens for a text of "
-                f"{size}; that must be more than stride={stride}; remedy: a larger max_length"
+                f"max_length={limit} and truncation={strategy!r} leave room for {room} "
+                f"tokens of a text of {size}; that must be more than "
+                f"stride={stride}; remedy: a larger max_length"
             )
     firsts = cut(first, rooms[0], stride)
     seconds = cut(second, rooms[1], stride)
@@ -99,7 +100,7 @@ def as_arrays(result: Encoded, kind: str) -> Encoded:
             f"remedy: padding=True"
         )
     size = (len(result["input_ids"]), *(lengths or {0}))
-    # Shapes are given because an array of no tokens cannot tell its own.
+    # Explicit shapes, since an empty list does not determine its own.
     shapes = {"offset_mapping": (*size, 2), "overflow_to_sample_mapping": size[:1]}
     arrays = {
         name: values

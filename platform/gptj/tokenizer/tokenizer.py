@@ -1,7 +1,7 @@
-"""The tokenizer as its users call it: Hugging Face's arguments in, its results out.
+"""The tokenizer's public interface, with Hugging Face's arguments and results.
 
-Built on the `tokenizers` library. Truncation and padding are done here: that library's tokenizer
-keeps them as settings, which calls from several threads would overwrite.
+Built on the `tokenizers` library. Truncation and padding are done here, because that library keeps
+them as mutable settings, which concurrent calls would overwrite.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class GPTJTokenizer:
     """A byte-level BPE tokenizer with the special tokens of a model.
 
     Args:
-        tokenizer: the vocabulary, merges and added tokens; its truncation and padding are unset.
+        tokenizer: the vocabulary, merges and added tokens; its truncation and padding are disabled.
         bos_token, eos_token, pad_token: entries of the vocabulary, or None.
-        model_max_length: the longest input of the model, in tokens; None where unknown.
-        padding_side: where `padding` puts padding.
+        model_max_length: the model's longest input, in tokens; None if unknown.
+        padding_side: the default side of padding.
         chat_template: Jinja for gptj.chat, or several by their names; None where there is none.
     """
 
@@ -90,18 +90,17 @@ class GPTJTokenizer:
         model_max_length: int | None = None,
         padding_side: Side | None = None,
     ) -> GPTJTokenizer:
-        """From a folder, an `s3://` address or a hub id: tokenizer.json, or vocab and merges.
+        """Load tokenizer.json, or vocab and merges, from a folder, `s3://` address or hub id.
 
-        An adapter without a tokenizer has its base's.
+        An adapter without a tokenizer uses its base's.
 
         Args:
             revision: a branch, tag or commit of a hub id.
-            bos_token, eos_token, pad_token, model_max_length, padding_side: instead of what the
-                folder says.
+            bos_token, eos_token, pad_token, model_max_length, padding_side: override the folder's.
 
         Raises:
-            NoTokenizerError: (a FileNotFoundError) if neither is there.
-            ValueError: if a file cannot be read or is not what the folder's manifest says.
+            NoTokenizerError: (a FileNotFoundError) if neither exists.
+            ValueError: if a file cannot be parsed or does not match the folder's manifest.
         """
         given = {
             "bos_token": bos_token,
@@ -120,7 +119,7 @@ class GPTJTokenizer:
 
     @classmethod
     def from_folder(cls, folder: ModelFolder) -> GPTJTokenizer:
-        """The tokenizer of an open folder: see `from_pretrained`."""
+        """The tokenizer of an open folder; see `from_pretrained`."""
         try:
             found = TokenizerFiles.read(folder)
         except NoTokenizerError:
@@ -144,7 +143,7 @@ class GPTJTokenizer:
     ) -> GPTJTokenizer:
         """GPT-J's tokenizer from GPT-2's 50257 entries and merges: 143 extra tokens are added.
 
-        Raises ValueError if they do not fit each other, or `<|endoftext|>` is not among them.
+        ValueError if they do not match, or `<|endoftext|>` is missing.
         """
         if END_OF_TEXT not in vocabulary:
             raise ValueError(f"the vocabulary of {len(vocabulary)} entries lacks {END_OF_TEXT!r}")
@@ -158,8 +157,8 @@ class GPTJTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> GPTJTokenizer:
         """Learn a vocabulary of `vocab_size` entries from texts, for small models.
 
-        256 of them are the bytes and one is `<|endoftext|>` (bos, eos and padding); the same
-        texts give the same vocabulary. It is smaller if the texts have fewer pairs to merge.
+        They include the 256 bytes and `<|endoftext|>` (bos, eos and padding). The result is
+        deterministic, and smaller if the texts have too few pairs to merge.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be several strings, got one; remedy: [text]")
@@ -186,10 +185,10 @@ class GPTJTokenizer:
             storage.write_bytes(storage.join(folder, name), content)
 
     def files(self) -> dict[str, bytes]:
-        """The content of the files that `from_pretrained`, ours and Hugging Face's, reads."""
+        """The files' content, as `from_pretrained`, ours and Hugging Face's, reads them."""
         settings = {
             "tokenizer_class": "GPT2Tokenizer",
-            # Hugging Face's class goes by this, and not by tokenizer.json.
+            # Hugging Face's class reads this, not tokenizer.json's.
             "add_prefix_space": getattr(self._tokenizer.pre_tokenizer, "add_prefix_space", False),
             "clean_up_tokenization_spaces": False,
             "padding_side": self.padding_side,
@@ -216,7 +215,7 @@ class GPTJTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Entries without the added tokens, as Hugging Face counts."""
+        """Number of entries without added tokens, as in Hugging Face."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
 
     @property
@@ -240,7 +239,7 @@ class GPTJTokenizer:
 
     @cached_property
     def unused_ids(self) -> tuple[int, ...]:
-        """Ids that stand for no text (`<|extratoken_…|>`): never to be sampled."""
+        """Ids without text (`<|extratoken_…|>`), which must never be sampled."""
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         return tuple(
             sorted(i for token, i in vocabulary.items() if re.fullmatch(EXTRA, token) is not None)
@@ -263,23 +262,23 @@ class GPTJTokenizer:
         return_offsets_mapping: bool = False,
         return_sequence_ids: bool = False,
     ) -> Encoded:
-        """Token ids of a text or of several, with Hugging Face's arguments and results.
+        """Encode one or more texts, with Hugging Face's arguments and results.
 
         Args:
-            text, text_pair: one text or several; a pair is encoded as text, then text_pair.
-            padding: to the longest of the batch (True), or to max_length.
-            truncation: "only_first", "only_second" or "longest_first" (True); None means True where
+            text, text_pair: one or more texts; a pair is encoded as text, then text_pair.
+            padding: to the batch's longest (True), or to max_length.
+            truncation: "only_first", "only_second" or "longest_first" (True); None means True if
                 max_length is given without padding.
             max_length: in tokens; default model_max_length.
-            stride: tokens that a window repeats of the one before it.
-            return_overflowing_tokens: what truncation cuts off comes as further rows, and
-                `overflow_to_sample_mapping` gives the text that each row is from.
+            stride: tokens of overlap between consecutive windows.
+            return_overflowing_tokens: return truncated tokens as further rows, and in
+                `overflow_to_sample_mapping` the index of each row's text.
             return_offsets_mapping: (start, end) of each token, in characters of its own text.
             return_sequence_ids: 0 or 1 for each token of text or text_pair, None on padding.
 
         Returns:
-            `input_ids`, `attention_mask` and what was asked for: lists, or with return_tensors
-            tensors or arrays (B, L) of int64.
+            `input_ids`, `attention_mask` and what else was requested: lists or, with
+            return_tensors, int64 tensors or arrays (B, L).
 
         Raises:
             ValueError: with the value and the remedy.
@@ -309,7 +308,8 @@ class GPTJTokenizer:
                 raise ValueError(f"stride must be in [0, max_length={limit}), got {stride}")
             if pads and pad_to_multiple_of is not None and limit % pad_to_multiple_of:
                 raise ValueError(
-                    f"max_length={limit} is no multiple of pad_to_multiple_of={pad_to_multiple_of}"
+                    f"max_length={limit} is not a multiple of "
+                    f"pad_to_multiple_of={pad_to_multiple_of}"
                 )
             if strategy == "only_second" and seconds is None:
                 raise ValueError("truncation='only_second' needs text_pair; remedy: True")
@@ -355,17 +355,17 @@ class GPTJTokenizer:
         return list(self._encode_all([text])[0].ids)
 
     def tokenize(self, text: str) -> list[str]:
-        """The vocabulary's entries that make up a text; the first step of `encode`."""
+        """Split a text into vocabulary entries; the first step of `encode`."""
         return self.convert_ids_to_tokens(self.encode(text))
 
     def decode(self, token_ids: Ids, skip_special_tokens: bool = False) -> str:
-        """The text of ids; bytes that are not a whole character become U+FFFD.
+        """The ids' text; incomplete characters become U+FFFD.
 
-        Ids without an entry are skipped: a model may have more rows than its tokenizer has entries.
+        Ids without an entry are skipped: a model may have more rows than its tokenizer entries.
         """
         ids = _as_ids(token_ids)
         if ids and min(ids) < 0:
-            raise ValueError(f"id {min(ids)} is negative; labels' -100 is not an id")
+            raise ValueError(f"id {min(ids)} is negative (-100 in labels is not an id)")
         ids = [each for each in ids if each in self._known_ids]
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -375,26 +375,26 @@ class GPTJTokenizer:
         return [self.decode(ids, skip_special_tokens) for ids in sequences]
 
     def convert_ids_to_tokens(self, ids: Ids) -> list[str]:
-        """The vocabulary's entries, in which bytes are written as printable characters."""
+        """The ids' vocabulary entries, with bytes as printable characters."""
         return [str(self._tokenizer.id_to_token(i)) for i in self.check_ids(ids)]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> list[int]:
-        """The ids of entries of the vocabulary; a single string is one entry."""
+        """The ids of vocabulary entries; a single string is one entry."""
         tokens = [tokens] if isinstance(tokens, str) else tokens
         return [self._required_id(token) for token in tokens]
 
     def get_vocab(self) -> dict[str, int]:
-        """Every entry with its id, added tokens included."""
+        """Every entry with its id, including added tokens."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     def add_tokens(self, new_tokens: str | Sequence[str], special_tokens: bool = False) -> int:
-        """Add tokens that are never split; returns how many were not such tokens before.
+        """Add tokens that are never split; returns how many are new as such.
 
-        Entries of the vocabulary among them keep their ids. The model needs a row for each new id:
-        `model.resize_token_embeddings(len(tokenizer))`, unless it has them already.
+        Existing vocabulary entries keep their ids. The model needs a row for each new id: call
+        `model.resize_token_embeddings(len(tokenizer))`, unless it already has enough.
 
         Args:
-            special_tokens: leave them out where special tokens are skipped.
+            special_tokens: omit them where special tokens are skipped.
         """
         texts = [new_tokens] if isinstance(new_tokens, str) else list(new_tokens)
         if not all(isinstance(each, str) and each for each in texts):
@@ -409,9 +409,9 @@ class GPTJTokenizer:
         return count
 
     def add_special_tokens(self, special_tokens: Mapping[str, str]) -> int:
-        """Set bos_token, eos_token or pad_token, adding those that are not entries yet.
+        """Set bos_token, eos_token or pad_token, adding new ones to the vocabulary.
 
-        Returns what `add_tokens` does.
+        Returns the same as `add_tokens`.
         """
         for name in special_tokens:
             if name not in ("bos_token", "eos_token", "pad_token"):
@@ -429,7 +429,7 @@ class GPTJTokenizer:
         return token_id in self._known_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that an id stands for: a part of a character, perhaps."""
+        """An id's bytes, perhaps only part of a character."""
         token = self.convert_ids_to_tokens(token_id)[0]
         if token_id in self._added_ids:
             return token.encode()
@@ -464,7 +464,7 @@ class GPTJTokenizer:
         pad_id = self.pad_token_id
         if pad_id is None:
             raise ValueError(
-                "padding needs a pad token, and this tokenizer has none; remedy: "
+                "padding needs a pad token, but this tokenizer has none; remedy: "
                 "tokenizer.pad_token = tokenizer.eos_token"
             )
         check_choice("padding_side", side, ("left", "right"))
@@ -484,7 +484,7 @@ class GPTJTokenizer:
         return numbers
 
     def _forget(self) -> None:
-        """The vocabulary has changed."""
+        """Invalidate caches after a change of the vocabulary."""
         for name in ("unused_ids", "special_ids", "_added_ids", "_known_ids"):
             self.__dict__.pop(name, None)
 
@@ -506,6 +506,6 @@ def _as_ids(ids: Ids) -> list[int]:
         return [whole_number(item) for item in items]
     except TypeError as error:
         raise ValueError(
-            f"ids must be an integer or one list of them, got {ids!r:.80}; several lists go to "
+            f"ids must be an integer or one list of them, got {ids!r:.80}; for several lists use "
             f"batch_decode"
         ) from error

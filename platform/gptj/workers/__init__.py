@@ -1,1 +1,1 @@
-"""Threads that run a model for many callers: bounded queues, heartbeats, batches."""
+"""Threads that run a model for many callers: bounded queues, heartbeats, batching."""

@@ -1,4 +1,4 @@
-"""Computes the items of concurrent callers in batches, on one thread."""
+"""Batches concurrent callers' items and computes them on one thread."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class _Entry(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """Calls `compute` with waiting items, and gives each caller its own results.
+    """Calls `compute` with batches of waiting items, and returns each caller its own results.
 
     Args:
         compute: returns one result for each item, in order.
-        max_batch: items of a batch.
-        max_queued: items that may wait, beside those of the running batch.
+        max_batch: most items in a batch.
+        max_queued: most items waiting, besides the running batch.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Batcher(Generic[Item, Result]):
         self._thread.start()
 
     def submit(self, items: Sequence[Item]) -> list[Future[Result]]:
-        """Queue all items; cancelling a future withdraws its item while it waits.
+        """Queue all items; cancelling a future withdraws its item if it is still waiting.
 
         Raises QueueFullError (then none is queued) or ClosedError.
         """
@@ -68,11 +68,11 @@ class Batcher(Generic[Item, Result]):
         return self._thread.alive(within_seconds)
 
     def beat(self) -> None:
-        """Report that `compute` makes progress."""
+        """Report progress from within `compute`."""
         self._thread.beat()
 
     def close(self) -> None:
-        """Stop after the batch in progress; what waits fails with ClosedError."""
+        """Stop after the running batch; waiting items fail with ClosedError."""
         for entry in self._queue.close():
             entry.fail(ClosedError("the model was shut down before this request's turn"))
         self._thread.join()

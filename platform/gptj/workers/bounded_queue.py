@@ -1,4 +1,4 @@
-"""A first-in, first-out queue of bounded length, whose items can be withdrawn while they wait."""
+"""A bounded FIFO queue whose waiting items can be withdrawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Item = TypeVar("Item")
 
 
 class BoundedQueue(Generic[Item]):
-    """Any thread may call any method; the lock is never held while a model computes.
+    """Thread-safe; the lock is never held while a model computes.
 
     Args:
-        max_queued: how many items may wait.
+        max_queued: most items that may wait.
     """
 
     def __init__(self, max_queued: int) -> None:
@@ -46,45 +46,45 @@ class BoundedQueue(Generic[Item]):
             waiting = len(self._items)
             if waiting + len(items) > self.max_queued:
                 raise QueueFullError(
-                    f"{waiting} requests wait already, and {len(items)} more would exceed the "
-                    f"limit of {self.max_queued}: try again later"
+                    f"{waiting} requests are already waiting, and {len(items)} more would exceed "
+                    f"the limit of {self.max_queued}: try again later"
                 )
             self._items.extend(items)
             self._changed.notify()
 
     def put_back(self, items: Sequence[Item]) -> None:
-        """Prepend items that were taken, in this order, whatever the limit."""
+        """Prepend previously taken items, in this order, regardless of the limit."""
         with self._changed:
             self._items.extendleft(reversed(items))
 
     def peek(self, count: int) -> list[Item]:
-        """The first items, at most `count`; they stay in the queue."""
+        """The first `count` items at most, without removing them."""
         with self._changed:
             return list(islice(self._items, count))
 
     def take(self, items: Iterable[Item]) -> list[Item]:
-        """Remove those of the items that are still in the queue, and return them."""
+        """Remove and return those of the items that are still in the queue."""
         with self._changed:
             return [item for item in items if self._remove(item)]
 
     def pop(self, count: int) -> list[Item]:
-        """Remove the first items, at most `count`, and return them."""
+        """Remove and return the first `count` items at most."""
         with self._changed:
             return [self._items.popleft() for _ in range(min(count, len(self._items)))]
 
     def remove(self, item: Item) -> bool:
-        """Withdraw an item; False if it is no longer in the queue."""
+        """Remove an item; False if it is no longer in the queue."""
         with self._changed:
             return self._remove(item)
 
     def wait(self, seconds: float) -> None:
-        """Return once there is an item or the queue is closed, at the latest after `seconds`."""
+        """Block until there is an item or the queue is closed, at most `seconds`."""
         with self._changed:
             if not self._items and not self._closed:
                 self._changed.wait(seconds)
 
     def close(self) -> list[Item]:
-        """Accept no more items; empties the queue and returns what was in it."""
+        """Accept no more items; remove and return the remaining ones."""
         with self._changed:
             self._closed = True
             left = list(self._items)

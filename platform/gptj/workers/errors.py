@@ -1,10 +1,10 @@
-"""What a full or closed queue raises."""
+"""Errors of full and closed queues."""
 
 from __future__ import annotations
 
 
 class QueueFullError(RuntimeError):
-    """The queue has no room: try again later."""
+    """The queue is full: try again later."""
 
 
 class ClosedError(RuntimeError):

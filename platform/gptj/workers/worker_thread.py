@@ -1,4 +1,4 @@
-"""A thread that runs a model step by step, and tells whether it makes progress."""
+"""A thread that runs a model step by step and reports whether it makes progress."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.5  # between heartbeats of an idle thread
 CLOSE_SECONDS = 60  # for the step in progress
-MAX_FAILED_STEPS = 3  # in a row: after a GPU error, for one, no later step can succeed
+MAX_FAILED_STEPS = 3  # in a row: after a GPU error, for example, no later step can succeed
 
 
 class WorkerThread:
-    """Calls `step` as long as there is work, until its queue is closed.
+    """Calls `step` while there is work, until its queue is closed.
 
     Args:
         name: of the thread, for logs and profilers.
-        queue: of what waits for the thread.
+        queue: work waiting for the thread.
         step: does some of the work; returns whether it computed anything.
-        recover: handles a step's exception; if it raises too, the thread is not alive any more.
-        busy: whether there is work beside what waits in the queue.
-        finish: called on the thread when it ends.
+        recover: handles a step's exception; if it raises too, the thread counts as dead.
+        busy: whether there is work besides the queue's.
+        finish: called on the thread before it ends.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class WorkerThread:
         self._last_beat = time.monotonic()
 
     def alive(self, within_seconds: float) -> bool:
-        """Whether the thread has made progress, or was idle, within so many seconds.
+        """Whether the thread made progress or was idle within the last `within_seconds`.
 
-        Not once MAX_FAILED_STEPS in a row have failed.
+        False once MAX_FAILED_STEPS in a row have failed.
         """
         if self._failed_steps >= MAX_FAILED_STEPS:
             return False
         return self._thread.is_alive() and time.monotonic() - self._last_beat < within_seconds
 
     def join(self) -> None:
-        """Wait for the step in progress; call after closing the queue."""
+        """Wait for the running step; call after closing the queue."""
         self._thread.join(CLOSE_SECONDS)
 
     def _loop(self) -> None:
@@ -78,7 +78,7 @@ class WorkerThread:
             try:
                 if self._step():
                     self._failed_steps = 0
-            # A failed step ends its own requests only.
+            # A failed step fails only its own requests.
             except Exception as error:
                 logger.exception("%s: a step failed", self._name)
                 self._failed_steps += 1

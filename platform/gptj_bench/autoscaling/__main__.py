@@ -1,19 +1,19 @@
-"""Replay a day of bursty requests against a Serve config's autoscaling settings, without a cluster.
+"""Simulate a day of bursty traffic under a Serve config's autoscaling settings, without a cluster.
 
     python -m gptj_bench.autoscaling k8s/base/serve.yaml [--application generation] [--machine h100]
         [--node-seconds 0] [--requests-per-s 8] [--hours 24] [--seed 0] [--set max_replicas=8]
         [--set target_ongoing_requests=16,32,48 …] [--plot day.png]
 
-The autoscaler is Ray Serve's own; replicas are simulated, at the rates of `--machine` (those are in
-machines.py, with what they are based on). The generation application's replicas give a token of
-each output a step; the others' compute batches of whole rows, `--prompt-tokens` is a row's length,
-and the first token's time is the reply's. `--node-seconds` is the time until a new machine is there
-for a new replica. `--set` changes a setting of `autoscaling_config`; with several values, separated
-by commas, every combination is simulated on the same requests.
+The autoscaler is Ray Serve's own; replicas are simulated at the rates of `--machine` (see
+machines.py for the rates and their basis). Generation replicas decode one token per sequence and
+step; the others compute batches of whole rows: `--prompt-tokens` is a row's length, and the time to
+first token is the reply's. `--node-seconds` is the time to provision a machine for a new replica.
+`--set` overrides a setting of `autoscaling_config`; with several comma-separated values, every
+combination is simulated on the same requests.
 
-Prints one JSON object a line: the settings in force, then the outcome of each combination (seconds
-to the first token, replicas, replica-hours), for a single one also the outcome of every five
-minutes; and at last a table. `--plot` draws a single one's day.
+Prints JSON lines: the settings, then each combination's outcome (time to first token, replicas,
+replica-hours), for a single combination also every five minutes' outcome, and at the end a table.
+`--plot` draws the day of a single combination.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show({"machine": asdict(machine), "start_seconds": round(machine.start_seconds, 1)})
     _show({"traffic": asdict(traffic)})
     requests = arrivals(traffic)
-    if service.max_num_batched_tokens is None:  # the reply is one token's work
+    if service.max_num_batched_tokens is None:  # the whole reply is computed at once
         requests = replace(requests, outputs=np.ones_like(requests.outputs))
     rows = []
     for change in changes:
@@ -92,14 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_service(path: Path, application: str, machine: Machine) -> Service:
-    """The numbers of an application of one deployment, on that machine.
+    """The settings of an application with one deployment, on that machine.
 
-    Raises ValueError if the file has no such application, or if its deployment does not scale.
+    ValueError if the file has no such application, or its deployment does not autoscale.
     """
     config = yaml.safe_load(path.read_text())
     found = {each["name"]: each for each in config["applications"]}
     if application not in found:
-        raise ValueError(f"{path} has no application {application!r}, but {sorted(found)}")
+        raise ValueError(f"{path} has no application {application!r}; it has {sorted(found)}")
     (deployment,) = found[application]["deployments"]
     if "autoscaling_config" not in deployment:
         raise ValueError(f"{path}: {application} has a fixed number of replicas")

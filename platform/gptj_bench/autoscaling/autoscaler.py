@@ -1,8 +1,7 @@
-"""Ray Serve's own autoscaler on a simulated clock: ongoing requests in, a number of replicas out.
+"""Ray Serve's own autoscaler on a simulated clock: ongoing requests in, number of replicas out.
 
-The classes and functions are those that Ray's controller and proxies call; nothing of the policy
-is written here again. They are private, so that this file is for the Ray version that
-pyproject.toml pins.
+It calls the same classes and functions as Ray's controller and proxies and reimplements none of the
+policy. They are private, so this file only works with the Ray version that pyproject.toml pins.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ QUEUED = "queued"
 
 @dataclass
 class Clock:
-    """What Ray's modules see as `time` while a simulation runs."""
+    """Replaces `time` in Ray's modules during a simulation."""
 
     now: float = 0.0
 
@@ -46,7 +45,7 @@ class Clock:
 
 @contextmanager
 def simulated_time(clock: Clock) -> Iterator[None]:
-    """Ray's autoscaler reads `clock` for the length of the block, and real time after it."""
+    """Make Ray's autoscaler read `clock` during the block."""
     modules: list[Any] = [autoscaling_state, autoscaling_policy]
     real = [module.time for module in modules]
     for module in modules:
@@ -59,7 +58,7 @@ def simulated_time(clock: Clock) -> Iterator[None]:
 
 
 class Autoscaler:
-    """One deployment's; the requests come through one proxy, whose reports it scales by."""
+    """One deployment's autoscaler; it scales on the reports of a single proxy."""
 
     def __init__(self, settings: Mapping[str, Any], clock: Clock) -> None:
         config = AutoscalingConfig(**settings)
@@ -82,14 +81,14 @@ class Autoscaler:
             deployer_job_id="simulation",
         )
         initial = config.min_replicas if config.initial_replicas is None else 0
-        self.target = self._state.register(info, initial)  # the number of replicas that are wanted
+        self.target = self._state.register(info, initial)  # desired number of replicas
 
     def observe(self, running: Mapping[int, int], queued: int) -> None:
-        """The proxy notes and, when it is time, reports the requests that it has.
+        """Record the proxy's requests and, when due, report them.
 
         Args:
-            running: ongoing requests by the number of the replica, for those that take requests.
-            queued: requests that no replica has taken.
+            running: ongoing requests by replica number, for replicas that accept requests.
+            queued: requests not assigned to a replica.
         """
         now = self._clock.now
         if now >= self._next_record:
@@ -103,7 +102,7 @@ class Autoscaler:
             self._state.record_request_metrics_for_handle(self._report(running))
 
     def decide(self, running: Mapping[int, int]) -> int:
-        """The number of replicas that are wanted from now on, by Ray's policy."""
+        """The new desired number of replicas, by Ray's policy."""
         self._state.update_running_replica_ids([self._id(number) for number in running])
         self.target = self._state.get_decision_num_replicas(self.target)
         return self.target
@@ -131,4 +130,4 @@ class Autoscaler:
 
 
 def _deployed() -> None:
-    """Stands for the deployment's class, which the autoscaler never calls."""
+    """Stands in for the deployment's class, which the autoscaler never calls."""

@@ -1,11 +1,11 @@
-"""What a simulated replica is made of, measured here: its steps, its prompts and its start.
+"""Measure a simulated replica's parameters on this machine: steps, prefill and start.
 
     python -m gptj_bench.autoscaling.measurement MODEL [--starts 5]
 
-MODEL is the address of a folder that `python -m gptj_bench model` writes, say, or s3://. Prints one
-JSON object a line: the machine; the seconds of a step by the number of outputs that decode, and of
-a prompt by its tokens, from the engine alone; then the seconds from the order of a second replica
-to the moment at which Ray Serve has it running, on a Ray cluster that has room for it.
+MODEL is a model folder, such as one from `python -m gptj_bench model`, or s3://. Prints JSON lines:
+the machine; the seconds of a step by number of decoding sequences, and of a prompt by its tokens,
+for the engine alone; then the seconds from ordering a second replica until Ray Serve has it
+running, on a Ray cluster with room for it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jobs import command_line
 
 BATCHES = (1, 8, 16, 32, 64)
 PROMPTS = (16, 64, 256, 512)
-PROMPT_TOKENS = 32  # of those that decode
+PROMPT_TOKENS = 32  # of the decoding sequences
 NEW_TOKENS = 32
 REPEATS = 5
 MAX_NUM_BATCHED_TOKENS = 256  # the deployment's default
@@ -101,7 +101,7 @@ def engine_seconds(address: str) -> Iterator[dict[str, Any]]:
 
 
 def start_seconds(address: str, starts: int) -> dict[str, Any]:
-    """A second replica is ordered and taken back again, so many times."""
+    """Scale to two replicas and back, `starts` times."""
     config = yaml.safe_load(SERVE_CONFIG.read_text())
     (config["http_options"]["port"],) = free_ports(1)
     config["applications"] = config["applications"][:1]
@@ -117,14 +117,14 @@ def start_seconds(address: str, starts: int) -> dict[str, Any]:
             _scaled(node, config, 1)
     return {
         "measured": "start",
-        "first_seconds": round(first, 2),  # Serve itself starts as well
+        "first_seconds": round(first, 2),  # includes starting Serve itself
         "seconds": [round(each, 2) for each in seconds],
         "median_seconds": round(statistics.median(seconds), 2),
     }
 
 
 def _scaled(node: LocalRay, config: dict[str, Any], replicas: int) -> float:
-    """Seconds until so many replicas run, and no other ones are there."""
+    """Seconds until exactly this many replicas exist and are running."""
     wanted = copy.deepcopy(config)
     bounds = {"min_replicas": replicas, "max_replicas": replicas}
     wanted["applications"][0]["deployments"][0]["autoscaling_config"] |= bounds
@@ -132,7 +132,7 @@ def _scaled(node: LocalRay, config: dict[str, Any], replicas: int) -> float:
     _call(node, wanted)
     while (states := _states(node)) != ["RUNNING"] * replicas:
         if time.monotonic() > start + START_SECONDS:
-            raise TimeoutError(f"{replicas} replicas were not running, but {states}")
+            raise TimeoutError(f"expected {replicas} running replicas, got {states}")
         time.sleep(0.05)
     return time.monotonic() - start
 
@@ -144,7 +144,7 @@ def _states(node: LocalRay) -> list[str]:
 
 
 def _call(node: LocalRay, config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Serve's REST API: what is there, or, with a config, the order to have that."""
+    """Serve's REST API: get the status or, with a config, deploy it."""
     request = urllib.request.Request(
         f"{node.dashboard}/api/serve/applications/",
         data=None if config is None else json.dumps(config).encode(),

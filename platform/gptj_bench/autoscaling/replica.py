@@ -1,12 +1,11 @@
-"""Simulated replicas: requests in, the times of their first and last tokens out.
+"""Simulated replicas: requests in, times of their first and last tokens out.
 
-One that generates works as gptj.engine's scheduler does: each running output takes one token of a
+Generation replicas work like gptj.engine's scheduler: each running sequence takes one token of a
 step, and the rest of `max_num_batched_tokens` goes to prompts in order of arrival. Steps with
-prompts are simulated one by one. Between them all steps take equally long until an output ends, so
-that only those moments are computed. Contexts count with their mean length over a request's life,
-and a prompt that comes in the middle of a step without prompts does not wait for its end (half a
-step on average, some milliseconds on a GPU). One that computes whole rows works as the services'
-Batcher does.
+prompts are simulated one by one. Between them all steps take equally long until a sequence ends, so
+only those moments are computed. Contexts count with their mean length over a request's life, and a
+prompt that arrives during a decode-only step does not wait for its end (half a step on average,
+milliseconds on a GPU). Replicas that compute whole rows work like the services' Batcher.
 """
 
 from __future__ import annotations
@@ -28,33 +27,33 @@ class Request:
     arrival: float
     prompt: int  # tokens
     output: int  # new tokens
-    first: float = inf  # when its first token was there; inf before
+    first: float = inf  # time of its first token; inf before
     end: float = inf
     refused: bool = False
 
 
 @dataclass(slots=True)
 class Prompt:
-    """One that is being computed."""
+    """A prompt being prefilled."""
 
     request: Request
     left: int  # tokens
-    chunk: int = 0  # of them in the step that runs
+    chunk: int = 0  # tokens of it in the running step
 
 
 class Replica(Protocol):
     number: int
-    ongoing: int  # given to it and not ended
-    due: float  # when something happens next, if nothing arrives before
+    ongoing: int  # assigned and not ended
+    due: float  # time of its next event, if nothing arrives before
 
     def add(self, now: float, request: Request) -> None: ...
 
     def work(self, now: float) -> list[Request]:
-        """What is due at `now` happens; returns the requests that end with it."""
+        """Process the events due at `now`; returns the requests that end."""
 
 
 class RowsReplica:
-    """Rows that are computed together, each padded to the longest; the others wait."""
+    """Computes batches of rows, padded to the longest; other rows wait."""
 
     def __init__(self, number: int, machine: Machine, max_batch: int) -> None:
         self.number = number
@@ -89,7 +88,7 @@ class RowsReplica:
 
 
 class TokensReplica:
-    """Outputs that grow by a token a step, and pieces of prompts beside them."""
+    """Decodes a token per sequence and step, alongside chunks of prompts."""
 
     def __init__(
         self, number: int, machine: Machine, max_num_seqs: int, max_num_batched_tokens: int
@@ -109,11 +108,11 @@ class TokensReplica:
         self._waiting: deque[Request] = deque()
         self._prompts: deque[Prompt] = deque()
         self._step_end = inf  # of a step with prompts; inf if none runs
-        self._decoding: list[tuple[float, int, Request]] = []  # a heap by the progress at the end
-        self._progress = 0.0  # tokens of an output that decodes since the beginning
-        self._token_rate = 0.0  # tokens a second of each output
-        self._context = 0.0  # tokens whose keys and values a step reads
-        self._reserved = 0  # tokens of the cache
+        self._decoding: list[tuple[float, int, Request]] = []  # a heap by final progress
+        self._progress = 0.0  # tokens of a sequence decoding since time 0
+        self._token_rate = 0.0  # tokens/s of each sequence
+        self._context = 0.0  # cached tokens a step reads
+        self._reserved = 0  # reserved cache tokens
 
     def add(self, now: float, request: Request) -> None:
         needed = request.prompt + request.output
@@ -143,7 +142,7 @@ class TokensReplica:
         return ended
 
     def _finish_step(self) -> list[Request]:
-        """The prompts' chunks are computed; returns requests of which no more was wanted."""
+        """Finish the running chunks; returns requests that end with their first token."""
         ended = []
         self._step_end = inf
         for prompt in self._prompts:
@@ -165,7 +164,7 @@ class TokensReplica:
         self._now = now
 
     def _plan(self) -> None:
-        """What the next step is, unless one with prompts still runs; and when something is due."""
+        """Plan the next step, unless one with prompts is running, and the next event's time."""
         if self._step_end == inf:
             tokens = self._take_prompts()
             decoding = len(self._decoding)
@@ -182,7 +181,7 @@ class TokensReplica:
             self.due = min(self.due, self._now + left / self._token_rate)
 
     def _take_prompts(self) -> int:
-        """Admit what there is room for, and cut the step's chunks; returns their tokens."""
+        """Admit prompts while there is room and choose the step's chunks; returns their tokens."""
         budget = room = self._max_num_batched_tokens - len(self._decoding)
         for prompt in self._prompts:
             prompt.chunk = min(prompt.left, room)

@@ -1,4 +1,4 @@
-"""What came of a simulated day: rows of numbers, a table and a picture."""
+"""Report a simulated day: rows of numbers, a table and a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOW_SECONDS = 1.0
 
 
 def summary(outcome: Outcome) -> Row:
-    """Seconds to the first token over all requests that were served, and what it took."""
+    """Time to first token over all served requests, and the replicas used."""
     times, waits = first_tokens(outcome)
     replicas = np.array([each.running + each.ending for each in outcome.moments])
     row: Row = {
@@ -32,14 +32,14 @@ def summary(outcome: Outcome) -> Row:
     )
     row["replicas_mean"] = round(float(replicas.mean()), 2)
     row["replicas_max"] = int(replicas.max())
-    row["replica_hours"] = round(outcome.replica_seconds / 3600, 2)  # starting ones included
+    row["replica_hours"] = round(outcome.replica_seconds / 3600, 2)  # including starting ones
     changes = np.diff([each.target for each in outcome.moments])
     row["starts"] = int(changes[changes > 0].sum())
     return row
 
 
 def intervals(outcome: Outcome, seconds: float = 300) -> list[Row]:
-    """The same by time of day."""
+    """The same as `summary`, by time of day."""
     times, waits = first_tokens(outcome)
     rows = []
     for start in np.arange(0, max(times.max(), outcome.moments[-1].time), seconds):
@@ -58,7 +58,7 @@ def intervals(outcome: Outcome, seconds: float = 300) -> list[Row]:
 
 
 def first_tokens(outcome: Outcome) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of the served requests, when each arrived, and the seconds to its first token."""
+    """Arrival times of served requests, and their times to first token, in seconds."""
     served = [request for request in outcome.requests if not request.refused]
     if not served:
         raise ValueError("no request was served: the traffic is empty, or all were refused")
@@ -67,7 +67,7 @@ def first_tokens(outcome: Outcome) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown, with a column for each name."""
+    """A Markdown table with a column per name."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, ["---"] * len(names)]
     lines += [[str(row.get(name, "")) for name in names] for row in rows]
@@ -75,7 +75,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(outcome: Outcome, path: Path, title: str) -> None:
-    """Requests, replicas and the time to the first token over the day, in one picture."""
+    """Plot requests, replicas and time to first token over the day."""
     from matplotlib.figure import Figure
 
     rows = intervals(outcome)
@@ -83,7 +83,7 @@ def plot(outcome: Outcome, path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 8), layout="constrained")
     traffic, replicas, waits = figure.subplots(3, sharex=True)
     traffic.step(hours, [row["requests_per_s"] for row in rows], where="post")
-    traffic.set_ylabel("requests a second")
+    traffic.set_ylabel("requests per second")
     traffic.set_title(title)
     moments = outcome.moments
     clock = [each.time / 3600 for each in moments]
@@ -94,7 +94,7 @@ def plot(outcome: Outcome, path: Path, title: str) -> None:
     for name in ("ttft_p50_s", "ttft_p99_s"):
         waits.plot(hours, [row.get(name, np.nan) for row in rows], label=name)
     waits.set_yscale("log")
-    waits.set_ylabel("seconds to the first token")
+    waits.set_ylabel("seconds to first token")
     waits.set_xlabel("hour")
     waits.legend()
     figure.savefig(path)

@@ -1,9 +1,9 @@
-"""Requests through a proxy to replicas whose number Ray Serve's autoscaler decides.
+"""Simulate requests through a proxy to replicas, whose number Ray Serve's autoscaler decides.
 
-What is simulated of Serve: the choice of a replica (the less loaded of two random ones),
-`max_ongoing_requests`, the proxy's queue and its `max_queued_requests`, the reports of the proxy,
-replicas that start (for as long as the machine says) and that end (the newest first, and after
-what they have). Clients that are refused do not come back.
+Simulated parts of Serve: routing (the less loaded of two random replicas),
+`max_ongoing_requests`, the proxy's queue with `max_queued_requests`, the proxy's reports, and
+replicas that start (as fast as the machine allows) and stop (newest first, after finishing their
+requests). Refused clients do not retry.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ from gptj_bench.autoscaling.machines import Machine
 from gptj_bench.autoscaling.replica import Replica, Request, RowsReplica, TokensReplica
 from gptj_bench.autoscaling.traffic import Arrivals
 
-CONTROL_SECONDS = 1.0  # Ray's controller decides ten times as often, on reports of every 10 s
+CONTROL_SECONDS = 1.0  # Ray's controller decides ten times as often, on reports every 10 s
 
 
 @dataclass(frozen=True)
 class Service:
-    """One deployment's numbers, as a Serve config and the defaults of its application say."""
+    """One deployment's settings, from a Serve config and its application's defaults."""
 
     autoscaling: dict[str, Any]
     max_ongoing_requests: int
     max_queued_requests: int  # -1: no limit
-    max_num_seqs: int  # or rows of a batch
-    max_num_batched_tokens: (
-        int | None
-    )  # None: it computes whole rows, and has no other tokens to give
+    max_num_seqs: int  # or rows in a batch
+    max_num_batched_tokens: int | None  # None: it computes whole rows
 
     def replica(self, number: int, machine: Machine) -> Replica:
-        """A new one, without requests."""
+        """A new replica without requests."""
         if self.max_num_batched_tokens is None:
             return RowsReplica(number, machine, self.max_num_seqs)
         return TokensReplica(number, machine, self.max_num_seqs, self.max_num_batched_tokens)
@@ -60,11 +58,11 @@ class Moment:
 class Outcome:
     requests: list[Request]
     moments: list[Moment] = field(default_factory=list)
-    replica_seconds: float = 0.0  # from the order to start to the end, as a machine costs
+    replica_seconds: float = 0.0  # from order to end, as billed
 
 
 def simulate(service: Service, machine: Machine, arrivals: Arrivals, seed: int = 0) -> Outcome:
-    """All requests to their ends. The same arguments give the same outcome."""
+    """Run all requests to completion. Deterministic."""
     clock = Clock()
     with simulated_time(clock):
         return _Simulation(service, machine, arrivals, seed, clock).run()
@@ -94,9 +92,9 @@ class _Simulation:
         )
         self._queue: deque[Request] = deque()  # in the proxy
         self._starting: deque[tuple[float, float]] = deque()  # (ready, ordered)
-        self._running: list[Replica] = []  # the oldest first
+        self._running: list[Replica] = []  # oldest first
         self._ending: list[Replica] = []
-        self._ordered: dict[int, float] = {}  # when each was, by number
+        self._ordered: dict[int, float] = {}  # order times by replica number
         self._numbers = 0
         self._events: list[tuple[float, int, Replica]] = []  # a heap; outdated ones are skipped
         for _ in range(self._autoscaler.target):
@@ -132,7 +130,7 @@ class _Simulation:
         return self._outcome
 
     def _arrive(self, request: Request) -> int:
-        """1 if it is refused, 0 if not."""
+        """1 if the request is refused, else 0."""
         replica = self._choose()
         if replica is not None:
             self._give(replica, request)
@@ -143,7 +141,7 @@ class _Simulation:
         return int(request.refused)
 
     def _choose(self) -> Replica | None:
-        """The less loaded of two; where both are full another; None if all are."""
+        """The less loaded of two; if both are full, another; None if all are."""
         replicas = self._running
         pair = replicas if len(replicas) < 3 else self._random.sample(replicas, 2)
         for candidates in (pair, replicas):
@@ -161,7 +159,7 @@ class _Simulation:
             heapq.heappush(self._events, (replica.due, replica.number, replica))
 
     def _work(self, replica: Replica) -> int:
-        """The number of requests that ended."""
+        """Process a replica's events; returns how many requests ended."""
         ended = len(replica.work(self._clock.now))
         self._expect(replica)
         if replica in self._ending and not replica.ongoing:

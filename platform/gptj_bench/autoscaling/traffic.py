@@ -1,4 +1,4 @@
-"""A day of requests: a daily curve with bursts on it; arrival times, prompt and output lengths."""
+"""A day of requests, a daily curve with bursts: arrival times, prompt and output lengths."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 DAY = 24 * 3600
-QUIETEST = 4 * 3600  # o'clock, in seconds
+QUIETEST = 4 * 3600  # time of day, in seconds
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What is asked for. Lengths are log-normal; bursts begin from one second to the next."""
+    """Parameters of the traffic. Lengths are log-normal; bursts start abruptly."""
 
-    requests_per_s: float = 8.0  # the mean over all hours, bursts included
+    requests_per_s: float = 8.0  # mean over all hours, including bursts
     hours: float = 24.0
-    daily_swing: float = 0.6  # the daily curve goes from 1 - swing to 1 + swing times its mean
+    daily_swing: float = 0.6  # the daily curve ranges from 1 - swing to 1 + swing times its mean
     bursts_per_day: float = 24.0
-    burst_factors: tuple[float, float] = (2.0, 4.0)  # times the curve; uniform
-    burst_seconds: float = 300.0  # the mean of an exponential distribution
+    burst_factors: tuple[float, float] = (2.0, 4.0)  # uniform multiple of the curve
+    burst_seconds: float = 300.0  # mean of an exponential distribution
     prompt_tokens: float = 256.0  # the median
     new_tokens: float = 192.0  # the median
     spread: float = 0.7  # sigma of both logarithms
@@ -43,14 +43,14 @@ class Arrivals:
 
     times: NDArray[np.float64]  # seconds since the start
     prompts: NDArray[np.int64]  # tokens
-    outputs: NDArray[np.int64]  # new tokens, the first included
+    outputs: NDArray[np.int64]  # new tokens, including the first
 
     def __len__(self) -> int:
         return len(self.times)
 
 
 def arrivals(traffic: Traffic) -> Arrivals:
-    """The same for the same traffic, its seed included."""
+    """Sample arrivals; deterministic for the same traffic and seed."""
     random = np.random.default_rng(traffic.seed)
     rates = request_rates(traffic, random)
     counts = random.poisson(rates)
@@ -66,7 +66,7 @@ def arrivals(traffic: Traffic) -> Arrivals:
 
 
 def request_rates(traffic: Traffic, random: np.random.Generator) -> NDArray[np.float64]:
-    """Requests a second, for each second."""
+    """Requests per second, for each second."""
     seconds = np.arange(round(traffic.hours * 3600), dtype=np.float64)
     curve = 1 - traffic.daily_swing * np.cos(2 * np.pi * (seconds - QUIETEST) / DAY)
     factors = np.ones_like(seconds)

@@ -1,10 +1,10 @@
-"""Tokens a second of another engine on the CPU, in that engine's own environment.
+"""Another engine's tokens/s on the CPU, run in that engine's own environment.
 
     decode.py vllm|ctranslate2|transformers MODEL --dtype bfloat16|float32|int8 --batch 1,8,16
               [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
 
-Prompts of random ids, greedy, eos ignored, prefix caching off; a JSON object a batch size. It
-imports nothing of ours: the environment has the engine alone.
+Random prompts, greedy, ignoring eos, no prefix caching; prints one JSON object per batch size. It
+imports none of our code: the environment has only the engine.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-TEXT_IDS = 50000  # ids below it are text in GPT-J's vocabulary
+TEXT_IDS = 50000  # ids below this are text in GPT-J's vocabulary
 WARM_UP_TOKENS = 4
 
 Prompts = list[list[int]]
-Generate = Callable[[Prompts, int], int]  # prompts and new tokens of each in, tokens that came out
+Generate = Callable[
+    [Prompts, int], int
+]  # prompts and new tokens per prompt in, total generated tokens out
 
 
 def vllm(model: str, dtype: str, threads: int) -> Generate:
@@ -124,5 +126,5 @@ def main() -> None:
         print(json.dumps({**row, "tokens_per_s": round(tokens / seconds, 1)}), flush=True)
 
 
-if __name__ == "__main__":  # vLLM starts processes that import this file
+if __name__ == "__main__":  # vLLM's subprocesses import this file
     main()

@@ -1,1 +1,1 @@
-"""Runners: they compute a step's logits, on each kind of device."""
+"""Runners: compute a step's logits on each kind of device."""

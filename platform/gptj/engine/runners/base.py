@@ -29,16 +29,16 @@ PAGE_SIZE = 16  # positions
 
 @dataclass(frozen=True)
 class StepBatch:
-    """New tokens of several sequences, concatenated without padding."""
+    """The new tokens of several sequences, concatenated without padding."""
 
     ids_T: Ints
-    positions_T: Ints  # each in its own sequence, consecutive there
+    positions_T: Ints  # within its sequence; consecutive
     query_start_loc: Ints  # (R + 1): sequence r has tokens loc[r]:loc[r + 1], at least one
     page_table_RP: Ints  # each sequence's pages, in order; entries beyond its context are not read
     logits_indices: Ints  # (W): the tokens to return logits for, in this order
 
     def check(self, config: GPTJConfig, page_size: int, num_pages: int) -> None:
-        """For kernels, which do not check: a wrong index would access memory out of bounds."""
+        """Validate indices; kernels do not, and would access memory out of bounds."""
         for array in (
             self.ids_T,
             self.positions_T,
@@ -65,9 +65,9 @@ class PageCopy(NamedTuple):
 
 
 def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
-    """Groups of copies that can be made in any order, or in parallel.
+    """Group copies so that each group can be made in any order or in parallel.
 
-    A copied page may have been freed and allocated again since, so order matters between groups.
+    A page may have been freed and reallocated between copies, so order matters between groups.
     """
     run: list[PageCopy] = []
     read: set[int] = set()
@@ -133,7 +133,7 @@ class TorchRunner:
         self.num_pages = num_pages
         config = self.config
         shape = (config.n_layer, num_pages, PAGE_SIZE, config.n_head, config.head_dim)
-        self._keys = self._values = torch.empty(0)  # never two caches
+        self._keys = self._values = torch.empty(0)  # free the old cache first
         self._keys = torch.zeros(shape, dtype=self._model.dtype, device=self.device)
         self._values = torch.zeros_like(self._keys)
 
@@ -200,7 +200,7 @@ class TorchRunner:
         keys.flatten(0, 1)[places_T] = k_THK
         values.flatten(0, 1)[places_T] = attn.v_proj(h_TD).unflatten(-1, (attn.heads, -1))
         attended = [
-            # PyTorch has fused kernels for four dimensions only.
+            # PyTorch's fused kernels need four dimensions.
             F.scaled_dot_product_attention(
                 q_THK[context.tokens].transpose(0, 1)[None],
                 keys[context.pages].flatten(0, 1)[: context.length].transpose(0, 1)[None],

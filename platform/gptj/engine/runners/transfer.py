@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Numbers on the device; on a GPU without synchronizing.
+    """Copy numbers to the device, without synchronizing a GPU.
 
     PyTorch does not reuse pinned memory before the copy from it has completed.
     """

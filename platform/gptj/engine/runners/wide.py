@@ -1,7 +1,7 @@
 """Matrix products with fp32 accumulation and output, whatever the inputs' dtype.
 
-Rounded to bf16, a logit of 20 is a multiple of 0.125: the likeliest tokens tie, and logprobs become
-coarse. Sums in fp16 can exceed its maximum, 65504.
+In bf16 a logit of 20 is rounded to a multiple of 0.125: top tokens tie, and logprobs become coarse.
+Sums in fp16 can exceed its maximum, 65504.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def multiply_wide(x_TC: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def wide_sums() -> Iterator[None]:
-    """Have cuBLAS reduce split sums of fp16 and bf16 in fp32 as well.
+    """Make cuBLAS also reduce split-K sums of fp16 and bf16 in fp32.
 
     This is a process-wide setting in PyTorch, restored after the block.
     """

@@ -1,8 +1,8 @@
-// Arithmetic on 512-bit vectors that step.cpp is made of: exp, GELU, layer norm, and products of
-// rows of activations with packed weights in fp32, bf16 or int8.
+// step.cpp's arithmetic on 512-bit vectors: exp, GELU, layer norm, and products of rows of
+// activations with packed weights in fp32, bf16 or int8.
 //
-// Every result is computed in an order that depends on its own row alone, never on the rows
-// beside it: a request's numbers are the same, bit for bit, in any batch and in any chunks.
+// The order of computation of each result depends only on its own row, never on other rows: a
+// request's results are bitwise equal in any batch and with any chunks.
 #pragma once
 
 #include <immintrin.h>
@@ -16,17 +16,17 @@
 enum class Kind : int { fp32 = 0, bf16 = 1, int8 = 2 };
 
 constexpr int64_t kBlock = 32;   // columns of a block of packed weights: two vectors
-constexpr int64_t kMaxRows = 12;  // rows of a pass over a block: 24 accumulators
-constexpr int64_t kAhead = 2048;  // bytes from a weight to the one that is fetched meanwhile
-constexpr int64_t kGroup = 128;  // inputs that share a scale when activations become int8
+constexpr int64_t kMaxRows = 12;  // rows per pass over a block: 24 accumulators
+constexpr int64_t kAhead = 2048;  // prefetch distance of weights, in bytes
+constexpr int64_t kGroup = 128;  // inputs that share a scale in quantized activations
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Inputs that one 32-bit word of weights holds.
+// Inputs per 32-bit word of weights.
 inline int64_t per_word(Kind kind) { return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? 2 : 4; }
 
-// Words of activations that meet one word of weights. Without the instruction for pairs of bf16,
-// each input has a word of its own, widened once and not again for every column.
+// Words of activations per word of weights. Without the bf16 dot product instruction, each input has
+// its own word, widened once instead of for every column.
 #ifdef __AVX512BF16__
 constexpr int64_t kBf16Words = 1;
 #else
@@ -57,13 +57,13 @@ inline __m512 exp512(__m512 x) {
 inline __m512 gelu512(__m512 x) {
   const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
   const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-  // Clamped so that exp does not overflow: the sigmoid is 0 or 1 there.
+  // Clamp so that exp does not overflow: the sigmoid is 0 or 1 there.
   const __m512 twice = _mm512_mul_ps(u, _mm512_set1_ps(-2.0f * 0.7978845608028654f));
   const __m512 e = exp512(_mm512_min_ps(_mm512_set1_ps(88.0f), twice));
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
-// To the nearest bf16, ties to even, in each place's upper half, as fp32; NaN stays NaN.
+// Rounds to the nearest bf16, ties to even, in each lane's upper half, as fp32; NaN stays NaN.
 inline __m512 round_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -93,9 +93,9 @@ inline __m512 load_bf16(const void* p, __mmask16 mask) {
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
 
-// The sums that a product is made of. `dot` adds, in each of 16 places, the products of one word
-// of weights with the word of activations that all places share. In a product `split` prepares
-// weights for all rows, whose words for them are `kWords`, `stride` words apart.
+// Accumulation of products. `dot` adds, in each of 16 lanes, the products of a word of weights with
+// the word of activations that all lanes share. `split` prepares weights for all rows, each of which
+// has `kWords` words for them, `stride` words apart.
 struct Fp32 {
   using Sum = __m512;
   using Split = __m512i;
@@ -108,7 +108,7 @@ struct Fp32 {
   static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
 };
 
-struct Halves {  // of words with two bf16, as fp32
+struct Halves {  // words of two bf16, as fp32
   __m512 low, high;
 };
 
@@ -142,7 +142,7 @@ struct Bf16 {
 #endif
 };
 
-struct Int8 {  // weights are stored with 128 added, as the instruction wants one side unsigned
+struct Int8 {  // weights are stored with 128 added, since one operand must be unsigned
   using Sum = __m512i;
   using Split = __m512i;
   static constexpr int64_t kWords = 1;
@@ -152,7 +152,7 @@ struct Int8 {  // weights are stored with 128 added, as the instruction wants on
   static Sum dot(Sum sum, __m512i w, uint32_t a) {
     const __m512i x = _mm512_set1_epi32(int(a));
 #ifdef __AVX512VNNI__
-    // Not by its intrinsic, with which GCC 12 keeps the sums in memory: half the speed.
+    // Not the intrinsic, with which GCC 12 keeps the sums in memory: half the speed.
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 #else  // in 16 bits, so that nothing saturates: |255 * 127| * 2 fits 32 bits only
@@ -165,7 +165,7 @@ struct Int8 {  // weights are stored with 128 added, as the instruction wants on
   }
 };
 
-// The rows of one pass over a block of weights: as even a share as possible.
+// Rows per pass over a block of weights, split as evenly as possible.
 struct Pass {
   int64_t row, count;
 
@@ -177,9 +177,9 @@ struct Pass {
   }
 };
 
-// Rows of activations in a kind's own form, then with the rows of each pass side by side, word by
-// word, as the products read them. In int8 each group of kGroup inputs has a scale, and 128 times its sum,
-// which undoes the 128 that was added to the weights.
+// Rows of activations converted to a kind, then with the rows of each pass interleaved word by word,
+// as the products read them. In int8 each group of kGroup inputs has a scale, and 128 times its sum,
+// which cancels the 128 added to the weights.
 struct Activations {
   uint32_t* by_row;  // (rows, words)
   uint32_t* turned;  // of each pass: (words, rows of the pass); for one row the same as by_row
@@ -192,7 +192,7 @@ struct Activations {
 };
 
 // Packed weights (columns, inputs), in blocks of kBlock columns: for each word of inputs, a
-// block's columns lie side by side. Columns beyond the last are 0.
+// block's columns are contiguous. Columns beyond the last are 0.
 struct Weights {
   const void* data;
   const float* scales;  // (columns), int8 only
@@ -204,7 +204,7 @@ struct Weights {
 // Whether a row is finite: int8 cannot represent NaN, and max() drops it.
 inline bool finite(const float* x, int64_t n) {
   __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16)  // 0 * x is NaN for what is not finite
+  for (int64_t i = 0; i < n; i += 16)  // 0 * x is NaN if x is not finite
     sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), _mm512_setzero_ps(), sum);
   return _mm512_reduce_add_ps(sum) == 0.0f;
 }
@@ -248,7 +248,7 @@ inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, 
   }
 }
 
-constexpr int64_t kTurned = 64;  // words of each row in one piece of this work
+constexpr int64_t kTurned = 64;  // words of each row per work item
 
 // Interleaves some words of a pass's rows.
 inline void interleave(const Activations& a, int64_t pass_number, int64_t piece) {
@@ -282,8 +282,8 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-// A block's products with the M rows of a pass: out[m][v] is row m's with its vector v. Beside
-// it the weights that are needed soon are fetched: `lines` for each word, from `ahead` on.
+// A block's products with the M rows of a pass: out[m][v] is row m's with vector v. Meanwhile it
+// prefetches the weights needed next: `lines` per word, starting at `ahead`.
 template <class K, int M>
 inline void product(const Weights& w, int64_t block, const Activations& a, int64_t row,
                     const char* ahead, int lines, __m512 (&out)[M][2]) {
@@ -334,7 +334,7 @@ inline void product(const Weights& w, int64_t block, const Activations& a, int64
   }
 }
 
-// Calls done(row, column, values, mask) with each 16 columns of a block, the bias added.
+// Calls done(row, column, values, mask) for each 16 columns of a block, with the bias added.
 template <class K, int M, class Done>
 inline void rows_of_block(const Weights& w, int64_t block, const Activations& a, int64_t row,
                           const char* ahead, int lines, const Done& done) {
@@ -350,8 +350,8 @@ inline void rows_of_block(const Weights& w, int64_t block, const Activations& a,
   }
 }
 
-// All rows of one block, in passes. A single pass prefetches weights slightly ahead; of several, the
-// first two prefetch half of the next block each, so that memory stays busy while the processor
+// All rows of one block, in passes. A single pass prefetches weights slightly ahead; with several,
+// the first two each prefetch half of the next block, so that memory stays busy while the processor
 // computes from cache.
 template <class K, class Done>
 inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {

@@ -1,6 +1,6 @@
-"""Compiles step.cpp for this machine and loads it; the build is kept in the user's cache.
+"""Compiles step.cpp for this machine and loads it; builds are cached per user.
 
-An image may ship the build beside the source.
+A container image may ship the build beside the source.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Step(ctypes.Structure):
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library. Raises UnsupportedError without AVX-512 or a compiler that supports it."""
+    """Load the library. UnsupportedError without AVX-512 or a compiler that supports it."""
     missing = [flag for flag in NEEDED if flag not in processor_flags()]
     if missing:
         raise UnsupportedError(f"the processor has no {', '.join(missing)}")
@@ -109,7 +109,7 @@ def load() -> ctypes.CDLL:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """The processor's flags in /proc/cpuinfo; empty on other systems than Linux."""
+    """The processor's flags from /proc/cpuinfo; empty if not on Linux."""
     path = Path("/proc/cpuinfo")
     for line in path.read_text().splitlines() if path.exists() else ():
         if line.startswith("flags"):
@@ -118,10 +118,10 @@ def processor_flags() -> frozenset[str]:
 
 
 def _built() -> Path:
-    """The library's path; compiles it if it is missing.
+    """The library's path; compiles it if missing.
 
-    Its name has a hash of everything that it depends on. It is built in a temporary folder and then
-    renamed, so that concurrent or killed builds do no harm.
+    Its name contains a hash of everything it depends on. It is built in a temporary folder and then
+    renamed, so concurrent or killed builds do no harm.
     """
     folder = Path(__file__).parent
     contents = [(folder / name).read_bytes() for name in SOURCES]

@@ -1,7 +1,7 @@
-"""Packs matrices (columns, inputs) in blocks for the kernels: fp32, bf16 or int8.
+"""Packs matrices (columns, inputs) into blocks for the kernels: fp32, bf16 or int8.
 
-For each word of inputs (32 bits: one input in fp32, two in bf16, four in int8) a block's 32 columns
-are contiguous, so that one row of activations needs one sequential pass over the weights.
+For each 32-bit word of inputs (one in fp32, two in bf16, four in int8) a block's 32 columns are
+contiguous, so that a row of activations needs one sequential pass over the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Kind = Literal["fp32", "bf16", "int8"]
 
 KINDS: tuple[Kind, ...] = ("fp32", "bf16", "int8")  # their numbers in kernels.h
 BLOCK = 32  # columns
-PIECE = 8 * BLOCK  # columns that are packed at a time, to stay in a core's cache
+PIECE = 8 * BLOCK  # columns packed at a time, to fit in a core's cache
 PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4}
 
 
@@ -34,7 +34,7 @@ class PackedLinear:
 
     @property
     def bytes_read(self) -> int:
-        """By one step."""
+        """Bytes read by one step."""
         tensors = (self.data, self.scales, self.bias)
         return sum(each.nbytes for each in tensors if each is not None)
 
@@ -53,7 +53,7 @@ def pack(
     Args:
         allocate: returns a tensor of that many bytes.
         beside: concatenate along the inputs rather than the columns.
-        spent: called with rows of the weights that have been packed.
+        spent: called with each piece of the weights once it is packed.
     """
     columns = len(weights[0]) if beside else sum(map(len, weights))
     inputs = sum(each.shape[1] for each in weights) if beside else weights[0].shape[1]
@@ -88,7 +88,7 @@ def pack(
 
 
 def _pieces(weights: Sequence[Tensor], beside: bool) -> Iterator[list[Tensor]]:
-    """Rows of the weights that make whole blocks together, except for the last ones."""
+    """Rows of the weights that together fill whole blocks, except for the last ones."""
     if beside:
         for start in range(0, len(weights[0]), PIECE):
             yield [weight[start : start + PIECE] for weight in weights]
@@ -107,7 +107,7 @@ def _pieces(weights: Sequence[Tensor], beside: bool) -> Iterator[list[Tensor]]:
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Unsigned bytes (128 stands for 0) and each row's scale: symmetric, rounded to nearest."""
+    """Unsigned bytes (128 means 0) and each row's scale: symmetric, rounded to nearest."""
     steps = weight.to(torch.float32, copy=True)
     scales = _quantize(steps)
     return steps.to(torch.uint8), scales
@@ -121,7 +121,7 @@ def _quantize(weight: Tensor) -> Tensor:
 
 
 def _scratch(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Memory that is returned to the system afterwards, unlike malloc's."""
+    """Scratch memory that, unlike malloc's, is returned to the system afterwards."""
     size = rows * width * dtype.itemsize
     memory = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size]
     return memory.view(dtype).view(rows, width)

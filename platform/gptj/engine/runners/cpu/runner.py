@@ -1,4 +1,4 @@
-"""A Runner on the kernels of step.cpp: fp32, bf16 or int8 weights, for CPUs with AVX-512.
+"""A Runner that uses step.cpp's kernels: fp32, bf16 or int8 weights, for CPUs with AVX-512.
 
 One call computes a step, without the GIL and without padding. Results are bitwise independent of
 the batch's other rows.
@@ -18,7 +18,7 @@ from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
-LEAST_BYTES = 2**21  # of an allocation that gets huge pages
+LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
 
 
 class CpuRunner:
@@ -30,14 +30,14 @@ class CpuRunner:
     Args:
         model: in evaluation mode, on the CPU.
         num_pages: of the cache.
-        kind: of the weights; int8 is symmetric with a scale for each output, and quantizes
-            activations as well, with a scale for every 128 inputs.
-        threads: including the calling one; default: PyTorch's number.
-        release: move the weights out of the model piece by piece, so that there is one copy in
-            memory: the model is unusable afterwards, as is whatever shares its memory.
+        kind: of the weights; int8 is symmetric with a scale per output, and also quantizes
+            activations, with a scale per 128 inputs.
+        threads: including the caller's; default: PyTorch's setting.
+        release: move the weights out of the model piece by piece, keeping one copy in memory; the
+            model, and anything that shares its memory, is unusable afterwards.
 
     Raises:
-        UnsupportedError: if this processor, or this model's configuration, is not supported.
+        UnsupportedError: if the processor or the model's configuration is not supported.
     """
 
     page_size = 16
@@ -57,7 +57,7 @@ class CpuRunner:
         self.num_pages = num_pages
         self._kind: Kind = kind
         _check(model)
-        self._kept: list[Tensor] = []  # tensors that the kernels point to
+        self._kept: list[Tensor] = []  # tensors the kernels hold pointers to
         self._bytes_read = 0
         self._threads = threads or torch.get_num_threads()
         with torch.inference_mode():
@@ -113,7 +113,7 @@ class CpuRunner:
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for source, target, filled in copies:
-            end = filled * self.config.head_dim  # of each head's share of a page
+            end = filled * self.config.head_dim  # within each head's part of a page
             self._cache[:, :, target, :, :end] = self._cache[:, :, source, :, :end]
 
     def reset(self) -> None:
@@ -130,12 +130,12 @@ class CpuRunner:
             self.close()
 
     def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
-        """All weights in the kernels' layout; with `release` each is freed once packed."""
+        """Pack all weights; with `release`, free each once packed."""
         config = self.config
         let_go = _release if release else _keep_as_it_is
         spent = self._discard if release else _keep_rows
         stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
-        # The embedding is not packed: it stays mapped from its file if its dtype fits.
+        # The embedding is not packed: it stays mapped from its file if its dtype matches.
         wte, lm_head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
         embedding_VD = wte.to(stored)
         embedding = self._keep(embedding_VD if release else embedding_VD.clone())
@@ -213,7 +213,7 @@ def _check(model: GPTJForCausalLM) -> None:
         raise library.UnsupportedError(f"the model is on {model.device}")
     if config.activation_function != "gelu_new":
         raise library.UnsupportedError(
-            f"the kernels compute gelu_new, and the model has {config.activation_function}"
+            f"the kernels support only gelu_new, but the model has {config.activation_function}"
         )
     if config.n_embd % 4 or config.inner_dim % 4 or config.head_dim % 2:
         raise library.UnsupportedError(
@@ -233,4 +233,4 @@ def _keep_as_it_is(*modules: nn.Module) -> None:
 
 
 def _keep_rows(rows: Tensor) -> None:
-    """They are still in use."""
+    """Do nothing: the rows are still in use."""

@@ -1,8 +1,8 @@
 // One step of GPT-J over a paged KV cache, on its own threads. A C interface, which library.py calls
 // without the GIL, so that the event loop is never blocked.
 //
-// A step is one parallel run. Its threads take blocks of work from shared counters, so that a
-// descheduled thread does not delay the others, and meet at a barrier after each part.
+// A step is one parallel run. Threads take work items from shared counters, so that a descheduled
+// thread does not delay the others, and meet at a barrier after each part.
 //
 // A page holds 16 positions of a layer: for each head the keys as (words of the head, 16), one
 // vector for one word of all positions, and the values as (16, head).
@@ -23,13 +23,13 @@
 
 namespace {
 
-constexpr int64_t kPage = 16;    // positions of a page
-constexpr int64_t kQueries = 4;  // of a sequence, that share one pass over keys and values
+constexpr int64_t kPage = 16;    // positions per page
+constexpr int64_t kQueries = 4;  // of a sequence that share one pass over keys and values
 
-thread_local int thread_number = 0;  // in its team: the one that calls is 0
+thread_local int thread_number = 0;  // in its team; the caller is 0
 
-// Threads that run one function together. Between runs they sleep; within a run they spin briefly
-// at barriers, then yield.
+// Threads that run one function together. They sleep between runs; at barriers they spin briefly,
+// then yield.
 class Team {
  public:
   explicit Team(int size) : size_(size) {
@@ -176,7 +176,7 @@ class Runner {
     if (int64_t(buffer.size()) < size) buffer.resize(size_t(size));
   }
 
-  // One thread's part of the step. Every thread passes the same parts in the same order.
+  // One thread's share of the step. All threads go through the same parts in the same order.
   void run() {
     int part = 0;
     each(part, b_->tokens, [&](int64_t t) { embed(t); });
@@ -205,8 +205,8 @@ class Runner {
              });
   }
 
-  // Distributes `count` pieces of work; returns when all are done. Each thread has its own stretch,
-  // in memory order, and helps the others once that is done.
+  // Distributes `count` work items; returns when all are done. Each thread has its own range, in
+  // memory order, and then helps the others.
   template <class Work>
   void each(int& part, int64_t count, const Work& work) {
     const int64_t threads = s_.threads;
@@ -225,7 +225,7 @@ class Runner {
     multiply2(part, w, w, 0, a, done, done);
   }
 
-  // Two products with the same activations, in one part; of the second, `more` blocks.
+  // Two products with the same activations in one part; `more` blocks of the second.
   template <class Done, class MoreDone>
   void multiply2(int& part, const Weights& w, const Weights& second, int64_t more,
                  const Activations& a, const Done& done, const MoreDone& more_done) {
@@ -267,7 +267,7 @@ class Runner {
         });
   }
 
-  // Both branches' last products, added to the residual stream.
+  // Both branches' output projections, added to the residual stream.
   void second_product(int& part, const Layer& layer, const Activations& branches) {
     multiply(part, layer.out, branches,
              [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
@@ -402,10 +402,10 @@ class Runner {
   template <class K, int Q>
   void look(int64_t layer, int64_t head, int32_t t, const int32_t* pages, const uint32_t* queries,
             std::vector<float>& scores) {
-    const int64_t length = b_->positions[t] + Q;  // of the last query's context
+    const int64_t length = b_->positions[t] + Q;  // the last query's context
     const int64_t page_count = ceil_div(length, kPage), stride = page_count * kPage;
     fit(scores, Q * stride);
-    constexpr int P = 4 / Q > 0 ? 4 / Q : 1;  // pages at a time: sums that do not wait for others
+    constexpr int P = 4 / Q > 0 ? 4 / Q : 1;  // pages at a time, for independent sums
     int64_t p = 0;
     for (; p + P <= page_count; p += P) score<K, Q, P>(layer, head, p, pages, queries, stride, scores.data());
     for (; p < page_count; ++p) score<K, Q, 1>(layer, head, p, pages, queries, stride, scores.data());
@@ -421,7 +421,7 @@ class Runner {
       for (int v = 0; v < 4; ++v) mask[v] = first(s_.head - k - 16 * v);
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = _mm512_setzero_ps();
-      const int64_t next = kPage * s_.head;  // elements to where the next head's values are
+      const int64_t next = kPage * s_.head;  // elements to the next head's values
       for (int64_t position = 0; position < length; ++position) {
         const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
                           position % kPage * s_.head + k;
@@ -470,8 +470,8 @@ class Runner {
         _mm512_storeu_ps(scores + q * stride + (p + i) * kPage, sum[q][i]);
   }
 
-  // Scores become weights that are still to be divided by their sum; returns 1 / sum. What is
-  // beyond `length` becomes 0, whatever stands in unused places of a page.
+  // Turns scores into unnormalized weights; returns 1 / sum. Weights beyond `length` become 0,
+  // whatever the unused slots of a page hold.
   float softmax(float* scores, int64_t length, int64_t stride) const {
     const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(s_.head)));
     const __m512 least = _mm512_set1_ps(-INFINITY);
@@ -501,7 +501,7 @@ class Runner {
   std::vector<int32_t> offsets_;
 };
 
-// Of the whole pages within; it is advice, which the system may decline.
+// Applies to the whole pages within; advice, which the system may ignore.
 void advise(void* data, int64_t bytes, int advice) {
   const uintptr_t page = 4096, from = (uintptr_t(data) + page - 1) / page * page;
   const uintptr_t to = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
@@ -512,7 +512,7 @@ void advise(void* data, int64_t bytes, int advice) {
 
 extern "C" {
 
-// Null if memory or threads run out.
+// Returns null if memory or threads run out.
 void* gptj_create(const Sizes* sizes, const Model* model) {
   try {
     return new Runner(*sizes, *model);
@@ -521,7 +521,7 @@ void* gptj_create(const Sizes* sizes, const Model* model) {
   }
 }
 
-// 0, or 1 if memory ran out.
+// Returns 0, or 1 if memory ran out.
 int gptj_step(void* runner, const Step* step) {
   try {
     static_cast<Runner*>(runner)->step(*step);
@@ -533,13 +533,13 @@ int gptj_step(void* runner, const Step* step) {
 
 void gptj_destroy(void* runner) { delete static_cast<Runner*>(runner); }
 
-// Asks for large pages, which weights are read faster from; the system may decline.
+// Requests huge pages, which make reading weights faster; the system may ignore it.
 void gptj_prefer_large_pages(void* data, int64_t bytes) { advise(data, bytes, MADV_HUGEPAGE); }
 
-// Gives the memory back to the system. What is read there afterwards is anything.
+// Returns the memory to the system; its content is undefined afterwards.
 void gptj_discard(void* data, int64_t bytes) { advise(data, bytes, MADV_DONTNEED); }
 
-// Reads `bytes` (a multiple of 64) once on so many threads: what a step can at best be as fast as.
+// Reads `bytes` (a multiple of 64) once on this many threads: the lower bound of a step's time.
 int64_t gptj_read(const void* data, int64_t bytes, int threads) {
   Team team(threads);
   std::atomic<int64_t> next{0}, total{0};

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps, captured for some batch sizes and replayed.
+"""CUDA graphs of decode steps, captured for a few batch sizes and replayed.
 
 A replay costs the host one launch instead of hundreds.
 """
@@ -11,18 +11,18 @@ from collections.abc import Callable
 import torch
 
 SIZES: tuple[int, ...] = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 257, 32))
-MAX_SIZE = SIZES[-1]  # beyond it a kernel takes longer than its launch
+MAX_SIZE = SIZES[-1]  # beyond it kernels take longer than their launches
 
 
 def size_for(count: int) -> int:
-    """The smallest of SIZES for `count` rows, which is at most MAX_SIZE."""
+    """The smallest of SIZES that holds `count` rows, at most MAX_SIZE."""
     return SIZES[bisect_left(SIZES, count)]
 
 
 class Graphs:
-    """Captures all graphs, largest first: the others share its memory.
+    """Captures all graphs, largest first, so that the others share its memory.
 
-    The device must be the current one.
+    Their device must be current.
 
     Args:
         step: computes a step of the given size on static tensors.
@@ -39,7 +39,7 @@ class Graphs:
                 step(size)  # warm up: compilation cannot be captured
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads may go on using CUDA.
+            # thread_local: other threads may keep using CUDA.
             with torch.cuda.graph(
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):

@@ -16,11 +16,11 @@ from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs
 
 Vector = TypeVar("Vector", Tensor, Ints)
 
-ALIGNED = 4  # int32s: 16 bytes, which Triton specializes kernels for
+ALIGNED = 4  # int32s: Triton specializes kernels for 16-byte alignment
 
 
 class Outline:
-    """The layout of a step's arrays in one vector."""
+    """The layout of a step's arrays within one vector."""
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         self._parts: list[tuple[slice, tuple[int, ...]]] = []
@@ -35,11 +35,11 @@ class Outline:
 
 
 class InputsMaker:
-    """Makes Inputs; padding refers to the scratch page, which is never read.
+    """Makes Inputs; padding points to the scratch page, which is never read.
 
     Args:
-        max_pages: of a sequence: the width of page tables.
-        scratch: the page that padding is written to.
+        max_pages: most pages of a sequence: the width of page tables.
+        scratch: the page that padding writes to.
         max_decodes: the largest decode batch with static inputs, for CUDA graphs.
     """
 
@@ -55,12 +55,12 @@ class InputsMaker:
         self._static = torch.zeros(size, dtype=torch.int32, device=device)
 
     def static(self, size: int) -> Inputs:
-        """The inputs of a decode step of that size, always at the same address."""
+        """A decode step's inputs for that size, always at the same address."""
         ids_T, positions_T, slots_T, page_table_RP = self._decode_outline(size).views(self._static)
         return Inputs(ids_T, positions_T, slots_T, page_table_RP, size)
 
     def fill(self, batch: StepBatch, size: int) -> None:
-        """Copy a decode batch to where `static(size)` reads, padded with the scratch page."""
+        """Copy a decode batch into `static(size)`, padded with the scratch page."""
         count = len(batch.ids_T)
         outline = self._decode_outline(size)
         vector = self._vector(outline.size)

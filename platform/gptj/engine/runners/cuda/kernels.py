@@ -1,8 +1,8 @@
-"""The operations of a step as Triton kernels, which `launch` calls.
+"""A step's operations as Triton kernels, launched by `launch`.
 
-Sums, norms, rotary embedding and softmax are in fp32. Exponentials are exp2, with scores scaled
-accordingly. Names in capitals are compile-time constants; BLOCK_… is the next power of two, which
-Triton's ranges need.
+Sums, norms, rotary embedding and softmax are in fp32. Exponentials use exp2, with scores scaled
+accordingly. Names in capitals are compile-time constants; BLOCK_… is the next power of two, as
+Triton's ranges require.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def add_and_norm(
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """One program for each token."""
+    """One program per token."""
     columns = tl.arange(0, BLOCK_WIDTH)
     inside = columns < WIDTH
     places = tl.program_id(0).to(tl.int64) * WIDTH + columns
@@ -62,7 +62,7 @@ def rope_and_cache(
     INNER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """For each token, a program for each head and each BLOCK_INNER of the inner values."""
+    """Per token, one program per head and per BLOCK_INNER inner values."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     width = HEADS * HEAD_DIM
@@ -122,10 +122,10 @@ def paged_decode_attention(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program for each token, head and split. Dao et al., "Flash-Decoding", 2023.
+    """One program per token, head and split. Dao et al., "Flash-Decoding", 2023.
 
     Decoding is bound by reading keys and values, so products need no tensor cores; the next pages
-    are loaded while one is computed on.
+    are loaded during the computation.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -148,7 +148,7 @@ def paged_decode_attention(
         page = tl.load(tables + row * PAGES + number).to(tl.int64)
         block = (page * HEADS + head) * (PAGE_SIZE * HEAD_DIM) + within
         seen = number * PAGE_SIZE + places < context
-        # Memory beyond the context may hold anything, NaN included.
+        # Memory beyond the context may hold anything, even NaN.
         loaded = seen[:, None] & inside[None, :]
         k = tl.load(keys + block, mask=loaded, other=0.0).to(tl.float32)
         v = tl.load(values + block, mask=loaded, other=0.0).to(tl.float32)
@@ -180,7 +180,7 @@ def merge_splits(
     ROW: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One program for each token and head: the weighted mean of its splits."""
+    """One program per token and head: the weighted mean of its splits."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     index = (row * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
@@ -216,7 +216,7 @@ def paged_prefill_attention(
     BLOCK_PLACES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program for each tile and head. Dao et al., "FlashAttention", 2022."""
+    """One program per tile and head. Dao et al., "FlashAttention", 2022."""
     tile = tiles + tl.program_id(0) * 4
     head = tl.program_id(1)
     row = tl.load(tile).to(tl.int64)
@@ -243,7 +243,7 @@ def paged_prefill_attention(
         k = tl.load(keys + block, mask=loaded, other=0.0)
         v = tl.load(values + block, mask=loaded, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        # Lines beyond the tile's tokens see what its last token sees: they are not stored.
+        # Lines beyond the tile's tokens see what its last token sees, and are not stored.
         visible = (places[None, :] <= position + lines[:, None]) & seen[None, :]
         scores = tl.where(visible, scores, -float("inf"))
         raised = tl.maximum(largest, tl.max(scores, axis=1))
@@ -268,7 +268,7 @@ def copy_pages(
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each copy, keys or values of a layer, and head."""
+    """One program per copy, head, and keys or values of a layer."""
     copy = copies + tl.program_id(0).to(tl.int64) * 3
     part = tl.program_id(1).to(tl.int64) * pages
     head = tl.program_id(2)
@@ -289,7 +289,7 @@ def multiply_row(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """GEMV, memory-bound: one program for each BLOCK_COLUMNS columns."""
+    """GEMV, memory-bound: one program per BLOCK_COLUMNS columns."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inputs = tl.arange(0, BLOCK_INPUTS)
     terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)

@@ -1,4 +1,4 @@
-"""The operations of a step by Triton kernels: their block sizes and grids."""
+"""A step's operations with Triton kernels: their block sizes and grids."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gptj.engine.runners.cuda.weights import Norm, Weights
 from gptj.engine.runners.transfer import sent
 
 BLOCK_INNER = 1024
-# Positions of the context that a prefill tile attends to at a time, and warps, by registers.
+# Context positions per iteration of prefill attention, and warps; limited by registers.
 CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the dtype's bytes
 MAX_SPLITS = 32
-# Programs of decode attention for each multiprocessor: four are resident at a time, and twice as
-# many even out contexts of different lengths.
+# Decode attention programs per multiprocessor: four are resident at a time, and twice as many
+# balance contexts of different lengths.
 PROGRAMS = 8
 
 
@@ -35,7 +35,7 @@ class TritonOperations:
 
     Args:
         dtype: of the matrix products' inputs.
-        processors: multiprocessors of the GPU.
+        processors: the GPU's number of multiprocessors.
     """
 
     def __init__(self, config: GPTJConfig, dtype: torch.dtype, processors: int) -> None:
@@ -50,9 +50,9 @@ class TritonOperations:
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # the kernels use exp2
 
     def try_out(self, device: torch.device) -> None:
-        """Launch all kernels as steps do, on a cache of two pages.
+        """Launch all kernels as a step would, on a cache of two pages.
 
-        Except for those that `prepare` measures, which skips what fails.
+        Except those that `prepare` measures, which skips failing ones.
         """
         config = self._config
         width, inner = config.n_embd, config.inner_dim
@@ -67,7 +67,7 @@ class TritonOperations:
         table = zeros(config.n_positions, config.rotated_dim // 2, dtype=torch.float32)
         max_pages = -(-config.n_positions // PAGE_SIZE)
         maker = InputsMaker(device, max_pages, PAGE_SIZE, 1, MAX_SIZE)
-        # For each number of splits its smallest decode batch; and a prefill chunk.
+        # The smallest decode batch of each number of splits, and a prefill chunk.
         sizes = {self.splits(size): size for size in reversed(SIZES)}.values()
         tile = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=device)
         chunk = replace(maker.static(1), num_decodes=0, tiles_N4=tile)
@@ -165,9 +165,9 @@ class TritonOperations:
         )
 
     def splits(self, num_decodes: int) -> int:
-        """How many splits of its context a sequence is attended in, to occupy all processors.
+        """Number of splits of each context in decode attention, to occupy all multiprocessors.
 
-        A function of the batch size alone, since a graph's grid cannot depend on lengths.
+        Depends only on the batch size, since a graph's grid cannot depend on lengths.
         """
         programs = num_decodes * self._config.n_head
         wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))

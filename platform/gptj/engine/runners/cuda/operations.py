@@ -1,4 +1,4 @@
-"""The operations of a step: in Triton (`launch`), and in PyTorch as the tests' reference.
+"""The operations of a step, implemented in Triton (`launch`) and, for tests, in PyTorch.
 
 Shape suffixes: R sequences, T tokens, P pages of a sequence, D width, H heads, K head width,
 I inner width of the MLP.
@@ -23,17 +23,17 @@ class Chunk:
     """A prefill chunk: new tokens of one sequence."""
 
     row: int  # of the page tables
-    start: int  # its first token of the step
+    start: int  # index in the step of its first token
     tokens: int
-    position: int  # of the first
+    position: int  # position of the first token
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A step's inputs, int32 on the device; Python numbers are sizes.
+    """A step's inputs: int32 tensors on the device, and sizes as Python ints.
 
-    The first `num_decodes` sequences have one token each, which are the step's first tokens; all
-    others are prefill chunks.
+    The step starts with one token of each of the first `num_decodes` sequences; all others are
+    prefill chunks.
     """
 
     ids_T: Tensor
@@ -55,10 +55,10 @@ class LayerCache:
 
 
 class Operations(Protocol):
-    """Sums, norms, rotary embedding and softmax are computed in fp32, and rounded once."""
+    """Sums, norms, rotary embedding and softmax are computed in fp32 and rounded once."""
 
     def prepare(self, weights: Weights) -> None:
-        """Tune for these weights on a GPU; call before the first step, if at all."""
+        """Tune for these weights on a GPU; optional, before the first step."""
 
     def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
         """x (T, inputs) by weight (columns, inputs): (T, columns).
@@ -73,7 +73,7 @@ class Operations(Protocol):
         """Add to the fp32 residual stream, in place, and return its layer norm.
 
         Args:
-            added_TD: the last layer's output, of any dtype; None before the first layer.
+            added_TD: the previous layer's output, of any dtype; None before the first layer.
             bias_D: its bias.
         """
 
@@ -92,7 +92,7 @@ class Operations(Protocol):
 
         Args:
             qkv_fc_in: (T, 3D + I): the layer's first product: queries, keys, values, fc_in.
-            bias_I: of fc_in.
+            bias_I: fc_in's.
             rotary: sines and cosines (positions, rotated / 2).
             cache: receives the rotated keys, and the values.
             attn_mlp: (T, D + I): its last I columns receive the activations.
@@ -104,7 +104,7 @@ class Operations(Protocol):
         """Causal attention over each sequence's pages, into the first D columns of `attn_mlp`."""
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
-        """Copy in all layers, in any order.
+        """Copy pages in all layers, in any order.
 
         Args:
             cache: (2, layers, pages, H, page size, K).

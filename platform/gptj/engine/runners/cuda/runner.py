@@ -23,17 +23,17 @@ from gptj.model import GPTJForCausalLM
 
 
 class CudaRunner:
-    """The model's weights fused to two matrices a layer, and a paged KV cache.
+    """The model's weights, fused into two matrices per layer, and a paged KV cache.
 
-    Weights and cache have the model's dtype; the residual stream and what is added to it, norms,
-    softmax and logits are fp32. On a CPU, in tests, there are no graphs.
+    Weights and cache have the model's dtype; the residual stream and its addends, norms, softmax
+    and logits are fp32. On a CPU, in tests, there are no graphs.
 
     Args:
         model: in evaluation mode, on its device.
         num_pages: of the cache; one page is added for padding.
         operations: for the model's device and dtype.
-        release: move the weights out of the model while they are fused, so that there is one copy
-            in memory: the model is unusable afterwards.
+        release: move the weights out of the model while fusing them, keeping one copy in memory;
+            the model is unusable afterwards.
     """
 
     page_size = PAGE_SIZE
@@ -52,7 +52,7 @@ class CudaRunner:
         self._dtype = model.dtype
         self._on_gpu = self.device.type == "cuda"
         self._weights = take(model, release=release)
-        self.bytes_read = self._weights.bytes_read  # of weights, by a step
+        self.bytes_read = self._weights.bytes_read  # bytes of weights per step
         self._logits = torch.zeros(MAX_SIZE, config.vocab_size, device=self.device)
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
@@ -61,10 +61,10 @@ class CudaRunner:
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
-        """Replace the cache by an empty one of `num_pages` pages, and capture the graphs again.
+        """Replace the cache by an empty one of `num_pages` pages, and recapture the graphs.
 
-        Graphs hold the cache's address. Their memory does not depend on its size, so it can be
-        measured with a small cache before the rest is given to a large one.
+        Graphs hold the cache's address. Their own memory does not depend on its size, so it can be
+        measured with a small cache before sizing the real one.
         """
         config = self.config
         self.num_pages = num_pages
@@ -80,7 +80,7 @@ class CudaRunner:
         self._inputs = InputsMaker(self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE)
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
-                # This writes to page 0, which is still unused.
+                # Capturing writes to page 0, which is still unused.
                 self._graphs = Graphs(self._compute_decode, self._stream)
 
     @torch.inference_mode()
@@ -123,11 +123,11 @@ class CudaRunner:
         return self._logits[:count] + self._weights.head_bias_V
 
     def _compute_decode(self, size: int) -> None:
-        """On static tensors only."""
+        """Compute a decode step on static tensors."""
         self._logits[:size] = self._head(self._hidden(self._inputs.static(size)))
 
     def _hidden(self, inputs: Inputs) -> Tensor:
-        """The final hidden states (T, D); caches keys and values."""
+        """Compute final hidden states (T, D), caching keys and values."""
         operations, weights = self._operations, self._weights
         x_TD = F.embedding(inputs.ids_T, weights.embedding_VD).float()
         added_TD: Tensor | None = None
@@ -149,12 +149,12 @@ class CudaRunner:
         return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
 
     def _head(self, h_WD: Tensor) -> Tensor:
-        """Logits in fp32, without bias."""
+        """Logits in fp32, before the bias."""
         return self._operations.multiply(h_WD, self._weights.head_VD, wide=True)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Triton launches kernels on the current device."""
+        """Make the device current: Triton launches kernels there."""
         on_device = torch.cuda.device(self.device) if self._on_gpu else nullcontext()
         with on_device, wide_sums():
             yield

@@ -1,4 +1,4 @@
-"""Checks that a GPU, a model and the installation support our kernels."""
+"""Checks that the GPU, the model and the installation support our kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
 
 
 def operations_for(model: GPTJForCausalLM) -> Operations:
-    """The kernels, after a trial on the model's device.
+    """The kernels, after a trial run on the model's device.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
@@ -32,14 +32,14 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
         raise UnsupportedError(f"the model is on {device}")
     if config.activation_function != "gelu_new":
         raise UnsupportedError(
-            f"the kernels compute gelu_new, and the model has {config.activation_function}"
+            f"the kernels support only gelu_new, but the model has {config.activation_function}"
         )
     if model.dtype not in DTYPES:
-        raise UnsupportedError(f"the kernels have no {model.dtype}")
+        raise UnsupportedError(f"the kernels do not support {model.dtype}")
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
-            f"{properties.name} has compute capability {properties.major}.{properties.minor}, and "
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
             f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
         )
     try:
@@ -56,10 +56,10 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
 
 
 def try_out(operations: TritonOperations, device: torch.device) -> None:
-    """Run each kernel once, while falling back to PyTorch is still possible.
+    """Run each kernel once, while we can still fall back to PyTorch.
 
-    Triton needs a C compiler and a writable cache, and its kernels shared memory and registers; it
-    fails only when it compiles or launches them.
+    Triton needs a C compiler and a writable cache, and kernels need shared memory and registers;
+    failures only show when compiling or launching them.
 
     Raises:
         UnsupportedError: naming what failed.

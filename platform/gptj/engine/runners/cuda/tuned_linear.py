@@ -1,7 +1,7 @@
-"""Matrix products x W^T: by PyTorch, or for one row by our GEMV kernel where it is faster.
+"""Matrix products x W^T with PyTorch or, for a single row, our GEMV kernel where it is faster.
 
-With one row a product is bound by reading its weights, and libraries differ in how near they come
-to that. So both are measured, on the GPU and matrices in use.
+With one row a product is bound by reading the weights, and libraries differ in how close they get.
+So both are measured on the actual GPU and matrices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gptj.engine.runners.wide import multiply_wide
 
 logger = logging.getLogger(__name__)
 
-MEASURED_BYTES = 4 * 2**30  # read for a measurement: many times a GPU's cache
+MEASURED_BYTES = 4 * 2**30  # read per measurement: many times a GPU's cache
 MOST_ROUNDS = 20  # for small weights, which matter little
 
 
@@ -37,7 +37,7 @@ CANDIDATES = (Blocks(1, 2048, 4), Blocks(2, 1024, 4), Blocks(4, 512, 4), Blocks(
 
 
 class TunedLinear:
-    """Uses PyTorch only, until `tune` has been called."""
+    """Uses only PyTorch until `tune` is called."""
 
     def __init__(self) -> None:
         self._chosen: dict[torch.Size, Blocks] = {}  # by the weight's shape
@@ -50,7 +50,7 @@ class TunedLinear:
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def tune(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
-        """Choose the fastest way for weights of one shape and dtype, on their GPU."""
+        """Choose the fastest implementation for weights of one shape and dtype, on their GPU."""
         first = weights[0]
         x = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
         self._chosen.pop(first.shape, None)

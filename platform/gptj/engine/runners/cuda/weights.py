@@ -1,7 +1,7 @@
-"""A model's weights, fused to two matrices a layer for the GPU.
+"""A model's weights, fused into two matrices per layer for the GPU.
 
-In GPT-J's parallel block the four projections of the norm are one matrix product, and the two that
-end the branches are another. Shape suffixes: D width, I inner width of the MLP, V vocabulary.
+In GPT-J's parallel block the four projections of the norm form one matrix product, and the two
+output projections another. Shape suffixes: D width, I inner width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 @dataclass(frozen=True)
 class Norm:
-    """In fp32, as is what they apply to."""
+    """A layer norm's parameters in fp32, like its input."""
 
     weight_D: Tensor
     bias_D: Tensor
@@ -44,7 +44,7 @@ class Weights:
 
     @property
     def bytes_read(self) -> int:
-        """By one step: all except the embedding, of which it reads a row for each token."""
+        """Bytes read by one step: all except the embedding, of which it reads one row per token."""
         tensors = [*_tensors(self.norm), self.head_VD, self.head_bias_V]
         for layer in self.layers:
             tensors += [*_tensors(layer.norm), layer.qkv_fc_in, layer.fc_in_bias_I]
@@ -57,8 +57,8 @@ def take(model: GPTJForCausalLM, *, release: bool) -> Weights:
     """Fuse the layers' weights; embedding and head are the model's own tensors.
 
     Args:
-        release: free each layer's weights in the model once they are copied, so that at most one
-            layer is in memory twice: the model is unusable afterwards.
+        release: free each layer's weights in the model once copied, so that at most one layer is
+            in memory twice; the model is unusable afterwards.
     """
     layers = []
     for block in model.transformer.h:
