@@ -22,6 +22,7 @@ from gptj.training.settings import Settings, SettingsError
 logger = logging.getLogger("finetune")
 
 GPU_SECONDS = 60.0
+MARGIN = 0.15  # by which a prediction may be too high: a run that might fit is not refused
 
 
 def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool) -> None:
@@ -38,19 +39,22 @@ def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool) -> None:
 
 
 def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> None:
-    """SettingsError if a worker needs more than a GPU's `memory`, in bytes."""
+    """SettingsError if a worker needs clearly more than a GPU's `memory`, in bytes."""
     plan = plan_memory(settings, config, on_gpu=True)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
     needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
     if fits(plan, settings.workers.count, memory):
         logger.info("the run will take about %s", needed)
         return
+    if plan.device_bytes * (1 - MARGIN) <= memory:
+        logger.warning("the run may not fit: it would take about %s", needed)
+        return
     found = []
     for change in fitting(settings, config, gpu_memory=memory):
         less = plan_memory(changed(settings, change), config, on_gpu=True)
         found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
     raise SettingsError(
-        f"the run does not fit: it would take {needed}. "
+        f"the run does not fit: it would take about {needed}. "
         + (f"These settings do: {'; or '.join(found)}" if found else "It takes more GPUs")
     )
 
