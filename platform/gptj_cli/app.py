@@ -219,6 +219,13 @@ def serve(
         typer.Option(help="auto: float16 on a GPU; on a CPU bfloat16 if supported, else float32."),
     ] = DType.AUTO,
     min_replicas: Annotated[int, typer.Option(min=1, help="Minimum for each model.")] = 1,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Of /v1/chat/completions, instead of the model's own: alpaca, dolly, gpt-jt, "
+            "pygmalion, or a Jinja file."
+        ),
+    ] = None,
     show: Annotated[
         bool, typer.Option("--print", help="Print the configuration, for `serve run`, and exit.")
     ] = False,
@@ -238,7 +245,9 @@ def serve(
     gpus = dashboard is not None and device != Device.CPU and serving.has_gpus(dashboard)
     if device == Device.CUDA and dashboard is not None and not gpus:
         raise ValueError("--device cuda: the cluster has no GPU; leave it out to serve on CPUs")
-    options = serving.Options(port, host, gpus or device == Device.CUDA, dtype, min_replicas)
+    options = serving.Options(
+        port, host, gpus or device == Device.CUDA, dtype, min_replicas, chat_template
+    )
     config = serving.configuration(found, options)
     if show:
         print(yaml.safe_dump(config, sort_keys=False), end="")

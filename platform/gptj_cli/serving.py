@@ -23,6 +23,7 @@ from ray.util.state import list_nodes
 
 import deployments
 from deployments.loading import Arguments, check, name_of
+from gptj.chat import READY
 from gptj.config import GPTJConfig
 from gptj.model import HEAD_CLASSES
 from gptj.storage.addresses import absolute
@@ -45,6 +46,7 @@ class Options:
     on_gpu: bool = False
     dtype: str = "auto"
     min_replicas: int = 1
+    chat_template: str | None = None  # a name or a file, of language models
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,20 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
     template = yaml.safe_load(TEMPLATE.read_text())
     by_kind = {each["name"]: each for each in template["applications"]}
     counted = Counter(service.kind for service in found)
+    template_of_chats = options.chat_template
+    if template_of_chats is not None:
+        if not counted["generation"]:
+            raise ValueError("--chat-template is for language models, and there is none")
+        if Path(template_of_chats).exists() and template_of_chats not in READY:
+            template_of_chats = absolute(template_of_chats)
     applications = []
     for service in found:
         application = copy.deepcopy(by_kind[service.kind])
         application["args"] |= {"checkpoint": service.checkpoint, "dtype": options.dtype}
         if service.kind == "generation":
             application["args"]["model_name"] = service.name
+            if template_of_chats is not None:
+                application["args"]["chat_template"] = template_of_chats
         if counted[service.kind] > 1:
             application["name"] = service.name
             application["route_prefix"] = f"/{service.name}{application['route_prefix']}".rstrip(

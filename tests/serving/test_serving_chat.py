@@ -15,6 +15,9 @@ from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, t
 from serving_models import KEY, PROMPTS, TEMPLATE, Models
 
 from gptj.chat import ChatTemplate
+from gptj.serving.chat.schemas import ChatRequest
+from gptj.serving.completions.prompts import PromptResolver
+from gptj.serving.completions.vocabulary import Vocabulary
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -87,6 +90,26 @@ def test_a_limit_left_out_is_what_the_context_leaves(service: str, models: Model
     reply = chat(service, **fields)
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["completion_tokens"] == 31  # 16 would be completions' default
+
+
+@pytest.mark.parametrize(("cache_tokens", "limit"), [(64, 40), (10_000, 76), (8, 1)])
+def test_a_limit_left_out_is_at_most_what_the_cache_holds(
+    models: Models, cache_tokens: int, limit: int
+) -> None:
+    vocabulary = Vocabulary.of(models.tokenizer, models.generation.config.vocab_size)
+    resolver = PromptResolver(
+        models.tokenizer,
+        vocabulary,
+        context_length=100,
+        cache_tokens=cache_tokens,
+        max_queued=8,
+    )
+    request = ChatRequest.model_validate({"messages": [USER]})
+    (prompt,) = resolver.resolve(request, [24 * [5]])
+    assert [each.max_tokens for each in prompt.params] == [limit]
+    beams = request.model_copy(update={"use_beam_search": True, "n": 2})
+    (prompt,) = resolver.resolve(beams, [24 * [5]])
+    assert prompt.params[0].max_tokens == {64: 8, 10_000: 76, 8: 1}[cache_tokens]
 
 
 def test_a_streams_chunks_are_the_reply(client: openai.OpenAI, service: str) -> None:

@@ -218,6 +218,26 @@ def test_a_configuration_follows_from_the_checkpoints(addresses: dict[str, str])
     assert several[0]["deployments"][0]["autoscaling_config"]["max_replicas"] == 3
 
 
+def test_a_chat_template_is_served_with_the_language_models(
+    addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jinja").write_text("{{ messages[0].content }}")
+    Path("dolly").mkdir()
+    found = services([*addresses.values()], [])
+    for given, expected in (
+        ("dolly", "dolly"),
+        ("mine.jinja", str(tmp_path / "mine.jinja")),
+        ("s3://bucket/mine.jinja", "s3://bucket/mine.jinja"),
+    ):
+        applications = configuration(found, Options(chat_template=given))["applications"]
+        args = {each["name"]: each["args"] for each in applications}
+        assert args["generation"]["chat_template"] == expected
+        assert "chat_template" not in args["classification"]
+    with pytest.raises(ValueError, match="for language models"):
+        configuration(services([addresses["classification"]], []), Options(chat_template="dolly"))
+
+
 def test_the_readmes_shortest_configuration_is_one_of_serves(addresses: dict[str, str]) -> None:
     """And what `serve run` takes of it is what `gptj serve` would write."""
     (block,) = readme.blocks("Your own data", "yaml")

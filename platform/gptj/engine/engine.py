@@ -108,6 +108,11 @@ class Engine:
         """Most tokens of a prompt and its output together."""
         return self._runner.config.n_positions
 
+    @property
+    def cache_tokens(self) -> int:
+        """The most tokens that the cache holds."""
+        return self._pool.num_pages * self._runner.page_size
+
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, on_events: OnEvents
     ) -> Ticket:

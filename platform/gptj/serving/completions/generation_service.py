@@ -70,6 +70,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             tokenizer,
             vocabulary,
             context_length=engine.context_length,
+            cache_tokens=engine.cache_tokens,
             max_queued=engine.max_queued,
         )
         self._model_name = model_name

@@ -34,6 +34,7 @@ class PromptResolver:
 
     Args:
         context_length: tokens of a prompt and its completion together.
+        cache_tokens: that the engine's cache holds, possibly fewer.
         max_queued: outputs that may wait in the engine's queue.
     """
 
@@ -43,11 +44,13 @@ class PromptResolver:
         vocabulary: Vocabulary,
         *,
         context_length: int,
+        cache_tokens: int,
         max_queued: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._context_length = context_length
+        self._cache_tokens = cache_tokens
         self._max_queued = max_queued
 
     def check(self, request: GenerationRequest) -> None:
@@ -156,8 +159,11 @@ class PromptResolver:
         if request.token_limit is not None:
             return request.token_limit
         left = self._context_length - length
-        default = left if request.default_tokens is None else request.default_tokens
-        return min(max(default, request.min_tokens), left)
+        default = request.default_tokens
+        if default is None:  # as many as there can be
+            beams = request.candidates if request.use_beam_search else 1
+            default = self._cache_tokens // beams - length
+        return min(max(default, self._least(request)), left)
 
     def _least(self, request: GenerationRequest) -> int:
         """The new tokens that a prompt has to leave room for."""
