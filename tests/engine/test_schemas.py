@@ -24,8 +24,9 @@ from gptj.engine.runners.base import TorchRunner
 from gptj_bench.schemas import SCHEMAS
 
 TOKENS = 1000
-# Its `time` is Python's and not RFC 3339's, and `date-time` needs another package.
-FORMATS = ("date", "uuid", "ipv4", "email")
+# A grammar has a date's form, but 29 February in any year; jsonschema's `time` is not RFC 3339's,
+# and its `date-time` needs another package.
+FORMATS = ("uuid", "ipv4", "email")
 SECONDS = 400  # for all of them, on a busy machine
 
 
