@@ -10,6 +10,8 @@
                              [--prompts DATA] [--prompt-tokens 64] [--samples 24]
                              [--min-duration 10] [--target-qps 1] [--concurrency 32]
                              [--logs outputs/mlperf] [--url ADDRESS]
+    python -m gptj_bench grammar --model DIR --dtype … [--batch 8,16] [--new-tokens 64]
+                             [--repeats 7] [--outputs 4]
     python -m gptj_bench perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
     python -m gptj_bench load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
                              [--no-s3] [--keep]
@@ -20,7 +22,8 @@ and their ratios to vLLM's; at the end a table. With --peers, a folder with the 
 peers/setup.sh makes, other engines alternate with ours, one at a time.
 `model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (from a development
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
-rows as long as the model's context. `mlperf` sends MLPerf's load to our service, or to one at
+rows as long as the model's context. `grammar` measures the cost of constrained output, see
+grammar.py. `mlperf` sends MLPerf's load to our service, or to one at
 --url: see mlperf.py. `load` writes a random fp16 model into DIR and, by default, a second copy into
 an S3 server there, reads them in separate processes (see load_weights.py), from S3 with and without
 the node's checkpoint cache, and deletes them.
@@ -36,6 +39,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +48,11 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import PRESETS
+from gptj.engine.runners.base import PAGE_SIZE
 from gptj.extras import require
 from gptj.serialization.json_object import to_json
-from gptj_bench import load_weights, machine, mlperf
-from gptj_bench.decode import TEXT_IDS, Decode
+from gptj_bench import grammar, load_weights, machine, mlperf
+from gptj_bench.decode import TEXT_IDS, Decode, load_runner
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
 from gptj_bench.serve import MODEL_NAME, ours, vllm
@@ -86,6 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--threads", type=int, default=os.cpu_count())
         else:
             command.add_argument("--rounds", type=int, default=2)
+    command = commands.add_parser("grammar")
+    command.add_argument("--model", type=command_line.address, required=True)
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--batch", default="8,16", type=_numbers, dest="sizes")
+    command.add_argument("--new-tokens", type=int, default=64)
+    command.add_argument("--repeats", type=int, default=7)
+    command.add_argument("--outputs", type=int, default=4)  # random ones of each schema
     mlperf.add_arguments(commands.add_parser("mlperf"))
     command = commands.add_parser("perplexity")
     command.add_argument("--model", type=command_line.address, required=True)
@@ -113,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show({**machine.description(), "settings": settings})
     if given.command == "mlperf":
         for row in mlperf.measure(given):
+            _show(row)
+        return
+    if given.command == "grammar":
+        for row in constrained(given):
             _show(row)
         return
     if given.command == "perplexity":
@@ -162,6 +178,22 @@ def serve(given: argparse.Namespace) -> list[Row]:
                 python = given.peers / "vllm" / "bin" / "python"
                 rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
     return rows
+
+
+def constrained(given: argparse.Namespace) -> Iterator[Row]:
+    tokenizer = GPTJTokenizer.from_pretrained(given.model)
+    rows = GPTJConfig.from_pretrained(given.model).vocab_size
+    yield from grammar.libraries(tokenizer, rows, given.outputs)
+    for batch in given.sizes:
+        tokens = batch * (grammar.PROMPT + given.new_tokens + PAGE_SIZE)
+        runner = load_runner(given.model, given.dtype, partial(_cache, tokens))
+        yield from grammar.steps(runner, tokenizer, batch, given.new_tokens, given.repeats)
+        runner.close()
+
+
+def _cache(tokens: int, config: GPTJConfig) -> int:
+    """At least one context."""
+    return max(tokens, config.n_positions)
 
 
 def load(given: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import threading
@@ -23,7 +24,7 @@ from gptj.engine.constraints.token_mask import TokenMask, packed, unpacked
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamParams, Finished, TokenEvent
 from gptj.engine.runners.base import TorchRunner
-from gptj.engine.sampler import Sampler
+from gptj.engine.sampler import Sampler, excluded
 from gptj.sampling import SamplingParams, adjust
 
 TEXTS = ['{"name": "Ann", "age": 31}', "[1, 2.5, true]", "the quick brown fox\n"] * 4
@@ -266,13 +267,23 @@ def test_bans_equal_the_reference(model: GPTJForCausalLM) -> None:
     assert 12 not in output and set(output) <= set(range(10, 40)) - {30}
 
 
-def test_masks_on_a_gpu_equal_those_on_a_cpu() -> None:
-    """The device's way of expanding bits, on the CPU's meta-free tensors."""
+def test_masks_are_expanded_on_any_device(device: torch.device) -> None:
     size = 77
     words = np.stack([packed({0, 31, 32, 64, 76}, size), packed(range(0, size, 3), size)])
-    bits = (torch.from_numpy(words.view(np.int32))[..., None] >> torch.arange(32)) & 1
-    allowed = bits.flatten(1)[:, :size].bool()
-    assert torch.equal(allowed, torch.from_numpy(unpacked(words, size)))
+    expected = torch.from_numpy(~unpacked(words, size))
+    assert torch.equal(excluded(words, size, device).cpu(), expected)
+
+
+def test_a_grammar_holds_on_any_device(
+    device: torch.device,
+    model: GPTJForCausalLM,
+    person: CompiledGrammar,
+    tokenizer: GPTJTokenizer,
+) -> None:
+    engine = new_engine(copy.deepcopy(model).to(device))
+    caller = submit(engine, [9, 1], grammar=person, max_tokens=900, temperature=1, seed=1)
+    jsonschema.validate(json.loads(text_of(caller, tokenizer)), SCHEMA)
+    engine.close()
 
 
 HOSTILE: dict[str, tuple[str, Any]] = {

@@ -23,6 +23,7 @@ EVERY_PARAMETER = SamplingParams(
     repetition_penalty=1.1,
     presence_penalty=0.1,
     logit_bias={0: 1.0},
+    bad_words_ids=((0,),),  # a mask, as grammars have one
     logprobs=20,
 )
 PROMPT_LOGPROBS = 20
@@ -48,6 +49,7 @@ def rehearse(runner: Runner, limits: Limits) -> None:
     logits_LV = runner.step(_batch(runner, [1] * decoding + chunks))
     following = [0] * len(logits_LV)
     sampler.prompt_logprobs(logits_LV, following, min(PROMPT_LOGPROBS, vocabulary))
+    sampler.close()
 
 
 def _batch(runner: Runner, lengths: list[int]) -> StepBatch:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptj.engine.constraints.mask_threads import MaskThreads
-from gptj.engine.constraints.token_mask import TokenMask, packed, unpacked
+from gptj.engine.constraints.token_mask import TokenMask, Words, packed, unpacked
 from gptj.engine.events import TokenEvent
 from gptj.engine.runners.transfer import sent
 from gptj.sampling import SamplingParams
@@ -324,12 +324,8 @@ class _Batch:
             for row, allowed_V in zip(self.masked, allowed_CV, strict=True):
                 np.putmask(logits_RV[row].numpy(), ~allowed_V, -np.inf)
             return
-        device = logits_RV.device
-        rows_C = sent(np.array(self.masked, np.int64), device)
-        bits_CW32 = sent(words_CW.view(np.int32), device)[..., None] >> torch.arange(
-            32, dtype=torch.int32, device=device
-        )
-        excluded_CV = (bits_CW32 & 1 == 0).flatten(1)[:, : logits_RV.shape[-1]]
+        rows_C = sent(np.array(self.masked, np.int64), logits_RV.device)
+        excluded_CV = excluded(words_CW, logits_RV.shape[-1], logits_RV.device)
         logits_RV[rows_C] = logits_RV[rows_C].masked_fill(excluded_CV, -torch.inf)
 
     def draw(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,6 +422,13 @@ def _argmax(logits_RV: Tensor) -> Tensor:
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(dim=-1)
     return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
+
+
+def excluded(words_CW: Words, size: int, device: torch.device) -> Tensor:
+    """Booleans (C, size) on a device, for the bits that are not set."""
+    words = sent(words_CW.view(np.int32), device)
+    bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=device)
+    return (bits & 1 == 0).flatten(1)[:, :size]
 
 
 def uniforms(
