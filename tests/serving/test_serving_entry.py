@@ -170,6 +170,20 @@ def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(
     assert json.loads(error[6:])["error"]["type"] == "rate_limit_error"
 
 
+def test_a_stream_that_has_all_but_its_end_is_ended_and_not_repeated() -> None:
+    """Its replica died between the last event and the end of the reply."""
+
+    async def dies_at_the_end(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for event in (b'data: {"choices": []}\n\n', b"data: [DONE]\n\n"):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
+    with listening(RequestIds(Failover(dies_at_the_end))) as service:
+        reply = httpx.get(service, timeout=20)
+    assert reply.text == 'data: {"choices": []}\n\ndata: [DONE]\n\n'
+
+
 def test_a_second_stream_that_differs_is_not_mixed_into_the_first() -> None:
     def event(text: str, **fields: Any) -> bytes:
         choice = {"index": 0, "text": text, "finish_reason": None, **fields}

@@ -102,6 +102,9 @@ class Exchange:
             await self._app(self._scope_of_try(number), self._input(), reply.take)
             if self._left or reply.sent:
                 return
+            if self.stream is not None and self.stream.done:
+                await self._send({"type": "http.response.body"})
+                return
             if reply.diverged or self._expired():
                 break
             if number == MAX_TRIES and reply.complete:  # refused, after a stream had begun
