@@ -82,7 +82,7 @@ def test_data_are_prepared_alike_by_any_number_of_workers_and_after_a_kill(
             assert time.monotonic() < deadline, tail(log)
             time.sleep(0.02)
         process.kill()
-    assert Prepared.at(killed) is not None or storage.exists(f"{killed}/unfinished/plan.json")
+    assert not storage.exists(f"{killed}/manifest.json")
     result = ran(cluster, *command(killed, "workers=3"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert contents(killed) == contents(undisturbed)
