@@ -18,6 +18,7 @@ NUMBERS = {
     "tokens_per_second": "Tokens that are trained on, of all workers, since the point before.",
     "useful_tokens": "Tokens as a share of what was computed with padding, since the point before.",
     "skipped_steps": "Steps without an update so far: fp16 overflows and loss spikes.",
+    "waiting_for_data": "The share of the steps' time that was spent waiting for batches.",
     "evaluation_loss": "The loss on the evaluation data.",
 }
 REPEAT_SECONDS = 5.0  # Ray forgets numbers that are not set again

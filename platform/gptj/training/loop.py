@@ -40,6 +40,7 @@ from gptj.training.deepspeed_config import (
 )
 from gptj.training.evaluation import evaluate, evaluating
 from gptj.training.failures import DivergedError, naming_full_disk
+from gptj.training.loader import Loader
 from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
 from gptj.training.progress import ProgressLog, duration
@@ -219,13 +220,33 @@ class _Run:
         self, engine: Any, train_data: Data, evaluation_data: Data | None
     ) -> dict[str, float]:
         """Take the steps that are left, with checkpoints and evaluations between them."""
-        settings, progress = self.settings, self.progress
+        settings, worker = self.settings, self.worker
         order = BatchOrder(len(train_data), settings.batch_size, settings.seed)
+        with Loader(
+            train_data,
+            order,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            micro_batch=settings.micro_batch_size,
+            first=self.progress.step,
+            last=self.total,
+        ) as loader:
+            return self._take_steps(engine, train_data, evaluation_data, order, loader)
+
+    def _take_steps(
+        self,
+        engine: Any,
+        train_data: Data,
+        evaluation_data: Data | None,
+        order: BatchOrder,
+        loader: Loader,
+    ) -> dict[str, float]:
+        settings, progress = self.settings, self.progress
         metrics: dict[str, float] = {}
         if self._log is not None:
             self._log.begin()
         while progress.step < self.total and not self._stops_early():
-            self._step(engine, train_data, order.indices(progress.step))
+            self._step(engine, train_data, loader)
             last = progress.step == self.total
             evaluated = last or _due(progress.step, settings.evaluate_every)
             best = False
@@ -314,16 +335,12 @@ class _Run:
         if self._log is not None:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
 
-    def _step(self, engine: Any, data: Data, indices: list[int]) -> None:
+    def _step(self, engine: Any, data: Data, loader: Loader) -> None:
         """One optimizer step on a global batch, of which this rank computes its share."""
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
-        parts = share(indices, worker.rank, worker.world_size, settings.micro_batch_size)
-        batches = [data.collate([data[i] for i in part]) for part in parts]
-        items = sum(data.count_items(batch) for batch in batches)
-        tokens = sum(data.count_tokens(batch) for batch in batches)
-        room = sum(batch["input_ids"].numel() for batch in batches)  # padding included
+        (batches, items, tokens, room), waited = loader.next()
         counts = torch.tensor([items, tokens, room], dtype=torch.float64)
         all_items, all_tokens, all_room = self._sum(counts).tolist()
         if not all_items:
@@ -354,7 +371,7 @@ class _Run:
             self._count_overflow(engine)
         if self._log is not None:
             seconds = time.monotonic() - started
-            self._log.step(mean, rate, norm, int(all_tokens), int(all_room), seconds)
+            self._log.step(mean, rate, norm, int(all_tokens), int(all_room), seconds, waited)
 
     def _loss(self, model: Any, data: Data, batch: dict[str, Tensor]) -> Tensor:
         """A micro-batch's loss, summed over its items."""

@@ -51,7 +51,7 @@ class ProgressLog:
         self._started = time.monotonic()
         self._first_step = progress.step
         self._tokens = self._room = 0  # of the steps since the last line
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
         # Points beyond the checkpoint, which a run that died has left, are not shown.
         self._board = tensorboard.SummaryWriter(
             str(folder / TENSORBOARD), purge_step=progress.step + 1
@@ -69,25 +69,28 @@ class ProgressLog:
         tokens: int,
         room: int,
         seconds: float,
+        waited: float = 0.0,
     ) -> None:
         """Count an optimizer step; every `log_every` steps it becomes a line and a point.
 
         Args:
             tokens: of the global batch, without padding.
             room: with it.
+            waited: of the seconds, those for this rank's batches.
         """
         progress = self.progress
         self._tokens += tokens
         self._room += room
         self._seconds += seconds
+        self._waited += waited
         progress.unlogged.append(loss)
         if progress.step % self._log_every and progress.step != self._total:
             return
         mean = sum(progress.unlogged) / len(progress.unlogged)
         rate = self._tokens / self._seconds
-        useful = self._tokens / self._room
+        useful, waiting = self._tokens / self._room, self._waited / self._seconds
         progress.unlogged.clear()
-        self._tokens, self._room, self._seconds = 0, 0, 0.0
+        self._tokens, self._room, self._seconds, self._waited = 0, 0, 0.0, 0.0
         self._add(
             {
                 "step": progress.step,
@@ -97,13 +100,14 @@ class ProgressLog:
                 "tokens_per_second": rate,
                 "useful_tokens": useful,
                 "skipped_steps": progress.skipped_steps,
+                "waiting_for_data": waiting,
             }
         )
         elapsed = time.monotonic() - self._started
         done = progress.step - self._first_step
         logger.info(
             "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
-            "%s tokens/s  %.1f%% useful  %s%s left",
+            "%s tokens/s  %.1f%% useful  %.1f%% waiting for data  %s%s left",
             progress.step,
             self._total,
             mean,
@@ -111,6 +115,7 @@ class ProgressLog:
             norm,
             f"{rate:,.0f}",
             100 * useful,
+            100 * waiting,
             f"{progress.skipped_steps} steps skipped  " if progress.skipped_steps else "",
             duration(elapsed / done * (self._total - progress.step)),
         )

@@ -1,0 +1,99 @@
+"""The batches of a run, one step ahead: while a step is computed, the next one's are made.
+
+What a step gets follows from its number alone (gptj.data.batches), so that a run that resumes goes
+on with what it would have had. A thread collates: it reads memory-mapped ids and copies them, and
+what it costs a step is how long the step waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gptj.data.batches import BatchOrder, share
+from gptj.training.tasks import Data
+
+
+class StepBatches(NamedTuple):
+    """One rank's share of an optimizer step."""
+
+    batches: Sequence[dict[str, Tensor]]  # micro-batches
+    items: int  # that the loss averages over
+    tokens: int  # that are not padding
+    room: int  # with padding
+
+
+class Loader:
+    """This rank's batches of a step after the other, for the length of a `with`.
+
+    Args:
+        first: the step to begin with, from 0 on.
+        last: no step from this one on is made ahead.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        order: BatchOrder,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        first: int,
+        last: int,
+    ) -> None:
+        self._data = data
+        self._order = order
+        self._rank = rank
+        self._world_size = world_size
+        self._micro_batch = micro_batch
+        self._step = first
+        self._last = last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._next: Future[StepBatches] | None = None
+
+    def __enter__(self) -> Loader:
+        self._make_ahead()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def next(self) -> tuple[StepBatches, float]:
+        """The next step's batches, and the seconds that they were waited for.
+
+        Raises what collating has raised.
+        """
+        started = time.monotonic()
+        assert self._next is not None, "there are no more steps"
+        found = self._next.result()
+        waited = time.monotonic() - started
+        self._step += 1
+        self._make_ahead()
+        return found, waited
+
+    def _make_ahead(self) -> None:
+        self._next = None
+        if self._step < self._last:
+            self._next = self._thread.submit(self._make, self._step)
+
+    def _make(self, step: int) -> StepBatches:
+        data = self._data
+        parts = share(self._order.indices(step), self._rank, self._world_size, self._micro_batch)
+        batches = [data.collate([data[index] for index in part]) for part in parts]
+        return StepBatches(
+            batches,
+            sum(data.count_items(batch) for batch in batches),
+            sum(data.count_tokens(batch) for batch in batches),
+            sum(batch["input_ids"].numel() for batch in batches),
+        )
