@@ -4,7 +4,7 @@
     ray job submit -- jobs/prepare_data.py DATA DESTINATION tokenizer=ADDRESS [key=value …]
 
 DATA is Parquet, JSON, CSV or text (also .gz, .zst), of any size: a file, folder or pattern, local
-or s3://…, or sample://NAME, with the columns `text`, or `prompt` and `completion`. DESTINATION, a
+or s3://…, or sample://NAME, with `text`, `prompt` and `completion`, or `messages`. DESTINATION, a
 new folder that all nodes reach, gets Parquet shards of token ids, an index (counts, settings, the
 tokenizer's hash), the tokenizer and, last, a manifest; it is an address for data.train. The same
 command, submitted again, goes on where it was. The bytes do not depend on the number of workers.
@@ -12,6 +12,8 @@ Keys, with their defaults:
 
     tokenizer=…             the model's, or another folder with a tokenizer, s3://… or a hub id
     revision=…              of a hub id
+    chat_template=…         of messages: a file of Jinja, or the name of a ready one; default: the
+                            tokenizer's
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
     bad_rows=refuse         or skip: rows that cannot be used are left out, and the index counts
@@ -35,6 +37,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gptj import storage
+from gptj.chat import read_template
 from gptj.data.prepared import Index, Shard, tokenizer_digest
 from gptj.data.preparing import (
     CHUNK_CHARACTERS,
@@ -70,6 +73,7 @@ class Settings(BaseModel):
     destination: Annotated[str, AfterValidator(normalized)]
     tokenizer: Annotated[str, AfterValidator(normalized)]
     revision: str | None = None
+    chat_template: str | None = None
     columns: dict[str, str] = {}
     delimiter: Delimiter | None = None
     bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -124,7 +128,9 @@ def prepare(settings: Settings) -> Index:
     address = settings.tokenizer
     if Path(address).exists():  # or else it may be a hub id
         address = absolute(address)
-    load = partial(tokenizer_at, address, settings.revision)
+    template = settings.chat_template
+    source = None if template is None else read_template(template)
+    load = partial(tokenizer_at, address, settings.revision, source)
     tokenizer = load()
     plan = Plan.of(
         absolute(settings.data, samples=True),

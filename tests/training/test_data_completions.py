@@ -178,7 +178,7 @@ def test_columns_of_other_names_are_set(tmp_path: Path) -> None:
     tokenizer = prepare_tokenizer(settings)
     assert len(tokenizer) > 257
     data = make_data(settings, tokenizer).train
-    assert "tokens of completions are learned" in data.summary()
+    assert "of them are learned" in data.summary()
 
 
 def test_rows_of_several_kinds_are_refused_until_a_column_decides(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_rows_of_no_kind_and_names_that_do_not_go_together_are_refused(tmp_path:
     with pytest.raises(
         DataError,
         match=r"no column 'text'; there are 'id', 'prompt'.*data\.columns\.text=NAME; rows may "
-        r"also have prompt and completion",
+        r"also have prompt and completion or messages",
     ):
         prepare_tokenizer(settings_of(tmp_path, b'{"id": 1, "prompt": "a"}\n'))
     with pytest.raises(SettingsError, match=r"data\.columns: text, prompt are not columns of one"):

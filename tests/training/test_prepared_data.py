@@ -171,7 +171,7 @@ def test_bad_rows_are_refused_or_skipped_counted_and_named(
     with pytest.raises(DataError, match=r"none.*has no good row of 2"):
         plan = Plan(
             str(tmp_path / "none"), ((str(tmp_path / "none" / "rows.csv"),),), (9,), ("text",), {},
-            None, "skip", "", SMALL,
+            None, "skip", "", "", SMALL,
         )  # fmt: skip
         prepare(plan, str(tmp_path / "nothing"), tokenizer)
 

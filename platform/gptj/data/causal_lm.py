@@ -1,4 +1,4 @@
-"""Language modelling: rows of `text`, or `prompt` and `completion`, in; packed rows of ids out."""
+"""Language modelling: rows (see gptj.data.documents) in, packed rows of token ids out."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class CausalLMData:
     before them; only the last row may be shorter.
 
     Args:
-        rows: with the column `text`, a document each, or with `prompt` and `completion`, of which
-            only the completion is learned.
+        rows: with the column `text`, a document each; with `prompt` and `completion`, of which
+            only the completion is learned; or with `messages`, of which the assistant's are.
         sequence_length: tokens of an example, 2 or more.
         packing: by best fit; concatenated; or none: a row for each document.
 
@@ -207,7 +207,7 @@ class CausalLMData:
             rows = f"{len(self.document_ends) - 1} documents, {rows}"
         rows += f", {self.useful_share:.1%} of their room"
         if self.learned is not None:
-            rows += f"; {int(self.learned.sum())} tokens of completions are learned"
+            rows += f"; {int(self.learned.sum())} of them are learned"
         if self.cut:
             rows += f"; {self.cut} documents were longer than a row and cut"
         return rows

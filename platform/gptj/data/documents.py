@@ -1,7 +1,7 @@
 """Rows in, documents out: token ids, and which of them a language model learns to give.
 
-A row is a `text`, of which every token is learned, or a `prompt` and its `completion`, of which the
-prompt is only read. Another kind of row is another entry of ROW_KINDS.
+A row is a `text`, of which every token is learned; a `prompt` and its `completion`, of which the
+prompt is only read; or the `messages` of a chat, of which the assistant's are learned.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptj.chat import READY, ChatTemplateError, encode_chat, template_of
 from gptj.data.examples import Array, Ids, compact, groups
-from gptj.data.rows import DataError, Row, refuse_row
+from gptj.data.json_rows import parse_json
+from gptj.data.rows import DataError, Row, refuse_row, shown
 from gptj.tokenizer import GPTJTokenizer
 
 DOCUMENTS_AT_ONCE = 64  # they may be long
 
+OnBadRow = Callable[[DataError], None]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -50,7 +53,7 @@ class Documents(NamedTuple):
 def read_documents(
     rows: Iterable[Row],
     tokenizer: GPTJTokenizer,
-    on_bad: Callable[[DataError], None] = refuse_row,
+    on_bad: OnBadRow = refuse_row,
 ) -> Iterator[Document]:
     """The rows' documents, in their order; the rows are all of one kind.
 
@@ -74,7 +77,7 @@ def read_documents(
             else:
                 good.append(row)
         if good:
-            yield from kind.read(good, tokenizer, tokenizer.eos_token_id)
+            yield from kind.read(good, tokenizer, tokenizer.eos_token_id, on_bad)
 
 
 def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
@@ -91,18 +94,59 @@ def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
         yield Documents.of(waiting)
 
 
-def _texts(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Iterator[Document]:
+def messages_of(row: Row) -> list[dict[str, Any]]:
+    """A chat; as CSV has it, in JSON. DataError if it is none."""
+    value = row.value("messages")
+    if not row.typed:
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise row.error("messages", f"is not JSON: {error}") from error
+    if not isinstance(value, list) or not value:
+        raise row.error("messages", f"must be a list of messages, got {shown(value)}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise row.error(
+                "messages", f"must have messages with a role and a content, got {shown(message)}"
+            )
+    return value
+
+
+def _texts(
+    rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int, on_bad: OnBadRow
+) -> Iterator[Document]:
     for ids in _encoded([row.text("text") for row in rows], tokenizer):
         yield Document(compact([*ids, eos]), None)
 
 
-def _completions(rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int) -> Iterator[Document]:
+def _completions(
+    rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int, on_bad: OnBadRow
+) -> Iterator[Document]:
     """Prompt and completion are tokenized apart, as a service does, which has only the prompt."""
     prompts = _encoded([row.text("prompt") for row in rows], tokenizer)
     completions = _encoded([row.text("completion") for row in rows], tokenizer)
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = compact([*prompt, *completion, eos])
         yield Document(ids, np.arange(len(ids)) >= len(prompt))
+
+
+def _chats(
+    rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int, on_bad: OnBadRow
+) -> Iterator[Document]:
+    """As the template renders them: what ends a reply is the template's affair."""
+    template = template_of(tokenizer)
+    if template is None:
+        raise DataError(
+            f"{rows[0].source} has messages, and the tokenizer no chat template to render them "
+            f"with; remedy: tokenizer.chat_template=, a file of Jinja or one of {', '.join(READY)}"
+        )
+    for row in rows:
+        try:
+            chat = encode_chat(tokenizer, template, messages_of(row))
+        except ChatTemplateError as error:
+            on_bad(row.error("messages", str(error)))
+            continue
+        yield Document(compact(chat.ids), np.array(chat.assistant, dtype=bool))
 
 
 def _check_text(row: Row) -> None:
@@ -115,14 +159,19 @@ def _check_completion(row: Row) -> None:
         raise row.error("completion", "is empty")
 
 
+def _check_messages(row: Row) -> None:
+    messages_of(row)
+
+
 class RowKind(NamedTuple):
     check: Callable[[Row], None]  # DataError for a row that cannot be learned from
-    read: Callable[[Sequence[Row], GPTJTokenizer, int], Iterator[Document]]  # (…, eos)
+    read: Callable[[Sequence[Row], GPTJTokenizer, int, OnBadRow], Iterator[Document]]  # …, eos, …
 
 
 ROW_KINDS: Mapping[tuple[str, ...], RowKind] = {  # by their columns
     ("text",): RowKind(_check_text, _texts),
     ("prompt", "completion"): RowKind(_check_completion, _completions),
+    ("messages",): RowKind(_check_messages, _chats),
 }
 
 

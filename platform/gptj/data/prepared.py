@@ -117,6 +117,13 @@ class Prepared:
                 f"{self.index.tokenizer[:16]}…) than the run's ({found[:16]}…): prepare the data "
                 f"with the model's, or begin with tokenizer.address={self.address}"
             )
+        template = self.index.settings.get("template")
+        if template and template != template_digest(tokenizer):
+            raise DataError(
+                f"the chats of {self.address} were prepared with another chat template than the "
+                f"run's: prepare them with the model's, or give the run theirs by "
+                f"tokenizer.chat_template="
+            )
 
     def windows(self) -> Iterator[Documents]:
         """The documents of one shard after the other. CheckpointError for a damaged one."""
@@ -150,6 +157,11 @@ def tokenizer_digest(tokenizer: GPTJTokenizer) -> str:
     digest = hashlib.sha256(tokenizer.files()["tokenizer.json"])
     digest.update(f"eos {tokenizer.eos_token_id}".encode())
     return digest.hexdigest()
+
+
+def template_digest(tokenizer: GPTJTokenizer) -> str:
+    """SHA-256 of its chat template."""
+    return hashlib.sha256((tokenizer.default_chat_template or "").encode()).hexdigest()
 
 
 def to_parquet(documents: Sequence[Document]) -> bytes:

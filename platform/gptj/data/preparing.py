@@ -24,6 +24,7 @@ from gptj.data.prepared import (
     Index,
     Prepared,
     Shard,
+    template_digest,
     to_parquet,
     tokenizer_digest,
 )
@@ -52,6 +53,7 @@ class Plan:
     delimiter: str | None
     bad_rows: BadRows
     tokenizer: str  # tokenizer_digest
+    template: str  # template_digest, if the rows are chats
     chunk_characters: int
 
     @classmethod
@@ -86,6 +88,7 @@ class Plan:
             delimiter,
             bad_rows,
             tokenizer_digest(tokenizer),
+            template_digest(tokenizer) if columns == ("messages",) else "",
             chunk_characters,
         )
 
@@ -116,9 +119,14 @@ class Chunk:
 
 
 @lru_cache(maxsize=1)
-def tokenizer_at(address: str, revision: str | None = None) -> GPTJTokenizer:
-    """Loaded once by each process that tokenizes."""
-    return GPTJTokenizer.from_pretrained(address, revision=revision)
+def tokenizer_at(
+    address: str, revision: str | None = None, chat_template: str | None = None
+) -> GPTJTokenizer:
+    """Loaded once by each process that tokenizes; perhaps with another chat template's source."""
+    tokenizer = GPTJTokenizer.from_pretrained(address, revision=revision)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def begin(plan: Plan, folder: str) -> Index | None:
@@ -164,7 +172,7 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
                 file, plan.columns, plan.names, delimiter=plan.delimiter, on_bad=on_bad
             ):
                 rows.append(row)
-                size += sum(len(value) for value in row.values.values() if isinstance(value, str))
+                size += sum(map(_length, row.values.values()))
                 if size >= plan.chunk_characters:
                     yield Chunk(part, number, rows, bad[:])
                     number, size, rows = number + 1, 0, []
@@ -173,6 +181,11 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
             continue  # an empty file among others
     if rows or bad:
         yield Chunk(part, number, rows, bad[:])
+
+
+def _length(value: Any) -> int:
+    """Of a text, or of another value as JSON; what is no text is found later."""
+    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
 
 
 def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer) -> Shard:

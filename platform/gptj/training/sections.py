@@ -136,6 +136,9 @@ class TokenizerSettings(Section):
     # Folder, s3:// or hub id with a tokenizer; left out: the checkpoint's, or a new one.
     address: Address = ""
     vocab_size: Positive = 2048  # of a new one, learned from the training data
+    # How messages become text: a file of Jinja, or the name of a ready one (gptj.chat); left out:
+    # the tokenizer's own. The model keeps it.
+    chat_template: str = ""
 
 
 class OptimizerSettings(Section):

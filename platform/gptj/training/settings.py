@@ -115,6 +115,7 @@ class Settings(Section):
             ("data", "evaluation"),
             ("model", "checkpoint"),
             ("tokenizer", "address"),
+            ("tokenizer", "chat_template"),
         ):
             if value := fields.get(section, {}).get(key):
                 # What is not there may be a hub id; if it is neither, its reader says so.

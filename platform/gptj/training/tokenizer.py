@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gptj import storage
+from gptj.chat import read_template, template_of
 from gptj.checkpoints.manifest import FolderWriter, Manifest
 from gptj.data.prepared import Prepared
 from gptj.errors import NoTokenizerError
@@ -48,6 +49,9 @@ def load_tokenizer(settings: Settings) -> GPTJTokenizer:
     tokenizer = _stored_tokenizer(settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if settings.tokenizer.chat_template:
+        tokenizer.chat_template = read_template(settings.tokenizer.chat_template)
+        template_of(tokenizer)  # ChatTemplateError if it is not valid
     return tokenizer
 
 

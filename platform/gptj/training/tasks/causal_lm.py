@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gptj.data.causal_lm import CausalLMData
-from gptj.data.documents import ROW_KINDS
+from gptj.data.documents import ROW_KINDS, messages_of
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
@@ -25,9 +25,15 @@ class CausalLM(Task[CausalLMData]):
     name = "causal-lm"
     head = GPTJForCausalLM
     row_kinds = tuple(ROW_KINDS)
-    text_columns = ("text", "prompt", "completion")
+    text_columns = ("text", "prompt", "completion")  # beside messages
     sample = "sample://documentation"
     own_settings = ("packing",)
+
+    def texts(self, row: Row) -> list[str]:
+        if "messages" not in row.values:
+            return super().texts(row)
+        contents = (message.get("content") for message in messages_of(row))
+        return [content for content in contents if isinstance(content, str)]
 
     def read(
         self,
