@@ -83,7 +83,7 @@ class Exchange:
         self._send = send
         self._start = time.monotonic()
         given = dict(scope["headers"])
-        self.id = given.get(REQUEST_ID, b"").decode("latin-1")
+        self.id = given.get(REQUEST_ID, b"").decode("latin-1")[:128]  # for the log
         self._limit_seconds, shorter = _limit(given.get(TIMEOUT), limit_seconds)
         ours = {SEED, DISCONNECT} | (set() if shorter else {TIMEOUT})
         self._headers = [
