@@ -15,7 +15,7 @@ def rows(address: str) -> list[Row]:
     task = {"documentation": "causal-lm", "reviews": "classification"}.get(
         address.partition("/")[0], "question-answering"
     )
-    return list(read_rows(f"sample://{address}", TASKS[task].columns))
+    return list(read_rows(f"sample://{address}", TASKS[task].row_kinds[0]))
 
 
 @pytest.mark.parametrize("name", ["documentation", "reviews", "questions"])

@@ -41,7 +41,7 @@ def test_what_a_run_writes_is_json_after_any_measurement(tmp_path: Path) -> None
     progress = Progress()
     log = ProgressLog(progress, tmp_path / "scratch", 2, 1, lambda point: None)
     progress.step = 1
-    log.step(2.5, 1e-3, math.inf, 10, 1.0)
+    log.step(2.5, 1e-3, math.inf, tokens=10, room=10, seconds=1.0)
     log.evaluation({"loss": 800.0, "perplexity": math.inf})
     log.publish(str(tmp_path / "run"))
     log.close()
