@@ -240,7 +240,7 @@ def test_a_chat_template_is_served_with_the_language_models(
 
 def test_the_readmes_shortest_configuration_is_one_of_serves(addresses: dict[str, str]) -> None:
     """And what `serve run` takes of it is what `gptj serve` would write."""
-    (block,) = readme.blocks("Your own data", "yaml")
+    (block,) = readme.blocks("A model of your own", "yaml", "deployments/README.md")
     config = ServeDeploySchema.model_validate(yaml.safe_load(block))
     (short,) = config.model_dump(exclude_unset=True)["applications"]
     (ours,) = configuration(services([addresses["classification"]], []), Options())["applications"]
