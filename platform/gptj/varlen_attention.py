@@ -8,11 +8,18 @@ none is padded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+
+from gptj.extras import Extra
+
+if TYPE_CHECKING:
+    from torch.nn.attention import varlen
+else:  # its import brings PyTorch's compiler, which takes a second
+    varlen = Extra("torch.nn.attention.varlen", "packed documents on a GPU", "torch")
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def attend_documents(
     """
     if by_length is None:
         longest = borders.longest
-        found: Tensor = varlen_attn(  # type: ignore[assignment]  # without return_aux
+        found: Tensor = varlen.varlen_attn(  # type: ignore[assignment]  # without return_aux
             q_THK, k_THK, v_THK, borders.cu_seqlens, borders.cu_seqlens, longest, longest,
             window_size=(-1, 0),  # causal
         )  # fmt: skip

@@ -25,7 +25,8 @@ SOURCES = {
 
 # From the bottom up: each line may import its own and those above it, but not beside it.
 LAYERS = [
-    "gptj.errors gptj.extras gptj.devices gptj.kv_cache gptj.linear_cross_entropy "
+    "gptj.errors gptj.extras",
+    "gptj.devices gptj.kv_cache gptj.linear_cross_entropy "
     "gptj.live_bytes gptj.sampling gptj.varlen_attention",
     "gptj.outputs gptj.serialization gptj.storage",
     "gptj.checkpoints",
