@@ -201,7 +201,7 @@ importer.import_weights(sys.argv[1], sys.argv[2])
         GPTJForCausalLM.from_pretrained(destination)
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
         verify(destination)
-    with pytest.raises(FileExistsError, match=r"model-0.*cut short.*delete it first"):
+    with pytest.raises(FileExistsError, match=r"model-0.*interrupted run.*delete it first"):
         import_weights(source, destination)
 
 

@@ -187,7 +187,7 @@ def test_a_language_model_becomes_another_head(
     make().save_pretrained(str(tmp_path / "m"))
     model = cls.from_pretrained(str(tmp_path / "m"), num_labels=5)
     assert torch.equal(model.transformer.wte.weight, make().transformer.wte.weight)
-    assert "new weights" in caplog.text
+    assert "newly initialised" in caplog.text
     if cls is GPTJForSequenceClassification:
         assert model.score.weight.shape == (5, 32)
         assert model.score.weight.std() > 0
