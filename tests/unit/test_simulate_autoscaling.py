@@ -268,7 +268,7 @@ def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value()
         Traffic(requests_per_s=0)
     with pytest.raises(ValueError, match="not NAME=VALUE"):
         combinations(["max_replicas"])
-    with pytest.raises(ValueError, match="no application 'poems', but"):
+    with pytest.raises(ValueError, match="has no application 'poems'; it has"):
         read_service(SERVE_CONFIG, "poems", MACHINE)
 
 
