@@ -92,9 +92,11 @@ class RequestModel(BaseModel):
         if not isinstance(fields, dict):
             return fields
         given = {name: value for name, value in fields.items() if value is not None}
-        if _ignored.get() and (unknown := given.keys() - cls.model_fields.keys()):
-            _warn_of(unknown)
-            given = {name: given[name] for name in given if name not in unknown}
+        if _ignored.get():
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            if unknown := given.keys() - known:
+                _warn_of(unknown)
+                given = {name: given[name] for name in given if name in known}
         return given
 
     @field_validator("*", mode="before")
