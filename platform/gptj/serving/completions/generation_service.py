@@ -34,7 +34,7 @@ from gptj.serving.completions.run import (
 )
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
-from gptj.serving.keys.account import note_tokens, reserve_tokens
+from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -202,7 +202,8 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 piece = self._beam(request, prompt, ids)
                 choices.append(self._choice(request, output, piece, output.index))
         usage = usage_of(prompts, new_tokens)
-        note_tokens(usage.total_tokens)
+        if (account := current_account()) is not None:
+            account.tokens = usage.total_tokens
         return self._reply(choices, usage, prompts if request.return_token_ids else [])
 
     async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
@@ -246,7 +247,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         grammar = await request.compiled(self._grammars, self._recorder)
         # Long texts take a while: not on the event loop.
         prompts = await asyncio.to_thread(self._resolved, request, grammar)
-        await reserve_tokens(sum(prompt.most_tokens for prompt in prompts))
+        await reserve_tokens(sum(prompt.most_tokens(request) for prompt in prompts))
         return prompts
 
     def _resolved(self, request: Request, grammar: CompiledGrammar | None) -> list[ResolvedPrompt]:

@@ -140,13 +140,19 @@ class Keys:
         except FileNotFoundError:
             self._stamp = None
             return []
+        except OSError as error:
+            raise ValueError(f"{self._path} cannot be read: {error.strerror}") from error
         stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
         if stamp == self._stamp:
             return self._named
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:  # without the stamp: it is read again at the next look
+            raise ValueError(f"{self._path} cannot be read: {error.strerror}") from error
         self._stamp = stamp
         try:
-            keys = _File.model_validate(yaml.safe_load(self._path.read_bytes())).keys
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            keys = _File.model_validate(yaml.safe_load(content)).keys
+        except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValidationError) as error:
             raise ValueError(f"{self._path} cannot be used: {_reason(error)}") from None
         names = [key.name for key in keys]
         if twice := {name for name in names if names.count(name) > 1}:

@@ -124,6 +124,7 @@ class Counts:
         if request not in use.requests:
             use.requests.add(request, 1, now)
         use.running[request] = now
+        use.running.move_to_end(request)  # the oldest is first
         return self._standing(use, limits, now)
 
     def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing:
