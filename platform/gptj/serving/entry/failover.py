@@ -247,6 +247,8 @@ class Reply:
             return
         try:
             events = self._stream.feed(data)
+            if not more:
+                events += self._stream.finish()
         except DivergedError:
             self.diverged = True
             self._exchange.end_try()
