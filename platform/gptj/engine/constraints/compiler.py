@@ -7,7 +7,9 @@ here.
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +22,8 @@ from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError, QueueFullError
 
 MAX_CACHED = 64  # grammars, compiled or refused
+# Then a refused grammar is tried again: the machine may have been too busy, or out of memory.
+REFUSED_SECONDS = 600.0
 MAX_WAITING = 32  # grammars that wait to be compiled
 CPU_SECONDS = 3  # to compile one
 MASK_SECONDS = 0.05  # of CPU time, for the mask of one token
@@ -78,6 +82,7 @@ class GrammarCompiler:
         self._eos_ids = tuple(eos_ids)
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, Future[CompiledGrammar]] = OrderedDict()
+        self._refused: dict[bytes, float] = {}  # when, by keys of the cache
         self._waiting = 0
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "grammars")  # idle threads end with the interpreter
@@ -98,6 +103,8 @@ class GrammarCompiler:
         with self._lock:
             if self._closed:
                 raise ClosedError("the grammar compiler was closed")
+            if time.monotonic() - self._refused.get(key, math.inf) >= REFUSED_SECONDS:
+                self._drop(key)
             known = self._cache.get(key)
             if known is not None:
                 self._cache.move_to_end(key)
@@ -110,7 +117,7 @@ class GrammarCompiler:
             self._waiting += 1
             future = self._cache[key] = self._thread.submit(self._compile, grammar, key)
             while len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
+                self._drop(next(iter(self._cache)))
         # Without the lock: if it is done already, this calls at once.
         future.add_done_callback(lambda done: self._note(key, done))
         return future
@@ -118,14 +125,15 @@ class GrammarCompiler:
     def forget(self, key: bytes) -> None:
         """Compile a grammar anew for the next request."""
         with self._lock:
-            self._cache.pop(key, None)
+            self._drop(key)
 
     def refuse(self, key: bytes, reason: str) -> None:
-        """Refuse a grammar as long as it is remembered."""
+        """Refuse a grammar for a while."""
         refused: Future[CompiledGrammar] = Future()
         refused.set_exception(GrammarError(reason))
         with self._lock:
             self._cache[key] = refused
+            self._refused[key] = time.monotonic()
 
     def knows(self, grammar: Grammar) -> bool:
         """Whether it is, or is being, compiled already."""
@@ -141,12 +149,21 @@ class GrammarCompiler:
             self._ready[0].close()
 
     def _note(self, key: bytes, done: Future[CompiledGrammar]) -> None:
-        """Refusals are kept as well; other failures are not the grammar's."""
+        """Remember refusals for a while; other failures are not the grammar's."""
         with self._lock:
             self._waiting -= 1
-            failed = done.cancelled() or not isinstance(done.exception(), GrammarError | None)
-            if failed and self._cache.get(key) is done:
-                del self._cache[key]
+            if self._cache.get(key) is not done:
+                return
+            error = None if done.cancelled() else done.exception()
+            if isinstance(error, GrammarError):
+                self._refused[key] = time.monotonic()
+            elif done.cancelled() or error is not None:
+                self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        """With the lock."""
+        self._cache.pop(key, None)
+        self._refused.pop(key, None)
 
     def _compile(self, grammar: Grammar, key: bytes) -> CompiledGrammar:
         trial, tokenizer = self._ready = self._ready or self._prepare()

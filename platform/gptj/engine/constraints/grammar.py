@@ -79,6 +79,10 @@ class Grammar:
             raise GrammarError("it must have at least one choice, and none that is empty")
         if len(texts) > MAX_CHOICES:
             raise GrammarError(f"it may have {MAX_CHOICES} choices, got {len(texts)}")
+        if (size := sum(map(len, texts))) > MAX_CHARACTERS:  # before escaping, which is slow
+            raise GrammarError(
+                f"its choices have {size} characters, and at most {MAX_CHARACTERS} are allowed"
+            )
         return cls("regex", "|".join("".join(map(_escaped, text)) for text in texts))
 
     @classmethod

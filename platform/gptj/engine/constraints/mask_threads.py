@@ -74,7 +74,7 @@ class MaskThreads:
                 if batch.done.wait(PATIENCE_SECONDS):
                     break
                 if batch.computed == before < len(batch.masks):
-                    self._give_up(batch)
+                    self._give_up(batch, before)
                     break
             self._pending.remove(batch)
         self.wait_seconds += time.perf_counter() - start
@@ -84,10 +84,11 @@ class MaskThreads:
             self._work.put(None)
         self._running = 0
 
-    def _give_up(self, batch: _Batch) -> None:
-        """Leave the thread that hangs alone; a new one computes the others of its rows."""
+    def _give_up(self, batch: _Batch, place: int) -> None:
+        """Abandon the thread that hangs at a mask; a new one computes those after it."""
         batch.abandoned = True
-        hanging, rest = batch.masks[batch.computed], batch.masks[batch.computed + 1 :]
+        # Not batch.computed: the thread may go on at this moment.
+        hanging, rest = batch.masks[place], batch.masks[place + 1 :]
         logger.error("a mask takes over %s seconds: its request fails", PATIENCE_SECONDS)
         hanging.abandon()
         self._start_thread()

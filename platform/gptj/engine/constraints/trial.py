@@ -32,6 +32,7 @@ class Trial:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending: Any = None  # ends it, once: called here, or with the Trial
         self._unread = b""
 
     def run(self, grammar: Grammar) -> str:
@@ -67,7 +68,7 @@ class Trial:
             env=environment,
         )
         self._process, self._unread = process, b""
-        weakref.finalize(self, _end, process)
+        self._ending = weakref.finalize(self, _end, process)
         if self._ask(process, self._settings, START_SECONDS) is None:
             status = self._kill()
             raise RuntimeError(f"the process that compiles grammars did not start: status {status}")
@@ -98,9 +99,9 @@ class Trial:
         return reply
 
     def _kill(self) -> int:
-        process, self._process = self._process, None
-        assert process is not None
-        return _end(process)
+        self._process = None
+        status: int = self._ending()
+        return status
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
