@@ -259,6 +259,21 @@ def test_a_request_that_is_tried_again_counts_once() -> None:
     assert counts.reserve("k", limits, "third", 1).refused == "tokens"
 
 
+def test_a_request_that_is_tried_again_after_its_minute_does_not_pay_twice() -> None:
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(tokens=10)
+    counts.begin("k", limits, "long")
+    assert counts.reserve("k", limits, "long", 10).refused is None
+    now = 61.0
+    counts.begin("k", limits, "other")
+    assert counts.reserve("k", limits, "other", 10).refused is None
+    counts.begin("k", limits, "long")
+    assert counts.reserve("k", limits, "long", 10).refused is None  # its replica died
+    counts.end("k", "long", 10)
+    assert counts.reserve("k", limits, "long", 10).refused == "tokens"
+
+
 def test_limits_hold_for_many_clients_at_once(guarded: str, file: KeyFile) -> None:
     file.write(entry("many", requests_per_minute=20))
     with ThreadPoolExecutor(16) as pool:
