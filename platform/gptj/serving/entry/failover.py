@@ -111,7 +111,8 @@ class Exchange:
                 await self._end_stream(reply.error())
                 return
             if number < MAX_TRIES:
-                logger.warning("request %s is tried again: its replica died", self.id)
+                reason = "refused it" if reply.complete else "died"
+                logger.warning("request %s is tried again: its replica %s", self.id, reason)
                 await asyncio.sleep(pause)
                 pause *= 2
         await self._fail()
