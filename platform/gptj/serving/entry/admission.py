@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj.serving.errors import OverloadedError, error_response
+from gptj.serving.errors import SCOPE, OverloadedError, error_response
 from gptj.serving.middleware.limits import is_health
 
-PER_KEY = b"x-ratelimit-scope"  # of a 429 that is about the key: see RateLimitError
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
 FIRST_BOUND = 512  # of a route, until more is known
 GROWTH = 0.5  # of a route's bound, per answer while the bound is reached
@@ -82,7 +81,7 @@ class Admission:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 names = {name.lower() for name, _ in message.get("headers", ())}
-                refused = status == 429 and PER_KEY not in names
+                refused = status == 429 and SCOPE.encode() not in names
             await send(message)
 
         self._in_flight[path] += 1

@@ -7,6 +7,7 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.errors import (
+    SCOPE,
     APIError,
     AuthenticationError,
     PermissionDeniedError,
@@ -97,7 +98,7 @@ class KeyCheck:
                     account.tokens = 0  # refused: no work was done, or it was lost
                 present = list(message.get("headers", []))
                 names = {name.lower() for name, _ in present}
-                refused = b"x-ratelimit-scope" in names
+                refused = (SCOPE.encode(), b"key") in present
                 ours = account.headers().items()
                 present += [
                     (name.encode(), value.encode())
