@@ -44,7 +44,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 @contextmanager
 def ignoring_unknown_fields() -> Iterator[None]:
-    """Bodies that are read in the block may have any fields: a warning names each once."""
+    """Accept unknown fields in bodies that are read in the block; a warning names each once."""
     token = _ignored.set(True)
     try:
         yield
@@ -57,7 +57,7 @@ def _warn_of(names: set[str]) -> None:
     if new and len(_warned) < MAX_WARNINGS:
         _warned.update(new)
         shown = ", ".join(repr(name[:60]) for name in sorted(new)[:MAX_WARNINGS])
-        logger.warning("bodies have fields that this service does not know and ignores: %s", shown)
+        logger.warning("ignoring fields of bodies that this service does not know: %s", shown)
 
 
 def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

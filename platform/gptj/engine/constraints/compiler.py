@@ -1,7 +1,6 @@
-"""Compiles grammars for a tokenizer, away from the engine's thread, and keeps those used last.
+"""Compiles grammars for a tokenizer, off the engine's thread, and keeps the most recent.
 
-Each is tried in a process of its own first (process.py): what crashes there, or hangs, is refused
-here.
+Each is first tried in a separate process (process.py): what crashes or hangs there is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ REFUSED_SECONDS = 600.0
 MAX_WAITING = 32  # grammars that wait to be compiled
 CPU_SECONDS = 3  # to compile one
 MASK_SECONDS = 0.05  # of CPU time, for the mask of one token
-# Fewer states and less work than llguidance allows by default, since others wait for a mask.
+# Stricter than llguidance's defaults, since other requests wait for a mask.
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
@@ -37,7 +36,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Models that are not tuned for JSON may never stop writing blanks where they may.
+# Models that are not tuned for JSON may write blanks forever where they are allowed.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\r\n]{0,32}", "lenient": False}
 
 llguidance = Extra("llguidance", "constrained output")
@@ -50,7 +49,7 @@ class CompiledGrammar:
         self, matcher: Any, words: int, eos_ids: Sequence[int], owner: GrammarCompiler, key: bytes
     ) -> None:
         self.words = words  # of 32 bits in a mask
-        self.eos_ids = tuple(eos_ids)  # that a mask allows where an output may end
+        self.eos_ids = tuple(eos_ids)  # allowed by a mask where an output may end
         self._matcher = matcher
         self._owner = owner
         self._key = key
@@ -60,11 +59,11 @@ class CompiledGrammar:
         return self._matcher.deep_copy()
 
     def forget(self) -> None:
-        """Compile it anew for the next request: its automaton has grown too large, for one."""
+        """Compile it anew for the next request, such as when its automaton has grown too large."""
         self._owner.forget(self._key)
 
     def refuse(self, reason: str) -> None:
-        """Refuse later requests with it."""
+        """Refuse requests with it for a while."""
         self._owner.refuse(self._key, reason)
 
 
@@ -98,7 +97,7 @@ class GrammarCompiler:
         return self.submit(grammar).result()
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """As compile, without waiting. Raises QueueFullError and ClosedError at once."""
+        """Like compile, without waiting. Raises QueueFullError and ClosedError at once."""
         key = grammar.key
         with self._lock:
             if self._closed:
@@ -111,7 +110,7 @@ class GrammarCompiler:
                 return known
             if self._waiting >= MAX_WAITING:
                 raise QueueFullError(
-                    f"{self._waiting} grammars wait to be compiled already, which is the limit: "
+                    f"{self._waiting} grammars are waiting to be compiled, which is the limit: "
                     f"try again later"
                 )
             self._waiting += 1
@@ -136,7 +135,7 @@ class GrammarCompiler:
             self._refused[key] = time.monotonic()
 
     def knows(self, grammar: Grammar) -> bool:
-        """Whether it is, or is being, compiled already."""
+        """Whether it is already compiled, or being compiled."""
         with self._lock:
             return grammar.key in self._cache
 
@@ -161,7 +160,7 @@ class GrammarCompiler:
                 self._drop(key)
 
     def _drop(self, key: bytes) -> None:
-        """With the lock."""
+        """The lock must be held."""
         self._cache.pop(key, None)
         self._refused.pop(key, None)
 
@@ -202,7 +201,7 @@ class GrammarCompiler:
 
 
 def _text_only(tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> str:
-    """The tokenizer.json with ids 0 to rows - 1, where those that are no text have other names.
+    """The tokenizer.json with ids 0 to rows - 1, with placeholder names for ids without text.
 
     So `<|endoftext|>` in a text is text, and no part of a text is an id that is never sampled.
     """

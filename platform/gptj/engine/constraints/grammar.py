@@ -1,7 +1,7 @@
-"""What a client asks of an output's text: a JSON Schema, a regex, choices or a grammar.
+"""What an output's text must follow: a JSON Schema, a regex, choices or a grammar.
 
-Nothing is compiled here; sizes are bounded, so that reading a grammar is cheap. Bounds on the work
-of compiling and of computing masks are in process.py and token_mask.py.
+Nothing is compiled here; sizes are bounded, so that reading a grammar is cheap. process.py and
+token_mask.py bound the work of compiling and of computing masks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPECIAL = r"\.+*?()|[]{}^$#&-~/"  # in a regex
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be compiled, is too large, or takes too long; the message says why."""
+    """A grammar cannot be compiled, is too large, or takes too long; the message says why."""
 
 
 @dataclass(frozen=True)
