@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from gptj.chat import ChatTemplate, ChatTemplateError
@@ -62,7 +62,7 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     async def complete(self, request: ChatRequest) -> ChatCompletion:
         return await super().complete(self._with_stops(request))
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatChunk]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk]:
         return await super().stream(self._with_stops(request))
 
     def _with_stops(self, request: ChatRequest) -> ChatRequest:

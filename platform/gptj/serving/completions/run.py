@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -125,7 +125,7 @@ class CompletionRun:
         self._request = request
         self._prompts = prompts
         self._seed = request_seed()
-        # Now: the run may be closed by another request's task, when garbage is collected.
+        # Now, since any task may close the run, even another request's that collects garbage.
         self._account = current_account()
         self.outputs: list[Output] = []
         for prompt in prompts:
@@ -137,7 +137,7 @@ class CompletionRun:
                 self.outputs.append(output)
         self._clocks = [OutputClock(recorder, start) for _ in self.outputs]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """(index of the output, its next piece), until all outputs have ended.
 
         Ending the iteration cancels the work. Raises APIError, QueueFullError or ClosedError.
