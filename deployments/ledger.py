@@ -51,8 +51,10 @@ class ClusterLedger:
             ray.get(actor.__ray_ready__.remote(), timeout=START_SECONDS)
             self._actor = actor
         except (RayError, ValueError) as error:
-            self._without_until = time.monotonic() + WITHOUT_SECONDS
             logger.warning("the ledger of keys has not started: %s", error)
+        finally:
+            if self._actor is None:  # whatever was raised: not a thread for each request
+                self._without_until = time.monotonic() + WITHOUT_SECONDS
 
     async def begin(self, key: str, limits: Limits, request: str) -> Standing:
         standing: Standing | None = await self._ask("begin", key, limits, request)
