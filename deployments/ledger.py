@@ -1,8 +1,7 @@
-"""One ledger of keys for a whole cluster: a small actor that all replicas ask.
+"""One ledger of keys for the whole cluster: a small actor that all replicas ask.
 
-It lives in Serve's namespace, takes no CPU of its own, and is started again where it dies, with an
-empty window of a minute. While it does not answer, each replica counts for itself: a key may then
-have its limit once in each.
+It lives in Serve's namespace and reserves no CPU. If it dies, Ray restarts it with an empty window.
+While it does not answer, each replica counts for itself: a key has its limits once per replica.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from functools import cache
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from gptj.serving.keys.keyring import FILE_VARIABLE
 from gptj.serving.keys.ledger import Counts, Ledger, Limits, LocalLedger, Standing
@@ -27,27 +26,35 @@ NAME, NAMESPACE = "gptj-key-ledger", "serve"
 START_SECONDS = 60.0
 ANSWER_SECONDS = 1.0
 WITHOUT_SECONDS = 5.0  # until it is asked again, after it did not answer
+MAX_PENDING = 10_000  # calls of one replica: a bound on memory while it hangs
 
 
 class ClusterLedger:
-    """A Ledger whose counts are an actor's, or this replica's while that does not answer."""
+    """A Ledger kept by an actor, or by this replica while the actor does not answer."""
 
     def __init__(self) -> None:
         self._actor: Any = None
         self._local = LocalLedger()
         self._without_until = 0.0
-        # The first requests must find it there. On a thread: this one may have an event loop.
-        starting = threading.Thread(target=self._start, name="key-ledger", daemon=True)
-        starting.start()
-        starting.join(START_SECONDS)
+        self._connecting = self._connect()
+        self._connecting.join(START_SECONDS)  # so that the first requests find it there
+
+    def _connect(self) -> threading.Thread:
+        """Find or start the actor on a thread: Ray blocks, and this one may have an event loop."""
+        thread = threading.Thread(target=self._start, name="key-ledger", daemon=True)
+        thread.start()
+        return thread
 
     def _start(self) -> None:
         try:
             actor = _actor()
             ray.get(actor.__ray_ready__.remote(), timeout=START_SECONDS)
             self._actor = actor
-        except RayError as error:
+        except (RayError, ValueError) as error:
             logger.warning("the ledger of keys has not started: %s", error)
+        finally:
+            if self._actor is None:  # whatever was raised: not a thread for each request
+                self._without_until = time.monotonic() + WITHOUT_SECONDS
 
     async def begin(self, key: str, limits: Limits, request: str) -> Standing:
         standing: Standing | None = await self._ask("begin", key, limits, request)
@@ -58,30 +65,39 @@ class ClusterLedger:
         return standing or await self._local.reserve(key, limits, request, tokens)
 
     async def end(self, key: str, request: str, tokens: int) -> None:
-        # Of whichever began it; the other knows nothing of it.
+        # Tell both: a begin that was not answered in time may be counted in either. Even an actor
+        # that does not answer now: otherwise its counts of running requests would never go down.
         await self._local.end(key, request, tokens)
-        await self._ask("end", key, request, tokens)
+        if self._actor is None:
+            return
+        try:
+            self._actor.end.remote(key, request, tokens)  # nothing to wait for
+        except RayError as error:
+            logger.warning("the ledger of keys cannot be told that a request ended: %s", error)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        """What the actor says; None if it does not."""
+        """The actor's answer; None if there is none in time."""
         if time.monotonic() < self._without_until:
             return None
+        if self._actor is None:
+            if not self._connecting.is_alive():
+                self._connecting = self._connect()
+            return None
         try:
-            if self._actor is None:
-                self._actor = await asyncio.to_thread(_actor)
             call = getattr(self._actor, method).remote(*arguments)
             return await asyncio.wait_for(call, ANSWER_SECONDS)
-        except (RayError, TimeoutError, ValueError) as error:
-            self._actor = None
+        except (RayError, TimeoutError) as error:
+            if isinstance(error, ActorDiedError):
+                self._actor = None
             self._without_until = time.monotonic() + WITHOUT_SECONDS
             logger.warning(
-                "the ledger of keys does not answer; this replica counts for itself: %s", error
+                "the ledger of keys does not answer; this replica counts for itself: %r", error
             )
             return None
 
 
 def _actor() -> Any:
-    """The cluster's, started if it is not there."""
+    """The cluster's actor, started if there is none."""
     return (
         ray.remote(Counts)
         .options(
@@ -91,6 +107,7 @@ def _actor() -> Any:
             get_if_exists=True,
             num_cpus=0,
             max_restarts=-1,
+            max_pending_calls=MAX_PENDING,
         )
         .remote()
     )
@@ -98,5 +115,5 @@ def _actor() -> Any:
 
 @cache
 def cluster_ledger() -> Ledger:
-    """This process's way to it; where no key can have a limit, there is no actor."""
+    """This process's ledger; without a file of keys no key has a limit, and there is no actor."""
     return ClusterLedger() if FILE_VARIABLE in os.environ else LocalLedger()

@@ -1,8 +1,9 @@
 """What Serve's HTTP proxies do around Serve's own routing: see gptj.serving.entry.
 
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
-manifests and `make serve` do). Without it a replica's death loses requests, slow clients keep
-connections for ever, and some errors are in plain text.
+manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
+connections forever, some errors are in plain text, and clients can evade their keys' limits with a
+seed of their own (x-gptj-seed).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def middlewares() -> list[Middleware]:
 
 
 def limit_seconds(app: ASGIApp) -> float | None:
-    """Serve's request_timeout_s, which it tells its proxy alone; `app` is one of its layers."""
+    """Serve's request_timeout_s, which only its proxy knows; `app` is one of its layers."""
     layer: object | None = app
     while layer is not None:
         if hasattr(layer, "request_timeout_s"):

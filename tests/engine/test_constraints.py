@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
+import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +20,13 @@ import torch
 from engine_caller import Caller, search, submit, submit_many
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.engine.constraints import compiler as compiler_module
 from gptj.engine.constraints import mask_threads
+from gptj.engine.constraints import trial as trial_module
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.constraints.grammar import Grammar, GrammarError
 from gptj.engine.constraints.token_mask import TokenMask, packed, unpacked
+from gptj.engine.constraints.trial import Trial
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamParams, Finished, TokenEvent
 from gptj.engine.runners.base import TorchRunner
@@ -381,9 +387,65 @@ def test_a_refusal_is_remembered_and_a_grammar_is_compiled_once(compiler: Gramma
         compiler.compile(bad)
 
 
+def test_a_refused_grammar_is_tried_again_later(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that everybody uses is never evicted, and a busy machine may have been the reason."""
+    grammar = Grammar.of_regex("[p-q]{3}")
+    compiler.compile(grammar).refuse("the mask of one token takes seconds")
+    with pytest.raises(GrammarError, match="takes seconds"):
+        compiler.compile(grammar)
+    bad = Grammar.of_regex("(b)\\1")
+    for _ in range(2):
+        with pytest.raises(GrammarError, match="backreferences"):
+            compiler.compile(bad)
+    known = len(compiler._cache)
+    monkeypatch.setattr(compiler_module, "REFUSED_SECONDS", 0.0)
+    assert compiler.compile(grammar) is compiler.compile(grammar)
+    with pytest.raises(GrammarError, match="backreferences"):
+        compiler.compile(bad)
+    assert len(compiler._cache) == known
+
+
+def test_processes_that_were_killed_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[weakref.ref[subprocess.Popen[bytes]]] = []
+    start = trial_module.subprocess.Popen
+
+    def noting(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        process = start(*args, **kwargs)
+        started.append(weakref.ref(process))
+        return process
+
+    monkeypatch.setattr(trial_module.subprocess, "Popen", noting)
+    trial = Trial({})  # the process needs settings
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="did not start"):
+            trial.run(Grammar.of_regex("a"))
+    gc.collect()
+    assert [process() for process in started] == [None, None]
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 2), (2, 3)])
+def test_bad_words_are_looked_up_and_not_tried_one_by_one(lengths: tuple[int, ...]) -> None:
+    words = tuple((7,) * (length - 1) + (last,) for length in lengths for last in (40, 41))
+    params = SamplingParams(max_tokens=9, bad_words_ids=words)
+    mask = TokenMask(params, packed(range(64), 64), [], [])
+    outputs: list[int] = []
+    for token in (7, 7, 3, 7):
+        mask.compute()
+        (allowed,) = unpacked(mask.words[None], 64)
+        ends = [w for w in words if tuple(outputs)[len(outputs) - len(w) + 1 :] == w[:-1]]
+        banned = {w[-1] for w in ends if len(w) <= len(outputs) + 1}
+        assert set(np.flatnonzero(~allowed)) == banned
+        outputs.append(token)
+        mask.advance(token)
+    assert len(mask._lengths) == len(set(lengths) - {1})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Grammar.of_choices(["a" * 70_000] * 2), "140000 characters"),
         (lambda: Grammar.of_json_schema("{"), "not valid JSON"),
         (lambda: Grammar.of_json_schema("[]"), "a JSON Schema is an object"),
         (lambda: Grammar.of_json_schema({"x-guidance": {}}), "x-guidance"),

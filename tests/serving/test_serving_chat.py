@@ -230,7 +230,7 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"messages": [{"role": "user", "content": []}]}, 400, "needs a content", None),
     ({"messages": [{"content": "x"}]}, 422, "role", "messages[0].role"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 422, "role", "messages[0].role"),
-    ({"messages": [USER, {**USER, "content": [IMAGE]}]}, 400, "reads text alone", None),
+    ({"messages": [USER, {**USER, "content": [IMAGE]}]}, 400, "reads only text", None),
     ({"messages": [{**USER, "content": [{"type": "text"}]}]}, 422, "must have a text", None),
     ({"messages": [{**USER, "content": [{"text": "x"}]}]}, 422, '"type": "text"', None),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "does not call tools", None),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
+from unittest.mock import Mock
 
 import httpx
 import jsonschema
@@ -14,6 +16,11 @@ import pydantic
 import pytest
 from serving_client import complete, greedy, streamed, text_of
 from serving_models import Models
+
+from gptj.serving.completions.constraints import ConstraintFields
+from gptj.serving.errors import SCOPE, OverloadedError
+from gptj.serving.metrics import NoRecorder
+from gptj.workers.errors import QueueFullError
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -217,6 +224,14 @@ def test_prompt_logprobs_without_echo_are_those_with_echo(service: str, models: 
 def test_twenty_logprobs(service: str) -> None:
     choice = complete(service, prompt="The", logprobs=20, max_tokens=2)["choices"][0]
     assert [len(each) for each in choice["logprobs"]["top_logprobs"]] == [20, 20]
+
+
+def test_a_full_queue_of_grammars_is_not_a_full_service() -> None:
+    compiler = Mock(submit=Mock(side_effect=QueueFullError("32 grammars wait")))
+    request = ConstraintFields.model_validate({"structured_outputs": {"regex": "a"}})
+    with pytest.raises(OverloadedError, match="32 grammars wait") as error:
+        asyncio.run(request.compiled(compiler, NoRecorder()))
+    assert error.value.headers[SCOPE] == "grammars"  # so that admission goes on for the others
 
 
 def test_hostile_bodies_are_refused(service: str) -> None:

@@ -201,6 +201,37 @@ def test_a_second_stream_that_differs_is_not_mixed_into_the_first() -> None:
             stream.feed(other)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"data: {not JSON}\n\n", b"data: 1\n\n"],
+        [b'data: {"choices": [{"no": "index"}]}\n\n', b'data: {"choices": [1]}\n\n'],
+        [b'data: {"choices": 1}\r\n\r\n', b"data: the end"],
+    ],
+)
+def test_other_applications_streams_pass_as_they_are(parts: list[bytes]) -> None:
+    """Serve's proxies have one entry for all applications."""
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    asyncio.run(Failover(app)(scope, receive, send))
+    assert b"".join(message.get("body", b"") for message in sent) == b"".join(parts)
+    assert not sent[-1].get("more_body", False)
+
+
 def test_chats_streams_go_on_too() -> None:
     def event(**delta: Any) -> bytes:
         chunk = {"id": "a", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}

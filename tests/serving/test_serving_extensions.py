@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
+import pytest
 from serving_client import (
     CLASSIFICATION,
     assert_alike,
@@ -15,6 +18,11 @@ from serving_client import (
     text_of,
 )
 from serving_models import CONTEXT, PROMPTS, SHORT_CONTEXT, Models
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+from gptj.serving.completions.generation_service import EventStreamResponse, server_sent
+from gptj.serving.completions.schemas import ModelCard
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -137,3 +145,30 @@ def test_a_text_to_classify_may_be_cut(service: str, models: Models) -> None:
     expected = httpx.post(service + CLASSIFICATION, json={"inputs": cut}).json()
     reply = httpx.post(service + CLASSIFICATION, json={**body, "parameters": {"truncation": True}})
     assert_alike(reply.json(), expected)
+
+
+def test_a_stream_is_closed_at_once_when_its_client_has_left() -> None:
+    closed = []
+
+    async def chunks() -> AsyncGenerator[ModelCard]:
+        try:
+            while True:
+                yield ModelCard(id="m", created=1, root="r", max_model_len=1)
+        finally:
+            closed.append("chunks")
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            raise OSError("the client has left")
+
+    async def run() -> None:
+        response = EventStreamResponse(server_sent(chunks()))
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+        with pytest.raises(ClientDisconnect):
+            await response(scope, receive, send)
+        assert closed == ["chunks"]
+
+    asyncio.run(run())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -21,11 +25,17 @@ import yaml
 from http_server import listening
 from serving_client import assert_error
 from serving_models import Models, applications, mounted
+from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
+from deployments import ledger
+from gptj.serving.app import new_app
 from gptj.serving.keys import keyring
-from gptj.serving.keys.keyring import Keys, digest
-from gptj.serving.keys.ledger import WINDOW_SECONDS, Counts, Limits
+from gptj.serving.keys.account import Account, reserve_tokens
+from gptj.serving.keys.keyring import Key, Keys, digest
+from gptj.serving.keys.ledger import WINDOW_SECONDS, Counts, Limits, LocalLedger, Standing
+from gptj.serving.metrics import NoRecorder
+from gptj.workers.errors import QueueFullError
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -249,6 +259,21 @@ def test_a_request_that_is_tried_again_counts_once() -> None:
     assert counts.reserve("k", limits, "third", 1).refused == "tokens"
 
 
+def test_a_request_that_is_tried_again_after_its_minute_does_not_pay_twice() -> None:
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(tokens=10)
+    counts.begin("k", limits, "long")
+    assert counts.reserve("k", limits, "long", 10).refused is None
+    now = 61.0
+    counts.begin("k", limits, "other")
+    assert counts.reserve("k", limits, "other", 10).refused is None
+    counts.begin("k", limits, "long")
+    assert counts.reserve("k", limits, "long", 10).refused is None  # its replica died
+    counts.end("k", "long", 10)
+    assert counts.reserve("k", limits, "long", 10).refused == "tokens"
+
+
 def test_limits_hold_for_many_clients_at_once(guarded: str, file: KeyFile) -> None:
     file.write(entry("many", requests_per_minute=20))
     with ThreadPoolExecutor(16) as pool:
@@ -256,3 +281,150 @@ def test_limits_hold_for_many_clients_at_once(guarded: str, file: KeyFile) -> No
             reply.status_code for reply in pool.map(lambda _: ask(guarded, "many"), range(60))
         )
     assert statuses == {200: 20, 429: 40}
+
+
+def test_beams_reserve_what_they_may_use(guarded: str, file: KeyFile) -> None:
+    file.write(entry("beams", tokens_per_minute=50))
+    beams = {"prompt": "x", "max_tokens": 16, "n": 4, "best_of": 4, "use_beam_search": True}
+    assert_error(ask(guarded, "beams", **beams), 400, "its key has 50 a minute")
+    reply = ask(guarded, "beams", **{**beams, "max_tokens": 8})
+    assert reply.status_code == 200
+    assert reply.json()["usage"]["total_tokens"] <= 50
+
+
+class Uses(NoRecorder):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
+        self.tokens.append(tokens)
+
+
+def test_a_request_that_a_full_service_refuses_costs_no_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = KeyFile(tmp_path)
+    file.write(entry("k", tokens_per_minute=100))
+    monkeypatch.setenv("GPTJ_KEYS_FILE", str(file.path))
+    uses = Uses()
+    app = new_app("test", uses)
+
+    @app.post("/v1/work")
+    async def work() -> None:
+        await reserve_tokens(90)
+        raise QueueFullError("full")
+
+    headers = {"Authorization": "Bearer k"}
+    for _ in range(2):
+        reply = TestClient(app).post("/v1/work", headers=headers)
+        assert_error(reply, 429, "full")
+    assert uses.tokens == [0, 0]
+
+
+class SlowLedger(LocalLedger):
+    """Answers later than it counts, as one over a network."""
+
+    async def begin(self, key: str, limits: Limits, request: str) -> Standing:
+        standing = await super().begin(key, limits, request)
+        await asyncio.sleep(3600 if request == "leaves" else 0)
+        return standing
+
+
+def test_a_client_that_leaves_while_it_is_counted_does_not_run_on() -> None:
+    key = Key(name="k", sha256=digest(b"k"), concurrent_requests=1)
+    slow = SlowLedger()
+
+    async def leave_and_come_back() -> None:
+        leaving = asyncio.ensure_future(Account.of(key, "leaves", slow).begin())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        await Account.of(key, "stays", slow).begin()
+
+    asyncio.run(leave_and_come_back())
+
+
+class FakeActor:
+    """Counts, behind calls that are answered only while `answers`."""
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.answers = True
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            @staticmethod
+            def remote(*arguments: Any) -> Any:
+                result = getattr(self.counts, name)(*arguments)
+                future = asyncio.get_running_loop().create_future()
+                if self.answers:
+                    future.set_result(result)
+                return future
+
+        return Method
+
+
+def test_requests_end_in_a_ledger_that_did_not_answer_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actor = FakeActor()
+    monkeypatch.setattr(ledger.ClusterLedger, "_start", lambda self: None)
+    monkeypatch.setattr(ledger, "ANSWER_SECONDS", 0.01)
+    limits = Limits(concurrent=2)
+
+    async def run() -> None:
+        cluster = ledger.ClusterLedger()
+        cluster._actor = actor
+        await cluster.begin("k", limits, "before")
+        actor.answers = False
+        await cluster.begin("k", limits, "during")  # counted there, though not in time
+        for request in ("before", "during"):
+            await cluster.end("k", request, 0)
+        actor.answers, cluster._actor = True, actor
+        monkeypatch.setattr(cluster, "_without_until", 0.0)
+        for request in ("third", "fourth"):
+            assert (await cluster.begin("k", limits, request)).refused is None
+        assert (await cluster.begin("k", limits, "fifth")).refused == "concurrent"
+
+    asyncio.run(run())
+
+
+def test_requests_do_not_wait_for_a_ledger_that_cannot_be_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = threading.Event()
+    searches = []
+
+    def search(self: ledger.ClusterLedger) -> None:
+        searches.append(threading.current_thread())
+        if len(searches) > 1:
+            found.wait(60)
+
+    monkeypatch.setattr(ledger.ClusterLedger, "_start", search)
+    cluster = ledger.ClusterLedger()
+    limits = Limits(requests=10)
+
+    async def run() -> list[Standing]:
+        begun = (cluster.begin("k", limits, str(number)) for number in range(20))
+        return await asyncio.wait_for(asyncio.gather(*begun), 30)
+
+    standings = asyncio.run(run())
+    found.set()
+    assert sum(standing.refused is None for standing in standings) == 10
+    assert len(searches) == 2  # at the start, and one for all requests
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = KeyFile(tmp_path)
+    file.write(entry("old"))
+    keys = Keys(path=file.path)
+    file.write(entry("new"))
+    for broken in ("stat", "read_bytes"):
+        with monkeypatch.context() as patch:
+            error = OSError(errno.EMFILE, "Too many open files")
+            patch.setattr(Path, broken, Mock(side_effect=error))
+            assert keys.allow(b"Bearer old")
+    assert keys.allow(b"Bearer new")
+    assert not keys.allow(b"Bearer old")

@@ -12,9 +12,11 @@ from serving_client import assert_error
 from starlette.testclient import TestClient
 
 from deployments.generation import Arguments
+from gptj.engine.constraints.grammar import Grammar
 from gptj.serving import requests
 from gptj.serving.app import HTTPOptions, new_app
-from gptj.serving.requests import RequestModel
+from gptj.serving.completions.constraints import ResponseFormat, StructuredOutputs
+from gptj.serving.requests import RequestModel, ignoring_unknown_fields
 
 HERE, ELSEWHERE = "https://chat.example.org", "https://other.example.org"
 
@@ -96,6 +98,14 @@ def test_unknown_fields_are_ignored_with_a_warning_if_that_is_set(
     assert len(requests._warned) < 400
     document = client.get("/openapi.json").json()["components"]["schemas"]
     assert document["Body"]["additionalProperties"] is True
+
+
+def test_fields_whose_names_python_cannot_have_are_not_unknown() -> None:
+    named = {"name": "x", "schema": {"type": "object"}}
+    with ignoring_unknown_fields():
+        form = ResponseFormat.model_validate({"type": "json_schema", "json_schema": named})
+        outputs = StructuredOutputs.model_validate({"json": {"type": "object"}, "other": 1})
+    assert form.grammar() == outputs.grammar() == Grammar.of_json_object()
 
 
 def test_unknown_fields_are_refused_otherwise() -> None:

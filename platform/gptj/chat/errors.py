@@ -1,7 +1,7 @@
-"""What can be wrong with a chat template."""
+"""The error of chat templates."""
 
 from __future__ import annotations
 
 
 class ChatTemplateError(ValueError):
-    """A template that cannot be read, or that refuses a chat; the message has the reason."""
+    """A template cannot be read, or refuses a chat; the message says why."""

@@ -1,4 +1,4 @@
-"""Where a chat template comes from: a name of a ready one, or a file's address."""
+"""Where chat templates come from: a built-in name, or a file's address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptj.storage.addresses import normalized
 
 MAX_BYTES = 2**20
 
-# Of chat-tuned GPT-Js that have no template of their own, by what they were trained on.
+# For chat-tuned GPT-Js without a template of their own, from what they were trained on.
 READY = {
     "alpaca": "Stanford Alpaca's instructions; a reply ends with eos",
     "dolly": "databricks/dolly-v1-6b: the same, where a reply ends with ### End",
@@ -20,7 +20,7 @@ READY = {
 
 
 def read_template(name_or_address: str) -> str:
-    """The source of a ready template, or of a file at a local or `s3://` address.
+    """The source of a built-in template, or of a file at a local or `s3://` address.
 
     Raises:
         ChatTemplateError: if there is no such name or file, or it is not UTF-8.
@@ -37,7 +37,9 @@ def read_template(name_or_address: str) -> str:
             f"{', '.join(READY)}"
         ) from error
     if size > MAX_BYTES:
-        raise ChatTemplateError(f"{address} has {size} bytes, too many for a chat template")
+        raise ChatTemplateError(
+            f"{address} has {size} bytes, and a chat template at most {MAX_BYTES}"
+        )
     return decoded(content, address)
 
 

@@ -1,4 +1,4 @@
-"""A chat template: messages in, the text of a prompt or of a whole chat out.
+"""A chat template: messages in, the text of a prompt or a whole chat out.
 
     template = ChatTemplate("{% for message in messages %}…{% endfor %}", {"eos_token": "…"})
     template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
@@ -22,7 +22,7 @@ from gptj.chat.errors import ChatTemplateError
 
 Message = Mapping[str, Any]  # role, content, and whatever else a template knows
 
-# Where a template says that replies end, beside eos: {% set stop = ["### End"] %}.
+# Where a template says what ends replies, beside eos: {% set stop = ["### End"] %}.
 STOP = "stop"
 
 # What a template's code can raise; anything else is a bug of ours.
@@ -87,9 +87,9 @@ class ChatTemplate:
 
     @cached_property
     def wants_parts(self) -> bool:
-        """Whether it takes contents as lists of parts alone, and not as texts.
+        """Whether it takes contents only as lists of parts, not as strings.
 
-        Found by trying: it has to show the text of a message.
+        Found by trying which of them it renders.
         """
         text = "a text to find"
         parts = [{"type": "text", "text": text}]
@@ -106,7 +106,7 @@ class ChatTemplate:
 
         Args:
             messages: fields that are None count as left out.
-            add_generation_prompt: end with what begins the assistant's reply.
+            add_generation_prompt: end with the beginning of the assistant's reply.
             variables: of the template, beside the messages and special tokens.
 
         Raises:
@@ -131,7 +131,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """A whole chat's text, and the spans of its `{% generation %}` blocks. Raises as `render`.
 
-        They are found by two characters around each, and the text without these is compared.
+        Marker characters around each block show the spans; without them the text must be the same.
         """
         text = self.render(messages, variables=variables)
         start, end = _unused_characters(text)
@@ -174,6 +174,6 @@ def _strings(node: nodes.Node) -> tuple[str, ...]:
 
 
 def _unused_characters(text: str) -> tuple[str, str]:
-    """Two of Unicode's private characters that a text does not have."""
+    """Two private-use characters that the text does not have."""
     unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     return next(unused), next(unused)

@@ -1,4 +1,4 @@
-"""A chat as token ids, with those that the assistant writes: what training learns from."""
+"""A chat as token ids, with the assistant's marked: what training learns from."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ASSISTANT = "assistant"
 @dataclass(frozen=True)
 class EncodedChat:
     ids: list[int]
-    assistant: list[bool]  # of each id: whether the assistant writes it
+    assistant: list[bool]  # for each id, whether the assistant writes it
 
 
 def template_of(tokenizer: GPTJTokenizer, source: str | None = None) -> ChatTemplate | None:
-    """A template with a tokenizer's special tokens; None if there is none.
+    """A template with the tokenizer's special tokens; None if there is no template.
 
     Args:
         source: default: the tokenizer's own, `tokenizer.chat_template`.
@@ -93,7 +93,7 @@ def _render_turns(
 def _within(
     tokenizer: GPTJTokenizer, text: str, ids: Sequence[int], spans: Sequence[Span]
 ) -> list[bool]:
-    """Of each token whether it has a part of one of the spans, which are in order."""
+    """For each token, whether it overlaps one of the spans."""
     pieces = [tokenizer.token_bytes(token) for token in ids]
     if b"".join(pieces) != text.encode():
         raise ChatTemplateError(

@@ -12,6 +12,9 @@ from starlette.responses import Response
 
 from gptj.serialization.json_object import to_json
 
+# Header of a 429 that says what is full, where it is not the whole service: `key` or `grammars`.
+SCOPE = "x-ratelimit-scope"
+
 
 class APIError(Exception):
     """A failed request. Each subclass has a status and a type.
@@ -27,7 +30,7 @@ class APIError(Exception):
         message: for the client, with the value and the remedy.
         param: the request's invalid field, such as `n` or `stream_options`.
         code: for programs, such as `context_length_exceeded`.
-        headers: of the reply, beside those of its kind.
+        headers: further ones of the reply.
     """
 
     status = 500
@@ -99,7 +102,7 @@ class RateLimitError(APIError):
 
     status = 429
     type = "rate_limit_error"
-    default_headers: ClassVar[dict[str, str]] = {"x-ratelimit-scope": "key"}
+    default_headers: ClassVar[dict[str, str]] = {SCOPE: "key"}
 
 
 class ModelError(APIError):

@@ -44,7 +44,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 @contextmanager
 def ignoring_unknown_fields() -> Iterator[None]:
-    """Bodies that are read in the block may have any fields: a warning names each once."""
+    """Accept unknown fields in bodies that are read in the block; a warning names each once."""
     token = _ignored.set(True)
     try:
         yield
@@ -57,7 +57,7 @@ def _warn_of(names: set[str]) -> None:
     if new and len(_warned) < MAX_WARNINGS:
         _warned.update(new)
         shown = ", ".join(repr(name[:60]) for name in sorted(new)[:MAX_WARNINGS])
-        logger.warning("bodies have fields that this service does not know and ignores: %s", shown)
+        logger.warning("ignoring fields of bodies that this service does not know: %s", shown)
 
 
 def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
@@ -92,9 +92,11 @@ class RequestModel(BaseModel):
         if not isinstance(fields, dict):
             return fields
         given = {name: value for name, value in fields.items() if value is not None}
-        if _ignored.get() and (unknown := given.keys() - cls.model_fields.keys()):
-            _warn_of(unknown)
-            given = {name: given[name] for name in given if name not in unknown}
+        if _ignored.get():
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            if unknown := given.keys() - known:
+                _warn_of(unknown)
+                given = {name: given[name] for name in given if name in known}
         return given
 
     @field_validator("*", mode="before")

@@ -1,13 +1,14 @@
-"""Compiles grammars for a tokenizer, away from the engine's thread, and keeps those used last.
+"""Compiles grammars for a tokenizer, off the engine's thread, and keeps the most recent.
 
-Each is tried in a process of its own first (process.py): what crashes there, or hangs, is refused
-here.
+Each is first tried in a separate process (process.py): what crashes or hangs there is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +21,12 @@ from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError, QueueFullError
 
 MAX_CACHED = 64  # grammars, compiled or refused
+# Then a refused grammar is tried again: the machine may have been too busy, or out of memory.
+REFUSED_SECONDS = 600.0
 MAX_WAITING = 32  # grammars that wait to be compiled
 CPU_SECONDS = 3  # to compile one
 MASK_SECONDS = 0.05  # of CPU time, for the mask of one token
-# Fewer states and less work than llguidance allows by default, since others wait for a mask.
+# Stricter than llguidance's defaults, since other requests wait for a mask.
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
@@ -33,7 +36,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Models that are not tuned for JSON may never stop writing blanks where they may.
+# Models that are not tuned for JSON may write blanks forever where they are allowed.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\r\n]{0,32}", "lenient": False}
 
 llguidance = Extra("llguidance", "constrained output")
@@ -46,7 +49,7 @@ class CompiledGrammar:
         self, matcher: Any, words: int, eos_ids: Sequence[int], owner: GrammarCompiler, key: bytes
     ) -> None:
         self.words = words  # of 32 bits in a mask
-        self.eos_ids = tuple(eos_ids)  # that a mask allows where an output may end
+        self.eos_ids = tuple(eos_ids)  # allowed by a mask where an output may end
         self._matcher = matcher
         self._owner = owner
         self._key = key
@@ -56,11 +59,11 @@ class CompiledGrammar:
         return self._matcher.deep_copy()
 
     def forget(self) -> None:
-        """Compile it anew for the next request: its automaton has grown too large, for one."""
+        """Compile it anew for the next request, such as when its automaton has grown too large."""
         self._owner.forget(self._key)
 
     def refuse(self, reason: str) -> None:
-        """Refuse later requests with it."""
+        """Refuse requests with it for a while."""
         self._owner.refuse(self._key, reason)
 
 
@@ -78,6 +81,7 @@ class GrammarCompiler:
         self._eos_ids = tuple(eos_ids)
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, Future[CompiledGrammar]] = OrderedDict()
+        self._refused: dict[bytes, float] = {}  # when, by keys of the cache
         self._waiting = 0
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "grammars")  # idle threads end with the interpreter
@@ -93,24 +97,26 @@ class GrammarCompiler:
         return self.submit(grammar).result()
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """As compile, without waiting. Raises QueueFullError and ClosedError at once."""
+        """Like compile, without waiting. Raises QueueFullError and ClosedError at once."""
         key = grammar.key
         with self._lock:
             if self._closed:
                 raise ClosedError("the grammar compiler was closed")
+            if time.monotonic() - self._refused.get(key, math.inf) >= REFUSED_SECONDS:
+                self._drop(key)
             known = self._cache.get(key)
             if known is not None:
                 self._cache.move_to_end(key)
                 return known
             if self._waiting >= MAX_WAITING:
                 raise QueueFullError(
-                    f"{self._waiting} grammars wait to be compiled already, which is the limit: "
+                    f"{self._waiting} grammars are waiting to be compiled, which is the limit: "
                     f"try again later"
                 )
             self._waiting += 1
             future = self._cache[key] = self._thread.submit(self._compile, grammar, key)
             while len(self._cache) > MAX_CACHED:
-                self._cache.popitem(last=False)
+                self._drop(next(iter(self._cache)))
         # Without the lock: if it is done already, this calls at once.
         future.add_done_callback(lambda done: self._note(key, done))
         return future
@@ -118,17 +124,18 @@ class GrammarCompiler:
     def forget(self, key: bytes) -> None:
         """Compile a grammar anew for the next request."""
         with self._lock:
-            self._cache.pop(key, None)
+            self._drop(key)
 
     def refuse(self, key: bytes, reason: str) -> None:
-        """Refuse a grammar as long as it is remembered."""
+        """Refuse a grammar for a while."""
         refused: Future[CompiledGrammar] = Future()
         refused.set_exception(GrammarError(reason))
         with self._lock:
             self._cache[key] = refused
+            self._refused[key] = time.monotonic()
 
     def knows(self, grammar: Grammar) -> bool:
-        """Whether it is, or is being, compiled already."""
+        """Whether it is already compiled, or being compiled."""
         with self._lock:
             return grammar.key in self._cache
 
@@ -141,12 +148,21 @@ class GrammarCompiler:
             self._ready[0].close()
 
     def _note(self, key: bytes, done: Future[CompiledGrammar]) -> None:
-        """Refusals are kept as well; other failures are not the grammar's."""
+        """Remember refusals for a while; other failures are not the grammar's."""
         with self._lock:
             self._waiting -= 1
-            failed = done.cancelled() or not isinstance(done.exception(), GrammarError | None)
-            if failed and self._cache.get(key) is done:
-                del self._cache[key]
+            if self._cache.get(key) is not done:
+                return
+            error = None if done.cancelled() else done.exception()
+            if isinstance(error, GrammarError):
+                self._refused[key] = time.monotonic()
+            elif done.cancelled() or error is not None:
+                self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        """The lock must be held."""
+        self._cache.pop(key, None)
+        self._refused.pop(key, None)
 
     def _compile(self, grammar: Grammar, key: bytes) -> CompiledGrammar:
         trial, tokenizer = self._ready = self._ready or self._prepare()
@@ -185,7 +201,7 @@ class GrammarCompiler:
 
 
 def _text_only(tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> str:
-    """The tokenizer.json with ids 0 to rows - 1, where those that are no text have other names.
+    """The tokenizer.json with ids 0 to rows - 1, with placeholder names for ids without text.
 
     So `<|endoftext|>` in a text is text, and no part of a text is an id that is never sampled.
     """

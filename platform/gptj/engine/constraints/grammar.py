@@ -1,7 +1,7 @@
-"""What a client asks of an output's text: a JSON Schema, a regex, choices or a grammar.
+"""What an output's text must follow: a JSON Schema, a regex, choices or a grammar.
 
-Nothing is compiled here; sizes are bounded, so that reading a grammar is cheap. Bounds on the work
-of compiling and of computing masks are in process.py and token_mask.py.
+Nothing is compiled here; sizes are bounded, so that reading a grammar is cheap. process.py and
+token_mask.py bound the work of compiling and of computing masks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPECIAL = r"\.+*?()|[]{}^$#&-~/"  # in a regex
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be compiled, is too large, or takes too long; the message says why."""
+    """A grammar cannot be compiled, is too large, or takes too long; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class Grammar:
             raise GrammarError("it must have at least one choice, and none that is empty")
         if len(texts) > MAX_CHOICES:
             raise GrammarError(f"it may have {MAX_CHOICES} choices, got {len(texts)}")
+        if (size := sum(map(len, texts))) > MAX_CHARACTERS:  # before escaping, which is slow
+            raise GrammarError(
+                f"its choices have {size} characters, and at most {MAX_CHARACTERS} are allowed"
+            )
         return cls("regex", "|".join("".join(map(_escaped, text)) for text in texts))
 
     @classmethod

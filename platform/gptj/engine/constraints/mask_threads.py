@@ -1,4 +1,4 @@
-"""Computes the masks of a step's rows while the model computes their logits."""
+"""Computes a step's masks while the model computes its logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gptj.engine.constraints.token_mask import TokenMask
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8
-PATIENCE_SECONDS = 10.0  # for one row's mask, which takes a millisecond: then it hangs
+PATIENCE_SECONDS = 10.0  # for one row's mask, which takes a millisecond; beyond that it hangs
 
 
 class _Batch:
-    """Masks that one thread computes in order."""
+    """Masks that one thread computes, in order."""
 
     def __init__(self, masks: Sequence[TokenMask]) -> None:
         self.masks = masks
@@ -33,7 +33,7 @@ class _Batch:
                 return
             try:
                 mask.compute()
-            # A panic in the library is no Exception; it is this request's error alone.
+            # A panic of the library is no Exception; only this request fails.
             except BaseException as error:
                 logger.exception("a mask failed")
                 mask.error = mask.error or GrammarError(f"grammar: it failed: {error}"[:500])
@@ -44,11 +44,11 @@ class _Batch:
 class MaskThreads:
     """Threads that compute masks; for use by one thread.
 
-    Daemons, so that one that hangs in the library does not keep the program from ending.
+    Daemons, so that one hanging in the library does not keep the program alive.
     """
 
     def __init__(self) -> None:
-        self.wait_seconds = 0.0  # that `wait` took, in all
+        self.wait_seconds = 0.0  # total time in `wait`
         self._count = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
         self._work: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._running = 0
@@ -65,7 +65,7 @@ class MaskThreads:
             self._work.put(batch)
 
     def wait(self) -> None:
-        """Return once all masks that were begun are computed, or have failed."""
+        """Return once all started masks are computed or have failed."""
         start = time.perf_counter()
         while self._pending:
             batch = self._pending[0]
@@ -74,7 +74,7 @@ class MaskThreads:
                 if batch.done.wait(PATIENCE_SECONDS):
                     break
                 if batch.computed == before < len(batch.masks):
-                    self._give_up(batch)
+                    self._give_up(batch, before)
                     break
             self._pending.remove(batch)
         self.wait_seconds += time.perf_counter() - start
@@ -84,10 +84,11 @@ class MaskThreads:
             self._work.put(None)
         self._running = 0
 
-    def _give_up(self, batch: _Batch) -> None:
-        """Leave the thread that hangs alone; a new one computes the others of its rows."""
+    def _give_up(self, batch: _Batch, place: int) -> None:
+        """Abandon the thread that hangs at a mask; a new one computes those after it."""
         batch.abandoned = True
-        hanging, rest = batch.masks[batch.computed], batch.masks[batch.computed + 1 :]
+        # Not batch.computed: the thread may go on at this moment.
+        hanging, rest = batch.masks[place], batch.masks[place + 1 :]
         logger.error("a mask takes over %s seconds: its request fails", PATIENCE_SECONDS)
         hanging.abandon()
         self._start_thread()

@@ -50,6 +50,13 @@ class TokenMask:
         self._free = free.copy()
         if params.allowed_token_ids is not None:
             self._free &= packed(params.allowed_token_ids, size)
+        self._free &= ~packed((word[0] for word in params.bad_words_ids if len(word) == 1), size)
+        # Last tokens of the longer words, by the tokens before: clients may send hundreds.
+        self._endings: dict[tuple[int, ...], list[int]] = {}
+        for word in params.bad_words_ids:
+            if len(word) > 1:
+                self._endings.setdefault(tuple(word[:-1]), []).append(word[-1])
+        self._lengths = {len(begin) for begin in self._endings}
         self._stops = packed(self._stop_ids, size)
         self._grammar = params.grammar
         self._matcher: Any = None
@@ -68,7 +75,7 @@ class TokenMask:
             return False
         changes = (
             self._matcher is not None
-            or bool(self._params.bad_words_ids)
+            or bool(self._endings)
             or len(self._output) < self._params.min_tokens
         )
         self._output.append(token)
@@ -87,11 +94,9 @@ class TokenMask:
         words = self._free.copy()
         if self._matcher is not None and not self._compute_grammar(words):
             return
-        for word in self._params.bad_words_ids:
-            if len(word) <= len(self._output) + 1 and tuple(
-                self._output[len(self._output) - len(word) + 1 :]
-            ) == tuple(word[:-1]):
-                words[word[-1] >> 5] &= ~np.uint32(1 << (word[-1] & 31))
+        for length in self._lengths:
+            for last in self._endings.get(tuple(self._output[-length:]), ()):
+                words[last >> 5] &= ~np.uint32(1 << (last & 31))
         if len(self._output) < self._params.min_tokens:
             words &= ~self._stops
         self.words = words

@@ -1,4 +1,4 @@
-"""The process that grammars are tried in: started when it is needed, killed when it hangs."""
+"""The process that tries grammars: started when needed, killed when it hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptj.engine.constraints.grammar import Grammar, GrammarError
 
 PROGRAM = Path(__file__).with_name("process.py")
 START_SECONDS = 60  # to import the library and read the tokenizer, on a busy machine
-WALL_SECONDS = 20  # for one grammar; its bound is on CPU time, which a busy machine gives slowly
+WALL_SECONDS = 20  # for one grammar: its CPU time is bounded, but a busy machine gives it slowly
 MAX_ERROR = 500  # characters
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR")
 
@@ -26,16 +26,17 @@ class Trial:
     """Tries one grammar at a time; not thread-safe.
 
     Args:
-        settings: of process.py.
+        settings: process.py's.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending: Any = None  # ends the process once: here, or when the Trial is collected
         self._unread = b""
 
     def run(self, grammar: Grammar) -> str:
-        """What llguidance is to compile. Raises GrammarError."""
+        """The grammar in llguidance's form, to be compiled. Raises GrammarError."""
         process = self._process or self._start()
         task = {"kind": grammar.kind, "source": grammar.source}
         reply = self._ask(process, task, WALL_SECONDS)
@@ -67,7 +68,7 @@ class Trial:
             env=environment,
         )
         self._process, self._unread = process, b""
-        weakref.finalize(self, _end, process)
+        self._ending = weakref.finalize(self, _end, process)
         if self._ask(process, self._settings, START_SECONDS) is None:
             status = self._kill()
             raise RuntimeError(f"the process that compiles grammars did not start: status {status}")
@@ -98,9 +99,9 @@ class Trial:
         return reply
 
     def _kill(self) -> int:
-        process, self._process = self._process, None
-        assert process is not None
-        return _end(process)
+        self._process = None
+        status: int = self._ending()
+        return status
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
@@ -115,7 +116,7 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _readable(error: str) -> str:
-    """An error of the library: without its parser's state, and not the whole grammar again."""
+    """The library's error without its parser's state, and not repeating a whole grammar."""
     error = error.partition("<state>")[0].replace("<non-verbose/>", "").strip()
     if error.startswith("NoExtension"):
         return "it allows no output"

@@ -1,4 +1,4 @@
-"""A chat's messages as clients send them: checked, and as a template takes them."""
+"""A chat's messages: checked as clients send them, and converted for a template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_TOOLS = "this service does not call tools: leave them out"
 
 
 def as_content(value: Any) -> Content:
-    """A text, or parts that have a type. Raises ValueError for anything else."""
+    """A string, or parts with a type. Raises ValueError for anything else."""
     if isinstance(value, str):
         return checked_text(value)
     if not isinstance(value, list) or not all(
@@ -50,16 +50,16 @@ _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "min
 
 class ChatMessage(RequestModel):
     role: Annotated[Role, bounds(enum=["system", "developer", "user", "assistant"])]
-    # Required, but of assistants' messages with tool calls, which are refused.
+    # Required, except in assistants' messages with tool calls, which are refused.
     content: Annotated[Content | None, PlainValidator(as_content), WithJsonSchema(_CONTENT)] = None
-    # Of the speaker, for templates that show it.
+    # The speaker's, for templates that show it.
     name: Annotated[str | None, PlainValidator(as_name), WithJsonSchema({"type": "string"})] = None
     refusal: str | None = None  # as in our replies; ignored
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
 
     def check(self, place: str) -> None:
-        """Raises InvalidRequestError for what only other models take; `place` names the message."""
+        """Raises InvalidRequestError for what this model cannot do; `place` names the message."""
         if self.tool_calls or self.tool_call_id or self.role in ("tool", "function"):
             raise invalid(place, f"{place}: {NO_TOOLS}")
         if self.content is None or self.content == []:
@@ -68,13 +68,12 @@ class ChatMessage(RequestModel):
             if part["type"] != "text":
                 raise invalid(
                     f"{place}.content",
-                    f"{place}: this model reads text alone, and not a part of type "
-                    f"{part['type']!r:.40}",
+                    f"{place}: this model reads only text, not a part of type {part['type']!r:.40}",
                 )
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages that have been checked, with contents in the form that the template takes."""
+    """Checked messages, with contents in the form that the template takes."""
     return [
         {
             # OpenAI's newer name of the same role, which few templates know.

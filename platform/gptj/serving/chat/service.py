@@ -1,8 +1,8 @@
-"""Answers chats: a template makes a prompt of the messages, and the completion is the reply."""
+"""Answers chats: a template turns messages into a prompt, whose completion is the reply."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from gptj.chat import ChatTemplate, ChatTemplateError
@@ -43,7 +43,7 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     """See GenerationService.
 
     Args:
-        template: of the model's chats; None: every request is refused, with the remedy.
+        template: the chats'; None: every request is refused, with the remedy.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     async def complete(self, request: ChatRequest) -> ChatCompletion:
         return await super().complete(self._with_stops(request))
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatChunk]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk]:
         return await super().stream(self._with_stops(request))
 
     def _with_stops(self, request: ChatRequest) -> ChatRequest:
-        """The request, which also ends where the template says that replies end."""
+        """The request with the template's stop strings."""
         if self._template is None:
             raise InvalidRequestError(NO_TEMPLATE, code="no_chat_template")
         return request.ending_at(self._template.stop)

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.generation_request import GenerationRequest
-from gptj.serving.completions.generation_service import GenerationService, server_sent
+from gptj.serving.completions.generation_service import (
+    EventStreamResponse,
+    GenerationService,
+    server_sent,
+)
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.errors import NotFoundError
@@ -99,13 +103,7 @@ def generation_app(
     async def answer(service: AnyService, request: GenerationRequest) -> Response:
         check_model(request.model)
         if request.stream:
-            chunks = await service.stream(request)
-            return StreamingResponse(
-                server_sent(chunks),
-                media_type="text/event-stream",
-                # Proxies must not buffer the stream.
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
+            return EventStreamResponse(server_sent(await service.stream(request)))
         reply = await service.complete(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
         content = await asyncio.to_thread(reply.model_dump_json)

@@ -1,4 +1,4 @@
-"""Request fields that restrict an output's tokens: structured output, and bans."""
+"""Request fields that constrain an output's tokens: structured output, and bans."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pydantic import ConfigDict, Field
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.constraints.grammar import MAX_CHARACTERS, MAX_CHOICES, Grammar, GrammarError
 from gptj.extras import MissingPackageError
-from gptj.serving.errors import APIError, InvalidRequestError
+from gptj.serving.errors import SCOPE, APIError, InvalidRequestError, OverloadedError
 from gptj.serving.metrics import Recorder
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 from gptj.tokenizer import GPTJTokenizer
+from gptj.workers.errors import QueueFullError
 
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 4096  # of all together
@@ -86,7 +87,7 @@ class ConstraintFields(RequestModel):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    # Words that the output does not have, as they are tokenized alone and after a space.
+    # Banned words, as tokenized alone and after a space.
     bad_words: Annotated[
         list[str], bounds(items={"type": "string", "minLength": 1}, maxItems=MAX_BAD_WORDS)
     ] = Field(default_factory=list)
@@ -97,7 +98,7 @@ class ConstraintFields(RequestModel):
     ] = None
 
     def check_constraints(self, beams: bool) -> None:
-        """Raises InvalidRequestError for what contradicts itself or exceeds a limit."""
+        """Raises InvalidRequestError for contradictions and exceeded limits."""
         field, grammar = self._grammar()
         if grammar is not None and beams:
             raise _invalid(field, f"beam search does not work with {field}: leave one out")
@@ -132,9 +133,9 @@ class ConstraintFields(RequestModel):
     async def compiled(
         self, compiler: GrammarCompiler, recorder: Recorder
     ) -> CompiledGrammar | None:
-        """The grammar of the request, if it has one.
+        """The request's grammar, compiled; None if it has none.
 
-        Raises InvalidRequestError with the reason, QueueFullError or ClosedError.
+        Raises InvalidRequestError with the reason, OverloadedError or ClosedError.
         """
         field, grammar = self._grammar()
         if grammar is None:
@@ -145,6 +146,9 @@ class ConstraintFields(RequestModel):
         try:
             # Others may wait for the same grammar: a client that leaves does not cancel it.
             compiled = await asyncio.shield(asyncio.wrap_future(compiler.submit(grammar)))
+        except QueueFullError as error:
+            # Requests without a grammar have room: the proxy must not refuse them for this.
+            raise OverloadedError(str(error), headers={SCOPE: "grammars"}) from error
         except GrammarError as error:
             recorder.grammar("refused", loop.time() - start)
             raise _invalid(field, f"{field}: {error}") from error
@@ -154,7 +158,7 @@ class ConstraintFields(RequestModel):
         return compiled
 
     def _grammar(self) -> tuple[str, Grammar | None]:
-        """The field that asks for it, and the grammar. Raises InvalidRequestError."""
+        """The field with the grammar, and the grammar. Raises InvalidRequestError."""
         given: Sequence[tuple[str, ResponseFormat | StructuredOutputs | None]] = (
             ("response_format", self.response_format),
             ("structured_outputs", self.structured_outputs),

@@ -6,10 +6,13 @@ import asyncio
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.engine import Engine
@@ -34,7 +37,7 @@ from gptj.serving.completions.run import (
 )
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
-from gptj.serving.keys.account import note_tokens, reserve_tokens
+from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
@@ -127,7 +130,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 choices.append(self._choice(request, output, piece, len(choices)))
         return self._reply(choices, run.usage(), prompts if request.return_token_ids else [])
 
-    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
         """The reply in chunks; returns once the first is there.
 
         Raises APIError, QueueFullError or ClosedError; the iterator raises APIError as well.
@@ -159,20 +162,21 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             self._router = EventRouter(loop)
         return EventStream(self._router)
 
-    async def _chunks(self, request: Request, run: CompletionRun) -> AsyncIterator[Chunk]:
+    async def _chunks(self, request: Request, run: CompletionRun) -> AsyncGenerator[Chunk]:
         options = request.stream_options or StreamOptions()
         whole = self._first_chunk()
         begun: set[int] = set()
-        async for index, piece in run.pieces():
-            output = run.outputs[index]
-            if index in begun:
-                choice = self._delta(request, output, piece, False)
-            else:
-                # Logprobs of a long prompt take a while: not on the event loop.
-                choice = await asyncio.to_thread(self._delta, request, output, piece, True)
-                begun.add(index)
-            usage = run.usage() if options.continuous_usage_stats else None
-            yield whole.model_copy(update={"choices": [choice], "usage": usage})
+        async with aclosing(run.pieces()) as pieces:
+            async for index, piece in pieces:
+                output = run.outputs[index]
+                if index in begun:
+                    choice = self._delta(request, output, piece, False)
+                else:
+                    # Logprobs of a long prompt take a while: not on the event loop.
+                    choice = await asyncio.to_thread(self._delta, request, output, piece, True)
+                    begun.add(index)
+                usage = run.usage() if options.continuous_usage_stats else None
+                yield whole.model_copy(update={"choices": [choice], "usage": usage})
         if options.include_usage:
             yield whole.model_copy(update={"usage": run.usage()})
 
@@ -202,7 +206,8 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 piece = self._beam(request, prompt, ids)
                 choices.append(self._choice(request, output, piece, output.index))
         usage = usage_of(prompts, new_tokens)
-        note_tokens(usage.total_tokens)
+        if (account := current_account()) is not None:
+            account.tokens = usage.total_tokens
         return self._reply(choices, usage, prompts if request.return_token_ids else [])
 
     async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
@@ -246,18 +251,36 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         grammar = await request.compiled(self._grammars, self._recorder)
         # Long texts take a while: not on the event loop.
         prompts = await asyncio.to_thread(self._resolved, request, grammar)
-        await reserve_tokens(sum(prompt.most_tokens for prompt in prompts))
+        await reserve_tokens(sum(prompt.most_tokens(request) for prompt in prompts))
         return prompts
 
     def _resolved(self, request: Request, grammar: CompiledGrammar | None) -> list[ResolvedPrompt]:
         return self._resolver.resolve(request, self._prompts(request), grammar)
 
 
-async def server_sent(chunks: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+class EventStreamResponse(StreamingResponse):
+    """Closes the events when the client leaves, and not when garbage is collected.
+
+    Until then the engine would work on, and the key would pay for all that was reserved.
+    """
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        self._events = events
+        # Proxies must not buffer the stream.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().stream_response(send)
+
+
+async def server_sent(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
     """Chunks as server-sent events; an error is one as well, since the status has been sent."""
     try:
-        async for chunk in chunks:
-            yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
     except APIError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
     yield "data: [DONE]\n\n"
@@ -272,10 +295,11 @@ def on_one_line(content: str) -> str:
     return content
 
 
-async def _chained(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    yield first
-    async for chunk in rest:
-        yield chunk
+async def _chained(first: Chunk, rest: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
+    async with aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
 
 
 def _best(candidates: Sequence[Output], n: int) -> Sequence[Output]:

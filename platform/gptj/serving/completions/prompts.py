@@ -23,10 +23,10 @@ class ResolvedPrompt:
     begun: bytes  # the start of a last character that the ids leave incomplete
     params: list[SamplingParams]  # one for each sample; beam search has one
 
-    @property
-    def most_tokens(self) -> int:
-        """Of the prompt and all its outputs, as usage counts them."""
-        return len(self.ids) + sum(each.max_tokens for each in self.params)
+    def most_tokens(self, request: GenerationRequest) -> int:
+        """Most tokens of the prompt and all its outputs, as usage counts them."""
+        outputs = request.n if request.use_beam_search else request.candidates
+        return len(self.ids) + outputs * self.params[0].max_tokens
 
 
 class PromptResolver:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ from gptj.serving.completions.detokenizer import TextStream
 from gptj.serving.completions.generation_request import GenerationRequest, Usage
 from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
-from gptj.serving.keys.account import note_tokens
+from gptj.serving.keys.account import current_account
 from gptj.serving.metrics import Recorder
 from gptj.serving.middleware.observing import request_seed
 from gptj.tokenizer import GPTJTokenizer
@@ -125,6 +125,8 @@ class CompletionRun:
         self._request = request
         self._prompts = prompts
         self._seed = request_seed()
+        # Now, since any task may close the run, even another request's that collects garbage.
+        self._account = current_account()
         self.outputs: list[Output] = []
         for prompt in prompts:
             first = None
@@ -135,7 +137,7 @@ class CompletionRun:
                 self.outputs.append(output)
         self._clocks = [OutputClock(recorder, start) for _ in self.outputs]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """(index of the output, its next piece), until all outputs have ended.
 
         Ending the iteration cancels the work. Raises APIError, QueueFullError or ClosedError.
@@ -157,7 +159,8 @@ class CompletionRun:
                     yield index, pieces.pop(index)
         finally:
             events.cancel()
-            note_tokens(self.usage().total_tokens)
+            if self._account is not None:
+                self._account.tokens = self.usage().total_tokens
 
     def _take(self, index: int, event: Event) -> Piece:
         output, ticket = self.outputs[index], self._events.tickets[index]

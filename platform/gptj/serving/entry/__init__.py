@@ -1,1 +1,1 @@
-"""What stands before the replicas, in Serve's proxy: connections, admission, tries."""
+"""What runs in Serve's proxy, before the replicas: connections, admission, failover."""

@@ -1,7 +1,7 @@
-"""Refuses requests that a full service would refuse, before they cost a way to a replica.
+"""Refuses, in the proxy, requests that a full service would refuse anyway.
 
-A refusal by a replica passes Serve's router and costs a proxy about as much as an answer: clients
-that ask again at once would leave the proxy no time for answers.
+A replica's refusal passes Serve's router and costs the proxy about as much as an answer: clients
+that retry at once would leave the proxy no time for answers.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj.serving.errors import OverloadedError, error_response
+from gptj.serving.errors import SCOPE, OverloadedError, error_response
 from gptj.serving.middleware.limits import is_health
 
-PER_KEY = b"x-ratelimit-scope"  # of a 429 that is about the key: see RateLimitError
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
 FIRST_BOUND = 512  # of a route, until more is known
-GROWTH = 0.5  # of a route's bound, by each answer while it is reached
+GROWTH = 0.5  # of a route's bound, per answer while the bound is reached
 FULL = OverloadedError("the service is full: try again later")
 
 
 @dataclass
 class Bound:
-    """How many requests of a route may be in flight, by what its replicas took and refused.
+    """How many requests of a route may be in flight, learned from its replicas' refusals.
 
-    As TCP finds the room of a network: up by and by while it is used up and nothing is refused,
-    down at once to what was in flight at a refusal.
+    Like TCP's window: it grows slowly while it is used up and nothing is refused, and drops at once
+    to what was in flight at a refusal.
     """
 
     value: float
@@ -39,16 +38,16 @@ class Bound:
             self.value += GROWTH
 
     def note_refusal(self, in_flight: int, now: float) -> None:
-        # Several refusals of one moment come back one by one, while fewer and fewer are in flight.
+        # Refusals of the same moment arrive one by one, while fewer and fewer are in flight.
         if now - self.refused_at > 1:
             self.value = max(1, in_flight)
             self.refused_at = now
 
 
 class Admission:
-    """Middleware: 429 while as many of a route's requests are in flight as its bound says.
+    """Middleware: 429 while a route has as many requests in flight as its bound allows.
 
-    Health is always let through.
+    Health checks always pass.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Admission:
         self._first_bound = first_bound
         self._clock = clock
         self._in_flight: Counter[str] = Counter()  # by path; only what is in flight
-        self._bounds: dict[str, Bound] = {}  # by path; there a replica has refused
+        self._bounds: dict[str, Bound] = {}  # by path, of routes that exist
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_health(scope):
@@ -81,8 +80,8 @@ class Admission:
             nonlocal status, refused
             if message["type"] == "http.response.start":
                 status = message["status"]
-                names = {name.lower() for name, _ in message["headers"]}
-                refused = status == 429 and PER_KEY not in names
+                names = {name.lower() for name, _ in message.get("headers", ())}
+                refused = status == 429 and SCOPE.encode() not in names
             await send(message)
 
         self._in_flight[path] += 1
@@ -94,7 +93,7 @@ class Admission:
             if refused:
                 self._bounds.setdefault(path, bound).note_refusal(left, self._clock())
             elif status == 200:
-                # Only routes that exist are remembered: paths are for clients to make up.
+                # Only of routes that exist: clients can make up any number of paths.
                 self._bounds.setdefault(path, bound).note_answer(left)
             if not left:
                 del self._in_flight[path]

@@ -1,6 +1,6 @@
-"""uvicorn's HTTP connection with time limits, and a bound on requests that are half sent.
+"""uvicorn's HTTP connection with time limits, and a bound on half-sent requests.
 
-uvicorn itself waits for ever: for the rest of a head, of a body, and for a client to read.
+uvicorn itself waits forever for the rest of a head or body, and for a client to read.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from gptj.serialization.json_object import to_json
 from gptj.serving.errors import APIError, InvalidRequestError, RequestTimeoutError
 
-READ_SECONDS = 0.01  # by then a loop has looked at its sockets once more
+READ_SECONDS = 0.01  # by then the loop has polled its sockets again
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """Of one server process."""
 
-    head_seconds: float = 20.0  # to send a request's head; also until a new connection's first one
+    head_seconds: float = (
+        20.0  # to send a request's head, counted from the connection for the first
+    )
     body_seconds: float = 60.0  # to send its body
-    unread_seconds: float = 30.0  # for a client to read something of what waits for it
-    close_seconds: float = 5.0  # to read the last of it, before the connection is cut
-    # Requests whose end has not arrived. Beyond either bound the oldest are given up, but for those
-    # younger than `grace_seconds`: a burst of whole requests arrives in that time.
+    unread_seconds: float = 30.0  # for a client to read some of the pending reply
+    close_seconds: float = 5.0  # to read the rest of it before the connection is cut
+    # Requests whose end has not arrived. Beyond either bound the oldest are given up, except those
+    # younger than `grace_seconds`, in which a burst of whole requests arrives.
     unfinished: int = 4096
     unfinished_per_address: int = 512
     grace_seconds: float = 2.0
 
 
 class Timer:
-    """Calls something after some seconds, and not before what has arrived by then is read.
+    """Calls a function after some seconds, once everything that arrived by then is read.
 
-    A loop that is behind its work runs its timers before it looks at its sockets (uvloop does): it
-    must not give up what clients sent long ago.
+    A loop that lags runs its timers before it polls its sockets (uvloop does): it must not give up
+    on requests that arrived long ago.
     """
 
     def __init__(
@@ -62,14 +64,14 @@ class Timer:
 
 @dataclass
 class Unfinished:
-    """The connections that wait for the rest of a request, oldest first."""
+    """The connections with a half-sent request, oldest first."""
 
     limits: ConnectionLimits
     _all: OrderedDict[LimitedProtocol, float] = field(default_factory=OrderedDict)
     _by_address: defaultdict[str, OrderedDict[LimitedProtocol, float]] = field(
         default_factory=lambda: defaultdict(OrderedDict)
     )
-    _sweeping: bool = False  # a sweep is to come
+    _sweeping: bool = False  # a sweep is scheduled
 
     def __len__(self) -> int:
         return len(self._all)
@@ -110,19 +112,19 @@ class Unfinished:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. Errors that uvicorn answers in plain text have our body."""
+    """One connection. Errors that uvicorn would answer in plain text have our body."""
 
     limits = ConnectionLimits()
     unfinished = Unfinished(limits)  # of the process
 
     @classmethod
     def limited(cls, limits: ConnectionLimits) -> type[LimitedProtocol]:
-        """A class with limits and a count of its own."""
+        """A subclass with its own limits and count."""
         return type(cls.__name__, (cls,), {"limits": limits, "unfinished": Unfinished(limits)})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._deadline: Timer | None = None  # of the head or body that arrives
+        self._deadline: Timer | None = None  # of the arriving head or body
         self._unread: Timer | None = None
         self._phase = "head"
 
@@ -173,7 +175,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(error)
 
     def give_up(self, reason: str) -> None:
-        """End a request whose rest has not arrived."""
+        """End a half-sent request."""
         self._request_arrived()
         if self.transport.is_closing():
             return
@@ -214,7 +216,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._close()
 
     def _close(self) -> None:
-        """Close once the client has read what waits for it, or soon."""
+        """Close once the client has read the pending reply, or after close_seconds."""
         self._request_arrived()
         self.transport.close()
         self._cut_later()

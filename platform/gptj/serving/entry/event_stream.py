@@ -1,7 +1,7 @@
-"""A stream of completions that another replica goes on with.
+"""A stream of completions that another replica can continue.
 
 The second replica gets the whole request again, with the same seed, and so writes the same text;
-what the client has is left out of it.
+the part that the client already has is left out.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "content")  
 
 
 class DivergedError(Exception):
-    """The second stream is not the first one again, or cannot be compared with it."""
+    """The second stream does not repeat the first, or cannot be compared with it."""
 
 
 @dataclass
 class ChoiceState:
-    """How much of one choice there is."""
+    """How much of one choice has arrived."""
 
     text: str = ""
     tokens: int = 0  # with logprobs
@@ -33,10 +33,10 @@ class ChoiceState:
 
 @dataclass
 class EventStream:
-    """Server-sent events, as a client got them so far.
+    """The server-sent events that a client has so far.
 
-    `feed` takes bytes of a reply as they come and gives the events to send on. After `restart` the
-    bytes are of a second reply to the same request.
+    `feed` takes a reply's bytes as they come and returns the events to send on. After `restart`,
+    the bytes are a second reply to the same request.
     """
 
     done: bool = False  # [DONE] was sent
@@ -58,22 +58,37 @@ class EventStream:
         *events, self._partial = (self._partial + data).split(b"\n\n")
         return b"".join(self._event(event + b"\n\n") for event in events)
 
+    def finish(self) -> bytes:
+        """What the reply has after its last whole event: nothing, if the reply is ours."""
+        rest, self._partial = self._partial, b""
+        return b"" if self._resuming else rest
+
     def _event(self, event: bytes) -> bytes:
         if event == DONE:
             self.done = True
             return event
         if not event.startswith(b"data: {"):
             return event  # a comment, say
-        chunk = json.loads(event.removeprefix(b"data: "))
-        if "error" in chunk:
-            return event
-        if not self._resuming:
-            self._note(chunk)
-            return event
         if not self._comparable:
-            raise DivergedError
-        rest = self._rest(chunk)
+            return self._uncompared(event)
+        try:
+            chunk = json.loads(event.removeprefix(b"data: "))
+            if "error" in chunk:
+                return event
+            if not self._resuming:
+                self._note(chunk)
+                return event
+            rest = self._rest(chunk)
+        except (ValueError, TypeError, KeyError, AttributeError):  # another application's
+            self._comparable = False
+            return self._uncompared(event)
         return b"" if rest is None else f"data: {json.dumps(rest)}\n\n".encode()
+
+    def _uncompared(self, event: bytes) -> bytes:
+        """An event that is no chunk of ours. Raises DivergedError after `restart`."""
+        if self._resuming:
+            raise DivergedError
+        return event
 
     def _note(self, chunk: dict[str, Any]) -> None:
         if not self._head:

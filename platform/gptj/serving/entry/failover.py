@@ -1,7 +1,7 @@
-"""Tries a request again on another replica when the one that worked on it has died.
+"""Retries a request on another replica when its replica has died.
 
-All that these services do can be done again: nothing but the reply comes of a request. Each try has
-the same request id and seed, so that it has the same answer. A stream goes on where it stopped.
+These services have no side effects, so that every request can be repeated. All tries have the same
+request id and seed, and so the same answer. A stream continues where it stopped.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from gptj.serving.middleware.observing import SEED
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 3  # no more: a request on which replicas die would end them one by one
-PAUSE_SECONDS = 0.1  # before the second try, twice as long before each later one
-DISCONNECT = b"x-request-disconnect-disabled"  # Serve would go on for clients that have left
+MAX_TRIES = 3  # no more: a request that kills replicas would kill them one by one
+PAUSE_SECONDS = 0.1  # before the second try; doubled before each later one
+DISCONNECT = b"x-request-disconnect-disabled"  # with it, Serve would go on after the client left
 
 
 class Failover:
@@ -42,7 +42,7 @@ class Failover:
     It expects the whole body in one message.
 
     Args:
-        limit_seconds: Serve's limit on a request, None for no limit. It is for all tries together.
+        limit_seconds: returns Serve's time limit for a request, None for none; it covers all tries.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Failover:
 
 
 class Exchange:
-    """One request of a client, and the tries to answer it."""
+    """A client's request, and the tries to answer it."""
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class Exchange:
             (SEED, str(secrets.randbits(63)).encode()),
         ]
         self._scope = scope
-        self._left = False  # the client has
-        self._ended = asyncio.Event()  # nobody wants the rest of the present try
+        self._left = False  # the client left
+        self._ended = asyncio.Event()  # the rest of this try is not wanted
         self.stream: EventStream | None = None  # once one has begun
 
     async def run(self) -> None:
@@ -111,7 +111,8 @@ class Exchange:
                 await self._end_stream(reply.error())
                 return
             if number < MAX_TRIES:
-                logger.warning("request %s is tried again: its replica died", self.id)
+                reason = "refused it" if reply.complete else "died"
+                logger.warning("request %s is tried again: its replica %s", self.id, reason)
                 await asyncio.sleep(pause)
                 pause *= 2
         await self._fail()
@@ -121,7 +122,7 @@ class Exchange:
             error: APIError = self.timeout()
         elif self.stream is not None:
             error = UnavailableError(
-                "the replica that wrote this died, and no other could go on with it: send the "
+                "the replica that wrote this died, and no other could continue it: send the "
                 "request again",
                 code="stream_interrupted",
             )
@@ -142,7 +143,7 @@ class Exchange:
         await error_response(error)(self._scope, self._receive, self._send)
 
     async def start_stream(self, start: Message) -> EventStream:
-        """The client's stream, begun or to be gone on with."""
+        """The client's stream: begun, or continued."""
         if self.stream is None:
             self.stream = EventStream()
             await self._send(start)
@@ -158,7 +159,7 @@ class Exchange:
         return RequestTimeoutError(f"the request took more than {limit}")
 
     def end_try(self) -> None:
-        """For the replica, the client has left."""
+        """To the replica, the client seems to have left."""
         self._ended.set()
 
     @property
@@ -166,14 +167,14 @@ class Exchange:
         return str(self._scope["path"])
 
     def _expired(self) -> bool:
-        # A hair less: Serve's clock is another.
+        # Slightly less, since Serve measures by itself.
         return self._limit_seconds is not None and self._elapsed() > 0.99 * self._limit_seconds
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
 
     def _scope_of_try(self, number: int) -> Scope:
-        """Serve changes the scope that it gets."""
+        """A copy, since Serve changes it."""
         headers = list(self._headers)
         if number > 1 and self._limit_seconds is not None:
             left = f"{max(0.001, self._limit_seconds - self._elapsed()):.3f}".encode()
@@ -181,13 +182,13 @@ class Exchange:
         return {**self._scope, "headers": headers}
 
     def _input(self) -> Receive:
-        """The body, and after it nothing but the client's leaving."""
+        """The body, and then only the client's disconnect."""
         pending: list[Message] = [{"type": "http.request", "body": self._body, "more_body": False}]
 
         async def receive() -> Message:
             if pending:
                 return pending.pop()
-            if self.stream is not None:  # a try to go on with it, which may be of no use
+            if self.stream is not None:  # a try to continue it, which may fail
                 return await self._left_or_ended()
             return await self._until_left()
 
@@ -211,7 +212,7 @@ class Exchange:
 
 
 class Reply:
-    """A replica's reply to one try: kept until it is whole, unless it is a stream."""
+    """A replica's reply to one try: held back until complete, unless it is a stream."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -219,7 +220,7 @@ class Reply:
         self._parts: list[bytes] = []
         self._stream: EventStream | None = None
         self.complete = False
-        self.sent = False  # to its end
+        self.sent = False  # completely
         self.diverged = False  # from the stream that the client has
 
     @property
@@ -247,6 +248,8 @@ class Reply:
             return
         try:
             events = self._stream.feed(data)
+            if not more:
+                events += self._stream.finish()
         except DivergedError:
             self.diverged = True
             self._exchange.end_try()
@@ -277,11 +280,11 @@ class Reply:
         return next(found, None)
 
     def _from_serve(self) -> bool:
-        """Whether Serve answered itself: our services have no error in plain text."""
+        """Whether Serve itself answered: our services send no errors in plain text."""
         return (self.status or 0) >= 400 and self._type().startswith(b"text/plain")
 
     def error(self) -> APIError:
-        """Ours for a reply that is none of our services'."""
+        """Our error for a reply of Serve itself."""
         retry = self._header(b"retry-after")
         headers = {} if retry is None else {"Retry-After": retry.decode("latin-1")}
         status = self.status
@@ -299,7 +302,7 @@ class Reply:
 
 
 def _limit(header: bytes | None, configured: float | None) -> tuple[float | None, bool]:
-    """The request's limit in seconds, and whether the client's header made it shorter."""
+    """The request's limit in seconds, and whether the client's header shortened it."""
     try:
         seconds = float(header or b"0")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Gives each request an id, and tells it in every reply."""
+"""Gives each request an id, and returns it in every reply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptj.serving.middleware.observing import HEADER
 
 
 class RequestIds:
-    """Middleware: X-Request-Id of a request, the client's own if it has one, and of its reply."""
+    """Middleware: sets X-Request-Id on the request, unless the client did, and on the reply."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

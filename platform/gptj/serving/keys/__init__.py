@@ -1,1 +1,1 @@
-"""API keys: who they are, what they may use, and how much of it."""
+"""API keys: names, what each may use, and how much."""

@@ -1,4 +1,4 @@
-"""Makes a key: `python -m gptj.serving.keys NAME` prints it, and its entry in the file of keys."""
+"""Makes a key: `python -m gptj.serving.keys NAME` prints it and its entry for the keys file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gptj.serving.keys.keyring import Key, digest
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gptj.serving.keys",
-        description="Make an API key, and its entry for the file of GPTJ_KEYS_FILE.",
+        description="Make an API key, and its entry for the file that GPTJ_KEYS_FILE names.",
     )
-    parser.add_argument("name", help="whose key it is; metrics have it")
+    parser.add_argument("name", help="the key's name, which metrics show")
     name = parser.parse_args().name
     key = f"gptj-{secrets.token_urlsafe(32)}"
     try:
         entry = Key(name=name, sha256=digest(key.encode()))
     except ValidationError:
-        parser.error(f"a name has letters, digits, '.', '_' and '-', 64 at most: {name!r}")
-    print(f"# The key itself, which is nowhere else: {key}")
+        parser.error(f"a name has at most 64 letters, digits, '.', '_' and '-', got {name!r}")
+    print(f"# The key itself, which is stored nowhere: {key}")
     print(f"  - name: {entry.name}\n    sha256: {entry.sha256}")
 
 

@@ -1,7 +1,10 @@
-"""A request's account: the tokens that it takes from its key's limit."""
+"""A request's account: what it takes from its key's limits."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -20,8 +23,8 @@ class Account:
     request: str  # the same for all its tries
     ledger: Ledger
     limits: Limits
-    standing: Standing | None = None  # the last, for the reply's headers
-    tokens: int = 0  # that were reserved, and at the end used
+    standing: Standing | None = None  # the latest, for the reply's headers
+    tokens: int = 0  # reserved; in the end, used
 
     @classmethod
     def of(cls, key: Key, request: str, ledger: Ledger) -> Account:
@@ -30,11 +33,17 @@ class Account:
 
     async def begin(self) -> None:
         """Raises RateLimitError."""
-        if self.key.limited:
-            self._check(await self.ledger.begin(self.key.name, self.limits, self.request))
+        if not self.key.limited:
+            return
+        try:
+            standing = await self.ledger.begin(self.key.name, self.limits, self.request)
+        except asyncio.CancelledError:  # the client left; the ledger may have counted it
+            await self.end()
+            raise
+        self._check(standing)
 
     async def reserve(self, tokens: int) -> None:
-        """Raises RateLimitError; InvalidRequestError for more than a minute's."""
+        """Raises RateLimitError; InvalidRequestError for more than a whole minute's."""
         most = self.key.tokens_per_minute
         if most is not None:
             if tokens > most:
@@ -70,21 +79,25 @@ class Account:
         )
 
 
-def use_account(account: Account) -> None:
-    """From here on, in this task and those that it starts."""
-    _account.set(account)
+@contextmanager
+def using(account: Account) -> Iterator[None]:
+    """Make it the present request's in the block, and in tasks started there."""
+    token = _account.set(account)
+    try:
+        yield
+    finally:
+        _account.reset(token)
+
+
+def current_account() -> Account | None:
+    """The present request's; None without a key."""
+    return _account.get()
 
 
 async def reserve_tokens(tokens: int) -> None:
-    """Take so many tokens of the present request's key, before any work; those of no key are free.
+    """Reserve tokens of the present request's key, before any work; free without a key.
 
     Raises RateLimitError or InvalidRequestError.
     """
     if (account := _account.get()) is not None:
         await account.reserve(tokens)
-
-
-def note_tokens(tokens: int) -> None:
-    """What the present request has used in the end: the rest of its tokens go back."""
-    if (account := _account.get()) is not None:
-        account.tokens = tokens

@@ -1,4 +1,4 @@
-"""The keys that open a service: some in GPTJ_API_KEYS, others by name in a file, hashed.
+"""A service's API keys: plain ones in GPTJ_API_KEYS, and named, hashed ones in a file.
 
     keys:
       - name: search-team
@@ -8,8 +8,7 @@
         tokens_per_minute: 100000
         concurrent_requests: 8
 
-The file is GPTJ_KEYS_FILE's. It is read again when it changes, within a second: a key that is added
-or removed there needs no restart.
+GPTJ_KEYS_FILE names the file. Its changes take effect within a second, without a restart.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ logger = logging.getLogger(__name__)
 VARIABLE = "GPTJ_API_KEYS"  # comma separated
 FILE_VARIABLE = "GPTJ_KEYS_FILE"
 SCHEME = b"bearer "
-LOOK_SECONDS = 1.0  # between looks at the file
+LOOK_SECONDS = 1.0  # between checks for changes of the file
 
 Limit = Annotated[int, Field(ge=1)] | None
 
 
 class Key(BaseModel):
-    """A key by its name: the key itself is nowhere."""
+    """A named key; the key itself is stored nowhere."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    applications: frozenset[str] | None = None  # by their names in serve.yaml; None: all
+    applications: frozenset[str] | None = None  # by name in serve.yaml; None: all
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
     concurrent_requests: Limit = None
@@ -64,14 +63,14 @@ class _File(BaseModel):
 
 
 class Keys:
-    """The keys of a service; with none, and no file of them, every request is allowed.
+    """A service's keys; without any, and without a file, every request is allowed.
 
     Args:
-        keys: as they are, without a limit. They are named key-1, key-2, … in metrics.
-        path: of the file. While it does not exist, it has no keys.
+        keys: plain ones, without limits; named key-1, key-2, … in metrics.
+        path: the file's. While it does not exist, it has no keys.
 
     Raises:
-        ValueError: for a file that is not as above.
+        ValueError: if the file is not valid.
     """
 
     def __init__(self, keys: Iterable[str] = (), path: Path | None = None) -> None:
@@ -89,9 +88,9 @@ class Keys:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Keys:
-        """Those of GPTJ_API_KEYS and GPTJ_KEYS_FILE.
+        """The keys of GPTJ_API_KEYS and GPTJ_KEYS_FILE.
 
-        Raises ValueError if they are set and hold no key, or the file is not as it should be.
+        Raises ValueError if they are set but hold no key, or the file is not valid.
         """
         text, file = environment.get(VARIABLE), environment.get(FILE_VARIABLE)
         if text is None and file is None:
@@ -110,15 +109,15 @@ class Keys:
         return found
 
     def allow(self, authorization: bytes | None) -> bool:
-        """Whether a header's value has one of the keys, in constant time; always without keys."""
+        """Whether a header's value has a valid key, in constant time; always true without keys."""
         return not self or self.find(authorization) is not None
 
     def find(self, authorization: bytes | None) -> Key | None:
-        """The key of a header's value, in constant time."""
+        """The key in an Authorization header, in constant time."""
         if authorization is None or not authorization.lower().startswith(SCHEME):
             return None
         given = digest(authorization[len(SCHEME) :].strip())
-        # Compare all: stopping at the first match would leak by time which key it was.
+        # Compare all: stopping at the first match would leak by its time which key it was.
         same = [key for key in self._present() if hmac.compare_digest(given, key.sha256)]
         return same[0] if same else None
 
@@ -133,20 +132,26 @@ class Keys:
         return self._fixed + self._named
 
     def _read(self) -> list[Key]:
-        """The file's keys, if it has changed. Raises ValueError."""
+        """The file's keys, read again if it changed. Raises ValueError."""
         assert self._path is not None
         try:
             found = self._path.stat()  # through links: a mounted secret is changed by one
         except FileNotFoundError:
             self._stamp = None
             return []
+        except OSError as error:
+            raise ValueError(f"{self._path} cannot be read: {error.strerror}") from error
         stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
         if stamp == self._stamp:
             return self._named
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:  # without the stamp: it is read again at the next look
+            raise ValueError(f"{self._path} cannot be read: {error.strerror}") from error
         self._stamp = stamp
         try:
-            keys = _File.model_validate(yaml.safe_load(self._path.read_bytes())).keys
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            keys = _File.model_validate(yaml.safe_load(content)).keys
+        except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValidationError) as error:
             raise ValueError(f"{self._path} cannot be used: {_reason(error)}") from None
         names = [key.name for key in keys]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -156,12 +161,12 @@ class Keys:
 
 
 def digest(key: bytes) -> str:
-    """As the file has it. Keys are long random texts, so that a plain hash cannot be guessed."""
+    """The hash in the file. Keys are long and random, so that a plain hash cannot be reversed."""
     return hashlib.sha256(key).hexdigest()
 
 
 def _reason(error: Exception) -> str:
-    """Without the file's content, which may be a key that someone put there by mistake."""
+    """The reason, without the file's content: someone may have put a plain key there."""
     if isinstance(error, ValidationError):
         return "; ".join(
             f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5]

@@ -1,6 +1,6 @@
-"""Counts what keys use: requests and tokens of the last minute, and requests that run.
+"""Counts what keys use: requests and tokens in the last minute, and running requests.
 
-A sliding window: in no 60 seconds does a key get more than its limit.
+The window slides: in no 60 seconds does a key get more than its limit.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 WINDOW_SECONDS = 60.0
-# A request that has not ended by then is one whose replica died, and nobody tried it again.
+# A request that has not ended by then lost its replica, and was not tried again.
 LONGEST_SECONDS = 660.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one key; None means none."""
+    """One key's limits; None: no limit."""
 
     requests: int | None = None  # a minute
     tokens: int | None = None  # a minute
@@ -28,20 +28,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Standing:
-    """What a key has left, and whether a request was refused for lack of it."""
+    """What a key has left, and which limit refused the request, if any."""
 
     refused: Literal["requests", "tokens", "concurrent"] | None = None
     retry_seconds: float = 0.0  # until a refused request would be let through
     remaining_requests: int | None = None
     remaining_tokens: int | None = None
-    reset_requests: float = 0.0  # seconds until all is left again
+    reset_requests: float = 0.0  # seconds until the whole limit is free again
     reset_tokens: float = 0.0
 
 
 class Ledger(Protocol):
     """Counts for all replicas, or for one.
 
-    `request` is the same for all tries of a request, which then counts once.
+    All tries of a request have the same `request`, and count once.
     """
 
     async def begin(self, key: str, limits: Limits, request: str) -> Standing: ...
@@ -49,12 +49,12 @@ class Ledger(Protocol):
     async def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing: ...
 
     async def end(self, key: str, request: str, tokens: int) -> None:
-        """The request has ended, and used so many tokens of those that it reserved."""
+        """The request ended; it used `tokens` of those it reserved."""
 
 
 @dataclass
 class Window:
-    """Amounts of the last minute, by request."""
+    """The last minute's amounts, by request."""
 
     total: int = 0
     _amounts: OrderedDict[str, tuple[float, int]] = field(default_factory=OrderedDict)
@@ -81,7 +81,7 @@ class Window:
             self.total += amount - before
 
     def seconds_until(self, room: int, limit: int, now: float) -> float:
-        """Until there is room for so much."""
+        """Until there is room for `room` more."""
         left, wait = self.total, 0.0
         for since, amount in self._amounts.values():
             if left + room <= limit:
@@ -98,15 +98,16 @@ class Window:
 
 @dataclass
 class _Use:
-    """Of one key."""
+    """One key's use."""
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     running: OrderedDict[str, float] = field(default_factory=OrderedDict)  # since when
+    reserved: set[str] = field(default_factory=set)  # of those that run: have reserved tokens
 
 
 class Counts:
-    """The ledger itself, without any waiting; the clock is in seconds."""
+    """The counting itself, which never waits; the clock is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -124,21 +125,25 @@ class Counts:
         if request not in use.requests:
             use.requests.add(request, 1, now)
         use.running[request] = now
+        use.running.move_to_end(request)  # the oldest is first
         return self._standing(use, limits, now)
 
     def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing:
         use, now = self._use(key)
-        if request in use.tokens:
+        if request in use.tokens or request in use.reserved:  # tried again, a minute later
             return self._standing(use, limits, now)
         if limits.tokens is not None and use.tokens.total + tokens > limits.tokens:
             wait = use.tokens.seconds_until(tokens, limits.tokens, now)
             return self._standing(use, limits, now, "tokens", wait)
         use.tokens.add(request, tokens, now)
+        if request in use.running:
+            use.reserved.add(request)
         return self._standing(use, limits, now)
 
     def end(self, key: str, request: str, tokens: int) -> None:
         use, _ = self._use(key)
         use.running.pop(request, None)
+        use.reserved.discard(request)
         use.tokens.change(request, tokens)
 
     def _use(self, key: str) -> tuple[_Use, float]:
@@ -150,6 +155,7 @@ class Counts:
             if now - since < LONGEST_SECONDS:
                 break
             del use.running[request]
+            use.reserved.discard(request)
         return use, now
 
     @staticmethod
@@ -171,7 +177,7 @@ class Counts:
 
 
 class LocalLedger:
-    """A Ledger of this process alone."""
+    """A Ledger for this process alone."""
 
     def __init__(self, counts: Counts | None = None) -> None:
         self._counts = counts or Counts()
@@ -187,7 +193,7 @@ class LocalLedger:
 
 
 def headers(limits: Limits, standing: Standing) -> dict[str, str]:
-    """OpenAI's of a reply, for the limits that there are."""
+    """OpenAI's x-ratelimit headers for the limits that the key has."""
     found: dict[str, str] = {}
     for kind, limit, remaining, reset in (
         ("requests", limits.requests, standing.remaining_requests, standing.reset_requests),

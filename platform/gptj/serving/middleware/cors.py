@@ -1,4 +1,4 @@
-"""Lets pages of other origins ask: cross-origin resource sharing (CORS), for a list of origins."""
+"""Cross-origin resource sharing (CORS): lets pages of listed origins send requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORIGIN = re.compile(r"https?://[^/\s?#@*]+")
 class Cors(CORSMiddleware):
     """Middleware, outside of the key check: browsers send preflights without a key.
 
-    Cookies are never allowed, so that an origin can do no more than a key that its page has.
+    Cookies are never allowed: a page can do no more than its key allows.
 
     Args:
         origins: such as `https://chat.example.org`, or `*`.

@@ -7,12 +7,13 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.errors import (
+    SCOPE,
     APIError,
     AuthenticationError,
     PermissionDeniedError,
     error_response,
 )
-from gptj.serving.keys.account import Account, use_account
+from gptj.serving.keys.account import Account, using
 from gptj.serving.keys.keyring import Key, Keys
 from gptj.serving.keys.ledger import Ledger, LocalLedger
 from gptj.serving.metrics import NoRecorder, Recorder
@@ -23,14 +24,14 @@ OPEN_PATHS = ("/health", "/openapi.json")  # probes have no key, nor has the doc
 
 
 class KeyCheck:
-    """Middleware, before the body is read: 401 without a key, 403 for another application's.
+    """Middleware, before the body is read: 401 without a key, 403 for another application's key.
 
-    429 beyond its limits, which are for requests that do work (POST). OPEN_PATHS are open.
+    429 beyond the key's limits, which count requests that do work (POST). OPEN_PATHS need no key.
 
     Args:
-        application: that the keys must be for.
-        ledger: counts their use, None: in this process.
-        recorder: receives it.
+        application: which the keys must be for.
+        ledger: counts the keys' use; default: one of this process.
+        recorder: receives the keys' use.
     """
 
     def __init__(
@@ -51,32 +52,34 @@ class KeyCheck:
         if scope["type"] != "http" or not self._keys or route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        key = self._keys.find(dict(scope["headers"]).get(b"authorization"))
-        problem = self._problem(key)
-        if problem is not None or key is None:
-            assert problem is not None
-            await error_response(problem)(scope, receive, send)
+        try:
+            key = self._key(dict(scope["headers"]).get(b"authorization"))
+        except APIError as error:
+            await error_response(error)(scope, receive, send)
             return
         if scope["method"] == "POST":
             await self._counted(key, scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _problem(self, key: Key | None) -> APIError | None:
+    def _key(self, authorization: bytes | None) -> Key:
+        """Raises AuthenticationError or PermissionDeniedError."""
+        key = self._keys.find(authorization)
         if key is None:
-            return AuthenticationError(
+            raise AuthenticationError(
                 "this service needs a key: send the header Authorization: Bearer KEY with a "
                 "valid one",
                 code="invalid_api_key",
             )
         if not key.opens(self._application):
-            return PermissionDeniedError(
+            raise PermissionDeniedError(
                 f"this key is not for {self._application}", code="key_not_allowed"
             )
-        return None
+        return key
 
     async def _counted(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
-        # The proxy gives all tries of a request one seed, which clients cannot choose there.
+        # All tries of a request have one seed, which the proxy chooses. Without our proxy a client
+        # could send the same one again, and count once: see deployments.proxy.
         request = dict(scope["headers"]).get(SEED) or uuid.uuid4().hex.encode()
         account = Account.of(key, request.decode("latin-1"), self._ledger)
         try:
@@ -91,9 +94,11 @@ class KeyCheck:
         async def with_limits(message: Message) -> None:
             nonlocal refused
             if message["type"] == "http.response.start":
+                if message["status"] in (429, 503):
+                    account.tokens = 0  # refused: no work was done, or it was lost
                 present = list(message.get("headers", []))
                 names = {name.lower() for name, _ in present}
-                refused = b"x-ratelimit-scope" in names
+                refused = (SCOPE.encode(), b"key") in present
                 ours = account.headers().items()
                 present += [
                     (name.encode(), value.encode())
@@ -103,9 +108,9 @@ class KeyCheck:
                 message = {**message, "headers": present}
             await send(message)
 
-        use_account(account)
         try:
-            await self._app(scope, receive, with_limits)
+            with using(account):
+                await self._app(scope, receive, with_limits)
         finally:
             await account.end()
             self._recorder.key_use(key.name, 0 if refused else account.tokens, refused=refused)

@@ -1,4 +1,4 @@
-"""What is done with fields that no body has: refused, or ignored with a warning in the log."""
+"""Unknown fields of bodies: ignored, with a warning in the log, instead of refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gptj.serving.requests import ignoring_unknown_fields
 
 
 class IgnoreUnknownFields:
-    """Middleware: bodies of its application may have any fields."""
+    """Middleware: accept bodies with unknown fields."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
