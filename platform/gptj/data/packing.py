@@ -42,7 +42,8 @@ def pack(windows: Iterable[Documents], capacity: int, packing: Packing) -> Packe
     are not learned loses the beginning of what is before those that are, down to half of a row, and
     then its end. Documents with nothing to learn beyond a first token are left out.
 
-    Concatenated, the whole is cut wherever a row is full; a last row of one token is left out.
+    Concatenated, the whole is cut wherever a row is full. Rows with nothing to learn beyond a first
+    token, such as a part of a long prompt or a last row of one token, are left out.
     """
     if packing == "concatenate":
         return _concatenated(list(windows), capacity)
@@ -55,8 +56,13 @@ def _concatenated(windows: Sequence[Documents], capacity: int) -> Packed:
     if size % capacity == 1:
         size -= 1
     ends = np.array([*range(0, size, capacity), size])
-    learned = None if whole.learned is None else whole.learned[:size]
-    return Packed(whole.ids[:size], ends, ends, learned)
+    if whole.learned is None:
+        return Packed(whole.ids[:size], ends, ends, None)
+    rows = [(a, b) for a, b in pairwise(ends.tolist()) if whole.learned[a + 1 : b].any()]
+    ends = np.cumsum([0, *(b - a for a, b in rows)])
+    ids = np.concatenate([np.empty(0, np.int32), *(whole.ids[a:b] for a, b in rows)])
+    learned = np.concatenate([np.empty(0, bool), *(whole.learned[a:b] for a, b in rows)])
+    return Packed(ids, ends, ends, learned)
 
 
 def _packed(documents: Documents, capacity: int, packing: Packing) -> Packed:
