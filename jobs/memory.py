@@ -10,6 +10,7 @@ import torch
 
 from gptj.config import GPTJConfig
 from gptj.training.memory import (
+    as_long_as,
     certain_bytes,
     changed,
     fits,
@@ -25,16 +26,20 @@ GPU_SECONDS = 60.0
 MARGIN = 0.15  # by which a prediction may be too high: a run that might fit is not refused
 
 
-def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool) -> None:
+def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool, longest: int) -> None:
     """SettingsError, with settings that would do, for a run that cannot fit.
 
-    GPUs that the cluster has yet to get are not known; nor is how much of several machines' memory
-    a run on CPUs may have.
+    Nothing is checked where the memory is not known: that of machines or GPUs that the cluster has
+    yet to get, or how much of several machines' memory a run on CPUs may take.
+
+    Args:
+        longest: tokens of the longest training example.
     """
+    settings = as_long_as(settings, longest)
     if on_gpu:
-        if not (settings.workers.autoscaling and not ray.cluster_resources().get("GPU")):
-            check_gpu_memory(settings, config, gpu_memory())
-    elif sum(node["Alive"] for node in ray.nodes()) == 1:
+        if (memory := gpu_memory(settings.workers.autoscaling)) is not None:
+            check_gpu_memory(settings, config, memory)
+    elif not settings.workers.autoscaling and sum(node["Alive"] for node in ray.nodes()) == 1:
         check_machine_memory(settings, config, machine_memory())
 
 
@@ -71,9 +76,20 @@ def check_machine_memory(settings: Settings, config: GPTJConfig, memory: int) ->
         )
 
 
-def gpu_memory() -> int:
-    """Bytes of one of the cluster's GPUs; of a worker's, as they are usually alike."""
-    found: int = ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote(), timeout=GPU_SECONDS)
+def gpu_memory(autoscaling: bool) -> int | None:
+    """Bytes of one of the cluster's GPUs, which are usually alike; None if none can be asked."""
+    if autoscaling and not ray.cluster_resources().get("GPU"):
+        return None
+    asked = ray.remote(num_gpus=1)(_gpu_memory).remote()
+    try:
+        found: int = ray.get(asked, timeout=GPU_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(asked, force=True)  # or it would take a GPU from the workers
+        logger.warning(
+            "no GPU has told its memory within %.0f s: whether the run fits is not checked",
+            GPU_SECONDS,
+        )
+        return None
     return found
 
 

@@ -141,6 +141,11 @@ class CausalLMData:
         self._padding = fields["padding"]
         return self
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(np.diff(self.row_ends).max())
+
     def __len__(self) -> int:
         return len(self.row_ends) - 1
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gptj.adapters.lora import NEW_HEADS, add_lora
 from gptj.config import PRESETS, GPTJConfig
+from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET
@@ -170,6 +171,16 @@ def fitting(
             if len(found) == limit:
                 break
     return found
+
+
+def as_long_as(settings: Settings, longest: int) -> Settings:
+    """For data whose longest example has so many tokens: batches are padded to no more."""
+    length = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    if settings.task == "question-answering":  # whose windows must be longer than they share
+        length = max(length, settings.data.stride + 1)
+    if length >= settings.data.sequence_length:
+        return settings
+    return changed(settings, {"data.sequence_length": length})
 
 
 def fits(plan: MemoryPlan, gpus: int, gpu_memory: float, host_memory: float | None = None) -> bool:
