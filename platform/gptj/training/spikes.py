@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class UpdateGate:
         update = optimizer.step
         self._open: bool | None = None
 
+        @functools.wraps(update)  # with the mark by which a scheduler knows it
         def step(*arguments: Any, **options: Any) -> Any:
             if self._open is None:
                 self._open = is_open()
