@@ -141,7 +141,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             run.load(engine, checkpoint)
             if worker.rank == 0:
                 logger.info("resuming after step %d of %d", progress.step, total)
-        run.check_room(engine.module)
+        if progress.step < total:
+            run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
         run.export(engine.module, tokenizer, metrics)
     return metrics

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Need:
     """What one rank writes to a disk at a time."""
 
     node: str
+    boot: str  # of its kernel: several machines may have one name
     disk: int  # which of the node's
     folder: str
     bytes: int
@@ -69,10 +71,10 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
         mine.append(_need(Path(results), needed + SPARE_BYTES))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    disks: dict[tuple[str, int], list[Need]] = {}
+    disks: dict[tuple[str, str, int], list[Need]] = {}
     for need in [need for each in found for need in each]:
-        disks.setdefault((need.node, need.disk), []).append(need)
-    for (node, _), needs in disks.items():
+        disks.setdefault((need.node, need.boot, need.disk), []).append(need)
+    for (node, _, _), needs in disks.items():
         total, free = sum(each.bytes for each in needs), min(each.free for each in needs)
         if total > free:
             folders = " and ".join(dict.fromkeys(each.folder for each in needs))
@@ -87,5 +89,14 @@ def _need(folder: Path, size: int) -> Need:
     """For a folder that may not be there yet."""
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    return Need(socket.gethostname(), os.stat(folder).st_dev, str(folder), size, free)
+    usage = shutil.disk_usage(folder)
+    # File systems without sizes, such as some mounted buckets, say that they have none.
+    free = usage.free if usage.total else sys.maxsize
+    return Need(socket.gethostname(), _boot(), os.stat(folder).st_dev, str(folder), size, free)
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:  # not Linux
+        return ""
