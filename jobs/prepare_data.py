@@ -108,7 +108,7 @@ def read_settings(words: Sequence[str]) -> Settings:
         section, _, name = key.removeprefix("data.").partition(".")
         if section == "columns" and name:
             fields["columns"][name] = value
-        elif section in Settings.model_fields and section not in ("data", "destination"):
+        elif not name and section in Settings.model_fields.keys() - {"data", "destination"}:
             fields[section] = value
         else:
             raise ValueError(f"{word}: there is no such key\n{__doc__}")

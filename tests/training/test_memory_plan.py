@@ -153,7 +153,7 @@ def test_a_machine_that_the_cluster_has_yet_to_get_refuses_nothing(
             model={"preset": "small"},  # type: ignore[arg-type]
             workers={"autoscaling": autoscaling},  # type: ignore[arg-type]
         )
-        with nullcontext() if autoscaling else pytest.raises(SettingsError, match="has 1.0 GB"):
+        with nullcontext() if autoscaling else pytest.raises(SettingsError, match=r"has 1\.0 GB"):
             check_memory(settings, config, False, 128)
 
 

@@ -68,7 +68,9 @@ class Plan:
         chunk_characters: int = CHUNK_CHARACTERS,
     ) -> Plan:
         """DataError, StorageError: if the address has nothing that can be read."""
-        columns = find_columns(address, tuple(ROW_KINDS), names, delimiter=delimiter)
+        columns = find_columns(
+            address, tuple(ROW_KINDS), names, delimiter=delimiter, skip_bad=bad_rows == "skip"
+        )
         files = data_files(address)
         sizes = tuple(0 if file.startswith(SAMPLE) else storage.size(file) for file in files)
         parts: list[list[str]] = []
