@@ -1,4 +1,4 @@
-"""Whether a training fits the memory of the cluster's GPUs or machine, asked before it begins."""
+"""Whether a training fits the memory of the cluster's GPUs or machine, checked before it begins."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> Non
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
     needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
     if fits(plan, settings.workers.count, memory):
-        logger.info("the run will take about %s", needed)
+        logger.info("the run will need about %s", needed)
         return
     if plan.device_bytes * (1 - MARGIN) <= memory:
-        logger.warning("the run may not fit: it would take about %s", needed)
+        logger.warning("the run may not fit: it would need about %s", needed)
         return
     found = []
     for change in fitting(settings, config, gpu_memory=memory):
         less = plan_memory(changed(settings, change), config, on_gpu=True)
         found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
     raise SettingsError(
-        f"the run does not fit: it would take about {needed}. "
-        + (f"These settings do: {'; or '.join(found)}" if found else "It takes more GPUs")
+        f"the run does not fit: it would need about {needed}. "
+        + (f"These settings do: {'; or '.join(found)}" if found else "It needs more GPUs")
     )
 
 
@@ -70,8 +70,8 @@ def check_machine_memory(settings: Settings, config: GPTJConfig, memory: int) ->
     if needed > memory:
         raise SettingsError(
             f"the run does not fit: the weights, gradients and optimizer of "
-            f"workers.count={settings.workers.count} workers take {needed / 1e9:.1f} GB together, "
-            f"and the machine has {memory / 1e9:.1f} GB: take a smaller model, an adapter "
+            f"workers.count={settings.workers.count} workers need {needed / 1e9:.1f} GB together, "
+            f"and the machine has {memory / 1e9:.1f} GB: choose a smaller model, an adapter "
             f"(adapter={{}}), deepspeed.precision=bf16, deepspeed.stage=3, or fewer workers"
         )
 
@@ -86,7 +86,7 @@ def gpu_memory(autoscaling: bool) -> int | None:
     except ray.exceptions.GetTimeoutError:
         ray.cancel(asked, force=True)  # or it would take a GPU from the workers
         logger.warning(
-            "no GPU has told its memory within %.0f s: whether the run fits is not checked",
+            "no GPU answered within %.0f s: whether the run fits its memory is not checked",
             GPU_SECONDS,
         )
         return None

@@ -107,14 +107,14 @@ def test_a_run_that_cannot_fit_is_refused_with_settings_that_do() -> None:
         check_gpu_memory(settings, SIX, 24 * GB)
     message = str(refused.value)
     assert re.search(
-        r"it would take about \d+\.\d GB of each GPU's 24\.0 GB \(weights 3\.03, ", message
+        r"it would need about \d+\.\d GB of each GPU's 24\.0 GB \(weights 3\.03, ", message
     )
     assert "deepspeed.offload_optimizer=true" in message
     check_gpu_memory(run_of(8), SIX, 80 * GB)
     needed = plan_memory(settings, SIX, on_gpu=True).device_bytes
     check_gpu_memory(settings, SIX, int(0.9 * needed))  # which may do
     longest = run_of(1, data={"sequence_length": 2048})
-    with pytest.raises(SettingsError, match="It takes more GPUs"):
+    with pytest.raises(SettingsError, match="It needs more GPUs"):
         check_gpu_memory(longest, SIX, 2 * GB)
 
 
@@ -125,7 +125,7 @@ def test_on_a_cpu_only_what_is_certain_is_refused() -> None:
     needed = certain_bytes(settings, config)
     assert needed == pytest.approx(16 * 305e6, rel=0.02)
     check_machine_memory(settings, config, needed)
-    with pytest.raises(SettingsError, match=r"take 4\.\d GB together, and the machine has 4\.0 GB"):
+    with pytest.raises(SettingsError, match=r"need 4\.\d GB together, and the machine has 4\.0 GB"):
         check_machine_memory(settings, config, 4 * GB)
 
 

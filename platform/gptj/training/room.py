@@ -1,7 +1,7 @@
-"""Whether checkpoints find room on the workers' disks: asked before the first step.
+"""Whether the workers' disks have room for checkpoints: checked before the first step.
 
-A rank writes its part of a checkpoint into its scratch folder, and from there to where the run is
-stored. Ranks of one node share a disk.
+A rank writes its part of a checkpoint to its scratch folder and copies it from there to where the
+run is stored. Ranks on one node share a disk.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from gptj.training.settings import Settings
 MASTER_BYTES = 4  # of a weight in fp32
 MOMENT_BYTES = 8  # of Adam's two moments of a weight
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-SPARE_BYTES = 32 * 2**20  # names, random states, TensorBoard's files, the curve
+SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one rank writes to a disk at a time."""
+    """What one rank writes to one disk for a checkpoint."""
 
     node: str
-    boot: str  # of its kernel: several machines may have one name
+    boot: str  # the id of its kernel's boot: several machines may share a name
     disk: int  # which of the node's
     folder: str
     bytes: int
@@ -40,9 +40,9 @@ class Need:
 
 
 def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size: int) -> int:
-    """The size of a rank's part of a checkpoint, up to what `SPARE_BYTES` holds.
+    """The size of a rank's part of a checkpoint, to within `SPARE_BYTES`.
 
-    Of what is trained: DeepSpeed saves no frozen weights here.
+    Only what is trained counts: frozen weights are not saved.
     """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     precision, stage = settings.deepspeed.precision, settings.deepspeed.stage
@@ -56,11 +56,11 @@ def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size
 
 
 def check_room(scratch: Path, results: str, needed: int) -> None:
-    """That a checkpoint's parts find room on the disks of all ranks, which call it together.
+    """Check that the disks of all ranks have room for a checkpoint; all ranks call it together.
 
     Args:
         scratch: this rank's folder for temporary files.
-        results: where the run is stored; if it is local, the parts are copied there.
+        results: where the run is stored; if that is local, the parts are copied there.
         needed: bytes of this rank's part.
 
     Raises:
@@ -86,11 +86,11 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
 
 
 def _need(folder: Path, size: int) -> Need:
-    """For a folder that may not be there yet."""
+    """For a folder that may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    # File systems without sizes, such as some mounted buckets, say that they have none.
+    # File systems that do not know their size, such as some mounted buckets, report 0.
     free = usage.free if usage.total else sys.maxsize
     return Need(socket.gethostname(), _boot(), os.stat(folder).st_dev, str(folder), size, free)
 
