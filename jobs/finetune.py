@@ -107,7 +107,8 @@ def fine_tune(
     """
     try:
         config, longest = check_inputs(settings, shared)
-        check_memory(settings, config, on_gpu, longest)
+        if latest_checkpoint(settings.folder) is None:  # or else it has fitted before
+            check_memory(settings, config, on_gpu, longest)
         # Ray's own list of checkpoints, of which we have deleted old ones; the run resumes from
         # what is complete in its folder.
         storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.lora import add_lora
 from gptj.live_bytes import LiveBytes
+from gptj.storage.lease import Claim
 from gptj.training import memory
 from gptj.training.memory import (
     as_long_as,
@@ -29,6 +31,7 @@ from gptj.training.memory import (
 )
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError
+from jobs import finetune
 from jobs import memory as job_memory
 from jobs.memory import check_gpu_memory, check_machine_memory, check_memory
 
@@ -170,6 +173,24 @@ def test_gpus_that_do_not_answer_refuse_nothing(monkeypatch: pytest.MonkeyPatch)
     cluster(monkeypatch, 1, get=lambda asked, timeout: 24 * GB)
     with pytest.raises(SettingsError, match="does not fit"):
         check_memory(run_of(4), SIX, True, 1024)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "s3://b/finetune/checkpoint-00000001"])
+def test_a_run_that_has_fitted_before_goes_on(
+    checkpoint: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever is predicted."""
+    trained = []
+    cluster(monkeypatch, 4, get=lambda asked, timeout: GB)
+    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024))
+    monkeypatch.setattr(finetune, "latest_checkpoint", lambda folder: checkpoint)
+    trainer = SimpleNamespace(fit=lambda: trained.append(True))
+    monkeypatch.setattr(finetune, "build_trainer", lambda *_: trainer)
+    settings = run_of(4, storage=str(tmp_path))
+    refused = pytest.raises(SystemExit, match="the run does not fit")
+    with refused if checkpoint is None else nullcontext():
+        finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path)
+    assert bool(trained) == (checkpoint is not None)
 
 
 def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
