@@ -47,6 +47,7 @@ from yaml import YAMLError
 
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
+from gptj.data.labels import LabelSet
 from gptj.data.packing import Packing
 from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
@@ -160,12 +161,8 @@ def measure(settings: Settings) -> dict[str, Any]:
             raise ValueError(
                 f"unigram={settings.unigram} is for causal-lm models, not {task.head.__name__}"
             )
-        rows = data_rows(settings, settings.unigram, task)
-        train = task.read(
-            rows,
-            tokenizer,
-            DataSettings(sequence_length=data.sequence_length, packing=data.packing),
-        )
+        options = DataSettings(sequence_length=data.sequence_length, packing=data.packing)
+        train = read(settings, settings.unigram, task, tokenizer, options)
         result["unigram_perplexity"] = unigram_perplexity(train, data)
     model = task.head.from_pretrained(
         settings.checkpoint,
@@ -235,18 +232,28 @@ def make_data(
         labels = labels.translated(written)
     packing = settings.packing or training.get("packing", "concatenate")
     options = DataSettings(sequence_length=length, stride=stride, packing=packing)
-    data: Any
-    if (prepared := Prepared.at(settings.data)) is not None:
-        data = task.read_prepared(prepared, tokenizer, options)
-    else:
-        rows = data_rows(settings, settings.data, task)
-        if task.name != "causal-lm":  # of which a row may be a whole book
-            rows = islice(rows, settings.limit)
-        data = task.read(rows, tokenizer, options, labels)
+    data = read(settings, settings.data, task, tokenizer, options, labels)
     if task.name == "causal-lm" and settings.limit is not None:
         data = data.first(settings.limit)
     logger.info("%s", data.summary())
     return data
+
+
+def read(
+    settings: Settings,
+    address: str,
+    task: AnyTask,
+    tokenizer: GPTJTokenizer,
+    options: DataSettings,
+    labels: LabelSet | None = None,
+) -> Any:
+    """The task's data set of prepared or raw data."""
+    if (prepared := Prepared.at(address)) is not None:
+        return task.read_prepared(prepared, tokenizer, options)
+    rows = data_rows(settings, address, task)
+    if task.name != "causal-lm":  # of which a row may be a whole book
+        rows = islice(rows, settings.limit)
+    return task.read(rows, tokenizer, options, labels)
 
 
 def data_rows(settings: Settings, address: str, task: AnyTask) -> Iterator[Row]:

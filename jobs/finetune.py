@@ -106,8 +106,9 @@ def fine_tune(
             read as well.
     """
     try:
-        config = check_inputs(settings, shared)
-        check_memory(settings, config, on_gpu)
+        config, longest = check_inputs(settings, shared)
+        if latest_checkpoint(settings.folder) is None:  # or else it has fitted before
+            check_memory(settings, config, on_gpu, longest)
         # Ray's own list of checkpoints, of which we have deleted old ones; the run resumes from
         # what is complete in its folder.
         storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
@@ -201,11 +202,11 @@ def check_workers(settings: Settings) -> bool:
     return on_gpu
 
 
-def check_inputs(settings: Settings, shared: Path) -> GPTJConfig:
+def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int]:
     """Find out now, and not after hours, what is wrong with storage, data or settings.
 
     Returns:
-        the model's configuration.
+        the model's configuration, and the tokens of the longest training example.
     """
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
@@ -220,7 +221,7 @@ def check_inputs(settings: Settings, shared: Path) -> GPTJConfig:
         if each is not None:
             logger.info("%s data: %s", name, each.summary())
     settings.total_steps(len(data.train))
-    return make_config(settings, tokenizer, data.train.labels)
+    return make_config(settings, tokenizer, data.train.labels), data.train.longest
 
 
 def build_trainer(settings: Settings, on_gpu: bool, claim: Claim, submission: str) -> TorchTrainer:

@@ -1,4 +1,4 @@
-"""Whether a training fits the memory of the cluster's GPUs or machine, asked before it begins."""
+"""Whether a training fits the memory of the cluster's GPUs or machine, checked before it begins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from gptj.config import GPTJConfig
 from gptj.training.memory import (
+    as_long_as,
     certain_bytes,
     changed,
     fits,
@@ -25,16 +26,20 @@ GPU_SECONDS = 60.0
 MARGIN = 0.15  # by which a prediction may be too high: a run that might fit is not refused
 
 
-def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool) -> None:
+def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool, longest: int) -> None:
     """SettingsError, with settings that would do, for a run that cannot fit.
 
-    GPUs that the cluster has yet to get are not known; nor is how much of several machines' memory
-    a run on CPUs may have.
+    Nothing is checked where the memory is not known: that of machines or GPUs that the cluster has
+    yet to get, or how much of several machines' memory a run on CPUs may take.
+
+    Args:
+        longest: tokens of the longest training example.
     """
+    settings = as_long_as(settings, longest)
     if on_gpu:
-        if not (settings.workers.autoscaling and not ray.cluster_resources().get("GPU")):
-            check_gpu_memory(settings, config, gpu_memory())
-    elif sum(node["Alive"] for node in ray.nodes()) == 1:
+        if (memory := gpu_memory(settings.workers.autoscaling)) is not None:
+            check_gpu_memory(settings, config, memory)
+    elif not settings.workers.autoscaling and sum(node["Alive"] for node in ray.nodes()) == 1:
         check_machine_memory(settings, config, machine_memory())
 
 
@@ -44,18 +49,18 @@ def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> Non
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
     needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
     if fits(plan, settings.workers.count, memory):
-        logger.info("the run will take about %s", needed)
+        logger.info("the run will need about %s", needed)
         return
     if plan.device_bytes * (1 - MARGIN) <= memory:
-        logger.warning("the run may not fit: it would take about %s", needed)
+        logger.warning("the run may not fit: it would need about %s", needed)
         return
     found = []
     for change in fitting(settings, config, gpu_memory=memory):
         less = plan_memory(changed(settings, change), config, on_gpu=True)
         found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
     raise SettingsError(
-        f"the run does not fit: it would take about {needed}. "
-        + (f"These settings do: {'; or '.join(found)}" if found else "It takes more GPUs")
+        f"the run does not fit: it would need about {needed}. "
+        + (f"These settings do: {'; or '.join(found)}" if found else "It needs more GPUs")
     )
 
 
@@ -65,15 +70,26 @@ def check_machine_memory(settings: Settings, config: GPTJConfig, memory: int) ->
     if needed > memory:
         raise SettingsError(
             f"the run does not fit: the weights, gradients and optimizer of "
-            f"workers.count={settings.workers.count} workers take {needed / 1e9:.1f} GB together, "
-            f"and the machine has {memory / 1e9:.1f} GB: take a smaller model, an adapter "
+            f"workers.count={settings.workers.count} workers need {needed / 1e9:.1f} GB together, "
+            f"and the machine has {memory / 1e9:.1f} GB: choose a smaller model, an adapter "
             f"(adapter={{}}), deepspeed.precision=bf16, deepspeed.stage=3, or fewer workers"
         )
 
 
-def gpu_memory() -> int:
-    """Bytes of one of the cluster's GPUs; of a worker's, as they are usually alike."""
-    found: int = ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote(), timeout=GPU_SECONDS)
+def gpu_memory(autoscaling: bool) -> int | None:
+    """Bytes of one of the cluster's GPUs, which are usually alike; None if none can be asked."""
+    if autoscaling and not ray.cluster_resources().get("GPU"):
+        return None
+    asked = ray.remote(num_gpus=1)(_gpu_memory).remote()
+    try:
+        found: int = ray.get(asked, timeout=GPU_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(asked, force=True)  # or it would take a GPU from the workers
+        logger.warning(
+            "no GPU answered within %.0f s: whether the run fits its memory is not checked",
+            GPU_SECONDS,
+        )
+        return None
     return found
 
 

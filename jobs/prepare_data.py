@@ -5,21 +5,22 @@
 
 DATA is Parquet, JSON, CSV or text (also .gz, .zst), of any size: a file, folder or pattern, local
 or s3://…, or sample://NAME, with `text`, `prompt` and `completion`, or `messages`. DESTINATION, a
-new folder that all nodes reach, gets Parquet shards of token ids, an index (counts, settings, the
-tokenizer's hash), the tokenizer and, last, a manifest; it is an address for data.train. The same
-command, submitted again, goes on where it was. The bytes do not depend on the number of workers.
+new folder that all nodes can reach, gets Parquet shards of token ids, an index (counts, settings,
+the tokenizer's hash), the tokenizer and, last, a manifest; give it to a training as data.train. The
+same command, submitted again, continues where it stopped. The bytes do not depend on the number of
+workers.
 Keys, with their defaults:
 
     tokenizer=…             the model's, or another folder with a tokenizer, s3://… or a hub id
     revision=…              of a hub id
-    chat_template=…         of messages: a file of Jinja, or the name of a ready one; default: the
-                            tokenizer's
+    chat_template=…         of messages: a Jinja file, or the name of a built-in template;
+                            default: the tokenizer's
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
-    bad_rows=refuse         or skip: rows that cannot be used are left out, and the index counts
-                            and names them
-    shard_characters=16777216   text of a shard, which is in memory at once
-    workers=…               tasks that tokenize at once; default: as many as there are CPUs for
+    bad_rows=refuse         or skip: leave out rows that cannot be used; the index counts and
+                            names them
+    shard_characters=16777216   text of a shard, all of which is in memory at once
+    workers=…               tasks that tokenize at once; default: as many as the CPUs allow
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def read_settings(words: Sequence[str]) -> Settings:
         section, _, name = key.removeprefix("data.").partition(".")
         if section == "columns" and name:
             fields["columns"][name] = value
-        elif section in Settings.model_fields and section not in ("data", "destination"):
+        elif not name and section in Settings.model_fields.keys() - {"data", "destination"}:
             fields[section] = value
         else:
             raise ValueError(f"{word}: there is no such key\n{__doc__}")
@@ -123,7 +124,7 @@ def read_settings(words: Sequence[str]) -> Settings:
 
 
 def prepare(settings: Settings) -> Index:
-    """Do what is not done yet. DataError, StorageError: for what cannot be read or written."""
+    """Do what is left to do. DataError, StorageError: for what cannot be read or written."""
     folder = absolute(settings.destination)
     address = settings.tokenizer
     if Path(address).exists():  # or else it may be a hub id
@@ -163,7 +164,7 @@ def summary(index: Index) -> str:
 def _shards(
     plan: Plan, folder: str, load: Callable[[], GPTJTokenizer], workers: int | None
 ) -> Iterator[Shard]:
-    """Each shard as it is written, in any order; Ray Data holds back readers that are too fast."""
+    """Shards as they are written, in any order; Ray Data holds back readers that are too fast."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = plan.chunk_characters  # bytes: about a chunk, to be shared out
@@ -171,8 +172,8 @@ def _shards(
     parts = ray.data.from_items(
         [{"part": part} for part in range(len(plan.parts))], override_num_blocks=len(plan.parts)
     )
-    # What waits for bytes needs less of a CPU than what tokenizes. Different needs also keep Ray
-    # Data from making one task of the two.
+    # Reading waits for bytes and needs less of a CPU than tokenizing. Different needs also keep Ray
+    # Data from fusing the two into one task.
     read = parts.map_batches(partial(_read, plan=shared), batch_size=1, num_cpus=0.5)
     written = read.map_batches(
         partial(_write, plan=shared, folder=folder, load=load),
@@ -193,8 +194,8 @@ def _shards(
         yield shard
 
 
-# What is wrong with data or storage goes on as its message in place of a chunk or shard: Ray Data
-# would bring a traceback of its own, without the error's type.
+# Errors of data or storage are passed on as messages, in place of a chunk or shard: Ray Data would
+# wrap them in a traceback of its own, without the error's type.
 
 
 def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
@@ -215,7 +216,9 @@ def _write(
     try:
         plan, tokenizer = ray.get(plan), load()
         if tokenizer_digest(tokenizer) != plan.tokenizer:
-            raise DataError("a node has another tokenizer at this address: bring it to storage")
+            raise DataError(
+                "a node has another tokenizer at this address: put it where all nodes read the same"
+            )
         for chunk in map(pickle.loads, batch["chunk"]):
             done = chunk if isinstance(chunk, str) else write_shard(plan, folder, chunk, tokenizer)
             found.append(done)

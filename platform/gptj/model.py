@@ -121,7 +121,8 @@ class GPTJModel(GPTJPreTrainedModel):
                 position_ids = borders.positions_T.view(batch, length)
         rotary = Rotary.at(self._positions(position_ids, x_BLD, past), self.config)
         if borders is not None:
-            flash = uses_flash(x_BLD, self.config.attn_pdrop if self.training else 0.0)
+            dropout = self.config.attn_pdrop if self.training else 0.0
+            flash = uses_flash(x_BLD, self.config.n_embd // self.config.n_head, dropout)
             by_length = None if flash else borders.by_length()
             mask = AttentionBias(None, True, documents=borders, by_length=by_length)
         else:

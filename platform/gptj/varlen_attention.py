@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 else:  # its import brings PyTorch's compiler, which takes a second
     varlen = Extra("torch.nn.attention.varlen", "packed documents on a GPU", "torch")
 
+FLASH_WIDTH = 256  # no head may be wider
+FLASH_CAPABILITY = (8, 0)  # a T4 (7.5) trains in fp16 without FlashAttention
+
 
 @dataclass(frozen=True)
 class DocumentBorders:
@@ -110,6 +113,10 @@ def attend_documents(
     return torch.cat(attended).index_select(0, by_length.back_T)
 
 
-def uses_flash(x: Tensor, dropout: float) -> bool:
-    """Whether FlashAttention computes this: it has neither fp32 nor dropout."""
-    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and not dropout
+def uses_flash(x: Tensor, head_width: int, dropout: float) -> bool:
+    """Whether FlashAttention computes this: in half precision, without dropout, from Ampere on."""
+    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16) or dropout:
+        return False
+    if head_width > FLASH_WIDTH or head_width % 8:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= FLASH_CAPABILITY

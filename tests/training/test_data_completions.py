@@ -7,6 +7,7 @@ import json
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -138,6 +139,19 @@ def test_a_long_prompt_loses_its_beginning_and_then_the_completion_its_end(
     assert data[0].ids.tolist() == [*prompt[-8:], *completion[:8]]
     assert data[0].learned is not None and data[0].learned.tolist() == [False] * 8 + [True] * 8
     assert cat and dog
+
+
+@pytest.mark.parametrize("packing", ["none", "concatenate", "best_fit"])
+def test_every_row_has_something_to_learn(packing: str, tokenizer: GPTJTokenizer) -> None:
+    """A step of rows without it would end the run, wherever in the run it comes."""
+    pairs = [("cat" * 90, " so"), ("", "so"), ("old" * 70, "dog" * 9)]
+    data = CausalLMData(rows(*pairs), tokenizer, 8, packing)  # type: ignore[arg-type]
+    assert all(data.count_items(data.collate([data[index]])) for index in range(len(data)))
+    assert data.learned is not None and data.tokens.dtype == np.int32
+    if packing == "concatenate":  # and nothing else is lost
+        whole = CausalLMData(rows(*pairs), tokenizer, 4096, packing)
+        assert whole.learned is not None and len(data.tokens) < len(whole.tokens)
+        assert data.learned.sum() == whole.learned.sum()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import _ntuple_diskusage as usage  # type: ignore[attr-defined]
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from gptj import storage
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
+from gptj.training import room
 from gptj.training.failures import (
     DiskFullError,
     DivergedError,
@@ -87,6 +89,36 @@ def test_a_full_disk_is_named_whoever_meets_it(small_disk: Path) -> None:
         naming_full_disk(small_disk, 2**22),
     ):
         torch.save(torch.zeros(2**20), small_disk / "shard.pt")
+
+
+def disks(monkeypatch: pytest.MonkeyPatch, *needs: tuple[str, int, int]) -> None:
+    """What each rank says of its disk: (boot, bytes needed, bytes free)."""
+
+    def gathered(found: list[object], mine: object) -> None:
+        found[:] = [[room.Need("node", boot, 7, "/tmp", *sizes)] for boot, *sizes in needs]
+
+    monkeypatch.setattr(room.dist, "get_world_size", lambda: len(needs))
+    monkeypatch.setattr(room.dist, "all_gather_object", gathered)
+
+
+def test_ranks_share_the_room_of_a_disk_but_not_of_two_machines_with_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks(monkeypatch, ("a", 60, 100), ("b", 60, 100))
+    room.check_room(tmp_path, "s3://bucket/run", 60)
+    disks(monkeypatch, ("a", 60, 100), ("a", 60, 100))
+    with pytest.raises(DiskFullError, match="on node node has no room for a checkpoint"):
+        room.check_room(tmp_path, "s3://bucket/run", 60)
+
+
+def test_a_file_system_that_tells_no_sizes_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As buckets do that are mounted."""
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage(0, 0, 0))
+    assert room._need(tmp_path / "not" / "there", 10**12).free > 10**12
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage(9, 9, 0))
+    assert room._need(tmp_path, 1).free == 0
 
 
 def test_other_errors_beside_a_disk_with_room_stay_what_they_are(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from gptj.data.rows import Row
 from gptj.training.dataset import make_data
+from gptj.training.fingerprint import CountedRows, Fingerprint
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import Progress, check_same_data
 from gptj.training.tokenizer import prepare_tokenizer
@@ -67,3 +69,15 @@ def test_only_what_is_read_counts(tmp_path: Path) -> None:
     (tmp_path / "held-out.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
     with pytest.raises(SettingsError, match=r"data\.evaluation=.*held-out\.jsonl had 1 rows"):
         check_same_data(settings, "checkpoint-3", progress, fingerprints(settings))
+
+
+def test_another_template_makes_other_data_of_chats() -> None:
+    """It may change behind its file's name, between a run and its resumption."""
+
+    def counted(column: str, template: str) -> Fingerprint:
+        rows = CountedRows([Row({column: "[]"}, "data", 1)], template)
+        assert len(list(rows)) == 1
+        return rows.fingerprint
+
+    assert counted("messages", "a") == counted("messages", "a") != counted("messages", "b")
+    assert counted("text", "a") == counted("text", "b")

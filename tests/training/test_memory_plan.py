@@ -5,19 +5,35 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray as real_ray
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.lora import add_lora
 from gptj.live_bytes import LiveBytes
+from gptj.storage.lease import Claim
 from gptj.training import memory
-from gptj.training.memory import certain_bytes, changed, fits, fitting, main, plan_memory, words
+from gptj.training.memory import (
+    as_long_as,
+    certain_bytes,
+    changed,
+    fits,
+    fitting,
+    main,
+    plan_memory,
+    words,
+)
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError
-from jobs.memory import check_gpu_memory, check_machine_memory
+from jobs import finetune
+from jobs import memory as job_memory
+from jobs.memory import check_gpu_memory, check_machine_memory, check_memory
 
 GB = 10**9
 SIX = GPTJConfig.preset("6b")
@@ -94,14 +110,14 @@ def test_a_run_that_cannot_fit_is_refused_with_settings_that_do() -> None:
         check_gpu_memory(settings, SIX, 24 * GB)
     message = str(refused.value)
     assert re.search(
-        r"it would take about \d+\.\d GB of each GPU's 24\.0 GB \(weights 3\.03, ", message
+        r"it would need about \d+\.\d GB of each GPU's 24\.0 GB \(weights 3\.03, ", message
     )
     assert "deepspeed.offload_optimizer=true" in message
     check_gpu_memory(run_of(8), SIX, 80 * GB)
     needed = plan_memory(settings, SIX, on_gpu=True).device_bytes
     check_gpu_memory(settings, SIX, int(0.9 * needed))  # which may do
     longest = run_of(1, data={"sequence_length": 2048})
-    with pytest.raises(SettingsError, match="It takes more GPUs"):
+    with pytest.raises(SettingsError, match="It needs more GPUs"):
         check_gpu_memory(longest, SIX, 2 * GB)
 
 
@@ -112,8 +128,82 @@ def test_on_a_cpu_only_what_is_certain_is_refused() -> None:
     needed = certain_bytes(settings, config)
     assert needed == pytest.approx(16 * 305e6, rel=0.02)
     check_machine_memory(settings, config, needed)
-    with pytest.raises(SettingsError, match=r"take 4\.\d GB together, and the machine has 4\.0 GB"):
+    with pytest.raises(SettingsError, match=r"need 4\.\d GB together, and the machine has 4\.0 GB"):
         check_machine_memory(settings, config, 4 * GB)
+
+
+def cluster(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **functions: Any) -> None:
+    """One node, as jobs.memory sees it."""
+    ray = {
+        "nodes": lambda: [{"Alive": True}, {"Alive": False}],
+        "cluster_resources": lambda: {"CPU": 2.0, **({"GPU": float(gpus)} if gpus else {})},
+        "remote": lambda **_: lambda function: SimpleNamespace(remote=lambda: function),
+        "cancel": lambda *_, **__: None,
+        "exceptions": real_ray.exceptions,
+        **functions,
+    }
+    monkeypatch.setattr(job_memory, "ray", SimpleNamespace(**ray))
+
+
+def test_a_machine_that_the_cluster_has_yet_to_get_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster(monkeypatch)
+    monkeypatch.setattr(job_memory, "machine_memory", lambda: GB)
+    config = GPTJConfig.preset("small")
+    for autoscaling in (True, False):
+        settings = Settings(
+            model={"preset": "small"},  # type: ignore[arg-type]
+            workers={"autoscaling": autoscaling},  # type: ignore[arg-type]
+        )
+        with nullcontext() if autoscaling else pytest.raises(SettingsError, match=r"has 1\.0 GB"):
+            check_memory(settings, config, False, 128)
+
+
+def test_gpus_that_do_not_answer_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be taken, or on a node that takes minutes to start."""
+
+    def late(asked: object, timeout: float) -> int:
+        raise real_ray.exceptions.GetTimeoutError
+
+    cancelled: list[object] = []
+    cluster(monkeypatch, 1, get=late, cancel=lambda asked, force: cancelled.append(asked))
+    check_memory(run_of(4), SIX, True, 1024)
+    assert cancelled
+    cluster(monkeypatch, 1, get=lambda asked, timeout: 24 * GB)
+    with pytest.raises(SettingsError, match="does not fit"):
+        check_memory(run_of(4), SIX, True, 1024)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "s3://b/finetune/checkpoint-00000001"])
+def test_a_run_that_has_fitted_before_goes_on(
+    checkpoint: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever is predicted."""
+    trained = []
+    cluster(monkeypatch, 4, get=lambda asked, timeout: GB)
+    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024))
+    monkeypatch.setattr(finetune, "latest_checkpoint", lambda folder: checkpoint)
+    trainer = SimpleNamespace(fit=lambda: trained.append(True))
+    monkeypatch.setattr(finetune, "build_trainer", lambda *_: trainer)
+    settings = run_of(4, storage=str(tmp_path))
+    refused = pytest.raises(SystemExit, match="the run does not fit")
+    with refused if checkpoint is None else nullcontext():
+        finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path)
+    assert bool(trained) == (checkpoint is not None)
+
+
+def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts are not padded to data.sequence_length, and take no memory for it."""
+    cluster(monkeypatch, 8, get=lambda asked, timeout: 40 * GB)
+    settings = run_of(8, micro_batch_size=64, batch_size=512, data={"sequence_length": 2048})
+    with pytest.raises(SettingsError, match="does not fit"):
+        check_memory(settings, SIX, True, 2048)
+    check_memory(settings, SIX, True, 20)
+    assert as_long_as(settings, 20).data.sequence_length == 24
+    assert as_long_as(settings, 2041) == settings
+    answering = Settings(task="question-answering", data={"stride": 40})  # type: ignore[arg-type]
+    assert as_long_as(answering, 9).data.sequence_length == 41
 
 
 def test_changes_are_said_as_on_a_command_line() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from gptj.adapters.lora import add_lora
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.packing import best_fit
 from gptj.data.rows import Row
+from gptj.varlen_attention import uses_flash
 from tests.support.packed_rows import documents_alone, loss_alone
 
 WORDS = "the cat is old and the dog is new so the house is so so and quite what it was".split()
@@ -233,6 +235,31 @@ def test_borders_that_cannot_be_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "width", "dropout", "expected"),
+    [
+        ((8, 0), 256, 0.0, True),
+        ((9, 0), 64, 0.0, True),
+        ((7, 5), 256, 0.0, False),  # a T4
+        ((8, 0), 20, 0.0, False),
+        ((8, 0), 512, 0.0, False),
+        ((8, 0), 256, 0.1, False),
+    ],
+)
+def test_flash_attention_is_for_what_it_can_compute(
+    capability: tuple[int, int],
+    width: int,
+    dropout: float,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    here: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    assert uses_flash(here, width, dropout) == expected
+    here.dtype = torch.float32
+    assert not uses_flash(here, width, dropout)
+
+
 def test_lines_of_a_play_fill_their_rows(shared_data: Path) -> None:
     lines = (shared_data / "tinyshakespeare.txt").read_text().splitlines()
     tokenizer = GPTJTokenizer.train(lines, 2048)

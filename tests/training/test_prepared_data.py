@@ -22,6 +22,7 @@ from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
 from jobs.evaluate import measure
 from jobs.evaluate import read_settings as read_evaluation
+from jobs.prepare_data import read_settings as read_preparation
 
 TEXTS = [f"{'very ' * (n % 5)}old cat {n} and new dog {n * n}" for n in range(90)]
 SMALL = 500  # characters of a shard
@@ -213,6 +214,44 @@ def test_settings_of_raw_data_are_refused_beside_prepared_ones(
         node_data(settings, load_tokenizer(settings), tmp_path)
 
 
+def test_settings_of_raw_data_are_for_the_one_of_two_that_is_raw(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
+    (tmp_path / "held-out.csv").write_text("body;n\nold cat;1\n")
+    words = ["data.columns.text=body", "data.delimiter=;"]
+    settings = settings_of(tmp_path, *words, f"data.evaluation={tmp_path / 'held-out.csv'}")
+    data = node_data(settings, load_tokenizer(settings), tmp_path)
+    assert data.evaluation is not None and len(data.evaluation) == 1
+
+
+def test_the_size_of_a_new_tokenizer_is_refused_beside_prepared_data(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
+    with pytest.raises(SettingsError, match=r"tokenizer\.vocab_size has no effect on data\.train="):
+        prepare_tokenizer(settings_of(tmp_path, "tokenizer.vocab_size=400"))
+
+
+@pytest.mark.parametrize("bad", ["no JSON", '"text"', '{"text": 3}'])
+def test_the_first_row_may_be_bad_too(bad: str, tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+    (tmp_path / "rows.jsonl").write_text(bad + '\n{"text": "good"}\n')
+    address = str(tmp_path / "rows.jsonl")
+    index = prepare(plan_of(address, tokenizer, skip=True), str(tmp_path / "prepared"), tokenizer)
+    assert (index.rows, index.skipped) == (1, 1)
+    (tmp_path / "rows.jsonl").write_text('{"other": 1}\n{"text": "good"}\n')
+    with pytest.raises(DataError, match="no column 'text'"):
+        plan_of(address, tokenizer, skip=True)
+
+
+def test_keys_of_a_training_are_not_taken_for_others() -> None:
+    """Such as tokenizer.chat_template for the tokenizer."""
+    words = ["data", "destination", "tokenizer=a", "data.columns.text=body"]
+    assert read_preparation(words).columns == {"text": "body"}
+    with pytest.raises(ValueError, match=r"^tokenizer\.chat_template=alpaca: there is no such key"):
+        read_preparation([*words, "tokenizer.chat_template=alpaca"])
+
+
 def test_other_tasks_refuse_prepared_data(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
     settings = settings_of(tmp_path, "task=classification")
@@ -239,9 +278,11 @@ def test_a_model_is_measured_on_prepared_data(tmp_path: Path, tokenizer: GPTJTok
     torch.manual_seed(0)
     config = GPTJConfig.preset("tiny", vocab_size=len(tokenizer), n_positions=64)
     GPTJForCausalLM(config).save_pretrained(str(tmp_path / "model"), tokenizer=tokenizer)
+    keys = ["device=cpu", "packing=best_fit"]
     found = [
-        measure(read_evaluation([str(tmp_path / "model"), data, "device=cpu", "packing=best_fit"]))
+        measure(read_evaluation([str(tmp_path / "model"), data, *keys, f"unigram={data}"]))
         for data in (address, folder)
     ]
     assert found[0]["tokens"] == found[1]["tokens"]
+    assert found[0]["unigram_perplexity"] == pytest.approx(found[1]["unigram_perplexity"])
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)

@@ -17,6 +17,7 @@ from gptj.training.settings import (
     extended,
     read_settings,
 )
+from gptj.training.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -208,6 +209,23 @@ def test_only_what_changes_the_result_stops_a_run_from_going_on() -> None:
         read_settings(["early_stopping=2"])
     with pytest.raises(SettingsError, match="export has no effect without data to measure with"):
         read_settings(["export=last", "data.train=/x"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_of_an_earlier_version_goes_on(task: str) -> None:
+    """Without the settings that are new, and with documents as they were packed then."""
+    words = [f"task={task}", "steps=5"]
+    before = read_settings(words).model_dump(mode="json")
+    del before["data"]["packing"], before["tokenizer"]["chat_template"]
+    del before["optimizer"]["skip_spikes"], before["optimizer"]["spike_window"]
+    now = read_settings(words).model_dump(mode="json")
+    if task == "causal-lm":
+        message = "data.packing was 'concatenate' and is now 'best_fit'"
+        assert changed(before, now) == [message]
+        now = read_settings([*words, "data.packing=concatenate"]).model_dump(mode="json")
+    assert changed(before, now) == []
+    now = read_settings([*words, "optimizer.skip_spikes=5"]).model_dump(mode="json")
+    assert "optimizer.skip_spikes was None and is now 5.0" in changed(before, now)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from gptj.training import loop, progress
 from gptj.training.failures import UnrecoverableError
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
-from gptj.training.spikes import SpikeFilter
+from gptj.training.spikes import SpikeFilter, UpdateGate
 from gptj.training.state import latest_checkpoint, upload_state
 from gptj.training.tokenizer import prepare_tokenizer
 
@@ -258,6 +260,25 @@ def test_a_lasting_change_of_level_is_a_spike_only_for_a_while() -> None:
         spikes.record(norm)
     assert skipped == 5
     assert norms == [10.0] * 10
+
+
+def test_a_scheduler_knows_the_step_that_may_be_left_out() -> None:
+    """Or else it warns that the step was replaced."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    gate = UpdateGate(SimpleNamespace(basic_optimizer=optimizer), iter([True, False]).__next__)
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            weight.grad = torch.ones(1)
+            gate.begin()
+            optimizer.step()
+            scheduler.step()
+            seen.append((gate.closed, weight.detach().item()))
+    assert seen[0][1] == seen[1][1] != 0
+    assert [closed for closed, _ in seen] == [False, True]
 
 
 def test_settings_of_what_is_not_skipped_are_refused() -> None:

@@ -37,21 +37,21 @@ class PackedRow(NamedTuple):
 
 
 class CausalLMData:
-    """Documents, each ended by eos, in rows of at most `sequence_length` tokens.
+    """Documents, each ended by eos (chats by their template), in rows of `sequence_length` tokens.
 
-    Packed by best fit, a row holds whole documents, and each is computed as if it were alone. Of a
-    longer text, parts that fill a row are documents; a longer prompt and completion lose the
-    prompt's beginning, down to half of a row, and then the completion's end. What has nothing to
-    learn, such as an empty text, is left out.
+    Packed by best fit, a row holds whole documents, and each is computed as if it were alone. A
+    longer text is split into documents that fill a row; a longer prompt and completion lose the
+    beginning of the prompt, which keeps at least half a row, and then the end of the completion.
+    What has nothing to learn, such as an empty text, is left out.
 
     Concatenated, rows are cut from the whole stream wherever they are full, and documents see those
-    before them; only the last row may be shorter.
+    before them. Only the last row may be shorter.
 
     Args:
-        rows: with the column `text`, a document each; with `prompt` and `completion`, of which
-            only the completion is learned; or with `messages`, of which the assistant's are.
-        sequence_length: tokens of an example, 2 or more.
-        packing: by best fit; concatenated; or none: a row for each document.
+        rows: with the column `text`, one document each; with `prompt` and `completion`, of which
+            only the completion is learned; or with `messages`, of which only the assistant's are.
+        sequence_length: tokens of a row at most, 2 or more.
+        packing: by best fit; concatenated; or none: one row per document.
 
     Raises:
         DataError: if a row does not fit, or there is nothing to learn.
@@ -141,6 +141,11 @@ class CausalLMData:
         self._padding = fields["padding"]
         return self
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(np.diff(self.row_ends).max())
+
     def __len__(self) -> int:
         return len(self.row_ends) - 1
 
@@ -168,9 +173,9 @@ class CausalLMData:
     def collate(self, examples: Sequence[PackedRow]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and `labels` (B, L) of int64, and perhaps `cu_seqlens`.
 
-        Padding, prompts and the first tokens of documents are no labels. `cu_seqlens` (N + 1) of
-        int32 is there where a row has several documents: where, of all rows' positions in one line,
-        each document ends; a row's padding is a document too.
+        Padding, prompts and the first tokens of documents are not labels. `cu_seqlens` (N + 1) of
+        int32 is there if any row has several documents: the borders of the documents, counted
+        through all rows; a row's padding is a document too.
         """
         batch = padded([row.ids for row in examples], self._padding, self.sequence_length)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)

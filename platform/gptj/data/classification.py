@@ -121,6 +121,11 @@ class ClassificationData:
         self._reading = fields["reading"]
         return self
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self._token_lists.longest
+
     def __len__(self) -> int:
         return len(self._token_lists)
 

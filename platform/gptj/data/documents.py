@@ -1,7 +1,7 @@
-"""Rows in, documents out: token ids, and which of them a language model learns to give.
+"""Rows in, documents out: token ids, and which of them a language model learns to predict.
 
-A row is a `text`, of which every token is learned; a `prompt` and its `completion`, of which the
-prompt is only read; or the `messages` of a chat, of which the assistant's are learned.
+A row is a `text`, all of which is learned; a `prompt` and its `completion`, of which only the
+completion is learned; or the `messages` of a chat, of which only the assistant's are.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_documents(
 
 
 def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
-    """The documents together, as many as have `tokens` tokens or just more; the last has fewer."""
+    """Groups of documents with `tokens` tokens or just over; the last may have fewer."""
     waiting: list[Document] = []
     size = 0
     for document in documents:
@@ -95,7 +95,7 @@ def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
 
 
 def messages_of(row: Row) -> list[dict[str, Any]]:
-    """A chat; as CSV has it, in JSON. DataError if it is none."""
+    """A row's chat, which CSV has as JSON. DataError if it is not a chat."""
     value = row.value("messages")
     if not row.typed:
         try:
@@ -122,7 +122,7 @@ def _texts(
 def _completions(
     rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int, on_bad: OnBadRow
 ) -> Iterator[Document]:
-    """Prompt and completion are tokenized apart, as a service does, which has only the prompt."""
+    """Prompt and completion are tokenized separately: a service, too, gets the prompt alone."""
     prompts = _encoded([row.text("prompt") for row in rows], tokenizer)
     completions = _encoded([row.text("completion") for row in rows], tokenizer)
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -138,7 +138,7 @@ def _chats(
     if template is None:
         raise DataError(
             f"{rows[0].source} has messages, and the tokenizer no chat template to render them "
-            f"with; remedy: tokenizer.chat_template=, a file of Jinja or one of {', '.join(READY)}"
+            f"with; remedy: tokenizer.chat_template=, a Jinja file or one of {', '.join(READY)}"
         )
     for row in rows:
         try:

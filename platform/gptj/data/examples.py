@@ -38,6 +38,11 @@ class TokenLists:
         ids = np.concatenate([np.empty(0, np.int32), *lists])
         return cls(ids, np.cumsum([0, *map(len, lists)]))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest list."""
+        return int(np.diff(self.ends).max())
+
     def __len__(self) -> int:
         return len(self.ends) - 1
 

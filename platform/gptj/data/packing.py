@@ -16,7 +16,7 @@ WINDOW = 2**22  # tokens that are packed together
 
 
 class Packed(NamedTuple):
-    """Rows: row i is ids[row_ends[i]:row_ends[i + 1]], and of documents likewise."""
+    """Rows: row i is ids[row_ends[i]:row_ends[i + 1]]; likewise for documents."""
 
     ids: Ids
     row_ends: Array
@@ -38,11 +38,13 @@ class Packed(NamedTuple):
 def pack(windows: Iterable[Documents], capacity: int, packing: Packing) -> Packed:
     """All documents in rows of at most `capacity` tokens; those of a window may share rows.
 
-    Parts of a text that is longer than a row are documents of their own. One of which some tokens
-    are not learned loses the beginning of what is before those that are, down to half of a row, and
-    then its end. Documents with nothing to learn beyond a first token are left out.
+    A text longer than a row is split, and its parts are documents of their own. A longer document
+    with tokens that are not learned (a prompt) loses the beginning of what comes before the first
+    learned one, of which half a row is kept, and then its end. Documents with nothing to learn
+    beyond their first token are left out.
 
-    Concatenated, the whole is cut wherever a row is full; a last row of one token is left out.
+    Concatenated, the stream is cut wherever a row is full. Rows with nothing to learn beyond their
+    first token, such as the middle of a long prompt or a last row of one token, are left out.
     """
     if packing == "concatenate":
         return _concatenated(list(windows), capacity)
@@ -55,8 +57,13 @@ def _concatenated(windows: Sequence[Documents], capacity: int) -> Packed:
     if size % capacity == 1:
         size -= 1
     ends = np.array([*range(0, size, capacity), size])
-    learned = None if whole.learned is None else whole.learned[:size]
-    return Packed(whole.ids[:size], ends, ends, learned)
+    if whole.learned is None:
+        return Packed(whole.ids[:size], ends, ends, None)
+    rows = [(a, b) for a, b in pairwise(ends.tolist()) if whole.learned[a + 1 : b].any()]
+    ends = np.cumsum([0, *(b - a for a, b in rows)])
+    ids = np.concatenate([np.empty(0, np.int32), *(whole.ids[a:b] for a, b in rows)])
+    learned = np.concatenate([np.empty(0, bool), *(whole.learned[a:b] for a, b in rows)])
+    return Packed(ids, ends, ends, learned)
 
 
 def _packed(documents: Documents, capacity: int, packing: Packing) -> Packed:
@@ -83,7 +90,7 @@ def _packed(documents: Documents, capacity: int, packing: Packing) -> Packed:
 
 
 def _pieces(documents: Documents, capacity: int) -> tuple[Array, Array, int]:
-    """Where the parts that fit a row, and teach something, start and end; how many were cut."""
+    """Starts and ends of the parts that fit a row and can be learned from; how many were cut."""
     starts: list[int] = []
     ends: list[int] = []
     cut = 0

@@ -1,9 +1,9 @@
 """Prepared data: a folder of token ids, tokenized once, in; documents out.
 
-`shard-PPPPP-CCCCC.parquet`, in the order of the rows that they are made from, have a document in
-each row: `input_ids` (list of int32) and, where not all of them are learned, `learned` (list of
-bool). `index.json` says what they hold and how they were made; the tokenizer's files lie beside
-them, and the manifest comes last.
+`shard-PPPPP-CCCCC.parquet`, in the order of their source rows, have one document per row:
+`input_ids` (list of int32) and, where not all of them are learned, `learned` (list of bool).
+`index.json` says what the shards hold and how they were made. The tokenizer's files lie beside
+them, and the manifest is written last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file holds; a chunk of bad rows alone has no file."""
+    """What one file holds; a chunk of nothing but bad rows has no file."""
 
     name: str
     rows: int
@@ -83,9 +83,9 @@ class Prepared:
 
     @classmethod
     def at(cls, address: str) -> Prepared | None:
-        """The folder at an address, if it is one of prepared data.
+        """The folder at an address, if it holds prepared data.
 
-        DataError if it is not finished.
+        DataError if its preparation is not finished.
         """
         if address.startswith(SAMPLE) or "*" in address:
             return None
@@ -96,7 +96,7 @@ class Prepared:
         if manifest is None and storage.exists(storage.join(address, UNFINISHED, PLAN)):
             raise DataError(
                 f"{address} is not finished: it has no {MANIFEST}; remedy: submit "
-                f"jobs/prepare_data.py again, which goes on where it was"
+                f"jobs/prepare_data.py again, which continues where it stopped"
             )
         if manifest is None or INDEX not in manifest.files:
             return None
@@ -104,7 +104,7 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that a training reads here: shards and their order."""
+        """SHA-256 of all that a training reads here: the shards in their order."""
         shards = "".join(f"{shard.name} {shard.sha256}\n" for shard in self.index.shards)
         return hashlib.sha256(shards.encode()).hexdigest()
 
@@ -153,7 +153,7 @@ PLAN = "plan.json"
 
 
 def tokenizer_digest(tokenizer: GPTJTokenizer) -> str:
-    """SHA-256 of how text becomes ids, whatever pads them."""
+    """SHA-256 of what turns text into ids; padding does not count."""
     digest = hashlib.sha256(tokenizer.files()["tokenizer.json"])
     digest.update(f"eos {tokenizer.eos_token_id}".encode())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Raw rows in, a folder of prepared data (gptj.data.prepared) out, in steps that run in parallel.
 
-A plan groups files into parts; each part is read as chunks of rows, and each chunk becomes a shard.
-What a shard holds follows from the files and the plan alone, whoever writes it. A shard's record is
-written after it, so that a preparation that was interrupted leaves out what is done.
+A plan groups files into parts; each part is read in chunks of rows, and each chunk becomes a shard.
+A shard's content follows from the files and the plan alone, whoever writes it. Its record is
+written after it, so a preparation that was interrupted skips what is done.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import SAMPLE
 from gptj.tokenizer import GPTJTokenizer
 
-PART_BYTES = 64 * 2**20  # of small files, that are read together
+PART_BYTES = 64 * 2**20  # of small files that are read together
 CHUNK_CHARACTERS = 16 * 2**20  # of the rows of a shard: about four million tokens
 MOST_NAMED = 100  # bad rows that the index names
 
@@ -68,7 +68,9 @@ class Plan:
         chunk_characters: int = CHUNK_CHARACTERS,
     ) -> Plan:
         """DataError, StorageError: if the address has nothing that can be read."""
-        columns = find_columns(address, tuple(ROW_KINDS), names, delimiter=delimiter)
+        columns = find_columns(
+            address, tuple(ROW_KINDS), names, delimiter=delimiter, skip_bad=bad_rows == "skip"
+        )
         files = data_files(address)
         sizes = tuple(0 if file.startswith(SAMPLE) else storage.size(file) for file in files)
         parts: list[list[str]] = []
@@ -98,7 +100,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a part, and what was wrong with those that are left out."""
+    """Consecutive rows of a part, and what was wrong with those left out."""
 
     part: int
     number: int  # in the part
@@ -122,7 +124,7 @@ class Chunk:
 def tokenizer_at(
     address: str, revision: str | None = None, chat_template: str | None = None
 ) -> GPTJTokenizer:
-    """Loaded once by each process that tokenizes; perhaps with another chat template's source."""
+    """Loaded once per process; with the given source as its chat template, if there is one."""
     tokenizer = GPTJTokenizer.from_pretrained(address, revision=revision)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -130,10 +132,10 @@ def tokenizer_at(
 
 
 def begin(plan: Plan, folder: str) -> Index | None:
-    """Mark a new folder as this plan's; if it is finished already, what it holds.
+    """Mark a new folder as this plan's, or return its index if it is finished already.
 
     Raises:
-        DataError: if it is of another plan, or has other files.
+        DataError: if the folder belongs to another plan, or has other files.
     """
     finished = None
     if storage.exists(storage.join(folder, MANIFEST)):
@@ -161,7 +163,7 @@ def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
 
 
 def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
-    """A part's rows, of which memory holds a chunk. DataError for a bad row, unless skipped."""
+    """A part's rows, one chunk in memory at a time. DataError for a bad row, unless skipped."""
     number = size = 0
     rows: list[Row] = []
     bad: list[str] = []
@@ -184,12 +186,12 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
 
 
 def _length(value: Any) -> int:
-    """Of a text, or of another value as JSON; what is no text is found later."""
+    """In characters; of anything but text as JSON. Whether it must be text is checked later."""
     return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
 
 
 def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer) -> Shard:
-    """Tokenize a chunk and write its shard, unless that is done."""
+    """Tokenize a chunk and write its shard, unless that is done already."""
     record = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
     digest = chunk.digest
     try:

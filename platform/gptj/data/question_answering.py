@@ -398,6 +398,11 @@ class QuestionAnsweringData:
         self._questions = arrays["questions"]
         return self
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return self._token_lists.longest
+
     def __len__(self) -> int:
         return len(self._token_lists)
 

@@ -82,12 +82,14 @@ def find_columns(
     columns: Mapping[str, str] | None = None,
     *,
     delimiter: str | None = None,
+    skip_bad: bool = False,
 ) -> tuple[str, ...]:
     """The columns of the rows at an address: those of the one kind of rows that the first row fits.
 
     Args:
         kinds: the columns of each kind of rows, by our names.
         columns, delimiter: as of read_rows; a kind must have all columns that are given a name.
+        skip_bad: go by the first row that can be read.
 
     Raises:
         DataError: if the first row fits no kind, or several; or as read_rows.
@@ -98,9 +100,10 @@ def find_columns(
     if len(kinds) == 1:
         return kinds[0]
     fitting, missing = [], []
+    on_bad = _refuse_missing if skip_bad else refuse_row
     for kind in kinds:
         try:
-            next(read_rows(address, kind, columns, delimiter=delimiter))
+            next(read_rows(address, kind, columns, delimiter=delimiter, on_bad=on_bad))
             fitting.append(kind)
         except MissingColumnError as error:
             missing.append(error)
@@ -134,6 +137,12 @@ def _rows(
         yield Row(renamed, source, number, names, typed)
     if source is None:
         raise NoRowsError(f"{address} has no rows")
+
+
+def _refuse_missing(error: DataError) -> None:
+    """Let other rows pass than those that lack a column."""
+    if isinstance(error, MissingColumnError):
+        raise error
 
 
 def _missing(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
-from gptj.data.prepared import Prepared
+from gptj.data.prepared import Prepared, template_digest
 from gptj.data.rows import Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.data.split import split_rows
@@ -131,19 +131,20 @@ def _read(
         check_prepared(settings, address)
         data = task.read_prepared(prepared, tokenizer, settings.data)
         return data, Fingerprint(prepared.index.rows, prepared.digest)
-    rows = CountedRows(task_rows(settings, address, evaluation=evaluation))
+    rows = CountedRows(
+        task_rows(settings, address, evaluation=evaluation), template_digest(tokenizer)
+    )
     data = task.read(rows, tokenizer, settings.data, labels)
     return data, rows.fingerprint
 
 
 def check_prepared(settings: Settings, address: str) -> None:
-    """SettingsError for settings that say how raw data are read."""
+    """SettingsError for settings that say how raw data are read, where none are."""
     data = settings.data
-    given = {
-        "columns": data.columns,
-        "delimiter": data.delimiter,
-        "evaluation_split": data.evaluation_split,
-    }
+    given: dict[str, object] = {"evaluation_split": data.evaluation_split}
+    addresses = {settings.train_data, settings.evaluation_data} - {None, address}
+    if all(Prepared.at(each) is not None for each in addresses if each is not None):
+        given |= {"columns": data.columns, "delimiter": data.delimiter}
     if wrong := [f"data.{name}" for name, value in given.items() if value]:
         raise SettingsError(
             f"{address} is prepared, and {', '.join(wrong)} says how raw data are read: leave it "

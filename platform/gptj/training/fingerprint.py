@@ -26,15 +26,22 @@ class Fingerprint:
 
 
 class CountedRows:
-    """Rows on their way to a data set, which is to read them all: then `fingerprint` is theirs."""
+    """Rows on their way to a data set, which is to read them all: then `fingerprint` is theirs.
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    Args:
+        template: a digest of what renders chats; it counts if the rows are chats.
+    """
+
+    def __init__(self, rows: Iterable[Row], template: str = "") -> None:
         self._rows = rows
+        self._template = template
         self._digest = hashlib.sha256()
         self._count = 0
 
     def __iter__(self) -> Iterator[Row]:
         for row in self._rows:
+            if not self._count and "messages" in row.values:
+                self._digest.update(self._template.encode())
             values = list(row.values.values())  # of the columns that were asked for, in that order
             # Values that are not JSON's, such as dates, by their text.
             self._digest.update(json.dumps(values, sort_keys=True, default=str).encode())

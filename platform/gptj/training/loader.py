@@ -1,8 +1,8 @@
-"""The batches of a run, one step ahead: while a step is computed, the next one's are made.
+"""The batches of a run, prepared one step ahead: while one step computes, the next is collated.
 
-What a step gets follows from its number alone (gptj.data.batches), so that a run that resumes goes
-on with what it would have had. A thread collates: it reads memory-mapped ids and copies them, and
-what it costs a step is how long the step waits for it.
+A step's batches follow from its number alone (gptj.data.batches), so a run that resumes sees what
+it would have seen. A thread collates, by copying from memory-mapped ids; a step pays only for the
+time that it waits.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class StepBatches(NamedTuple):
 
 
 class Loader:
-    """This rank's batches of a step after the other, for the length of a `with`.
+    """This rank's batches, step by step, for the length of a `with`.
 
     Args:
-        first: the step to begin with, from 0 on.
-        last: no step from this one on is made ahead.
+        first: the first step, from 0 on.
+        last: the step to stop before.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
 
     def next(self) -> tuple[StepBatches, float]:
-        """The next step's batches, and the seconds that they were waited for.
+        """The next step's batches, and the seconds spent waiting for them.
 
-        Raises what collating has raised.
+        Raises whatever collating raised.
         """
         started = time.monotonic()
         assert self._next is not None, "there are no more steps"

@@ -141,7 +141,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
             run.load(engine, checkpoint)
             if worker.rank == 0:
                 logger.info("resuming after step %d of %d", progress.step, total)
-        run.check_room(engine.module)
+        if progress.step < total:
+            run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
         run.export(engine.module, tokenizer, metrics)
     return metrics
@@ -180,7 +181,7 @@ class _Run:
             load_state(engine, checkpoint, Path(folder), worker.rank, worker.world_size)
 
     def check_room(self, model: GPTJPreTrainedModel) -> None:
-        """DiskFullError, on all ranks, if one's disk has no room for its part of a checkpoint."""
+        """DiskFullError, on all ranks, if one lacks the room for its part of a checkpoint."""
         worker = self.worker
         part = checkpoint_bytes(self.settings, model, worker.rank, worker.world_size)
         self._part_bytes = part
@@ -405,7 +406,7 @@ class _Run:
         return math.nan if norm < 0 else norm  # DeepSpeed's word for it is -1
 
     def _skipping_spikes(self, engine: Any) -> UpdateGate:
-        """Keep the optimizer from batches whose gradient norm is far above the usual."""
+        """A gate that keeps batches with far too large a gradient norm from the optimizer."""
         optimizer, progress = self.settings.optimizer, self.progress
         assert optimizer.skip_spikes is not None
         spikes = SpikeFilter(progress.norms, optimizer.skip_spikes, optimizer.spike_window)
@@ -430,9 +431,9 @@ class _Run:
         return UpdateGate(engine, is_usual)
 
     def _count_overflow(self, engine: Any) -> None:
-        """DeepSpeed has skipped the step, and lowered the loss scale.
+        """Count a step that DeepSpeed skipped, lowering the loss scale.
 
-        DivergedError if that has been so for too many steps in a row.
+        DivergedError after too many of them in a row.
         """
         progress, limit = self.progress, self.settings.deepspeed.max_overflows
         progress.overflows += 1

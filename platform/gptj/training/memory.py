@@ -1,13 +1,13 @@
-"""What a training run needs of each GPU's memory and of the host's, by part, before it begins.
+"""How much memory of each GPU and of the host a training run will need, by part.
 
     python -m gptj.training.memory --gpus 4 --gpu-memory 24 [--model 6b|small|tiny|ADDRESS]
                                    [SETTINGS.yaml] [key=value …]
 
-Prints the parts, and settings with which the run fits where it does not. `--gpu-memory` and
-`--host-memory` (of a node, 8 GPUs at most) are in GB; without the first the run is one on CPUs.
+Prints the parts and, if the run does not fit, settings with which it would. `--gpu-memory` and
+`--host-memory` (of a node with up to 8 GPUs) are in GB; without the first, the run is on CPUs.
 
-What DeepSpeed keeps is computed from the number of weights; activations are counted, by running
-blocks of the model on PyTorch's meta device, which has shapes and no numbers.
+What DeepSpeed keeps is computed from the number of weights; activations are counted by running
+blocks of the model on PyTorch's meta device, whose tensors have shapes and no numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gptj.adapters.lora import NEW_HEADS, add_lora
 from gptj.config import PRESETS, GPTJConfig
+from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET
@@ -132,9 +133,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
 
 
 def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
-    """What all workers together hold for the whole run, wherever: weights, Adam's state, gradients.
+    """What all workers together hold throughout, wherever: weights, Adam's state, gradients.
 
-    Less than they need, so that a machine with less cannot do.
+    They need more than this, so a machine with less memory cannot run them.
     """
     spread, workers = settings.deepspeed, settings.workers.count
     width = WIDTHS[spread.precision]
@@ -154,7 +155,7 @@ def fitting(
     host_memory: float | None = None,
     limit: int = 3,
 ) -> list[dict[str, Any]]:
-    """Changes of settings, as {key: value}, with which a run fits; those that cost least first.
+    """Changes of settings, as {key: value}, with which a run fits; the cheapest first.
 
     Args:
         gpu_memory: of each GPU, in bytes.
@@ -172,8 +173,18 @@ def fitting(
     return found
 
 
+def as_long_as(settings: Settings, longest: int) -> Settings:
+    """For data whose longest example has so many tokens: batches are padded to no more."""
+    length = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    if settings.task == "question-answering":  # whose windows must be longer than they share
+        length = max(length, settings.data.stride + 1)
+    if length >= settings.data.sequence_length:
+        return settings
+    return changed(settings, {"data.sequence_length": length})
+
+
 def fits(plan: MemoryPlan, gpus: int, gpu_memory: float, host_memory: float | None = None) -> bool:
-    """Whether it does, with SPARE of the GPU's memory left; nodes have up to NODE_GPUS."""
+    """Whether a run fits, with SPARE of the GPU's memory left; nodes have up to NODE_GPUS."""
     local = min(gpus, NODE_GPUS)
     roomy = host_memory is None or plan.host_bytes * local <= host_memory
     return roomy and plan.device_bytes <= gpu_memory * (1 - SPARE)
@@ -198,7 +209,7 @@ def words(change: Mapping[str, Any]) -> str:
 
 
 def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
-    """All that may save memory, by what it costs: time, the host's memory, and then quality."""
+    """All that may save memory, ordered by cost: time, the host's memory, and then quality."""
     sizes = [settings.micro_batch_size]
     while sizes[-1] > 1 and sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)

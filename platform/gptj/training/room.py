@@ -1,7 +1,7 @@
-"""Whether checkpoints find room on the workers' disks: asked before the first step.
+"""Whether the workers' disks have room for checkpoints: checked before the first step.
 
-A rank writes its part of a checkpoint into its scratch folder, and from there to where the run is
-stored. Ranks of one node share a disk.
+A rank writes its part of a checkpoint to its scratch folder and copies it from there to where the
+run is stored. Ranks on one node share a disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ from gptj.training.settings import Settings
 MASTER_BYTES = 4  # of a weight in fp32
 MOMENT_BYTES = 8  # of Adam's two moments of a weight
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-SPARE_BYTES = 32 * 2**20  # names, random states, TensorBoard's files, the curve
+SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one rank writes to a disk at a time."""
+    """What one rank writes to one disk for a checkpoint."""
 
     node: str
+    boot: str  # the id of its kernel's boot: several machines may share a name
     disk: int  # which of the node's
     folder: str
     bytes: int
@@ -38,9 +40,9 @@ class Need:
 
 
 def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size: int) -> int:
-    """The size of a rank's part of a checkpoint, up to what `SPARE_BYTES` holds.
+    """The size of a rank's part of a checkpoint, to within `SPARE_BYTES`.
 
-    Of what is trained: DeepSpeed saves no frozen weights here.
+    Only what is trained counts: frozen weights are not saved.
     """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     precision, stage = settings.deepspeed.precision, settings.deepspeed.stage
@@ -54,11 +56,11 @@ def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size
 
 
 def check_room(scratch: Path, results: str, needed: int) -> None:
-    """That a checkpoint's parts find room on the disks of all ranks, which call it together.
+    """Check that the disks of all ranks have room for a checkpoint; all ranks call it together.
 
     Args:
         scratch: this rank's folder for temporary files.
-        results: where the run is stored; if it is local, the parts are copied there.
+        results: where the run is stored; if that is local, the parts are copied there.
         needed: bytes of this rank's part.
 
     Raises:
@@ -69,10 +71,10 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
         mine.append(_need(Path(results), needed + SPARE_BYTES))
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    disks: dict[tuple[str, int], list[Need]] = {}
+    disks: dict[tuple[str, str, int], list[Need]] = {}
     for need in [need for each in found for need in each]:
-        disks.setdefault((need.node, need.disk), []).append(need)
-    for (node, _), needs in disks.items():
+        disks.setdefault((need.node, need.boot, need.disk), []).append(need)
+    for (node, _, _), needs in disks.items():
         total, free = sum(each.bytes for each in needs), min(each.free for each in needs)
         if total > free:
             folders = " and ".join(dict.fromkeys(each.folder for each in needs))
@@ -84,8 +86,17 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
 
 
 def _need(folder: Path, size: int) -> Need:
-    """For a folder that may not be there yet."""
+    """For a folder that may not exist yet."""
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    return Need(socket.gethostname(), os.stat(folder).st_dev, str(folder), size, free)
+    usage = shutil.disk_usage(folder)
+    # File systems that do not know their size, such as some mounted buckets, report 0.
+    free = usage.free if usage.total else sys.maxsize
+    return Need(socket.gethostname(), _boot(), os.stat(folder).st_dev, str(folder), size, free)
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:  # not Linux
+        return ""

@@ -224,6 +224,13 @@ CHANGEABLE = frozenset(
     }
 )
 EXTENDABLE = ("steps", "epochs")  # may be raised
+# What runs of earlier versions, which did not have these settings, did.
+ADDED: Mapping[str, Any] = {
+    "data.packing": "concatenate",
+    "tokenizer.chat_template": "",
+    "optimizer.skip_spikes": None,
+    "optimizer.spike_window": 100,
+}
 MAY_CHANGE = (
     f"A run that resumes may change {', '.join(sorted(CHANGEABLE - {'run', 'storage'}))}, and "
     f"raise {' or '.join(EXTENDABLE)}"
@@ -267,13 +274,20 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     More steps or epochs extend a run, see `extended`.
     """
-    old, new = _flat(before), _flat(now)
-    keys = sorted((old.keys() | new.keys()) - CHANGEABLE - extended(before, now))
+    old, new = {**ADDED, **_flat(before)}, _flat(now)
+    ignored = {f"data.{key}" for key in _foreign(before) & _foreign(now)}
+    keys = sorted((old.keys() | new.keys()) - CHANGEABLE - extended(before, now) - ignored)
     return [
         f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
         for key in keys
         if old.get(key) != new.get(key)
     ]
+
+
+def _foreign(fields: Mapping[str, Any]) -> set[str]:
+    """Keys of `data` that mean nothing to a run's task."""
+    own = TASKS[fields["task"]].own_settings
+    return {key for task in TASKS.values() for key in task.own_settings if key not in own}
 
 
 def extended(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:

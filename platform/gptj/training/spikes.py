@@ -1,7 +1,8 @@
-"""Batches that would throw a training off: told by their gradient norm, and not learned from."""
+"""Loss spikes: batches that would throw a training off, found by their gradient norm; skipped."""
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -9,15 +10,15 @@ from typing import Any
 
 
 class SpikeFilter:
-    """Tells a gradient norm that is far above the usual.
+    """Detects gradient norms far above the usual.
 
-    Norms of skipped batches count as well: after a lasting change of level half a window of
-    batches is lost, and not all the rest.
+    Norms of skipped batches count too: a lasting change of level costs half a window of batches,
+    and not all that follow.
 
     Args:
-        norms: of the last batches, oldest first; it is kept up to date.
-        factor: a norm above so many times the median is a spike.
-        window: norms that the median is of; nothing is a spike before there is a tenth of them.
+        norms: of the last batches, oldest first; kept up to date.
+        factor: a norm above this many times the median is a spike.
+        window: how many norms the median covers; nothing is a spike before there is a tenth.
     """
 
     def __init__(self, norms: list[float], factor: float, window: int) -> None:
@@ -34,17 +35,17 @@ class SpikeFilter:
         return enough and norm > self._factor * self.median
 
     def record(self, norm: float) -> None:
-        """Norms that are not finite do not count: they end the run."""
+        """Add a norm, unless it is not finite: such a norm ends the run."""
         if math.isfinite(norm):
             self._norms.append(norm)
             del self._norms[: -self._window]
 
 
 class UpdateGate:
-    """Lets DeepSpeed take a step without an update: weights, masters and moments stay.
+    """Lets DeepSpeed take a step without an update: weights, masters and moments stay as they are.
 
-    DeepSpeed computes the norm within its step, and then calls the optimizer that it wraps, at
-    stage 3 several times; that call is what is left out.
+    DeepSpeed computes the norm within its step, and then calls the optimizer that it wraps (at
+    stage 3 several times); the gate leaves out that call.
 
     Args:
         engine: DeepSpeed's, initialised.
@@ -56,6 +57,7 @@ class UpdateGate:
         update = optimizer.step
         self._open: bool | None = None
 
+        @functools.wraps(update)  # with the mark by which a scheduler knows it
         def step(*arguments: Any, **options: Any) -> Any:
             if self._open is None:
                 self._open = is_open()
@@ -65,9 +67,9 @@ class UpdateGate:
 
     @property
     def closed(self) -> bool:
-        """Whether the last step's update was left out."""
+        """Whether the last update was left out."""
         return self._open is False
 
     def begin(self) -> None:
-        """Another step comes."""
+        """Begin another step."""
         self._open = None

@@ -22,7 +22,14 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
     Raises:
         storage.StorageError, gptj.data.sources.DataError: if the training data cannot be read.
     """
-    if settings.model.checkpoint or settings.tokenizer.address or _is_prepared(settings):
+    if settings.model.checkpoint or settings.tokenizer.address:
+        return load_tokenizer(settings)
+    if _is_prepared(settings):
+        if "vocab_size" in settings.tokenizer.model_fields_set:
+            raise SettingsError(
+                f"tokenizer.vocab_size has no effect on data.train={settings.train_data}, which "
+                f"is prepared and has a tokenizer beside it: leave it out"
+            )
         return load_tokenizer(settings)
     folder = storage.join(settings.folder, "tokenizer")
     if latest_checkpoint(settings.folder) is None:

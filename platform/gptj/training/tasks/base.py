@@ -28,6 +28,10 @@ class Data(Protocol):
     def labels(self) -> LabelSet | None:
         """What a classifier tells apart; None for other tasks."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
