@@ -69,7 +69,11 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     """One in a folder as a clone is after `make environment`, with somebody's data in it."""
     (tmp_path / ".venv").symlink_to(ENVIRONMENT)
     train, held_out = list(samples.reviews(False)), list(samples.reviews(True))
-    for name, rows in (("reviews", train), ("held_out", held_out[:50]), ("more", train[:160])):
+    for name, rows in (
+        ("reviews", train[:1000]),
+        ("held_out", held_out[:50]),
+        ("more", train[:160]),
+    ):
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file, delimiter=";")
             writer.writerow(["text", "label"])
@@ -94,6 +98,7 @@ def training_workers(folder: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.timeout(1200)  # three trainings, and some twenty programs that start
 def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal: Terminal, tmp_path: Path
 ) -> None:
