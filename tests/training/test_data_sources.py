@@ -167,7 +167,7 @@ def test_an_error_names_the_column_as_the_file_does(tmp_path: Path) -> None:
         ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "d.jsonl, row 2: is not UTF-8"),
         ("e.txt", b"\xff\xfea\x00", "e.txt, after row 0.*utf-8"),
         ("f.parquet", b"PAR1 not really", "f.parquet, after row 0: cannot be read"),
-        ("g.csv", b"text,label\na,1\nb,2,3\n", "g.csv, row 2: has 3 cells and the header 2"),
+        ("g.csv", b"text,label\na,1\nb,2,3\n", "g.csv, row 2: has 3 cells and the first line 2"),
         ("h.csv", b"", "h.csv is empty: it has no header"),
         ("i.jsonl", b"\n\n", "i.jsonl has no rows"),
         ("j.csv", b"text,label\n", "j.csv has no rows"),
@@ -379,6 +379,31 @@ def test_a_csvs_delimiter_is_found_or_set(delimiter: str, tmp_path: Path) -> Non
         read_rows(str(write(ROWS, tmp_path / "a.jsonl")), LABELLED, delimiter="x")
 
 
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_a_csv_without_a_header_is_read_by_position(delimiter: str, tmp_path: Path) -> None:
+    """AG News's own files: the class from 1 to 4, the title, the description."""
+    rows = [["3", "Wall St. Bears", "Short-sellers, again"], ["1", "x", "_c0 of y"]]
+    lines = [delimiter.join(f'"{cell}"' for cell in row) for row in rows]
+    path = csv_file(tmp_path, "\n".join(lines) + "\n")
+    columns = {"text": "_c2", "label": "_c0"}
+    found = list(read_rows(str(path), LABELLED, columns))
+    assert [row.values for row in found] == [{"text": row[2], "label": row[0]} for row in rows]
+    assert [row.number for row in found] == [1, 2]
+    with pytest.raises(
+        DataError, match=r"no column '_c3' \(for label\); there are '_c0', '_c1', '_c2'"
+    ):
+        list(read_rows(str(path), LABELLED, {"text": "_c2", "label": "_c3"}))
+    with pytest.raises(DataError, match=r"row 2: has 1 cells and the first line 3"):
+        path.write_text(lines[0] + "\nalone\n")
+        list(read_rows(str(path), LABELLED, columns))
+
+
+def test_a_header_may_have_names_like_positions(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "_c1,_c0\na,b\n")
+    found = values(path, columns={"text": "_c0", "label": "_c1"}, needed=LABELLED)
+    assert found == [{"text": "b", "label": "a"}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -388,7 +413,7 @@ def test_a_csvs_delimiter_is_found_or_set(delimiter: str, tmp_path: Path) -> Non
         ('text,label\na,b\n"a" b,c\n', "data.csv, row 2: ',' expected after '\"'; remedy: quote"),
         (b"text,label\na,b\nb\xff,c\n", "data.csv, row 2, column 'text': is not UTF-8"),
         ("text\n".encode("utf-16"), "data.csv is not UTF-8.*remedy: save it as UTF-8"),
-        ("text,label\na\n", "data.csv, row 1: has 1 cells and the header 2"),
+        ("text,label\na\n", "data.csv, row 1: has 1 cells and the first line 2"),
         ("\n\n", "data.csv is empty"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import IO
@@ -20,6 +21,7 @@ from gptj.data.records import (
 from gptj.data.rows import shown
 
 DELIMITERS = (",", ";", "\t", "|")  # that are looked for
+POSITION = re.compile(r"_c(0|[1-9][0-9]*)")  # a column of a file without a header, as in Spark
 LARGEST_CELL = 2**28  # characters; an open quotation mark would make the whole file one cell
 
 
@@ -30,6 +32,9 @@ def read_csv(
     on_bad: OnBadRecord = refuse,
 ) -> Iterator[Record]:
     """The wanted columns of each record, numbered without the header.
+
+    If all wanted columns are positions (_c0, _c1, …), and the first line does not have these names,
+    the file has no header, and its first line is a record.
 
     Args:
         delimiter: None finds it: the first of DELIMITERS that gives a header with all wanted
@@ -48,12 +53,16 @@ def _records(
     head: list[str] = []  # the lines that were read to find the header
     if delimiter is None:
         delimiter = _delimiter(head, text, wanted)
-    names = _header(head, text, delimiter)
-    hint = f" (the first line, at the delimiter {delimiter!r}; data.delimiter= sets another)"
+    first = _first(head, text, delimiter)
+    names = _names(first, wanted)
+    hint = (
+        f" (the first line, at the delimiter {delimiter!r}; data.delimiter= sets another; without "
+        f"a header the columns are _c0, _c1, …)"
+    )
     check_header(names, wanted, hint)
     places = [(name, names.index(name)) for name in wanted]
     reader = csv.reader(chain(head, text), delimiter=delimiter, strict=True)
-    number = -1  # the header
+    number = -1 if names is first else 0  # the header's
     while True:
         try:
             cells = next(reader, None)
@@ -66,7 +75,7 @@ def _records(
         if not cells:  # an empty line
             continue
         number += 1
-        if number == 0:
+        if number == 0:  # the header
             continue
         try:
             values = _values(cells, number, names, places, delimiter)
@@ -83,11 +92,11 @@ def _values(
     places: Sequence[tuple[str, int]],
     delimiter: str,
 ) -> dict[str, str]:
-    """A record's wanted cells; BadRecordError if it has not as many as the header, or no text."""
+    """A record's wanted cells; BadRecordError if there are not as many as in the first line."""
     if len(cells) != len(names):
         raise BadRecordError(
             number,
-            f"has {len(cells)} cells and the header {len(names)}, at the delimiter "
+            f"has {len(cells)} cells and the first line {len(names)}, at the delimiter "
             f"{delimiter!r}; remedy: quote cells that contain it",
         )
     values = {name: cells[place] for name, place in places}
@@ -100,17 +109,25 @@ def _values(
 
 
 def _delimiter(head: list[str], text: io.TextIOWrapper, wanted: Sequence[str]) -> str:
-    """That whose header has all wanted columns, or else the most columns."""
+    """The first that gives all wanted columns, or else the most columns."""
     found: dict[str, int] = {}
     for delimiter in DELIMITERS:
-        names = _header(head, text, delimiter)
+        names = _names(_first(head, text, delimiter), wanted)
         if all(name in names for name in wanted):
             return delimiter
         found[delimiter] = len(names)
     return max(found, key=lambda delimiter: found[delimiter])
 
 
-def _header(head: list[str], text: io.TextIOWrapper, delimiter: str) -> list[str]:
+def _names(first: list[str], wanted: Sequence[str]) -> list[str]:
+    """The columns' names: the first line's cells, or their positions if there is no header."""
+    positions = wanted and all(POSITION.fullmatch(name) for name in wanted)
+    if not positions or all(name in first for name in wanted):
+        return first
+    return [f"_c{position}" for position in range(len(first))]
+
+
+def _first(head: list[str], text: io.TextIOWrapper, delimiter: str) -> list[str]:
     """The first record's cells; the lines that were read for it are kept in `head`."""
 
     def lines() -> Iterator[str]:
