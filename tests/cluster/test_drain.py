@@ -102,25 +102,20 @@ def test_a_nodes_last_requests_are_answered_and_new_ones_elsewhere(service: Serv
 def _ask(url: str, ended: threading.Event) -> list[str]:
     """The nodes that answered, one request after another; each must be answered.
 
-    The nodes of this cluster share one address, so their proxies share one port. Connections that
-    the kernel had given to the drained node's proxy, and that it had not accepted when it ended,
-    are reset: nothing had been read from them. Pods have addresses of their own.
+    The nodes of this cluster share one address, so their proxies share one port. Of the connections
+    that the kernel has given to the drained node's proxy, one or two may be closed when it ends,
+    before it reads from them. Pods have addresses of their own, which leave the service first.
     """
     nodes = []
+    closed = 0
     while not ended.is_set():
         try:
             reply = httpx.get(url, timeout=30)
-        except httpx.ReadError as error:
-            if not _was_reset(error):
-                raise
+        except (httpx.ReadError, httpx.RemoteProtocolError) as error:
+            closed += 1
+            assert closed <= 2, error
             continue
         assert reply.status_code == 200, reply.text
         nodes.append(reply.text)
         time.sleep(0.1)
     return nodes
-
-
-def _was_reset(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, ConnectionResetError):
-        error = error.__cause__ or error.__context__
-    return error is not None

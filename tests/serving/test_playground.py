@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -261,25 +262,32 @@ def test_an_error_is_shown_at_its_field(open_page: Open) -> None:
 
 @contextmanager
 def full(service: str) -> Iterator[None]:
-    """/guarded with a stream in work and one that waits, which is all that it has room for."""
+    """/guarded with a stream in work and one that waits, which is all that it has room for.
+
+    Whenever one ends, another follows: a page on a busy machine takes its time.
+    """
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     url = f"{service}/guarded/v1/completions"
+    ended = threading.Event()
     with httpx.Client(headers=headers, timeout=30) as client:
+
+        def keep_asking() -> None:
+            while not ended.is_set():
+                try:
+                    refused = client.post(url, json=body).status_code == 429
+                except httpx.HTTPError:
+                    return  # the client was closed, as it should be
+                if refused:
+                    time.sleep(0.05)
+
         with client.stream("POST", url, json=body) as first:
             lines = first.iter_lines()  # by a name, since its end would be the stream's
             assert next(lines).startswith("data: ")
-            waiting = client.build_request("POST", url, json=body)
-
-            def wait() -> None:
-                try:
-                    client.send(waiting)
-                except httpx.HTTPError:
-                    return  # the client was closed, as it should be
-
-            thread = threading.Thread(target=wait, daemon=True)
-            thread.start()
+            for _ in range(2):
+                threading.Thread(target=keep_asking, daemon=True).start()
             yield
+            ended.set()
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_alone(open_page: Open) -> None:
