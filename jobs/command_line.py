@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from gptj.storage.addresses import AddressError, local_path, normalized
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def help_if_asked(words: Sequence[str], text: str | None) -> None:
@@ -15,6 +20,16 @@ def help_if_asked(words: Sequence[str], text: str | None) -> None:
     if "--help" in words or "-h" in words:
         print((text or "").strip())
         sys.exit(0)
+
+
+def checked(cls: type[Settings], fields: Mapping[str, Any]) -> Settings:
+    """The settings; ValueError naming each wrong key, its value and what is wrong with it."""
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
+        ) from error
 
 
 def address(text: str) -> str:

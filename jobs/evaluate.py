@@ -41,7 +41,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
 from yaml import YAMLError
 
@@ -61,7 +61,7 @@ from gptj.training.evaluation import collect
 from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
-from jobs.command_line import help_if_asked
+from jobs.command_line import checked, help_if_asked
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
@@ -121,12 +121,7 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields[key] = _parsed(word, text) if is_yaml else text
         else:
             raise ValueError(f"{word}: there is no such key\n{__doc__}")
-    try:
-        return Settings(**fields)
-    except ValidationError as error:
-        raise ValueError(
-            "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
-        ) from error
+    return checked(Settings, fields)
 
 
 def _parsed(word: str, text: str) -> Any:

@@ -103,5 +103,5 @@ def machine_memory() -> int:
     try:
         with open("/sys/fs/cgroup/memory.max") as file:
             return min(physical, int(file.read()))
-    except (OSError, ValueError):  # there is no such limit: "max"
+    except (OSError, ValueError):  # no limit: "max", or no such file
         return physical

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptj import storage
 from gptj.chat import read_template
@@ -54,7 +54,7 @@ from gptj.extras import missing
 from gptj.storage.addresses import absolute, normalized
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.sections import Delimiter
-from jobs.command_line import help_if_asked
+from jobs.command_line import checked, help_if_asked
 
 try:
     import ray
@@ -115,12 +115,7 @@ def read_settings(words: Sequence[str]) -> Settings:
             raise ValueError(f"{word}: there is no such key\n{__doc__}")
     if "tokenizer" not in fields:
         raise ValueError("tokenizer= is missing: the model's folder, s3://… or hub id")
-    try:
-        return Settings(**fields)
-    except ValidationError as error:
-        raise ValueError(
-            "; ".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors())
-        ) from error
+    return checked(Settings, fields)
 
 
 def prepare(settings: Settings) -> Index:

@@ -13,6 +13,7 @@ import random
 import statistics
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,17 +45,18 @@ ENDLESS = {
 }
 
 
-class Library:
+class Library(ABC):
     """A library's compiler, and its matchers as functions."""
 
     name: str
 
+    @abstractmethod
     def compile(self, schema: str) -> Any:
         """Raises an exception for a schema that is not supported."""
 
+    @abstractmethod
     def matcher(self, compiled: Any) -> tuple[Callable[[], Any], Callable[[int], bool]]:
         """Functions that compute the next mask, of 32-bit words, and take a token."""
-        raise NotImplementedError
 
 
 class LLGuidance(Library):
