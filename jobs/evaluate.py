@@ -61,7 +61,7 @@ from gptj.training.evaluation import collect
 from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
-from jobs.command_line import checked, help_if_asked
+from jobs.key_value import checked, help_if_asked
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window

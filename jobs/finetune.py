@@ -40,7 +40,7 @@ from gptj.training.state import (
     upload_state,
 )
 from gptj.training.tokenizer import prepare_tokenizer
-from jobs.command_line import help_if_asked
+from jobs.key_value import help_if_asked
 
 try:
     import ray

@@ -54,7 +54,7 @@ from gptj.extras import missing
 from gptj.storage.addresses import absolute, normalized
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.sections import Delimiter
-from jobs.command_line import checked, help_if_asked
+from jobs.key_value import checked, help_if_asked
 
 try:
     import ray
