@@ -15,6 +15,7 @@ import torch
 from gptj.checkpoints.skeleton import without_weights
 from gptj.config import GPTJConfig
 from gptj.engine.cache_size import page_bytes
+from gptj.engine.limits import GPU_MAX_NUM_SEQS
 from gptj.engine.runners.base import PAGE_SIZE
 from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.pretrained import GPTJPreTrainedModel
@@ -32,8 +33,7 @@ ALLOCATOR_SHARE = 0.9
 # A worker pod's host memory: Ray's processes, and a replica's process while it loads weights.
 RAY_HOST_BYTES = 3 * GIB
 REPLICA_HOST_BYTES = 6 * GIB
-# The most sequences that run at once, and a request's mean final length, for k8s/sizing.md.
-MAX_NUM_SEQS = 64
+# A request's mean final length, for k8s/sizing.md.
 MEAN_REQUEST_TOKENS = 572
 MOST_REPLICAS_A_CARD = 2  # of batch services: more would compete for the same compute
 
@@ -79,14 +79,14 @@ def generation(config: GPTJConfig, card_bytes: float) -> Generation:
     """
     weights = weight_bytes(GPTJForCausalLM, config)
     left = card_bytes - CONTEXT_BYTES - STEP_BYTES - weights
-    most = MAX_NUM_SEQS * config.n_positions
-    tokens = min(int(left // page_bytes(config, 2)) * PAGE_SIZE, most)
+    _, most = GPU_MAX_NUM_SEQS
+    tokens = min(int(left // page_bytes(config, 2)) * PAGE_SIZE, most * config.n_positions)
     if tokens < config.n_positions:
         raise ValueError(
             f"{card_bytes / 1e9:.1f} GB hold weights of {weights / 1e9:.1f} GB and a cache of "
             f"only {max(0, tokens)} tokens, less than the model's context of {config.n_positions}"
         )
-    return Generation(tokens, max(1, min(MAX_NUM_SEQS, tokens // MEAN_REQUEST_TOKENS)))
+    return Generation(tokens, max(1, min(most, tokens // MEAN_REQUEST_TOKENS)))
 
 
 def batch_sizes(
