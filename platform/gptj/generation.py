@@ -23,6 +23,18 @@ from gptj.tokenizer import GPTJTokenizer
 DEFAULT_NEW_TOKENS = 20
 
 
+@dataclass(frozen=True)
+class GenerationConfig:
+    """A model's own defaults of `generate`, as transformers' pipelines read them."""
+
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Those that are set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 class CausalLM(Protocol):
     """What generation needs from a model."""
 
@@ -75,7 +87,7 @@ def generate(
 @torch.no_grad()  # type: ignore[misc]  # the overloads leave checking arguments to this
 def generate(
     model: CausalLM,
-    input_ids: Tensor,
+    input_ids: Tensor | None,  # a pipeline's empty prompt is None
     *,
     attention_mask: Tensor | None = None,
     do_sample: bool = False,
@@ -141,8 +153,8 @@ def generate(
         ValueError: with the value and the remedy.
     """
     config = model.config
-    _batch, length = input_ids.shape
-    if length == 0:
+    length = 0 if input_ids is None else input_ids.shape[1]
+    if input_ids is None or length == 0:
         raise ValueError("the prompt must have at least one token, such as bos_token_id")
     if num_beams < 1 or num_return_sequences < 1:
         raise ValueError(

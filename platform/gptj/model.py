@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptj.config import GPTJConfig
-from gptj.generation import generate
+from gptj.generation import GenerationConfig, generate
 from gptj.kv_cache import KVCache
 from gptj.linear_cross_entropy import IGNORED_LABEL as IGNORED_LABEL
 from gptj.linear_cross_entropy import LanguageModelHead
@@ -469,6 +469,15 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         return total / ((next_BL != IGNORED_LABEL).sum() if num_items is None else num_items)
 
     generate = generate
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Defaults of `generate` that come from the configuration."""
+        return GenerationConfig(self.config.eos_token_id, self.config.pad_token_id)
 
 
 class GPTJForSequenceClassification(GPTJPreTrainedModel):

@@ -296,6 +296,11 @@ class GPTJPreTrainedModel(nn.Module):
         config.dtype = self.dtype
         return config
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has `generate`."""
+        return False
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

@@ -142,31 +142,49 @@ def test_resizing_is_saved_and_rounds_up(tmp_path: Path) -> None:
         model.resize_token_embeddings(0)
 
 
-@pytest.mark.parametrize(
-    ("cls", "task", "given"),
-    [
-        (GPTJForCausalLM, "text-generation", "some text"),
-        (GPTJForSequenceClassification, "text-classification", "some text"),
-    ],
-)
-def test_our_folders_work_in_transformers_pipelines(
-    cls: type[Any], task: str, given: str, tmp_path: Path
+@pytest.mark.parametrize("given", ["folder", "model"])
+@pytest.mark.parametrize("cls", [GPTJForCausalLM, GPTJForSequenceClassification])
+def test_transformers_pipelines_take_our_folders_and_our_models(
+    cls: type[Any], given: str, tmp_path: Path
 ) -> None:
     """With the numbers that our own classes have."""
     torch.manual_seed(0)
     model, tokenizer = cls(CONFIG).eval(), GPTJTokenizer.train(TEXTS, 290)
+    task = "text-generation" if model.can_generate() else "text-classification"
     model.save_pretrained(tmp_path / "m", tokenizer=tokenizer)
-    pipeline = transformers.pipeline(task, model=str(tmp_path / "m"), device="cpu")
-    ids = tokenizer(given, return_tensors="pt").input_ids
-    if task == "text-generation":
-        (found,) = pipeline(given, do_sample=False, max_new_tokens=6)
-        assert found["generated_text"] == tokenizer.decode(
-            model.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True
-        )
-    else:
-        (found,) = pipeline(given)
-        expected = model(ids).logits[0].softmax(dim=-1).max()
-        assert found["score"] == pytest.approx(expected.item(), abs=1e-5)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    pipeline = transformers.pipeline(
+        task,
+        model=str(tmp_path / "m") if given == "folder" else model,
+        tokenizer=theirs,
+        device="cpu",
+    )
+    texts = ["some text", "other text, and longer"]
+    found = pipeline(texts, **({"do_sample": False, "max_new_tokens": 6} if "gen" in task else {}))
+    for text, result in zip(texts, found, strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        if model.can_generate():
+            assert result[0]["generated_text"] == tokenizer.decode(
+                model.generate(ids, max_new_tokens=6)[0], skip_special_tokens=True
+            )
+        else:
+            expected = model(ids).logits[0].softmax(dim=-1).max()
+            assert result["score"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_pipeline_samples_from_our_model_with_its_own_defaults(tmp_path: Path) -> None:
+    tokenizer = GPTJTokenizer.train(TEXTS, 290)
+    model = GPTJForCausalLM(CONFIG).eval()
+    model.save_pretrained(tmp_path / "m", tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    pipeline = transformers.pipeline(
+        "text-generation", model=model, tokenizer=theirs, device="cpu", max_new_tokens=3
+    )
+    (found,) = pipeline("some text", num_return_sequences=1, return_full_text=False)
+    assert set(found) == {"generated_text"}
+    with pytest.raises(ValueError, match="the prompt must have at least one token"):
+        pipeline("")
+    assert not GPTJForQuestionAnswering.can_generate()
 
 
 def test_a_question_answering_folder_loads_in_transformers(tmp_path: Path) -> None:
