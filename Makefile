@@ -37,6 +37,7 @@ check: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/gpu
 
 format: environment
 	$(BIN)/ruff format .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -218,7 +219,7 @@ def copies(check: Check) -> None:
     size = cache_bytes_a_token(runner.config, torch.float16) * PAGE
     for count in check.pick((1, 64, 192), (1, 2)):
         pages = [PageCopy(source, 256 + source, filled=PAGE) for source in range(count)]
-        timing = check.time(lambda pages=pages: runner.copy_pages(pages), repeats=5, calls=5)
+        timing = check.time(partial(runner.copy_pages, pages), repeats=5, calls=5)
         check.add(
             "copies of pages",
             pages=count,

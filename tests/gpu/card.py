@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.
 STATE = "clocks.sm,clocks.memory,power.draw,temperature.gpu,clocks_event_reasons.active"
 
 
-@triton.jit
-def read(memory, sums, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def read(memory, sums, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each program adds up ROUNDS blocks that lie together."""
     start = tl.program_id(0).to(tl.int64) * BLOCK * ROUNDS
     total = tl.zeros([BLOCK], tl.float32)
@@ -105,7 +106,11 @@ def read_bandwidth(check: Check) -> None:
     def ours() -> None:
         read[(programs,)](memory, sums, BLOCK=block, ROUNDS=rounds, num_warps=4)
 
-    ways = {"sum": memory.sum, "kernel": ours, "copy": lambda: target.copy_(memory)}
+    ways: dict[str, Callable[[], object]] = {
+        "sum": memory.sum,
+        "kernel": ours,
+        "copy": lambda: target.copy_(memory),
+    }
     found: dict[str, float] = {}
     for way, function in ways.items():
         with check.attempt("read bandwidth", way=way):

@@ -150,12 +150,8 @@ class Check:
         return float(self.found("matrix peak").get("tflops", "nan")) * 1e12
 
     @contextmanager
-    def attempt(self, what: str, seconds: float = 0, **values: Any) -> Iterator[None]:
-        """A block whose error is a line of the results and ends nothing else.
-
-        Args:
-            seconds: that it takes: with fewer left `skipping` says so.
-        """
+    def attempt(self, what: str, **values: Any) -> Iterator[None]:
+        """A block whose error is a line of the results and ends nothing else."""
         try:
             yield
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 
 import torch
 from checking import Check, run
@@ -86,8 +87,11 @@ def through_a_file(check: Check) -> None:
         check.add("saving to a file", seconds=seconds, gb_per_s=size / seconds / 1e9, layers=layers)
         for verify in (True, False):
             seconds, loaded = check.wall(
-                lambda verify=verify: GPTJForCausalLM.from_pretrained(
-                    folder, device=check.device.kind, verify=verify
+                partial(
+                    GPTJForCausalLM.from_pretrained,
+                    folder,
+                    device=check.device.kind,
+                    verify=verify,
                 )
             )
             pairs = zip(model.parameters(), loaded.parameters(), strict=True)

@@ -30,7 +30,7 @@ def new_model(check: Check, config: GPTJConfig, dtype: torch.dtype) -> GPTJForCa
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter += 5 * SPREAD * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=5 * SPREAD)
     return model.requires_grad_(False)
 
 

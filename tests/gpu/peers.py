@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ def main(check: Check) -> None:
             decode(check, model, batch, attention)
 
 
-def decode(check: Check, model: transformers.GPTJForCausalLM, batch: int, attention: str) -> None:
+def decode(check: Check, model: Any, batch: int, attention: str | None) -> None:
     prompt, new = check.pick((PROMPT, NEW), (9, 3))
     asked = prompts(check.config(), [prompt] * batch)
     ids = torch.tensor(asked, device=check.device.kind)

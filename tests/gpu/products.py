@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +50,20 @@ def products(
         for blocks in candidates:
             yield (
                 f"fp16, our kernel {blocks.columns} x {blocks.inputs}, {blocks.warps} warps",
-                lambda blocks=blocks: (lambda: multiply_row(x, weight, blocks, wide=False), weight),
+                partial(_ours, x, weight, blocks),
             )
     yield "fp8 by tensor", lambda: _fp8(x, weight, by_row=False)
     yield "fp8 by row", lambda: _fp8(x, weight, by_row=True)
 
 
+def _ours(x: Tensor, weight: Tensor, blocks: Blocks) -> tuple[Callable[[], Tensor], Tensor]:
+    return partial(multiply_row, x, weight, blocks, wide=False), weight
+
+
 def _fp8(x: Tensor, weight: Tensor, *, by_row: bool) -> tuple[Callable[[], Tensor], Tensor]:
     """x and weight in 8 bits, with a scale for all or one for each row; the product in bf16."""
-    dims = {"dim": 1, "keepdim": True} if by_row else {}
-    scale_x, scale_w = (t.float().abs().amax(**dims) / LARGEST for t in (x, weight))
+    dims = (1,) if by_row else (0, 1)
+    scale_x, scale_w = (t.float().abs().amax(dims, keepdim=by_row) / LARGEST for t in (x, weight))
     x8, w8 = (x.float() / scale_x).to(FP8), (weight.float() / scale_w).to(FP8)
 
     def product() -> Tensor:

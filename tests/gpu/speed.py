@@ -117,7 +117,7 @@ def prefill(check: Check, runner: CudaRunner) -> None:
     for tokens in check.pick(PREFILLS, (8, 33)):
         (ids,) = prompts(config, [tokens])
         batch = one_chunk(ids, range(-(-tokens // runner.page_size)))
-        timing = check.time(lambda batch=batch: runner.step(batch), calls=3)
+        timing = check.time(partial(runner.step, batch), calls=3)
         rate = prefill_operations(config, tokens) / timing["ms"] * 1e3
         check.add(
             "prefill",

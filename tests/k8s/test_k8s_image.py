@@ -54,7 +54,7 @@ def check() -> ModuleType:
 
 def test_the_image_installs_the_library_and_its_extras() -> None:
     """All but the program gptj's: as the Dockerfile's own line finds it in the project's file."""
-    (line,) = re.findall(r"python -c '(import tomllib;.*)' ", DOCKERFILE)
+    (line,) = re.findall(r"python -c '(import pathlib, tomllib;.*)' ", DOCKERFILE)
     printed = io.StringIO()
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
         exec(line, {})

@@ -167,7 +167,10 @@ class Breaking:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.accepted = self.broken = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._connections: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
 
     def _accept(self) -> None:
         while True:
@@ -177,8 +180,11 @@ class Breaking:
                 return  # closed: the test has ended
             self.accepted += 1
             server = socket.create_connection(("127.0.0.1", self._server))
+            self._connections += [client, server]
             for one, other, cuts in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self._pass_on, args=(one, other, cuts), daemon=True).start()
+                thread = threading.Thread(target=self._pass_on, args=(one, other, cuts))
+                thread.start()
+                self._threads.append(thread)
 
     def _pass_on(self, one: socket.socket, other: socket.socket, cuts: bool) -> None:
         passed = 0
@@ -189,12 +195,26 @@ class Breaking:
                     self.broken += 1
                     break
                 other.sendall(data)
-        for each in (one, other):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+        _shut_down(one, other)
 
-    def close(self) -> None:
+    def __enter__(self) -> Breaking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _shut_down(self._listener)  # close() alone does not wake a thread that waits in accept()
         self._listener.close()
+        self._accepting.join()
+        _shut_down(*self._connections)
+        for thread in self._threads:
+            thread.join()
+        for each in self._connections:
+            each.close()
+
+
+def _shut_down(*sockets: socket.socket) -> None:
+    for each in sockets:
+        with contextlib.suppress(OSError):  # it has been already
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_connection_that_breaks_in_the_middle_is_tried_again(
@@ -203,26 +223,20 @@ def test_a_connection_that_breaks_in_the_middle_is_tried_again(
     content = os.urandom(2_000_000)
     address = f"s3://gptj/{secrets.token_hex(6)}"
     storage.write_bytes(address, content)
-    breaking = Breaking(int(s3.endpoint.rpartition(":")[2]), 1_000_000)
-    try:
+    with Breaking(int(s3.endpoint.rpartition(":")[2]), 1_000_000) as breaking:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{breaking.port}")
         assert storage.read_bytes(address) == content
         assert breaking.broken == 1
-    finally:
-        breaking.close()
 
 
 def test_connections_are_used_again(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"s3://gptj/{secrets.token_hex(6)}"
     storage.write_bytes(address, bytes(1000))
-    between = Breaking(int(s3.endpoint.rpartition(":")[2]), 10**9)
-    try:
+    with Breaking(int(s3.endpoint.rpartition(":")[2]), 10**9) as between:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
         for _ in range(5):
             storage.read_bytes(address)
         assert between.accepted == 1
-    finally:
-        between.close()
 
 
 def test_an_address_without_a_bucket_and_a_whole_bucket_are_refused() -> None:
