@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import transformers
 from huggingface_hub import InferenceClient
-from serving_models import PROMPTS, SENTENCES, Models
+from serving_client import CLASSIFICATION, assert_error
+from serving_models import PROMPTS, SENTENCES, SHORT_CONTEXT, Models
 
 pytest_plugins = ["serving_fixtures"]
 
 
 def scores(models: Models, text: str) -> dict[str, float]:
     """Each label's probability by the model alone."""
-    ids = torch.tensor([models.tokenizer.encode(text)])
-    probabilities = models.classification(ids).logits[0].softmax(dim=-1).tolist()
+    return scores_of_ids(models, models.tokenizer.encode(text))
+
+
+def scores_of_ids(models: Models, ids: list[int]) -> dict[str, float]:
+    probabilities = models.classification(torch.tensor([ids])).logits[0].softmax(dim=-1).tolist()
     return dict(zip(models.classification.config.id2label.values(), probabilities, strict=True))
 
 
@@ -46,3 +52,58 @@ def test_concurrent_texts_are_classified_as_alone(service: str, models: Models) 
             expected = scores(models, text)
             assert found == pytest.approx(expected, abs=1e-5)
             assert {e["label"]: e["score"] for e in listed} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def theirs(
+    models: Models, tmp_path_factory: pytest.TempPathFactory
+) -> transformers.PreTrainedTokenizerFast:
+    """Transformers' tokenizer with the models' vocabulary."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    models.tokenizer.save_pretrained(folder)
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(Path(folder, "tokenizer.json")))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (30, 3), (3, 30), (40, 40), (80, 2), (2, 80)])
+def test_a_pair_is_what_transformers_makes_of_it(
+    service: str, models: Models, theirs: transformers.PreTrainedTokenizerFast, lengths: list[int]
+) -> None:
+    text, pair = (" ".join(["Paris"] * length) for length in lengths)
+    body = {
+        "inputs": [{"text": text, "text_pair": pair}, PROMPTS[0]],
+        "parameters": {"truncation": True},
+    }
+    found, alone = httpx.post(f"{service}{CLASSIFICATION}", json=body, timeout=30).json()
+    ids = theirs(text, pair, truncation="longest_first", max_length=SHORT_CONTEXT)["input_ids"]
+    expected = scores_of_ids(models, ids)
+    assert {e["label"]: e["score"] for e in found} == pytest.approx(expected, abs=1e-5)
+    expected = scores(models, PROMPTS[0])
+    assert {e["label"]: e["score"] for e in alone} == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_single_pair_needs_no_list(service: str) -> None:
+    pair = {"text": "Paris", "text_pair": "Anna"}
+    replies = [
+        httpx.post(f"{service}{CLASSIFICATION}", json={"inputs": inputs}, timeout=30).json()
+        for inputs in (pair, [pair], {"text": "ParisAnna", "text_pair": None})
+    ]
+    assert replies[0] == replies[1] == replies[2]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "status", "reason"),
+    [
+        ({"text": "a", "text_pair": "b" * 100}, 400, "inputs has 101 tokens"),
+        ({"text": "a" * 2000, "text_pair": "b" * 2000}, 400, "inputs has at least"),
+        ([{"text": "a"}, {"text": "a", "text_pair": ""}], 400, "inputs[1] is empty"),
+        ({"text_pair": "b"}, 422, "must be a string, {"),
+        ({"text": "a", "text_pair": 1}, 422, "must be a string, {"),
+        ({"text": "a", "pair": "b"}, 422, "must be a string, {"),
+        ([["a", "b"]], 422, "must be a string, {"),
+    ],
+)
+def test_pairs_that_cannot_be_are_refused(
+    service: str, inputs: object, status: int, reason: str
+) -> None:
+    reply = httpx.post(f"{service}{CLASSIFICATION}", json={"inputs": inputs}, timeout=30)
+    assert_error(reply, status, reason)

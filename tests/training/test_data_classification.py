@@ -16,7 +16,7 @@ from gptj import GPTJConfig, GPTJForSequenceClassification, GPTJTokenizer
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.examples import TOKENIZED_AT_ONCE
 from gptj.data.labels import read_labels
-from gptj.data.sources import DataError, Row, read_rows
+from gptj.data.sources import DataError, Row, find_columns, read_rows
 from gptj.training.tasks import TASKS
 
 TEXTS = [
@@ -189,7 +189,7 @@ def test_the_model_takes_a_batch_and_sees_no_padding(
 
 def test_sst2_has_two_labels(tokenizer: GPTJTokenizer, shared_data: Path) -> None:
     data = ClassificationData(
-        read_rows(str(shared_data / "sst2_dev.jsonl"), TASKS["classification"].columns),
+        read_rows(str(shared_data / "sst2_dev.jsonl"), TASKS["classification"].row_kinds[0]),
         tokenizer,
         64,
     )
@@ -258,7 +258,7 @@ def test_labels_of_digits_are_names_in_every_file(tmp_path: Path, tokenizer: GPT
     )
 
     def read(name: str, labels: LabelSet | None = None) -> ClassificationData:
-        found = read_rows(str(tmp_path / name), TASKS["classification"].columns)
+        found = read_rows(str(tmp_path / name), TASKS["classification"].row_kinds[0])
         return ClassificationData(found, tokenizer, 32, labels)
 
     train = read("train.csv")
@@ -482,3 +482,27 @@ def test_a_summary_counts_the_labels(tokenizer: GPTJTokenizer) -> None:
     assert data.summary() == "2 rows, regression, labels as numbers from 0.5 to 1.5"
     data = ClassificationData(rows(*map(str, range(30))), tokenizer, 32)
     assert data.summary().endswith("26: 1, and 10 more")
+
+
+def test_pairs_are_read_where_there_is_a_column_for_them(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    kinds = TASKS["classification"].row_kinds
+    file = str(tmp_path / "pairs.csv")
+    Path(file).write_text("text,hypothesis,label\ngood and fine,bad,no\nfine,good,yes\n")
+    assert find_columns(file, kinds) == ("text", "label")
+    names = {"text_pair": "hypothesis"}
+    columns = find_columns(file, kinds, names)
+    assert columns == ("text", "text_pair", "label")
+    data = ClassificationData(read_rows(file, columns, names), tokenizer, 5)
+    expected = tokenizer(
+        ["good and fine", "fine"], ["bad", "good"], truncation="longest_first", max_length=5
+    )
+    assert [data[i].input_ids.tolist() for i in range(2)] == expected["input_ids"]
+    assert tokenizer.decode(expected["input_ids"][1]) == "finegood"
+
+    Path(file).write_text("text,text_pair,label\ngood,,no\n")
+    columns = find_columns(file, kinds)
+    assert columns == ("text", "text_pair", "label")
+    with pytest.raises(DataError, match="row 1, column 'text_pair': is empty"):
+        ClassificationData(read_rows(file, columns), tokenizer, 5)

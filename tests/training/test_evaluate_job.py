@@ -323,3 +323,21 @@ def test_a_reader_is_measured_on_squads_own_file(tokenizer: GPTJTokenizer, tmp_p
     expected = measure(read_settings([reader, written(tmp_path / "s.jsonl", squad), "device=cpu"]))
     assert found["examples"] == 2
     assert {**found, **{k: expected[k] for k in ("data", "seconds")}} == expected
+
+
+def test_pairs_of_texts_are_measured_as_pairs(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    checkpoint = saved(
+        GPTJForSequenceClassification, tokenizer, tmp_path / "model", id2label={0: "a", 1: "b"}
+    )
+    rows = [
+        {"text": text, "other": text[::-1], "label": "ab"[n % 2]}
+        for n, text in enumerate(TEXTS[:6])
+    ]
+    pairs = measure(
+        read_settings(
+            [checkpoint, written(tmp_path / "pairs.jsonl", rows), "columns.text_pair=other"]
+        )
+    )
+    joined = [{"text": row["text"] + row["other"], "label": row["label"]} for row in rows]
+    alone = measure(read_settings([checkpoint, written(tmp_path / "alone.jsonl", joined)]))
+    assert pairs["loss"] == pytest.approx(alone["loss"], rel=1e-4)

@@ -1,4 +1,7 @@
-"""Classification and regression: rows with `text` and `label` in, token ids and targets out."""
+"""Classification and regression: rows with `text`, perhaps `text_pair`, and `label` in.
+
+Token ids and targets out.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,17 @@ class ClassificationExample(NamedTuple):
 
 
 class ClassificationData:
-    """Texts cut to `max_length` tokens, and their labels.
+    """Texts or pairs of texts, cut to `max_length` tokens, and their labels.
+
+    A pair's tokens follow each other without anything between them, as Hugging Face's tokenizer of
+    GPT-J has it. Too long a pair loses tokens from the end of the longer text first.
 
     A row's `label` is a name or a class number (single_label_classification); a list of them, which
     may be empty, or a list of a 0 or 1 for each label (multi_label_classification); or a number or
     a list of numbers (regression). In CSV lists are JSON.
 
     Args:
-        rows: with the columns `text` and `label`.
+        rows: with the columns `text` and `label`, and all or none with `text_pair`.
         max_length: tokens; the beginning of a longer text is kept.
         labels: those of the training data, for evaluation data. None finds them: names in
             alphabetical order, class number n as LABEL_n.
@@ -83,14 +89,14 @@ class ClassificationData:
         kept: list[Row] = []
         lists: list[Ids] = []
         for group in groups(rows):
-            texts = [row.text("text") for row in group]
+            texts = [_nonempty(row, "text") for row in group]
+            pairs = None
+            if "text_pair" in group[0].values:
+                pairs = [_nonempty(row, "text_pair") for row in group]
             # Not their texts, which would stay in memory until all rows are read.
             kept += [replace(row, values={"label": row.value("label")}) for row in group]
-            encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)["input_ids"]
             lists += [compact(ids) for ids in encoded]
-            for row, ids in zip(group, encoded, strict=True):
-                if not ids:
-                    raise row.error("text", "is empty")
         if not kept:
             raise DataError("the data has no rows")
         self.labels, self.targets, self._reading = read_labels(
@@ -164,3 +170,10 @@ class ClassificationData:
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
         return count_real_tokens(batch)
+
+
+def _nonempty(row: Row, column: str) -> str:
+    text = row.text(column)
+    if not text:
+        raise row.error(column, "is empty")
+    return text

@@ -86,6 +86,8 @@ def find_columns(
 ) -> tuple[str, ...]:
     """The columns of the rows at an address: those of the one kind of rows that the first row fits.
 
+    Of two kinds where one has all columns of the other, the larger is meant.
+
     Args:
         kinds: the columns of each kind of rows, by our names.
         columns, delimiter: as of read_rows; a kind must have all columns that are given a name.
@@ -110,6 +112,7 @@ def find_columns(
     if not fitting:
         others = " or ".join(" and ".join(kind) for kind in kinds[1:])
         raise MissingColumnError(f"{missing[0]}; rows may also have {others}") from missing[0]
+    fitting = [kind for kind in fitting if not any(set(kind) < set(other) for other in fitting)]
     if len(fitting) > 1:
         choices = " or ".join(f"data.columns.{kind[0]}={kind[0]}" for kind in fitting)
         raise DataError(

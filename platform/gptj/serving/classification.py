@@ -2,12 +2,15 @@
 
 {"inputs": "A fine film", "parameters": {"top_k": 1, "function_to_apply": "softmax"}}
 -> [[{"label": "positive", "score": 0.98}]]
+
+An input may also be a pair of texts, `{"text": "It rains", "text_pair": "The ground is wet"}`.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,25 +34,51 @@ from gptj.workers.batcher import Batcher
 
 MAX_INPUTS = 256
 TEXT = {"type": "string", "minLength": 1}
+INPUT = {
+    "anyOf": [
+        TEXT,
+        {
+            "type": "object",
+            "properties": {"text": TEXT, "text_pair": {"anyOf": [TEXT, {"type": "null"}]}},
+            "required": ["text"],
+            "additionalProperties": False,
+        },
+    ]
+}
 
 Function = Literal["softmax", "sigmoid", "none"]
 
 
-def as_texts(value: Any) -> list[str]:
-    """One or several texts as a list. Raises ValueError for anything else."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("must be a string or a list of strings")
-    if not texts:
+@dataclass(frozen=True)
+class Input:
+    text: str
+    text_pair: str | None = None  # follows the text without anything between the two
+
+
+def as_inputs(value: Any) -> list[Input]:
+    """One or several texts, or pairs of texts, as a list. Raises ValueError for anything else."""
+    inputs = value if isinstance(value, list) else [value]
+    if not inputs:
         raise ValueError("must not be an empty list")
-    return [checked_text(text) for text in texts]
+    return [_as_input(each) for each in inputs]
+
+
+def _as_input(value: Any) -> Input:
+    if isinstance(value, str):
+        return Input(checked_text(value))
+    if isinstance(value, dict) and "text" in value and not value.keys() - {"text", "text_pair"}:
+        text, pair = value["text"], value.get("text_pair")
+        if isinstance(text, str) and (pair is None or isinstance(pair, str)):
+            return Input(checked_text(text), None if pair is None else checked_text(pair))
+    raise ValueError('must be a string, {"text": …, "text_pair": …}, or a list of these')
 
 
 class ClassificationParameters(RequestModel):
     # Only the k likeliest labels; default: all.
     top_k: Annotated[int | None, bounds(minimum=1)] = None
     function_to_apply: Function | None = None  # to the logits; default: by the problem type
-    truncation: bool = False  # cut a text at the context's length; otherwise that is an error
+    # Cut what is longer than the context, of a pair the longer text first; otherwise an error.
+    truncation: bool = False
 
 
 class ClassificationRequest(RequestModel):
@@ -57,17 +86,18 @@ class ClassificationRequest(RequestModel):
         json_schema_extra=examples(
             {"inputs": "A fine film", "parameters": {"top_k": 1, "function_to_apply": "softmax"}},
             {"inputs": ["A fine film", "A dull one"]},
+            {"inputs": {"text": "It rains", "text_pair": "The ground is wet"}},
         )
     )
 
     inputs: Annotated[
-        list[str],
-        PlainValidator(as_texts),
+        list[Input],
+        PlainValidator(as_inputs),
         WithJsonSchema(
             {
                 "anyOf": [
-                    TEXT,
-                    {"type": "array", "items": TEXT, "minItems": 1, "maxItems": MAX_INPUTS},
+                    *INPUT["anyOf"],
+                    {"type": "array", "items": INPUT, "minItems": 1, "maxItems": MAX_INPUTS},
                 ]
             }
         ),
@@ -135,17 +165,24 @@ class ClassificationService:
     def close(self) -> None:
         self._batcher.close()
 
-    def _encode(self, texts: Sequence[str], truncation: bool) -> list[list[int]]:
-        rows = []
-        for number, text in enumerate(texts):
-            which = f"inputs[{number}]" if len(texts) > 1 else "inputs"
-            if not text:
+    def _encode(self, inputs: Sequence[Input], truncation: bool) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for number, each in enumerate(inputs):
+            which = f"inputs[{number}]" if len(inputs) > 1 else "inputs"
+            texts = [each.text] if each.text_pair is None else [each.text, each.text_pair]
+            if not all(texts):
                 raise InvalidRequestError(f"{which} is empty", param=which)
-            if truncation:
-                rows.append(self._tokenizer.encode(text)[: self._model.config.n_positions])
-                continue
-            self._check_length(which, "at least ", self._vocabulary.least_tokens(text))
-            rows.append(self._tokenizer.encode(text))
+            if not truncation:
+                least = sum(map(self._vocabulary.least_tokens, texts))
+                self._check_length(which, "at least ", least)
+            rows.append(
+                self._tokenizer(
+                    each.text,
+                    each.text_pair,
+                    truncation=truncation,
+                    max_length=self._model.config.n_positions,
+                )["input_ids"]
+            )
             self._check_length(which, "", len(rows[-1]))
         return rows
 

@@ -78,7 +78,7 @@ class Task(ABC, Generic[D]):
     @property
     def columns(self) -> tuple[str, ...]:
         """Our names of all columns that it reads."""
-        return tuple(column for kind in self.row_kinds for column in kind)
+        return tuple(dict.fromkeys(column for kind in self.row_kinds for column in kind))
 
     def texts(self, row: Row) -> list[str]:
         """What a tokenizer learns from."""

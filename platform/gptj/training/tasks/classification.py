@@ -24,7 +24,8 @@ Array = np.ndarray[Any, Any]
 class Classification(Task[ClassificationData]):
     name = "classification"
     head = GPTJForSequenceClassification
-    row_kinds = (("text", "label"),)
+    row_kinds = (("text", "label"), ("text", "text_pair", "label"))
+    text_columns = ("text", "text_pair")
     sample = "sample://reviews"
     best_by = ("f1", "mse")
     own_settings = ("problem_type", "label_names")
