@@ -16,7 +16,7 @@ from typing import Any
 EXTRA_OF = {
     **dict.fromkeys(("ray", "fastapi", "starlette", "uvicorn", "requests"), "serve"),
     **dict.fromkeys(("fastapi_offline", "llguidance"), "serve"),
-    **dict.fromkeys(("typer", "psutil"), "cli"),
+    **dict.fromkeys(("typer", "psutil", "rich", "prometheus_client"), "cli"),
     **dict.fromkeys(("deepspeed", "ninja", "tensorboard", "matplotlib"), "train"),
     **dict.fromkeys(("h5py", "msgpack", "zstandard"), "interop"),
 }

@@ -10,7 +10,9 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ except ModuleNotFoundError as error:
     raise missing(error, "the program gptj") from error
 
 FOLDER = Path(".gptj")
+REFRESH_SECONDS = 2.0  # of `gptj status`
 
 app = typer.Typer(
     help="Fine-tune and serve GPT-J. Each command has --help.",
@@ -263,6 +266,70 @@ def serve(
         print(f"no longer served: {each}")
     for application in config["applications"]:
         print(f"\n{serving.curl(base, application)}")
+
+
+@app.command()
+def status(
+    once: Annotated[
+        bool, typer.Option("--once", help="Print it once, as plain text, and exit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="How long --once and --json measure rates; 0: none, and percentiles since the "
+            "start. Ray reports every 10 seconds.",
+        ),
+    ] = 10,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A Prometheus that scrapes the cluster, if its nodes cannot be reached from here.",
+        ),
+    ] = None,
+    folder: Folder = FOLDER,
+) -> None:
+    """Show what is served: replicas, requests, tokens per second, cache and latencies.
+
+    The table is refreshed until Ctrl-C.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from gptj_cli import cluster
+    from gptj_cli.status import Watcher
+    from gptj_cli.status_table import rendered
+
+    dashboard = cluster.dashboard_address(folder)
+    watcher = Watcher(dashboard, prometheus)
+    found = watcher.read()
+    if not found.applications:
+        raise ValueError(f"{dashboard} serves nothing; remedy: gptj serve ADDRESS")
+    console = Console()
+    if once or as_json or not console.is_terminal:
+        if seconds:
+            time.sleep(seconds)
+            found = watcher.read()
+        if as_json:
+            print(json.dumps(asdict(found)))
+        else:
+            # A pipe has no width, and rich would wrap at 80 characters.
+            plain = Console(color_system=None, width=console.width if console.is_terminal else 200)
+            plain.print(rendered(found))
+        return
+    with (
+        Live(rendered(found), console=console, screen=True) as live,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        while True:
+            time.sleep(REFRESH_SECONDS)
+            try:
+                found = watcher.read()
+            except OSError as error:  # it may come back: the last table stays
+                found.problems = [str(error)]
+            live.update(rendered(found))
 
 
 @app.command()
