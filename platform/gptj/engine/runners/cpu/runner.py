@@ -1,4 +1,4 @@
-"""A Runner that uses step.cpp's kernels: fp32, bf16 or int8 weights, for CPUs with AVX-512.
+"""A Runner that uses step.cpp's kernels: fp32, bf16 or int8 weights, for CPUs with AVX-512 or AVX2.
 
 One call computes a step, without the GIL and without padding. Results are bitwise independent of
 the batch's other rows.
@@ -112,9 +112,14 @@ class CpuRunner:
         return logits
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        head, per_word = self.config.head_dim, 4 // self._cache.itemsize
+        keys, values = self._cache  # (layers, pages, heads, page_size * head)
+        # As step.cpp stores them: a word of the head of all positions, then its next word.
+        keys = keys.view(*keys.shape[:3], head // per_word, self.page_size, per_word)
+        values = values.view(*values.shape[:3], self.page_size, head)
         for source, target, filled in copies:
-            end = filled * self.config.head_dim  # within each head's part of a page
-            self._cache[:, :, target, :, :end] = self._cache[:, :, source, :, :end]
+            keys[:, target, :, :, :filled] = keys[:, source, :, :, :filled]
+            values[:, target, :, :filled] = values[:, source, :, :filled]
 
     def reset(self) -> None:
         self._cache.zero_()
