@@ -37,7 +37,7 @@ def installed(package: str) -> str | None:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Best bytes/s at which this many threads read memory; NaN without AVX-512."""
+    """Best bytes/s at which this many threads read memory; NaN without AVX2."""
     try:
         kernels = library.load()
     except library.UnsupportedError:

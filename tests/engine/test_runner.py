@@ -44,9 +44,10 @@ TOLERANCES = {
 }
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-needs_kernels = pytest.mark.skipif(
-    not set(library.NEEDED) <= library.processor_flags(), reason="the processor has no AVX-512"
-)
+KERNEL_LEVELS = [
+    name for name, (flags, _) in library.LEVELS.items() if set(flags) <= library.processor_flags()
+]
+needs_kernels = pytest.mark.skipif(not KERNEL_LEVELS, reason="the processor has no AVX2")
 
 
 def config(**changes: object) -> GPTJConfig:
@@ -105,8 +106,8 @@ class Case:
 @pytest.fixture(params=list(TOLERANCES))
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
     """Makes a model with a runner of each kind; fp32, bf16 and int8 are our CPU kernels."""
-    if request.param in KINDS and not set(library.NEEDED) <= library.processor_flags():
-        pytest.skip("the processor has no AVX-512")
+    if request.param in KINDS and not KERNEL_LEVELS:
+        pytest.skip("the processor has no AVX2")
     if request.param == "triton fp16" and GPU.type == "cpu":
         pytest.skip("no CUDA device on this machine")
     runners: list[Runner] = []
@@ -449,7 +450,7 @@ def test_unsupported_models_use_pytorch_and_log_why(
     with caplog.at_level(logging.WARNING):
         runner = best_runner(model, 64)
     assert isinstance(runner, TorchRunner)
-    if set(library.NEEDED) <= library.processor_flags():
+    if KERNEL_LEVELS:
         assert reason in caplog.text
     ids = random_ids(LENGTH, 300)
     torch.testing.assert_close(
@@ -464,11 +465,55 @@ def test_without_a_compiler_pytorch_is_used_and_the_reason_logged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    library.load.cache_clear()
+    library._load.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert isinstance(best_runner(random_model(), 64), TorchRunner)
     assert "no-such-compiler" in caplog.text
-    library.load.cache_clear()
+    library._load.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_each_level_of_the_processor_gives_the_same_logits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the order in which a vector's lanes, or bf16's halves, are added up."""
+    model, ids = random_model(n_embd=192, n_head=3), random_ids(LENGTH, 300)
+    found = []
+    for name in KERNEL_LEVELS:
+        monkeypatch.setenv("GPTJ_MAX_CPU_ISA", name)
+        runner = CpuRunner(model, 8, kind)  # type: ignore[arg-type]
+        found += step(runner, (ids, 0, [0, 1, 2, 3]))
+        runner.close()
+    scale = float(found[0].std())
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], rtol=0, atol=0.01 * scale)
+
+
+def test_the_level_is_the_processors_highest_up_to_the_setting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    every = frozenset(flag for flags, _ in library.LEVELS.values() for flag in flags)
+    for flags, highest, expected in (
+        (every, "", "avx512"),
+        (every, "avx512", "avx512"),
+        (every, "avx2", "avx2"),
+        (frozenset({"avx2", "fma", "avx512f"}), "", "avx2"),
+        (frozenset({"sse4_2"}), "", "does not have avx2 and fma"),
+        (every, "none", "GPTJ_MAX_CPU_ISA is none"),
+    ):
+        monkeypatch.setattr(library, "processor_flags", lambda flags=flags: flags)
+        monkeypatch.setenv("GPTJ_MAX_CPU_ISA", highest)
+        if expected in library.LEVELS:
+            assert library.level() == expected
+        else:
+            with pytest.raises(library.UnsupportedError, match=expected):
+                library.level()
+            assert isinstance(best_runner(random_model(), 64), TorchRunner)
+            assert expected in caplog.text
+    monkeypatch.setenv("GPTJ_MAX_CPU_ISA", "AVX3")
+    with pytest.raises(ValueError, match="one of avx512, avx2 or none, got 'AVX3'"):
+        best_runner(random_model(), 64)
 
 
 @needs_kernels
@@ -476,9 +521,9 @@ def test_the_library_is_built_once_and_atomically(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = library._built()
+    first = library._built(KERNEL_LEVELS[0])
     written = first.stat().st_mtime_ns
-    assert library._built() == first
+    assert library._built(KERNEL_LEVELS[0]) == first
     assert first.stat().st_mtime_ns == written
     assert [path.name for path in (tmp_path / "gptj").iterdir()] == [first.name]
 

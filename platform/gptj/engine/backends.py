@@ -30,7 +30,7 @@ def best_runner(
     quantization: Quantization = "none",
     release: bool = False,
 ) -> Runner:
-    """Our kernels on a CPU with AVX-512 or a GPU with Triton; otherwise PyTorch, with a warning.
+    """Our kernels on CPUs with AVX2 and GPUs with Triton; otherwise PyTorch, with a warning.
 
     Args:
         model: in evaluation mode, on its device.

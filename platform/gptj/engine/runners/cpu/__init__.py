@@ -1,1 +1,1 @@
-"""C++ kernels for CPUs with AVX-512, built on the machine that runs them."""
+"""C++ kernels for CPUs with AVX-512 or AVX2, built on the machine that runs them."""

@@ -1,22 +1,24 @@
-// step.cpp's arithmetic on 512-bit vectors: exp, GELU, layer norm, and products of rows of
-// activations with packed weights in fp32, bf16 or int8.
+// step.cpp's arithmetic: exp, GELU, layer norm, and products of rows of activations with packed
+// weights in fp32, bf16 or int8.
 //
 // The order of computation of each result depends only on its own row, never on other rows: a
 // request's results are bitwise equal in any batch and with any chunks.
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
+
+#include "vectors.h"
 
 enum class Kind : int { fp32 = 0, bf16 = 1, int8 = 2 };
 
 constexpr int64_t kBlock = 32;   // columns of a block of packed weights: two vectors
-constexpr int64_t kMaxRows = 12;  // rows per pass over a block: 24 accumulators
+#ifdef GPTJ_AVX512
+constexpr int64_t kMaxRows = 12;   // rows per pass over a block: 24 accumulators of 32 registers
+constexpr int64_t kWideRows = 12;  // rows for which a pass takes both vectors of a block together
+#else
+constexpr int64_t kMaxRows = 6;   // 12 accumulators of 16 registers, one vector at a time
+constexpr int64_t kWideRows = 3;  // likewise, two vectors at a time
+#endif
 constexpr int64_t kAhead = 2048;  // prefetch distance of weights, in bytes
 constexpr int64_t kGroup = 128;  // inputs that share a scale in quantized activations
 
@@ -25,59 +27,66 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Inputs per 32-bit word of weights.
 inline int64_t per_word(Kind kind) { return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? 2 : 4; }
 
-// Words of activations per word of weights. Without the bf16 dot product instruction, each input has
-// its own word, widened once instead of for every column.
-#ifdef __AVX512BF16__
+// Words of activations per word of weights. Without instructions for dot products of bf16 or of
+// bytes, a word's halves are widened once for each row instead of for every column.
+#if defined(GPTJ_AVX512) && defined(__AVX512BF16__)
+#define GPTJ_DOT_BF16 1
+#endif
+#if defined(GPTJ_AVX512) && defined(__AVX512VNNI__)
+#define GPTJ_DOT_INT8 1
+#endif
+#ifdef GPTJ_DOT_BF16
 constexpr int64_t kBf16Words = 1;
 #else
 constexpr int64_t kBf16Words = 2;
 #endif
-inline int64_t words_each(Kind kind) { return kind == Kind::bf16 ? kBf16Words : 1; }
-
-inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << (n < 0 ? 0 : n)) - 1); }
+#ifdef GPTJ_DOT_INT8
+constexpr int64_t kInt8Words = 1;
+#else
+constexpr int64_t kInt8Words = 2;
+#endif
+inline int64_t words_each(Kind kind) {
+  return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? kBf16Words : kInt8Words;
+}
 
 // e^x to about one unit in the last place (Cephes' polynomial), for x <= 88; below -87 it is 0.
-inline __m512 exp512(__m512 x) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_mask_mov_ps(_mm512_maskz_scalef_ps(normal, p, n), nan, x);
+inline Floats exp(Floats x) {
+  const Floats n = rounded(mul(x, all(1.44269504088896341f)));
+  Floats r = fnma(n, all(0.693359375f), x);
+  r = fnma(n, all(-2.12194440e-4f), r);
+  Floats p = all(1.9875691500e-4f);
+  p = fma(p, r, all(1.3981999507e-3f));
+  p = fma(p, r, all(8.3334519073e-3f));
+  p = fma(p, r, all(4.1665795894e-2f));
+  p = fma(p, r, all(1.6666665459e-1f));
+  p = fma(p, r, all(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, all(1.0f)));
+  return if_nan(x, x, if_ge(x, all(-87.0f), scaled(p, n)));
 }
 
 // The tanh approximation of GELU, as the equivalent x * sigmoid(2u).
-inline __m512 gelu512(__m512 x) {
-  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-  const __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+inline Floats gelu(Floats x) {
+  const Floats u = fma(mul(mul(x, x), x), all(0.044715f), x);
   // Clamp so that exp does not overflow: the sigmoid is 0 or 1 there.
-  const __m512 twice = _mm512_mul_ps(u, _mm512_set1_ps(-2.0f * 0.7978845608028654f));
-  const __m512 e = exp512(_mm512_min_ps(_mm512_set1_ps(88.0f), twice));
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+  const Floats twice = mul(u, all(-2.0f * 0.7978845608028654f));
+  return div(x, add(all(1.0f), exp(min(all(88.0f), twice))));
 }
 
 // Rounds to the nearest bf16, ties to even, in each lane's upper half, as fp32; NaN stays NaN.
-inline __m512 round_bf16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i kept = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
-  return _mm512_castsi512_ps(_mm512_and_si512(kept, _mm512_set1_epi32(int(0xffff0000))));
+inline Floats round_bf16(Floats x) {
+  const Ints bits = as_ints(x);
+  const Ints odd = both(right<16>(bits), all_ints(1));
+  const Ints up = add(add(bits, all_ints(0x7fff)), odd);
+  const Ints quiet = either(bits, all_ints(0x400000));
+  const Ints kept = as_ints(if_nan(x, as_floats(quiet), as_floats(up)));
+  return as_floats(both(kept, all_ints(int(0xffff0000))));
 }
 
-inline __m256i to_bf16(__m512 x) {
-#ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(x);
+inline void store_bf16(uint16_t* p, Mask mask, Floats x) {
+#ifdef GPTJ_DOT_BF16
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
 #else
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16));
+  store_upper(p, mask, as_ints(round_bf16(x)));
 #endif
 }
 
@@ -88,81 +97,66 @@ inline float from_bf16(uint16_t x) {
   return value;
 }
 
-inline __m512 load_bf16(const void* p, __mmask16 mask) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
-}
+inline Floats load_bf16(const uint16_t* p, Mask mask) { return as_floats(load_upper(p, mask)); }
 
-// Accumulation of products. `dot` adds, in each of 16 lanes, the products of a word of weights with
-// the word of activations that all lanes share. `split` prepares weights for all rows, each of which
-// has `kWords` words for them, `stride` words apart.
+// Accumulation of products. `dot` adds, in each of 16 lanes, the products of a part of a word of
+// weights with the part of the word of activations that all lanes share: a word has `kParts` parts,
+// which `part` prepares for all rows.
 struct Fp32 {
-  using Sum = __m512;
-  using Split = __m512i;
-  static constexpr int64_t kWords = 1;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Split split(__m512i w) { return w; }
-  static Sum dot(Sum sum, __m512i w, uint32_t a) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(_mm512_set1_epi32(int(a))), sum);
-  }
-  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
+  using Sum = Floats;
+  using Part = Floats;
+  static constexpr int kParts = 1;
+  static Sum zero() { return zeros(); }
+  static Part part(Ints w, int) { return as_floats(w); }
+  static Sum dot(Sum sum, Part w, uint32_t a) { return fma(w, as_floats(all_ints(int(a))), sum); }
+  static Sum dot_word(Sum sum, Ints w, uint32_t a) { return dot(sum, as_floats(w), a); }
 };
 
-struct Halves {  // words of two bf16, as fp32
-  __m512 low, high;
-};
-
-inline Halves halves(__m512i w) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)),
-          _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))))};
+// The lower or upper of a word's two bf16, as fp32.
+inline Floats half(Ints w, int number) {
+  return as_floats(number == 0 ? left<16>(w) : both(w, all_ints(int(0xffff0000))));
 }
 
 struct Bf16 {
-  using Sum = __m512;
-  static constexpr int64_t kWords = kBf16Words;
-  static Sum zero() { return _mm512_setzero_ps(); }
-#ifdef __AVX512BF16__
-  using Split = __m512i;
-  static Split split(__m512i w) { return w; }
-  static Sum dot(Sum sum, __m512i w, uint32_t a) {
+  using Sum = Floats;
+  static constexpr int kParts = kBf16Words;
+  static Sum zero() { return zeros(); }
+#ifdef GPTJ_DOT_BF16
+  using Part = Ints;
+  static Part part(Ints w, int) { return w; }
+  static Sum dot(Sum sum, Part w, uint32_t a) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(a)));
   }
-  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
+  static Sum dot_word(Sum sum, Ints w, uint32_t a) { return dot(sum, w, a); }
 #else
-  using Split = Halves;
-  static Split split(__m512i w) { return halves(w); }
-  static Sum dot(Sum sum, __m512i w, uint32_t a) {
-    const Halves both = halves(w), x = halves(_mm512_set1_epi32(int(a)));
-    return _mm512_fmadd_ps(both.high, x.high, _mm512_fmadd_ps(both.low, x.low, sum));
-  }
-  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t stride) {
-    const auto word = [&](int64_t i) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(a[i]))); };
-    return _mm512_fmadd_ps(w.high, word(stride), _mm512_fmadd_ps(w.low, word(0), sum));
+  using Part = Floats;
+  static Part part(Ints w, int number) { return half(w, number); }
+  static Sum dot(Sum sum, Part w, uint32_t a) { return fma(w, as_floats(all_ints(int(a))), sum); }
+  static Sum dot_word(Sum sum, Ints w, uint32_t a) {
+    const Ints x = all_ints(int(a));
+    return fma(half(w, 1), half(x, 1), fma(half(w, 0), half(x, 0), sum));
   }
 #endif
 };
 
 struct Int8 {  // weights are stored with 128 added, since one operand must be unsigned
-  using Sum = __m512i;
-  using Split = __m512i;
-  static constexpr int64_t kWords = 1;
-  static Sum zero() { return _mm512_setzero_si512(); }
-  static Split split(__m512i w) { return w; }
-  static Sum dot(Sum sum, Split w, const uint32_t* a, int64_t) { return dot(sum, w, *a); }
-  static Sum dot(Sum sum, __m512i w, uint32_t a) {
-    const __m512i x = _mm512_set1_epi32(int(a));
-#ifdef __AVX512VNNI__
+  using Sum = Ints;
+  using Part = Ints;
+  static constexpr int kParts = kInt8Words;
+  static Sum zero() { return all_ints(0); }
+#ifdef GPTJ_DOT_INT8
+  static Part part(Ints w, int) { return w; }
+  static Sum dot(Sum sum, Part w, uint32_t a) {
     // Not the intrinsic, with which GCC 12 keeps the sums in memory: half the speed.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(all_ints(int(a))));
     return sum;
-#else  // in 16 bits, so that nothing saturates: |255 * 127| * 2 fits 32 bits only
-    const __m512i mask = _mm512_set1_epi16(0x00ff);
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, mask),
-                                           _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
-    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
-#endif
   }
+#else  // in 16 bits, so that nothing saturates: |255 * 127| * 2 fits 32 bits only
+  static Part part(Ints w, int number) {
+    return number == 0 ? both(w, all_ints(0x00ff00ff)) : upper_bytes(w);
+  }
+  static Sum dot(Sum sum, Part w, uint32_t a) { return add(sum, dot_words(w, all_ints(int(a)))); }
+#endif
 };
 
 // Rows per pass over a block of weights, split as evenly as possible.
@@ -203,10 +197,23 @@ struct Weights {
 
 // Whether a row is finite: int8 cannot represent NaN, and max() drops it.
 inline bool finite(const float* x, int64_t n) {
-  __m512 sum = _mm512_setzero_ps();
+  Floats sum = zeros();
   for (int64_t i = 0; i < n; i += 16)  // 0 * x is NaN if x is not finite
-    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(first(n - i), x + i), _mm512_setzero_ps(), sum);
-  return _mm512_reduce_add_ps(sum) == 0.0f;
+    sum = fma(load(x + i, first(n - i)), zeros(), sum);
+  return sum_of(sum) == 0.0f;
+}
+
+// Writes up to 16 bytes of a row, from its i-th on, in the parts that Int8 reads.
+inline void store_int8(uint32_t* row, int64_t i, int64_t count, Ints q) {
+#ifdef GPTJ_DOT_INT8
+  store_bytes(reinterpret_cast<int8_t*>(row) + i, first(count), q);
+#else  // 16 bits each: of a word's four, first the two even ones
+  int8_t bytes[16] = {};
+  store_bytes(bytes, first(count), q);
+  auto* to = reinterpret_cast<int16_t*>(row + i / 4 * kInt8Words);
+  for (int64_t k = 0; k < std::min<int64_t>(count, 16); ++k)
+    to[k / 4 * 4 + k % 2 * 2 + k % 4 / 2] = bytes[k];
+#endif
 }
 
 // Converts n inputs to a row of activations.
@@ -216,34 +223,30 @@ inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, 
     std::memcpy(own, x, size_t(n) * 4);
   } else if (kind == Kind::bf16) {
     for (int64_t i = 0; i < n; i += 16) {
-      const __mmask16 mask = first(n - i);
-      const __m512 y = _mm512_maskz_loadu_ps(mask, x + i);
-#ifdef __AVX512BF16__
-      _mm256_mask_storeu_epi16(reinterpret_cast<uint16_t*>(own) + i, mask, to_bf16(y));
+      const Mask mask = first(n - i);
+#ifdef GPTJ_DOT_BF16
+      store_bf16(reinterpret_cast<uint16_t*>(own) + i, mask, load(x + i, mask));
 #else
-      _mm512_mask_storeu_ps(own + i, mask, round_bf16(y));
+      store(reinterpret_cast<float*>(own) + i, mask, round_bf16(load(x + i, mask)));
 #endif
     }
   } else {
     for (int64_t g = 0; g * kGroup < n; ++g) {
       const int64_t from = g * kGroup, to = std::min(n, from + kGroup);
-      __m512 most = _mm512_setzero_ps();
-      for (int64_t i = from; i < to; i += 16)
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(to - i), x + i)));
-      const float largest = _mm512_reduce_max_ps(most);
+      Floats most = zeros();
+      for (int64_t i = from; i < to; i += 16) most = max(most, abs(load(x + i, first(to - i))));
+      const float largest = max_of(most);
       const float scale = largest / 127.0f;
-      const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-      __m512i sum = _mm512_setzero_si512();
+      const Floats inverse = all(largest > 0 ? 127.0f / largest : 0.0f);
+      Ints sum = all_ints(0);
       for (int64_t i = from; i < to; i += 16) {
-        const __m512i q =
-            _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first(to - i), x + i), inverse));
-        sum = _mm512_add_epi32(sum, q);
-        _mm_mask_storeu_epi8(reinterpret_cast<int8_t*>(own) + i, first(to - i),
-                             _mm512_cvtepi32_epi8(q));
+        const Ints q = to_ints(mul(load(x + i, first(to - i)), inverse));
+        sum = add(sum, q);
+        store_int8(own, i, to - i, q);
       }
       // Non-finite rows must stay non-finite, for the engine to detect.
       a.scales[row * a.groups + g] = finite(x + from, to - from) ? scale : NAN;
-      a.offsets[row * a.groups + g] = 128 * _mm512_reduce_add_epi32(sum);
+      a.offsets[row * a.groups + g] = 128 * sum_of(sum);
     }
   }
 }
@@ -262,75 +265,99 @@ inline void interleave(const Activations& a, int64_t pass_number, int64_t piece)
 
 inline void layer_norm(const float* x, const float* weight, const float* bias, float epsilon,
                        int64_t n, float* y) {
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 16)
-    total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(first(n - i), x + i));
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / float(n));
-  __m512 squares = _mm512_setzero_ps();
+  Floats total = zeros();
+  for (int64_t i = 0; i < n; i += 16) total = add(total, load(x + i, first(n - i)));
+  const Floats mean = all(sum_of(total) / float(n));
+  Floats squares = zeros();
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 m = first(n - i);
-    const __m512 d = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + i), mean);
-    squares = _mm512_fmadd_ps(d, d, squares);
+    const Mask m = first(n - i);
+    const Floats d = keep(m, sub(load(x + i, m), mean));
+    squares = fma(d, d, squares);
   }
-  const float variance = _mm512_reduce_add_ps(squares) / float(n);
-  const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(variance + epsilon));
+  const float variance = sum_of(squares) / float(n);
+  const Floats factor = all(1.0f / std::sqrt(variance + epsilon));
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 m = first(n - i);
-    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + i), mean), factor);
-    _mm512_mask_storeu_ps(y + i, m, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(m, weight + i),
-                                                    _mm512_maskz_loadu_ps(m, bias + i)));
+    const Mask m = first(n - i);
+    const Floats d = mul(sub(load(x + i, m), mean), factor);
+    store(y + i, m, fma(d, load(weight + i, m), load(bias + i, m)));
   }
 }
 
-// A block's products with the M rows of a pass: out[m][v] is row m's with vector v. Meanwhile it
-// prefetches the weights needed next: `lines` per word, starting at `ahead`.
-template <class K, int M>
-inline void product(const Weights& w, int64_t block, const Activations& a, int64_t row,
-                    const char* ahead, int lines, __m512 (&out)[M][2]) {
-  const auto* weights = static_cast<const char*>(w.data) + block * a.width * 128;
-  const uint32_t* words = a.turned + row * a.words;
-  const auto run = [&](int64_t from, int64_t to, typename K::Sum (&sum)[M][2]) {
-    for (int64_t i = from; i < to; ++i) {
-      const auto w0 = K::split(_mm512_loadu_si512(weights + i * 128));
-      const auto w1 = K::split(_mm512_loadu_si512(weights + i * 128 + 64));
-      if (lines > 0) _mm_prefetch(ahead + i * lines * 64, _MM_HINT_T0);
-      if (lines > 1) _mm_prefetch(ahead + i * lines * 64 + 64, _MM_HINT_T0);
+// Adds the products of words [from, to) of some vectors of a block with the M rows of a pass.
+// Meanwhile it prefetches the weights needed next: `lines` per word, starting at `ahead`.
+template <class K, int M, int Vectors>
+inline void add_products(const char* weights, const uint32_t* words, int64_t from, int64_t to,
+                         const char* ahead, int lines, typename K::Sum (&sum)[M][Vectors]) {
+  for (int64_t i = from; i < to; ++i) {
+    if (lines > 0) _mm_prefetch(ahead + i * lines * 64, _MM_HINT_T0);
+    if (lines > 1) _mm_prefetch(ahead + i * lines * 64 + 64, _MM_HINT_T0);
+    const uint32_t* x = words + i * K::kParts * M;
+#ifdef GPTJ_AVX512  // rows outside, so that vectors share a row's word
+    typename K::Part parts[Vectors][K::kParts];
+    for (int v = 0; v < Vectors; ++v)
+      for (int p = 0; p < K::kParts; ++p)
+        parts[v][p] = K::part(load_ints(weights + i * 128 + v * 64), p);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        const uint32_t* x = words + i * K::kWords * M + m;
-        sum[m][0] = K::dot(sum[m][0], w0, x, M);
-        sum[m][1] = K::dot(sum[m][1], w1, x, M);
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v)
+#pragma GCC unroll 2
+        for (int p = 0; p < K::kParts; ++p)
+          sum[m][v] = K::dot(sum[m][v], parts[v][p], x[p * M + m]);
+#else  // parts outside, so that few registers hold weights
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      const Ints w = load_ints(weights + i * 128 + v * 64);
+#pragma GCC unroll 2
+      for (int p = 0; p < K::kParts; ++p) {
+        const typename K::Part part = K::part(w, p);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m) sum[m][v] = K::dot(sum[m][v], part, x[p * M + m]);
       }
     }
-  };
-  typename K::Sum sum[M][2];
+#endif
+  }
+}
+
+// Products of some vectors of a block, from `vector` on, with the M rows of a pass: out[m][v].
+template <class K, int M, int Vectors>
+inline void product(const Weights& w, int64_t block, int vector, const Activations& a, int64_t row,
+                    const char* ahead, int lines, Floats (&out)[M][Vectors]) {
+  const char* weights = static_cast<const char*>(w.data) + block * a.width * 128 + vector * 64;
+  const uint32_t* words = a.turned + row * a.words;
+  typename K::Sum sum[M][Vectors];
   if constexpr (std::is_same_v<K, Int8>) {
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) out[m][0] = out[m][1] = _mm512_setzero_ps();
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < Vectors; ++v) out[m][v] = zeros();
     for (int64_t g = 0; g < a.groups; ++g) {
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m)
-        sum[m][0] = sum[m][1] = _mm512_set1_epi32(-a.offsets[(row + m) * a.groups + g]);
-      run(g * (kGroup / 4), std::min(a.width, (g + 1) * (kGroup / 4)), sum);
+        for (int v = 0; v < Vectors; ++v)
+          sum[m][v] = all_ints(-a.offsets[(row + m) * a.groups + g]);
+      add_products<K, M, Vectors>(weights, words, g * (kGroup / 4),
+                                  std::min(a.width, (g + 1) * (kGroup / 4)), ahead, lines, sum);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
-        const __m512 scale = _mm512_set1_ps(a.scales[(row + m) * a.groups + g]);
-        out[m][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][0]), scale, out[m][0]);
-        out[m][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][1]), scale, out[m][1]);
+        const Floats scale = all(a.scales[(row + m) * a.groups + g]);
+        for (int v = 0; v < Vectors; ++v)
+          out[m][v] = fma(to_floats(sum[m][v]), scale, out[m][v]);
       }
     }
-    for (int v = 0; v < 2; ++v) {
-      const int64_t column = block * kBlock + v * 16;
-      const __m512 scale = _mm512_maskz_loadu_ps(first(w.columns - column), w.scales + column);
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t column = block * kBlock + (vector + v) * 16;
+      const Floats scale = load(w.scales + column, first(w.columns - column));
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) out[m][v] = _mm512_mul_ps(out[m][v], scale);
+      for (int m = 0; m < M; ++m) out[m][v] = mul(out[m][v], scale);
     }
   } else {
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = K::zero();
-    run(0, a.width, sum);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < Vectors; ++v) sum[m][v] = K::zero();
+    add_products<K, M, Vectors>(weights, words, 0, a.width, ahead, lines, sum);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) out[m][0] = sum[m][0], out[m][1] = sum[m][1];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < Vectors; ++v) out[m][v] = sum[m][v];
   }
 }
 
@@ -338,15 +365,18 @@ inline void product(const Weights& w, int64_t block, const Activations& a, int64
 template <class K, int M, class Done>
 inline void rows_of_block(const Weights& w, int64_t block, const Activations& a, int64_t row,
                           const char* ahead, int lines, const Done& done) {
-  __m512 out[M][2];
-  product<K, M>(w, block, a, row, ahead, lines, out);
-  for (int v = 0; v < 2; ++v) {
-    const int64_t column = block * kBlock + v * 16;
-    const __mmask16 mask = first(w.columns - column);
-    if (mask == 0) break;
-    const __m512 bias = _mm512_maskz_loadu_ps(mask, w.bias + column);
+  constexpr int Vectors = M <= kWideRows ? 2 : 1;
+  for (int vector = 0; vector < 2; vector += Vectors) {
+    Floats out[M][Vectors];
+    product<K, M, Vectors>(w, block, vector, a, row, ahead, vector == 0 ? lines : 0, out);
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t column = block * kBlock + (vector + v) * 16;
+      const Mask mask = first(w.columns - column);
+      if (none(mask)) break;
+      const Floats bias = load(w.bias + column, mask);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) done(row + m, column, _mm512_add_ps(out[m][v], bias), mask);
+      for (int m = 0; m < M; ++m) done(row + m, column, add(out[m][v], bias), mask);
+    }
   }
 }
 
@@ -362,9 +392,10 @@ inline void block_product(const Weights& w, int64_t block, const Activations& a,
     const int lines = passes == 1 ? 2 : number < 2 ? 1 : 0;
     const char* ahead = passes == 1 ? start + kAhead : start + bytes + number * (bytes / 2);
     switch (pass.count) {
-#define ROWS(M)                                                     \
-  case M:                                                           \
-    rows_of_block<K, M>(w, block, a, pass.row, ahead, lines, done); \
+#define ROWS(M)                                                       \
+  case M:                                                             \
+    if constexpr (M <= kMaxRows)                                      \
+      rows_of_block<K, M>(w, block, a, pass.row, ahead, lines, done); \
     break;
       ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
       ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)

@@ -14,13 +14,19 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("step.cpp", "kernels.h")
+SOURCES = ("step.cpp", "kernels.h", "vectors.h")
 FLAGS = (
     "-O3 -march=native -std=c++17 -fno-math-errno -shared -fPIC -pthread "
     "-Wall -Wno-uninitialized -Wno-maybe-uninitialized"  # false positives in GCC's headers
 ).split()
 BUILD_SECONDS = 300
-NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+# Highest first: each level's processor flags, and the compiler's.
+LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx512": (("avx512f", "avx512bw", "avx512dq", "avx512vl"), ()),
+    "avx2": (("avx2", "fma"), ("-mno-avx512f",)),
+}
+# An environment variable: the highest level to use, or `none`, like oneDNN's ONEDNN_MAX_CPU_ISA.
+HIGHEST = "GPTJ_MAX_CPU_ISA"
 
 
 class UnsupportedError(RuntimeError):
@@ -89,13 +95,38 @@ class Step(ctypes.Structure):
     ]
 
 
-@cache
+def level() -> str:
+    """The highest level that this processor has and GPTJ_MAX_CPU_ISA allows.
+
+    Raises:
+        UnsupportedError: if there is none.
+        ValueError: for an unknown level in GPTJ_MAX_CPU_ISA.
+    """
+    highest = os.environ.get(HIGHEST) or next(iter(LEVELS))
+    if highest == "none":
+        raise UnsupportedError(f"{HIGHEST} is none")
+    if highest not in LEVELS:
+        raise ValueError(f"{HIGHEST} must be one of {', '.join(LEVELS)} or none, got {highest!r}")
+    names = list(LEVELS)
+    for name in names[names.index(highest) :]:
+        if set(LEVELS[name][0]) <= processor_flags():
+            return name
+    raise UnsupportedError(f"the processor does not have {' and '.join(LEVELS['avx2'][0])}")
+
+
 def load() -> ctypes.CDLL:
-    """Load the library. UnsupportedError without AVX-512 or a compiler that supports it."""
-    missing = [flag for flag in NEEDED if flag not in processor_flags()]
-    if missing:
-        raise UnsupportedError(f"the processor has no {', '.join(missing)}")
-    library = ctypes.CDLL(str(_built()))
+    """Load the library for this machine's level.
+
+    Raises:
+        UnsupportedError: if the processor has no level, or there is no compiler.
+        ValueError: for an unknown level in GPTJ_MAX_CPU_ISA.
+    """
+    return _load(level())
+
+
+@cache
+def _load(name: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_built(name)))
     library.gptj_create.restype = ctypes.c_void_p
     library.gptj_create.argtypes = [ctypes.POINTER(Sizes), ctypes.POINTER(Model)]
     library.gptj_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step)]
@@ -117,27 +148,26 @@ def processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _built() -> Path:
-    """The library's path; compiles it if missing.
+def _built(name: str) -> Path:
+    """The path of a level's library; compiles it if missing.
 
     Its name contains a hash of everything it depends on. It is built in a temporary folder and then
     renamed, so concurrent or killed builds do no harm.
     """
     folder = Path(__file__).parent
-    contents = [(folder / name).read_bytes() for name in SOURCES]
-    compiler = _compiler()
-    machine = " ".join([*FLAGS, compiler, _version(compiler), *sorted(processor_flags())])
+    contents = [(folder / source).read_bytes() for source in SOURCES]
+    compiler, flags = _compiler(), [*FLAGS, *LEVELS[name][1]]
+    machine = " ".join([*flags, compiler, _version(compiler), *sorted(processor_flags())])
     digest = hashlib.sha256(b"\0".join([*contents, machine.encode()])).hexdigest()[:16]
-    name = f"step-{digest}.so"
-    target = _cache_folder() / name
-    for path in (folder / name, target):
+    target = _cache_folder() / f"step-{name}-{digest}.so"
+    for path in (folder / target.name, target):
         if path.exists():
             return path
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as build:
         path = Path(build) / target.name
         result = subprocess.run(
-            [compiler, *FLAGS, "-o", str(path), str(folder / SOURCES[0])],
+            [compiler, *flags, "-o", str(path), str(folder / SOURCES[0])],
             capture_output=True,
             text=True,
             timeout=BUILD_SECONDS,

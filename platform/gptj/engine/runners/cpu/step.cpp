@@ -24,7 +24,12 @@
 namespace {
 
 constexpr int64_t kPage = 16;    // positions per page
-constexpr int64_t kQueries = 4;  // of a sequence that share one pass over keys and values
+// Queries of a sequence that share one pass over keys and values: as many as registers allow.
+#ifdef GPTJ_AVX512
+constexpr int64_t kQueries = 4;
+#else
+constexpr int64_t kQueries = 1;
+#endif
 
 thread_local int thread_number = 0;  // in its team; the caller is 0
 
@@ -200,8 +205,8 @@ class Runner {
       norm(last, i, &x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight, m_.final_bias);
     });
     multiply(part, m_.head, last,
-             [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
-               _mm512_mask_storeu_ps(b_->logits + row * s_.vocabulary + column, mask, y);
+             [&](int64_t row, int64_t column, Floats y, Mask mask) {
+               store(b_->logits + row * s_.vocabulary + column, mask, y);
              });
   }
 
@@ -258,21 +263,20 @@ class Runner {
     const int64_t inputs = s_.width + s_.inner;
     multiply2(
         part, layer.qkv, layer.fc_in, ceil_div(s_.inner, kBlock), normed,
-        [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
-          _mm512_mask_storeu_ps(&qkv_[size_t(row * 3 * s_.width + column)], mask, y);
+        [&](int64_t row, int64_t column, Floats y, Mask mask) {
+          store(&qkv_[size_t(row * 3 * s_.width + column)], mask, y);
         },
-        [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
-          _mm512_mask_storeu_ps(&branches_[size_t(row * inputs + s_.width + column)], mask,
-                                gelu512(y));
+        [&](int64_t row, int64_t column, Floats y, Mask mask) {
+          store(&branches_[size_t(row * inputs + s_.width + column)], mask, gelu(y));
         });
   }
 
   // Both branches' output projections, added to the residual stream.
   void second_product(int& part, const Layer& layer, const Activations& branches) {
     multiply(part, layer.out, branches,
-             [&](int64_t row, int64_t column, __m512 y, __mmask16 mask) {
+             [&](int64_t row, int64_t column, Floats y, Mask mask) {
                float* x = &x_[size_t(row * s_.width + column)];
-               _mm512_mask_storeu_ps(x, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, x), y));
+               store(x, mask, add(load(x, mask), y));
              });
   }
 
@@ -316,18 +320,17 @@ class Runner {
 
   // Converts to the cache's type.
   template <class K>
-  void store(const float* x, Element<K>* y) const {
+  void to_cache(const float* x, Element<K>* y) const {
     for (int64_t i = 0; i < s_.head; i += 16) {
-      const __mmask16 mask = first(s_.head - i);
-      const __m512 part = _mm512_maskz_loadu_ps(mask, x + i);
-      if constexpr (std::is_same_v<K, Fp32>) _mm512_mask_storeu_ps(y + i, mask, part);
-      else _mm256_mask_storeu_epi16(y + i, mask, to_bf16(part));
+      const Mask mask = first(s_.head - i);
+      if constexpr (std::is_same_v<K, Fp32>) store(y + i, mask, load(x + i, mask));
+      else store_bf16(y + i, mask, load(x + i, mask));
     }
   }
 
   template <class K>
-  static __m512 load(const Element<K>* p, __mmask16 mask) {
-    if constexpr (std::is_same_v<K, Fp32>) return _mm512_maskz_loadu_ps(mask, p);
+  static Floats from_cache(const Element<K>* p, Mask mask) {
+    if constexpr (std::is_same_v<K, Fp32>) return load(p, mask);
     else return load_bf16(p, mask);
   }
 
@@ -361,17 +364,17 @@ class Runner {
       Element<K>* values = page<K>(m_.values, layer, pages[position / kPage], head);
       const int64_t place = position % kPage;
       rotate(t, s_.width, head, rotated.data());
-      store<K>(rotated.data(), key.data());
+      to_cache<K>(rotated.data(), key.data());
       for (int64_t k = 0; k < s_.head; ++k)
         keys[(k / kPair * kPage + place) * kPair + k % kPair] = key[size_t(k)];
-      store<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)],
+      to_cache<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)],
                values + place * s_.head);
     }
     for (int32_t t = start; t < end; t += kQueries) {
       const int64_t count = std::min<int64_t>(kQueries, end - t);
       for (int64_t q = 0; q < count; ++q) {
         rotate(int32_t(t + q), 0, head, rotated.data());
-        store<K>(rotated.data(), &queries[size_t(q * s_.head)]);
+        to_cache<K>(rotated.data(), &queries[size_t(q * s_.head)]);
       }
       const auto* words = reinterpret_cast<const uint32_t*>(queries.data());
       if (count == 1)
@@ -416,30 +419,29 @@ class Runner {
     for (int q = 0; q < Q; ++q)
       out[q] = &branches_[size_t((t + q) * (s_.width + s_.inner) + head * s_.head)];
     for (int64_t k = 0; k < s_.head; k += 64) {
-      __m512 sum[Q][4];
-      __mmask16 mask[4];
+      Floats sum[Q][4];
+      Mask mask[4];
       for (int v = 0; v < 4; ++v) mask[v] = first(s_.head - k - 16 * v);
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = _mm512_setzero_ps();
+      for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = zeros();
       const int64_t next = kPage * s_.head;  // elements to the next head's values
       for (int64_t position = 0; position < length; ++position) {
         const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
                           position % kPage * s_.head + k;
-        __m512 value[4];
+        Floats value[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) value[v] = load<K>(row + 16 * v, mask[v]);
+        for (int v = 0; v < 4; ++v) value[v] = from_cache<K>(row + 16 * v, mask[v]);
         for (int64_t i = 0; i < 64; i += kLine<K>) fetch(row + next + i);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) {
-          const __m512 weight = _mm512_set1_ps(scores[size_t(q * stride + position)]);
+          const Floats weight = all(scores[size_t(q * stride + position)]);
 #pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) sum[q][v] = _mm512_fmadd_ps(weight, value[v], sum[q][v]);
+          for (int v = 0; v < 4; ++v) sum[q][v] = fma(weight, value[v], sum[q][v]);
         }
       }
       for (int q = 0; q < Q; ++q)
         for (int v = 0; v < 4; ++v)
-          _mm512_mask_storeu_ps(out[q] + k + 16 * v, mask[v],
-                                _mm512_mul_ps(sum[q][v], _mm512_set1_ps(inverse[q])));
+          store(out[q] + k + 16 * v, mask[v], mul(sum[q][v], all(inverse[q])));
     }
   }
 
@@ -450,43 +452,44 @@ class Runner {
     const int64_t words = s_.head / kPair;
     const Element<K>* keys[P];
     for (int i = 0; i < P; ++i) keys[i] = page<K>(m_.keys, layer, pages[p + i], head);
-    __m512 sum[Q][P];
+    Floats sum[Q][P];
     for (int q = 0; q < Q; ++q)
-      for (int i = 0; i < P; ++i) sum[q][i] = _mm512_setzero_ps();
+      for (int i = 0; i < P; ++i) sum[q][i] = zeros();
     for (int64_t w = 0; w < words; ++w) {
-      __m512i key[P];
+      Ints key[P];
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) {
-        key[i] = _mm512_loadu_si512(keys[i] + w * kPage * kPair);
+        key[i] = load_ints(keys[i] + w * kPage * kPair);
         fetch(keys[i] + (words + w) * kPage * kPair);  // the next head's
       }
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
-        for (int i = 0; i < P; ++i) sum[q][i] = K::dot(sum[q][i], key[i], queries[q * words + w]);
+        for (int i = 0; i < P; ++i)
+          sum[q][i] = K::dot_word(sum[q][i], key[i], queries[q * words + w]);
     }
     for (int q = 0; q < Q; ++q)
       for (int i = 0; i < P; ++i)
-        _mm512_storeu_ps(scores + q * stride + (p + i) * kPage, sum[q][i]);
+        store(scores + q * stride + (p + i) * kPage, sum[q][i]);
   }
 
   // Turns scores into unnormalized weights; returns 1 / sum. Weights beyond `length` become 0,
   // whatever the unused slots of a page hold.
   float softmax(float* scores, int64_t length, int64_t stride) const {
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(float(s_.head)));
-    const __m512 least = _mm512_set1_ps(-INFINITY);
-    __m512 most = least;
+    const Floats scale = all(1.0f / std::sqrt(float(s_.head)));
+    const Floats least = all(-INFINITY);
+    Floats most = least;
     for (int64_t i = 0; i < length; i += 16)
-      most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, first(length - i), scores + i));
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    __m512 total = _mm512_setzero_ps();
+      most = max(most, load_or(least, first(length - i), scores + i));
+    const Floats top = all(max_of(most));
+    Floats total = zeros();
     for (int64_t i = 0; i < stride; i += 16) {
-      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + i), top), scale);
-      const __m512 e = _mm512_maskz_mov_ps(first(length - i), exp512(x));
-      total = _mm512_add_ps(total, e);
-      _mm512_storeu_ps(scores + i, e);
+      const Floats e =
+          keep(first(length - i), exp(mul(sub(load(scores + i), top), scale)));
+      total = add(total, e);
+      store(scores + i, e);
     }
-    return 1.0f / _mm512_reduce_add_ps(total);
+    return 1.0f / sum_of(total);
   }
 
   const Sizes s_;
@@ -545,13 +548,12 @@ int64_t gptj_read(const void* data, int64_t bytes, int threads) {
   std::atomic<int64_t> next{0}, total{0};
   const int64_t piece = 1 << 17;
   const std::function<void()> job = [&] {
-    __m512i sums[4] = {};
+    Ints sums[4] = {};
     for (int64_t i; (i = next.fetch_add(piece)) < bytes;)
       for (int64_t end = std::min(bytes, i + piece); i + 256 <= end; i += 256)
         for (int v = 0; v < 4; ++v)
-          sums[v] = _mm512_add_epi64(
-              sums[v], _mm512_loadu_si512(static_cast<const char*>(data) + i + 64 * v));
-    for (const auto& sum : sums) total += _mm512_reduce_add_epi64(sum);
+          sums[v] = add_long(sums[v], load_ints(static_cast<const char*>(data) + i + 64 * v));
+    for (const auto& sum : sums) total += sum_of_long(sum);
   };
   team.run(job);
   return total;
