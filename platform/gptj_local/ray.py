@@ -92,8 +92,9 @@ class LocalRay:
                 "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
                 **SERVE,
             }
-            # The raylet sometimes takes half a minute to leave a cluster of one node.
-            with running(command, environment=variables, log=log, grace_seconds=8) as process:
+            # The raylet may take half a minute to leave a cluster of one node, and there is nobody
+            # whom it could tell.
+            with running(command, environment=variables, log=log, grace_seconds=2) as process:
                 node = cls(head, dashboard, metrics, process.pid, token)
                 deadline = time.monotonic() + START_SECONDS
                 while not node._answers():

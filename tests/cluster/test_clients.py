@@ -283,6 +283,7 @@ def test_both_scenarios_answer_every_sample_once_by_the_beams_of_generate(
     assert not server["valid"]
 
 
+@pytest.mark.slow
 def test_failures_make_a_run_invalid_and_a_full_service_is_asked_again(
     folder: str,
     tmp_path: Path,
@@ -329,6 +330,7 @@ def test_failures_make_a_run_invalid_and_a_full_service_is_asked_again(
     assert (body.min_tokens, body.max_tokens) == (30, 128)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_said_before(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--prompt-tokens must be in \[1, {LONGEST}\]"):
         benchmark.main(["mlperf", "--model", folder, "--prompt-tokens", str(LONGEST + 1)])

@@ -10,11 +10,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-import transformers
 from safetensors.torch import load_file
 from test_training import MODEL, RATES, STEPS, losses, releasing, settings_of, write_text
 
@@ -152,6 +150,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
 
 def reference(settings: Settings, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """PEFT's adapter in transformers' model, PyTorch's AdamW, each global batch as a whole."""
+    import peft  # not for the ranks, which import this module
+    import transformers
+
     tokenizer = prepare_tokenizer(settings)
     data = make_data(settings, tokenizer).train
     torch.manual_seed(settings.seed)

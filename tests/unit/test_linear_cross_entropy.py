@@ -177,3 +177,17 @@ def test_without_labels_there_is_nothing_to_return() -> None:
     model = GPTJForCausalLM(GPTJConfig(**CONFIG))
     with pytest.raises(ValueError, match="skip_logits"):
         model(torch.zeros(1, 2, dtype=torch.long), skip_logits=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_chunks_show_on_meta_what_all_of_them_take(dtype: torch.dtype) -> None:
+    peaks = []
+    for device in ("cpu", "meta"):
+        x_ND = torch.zeros(40, 8, dtype=dtype, device=device, requires_grad=True)
+        weight_VD = torch.zeros(30, 8, dtype=dtype, device=device, requires_grad=True)
+        labels_N = torch.zeros(40, dtype=torch.long, device=device)
+        with LiveBytes() as live:
+            loss = linear_cross_entropy(x_ND, weight_VD, None, labels_N, chunk_rows=4)
+            loss.backward()
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]

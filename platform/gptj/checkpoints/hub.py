@@ -11,18 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
+from gptj.extras import Extra
 from gptj.storage.addresses import is_s3, normalized
+
+# Imported only for what is on the hub: its HTTP client takes a fifth of PyTorch's time.
+huggingface_hub = Extra("huggingface_hub", "the Hugging Face hub")
+errors = Extra("huggingface_hub.errors", "the Hugging Face hub", "huggingface_hub")
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -60,22 +54,29 @@ def locate(
         )
     try:
         return str(
-            snapshot_download(address, revision=revision, allow_patterns=list(patterns), **options)
+            huggingface_hub.snapshot_download(
+                address, revision=revision, allow_patterns=list(patterns), **options
+            )
         )
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{address!r} on the hub has no revision {revision!r}") from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{address!r} on the hub is gated; remedy: accept its terms on its page, and set "
             f"HF_TOKEN"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{address!r} is not an existing folder or an s3:// address, and the hub has no model "
             f"of that name that this account may read; remedy: correct it, or set HF_TOKEN for a "
             f"private one"
         ) from error
-    except (EntryNotFoundError, FileMetadataError, HfHubHTTPError, HFValidationError) as error:
+    except (
+        errors.EntryNotFoundError,
+        errors.FileMetadataError,
+        errors.HfHubHTTPError,
+        errors.HFValidationError,
+    ) as error:
         raise FileNotFoundError(
             f"{address!r} is not an existing folder or an s3:// address, and could not be "
             f"downloaded as a hub id: {error}"
@@ -95,7 +96,7 @@ def upload(
 
     Creates the repository and the branch if they do not exist.
     """
-    hub = HfApi(token=token)
+    hub = huggingface_hub.HfApi(token=token)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         hub.create_branch(repo_id, branch=revision, exist_ok=True)

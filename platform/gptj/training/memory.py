@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.adapters.lora import NEW_HEADS, add_lora
+from gptj.checkpoints.skeleton import without_weights
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
@@ -351,7 +352,7 @@ def _meta_model(
     task: TaskName, config: GPTJConfig, adapter: AdapterSettings | None
 ) -> GPTJPreTrainedModel:
     cls = TASKS[task].head
-    with torch.device("meta"):
+    with without_weights():
         model = cls(config)
         if adapter is not None:
             add_lora(model, adapter.lora(NEW_HEADS.get(cls.__name__, ())))

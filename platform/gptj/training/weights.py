@@ -16,21 +16,16 @@ from gptj.adapters.lora import NEW_HEADS, adapter_parameters, add_lora
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
-from gptj.extras import Extra, missing
+from gptj.extras import Extra, check_installed
 from gptj.model import GPTJForCausalLM
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.saving import save_adapter_folder, save_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
 
-try:
-    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-except ModuleNotFoundError as error:
-    raise missing(error, "training", extra="train") from error
-
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")
+check_installed("deepspeed", "training", extra="train")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,13 +99,13 @@ def undo_first_step(engine: Any) -> None:
     and the fp32 masters have decayed once (https://github.com/deepspeedai/DeepSpeed/issues/5104).
     """
     wrapper = engine.optimizer
-    if isinstance(wrapper, FP16_UnfusedOptimizer):
+    if isinstance(wrapper, deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer):
         pairs = [
             pair
             for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
             for pair in zip(masters, weights, strict=True)
         ]
-    elif isinstance(wrapper, FP16_Optimizer):
+    elif isinstance(wrapper, deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer):
         pairs = list(zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True))
     else:  # fp32: no masters, no step
         return
