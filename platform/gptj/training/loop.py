@@ -38,8 +38,9 @@ from gptj.training.deepspeed_config import (
     learning_rate_share,
     parameter_groups,
 )
+from gptj.training.engine_state import load_state, save_state
 from gptj.training.evaluation import evaluate, evaluating
-from gptj.training.failures import DivergedError, naming_full_disk
+from gptj.training.failures import DivergedError, StoppedError, naming_full_disk
 from gptj.training.loader import Loader
 from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
@@ -55,8 +56,6 @@ from gptj.training.state import (
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
-    load_state,
-    save_state,
 )
 from gptj.training.tasks import Data, Part
 from gptj.training.weights import all_finite, build_model, export_model, undo_first_step
@@ -76,12 +75,14 @@ class Worker:
     world_size: int
     device: torch.device
     # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
-    # name; a barrier: every rank calls it equally often.
+    # name; every rank calls it equally often.
     report: Callable[[dict[str, float], Path, str], None]
     # Takes each point of the run's history as it is logged; rank 0 alone calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
     # Raises if another submission of the run has taken over; rank 0 calls it before it writes.
     fence: Callable[[], None] = lambda: None
+    # Why the run is to stop, if it is; not all ranks need to know at once.
+    stop: Callable[[], str | None] = lambda: None
     # Names the tokenized data that the processes of a node share; None: rank 0 makes one up.
     submission: str | None = None
 
@@ -100,6 +101,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
         DivergedError: if a loss, a gradient or a weight is not finite. Nothing of that is saved:
             the last checkpoint is a good one.
+        StoppedError: if the worker's `stop` had a reason; there is a checkpoint of the last step.
         UnrecoverableError: for anything else that a retry would meet again.
     """
     check_device(worker.device)
@@ -108,8 +110,9 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
-        progress = check_resumable(settings, checkpoint, worker.world_size)
+        progress = check_resumable(settings, checkpoint)
         progress.settings = settings.model_dump(mode="json")
+        progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
     with (
         shared_scratch_folder(f"data-{submission}") as shared,
@@ -170,6 +173,7 @@ class _Run:
         self._clipped: Tensor | None = None  # the last gradient norm, where DeepSpeed has none
         self._gate: UpdateGate | None = None
         self._part_bytes: int | None = None  # this rank's part of a checkpoint
+        self._stopping = False  # as all ranks know
         self._log = None
         if worker.rank == 0:
             self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
@@ -178,7 +182,8 @@ class _Run:
         """Bring the engine back to a checkpoint, of which no copy stays."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             worker = self.worker
-            load_state(engine, checkpoint, Path(folder), worker.rank, worker.world_size)
+            rank, seed = worker.rank, self.settings.seed
+            load_state(engine, checkpoint, Path(folder), rank, worker.world_size, seed)
 
     def check_room(self, model: GPTJPreTrainedModel) -> None:
         """DiskFullError, on all ranks, if one lacks the room for its part of a checkpoint."""
@@ -192,7 +197,7 @@ class _Run:
         settings, worker = self.settings, self.worker
         # It takes over the process group, which it needs before it spreads a new model.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
-        plan = deepspeed_config(settings, worker.device.type)
+        plan = deepspeed_config(settings, worker.device.type, worker.world_size)
         model = build_model(self.task.head, config, settings, plan, worker.rank)
         if worker.rank == 0:
             name, size = self.task.head.__name__, count_parameters(model)
@@ -246,9 +251,15 @@ class _Run:
         metrics: dict[str, float] = {}
         if self._log is not None:
             self._log.begin()
-        while progress.step < self.total and not self._stops_early():
-            self._step(engine, train_data, loader)
+        while progress.unfinished or (progress.step < self.total and not self._stops_early()):
+            if progress.unfinished:
+                progress.unfinished = False
+            else:
+                self._step(engine, train_data, loader)
             last = progress.step == self.total
+            if self._stopping:
+                progress.unfinished = last or _due(progress.step, settings.evaluate_every)
+                self._stop(engine, train_data, order)
             evaluated = last or _due(progress.step, settings.evaluate_every)
             best = False
             if evaluated:
@@ -277,6 +288,18 @@ class _Run:
         progress.best = {"step": progress.step, "score": score, "metrics": metrics, "kept": kept}
         progress.worse = 0
         return True
+
+    def _stop(self, engine: Any, data: Data, order: BatchOrder) -> None:
+        """Save a checkpoint and raise StoppedError, on all ranks."""
+        reasons: list[Any] = [None] * self.worker.world_size
+        dist.all_gather_object(reasons, self.worker.stop())
+        self._check_weights(engine, data, order)
+        self._checkpoint(engine, {})
+        raise StoppedError(
+            f"stopped after step {self.progress.step} of {self.total}: "
+            f"{next(reason for reason in reasons if reason is not None)}. "
+            f"{self._checkpoint_address} is saved, and the same command resumes from it"
+        )
 
     def _stops_early(self) -> bool:
         patience = self.settings.early_stopping
@@ -341,9 +364,11 @@ class _Run:
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
-        (batches, items, tokens, room), waited = loader.next()
-        counts = torch.tensor([items, tokens, room], dtype=torch.float64)
-        all_items, all_tokens, all_room = self._sum(counts).tolist()
+        (batches, counted, items, tokens, room), waited = loader.next()
+        told = worker.stop() is not None
+        counts = torch.tensor([items, tokens, room, told], dtype=torch.float64)
+        all_items, all_tokens, all_room, stops = self._sum(counts).tolist()
+        self._stopping = stops > 0
         if not all_items:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
         total = torch.zeros(1, dtype=torch.float64, device=worker.device)
@@ -351,10 +376,12 @@ class _Run:
         self._clipped = None
         for number, batch in enumerate(batches, 1):
             loss = self._loss(engine, data, batch) / all_items
+            if number > counted:
+                loss = loss * 0
             total += loss.detach()
             # DeepSpeed divides by the micro-batches and averages over the ranks: undone here,
             # since the loss is already a mean over the whole global batch.
-            engine.backward(loss * (settings.gradient_accumulation_steps * worker.world_size))
+            engine.backward(loss * (len(batches) * worker.world_size))
             if number == len(batches) and not clips_gradients(settings.deepspeed):
                 limit = settings.optimizer.gradient_clipping
                 self._clipped = _clip_gradients(engine.module, limit)
@@ -526,6 +553,7 @@ class _Run:
             if self._log is not None:
                 self.worker.fence()
             self.worker.report({"step": self.progress.step, **metrics}, path, name)
+        dist.barrier()  # now all ranks' parts are there
         self._checkpoint_address = storage.join(self.settings.folder, name)
         if self._log is not None:
             best = self.progress.best

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from gptj.adapters.lora import NEW_HEADS, add_lora
 from gptj.config import PRESETS, GPTJConfig
+from gptj.data.batches import micro_batches
 from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
@@ -113,7 +114,8 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     else:
         device["optimizer"] = optimizer
     # In the backward pass; one micro-batch's activations go while the gradients come.
-    together = settings.gradient_accumulation_steps > 1 or stage >= 2
+    accumulation = micro_batches(settings.batch_size, workers, settings.micro_batch_size)
+    together = accumulation > 1 or stage >= 2
     learning = body + head + gradients if together else max(body + head, gradients)
     updating = gradients + (0 if spread.offload_optimizer else copies)
     if learning >= updating:
