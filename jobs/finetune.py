@@ -174,9 +174,9 @@ def check_workers(settings: Settings) -> bool:
             "workers.autoscaling=true if the cluster will get some"
         )
     if not workers.autoscaling:
-        if on_gpu and workers.count > gpus:
+        if on_gpu and workers.fewest > gpus:
             raise SettingsError(
-                f"workers.count={workers.count} needs as many GPUs, the cluster has {gpus:g}: "
+                f"workers.count={workers.fewest} needs as many GPUs, the cluster has {gpus:g}: "
                 f"lower it, or set workers.autoscaling=true if the cluster will grow"
             )
         largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
@@ -185,13 +185,13 @@ def check_workers(settings: Settings) -> bool:
                 f"workers.cpus={workers.cpus:g} must fit one node, and the largest has "
                 f"{largest:g} CPUs: lower it"
             )
-        if workers.count * workers.cpus > cpus:
+        if workers.fewest * workers.cpus > cpus:
             raise SettingsError(
-                f"workers.count={workers.count} with workers.cpus={workers.cpus:g} needs "
-                f"{workers.count * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
+                f"workers.count={workers.fewest} with workers.cpus={workers.cpus:g} needs "
+                f"{workers.fewest * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
                 f"set workers.autoscaling=true if the cluster will grow"
             )
-        needed = {"CPU": workers.count * workers.cpus, "GPU": float(workers.count * on_gpu)}
+        needed = {"CPU": workers.fewest * workers.cpus, "GPU": float(workers.fewest * on_gpu)}
         wait_for_room({name: amount for name, amount in needed.items() if amount})
     if not on_gpu:
         spread = settings.deepspeed
@@ -250,7 +250,7 @@ def build_trainer(
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=settings.workers.count,
+            num_workers=settings.workers.count,  # type: ignore[arg-type]  # a pair: elastic
             use_gpu=on_gpu,
             resources_per_worker={"CPU": settings.workers.cpus, **({"GPU": 1} if on_gpu else {})},
         ),

@@ -90,6 +90,6 @@ class Notices:
 
     def _listen(self) -> None:
         try:
-            self._asked = ray.get(self._bell.wait.remote())
+            self._asked = str(ray.get(self._bell.wait.remote()))
         except RayError as error:  # the driver has ended, or is about to
             logger.debug("nobody will ask for a stop any more: %s", error)

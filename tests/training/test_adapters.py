@@ -73,7 +73,6 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
             metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
         ) -> None:
             upload_state(folder, storage.join(settings.folder, name), rank, world)
-            torch.distributed.barrier()
 
         train(settings, Worker(rank, world, torch.device("cpu"), report))
     torch.distributed.destroy_process_group()

@@ -40,6 +40,7 @@ from gptj.training.state import (
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
+    read_progress,
     upload_state,
 )
 from gptj.training.tasks import TASKS, AnyTask
@@ -61,7 +62,7 @@ def settings_of(folder: Path, run: str, **fields: Any) -> Settings:
         "batch_size": 8,
         "micro_batch_size": 4,
         "log_every": 1,
-        "checkpoint_every": 100,
+        "checkpoint_every": 3,
         "data": {"train": str(folder / "train.jsonl"), "sequence_length": 32},
         "model": {"preset": "tiny", "config": MODEL},
         "tokenizer": {"vocab_size": 300},
@@ -70,7 +71,9 @@ def settings_of(folder: Path, run: str, **fields: Any) -> Settings:
     }
     for key, value in fields.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-    values["data"]["train"] = values["data"]["train"].format(folder=folder)
+    for key in ("train", "evaluation"):
+        if key in values["data"]:
+            values["data"][key] = values["data"][key].format(folder=folder)
     return Settings(**values)
 
 
@@ -128,6 +131,14 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
     build_model = loop.build_model
     loop.build_model = lambda *arguments: models.append(build_model(*arguments)) or models[-1]
     loop.deepspeed_config = releasing
+    save_state = loop.save_state
+
+    def checked_save(engine: Any, *arguments: Any) -> None:
+        save_state(engine, *arguments)
+        if engine.zero_optimization_stage() == 3:
+            check_released(models[-1])
+
+    loop.save_state = checked_save
     draw_curve = progress.draw_curve
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     for settings in runs:
@@ -137,13 +148,15 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
         def report(
             metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
         ) -> None:
-            if settings.deepspeed.stage == 3:
-                check_released(models[-1])
             upload_state(folder, storage.join(settings.folder, name), rank, world_size)
-            torch.distributed.barrier()
+
+        def stop(settings: Settings = settings) -> str | None:
+            """One rank alone is told, and only the first time."""
+            told = rank == 1 and settings.run == "stopped" and not ended(settings, rank).exists()
+            return "the test says so" if told else None
 
         try:
-            train(settings, Worker(rank, world_size, torch.device("cpu"), report))
+            train(settings, Worker(rank, world_size, torch.device("cpu"), report, stop=stop))
         except (SettingsError, UnrecoverableError) as error:  # of all ranks together
             ended(settings, rank).write_text(str(error))
     torch.distributed.destroy_process_group()
@@ -155,7 +168,11 @@ def run_ranks(world_size: int, runs: list[Settings]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_main, (world_size, port, runs), nprocs=world_size)
+    # Ranks are forked from a process that has imported what takes seconds.
+    multiprocessing.set_forkserver_preload(["gptj.training.loop", "transformers"])
+    multiprocessing.start_processes(
+        rank_main, (world_size, port, runs), nprocs=world_size, start_method="forkserver"
+    )
 
 
 def logged(settings: Settings, name: str) -> list[float]:
@@ -240,6 +257,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"gradient_checkpointing": SHIPPED["model"]["gradient_checkpointing"]},
     },
 }
+# The same run twice; one is told to stop at its first step, which is to be evaluated.
+MEASURED: dict[str, Any] = {
+    "data": {"evaluation": "{folder}/train.jsonl"},
+    "evaluate_every": 1,
+    "model": {"config": {**MODEL, "resid_pdrop": 0.2}},
+    "deepspeed": {"stage": 2},
+}
 # One step of each precision at each stage.
 FIRST_STEPS: dict[str, dict[str, Any]] = {
     f"first-{precision}-{stage}": {
@@ -298,12 +322,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"node-{rank}" / "train.jsonl").write_text(line)
         (folder / f"node-{rank}" / "rows.jsonl").write_text(line * (rank + 1))
     (folder / "node-0" / "held-out.jsonl").write_text(line)
-    variants = {**VARIANTS, **FIRST_STEPS, **{name: v for name, (v, _) in ENDING.items()}}
+    variants = [
+        *VARIANTS.items(),
+        *FIRST_STEPS.items(),
+        *((name, fields) for name, (fields, _) in ENDING.items()),
+        *((name, MEASURED) for name in ("unstopped", "stopped", "stopped")),
+    ]
     with contextlib.chdir(folder / "node-0"):
-        run_ranks(
-            2,
-            [settings_of(folder, name, workers={"count": 2}, **v) for name, v in variants.items()],
-        )
+        run_ranks(2, [settings_of(folder, name, workers={"count": 2}, **v) for name, v in variants])
     return folder
 
 
@@ -366,6 +392,23 @@ def test_what_cannot_go_on_ends_with_its_reason_on_all_ranks(name: str, two_rank
     for rank in (0, 1):
         assert re.search(message, ended(settings, rank).read_text()), ended(settings, rank)
     assert not Path(settings.model_folder).exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_as_if_it_had_not(
+    two_ranks: Path,
+) -> None:
+    """Its first step, which was to be evaluated: that comes first when the run goes on."""
+    stopped = settings_of(two_ranks, "stopped", workers={"count": 2}, **MEASURED)
+    for rank in (0, 1):
+        assert ended(stopped, rank).read_text() == (
+            f"stopped after step 1 of 6: the test says so. {stopped.folder}/checkpoint-00000001 is "
+            f"saved, and the same command resumes from it"
+        )
+    whole = settings_of(two_ranks, "unstopped", workers={"count": 2}, **MEASURED)
+    for name in ("loss", "evaluation_loss"):
+        assert len(logged(whole, name)) == STEPS
+        assert logged(stopped, name) == pytest.approx(logged(whole, name), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -666,67 +709,53 @@ def test_a_resumed_run_equals_an_undisturbed_one(name: str, resumed: Path) -> No
         torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
 
 
-# Who goes on with a checkpoint of two workers: how many, and other settings. Batches of 8 do not
-# divide among three, of whom one computes an empty micro-batch.
+# Who goes on with a checkpoint of two workers: which variant, how many workers, other settings.
+# Batches of 8 do not divide among three, of whom one computes an empty micro-batch.
 ELSEWHERE: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "0-on-1": ("0", 1, {}),
-    "2-on-1": ("2", 1, {"micro_batch_size": 3}),
-    "3-on-1": ("3", 1, {}),
-    "0-on-3": ("0", 3, {}),
-    "1-on-3": ("1", 3, {"micro_batch_size": 1}),
-    "2-on-3": ("2", 3, {}),
-    "3-on-3": ("3", 3, {"micro_batch_size": 1}),
-    "3-on-4": ("3", 4, {"micro_batch_size": 1}),
-    "2-on-2-at-stage-3": ("2", 2, {"deepspeed": {"stage": 3}}),
-    "3-on-3-at-stage-0": ("3", 3, {"deepspeed": {"stage": 0}}),
-    "0-on-1-at-stage-1": ("0", 1, {"deepspeed": {"stage": 1}}),
-    "bf16-2-on-3": ("bf16-2", 3, {}),
+    "0-on-1": ("stage-0", 1, {}),
+    "2-on-1": ("stage-2", 1, {"micro_batch_size": 3}),
+    "3-on-1": ("stage-3", 1, {}),
+    "0-on-1-at-stage-3": ("stage-0", 1, {"deepspeed": {"stage": 3}}),
     "bf16-0-on-1-at-stage-3": ("bf16-0", 1, {"deepspeed": {"stage": 3}}),
+    "0-on-3": ("stage-0", 3, {}),
+    "1-on-3": ("stage-1", 3, {"micro_batch_size": 1}),
+    "2-on-3": ("stage-2", 3, {}),
+    "bf16-2-on-3": ("bf16-2", 3, {}),
+    "3-on-4": ("stage-3", 4, {"micro_batch_size": 1}),
+    "3-on-4-at-stage-0": ("stage-3", 4, {"deepspeed": {"stage": 0}}),
+    "2-on-4-at-stage-3": ("stage-2", 4, {"deepspeed": {"stage": 3}}),
 }
 
 
-def elsewhere(folder: Path, name: str, **fields: Any) -> Settings:
-    """A run of `resumed_elsewhere`; without dropout, whose numbers belong to ranks."""
-    stage, half = int(name[-1]), "bf16" in name
-    spread = {"stage": stage, "precision": "bf16" if half else "fp32"}
-    more: dict[str, Any] = {"checkpoint_every": 3, "deepspeed": spread, "workers": {"count": 2}}
-    for key, value in fields.items():
-        more[key] = {**more.get(key, {}), **value} if isinstance(value, dict) else value
-    return settings_of(folder, fields.pop("run", f"whole-{name}"), **more)
+def whole_of(folder: Path, run: str) -> Settings:
+    """The undisturbed run that another one goes on from the middle of."""
+    name = ELSEWHERE[run][0]
+    return settings_of(folder, name, workers={"count": 2}, **VARIANTS[name])
 
 
 @pytest.fixture(scope="module")
-def resumed_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Undisturbed runs of two workers, and others that go on with their third step."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    write_text(folder)
-    names = ("3", "0", "1", "2", "bf16-0", "bf16-2")
-    whole = {name: elsewhere(folder, name) for name in names}
-    run_ranks(2, list(whole.values()))
-    for workers in (1, 2, 3, 4):
-        runs = []
-        for run, (name, count, fields) in ELSEWHERE.items():
-            if count == workers:
-                fields = {**fields, "workers": {"count": count}}
-                runs.append(again := elsewhere(folder, name, **fields).model_copy())
-                again.run = run
-                storage.upload_folder(
-                    Path(whole[name].folder, "checkpoint-00000003"),
-                    storage.join(again.folder, "checkpoint-00000003"),
-                )
-        run_ranks(workers, sorted(runs, key=lambda run: -run.deepspeed.stage))
-    return folder
+def resumed_elsewhere(two_ranks: Path) -> Path:
+    runs: dict[int, list[Settings]] = {}
+    for run, (name, workers, fields) in ELSEWHERE.items():
+        spread = {**VARIANTS[name]["deepspeed"], **fields.get("deepspeed", {})}
+        more = {**fields, "deepspeed": spread, "workers": {"count": workers}}
+        again = settings_of(two_ranks, run, **more)
+        step = "checkpoint-00000003"
+        source = Path(whole_of(two_ranks, run).folder, step)
+        storage.upload_folder(source, storage.join(again.folder, step))
+        runs.setdefault(workers, []).append(again)
+    for workers, each in runs.items():
+        run_ranks(workers, sorted(each, key=lambda run: -run.deepspeed.stage))
+    return two_ranks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ELSEWHERE)
 def test_any_number_of_workers_goes_on_at_any_stage(run: str, resumed_elsewhere: Path) -> None:
     """The same rows, moments and learning rates: in fp32 only the order of summation differs."""
-    name, _, _ = ELSEWHERE[run]
-    whole = elsewhere(resumed_elsewhere, name)
-    again = whole.model_copy()
-    again.run = run
-    half = "bf16" in name
+    whole = whole_of(resumed_elsewhere, run)
+    again = whole.model_copy(update={"run": run})
+    half = "bf16" in run
     assert losses(again) == pytest.approx(losses(whole), abs=5e-2 if half else 1e-5)
     assert len(losses(again)) == STEPS
     assert logged(again, "learning_rate") == pytest.approx(logged(whole, "learning_rate"))
@@ -842,6 +871,31 @@ def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:
     delete_old_checkpoints(str(tmp_path), keep=1)  # the unfinished newer one may be in the making
     assert len(list(tmp_path.iterdir())) == 2
     assert latest_checkpoint(str(tmp_path / "nothing")) is None
+
+
+def test_what_fewer_ranks_left_unfinished_is_no_part_of_what_others_finished(
+    tmp_path: Path,
+) -> None:
+    """Ranks die as they save a step, and another number of ranks saves it again."""
+    folder = tmp_path / "checkpoint-00000003"
+    for ranks, workers in (((0,), 2), ((1, 2), 3)):
+        for rank in ranks:
+            storage.write_bytes(str(folder / f"manifest-{rank:05}-of-{workers:05}.json"), b"{}")
+    assert latest_checkpoint(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match=r"incomplete: manifest-00000-of-00003\.json is miss"):
+        read_progress(str(folder))
+    storage.write_bytes(str(folder / "manifest-00000-of-00003.json"), b"{}")
+    assert latest_checkpoint(str(tmp_path)) == str(folder)
+
+
+def test_a_checkpoint_of_an_older_version_is_named_as_such(tmp_path: Path) -> None:
+    record = {"size": 1, "sha256": "0" * 64}
+    manifest = {"format": 1, "files": {"zero/mp_rank_00_model_states.pt": record}}
+    storage.write_bytes(
+        str(tmp_path / "manifest-00000-of-00001.json"), json.dumps(manifest).encode()
+    )
+    with pytest.raises(CheckpointError, match="was written by an older version"):
+        read_progress(str(tmp_path))
 
 
 def task_of(head: type[Any]) -> AnyTask:

@@ -12,9 +12,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ class Worker:
     world_size: int
     device: torch.device
     # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
-    # name; every rank calls it equally often.
+    # name, in a thread; every rank calls it equally often.
     report: Callable[[dict[str, float], Path, str], None]
     # Takes each point of the run's history as it is logged; rank 0 alone calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
@@ -151,6 +152,13 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     return metrics
 
 
+class _Upload(NamedTuple):
+    """A checkpoint on its way to storage."""
+
+    name: str
+    done: Future[None]  # this rank's part
+
+
 class _Run:
     """What the parts of one worker's training share."""
 
@@ -174,6 +182,8 @@ class _Run:
         self._gate: UpdateGate | None = None
         self._part_bytes: int | None = None  # this rank's part of a checkpoint
         self._stopping = False  # as all ranks know
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._upload: _Upload | None = None  # of the last checkpoint
         self._log = None
         if worker.rank == 0:
             self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
@@ -237,7 +247,10 @@ class _Run:
             first=self.progress.step,
             last=self.total,
         ) as loader:
-            return self._take_steps(engine, train_data, evaluation_data, order, loader)
+            try:
+                return self._take_steps(engine, train_data, evaluation_data, order, loader)
+            finally:
+                self._uploader.shutdown()  # what is on its way arrives, whatever has happened
 
     def _take_steps(
         self,
@@ -273,6 +286,7 @@ class _Run:
                 probe = None if evaluated and evaluation_data is not None else train_data
                 self._check_weights(engine, probe, order)
                 self._checkpoint(engine, metrics)
+        self._finish_upload()
         if not metrics:  # the run had been ended just before its export
             metrics = self._evaluate(engine, evaluation_data)
             self._check_weights(engine, train_data, order)
@@ -295,6 +309,7 @@ class _Run:
         dist.all_gather_object(reasons, self.worker.stop())
         self._check_weights(engine, data, order)
         self._checkpoint(engine, {})
+        self._finish_upload()
         raise StoppedError(
             f"stopped after step {self.progress.step} of {self.total}: "
             f"{next(reason for reason in reasons if reason is not None)}. "
@@ -339,7 +354,7 @@ class _Run:
             **provenance(),
         }
         if self._log is not None:  # the model comes last: once it is there, the run is complete
-            self._log.publish(self.settings.folder)
+            self._log.publish(self.settings.folder, self._log.snapshot())
             self._log.close()
             self.worker.fence()
             if storage.exists(storage.join(address, MANIFEST)):
@@ -508,7 +523,8 @@ class _Run:
             raise self._diverged(f"{what} is {value}")
 
     def _diverged(self, what: str, *, ahead: int = 0) -> DivergedError:
-        """At the last step that is counted, or `ahead` of it."""
+        """At the last step that is counted, or `ahead` of it; all ranks call it together."""
+        self._finish_upload()
         kept = self._checkpoint_address
         half = self.settings.deepspeed.precision == "fp16"
         return DivergedError(
@@ -544,23 +560,57 @@ class _Run:
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
+        """Write this rank's part to its scratch folder; a thread takes it from there.
+
+        Training goes on meanwhile. The checkpoint counts once all ranks' manifests are there.
+        """
+        waited = self._finish_upload()
+        started = time.monotonic()
         name = _checkpoint_name(self.progress.step)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            path = Path(folder) / name
-            path.mkdir()
-            with naming_full_disk(path, self._part_bytes):
-                save_state(engine, path, self.progress, self.worker.rank)
-            if self._log is not None:
-                self.worker.fence()
-            self.worker.report({"step": self.progress.step, **metrics}, path, name)
-        dist.barrier()  # now all ranks' parts are there
-        self._checkpoint_address = storage.join(self.settings.folder, name)
+        folder = tempfile.TemporaryDirectory(dir=self._scratch)
+        path = Path(folder.name) / name
+        path.mkdir()
+        with naming_full_disk(path, self._part_bytes):
+            save_state(engine, path, self.progress, self.worker.rank)
+        if self._log is not None:
+            self.worker.fence()
+        point = {"step": self.progress.step, **metrics}
+        curve = None if self._log is None else self._log.snapshot()
+        stolen = waited + time.monotonic() - started
+
+        def upload() -> None:
+            with folder:
+                began = time.monotonic()
+                self.worker.report(point, path, name)
+                if self._log is not None and curve is not None:
+                    self._log.publish(self.settings.folder, curve)
+                    logger.info(
+                        "uploaded %s in %s; it kept the steps waiting for %.1f s",
+                        name,
+                        duration(time.monotonic() - began),
+                        stolen,
+                    )
+
+        self._upload = _Upload(name, self._uploader.submit(upload))
+
+    def _finish_upload(self) -> float:
+        """Wait until all ranks have uploaded the last checkpoint, if there is one; the seconds.
+
+        Raises what an upload raised; old checkpoints are deleted.
+        """
+        if self._upload is None:
+            return 0.0
+        started = time.monotonic()
+        upload, self._upload = self._upload, None
+        upload.done.result()
+        dist.barrier()
+        self._checkpoint_address = storage.join(self.settings.folder, upload.name)
         if self._log is not None:
             best = self.progress.best
             kept = _checkpoint_name(best["step"]) if best is not None else None
             delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints, kept)
-            self._log.publish(self.settings.folder)
             logger.info("saved %s", self._checkpoint_address)
+        return time.monotonic() - started
 
     def _gather(self, part: Part) -> list[Part]:
         parts: list[Any] = [None] * self.worker.world_size

@@ -70,10 +70,10 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        if self.batch_size < self.workers.count:
+        if self.batch_size < self.workers.most:
             raise ValueError(
-                f"batch_size={self.batch_size} gives some of workers.count={self.workers.count} no "
-                f"row: raise it, or lower workers.count"
+                f"batch_size={self.batch_size} gives some of {self.workers.most} workers no row: "
+                f"raise it, or lower workers.count"
             )
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: give one of the two")

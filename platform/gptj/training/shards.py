@@ -101,7 +101,11 @@ def stretches(engine: Any) -> list[Stretch]:
 
 
 def write_shard(engine: Any, path: Path) -> FileRecord:
-    """Write this rank's stretches, one at a time."""
+    """Write this rank's stretches, one at a time; all ranks call it together."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # The loss that was computed last has left parameters gathered, which take memory.
+        engine.optimizer.checkpoint_event_prologue()
+        engine.optimizer.checkpoint_event_epilogue()
     mine = stretches(engine)
     states: dict[Tensor, dict[str, Tensor]] = {
         each.flat: _moments(engine, each.flat) for each in mine
