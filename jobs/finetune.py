@@ -28,7 +28,7 @@ from gptj.extras import missing
 from gptj.storage.lease import Claim, Lease, LeaseHeldError
 from gptj.storage.scratch import shared_scratch_folder
 from gptj.training.dataset import node_data
-from gptj.training.failures import UnrecoverableError, unrecoverable
+from gptj.training.failures import StoppedError, UnrecoverableError, unrecoverable
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
@@ -45,8 +45,9 @@ from jobs.key_value import help_if_asked
 try:
     import ray
     import ray.train
+    from ray.actor import ActorHandle
+    from ray.exceptions import RayActorError
     from ray.train import (
-        Checkpoint,
         FailureConfig,
         RunConfig,
         ScalingConfig,
@@ -58,6 +59,7 @@ try:
 
     from jobs.memory import check_memory
     from jobs.room import wait_for_room
+    from jobs.stopping import STOPPED, Notices, OnSigterm
     from jobs.training_metrics import TrainingMetrics, count_failure
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/finetune.py", extra="train") from error
@@ -109,14 +111,15 @@ def fine_tune(
         config, longest = check_inputs(settings, shared)
         if latest_checkpoint(settings.folder) is None:  # or else it has fitted before
             check_memory(settings, config, on_gpu, longest)
-        # Ray's own list of checkpoints, of which we have deleted old ones; the run resumes from
-        # what is complete in its folder.
-        storage.delete(storage.join(settings.folder, "checkpoint_manager_snapshot.json"))
     except (ValueError, OSError, UnrecoverableError) as error:
         sys.exit(f"error: {error}")
     try:
-        build_trainer(settings, on_gpu, claim, submission).fit()
+        with OnSigterm() as stopping:
+            build_trainer(settings, on_gpu, claim, submission, shared, stopping.bell).fit()
     except TrainingFailedError as error:
+        if isinstance(_last_cause(error), StoppedError):
+            print(_last_cause(error), flush=True)
+            sys.exit(STOPPED)
         count_failure(settings.run)
         sys.exit(f"error: {explained(error, settings)}")
 
@@ -171,9 +174,9 @@ def check_workers(settings: Settings) -> bool:
             "workers.autoscaling=true if the cluster will get some"
         )
     if not workers.autoscaling:
-        if on_gpu and workers.count > gpus:
+        if on_gpu and workers.fewest > gpus:
             raise SettingsError(
-                f"workers.count={workers.count} needs as many GPUs, the cluster has {gpus:g}: "
+                f"workers.count={workers.fewest} needs as many GPUs, the cluster has {gpus:g}: "
                 f"lower it, or set workers.autoscaling=true if the cluster will grow"
             )
         largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
@@ -182,13 +185,13 @@ def check_workers(settings: Settings) -> bool:
                 f"workers.cpus={workers.cpus:g} must fit one node, and the largest has "
                 f"{largest:g} CPUs: lower it"
             )
-        if workers.count * workers.cpus > cpus:
+        if workers.fewest * workers.cpus > cpus:
             raise SettingsError(
-                f"workers.count={workers.count} with workers.cpus={workers.cpus:g} needs "
-                f"{workers.count * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
+                f"workers.count={workers.fewest} with workers.cpus={workers.cpus:g} needs "
+                f"{workers.fewest * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
                 f"set workers.autoscaling=true if the cluster will grow"
             )
-        needed = {"CPU": workers.count * workers.cpus, "GPU": float(workers.count * on_gpu)}
+        needed = {"CPU": workers.fewest * workers.cpus, "GPU": float(workers.fewest * on_gpu)}
         wait_for_room({name: amount for name, amount in needed.items() if amount})
     if not on_gpu:
         spread = settings.deepspeed
@@ -211,7 +214,7 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int]:
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
-        progress = check_resumable(settings, checkpoint, settings.workers.count)
+        progress = check_resumable(settings, checkpoint)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
     data = node_data(settings, tokenizer, shared)
@@ -224,25 +227,36 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int]:
     return make_config(settings, tokenizer, data.train.labels), data.train.longest
 
 
-def build_trainer(settings: Settings, on_gpu: bool, claim: Claim, submission: str) -> TorchTrainer:
-    filesystem, path = storage.arrow_filesystem(settings.storage)
+def build_trainer(
+    settings: Settings,
+    on_gpu: bool,
+    claim: Claim,
+    submission: str,
+    shared: Path,
+    bell: ActorHandle[Any],
+) -> TorchTrainer:
+    """Ray Train starts the workers and starts them again; checkpoints are ours alone.
+
+    Its own list of checkpoints would be written to storage by its controller, which ends a run at
+    the first error. So it gets no checkpoints, and a folder on this node, where the controller is.
+    """
     return TorchTrainer(
         work,
         train_loop_config={
             "settings": settings.model_dump(exclude_unset=True),
             "claim": asdict(claim),
             "submission": submission,
+            "bell": bell,
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=settings.workers.count,
+            num_workers=settings.workers.count,  # type: ignore[arg-type]  # a pair: elastic
             use_gpu=on_gpu,
             resources_per_worker={"CPU": settings.workers.cpus, **({"GPU": 1} if on_gpu else {})},
         ),
         run_config=RunConfig(
             name=settings.run,
-            storage_path=path,
-            storage_filesystem=filesystem,
+            storage_path=str(shared / "ray"),
             failure_config=FailureConfig(max_failures=settings.workers.max_failures),
             callbacks=[EndAtOnce()],  # type: ignore[list-item]  # Train's own, and not Tune's
         ),
@@ -257,29 +271,20 @@ def work(config: dict[str, Any]) -> None:
         storage.be_patient()
     context = ray.train.get_context()
 
-    def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
-        """Through our storage, which bounds the time, tries again and compares checksums."""
+    def keep(metrics: dict[str, float], folder: Path, name: str) -> None:
         address = storage.join(settings.folder, name)
-        upload_state(Path(checkpoint.path), address, worker.rank, worker.world_size)
-        filesystem, path = storage.arrow_filesystem(address)
-        return Checkpoint(path, filesystem)
+        upload_state(folder, address, worker.rank, worker.world_size)
 
-    def report(metrics: dict[str, float], folder: Path, name: str) -> None:
-        ray.train.report(
-            metrics,
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=upload,
-        )
-
+    notices = Notices(config["bell"])
     metrics = TrainingMetrics(settings.run)
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
-        report=report,
+        report=keep,
         watch=metrics.point,
         fence=Claim(**config["claim"]).check,
+        stop=notices.reason,
         submission=config["submission"],
     )
     if worker.device.type == "cuda":
@@ -287,6 +292,11 @@ def work(config: dict[str, Any]) -> None:
     try:
         with metrics:
             train(settings, worker)
+    except StoppedError as error:
+        if notices.preempted:  # Ray starts the workers elsewhere, and counts no failure
+            raise RayActorError(error_msg=str(error), preempted=True) from error
+        _leave_to_driver()
+        raise
     except Exception as error:
         message = unrecoverable(error)
         if message is None:

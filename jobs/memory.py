@@ -48,7 +48,7 @@ def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> Non
     plan = plan_memory(settings, config, on_gpu=True)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
     needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
-    if fits(plan, settings.workers.count, memory):
+    if fits(plan, settings.workers.fewest, memory):
         logger.info("the run will need about %s", needed)
         return
     if plan.device_bytes * (1 - MARGIN) <= memory:

@@ -95,8 +95,8 @@ def measure(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_rank, (port, settings, folder), nprocs=settings.workers.count)
-    peaks = [int((folder / f"peak-{n}").read_text()) for n in range(settings.workers.count)]
+    spawn(_rank, (port, settings, folder), nprocs=settings.workers.most)
+    peaks = [int((folder / f"peak-{n}").read_text()) for n in range(settings.workers.most)]
     plan = plan_memory(settings, known_config(settings), on_gpu=False)
     return {
         "case": case,
@@ -129,7 +129,7 @@ def make_settings(folder: Path, fields: dict[str, Any], config: GPTJConfig) -> S
 
 
 def _rank(rank: int, port: int, settings: Settings, folder: Path) -> None:
-    world = settings.workers.count
+    world = settings.workers.most
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import k8s_metrics
 import psutil
 import pytest
 import torch
+from faulty_s3 import FaultyS3, Reply
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import verify
@@ -39,11 +41,21 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def node(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
-    """A cluster of four logical CPUs, whose workers know the S3 server."""
+def proxy(s3_server: LocalS3) -> Iterator[FaultyS3]:
+    """What the cluster's workers take for the S3 server."""
+    with FaultyS3.before(s3_server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def node(
+    s3_server: LocalS3, proxy: FaultyS3, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalRay]:
+    """A cluster of four logical CPUs, whose workers know the proxy."""
     environment = {
         **os.environ,
         **s3_server.environment(),
+        "AWS_ENDPOINT_URL": proxy.endpoint,
         "RAY_metrics_report_interval_ms": "1000",
     }
     folder = tmp_path_factory.mktemp("ray")
@@ -143,12 +155,16 @@ def diverged(
 
 
 def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
-    cluster: dict[str, str], node: LocalRay, undisturbed: str, tmp_path: Path
+    cluster: dict[str, str],
+    node: LocalRay,
+    proxy: FaultyS3,
+    undisturbed: str,
+    tmp_path: Path,
 ) -> None:
     """It ends like an undisturbed one: losses are equal to 1e-6, so nothing is lost or repeated.
 
-    Dropout is on: the random state has to come back too. By the time that the job is submitted
-    again, its oldest checkpoints, which Ray has on its list, are deleted.
+    Dropout is on: the random state has to come back too. Then S3 is away for 20 s, and SIGTERM
+    comes meanwhile: the run waits for S3, saves the step that it has come to, and stops.
     """
     assert re.search(r"step 40 of 40  loss \d\.\d{4}.* tokens/s .* left", undisturbed)
     log = tmp_path / "log"
@@ -179,11 +195,39 @@ def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
     resumed = re.search(r"resuming after step (\d+) of 40", log.read_text())
     assert resumed is not None, tail(log, 4000)
     assert 4 <= int(resumed[1]) < 40
+
+    faults = itertools.cycle(["reset", Reply(503, "SlowDown"), "lost", Reply(500, "InternalError")])
+    environment = {**cluster, "AWS_ENDPOINT_URL": proxy.endpoint}
+    with (
+        (tmp_path / "second").open("w") as file,
+        subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file) as second,
+    ):
+        log = tmp_path / "second"
+        wait_for_checkpoint("killed", 20, second, log)
+        proxy.fault = lambda request: next(faults)
+        time.sleep(20)
+        second.terminate()
+        proxy.fault = lambda request: None
+        second.wait()
+    said = log.read_text()
+    resumed = re.search(r"resuming after step (\d+) of 40", said)
+    assert resumed is not None, said[-4000:]
+    assert int(resumed[1]) >= 16
+    assert "retrying for up to 5 minutes" in said
+    stopped = re.search(
+        r"^stopped after step (\d+) of 40: the job was told to stop \(SIGTERM\)\. "
+        r"(s3://gptj/killed/checkpoint-\d+) is saved, and the same command resumes from it$",
+        said,
+        re.MULTILINE,
+    )
+    assert stopped is not None, said[-4000:]
+    assert second.returncode == 143
+    assert "Traceback" not in said
+    assert latest_checkpoint("s3://gptj/killed") == stopped[2]
+
     done = direct(cluster, "run=killed", *MAIN)
     assert done.returncode == 0, done.stderr[-4000:]
-    resumed = re.search(r"resuming after step (\d+) of 40", done.stdout + done.stderr)
-    assert resumed is not None, done.stdout[-4000:]
-    assert int(resumed[1]) >= 16
+    assert f"resuming after step {stopped[1]} of 40" in done.stdout + done.stderr
 
     expected = losses("undisturbed")
     assert sorted(expected) == list(range(1, 41))

@@ -189,8 +189,8 @@ def compare(
         if "loss" in point:
             losses.append(point["loss"])
 
-    def plan(settings: Settings, device_type: str) -> dict[str, Any]:
-        config = deepspeed_config(settings, device_type)
+    def plan(settings: Settings, device_type: str, world_size: int) -> dict[str, Any]:
+        config = deepspeed_config(settings, device_type, world_size)
         config["optimizer"]["params"]["torch_adam"] = not compiled or check.rehearsal
         return config
 

@@ -181,7 +181,7 @@ def test_the_jobs_settings_are_valid_and_fit_its_workers(objects: list[Object]) 
     if path.endswith(".yaml"):
         assert os.access(ROOT / job["spec"]["entrypoint"].split()[0], os.X_OK)
         settings = [Settings(**yaml.safe_load(content))]
-        assert settings[0].workers.count == workers["replicas"] * int(limits["nvidia.com/gpu"])
+        assert settings[0].workers.most == workers["replicas"] * int(limits["nvidia.com/gpu"])
         assert settings[0].storage.startswith("s3://")
     else:
         assert subprocess.run(["bash", "-n"], input=content.encode()).returncode == 0
@@ -192,7 +192,7 @@ def test_the_jobs_settings_are_valid_and_fit_its_workers(objects: list[Object]) 
         trained = {f"s3://gptj/{each.run}/model" for each in settings}
         assert trained == {each["args"]["checkpoint"] for each in config["applications"]}
         for each in settings:
-            cpus = each.workers.count * each.workers.cpus
+            cpus = each.workers.most * each.workers.cpus
             assert cpus <= workers["replicas"] * float(limits["cpu"])
 
 

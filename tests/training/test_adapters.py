@@ -71,7 +71,6 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
             metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
         ) -> None:
             upload_state(folder, storage.join(settings.folder, name), rank, world)
-            torch.distributed.barrier()
 
         train(settings, Worker(rank, world, torch.device("cpu"), report))
     torch.distributed.destroy_process_group()
@@ -288,22 +287,22 @@ def test_a_run_goes_on_only_with_the_base_that_it_began_with(
     runs: dict[str, Settings], tmp_path: Path
 ) -> None:
     settings, before = runs["stage-2"], halfway(runs["stage-2"])
-    check_resumable(settings, before, WORLD)
+    check_resumable(settings, before)
     base = Path(settings.model.checkpoint)
     base.rename(tmp_path / "base")
     try:
         GPTJForCausalLM(GPTJConfig.from_pretrained(tmp_path / "base")).save_pretrained(base)
         with pytest.raises(CheckpointError, match="was not trained on"):
-            check_resumable(settings, before, WORLD)
+            check_resumable(settings, before)
     finally:
         shutil.rmtree(base)
         (tmp_path / "base").rename(base)
     changed = adapter_settings(base.parent, "stage-2", adapter={**ADAPTER, "rank": 8})
     with pytest.raises(SettingsError, match=r"adapter\.rank was 4 and is now 8"):
-        check_resumable(changed, before, WORLD)
+        check_resumable(changed, before)
     full = settings.model_dump(exclude_unset=True) | {"adapter": None}
     with pytest.raises(SettingsError, match=r"adapter.*"):
-        check_resumable(Settings(**full), before, WORLD)
+        check_resumable(Settings(**full), before)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj.data.batches import BatchOrder, share
+from gptj.data.batches import BatchOrder, micro_batches, share
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
@@ -45,9 +45,26 @@ def test_ranks_share_a_batch_without_rest_or_overlap(world_size: int, micro_batc
     assert [index for part in parts for micro in part for index in micro] == batch
 
 
-def test_what_does_not_divide_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"10 examples .* 4 on 2 ranks; remedy: a multiple of 8"):
-        share(range(10), 0, 2, 4)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 7))
+def test_a_batch_that_does_not_divide_is_shared_as_evenly_as_can_be(
+    batch: int, world_size: int, micro_batch: int
+) -> None:
+    """Every rank makes as many steps as DeepSpeed is told, and at most the last one is empty."""
+    if batch < world_size:
+        return
+    parts = [share(range(batch), rank, world_size, micro_batch) for rank in range(world_size)]
+    assert [index for part in parts for micro in part for index in micro] == list(range(batch))
+    assert {len(part) for part in parts} == {micro_batches(batch, world_size, micro_batch)}
+    sizes = [sum(map(len, part)) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(len(micro) for part in parts for micro in part) <= micro_batch
+    assert all(micro for part in parts for micro in part[:-1])
+    assert all(part[0] for part in parts)
+
+
+def test_too_few_examples_for_the_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="a batch of 2 examples is too small for 3 ranks"):
+        share(range(2), 0, 3, 4)
     with pytest.raises(ValueError, match="rank=2, world_size=2"):
         share(range(8), 2, 2, 4)
 

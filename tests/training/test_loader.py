@@ -108,3 +108,19 @@ def test_what_collating_raises_is_raised_by_the_step_that_asks() -> None:
 
     with loader(Broken(64), last=3) as batches, pytest.raises(ValueError, match="no example"):
         batches.next()
+
+
+def test_a_rank_with_fewer_rows_keeps_step_with_a_batch_that_counts_for_nothing() -> None:
+    """Eight rows among five ranks, a row at a time: the last two have one row and two steps."""
+    data = Numbers(16)
+    order = BatchOrder(len(data), 8, seed=3)
+    rows: list[int] = []
+    for rank in range(5):
+        with Loader(
+            data, order, rank=rank, world_size=5, micro_batch=1, first=0, last=1
+        ) as batches:
+            step, _ = batches.next()
+        assert len(step.batches) == 2
+        assert step.items == step.tokens == step.counted == (2 if rank < 3 else 1)
+        rows += rows_of(step)[: step.counted]
+    assert rows == order.indices(0)

@@ -91,7 +91,6 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
             metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
         ) -> None:
             upload_state(folder, storage.join(settings.folder, name), rank, world_size)
-            torch.distributed.barrier()
 
         try:
             train(settings, Worker(rank, world_size, torch.device("cpu"), report))

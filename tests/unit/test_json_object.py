@@ -43,7 +43,7 @@ def test_what_a_run_writes_is_json_after_any_measurement(tmp_path: Path) -> None
     progress.step = 1
     log.step(2.5, 1e-3, math.inf, tokens=10, room=10, seconds=1.0)
     log.evaluation({"loss": 800.0, "perplexity": math.inf})
-    log.publish(str(tmp_path / "run"))
+    log.publish(str(tmp_path / "run"), log.snapshot())
     log.close()
     lines = (tmp_path / "run" / HISTORY).read_text().splitlines()
     assert [strict(line).get("gradient_norm", "none") for line in lines] == [None, "none"]
@@ -52,7 +52,7 @@ def test_what_a_run_writes_is_json_after_any_measurement(tmp_path: Path) -> None
     # As a checkpoint brings it back: the curve is drawn all the same.
     again = Progress(history=[strict(line) for line in lines])
     log = ProgressLog(again, tmp_path / "again", 2, 1, lambda point: None)
-    log.publish(str(tmp_path / "run"))
+    log.publish(str(tmp_path / "run"), log.snapshot())
     log.close()
     assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gptj import storage
-from gptj.checkpoints.manifest import FolderWriter, Manifest, read_verified
+from gptj.checkpoints.manifest import FolderWriter, HashingFile, Manifest, read_verified
 from gptj.checkpoints.mapping import map_stretch
 from gptj.checkpoints.streaming import Part, merged, stream
 from gptj.checkpoints.tensor_file import DTYPES, Header, StoredTensor, read_header
@@ -98,9 +98,16 @@ def write_file(
     """Write one safetensors file from the next `len(specs)` tensors; see write_weights."""
     header = _header(specs)
     with writer.open(name, len(header) + sum(spec.size for spec in specs)) as file:
-        file.write(header)
-        for spec in specs:
-            file.write(_bytes_of(next(tensors), spec))
+        write_tensors(file, specs, tensors)
+
+
+def write_tensors(
+    file: HashingFile, specs: Sequence[TensorSpec], tensors: Iterator[Tensor]
+) -> None:
+    """A safetensors file's content, from the next `len(specs)` tensors."""
+    file.write(_header(specs))
+    for spec in specs:
+        file.write(_bytes_of(next(tensors), spec))
 
 
 def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,23 +44,34 @@ class BatchOrder:
 
 
 def share(indices: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
-    """This rank's part of a global batch, in micro-batches; every rank gets equally many.
+    """This rank's part of a global batch, in micro-batches of at most `micro_batch` examples.
 
-    Raises ValueError if the batch does not divide into `world_size` times `micro_batch` examples.
+    Every rank gets equally many micro-batches. Where the batch does not divide evenly, the first
+    ranks and micro-batches have an example more, and the last micro-batch of a rank may be empty.
+
+    Raises ValueError if there are fewer examples than ranks.
     """
     if world_size < 1 or not 0 <= rank < world_size or micro_batch < 1:
         raise ValueError(
             f"rank must be in [0, world_size) and micro_batch 1 or more, got rank={rank}, "
             f"world_size={world_size}, micro_batch={micro_batch}"
         )
-    if not indices or len(indices) % (world_size * micro_batch):
-        raise ValueError(
-            f"a batch of {len(indices)} examples does not divide into micro-batches of "
-            f"{micro_batch} on {world_size} ranks; remedy: a multiple of {world_size * micro_batch}"
-        )
-    size = len(indices) // world_size
-    mine = list(indices[rank * size : (rank + 1) * size])
-    return [mine[start : start + micro_batch] for start in range(0, size, micro_batch)]
+    if len(indices) < world_size:
+        raise ValueError(f"a batch of {len(indices)} examples is too small for {world_size} ranks")
+    mine = _parts(indices, world_size)[rank]
+    return _parts(mine, micro_batches(len(indices), world_size, micro_batch))
+
+
+def micro_batches(batch: int, world_size: int, micro_batch: int) -> int:
+    """How many micro-batches of at most `micro_batch` examples each rank computes of a batch."""
+    return -(-batch // (world_size * micro_batch))
+
+
+def _parts(indices: Sequence[int], count: int) -> list[list[int]]:
+    """Cut into so many parts, in order, whose sizes differ by one at most."""
+    size, longer = divmod(len(indices), count)
+    starts = [number * size + min(number, longer) for number in range(count + 1)]
+    return [list(indices[start:end]) for start, end in itertools.pairwise(starts)]
 
 
 @lru_cache(maxsize=2)  # a batch spans two epochs at most, unless the data set is tiny

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from gptj.data.batches import micro_batches
 from gptj.training.sections import DeepSpeedSettings, OptimizerSettings
 from gptj.training.settings import Settings
 
@@ -16,8 +17,8 @@ NEVER = 10**9
 BUCKET = 50_000_000
 
 
-def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
-    """The `config` of deepspeed.initialize for workers on "cpu" or "cuda".
+def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> dict[str, Any]:
+    """The `config` of deepspeed.initialize for so many workers on "cpu" or "cuda".
 
     https://www.deepspeed.ai/docs/config-json
     """
@@ -33,10 +34,12 @@ def deepspeed_config(settings: Settings, device_type: str) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if spread.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    accumulation = micro_batches(settings.batch_size, world_size, settings.micro_batch_size)
     return {
-        "train_batch_size": settings.batch_size,
+        # DeepSpeed wants the product of the other three; a batch that does not divide is smaller.
+        "train_batch_size": settings.micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         "optimizer": {
             "type": "AdamW",

@@ -30,6 +30,10 @@ class DivergedError(UnrecoverableError):
     """A loss, a gradient or a weight is not finite; the message names the step."""
 
 
+class StoppedError(UnrecoverableError):
+    """The run was told to stop, and can resume; the message has the checkpoint."""
+
+
 class DiskFullError(UnrecoverableError):
     """No room for temporary files or results; the message names the folder."""
 

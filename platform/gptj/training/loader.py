@@ -23,6 +23,7 @@ class StepBatches(NamedTuple):
     """One rank's share of an optimizer step."""
 
     batches: Sequence[dict[str, Tensor]]  # micro-batches
+    counted: int  # of these; the last may only keep step with other ranks, and counts for nothing
     items: int  # that the loss averages over
     tokens: int  # that are not padding
     room: int  # with padding
@@ -88,12 +89,14 @@ class Loader:
             self._next = self._thread.submit(self._make, self._step)
 
     def _make(self, step: int) -> StepBatches:
-        data = self._data
-        parts = share(self._order.indices(step), self._rank, self._world_size, self._micro_batch)
-        batches = [data.collate([data[index] for index in part]) for part in parts]
+        data, indices = self._data, self._order.indices(step)
+        parts = share(indices, self._rank, self._world_size, self._micro_batch)
+        batches = [data.collate([data[index] for index in part or indices[:1]]) for part in parts]
+        counted = [batch for part, batch in zip(parts, batches, strict=True) if part]
         return StepBatches(
             batches,
-            sum(data.count_items(batch) for batch in batches),
-            sum(data.count_tokens(batch) for batch in batches),
+            len(counted),
+            sum(data.count_items(batch) for batch in counted),
+            sum(data.count_tokens(batch) for batch in counted),
             sum(batch["input_ids"].numel() for batch in batches),
         )

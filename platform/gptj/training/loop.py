@@ -12,9 +12,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,8 +39,9 @@ from gptj.training.deepspeed_config import (
     learning_rate_share,
     parameter_groups,
 )
+from gptj.training.engine_state import load_state, save_state
 from gptj.training.evaluation import evaluate, evaluating
-from gptj.training.failures import DivergedError, naming_full_disk
+from gptj.training.failures import DivergedError, StoppedError, naming_full_disk
 from gptj.training.loader import Loader
 from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
@@ -55,8 +57,6 @@ from gptj.training.state import (
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
-    load_state,
-    save_state,
 )
 from gptj.training.tasks import Data, Part
 from gptj.training.weights import all_finite, build_model, export_model, undo_first_step
@@ -76,12 +76,14 @@ class Worker:
     world_size: int
     device: torch.device
     # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
-    # name; a barrier: every rank calls it equally often.
+    # name, in a thread; every rank calls it equally often.
     report: Callable[[dict[str, float], Path, str], None]
     # Takes each point of the run's history as it is logged; rank 0 alone calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
     # Raises if another submission of the run has taken over; rank 0 calls it before it writes.
     fence: Callable[[], None] = lambda: None
+    # Why the run is to stop, if it is; not all ranks need to know at once.
+    stop: Callable[[], str | None] = lambda: None
     # Names the tokenized data that the processes of a node share; None: rank 0 makes one up.
     submission: str | None = None
 
@@ -100,6 +102,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
         DivergedError: if a loss, a gradient or a weight is not finite. Nothing of that is saved:
             the last checkpoint is a good one.
+        StoppedError: if the worker's `stop` had a reason; there is a checkpoint of the last step.
         UnrecoverableError: for anything else that a retry would meet again.
     """
     check_device(worker.device)
@@ -108,8 +111,9 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
-        progress = check_resumable(settings, checkpoint, worker.world_size)
+        progress = check_resumable(settings, checkpoint)
         progress.settings = settings.model_dump(mode="json")
+        progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
     with (
         shared_scratch_folder(f"data-{submission}") as shared,
@@ -148,6 +152,13 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     return metrics
 
 
+class _Upload(NamedTuple):
+    """A checkpoint on its way to storage."""
+
+    name: str
+    done: Future[None]  # this rank's part
+
+
 class _Run:
     """What the parts of one worker's training share."""
 
@@ -170,6 +181,9 @@ class _Run:
         self._clipped: Tensor | None = None  # the last gradient norm, where DeepSpeed has none
         self._gate: UpdateGate | None = None
         self._part_bytes: int | None = None  # this rank's part of a checkpoint
+        self._stopping = False  # as all ranks know
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._upload: _Upload | None = None  # of the last checkpoint
         self._log = None
         if worker.rank == 0:
             self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
@@ -178,7 +192,8 @@ class _Run:
         """Bring the engine back to a checkpoint, of which no copy stays."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             worker = self.worker
-            load_state(engine, checkpoint, Path(folder), worker.rank, worker.world_size)
+            rank, seed = worker.rank, self.settings.seed
+            load_state(engine, checkpoint, Path(folder), rank, worker.world_size, seed)
 
     def check_room(self, model: GPTJPreTrainedModel) -> None:
         """DiskFullError, on all ranks, if one lacks the room for its part of a checkpoint."""
@@ -192,7 +207,7 @@ class _Run:
         settings, worker = self.settings, self.worker
         # It takes over the process group, which it needs before it spreads a new model.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
-        plan = deepspeed_config(settings, worker.device.type)
+        plan = deepspeed_config(settings, worker.device.type, worker.world_size)
         model = build_model(self.task.head, config, settings, plan, worker.rank)
         if worker.rank == 0:
             name, size = self.task.head.__name__, count_parameters(model)
@@ -232,7 +247,10 @@ class _Run:
             first=self.progress.step,
             last=self.total,
         ) as loader:
-            return self._take_steps(engine, train_data, evaluation_data, order, loader)
+            try:
+                return self._take_steps(engine, train_data, evaluation_data, order, loader)
+            finally:
+                self._uploader.shutdown()  # what is on its way arrives, whatever has happened
 
     def _take_steps(
         self,
@@ -246,9 +264,15 @@ class _Run:
         metrics: dict[str, float] = {}
         if self._log is not None:
             self._log.begin()
-        while progress.step < self.total and not self._stops_early():
-            self._step(engine, train_data, loader)
+        while progress.unfinished or (progress.step < self.total and not self._stops_early()):
+            if progress.unfinished:
+                progress.unfinished = False
+            else:
+                self._step(engine, train_data, loader)
             last = progress.step == self.total
+            if self._stopping:
+                progress.unfinished = last or _due(progress.step, settings.evaluate_every)
+                self._stop(engine, train_data, order)
             evaluated = last or _due(progress.step, settings.evaluate_every)
             best = False
             if evaluated:
@@ -262,6 +286,7 @@ class _Run:
                 probe = None if evaluated and evaluation_data is not None else train_data
                 self._check_weights(engine, probe, order)
                 self._checkpoint(engine, metrics)
+        self._finish_upload()
         if not metrics:  # the run had been ended just before its export
             metrics = self._evaluate(engine, evaluation_data)
             self._check_weights(engine, train_data, order)
@@ -277,6 +302,19 @@ class _Run:
         progress.best = {"step": progress.step, "score": score, "metrics": metrics, "kept": kept}
         progress.worse = 0
         return True
+
+    def _stop(self, engine: Any, data: Data, order: BatchOrder) -> None:
+        """Save a checkpoint and raise StoppedError, on all ranks."""
+        reasons: list[Any] = [None] * self.worker.world_size
+        dist.all_gather_object(reasons, self.worker.stop())
+        self._check_weights(engine, data, order)
+        self._checkpoint(engine, {})
+        self._finish_upload()
+        raise StoppedError(
+            f"stopped after step {self.progress.step} of {self.total}: "
+            f"{next(reason for reason in reasons if reason is not None)}. "
+            f"{self._checkpoint_address} is saved, and the same command resumes from it"
+        )
 
     def _stops_early(self) -> bool:
         patience = self.settings.early_stopping
@@ -316,7 +354,7 @@ class _Run:
             **provenance(),
         }
         if self._log is not None:  # the model comes last: once it is there, the run is complete
-            self._log.publish(self.settings.folder)
+            self._log.publish(self.settings.folder, self._log.snapshot())
             self._log.close()
             self.worker.fence()
             if storage.exists(storage.join(address, MANIFEST)):
@@ -341,9 +379,11 @@ class _Run:
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
-        (batches, items, tokens, room), waited = loader.next()
-        counts = torch.tensor([items, tokens, room], dtype=torch.float64)
-        all_items, all_tokens, all_room = self._sum(counts).tolist()
+        (batches, counted, items, tokens, room), waited = loader.next()
+        told = worker.stop() is not None
+        counts = torch.tensor([items, tokens, room, told], dtype=torch.float64)
+        all_items, all_tokens, all_room, stops = self._sum(counts).tolist()
+        self._stopping = stops > 0
         if not all_items:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
         total = torch.zeros(1, dtype=torch.float64, device=worker.device)
@@ -351,10 +391,12 @@ class _Run:
         self._clipped = None
         for number, batch in enumerate(batches, 1):
             loss = self._loss(engine, data, batch) / all_items
+            if number > counted:
+                loss = loss * 0
             total += loss.detach()
             # DeepSpeed divides by the micro-batches and averages over the ranks: undone here,
             # since the loss is already a mean over the whole global batch.
-            engine.backward(loss * (settings.gradient_accumulation_steps * worker.world_size))
+            engine.backward(loss * (len(batches) * worker.world_size))
             if number == len(batches) and not clips_gradients(settings.deepspeed):
                 limit = settings.optimizer.gradient_clipping
                 self._clipped = _clip_gradients(engine.module, limit)
@@ -481,7 +523,8 @@ class _Run:
             raise self._diverged(f"{what} is {value}")
 
     def _diverged(self, what: str, *, ahead: int = 0) -> DivergedError:
-        """At the last step that is counted, or `ahead` of it."""
+        """At the last step that is counted, or `ahead` of it; all ranks call it together."""
+        self._finish_upload()
         kept = self._checkpoint_address
         half = self.settings.deepspeed.precision == "fp16"
         return DivergedError(
@@ -517,22 +560,57 @@ class _Run:
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
+        """Write this rank's part to its scratch folder; a thread takes it from there.
+
+        Training goes on meanwhile. The checkpoint counts once all ranks' manifests are there.
+        """
+        waited = self._finish_upload()
+        started = time.monotonic()
         name = _checkpoint_name(self.progress.step)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            path = Path(folder) / name
-            path.mkdir()
-            with naming_full_disk(path, self._part_bytes):
-                save_state(engine, path, self.progress, self.worker.rank)
-            if self._log is not None:
-                self.worker.fence()
-            self.worker.report({"step": self.progress.step, **metrics}, path, name)
-        self._checkpoint_address = storage.join(self.settings.folder, name)
+        folder = tempfile.TemporaryDirectory(dir=self._scratch)
+        path = Path(folder.name) / name
+        path.mkdir()
+        with naming_full_disk(path, self._part_bytes):
+            save_state(engine, path, self.progress, self.worker.rank)
+        if self._log is not None:
+            self.worker.fence()
+        point = {"step": self.progress.step, **metrics}
+        curve = None if self._log is None else self._log.snapshot()
+        stolen = waited + time.monotonic() - started
+
+        def upload() -> None:
+            with folder:
+                began = time.monotonic()
+                self.worker.report(point, path, name)
+                if self._log is not None and curve is not None:
+                    self._log.publish(self.settings.folder, curve)
+                    logger.info(
+                        "uploaded %s in %s; it kept the steps waiting for %.1f s",
+                        name,
+                        duration(time.monotonic() - began),
+                        stolen,
+                    )
+
+        self._upload = _Upload(name, self._uploader.submit(upload))
+
+    def _finish_upload(self) -> float:
+        """Wait until all ranks have uploaded the last checkpoint, if there is one; the seconds.
+
+        Raises what an upload raised; old checkpoints are deleted.
+        """
+        if self._upload is None:
+            return 0.0
+        started = time.monotonic()
+        upload, self._upload = self._upload, None
+        upload.done.result()
+        dist.barrier()
+        self._checkpoint_address = storage.join(self.settings.folder, upload.name)
         if self._log is not None:
             best = self.progress.best
             kept = _checkpoint_name(best["step"]) if best is not None else None
             delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints, kept)
-            self._log.publish(self.settings.folder)
             logger.info("saved %s", self._checkpoint_address)
+        return time.monotonic() - started
 
     def _gather(self, part: Part) -> list[Part]:
         parts: list[Any] = [None] * self.worker.world_size

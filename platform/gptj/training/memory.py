@@ -29,6 +29,7 @@ from torch import Tensor
 from gptj.adapters.lora import NEW_HEADS, add_lora
 from gptj.checkpoints.skeleton import without_weights
 from gptj.config import PRESETS, GPTJConfig
+from gptj.data.batches import micro_batches
 from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
@@ -75,7 +76,7 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     Args:
         config: of the model, as the run has it.
     """
-    spread, workers = settings.deepspeed, settings.workers.count
+    spread, workers = settings.deepspeed, settings.workers.fewest
     width, stage = WIDTHS[spread.precision], spread.stage
     total, trained, largest = _count(settings.task, config, settings.adapter)
     rows = settings.micro_batch_size
@@ -114,7 +115,8 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     else:
         device["optimizer"] = optimizer
     # In the backward pass; one micro-batch's activations go while the gradients come.
-    together = settings.gradient_accumulation_steps > 1 or stage >= 2
+    accumulation = micro_batches(settings.batch_size, workers, settings.micro_batch_size)
+    together = accumulation > 1 or stage >= 2
     learning = body + head + gradients if together else max(body + head, gradients)
     updating = gradients + (0 if spread.offload_optimizer else copies)
     if learning >= updating:
@@ -138,7 +140,7 @@ def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
 
     They need more than this, so a machine with less memory cannot run them.
     """
-    spread, workers = settings.deepspeed, settings.workers.count
+    spread, workers = settings.deepspeed, settings.workers.fewest
     width = WIDTHS[spread.precision]
     total, trained, _ = _count(settings.task, config, settings.adapter)
     weights = total * width * (1 if spread.stage == 3 else workers)
@@ -167,7 +169,7 @@ def fitting(
         if any(each.items() <= change.items() for each in found):
             continue  # less does as well
         plan = plan_memory(changed(settings, change), config, on_gpu=True)
-        if fits(plan, settings.workers.count, gpu_memory, host_memory):
+        if fits(plan, settings.workers.fewest, gpu_memory, host_memory):
             found.append(change)
             if len(found) == limit:
                 break
@@ -229,7 +231,7 @@ def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
     if not settings.model.gradient_checkpointing:
         recomputes.append({"model.gradient_checkpointing": True})
     stages = [{}, *({"deepspeed.stage": s} for s in (2, 3) if s > settings.deepspeed.stage)]
-    if settings.workers.count == 1 and settings.deepspeed.stage < 3:
+    if settings.workers.fewest == 1 and settings.deepspeed.stage < 3:
         stages = [{}, {"deepspeed.stage": 3}]
     for adapter, offload, size, stage, recompute in itertools.product(
         adapters, offloads, sizes, stages, recomputes
@@ -386,12 +388,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SettingsError, OSError) as error:
         sys.exit(f"error: {error}")
     plan = plan_memory(settings, config, on_gpu=on_gpu)
-    print(described(plan, settings.workers.count, on_gpu=on_gpu))
+    print(described(plan, settings.workers.fewest, on_gpu=on_gpu))
     if not on_gpu:
         return
     memory = given.gpu_memory * 1e9
     host = None if given.host_memory is None else given.host_memory * 1e9
-    if fits(plan, settings.workers.count, memory, host):
+    if fits(plan, settings.workers.fewest, memory, host):
         print(f"It fits {given.gpu_memory:g} GB.")
         return
     print(f"It does not fit {given.gpu_memory:g} GB. These settings do:")

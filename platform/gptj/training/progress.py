@@ -127,15 +127,19 @@ class ProgressLog:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("evaluation after step %d: %s", self.progress.step, shown)
 
-    def publish(self, address: str) -> None:
+    def snapshot(self) -> list[dict[str, float | None]]:
+        """The history so far, for another thread to publish."""
+        return list(self.progress.history)
+
+    def publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
         """Bring the history, TensorBoard's files and the curve up to date in the run's folder."""
         self._board.flush()
-        lines = "".join(to_json(point) + "\n" for point in self.progress.history)
+        lines = "".join(to_json(point) + "\n" for point in history)
         storage.write_bytes(storage.join(address, HISTORY), lines.encode())
         storage.upload_folder(self._folder / TENSORBOARD, storage.join(address, TENSORBOARD))
         picture = self._folder / CURVE
         run = address.rstrip("/").rpartition("/")[2]
-        draw_curve(self.progress.history, run).savefig(picture, dpi=100)
+        draw_curve(history, run).savefig(picture, dpi=100)
         storage.upload(picture, storage.join(address, CURVE))
 
     def close(self) -> None:

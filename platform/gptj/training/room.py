@@ -23,7 +23,6 @@ from gptj.training.settings import Settings
 
 MASTER_BYTES = 4  # of a weight in fp32
 MOMENT_BYTES = 8  # of Adam's two moments of a weight
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
 
@@ -45,14 +44,10 @@ def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size
     Only what is trained counts: frozen weights are not saved.
     """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    precision, stage = settings.deepspeed.precision, settings.deepspeed.stage
-    if stage == 0:  # rank 0 writes all
-        masters = 0 if precision == "fp32" else MASTER_BYTES
-        return trained * (WEIGHT_BYTES[precision] + masters + MOMENT_BYTES) if rank == 0 else 0
-    part = -(-trained // world_size) * (MASTER_BYTES + MOMENT_BYTES)
-    if stage < 3 and rank == 0:
-        part += trained * WEIGHT_BYTES[precision]
-    return part
+    size = trained * (MASTER_BYTES + MOMENT_BYTES)
+    if settings.deepspeed.stage == 0:  # rank 0 writes all
+        return size if rank == 0 else 0
+    return -(-size // world_size)
 
 
 def check_room(scratch: Path, results: str, needed: int) -> None:

@@ -202,8 +202,23 @@ class AdapterSettings(Section):
 class WorkerSettings(Section):
     """The processes that train, and what each is given."""
 
-    count: Positive = 1
+    # [2, 8]: as many of these as the cluster has room for, now and whenever workers start again.
+    count: Positive | tuple[Positive, Positive] = 1
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: GPUs, where the cluster has any
     cpus: Annotated[float, Field(gt=0)] = 1  # CPUs that Ray counts for a worker
     autoscaling: bool = False  # the cluster will grow: do not insist on the workers' room now
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkerSettings:
+        if self.fewest > self.most:
+            raise ValueError(f"count=[{self.fewest}, {self.most}]: the fewest come first")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def most(self) -> int:
+        return self.count if isinstance(self.count, int) else self.count[1]

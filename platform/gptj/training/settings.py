@@ -45,7 +45,7 @@ class Settings(Section):
     epochs: Annotated[float, Field(gt=0)] = 1  # times that the training data is seen
     steps: Positive | None = None  # optimizer steps, instead of epochs
     batch_size: Positive = 16  # rows of an optimizer step, over all workers
-    micro_batch_size: Positive = 8  # rows that a worker computes at a time
+    micro_batch_size: Positive = 8  # rows that a worker computes at a time, at most
     checkpoint_every: Positive = 100  # steps; there is always one at the end
     keep_checkpoints: Positive = 2
     evaluate_every: Positive | None = None  # steps; None: only at the end
@@ -70,11 +70,10 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        share = self.micro_batch_size * self.workers.count
-        if self.batch_size % share:
+        if self.batch_size < self.workers.most:
             raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of micro_batch_size * "
-                f"workers.count = {self.micro_batch_size} * {self.workers.count} = {share}"
+                f"batch_size={self.batch_size} gives some of {self.workers.most} workers no row: "
+                f"raise it, or lower workers.count"
             )
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: give one of the two")
@@ -181,11 +180,6 @@ class Settings(Section):
             return self.data.evaluation or None
         return f"{self.task_definition.sample}/evaluation"
 
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches that a worker computes for an optimizer step."""
-        return self.batch_size // (self.micro_batch_size * self.workers.count)
-
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run, on so many training examples.
 
@@ -205,10 +199,17 @@ class Settings(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-# What may differ when a run resumes: nothing that its steps depend on.
+# What may differ when a run resumes: nothing that its steps depend on, but for rounding (and which
+# numbers dropout drops, with another number of workers).
 CHANGEABLE = frozenset(
     {
         "run",
+        "micro_batch_size",
+        "workers.count",
+        "deepspeed.stage",
+        "deepspeed.offload_optimizer",
+        "deepspeed.offload_parameters",
+        "model.gradient_checkpointing",
         "checkpoint_every",
         "keep_checkpoints",
         "evaluate_every",

@@ -1,37 +1,35 @@
 """A training checkpoint: everything that a run needs to resume as if nothing had happened.
 
-A folder that all ranks write together, each its own files: DeepSpeed's shard of weights and
-optimizer (`zero/…`), the state of its random generators, and a manifest of these; rank 0 adds
-`progress.json` with the step, the settings, the data's fingerprints and the measurements so far.
-The position in the data follows from the step. Frozen weights are not in it: they are read from
-where they came from.
+A folder that all ranks write together, each its own files: a shard of the masters and the
+optimizer's moments (gptj.training.shards), the state of its random generators, and a manifest of
+these; rank 0 adds `progress.json` with the step, the settings, the data's fingerprints and the
+measurements so far. The position in the data follows from the step, and the weights from the
+masters. Frozen weights are not in it: they are read from where they came from. Any number of ranks
+can resume from it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gptj import storage
 from gptj.adapters.base import Base
 from gptj.checkpoints.folder import TRAINING
-from gptj.checkpoints.manifest import Manifest, describe, read_verified, verify
+from gptj.checkpoints.manifest import Manifest, read_verified, verify
 from gptj.errors import CheckpointError
-from gptj.serialization.json_object import to_json
 from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import MAY_CHANGE, Settings, SettingsError, changed, extended
 
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
-TAG = "zero"  # DeepSpeed's folder within ours
+OLD = "zero/"  # where versions until 0.1 kept DeepSpeed's own files
 
 
 @dataclass
@@ -49,31 +47,16 @@ class Progress:
     # The best evaluation: step, score, metrics, and whether its checkpoint is kept.
     best: dict[str, Any] | None = None
     worse: int = 0  # evaluations since then
+    unfinished: bool = False  # the run was stopped before this step's evaluation
     overflows: int = 0  # steps that were skipped, since gradients overflowed in fp16
     overflows_in_a_row: int = 0  # of these the last ones
     spikes: int = 0  # steps that were skipped, since the gradient norm was far above the usual
     norms: list[float] = field(default_factory=list)  # the last ones, if spikes are skipped
+    counters: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
 
     @property
     def skipped_steps(self) -> int:
         return self.overflows + self.spikes
-
-
-def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:
-    """Write this rank's part into an empty local folder; all ranks call it together."""
-    (folder / TAG).mkdir(parents=True)
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-    random = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    torch.save(random, folder / _random_name(rank))
-    if rank == 0:
-        (folder / PROGRESS).write_text(to_json(asdict(progress)))
-    # DeepSpeed leaves a copy of its conversion scripts, which are no state.
-    for script in folder.glob("zero_to_*.py"):
-        script.unlink()
-    names = [file.name for file in storage.list_files(str(folder))]
-    describe(str(folder), names).write(_manifest_name(rank, progress.world_size))
 
 
 def upload_state(folder: Path, address: str, rank: int, world_size: int) -> None:
@@ -82,7 +65,7 @@ def upload_state(folder: Path, address: str, rank: int, world_size: int) -> None
     A rank that dies in between leaves no manifest, and so no checkpoint; one that comes here again
     takes the manifest of its first try away before it changes a file.
     """
-    manifest = _manifest_name(rank, world_size)
+    manifest = manifest_name(rank, world_size)
     storage.delete(storage.join(address, manifest))
     names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
     storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
@@ -96,13 +79,18 @@ def read_progress(address: str) -> Progress:
         CheckpointError: naming what is missing, cut off or altered, and the remedy.
     """
     try:
-        content = read_verified(address, PROGRESS, _first_manifest(address))
+        manifest = _first_manifest(address)
+        if any(name.startswith(OLD) for name in manifest.files):
+            raise CheckpointError(
+                f"{address} was written by an older version, and only that can resume from it"
+            )
+        content = read_verified(address, PROGRESS, manifest)
         fields = json.loads(content)
         if "world" in fields:  # before it was renamed
             fields["world_size"] = fields.pop("world")
         progress = Progress(**fields)
         for rank in range(progress.world_size):
-            _manifest(address, rank, progress.world_size).check_sizes()
+            rank_manifest(address, rank, progress.world_size).check_sizes()
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; remedy: delete the folder {address}, and the run resumes from the "
@@ -132,7 +120,7 @@ def delete_old_checkpoints(folder: str, keep: int, best: str | None = None) -> N
         logger.warning("an old checkpoint stays in %s: %s", folder, error)
 
 
-def check_resumable(settings: Settings, address: str, world_size: int) -> Progress:
+def check_resumable(settings: Settings, address: str) -> Progress:
     """The progress of the checkpoint that a run is to resume from.
 
     Raises:
@@ -140,11 +128,6 @@ def check_resumable(settings: Settings, address: str, world_size: int) -> Progre
         CheckpointError: if the checkpoint is damaged, or the model under its adapter is another.
     """
     progress = read_progress(address)
-    if progress.world_size != world_size:
-        raise SettingsError(
-            f"{address} was written by {progress.world_size} workers and only as many can resume "
-            f"from it: set workers.count={progress.world_size}, or another run="
-        )
     if different := changed(progress.settings, settings.model_dump(mode="json")):
         raise SettingsError(
             f"the run {settings.run!r} would resume from {address} with other settings: "
@@ -204,78 +187,54 @@ def is_complete(settings: Settings) -> bool:
     return False
 
 
-def load_state(engine: Any, address: str, folder: Path, rank: int, world_size: int) -> None:
-    """Bring this rank back to where the checkpoint was written; all ranks call it together.
-
-    Only the files that this rank needs are copied, into an empty local folder, and compared with
-    the manifests.
-
-    Raises:
-        CheckpointError: naming the file that is missing, cut off or altered.
-    """
-    needed: dict[str, Manifest] = {}
-    for writer in range(world_size):
-        manifest = _manifest(address, writer, world_size)
-        for name in manifest.files:
-            if name == _random_name(rank) or _is_for(name, rank):
-                needed[name] = manifest
-    storage.download_folder(address, folder, needed)
-    for name, record in describe(str(folder), needed).files.items():
-        needed[name].check_content(name, record.size, record.sha256)
-    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=whole)
-    if loaded is None:
-        raise CheckpointError(f"DeepSpeed found no state in {address}/{TAG}")
-    random = torch.load(folder / _random_name(rank), weights_only=True)
-    torch.set_rng_state(random["torch"])
-    if torch.cuda.is_available() and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
-
-
 def _checkpoints(folder: str) -> dict[str, bool]:
     """The checkpoints in a run's folder, and whether all ranks have finished them."""
-    manifests: dict[str, set[str]] = {}
+    files: dict[str, list[str]] = {}
     for file in storage.list_files(folder):
         name, _, rest = file.name.partition("/")
         if name.startswith("checkpoint-"):
-            manifests.setdefault(name, set())
-            if rest.startswith("manifest-"):  # manifest-RANK-of-WORLD.json, a rank's last file
-                manifests[name].add(rest)
-    return {
-        name: any(len(found) == int(each[-10:-5]) for each in found)
-        for name, found in manifests.items()
-    }
+            files.setdefault(name, []).append(rest)
+    return {name: _writers(each) is not None for name, each in files.items()}
 
 
-def _is_for(name: str, rank: int) -> bool:
-    """Whether a rank reads a file of DeepSpeed's: its own shard, or weights that all share."""
-    if not name.startswith(f"{TAG}/"):
-        return False
-    owner = re.search(r"zero_pp_rank_(\d+)_", name)
-    return owner is None or int(owner[1]) == rank
+def _writers(names: Iterable[str]) -> int | None:
+    """How many ranks have finished a checkpoint together; None if some have not.
+
+    Manifests may also be of ranks that died, of a run with another number of them.
+    """
+    found = Counter(name[-10:-5] for name in names if name.startswith("manifest-"))
+    return next((int(world) for world, ranks in found.items() if ranks == int(world)), None)
 
 
 def _first_manifest(address: str) -> Manifest:
     """Rank 0's manifest, whatever the number of ranks."""
-    for file in storage.list_files(address):
-        if file.name.startswith("manifest-00000-of-"):
-            manifest = Manifest.read(address, file.name)
-            assert manifest is not None
-            return manifest
-    raise CheckpointError(f"{address} is no training checkpoint: it has no manifest of rank 0")
+    names = [file.name for file in storage.list_files(address)]
+    if (writers := _writers(names)) is None:
+        found = sorted(name for name in names if name.startswith("manifest-"))
+        if not found:
+            raise CheckpointError(f"{address} is no training checkpoint: it has no manifest")
+        world_size = int(found[-1][-10:-5])
+        wanted = [manifest_name(rank, world_size) for rank in range(world_size)]
+        lacking = [name for name in wanted if name not in found]
+        raise CheckpointError(f"{address} is incomplete: {', '.join(lacking)} is missing")
+    return rank_manifest(address, 0, writers)
 
 
-def _manifest(address: str, rank: int, world_size: int) -> Manifest:
-    name = _manifest_name(rank, world_size)
+def rank_manifest(address: str, rank: int, world_size: int) -> Manifest:
+    name = manifest_name(rank, world_size)
     manifest = Manifest.read(address, name)
     if manifest is None:
         raise CheckpointError(f"{address} is incomplete: {name} is missing")
     return manifest
 
 
-def _manifest_name(rank: int, world_size: int) -> str:
+def manifest_name(rank: int, world_size: int) -> str:
     return f"manifest-{rank:05}-of-{world_size:05}.json"
 
 
-def _random_name(rank: int) -> str:
+def shard_name(rank: int, world_size: int) -> str:
+    return f"shard-{rank:05}-of-{world_size:05}.safetensors"
+
+
+def random_name(rank: int) -> str:
     return f"random-{rank:05}.pt"

@@ -1,0 +1,95 @@
+"""Ends a training early, and resumably: when its job is told to stop, or Ray takes a node away.
+
+The driver tells the workers through an actor, and each worker has the news before its next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.train.v2._internal.execution.context import get_train_context
+
+logger = logging.getLogger(__name__)
+
+STOPPED = 128 + signal.SIGTERM  # the exit status of a program that SIGTERM has ended
+
+
+@ray.remote(num_cpus=0)
+class Bell:
+    """Rung once; whoever waits for it learns why."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._reason = ""
+
+    async def ring(self, reason: str) -> None:
+        self._reason = reason
+        self._rung.set()
+
+    async def wait(self) -> str:
+        await self._rung.wait()
+        return self._reason
+
+
+class OnSigterm:
+    """For the length of a `with` in the driver, SIGTERM asks the workers to save and stop.
+
+    A second one ends the driver at once. In the main thread, after ray.init, whose own handler
+    ends the driver.
+    """
+
+    def __init__(self) -> None:
+        self.bell: ActorHandle[Any] = Bell.remote()  # type: ignore[attr-defined]
+        self._asked = False
+
+    def __enter__(self) -> OnSigterm:
+        self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            sys.exit(STOPPED)
+        self._asked = True
+        print("SIGTERM: the training ends after this step, with a checkpoint", flush=True)
+        self.bell.ring.remote("the job was told to stop (SIGTERM)")
+
+
+class Notices:
+    """In a worker: whether there is a reason to stop."""
+
+    def __init__(self, bell: ActorHandle[Any]) -> None:
+        self._context = get_train_context()
+        self._asked: str | None = None
+        self._bell = bell
+        threading.Thread(target=self._listen, name="stop-bell", daemon=True).start()
+
+    @property
+    def preempted(self) -> bool:
+        """Whether Ray has said that it will take away a node of this training."""
+        return self._context.preemption_context.preemption_info is not None
+
+    def reason(self) -> str | None:
+        return "Ray takes a node away" if self.preempted else self._asked
+
+    def _listen(self) -> None:
+        try:
+            self._asked = str(ray.get(self._bell.wait.remote()))
+        except RayError as error:  # the driver has ended, or is about to
+            logger.debug("nobody will ask for a stop any more: %s", error)

@@ -1,0 +1,89 @@
+"""DeepSpeed's state into a checkpoint and back: see gptj.training.state for its files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptj import storage
+from gptj.checkpoints.manifest import FileRecord, Manifest, describe, hash_file
+from gptj.serialization.json_object import to_json
+from gptj.training.shards import Restoration, counters, write_shard
+from gptj.training.state import (
+    PROGRESS,
+    Progress,
+    manifest_name,
+    random_name,
+    rank_manifest,
+    read_progress,
+    shard_name,
+)
+
+
+def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None:
+    """Write this rank's part into an empty local folder; all ranks call it together.
+
+    At stage 0 all ranks have the same state, and rank 0 writes it.
+    """
+    records: dict[str, FileRecord] = {}
+    if rank == 0 or engine.zero_optimization():
+        name = shard_name(rank, progress.world_size)
+        records[name] = write_shard(engine, folder / name)
+    random = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    torch.save(random, folder / random_name(rank))
+    small = [random_name(rank)]
+    if rank == 0:
+        progress.counters = counters(engine)
+        (folder / PROGRESS).write_text(to_json(asdict(progress)))
+        small.append(PROGRESS)
+    records |= describe(str(folder), small).files
+    Manifest(str(folder), records).write(manifest_name(rank, progress.world_size))
+
+
+def load_state(
+    engine: Any, address: str, folder: Path, rank: int, world_size: int, seed: int
+) -> None:
+    """Bring this rank back to where the checkpoint was written; all ranks call it together.
+
+    Only the shards that have something for this rank are copied, one at a time, into an empty
+    local folder, and compared with the manifests. Among as many ranks as wrote the checkpoint, each
+    also goes on with its random numbers; among others, with new ones that follow from the seed and
+    the step.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut off or altered.
+    """
+    progress = read_progress(address)
+    writers = progress.world_size
+    restoration = Restoration(engine, progress.counters)
+    for writer in range(writers):
+        manifest = rank_manifest(address, writer, writers)
+        name = shard_name(writer, writers)
+        if name in manifest.files and restoration.needs(storage.join(address, name)):
+            _fetch(address, name, manifest, folder)
+            restoration.read(folder / name)
+            (folder / name).unlink()
+    restoration.finish(address)
+    if writers != world_size:
+        fresh = np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)
+        torch.manual_seed(int(fresh[0]))
+        return
+    name = random_name(rank)
+    _fetch(address, name, rank_manifest(address, rank, writers), folder)
+    random = torch.load(folder / name, weights_only=True)
+    torch.set_rng_state(random["torch"])
+    if torch.cuda.is_available() and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def _fetch(address: str, name: str, manifest: Manifest, folder: Path) -> None:
+    """Copy a file of the checkpoint, and compare it with its manifest."""
+    storage.download(storage.join(address, name), folder / name)
+    found = hash_file(str(folder / name))
+    manifest.check_content(name, found.size, found.sha256)

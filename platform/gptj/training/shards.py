@@ -1,0 +1,277 @@
+"""What is trained, as stretches of parameters: masters and moments, wherever DeepSpeed keeps them.
+
+DeepSpeed packs fp32 masters and Adam's moments into flat tensors, whose layout depends on the ZeRO
+stage and the number of ranks. A shard is a safetensors file of one rank's stretches, each named
+`KIND/START/PARAMETER`: the kind (master, exp_avg, exp_avg_sq), the index of its first number in
+the flattened parameter, and the parameter. So a run may go on at another stage, or with another
+number of ranks: each reads the stretches that it now holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptj.checkpoints.manifest import FileRecord, HashingFile
+from gptj.checkpoints.mapping import map_stretch
+from gptj.checkpoints.tensor_file import StoredTensor, read_header
+from gptj.checkpoints.weights import TensorSpec, write_tensors
+from gptj.errors import CheckpointError
+from gptj.extras import missing
+
+try:
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+except ModuleNotFoundError as error:
+    raise missing(error, "training", extra="train") from error
+
+MASTER = "master"
+# Of DeepSpeed's loss scalers, of which there are two kinds.
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of one parameter that this rank's optimizer updates."""
+
+    name: str  # the parameter's
+    start: int  # the first number, in the flattened parameter
+    length: int
+    flat: Tensor  # fp32, perhaps with other parameters; the optimizer's state is kept under it
+    offset: int  # where the stretch begins in it
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The stretch in `flat`, or in a tensor of the same shape, as a view."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def stretches(engine: Any) -> list[Stretch]:
+    """All stretches of this rank; at stage 0 every rank has all parameters whole."""
+    optimizer, names = engine.optimizer, engine.param_names
+    found: list[Stretch] = []
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # Each parameter is cut into as many parts as there are ranks; the last may be padded.
+        rank = dist.get_rank(optimizer.dp_process_group)
+        for group, flat in zip(
+            optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
+            offset = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                length = max(0, min(size, parameter.ds_numel - rank * size))
+                found.append(Stretch(names[parameter], rank * size, length, flat, offset))
+                offset += size
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        # The parameters are laid out one after the other, and the whole is cut into equal parts.
+        for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+            first = dist.get_rank(optimizer.real_dp_process_group[number]) * flat.numel()
+            for parameter, begin in zip(
+                optimizer.round_robin_bit16_groups[number],
+                optimizer.round_robin_bit16_offsets[number],
+                strict=True,
+            ):
+                start = max(0, first - begin)
+                end = min(parameter.numel(), first + flat.numel() - begin)
+                found.append(
+                    Stretch(names[parameter], start, end - start, flat, begin + start - first)
+                )
+    elif isinstance(optimizer, FP16_Optimizer):
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for parameter in group:
+                found.append(Stretch(names[parameter], 0, parameter.numel(), flat, offset))
+                offset += parameter.numel()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, flat in zip(group, masters, strict=True):
+                found.append(Stretch(names[parameter], 0, parameter.numel(), flat, 0))
+    else:  # fp32 at stage 0: the optimizer is the bare one, and has the parameters themselves
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                found.append(Stretch(names[parameter], 0, parameter.numel(), parameter, 0))
+    return [each for each in found if each.length > 0]
+
+
+def write_shard(engine: Any, path: Path) -> FileRecord:
+    """Write this rank's stretches, one at a time; all ranks call it together."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        # The loss that was computed last has left parameters gathered, which take memory.
+        engine.optimizer.checkpoint_event_prologue()
+        engine.optimizer.checkpoint_event_epilogue()
+    mine = stretches(engine)
+    states: dict[Tensor, dict[str, Tensor]] = {
+        each.flat: _moments(engine, each.flat) for each in mine
+    }
+    kinds = dict.fromkeys(kind for state in states.values() for kind in state)
+
+    def tensors() -> Iterator[Tensor]:
+        for stretch in mine:
+            yield stretch.of(stretch.flat)
+            for kind in kinds:
+                # A parameter that had no gradient so far has no moments.
+                moment = states[stretch.flat].get(kind)
+                yield torch.zeros(stretch.length) if moment is None else stretch.of(moment)
+
+    specs = [
+        TensorSpec(f"{kind}/{each.start}/{each.name}", (each.length,), torch.float32)
+        for each in mine
+        for kind in (MASTER, *kinds)
+    ]
+    with path.open("wb") as raw:
+        file = HashingFile(raw)
+        write_tensors(file, specs, tensors())
+    return FileRecord(file.size, file.hash.hexdigest())
+
+
+def counters(engine: Any) -> dict[str, Any]:
+    """The numbers that DeepSpeed goes on counting from, equal on all ranks."""
+    scaler = _scaler(engine)
+    return {
+        # Of FusedAdam's states at stage 0, only the last of a group counts.
+        "updates": max(
+            (int(state["step"]) for state in engine.basic_optimizer.state.values() if state),
+            default=0,
+        ),
+        "scheduled": engine.lr_scheduler.last_epoch,
+        "loss_scale": {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)},
+    }
+
+
+class Restoration:
+    """Brings the stretches of this rank, and with them the model, to what shards say.
+
+    All ranks call `finish` together, after `read` for each shard that `needs` names.
+    """
+
+    def __init__(self, engine: Any, counters: dict[str, Any]) -> None:
+        self._engine = engine
+        self._counters = counters
+        self._optimizer = engine.optimizer
+        if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._optimizer.checkpoint_event_prologue()  # drops parameters that are gathered
+        self._mine: dict[str, list[Stretch]] = {}
+        for stretch in stretches(engine):
+            self._mine.setdefault(stretch.name, []).append(stretch)
+        self._unknown: set[str] = set()
+        self._read = 0  # numbers
+        self._kinds: set[str] = set()
+
+    def needs(self, address: str) -> bool:
+        """Whether a shard has something for this rank, by its header."""
+        return bool(list(self._overlaps(read_header(address).tensors, address)))
+
+    def read(self, path: Path) -> None:
+        """Copy from a shard, in a local file whose content was verified."""
+        with path.open("rb") as file:
+            for stored, kind, begin, stretch in self._overlaps(
+                read_header(str(path)).tensors, str(path)
+            ):
+                source = stored.view(map_stretch(file.fileno(), stored.start, stored.size))
+                first = max(begin, stretch.start)
+                end = min(begin + len(source), stretch.start + stretch.length)
+                target = stretch.of(self._target(stretch.flat, kind))
+                target[first - stretch.start : end - stretch.start].copy_(
+                    source[first - begin : end - begin]
+                )
+                self._read += end - first
+                self._kinds.add(kind)
+
+    def finish(self, address: str) -> None:
+        """Check that nothing is missing; then the weights follow from the masters.
+
+        Raises:
+            CheckpointError: if the shards are not of this model, or not all of it.
+        """
+        engine, optimizer = self._engine, self._optimizer
+        mine = [each for stretches in self._mine.values() for each in stretches]
+        expected = sum(each.length for each in mine) * len(self._kinds)
+        if mine and (self._read != expected or MASTER not in self._kinds):
+            raise CheckpointError(
+                f"{address} is not of this model, or damaged: it has {self._read} of the "
+                f"{expected} numbers that this worker needs"
+            )
+        if self._unknown:
+            raise CheckpointError(
+                f"{address} is not of this model, which has no {', '.join(sorted(self._unknown))}"
+            )
+        updates = self._counters["updates"]
+        torchs = isinstance(engine.basic_optimizer, torch.optim.AdamW)  # counts in a tensor
+        for state in engine.basic_optimizer.state.values():
+            state["step"] = torch.tensor(float(updates)) if torchs else updates
+        scaler = _scaler(engine)
+        for name, value in self._counters["loss_scale"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+        self._schedule(self._counters["scheduled"])
+        with torch.no_grad():
+            if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+                for number in range(len(optimizer.fp16_groups)):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(number)
+                optimizer.checkpoint_event_epilogue()  # gathers those that are kept whole
+            elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+                optimizer.update_lp_params()
+            else:
+                names = {name: parameter for parameter, name in engine.param_names.items()}
+                for each in mine:
+                    if each.flat is not names[each.name]:
+                        names[each.name].view(-1).copy_(each.of(each.flat))
+
+    def _overlaps(
+        self, tensors: Iterable[StoredTensor], address: str
+    ) -> Iterator[tuple[StoredTensor, str, int, Stretch]]:
+        """(tensor, its kind, its start in the parameter, a stretch of ours that it overlaps)."""
+        known = set(self._engine.param_names.values())
+        for stored in tensors:
+            kind, start, name = [*stored.name.split("/", 2), "", ""][:3]
+            if not start.isdecimal() or stored.dtype != torch.float32 or len(stored.shape) != 1:
+                raise CheckpointError(
+                    f"{address} is damaged: {stored.name!r} is no part of a parameter"
+                )
+            begin = int(start)
+            if name not in known:
+                self._unknown.add(name)
+            for stretch in self._mine.get(name, []):
+                if (
+                    begin < stretch.start + stretch.length
+                    and stretch.start < begin + stored.shape[0]
+                ):
+                    yield stored, kind, begin, stretch
+
+    def _target(self, flat: Tensor, kind: str) -> Tensor:
+        if kind == MASTER:
+            return flat
+        state: dict[str, Tensor] = self._engine.basic_optimizer.state[flat]
+        if kind not in state:
+            state[kind] = torch.zeros_like(flat.detach())
+        return state[kind]
+
+    def _schedule(self, steps: int) -> None:
+        """As after so many steps: the learning rate of the next one, by the run's length now."""
+        scheduler = self._engine.lr_scheduler
+        scheduler.last_epoch = steps - 1
+        scheduler._step_count = max(steps, 1) + 1
+        scheduler.step()
+
+
+def _moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps for each number of a flat tensor."""
+    state = engine.basic_optimizer.state.get(flat, {})
+    return {
+        kind: value
+        for kind, value in state.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == flat.numel()
+    }
+
+
+def _scaler(engine: Any) -> Any:
+    """DeepSpeed's loss scaler; None in fp32 at stage 0."""
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
