@@ -40,6 +40,7 @@ from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
+from gptj.engine.speculation import Speculation
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
@@ -59,6 +60,10 @@ class Arguments(LoadingArguments):
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_caching: bool = True  # compute shared prefixes once
+    # {method: ngram, num_speculative_tokens: 8, prompt_lookup_min: 2, prompt_lookup_max: 4}:
+    # verify several tokens in a step where an output repeats its prompt or itself. {} takes these
+    # values. Default: off.
+    speculation: Speculation | None = None
     # The KV cache: its size in tokens, or a share of the device's free memory, at most what
     # max_num_seqs sequences can use. Default: 0.3 on a CPU; on a GPU 0.95 of what the weights and
     # the largest steps leave.
@@ -128,6 +133,7 @@ class Generation:
             max_queued=arguments.max_queued,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_caching=arguments.prefix_caching,
+            speculation=arguments.speculation,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         self._tokenizer = tokenizer

@@ -12,6 +12,8 @@
                              [--logs outputs/mlperf] [--url ADDRESS]
     python -m gptj_bench grammar --model DIR --dtype … [--batch 8,16] [--new-tokens 64]
                              [--repeats 7] [--outputs 4]
+    python -m gptj_bench speculation --dtype … [--batch 1,8] [--new-tokens 128] [--repeats 5]
+                             [--threads 2] [--width 16] [--layers 16]
     python -m gptj_bench perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
     python -m gptj_bench load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
                              [--no-s3] [--keep]
@@ -23,7 +25,8 @@ peers/setup.sh makes, other engines alternate with ours, one at a time.
 `model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (from a development
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
 rows as long as the model's context. `grammar` measures the cost of constrained output, see
-grammar.py. `mlperf` sends MLPerf's load to our service, or to one at
+grammar.py; `speculation` what speculation gains and costs, on weights of its own, see
+speculation.py. `mlperf` sends MLPerf's load to our service, or to one at
 --url: see mlperf.py. `load` writes a random fp16 model into DIR and, by default, a second copy into
 an S3 server there, reads them in separate processes (see load_weights.py), from S3 with and without
 the node's checkpoint cache, and deletes them.
@@ -56,6 +59,7 @@ from gptj_bench.decode import TEXT_IDS, Decode, load_runner
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
 from gptj_bench.serve import MODEL_NAME, ours, vllm
+from gptj_bench.speculation import SpeculationBenchmark
 from jobs import command_line
 
 PEER_SCRIPT = Path(__file__).parent / "peers" / "decode.py"
@@ -98,6 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--new-tokens", type=int, default=64)
     command.add_argument("--repeats", type=int, default=7)
     command.add_argument("--outputs", type=int, default=4)  # random ones of each schema
+    command = commands.add_parser("speculation")
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--batch", default="1,8", type=_numbers, dest="sizes")
+    command.add_argument("--new-tokens", type=int, default=128)
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=os.cpu_count())
+    command.add_argument("--width", type=int, default=16)  # n_embd / 64
+    command.add_argument("--layers", type=int, default=16)
     mlperf.add_arguments(commands.add_parser("mlperf"))
     command = commands.add_parser("perplexity")
     command.add_argument("--model", type=command_line.address, required=True)
@@ -129,6 +141,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.command == "grammar":
         for row in constrained(given):
+            _show(row)
+        return
+    if given.command == "speculation":
+        benchmark = SpeculationBenchmark(
+            given.dtype,
+            tuple(given.sizes),
+            given.new_tokens,
+            given.threads,
+            given.repeats,
+            given.width,
+            given.layers,
+        )
+        for row in benchmark.run():
             _show(row)
         return
     if given.command == "perplexity":

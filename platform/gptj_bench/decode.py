@@ -136,10 +136,15 @@ class Timing:
     step_seconds: float
 
 
-def generate(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
-    """Continue all prompts together. Raises a failed request's error."""
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    params: SamplingParams | None = None,
+) -> Timing:
+    """Continue all prompts together, greedily by default. Raises a failed request's error."""
     events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
-    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    params = params or SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
 
     def note(event: Event) -> None:
         events.put((time.perf_counter(), event))

@@ -40,6 +40,8 @@ UNCOUNTED = (
     "ray_gptj_engine_preemptions_total",
     "ray_gptj_engine_cancellations_total",
     "ray_gptj_engine_prefix_tokens_hit_total",
+    "ray_gptj_engine_spec_decode_num_draft_tokens_total",
+    "ray_gptj_engine_spec_decode_num_accepted_tokens_total",
 )
 # Of the three trainings of the overlay one runs, and of its 400 steps three, on one worker.
 TRAINING = "quickstart-generation.yaml"

@@ -17,7 +17,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from engine_caller import Caller, search, submit, submit_many
+from engine_caller import Caller, assert_same, search, submit, submit_many
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.engine.constraints import compiler as compiler_module
@@ -31,6 +31,7 @@ from gptj.engine.engine import Engine
 from gptj.engine.events import BeamParams, Finished, TokenEvent
 from gptj.engine.runners.base import TorchRunner
 from gptj.engine.sampler import Sampler, excluded
+from gptj.engine.speculation import Speculation
 from gptj.sampling import SamplingParams, adjust
 
 TEXTS = ['{"name": "Ann", "age": 31}', "[1, 2.5, true]", "the quick brown fox\n"] * 4
@@ -193,6 +194,43 @@ def test_a_seed_gives_the_same_output_alone_in_company_and_after_preemption(
     assert tight.stats().preemptions > 0
     assert tight.stats().constrained_tokens_out > 0
     tight.close()
+
+
+def test_speculation_changes_no_output(
+    model: GPTJForCausalLM, compiler: GrammarCompiler, tokenizer: GPTJTokenizer
+) -> None:
+    """Drafts that a grammar allows, that it does not, and that end it."""
+    person = '{"name": "Ann", "age": 31, "tags": ["a", "b"]}'
+    grammars = [
+        Grammar.of_json_schema(SCHEMA),
+        Grammar.of_regex(r"(ab|cd){2,30}"),
+        Grammar.of_regex("[0-9]*the quick brown fox"),
+        Grammar.of_choices([person, person[:-1]]),
+        Grammar.of_grammar('start: item ("," item){9}\nitem: /[0-9]{1,2}/'),
+    ]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.5, "seed": 1, "logprobs": 1, "min_tokens": 50},
+        {"temperature": 1.0, "seed": 2, "repetition_penalty": 1.1, "ignore_eos": True},
+        {"bad_words_ids": (tuple(tokenizer.encode("ab")), tuple(tokenizer.encode('"a"')))},
+    ]
+    plain = new_engine(model)
+    drafting = new_engine(model, speculation=Speculation(), max_num_batched_tokens=64)
+    prompts = [tokenizer.encode(text * 3) for text in (person, "ababcdab", "the quick brown fox,1")]
+    pairs = []
+    for grammar in grammars:
+        compiled = compiler.compile(grammar)
+        for prompt in prompts:
+            for more in settings:
+                params = {"max_tokens": 60, "grammar": compiled, **more}
+                pairs.append([submit(engine, prompt, **params) for engine in (drafting, plain)])
+    for found, expected in pairs:
+        assert_same(found, expected)
+    stats = drafting.stats()
+    assert 0 < stats.spec_decode_num_accepted_tokens < stats.spec_decode_num_draft_tokens
+    assert stats.constrained_tokens_out == plain.stats().constrained_tokens_out
+    drafting.close()
+    plain.close()
 
 
 def test_samples_of_one_prompt_follow_the_grammar_each(

@@ -73,6 +73,45 @@ def test_a_sampled_output_does_not_depend_on_the_batch(device: torch.device) -> 
     runner.close()
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["graphs", "with a prompt"])
+def test_drafts_are_decode_rows_that_see_each_other(device: torch.device, beside: bool) -> None:
+    """So a step with drafts replays a graph, unless a prompt is computed in it."""
+    model = tiny_model(device=device)
+    runner = CudaRunner(model, 8, operations(model))
+    replayed: list[int] = []
+    compute = runner._step_decode
+    runner._step_decode = lambda batch: replayed.append(len(batch.ids_T)) or compute(batch)
+    text, other = tokens(24), tokens(20, start=5)
+    pages = np.array([[2, 5], [7, 0], [1, 3]], np.int32)
+    for ids, place in ((text[:13], 0), (other[:1], 1)):  # what is cached before
+        count = len(ids)
+        runner.step(
+            StepBatch(
+                np.array(ids, np.int32),
+                np.arange(count, dtype=np.int32),
+                np.array([0, count], np.int32),
+                pages[place : place + 1],
+                np.array([count - 1], np.int32),
+            )
+        )
+    replayed.clear()
+    ids, positions, starts = text[13:20] + other[1:2], [*range(13, 20), 1], [0, 7, 8]
+    wanted = list(range(8))
+    if beside:
+        ids, positions, starts = ids + text[:20], positions + list(range(20)), [*starts, 28]
+        wanted += [27]
+    numbers = [np.array(each, np.int32) for each in (ids, positions, starts, wanted)]
+    rows = 3 if beside else 2
+    logits = runner.step(StepBatch(*numbers[:3], pages[:rows], numbers[3])).cpu()
+    with torch.inference_mode():
+        theirs = model(torch.tensor([text[:20]], device=device)).logits[0].cpu()
+        others = model(torch.tensor([other[:2]], device=device)).logits[0].cpu()
+    expected = [*theirs[13:], others[1], *([theirs[-1]] if beside else [])]
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=0, atol=1e-4)
+    assert replayed == ([] if beside else [8])
+    runner.close()
+
+
 def test_padding_touches_no_page_but_the_scratch_page(device: torch.device) -> None:
     """Three rows run as four; each of the three writes one place of a page of its own."""
     model = tiny_model(device=device)

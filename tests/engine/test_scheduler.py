@@ -7,7 +7,6 @@ import threading
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 from engine_caller import (
     EOS,
@@ -16,6 +15,7 @@ from engine_caller import (
     Gate,
     WatchedRunner,
     alone,
+    assert_written_pages_are_not_shared,
     held,
     search,
     submit,
@@ -312,18 +312,6 @@ def test_after_any_mix_each_request_ends_once_and_all_pages_are_free(
     assert stats.running == stats.waiting == stats.pages_used == 0
     engine.close()
     assert submit_is_refused(engine)
-
-
-def assert_written_pages_are_not_shared(batch: StepBatch) -> None:
-    """No sequence writes to a page that another of the step reads."""
-    seen: list[int] = []
-    written: list[int] = []
-    for row in range(len(batch.query_start_loc) - 1):
-        positions = batch.positions_T[batch.query_start_loc[row] : batch.query_start_loc[row + 1]]
-        places = np.unique(positions // 16)
-        written += batch.page_table_RP[row, places].tolist()
-        seen += batch.page_table_RP[row, : places[-1] + 1].tolist()
-    assert all(seen.count(page) == 1 for page in written)
 
 
 def submit_is_refused(engine: Engine) -> bool:

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from deployments.generation import Arguments
 from gptj.engine.constraints.grammar import Grammar
+from gptj.engine.speculation import Speculation
 from gptj.serving import requests
 from gptj.serving.app import HTTPOptions, new_app
 from gptj.serving.completions.constraints import ResponseFormat, StructuredOutputs
@@ -126,3 +127,23 @@ def test_settings_become_options_and_wrong_ones_are_refused() -> None:
             Arguments.model_validate({"checkpoint": "x", "cors_origins": [wrong]})
     with pytest.raises(pydantic.ValidationError, match="refuse"):
         Arguments.model_validate({"checkpoint": "x", "unknown_fields": "drop"})
+
+
+def test_speculation_takes_vllms_names_and_nothing_else() -> None:
+    def given(value: Any) -> Speculation | None:
+        return Arguments.model_validate({"checkpoint": "x", "speculation": value}).speculation
+
+    assert Arguments(checkpoint="x").speculation is None
+    assert given({}) == Speculation()
+    assert given({"method": "ngram", "num_speculative_tokens": 4}) == Speculation(
+        num_speculative_tokens=4
+    )
+    for wrong, reason in (
+        ({"method": "eagle"}, "ngram"),
+        ({"num_speculative_tokens": 16}, r"in \[1, 15\], got 16"),
+        ({"prompt_lookup_min": 5}, r"in \[1, prompt_lookup_max=4\], got 5"),
+        ({"prompt_lookup_min": 0}, "got 0"),
+        ({"tokens": 8}, "tokens"),
+    ):
+        with pytest.raises(pydantic.ValidationError, match=reason):
+            given(wrong)

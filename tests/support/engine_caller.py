@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -130,6 +132,31 @@ def search(engine: Engine, prompt: list[int], beams: BeamParams, **params: Any) 
     return caller
 
 
+def assert_same(found: Caller, expected: Caller) -> None:
+    """Only the order of summation differs, so logprobs may by a little."""
+    ours, theirs = ([_rounded(event) for event in each.wait()] for each in (found, expected))
+    assert [key for key, _ in ours] == [key for key, _ in theirs]
+    for (_, near), (_, expected_near) in zip(ours, theirs, strict=True):
+        assert near == pytest.approx(expected_near, abs=1e-3)
+
+
+def _rounded(event: Event) -> tuple[Any, list[float]]:
+    """What must be equal, and what must be near."""
+    if isinstance(event, PromptLogprobs):
+        parts = [_rounded(each) for each in event.tokens]
+        return [key for key, _ in parts], [number for _, numbers in parts for number in numbers]
+    if isinstance(event, Failed):
+        return str(event.error), []
+    if isinstance(event, TokenEvent):
+        token, reason = event.token_id, None
+    else:
+        assert isinstance(event, Finished)
+        token, reason = event.stop_token, event.reason
+    logprobs = [] if event.logprob is None else [event.logprob]
+    logprobs += [logprob for _, logprob in event.top]
+    return (type(event), token, reason, len(event.top)), logprobs
+
+
 class WatchedRunner(TorchRunner):
     """Notes each step's batch; `before` is called with it and may wait, or raise."""
 
@@ -152,6 +179,18 @@ class WatchedRunner(TorchRunner):
     def reset(self) -> None:
         self.resets += 1
         super().reset()
+
+
+def assert_written_pages_are_not_shared(batch: StepBatch) -> None:
+    """No sequence writes to a page that another of the step reads."""
+    seen: list[int] = []
+    written: list[int] = []
+    for row in range(len(batch.query_start_loc) - 1):
+        positions = batch.positions_T[batch.query_start_loc[row] : batch.query_start_loc[row + 1]]
+        places = np.unique(positions // 16)
+        written += batch.page_table_RP[row, places].tolist()
+        seen += batch.page_table_RP[row, : places[-1] + 1].tolist()
+    assert all(seen.count(page) == 1 for page in written)
 
 
 class Gate:

@@ -33,7 +33,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="session")
 def service(models: Models) -> Iterator[str]:
-    """The address of the three services in this process, and of one behind a key (/guarded)."""
+    """The address of the three services in this process, and of two more: see the models."""
     with served_in_process(models) as address:
         yield address
 

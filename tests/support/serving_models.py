@@ -26,6 +26,7 @@ from gptj.chat import template_of
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.runners.base import TorchRunner
+from gptj.engine.speculation import Speculation
 from gptj.serving.chat.service import ChatService
 from gptj.serving.classification import ClassificationService, classification_app
 from gptj.serving.completions.app import generation_app
@@ -106,7 +107,7 @@ def make_models(
 
 @contextmanager
 def served_in_process(models: Models) -> Iterator[str]:
-    """The address of the three services, and of one behind a key (/guarded)."""
+    """The address of the three services, one behind a key (/guarded), one with speculation."""
     with ExitStack() as stack:
         apps: dict[str, ASGIApp] = {**stack.enter_context(applications(models))}
         with pytest.MonkeyPatch.context() as patch:
@@ -115,6 +116,8 @@ def served_in_process(models: Models) -> Iterator[str]:
                 models, "org/guarded", max_num_seqs=1, max_queued=1, template=None
             )
             apps["/guarded"] = stack.enter_context(guarded)
+        drafting = _generation(models, "org/drafting", speculation=Speculation())
+        apps["/drafting"] = stack.enter_context(drafting)
         yield stack.enter_context(listening(mounted(apps)))
 
 
@@ -150,6 +153,7 @@ def _generation(
     max_num_seqs: int = 64,
     max_queued: int = 256,
     template: str | None = TEMPLATE,
+    speculation: Speculation | None = None,
 ) -> Iterator[FastAPI]:
     tokenizer = models.tokenizer
     runner = TorchRunner(models.with_unused_ids(), NUM_PAGES)
@@ -161,6 +165,7 @@ def _generation(
         banned_ids=vocabulary.unused_ids,
         max_num_seqs=max_num_seqs,
         max_queued=max_queued,
+        speculation=speculation,
     )
     grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
     parts = (engine, tokenizer, vocabulary, name, NoRecorder(), grammars)

@@ -17,6 +17,7 @@ from gptj.engine.runners.base import Ints, Runner
 from gptj.engine.runners.transfer import sent
 from gptj.engine.sampler import Sampler, finite
 from gptj.engine.scheduler import Chunk, ScheduledStep, Scheduler
+from gptj.engine.speculation import Drafts
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class EngineCore:
             if searches:
                 self._search(logits_WV, searches)
             if rows:
-                self._sample(_select(logits_WV, rows))
+                self._sample(_select(logits_WV, rows), scheduled.drafts)
         return self._take_events()
 
     def cancel(self, request: Request) -> list[RequestEvent]:
@@ -74,6 +75,8 @@ class EngineCore:
     def _run(self, scheduled: ScheduledStep) -> Tensor:
         if scheduled.copies:
             self._runner.copy_pages(scheduled.copies)
+        keys = self._scheduler.decode_batch.keys
+        self._sampler.begin({keys[row]: draft for row, draft in scheduled.drafts.items()})
         logits_WV = self._runner.step(scheduled.batch)
         self.steps += 1
         self.last_batch_size = len(scheduled.batch.query_start_loc) - 1
@@ -150,47 +153,56 @@ class EngineCore:
                 logger.exception("a request failed")
                 self._fail(request, error)
 
-    def _sample(self, logits_RV: Tensor) -> None:
-        """Sample and report the next token of each row of the decode batch."""
+    def _sample(self, logits_RV: Tensor, drafts: Drafts) -> None:
+        """Sample and report the next tokens of each row of the decode batch.
+
+        Args:
+            logits_RV: a row for each, followed by those of its draft.
+        """
         batch = self._scheduler.decode_batch
-        sampled = self._sampler.sample(logits_RV, batch.keys)
+        sampled = self._sampler.sample(logits_RV, batch.keys, drafts)
         ended: list[tuple[Request, Finished]] = []
-        failed = [(batch.requests[row], error) for row, error in sampled.errors.items()]
+        failed: list[tuple[Request, Exception]] = []
         damaged: list[Request] = []
-        for row, (request, token, is_finite, logprob, top) in enumerate(
-            zip(
-                batch.requests,
-                sampled.tokens,
-                sampled.finite,
-                sampled.logprobs,
-                sampled.top,
-                strict=True,
-            )
-        ):
-            if not is_finite:
-                damaged.append(request)
-            elif row in sampled.errors:
-                continue
-            elif sampled.complete.get(row) is False:
-                ended.append((request, Finished("stop")))
-            elif token in request.stop_ids:
-                ended.append((request, Finished("stop", token, logprob, top)))
-            else:
+        last: list[int] = []
+        counts: list[int] = []
+        start = 0
+        for row, request in enumerate(batch.requests):
+            count = 0
+            stopped: Finished | None = None
+            for place in range(start, start + sampled.counts[row]):
+                token, logprob, top = (
+                    sampled.tokens[place],
+                    sampled.logprobs[place],
+                    sampled.top[place],
+                )
+                count += 1
+                if token in request.stop_ids:
+                    stopped = Finished("stop", token, logprob, top)
+                    break
                 request.tokens.append(token)
                 self._report(request, TokenEvent(token, logprob, top))
-                if row in sampled.complete:
-                    ended.append((request, Finished("stop")))
-                elif len(request.tokens) == request.max_length:
-                    ended.append((request, Finished("length")))
-        self.tokens_out += len(batch) - len(damaged)
-        batch.advance(sampled.tokens)
+            if not sampled.finite[row]:
+                damaged.append(request)
+            elif row in sampled.errors:
+                failed.append((request, sampled.errors[row]))
+            elif stopped is not None:
+                ended.append((request, stopped))
+            elif row in sampled.complete:
+                ended.append((request, Finished("stop")))
+            elif len(request.tokens) == request.max_length:
+                ended.append((request, Finished("length")))
+            self.tokens_out += count
+            counts.append(max(1, count))  # without a token, too, one was computed
+            last.append(sampled.tokens[start + counts[row] - 1])
+            start += 1 + len(drafts.get(row, ()))
+        self._scheduler.advance(drafts, last, counts)
         for request, event in ended:
             self._end(request, event)
         for request in damaged:
             self._fail(request, _not_finite(), damaged=True)
         for request, error in failed:
-            if request not in damaged:
-                self._fail(request, error)
+            self._fail(request, error)
 
     def _search(self, logits_WV: Tensor, searches: list[tuple[BeamSearch, list[int]]]) -> None:
         """Extend each search's beams, given its logits rows."""

@@ -77,11 +77,11 @@ class DecodeBatch:
         self.requests.pop()
         self.keys.pop()
 
-    def advance(self, tokens: list[int]) -> None:
-        """Feed each row's sampled token next."""
+    def advance(self, tokens: list[int], counts: list[int]) -> None:
+        """Feed each row's last sampled token next, of `counts` tokens that were sampled."""
         count = len(self.sequences)
         self.ids[:count] = tokens
-        self.positions[:count] += 1
+        self.positions[:count] += np.array(counts, dtype=np.int32)
 
     def at_border(self) -> list[Sequence]:
         """Sequences whose next position starts a page."""

@@ -1,8 +1,8 @@
 """Continuous batching for many callers: prompt ids in, events with the generated ids out.
 
 One thread runs one step after another. Requests join and leave at every step; each step decodes one
-token for every running sequence and prefills a bounded number of prompt tokens. Equal prefixes, the
-samples of one prompt, and beams share pages of the KV cache.
+token for every running sequence, with speculation several, and prefills a bounded number of prompt
+tokens. Equal prefixes, the samples of one prompt, and beams share pages of the KV cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gptj.engine.request import Request, Ticket
 from gptj.engine.runners.base import Runner
 from gptj.engine.sampler import Sampler
 from gptj.engine.scheduler import Scheduler
+from gptj.engine.speculation import MAX_ROWS, TOKEN_COST, Speculation, Speculator
 from gptj.engine.stats import EngineStats
 from gptj.sampling import SamplingParams
 from gptj.workers.bounded_queue import BoundedQueue
@@ -45,6 +46,8 @@ class Engine:
         max_num_batched_tokens: new tokens of a step, at least max_num_seqs: a prompt longer than
             what decoding leaves of them is prefilled in several steps.
         prefix_caching: whether unused pages are kept for prompts with the same prefix.
+        speculation: propose tokens and verify several in a step; None: do not. Outputs are the
+            same, and beam search does not use it.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Engine:
         max_queued: int = 1024,
         max_num_batched_tokens: int | None = None,
         prefix_caching: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         self.eos_ids = tuple(eos_ids)
         self._runner = runner
@@ -70,6 +74,11 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self._sampler = sampler = Sampler(banned_ids, runner.device, runner.config.vocab_size)
+        self._speculator = None
+        if speculation is not None:
+            self._speculator = Speculator(
+                speculation, TOKEN_COST[runner.device.type], max(MAX_ROWS, limits.max_num_seqs)
+            )
         self._scheduler = Scheduler(
             self._pool,
             self._queue,
@@ -78,6 +87,7 @@ class Engine:
             max_length=self.context_length,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            speculator=self._speculator,
         )
         self._core = EngineCore(runner, self._scheduler, sampler, banned_ids)
         self._numbers = itertools.count()
@@ -189,6 +199,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; any thread may call this."""
+        speculator = self._speculator
         return EngineStats(
             running=self._scheduler.running,
             waiting=len(self._queue),
@@ -205,6 +216,9 @@ class Engine:
             cancellations=self._cancellations,
             constrained_tokens_out=self._sampler.constrained_tokens,
             mask_wait_ms=round(1000 * self._sampler.mask_wait_seconds),
+            spec_decode_num_drafts=speculator.drafts if speculator else 0,
+            spec_decode_num_draft_tokens=speculator.draft_tokens if speculator else 0,
+            spec_decode_num_accepted_tokens=speculator.accepted_tokens if speculator else 0,
         )
 
     def _request(

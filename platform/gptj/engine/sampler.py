@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -26,26 +27,30 @@ Top = tuple[tuple[int, float], ...]
 CANDIDATES = 1024  # likeliest tokens of a row that top_p is computed on first
 FURTHER = 8  # times as many, if they do not suffice
 ROWS = 128  # of a prompt's logits that are processed together
+NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """One entry a row."""
+    """An entry for each row of the logits, or for each request."""
 
+    # By row; those of a request beyond `counts` are meaningless.
     tokens: list[int]
-    finite: list[bool]  # whether the logits were; if not, the token is meaningless
     logprobs: list[float | None]  # the model's own, before penalties; None unless requested
     top: list[Top]  # the likeliest (id, logprob), best first
-    # Rows whose output is complete by its grammar: with the token, or without (it has none).
+    # By request.
+    counts: list[int]  # tokens: one, and with a draft one more than are accepted of it
+    finite: list[bool]  # whether its logits were; if not, it must fail
+    # Requests whose output is complete by its grammar: with the last token, or without any.
     complete: dict[int, bool]
-    errors: dict[int, Exception]  # of rows whose request fails: the token is meaningless
+    errors: dict[int, Exception]  # of requests that fail
 
 
 class Sampler:
     """Samples for the requests that were added, in any composition of the batch.
 
-    A sampled token depends on its request's seed, the number of output tokens before it, and its
-    row's logits; not on other rows, nor on recomputed steps.
+    A sampled token depends on its request's seed, the output tokens before it, and its row's
+    logits; not on other rows, on recomputed steps, nor on drafts.
 
     Args:
         banned_ids: masked to -inf, whatever a request's parameters are.
@@ -60,6 +65,7 @@ class Sampler:
         self._threads = MaskThreads()
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
         self._states: dict[int, _State] = {}
+        self._due: dict[int, TokenMask] = {}  # to compute, by request
         self._batch = _Batch([], [], device)
 
     def add(
@@ -90,18 +96,42 @@ class Sampler:
     def remove(self, key: int) -> None:
         """Remove a request, if it was added."""
         self._states.pop(key, None)
+        self._due.pop(key, None)
 
-    def sample(self, logits_RV: Tensor, keys: Sequence[int]) -> SamplerOutput:
-        """Sample a token for each row, and append it to the state of the row's request.
+    def begin(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Begin to compute the masks of the next `sample`, while the model computes its logits.
+
+        Args:
+            drafts: of that call, by the requests' keys.
+        """
+        due, self._due = self._due, {}
+        for key, draft in drafts.items():
+            if (mask := self._states[key].mask) is not None:
+                mask.expect(draft)
+                due[key] = mask
+        self._threads.start(list(due.values()))
+
+    def sample(
+        self,
+        logits_RV: Tensor,
+        keys: Sequence[int],
+        drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+    ) -> SamplerOutput:
+        """Sample for each request, and append the tokens to its state.
+
+        A request with a draft has the logits of its next token, and those after each token of the
+        draft. It gets a token of each row as long as the tokens before are the draft's.
 
         Args:
             logits_RV: fp32; changed in place.
-            keys: of the rows' requests, which must have been added; each once.
+            keys: of the requests, which must have been added, in the order of their rows.
+            drafts: of some requests, by their places in `keys`.
         """
-        if self._batch.keys != keys:
-            states = [self._states[key] for key in keys]
-            self._batch = _Batch(list(keys), states, self._device)
-        batch = self._batch
+        if self._due:
+            self.begin({})
+        batch = self._plain_batch(keys)
+        if drafts:
+            batch = _Batch(list(keys), batch.requests, self._device, drafts)
         finite_R = finite(logits_RV)
         logits_RV.index_fill_(1, self._banned, -torch.inf)
         logprobs_QV = None
@@ -109,7 +139,7 @@ class Sampler:
             logprobs_QV = logits_RV[batch.reporting_rows].log_softmax(dim=-1)
         if batch.adjusting:
             for row in batch.adjusting:
-                batch.states[row].note_due(row, batch)
+                batch.states[row].note_due(row, batch, batch.before[row])
             batch.adjust(logits_RV)
         if batch.masked:
             self._threads.wait()
@@ -127,44 +157,68 @@ class Sampler:
             if not any(map(any, unsure)):
                 break
             batch.look_further()
-        complete, errors = self._advance(batch, tokens)
         logprobs: list[float | None] = [None] * len(tokens)
         top: list[Top] = [()] * len(tokens)
         if logprobs_QV is not None:
             chosen = [tokens[row] for row in batch.reporting]
-            counts = [batch.states[row].params.logprobs or 0 for row in batch.reporting]
+            asked = [batch.states[row].params.logprobs or 0 for row in batch.reporting]
             for row, report in zip(
-                batch.reporting, _reports(logprobs_QV, chosen, counts), strict=True
+                batch.reporting, _reports(logprobs_QV, chosen, asked), strict=True
             ):
                 logprobs[row], top[row] = report
-        return SamplerOutput(
-            tokens, [bool(each) for each in sound], logprobs, top, complete, errors
-        )
+        first = [sound[row] for row in batch.starts]
+        output = SamplerOutput(tokens, logprobs, top, first, [each == 1 for each in first], {}, {})
+        for place in batch.undrafted:
+            batch.requests[place].advance(tokens[batch.starts[place]])
+        for place in batch.verified:
+            self._verify(batch, place, sound, output)
+        batch.note_advanced()
+        return output
 
-    def _advance(
-        self, batch: _Batch, tokens: Sequence[int]
-    ) -> tuple[dict[int, bool], dict[int, Exception]]:
-        """Append the tokens to the outputs, and begin to compute the masks of the next step."""
-        complete: dict[int, bool] = {}
-        errors: dict[int, Exception] = {}
-        due = []
-        for row in batch.masked:
-            mask = batch.states[row].mask
-            assert mask is not None
-            if mask.error is None and mask.at_end:
-                complete[row] = False
-            elif mask.error is None:
-                self.constrained_tokens += batch.states[row].params.grammar is not None
-                if mask.advance(tokens[row]):
-                    due.append(mask)
+    def _plain_batch(self, keys: Sequence[int]) -> _Batch:
+        """Without drafts; reused until the requests change."""
+        if self._batch.keys != keys:
+            states = [self._states[key] for key in keys]
+            self._batch = _Batch(list(keys), states, self._device)
+        return self._batch
+
+    def _verify(
+        self, batch: _Batch, place: int, sound: Sequence[int], output: SamplerOutput
+    ) -> None:
+        """Append a request's tokens as far as its draft and its mask allow.
+
+        Args:
+            sound: whether each row's logits are finite, as 0 or 1.
+        """
+        state, draft = batch.requests[place], batch.drafts.get(place, ())
+        mask, changed, count = state.mask, False, 0
+        if mask is not None and mask.at_end and mask.error is None:
+            output.complete[place] = False
+        # A draft is not verified beyond the masks that were computed for it.
+        rows = 1 + len(draft) if mask is None else mask.rows(len(draft))
+        for row in range(batch.starts[place], batch.starts[place] + rows):
+            if not sound[row]:
+                output.finite[place] = False
+                break
+            token = output.tokens[row]
+            if mask is not None:
+                changed |= mask.advance(token)
+                if mask.error is not None:
+                    break
+                self.constrained_tokens += state.params.grammar is not None
                 if mask.at_end:
-                    complete[row] = True
-            if mask.error is not None:
-                errors[row] = mask.error
-        if due:
-            self._threads.start(due)
-        batch.advance(tokens)
-        return complete, errors
+                    output.complete[place] = True
+            state.advance(token)
+            count += 1
+            if place in output.complete or count > len(draft) or token != draft[count - 1]:
+                break
+        output.counts[place] = count
+        if mask is None:
+            return
+        if mask.error is not None:
+            output.errors[place] = mask.error
+        elif changed and not mask.at_end:
+            self._due[batch.keys[place]] = mask
 
     def prompt_logprobs(
         self, logits_LV: Tensor, following: Sequence[int], count: int
@@ -228,8 +282,19 @@ class _State:
         if self.repeats or self.counts:
             self._count(token, 1)
 
-    def note_due(self, row: int, batch: _Batch) -> None:
-        """Add this row's logits changes to the batch's."""
+    def note_due(self, row: int, batch: _Batch, before: Sequence[int]) -> None:
+        """Add this row's logits changes to the batch's.
+
+        Args:
+            before: tokens of a draft that follow the output here.
+        """
+        if before:
+            known = len(self._places)
+            for token in before:
+                self.advance(token)
+            self.note_due(row, batch, ())
+            self._retreat(before, known)
+            return
         params, size = self.params, len(self._places)
         if size:
             tokens, times = self._tokens[:size], self._times[:size]
@@ -243,6 +308,15 @@ class _State:
         if self.holds_back:
             infinities = np.full(len(self.stop_ids), -np.inf, np.float32)
             batch.additions.add(row, self.stop_ids, infinities)
+
+    def _retreat(self, tokens: Sequence[int], known: int) -> None:
+        """Take back the last tokens, before which `known` different ones were counted."""
+        self.length -= len(tokens)
+        if self.repeats or self.counts:
+            for token in tokens:
+                self._times[self._places[token]] -= 1
+            while len(self._places) > known:
+                self._places.popitem()
 
     def _count(self, token: int, times: int) -> None:
         place = self._places.setdefault(token, len(self._places))
@@ -279,12 +353,38 @@ class _Entries:
 
 
 class _Batch:
-    """Per-batch tensors of sampling parameters, reused until the rows change."""
+    """Per-batch tensors of sampling parameters, reused until the requests change.
 
-    def __init__(self, keys: list[int], states: list[_State], device: torch.device) -> None:
+    Args:
+        requests: their states.
+        drafts: by place in `requests`; then the batch is used once.
+    """
+
+    def __init__(
+        self,
+        keys: list[int],
+        requests: list[_State],
+        device: torch.device,
+        drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+    ) -> None:
         self.keys = keys
-        self.states = states
-        rows = range(len(states))
+        self.requests = requests
+        self.drafts = drafts
+        self.starts: list[int] = []  # each request's first row
+        self.states: list[_State] = []  # of each row
+        self.before: list[Sequence[int]] = []  # each row: the tokens of the draft before it
+        for place, state in enumerate(requests):
+            draft = drafts.get(place, ())
+            self.starts.append(len(self.states))
+            self.states += [state] * (1 + len(draft))
+            self.before += [draft[:count] for count in range(1 + len(draft))]
+        self.verified = [
+            place
+            for place, state in enumerate(requests)
+            if state.mask is not None or place in drafts
+        ]
+        self.undrafted = sorted(set(range(len(requests))).difference(self.verified))
+        states, rows = self.states, range(len(self.states))
         self.reporting = [row for row in rows if states[row].params.logprobs is not None]
         self.adjusting = [row for row in rows if states[row].adjusts]
         self.drawing = [row for row in rows if states[row].draws]
@@ -296,7 +396,6 @@ class _Batch:
         self._candidates = CANDIDATES
         drawn = [states[row] for row in self.drawing]
         self._seeds = np.array([state.seed for state in drawn], np.uint64)
-        self._lengths = np.array([state.length for state in drawn], np.uint64)
         params = [state.params for state in drawn]
         self._top_k = [each.top_k for each in params]
         self._temperatures = _column([each.temperature for each in params], device)
@@ -318,7 +417,13 @@ class _Batch:
 
     def mask(self, logits_RV: Tensor) -> None:
         """Mask what the rows' constraints do not allow to -inf."""
-        words_CW = np.stack([mask.words for row in self.masked if (mask := self.states[row].mask)])
+        words_CW = np.stack(
+            [
+                mask.words_after(len(self.before[row]))
+                for row in self.masked
+                if (mask := self.states[row].mask)
+            ]
+        )
         if logits_RV.device.type == "cpu":
             allowed_CV = unpacked(words_CW, logits_RV.shape[-1])
             for row, allowed_V in zip(self.masked, allowed_CV, strict=True):
@@ -337,7 +442,8 @@ class _Batch:
         scores_DV, unsure_D = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
-        uniform = sent(uniforms(self._seeds, self._lengths), logits_RV.device)
+        lengths = [self.states[row].length + len(self.before[row]) for row in self.drawing]
+        uniform = sent(uniforms(self._seeds, np.array(lengths, np.uint64)), logits_RV.device)
         # Below the total, and right of equal sums: a token of probability 0 is never drawn.
         wanted_D1 = torch.minimum(
             uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
@@ -350,11 +456,8 @@ class _Batch:
         """Use more candidates for top_p until the rows change."""
         self._candidates *= FURTHER
 
-    def advance(self, tokens: Sequence[int]) -> None:
-        """Append the tokens to the outputs."""
-        for state, token in zip(self.states, tokens, strict=True):
-            state.advance(token)
-        self._lengths += np.uint64(1)
+    def note_advanced(self) -> None:
+        """Leave out rows whose logits are no longer changed."""
         if self.adjusting:
             self.adjusting = [row for row in self.adjusting if self.states[row].adjusts]
 

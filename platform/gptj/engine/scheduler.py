@@ -1,7 +1,8 @@
 """Decides which tokens the next step computes and on which pages. No tensors, no model.
 
-Every running sequence decodes in every step; the rest of the token budget goes to prompts, in order
-of arrival. When pages run out, the newest request is preempted and waits again.
+Every running sequence decodes in every step, with speculation several tokens; the rest of the token
+budget goes to prompts, in order of arrival. When pages run out, the newest request is preempted and
+waits again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from gptj.engine.beam_search import BeamSearch, pages_needed
 from gptj.engine.decode_batch import DecodeBatch, Sequence
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
-from gptj.engine.runners.base import PageCopy, StepBatch
+from gptj.engine.runners.base import Ints, PageCopy, StepBatch
+from gptj.engine.speculation import Drafts, Speculator
 from gptj.workers.bounded_queue import BoundedQueue
 
 
@@ -36,11 +38,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One step. Logits rows: decoding sequences, then beams, then chunks."""
+    """One step. Logits rows: decoding sequences with drafts, then beams, then chunks."""
 
     batch: StepBatch
     copies: list[PageCopy]  # to perform before the step
-    decoding: int
+    decoding: int  # logits rows of decoding sequences: one each, and one for each token of a draft
+    drafts: Drafts
     searches: list[BeamSearch]
     chunks: list[Chunk]
 
@@ -53,6 +56,7 @@ class Scheduler:
         max_length: most positions of a sequence.
         max_num_seqs: most running sequences.
         max_num_batched_tokens: most new tokens in a step.
+        speculator: proposes drafts; None: each decoding sequence computes one token a step.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Scheduler:
         max_length: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        speculator: Speculator | None = None,
     ) -> None:
         # Every running sequence must be able to decode in every step.
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
@@ -81,6 +86,7 @@ class Scheduler:
         self._pool = pool
         self._queue = queue
         self._left = left
+        self._speculator = speculator
         self._page_size = page_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._counting = np.arange(max_num_batched_tokens + 1, dtype=np.int32)
@@ -100,13 +106,25 @@ class Scheduler:
         copies = self._give_pages()
         for search in self._searches:
             copies += search.prepare()
-        decoding = len(self.decode_batch)
         beams = sum(search.width for search in self._searches)
+        budget = self._max_num_batched_tokens - len(self.decode_batch) - beams
+        drafts = self._drafts(budget // 2)  # prompts get the other half
+        decoding = len(self.decode_batch) + sum(map(len, drafts.values()))
         chunks = self._chunks(self._max_num_batched_tokens - decoding - beams, decoding + beams)
         if not (decoding or beams or chunks):
             return None
         searches = list(self._searches)
-        return ScheduledStep(self._batch(searches, chunks), copies, decoding, searches, chunks)
+        batch = self._batch(drafts, searches, chunks)
+        return ScheduledStep(batch, copies, decoding, drafts, searches, chunks)
+
+    def advance(self, drafts: Drafts, tokens: list[int], counts: list[int]) -> None:
+        """After sampling `counts` tokens for each row of the decode batch: feed the last next."""
+        batch = self.decode_batch
+        batch.advance(tokens, counts)
+        if self._speculator is not None and drafts:
+            self._speculator.note(batch, drafts, [count - 1 for count in counts])
+            for row in drafts:
+                self._settle(batch.sequences[row])
 
     def note_computed(self, chunk: Chunk) -> None:
         chunk.sequence.computed = chunk.end
@@ -177,7 +195,7 @@ class Scheduler:
         """Drop everything, for a cache reset; returns the requests that were running."""
         lost = list(self._places)
         for request in self.decode_batch.requests:
-            self._left(request)
+            self._leave(request)
         self.decode_batch.clear()
         self._places.clear()
         self._prefilling.clear()
@@ -228,7 +246,37 @@ class Scheduler:
         self.decode_batch.remove(sequence)
         if register:
             self._register(sequence)
-        self._left(sequence.samples[0])
+        self._leave(sequence.samples[0])
+
+    def _leave(self, request: Request) -> None:
+        if self._speculator is not None:
+            self._speculator.forget(request)
+        self._left(request)
+
+    def _drafts(self, budget: int) -> dict[int, list[int]]:
+        """Drafts of at most `budget` tokens, with pages that would otherwise be unused."""
+        if self._speculator is None:
+            return {}
+        drafts = self._speculator.propose(self.decode_batch, budget)
+        for row, draft in list(drafts.items()):
+            sequence = self.decode_batch.sequences[row]
+            position = int(self.decode_batch.positions[row])
+            needed = (position + len(draft)) // self._page_size + 1
+            while len(sequence.pages) < needed and self._pool.free:
+                sequence.pages += self._pool.take(1)
+                self.decode_batch.set_last_page(sequence)
+            del draft[len(sequence.pages) * self._page_size - 1 - position :]
+            if not draft:
+                del drafts[row]
+        return drafts
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Release the pages of rejected tokens alone, and cache those that are full."""
+        sequence.computed = int(self.decode_batch.positions[sequence.row])
+        used = -(-sequence.computed // self._page_size)
+        self._pool.release(sequence.pages[used:])
+        del sequence.pages[used:]
+        self._register(sequence)
 
     def _register(self, sequence: Sequence) -> None:
         """Add pages that have become full to the prefix cache."""
@@ -320,9 +368,9 @@ class Scheduler:
         self._prefilling.append(sequence)
         return sequence
 
-    def _batch(self, searches: list[BeamSearch], chunks: list[Chunk]) -> StepBatch:
+    def _batch(self, drafts: Drafts, searches: list[BeamSearch], chunks: list[Chunk]) -> StepBatch:
         rows, count = self.decode_batch, len(self.decode_batch)
-        if not searches and not chunks:
+        if not drafts and not searches and not chunks:
             each = self._counting[: count + 1]
             return StepBatch(
                 rows.ids[:count],
@@ -332,6 +380,12 @@ class Scheduler:
                 each[:count],
             )
         ids, positions = [rows.ids[:count]], [rows.positions[:count]]
+        query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
+        end = count
+        if drafts:
+            ids[0], positions[0], query_start_loc[0] = _with_drafts(ids[0], positions[0], drafts)
+            end = len(ids[0])
+            wanted[0] = self._counting[:end]
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))
@@ -339,8 +393,9 @@ class Scheduler:
                 search.table
             )  # rows beyond the decoding ones
             count += search.width
-        query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
-        end = count
+            query_start_loc.append(self._counting[end + 1 : end + search.width + 1])
+            wanted.append(self._counting[end : end + search.width])
+            end += search.width
         for chunk in chunks:
             ids.append(np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int32))
             positions.append(np.arange(chunk.start, chunk.end, dtype=np.int32))
@@ -356,3 +411,17 @@ class Scheduler:
             rows.page_table[:count],
             np.concatenate(wanted),
         )
+
+
+def _with_drafts(ids: Ints, positions: Ints, drafts: Drafts) -> tuple[Ints, Ints, Ints]:
+    """Insert the drafts' ids and positions after their rows'; also where each row begins."""
+    lengths = np.ones(len(ids), dtype=np.int32)
+    for row, draft in drafts.items():
+        lengths[row] += len(draft)
+    starts = np.zeros(len(ids) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    ids_T = np.repeat(ids, lengths)
+    for row, draft in drafts.items():
+        ids_T[starts[row] + 1 : starts[row + 1]] = draft
+    within = np.arange(len(ids_T), dtype=np.int32) - np.repeat(starts[:-1], lengths)
+    return ids_T, np.repeat(positions, lengths) + within, starts

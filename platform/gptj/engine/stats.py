@@ -26,3 +26,6 @@ class EngineStats:
     cancellations: int
     constrained_tokens_out: int  # sampled by a grammar
     mask_wait_ms: int  # milliseconds that steps waited for the masks of constrained requests
+    spec_decode_num_drafts: int  # verified, of any length
+    spec_decode_num_draft_tokens: int
+    spec_decode_num_accepted_tokens: int

@@ -17,6 +17,9 @@ from gptj.sampling import SamplingParams
 MOST_SECONDS = 0.2  # ever
 MEAN_SECONDS = 0.02  # of COUNTED or more
 COUNTED = 16
+AHEAD_SECONDS = (
+    0.005  # of CPU time, for the masks of a draft; a shorter part of it is then verified
+)
 
 Words = npt.NDArray[np.uint32]
 
@@ -43,6 +46,8 @@ class TokenMask:
         self.error: Exception | None = None  # the request must fail
         self.at_end = False  # the grammar allows no further token: the output is complete
         self.words: Words = np.zeros_like(free)  # of the next token
+        self._ahead: list[Words] = []  # of the tokens after each token of a draft
+        self._draft: Sequence[int] = ()
         self._params = params
         self._stop_ids = frozenset(stop_ids)
         self._output = list(output_ids)
@@ -85,22 +90,35 @@ class TokenMask:
             self.at_end = bool(self._matcher.is_stopped())
         return changes and not self.at_end and self.error is None
 
+    def expect(self, draft: Sequence[int]) -> None:
+        """Have the next `compute` also compute the masks after each token of a draft."""
+        self._draft = draft
+
+    def rows(self, draft: int) -> int:
+        """How many tokens can be sampled, with a draft of so many."""
+        if self.at_end or self.error is not None:
+            return 0
+        return 1 + min(draft, len(self._ahead))
+
+    def words_after(self, count: int) -> Words:
+        """The mask after so many tokens of the draft; beyond `rows` it is meaningless."""
+        return self._ahead[count - 1] if 0 < count <= len(self._ahead) else self.words
+
     def abandon(self) -> None:
         """Its mask is not computed in time."""
         self._refuse("the mask of one token takes seconds")
 
     def compute(self) -> None:
         """Set `words`, on any thread; errors are in `error`, as they are this request's alone."""
+        draft, self._draft, self._ahead = self._draft, (), []
         words = self._free.copy()
         if self._matcher is not None and not self._compute_grammar(words):
             return
-        for length in self._lengths:
-            for last in self._endings.get(tuple(self._output[-length:]), ()):
-                words[last >> 5] &= ~np.uint32(1 << (last & 31))
-        if len(self._output) < self._params.min_tokens:
-            words &= ~self._stops
+        self._ban(words, self._output)
         self.words = words
         if words.any():
+            if draft:
+                self._look_ahead(draft)
             return
         # min_tokens and ignore_eos cannot have an output go on that its grammar ends.
         if self._matcher is not None and self._matcher.is_accepting():
@@ -110,6 +128,41 @@ class TokenMask:
                 "no token is left that the request allows: its grammar, allowed_token_ids, "
                 "bad_words and min_tokens contradict each other here"
             )
+
+    def _ban(self, words: Words, output: Sequence[int]) -> None:
+        """Clear the bits of what bad_words and min_tokens ban after an output."""
+        for length in self._lengths:
+            for last in self._endings.get(tuple(output[-length:]), ()):
+                words[last >> 5] &= ~np.uint32(1 << (last & 31))
+        if len(output) < self._params.min_tokens:
+            words &= ~self._stops
+
+    def _look_ahead(self, draft: Sequence[int]) -> None:
+        """Compute the masks after each token of a draft, up to one that cannot be or ends it.
+
+        On a copy, so that nothing here concerns the output without the draft.
+        """
+        start = time.thread_time()
+        matcher = None if self._matcher is None else self._matcher.deep_copy()
+        output, words = list(self._output), self.words
+        for token in draft:
+            if not words[token >> 5] >> np.uint32(token & 31) & 1:
+                return
+            output.append(token)
+            words = self._free.copy()
+            if matcher is not None:
+                assert self._grammar is not None
+                if not matcher.consume_token(token) or matcher.is_stopped():
+                    return
+                allowed = np.zeros(self._grammar.words, np.uint32)
+                matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
+                if matcher.is_error():
+                    return
+                words &= allowed[: len(words)]
+            self._ban(words, output)
+            if not words.any() or time.thread_time() - start > AHEAD_SECONDS:
+                return
+            self._ahead.append(words)
 
     def _compute_grammar(self, words: Words) -> bool:
         """Clear bits that the grammar does not allow; False if it fails."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs
 
 Vector = TypeVar("Vector", Tensor, Ints)
 
+DRAFTED = 16  # tokens of a sequence, at most, that may be decode rows
 ALIGNED = 4  # int32s: Triton specializes kernels for 16-byte alignment
 
 
@@ -131,6 +133,30 @@ class InputsMaker:
         used = min(batch.page_table_RP.shape[1], self._max_pages)
         page_table_RP[:, :used] = batch.page_table_RP[:, :used]
         page_table_RP[:, used:] = self._scratch
+
+
+def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
+    """Make each token of a draft a decode row with its sequence's pages.
+
+    Such a step replays a graph, and its tokens are computed as if they were decoded singly. They
+    see each other, since a layer's keys and values are all cached before its attention.
+    """
+    lengths = np.diff(batch.query_start_loc)
+    count = len(batch.logits_indices)
+    (gaps,) = np.nonzero(batch.logits_indices != np.arange(count))
+    wanted = int(gaps[0]) if len(gaps) else count  # tokens at the start that all have logits
+    short = (lengths <= DRAFTED) & (batch.query_start_loc[1:] <= wanted)
+    rows = len(short) if short.all() else int(short.argmin())
+    if (lengths[:rows] == 1).all():
+        return batch
+    tokens = int(batch.query_start_loc[rows])
+    starts = np.arange(tokens, dtype=np.int32)
+    tables = np.repeat(batch.page_table_RP[:rows], lengths[:rows], axis=0)
+    return replace(
+        batch,
+        query_start_loc=np.concatenate((starts, batch.query_start_loc[rows:])),
+        page_table_RP=np.concatenate((tables, batch.page_table_RP[rows:])),
+    )
 
 
 def _tiles(chunk: Chunk) -> list[tuple[int, int, int, int]]:

@@ -1,4 +1,4 @@
-"""A Runner for GPUs: CUDA graphs for decode steps, eager kernels for steps with prefill.
+"""A Runner for GPUs: CUDA graphs for decode steps, also of drafts, eager kernels with prefill.
 
 Shape suffixes: T tokens of a step, R sequences, W rows of logits, D width, V vocabulary.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch, independent
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
-from gptj.engine.runners.cuda.inputs import InputsMaker
+from gptj.engine.runners.cuda.inputs import InputsMaker, with_drafts_as_rows
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache, Operations
 from gptj.engine.runners.cuda.weights import take
 from gptj.engine.runners.wide import wide_sums
@@ -86,6 +86,7 @@ class CudaRunner:
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> Tensor:
         batch.check(self.config, self.page_size, self.num_pages)
+        batch = with_drafts_as_rows(batch)
         count = len(batch.ids_T)
         single = count == len(batch.query_start_loc) - 1 and np.array_equal(
             batch.logits_indices, np.arange(count)

@@ -1,0 +1,226 @@
+"""Prompt lookup decoding: drafts of what a request may continue with, for the model to verify.
+
+Outputs often repeat their prompt or themselves: an edited text, quoted passages, code. Where the
+last tokens have occurred before, what followed them then is the draft. A step computes a request's
+next token and its draft together, and samples at each position; the draft counts as far as it is
+what was sampled. So outputs are those without drafts, and a draft only decides how many tokens a
+step gives.
+
+Saxena, "Prompt Lookup Decoding", 2023; Leviathan et al., "Fast Inference from Transformers via
+Speculative Decoding", 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gptj.engine.decode_batch import DecodeBatch
+from gptj.engine.request import Request
+
+Drafts = Mapping[int, Sequence[int]]  # by row of the decode batch; not empty
+
+MAX_DRAFT = 15  # tokens; with the one before, as many as CudaRunner computes as decode rows
+MAX_ROWS = 64  # of logits: of all decoding sequences and drafts, if max_num_seqs is not more
+CANDIDATES = 16  # earlier occurrences that are compared, latest first
+# A token's share of what a step costs whatever its tokens: mostly reading the weights. Measured on
+# CPUs in bf16 and int8 between 1 and 16 tokens; on a GPU a few hundred tokens cost as much.
+TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
+FIRST_RATE = 0.5  # expected before the first draft
+HIGHEST_RATE = 0.98
+WEIGHT = 0.3  # of the latest token in the rate
+PAUSES = (8, 256)  # steps without a draft: after the first that failed, doubling up to the second
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to propose tokens; names and meaning are vLLM's."""
+
+    method: Literal["ngram"] = "ngram"
+    num_speculative_tokens: int = 8  # the longest draft
+    prompt_lookup_min: int = 2  # tokens that must have occurred before
+    prompt_lookup_max: int = 4  # occurrences that share more of them with the end are preferred
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise ValueError(f"method must be ngram, got {self.method!r}")
+        if not 1 <= self.num_speculative_tokens <= MAX_DRAFT:
+            raise ValueError(
+                f"num_speculative_tokens must be in [1, {MAX_DRAFT}], "
+                f"got {self.num_speculative_tokens}"
+            )
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min must be in [1, prompt_lookup_max="
+                f"{self.prompt_lookup_max}], got {self.prompt_lookup_min}"
+            )
+
+
+class Speculator:
+    """Proposes the drafts of a step, and counts them.
+
+    Args:
+        token_cost: see TOKEN_COST.
+        max_rows: see MAX_ROWS.
+    """
+
+    def __init__(self, settings: Speculation, token_cost: float, max_rows: int) -> None:
+        self.drafts = 0
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
+        self._settings = settings
+        self._token_cost = token_cost
+        self._max_rows = max_rows
+        self._drafters: dict[Request, Drafter] = {}
+
+    def propose(self, batch: DecodeBatch, budget: int) -> dict[int, list[int]]:
+        """Drafts for rows of the decode batch.
+
+        Args:
+            budget: their tokens at most, in all.
+        """
+        drafts: dict[int, list[int]] = {}
+        budget = min(budget, self._max_rows - len(batch))
+        worth = self._worth(batch)
+        for row, request in enumerate(batch.requests):
+            # Sampling gives one token more than are accepted.
+            most = min(budget, request.max_length - len(request.tokens) - 1)
+            if most < 1:
+                continue
+            drafter = self._drafters.get(request)
+            if drafter is None:
+                drafter = self._drafters[request] = Drafter(self._settings)
+            draft = drafter.propose(request.tokens, most, worth)
+            for place, token in enumerate(draft):
+                if token in request.stop_ids:  # nothing follows it
+                    del draft[place:]
+                    break
+            if draft:
+                drafts[row] = draft
+                budget -= len(draft)
+        return drafts
+
+    def note(self, batch: DecodeBatch, drafts: Drafts, accepted: Sequence[int]) -> None:
+        """Learn from the drafts of a step.
+
+        Args:
+            accepted: how many tokens of each row's draft.
+        """
+        worth = self._worth(batch)
+        for row, draft in drafts.items():
+            self._drafters[batch.requests[row]].note(len(draft), accepted[row], worth)
+            self.drafts += 1
+            self.draft_tokens += len(draft)
+            self.accepted_tokens += accepted[row]
+
+    def forget(self, request: Request) -> None:
+        self._drafters.pop(request, None)
+
+    def _worth(self, batch: DecodeBatch) -> float:
+        """The chance of acceptance from which on a draft's next token is worth its cost.
+
+        It costs token_cost steps, and a step of this batch gives len(batch) tokens.
+        """
+        cost = self._token_cost * max(1, len(batch))
+        return cost / (1 + cost)
+
+
+class Drafter:
+    """Proposes drafts for one request, shorter and fewer where they fail."""
+
+    def __init__(self, settings: Speculation) -> None:
+        self._settings = settings
+        self._index = NgramIndex(settings.prompt_lookup_min, settings.prompt_lookup_max)
+        self._rate = FIRST_RATE  # the chance that a token is accepted if those before it are
+        self._pause = 0  # steps
+        self._next_pause = PAUSES[0]
+
+    def propose(self, tokens: Sequence[int], most: int, worth: float) -> list[int]:
+        """A draft that may follow `tokens`, perhaps none.
+
+        Args:
+            tokens: those of the last call, with more at the end.
+            most: its tokens at most.
+            worth: the chance of acceptance from which on a token is worth its cost.
+        """
+        if self._pause:
+            self._pause -= 1
+            return []
+        # At least one, to notice when drafts succeed again.
+        length = max(1, int(math.log(worth) / math.log(self._rate)))
+        return self._index.continuation(
+            tokens, min(length, most, self._settings.num_speculative_tokens)
+        )
+
+    def note(self, drafted: int, accepted: int, worth: float) -> None:
+        """Learn from a verified draft."""
+        for _ in range(accepted):
+            self._rate += WEIGHT * (HIGHEST_RATE - self._rate)
+        if accepted < drafted:
+            self._rate -= WEIGHT * self._rate
+        if accepted:
+            self._next_pause = PAUSES[0]
+        elif self._rate <= worth:
+            self._pause = self._next_pause
+            self._next_pause = min(2 * self._next_pause, PAUSES[1])
+
+
+class NgramIndex:
+    """Finds where the last tokens of a growing sequence have occurred before.
+
+    Args:
+        least: tokens that must be equal.
+        most: tokens that are compared.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        self._least = least
+        self._most = most
+        # By the index after an n-gram of `least` tokens: that of its occurrence before, or 0.
+        self._before: list[int] = [0] * least
+        self._latest: dict[tuple[int, ...], int] = {}
+
+    def continuation(self, tokens: Sequence[int], length: int) -> list[int]:
+        """`length` tokens that followed the best occurrence; none if there is none.
+
+        Args:
+            tokens: those of the last call, with more at the end.
+        """
+        self._extend(tokens)
+        start = self._best(tokens)
+        if start == 0 or length < 1:
+            return []
+        found = list(tokens[start : start + length])
+        while len(found) < length:  # it overlaps its own continuation, which repeats
+            found += found[-(len(tokens) - start) :][: length - len(found)]
+        return found
+
+    def _extend(self, tokens: Sequence[int]) -> None:
+        first = len(self._before)  # the next n-gram's end
+        recent = tokens[first - self._least :]
+        for end, ngram in enumerate(
+            zip(*(recent[place:] for place in range(self._least)), strict=False), first
+        ):
+            self._before.append(self._latest.get(ngram, 0))
+            self._latest[ngram] = end
+
+    def _best(self, tokens: Sequence[int]) -> int:
+        """The index after the latest of the longest earlier occurrences; 0 if there is none."""
+        end = len(tokens)
+        best, longest = 0, 0
+        candidate = self._before[end]
+        for _ in range(CANDIDATES):
+            if candidate == 0:
+                break
+            size = self._least
+            limit = min(self._most, candidate)
+            while size < limit and tokens[candidate - size - 1] == tokens[end - size - 1]:
+                size += 1
+            if size > longest:
+                best, longest = candidate, size
+            if longest == self._most:
+                break
+            candidate = self._before[candidate]
+        return best
