@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gptj import GPTJConfig, GPTJTokenizer
+from gptj import GPTJConfig, GPTJModel, GPTJTokenizer
 from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
@@ -151,7 +151,7 @@ def _config_and_tokenizer(
 ) -> tuple[GPTJConfig, GPTJTokenizer]:
     config = GPTJConfig.from_folder(folder)
     found = config.architectures or [cls.__name__]
-    if cls.__name__ not in found:
+    if cls.__name__ not in found and cls is not GPTJModel:  # which is a part of all others
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )
