@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -36,9 +37,12 @@ from gptj.serving.middleware.paths import Routing
 from gptj.serving.middleware.unknown_fields import IgnoreUnknownFields
 from gptj.serving.openapi import describe, errors
 from gptj.serving.pages import Page, Pages, docs
+from gptj.serving.requests import RequestModel
 from gptj.workers.errors import ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=RequestModel)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,17 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_unexpected(request: Request, error: Exception) -> Response:
     # Starlette raises it again after the reply, so it is logged.
     return error_response(ModelError("an unexpected error of the service: see its log"))
+
+
+def validated(model: type[Body], body: Any) -> Body:
+    """A body that did not come by HTTP. APIError with the status and words of one that did."""
+    if not isinstance(body, dict):
+        raise WrongShapeError("the body must be a JSON object")
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise shape_error(found) from error
 
 
 def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
