@@ -31,7 +31,7 @@ from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.middleware.cors import Cors
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.keys import KeyCheck
-from gptj.serving.middleware.limits import BodyLimit
+from gptj.serving.middleware.limits import MAX_BODY_BYTES, BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
 from gptj.serving.middleware.unknown_fields import IgnoreUnknownFields
@@ -51,6 +51,7 @@ class HTTPOptions:
 
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; see middleware.cors
     ignore_unknown_fields: bool = False  # of bodies, with a warning; otherwise they are errors
+    max_body_bytes: int = MAX_BODY_BYTES  # larger bodies are errors
 
 
 DEFAULTS = HTTPOptions()
@@ -86,7 +87,7 @@ def new_app(
     # The middleware added last sees a request first.
     if options.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(
         KeyCheck, keys=keys, application=application, ledger=ledger, recorder=recorder
     )
