@@ -23,7 +23,7 @@ from deployments.in_process import InProcessService
 from gptj.checkpoints.manifest import verify
 from gptj.data.answers import Index, Record, begin, chunks, finish
 from gptj.data.rows import DataError
-from jobs.batch_inference import Answerer, check_custom_ids, planned, read_settings
+from jobs.batch_inference import Answerer, check_custom_ids, main, planned, read_settings
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -301,6 +301,18 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
     with pytest.raises(ValueError, match=reason):
         planned(read_settings([addresses["generation"], data, output, *words]))
+
+
+def test_the_job_explains_itself_and_says_what_is_wrong(
+    addresses: Mapping[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0 and "jobs/batch_inference.py CHECKPOINT" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: the command line is"):
+        main([addresses["generation"], "keep=[id]"])
+    with pytest.raises(SystemExit, match="error: no file, folder or match at"):
+        main([addresses["generation"], str(tmp_path / "none.jsonl"), str(tmp_path / "output")])
 
 
 def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path: Path) -> None:

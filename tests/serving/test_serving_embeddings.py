@@ -28,7 +28,7 @@ POOLINGS: list[Pooling] = ["mean", "last", "weighted_mean"]
 
 
 @pytest.fixture(scope="module")
-def folder(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedder(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The language model's checkpoint."""
     address = tmp_path_factory.mktemp("embedder") / "model"
     models.generation.save_pretrained(address, tokenizer=models.tokenizer)
@@ -36,8 +36,8 @@ def folder(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> transformers.GPTJModel:
-    return transformers.GPTJModel.from_pretrained(folder).eval()
+def theirs(embedder: Path) -> transformers.GPTJModel:
+    return transformers.GPTJModel.from_pretrained(embedder).eval()
 
 
 @torch.inference_mode()
@@ -131,10 +131,10 @@ def test_sums_of_half_precision_do_not_overflow(models: Models) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(
-    models: Models, folder: Path, theirs: transformers.GPTJModel, dtype: torch.dtype
+    models: Models, embedder: Path, theirs: transformers.GPTJModel, dtype: torch.dtype
 ) -> None:
     rows = [models.tokenizer.encode(text) for text in SENTENCES]
-    model = GPTJModel.from_pretrained(str(folder), dtype=dtype)  # of a language model's folder
+    model = GPTJModel.from_pretrained(str(embedder), dtype=dtype)  # of a language model's folder
     assert model.dtype == dtype
     with embedding(models, model, "weighted_mean", True) as service:
         found = embedded(service, rows)
