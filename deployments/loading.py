@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gptj import GPTJConfig, GPTJTokenizer
+from gptj import GPTJConfig, GPTJModel, GPTJTokenizer
 from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
@@ -21,6 +21,7 @@ from gptj.config import parse_dtype
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
 from gptj.serving.middleware.cors import check_origin
+from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, MAX_BODY_BYTES
 from gptj.storage.addresses import normalized
 from gptj.storage.file_lock import turn
 
@@ -57,8 +58,11 @@ class Arguments(BaseModel):
     cors_origins: tuple[Annotated[str, AfterValidator(check_origin)], ...] = ()
     unknown_fields: Literal["refuse", "ignore"] = "refuse"  # of bodies; ignored ones are logged
 
+    # Of a request's body, for whose texts a replica needs a hundred times the memory to tokenize.
+    max_body_bytes: Annotated[int, Field(ge=1, le=LARGEST_BODY_BYTES)] = MAX_BODY_BYTES
+
     def http_options(self) -> HTTPOptions:
-        return HTTPOptions(self.cors_origins, self.unknown_fields == "ignore")
+        return HTTPOptions(self.cors_origins, self.unknown_fields == "ignore", self.max_body_bytes)
 
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         """What an application needs of the tokenizer beside its size. Raises ValueError."""
@@ -151,7 +155,7 @@ def _config_and_tokenizer(
 ) -> tuple[GPTJConfig, GPTJTokenizer]:
     config = GPTJConfig.from_folder(folder)
     found = config.architectures or [cls.__name__]
-    if cls.__name__ not in found:
+    if cls.__name__ not in found and cls is not GPTJModel:  # which is a part of all others
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )

@@ -16,9 +16,10 @@ from starlette.types import ASGIApp
 from gptj.serving.entry.admission import Admission
 from gptj.serving.entry.connections import LimitedProtocol
 from gptj.serving.entry.failover import Failover
+from gptj.serving.entry.refusals import ReadableRefusals
 from gptj.serving.entry.request_ids import RequestIds
 from gptj.serving.middleware.edge import Edge
-from gptj.serving.middleware.limits import BodyLimit
+from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
 
 
 def middlewares() -> list[Middleware]:
@@ -30,9 +31,10 @@ def middlewares() -> list[Middleware]:
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
         Middleware(Admission),  # after the body: half-sent requests are not in flight
-        Middleware(BodyLimit),
+        Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
         Middleware(RequestIds),
+        Middleware(ReadableRefusals),
     ]
 
 

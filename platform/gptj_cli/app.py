@@ -229,6 +229,10 @@ def serve(
             "pygmalion, or a Jinja file."
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Also serve a model's embeddings, at /v1/embeddings."),
+    ] = None,
     show: Annotated[
         bool, typer.Option("--print", help="Print the configuration, for `serve run`, and exit.")
     ] = False,
@@ -243,7 +247,7 @@ def serve(
 
     from gptj_cli import cluster, serving
 
-    found = serving.services(addresses, name or [])
+    found = serving.services(addresses, name or [], embeddings)
     dashboard = None if show and device != Device.AUTO else cluster.dashboard_address(folder)
     gpus = dashboard is not None and device != Device.CPU and serving.has_gpus(dashboard)
     if device == Device.CUDA and dashboard is not None and not gpus:

@@ -13,46 +13,15 @@ from typing import Any, Literal
 
 import torch
 
-from deployments.generation import Arguments as GenerationArguments
-from deployments.generation import new_engine_runner
-from deployments.loading import Arguments, load_from, open_checkpoint
+from deployments.in_process import ARGUMENTS, InProcessService, ServiceName
 from gptj.config import GPTJConfig
 from gptj.data.examples import groups
 from gptj.data.rows import Row
-from gptj.data.sources import read_rows
-from gptj.engine.constraints.compiler import GrammarCompiler
-from gptj.engine.engine import Engine
-from gptj.model import (
-    GPTJForCausalLM,
-    GPTJForQuestionAnswering,
-    GPTJForSequenceClassification,
-    GPTJPreTrainedModel,
-)
-from gptj.serving.classification import ClassificationRequest, ClassificationService
-from gptj.serving.completions.schemas import CompletionRequest
-from gptj.serving.completions.service import CompletionService
-from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.data.sources import find_columns, read_rows
 from gptj.serving.errors import APIError
-from gptj.serving.metrics import NoRecorder
-from gptj.serving.question_answering import (
-    DEFAULT_STRIDE,
-    DEFAULT_WINDOW,
-    QuestionAndContext,
-    QuestionAnsweringRequest,
-    QuestionAnsweringService,
-)
-from gptj.tokenizer import GPTJTokenizer
-from jobs.evaluate import task_of
+from jobs.row_requests import KINDS, fields_of, request_of, service_of
 
-NAME = "model"  # of the only model
 Answer = Callable[[Row], Awaitable[dict[str, Any]]]
-
-# The columns each head reads: training's, without the labels.
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "GPTJForCausalLM": ("text",),
-    "GPTJForSequenceClassification": ("text",),
-    "GPTJForQuestionAnswering": ("question", "context"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,17 +43,22 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
     Raises:
         FileNotFoundError, CheckpointError, ValueError: if something cannot be loaded or read.
     """
-    task = task_of(GPTJConfig.from_pretrained(address), address)
-    head = task.head.__name__
-    if unknown := options.columns.keys() - set(COLUMNS[head]):
-        raise ValueError(f"a {head} reads {', '.join(COLUMNS[head])}, not {min(unknown)}")
-    rows = read_rows(data, COLUMNS[head], options.columns, delimiter=options.delimiter)
-    arguments = Arguments(checkpoint=address, dtype=options.dtype)
-    with open_checkpoint(arguments) as folder:
-        model, tokenizer = load_from(folder, task.head, arguments, device_of(options))
-        trained = folder.read_training_data()
-    service, answer = answerer(model, tokenizer, trained, options)
+    name = service_of(GPTJConfig.from_pretrained(address), address)
+    known = dict.fromkeys(column for kind in KINDS[name] for column in kind)
+    if unknown := options.columns.keys() - known:
+        raise ValueError(f"{name} reads {', '.join(known)}, not {min(unknown)}")
+    columns = find_columns(data, KINDS[name], options.columns, delimiter=options.delimiter)
+    rows = read_rows(data, columns, options.columns, delimiter=options.delimiter)
+    running = "max_num_seqs" if name == "generation" else "max_batch"
+    arguments = ARGUMENTS[name](
+        checkpoint=address,
+        dtype=options.dtype,
+        max_queued=max(256, 64 * options.batch_size),
+        **{running: options.batch_size},
+    )
+    service = InProcessService.load(name, arguments, device_of(options))
     with closing(service):
+        answer = answerer(name, service, options)
         async for result in _in_order(rows, answer, 4 * options.batch_size):
             yield result
 
@@ -97,76 +71,18 @@ def device_of(options: Options) -> torch.device:
     return torch.device(options.device or ("cuda" if on_gpu else "cpu"))
 
 
-def answerer(
-    model: GPTJPreTrainedModel,
-    tokenizer: GPTJTokenizer,
-    trained: Mapping[str, Any],
-    options: Options,
-) -> tuple[Any, Answer]:
-    """A resource to close at the end, and a function that answers a row.
+def answerer(name: ServiceName, service: InProcessService, options: Options) -> Answer:
+    """A function that answers a row."""
+    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    parameters = sampling if name == "generation" else {}
 
-    Args:
-        trained: the `data` settings of the model's training, as far as known.
-    """
-    waiting = 64 * options.batch_size
-    if isinstance(model, GPTJForSequenceClassification):
-        classifier = ClassificationService(
-            model, tokenizer, max_batch=options.batch_size, max_queued=waiting
-        )
+    async def answer(row: Row) -> dict[str, Any]:
+        route, body = request_of(name, row, parameters)
+        reply = await service.answer(route, body)
+        shown = {key: value for key, value in row.values.items() if key != "context"}
+        return {**shown, **fields_of(route, reply)}
 
-        async def classified(row: Row) -> dict[str, Any]:
-            text = row.text("text")
-            (labels,) = await classifier.classify(ClassificationRequest(inputs=[text]))
-            return {"text": text, "labels": [label.model_dump() for label in labels]}
-
-        return classifier, classified
-    if isinstance(model, GPTJForQuestionAnswering):
-        reader = QuestionAnsweringService(
-            model,
-            tokenizer,
-            window=trained.get("sequence_length", DEFAULT_WINDOW),
-            stride=trained.get("stride", DEFAULT_STRIDE),
-            max_batch=options.batch_size,
-            max_queued=max(256, waiting),
-        )
-
-        async def answered(row: Row) -> dict[str, Any]:
-            inputs = {name: row.text(name) for name in ("question", "context")}
-            answer = await reader.answer(
-                QuestionAnsweringRequest(inputs=QuestionAndContext(**inputs))
-            )
-            assert not isinstance(answer, list)
-            return {"question": inputs["question"], **answer.model_dump()}
-
-        return reader, answered
-    assert isinstance(model, GPTJForCausalLM)
-    vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-    engine = _engine(model, vocabulary, options)
-    grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
-    writer = CompletionService(engine, tokenizer, vocabulary, NAME, NoRecorder(), grammars)
-
-    async def continued(row: Row) -> dict[str, Any]:
-        text = row.text("text")
-        request = CompletionRequest(
-            prompt=[text], max_tokens=options.max_tokens, temperature=options.temperature
-        )
-        (choice,) = (await writer.complete(request)).choices
-        return {"text": text, "completion": choice.text, "finish_reason": choice.finish_reason}
-
-    return engine, continued
-
-
-def _engine(model: GPTJForCausalLM, vocabulary: Vocabulary, options: Options) -> Engine:
-    arguments = GenerationArguments(checkpoint=NAME, max_num_seqs=options.batch_size)
-    runner, limits = new_engine_runner(model, arguments)
-    eos = model.config.eos_token_id
-    return Engine(
-        runner,
-        eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
-        banned_ids=vocabulary.unused_ids,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-    )
+    return answer
 
 
 async def _in_order(

@@ -35,6 +35,7 @@ APPLICATIONS = {
     "GPTJForCausalLM": "generation",
     "GPTJForSequenceClassification": "classification",
     "GPTJForQuestionAnswering": "question-answering",
+    "GPTJModel": "embeddings",
 }
 START_SECONDS = 1800  # a 6B model may take minutes to fetch and load
 
@@ -54,7 +55,7 @@ class Service:
     """One of the served checkpoints."""
 
     checkpoint: str
-    head: str  # class name
+    head: str  # class name; of embeddings the base model's, whatever the checkpoint has
     name: str  # the model's
 
     @property
@@ -62,8 +63,13 @@ class Service:
         return APPLICATIONS[self.head]
 
 
-def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
+def services(
+    addresses: Sequence[str], names: Sequence[str], embeddings: str | None = None
+) -> list[Service]:
     """The services for the addresses, each checked as a replica would before loading.
+
+    Args:
+        embeddings: a checkpoint of any head, of which embeddings are made.
 
     Raises:
         FileNotFoundError, CheckpointError: for an address without a valid checkpoint.
@@ -74,13 +80,26 @@ def services(addresses: Sequence[str], names: Sequence[str]) -> list[Service]:
     found = []
     for number, address in enumerate(addresses):
         checkpoint = absolute(address) if Path(address).exists() else address
-        head = task_of(GPTJConfig.from_pretrained(checkpoint), checkpoint).head.__name__
+        config = GPTJConfig.from_pretrained(checkpoint)
+        head = "GPTJModel"
+        if config.architectures != [head]:
+            head = task_of(config, checkpoint).head.__name__
         check(HEAD_CLASSES[head], Arguments(checkpoint=checkpoint))
         name = names[number] if number < len(names) else name_of(checkpoint)
         found.append(Service(checkpoint, head, name))
     counted = Counter(service.name for service in found)
     if twice := [name for name, count in counted.items() if count > 1]:
         raise ValueError(f"two models would be named {twice[0]!r}; remedy: a --name for each")
+    if (
+        embeddings is not None
+    ):  # which have routes of their own, so that their name may be another's
+        checkpoint = absolute(embeddings) if Path(embeddings).exists() else embeddings
+        check(HEAD_CLASSES["GPTJModel"], Arguments(checkpoint=checkpoint))
+        if any(service.kind == "embeddings" for service in found):
+            raise ValueError(
+                f"--embeddings {embeddings}: {found[-1].checkpoint} is such a model: leave one out"
+            )
+        found.append(Service(checkpoint, "GPTJModel", name_of(checkpoint)))
     return found
 
 
@@ -95,6 +114,7 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
         )
     template = yaml.safe_load(TEMPLATE.read_text())
     by_kind = {each["name"]: each for each in template["applications"]}
+    by_kind["embeddings"] = _embeddings(by_kind["classification"])
     counted = Counter(service.kind for service in found)
     template_of_chats = options.chat_template
     if template_of_chats is not None:
@@ -106,10 +126,10 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
     for service in found:
         application = copy.deepcopy(by_kind[service.kind])
         application["args"] |= {"checkpoint": service.checkpoint, "dtype": options.dtype}
-        if service.kind == "generation":
+        if service.kind in ("generation", "embeddings"):
             application["args"]["model_name"] = service.name
-            if template_of_chats is not None:
-                application["args"]["chat_template"] = template_of_chats
+        if service.kind == "generation" and template_of_chats is not None:
+            application["args"]["chat_template"] = template_of_chats
         if counted[service.kind] > 1:
             application["name"] = service.name
             application["route_prefix"] = f"/{service.name}{application['route_prefix']}".rstrip(
@@ -127,6 +147,18 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
         "http_options": {**template["http_options"], "host": options.host, "port": options.port},
         "applications": applications,
     }
+
+
+def _embeddings(classification: dict[str, Any]) -> dict[str, Any]:
+    """The application of embeddings, which scales as the other that computes whole rows."""
+    application = copy.deepcopy(classification)
+    application |= {
+        "name": "embeddings",
+        "route_prefix": "/v1/embeddings",
+        "import_path": "deployments.embeddings:build",
+    }
+    application["deployments"][0]["name"] = "embeddings"
+    return application
 
 
 def has_gpus(dashboard: str) -> bool:
@@ -182,6 +214,8 @@ def curl(base: str, application: dict[str, Any]) -> str:
         body = {"prompt": "Once upon a time", "max_tokens": 32}
     elif kind == "classification":
         body = {"inputs": "A fine film from beginning to end."}
+    elif kind == "embeddings":
+        body = {"input": "A fine film from beginning to end."}
     else:
         body = {"inputs": {"question": "Where is it?", "context": "It is in Rome."}}
     return (

@@ -11,9 +11,10 @@ import torch
 from pydantic import ValidationError
 from serving_models import Models
 
+from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.generation import Arguments as GenerationArguments
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
-from gptj import GPTJForCausalLM
+from gptj import GPTJForCausalLM, GPTJModel
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
@@ -45,6 +46,18 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+def test_embeddings_are_made_by_any_heads_checkpoint(models: Models, tmp_path: Path) -> None:
+    for name in ("generation", "classification", "question_answering"):
+        model, address = getattr(models, name), str(tmp_path / name)
+        model.save_pretrained(address, tokenizer=models.tokenizer)
+        arguments = EmbeddingsArguments(checkpoint=address, dtype="float32")
+        check(GPTJModel, arguments)
+        loaded, _ = load(GPTJModel, arguments, torch.device("cpu"))
+        torch.testing.assert_close(loaded.state_dict(), model.transformer.state_dict())
+    with pytest.raises(ValidationError, match="'mean', 'last' or 'weighted_mean'"):
+        EmbeddingsArguments.model_validate({"checkpoint": address, "pooling": "cls"})
 
 
 def test_an_adapters_address_serves_its_merged_model(

@@ -38,6 +38,7 @@ REASONS = re.compile(
     r"|chat template refuses|set the same limit"
     r"|exceed the limit of \d+ outputs|num_beams|outputs .* wait|token id|not in the vocabulary"
     r"|min_tokens must be in \[0, max_tokens|stop may have|must be in \[\d+, \d+\], got"
+    r"|cannot be shortened|may have \d+ texts"
     r"|response_format|structured_outputs|could not be constrained|bad_words must not have"
 )
 
@@ -67,6 +68,8 @@ OPERATIONS = [
     ("/classification", "GET", "/health"),
     ("/question-answering", "POST", "/"),
     ("/question-answering", "GET", "/health"),
+    ("/v1/embeddings", "POST", "/"),
+    ("/v1/embeddings", "GET", "/health"),
 ]
 
 
@@ -128,7 +131,9 @@ def test_every_operation_is_tested(documents: dict[str, Any]) -> None:
     assert found == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("prefix", ["/", "/classification", "/question-answering"])
+@pytest.mark.parametrize(
+    "prefix", ["/", "/classification", "/question-answering", "/v1/embeddings"]
+)
 def test_the_examples_are_answered(documents: dict[str, Any], prefix: str) -> None:
     document = documents[prefix]
     examples = 0

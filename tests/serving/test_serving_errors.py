@@ -11,7 +11,7 @@ import openai
 import pytest
 from fastapi import Request
 from http_server import listening
-from serving_client import ANSWERS, CHATS, CLASSIFICATION, COMPLETIONS, assert_error
+from serving_client import ANSWERS, CHATS, CLASSIFICATION, COMPLETIONS, EMBEDDINGS, assert_error
 from serving_models import CONTEXT, SHORT_CONTEXT
 
 from gptj.serving.app import new_app
@@ -20,6 +20,7 @@ from gptj.serving.chat.schemas import ChatRequest
 from gptj.serving.classification import ClassificationParameters, ClassificationRequest
 from gptj.serving.completions.generation_request import StreamOptions
 from gptj.serving.completions.schemas import Choice, Completion, CompletionRequest
+from gptj.serving.embeddings import EmbeddingsRequest
 from gptj.serving.errors import APIError, OverloadedError, UnavailableError
 from gptj.serving.middleware.limits import MAX_BODY_BYTES
 from gptj.serving.question_answering import (
@@ -239,6 +240,7 @@ BODIES: list[tuple[str, type[RequestModel], dict[str, Any], list[Any]]] = [
     ("/detokenize", DetokenizeRequest, {"tokens": [1]}, []),
     (CLASSIFICATION, ClassificationRequest, {"inputs": "x"}, []),
     (CLASSIFICATION, ClassificationParameters, {"inputs": "x"}, ["parameters"]),
+    (EMBEDDINGS, EmbeddingsRequest, {"input": "x"}, []),
     (ANSWERS, QuestionAnsweringRequest, {"inputs": HERE}, []),
     (ANSWERS, QuestionAndContext, {"inputs": HERE}, ["inputs"]),
     (ANSWERS, QuestionAnsweringParameters, {"inputs": HERE}, ["parameters"]),

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pydantic
 import pytest
+import uvicorn.config
 from fastapi import FastAPI
 from serving_client import assert_error
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http import auto
 
 from deployments.generation import Arguments
+from deployments.proxy import middlewares
 from gptj.engine.constraints.grammar import Grammar
 from gptj.engine.speculation import Speculation
 from gptj.serving import requests
 from gptj.serving.app import HTTPOptions, new_app
 from gptj.serving.completions.constraints import ResponseFormat, StructuredOutputs
+from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.refusals import MAX_KNOWN, ReadableRefusals
+from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, MAX_BODY_BYTES
 from gptj.serving.requests import RequestModel, ignoring_unknown_fields
 
 HERE, ELSEWHERE = "https://chat.example.org", "https://other.example.org"
@@ -41,7 +53,7 @@ def application(**options: Any) -> FastAPI:
     return app
 
 
-def preflight(app: FastAPI, origin: str) -> Any:
+def preflight(app: ASGIApp, origin: str) -> Any:
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
@@ -76,6 +88,126 @@ def test_other_origins_may_not() -> None:
     assert "access-control-allow-origin" not in reply.headers
     assert preflight(application(), HERE).status_code == 405  # by default there is none
     assert preflight(application(cors_origins=("*",)), ELSEWHERE).status_code == 200
+
+
+@pytest.fixture
+def in_proxy(monkeypatch: pytest.MonkeyPatch) -> Callable[[ASGIApp], TestClient]:
+    """A client of an application behind what Serve's proxy has before it."""
+    for module, name in ((auto, "AutoHTTPProtocol"), (uvicorn.config, "WS_PROTOCOLS")):
+        monkeypatch.setattr(module, name, copy.copy(getattr(module, name)))  # which it changes
+
+    def client(app: ASGIApp) -> TestClient:
+        for middleware in middlewares():
+            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+        return TestClient(app)
+
+    return client
+
+
+def test_pages_can_read_the_proxys_own_refusals(
+    in_proxy: Callable[[ASGIApp], TestClient],
+) -> None:
+    client = in_proxy(application(cors_origins=(HERE,)))
+
+    def refused(origin: str, path: str = "/v1/echo") -> httpx.Headers:
+        headers = {"Origin": origin, "Content-Length": str(LARGEST_BODY_BYTES + 1)}
+        reply = client.post(path, content=b"{}", headers=headers)
+        assert_error(reply, 413, str(LARGEST_BODY_BYTES))
+        return reply.headers
+
+    assert "access-control-allow-origin" not in refused(HERE)  # no reply has shown it yet
+    headers = {"Origin": HERE, "Access-Control-Request-Method": "POST"}
+    assert client.options("/v1/echo/", headers=headers).status_code == 200
+    found = refused(HERE)
+    assert found["access-control-allow-origin"] == HERE
+    assert found["access-control-expose-headers"] == "*"
+    assert found["vary"] == "Origin"
+    for origin, path in ((ELSEWHERE, "/v1/echo"), (HERE, "/other")):
+        assert "access-control-allow-origin" not in refused(origin, path)
+    forbidding = in_proxy(application())
+    forbidding.options("/v1/echo", headers=headers)
+    reply = forbidding.post(
+        "/v1/echo", content=b"", headers={"Origin": HERE, "Upgrade": "websocket"}
+    )
+    assert reply.status_code == 400 and "access-control-allow-origin" not in reply.headers
+
+
+def test_what_is_known_of_origins_is_bounded_and_may_change() -> None:
+    allowed = True
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"access-control-allow-origin", b"*")] if allowed else []
+        status = 429 if scope["path"] == "/full" and scope["method"] == "POST" else 200
+        if status == 429:
+            headers = []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    refusals = ReadableRefusals(answering)
+    client = TestClient(refusals)
+    headers = {"Origin": HERE}
+    client.get("/full", headers=headers)
+    reply = client.post("/full", headers=headers)
+    assert reply.headers["access-control-allow-origin"] == "*" and "vary" not in reply.headers
+    allowed = False
+    client.get("/full", headers=headers)
+    assert "access-control-allow-origin" not in client.post("/full", headers=headers).headers
+    allowed = True
+    for number in range(MAX_KNOWN + 9):
+        asyncio.run(_get(refusals, f"/{number}"))
+    assert len(refusals._known) == MAX_KNOWN
+
+
+async def _get(app: ASGIApp, path: str) -> None:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None: ...
+
+    headers = [(b"origin", HERE.encode())]
+    await app({"type": "http", "method": "GET", "path": path, "headers": headers}, receive, send)
+
+
+def test_preflights_pass_while_a_route_is_full() -> None:
+    asyncio.run(_preflights_beside_a_full_route())
+
+
+async def _preflights_beside_a_full_route() -> None:
+    app = application(cors_origins=(HERE,))
+    release = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "POST":
+            await release.wait()
+        await app(scope, receive, send)
+
+    entry = ReadableRefusals(Admission(slow, first_bound=1))
+    headers = {"Origin": HERE, "Access-Control-Request-Method": "POST"}
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(entry), base_url="http://test", headers=headers
+    ) as client:
+        first = asyncio.create_task(client.post("/v1/echo", json={"text": "x"}))
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            assert (await client.options("/v1/echo")).status_code == 200
+            refused = await client.post("/v1/echo", json={"text": "x"})
+            assert_error(refused, 429, "try again later")
+            assert refused.headers["access-control-allow-origin"] == HERE
+        release.set()
+        assert (await first).status_code == 200
+
+
+def test_a_bodys_limit_can_be_set(in_proxy: Callable[[ASGIApp], TestClient]) -> None:
+    for limit in (100, 2 * MAX_BODY_BYTES):
+        client = in_proxy(application(max_body_bytes=limit, cors_origins=(HERE,)))
+        text = "x" * (limit - len(json.dumps({"text": ""})))
+        assert client.post("/v1/echo", content=json.dumps({"text": text})).status_code == 200
+        for send in (str, iter):  # at once, or in chunks
+            body = json.dumps({"text": text + "x"})
+            content = body if send is str else (part.encode() for part in (body[:50], body[50:]))
+            reply = client.post("/v1/echo", content=content, headers={"Origin": HERE})
+            assert_error(reply, 413, f"larger than {limit} bytes")
+            assert reply.headers["access-control-allow-origin"] == HERE
 
 
 def test_unknown_fields_are_ignored_with_a_warning_if_that_is_set(
@@ -122,6 +254,10 @@ def test_settings_become_options_and_wrong_ones_are_refused() -> None:
     )
     assert arguments.http_options() == HTTPOptions((HERE, "*"), True)
     assert Arguments(checkpoint="x").http_options() == HTTPOptions()
+    assert Arguments(checkpoint="x", max_body_bytes=2**23).http_options().max_body_bytes == 2**23
+    for size in (0, LARGEST_BODY_BYTES + 1):
+        with pytest.raises(pydantic.ValidationError, match="max_body_bytes"):
+            Arguments(checkpoint="x", max_body_bytes=size)
     for wrong in ("chat.example.org", f"{HERE}/", f"{HERE}/chat", "ftp://x", ""):
         with pytest.raises(pydantic.ValidationError, match="scheme://host"):
             Arguments.model_validate({"checkpoint": "x", "cors_origins": [wrong]})

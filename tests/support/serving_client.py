@@ -13,6 +13,7 @@ from serving_models import Models
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 CLASSIFICATION, ANSWERS = "/classification", "/question-answering"
+EMBEDDINGS = "/v1/embeddings"
 
 
 def complete(service: str, **fields: Any) -> dict[str, Any]:

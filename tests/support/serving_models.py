@@ -1,4 +1,4 @@
-"""Three tiny models, and the services in front of them in this process: no Ray, real HTTP."""
+"""Tiny models, and the services in front of them in this process: no Ray, real HTTP."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.embeddings import EmbeddingsService, embeddings_app
 from gptj.serving.metrics import NoRecorder
 from gptj.serving.question_answering import QuestionAnsweringService, question_answering_app
 
@@ -107,7 +108,7 @@ def make_models(
 
 @contextmanager
 def served_in_process(models: Models) -> Iterator[str]:
-    """The address of the three services, one behind a key (/guarded), one with speculation."""
+    """The address of the services, one with speculation and one behind a key (/guarded)."""
     with ExitStack() as stack:
         apps: dict[str, ASGIApp] = {**stack.enter_context(applications(models))}
         with pytest.MonkeyPatch.context() as patch:
@@ -123,12 +124,13 @@ def served_in_process(models: Models) -> Iterator[str]:
 
 @contextmanager
 def applications(models: Models) -> Iterator[dict[str, FastAPI]]:
-    """The three by their prefixes."""
+    """All of them by their prefixes."""
     with ExitStack() as stack:
         yield {
             "/": stack.enter_context(_generation(models, "generation")),
             "/classification": stack.enter_context(_classification(models)),
             "/question-answering": stack.enter_context(_question_answering(models)),
+            "/v1/embeddings": stack.enter_context(_embeddings(models)),
         }
 
 
@@ -204,5 +206,16 @@ def _question_answering(models: Models) -> Iterator[FastAPI]:
     )
     try:
         yield question_answering_app(service, lambda: service.alive(120))
+    finally:
+        service.close()
+
+
+@contextmanager
+def _embeddings(models: Models) -> Iterator[FastAPI]:
+    service = EmbeddingsService(
+        models.generation.transformer, models.tokenizer, "embedder", max_batch=16, max_queued=256
+    )
+    try:
+        yield embeddings_app(service, lambda: service.alive(120))
     finally:
         service.close()

@@ -17,13 +17,14 @@ from ray.serve.schema import ServeDeploySchema
 from serving_models import SENTENCES, Models, make_models
 from typer.testing import CliRunner
 
+from deployments.embeddings import Arguments as EmbeddingsArguments
 from gptj import storage
 from gptj.data.rows import DataError
 from gptj.errors import CheckpointError
 from gptj.training.settings import SettingsError
 from gptj_cli.app import app, main
 from gptj_cli.local import Local, Process, down, is_up
-from gptj_cli.serving import Options, configuration, error_of, services
+from gptj_cli.serving import Options, configuration, curl, error_of, services
 from gptj_cli.training import run_of, task_of, words_of_run
 from gptj_local.s3 import LocalS3
 
@@ -197,6 +198,29 @@ def test_a_row_that_cannot_be_answered_does_not_take_the_others_with_it(
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert ["error" in each for each in found] == [False, True, False]
     assert "context is 64" in found[1]["error"]
+
+
+def test_embeddings_are_served_beside_others_or_alone(
+    addresses: dict[str, str], models: Models, tmp_path: Path
+) -> None:
+    language_model = addresses["generation"]
+    found = services([language_model], [], language_model)
+    routes = {
+        each["route_prefix"]: each for each in configuration(found, Options())["applications"]
+    }
+    assert routes.keys() == {"/", "/v1/embeddings"}
+    application = routes["/v1/embeddings"]
+    assert application["import_path"] == "deployments.embeddings:build"
+    assert application["args"]["model_name"] == "generation"
+    assert application["deployments"][0]["name"] == "embeddings"
+    EmbeddingsArguments.model_validate(application["args"])
+    alone = str(tmp_path / "embedder")
+    models.generation.transformer.save_pretrained(alone, tokenizer=models.tokenizer)
+    (only,) = configuration(services([alone], []), Options())["applications"]
+    assert only["route_prefix"] == "/v1/embeddings"
+    assert curl("http://x", only).startswith("curl http://x/v1/embeddings -H")
+    with pytest.raises(ValueError, match="embedder is such a model: leave one out"):
+        services([alone], [], language_model)
 
 
 def test_a_configuration_follows_from_the_checkpoints(addresses: dict[str, str]) -> None:

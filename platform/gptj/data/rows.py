@@ -9,7 +9,15 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names file, row (from 1 on), column and why."""
+    """Data that cannot be used; the message names file, row (from 1 on), column and why.
+
+    Args:
+        number: of the row, if the error is a single row's.
+    """
+
+    def __init__(self, message: str = "", number: int | None = None) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class NoRowsError(DataError):
@@ -55,7 +63,8 @@ class Row:
         return value
 
     def error(self, column: str, why: str) -> DataError:
-        return DataError(f"{self}, column {self.columns.get(column, column)!r}: {why}")
+        name = self.columns.get(column, column)
+        return DataError(f"{self}, column {name!r}: {why}", self.number)
 
 
 def shown(value: Any) -> str:

@@ -160,7 +160,8 @@ def _missing(
     there = ", ".join(repr(name) for name in error.there) or "none"
     return MissingColumnError(
         f"{place}: no column {' and no column '.join(lacking)}; there are {there:.400}"
-        f"{error.hint}; remedy: {' '.join(f'data.columns.{ours}=NAME' for ours in missing)}"
+        f"{error.hint}; remedy: {' '.join(f'data.columns.{ours}=NAME' for ours in missing)}",
+        error.number,
     )
 
 
@@ -230,7 +231,7 @@ def _read(
         if isinstance(error, MissingColumnsError):
             return _missing(address, names, error)
         column = f", column {error.column!r}" if error.column is not None else ""
-        return DataError(f"{address}, row {error.number}{column}: {error}")
+        return DataError(f"{address}, row {error.number}{column}: {error}", error.number)
 
     def bad(error: BadRecordError | MissingColumnsError) -> None:
         if on_bad is refuse_row:

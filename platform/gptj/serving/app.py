@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -30,15 +31,18 @@ from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.middleware.cors import Cors
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.keys import KeyCheck
-from gptj.serving.middleware.limits import BodyLimit
+from gptj.serving.middleware.limits import MAX_BODY_BYTES, BodyLimit
 from gptj.serving.middleware.observing import Observing
 from gptj.serving.middleware.paths import Routing
 from gptj.serving.middleware.unknown_fields import IgnoreUnknownFields
 from gptj.serving.openapi import describe, errors
 from gptj.serving.pages import Page, Pages, docs
+from gptj.serving.requests import RequestModel
 from gptj.workers.errors import ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=RequestModel)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class HTTPOptions:
 
     cors_origins: tuple[str, ...] = ()  # whose pages may ask; see middleware.cors
     ignore_unknown_fields: bool = False  # of bodies, with a warning; otherwise they are errors
+    max_body_bytes: int = MAX_BODY_BYTES  # larger bodies are errors
 
 
 DEFAULTS = HTTPOptions()
@@ -82,7 +87,7 @@ def new_app(
     # The middleware added last sees a request first.
     if options.ignore_unknown_fields:
         app.add_middleware(IgnoreUnknownFields)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(
         KeyCheck, keys=keys, application=application, ledger=ledger, recorder=recorder
     )
@@ -154,6 +159,17 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_unexpected(request: Request, error: Exception) -> Response:
     # Starlette raises it again after the reply, so it is logged.
     return error_response(ModelError("an unexpected error of the service: see its log"))
+
+
+def validated(model: type[Body], body: Any) -> Body:
+    """A body that did not come by HTTP. APIError with the status and words of one that did."""
+    if not isinstance(body, dict):
+        raise WrongShapeError("the body must be a JSON object")
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise shape_error(found) from error
 
 
 def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:

@@ -47,7 +47,8 @@ class Bound:
 class Admission:
     """Middleware: 429 while a route has as many requests in flight as its bound allows.
 
-    Health checks always pass.
+    Health checks always pass. A route's preflights are counted by themselves: they take no room of
+    a model, and browsers report a refused one as a network error.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Admission:
             await self._app(scope, receive, send)
             return
         path = scope["path"].rstrip("/")
+        if scope["method"] == "OPTIONS":
+            path = f"OPTIONS {path}"
         bound = self._bounds.get(path) or Bound(self._first_bound)
         in_flight = self._in_flight[path]
         if in_flight >= bound.value or self._in_flight.total() >= self._max_in_flight:

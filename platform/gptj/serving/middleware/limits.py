@@ -13,7 +13,8 @@ from gptj.serving.errors import (
 )
 from gptj.serving.middleware.edge import offers_upgrade
 
-MAX_BODY_BYTES = 2**20  # tokenizing takes a hundred times the memory of the text
+MAX_BODY_BYTES = 2**20  # by default: tokenizing takes a hundred times the memory of the text
+LARGEST_BODY_BYTES = 2**24  # that an application may take: Serve's proxy holds them all
 MAX_WAITING_BYTES = 2**28  # of all bodies that are being received
 
 

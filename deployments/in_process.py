@@ -1,0 +1,252 @@
+"""A checkpoint's service in this process: a route and a body in, a reply out; no HTTP, no cluster.
+
+Bodies are checked by the code of the HTTP services, so that replies and errors equal theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel
+
+from deployments.embeddings import Arguments as EmbeddingsArguments
+from deployments.generation import Arguments as GenerationArguments
+from deployments.generation import new_engine_runner
+from deployments.loading import Arguments, BatchArguments, load, load_from, name_of, open_checkpoint
+from deployments.question_answering import Arguments as QuestionAnsweringArguments
+from gptj.engine.constraints.compiler import GrammarCompiler
+from gptj.engine.engine import Engine
+from gptj.model import (
+    GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
+    GPTJModel,
+    GPTJPreTrainedModel,
+)
+from gptj.serving.app import validated
+from gptj.serving.chat.schemas import ChatRequest
+from gptj.serving.chat.service import ChatService
+from gptj.serving.classification import ClassificationRequest, ClassificationService
+from gptj.serving.completions.schemas import CompletionRequest
+from gptj.serving.completions.service import CompletionService
+from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.embeddings import EmbeddingsRequest, EmbeddingsService
+from gptj.serving.errors import InvalidRequestError, NotFoundError
+from gptj.serving.metrics import NoRecorder
+from gptj.serving.question_answering import (
+    DEFAULT_STRIDE,
+    DEFAULT_WINDOW,
+    QuestionAnsweringRequest,
+    QuestionAnsweringService,
+)
+from gptj.serving.requests import RequestModel
+
+ServiceName = Literal["generation", "classification", "question-answering", "embeddings"]
+
+COMPLETIONS, CHATS, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+CLASSIFICATION, ANSWERS = "/classification", "/question-answering"
+
+# The heads of models by the names of their services; embeddings are made of any head's model.
+HEADS: Mapping[ServiceName, type[GPTJPreTrainedModel]] = {
+    "generation": GPTJForCausalLM,
+    "classification": GPTJForSequenceClassification,
+    "question-answering": GPTJForQuestionAnswering,
+    "embeddings": GPTJModel,
+}
+# What the applications' `args` may have.
+ARGUMENTS: Mapping[ServiceName, type[Arguments]] = {
+    "generation": GenerationArguments,
+    "classification": BatchArguments,
+    "question-answering": QuestionAnsweringArguments,
+    "embeddings": EmbeddingsArguments,
+}
+
+
+BODIES: Mapping[str, type[RequestModel]] = {  # of each route's requests
+    COMPLETIONS: CompletionRequest,
+    CHATS: ChatRequest,
+    EMBEDDINGS: EmbeddingsRequest,
+    CLASSIFICATION: ClassificationRequest,
+    ANSWERS: QuestionAnsweringRequest,
+}
+
+Answer = Callable[[Any], Awaitable[Any]]  # a request: the reply
+
+
+class InProcessService:
+    """One of the services; close it at the end.
+
+    Args:
+        alive: whether the model makes progress, as in the services' health.
+        closing: called in their order.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, Answer],
+        alive: Callable[[float], bool],
+        closing: Sequence[Callable[[], None]],
+        *,
+        model_name: str,
+        rows_at_once: int,
+    ) -> None:
+        self.routes = routes
+        self.alive = alive
+        self._closing = closing
+        self.model_name = model_name
+        self.rows_at_once = rows_at_once  # that a step of the model can work on
+
+    @classmethod
+    def load(
+        cls, name: ServiceName, arguments: Arguments, device: torch.device | None = None
+    ) -> Self:
+        """The service of a checkpoint, by the application's `args`.
+
+        Args:
+            device: None: a GPU, if this process sees one.
+
+        Raises:
+            FileNotFoundError, CheckpointError, ValueError: if something cannot be loaded.
+        """
+        if isinstance(arguments, GenerationArguments):
+            return cls._generation(arguments, device)
+        if isinstance(arguments, QuestionAnsweringArguments):
+            return cls._question_answering(arguments, device)
+        if isinstance(arguments, EmbeddingsArguments):
+            return cls._embeddings(arguments, device)
+        assert name == "classification" and isinstance(arguments, BatchArguments)
+        return cls._classification(arguments, device)
+
+    async def answer(self, route: str, body: Any) -> Any:
+        """The reply to a POST of the body. Cancelling the call cancels the work.
+
+        Raises:
+            APIError: with the status and the body that the HTTP service would send.
+            QueueFullError, ClosedError: of the model's queue.
+        """
+        answer = self.routes.get(route)
+        if answer is None:
+            raise NotFoundError(
+                f"there is no POST {route!r:.200} here: this model answers "
+                f"{' and '.join(self.routes)}",
+                code="unknown_url",
+            )
+        request = checked_body(route, body)
+        given = getattr(request, "model", None)
+        if given not in (None, self.model_name):
+            raise NotFoundError(
+                f"model {given!r:.200} does not exist; this service has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return await answer(request)
+
+    def close(self) -> None:
+        for close in self._closing:
+            close()
+
+    @classmethod
+    def _generation(cls, arguments: GenerationArguments, device: torch.device | None) -> Self:
+        model, tokenizer = load(GPTJForCausalLM, arguments, device)
+        vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
+        eos = model.config.eos_token_id
+        runner, limits = new_engine_runner(model, arguments)
+        engine = Engine(
+            runner,
+            eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
+            banned_ids=vocabulary.unused_ids,
+            max_num_seqs=limits.max_num_seqs,
+            max_queued=arguments.max_queued,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            prefix_caching=arguments.prefix_caching,
+        )
+        name = arguments.model_name or name_of(arguments.checkpoint)
+        grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
+        parts = (engine, tokenizer, vocabulary, name, NoRecorder(), grammars)
+        completions = CompletionService(*parts)
+        chats = ChatService(*parts, arguments.template(tokenizer))
+        return cls(
+            {
+                COMPLETIONS: completions.complete,
+                CHATS: chats.complete,
+            },
+            engine.alive,
+            (grammars.close, engine.close),
+            model_name=name,
+            rows_at_once=limits.max_num_seqs,
+        )
+
+    @classmethod
+    def _classification(cls, arguments: BatchArguments, device: torch.device | None) -> Self:
+        model, tokenizer = load(GPTJForSequenceClassification, arguments, device)
+        service = ClassificationService(
+            model, tokenizer, max_batch=arguments.max_batch, max_queued=arguments.max_queued
+        )
+        return cls(
+            {CLASSIFICATION: service.classify},
+            service.alive,
+            (service.close,),
+            model_name=name_of(arguments.checkpoint),
+            rows_at_once=arguments.max_batch,
+        )
+
+    @classmethod
+    def _question_answering(
+        cls, arguments: QuestionAnsweringArguments, device: torch.device | None
+    ) -> Self:
+        with open_checkpoint(arguments) as folder:
+            model, tokenizer = load_from(folder, GPTJForQuestionAnswering, arguments, device)
+            trained = folder.read_training_data()
+        stride = arguments.stride
+        service = QuestionAnsweringService(
+            model,
+            tokenizer,
+            window=arguments.window or trained.get("sequence_length", DEFAULT_WINDOW),
+            stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
+            max_batch=arguments.max_batch,
+            max_queued=arguments.max_queued,
+        )
+        return cls(
+            {ANSWERS: service.answer},
+            service.alive,
+            (service.close,),
+            model_name=name_of(arguments.checkpoint),
+            rows_at_once=arguments.max_batch,
+        )
+
+    @classmethod
+    def _embeddings(cls, arguments: EmbeddingsArguments, device: torch.device | None) -> Self:
+        model, tokenizer = load(GPTJModel, arguments, device)
+        service = EmbeddingsService(
+            model,
+            tokenizer,
+            arguments.model_name or name_of(arguments.checkpoint),
+            pooling=arguments.pooling,
+            normalize=arguments.normalize,
+            max_batch=arguments.max_batch,
+            max_queued=arguments.max_queued,
+        )
+        return cls(
+            {EMBEDDINGS: service.embed},
+            service.alive,
+            (service.close,),
+            model_name=service.model_name,
+            rows_at_once=arguments.max_batch,
+        )
+
+
+def checked_body(route: str, body: Any) -> RequestModel:
+    """A body for one of the routes. APIError with the status and words of the HTTP service."""
+    request = validated(BODIES[route], body)
+    if getattr(request, "stream", False):
+        raise InvalidRequestError("stream=true needs a connection: leave it out", param="stream")
+    return request
+
+
+def as_json(reply: Any) -> Any:
+    """A reply as plain values."""
+    if isinstance(reply, BaseModel):
+        return reply.model_dump(mode="json")
+    return [as_json(each) for each in reply] if isinstance(reply, list) else reply

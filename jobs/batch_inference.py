@@ -1,0 +1,479 @@
+#!/usr/bin/env python
+"""Answer every row of a data set with a checkpoint, in parallel.
+
+    ray job submit -- jobs/batch_inference.py CHECKPOINT INPUT OUTPUT [key=value …]
+
+CHECKPOINT is a folder, s3://… or a hub id. INPUT is Parquet, JSON, CSV or text (also .gz, .zst): a
+file, folder or pattern, local or s3://…, or sample://NAME. What a row needs follows from the head:
+`text`, `prompt` or `messages` (language models); `text`, perhaps `text_pair` (classifiers);
+`question` and `context`; `text` (embeddings). OUTPUT, a new folder that all nodes can reach, gets
+JSON lines in the rows' order, `output-*.jsonl`: each row's `file`, `row` (from 1 on) and answer.
+Rows that cannot be answered stand in `errors-*.jsonl`, with the reason. `index.json` counts both;
+the manifest comes last. The same command, submitted again, continues where it stopped.
+
+INPUT may also be OpenAI's batch file (`custom_id`, `url`, `body`; /v1/completions,
+/v1/chat/completions or /v1/embeddings): OUTPUT then gets its result files, `output.jsonl` and
+`errors.jsonl`.
+Keys, with their defaults:
+
+    service=…               embeddings, of a model with any head; default: by the head, or in batch
+                            files by the first url
+    parameters.NAME=…       of each request, as over HTTP: parameters.max_tokens=64,
+                            parameters.temperature=0, parameters.top_k=1
+    args.NAME=…             of the model, as in serve.yaml: args.dtype=bfloat16,
+                            args.max_num_seqs=128, args.quantization=int8, args.pooling=mean
+    columns.NAME=…          our column's name in the data, such as columns.text=review
+    keep=[…]                columns to copy to the answers, such as keep=[id]
+    delimiter=…             of CSV; default: the one in the header
+    workers=…               models at once; default: as many as GPUs, or 1
+    device=auto             cpu or gpu; auto: GPUs, where the cluster has any
+    cpus=1                  CPUs of a worker
+    chunk_rows=256          rows that are read, answered and written together
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from deployments.device import replica_device
+from deployments.in_process import (
+    ARGUMENTS,
+    EMBEDDINGS,
+    HEADS,
+    InProcessService,
+    ServiceName,
+    as_json,
+)
+from deployments.loading import Arguments, check
+from gptj import storage
+from gptj.adapters.base import digest_of
+from gptj.checkpoints.folder import ModelFolder
+from gptj.config import GPTJConfig
+from gptj.data.answers import CHUNK_ROWS, Chunk, Entry, Index, Plan, Record, begin, chunks, finish
+from gptj.data.answers import write as write_chunk
+from gptj.data.rows import DataError, MissingColumnError, Row, shown
+from gptj.data.sources import find_columns, read_rows
+from gptj.extras import missing
+from gptj.serialization.yaml_value import parse_yaml
+from gptj.serving.errors import APIError, ModelError, OverloadedError
+from gptj.storage.addresses import absolute, normalized
+from gptj.training.sections import Delimiter
+from gptj.workers.errors import QueueFullError
+from jobs.key_value import checked, help_if_asked
+from jobs.row_requests import (
+    BATCH,
+    FIELDS,
+    KINDS,
+    check_parameters,
+    fields_of,
+    request_of,
+    service_of,
+)
+
+try:
+    import ray
+    import ray.data
+except ModuleNotFoundError as error:
+    raise missing(error, "jobs/batch_inference.py", extra="train") from error
+
+PROGRESS_SECONDS = 10
+CHUNKS_AT_ONCE = 4  # of a worker: the next are begun before the last rows of one are answered
+AHEAD = 4  # rows in a model's queue, for each that a step works on
+MAX_QUEUED = 2**20  # outputs; how many rows are asked at once bounds them
+RETRY_SECONDS = 0.05
+STALLED_SECONDS = 600.0
+
+logger = logging.getLogger("batch_inference")
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    checkpoint: Annotated[str, AfterValidator(normalized)]
+    input: Annotated[str, AfterValidator(partial(normalized, samples=True))]
+    output: Annotated[str, AfterValidator(normalized)]
+    service: Literal["embeddings"] | None = None
+    parameters: dict[str, Any] = {}
+    args: dict[str, Any] = {}
+    columns: dict[str, str] = {}
+    keep: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = ()
+    delimiter: Delimiter | None = None
+    workers: Positive | None = None
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    cpus: Annotated[float, Field(gt=0)] = 1
+    chunk_rows: Positive = CHUNK_ROWS
+
+
+SECTIONS = ("columns", "parameters", "args")
+PLACES = ("checkpoint", "input", "output")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line of this process, or the given one."""
+    words = sys.argv[1:] if words is None else words
+    help_if_asked(words, __doc__)
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stdout, format="%(asctime)s %(message)s", force=True
+    )
+    logger.setLevel(logging.INFO)
+    try:
+        settings = read_settings(words)
+        index = answer_all(settings)
+    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+        sys.exit(f"error: {error}")
+    answered = index.rows - index.failed
+    logger.info("%d rows: %d answers, %d errors", index.rows, answered, index.failed)
+
+
+def read_settings(words: Sequence[str]) -> Settings:
+    """The command line's words, checked; ValueError naming the key, its value and the remedy."""
+    places, rest = words[: len(PLACES)], words[len(PLACES) :]
+    if len(places) < len(PLACES) or any("=" not in word for word in rest):
+        raise ValueError(f"the command line is\n{__doc__}")
+    fields: dict[str, Any] = {
+        **dict(zip(PLACES, places, strict=True)),
+        **{section: {} for section in SECTIONS},
+    }
+    for word in rest:
+        key, _, text = word.partition("=")
+        section, _, name = key.removeprefix("data.").partition(".")
+        if section == "columns" and name:
+            fields[section][name] = text
+        elif section in SECTIONS and name:
+            fields[section][name] = _parsed(word, text)
+        elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
+            fields[section] = text if section == "delimiter" else _parsed(word, text)
+        else:
+            raise ValueError(f"{word}: there is no such key\n{__doc__}")
+    return checked(Settings, fields)
+
+
+def _parsed(word: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YAMLError as error:
+        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers need to know."""
+
+    service: ServiceName
+    arguments: Arguments
+    parameters: Mapping[str, Any]
+    keep: tuple[str, ...]
+    is_batch: bool  # the input is OpenAI's batch file
+
+
+def answer_all(settings: Settings) -> Index:
+    """Do what is left to do. ValueError, OSError: for what is wrong with settings or files."""
+    folder = absolute(settings.output)
+    task, plan = planned(settings)
+    storage.check_writable(folder)
+    if (done := begin(plan, folder)) is not None:
+        logger.info("%s is finished already", folder)
+        return done
+    if task.is_batch:
+        check_custom_ids(plan)
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
+    on_gpu, workers = _workers(settings)
+    logger.info(
+        "%s of %s: %d files of %.1f MB, %d workers on %s",
+        task.service,
+        plan.address,
+        len(plan.sizes),
+        sum(plan.sizes) / 1e6,
+        workers,
+        "GPUs" if on_gpu else "CPUs",
+    )
+    return finish(plan, folder, list(_records(plan, folder, task, settings, on_gpu, workers)))
+
+
+def planned(settings: Settings) -> tuple[Task, Plan]:
+    """What is to be done; checks all that needs no cluster and no weights."""
+    address = absolute(settings.input, samples=True)
+    checkpoint = settings.checkpoint
+    if Path(checkpoint).exists():  # or else it may be a hub id
+        checkpoint = absolute(checkpoint)
+    revision = settings.args.get("revision")
+    with ModelFolder.open(checkpoint, revision=revision) as model:
+        service = settings.service or service_of(GPTJConfig.from_folder(model), checkpoint)
+        digest = digest_of(model)
+    # By the first row that can be read: others are errors of their own.
+    columns = find_columns(
+        address,
+        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH)],
+        settings.columns,
+        delimiter=settings.delimiter,
+        skip_bad=True,
+    )
+    first = _first_row(settings, address, columns)
+    is_batch = set(BATCH) <= set(columns)
+    if is_batch and settings.service is None and first.value("url") == EMBEDDINGS:
+        service = "embeddings"
+    if is_batch and (settings.parameters or settings.keep):
+        raise ValueError(
+            f"parameters and keep are for rows, and {address} is a batch file, whose requests have "
+            f"a body of their own: leave them out"
+        )
+    if taken := FIELDS.intersection(settings.keep):
+        raise ValueError(f"keep={min(taken)}: answers have a field of that name: rename the column")
+    args = {"max_queued": MAX_QUEUED, **settings.args, "checkpoint": checkpoint}
+    try:
+        arguments = ARGUMENTS[service](**args)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(f"args.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        ) from error
+    check(HEADS[service], arguments)
+    if not is_batch:
+        check_parameters(service, columns, settings.parameters)
+    task = Task(service, arguments, settings.parameters, settings.keep, is_batch)
+    plan = Plan.of(
+        address,
+        columns,
+        settings.columns,
+        settings.delimiter,
+        chunk_rows=settings.chunk_rows,
+        settings={
+            "checkpoint": checkpoint,
+            "digest": digest,
+            "service": service,
+            "args": settings.args,
+            "parameters": settings.parameters,
+        },
+        whole=is_batch,
+    )
+    return task, plan
+
+
+def _first_row(settings: Settings, address: str, columns: Sequence[str]) -> Row:
+    """The first that can be read. MissingColumnError for one before it that lacks a column."""
+
+    def on_bad(error: DataError) -> None:
+        if isinstance(error, MissingColumnError):
+            raise error
+
+    return next(
+        read_rows(address, columns, settings.columns, delimiter=settings.delimiter, on_bad=on_bad)
+    )
+
+
+def check_custom_ids(plan: Plan) -> None:
+    """DataError if two requests have one id, by which nobody could tell their answers apart."""
+    seen: set[str] = set()
+    for part in range(len(plan.parts)):
+        for chunk in chunks(plan, part):
+            for entry in chunk.entries:
+                value = None if entry.row is None else entry.row.value("custom_id")
+                if not isinstance(value, str):
+                    continue
+                if value in seen:
+                    assert entry.row is not None
+                    raise entry.row.error("custom_id", f"is there twice: {shown(value)}")
+                seen.add(value)
+
+
+def _workers(settings: Settings) -> tuple[bool, int]:
+    """Whether they are on GPUs, and how many. ValueError if the cluster has no room for them."""
+    cluster = ray.cluster_resources()
+    gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 0)
+    if settings.device == "gpu" and not gpus:
+        raise ValueError("device=gpu, and the cluster has no GPU: leave it out to use CPUs")
+    on_gpu = gpus > 0 and settings.device != "cpu"
+    workers = settings.workers or (gpus if on_gpu else 1)
+    if on_gpu and workers > gpus:
+        raise ValueError(f"workers={workers} need as many GPUs, and the cluster has {gpus}")
+    # Half a CPU more for the task that reads.
+    if workers * settings.cpus + 0.5 > cpus:
+        raise ValueError(
+            f"workers={workers} of cpus={settings.cpus:g} and a reader of 0.5 need "
+            f"{workers * settings.cpus + 0.5:g} CPUs, and the cluster has {cpus:g}: lower them"
+        )
+    return on_gpu, workers
+
+
+def _records(
+    plan: Plan, folder: str, task: Task, settings: Settings, on_gpu: bool, workers: int
+) -> Iterator[Record]:
+    """Records of chunks as they are written, in any order."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # bytes: each chunk by itself, to be shared out
+    shared = ray.put(plan)
+    parts = ray.data.from_items(
+        [{"part": part} for part in range(len(plan.parts))], override_num_blocks=len(plan.parts)
+    )
+    read = parts.map_batches(partial(_read, plan=shared, folder=folder), batch_size=1, num_cpus=0.5)
+    written = read.map_batches(
+        Worker,
+        fn_constructor_args=(task, shared, folder),
+        batch_size=1,
+        num_cpus=settings.cpus,
+        num_gpus=1 if on_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(
+            size=workers, max_concurrent_calls_per_actor=CHUNKS_AT_ONCE
+        ),
+    )
+    started = last = time.monotonic()
+    rows = failed = 0
+    for row in written.iter_rows():
+        record = pickle.loads(row["chunk"])  # by our own tasks
+        if isinstance(record, str):
+            raise DataError(record)
+        rows, failed = rows + record.rows, failed + record.failed
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            logger.info("%d rows, %d errors, %.0f s", rows, failed, last - started)
+        yield record
+
+
+# Errors of data or storage are passed on as messages, in place of a chunk or record: Ray Data would
+# wrap them in a traceback of its own, without the error's type.
+
+
+def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """The chunks of a part, or the records of those that are done, or what is wrong with it."""
+    try:
+        for part in batch["part"]:
+            for chunk in chunks(ray.get(plan), int(part)):
+                yield _pickled([Record.find(folder, chunk) or chunk])
+    except (ValueError, OSError) as error:
+        yield _pickled([str(error)])
+
+
+class Worker:
+    """An actor with the model: chunks in, records of what it has written out."""
+
+    def __init__(self, task: Task, plan: Any, folder: str) -> None:
+        self._answerer: Answerer | str
+        try:
+            service = InProcessService.load(task.service, task.arguments, replica_device())
+            self._answerer = Answerer(service, task, ray.get(plan), folder)
+        except (ValueError, OSError) as error:
+            self._answerer = str(error)
+
+    async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _pickled([await self._done(pickle.loads(each)) for each in batch["chunk"]])
+
+    async def _done(self, given: Chunk | Record | str) -> Record | str:
+        if not isinstance(given, Chunk):
+            return given
+        if isinstance(self._answerer, str):
+            return self._answerer
+        try:
+            return await self._answerer.answer(given)
+        except (ValueError, OSError, RuntimeError) as error:
+            return str(error)
+
+
+class Answerer:
+    """Answers chunks with a service, and writes the answers."""
+
+    def __init__(self, service: InProcessService, task: Task, plan: Plan, folder: str) -> None:
+        self._service = service
+        self._task = task
+        self._plan = plan
+        self._folder = folder
+        # First come, first served: the rows of a chunk before those of the next.
+        self._room = asyncio.Semaphore(AHEAD * service.rows_at_once)
+
+    async def answer(self, chunk: Chunk) -> Record:
+        """Raises DataError or StorageError, and RuntimeError if the model can work no more."""
+        one = self._request if self._task.is_batch else self._row
+        found = await asyncio.gather(
+            *(one(chunk, place, entry) for place, entry in enumerate(chunk.entries))
+        )
+        outputs = [line for is_good, line in found if is_good]
+        errors = [line for is_good, line in found if not is_good]
+        return await asyncio.to_thread(
+            write_chunk, self._plan, self._folder, chunk, outputs, errors
+        )
+
+    async def _row(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
+        """Whether there is an answer, and the line of a row."""
+        if entry.row is None:
+            return False, {**entry.key, "error": {"message": entry.problem}}
+        kept = {name: entry.row.values[name] for name in self._task.keep}
+        line = {**entry.key, **kept}
+        try:
+            route, body = request_of(self._task.service, entry.row, self._task.parameters)
+            reply = await self._reply(route, body)
+            return True, {**line, **fields_of(route, reply)}
+        except DataError as error:
+            return False, {**line, "error": {"message": str(error)}}
+        except APIError as error:
+            return False, {**line, **error.body()}
+
+    async def _request(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
+        """The same of a request of OpenAI's batch file."""
+        number = f"{chunk.name}-{place}".replace("-", "_")
+        line: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": None}
+        if entry.row is None:
+            return False, {**line, "response": None, "error": _no_request(entry.problem)}
+        try:
+            line["custom_id"] = entry.row.text("custom_id")
+            url = entry.row.text("url")
+        except DataError as error:
+            return False, {**line, "response": None, "error": _no_request(str(error))}
+        response = {"status_code": 200, "request_id": f"req_{number}"}
+        try:
+            body = as_json(await self._reply(url, entry.row.value("body")))
+        except APIError as error:
+            response |= {"status_code": error.status, "body": error.body()}
+            return False, {**line, "response": response, "error": None}
+        return True, {**line, "response": {**response, "body": body}, "error": None}
+
+    async def _reply(self, route: str, body: Any) -> Any:
+        """Raises APIError, and RuntimeError if the model can work no more."""
+        async with self._room:
+            while True:
+                try:
+                    return await self._service.answer(route, body)
+                except (QueueFullError, OverloadedError):
+                    await asyncio.sleep(RETRY_SECONDS)
+                except ModelError as error:
+                    if self._service.alive(STALLED_SECONDS):
+                        raise
+                    # Not each further row's fault.
+                    raise RuntimeError(f"the model can work no more: {error}") from error
+
+
+def _no_request(problem: str) -> Mapping[str, str]:
+    return {"code": "invalid_request", "message": problem}
+
+
+def _pickled(values: Sequence[Any]) -> dict[str, Any]:
+    return {"chunk": np.array([pickle.dumps(value) for value in values], dtype=object)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""A data set's rows in, a folder of JSON lines with one answer a row out, in parallel steps.
+
+A plan groups files into parts, each part is read in chunks of rows, and each chunk's answers become
+`output-PPPPP-CCCCC.jsonl`, in the order of its rows; rows without an answer stand in
+`errors-PPPPP-CCCCC.jsonl`, with the reason. A chunk's record is written after both, so that a run
+that was interrupted leaves out what is done. Last come `index.json` and a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gptj import storage
+from gptj.checkpoints.manifest import FileRecord, Manifest
+from gptj.data.rows import DataError, NoRowsError, Row
+from gptj.data.sources import data_files, read_rows
+from gptj.serialization.json_object import parse_object
+from gptj.storage.addresses import SAMPLE
+
+PART_BYTES = 64 * 2**20  # of small files that are read together
+CHUNK_ROWS = 256
+CHUNK_CHARACTERS = 4 * 2**20  # of fewer rows, if they are long
+UNFINISHED = "unfinished"
+PLAN = "plan.json"
+INDEX = "index.json"
+OUTPUT, ERRORS = "output", "errors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the answers depend on."""
+
+    address: str
+    parts: tuple[tuple[str, ...], ...]  # addresses of files
+    sizes: tuple[int, ...]  # of all files in their order, bytes
+    columns: tuple[str, ...]  # ours
+    names: Mapping[str, str]  # our name of a column: the files'
+    delimiter: str | None
+    chunk_rows: int
+    settings: Mapping[str, Any]  # the model and what it is asked, as plain values
+    whole: bool = False  # one file of outputs and one of errors, instead of one for each chunk
+
+    @classmethod
+    def of(
+        cls,
+        address: str,
+        columns: Sequence[str],
+        names: Mapping[str, str],
+        delimiter: str | None,
+        *,
+        chunk_rows: int = CHUNK_ROWS,
+        settings: Mapping[str, Any],
+        whole: bool = False,
+    ) -> Plan:
+        """DataError, StorageError: if the address has nothing that can be read."""
+        files = data_files(address)
+        sizes = tuple(0 if file.startswith(SAMPLE) else storage.size(file) for file in files)
+        parts: list[list[str]] = []
+        room = -1  # of the last part
+        for file, size in zip(files, sizes, strict=True):
+            if size > room:
+                parts.append([])
+                room = PART_BYTES
+            parts[-1].append(file)
+            room -= size
+        return cls(
+            address,
+            tuple(map(tuple, parts)),
+            sizes,
+            tuple(columns),
+            dict(names),
+            delimiter,
+            chunk_rows,
+            settings,
+            whole,
+        )
+
+    @property
+    def folder(self) -> str:
+        """The deepest folder with all files, to name files by; empty for a sample."""
+        files = [file for part in self.parts for file in part]
+        if files[0].startswith(SAMPLE):
+            return ""
+        return posixpath.commonpath([posixpath.dirname(file) for file in files])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a chunk, or what is wrong with it."""
+
+    file: str  # its name below the plan's folder
+    number: int | None  # as Row.number; None: unknown
+    row: Row | None
+    problem: str = ""  # without a row
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"file": self.file, "row": self.number}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a part."""
+
+    part: int
+    number: int  # in the part
+    entries: list[Entry]
+
+    @property
+    def name(self) -> str:
+        return f"{self.part:05}-{self.number:05}"
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for each in self.entries:
+            values = None if each.row is None else each.row.values
+            content = json.dumps([each.file, each.number, values, each.problem], default=str)
+            digest.update(content.encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a chunk has become."""
+
+    name: str
+    rows: int  # of the chunk
+    failed: int  # of them, in the file of errors
+    source: str  # Chunk.digest
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # as FileRecord, by name
+
+    @classmethod
+    def find(cls, folder: str, chunk: Chunk) -> Record | None:
+        """The record of a chunk that is done."""
+        address = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
+        try:
+            record = cls(**parse_object(storage.read_bytes(address), address))
+        except storage.NotFoundError:
+            return None
+        return record if record.source == chunk.digest else None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a finished folder holds, and how it was made."""
+
+    settings: Mapping[str, Any]  # the plan's
+    rows: int
+    failed: int
+
+
+def begin(plan: Plan, folder: str) -> Index | None:
+    """Mark a new folder as this plan's, or return its index if it is finished already.
+
+    Raises:
+        DataError: if the folder belongs to another plan, or has other files.
+    """
+    if Manifest.read(folder) is not None:
+        address = storage.join(folder, INDEX)
+        index = Index(**parse_object(storage.read_bytes(address), address))
+        _check_same(index.settings, plan, folder)
+        storage.delete_folder(storage.join(folder, UNFINISHED))  # left by a kill just after that
+        return index
+    address = storage.join(folder, UNFINISHED, PLAN)
+    if not storage.exists(address):
+        if files := storage.list_files(folder):
+            raise DataError(f"{folder} has other files, such as {files[0].name}: choose a new one")
+        storage.write_bytes(address, plan.to_json().encode())
+    _check_same(parse_object(storage.read_bytes(address), address), plan, folder)
+    return None
+
+
+def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
+    now = json.loads(plan.to_json())
+    if different := [key for key in now if before.get(key) != now[key]]:
+        inner = before.get("settings"), now["settings"]
+        if different == ["settings"] and isinstance(inner[0], dict):
+            names = inner[0].keys() | inner[1].keys()
+            different = sorted(n for n in names if inner[0].get(n) != inner[1].get(n))
+        raise DataError(
+            f"{folder} was begun with other {', '.join(different)}: choose another folder, or "
+            f"delete this one"
+        )
+
+
+def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
+    """A part's rows, good and bad, one chunk in memory at a time. DataError for a bad file."""
+    folder = plan.folder
+    number = size = 0
+    entries: list[Entry] = []
+    for file in plan.parts[part]:
+        for entry in _entries(plan, file, file[len(folder) :].lstrip("/")):
+            entries.append(entry)
+            if entry.row is not None:
+                size += sum(map(_length, entry.row.values.values()))
+            if len(entries) >= plan.chunk_rows or size >= CHUNK_CHARACTERS:
+                yield Chunk(part, number, entries)
+                number, size, entries = number + 1, 0, []
+    if entries:
+        yield Chunk(part, number, entries)
+
+
+def _entries(plan: Plan, file: str, name: str) -> Iterator[Entry]:
+    bad: list[Entry] = []  # since the last good row
+
+    def on_bad(error: DataError) -> None:
+        bad.append(Entry(name, error.number, None, str(error)))
+
+    try:
+        for row in read_rows(
+            file, plan.columns, plan.names, delimiter=plan.delimiter, on_bad=on_bad
+        ):
+            yield from bad
+            bad.clear()
+            yield Entry(name, row.number, row)
+    except NoRowsError:  # an empty file among others, or one of nothing but bad rows
+        pass
+    yield from bad
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
+
+
+def write(
+    plan: Plan,
+    folder: str,
+    chunk: Chunk,
+    outputs: Sequence[Mapping[str, Any]],
+    errors: Sequence[Mapping[str, Any]],
+) -> Record:
+    """Write a chunk's lines, and then its record."""
+    assert len(outputs) + len(errors) == len(chunk.entries)
+    files: dict[str, dict[str, Any]] = {}
+    for kind, lines in ((OUTPUT, outputs), (ERRORS, errors)):
+        name = f"{kind}-{chunk.name}.jsonl"
+        if plan.whole:
+            name = f"{UNFINISHED}/{name}"
+        address = storage.join(folder, name)
+        if not lines:
+            storage.delete(address)  # of a try that was interrupted
+            continue
+        content = "".join(
+            json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines
+        )
+        # Lone surrogates, which a bad row may have, are no UTF-8.
+        encoded = content.encode("utf-8", "backslashreplace")
+        storage.write_bytes(address, encoded)
+        files[name] = asdict(FileRecord(len(encoded), hashlib.sha256(encoded).hexdigest()))
+    record = Record(chunk.name, len(chunk.entries), len(errors), chunk.digest, files)
+    address = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
+    storage.write_bytes(address, json.dumps(asdict(record)).encode())
+    return record
+
+
+def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
+    """Write the index and, last, the manifest. NoRowsError if there was no row."""
+    ordered = sorted(records, key=lambda record: record.name)
+    assert len({record.name for record in ordered}) == len(ordered)
+    index = Index(
+        json.loads(plan.to_json()),
+        sum(record.rows for record in ordered),
+        sum(record.failed for record in ordered),
+    )
+    if not index.rows:
+        raise NoRowsError(f"{plan.address} has no rows")
+    files = {
+        name: FileRecord(**fields) for record in ordered for name, fields in record.files.items()
+    }
+    if plan.whole:
+        files = {
+            f"{kind}.jsonl": _joined(
+                storage.join(folder, f"{kind}.jsonl"),
+                [storage.join(folder, name) for name in files if f"/{kind}-" in name],
+            )
+            for kind in (OUTPUT, ERRORS)
+        }
+    content = (json.dumps(asdict(index), indent=1) + "\n").encode()
+    storage.write_bytes(storage.join(folder, INDEX), content)
+    files[INDEX] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    Manifest(folder, files).write()
+    storage.delete_folder(storage.join(folder, UNFINISHED))
+    return index
+
+
+def _joined(address: str, parts: Sequence[str]) -> FileRecord:
+    """Write the parts' contents to one file."""
+    digest, size = hashlib.sha256(), 0
+    with storage.open_write(address) as file:
+        for part in parts:
+            content = storage.read_bytes(part)
+            file.write(content)
+            digest.update(content)
+            size += len(content)
+    return FileRecord(size, digest.hexdigest())

@@ -1,0 +1,321 @@
+"""jobs/batch_inference.py without its cluster: answers to rows, and to OpenAI's batch files."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+from serving_client import CHATS, COMPLETIONS, EMBEDDINGS, greedy, text_of
+from serving_models import PROMPTS, SENTENCES, TEMPLATE, Models
+
+from deployments.in_process import InProcessService
+from gptj.checkpoints.manifest import verify
+from gptj.data.answers import Index, Record, begin, chunks, finish
+from gptj.data.rows import DataError
+from jobs.batch_inference import Answerer, check_custom_ids, main, planned, read_settings
+
+pytest_plugins = ["serving_fixtures"]
+
+FP32 = "args.dtype=float32"
+
+
+@pytest.fixture(scope="module")
+def addresses(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The models' folders by their heads."""
+    folder = tmp_path_factory.mktemp("batch")
+    for name in ("generation", "classification", "question_answering"):
+        model = models.with_unused_ids() if name == "generation" else getattr(models, name)
+        model.save_pretrained(folder / name, tokenizer=models.tokenizer)
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> str:
+    return str(tmp_path / "output")
+
+
+def run(*words: str, most: int | None = None) -> Index | None:
+    """What the job does, in this process; with `most`, only that many chunks."""
+    task, plan = planned(read_settings(words))
+    folder = words[2]
+    if (done := begin(plan, folder)) is not None:
+        return done
+    if task.is_batch:
+        check_custom_ids(plan)
+    records: list[Record] = []
+
+    async def answer_chunks(answerer: Answerer) -> None:
+        for part in range(len(plan.parts)):
+            for chunk in chunks(plan, part):
+                if most is not None and len(records) == most:
+                    return
+                record = Record.find(folder, chunk)
+                records.append(record or await answerer.answer(chunk))
+
+    service = InProcessService.load(task.service, task.arguments, torch.device("cpu"))
+    with closing(service):
+        asyncio.run(answer_chunks(Answerer(service, task, plan, folder)))
+    return finish(plan, folder, records) if most is None else None
+
+
+def lines(folder: str, kind: str) -> list[dict[str, Any]]:
+    """Of all files of a kind, in the order of their names."""
+    files = sorted(Path(folder).glob(f"{kind}*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def written(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        "".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in rows)
+    )
+    return str(path)
+
+
+def test_prompts_are_completed_as_over_http_and_bad_rows_stand_aside(
+    addresses: Mapping[str, str], models: Models, tmp_path: Path, output: str
+) -> None:
+    rows: list[Any] = [{"text": text, "id": f"n{n}"} for n, text in enumerate(PROMPTS)]
+    rows[2:2] = ["{", {"text": 5, "id": "five"}, {"id": "none"}, {"text": "x" * 5000, "id": "long"}]
+    written(tmp_path / "data/a.jsonl", rows)
+    written(tmp_path / "data/b.jsonl", [{"text": "Paris", "id": 7}])
+    words = ["parameters.temperature=0", "parameters.max_tokens=6", "keep=id", "chunk_rows=4", FP32]
+    index = run(addresses["generation"], str(tmp_path / "data"), output, *words)
+    assert index is not None and (index.rows, index.failed) == (10, 4)
+    verify(output)
+    assert not Path(output, "unfinished").exists()
+    found = lines(output, "output")
+    places = [("a.jsonl", n) for n in (1, 2, 7, 8, 9)] + [("b.jsonl", 1)]
+    assert [(each["file"], each["row"]) for each in found] == places
+    assert [each["id"] for each in found] == ["n0", "n1", "n2", "n3", "n4", 7]
+    for each, prompt in zip(found, [*PROMPTS, "Paris"], strict=True):
+        assert each["completion"] == text_of(models, greedy(models, prompt, max_new_tokens=6))
+    errors = lines(output, "errors")
+    assert [(each["file"], each["row"]) for each in errors] == [
+        ("a.jsonl", n) for n in (3, 4, 5, 6)
+    ]
+    reasons = [each["error"]["message"] for each in errors]
+    for reason, part in zip(
+        reasons, ("JSON", "must be text, got 5", "no column 'text'", "context is 2048"), strict=True
+    ):
+        assert part in reason
+    assert errors[3]["id"] == "long" and errors[3]["error"]["code"] == "context_length_exceeded"
+
+
+def test_every_row_is_answered_once_however_often_a_run_is_interrupted(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    rows = [{"text": SENTENCES[n % 3][: n + 1], "n": n} for n in range(20)]
+    rows[7]["text"] = ""
+    data = written(tmp_path / "rows.jsonl", rows)
+    words = [addresses["classification"], data, output, "keep=[n]", "chunk_rows=3", FP32]
+    for most in (1, 3):
+        assert run(*words, most=most) is None
+        assert not Path(output, "manifest.json").exists()
+    done = {path.name: path.stat().st_mtime_ns for path in Path(output).glob("*.jsonl")}
+    assert done.keys() == {f"output-00000-0000{n}.jsonl" for n in range(3)} | {
+        "errors-00000-00002.jsonl"
+    }
+    # What a killed worker has left without its record.
+    Path(output, "errors-00000-00004.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="was begun with other parameters: choose another folder"):
+        run(*words, "parameters.top_k=1")
+    index = run(*words)
+    assert index is not None and (index.rows, index.failed) == (20, 1)
+    assert {name: Path(output, name).stat().st_mtime_ns for name in done} == done
+    numbers = [each["n"] for each in lines(output, "output")]
+    assert numbers == [n for n in range(20) if n != 7]
+    assert [each["n"] for each in lines(output, "errors")] == [7]
+    assert lines(output, "errors")[0]["error"]["message"] == "inputs is empty"
+    verify(output)
+    assert run(*words) == index  # again: nothing is left to do
+    other = written(tmp_path / "other.jsonl", rows[:3])
+    with pytest.raises(DataError, match="was begun with other address, parts, sizes"):
+        run(words[0], other, *words[2:])
+
+
+def test_pairs_questions_and_vectors(
+    addresses: Mapping[str, str], models: Models, tmp_path: Path, service: str
+) -> None:
+    """The other heads, each as over HTTP."""
+    rows = [{"text": "Paris", "text_pair": "Anna", "question": "Who?", "context": SENTENCES[2]}]
+    data = written(tmp_path / "rows.jsonl", rows)
+    pair = {name: rows[0][name] for name in ("text", "text_pair")}
+    run(addresses["classification"], data, str(tmp_path / "1"), "parameters.top_k=2", FP32)
+    (line,) = lines(str(tmp_path / "1"), "output")
+    body = {"inputs": pair, "parameters": {"top_k": 2}}
+    (expected,) = httpx.post(f"{service}/classification", json=body).json()
+    assert [each["label"] for each in line["labels"]] == [each["label"] for each in expected]
+
+    run(addresses["question_answering"], data, str(tmp_path / "2"), "parameters.top_k=2", FP32)
+    (line,) = lines(str(tmp_path / "2"), "output")
+    inputs = {name: rows[0][name] for name in ("question", "context")}
+    body = {"inputs": inputs, "parameters": {"top_k": 2}}
+    expected = httpx.post(f"{service}/question-answering", json=body).json()
+    assert [each["answer"] for each in line["answers"]] == [each["answer"] for each in expected]
+
+    run(addresses["generation"], data, str(tmp_path / "3"), "service=embeddings", FP32)
+    (line,) = lines(str(tmp_path / "3"), "output")
+    expected = httpx.post(service + EMBEDDINGS, json={"input": "Paris"}).json()["data"][0]
+    assert line["embedding"] == pytest.approx(expected["embedding"], abs=1e-5)
+
+    (tmp_path / "chats.csv").write_text(
+        'messages\n"[{""role"": ""user"", ""content"": ""x""}]"\n[\n'
+    )
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    words = [f"args.chat_template={template}", "parameters.max_tokens=4", "parameters.n=2", FP32]
+    run(addresses["generation"], str(tmp_path / "chats.csv"), str(tmp_path / "4"), *words)
+    (line,) = lines(str(tmp_path / "4"), "output")
+    assert [each["finish_reason"] for each in line["choices"]] == ["length"] * 2
+    (error,) = lines(str(tmp_path / "4"), "errors")
+    assert "is not valid JSON" in error["error"]["message"]
+
+
+def request(custom_id: Any, url: str, **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+HELLO = [{"role": "user", "content": "Who wrote the book?"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 5, "model": "generation"}
+
+
+def test_openais_batch_file_becomes_its_result_file(
+    addresses: Mapping[str, str], models: Models, tmp_path: Path, output: str, service: str
+) -> None:
+    """Each reply and each refusal is what the HTTP service answers to the same body."""
+    requests = [
+        request("a", COMPLETIONS, **GREEDY, prompt="The tower"),
+        request("b", CHATS, **GREEDY, messages=HELLO),
+        request("c", COMPLETIONS, **GREEDY, prompt=["x", "y"], logprobs=2),
+        request("d", COMPLETIONS, **{**GREEDY, "max_tokens": -1}, prompt="x"),
+        request("e", COMPLETIONS, **GREEDY, prompt="x", unknown=1),
+        request("f", COMPLETIONS, **{**GREEDY, "model": "other"}, prompt="x"),
+        request("g", CHATS, **GREEDY, messages=[]),
+        request("h", COMPLETIONS, **GREEDY, prompt="x", response_format={"type": "json_schema"}),
+        {"custom_id": "i", "method": "POST", "url": COMPLETIONS, "body": []},
+        request("j", "/v1/images", prompt="x"),
+        request("k", COMPLETIONS, **GREEDY, prompt="x", stream=True),
+        request(5, COMPLETIONS, **GREEDY, prompt="x"),
+    ]
+    data = written(tmp_path / "batch.jsonl", [*requests, "no JSON"])
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    words = [f"args.chat_template={template}", "chunk_rows=5", FP32]
+    index = run(addresses["generation"], data, output, *words)
+    assert index is not None and (index.rows, index.failed) == (13, 10)
+    verify(output)
+    assert {path.name for path in Path(output).iterdir()} == {
+        "output.jsonl", "errors.jsonl", "index.json", "manifest.json",
+    }  # fmt: skip
+    found, errors = lines(output, "output"), lines(output, "errors")
+    assert [each["custom_id"] for each in found] == ["a", "b", "c"]
+    assert [each["custom_id"] for each in errors] == [*"defghijk", None, None]
+    assert len({each["id"] for each in found + errors}) == 13
+    for each in found:
+        assert each.keys() == {"id", "custom_id", "response", "error"}
+        assert each["error"] is None and each["response"]["status_code"] == 200
+    for kind, each in zip((Completion, ChatCompletion, Completion), found, strict=True):
+        kind.model_validate(each["response"]["body"])
+    by_id = {each["custom_id"]: each for each in found + errors}
+    for asked in requests[:9]:
+        reply = httpx.post(service + asked["url"], json=asked["body"], timeout=60)
+        response = by_id[asked["custom_id"]]["response"]
+        assert response["status_code"] == reply.status_code, asked
+        if reply.status_code == 200:
+            theirs = reply.json()["choices"]
+            assert len(response["body"]["choices"]) == len(theirs)
+            for one, other in zip(response["body"]["choices"], theirs, strict=True):
+                for name in ("text", "message", "finish_reason"):
+                    assert one.get(name) == other.get(name)
+        else:
+            theirs = reply.json()
+            if asked["custom_id"] == "i":  # where a header may be the reason
+                theirs["error"]["message"] = "the body must be a JSON object"
+            assert response["body"] == theirs
+    assert by_id["j"]["response"]["status_code"] == 404
+    assert "stream=true" in by_id["k"]["response"]["body"]["error"]["message"]
+    assert "must be text, got 5" in errors[-2]["error"]["message"]
+    assert errors[-1]["response"] is None and "row 13" in errors[-1]["error"]["message"]
+
+    data = written(tmp_path / "twice.jsonl", [requests[0], requests[1], requests[0]])
+    with pytest.raises(DataError, match="row 3, column 'custom_id': is there twice: 'a'"):
+        run(addresses["generation"], data, str(tmp_path / "twice"), *words)
+
+
+def test_a_batch_file_of_embeddings_needs_no_other_setting(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, service: str
+) -> None:
+    data = written(
+        tmp_path / "batch.jsonl",
+        [
+            request("a", EMBEDDINGS, input=["Paris", "x"], encoding_format="base64"),
+            request("b", COMPLETIONS, prompt="x"),
+        ],
+    )
+    run(addresses["generation"], data, output, FP32, "args.model_name=embedder")
+    (line,) = lines(output, "output")
+    reply = line["response"]["body"]
+    theirs = httpx.post(service + EMBEDDINGS, json={"input": ["Paris", "x"]}).json()
+    assert reply.keys() == theirs.keys() and reply["usage"] == theirs["usage"]
+    for each, other in zip(reply["data"], theirs["data"], strict=True):
+        vector = struct.unpack("<32f", base64.b64decode(each["embedding"]))
+        assert vector == pytest.approx(other["embedding"], abs=1e-5)
+    (error,) = lines(output, "errors")
+    assert error["response"]["body"]["error"]["message"] == (
+        "there is no POST '/v1/completions' here: this model answers /v1/embeddings"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["parameters.max_token=3"], "parameters: max_token: unknown field"),
+        (["parameters.n=0"], "parameters: n must be 1 or more, got 0"),
+        (["parameters.prompt=x"], "parameters.prompt: that is what the rows have"),
+        (["parameters.stream=true"], "stream=true needs a connection"),
+        (["args.max_seqs=3"], "args.max_seqs: Extra inputs"),
+        (["args.dtype=int4"], "args.dtype: Input should be"),
+        (["keep=[completion]"], "no column 'completion'"),
+        (["keep=[none]"], "no column 'none'"),
+        (["columns.text=body"], r"no column 'body' \(for text\)"),
+        (["chunk_rows=0"], "chunk_rows=0"),
+        (["what=1"], "what=1: there is no such key"),
+        (["service=chat"], "service='chat'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    addresses: Mapping[str, str], tmp_path: Path, output: str, words: list[str], reason: str
+) -> None:
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    with pytest.raises(ValueError, match=reason):
+        planned(read_settings([addresses["generation"], data, output, *words]))
+
+
+def test_the_job_explains_itself_and_says_what_is_wrong(
+    addresses: Mapping[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0 and "jobs/batch_inference.py CHECKPOINT" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: the command line is"):
+        main([addresses["generation"], "keep=[id]"])
+    with pytest.raises(SystemExit, match="error: no file, folder or match at"):
+        main([addresses["generation"], str(tmp_path / "none.jsonl"), str(tmp_path / "output")])
+
+
+def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", [{"question": "x", "context": "y"}])
+    with pytest.raises(ValueError, match=r"no column 'text'.* or .*messages"):
+        planned(read_settings([addresses["generation"], data, str(tmp_path / "output")]))
