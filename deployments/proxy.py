@@ -13,10 +13,12 @@ import uvicorn.protocols.http.auto as http
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
+from deployments.logs import follow_serve
 from gptj.serving.entry.admission import Admission
 from gptj.serving.entry.connections import LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.request_ids import RequestIds
+from gptj.serving.entry.tracing import Tracing
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import BodyLimit
 
@@ -27,11 +29,13 @@ def middlewares() -> list[Middleware]:
     # never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
     http.AutoHTTPProtocol = LimitedProtocol
+    follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
         Middleware(Admission),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit),
         Middleware(Edge),
+        Middleware(Tracing),
         Middleware(RequestIds),
     ]
 
