@@ -19,6 +19,7 @@ from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
 from deployments.loading import BatchArguments as Arguments
 from deployments.loading import load, loading_turn
+from deployments.logs import follow_serve
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForSequenceClassification
@@ -29,6 +30,7 @@ from gptj.serving.classification import ClassificationService, classification_ap
 @serve.ingress()
 class Classification:
     def __init__(self, arguments: Arguments) -> None:
+        follow_serve()
         with loading_turn(arguments):
             model, tokenizer = load(GPTJForSequenceClassification, arguments, replica_device())
         self._service = ClassificationService(

@@ -30,6 +30,7 @@ from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
 from deployments.loading import Arguments as LoadingArguments
 from deployments.loading import load, loading_turn, name_of
+from deployments.logs import follow_serve
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForCausalLM, GPTJTokenizer
@@ -119,6 +120,7 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
 @serve.ingress()
 class Generation:
     def __init__(self, arguments: Arguments) -> None:
+        follow_serve()
         with loading_turn(arguments):
             model, tokenizer = load(GPTJForCausalLM, arguments, replica_device())
             runner, limits = new_engine_runner(model, arguments)

@@ -13,11 +13,13 @@ import uvicorn.protocols.http.auto as http
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
+from deployments.logs import follow_serve
 from gptj.serving.entry.admission import Admission
 from gptj.serving.entry.connections import LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.refusals import ReadableRefusals
 from gptj.serving.entry.request_ids import RequestIds
+from gptj.serving.entry.tracing import Tracing
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
 
@@ -28,11 +30,13 @@ def middlewares() -> list[Middleware]:
     # never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
     http.AutoHTTPProtocol = LimitedProtocol
+    follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
         Middleware(Admission),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
+        Middleware(Tracing),
         Middleware(RequestIds),
         Middleware(ReadableRefusals),
     ]

@@ -20,6 +20,7 @@ from ray.serve import Application, Deployment
 from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
 from deployments.loading import BatchArguments, load_from, loading_turn, open_checkpoint
+from deployments.logs import follow_serve
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForQuestionAnswering
@@ -42,6 +43,7 @@ class Arguments(BatchArguments):
 @serve.ingress()
 class QuestionAnswering:
     def __init__(self, arguments: Arguments) -> None:
+        follow_serve()
         with loading_turn(arguments), open_checkpoint(arguments) as folder:
             model, tokenizer = load_from(
                 folder, GPTJForQuestionAnswering, arguments, replica_device()

@@ -14,8 +14,11 @@ from typing import Any
 # Package -> extra, as in pyproject.toml's optional-dependencies. The library itself requires all
 # packages not listed here.
 EXTRA_OF = {
-    **dict.fromkeys(("ray", "fastapi", "starlette", "uvicorn", "requests"), "serve"),
+    **dict.fromkeys(
+        ("ray", "fastapi", "starlette", "uvicorn", "requests", "opentelemetry"), "serve"
+    ),
     **dict.fromkeys(("fastapi_offline", "llguidance"), "serve"),
+    "opentelemetry-exporter-otlp-proto-http": "tracing",
     **dict.fromkeys(("typer", "psutil", "rich", "prometheus_client"), "cli"),
     **dict.fromkeys(("deepspeed", "ninja", "tensorboard", "matplotlib"), "train"),
     **dict.fromkeys(("h5py", "msgpack", "zstandard"), "interop"),

@@ -145,6 +145,7 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
     return {
         "proxy_location": template["proxy_location"],
         "http_options": {**template["http_options"], "host": options.host, "port": options.port},
+        "logging_config": template["logging_config"],
         "applications": applications,
     }
 

@@ -38,6 +38,7 @@ class LocalRay:
     dashboard_port: int  # where jobs are submitted
     metrics_port: int  # scraped by Prometheus
     process_id: int
+    logs: Path  # Ray's and Serve's; gone with the node
     token: str = field(repr=False)  # required by every call to the cluster
 
     @property
@@ -95,7 +96,8 @@ class LocalRay:
             # The raylet may take half a minute to leave a cluster of one node, and there is nobody
             # whom it could tell.
             with running(command, environment=variables, log=log, grace_seconds=2) as process:
-                node = cls(head, dashboard, metrics, process.pid, token)
+                logs = Path(sessions) / "session_latest" / "logs"
+                node = cls(head, dashboard, metrics, process.pid, logs, token)
                 deadline = time.monotonic() + START_SECONDS
                 while not node._answers():
                     if process.poll() is not None or time.monotonic() > deadline:

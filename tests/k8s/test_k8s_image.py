@@ -59,10 +59,10 @@ def test_the_image_installs_the_library_and_its_extras() -> None:
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
         exec(line, {})
     extras = PROJECT["optional-dependencies"]
-    assert extras["all"] == ["gptj-platform[serve,train,interop,cli]"]
+    assert extras["all"] == ["gptj-platform[serve,tracing,train,interop,cli]"]
     assert set(printed.getvalue().split("\n")[:-1]) == {
         *PROJECT["dependencies"],
-        *(each for name in ("serve", "train", "interop") for each in extras[name]),
+        *(each for name in ("serve", "tracing", "train", "interop") for each in extras[name]),
     }
 
 

@@ -4,3 +4,4 @@ from gptj.extras import require
 
 require("pydantic", "gptj.serving")
 require("fastapi", "gptj.serving")
+require("opentelemetry.trace", "gptj.serving")

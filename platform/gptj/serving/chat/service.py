@@ -46,6 +46,8 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         template: the chats'; None: every request is refused, with the remedy.
     """
 
+    _operation = "chat"
+
     def __init__(
         self,
         engine: Engine,

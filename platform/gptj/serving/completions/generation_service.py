@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
@@ -17,6 +17,7 @@ from starlette.types import Send
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound
+from gptj.serving.access_log import current_entry
 from gptj.serving.completions.generation_request import (
     GenerationRequest,
     Prompt,
@@ -39,6 +40,7 @@ from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
 from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
+from gptj.serving.tracing import RequestTrace
 from gptj.tokenizer import GPTJTokenizer
 
 Request = TypeVar("Request", bound=GenerationRequest)
@@ -55,6 +57,8 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         recorder: receives latencies.
         grammars: for structured output.
     """
+
+    _operation: ClassVar[str]  # what traces call it
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         start = time.perf_counter()
         prompts = await self._resolve(request)
         if request.use_beam_search:
-            return await self._complete_by_beams(request, prompts)
+            return await self._complete_by_beams(request, prompts, start)
         run = self._run(request, prompts, start)
         pieces = [Piece() for _ in run.outputs]
         async for index, piece in run.pieces():
@@ -153,7 +157,14 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             self._events(),
             self._recorder,
             start,
+            self._trace(request, prompts, start),
         )
+
+    def _trace(
+        self, request: Request, prompts: Sequence[ResolvedPrompt], start: float
+    ) -> RequestTrace:
+        params = prompts[0].params[0]
+        return RequestTrace(self._operation, self._model_name, params, request.n, start)
 
     def _events(self) -> EventStream:
         """For a request of the running event loop."""
@@ -188,8 +199,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
     async def _complete_by_beams(
-        self, request: Request, prompts: Sequence[ResolvedPrompt]
+        self, request: Request, prompts: Sequence[ResolvedPrompt], start: float
     ) -> Reply:
+        trace = self._trace(request, prompts, start)
         searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
         try:
             found = await asyncio.gather(*searches)
@@ -206,6 +218,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 piece = self._beam(request, prompt, ids)
                 choices.append(self._choice(request, output, piece, output.index))
         usage = usage_of(prompts, new_tokens)
+        trace.end(usage, [choice.finish_reason for choice in choices])
+        entry = current_entry()
+        entry.prompt_tokens, entry.completion_tokens = usage.prompt_tokens, new_tokens
         if (account := current_account()) is not None:
             account.tokens = usage.total_tokens
         return self._reply(choices, usage, prompts if request.return_token_ids else [])

@@ -12,6 +12,7 @@ from gptj.engine.constraints.grammar import GrammarError
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Ticket
+from gptj.serving.access_log import Entry, current_entry
 from gptj.serving.completions.detokenizer import TextStream
 from gptj.serving.completions.generation_request import GenerationRequest, Usage
 from gptj.serving.completions.prompts import ResolvedPrompt
@@ -19,6 +20,7 @@ from gptj.serving.errors import APIError, InvalidRequestError, ModelError, Unava
 from gptj.serving.keys.account import current_account
 from gptj.serving.metrics import Recorder
 from gptj.serving.middleware.observing import request_seed
+from gptj.serving.tracing import RequestTrace
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError
 
@@ -58,6 +60,7 @@ class Output:
         self.scored_by = scored_by or self  # the output that gets the prompt logprobs
         self.prompt_logprobs: PromptLogprobs | None = None
         self.ended = False
+        self.reason: Reason | None = None  # once it has ended
         self.new_tokens = 0
         self._waiting: list[tuple[TokenEvent, int]] = []  # until their text is certain
         self._logprob = 0.0
@@ -91,6 +94,7 @@ class Output:
             raise failure(event)
         if self.text.stopped:
             piece.reason = "stop"
+        self.reason = piece.reason
         self.ended = piece.reason is not None
         everything = self.ended and not self.text.stopped
         while self._waiting and (everything or self._waiting[0][1] < self.text.sent):
@@ -108,6 +112,7 @@ class CompletionRun:
 
     Args:
         start: when the request arrived, by time.perf_counter.
+        trace: of the request.
     """
 
     def __init__(
@@ -119,14 +124,17 @@ class CompletionRun:
         events: EventStream,
         recorder: Recorder,
         start: float,
+        trace: RequestTrace,
     ) -> None:
         self._engine = engine
+        self._trace = trace
         self._events = events
         self._request = request
         self._prompts = prompts
         self._seed = request_seed()
         # Now, since any task may close the run, even another request's that collects garbage.
         self._account = current_account()
+        self._entry = current_entry()
         self.outputs: list[Output] = []
         for prompt in prompts:
             first = None
@@ -135,7 +143,9 @@ class CompletionRun:
                 output = Output(len(self.outputs), prompt, first, text)
                 first = first or output
                 self.outputs.append(output)
-        self._clocks = [OutputClock(recorder, start) for _ in self.outputs]
+        self._clocks = [
+            OutputClock(recorder, start, self._entry, trace, each.index) for each in self.outputs
+        ]
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """(index of the output, its next piece), until all outputs have ended.
@@ -159,8 +169,12 @@ class CompletionRun:
                     yield index, pieces.pop(index)
         finally:
             events.cancel()
+            usage = self.usage()
+            self._trace.end(usage, [output.reason or "error" for output in self.outputs])
+            self._entry.prompt_tokens = usage.prompt_tokens
+            self._entry.completion_tokens = usage.completion_tokens
             if self._account is not None:
-                self._account.tokens = self.usage().total_tokens
+                self._account.tokens = usage.total_tokens
 
     def _take(self, index: int, event: Event) -> Piece:
         output, ticket = self.outputs[index], self._events.tickets[index]
@@ -199,10 +213,18 @@ class OutputClock:
 
     Args:
         start: when its request arrived, by time.perf_counter.
+        entry: of its request in the log.
+        trace: of its request.
+        index: the output's.
     """
 
-    def __init__(self, recorder: Recorder, start: float) -> None:
+    def __init__(
+        self, recorder: Recorder, start: float, entry: Entry, trace: RequestTrace, index: int
+    ) -> None:
         self._recorder = recorder
+        self._entry = entry
+        self._trace = trace
+        self._index = index
         self._start = start
         self._first: float | None = None  # when the first token arrived
 
@@ -212,10 +234,21 @@ class OutputClock:
         if self._first is None and new_tokens:
             self._first = now
             self._recorder.first_token(now - self._start)
+            self._entry.first(now - self._start)
         if ended and self._first is not None and new_tokens > 1:
             self._recorder.token_gap((now - self._first) / (new_tokens - 1))
         if ended and ticket.queued_seconds is not None:
             self._recorder.queued(ticket.queued_seconds)
+            self._entry.queued(ticket.queued_seconds)
+            first = now if self._first is None else self._first
+            self._trace.output(
+                self._index,
+                start=self._start,
+                queued=ticket.queued_seconds,
+                first=first,
+                end=now,
+                tokens=new_tokens,
+            )
 
 
 class EventRouter:

@@ -26,6 +26,8 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
 class CompletionService(GenerationService[CompletionRequest, Completion, Completion]):
     """See GenerationService."""
 
+    _operation = "text_completion"
+
     def _prompts(self, request: CompletionRequest) -> Sequence[Prompt] | None:
         return request.prompt
 

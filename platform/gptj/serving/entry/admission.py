@@ -6,6 +6,7 @@ that retry at once would leave the proxy no time for answers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptj.serving.access_log import current_entry
 from gptj.serving.errors import SCOPE, OverloadedError, error_response
 from gptj.serving.middleware.limits import is_health
 
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 1.0  # between lines of the log that count refusals
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
 FIRST_BOUND = 512  # of a route, until more is known
 GROWTH = 0.5  # of a route's bound, per answer while the bound is reached
@@ -64,6 +69,8 @@ class Admission:
         self._clock = clock
         self._in_flight: Counter[str] = Counter()  # by path; only what is in flight
         self._bounds: dict[str, Bound] = {}  # by path, of routes that exist
+        self._refused = 0  # since the log's last line about it
+        self._logged_at = float("-inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_health(scope):
@@ -75,6 +82,7 @@ class Admission:
         bound = self._bounds.get(path) or Bound(self._first_bound)
         in_flight = self._in_flight[path]
         if in_flight >= bound.value or self._in_flight.total() >= self._max_in_flight:
+            self._log_refusal()
             await error_response(FULL)(scope, receive, send)
             return
         status, refused = 0, False
@@ -100,3 +108,11 @@ class Admission:
                 self._bounds.setdefault(path, bound).note_answer(left)
             if not left:
                 del self._in_flight[path]
+
+    def _log_refusal(self) -> None:
+        """Lines of their own would be too many, when there are many."""
+        current_entry().logged = True
+        self._refused += 1
+        if (now := self._clock()) - self._logged_at >= LOG_SECONDS:
+            logger.warning("the service is full: %d requests refused", self._refused)
+            self._refused, self._logged_at = 0, now

@@ -15,6 +15,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptj.serving.access_log import current_entry
 from gptj.serving.entry.event_stream import DivergedError, EventStream, error_events
 from gptj.serving.errors import (
     APIError,
@@ -28,6 +29,7 @@ from gptj.serving.errors import (
 from gptj.serving.middleware.edge import TIMEOUT
 from gptj.serving.middleware.observing import HEADER as REQUEST_ID
 from gptj.serving.middleware.observing import SEED
+from gptj.serving.tracing import note
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +114,19 @@ class Exchange:
                 return
             if number < MAX_TRIES:
                 reason = "refused it" if reply.complete else "died"
-                logger.warning("request %s is tried again: its replica %s", self.id, reason)
+                logger.warning(
+                    "request %s is tried again: its replica %s",
+                    self.id,
+                    reason,
+                    extra={"request_id": self.id},
+                )
+                note("retry", reason=reason, tries=number)
                 await asyncio.sleep(pause)
                 pause *= 2
         await self._fail()
 
     async def _fail(self) -> None:
+        current_entry().logged = False
         if self._expired():
             error: APIError = self.timeout()
         elif self.stream is not None:
@@ -144,6 +153,7 @@ class Exchange:
 
     async def start_stream(self, start: Message) -> EventStream:
         """The client's stream: begun, or continued."""
+        current_entry().logged = True
         if self.stream is None:
             self.stream = EventStream()
             await self._send(start)
@@ -268,6 +278,7 @@ class Reply:
         if self._from_serve():
             await self._exchange.send_error(self.error())
             return
+        current_entry().logged = True
         await self._exchange.send(self._start)
         await self._exchange.send({"type": "http.response.body", "body": b"".join(self._parts)})
 

@@ -1,12 +1,14 @@
-"""Gives each request an id, and returns it in every reply."""
+"""Gives each request an id, returns it in every reply, and logs what the proxy itself answers."""
 
 from __future__ import annotations
 
+import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj.serving.middleware.observing import HEADER
+from gptj.serving import access_log
+from gptj.serving.middleware.observing import CLIENT_GONE, HEADER
 
 
 class RequestIds:
@@ -25,11 +27,21 @@ class RequestIds:
         if given is None:
             scope = {**scope, "headers": [*headers, (HEADER, request_id)]}
 
+        start, status = time.perf_counter(), CLIENT_GONE
+
         async def identified(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
             if message["type"] == "http.response.start" and request_id.isascii():
                 own = list(message.get("headers", []))
                 if not any(name.lower() == HEADER for name, _ in own):
                     message = {**message, "headers": [*own, (HEADER, request_id)]}
             await send(message)
 
-        await self._app(scope, receive, identified)
+        with access_log.request_entry() as entry:
+            await self._app(scope, receive, identified)
+            if not entry.logged:
+                seconds, path = time.perf_counter() - start, scope["path"][:200]
+                id_ = request_id[:128].decode("latin-1")
+                access_log.write(entry, scope["method"], path, status, seconds, id_)

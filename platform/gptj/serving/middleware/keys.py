@@ -6,6 +6,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptj.serving.access_log import current_entry
 from gptj.serving.errors import (
     SCOPE,
     APIError,
@@ -57,6 +58,7 @@ class KeyCheck:
         except APIError as error:
             await error_response(error)(scope, receive, send)
             return
+        current_entry().key = key.name
         if scope["method"] == "POST":
             await self._counted(key, scope, receive, send)
         else:

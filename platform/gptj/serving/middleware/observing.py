@@ -1,4 +1,4 @@
-"""Request ids, and metrics of each request's route, status and latency."""
+"""Request ids; metrics and the log's line of each request's route, status and latency."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptj.serving import access_log
 from gptj.serving.metrics import Recorder
+from gptj.serving.middleware.paths import route_path
+from gptj.serving.tracing import continued
 
 HEADER = b"x-request-id"
 SEED = b"x-gptj-seed"  # the same for all tries of a request: see gptj.serving.entry.failover
@@ -64,14 +67,20 @@ class Observing:
 
         token = _request_id.set(own.decode() if SANE.fullmatch(own) else None)
         seed_token = _seed.set(int(seed[:20]) if seed.isdigit() else None)
-        try:
-            await self._app(scope, receive, observe)
-        finally:
-            _request_id.reset(token)
-            _seed.reset(seed_token)
-            seconds = time.perf_counter() - start
-            route = _route(scope)
-            self._recorder.request(route, status if complete else CLIENT_GONE, seconds)
+        with access_log.request_entry() as entry:
+            try:
+                with continued(scope):
+                    await self._app(scope, receive, observe)
+            finally:
+                _request_id.reset(token)
+                _seed.reset(seed_token)
+                seconds = time.perf_counter() - start
+                route = _route(scope)
+                answer = status if complete else CLIENT_GONE
+                self._recorder.request(route, answer, seconds)
+                if answer != 200 or route_path(scope) != "/health":  # of which probes ask all day
+                    id_ = own[:128].decode("latin-1")
+                    access_log.write(entry, scope["method"], route, answer, seconds, id_)
 
 
 def _route(scope: Scope) -> str:

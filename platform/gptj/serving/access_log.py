@@ -1,0 +1,79 @@
+"""One line of the log for each request: what became of it, without key or text.
+
+A record has the line's parts as attributes too, which loggers that write JSON print as fields.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_entry: ContextVar[Entry | None] = ContextVar("entry", default=None)
+
+
+@dataclass
+class Entry:
+    """What is known of a request beside its route and status; None where it does not apply."""
+
+    key: str | None = None  # its name in GPTJ_KEYS_FILE
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    queue_seconds: float | None = None  # until the first step that worked on it
+    first_token_seconds: float | None = None  # until the first output's first token
+    logged: bool = field(default=False, init=False)  # elsewhere: by a replica, or with others
+
+    def first(self, seconds: float) -> None:
+        """An output's first token arrived."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = seconds
+
+    def queued(self, seconds: float) -> None:
+        """An output waited so long."""
+        if self.queue_seconds is None or seconds < self.queue_seconds:
+            self.queue_seconds = seconds
+
+
+@contextmanager
+def request_entry() -> Iterator[Entry]:
+    """The present request's entry in the block, and in tasks that are started there."""
+    entry = Entry()
+    token = _entry.set(entry)
+    try:
+        yield entry
+    finally:
+        _entry.reset(token)
+
+
+def current_entry() -> Entry:
+    """The present request's; one that nobody reads outside of any."""
+    return _entry.get() or Entry()
+
+
+def write(entry: Entry, method: str, route: str, status: int, seconds: float, id_: str) -> None:
+    """Write a request's line."""
+    words = [f"{method} {route} {status} {1000 * seconds:.1f}ms"]
+    if entry.prompt_tokens is not None:
+        words.append(f"{entry.prompt_tokens} + {entry.completion_tokens} tokens")
+    if entry.queue_seconds is not None:
+        words.append(f"queued {1000 * entry.queue_seconds:.1f}ms")
+    if entry.first_token_seconds is not None:
+        words.append(f"first token {1000 * entry.first_token_seconds:.1f}ms")
+    if entry.key is not None:
+        words.append(f"key {entry.key}")
+    fields: dict[str, Any] = {
+        "request_id": id_,
+        "method": method,
+        "route": route,
+        "status": status,
+        "seconds": round(seconds, 6),
+    }
+    for name, value in vars(entry).items():
+        if value is not None and name != "logged":
+            fields[name] = round(value, 6) if isinstance(value, float) else value
+    logger.info(", ".join(words), extra=fields)

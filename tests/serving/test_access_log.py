@@ -1,0 +1,147 @@
+"""The log's line of each request: what it says, and what it never says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from ray._common.formatters import JSONFormatter
+from serving_client import CLASSIFICATION, COMPLETIONS
+from serving_models import KEY
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from deployments.logs import ToServe, follow_serve
+from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.failover import Failover
+from gptj.serving.entry.request_ids import RequestIds
+
+pytest_plugins = ["serving_fixtures"]
+CANARY = "quixotic canary"
+LOGGER = "gptj.serving.access_log"
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, LOGGER):
+        yield caplog
+
+
+def of(log: pytest.LogCaptureFixture, id_: str) -> dict[str, Any]:
+    """The only line of a request, as the JSON formatter of Serve's log prints it."""
+    deadline = time.monotonic() + 10
+    while not named(log, id_) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the line follows the reply's end
+    (record,) = named(log, id_)
+    fields: dict[str, Any] = json.loads(JSONFormatter().format(record))
+    return fields
+
+
+def named(log: pytest.LogCaptureFixture, id_: str) -> list[logging.LogRecord]:
+    return [each for each in log.records if getattr(each, "request_id", None) == id_]
+
+
+def ask(url: str, id_: str, body: dict[str, Any], key: str = KEY) -> httpx.Response:
+    headers = {"X-Request-Id": id_, "Authorization": f"Bearer {key}"}
+    return httpx.post(url, json=body, headers=headers, timeout=60)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completions_line_has_its_tokens_times_and_keys_name(
+    service: str, log: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    body = {"prompt": CANARY, "max_tokens": 5, "ignore_eos": True, "stream": stream}
+    url = f"{service}/guarded{COMPLETIONS}"
+    assert ask(url, f"one-{stream}", body).status_code == 200
+    fields = of(log, f"one-{stream}")
+    assert (fields["method"], fields["status"]) == ("POST", 200)
+    assert fields["route"].endswith(COMPLETIONS)
+    assert fields["completion_tokens"] == 5 and fields["prompt_tokens"] > 0
+    assert 0 <= fields["queue_seconds"] <= fields["first_token_seconds"] <= fields["seconds"]
+    assert fields["key"] == "key-2"
+    assert "key key-2" in fields["message"] and "5 tokens" in fields["message"]
+
+
+def test_refusals_and_other_services_have_their_line_too(
+    service: str, log: pytest.LogCaptureFixture
+) -> None:
+    url = f"{service}/guarded{COMPLETIONS}"
+    ask(url, "wrong-key", {"prompt": CANARY}, key="wrong-" + CANARY.replace(" ", "-"))
+    ask(url, "wrong-shape", {"promt": CANARY})
+    ask(service + CLASSIFICATION, "labels", {"inputs": CANARY})
+    httpx.get(f"{service}/health", headers={"X-Request-Id": "probe"})
+    assert of(log, "wrong-key")["status"] == 401 and "key" not in of(log, "wrong-key")
+    assert of(log, "wrong-shape")["status"] == 422 and of(log, "wrong-shape")["key"] == "key-2"
+    assert of(log, "labels")["status"] == 200
+    assert not named(log, "probe")
+    everything = "".join(JSONFormatter().format(each) for each in log.records)
+    assert "canary" not in everything and KEY not in everything
+
+
+def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    now = 0.0
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/gone":
+            return  # as if the replica had died
+        status = 404 if scope["path"] == "/nothing" else 200
+        media = "text/plain" if status == 404 else "application/json"
+        await PlainTextResponse("{}", status, media_type=media)(scope, receive, send)
+
+    async def run() -> None:
+        nonlocal now
+        admission = Admission(Failover(replica), clock=lambda: now)
+        app = RequestIds(admission)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+            for path in ("fine", "nothing"):
+                await client.get(f"http://x/{path}", headers={"X-Request-Id": path})
+            admission._max_in_flight = 0
+            for second in (1.0, 1.1, 1.2, 2.5):
+                now = second
+                assert (await client.get("http://x/full")).status_code == 429
+
+    asyncio.run(run())
+    assert of(log, "nothing")["status"] == 404  # Serve's own; a replica logs its answers itself
+    assert not named(log, "fine")
+    refused = [each.getMessage() for each in log.records if "refused" in each.getMessage()]
+    assert refused == [
+        "the service is full: 1 requests refused",
+        "the service is full: 3 requests refused",
+    ]
+
+
+def test_our_loggers_write_to_whatever_handlers_serve_has() -> None:
+    serve, ours = logging.getLogger("ray.serve"), logging.getLogger("gptj")
+    before = ours.handlers, ours.propagate, ours.level, serve.handlers, serve.level
+    seen: list[str] = []
+
+    class Seen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(f"{record.levelname} {record.getMessage()}")
+
+    try:
+        follow_serve()
+        follow_serve()
+        serve.handlers = [Seen()]
+        serve.setLevel(logging.INFO)
+        logging.getLogger("gptj.engine.x").info("one")
+        serve.setLevel(logging.WARNING)
+        logging.getLogger("gptj.engine.x").info("two")
+        logging.getLogger("deployments.x").warning("three")
+        assert seen == ["INFO one", "WARNING three"]
+        assert [type(each) for each in ours.handlers] == [ToServe]
+    finally:
+        ours.handlers, ours.propagate, level, serve.handlers, serve_level = before
+        ours.setLevel(level)
+        serve.setLevel(serve_level)
+        other = logging.getLogger("deployments")
+        other.handlers, other.propagate = [], True
+        other.setLevel(logging.NOTSET)
