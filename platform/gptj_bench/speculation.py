@@ -23,6 +23,7 @@ from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.backends import best_runner
 from gptj.engine.engine import Engine
 from gptj.engine.speculation import Speculation
+from gptj.model import GPTJBlock
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import generate, random_model
 
@@ -189,6 +190,7 @@ def widened(model: GPTJForCausalLM, width: int, layers: int, vocabulary: int) ->
     )
     wide = GPTJForCausalLM(config).eval()
     for block in wide.transformer.h:
+        assert isinstance(block, GPTJBlock)
         for last in (block.attn.out_proj, block.mlp.fc_out):
             for parameter in last.parameters():
                 parameter.zero_()

@@ -52,6 +52,7 @@ def test_drafts_continue_the_latest_of_the_longest_occurrences(least: int, most:
         while len(sequence) < 40:
             sequence += rng.choices(range(4), k=rng.randrange(1, 6))
             start = occurrence(sequence, least, most)
+            assert index.extend(sequence) == (start > 0)
             expected = list(sequence)
             for place in range(7 if start else 0):
                 expected.append(expected[start + place])

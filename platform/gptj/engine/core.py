@@ -171,11 +171,8 @@ class EngineCore:
             count = 0
             stopped: Finished | None = None
             for place in range(start, start + sampled.counts[row]):
-                token, logprob, top = (
-                    sampled.tokens[place],
-                    sampled.logprobs[place],
-                    sampled.top[place],
-                )
+                token = sampled.tokens[place]
+                logprob, top = sampled.logprobs[place], sampled.top[place]
                 count += 1
                 if token in request.stop_ids:
                     stopped = Finished("stop", token, logprob, top)

@@ -148,6 +148,8 @@ class Drafter:
         if self._pause:
             self._pause -= 1
             return []
+        if not self._index.extend(tokens):
+            return []
         # At least one, to notice when drafts succeed again.
         length = max(1, int(math.log(worth) / math.log(self._rate)))
         return self._index.continuation(
@@ -182,24 +184,38 @@ class NgramIndex:
         self._before: list[int] = [0] * least
         self._latest: dict[tuple[int, ...], int] = {}
 
+    def extend(self, tokens: Sequence[int]) -> bool:
+        """Index what is new at the end of `tokens`; returns whether its end has occurred before.
+
+        Nearly every step of every request comes here: the usual single token takes a microsecond.
+        """
+        end = len(tokens)
+        if len(self._before) < end:
+            self._extend(tokens, end - 1)
+        if len(self._before) == end:
+            ngram = tuple(tokens[-self._least :])
+            self._before.append(self._latest.get(ngram, 0))
+            self._latest[ngram] = end
+        return self._before[end] > 0
+
     def continuation(self, tokens: Sequence[int], length: int) -> list[int]:
         """`length` tokens that followed the best occurrence; none if there is none.
 
         Args:
-            tokens: those of the last call, with more at the end.
+            tokens: those of the last `extend`.
         """
-        self._extend(tokens)
         start = self._best(tokens)
-        if start == 0 or length < 1:
+        if start == 0:
             return []
         found = list(tokens[start : start + length])
         while len(found) < length:  # it overlaps its own continuation, which repeats
             found += found[-(len(tokens) - start) :][: length - len(found)]
         return found
 
-    def _extend(self, tokens: Sequence[int]) -> None:
+    def _extend(self, tokens: Sequence[int], last: int) -> None:
+        """Index the n-grams up to the one that ends before index `last`."""
         first = len(self._before)  # the next n-gram's end
-        recent = tokens[first - self._least :]
+        recent = tokens[first - self._least : last]
         for end, ngram in enumerate(
             zip(*(recent[place:] for place in range(self._least)), strict=False), first
         ):
