@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +21,15 @@ from engine_caller import (
     tiny_model,
     tokens,
 )
+from plain_operations import PlainOperations
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.runners.base import StepBatch, TorchRunner
+from gptj.engine.runners.base import Runner, StepBatch, TorchRunner
+from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cpu.runner import CpuRunner
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.cuda.support import operations_for
 from gptj.engine.sampler import Sampler
 from gptj.engine.speculation import CANDIDATES, Drafter, NgramIndex, Speculation
 from gptj.sampling import SamplingParams
@@ -140,6 +146,54 @@ def test_outputs_equal_those_without_speculation(model: GPTJForCausalLM, seed: i
     assert (drafting.stats().prefix_tokens_hit > 0) == settings["prefix_caching"]
     drafting.close()
     plain.close()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "gpu"])
+def test_outputs_on_other_runners_equal_those_without_speculation(
+    model: GPTJForCausalLM, kind: Any, device: torch.device
+) -> None:
+    """Those of our CPU kernels bit by bit: a token's logits do not depend on its step."""
+    runner = runner_of(kind, model, device)
+    rng = random.Random(3)
+    prompts = [prompt_of(rng) for _ in range(5)]
+    settings: list[dict[str, Any]] = [
+        {"ignore_eos": True},
+        {"temperature": 0.3, "seed": 1, "frequency_penalty": -0.5},
+    ]
+    callers = []
+    for speculation in (None, Speculation()):
+        engine = Engine(runner, eos_ids=[EOS], speculation=speculation)
+        callers.append(
+            [
+                submit(engine, prompt, max_tokens=40, logprobs=1, **more)
+                for prompt in prompts
+                for more in settings
+            ]
+        )
+        for caller in callers[-1]:
+            caller.wait()
+        stats = engine.stats()
+        engine.close()
+    assert 0 < stats.spec_decode_num_accepted_tokens < stats.spec_decode_num_draft_tokens
+    for expected, found in zip(*callers, strict=True):
+        if isinstance(runner, CpuRunner):
+            assert found.events == expected.events
+        else:
+            assert_same(found, expected)
+    runner.close()
+
+
+def runner_of(kind: Any, model: GPTJForCausalLM, device: torch.device) -> Runner:
+    if kind == "gpu":
+        model = copy.deepcopy(model).to(device)
+        plain = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
+        return CudaRunner(model, 200, plain if device.type == "cpu" else operations_for(model))
+    if device.type != "cpu":
+        pytest.skip("these are a CPU's kernels")
+    try:
+        return CpuRunner(model, 200, kind, threads=1)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
 
 
 def test_a_sampled_token_has_the_models_distribution_whatever_is_drafted() -> None:
