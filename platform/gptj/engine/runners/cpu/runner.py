@@ -113,8 +113,12 @@ class CpuRunner:
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         for source, target, filled in copies:
-            end = filled * self.config.head_dim  # within each head's part of a page
-            self._cache[:, :, target, :, :end] = self._cache[:, :, source, :, :end]
+            keys, values = self._cache
+            # A head's keys are (words, 16): a position's are not contiguous. What is not filled may
+            # hold anything.
+            keys[:, target] = keys[:, source]
+            end = filled * self.config.head_dim
+            values[:, target, :, :end] = values[:, source, :, :end]
 
     def reset(self) -> None:
         self._cache.zero_()
