@@ -12,6 +12,8 @@
                              [--logs outputs/mlperf] [--url ADDRESS]
     python -m gptj_bench grammar --model DIR --dtype … [--batch 8,16] [--new-tokens 64]
                              [--repeats 7] [--outputs 4]
+    python -m gptj_bench adapters --model DIR --dtype … [--batch 8] [--adapters 8] [--rank 16]
+                             [--modules q_proj,v_proj] [--new-tokens 64] [--repeats 7]
     python -m gptj_bench perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
     python -m gptj_bench load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
                              [--no-s3] [--keep]
@@ -23,10 +25,10 @@ peers/setup.sh makes, other engines alternate with ours, one at a time.
 `model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (from a development
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
 rows as long as the model's context. `grammar` measures the cost of constrained output, see
-grammar.py. `mlperf` sends MLPerf's load to our service, or to one at
---url: see mlperf.py. `load` writes a random fp16 model into DIR and, by default, a second copy into
-an S3 server there, reads them in separate processes (see load_weights.py), from S3 with and without
-the node's checkpoint cache, and deletes them.
+grammar.py, and `adapters` that of adapters side by side, see adapters.py. `mlperf` sends MLPerf's
+load to our service, or to one at --url: see mlperf.py. `load` writes a random fp16 model into DIR
+and, by default, a second copy into an S3 server there, reads them in separate processes (see
+load_weights.py), from S3 with and without the node's checkpoint cache, and deletes them.
 """
 
 from __future__ import annotations
@@ -46,12 +48,14 @@ from typing import Any
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
+from gptj.adapters.config import TARGET_MODULES
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import PRESETS
-from gptj.engine.runners.base import PAGE_SIZE
+from gptj.engine.runners.base import PAGE_SIZE, Runner
+from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import require
 from gptj.serialization.json_object import to_json
-from gptj_bench import grammar, load_weights, machine, mlperf
+from gptj_bench import adapters, grammar, load_weights, machine, mlperf
 from gptj_bench.decode import TEXT_IDS, Decode, load_runner
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
@@ -98,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--new-tokens", type=int, default=64)
     command.add_argument("--repeats", type=int, default=7)
     command.add_argument("--outputs", type=int, default=4)  # random ones of each schema
+    command = commands.add_parser("adapters")
+    command.add_argument("--model", type=command_line.address, required=True)
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--batch", default="8", type=_numbers, dest="sizes")
+    command.add_argument("--adapters", type=int, default=8)
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--modules", type=_modules, default=("q_proj", "v_proj"))
+    command.add_argument("--new-tokens", type=int, default=64)
+    command.add_argument("--repeats", type=int, default=7)
     mlperf.add_arguments(commands.add_parser("mlperf"))
     command = commands.add_parser("perplexity")
     command.add_argument("--model", type=command_line.address, required=True)
@@ -129,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.command == "grammar":
         for row in constrained(given):
+            _show(row)
+        return
+    if given.command == "adapters":
+        for row in adapted(given):
             _show(row)
         return
     if given.command == "perplexity":
@@ -189,6 +206,17 @@ def constrained(given: argparse.Namespace) -> Iterator[Row]:
         runner = load_runner(given.model, given.dtype, partial(_cache, tokens))
         yield from grammar.steps(runner, tokenizer, batch, given.new_tokens, given.repeats)
         runner.close()
+
+
+def adapted(given: argparse.Namespace) -> Iterator[Row]:
+    for batch in given.sizes:
+        tokens = batch * (adapters.PROMPT + given.new_tokens + PAGE_SIZE)
+
+        def make(lora: LoRALimits | None, tokens: int = tokens) -> Runner:
+            return load_runner(given.model, given.dtype, partial(_cache, tokens), lora=lora)
+
+        settings = (given.adapters, given.rank, given.modules, given.new_tokens, given.repeats)
+        yield from adapters.measure(make, batch, *settings)
 
 
 def _cache(tokens: int, config: GPTJConfig) -> int:
@@ -297,6 +325,13 @@ def write_model(folder: str) -> None:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(TARGET_MODULES):
+        raise argparse.ArgumentTypeError(f"{text}: each must be one of {', '.join(TARGET_MODULES)}")
+    return names
 
 
 def _dtypes(text: str) -> tuple[str, ...]:

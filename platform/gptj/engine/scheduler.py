@@ -16,7 +16,8 @@ from gptj.engine.beam_search import BeamSearch, pages_needed
 from gptj.engine.decode_batch import DecodeBatch, Sequence
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
-from gptj.engine.runners.base import PageCopy, StepBatch
+from gptj.engine.runners.base import Ints, PageCopy, StepBatch
+from gptj.engine.runners.lora import NONE
 from gptj.workers.bounded_queue import BoundedQueue
 
 
@@ -235,7 +236,7 @@ class Scheduler:
         full = sequence.computed // self._page_size
         if sequence.registered < full and self._pool.caching:
             digests = sequence.samples[0].digests
-            extend_digests(digests, sequence.tokens, self._page_size)
+            extend_digests(digests, sequence.tokens, self._page_size, sequence.samples[0].salt)
             for place in range(sequence.registered, full):
                 self._pool.register(sequence.pages[place], digests[place])
             sequence.registered = full
@@ -279,7 +280,7 @@ class Scheduler:
         """Its prefix's cached pages; the last token is always computed, for its logits."""
         if not self._pool.caching:
             return []
-        extend_digests(request.digests, request.tokens, self._page_size)
+        extend_digests(request.digests, request.tokens, self._page_size, request.salt)
         return self._pool.find(request.digests[: (len(request.tokens) - 1) // self._page_size])
 
     def _fits(self, request: Request, known: list[int], samples: int) -> bool:
@@ -330,8 +331,16 @@ class Scheduler:
                 each,
                 rows.page_table[:count],
                 each[:count],
+                _used(rows.adapters[:count]),
             )
         ids, positions = [rows.ids[:count]], [rows.positions[:count]]
+        adapters = np.concatenate(
+            [
+                rows.adapters[:count],
+                *(np.full(each.width, each.request.slot, np.int32) for each in searches),
+                np.array([chunk.sequence.samples[0].slot for chunk in chunks], np.int32),
+            ]
+        )
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))
@@ -355,4 +364,10 @@ class Scheduler:
             np.concatenate(query_start_loc),
             rows.page_table[:count],
             np.concatenate(wanted),
+            _used(adapters),
         )
+
+
+def _used(adapters_R: Ints) -> Ints | None:
+    """Slots of adapters; None if no sequence has one."""
+    return adapters_R if (adapters_R != NONE).any() else None
