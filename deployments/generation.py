@@ -22,7 +22,7 @@ import time
 from typing import Annotated, Self, cast
 
 from fastapi import FastAPI
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from ray import serve
 from ray.serve import Application, Deployment
 
@@ -33,20 +33,25 @@ from deployments.loading import load, loading_turn, name_of
 from deployments.logs import follow_serve
 from deployments.metrics import EngineReporter, serve_metrics
 from deployments.preflight import check_before_deploying
-from gptj import GPTJForCausalLM, GPTJTokenizer
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.adapters.base import Base
 from gptj.chat import ChatTemplate, ChatTemplateError, read_template, template_of
+from gptj.engine.adapter_slots import AdapterSlots
 from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
+from gptj.engine.runners.lora import MAX_RANK, LoRALimits
 from gptj.engine.speculation import Speculation
+from gptj.serving.adapters import Adapters, check_adapter, check_name
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.storage.addresses import normalized
 
 
 class Arguments(LoadingArguments):
@@ -70,6 +75,12 @@ class Arguments(LoadingArguments):
     # the largest steps leave.
     cache_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # LoRA adapters of this model, in PEFT's format, by the name that requests have as `model`; and
+    # a folder or s3:// address, of which any folder below is an adapter by its relative name.
+    adapters: dict[Annotated[str, AfterValidator(check_name)], str] = Field(default_factory=dict)
+    adapter_root: Annotated[str, AfterValidator(normalized)] | None = None
+    max_loras: Annotated[int, Field(ge=1)] = 8  # adapters in memory; `adapters` always are
+    max_lora_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = MAX_RANK
 
     def template(self, tokenizer: GPTJTokenizer) -> ChatTemplate | None:
         """The template of chats. Raises ChatTemplateError if there is a bad one."""
@@ -82,6 +93,35 @@ class Arguments(LoadingArguments):
 
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         self.template(tokenizer)
+
+    def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
+        for name, address in self.adapters.items():
+            try:
+                check_adapter(address)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"the adapter {name!r} cannot be served: {error}") from error
+
+    def lora_limits(self) -> LoRALimits | None:
+        """None where there are no adapters."""
+        if not self.adapters and self.adapter_root is None:
+            return None
+        return LoRALimits(self.max_loras, self.max_lora_rank)
+
+    @property
+    def name(self) -> str:
+        return self.model_name or name_of(self.checkpoint)
+
+    @model_validator(mode="after")
+    def _room_for_adapters(self) -> Self:
+        least = len(self.adapters) + (self.adapter_root is not None)
+        if self.max_loras < least:
+            raise ValueError(
+                f"max_loras={self.max_loras} must be {least} or more: the {len(self.adapters)} of "
+                f"adapters are always in memory, and adapter_root needs room for another"
+            )
+        if self.name in self.adapters:
+            raise ValueError(f"adapters: {self.name!r} is the base model's name")
+        return self
 
     @model_validator(mode="after")
     def _one_cache_size(self) -> Self:
@@ -111,6 +151,7 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
         model,
         arguments.cache_tokens or CacheShare(share, limits),
         quantization=arguments.quantization,
+        lora=arguments.lora_limits(),
         release=True,  # one copy of the weights
     )
     return runner, limits
@@ -127,6 +168,8 @@ class Generation:
         eos = model.config.eos_token_id
         vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
         context = model.config.n_positions
+        lora = arguments.lora_limits()
+        slots = None if lora is None else AdapterSlots(runner, lora)
         self._engine = Engine(
             runner,
             eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
@@ -136,14 +179,27 @@ class Generation:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_caching=arguments.prefix_caching,
             speculation=arguments.speculation,
+            adapters=slots,
         )
-        name = arguments.model_name or name_of(arguments.checkpoint)
+        name = arguments.name
         self._tokenizer = tokenizer
         grammars = GrammarCompiler(tokenizer, self._engine.vocab_size, self._engine.eos_ids)
         parts = (self._engine, tokenizer, vocabulary, name, serve_metrics(), grammars)
         self._completions = CompletionService(*parts)
         template = arguments.template(tokenizer)
         self._chats = ChatService(*parts, template)
+        self._adapters = None
+        if slots is not None:
+            self._adapters = Adapters(
+                slots,
+                model.config,
+                Base.at(arguments.checkpoint, arguments.revision),
+                tokenizer,
+                serve_metrics(),
+                named=arguments.adapters,
+                root=arguments.adapter_root,
+                verify=arguments.verify,
+            )
         self._reporter = EngineReporter(self._engine.stats)
         self._stalled_seconds = arguments.stalled_seconds
         self._http_options = arguments.http_options()
@@ -165,6 +221,7 @@ class Generation:
             serve_metrics(),
             cluster_ledger(),
             self._http_options,
+            self._adapters,
         )
 
     async def check_health(self) -> None:

@@ -64,6 +64,9 @@ class Arguments(BaseModel):
     def http_options(self) -> HTTPOptions:
         return HTTPOptions(self.cors_origins, self.unknown_fields == "ignore", self.max_body_bytes)
 
+    def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
+        """What an application needs beside the checkpoint. Raises ValueError, FileNotFoundError."""
+
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         """What an application needs of the tokenizer beside its size. Raises ValueError."""
 
@@ -109,11 +112,12 @@ def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
         ValueError: if it has another head, or a tokenizer that does not fit.
     """
     with ModelFolder.open(arguments.checkpoint, revision=arguments.revision) as folder:
-        _, tokenizer = _config_and_tokenizer(cls, folder, arguments)
+        config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
         arguments.check_tokenizer(tokenizer)
         folder.check_complete()
         if folder.is_adapter:
             check_base(folder)
+    arguments.check_others(config, tokenizer)
 
 
 def load(

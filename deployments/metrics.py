@@ -14,7 +14,15 @@ from gptj.engine.stats import EngineStats
 LEAST_SECONDS, MOST_SECONDS, RATIO = 1e-3, 600.0, 1.15  # buckets fine enough for percentiles
 REPORT_SECONDS = 1.0
 
-GAUGES = ("running", "waiting", "pages_used", "pages_cached", "pages_total", "last_batch_size")
+GAUGES = (
+    "running",
+    "waiting",
+    "pages_used",
+    "pages_cached",
+    "pages_total",
+    "last_batch_size",
+    "adapters",
+)
 
 
 def boundaries() -> list[float]:
@@ -62,6 +70,17 @@ class ServeMetrics:
             "Requests with a grammar, by what became of it.",
             ("result",),
         )
+        self._adapter_requests = metrics.Counter(
+            "gptj_adapter_requests", "Requests of an adapter.", ("adapter",)
+        )
+        self._adapter_loads = metrics.Counter(
+            "gptj_adapter_loads",
+            "Adapters that were read, by what became of them.",
+            ("result",),
+        )
+        self._adapter_seconds = self._histogram(
+            "gptj_adapter_load_seconds", "From an adapter's first request until it was loaded."
+        )
         self._compiling = self._histogram(
             "gptj_grammar_seconds", "From a request with a grammar until it was compiled or known."
         )
@@ -87,6 +106,13 @@ class ServeMetrics:
     def grammar(self, result: str, seconds: float) -> None:
         self._grammars.inc(1, {"result": result})
         self._compiling.observe(seconds)
+
+    def adapter_request(self, adapter: str) -> None:
+        self._adapter_requests.inc(1, {"adapter": adapter})
+
+    def adapter_load(self, result: str, seconds: float) -> None:
+        self._adapter_loads.inc(1, {"result": result})
+        self._adapter_seconds.observe(seconds)
 
     def _histogram(
         self, name: str, description: str, tags: tuple[str, ...] = ()

@@ -14,6 +14,8 @@
                              [--repeats 7] [--outputs 4]
     python -m gptj_bench speculation --dtype … [--batch 1,8] [--new-tokens 128] [--repeats 5]
                              [--threads 2] [--width 16] [--layers 16]
+    python -m gptj_bench adapters --model DIR --dtype … [--batch 8] [--adapters 8] [--rank 16]
+                             [--modules q_proj,v_proj] [--new-tokens 64] [--repeats 7]
     python -m gptj_bench perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
     python -m gptj_bench load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
                              [--no-s3] [--keep]
@@ -26,10 +28,10 @@ peers/setup.sh makes, other engines alternate with ours, one at a time.
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
 rows as long as the model's context. `grammar` measures the cost of constrained output, see
 grammar.py; `speculation` what speculation gains and costs, on weights of its own, see
-speculation.py. `mlperf` sends MLPerf's load to our service, or to one at
---url: see mlperf.py. `load` writes a random fp16 model into DIR and, by default, a second copy into
-an S3 server there, reads them in separate processes (see load_weights.py), from S3 with and without
-the node's checkpoint cache, and deletes them.
+speculation.py; `adapters` what adapters side by side cost, see adapters.py. `mlperf` sends MLPerf's
+load to our service, or to one at --url: see mlperf.py. `load` writes a random fp16 model into DIR
+and, by default, a second copy into an S3 server there, reads them in separate processes (see
+load_weights.py), from S3 with and without the node's checkpoint cache, and deletes them.
 """
 
 from __future__ import annotations
@@ -49,12 +51,14 @@ from typing import Any
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
+from gptj.adapters.config import TARGET_MODULES
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import PRESETS
-from gptj.engine.runners.base import PAGE_SIZE
+from gptj.engine.runners.base import PAGE_SIZE, Runner
+from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import require
 from gptj.serialization.json_object import to_json
-from gptj_bench import grammar, load_weights, machine, mlperf
+from gptj_bench import adapters, grammar, load_weights, machine, mlperf
 from gptj_bench.decode import TEXT_IDS, Decode, load_runner
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
@@ -110,6 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--threads", type=int, default=os.cpu_count())
     command.add_argument("--width", type=int, default=16)  # n_embd / 64
     command.add_argument("--layers", type=int, default=16)
+    command = commands.add_parser("adapters")
+    command.add_argument("--model", type=command_line.address, required=True)
+    command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    command.add_argument("--batch", default="8", type=_numbers, dest="sizes")
+    command.add_argument("--adapters", type=int, default=8)
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--modules", type=_modules, default=("q_proj", "v_proj"))
+    command.add_argument("--new-tokens", type=int, default=64)
+    command.add_argument("--repeats", type=int, default=7)
     mlperf.add_arguments(commands.add_parser("mlperf"))
     command = commands.add_parser("perplexity")
     command.add_argument("--model", type=command_line.address, required=True)
@@ -154,6 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.layers,
         )
         for row in benchmark.run():
+            _show(row)
+        return
+    if given.command == "adapters":
+        for row in adapted(given):
             _show(row)
         return
     if given.command == "perplexity":
@@ -214,6 +231,17 @@ def constrained(given: argparse.Namespace) -> Iterator[Row]:
         runner = load_runner(given.model, given.dtype, partial(_cache, tokens))
         yield from grammar.steps(runner, tokenizer, batch, given.new_tokens, given.repeats)
         runner.close()
+
+
+def adapted(given: argparse.Namespace) -> Iterator[Row]:
+    for batch in given.sizes:
+        tokens = batch * (adapters.PROMPT + given.new_tokens + PAGE_SIZE)
+
+        def make(lora: LoRALimits | None, tokens: int = tokens) -> Runner:
+            return load_runner(given.model, given.dtype, partial(_cache, tokens), lora=lora)
+
+        settings = (given.adapters, given.rank, given.modules, given.new_tokens, given.repeats)
+        yield from adapters.measure(make, batch, *settings)
 
 
 def _cache(tokens: int, config: GPTJConfig) -> int:
@@ -322,6 +350,13 @@ def write_model(folder: str) -> None:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(TARGET_MODULES):
+        raise argparse.ArgumentTypeError(f"{text}: each must be one of {', '.join(TARGET_MODULES)}")
+    return names
 
 
 def _dtypes(text: str) -> tuple[str, ...]:

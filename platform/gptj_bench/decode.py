@@ -15,12 +15,14 @@ import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.checkpoints.skeleton import without_weights
+from gptj.engine.adapter_slots import Adapter
 from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent, one_by_one
 from gptj.engine.runners.base import Runner
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.lora import LoRALimits
 from gptj.sampling import SamplingParams
 from gptj_bench.machine import gpu_read_bandwidth, read_bandwidth
 
@@ -100,13 +102,19 @@ class Decode:
 
 
 def load_runner(
-    model: str, dtype: str, cache_tokens: Callable[[GPTJConfig], int], *, is_preset: bool = False
+    model: str,
+    dtype: str,
+    cache_tokens: Callable[[GPTJConfig], int],
+    *,
+    is_preset: bool = False,
+    lora: LoRALimits | None = None,
 ) -> Runner:
     """A model on the GPU, if there is one; int8 weights are quantized from bf16.
 
     Args:
         model: an address, or the name of a preset, which gets random weights.
         cache_tokens: the cache's size.
+        lora: how many adapters it has room for.
     """
     stored = "bfloat16" if dtype == "int8" else dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +124,7 @@ def load_runner(
         loaded = GPTJForCausalLM.from_pretrained(model, dtype=stored, device=device)
     quantization: Quantization = "int8" if dtype == "int8" else "none"
     tokens = cache_tokens(loaded.config)
-    return best_runner(loaded, tokens, quantization=quantization, release=True)
+    return best_runner(loaded, tokens, quantization=quantization, lora=lora, release=True)
 
 
 def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJForCausalLM:
@@ -141,8 +149,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     params: SamplingParams | None = None,
+    adapters: Sequence[Adapter | None] | None = None,
 ) -> Timing:
-    """Continue all prompts together, greedily by default. Raises a failed request's error."""
+    """Continue all prompts together, greedily by default, each with its adapter.
+
+    Raises a failed request's error.
+    """
     events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
     params = params or SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
 
@@ -150,8 +162,8 @@ def generate(
         events.put((time.perf_counter(), event))
 
     start = time.perf_counter()
-    for prompt in prompts:
-        engine.submit(prompt, params, one_by_one(note))
+    for prompt, adapter in zip(prompts, adapters or [None] * len(prompts), strict=True):
+        engine.submit(prompt, params, one_by_one(note), adapter)
     running, tokens = len(prompts), 0
     moments: list[float] = []
     while running:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,18 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import KernelInterface
 
 from gptj import GPTJConfig
+from gptj.adapters.config import TARGET_MODULES
+from gptj.engine.adapter_weights import shape_of
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import kernels, tuned_linear
 from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.lora import LoRASlots
 from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs, LayerCache
 from gptj.engine.runners.cuda.support import try_out
 from gptj.engine.runners.cuda.tuned_linear import Blocks, multiply_row
 from gptj.engine.runners.cuda.weights import Norm
+from gptj.engine.runners.lora import NONE, LoRALimits, LoRAPair, LoRAWeights
 from gptj.model import Rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,6 +218,47 @@ def test_gemv_with_any_number_of_columns_and_inputs(dtype: torch.dtype, blocks: 
 
 
 @shapes
+@pytest.mark.parametrize("rank", [1, 24])
+def test_adapters_products_are_added_to_each_tokens_own(
+    shape: str, dtype: torch.dtype, rank: int
+) -> None:
+    """Of two slots with other ranks, one without some modules; of single tokens and of a chunk."""
+    it = setting(shape, dtype)
+    config, limits = it.config, LoRALimits(max_loras=3, max_lora_rank=rank)
+    config.n_layer = 1
+    slots = LoRASlots(config, limits, dtype, DEVICE)
+    for slot, modules in ((2, TARGET_MODULES), (0, ("q_proj", "fc_out"))):
+        own = max(1, rank - 3 * slot)
+        pairs = {
+            module: LoRAPair(*(0.1 * torch.randn(size) for size in ((own, inputs), (outputs, own))))
+            for module in modules
+            for outputs, inputs in [shape_of(config, module)]
+        }
+        slots.put(slot, LoRAWeights(own, (pairs,), b""))
+    adapters = numbers([2, NONE, 0, 2, 2, 2])
+    inputs = replace(
+        decode_inputs([1] * 6),
+        num_decodes=3,
+        adapters_T=adapters,
+        chunks=(Chunk(3, 3, 3, 0, adapter=2),),
+    )
+    (layer,) = slots.layers
+    width, inner = config.n_embd, config.inner_dim
+    for adapted, columns, width_in, wide in (
+        (layer.qkv_fc_in, 3 * width + inner, width, False),
+        (layer.out_proj_fc_out, width, width + inner, True),
+    ):
+        x_TI = it.random(6, width_in)
+        y_TO = it.random(6, columns, dtype=torch.float32 if wide else dtype)
+        ours, theirs = y_TO.clone(), y_TO.clone()
+        it.triton.add_lora(ours, x_TI, adapted, inputs)
+        it.plain.add_lora(theirs, x_TI, adapted, inputs)
+        it.near(ours, theirs)
+        assert torch.equal(ours[1], y_TO[1])
+        assert not torch.equal(ours[0], y_TO[0]) and not torch.equal(ours[5], y_TO[5])
+
+
+@shapes
 def test_copied_pages_hold_the_filled_positions(shape: str, dtype: torch.dtype) -> None:
     it = setting(shape, dtype)
     config = it.config
@@ -289,7 +335,7 @@ def test_every_kernel_is_tried_before_the_weights_are_released(
     it = setting("head width 10", torch.float32)
     monkeypatch.setattr(kernels, name, Broken(ERRORS[0]))
     with pytest.raises(UnsupportedError, match="OutOfResources: out of resource: shared memory"):
-        try_out(it.triton, DEVICE)
+        try_out(it.triton, DEVICE, LoRALimits(max_loras=1, max_lora_rank=2))
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES, size_for
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.lora import LoRALimits
 
 PAGE = 16
 
@@ -237,7 +238,7 @@ class ElsewhereModel(GPTJForCausalLM):
 def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unsupported(model: GPTJForCausalLM) -> Operations:
+    def unsupported(model: GPTJForCausalLM, lora: LoRALimits | None) -> Operations:
         raise UnsupportedError("Triton cannot be imported")
 
     plain = object()

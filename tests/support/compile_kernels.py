@@ -30,9 +30,11 @@ from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch
 from gptj.engine.runners.cuda.graphs import SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.lora import AdaptedLayer, Ranks
 from gptj.engine.runners.cuda.operations import LayerCache
 from gptj.engine.runners.cuda.tuned_linear import CANDIDATES, multiply_row
 from gptj.engine.runners.cuda.weights import Norm
+from gptj.engine.runners.lora import LoRALimits
 
 # GPU, compute capability, shared memory that a block may have, multiprocessors, dtype.
 # Turing (7.5) is not among them: its GPUs get PyTorch's kernels.
@@ -51,6 +53,7 @@ REGISTERS = 65536  # of a multiprocessor, on all of them
 SPILLED = 0  # bytes that a thread may write to memory for want of registers
 CONFIG = GPTJConfig()
 CPU = torch.device("cpu")
+LORA = LoRALimits(max_loras=2)
 
 
 class NoDriver:
@@ -85,7 +88,7 @@ def compiled(capability: int, processors: int, dtype: torch.dtype) -> list[Any]:
     KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
     triton.runtime.driver.set_active(NoDriver(capability))
     operations = TritonOperations(CONFIG, dtype, processors)
-    operations.try_out(CPU)
+    operations.try_out(CPU, LORA)
     tried = set(programs)
     steps(operations, dtype)
     new = [program.name for key, program in programs.items() if key not in tried]
@@ -109,6 +112,7 @@ def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
     vector = torch.zeros(width)
     norm = Norm(vector, vector)
     table = torch.zeros(CONFIG.n_positions, CONFIG.rotated_dim // 2)
+    adapted = AdaptedLayer.empty(CONFIG, LORA, dtype, Ranks.empty(LORA, CPU))
     maker = InputsMaker(CPU, max_pages, PAGE_SIZE, pages - 1, SIZES[-1])
     numbers = torch.arange(37, dtype=torch.int32).numpy()
     query_start_loc = torch.tensor([0, 1, 37], dtype=torch.int32).numpy()
@@ -117,6 +121,7 @@ def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
     for inputs in (*map(maker.static, SIZES), mixed):
         tokens = len(inputs.ids_T)
         x_TD = torch.zeros(tokens, width)
+        zeros_TD = torch.zeros(tokens, width, dtype=dtype)
         attn_mlp = torch.zeros(tokens, width + inner, dtype=dtype)
         operations.add_and_norm(x_TD, None, None, norm)
         operations.add_and_norm(x_TD, torch.zeros(tokens, width), vector, norm)
@@ -126,6 +131,8 @@ def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
             qkv_fc_in, inner_bias, (table, table), inputs, layer, attn_mlp
         )
         operations.paged_attention(q_THK, inputs, layer, attn_mlp)
+        operations.add_lora(qkv_fc_in, zeros_TD, adapted.qkv_fc_in, inputs)
+        operations.add_lora(x_TD, attn_mlp, adapted.out_proj_fc_out, inputs)
     operations.copy_pages(cache, [PageCopy(0, 1, 3), PageCopy(0, 2, 3)])
 
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.runners.base import PageCopy
+from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.lora import NONE
 from gptj.engine.runners.wide import multiply_wide
 from gptj.model import Rotary
 
@@ -98,6 +100,12 @@ class PlainOperations:
                 attn_mask=(places <= inputs.positions_T[tokens, None])[None, None],
             )
             joined_THK[tokens] = attended[0].transpose(0, 1)
+
+    def add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
+        assert inputs.adapters_T is not None
+        for token, slot in enumerate(inputs.adapters_T.tolist()):
+            if slot != NONE:
+                adapted.add(y_TO[token : token + 1], x_TI[token : token + 1], slot)
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         for source, target, filled in copies:

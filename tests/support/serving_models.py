@@ -22,11 +22,15 @@ from gptj import (
     GPTJForSequenceClassification,
     GPTJTokenizer,
 )
+from gptj.adapters.base import Base
 from gptj.chat import template_of
+from gptj.engine.adapter_slots import AdapterSlots
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.runners.base import TorchRunner
+from gptj.engine.runners.lora import LoRALimits
 from gptj.engine.speculation import Speculation
+from gptj.serving.adapters import Adapters
 from gptj.serving.chat.service import ChatService
 from gptj.serving.classification import ClassificationService, classification_app
 from gptj.serving.completions.app import generation_app
@@ -156,6 +160,8 @@ def _generation(
     max_queued: int = 256,
     template: str | None = TEMPLATE,
     speculation: Speculation | None = None,
+    max_loras: int = 3,
+    **adapters: Any,  # named, root
 ) -> Iterator[FastAPI]:
     tokenizer = models.tokenizer
     runner = TorchRunner(models.with_unused_ids(), NUM_PAGES)
@@ -169,8 +175,12 @@ def _generation(
         max_queued=max_queued,
         speculation=speculation,
     )
+    slots = AdapterSlots(runner, LoRALimits(max_loras))
+    recorder = adapters.pop("recorder", NoRecorder())
+    base = adapters.pop("base", Base("in-process"))
+    served = Adapters(slots, runner.config, base, tokenizer, recorder, **adapters)
     grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
-    parts = (engine, tokenizer, vocabulary, name, NoRecorder(), grammars)
+    parts = (engine, tokenizer, vocabulary, name, recorder, grammars)
     completions = CompletionService(*parts)
     chats = ChatService(*parts, template_of(tokenizer, template))
     context = runner.config.n_positions
@@ -182,10 +192,27 @@ def _generation(
         chat_template=template is not None,
     )
     try:
-        yield generation_app(completions, chats, tokenizer, card, lambda: engine.alive(120))
+        yield generation_app(
+            completions,
+            chats,
+            tokenizer,
+            card,
+            lambda: engine.alive(120),
+            recorder,
+            adapters=served,
+        )
     finally:
+        served.close()
         grammars.close()
         engine.close()
+
+
+@contextmanager
+def served_with_adapters(models: Models, **settings: Any) -> Iterator[str]:
+    """The address of the generation service with adapters: see Adapters."""
+    with ExitStack() as stack:
+        app = stack.enter_context(_generation(models, "base", **settings))
+        yield stack.enter_context(listening(app))
 
 
 @contextmanager

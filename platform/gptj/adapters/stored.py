@@ -85,16 +85,7 @@ def read_adapter(folder: ModelFolder) -> StoredAdapter:
         FileNotFoundError: if it is not an adapter folder.
         CheckpointError: naming what is damaged or not supported.
     """
-    if not folder.is_adapter:
-        raise storage.NotFoundError(
-            f"{folder.address} is not an adapter folder: it has no {ADAPTER_CONFIG}"
-        )
-    fields = folder.read_object(ADAPTER_CONFIG)
-    try:
-        config = LoRAConfig.from_peft(fields)
-    except ValueError as error:
-        place = storage.join(folder.address, ADAPTER_CONFIG)
-        raise CheckpointError(f"{place}: {error}") from error
+    config, task_type = read_config(folder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in folder.read_weights(KINDS):
         if not tensor.is_floating_point():
@@ -104,7 +95,21 @@ def read_adapter(folder: ModelFolder) -> StoredAdapter:
             )
         tensors[name.removeprefix(PREFIX)] = tensor
     base = Base.of(folder) if Base.named_in(folder) else None
-    return StoredAdapter(folder.address, config, fields.get("task_type"), tensors, base)
+    return StoredAdapter(folder.address, config, task_type, tensors, base)
+
+
+def read_config(folder: ModelFolder) -> tuple[LoRAConfig, str | None]:
+    """An adapter's settings, and PEFT's task type if known. Raises what `read_adapter` does."""
+    if not folder.is_adapter:
+        raise storage.NotFoundError(
+            f"{folder.address} is not an adapter folder: it has no {ADAPTER_CONFIG}"
+        )
+    fields = folder.read_object(ADAPTER_CONFIG)
+    try:
+        return LoRAConfig.from_peft(fields), fields.get("task_type")
+    except ValueError as error:
+        place = storage.join(folder.address, ADAPTER_CONFIG)
+        raise CheckpointError(f"{place}: {error}") from error
 
 
 def read_adapted_config(folder: ModelFolder, base: ModelFolder | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gptj.engine.runners.cpu.packing import Kind
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.lora import LoRALimits
 from gptj.model import GPTJForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def best_runner(
     cache: int | CacheShare,
     *,
     quantization: Quantization = "none",
+    lora: LoRALimits | None = None,
     release: bool = False,
 ) -> Runner:
     """Our kernels on CPUs with AVX2 and GPUs with Triton; otherwise PyTorch, with a warning.
@@ -36,6 +38,7 @@ def best_runner(
         model: in evaluation mode, on its device.
         cache: its size in positions, rounded up to whole pages, or a share of memory.
         quantization: int8 stores weights in 8 bits, whatever the model's dtype.
+        lora: how many adapters it must have room for.
         release: move the model's weights to the runner instead of copying them.
 
     Raises:
@@ -48,33 +51,43 @@ def best_runner(
     if not isinstance(cache, CacheShare) and cache < 1:
         raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
     if model.device.type == "cpu":
-        return _cpu_runner(model, _pages_on_cpu(model, cache), quantization, release)
+        return _cpu_runner(model, _pages_on_cpu(model, cache), quantization, lora, release)
     # With a share, start with one page and measure everything else first.
     num_pages = 1 if isinstance(cache, CacheShare) else -(-cache // PAGE_SIZE)
     element_size = model.dtype.itemsize
-    runner = _gpu_runner(model, num_pages, quantization, release)
+    runner = _gpu_runner(model, num_pages, quantization, lora, release)
     if isinstance(cache, CacheShare):
         fit_cache(runner, cache, element_size)
     return runner
 
 
 def _cpu_runner(
-    model: GPTJForCausalLM, num_pages: int, quantization: Quantization, release: bool
+    model: GPTJForCausalLM,
+    num_pages: int,
+    quantization: Quantization,
+    lora: LoRALimits | None,
+    release: bool,
 ) -> Runner:
     try:
-        return CpuRunner(model, num_pages, _kind(model, quantization), release=release)
+        kind = _kind(model, quantization)
+        return CpuRunner(model, num_pages, kind, lora=lora, release=release)
     except UnsupportedError as error:
         _fall_back(error, quantization)
         return TorchRunner(model, num_pages)
 
 
 def _gpu_runner(
-    model: GPTJForCausalLM, num_pages: int, quantization: Quantization, release: bool
+    model: GPTJForCausalLM,
+    num_pages: int,
+    quantization: Quantization,
+    lora: LoRALimits | None,
+    release: bool,
 ) -> ResizableRunner:
     try:
         if quantization != "none":
             raise UnsupportedError(f"the model is on {model.device}")
-        return CudaRunner(model, num_pages, operations_for(model), release=release)
+        operations = operations_for(model, lora)
+        return CudaRunner(model, num_pages, operations, lora=lora, release=release)
     except UnsupportedError as error:
         _fall_back(error, quantization)
         return TorchRunner(model, num_pages)

@@ -238,7 +238,8 @@ class EngineCore:
         self._report(request, Failed(error))
 
     def _report(self, request: Request, event: Event) -> None:
-        request.ended = request.ended or isinstance(event, Finished | Failed)
+        if isinstance(event, Finished | Failed):
+            request.end()
         self._events.append((request, event))
 
     def _take_events(self) -> list[RequestEvent]:

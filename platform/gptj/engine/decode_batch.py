@@ -8,6 +8,7 @@ import numpy as np
 
 from gptj.engine.events import TokenEvent
 from gptj.engine.request import Request
+from gptj.engine.runners.lora import NONE
 
 
 @dataclass(eq=False)
@@ -43,6 +44,7 @@ class DecodeBatch:
         self.ids = np.zeros(max_rows, dtype=np.int32)
         self.positions = np.zeros(max_rows, dtype=np.int32)
         self.page_table = np.zeros((max_rows, max_pages), dtype=np.int32)
+        self.adapters = np.full(max_rows, NONE, dtype=np.int32)  # slots
         self.sequences: list[Sequence] = []
         self.requests: list[Request] = []  # of each row
         self.keys: list[int] = []  # request numbers, per row
@@ -56,6 +58,7 @@ class DecodeBatch:
         row = sequence.row = len(self.sequences)
         (request,) = sequence.samples
         self.positions[row] = sequence.computed - 1
+        self.adapters[row] = request.slot
         self.page_table[row, : len(sequence.pages)] = sequence.pages
         self.sequences.append(sequence)
         self.requests.append(request)
@@ -71,7 +74,7 @@ class DecodeBatch:
             self.requests[row] = self.requests[last]
             self.keys[row] = self.keys[last]
             self.sequences[row].row = row
-            for array in (self.ids, self.positions, self.page_table):
+            for array in (self.ids, self.positions, self.page_table, self.adapters):
                 array[row] = array[last]
         self.sequences.pop()
         self.requests.pop()

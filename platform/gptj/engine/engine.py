@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from gptj.engine.adapter_slots import Adapter, AdapterSlots
 from gptj.engine.core import EngineCore, RequestEvent
 from gptj.engine.events import BeamParams, Event, Failed, Finished, OnEvents
 from gptj.engine.limits import Limits
@@ -48,6 +49,7 @@ class Engine:
         prefix_caching: whether unused pages are kept for prompts with the same prefix.
         speculation: propose tokens and verify several in a step; None: do not. Outputs are the
             same, and beam search does not use it.
+        adapters: the runner's, for the statistics.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Engine:
         max_num_batched_tokens: int | None = None,
         prefix_caching: bool = True,
         speculation: Speculation | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.eos_ids = tuple(eos_ids)
         self._runner = runner
+        self._adapters = adapters
         self._queue: BoundedQueue[Request] = BoundedQueue(max_queued)
         self._pool = PagePool(runner.num_pages, caching=prefix_caching)
         limits = Limits.of(
@@ -124,11 +128,16 @@ class Engine:
         return self._pool.num_pages * self._runner.page_size
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, on_events: OnEvents
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        on_events: OnEvents,
+        adapter: Adapter | None = None,
     ) -> Ticket:
         """Queue a request; any thread may call this.
 
         Args:
+            adapter: of the runner's, held by the caller; the request holds it until its end.
             on_events: called on the engine's thread, so it must be quick. After each step it gets
                 all events of the requests submitted with it: for each, PromptLogprobs first, if
                 requested, then a TokenEvent per token, and Finished or Failed last. (A request
@@ -139,7 +148,7 @@ class Engine:
                 the model's context or the cache.
             QueueFullError, ClosedError: see BoundedQueue.put.
         """
-        (ticket,) = self.submit_many(prompt_ids, [params], [on_events])
+        (ticket,) = self.submit_many(prompt_ids, [params], [on_events], adapter)
         return ticket
 
     def submit_many(
@@ -147,6 +156,7 @@ class Engine:
         prompt_ids: Sequence[int],
         params: Sequence[SamplingParams],
         on_events: Sequence[OnEvents],
+        adapter: Adapter | None = None,
     ) -> list[Ticket]:
         """Like submit, for several samples of one prompt: all are queued, or none.
 
@@ -154,12 +164,12 @@ class Engine:
         """
         prompt = self._checked(prompt_ids)
         requests = [
-            self._request(prompt, each, on_events_)
+            self._request(prompt, each, on_events_, adapter=adapter)
             for each, on_events_ in zip(params, on_events, strict=True)
         ]
         for request in requests:
             request.group = requests[0].number
-        self._queue.put(requests)
+        self._put(requests)
         return [request.ticket for request in requests]
 
     def beam_search(
@@ -168,6 +178,7 @@ class Engine:
         params: SamplingParams,
         beams: BeamParams,
         on_events: OnEvents,
+        adapter: Adapter | None = None,
     ) -> Ticket:
         """Like submit, but reports one BeamsFound and ignores temperature, top_k, top_p, min_p."""
         if params.max_tokens < 1:
@@ -181,8 +192,8 @@ class Engine:
                 f"num_beams must be at most max_num_seqs={self._scheduler.max_num_seqs}, "
                 f"got {beams.num_beams}"
             )
-        request = self._request(self._checked(prompt_ids), params, on_events, beams)
-        self._queue.put([request])
+        request = self._request(self._checked(prompt_ids), params, on_events, beams, adapter)
+        self._put([request])
         return request.ticket
 
     def alive(self, within_seconds: float) -> bool:
@@ -215,6 +226,8 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             cancellations=self._cancellations,
             constrained_tokens_out=self._sampler.constrained_tokens,
+            adapters=0 if self._adapters is None else self._adapters.loaded,
+            adapter_evictions=0 if self._adapters is None else self._adapters.evictions,
             mask_wait_ms=round(1000 * self._sampler.mask_wait_seconds),
             spec_decode_num_drafts=speculator.drafts if speculator else 0,
             spec_decode_num_draft_tokens=speculator.draft_tokens if speculator else 0,
@@ -227,6 +240,7 @@ class Engine:
         params: SamplingParams,
         on_events: OnEvents,
         beams: BeamParams | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         length = len(prompt_ids)
         if length + params.max_tokens > self.context_length:
@@ -249,6 +263,7 @@ class Engine:
             frozenset((*eos_ids, *params.stop_token_ids)),
             on_events,
             beams,
+            adapter,
         )
         request.ticket = Ticket(request, self._cancel)
         pages = self._scheduler.pages_for(request)
@@ -261,6 +276,18 @@ class Engine:
                 f"more memory"
             )
         return request
+
+    def _put(self, requests: list[Request]) -> None:
+        """Queue them all, or raise what BoundedQueue.put does."""
+        for request in requests:
+            held = request.adapter is None or request.adapter.hold()
+            assert held, "the caller must hold the adapter"
+        try:
+            self._queue.put(requests)
+        except BaseException:
+            for request in requests:
+                request.end()
+            raise
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         vocabulary = self._runner.config.vocab_size
@@ -279,7 +306,7 @@ class Engine:
     def _cancel(self, request: Request) -> None:
         if self._queue.remove(request):
             self._count_cancellation()
-            request.ended = True
+            request.end()
             self._deliver([(request, Finished("cancelled"))])
         elif not request.ended:
             self._cancelled.append(request)
@@ -320,7 +347,7 @@ class Engine:
 
     def _fail(self, requests: Iterable[Request], reason: str) -> None:
         for request in requests:
-            request.ended = True
+            request.end()
             self._deliver([(request, Failed(ClosedError(reason)))])
 
     def _deliver(self, events: Iterable[RequestEvent]) -> None:

@@ -1,8 +1,8 @@
 """Allocates the pages of a KV cache: reference counts, and a prefix cache of full pages.
 
 It only handles page numbers; the runner holds their content. A full page is identified by a digest
-of its own tokens and all tokens before it. An unused page stays cached until its memory is needed;
-the least recently used is evicted first.
+of its own tokens and all tokens before it, and of the adapter. An unused page stays cached until
+its memory is needed; the least recently used is evicted first.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ import numpy as np
 DIGEST_BYTES = 16  # the collision probability is 2^-64 after 2^32 pages
 
 
-def extend_digests(digests: list[bytes], tokens: Sequence[int], page_size: int) -> None:
-    """Append the missing digests of the full pages of `tokens`."""
+def extend_digests(
+    digests: list[bytes], tokens: Sequence[int], page_size: int, salt: bytes = b""
+) -> None:
+    """Append the missing digests of the full pages of `tokens`.
+
+    Args:
+        salt: of whatever else keys and values depend on: the adapter.
+    """
     for start in range(len(digests) * page_size, len(tokens) - page_size + 1, page_size):
         ids = np.array(tokens[start : start + page_size], dtype=np.int32)
-        before = digests[-1] if digests else b""
+        before = digests[-1] if digests else salt
         digests.append(blake2b(before + ids.tobytes(), digest_size=DIGEST_BYTES).digest())
 
 

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from gptj.engine.adapter_slots import Adapter
 from gptj.engine.events import BeamParams, OnEvents
+from gptj.engine.runners.lora import NONE
 from gptj.sampling import SamplingParams
 
 
@@ -20,6 +22,7 @@ class Request:
     stop_ids: frozenset[int]
     on_events: OnEvents
     beams: BeamParams | None = None
+    adapter: Adapter | None = None  # held until the end
     group: int | None = None  # shared by samples of one prompt until they decode
     submitted: float = field(default_factory=time.monotonic)  # seconds
     started: float | None = None  # its first step
@@ -32,6 +35,22 @@ class Request:
     def scores_prompt(self) -> bool:
         """Whether prompt logprobs have yet to be reported."""
         return self.params.prompt_logprobs is not None and not self.scored
+
+    @property
+    def slot(self) -> int:
+        """Its adapter's."""
+        return NONE if self.adapter is None else self.adapter.slot
+
+    @property
+    def salt(self) -> bytes:
+        """Of its pages' digests: cached pages are an adapter's own."""
+        return b"" if self.adapter is None else self.adapter.digest
+
+    def end(self) -> None:
+        """Its last event has been created, and no step computes it any more."""
+        if not self.ended and self.adapter is not None:
+            self.adapter.release()
+        self.ended = True
 
     @property
     def width(self) -> int:

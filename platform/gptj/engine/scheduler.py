@@ -18,6 +18,7 @@ from gptj.engine.decode_batch import DecodeBatch, Sequence
 from gptj.engine.page_pool import PagePool, extend_digests
 from gptj.engine.request import Request
 from gptj.engine.runners.base import Ints, PageCopy, StepBatch
+from gptj.engine.runners.lora import NONE
 from gptj.engine.speculation import Drafts, Speculator
 from gptj.workers.bounded_queue import BoundedQueue
 
@@ -283,7 +284,7 @@ class Scheduler:
         full = sequence.computed // self._page_size
         if sequence.registered < full and self._pool.caching:
             digests = sequence.samples[0].digests
-            extend_digests(digests, sequence.tokens, self._page_size)
+            extend_digests(digests, sequence.tokens, self._page_size, sequence.samples[0].salt)
             for place in range(sequence.registered, full):
                 self._pool.register(sequence.pages[place], digests[place])
             sequence.registered = full
@@ -327,7 +328,7 @@ class Scheduler:
         """Its prefix's cached pages; the last token is always computed, for its logits."""
         if not self._pool.caching:
             return []
-        extend_digests(request.digests, request.tokens, self._page_size)
+        extend_digests(request.digests, request.tokens, self._page_size, request.salt)
         return self._pool.find(request.digests[: (len(request.tokens) - 1) // self._page_size])
 
     def _fits(self, request: Request, known: list[int], samples: int) -> bool:
@@ -378,8 +379,16 @@ class Scheduler:
                 each,
                 rows.page_table[:count],
                 each[:count],
+                _used(rows.adapters[:count]),
             )
         ids, positions = [rows.ids[:count]], [rows.positions[:count]]
+        adapters = np.concatenate(
+            [
+                rows.adapters[:count],
+                *(np.full(each.width, each.request.slot, np.int32) for each in searches),
+                np.array([chunk.sequence.samples[0].slot for chunk in chunks], np.int32),
+            ]
+        )
         query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
         end = count
         if drafts:
@@ -410,6 +419,7 @@ class Scheduler:
             np.concatenate(query_start_loc),
             rows.page_table[:count],
             np.concatenate(wanted),
+            _used(adapters),
         )
 
 
@@ -425,3 +435,8 @@ def _with_drafts(ids: Ints, positions: Ints, drafts: Drafts) -> tuple[Ints, Ints
         ids_T[starts[row] + 1 : starts[row + 1]] = draft
     within = np.arange(len(ids_T), dtype=np.int32) - np.repeat(starts[:-1], lengths)
     return ids_T, np.repeat(positions, lengths) + within, starts
+
+
+def _used(adapters_R: Ints) -> Ints | None:
+    """Slots of adapters; None if no sequence has one."""
+    return adapters_R if (adapters_R != NONE).any() else None

@@ -16,6 +16,7 @@ class EngineStats:
     pages_cached: int  # unused pages that hold a prefix; they count as free
     pages_total: int
     last_batch_size: int  # sequences of the last step
+    adapters: int  # in memory
     # Counters.
     steps: int
     tokens_in: int  # prefilled; tokens of preempted requests count again
@@ -25,6 +26,7 @@ class EngineStats:
     preemptions: int
     cancellations: int
     constrained_tokens_out: int  # sampled by a grammar
+    adapter_evictions: int  # that gave way to others
     mask_wait_ms: int  # milliseconds that steps waited for the masks of constrained requests
     spec_decode_num_drafts: int  # verified, of any length
     spec_decode_num_draft_tokens: int

@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from gptj.serialization.json_object import to_json
 
-# Header of a 429 that says what is full, where it is not the whole service: `key` or `grammars`.
+# Header of a 429 that says what is full, where it is not the whole service: `key`, `grammars`
+# or `adapters`.
 SCOPE = "x-ratelimit-scope"
 
 

@@ -26,6 +26,12 @@ class Recorder(Protocol):
     def grammar(self, result: Literal["compiled", "cached", "refused"], seconds: float) -> None:
         """A request's grammar was compiled, or was known, or was refused, after so long."""
 
+    def adapter_request(self, adapter: str) -> None:
+        """A request of an adapter that there is."""
+
+    def adapter_load(self, result: Literal["loaded", "refused"], seconds: float) -> None:
+        """An adapter was read for its first request, or again after a change, in so long."""
+
 
 class NoRecorder:
     """Records nothing."""
@@ -41,3 +47,7 @@ class NoRecorder:
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None: ...
 
     def grammar(self, result: Literal["compiled", "cached", "refused"], seconds: float) -> None: ...
+
+    def adapter_request(self, adapter: str) -> None: ...
+
+    def adapter_load(self, result: Literal["loaded", "refused"], seconds: float) -> None: ...

@@ -10,3 +10,4 @@ class FileInfo:
     address: str
     name: str  # relative to the listed folder, with /
     size: int  # bytes
+    version: str = ""  # differs after the file was replaced: its ETag, or its inode and time

@@ -38,12 +38,14 @@ def size(address: str) -> int:
 def list_files(folder: str) -> list[FileInfo]:
     root = local_path(folder)
     paths = (path for path in root.rglob("*") if path.is_file())
-    files = [
-        FileInfo(str(path), path.relative_to(root).as_posix(), path.stat().st_size)
-        for path in paths
-        if not path.name.endswith(_UNFINISHED)
-    ]
+    files = [_info(path, root) for path in paths if not path.name.endswith(_UNFINISHED)]
     return sorted(files, key=lambda file: file.name)
+
+
+def _info(path: Path, root: Path) -> FileInfo:
+    found = path.stat()
+    version = f"{found.st_ino}-{found.st_mtime_ns}"
+    return FileInfo(str(path), path.relative_to(root).as_posix(), found.st_size, version)
 
 
 def read_start(address: str, length: int) -> tuple[bytes, int]:

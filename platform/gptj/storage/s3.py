@@ -82,7 +82,8 @@ def list_files(folder: str) -> list[FileInfo]:
             for item in page.get("Contents", []):
                 name = item["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):  # some servers list folders too
-                    files.append(FileInfo(f"s3://{bucket}/{item['Key']}", name, item["Size"]))
+                    address = f"s3://{bucket}/{item['Key']}"
+                    files.append(FileInfo(address, name, item["Size"], item.get("ETag", "")))
     return sorted(files, key=lambda file: file.name)
 
 

@@ -8,7 +8,7 @@ D width, H heads, K head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.config import GPTJConfig
+from gptj.engine.runners.lora import (
+    NONE,
+    LoRAPair,
+    LoRAWeights,
+    TokenGroup,
+    project,
+)
 from gptj.engine.runners.wide import multiply_wide, wide_sums
-from gptj.model import GPTJForCausalLM, Rotary
+from gptj.model import GPTJForCausalLM, Rotary, activate
 
 Ints = npt.NDArray[np.int32]
 
@@ -36,6 +43,18 @@ class StepBatch:
     query_start_loc: Ints  # (R + 1): sequence r has tokens loc[r]:loc[r + 1], at least one
     page_table_RP: Ints  # each sequence's pages, in order; entries beyond its context are not read
     logits_indices: Ints  # (W): the tokens to return logits for, in this order
+    adapters_R: Ints | None = None  # each sequence's adapter's slot, or NONE; None: all have none
+
+    def slot(self, row: int) -> int:
+        """The slot of a sequence's adapter."""
+        return NONE if self.adapters_R is None else int(self.adapters_R[row])
+
+    @property
+    def slots_T(self) -> Ints:
+        """The slot of each token's adapter."""
+        if self.adapters_R is None:
+            return np.full(len(self.ids_T), NONE, dtype=np.int32)
+        return np.repeat(self.adapters_R, np.diff(self.query_start_loc))
 
     def check(self, config: GPTJConfig, page_size: int, num_pages: int) -> None:
         """Validate indices; kernels do not, and would access memory out of bounds."""
@@ -54,6 +73,8 @@ class StepBatch:
         assert self.page_table_RP.min() >= 0 and self.page_table_RP.max() < num_pages
         assert self.query_start_loc[0] == 0 and self.query_start_loc[-1] == len(self.ids_T)
         assert len(self.page_table_RP) == len(self.query_start_loc) - 1
+        if self.adapters_R is not None:
+            assert len(self.adapters_R) == len(self.page_table_RP)
 
 
 class PageCopy(NamedTuple):
@@ -101,6 +122,9 @@ class Runner(Protocol):
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Make the copies in order."""
 
+    def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
+        """Put an adapter into a slot that no sequence uses; any thread may call this."""
+
     def reset(self) -> None:
         """Clear the cache, after a failed step."""
 
@@ -127,6 +151,7 @@ class TorchRunner:
         self.config = model.config
         self.device = model.device
         self._model = model
+        self._adapters: dict[int, LoRAWeights] = {}  # by slot, in the model's dtype
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
@@ -151,9 +176,10 @@ class TorchRunner:
         ]
         places_T = self._on_device(pages_T * PAGE_SIZE + batch.positions_T % PAGE_SIZE)
         contexts = self._contexts(batch, positions_T)
+        groups = self._groups(batch)
         x_TD = self._model.transformer.wte(ids_T)
         for layer, block in enumerate(self._model.transformer.h):
-            x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts)
+            x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts, groups)
         wanted_WD = x_TD[self._on_device(batch.logits_indices)]
         head = self._model.lm_head
         logits_WV = multiply_wide(self._model.transformer.ln_f(wanted_WD), head.weight)
@@ -165,12 +191,38 @@ class TorchRunner:
             for cache in (self._keys, self._values):
                 cache[:, target, :filled] = cache[:, source, :filled]
 
+    def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
+        self._adapters[slot] = replace(
+            weights,
+            layers=tuple(
+                {
+                    name: LoRAPair(*map(self._as_weight, (pair.a_RI, pair.b_OR)))
+                    for name, pair in layer.items()
+                }
+                for layer in weights.layers
+            ),
+        )
+
     def reset(self) -> None:
         self._keys.zero_()
         self._values.zero_()
 
     def close(self) -> None:
         del self._keys, self._values
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.to(self.device, self._model.dtype)
+
+    def _groups(self, batch: StepBatch) -> list[TokenGroup]:
+        """The step's tokens by their adapters."""
+        if batch.adapters_R is None:
+            return []
+        slots_T = batch.slots_T
+        return [
+            TokenGroup(self._adapters[slot], self._on_device(np.flatnonzero(slots_T == slot)))
+            for slot in np.unique(slots_T).tolist()
+            if slot != NONE
+        ]
 
     def _contexts(self, batch: StepBatch, positions_T: Tensor) -> list[_Context]:
         page_table_RP = self._on_device(batch.page_table_RP)
@@ -191,14 +243,21 @@ class TorchRunner:
         rotary: Rotary,
         places_T: Tensor,
         contexts: Sequence[_Context],
+        groups: list[TokenGroup],
     ) -> Tensor:
         h_TD = block.ln_1(x_TD)
-        attn = block.attn
-        q_THK = rotary.rotate(attn.q_proj(h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
-        k_THK = rotary.rotate(attn.k_proj(h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
+        attn, mlp = block.attn, block.mlp
+
+        def linear(parent: Any, name: str, x_TI: Tensor) -> Tensor:
+            return project(getattr(parent, name), name, layer, x_TI, groups)
+
+        q_THK = rotary.rotate(linear(attn, "q_proj", h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
+        k_THK = rotary.rotate(linear(attn, "k_proj", h_TD).unflatten(-1, (attn.heads, -1))[None])[0]
         keys, values = self._keys[layer], self._values[layer]
         keys.flatten(0, 1)[places_T] = k_THK
-        values.flatten(0, 1)[places_T] = attn.v_proj(h_TD).unflatten(-1, (attn.heads, -1))
+        values.flatten(0, 1)[places_T] = linear(attn, "v_proj", h_TD).unflatten(
+            -1, (attn.heads, -1)
+        )
         attended = [
             # PyTorch's fused kernels need four dimensions.
             F.scaled_dot_product_attention(
@@ -209,10 +268,11 @@ class TorchRunner:
             )[0].transpose(0, 1)
             for context in contexts
         ]
-        out_TD: Tensor = x_TD + attn.out_proj(torch.cat(attended).flatten(1)) + block.mlp(h_TD)
-        return out_TD
+        attended_TD = linear(attn, "out_proj", torch.cat(attended).flatten(1))
+        inner_TI = activate(linear(mlp, "fc_in", h_TD), mlp.activation)
+        return x_TD + attended_TD + linear(mlp, "fc_out", inner_TI)
 
-    def _on_device(self, numbers: Ints) -> Tensor:
+    def _on_device(self, numbers: npt.NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
 
 

@@ -43,7 +43,8 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     """See GenerationService.
 
     Args:
-        template: the chats'; None: every request is refused, with the remedy.
+        template: of the base model's chats, and of adapters without one; None: they are refused,
+            with the remedy.
     """
 
     _operation = "chat"
@@ -69,32 +70,42 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
 
     def _with_stops(self, request: ChatRequest) -> ChatRequest:
         """The request with the template's stop strings."""
-        if self._template is None:
+        return request.ending_at(self._template_of(request).stop)
+
+    def _template_of(self, request: ChatRequest) -> ChatTemplate:
+        """The adapter's own, if it has one. Raises InvalidRequestError if there is none."""
+        own = None if request.adapter is None else request.adapter.template
+        template = own or self._template
+        if template is None:
             raise InvalidRequestError(NO_TEMPLATE, code="no_chat_template")
-        return request.ending_at(self._template.stop)
+        return template
 
     def _prompts(self, request: ChatRequest) -> Sequence[Prompt] | None:
-        assert self._template is not None
-        messages = for_template(self._template, request.messages)
+        template = self._template_of(request)
+        messages = for_template(template, request.messages)
         try:
-            return [self._template.render(messages, add_generation_prompt=True)]
+            return [template.render(messages, add_generation_prompt=True)]
         except ChatTemplateError as error:
             raise InvalidRequestError(
                 str(error), param="messages", code="chat_template_error"
             ) from error
 
     def _reply(
-        self, choices: list[ChatChoice], usage: Usage, prompts: Sequence[ResolvedPrompt]
+        self,
+        request: ChatRequest,
+        choices: list[ChatChoice],
+        usage: Usage,
+        prompts: Sequence[ResolvedPrompt],
     ) -> ChatCompletion:
         return ChatCompletion(
-            model=self._model_name,
+            model=self._model_of(request),
             choices=choices,
             usage=usage,
             prompt_token_ids=prompts[0].ids if prompts else None,
         )
 
-    def _first_chunk(self) -> ChatChunk:
-        return ChatChunk(model=self._model_name, choices=[])
+    def _first_chunk(self, request: ChatRequest) -> ChatChunk:
+        return ChatChunk(model=self._model_of(request), choices=[])
 
     def _choice(self, request: ChatRequest, output: Output, piece: Piece, index: int) -> ChatChoice:
         return ChatChoice(

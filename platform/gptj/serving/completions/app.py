@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
 
+from gptj.serving.adapters import Adapters, ServedAdapter, unknown_model
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
@@ -20,9 +22,10 @@ from gptj.serving.completions.generation_service import (
 )
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
 from gptj.serving.completions.service import CompletionService
-from gptj.serving.errors import NotFoundError
+from gptj.serving.errors import PermissionDeniedError
+from gptj.serving.keys.account import may_use_model
 from gptj.serving.keys.ledger import Ledger
-from gptj.serving.metrics import Recorder
+from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
 from gptj.serving.tokenize import (
@@ -80,8 +83,9 @@ def generation_app(
     recorder: Recorder | None = None,
     ledger: Ledger | None = None,
     options: HTTPOptions = DEFAULTS,
+    adapters: Adapters | None = None,
 ) -> FastAPI:
-    """Routes of the services of one model, which `card` describes."""
+    """Routes of the services of one model, which `card` describes, and of its adapters."""
     app = new_app(
         "GPT-J text generation",
         recorder,
@@ -91,20 +95,53 @@ def generation_app(
         options=options,
     )
     add_health(app, alive, "the engine makes no progress")
+    recorder_ = recorder or NoRecorder()
 
-    def check_model(name: str | None) -> None:
-        if name is not None and name != card.id:
-            raise NotFoundError(
-                f"model {name!r:.200} does not exist; this service has {card.id!r}",
+    @asynccontextmanager
+    async def adapter_of(model: str | None) -> AsyncIterator[ServedAdapter | None]:
+        """The adapter that a request's `model` names, held in the block; None: the base model."""
+        name = card.id if model is None else model
+        if not may_use_model(name):
+            raise PermissionDeniedError(
+                f"this key is not for the model {name!r:.200}",
                 param="model",
-                code="model_not_found",
+                code="model_not_allowed",
             )
+        if name == card.id:
+            yield None
+        elif adapters is None:
+            raise unknown_model(name, card.id)
+        else:
+            adapter = await adapters.hold(name)
+            try:
+                yield adapter
+            finally:
+                adapter.loaded.release()
+
+    def check_name(name: str | None) -> None:
+        """An adapter has its base model's tokenizer, and need not be loaded for it."""
+        if name not in (None, card.id) and not (adapters is not None and adapters.may_have(name)):
+            raise unknown_model(name, card.id)
+
+    def card_of(adapter: ServedAdapter) -> ModelCard:
+        return ModelCard(
+            id=adapter.name,
+            created=adapter.created,
+            root=adapter.address,
+            parent=card.id,
+            max_model_len=card.max_model_len,
+            chat_template=card.chat_template or adapter.template is not None,
+        )
 
     async def answer(service: AnyService, request: GenerationRequest) -> Response:
-        check_model(request.model)
-        if request.stream:
-            return EventStreamResponse(server_sent(await service.stream(request)))
-        reply = await service.complete(request)
+        # The engine's requests hold the adapter themselves, once they are submitted.
+        async with adapter_of(request.model) as adapter:
+            if adapter is not None:
+                recorder_.adapter_request(adapter.name)
+                request = request.served_by(adapter)
+            if request.stream:
+                return EventStreamResponse(server_sent(await service.stream(request)))
+            reply = await service.complete(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
         content = await asyncio.to_thread(reply.model_dump_json)
         return Response(content, media_type="application/json")
@@ -132,25 +169,27 @@ def generation_app(
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The models of this service, which is one."""
-        return ModelList(data=[card])
+        """The model of this service, and its adapters in memory."""
+        present = [] if adapters is None else adapters.present()
+        cards = [card, *map(card_of, present)]
+        return ModelList(data=[each for each in cards if may_use_model(each.id)])
 
     @app.get("/v1/models/{model_id:path}", responses=errors(404))
     async def model(model_id: str) -> ModelCard:
         """One of them by its name."""
-        check_model(model_id)
-        return card
+        async with adapter_of(model_id) as adapter:
+            return card if adapter is None else card_of(adapter)
 
     @app.post("/tokenize", response_model_exclude_none=True, responses=errors(404))
     async def tokenize_text(request: TokenizeRequest) -> TokenizeReply:
         """A text as token ids."""
-        check_model(request.model)
+        check_name(request.model)
         return await asyncio.to_thread(tokenize, tokenizer, request, card.max_model_len)
 
     @app.post("/detokenize", responses=errors(404))
     async def detokenize_ids(request: DetokenizeRequest) -> DetokenizeReply:
         """Token ids as a text."""
-        check_model(request.model)
+        check_name(request.model)
         return await asyncio.to_thread(detokenize, tokenizer, request)
 
     @app.get("/tokenizer_info")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, Field, PlainValidator, PrivateAttr, WithJsonSchema
 
+from gptj.engine.adapter_slots import Adapter
 from gptj.engine.constraints.compiler import CompiledGrammar
 from gptj.engine.events import BeamParams
 from gptj.sampling import SamplingParams
+from gptj.serving.adapters import ServedAdapter
 from gptj.serving.completions.constraints import ConstraintFields
 from gptj.serving.errors import APIError, InvalidRequestError
 from gptj.serving.requests import RequestModel, bounds, checked_text
@@ -79,7 +81,7 @@ class GenerationRequest(ConstraintFields):
     default_tokens: ClassVar[int | None] = None
     prompt_field: ClassVar[str] = "prompt"
 
-    model: str | None = None  # default: this service's only model
+    model: str | None = None  # the base model's name, which is the default, or an adapter's
     temperature: Annotated[float, bounds(minimum=0, maximum=100)] = 1.0
     top_p: Annotated[float, bounds(minimum=0, maximum=1)] = 1.0
     n: Annotated[int, bounds(minimum=1, maximum=MAX_SEQUENCES)] = 1
@@ -117,6 +119,8 @@ class GenerationRequest(ConstraintFields):
     # Rank beams by logprob / length ** length_penalty.
     length_penalty: Annotated[float, bounds(minimum=-10, maximum=10)] = 1.0
     early_stopping: bool = False  # stop once best_of beams have ended
+
+    _adapter: ServedAdapter | None = PrivateAttr(default=None)
 
     @property
     def candidates(self) -> int:
@@ -162,6 +166,21 @@ class GenerationRequest(ConstraintFields):
     def shows_prompt(self) -> bool:
         """Whether the prompt is a part of the reply."""
         return False
+
+    def served_by(self, adapter: ServedAdapter | None) -> Self:
+        """The request with the adapter that its `model` names, which the caller holds."""
+        copy = self.model_copy()
+        copy._adapter = adapter
+        return copy
+
+    @property
+    def adapter(self) -> ServedAdapter | None:
+        """None: the base model."""
+        return self._adapter
+
+    @property
+    def engine_adapter(self) -> Adapter | None:
+        return None if self._adapter is None else self._adapter.loaded
 
     def check(self) -> None:
         """Raises InvalidRequestError for fields that contradict each other or exceed a limit."""

@@ -96,11 +96,17 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         """A part of an output as a choice of a chunk; `first`: of this output."""
 
     @abstractmethod
-    def _reply(self, choices: list[Any], usage: Usage, prompts: Sequence[ResolvedPrompt]) -> Reply:
+    def _reply(
+        self,
+        request: Request,
+        choices: list[Any],
+        usage: Usage,
+        prompts: Sequence[ResolvedPrompt],
+    ) -> Reply:
         """The whole reply."""
 
     @abstractmethod
-    def _first_chunk(self) -> Chunk:
+    def _first_chunk(self, request: Request) -> Chunk:
         """A chunk without choices, of which the others are copies."""
 
     async def complete(self, request: Request) -> Reply:
@@ -132,7 +138,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             for output in _best(candidates, request.n):
                 piece = pieces[output.index]
                 choices.append(self._choice(request, output, piece, len(choices)))
-        return self._reply(choices, run.usage(), prompts if request.return_token_ids else [])
+        return self._reply(
+            request, choices, run.usage(), prompts if request.return_token_ids else []
+        )
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
         """The reply in chunks; returns once the first is there.
@@ -175,7 +183,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
     async def _chunks(self, request: Request, run: CompletionRun) -> AsyncGenerator[Chunk]:
         options = request.stream_options or StreamOptions()
-        whole = self._first_chunk()
+        whole = self._first_chunk(request)
         begun: set[int] = set()
         async with aclosing(run.pieces()) as pieces:
             async for index, piece in pieces:
@@ -190,6 +198,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 yield whole.model_copy(update={"choices": [choice], "usage": usage})
         if options.include_usage:
             yield whole.model_copy(update={"usage": run.usage()})
+
+    def _model_of(self, request: Request) -> str:
+        """The model's name in replies."""
+        return self._model_name if request.adapter is None else request.adapter.name
 
     def _token_text(self, token: int) -> str:
         content = self._tokenizer.token_bytes(token)
@@ -223,13 +235,15 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         entry.prompt_tokens, entry.completion_tokens = usage.prompt_tokens, new_tokens
         if (account := current_account()) is not None:
             account.tokens = usage.total_tokens
-        return self._reply(choices, usage, prompts if request.return_token_ids else [])
+        return self._reply(request, choices, usage, prompts if request.return_token_ids else [])
 
     async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
         events = self._events()
         (params,) = prompt.params
         try:
-            ticket = self._engine.beam_search(prompt.ids, params, request.beams(), events.router)
+            ticket = self._engine.beam_search(
+                prompt.ids, params, request.beams(), events.router, request.engine_adapter
+            )
         except ValueError as error:
             raise request.named(error) from error
         events.follow([ticket])

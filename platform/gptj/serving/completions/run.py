@@ -201,7 +201,10 @@ class CompletionRun:
             ]
         try:
             tickets = self._engine.submit_many(
-                prompt.ids, params, [self._events.router] * len(outputs)
+                prompt.ids,
+                params,
+                [self._events.router] * len(outputs),
+                self._request.engine_adapter,
             )
         except ValueError as error:
             raise self._request.named(error) from error

@@ -185,7 +185,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "gptj"
-    root: str  # the checkpoint's address
+    root: str  # the checkpoint's, or the adapter's, address
+    parent: str | None = None  # an adapter's base model, by its name
     max_model_len: int  # the context, in tokens
     chat_template: bool = False  # whether it has one, and so answers chats
 

@@ -32,12 +32,16 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
         return request.prompt
 
     def _reply(
-        self, choices: list[Choice], usage: Usage, prompts: Sequence[ResolvedPrompt]
+        self,
+        request: CompletionRequest,
+        choices: list[Choice],
+        usage: Usage,
+        prompts: Sequence[ResolvedPrompt],
     ) -> Completion:
-        return Completion(model=self._model_name, choices=choices, usage=usage)
+        return Completion(model=self._model_of(request), choices=choices, usage=usage)
 
-    def _first_chunk(self) -> Completion:
-        return Completion(model=self._model_name, choices=[])
+    def _first_chunk(self, request: CompletionRequest) -> Completion:
+        return Completion(model=self._model_of(request), choices=[])
 
     def _choice(
         self, request: CompletionRequest, output: Output, piece: Piece, index: int

@@ -94,6 +94,12 @@ def current_account() -> Account | None:
     return _account.get()
 
 
+def may_use_model(name: str) -> bool:
+    """Whether the present request's key is for a model; always true without a key."""
+    account = _account.get()
+    return account is None or account.key.opens_model(name)
+
+
 async def reserve_tokens(tokens: int) -> None:
     """Reserve tokens of the present request's key, before any work; free without a key.
 

@@ -4,6 +4,7 @@
       - name: search-team
         sha256: 5e88…                # of the key; `python -m gptj.serving.keys NAME` makes both
         applications: [generation]   # default: all
+        models: [team-a/*]           # the base model and adapters; default: all
         requests_per_minute: 600     # default: no limit, as for the next two
         tokens_per_minute: 100000
         concurrent_requests: 8
@@ -19,6 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +45,8 @@ class Key(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     applications: frozenset[str] | None = None  # by name in serve.yaml; None: all
+    # The base model and adapters by name, or patterns such as team-a/*; None: all.
+    models: frozenset[str] | None = None
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
     concurrent_requests: Limit = None
@@ -54,6 +58,9 @@ class Key(BaseModel):
 
     def opens(self, application: str) -> bool:
         return self.applications is None or application in self.applications
+
+    def opens_model(self, name: str) -> bool:
+        return self.models is None or any(fnmatchcase(name, each) for each in self.models)
 
 
 class _File(BaseModel):

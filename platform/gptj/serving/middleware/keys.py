@@ -62,7 +62,9 @@ class KeyCheck:
         if scope["method"] == "POST":
             await self._counted(key, scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            # Nothing is counted, but what a list shows depends on the key.
+            with using(Account.of(key, "", self._ledger)):
+                await self._app(scope, receive, send)
 
     def _key(self, authorization: bytes | None) -> Key:
         """Raises AuthenticationError or PermissionDeniedError."""

@@ -81,6 +81,14 @@ class Model(ctypes.Structure):
     ]
 
 
+class LoraPair(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+
+
+class LoraLayer(ctypes.Structure):
+    _fields_ = [("pairs", LoraPair * 6)]
+
+
 class Step(ctypes.Structure):
     _fields_ = [
         *(
@@ -92,6 +100,7 @@ class Step(ctypes.Structure):
             for name in ("tokens", "sequences", "pages_per_row", "num_logits")
         ),
         ("logits", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p),
     ]
 
 

@@ -10,12 +10,16 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from gptj.engine.runners.base import PageCopy, StepBatch
 from gptj.engine.runners.cpu import library
+from gptj.engine.runners.cpu.adapters import LANES, PackedAdapter, pack_adapter
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
+from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
@@ -33,6 +37,7 @@ class CpuRunner:
         kind: of the weights; int8 is symmetric with a scale per output, and also quantizes
             activations, with a scale per 128 inputs.
         threads: including the caller's; default: PyTorch's setting.
+        lora: whether there can be adapters, whose matrices are fp32 and not quantized.
         release: move the weights out of the model piece by piece, keeping one copy in memory; the
             model, and anything that shares its memory, is unusable afterwards.
 
@@ -49,6 +54,7 @@ class CpuRunner:
         kind: Kind,
         *,
         threads: int | None = None,
+        lora: LoRALimits | None = None,
         release: bool = False,
     ) -> None:
         self._library = library.load()
@@ -56,7 +62,8 @@ class CpuRunner:
         self.device = torch.device("cpu")
         self.num_pages = num_pages
         self._kind: Kind = kind
-        _check(model)
+        _check(model, lora)
+        self._adapters: dict[int, PackedAdapter] = {}  # by slot
         self._kept: list[Tensor] = []  # tensors the kernels hold pointers to
         self._bytes_read = 0
         self._threads = threads or torch.get_num_threads()
@@ -95,6 +102,7 @@ class CpuRunner:
         batch.check(self.config, self.page_size, self.num_pages)
         wanted = len(batch.logits_indices)
         logits = torch.empty(wanted, self.config.vocab_size)
+        adapters = None if batch.adapters_R is None else self._adapters_of(batch)
         step = library.Step(
             batch.ids_T.ctypes.data,
             batch.positions_T.ctypes.data,
@@ -106,6 +114,7 @@ class CpuRunner:
             batch.page_table_RP.shape[1],
             wanted,
             logits.data_ptr(),
+            None if adapters is None else adapters.ctypes.data,
         )
         if self._library.gptj_step(self._handle, ctypes.byref(step)) != 0:
             raise MemoryError(f"no memory for a step of {len(batch.ids_T)} tokens")
@@ -121,6 +130,9 @@ class CpuRunner:
             keys[:, target, :, :, :filled] = keys[:, source, :, :, :filled]
             values[:, target, :, :filled] = values[:, source, :, :filled]
 
+    def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
+        self._adapters[slot] = pack_adapter(weights)
+
     def reset(self) -> None:
         self._cache.zero_()
 
@@ -129,10 +141,19 @@ class CpuRunner:
             self._library.gptj_destroy(self._handle)
             self._handle = None
             self._kept.clear()
+            self._adapters.clear()
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
+
+    def _adapters_of(self, batch: StepBatch) -> npt.NDArray[np.uint64]:
+        """Each token's adapter's address; 0 without one."""
+        slots_T = batch.slots_T
+        addresses = np.zeros(len(slots_T), np.uint64)
+        for slot in set(slots_T.tolist()) - {NONE}:
+            addresses[slots_T == slot] = ctypes.addressof(self._adapters[slot].layers)
+        return addresses
 
     def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
         """Pack all weights; with `release`, free each once packed."""
@@ -212,8 +233,13 @@ class CpuRunner:
         return tensor.data_ptr()
 
 
-def _check(model: GPTJForCausalLM) -> None:
+def _check(model: GPTJForCausalLM, lora: LoRALimits | None) -> None:
     config = model.config
+    if lora is not None and (config.n_embd % LANES or config.inner_dim % LANES):
+        raise library.UnsupportedError(
+            f"adapters need n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples "
+            f"of {LANES} in the kernels"
+        )
     if model.device.type != "cpu":
         raise library.UnsupportedError(f"the model is on {model.device}")
     if config.activation_function != "gelu_new":

@@ -30,6 +30,8 @@ constexpr int64_t kQueries = 4;
 #else
 constexpr int64_t kQueries = 1;
 #endif
+constexpr int64_t kMaxRank = 64;  // of an adapter
+constexpr int64_t kRanks = 8;     // rows of an adapter's A per work item
 
 thread_local int thread_number = 0;  // in its team; the caller is 0
 
@@ -118,6 +120,17 @@ struct Layer {
   Weights qkv, fc_in, out;  // out: (width, width + inner), out_proj beside fc_out
 };
 
+// Two matrices of an adapter beside a linear layer's, fp32; rank 0 if the layer has none.
+struct LoraPair {
+  const float* a;  // (rank, inputs)
+  const float* b;  // (columns / 16, rank, 16), scaled
+  int64_t rank;
+};
+
+struct LoraLayer {
+  LoraPair pairs[6];  // q_proj, k_proj, v_proj, fc_in, out_proj, fc_out
+};
+
 struct Model {
   const void* embedding;           // (vocabulary, width)
   const float *final_weight, *final_bias;
@@ -134,10 +147,14 @@ struct Step {
   const int32_t* logits_indices;   // (num_logits)
   int64_t tokens, sequences, pages_per_row, num_logits;
   float* logits;                   // (num_logits, vocabulary)
+  const LoraLayer* const* adapters;  // (tokens): each one's layers, or null; null if none has any
 };
 }
 
 namespace {
+
+// Of a layer's pairs.
+enum Pair : int { kQuery, kKey, kValue, kFcIn, kOutProj, kFcOut, kPairs };
 
 class Runner {
  public:
@@ -163,7 +180,11 @@ class Runner {
     fit(turned_, most * words);
     fit(scales_, most * ceil_div(inputs, kGroup));
     fit(offsets_, most * ceil_div(inputs, kGroup));
-    counters_ = std::vector<Counter>(size_t((7 * s_.layers + 5) * s_.threads));
+    if (step.adapters != nullptr) {
+      fit(normed_, step.tokens * s_.width);
+      fit(small_, step.tokens * kPairs * kMaxRank);
+    }
+    counters_ = std::vector<Counter>(size_t((9 * s_.layers + 5) * s_.threads));
     const std::function<void()> job = [this] { run(); };
     team_.run(job);
   }
@@ -189,20 +210,24 @@ class Runner {
       const Layer& layer = layers_[size_t(l)];
       const Activations normed = activations(b_->tokens, s_.width);
       each(part, b_->tokens, [&](int64_t t) {
-        norm(normed, t, &x_[size_t(t * s_.width)], layer.norm_weight, layer.norm_bias);
+        float* kept = adapter(t) != nullptr ? &normed_[size_t(t * s_.width)] : nullptr;
+        norm(normed, t, &x_[size_t(t * s_.width)], layer.norm_weight, layer.norm_bias, kept);
       });
-      first_product(part, layer, normed);
+      shrink(part, l, kQuery, kFcIn);
+      first_product(part, l, normed);
       each(part, b_->sequences * s_.heads,
            [&](int64_t i) { attend(l, i / s_.heads, i % s_.heads); });
       const int64_t inputs = s_.width + s_.inner;
       const Activations branches = activations(b_->tokens, inputs);
       each(part, b_->tokens,
            [&](int64_t t) { convert(kind_, &branches_[size_t(t * inputs)], inputs, branches, t); });
-      second_product(part, layer, branches);
+      shrink(part, l, kOutProj, kFcOut);
+      second_product(part, l, branches);
     }
     const Activations last = activations(b_->num_logits, s_.width);
     each(part, b_->num_logits, [&](int64_t i) {
-      norm(last, i, &x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight, m_.final_bias);
+      norm(last, i, &x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight, m_.final_bias,
+           nullptr);
     });
     multiply(part, m_.head, last,
              [&](int64_t row, int64_t column, Floats y, Mask mask) {
@@ -258,23 +283,78 @@ class Runner {
       block_product<Int8>(w, block, a, done);
   }
 
+  const LoraLayer* adapter(int64_t token) const {
+    return b_->adapters == nullptr ? nullptr : b_->adapters[token];
+  }
+
+  // Each token's A x for some pairs of its adapter, in fp32. No work in a step without adapters.
+  void shrink(int& part, int64_t l, int first_pair, int last_pair) {
+    if (b_->adapters == nullptr) return;
+    constexpr int64_t kItems = kMaxRank / kRanks;
+    const int64_t pairs = last_pair - first_pair + 1;
+    each(part, b_->tokens * pairs * kItems, [&](int64_t i) {
+      const int64_t t = i / (pairs * kItems), from = i % kItems * kRanks;
+      const int number = first_pair + int(i / kItems % pairs);
+      const LoraLayer* own = adapter(t);
+      if (own == nullptr) return;
+      const LoraPair& pair = own[l].pairs[number];
+      const float* branches = &branches_[size_t(t * (s_.width + s_.inner))];
+      const float* x = number == kFcOut     ? branches + s_.width
+                       : number == kOutProj ? branches
+                                            : &normed_[size_t(t * s_.width)];
+      const int64_t inputs = number == kFcOut ? s_.inner : s_.width;
+      float* y = small(t, number);
+      for (int64_t r = from; r < std::min(pair.rank, from + kRanks); ++r) {
+        Floats sum = zeros();
+        for (int64_t k = 0; k < inputs; k += 16) {
+          const Mask mask = first(inputs - k);
+          sum = fma(load(pair.a + r * inputs + k, mask), load(x + k, mask), sum);
+        }
+        y[r] = sum_of(sum);
+      }
+    });
+  }
+
+  // Adds 16 columns of a pair's B (A x) to a token's product.
+  Floats expand(int64_t t, int64_t l, int number, int64_t column, Floats y) const {
+    const LoraLayer* own = adapter(t);
+    if (own == nullptr) return y;
+    const LoraPair& pair = own[l].pairs[number];
+    const float* x = &small_[size_t((t * kPairs + number) * kMaxRank)];
+    const float* b = pair.b + column * pair.rank;
+    for (int64_t r = 0; r < pair.rank; ++r) y = fma(all(x[r]), load(b + r * 16), y);
+    return y;
+  }
+
+  float* small(int64_t t, int number) {
+    return &small_[size_t((t * kPairs + number) * kMaxRank)];
+  }
+
   // Queries, keys and values, and the MLP's activated first half.
-  void first_product(int& part, const Layer& layer, const Activations& normed) {
+  void first_product(int& part, int64_t l, const Activations& normed) {
+    const Layer& layer = layers_[size_t(l)];
     const int64_t inputs = s_.width + s_.inner;
     multiply2(
         part, layer.qkv, layer.fc_in, ceil_div(s_.inner, kBlock), normed,
         [&](int64_t row, int64_t column, Floats y, Mask mask) {
+          if (b_->adapters != nullptr)
+            y = expand(row, l, kQuery + int(column / s_.width), column % s_.width, y);
           store(&qkv_[size_t(row * 3 * s_.width + column)], mask, y);
         },
         [&](int64_t row, int64_t column, Floats y, Mask mask) {
+          if (b_->adapters != nullptr) y = expand(row, l, kFcIn, column, y);
           store(&branches_[size_t(row * inputs + s_.width + column)], mask, gelu(y));
         });
   }
 
   // Both branches' output projections, added to the residual stream.
-  void second_product(int& part, const Layer& layer, const Activations& branches) {
-    multiply(part, layer.out, branches,
+  void second_product(int& part, int64_t l, const Activations& branches) {
+    multiply(part, layers_[size_t(l)].out, branches,
              [&](int64_t row, int64_t column, Floats y, Mask mask) {
+               if (b_->adapters != nullptr) {
+                 y = expand(row, l, kOutProj, column, y);
+                 y = expand(row, l, kFcOut, column, y);
+               }
                float* x = &x_[size_t(row * s_.width + column)];
                store(x, mask, add(load(x, mask), y));
              });
@@ -291,12 +371,14 @@ class Runner {
     }
   }
 
+  // The norm as a row of activations and, if `kept` is not null, in fp32.
   void norm(const Activations& a, int64_t row, const float* x, const float* weight,
-            const float* bias) {
-    thread_local std::vector<float> y;
-    fit(y, s_.width);
-    layer_norm(x, weight, bias, s_.epsilon, s_.width, y.data());
-    convert(kind_, y.data(), s_.width, a, row);
+            const float* bias, float* kept) {
+    thread_local std::vector<float> own;
+    fit(own, s_.width);
+    float* y = kept == nullptr ? own.data() : kept;
+    layer_norm(x, weight, bias, s_.epsilon, s_.width, y);
+    convert(kind_, y, s_.width, a, row);
   }
 
   Activations activations(int64_t rows, int64_t inputs) {
@@ -500,6 +582,7 @@ class Runner {
   const Step* b_ = nullptr;
   std::vector<Counter> counters_;
   std::vector<float> x_, qkv_, branches_, scales_;
+  std::vector<float> normed_, small_;  // of tokens with an adapter: their norms, and A x by pair
   std::vector<uint32_t> by_row_, turned_;
   std::vector<int32_t> offsets_;
 };

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptj.engine.runners.base import Ints, StepBatch
 from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs
+from gptj.engine.runners.lora import NONE
 
 Vector = TypeVar("Vector", Tensor, Ints)
 
@@ -58,20 +59,23 @@ class InputsMaker:
 
     def static(self, size: int) -> Inputs:
         """A decode step's inputs for that size, always at the same address."""
-        ids_T, positions_T, slots_T, page_table_RP = self._decode_outline(size).views(self._static)
-        return Inputs(ids_T, positions_T, slots_T, page_table_RP, size)
+        views = self._decode_outline(size).views(self._static)
+        ids_T, positions_T, slots_T, adapters_T, page_table_RP = views
+        return Inputs(ids_T, positions_T, slots_T, page_table_RP, size, adapters_T=adapters_T)
 
     def fill(self, batch: StepBatch, size: int) -> None:
         """Copy a decode batch into `static(size)`, padded with the scratch page."""
         count = len(batch.ids_T)
         outline = self._decode_outline(size)
         vector = self._vector(outline.size)
-        ids, positions, slots, tables = outline.views(vector.numpy())
+        ids, positions, slots, adapters, tables = outline.views(vector.numpy())
         ids[count:], positions[count:] = 0, 0
         slots[count:] = self._scratch * self._page_size
+        adapters[count:] = NONE
         tables[count:] = self._scratch
         ids[:count] = batch.ids_T
         positions[:count] = batch.positions_T
+        adapters[:count] = NONE if batch.adapters_R is None else batch.adapters_R
         slots[:count] = self._slots(batch, np.arange(count))
         self._fill_tables(tables[:count], batch)
         self._static[: outline.size].copy_(vector, non_blocking=True)
@@ -82,12 +86,13 @@ class InputsMaker:
         rows, tokens = len(lengths), len(batch.ids_T)
         num_decodes = rows if (lengths == 1).all() else int((lengths > 1).argmax())
         chunks = tuple(
-            Chunk(row, start, end - start, int(batch.positions_T[start]))
+            Chunk(row, start, end - start, int(batch.positions_T[start]), batch.slot(row))
             for row, (start, end) in enumerate(pairwise(batch.query_start_loc.tolist()))
             if row >= num_decodes
         )
         tiles = [tile for chunk in chunks for tile in _tiles(chunk)]
         outline = Outline(
+            (tokens,),
             (tokens,),
             (tokens,),
             (tokens,),
@@ -100,12 +105,13 @@ class InputsMaker:
         parts[0][:] = batch.ids_T
         parts[1][:] = batch.positions_T
         parts[2][:] = self._slots(batch, np.repeat(np.arange(rows), lengths))
-        self._fill_tables(parts[3], batch)
+        parts[3][:] = batch.slots_T
+        self._fill_tables(parts[4], batch)
         if tiles:
-            parts[4][:] = tiles
-        parts[5][:] = batch.logits_indices
+            parts[5][:] = tiles
+        parts[6][:] = batch.logits_indices
         sent = outline.views(vector.to(self._device, non_blocking=True))
-        ids_T, positions_T, slots_T, page_table_RP, tiles_N4, logits_indices_W = sent
+        ids_T, positions_T, slots_T, adapters_T, page_table_RP, tiles_N4, logits_indices_W = sent
         return Inputs(
             ids_T,
             positions_T,
@@ -114,11 +120,12 @@ class InputsMaker:
             num_decodes,
             chunks,
             tiles_N4 if tiles else None,
+            adapters_T,
             logits_indices_W,
         )
 
     def _decode_outline(self, size: int) -> Outline:
-        return Outline((size,), (size,), (size,), (size, self._max_pages))
+        return Outline((size,), (size,), (size,), (size,), (size, self._max_pages))
 
     def _vector(self, size: int) -> Tensor:
         # PyTorch does not reuse pinned memory before the copy from it has completed.
@@ -156,7 +163,16 @@ def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
         batch,
         query_start_loc=np.concatenate((starts, batch.query_start_loc[rows:])),
         page_table_RP=np.concatenate((tables, batch.page_table_RP[rows:])),
+        adapters_R=_repeated(batch.adapters_R, lengths[:rows]),
     )
+
+
+def _repeated(adapters_R: Ints | None, lengths: Ints) -> Ints | None:
+    """Of the first sequences, each token's in place of the sequence's."""
+    if adapters_R is None:
+        return None
+    rows = len(lengths)
+    return np.concatenate((np.repeat(adapters_R[:rows], lengths), adapters_R[rows:]))
 
 
 def _tiles(chunk: Chunk) -> list[tuple[int, int, int, int]]:

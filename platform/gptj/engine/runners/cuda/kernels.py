@@ -304,3 +304,83 @@ def multiply_row(
         terms += weights.to(tl.float32) * values[None, :]
     found = tl.sum(terms, axis=1)
     tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def lora_shrink(
+    x,  # (T, ROW)
+    a,  # (slots, SLOT): each module's A (RANK, inputs), one after another
+    adapters,  # (T): slots, or negative without an adapter
+    ranks,  # (slots)
+    small,  # (T, MODULES * RANK), fp32; not written beyond an adapter's rank
+    ROW: tl.constexpr,
+    SLOT: tl.constexpr,
+    RANK: tl.constexpr,
+    MODULES: tl.constexpr,
+    FIRST: tl.constexpr,  # inputs of the first module
+    SECOND: tl.constexpr,  # and of the others
+    BESIDE: tl.constexpr,  # whether modules have inputs side by side, or the same
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """A x, in fp32: one program per token and BLOCK_RANK rows of a module's A."""
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    slot = tl.load(adapters + token).to(tl.int64)
+    module = part // (RANK // BLOCK_RANK)
+    first = part % (RANK // BLOCK_RANK) * BLOCK_RANK
+    if slot >= 0:
+        if first < tl.load(ranks + slot):
+            inputs = FIRST
+            place = 0
+            if BESIDE:
+                inputs = tl.where(module == 0, FIRST, SECOND)
+                place = module * FIRST
+            rows = first + tl.arange(0, BLOCK_RANK)
+            matrix = a + slot * SLOT + module * (RANK * FIRST) + rows * inputs
+            source = x + token * ROW + place
+            sums = tl.zeros([BLOCK_RANK], tl.float32)
+            for start in range(0, inputs, BLOCK_INPUTS):
+                columns = start + tl.arange(0, BLOCK_INPUTS)
+                inside = columns < inputs
+                values = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+                places = matrix[:, None] + columns[None, :]
+                weights = tl.load(places, mask=inside[None, :], other=0.0).to(tl.float32)
+                sums += tl.sum(weights * values[None, :], axis=1)
+            tl.store(small + token * (MODULES * RANK) + module * RANK + rows, sums)
+
+
+@triton.jit
+def lora_expand(
+    small,  # (T, MODULES * RANK), fp32
+    b,  # (slots, COLUMNS, TERMS)
+    adapters,  # (T)
+    ranks,  # (slots)
+    y,  # (T, COLUMNS), changed in place
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    TERMS: tl.constexpr,  # RANK, or MODULES * RANK where all modules have the same columns
+    MODULES: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns of a module but the last, where they are side by side
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TERMS: tl.constexpr,
+):
+    """Adds B (A x): one program per token and BLOCK_COLUMNS columns."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(adapters + token).to(tl.int64)
+    if slot >= 0:
+        rank = tl.load(ranks + slot)
+        columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        inside = columns < COLUMNS
+        modules = tl.minimum(columns // WIDTH, MODULES * RANK // TERMS - 1)
+        target = y + token * COLUMNS + columns
+        sums = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        for start in range(0, TERMS, BLOCK_TERMS):
+            terms = start + tl.arange(0, BLOCK_TERMS)
+            used = inside[:, None] & (terms % RANK < rank)[None, :]
+            rows = b + (slot * COLUMNS + columns) * TERMS
+            weights = tl.load(rows[:, None] + terms[None, :], mask=used, other=0.0).to(tl.float32)
+            own = small + token * (MODULES * RANK) + modules * TERMS
+            values = tl.load(own[:, None] + terms[None, :], mask=used, other=0.0)
+            sums += tl.sum(weights * values, axis=1)
+        tl.store(target, sums.to(y.dtype.element_ty), mask=inside)

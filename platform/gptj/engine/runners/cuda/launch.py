@@ -16,15 +16,19 @@ from gptj.engine.runners.base import PAGE_SIZE, PageCopy
 from gptj.engine.runners.cuda import kernels
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
+from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
 from gptj.engine.runners.cuda.operations import TILE, Inputs, LayerCache
 from gptj.engine.runners.cuda.tuned_linear import TunedLinear
 from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.lora import NONE, LoRALimits
 from gptj.engine.runners.transfer import sent
 
 BLOCK_INNER = 1024
 # Context positions per iteration of prefill attention, and warps; limited by registers.
 CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the dtype's bytes
 MAX_SPLITS = 32
+LORA_BLOCK_RANK, LORA_BLOCK_INPUTS = 8, 512
+LORA_BLOCK_COLUMNS, LORA_BLOCK_TERMS = 128, 16
 # Decode attention programs per multiprocessor: four are resident at a time, and twice as many
 # balance contexts of different lengths.
 PROGRAMS = 8
@@ -49,7 +53,7 @@ class TritonOperations:
         self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # the kernels use exp2
 
-    def try_out(self, device: torch.device) -> None:
+    def try_out(self, device: torch.device, lora: LoRALimits | None = None) -> None:
         """Launch all kernels as a step would, on a cache of two pages.
 
         Except those that `prepare` measures, which skips failing ones.
@@ -82,6 +86,14 @@ class TritonOperations:
                 qkv_fc_in, inner_bias, (table, table), inputs, layer, attn_mlp
             )
             self.paged_attention(q_THK, inputs, layer, attn_mlp)
+        if lora is not None:
+            ranks = Ranks.empty(lora, device)
+            adapted = AdaptedLayer.empty(config, lora, self._dtype, ranks)
+            inputs = maker.static(1)
+            assert inputs.adapters_T is not None
+            self.add_lora(zeros(1, 3 * width + inner), zeros(1, width), adapted.qkv_fc_in, inputs)
+            added_TD = zeros(1, width, dtype=torch.float32)
+            self.add_lora(added_TD, zeros(1, width + inner), adapted.out_proj_fc_out, inputs)
         self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
 
     def prepare(self, weights: Weights) -> None:
@@ -151,6 +163,53 @@ class TritonOperations:
             self._decode_attention(q_THK, inputs, cache, attn_mlp)
         if inputs.tiles_N4 is not None:
             self._prefill_attention(q_THK, inputs, inputs.tiles_N4, cache, attn_mlp)
+
+    def add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
+        if inputs.num_decodes:
+            self._add_lora(y_TO, x_TI, adapted, inputs)
+        for chunk in inputs.chunks:
+            if chunk.adapter != NONE:
+                tokens = slice(chunk.start, chunk.start + chunk.tokens)
+                adapted.add(y_TO[tokens], x_TI[tokens], chunk.adapter)
+
+    def _add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
+        """Of the tokens that decode, each with an adapter of its own."""
+        rank, modules, tokens = adapted.rank, len(adapted.inputs), inputs.num_decodes
+        ranks_S = adapted.ranks.on_device_S
+        small = torch.empty(tokens, modules * rank, dtype=torch.float32, device=x_TI.device)
+        block_rank = min(rank, LORA_BLOCK_RANK)
+        kernels.lora_shrink[(tokens, modules * rank // block_rank)](
+            x_TI,
+            adapted.a,
+            inputs.adapters_T,
+            ranks_S,
+            small,
+            ROW=x_TI.shape[1],
+            SLOT=adapted.a.shape[1],
+            RANK=rank,
+            MODULES=modules,
+            FIRST=adapted.inputs[0],
+            SECOND=adapted.inputs[-1],
+            BESIDE=adapted.beside,
+            BLOCK_RANK=block_rank,
+            BLOCK_INPUTS=min(LORA_BLOCK_INPUTS, triton.next_power_of_2(adapted.inputs[0])),
+        )
+        columns, terms = adapted.b.shape[1:]
+        block_terms = min(terms, LORA_BLOCK_TERMS)
+        kernels.lora_expand[(tokens, triton.cdiv(columns, LORA_BLOCK_COLUMNS))](
+            small,
+            adapted.b,
+            inputs.adapters_T,
+            ranks_S,
+            y_TO,
+            COLUMNS=columns,
+            RANK=rank,
+            TERMS=terms,
+            MODULES=modules,
+            WIDTH=adapted.columns[0],
+            BLOCK_COLUMNS=LORA_BLOCK_COLUMNS,
+            BLOCK_TERMS=block_terms,
+        )
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         heads, page_size, head_dim = cache.shape[3:]

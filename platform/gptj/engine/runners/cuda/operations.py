@@ -13,7 +13,9 @@ from typing import Protocol
 from torch import Tensor
 
 from gptj.engine.runners.base import PageCopy
+from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.lora import NONE
 
 TILE = 32  # query tokens of one program of prefill attention
 
@@ -26,6 +28,7 @@ class Chunk:
     start: int  # index in the step of its first token
     tokens: int
     position: int  # position of the first token
+    adapter: int = NONE  # its slot
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Inputs:
     num_decodes: int
     chunks: tuple[Chunk, ...] = ()
     tiles_N4: Tensor | None = None  # chunks in tiles of TILE tokens, each as Chunk
+    adapters_T: Tensor | None = None  # each token's adapter's slot, or NONE
     logits_indices_W: Tensor | None = None  # the tokens to compute logits for; None: all
 
 
@@ -102,6 +106,13 @@ class Operations(Protocol):
         self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
         """Causal attention over each sequence's pages, into the first D columns of `attn_mlp`."""
+
+    def add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
+        """Add the products of each token's adapter to `multiply`'s, in place.
+
+        Args:
+            inputs: with adapters_T.
+        """
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         """Copy pages in all layers, in any order.

@@ -6,7 +6,9 @@ Shape suffixes: T tokens of a step, R sequences, W rows of logits, D width, V vo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor
 from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch, independent
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
 from gptj.engine.runners.cuda.inputs import InputsMaker, with_drafts_as_rows
+from gptj.engine.runners.cuda.lora import LoRASlots
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache, Operations
 from gptj.engine.runners.cuda.weights import take
+from gptj.engine.runners.lora import LoRALimits, LoRAWeights
 from gptj.engine.runners.wide import wide_sums
 from gptj.model import GPTJForCausalLM
 
@@ -32,6 +36,7 @@ class CudaRunner:
         model: in evaluation mode, on its device.
         num_pages: of the cache; one page is added for padding.
         operations: for the model's device and dtype.
+        lora: how many adapters it has room for.
         release: move the weights out of the model while fusing them, keeping one copy in memory;
             the model is unusable afterwards.
     """
@@ -44,6 +49,7 @@ class CudaRunner:
         num_pages: int,
         operations: Operations,
         *,
+        lora: LoRALimits | None = None,
         release: bool = False,
     ) -> None:
         self.config = config = model.config
@@ -53,6 +59,9 @@ class CudaRunner:
         self._on_gpu = self.device.type == "cuda"
         self._weights = take(model, release=release)
         self.bytes_read = self._weights.bytes_read  # bytes of weights per step
+        self._lora = None
+        if lora is not None:
+            self._lora = LoRASlots(config, lora, self._dtype, self.device)
         self._logits = torch.zeros(MAX_SIZE, config.vocab_size, device=self.device)
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
@@ -69,6 +78,7 @@ class CudaRunner:
         config = self.config
         self.num_pages = num_pages
         self._graphs: Graphs | None = None
+        self._lora_graphs: Graphs | None = None  # of steps with adapters
         self._layer_caches: list[LayerCache] = []
         self._cache = torch.empty(0)
         if self._on_gpu:
@@ -82,6 +92,9 @@ class CudaRunner:
             with torch.inference_mode(), self._computing():
                 # Capturing writes to page 0, which is still unused.
                 self._graphs = Graphs(self._compute_decode, self._stream)
+                if self._lora is not None:
+                    step = partial(self._compute_decode, lora=self._lora)
+                    self._lora_graphs = Graphs(step, self._stream)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> Tensor:
@@ -95,7 +108,8 @@ class CudaRunner:
             if single and count <= MAX_SIZE:
                 return self._step_decode(batch)
             inputs = self._inputs.of(batch)
-            logits_WV = self._head(self._hidden(inputs)[inputs.logits_indices_W])
+            hidden_TD = self._hidden(inputs, self._adapters_of(batch))
+            logits_WV = self._head(hidden_TD[inputs.logits_indices_W])
             logits_WV += self._weights.head_bias_V
             return logits_WV
 
@@ -105,39 +119,55 @@ class CudaRunner:
             for run in independent(copies):
                 self._operations.copy_pages(self._cache, run)
 
+    def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
+        assert self._lora is not None, "the runner has no room for adapters"
+        # Not `_computing`: another thread computes. Both use the device's default stream.
+        with torch.inference_mode(), self._on_device():
+            self._lora.put(slot, weights)
+
     def reset(self) -> None:
         self._cache.zero_()
 
     def close(self) -> None:
-        self._graphs = None
+        self._graphs = self._lora_graphs = self._lora = None
         del self._weights, self._cache, self._layer_caches, self._logits, self._inputs
 
     def _step_decode(self, batch: StepBatch) -> Tensor:
         count = len(batch.ids_T)
         size = size_for(count)
         self._inputs.fill(batch, size)
-        if self._graphs is not None:
-            self._graphs.replay(size)
+        lora = self._adapters_of(batch)
+        graphs = self._graphs if lora is None else self._lora_graphs
+        if graphs is not None:
+            graphs.replay(size)
         else:
-            self._compute_decode(size)
+            self._compute_decode(size, lora)
         # A new tensor: the next step overwrites _logits.
         return self._logits[:count] + self._weights.head_bias_V
 
-    def _compute_decode(self, size: int) -> None:
-        """Compute a decode step on static tensors."""
-        self._logits[:size] = self._head(self._hidden(self._inputs.static(size)))
+    def _adapters_of(self, batch: StepBatch) -> LoRASlots | None:
+        """None if no sequence has an adapter."""
+        return None if batch.adapters_R is None else self._lora
 
-    def _hidden(self, inputs: Inputs) -> Tensor:
+    def _compute_decode(self, size: int, lora: LoRASlots | None = None) -> None:
+        """Compute a decode step on static tensors."""
+        self._logits[:size] = self._head(self._hidden(self._inputs.static(size), lora))
+
+    def _hidden(self, inputs: Inputs, lora: LoRASlots | None) -> Tensor:
         """Compute final hidden states (T, D), caching keys and values."""
         operations, weights = self._operations, self._weights
         x_TD = F.embedding(inputs.ids_T, weights.embedding_VD).float()
         added_TD: Tensor | None = None
         bias_D: Tensor | None = None
-        for layer, cache in zip(weights.layers, self._layer_caches, strict=True):
+        layers = zip(weights.layers, self._layer_caches, strict=True)
+        for number, (layer, cache) in enumerate(layers):
             h_TD = operations.add_and_norm(x_TD, added_TD, bias_D, layer.norm)
             attn_mlp = h_TD.new_empty(len(h_TD), layer.out_proj_fc_out.shape[1])
+            qkv_fc_in = operations.multiply(h_TD, layer.qkv_fc_in)
+            if lora is not None:
+                operations.add_lora(qkv_fc_in, h_TD, lora.layers[number].qkv_fc_in, inputs)
             q_THK = operations.rope_and_cache(
-                operations.multiply(h_TD, layer.qkv_fc_in),
+                qkv_fc_in,
                 layer.fc_in_bias_I,
                 (weights.sines, weights.cosines),
                 inputs,
@@ -146,6 +176,9 @@ class CudaRunner:
             )
             operations.paged_attention(q_THK, inputs, cache, attn_mlp)
             added_TD = operations.multiply(attn_mlp, layer.out_proj_fc_out, wide=True)
+            if lora is not None:
+                adapted = lora.layers[number].out_proj_fc_out
+                operations.add_lora(added_TD, attn_mlp, adapted, inputs)
             bias_D = layer.fc_out_bias_D
         return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
 
@@ -156,6 +189,8 @@ class CudaRunner:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Make the device current: Triton launches kernels there."""
-        on_device = torch.cuda.device(self.device) if self._on_gpu else nullcontext()
-        with on_device, wide_sums():
+        with self._on_device(), wide_sums():
             yield
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self._on_gpu else nullcontext()

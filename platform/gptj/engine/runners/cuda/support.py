@@ -9,6 +9,7 @@ import torch
 
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda.operations import Operations
+from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM
 
@@ -21,8 +22,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
 
 
-def operations_for(model: GPTJForCausalLM) -> Operations:
+def operations_for(model: GPTJForCausalLM, lora: LoRALimits | None = None) -> Operations:
     """The kernels, after a trial run on the model's device.
+
+    Args:
+        lora: of the adapters, if there can be any.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
@@ -50,12 +54,14 @@ def operations_for(model: GPTJForCausalLM) -> Operations:
         config, model.dtype, properties.multi_processor_count
     )
     with torch.cuda.device(device):
-        try_out(operations, device)
+        try_out(operations, device, lora)
         torch.cuda.synchronize()
     return operations
 
 
-def try_out(operations: TritonOperations, device: torch.device) -> None:
+def try_out(
+    operations: TritonOperations, device: torch.device, lora: LoRALimits | None = None
+) -> None:
     """Run each kernel once, while we can still fall back to PyTorch.
 
     Triton needs a C compiler and a writable cache, and kernels need shared memory and registers;
@@ -67,7 +73,7 @@ def try_out(operations: TritonOperations, device: torch.device) -> None:
     from triton import TritonError
 
     try:
-        operations.try_out(device)
+        operations.try_out(device, lora)
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error

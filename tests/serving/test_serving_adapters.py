@@ -1,0 +1,387 @@
+"""Adapters by the name that requests have as their model, by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import yaml
+from peft_adapters import KINDS, Made, make_adapter
+from safetensors.torch import load_file, save_file
+from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, streamed, text_of
+from serving_models import TEMPLATE, Models, served_with_adapters
+
+from deployments.generation import Arguments, new_engine_runner
+from deployments.preflight import _problem
+from gptj import GPTJForCausalLM, storage
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import add_lora
+from gptj.chat import ChatTemplate
+from gptj.engine.adapter_slots import AdapterSlots
+from gptj.engine.runners.lora import LoRALimits
+from gptj.serving import adapters as served_adapters
+from gptj.serving.adapters import Adapters
+from gptj.serving.keys.keyring import digest
+from gptj.serving.metrics import NoRecorder
+from gptj.storage.errors import UnreachableError
+from gptj_local.s3 import LocalS3
+
+pytest_plugins = ["serving_fixtures"]
+
+PROMPT = "Who wrote the book?"
+NAMES = ("queries", "team/everything")
+FILE = "adapter_model.safetensors"
+
+
+class Counts(NoRecorder):
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self.loads: list[str] = []
+
+    def adapter_request(self, adapter: str) -> None:
+        self.requests.append(adapter)
+
+    def adapter_load(self, result: str, seconds: float) -> None:
+        self.loads.append(result)
+
+
+@pytest.fixture(scope="session")
+def made(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    return {
+        name: make_adapter(models.generation, tmp_path_factory.mktemp("made"), seed, **settings)
+        for seed, (name, settings) in enumerate(KINDS.items())
+        if name in ("queries", "everything")
+    }
+
+
+@pytest.fixture(scope="session")
+def merged(models: Models, made: dict[str, Made]) -> dict[str, Models]:
+    """The models to compare replies with, by the adapter's name."""
+    return {
+        "queries": replace(models, generation=made["queries"].merged),
+        "team/everything": replace(models, generation=made["everything"].merged),
+        "base": models,
+    }
+
+
+@pytest.fixture
+def root(made: dict[str, Made], tmp_path: Path) -> Path:
+    """A folder of adapters, each test's own."""
+    root = tmp_path / "adapters"
+    for name, adapter in (("queries", "queries"), ("team/everything", "everything")):
+        shutil.copytree(made[adapter].folder, root / name)
+    return root
+
+
+@pytest.fixture
+def counts() -> Counts:
+    return Counts()
+
+
+@pytest.fixture
+def lora(models: Models, root: Path, counts: Counts) -> Iterator[str]:
+    """A service with one named adapter, and the root's."""
+    with served_with_adapters(
+        models, named={"kept": str(root / "queries")}, root=str(root), recorder=counts, max_loras=3
+    ) as address:
+        yield address
+
+
+def expected(merged: dict[str, Models], name: str, prompt: str = PROMPT) -> str:
+    return text_of(merged[name], greedy(merged[name], prompt))
+
+
+def ask(service: str, model: str, path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
+    body: dict[str, Any] = {"model": model, "max_tokens": 4, "temperature": 0, **fields}
+    if path == COMPLETIONS:
+        body.setdefault("prompt", PROMPT)
+    else:
+        body.setdefault("messages", [{"role": "user", "content": PROMPT}])
+    return httpx.post(service + path, json=body, timeout=60)
+
+
+def change(folder: Path, factor: float) -> None:
+    """Replace an adapter's weights, as another training run would."""
+    tensors = {name: factor * each for name, each in load_file(folder / FILE).items()}
+    save_file(tensors, folder / "new", metadata={"format": "pt"})
+    (folder / "new").replace(folder / FILE)
+
+
+def test_openais_client_finds_adapters_and_completes_with_them(
+    lora: str, merged: dict[str, Models], root: Path, counts: Counts
+) -> None:
+    client = openai.OpenAI(base_url=f"{lora}/v1", api_key="none", max_retries=0, timeout=60)
+    names = ["base", *NAMES, "kept"]
+
+    def text(name: str) -> tuple[str, str]:
+        reply = client.completions.create(model=name, prompt=PROMPT, max_tokens=12, temperature=0)
+        return reply.model, reply.choices[0].text
+
+    with ThreadPoolExecutor() as threads:  # in one batch
+        found = list(threads.map(text, names * 2))
+    texts = {name: expected(merged, name) for name in merged}
+    texts["kept"] = texts["queries"]
+    assert len(set(texts.values())) == 3
+    assert found == [(name, texts[name]) for name in names * 2]
+    assert sorted(counts.requests) == sorted([*NAMES, "kept"] * 2)
+    assert counts.loads == ["loaded"] * 2
+    cards = {card.id: card.model_dump() for card in client.models.list()}
+    assert list(cards) == ["base", "kept", *NAMES]
+    assert cards["base"]["parent"] is None and cards["base"]["root"] == "in-process"
+    assert cards["team/everything"]["parent"] == "base"
+    assert cards["team/everything"]["root"] == str(root / "team/everything")
+    assert client.models.retrieve("team/everything").id == "team/everything"
+
+
+def test_streams_beams_stops_and_formats_of_an_adapter(
+    lora: str, merged: dict[str, Models]
+) -> None:
+    name = "team/everything"
+    whole = complete(lora, prompt=PROMPT, model=name)["choices"][0]["text"]
+    (choice,) = streamed(lora, prompt=PROMPT, model=name)
+    assert choice["text"] == whole == expected(merged, name)
+    stop = whole[len(whole) // 2 :][:3]
+    stopped = complete(lora, prompt=PROMPT, model=name, stop=stop)["choices"][0]
+    assert stopped["text"] == whole[: whole.index(stop)] and stopped["stop_reason"] == stop
+    beams = complete(lora, prompt=PROMPT, model=name, n=2, use_beam_search=True)["choices"]
+    ids = greedy(merged[name], PROMPT, num_beams=2)
+    assert beams[0]["text"] == text_of(merged[name], ids)
+    for model in (name, "base"):
+        bound = complete(
+            lora, prompt=PROMPT, model=model, structured_outputs={"regex": "(Anna|Paris)+!"}
+        )
+        assert set(bound["choices"][0]["text"]) <= set("AnaPris!")
+
+
+def test_chats_use_an_adapters_own_template(
+    lora: str, root: Path, models: Models, merged: dict[str, Models]
+) -> None:
+    message = {"role": "user", "content": PROMPT}
+    own = "{% for message in messages %}[{{ message.content }}]{% endfor %}"
+    models.tokenizer.save_pretrained(root / "team/everything")
+    (root / "team/everything/chat_template.jinja").write_text(own)
+    for name, template in (("queries", TEMPLATE), ("team/everything", own)):
+        prompt = ChatTemplate(template).render([message], add_generation_prompt=True)
+        reply = ask(lora, name, CHATS, max_tokens=12).json()
+        assert reply["model"] == name
+        assert reply["choices"][0]["message"]["content"] == expected(merged, name, prompt)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nobody", "team", "../adapters/queries", "team/../queries", "/etc", "queries/", ".", "a//b",
+     "queries\n", "q\0", "x" * 300, "link"],
+)  # fmt: skip
+def test_names_that_are_no_adapter_of_the_root_are_404(lora: str, root: Path, name: str) -> None:
+    outside = root.parent / "outside"
+    shutil.copytree(root / "queries", outside)
+    (root / "link").symlink_to(outside)
+    assert_error(ask(lora, name), 404, "does not exist")
+
+
+def damage_config(folder: Path, **fields: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def cut(folder: Path) -> None:
+    content = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(content[:-100])
+
+
+def spoil(folder: Path) -> None:
+    tensors = load_file(folder / FILE)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: damage_config(folder, use_dora=True), "use_dora=True is not supported"),
+        (lambda folder: damage_config(folder, r=65), "rank 65"),
+        (lambda folder: damage_config(folder, r=2), "has the shape"),
+        (lambda folder: damage_config(folder, target_modules=["q_proj"]), "not among"),
+        (lambda folder: damage_config(folder, target_modules=["fc_in"]), "is missing"),
+        (lambda folder: damage_config(folder, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda folder: damage_config(folder, task_type="SEQ_CLS"), "SequenceClassification"),
+        (lambda folder: (folder / FILE).unlink(), "adapter_model"),
+        (cut, FILE),
+        (spoil, "not finite"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"), "Jinja"),
+    ],
+)
+def test_a_bad_adapter_is_its_requests_400(
+    lora: str, root: Path, counts: Counts, merged: dict[str, Models], damage: Any, reason: str
+) -> None:
+    """It is read once, others go on, and it works once it is repaired."""
+    shutil.copytree(root / "queries", root / "bad")
+    damage(root / "bad")
+    for _ in range(2):
+        assert_error(ask(lora, "bad"), 400, reason)
+    assert counts.loads == ["refused"]
+    assert complete(lora, prompt=PROMPT, model="base")["model"] == "base"
+
+
+def test_an_adapter_of_another_base_is_refused(models: Models, tmp_path: Path) -> None:
+    """By the digest of the base's files, which our adapters record."""
+    models.generation.save_pretrained(tmp_path / "base", tokenizer=models.tokenizer)
+    model = GPTJForCausalLM.from_pretrained(tmp_path / "base")
+    add_lora(model, LoRAConfig(2))
+    model.save_adapter(tmp_path / "root/ours", base=Base.at(str(tmp_path / "base")))
+    for base, status in (
+        (Base.at(str(tmp_path / "base")), 200),
+        (Base("other", digest="0" * 64), 400),
+    ):
+        with served_with_adapters(models, root=str(tmp_path / "root"), base=base) as service:
+            reply = ask(service, "ours")
+            assert reply.status_code == status, reply.text
+    assert_error(reply, 400, "was not trained on")
+
+
+def test_a_changed_folder_is_read_again(
+    lora: str, root: Path, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is damaged on the way changes nothing; what is removed is gone."""
+    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    name = "queries"
+    first = complete(lora, prompt=PROMPT, model=name)["choices"][0]["text"]
+    assert first == expected(merged, name)
+    change(root / name, -1.5)
+    second = complete(lora, prompt=PROMPT, model=name)["choices"][0]["text"]
+    assert second != first
+    cut(root / name)
+    assert complete(lora, prompt=PROMPT, model=name)["choices"][0]["text"] == second
+    shutil.rmtree(root / name)
+    assert_error(ask(lora, name), 404, "does not exist")
+    assert complete(lora, prompt=PROMPT, model="kept")["choices"][0]["text"] == first
+
+
+def test_a_storage_that_is_down_stops_only_what_is_not_in_memory(
+    lora: str, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    text = complete(lora, prompt=PROMPT, model="queries")["choices"][0]["text"]
+
+    def fail(address: str) -> str:
+        raise UnreachableError(f"{address} does not answer")
+
+    monkeypatch.setattr(served_adapters, "_version", fail)
+    assert complete(lora, prompt=PROMPT, model="queries")["choices"][0]["text"] == text
+    assert_error(ask(lora, "team/everything"), 503, "does not answer")
+
+
+def test_adapters_take_turns_in_memory(
+    models: Models, root: Path, merged: dict[str, Models], counts: Counts
+) -> None:
+    with served_with_adapters(models, root=str(root), max_loras=1, recorder=counts) as service:
+        for name in (*NAMES, *NAMES, NAMES[1]):
+            reply = complete(service, prompt=PROMPT, model=name)
+            assert reply["choices"][0]["text"] == expected(merged, name)
+        assert counts.loads == ["loaded"] * 4
+        # While one runs, there is no room for another.
+        body = {"model": NAMES[0], "prompt": "x", "max_tokens": 1500, "stream": True}
+        body |= {"ignore_eos": True}
+        with httpx.stream("POST", service + COMPLETIONS, json=body, timeout=60) as running:
+            lines = running.iter_lines()  # whose end would end the request
+            next(lines)
+            refused = ask(service, NAMES[1])
+            assert_error(refused, 429, "max_loras")
+            assert refused.headers["x-ratelimit-scope"] == "adapters"
+            assert ask(service, "base").status_code == 200
+
+
+def test_keys_may_be_for_some_models_only(
+    models: Models, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [
+        {"name": "team", "sha256": digest(b"team"), "models": ["team/*"]},
+        {"name": "all", "sha256": digest(b"all")},
+    ]
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    monkeypatch.setenv("GPTJ_KEYS_FILE", str(tmp_path / "keys.yaml"))
+    with served_with_adapters(models, root=str(root)) as service:
+        clients = {
+            key: openai.OpenAI(base_url=f"{service}/v1", api_key=key, max_retries=0)
+            for key in ("team", "all")
+        }
+        for key, name, allowed in (
+            ("team", "team/everything", True),
+            ("team", "queries", False),
+            ("team", "base", False),
+            ("all", "queries", True),
+        ):
+            try:
+                clients[key].completions.create(model=name, prompt="x", max_tokens=1)
+            except openai.PermissionDeniedError as error:
+                assert not allowed and error.code == "model_not_allowed"
+            else:
+                assert allowed
+        assert [card.id for card in clients["team"].models.list()] == ["team/everything"]
+        assert [card.id for card in clients["all"].models.list()] == ["base", *NAMES]
+        with pytest.raises(openai.PermissionDeniedError):
+            clients["team"].models.retrieve("queries")
+
+
+def test_adapters_of_an_s3_root(
+    models: Models, root: Path, merged: dict[str, Models], s3: LocalS3
+) -> None:
+    storage.upload_folder(root, "s3://gptj/adapters")
+    with served_with_adapters(models, root="s3://gptj/adapters") as service:
+        name = "team/everything"
+        reply = complete(service, prompt=PROMPT, model=name)
+        assert reply["choices"][0]["text"] == expected(merged, name)
+        assert_error(ask(service, "team"), 404, "does not exist")
+
+
+def test_settings_of_a_deployment_are_checked_before_it(
+    models: Models, root: Path, tmp_path: Path
+) -> None:
+    models.generation.save_pretrained(tmp_path / "run/model", tokenizer=models.tokenizer)
+    given: dict[str, Any] = {"checkpoint": str(tmp_path / "run/model")}
+    named = {"one": str(root / "queries")}
+    assert Arguments(**given).lora_limits() is None
+    good = Arguments(**given, adapters=named, adapter_root=str(root), max_loras=2)
+    assert good.lora_limits() == LoRALimits(2, 64)
+    assert _problem(GPTJForCausalLM, good) is None
+    for wrong, reason in (
+        ({"adapters": named, "adapter_root": str(root), "max_loras": 1}, "must be 2 or more"),
+        ({"adapters": {"run": "x"}}, "the base model's name"),
+        ({"adapters": {"../x": "x"}}, "not a name of an adapter"),
+        ({"max_lora_rank": 65}, "max_lora_rank"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Arguments(**given, **wrong)
+    damage_config(root / "queries", use_dora=True)
+    problem = _problem(GPTJForCausalLM, good)
+    assert problem is not None and "'one'" in problem and "use_dora" in problem
+    missing = Arguments(**given, adapters={"one": str(root / "nothing")})
+    problem = _problem(GPTJForCausalLM, missing)
+    assert problem is not None and str(root / "nothing") in problem
+
+
+def test_a_deployments_runner_takes_adapters(models: Models, made: dict[str, Made]) -> None:
+    arguments = Arguments(checkpoint="x", adapter_root="/nowhere", cache_tokens=64)
+    runner, _ = new_engine_runner(models.with_unused_ids(), arguments)
+    AdapterSlots(runner, LoRALimits()).load(made["everything"].weights())
+    runner.close()
+
+
+def test_named_adapters_are_loaded_at_the_start_or_fail(models: Models, tmp_path: Path) -> None:
+    config = models.generation.config
+    slots = AdapterSlots(None, LoRALimits())  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="missing"):
+        Adapters(
+            slots, config, Base("x"), models.tokenizer, NoRecorder(),
+            named={"one": str(tmp_path / "missing")},
+        )  # fmt: skip
