@@ -164,7 +164,7 @@ class Adapters:
         """Look at a folder, and load its adapter if necessary; once for all who wait for it."""
         address = self._address(name)
         if address is None:
-            raise unknown_model(name, *self._named)
+            raise unknown_model(name)
         with self._lock:
             if name in self._pending:
                 return self._pending[name]
@@ -191,7 +191,7 @@ class Adapters:
         except storage.NotFoundError as error:
             with self._lock:
                 self._known.pop(name, None)
-            raise unknown_model(name, *self._named) from error
+            raise unknown_model(name) from error
         except (storage.StorageError, OSError) as error:
             if before is None:
                 raise UnavailableError(f"the adapter {name!r} cannot be read: {error}") from error
@@ -278,10 +278,11 @@ class Adapters:
         return address
 
 
-def unknown_model(name: str, *known: str) -> APIError:
-    has = f"; this service has {', '.join(map(repr, known))}" if known else ""
+def unknown_model(name: str | None) -> APIError:
     return NotFoundError(
-        f"model {name!r:.200} does not exist{has}", param="model", code="model_not_found"
+        f"model {name!r:.200} does not exist; GET /v1/models lists what this service has",
+        param="model",
+        code="model_not_found",
     )
 
 

@@ -110,7 +110,7 @@ def generation_app(
         if name == card.id:
             yield None
         elif adapters is None:
-            raise unknown_model(name, card.id)
+            raise unknown_model(name)
         else:
             adapter = await adapters.hold(name)
             try:
@@ -121,7 +121,7 @@ def generation_app(
     def check_name(name: str | None) -> None:
         """An adapter has its base model's tokenizer, and need not be loaded for it."""
         if name not in (None, card.id) and not (adapters is not None and adapters.may_have(name)):
-            raise unknown_model(name, card.id)
+            raise unknown_model(name)
 
     def card_of(adapter: ServedAdapter) -> ModelCard:
         return ModelCard(
@@ -174,7 +174,7 @@ def generation_app(
         cards = [card, *map(card_of, present)]
         return ModelList(data=[each for each in cards if may_use_model(each.id)])
 
-    @app.get("/v1/models/{model_id:path}", responses=errors(404))
+    @app.get("/v1/models/{model_id:path}", responses=errors(400, 404, 429, 503))
     async def model(model_id: str) -> ModelCard:
         """One of them by its name."""
         async with adapter_of(model_id) as adapter:
