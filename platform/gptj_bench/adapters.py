@@ -76,7 +76,7 @@ def measure(
         for repeat in range(repeats + 1):
             for kind, (engine, rows) in kinds.items():
                 start = time.process_time()
-                timing = generate(engine, prompts, tokens, rows)
+                timing = generate(engine, prompts, tokens, adapters=rows)
                 if repeat:  # the first is to warm up
                     wall[kind].append(timing.step_seconds)
                     cpu[kind].append(time.process_time() - start)

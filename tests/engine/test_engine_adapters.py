@@ -33,6 +33,7 @@ from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.lora import NONE, LoRALimits
+from gptj.engine.speculation import Speculation
 from gptj.sampling import SamplingParams
 from gptj.workers.errors import QueueFullError
 
@@ -149,8 +150,9 @@ def test_adapters_of_pefts_compute_pefts_logits(
         (128, {"max_num_batched_tokens": 8}),
         (10, {}),
         (10, {"max_num_batched_tokens": 8, "prefix_caching": False}),
+        (128, {"speculation": Speculation(prompt_lookup_min=1)}),
     ],
-    ids=["plain", "chunks", "preemption", "preemption without prefix cache"],
+    ids=["plain", "chunks", "preemption", "preemption without prefix cache", "speculation"],
 )
 def test_a_mixed_batch_gives_each_request_its_merged_models_output(
     base: GPTJForCausalLM, made: dict[str, Made], pages: int, settings: dict[str, Any]
