@@ -151,7 +151,7 @@ def generate(
     params: SamplingParams | None = None,
     adapters: Sequence[Adapter | None] | None = None,
 ) -> Timing:
-    """Continue all prompts together, each with its adapter, greedily by default.
+    """Continue all prompts together, greedily by default, each with its adapter.
 
     Raises a failed request's error.
     """

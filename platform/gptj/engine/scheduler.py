@@ -382,6 +382,13 @@ class Scheduler:
                 _used(rows.adapters[:count]),
             )
         ids, positions = [rows.ids[:count]], [rows.positions[:count]]
+        adapters = np.concatenate(
+            [
+                rows.adapters[:count],
+                *(np.full(each.width, each.request.slot, np.int32) for each in searches),
+                np.array([chunk.sequence.samples[0].slot for chunk in chunks], np.int32),
+            ]
+        )
         query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
         end = count
         if drafts:

@@ -322,8 +322,7 @@ class Runner {
     const LoraPair& pair = own[l].pairs[number];
     const float* x = &small_[size_t((t * kPairs + number) * kMaxRank)];
     const float* b = pair.b + column * pair.rank;
-    for (int64_t r = 0; r < pair.rank; ++r)
-      y = fma(all(x[r]), load(b + r * 16), y);
+    for (int64_t r = 0; r < pair.rank; ++r) y = fma(all(x[r]), load(b + r * 16), y);
     return y;
   }
 

@@ -159,16 +159,20 @@ def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
     tokens = int(batch.query_start_loc[rows])
     starts = np.arange(tokens, dtype=np.int32)
     tables = np.repeat(batch.page_table_RP[:rows], lengths[:rows], axis=0)
-    adapters_R = batch.adapters_R
-    if adapters_R is not None:
-        repeated = np.repeat(adapters_R[:rows], lengths[:rows])
-        adapters_R = np.concatenate((repeated, adapters_R[rows:]))
     return replace(
         batch,
         query_start_loc=np.concatenate((starts, batch.query_start_loc[rows:])),
         page_table_RP=np.concatenate((tables, batch.page_table_RP[rows:])),
-        adapters_R=adapters_R,
+        adapters_R=_repeated(batch.adapters_R, lengths[:rows]),
     )
+
+
+def _repeated(adapters_R: Ints | None, lengths: Ints) -> Ints | None:
+    """Of the first sequences, each token's in place of the sequence's."""
+    if adapters_R is None:
+        return None
+    rows = len(lengths)
+    return np.concatenate((np.repeat(adapters_R[:rows], lengths), adapters_R[rows:]))
 
 
 def _tiles(chunk: Chunk) -> list[tuple[int, int, int, int]]:
