@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "k8s" if "tests/k8s/" in file else file
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context() -> Iterator[None]:
+    """httpx reads all certificates anew for each client: ten times the work of a small request."""
+    if importlib.util.find_spec("httpx") is None:
+        yield
+        return
+    import httpx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "httpx._transports.default.create_ssl_context", cache(httpx.create_ssl_context)
+        )
+        yield
 
 
 @pytest.fixture(params=["cpu", "cuda"])
