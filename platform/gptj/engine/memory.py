@@ -118,7 +118,8 @@ def host_bytes(replicas: int) -> int:
 def main() -> None:
     config = GPTJConfig.preset("6b", dtype=torch.float16)
     print(
-        "| card | generation: cache, outputs | classification: replicas, batch | question answering |"
+        "| card | generation: cache, outputs | classification: replicas, batch "
+        "| question answering |"
     )
     print("|---|---|---|---|")
     for size, card in CARDS.items():
