@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,27 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Side by side with the others, those that take minutes begin first, the longest of them foremost.
 LONGEST = (
-    "test_finetune_job",
-    "test_k8s_execution",
     "test_training",
+    "test_k8s_execution",
+    "test_first_hour",
+    "test_finetune_job",
     "test_rollout",
     "test_gpu_check",
-    "test_first_hour",
-    "test_deployments",
-    "test_drain",
-    "test_clients",
-    "test_load_benchmark",
-    "test_adapters",
-    "test_interop_memory",
-    "test_playground",
+    "test_prepare_data_job",
     "test_autoscaling",
-    "test_checkpoint",
+    "test_drain",
+    "test_deployments",
+    "test_adapters",
+    "test_load_benchmark",
+    "test_clients",
+    "test_playground",
     "test_cuda_kernels",
+    "test_runner",
+    "test_constraints",
+    "test_interop_memory",
+    "test_skipped_steps",
+    "test_scheduler",
+    "test_checkpoint",
 )
 # What needs an S3 server, a program that takes a second or more to start.
 SERVER_FIXTURES = {"s3_server", "s3"}
@@ -91,6 +97,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "k8s" if "tests/k8s/" in file else file
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context() -> Iterator[None]:
+    """httpx reads all certificates anew for each client: ten times the work of a small request."""
+    if importlib.util.find_spec("httpx") is None:
+        yield
+        return
+    import httpx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "httpx._transports.default.create_ssl_context", cache(httpx.create_ssl_context)
+        )
+        yield
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -42,7 +42,7 @@ TEXTS = ("A fine film", "A dull film")
 
 @dataclass
 class Rollout:
-    """A cluster whose classification service is deployed as people do it, by `serve deploy`."""
+    """A cluster with the classification service, which `serve deploy` has brought up."""
 
     folder: Path
     models: str  # address of the folder of all models
@@ -54,13 +54,20 @@ class Rollout:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}/classification"
 
-    def deploy(self, model: str, *, port: int | None = None) -> None:
-        """The application of serve.yaml with another checkpoint."""
+    def deploy(self, model: str, *, port: int | None = None, by_command: bool = False) -> None:
+        """The application of serve.yaml with another checkpoint.
+
+        Args:
+            by_command: as people do it; else what the command sends, without its start.
+        """
         config = yaml.safe_load(SERVE_CONFIG.read_text())
         (application,) = (a for a in config["applications"] if a["name"] == "classification")
         application["args"] |= {"checkpoint": f"{self.models}/{model}", "dtype": "float32"}
         config |= {"applications": [application], "proxy_location": "HeadOnly"}
         config["http_options"] |= {"host": HOST, "port": port or self.port}
+        if not by_command:
+            self._applications("PUT", json=config).raise_for_status()
+            return
         path = self.folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).parent / "serve"), "deploy", str(path)]
@@ -69,12 +76,16 @@ class Rollout:
         assert done.returncode == 0, done.stderr
 
     def application(self) -> dict[str, Any]:
-        reply = httpx.get(
+        return self._applications("GET").json()["applications"].get("classification", {})
+
+    def _applications(self, method: str, json: Any = None) -> httpx.Response:
+        return httpx.request(
+            method,
             f"{self.node.dashboard}/api/serve/applications/",
             headers={"Authorization": f"Bearer {self.node.token}"},
-            timeout=30,
+            json=json,
+            timeout=60,
         )
-        return reply.json()["applications"].get("classification", {})
 
     def replicas(self, state: str) -> list[str]:
         deployments = self.application().get("deployments", {})
@@ -135,7 +146,7 @@ def rollout(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Ite
         log = folder / "worker.log"
         stack.enter_context(worker_node(node, log, cpus=2, environment=of_worker))
         started = Rollout(folder, models, node, {**environment, **node.environment()}, port)
-        started.deploy("first")
+        started.deploy("first", by_command=True)
         started.wait_until(lambda: started.application().get("status") == "RUNNING")
         yield started
 

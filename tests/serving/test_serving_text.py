@@ -220,3 +220,5 @@ def test_unfinished_bytes_are_those_of_a_character_that_is_cut_off() -> None:
             assert unfinished(before + content) == b""
             for length in range(1, len(content)):
                 assert unfinished(before + content[:length]) == content[:length]
+    for surrogate in (b"\xed\xa0", b"\xed\xa2", b"\xed\xbf"):
+        assert unfinished(b"a" + surrogate) == b""

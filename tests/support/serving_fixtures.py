@@ -6,23 +6,11 @@ A module that uses them says `pytest_plugins = ["serving_fixtures"]`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
-import httpx
 import huggingface_hub
 import openai
 import pytest
 from serving_models import Models, make_models, served_in_process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_ssl_context() -> Iterator[None]:
-    """httpx reads all certificates anew for each client: ten times the work of a small request."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "httpx._transports.default.create_ssl_context", cache(httpx.create_ssl_context)
-        )
-        yield
 
 
 @pytest.fixture(scope="session")

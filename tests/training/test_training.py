@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-import transformers
 import yaml
 from safetensors.torch import load_file
 
@@ -100,7 +99,8 @@ def check_released(model: torch.nn.Module) -> None:
     """Between steps a rank holds its own part of each matrix alone; a tiny head is kept whole."""
     for name, parameter in model.named_parameters():
         large = parameter.ds_numel > PERSISTENT
-        assert large == (len(parameter.ds_shape) > 1) or name == "score.weight", name
+        tiny = name in ("score.weight", "qa_outputs.weight")
+        assert large == (len(parameter.ds_shape) > 1 and not tiny), name
         assert parameter.ds_persist != large, name
         assert not large or parameter.ds_status.name == "NOT_AVAILABLE", name
 
@@ -197,6 +197,8 @@ RATES = [1e-2 * share for share in (1 / 3, 2 / 3, 1.0, 0.868198, 0.55, 0.231802)
 
 def reference(settings: Settings, rates: list[float] = RATES) -> Reference:
     """transformers' model, PyTorch's AdamW in fp32, each global batch as a whole."""
+    import transformers  # not for the ranks, which import this module
+
     tokenizer = prepare_tokenizer(settings)
     data = make_data(settings, tokenizer).train
     config = make_config(settings, tokenizer, data.labels)
@@ -264,14 +266,13 @@ MEASURED: dict[str, Any] = {
     "model": {"config": {**MODEL, "resid_pdrop": 0.2}},
     "deepspeed": {"stage": 2},
 }
-# One step of each precision at each stage.
+# One step at each stage in half precision, whose later losses are too coarse to show it.
 FIRST_STEPS: dict[str, dict[str, Any]] = {
-    f"first-{precision}-{stage}": {
+    f"first-{stage}": {
         "steps": 1,
         "optimizer": {"warmup_steps": 0},
-        "deepspeed": {"stage": stage, "precision": precision},
+        "deepspeed": {"stage": stage, "precision": "bf16"},
     }
-    for precision in ("fp32", "bf16")
     for stage in (0, 1, 2, 3)
 }
 # What ends before its time, and what must be said then.
@@ -378,8 +379,7 @@ def test_the_first_update_is_adams_at_every_stage(name: str, two_ranks: Path) ->
     off = torch.cat(
         [(w - expected.weights[key]).abs().flatten() for key, w in model.state_dict().items()]
     )
-    half = settings.deepspeed.precision == "bf16"
-    assert off.mean() < (3e-4 if half else 1e-6)
+    assert off.mean() < 3e-4
     assert logged(settings, "gradient_norm") == pytest.approx(expected.norms, rel=2e-2)
     assert logged(settings, "learning_rate") == [1e-2]
 
@@ -435,6 +435,8 @@ def test_the_last_good_checkpoint_is_kept_when_a_training_diverges(two_ranks: Pa
 @pytest.mark.slow
 def test_what_a_run_leaves_behind(two_ranks: Path) -> None:
     """The model with tokenizer and history, a curve, TensorBoard's files, a shard a rank."""
+    import transformers
+
     settings = settings_of(two_ranks, "stage-2", workers={"count": 2}, **VARIANTS["stage-2"])
     folder = Path(settings.folder)
     training = json.loads((folder / "model" / "training.json").read_text())
@@ -490,6 +492,22 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
         for stage in (2, 3)
         for name, fields in tasks.items()
     }
+    # A new model, on the sample.
+    runs["questions-3"] = settings_of(
+        two_ranks,
+        "questions-3",
+        task="question-answering",
+        steps=2,
+        data={
+            "train": "sample://questions",
+            "evaluation": "sample://questions/evaluation",
+            "sequence_length": 96,
+            "stride": 16,
+        },
+        model={"config": {**MODEL, "n_positions": 128}},
+        deepspeed={"stage": 3},
+        workers={"count": 2},
+    )
     run_ranks(2, list(runs.values()))
     return runs
 
@@ -524,6 +542,16 @@ def test_a_language_model_becomes_a_classifier_with_named_labels(
     distance = (model.transformer.wte.weight - before.transformer.wte.weight).abs().max()
     assert 0 < distance < 0.05  # two steps away from it, and not from new weights
     assert losses(settings)[0] == pytest.approx(1.0986, abs=0.1)  # ln 3
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_to_answer_questions_at_stage_3(continued: dict[str, Settings]) -> None:
+    settings = continued["questions-3"]
+    verify(settings.model_folder)
+    training = json.loads(Path(settings.model_folder, "training.json").read_text())
+    assert training["metrics"].keys() == {"loss", "exact_match", "f1"}
+    assert losses(settings)[1] < losses(settings)[0]
+    GPTJForQuestionAnswering.from_pretrained(settings.model_folder)
 
 
 VARIED_TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], set[str]]] = {

@@ -309,6 +309,7 @@ print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
         assert client.run(hub.endpoint, program) == ["0.0", "7.0 torch.float16", "8"]
 
 
+@pytest.mark.slow
 def test_a_model_is_pushed_and_loaded_again(client: Client) -> None:
     """Large files by LFS; the manifest too, so that what is loaded is compared with it."""
     program = f"""

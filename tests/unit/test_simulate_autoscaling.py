@@ -235,7 +235,7 @@ def test_a_replica_takes_requests_only_once_it_has_started() -> None:
 
 def test_the_same_seed_gives_the_same_day_and_another_one_another() -> None:
     def rows(seed: int) -> dict[str, Any]:
-        day = arrivals(Traffic(requests_per_s=20, hours=0.2, new_tokens=100, seed=seed))
+        day = arrivals(Traffic(requests_per_s=20, hours=0.05, new_tokens=100, seed=seed))
         return summary(simulate(SERVICE, MACHINE, day, seed))
 
     assert rows(1) == rows(1) != rows(2)

@@ -117,7 +117,10 @@ def host_bytes(replicas: int) -> int:
 
 def main() -> None:
     config = GPTJConfig.preset("6b", dtype=torch.float16)
-    print("| card | generation: cache, outputs | classification: a card, batch | questions |")
+    print(
+        "| card | generation: cache, outputs | classification: replicas, batch "
+        "| question answering |"
+    )
     print("|---|---|---|---|")
     for size, card in CARDS.items():
         text = generation(config, card)

@@ -142,4 +142,6 @@ def unfinished(content: bytes) -> bytes:
     """The bytes of an incomplete character at the end."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(content[-3:])  # no more, since a character has 4 at most
-    return decoder.getstate()[0]
+    waiting = decoder.getstate()[0]
+    # It also waits for the third byte of a surrogate, which is no character: two are wrong already.
+    return b"" if len(waiting.decode(errors="replace")) > 1 else waiting
