@@ -25,13 +25,14 @@ Drafts = Mapping[int, Sequence[int]]  # by row of the decode batch; not empty
 MAX_DRAFT = 15  # tokens; with the one before, as many as CudaRunner computes as decode rows
 MAX_ROWS = 64  # of logits: of all decoding sequences and drafts, if max_num_seqs is not more
 CANDIDATES = 16  # earlier occurrences that are compared, latest first
-# A token's share of what a step costs whatever its tokens: mostly reading the weights. Measured on
-# CPUs in bf16 and int8 between 1 and 16 tokens; on a GPU a few hundred tokens cost as much.
-TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
+# What a token costs, where a step without tokens, which mostly reads the weights, costs 1. Of int8
+# from 1 to 16 tokens with AVX-512 (bf16: 0.1); for a GPU an estimate: hundreds cost as much.
+TOKEN_COST = {"cpu": 0.15, "cuda": 0.004}
 FIRST_RATE = 0.5  # expected before the first draft
 HIGHEST_RATE = 0.98
 WEIGHT = 0.3  # of the latest token in the rate
-PAUSES = (8, 256)  # steps without a draft: after the first that failed, doubling up to the second
+TRIAL_SHARE = 0.015  # of all steps' cost, that the first trials after a failure may take
+LONGEST_PAUSE = 256  # steps
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Drafter:
         self._index = NgramIndex(settings.prompt_lookup_min, settings.prompt_lookup_max)
         self._rate = FIRST_RATE  # the chance that a token is accepted if those before it are
         self._pause = 0  # steps
-        self._next_pause = PAUSES[0]
+        self._failures = 0  # in a row, where a draft was not worth its cost
 
     def propose(self, tokens: Sequence[int], most: int, worth: float) -> list[int]:
         """A draft that may follow `tokens`, perhaps none.
@@ -163,10 +164,11 @@ class Drafter:
         if accepted < drafted:
             self._rate -= WEIGHT * self._rate
         if accepted:
-            self._next_pause = PAUSES[0]
+            self._failures = 0
         elif self._rate <= worth:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, PAUSES[1])
+            # A token in every step would cost the share `worth`.
+            self._pause = min(int(worth / TRIAL_SHARE * 2**self._failures), LONGEST_PAUSE)
+            self._failures += 1
 
 
 class NgramIndex:
