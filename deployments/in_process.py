@@ -165,6 +165,7 @@ class InProcessService:
             max_queued=arguments.max_queued,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_caching=arguments.prefix_caching,
+            speculation=arguments.speculation,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
