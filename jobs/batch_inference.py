@@ -202,11 +202,11 @@ def answer_all(settings: Settings) -> Index:
     folder = absolute(settings.output)
     task, plan = planned(settings)
     storage.check_writable(folder)
+    if task.is_batch:
+        check_custom_ids(plan)
     if (done := begin(plan, folder)) is not None:
         logger.info("%s is finished already", folder)
         return done
-    if task.is_batch:
-        check_custom_ids(plan)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
     on_gpu, workers = _workers(settings)
