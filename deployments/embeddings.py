@@ -20,6 +20,7 @@ from ray.serve import Application, Deployment
 from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
 from deployments.loading import BatchArguments, load, loading_turn, name_of
+from deployments.logs import follow_serve
 from deployments.metrics import serve_metrics
 from deployments.preflight import check_before_deploying
 from gptj import GPTJModel
@@ -40,6 +41,7 @@ class Arguments(BatchArguments):
 @serve.ingress()
 class Embeddings:
     def __init__(self, arguments: Arguments) -> None:
+        follow_serve()
         with loading_turn(arguments):
             model, tokenizer = load(GPTJModel, arguments, replica_device())
         self._service = EmbeddingsService(

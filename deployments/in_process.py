@@ -6,6 +6,7 @@ Bodies are checked by the code of the HTTP services, so that replies and errors 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -41,7 +42,7 @@ from gptj.serving.question_answering import (
     QuestionAnsweringRequest,
     QuestionAnsweringService,
 )
-from gptj.serving.requests import RequestModel
+from gptj.serving.requests import RequestModel, ignoring_unknown_fields
 
 ServiceName = Literal["generation", "classification", "question-answering", "embeddings"]
 
@@ -91,12 +92,14 @@ class InProcessService:
         *,
         model_name: str,
         rows_at_once: int,
+        ignore_unknown_fields: bool,
     ) -> None:
         self.routes = routes
         self.alive = alive
         self._closing = closing
         self.model_name = model_name
         self.rows_at_once = rows_at_once  # that a step of the model can work on
+        self._ignore_unknown_fields = ignore_unknown_fields  # of bodies
 
     @classmethod
     def load(
@@ -133,7 +136,8 @@ class InProcessService:
                 f"{' and '.join(self.routes)}",
                 code="unknown_url",
             )
-        request = checked_body(route, body)
+        with ignoring_unknown_fields() if self._ignore_unknown_fields else nullcontext():
+            request = checked_body(route, body)
         given = getattr(request, "model", None)
         if given not in (None, self.model_name):
             raise NotFoundError(
@@ -161,6 +165,7 @@ class InProcessService:
             max_queued=arguments.max_queued,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_caching=arguments.prefix_caching,
+            speculation=arguments.speculation,
         )
         name = arguments.model_name or name_of(arguments.checkpoint)
         grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
@@ -176,6 +181,7 @@ class InProcessService:
             (grammars.close, engine.close),
             model_name=name,
             rows_at_once=limits.max_num_seqs,
+            ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
 
     @classmethod
@@ -190,6 +196,7 @@ class InProcessService:
             (service.close,),
             model_name=name_of(arguments.checkpoint),
             rows_at_once=arguments.max_batch,
+            ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
 
     @classmethod
@@ -214,6 +221,7 @@ class InProcessService:
             (service.close,),
             model_name=name_of(arguments.checkpoint),
             rows_at_once=arguments.max_batch,
+            ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
 
     @classmethod
@@ -234,6 +242,7 @@ class InProcessService:
             (service.close,),
             model_name=service.model_name,
             rows_at_once=arguments.max_batch,
+            ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
 
 

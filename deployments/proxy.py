@@ -19,6 +19,7 @@ from gptj.serving.entry.connections import LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.refusals import ReadableRefusals
 from gptj.serving.entry.request_ids import RequestIds
+from gptj.serving.entry.sessions import PrefixSessions
 from gptj.serving.entry.tracing import Tracing
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
@@ -33,6 +34,7 @@ def middlewares() -> list[Middleware]:
     follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
+        Middleware(PrefixSessions),
         Middleware(Admission),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import pickle
 import sys
 import time
@@ -93,12 +94,14 @@ from jobs.row_requests import (
 try:
     import ray
     import ray.data
+    from ray.exceptions import RayError
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/batch_inference.py", extra="train") from error
 
 PROGRESS_SECONDS = 10
 CHUNKS_AT_ONCE = 4  # of a worker: the next are begun before the last rows of one are answered
 AHEAD = 4  # rows in a model's queue, for each that a step works on
+MAX_RETRIES = 5  # of a chunk whose worker died: its rows may be the reason
 MAX_QUEUED = 2**20  # outputs; how many rows are asked at once bounds them
 RETRY_SECONDS = 0.05
 STALLED_SECONDS = 600.0
@@ -147,6 +150,8 @@ def main(words: Sequence[str] | None = None) -> None:
         index = answer_all(settings)
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
+    except RayError as error:
+        sys.exit(f"error: workers died {1 + MAX_RETRIES} times with the same rows, or Ray: {error}")
     answered = index.rows - index.failed
     logger.info("%d rows: %d answers, %d errors", index.rows, answered, index.failed)
 
@@ -197,11 +202,11 @@ def answer_all(settings: Settings) -> Index:
     folder = absolute(settings.output)
     task, plan = planned(settings)
     storage.check_writable(folder)
+    if task.is_batch:
+        check_custom_ids(plan)
     if (done := begin(plan, folder)) is not None:
         logger.info("%s is finished already", folder)
         return done
-    if task.is_batch:
-        check_custom_ids(plan)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
     on_gpu, workers = _workers(settings)
@@ -339,6 +344,7 @@ def _records(
         batch_size=1,
         num_cpus=settings.cpus,
         num_gpus=1 if on_gpu else 0,
+        max_task_retries=MAX_RETRIES,
         compute=ray.data.ActorPoolStrategy(
             size=workers, max_concurrent_calls_per_actor=CHUNKS_AT_ONCE
         ),
@@ -422,7 +428,7 @@ class Answerer:
         """Whether there is an answer, and the line of a row."""
         if entry.row is None:
             return False, {**entry.key, "error": {"message": entry.problem}}
-        kept = {name: entry.row.values[name] for name in self._task.keep}
+        kept = {name: _plain(entry.row.values[name]) for name in self._task.keep}
         line = {**entry.key, **kept}
         try:
             route, body = request_of(self._task.service, entry.row, self._task.parameters)
@@ -465,6 +471,11 @@ class Answerer:
                         raise
                     # Not each further row's fault.
                     raise RuntimeError(f"the model can work no more: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no number for a table's missing ones."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _no_request(problem: str) -> Mapping[str, str]:

@@ -50,12 +50,13 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
     columns = find_columns(data, KINDS[name], options.columns, delimiter=options.delimiter)
     rows = read_rows(data, columns, options.columns, delimiter=options.delimiter)
     running = "max_num_seqs" if name == "generation" else "max_batch"
-    arguments = ARGUMENTS[name](
-        checkpoint=address,
-        dtype=options.dtype,
-        max_queued=max(256, 64 * options.batch_size),
-        **{running: options.batch_size},
-    )
+    fields: dict[str, Any] = {
+        "checkpoint": address,
+        "dtype": options.dtype,
+        "max_queued": max(256, 64 * options.batch_size),
+        running: options.batch_size,
+    }
+    arguments = ARGUMENTS[name](**fields)
     service = InProcessService.load(name, arguments, device_of(options))
     with closing(service):
         answer = answerer(name, service, options)

@@ -35,6 +35,12 @@ from test_serving_edge import (  # noqa: F401
     test_routes_answer_to_head_and_with_a_slash_at_the_end,
     test_websocket_is_refused_with_the_reason,
 )
+from test_serving_embeddings import (  # noqa: F401
+    embedder,
+    test_its_health_and_the_generation_services_routes_stay_apart,
+    test_openais_client_gets_the_reference_vectors,
+    theirs,
+)
 from test_serving_http import (  # noqa: F401
     test_a_body_that_is_too_large_is_refused,
     test_a_full_queue_answers_429_with_retry_after_and_takes_requests_again,
@@ -68,9 +74,22 @@ def service(
         guarded["args"] |= {"max_num_seqs": 1, "max_queued": 1, "model_name": "org/guarded"}
         options = guarded["deployments"][0]["ray_actor_options"]
         options["runtime_env"] = {"env_vars": {"GPTJ_API_KEYS": KEYS}}
-        config["applications"].append(guarded)
+        config["applications"] += [guarded, embeddings(config["applications"])]
         with serving(config, folder) as (address, _):
             yield address
+
+
+def embeddings(applications: list[dict[str, Any]]) -> dict[str, Any]:
+    """An application that embeds with the generation application's checkpoint."""
+    arguments = {"checkpoint": applications[0]["args"]["checkpoint"], "dtype": "float32"}
+    deployment = json.loads(json.dumps(applications[1]["deployments"][0]))
+    return {
+        "name": "embeddings",
+        "route_prefix": "/v1/embeddings",
+        "import_path": "deployments.embeddings:build",
+        "args": {**arguments, "model_name": "embedder"},
+        "deployments": [{**deployment, "name": "embeddings"}],
+    }
 
 
 def test_openais_client_shows_the_raw_reply(client: openai.OpenAI, models: Models) -> None:

@@ -87,6 +87,7 @@ def test_prompts_are_completed_as_over_http_and_bad_rows_stand_aside(
     addresses: Mapping[str, str], models: Models, tmp_path: Path, output: str
 ) -> None:
     rows: list[Any] = [{"text": text, "id": f"n{n}"} for n, text in enumerate(PROMPTS)]
+    rows[1]["id"] = float("nan")  # as a table has it
     rows[2:2] = ["{", {"text": 5, "id": "five"}, {"id": "none"}, {"text": "x" * 5000, "id": "long"}]
     written(tmp_path / "data/a.jsonl", rows)
     written(tmp_path / "data/b.jsonl", [{"text": "Paris", "id": 7}])
@@ -98,7 +99,7 @@ def test_prompts_are_completed_as_over_http_and_bad_rows_stand_aside(
     found = lines(output, "output")
     places = [("a.jsonl", n) for n in (1, 2, 7, 8, 9)] + [("b.jsonl", 1)]
     assert [(each["file"], each["row"]) for each in found] == places
-    assert [each["id"] for each in found] == ["n0", "n1", "n2", "n3", "n4", 7]
+    assert [each["id"] for each in found] == ["n0", None, "n2", "n3", "n4", 7]
     for each, prompt in zip(found, [*PROMPTS, "Paris"], strict=True):
         assert each["completion"] == text_of(models, greedy(models, prompt, max_new_tokens=6))
     errors = lines(output, "errors")
@@ -249,6 +250,9 @@ def test_openais_batch_file_becomes_its_result_file(
     assert "must be text, got 5" in errors[-2]["error"]["message"]
     assert errors[-1]["response"] is None and "row 13" in errors[-1]["error"]["message"]
 
+    data = written(tmp_path / "unknown.jsonl", [requests[4]])
+    ignored = run(addresses["generation"], data, str(tmp_path / "7"), "args.unknown_fields=ignore")
+    assert ignored is not None and ignored.failed == 0
     data = written(tmp_path / "twice.jsonl", [requests[0], requests[1], requests[0]])
     with pytest.raises(DataError, match="row 3, column 'custom_id': is there twice: 'a'"):
         run(addresses["generation"], data, str(tmp_path / "twice"), *words)

@@ -182,7 +182,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (CLASSIFICATION, {}, 422, "inputs"),
     (CLASSIFICATION, {"inputs": []}, 422, "empty list"),
     (CLASSIFICATION, {"inputs": [1]}, 422, "inputs"),
-    (CLASSIFICATION, {"inputs": {"text": "x"}}, 422, "inputs"),
+    (CLASSIFICATION, {"inputs": {"texts": "x"}}, 422, "inputs"),
     (CLASSIFICATION, b'{"inputs": "\\ud800"}', 422, "surrogate"),
     (CLASSIFICATION, {"inputs": ""}, 400, "empty"),
     (CLASSIFICATION, {"inputs": ["x", ""]}, 400, "inputs[1]"),

@@ -19,8 +19,8 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
+from deployments import proxy
 from deployments.generation import Arguments
-from deployments.proxy import middlewares
 from gptj.engine.constraints.grammar import Grammar
 from gptj.engine.speculation import Speculation
 from gptj.serving import requests
@@ -95,9 +95,10 @@ def in_proxy(monkeypatch: pytest.MonkeyPatch) -> Callable[[ASGIApp], TestClient]
     """A client of an application behind what Serve's proxy has before it."""
     for module, name in ((auto, "AutoHTTPProtocol"), (uvicorn.config, "WS_PROTOCOLS")):
         monkeypatch.setattr(module, name, copy.copy(getattr(module, name)))  # which it changes
+    monkeypatch.setattr(proxy, "follow_serve", lambda: None)  # the loggers of all other tests
 
     def client(app: ASGIApp) -> TestClient:
-        for middleware in middlewares():
+        for middleware in proxy.middlewares():
             app = middleware.cls(app, *middleware.args, **middleware.kwargs)
         return TestClient(app)
 

@@ -1,0 +1,114 @@
+"""jobs/batch_inference.py with Ray Data on a real cluster: one answer a row, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from serving_models import Models
+
+from gptj import storage
+from gptj.checkpoints.manifest import verify
+from gptj_local.processes import running, tail
+from gptj_local.ray import LocalRay
+from gptj_local.s3 import LocalS3
+
+pytest_plugins = ["serving_fixtures"]
+pytestmark = pytest.mark.slow
+
+PROGRAM = str(Path(__file__).resolve().parents[2] / "jobs" / "batch_inference.py")
+MODEL, DATA = "s3://gptj/batch-model/model", "s3://gptj/batch-rows"
+ROWS = 90
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    environment = {**os.environ, **s3_server.environment()}
+    folder = tmp_path_factory.mktemp("ray")
+    with LocalRay.start(folder, cpus=4, environment=environment) as node:
+        yield {**environment, **node.environment()}
+
+
+def command(output: str, *words: str) -> list[str]:
+    fixed = ["parameters.temperature=0", "parameters.ignore_eos=true", "chunk_rows=5", "keep=n"]
+    return [sys.executable, PROGRAM, MODEL, DATA, output, *fixed, "args.dtype=float32", *words]
+
+
+def records(output: str) -> int:
+    files = storage.list_files(f"{output}/unfinished")
+    return sum(file.name != "plan.json" for file in files)
+
+
+def wait_for_records(output: str, count: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while records(output) < count:
+        assert process.poll() is None, tail(log)
+        assert time.monotonic() < deadline, tail(log)
+        time.sleep(0.02)
+
+
+def kill_workers_of(cluster: dict[str, str]) -> int:
+    """SIGKILL the actors with the model; how many there were."""
+    killed = 0
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        title = " ".join(process.info["cmdline"] or ())
+        ours = (process.info["environ"] or {}).get("AWS_ENDPOINT_URL")
+        if "MapWorker" in title and ours == cluster["AWS_ENDPOINT_URL"]:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+    return killed
+
+
+def test_each_row_has_one_answer_whoever_is_killed_meanwhile(
+    cluster: dict[str, str], s3: LocalS3, models: Models, tmp_path: Path
+) -> None:
+    models.with_unused_ids().save_pretrained(MODEL, tokenizer=models.tokenizer)
+    for number in range(2):
+        rows = [{"text": f"Anna {n}" if n % 30 else 7, "n": n} for n in range(number, ROWS, 2)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        storage.write_bytes(f"{DATA}/{number}.jsonl", lines.encode())
+
+    output, log = "s3://gptj/batch-output", tmp_path / "log"
+    slow = "parameters.max_tokens=200"
+    with running(command(output, slow), environment=cluster, log=log) as process:
+        wait_for_records(output, 2, process, log)
+        process.kill()
+    assert not storage.exists(f"{output}/manifest.json")
+    before = {
+        file.name: storage.read_bytes(file.address)
+        for file in storage.list_files(output)
+        if file.name.startswith("output-")
+    }
+    assert before
+
+    log = tmp_path / "log-2"
+    with running(command(output, slow, "workers=2"), environment=cluster, log=log) as process:
+        wait_for_records(output, records(output) + 1, process, log)
+        assert kill_workers_of(cluster)
+        assert process.wait(600) == 0, tail(log)
+    assert f"{ROWS} rows: {ROWS - 3} answers, 3 errors" in log.read_text()
+    verify(output)
+    for name, content in before.items():
+        assert storage.read_bytes(f"{output}/{name}") == content
+    found: dict[str, list[dict[str, object]]] = {"output": [], "errors": []}
+    for file in storage.list_files(output):
+        kind = file.name.partition("-")[0]
+        if kind in found:
+            content = storage.read_bytes(file.address).decode()
+            found[kind] += [json.loads(line) for line in content.splitlines()]
+    keys = [(line["file"], line["row"]) for line in found["output"]]
+    assert keys == sorted(keys)
+    assert sorted(line["n"] for line in found["output"] + found["errors"]) == [*range(ROWS)]
+    assert sorted(line["n"] for line in found["errors"]) == [0, 30, 60]
+    for line in found["output"]:
+        assert line["completion"] and line["finish_reason"] == "length"
