@@ -5,7 +5,6 @@ The driver tells the workers through an actor, and each worker has the news befo
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import sys
@@ -18,26 +17,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.context import get_train_context
 
+from jobs.bell import Bell
+
 logger = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # the exit status of a program that SIGTERM has ended
-
-
-@ray.remote(num_cpus=0)
-class Bell:
-    """Rung once; whoever waits for it learns why."""
-
-    def __init__(self) -> None:
-        self._rung = asyncio.Event()
-        self._reason = ""
-
-    async def ring(self, reason: str) -> None:
-        self._reason = reason
-        self._rung.set()
-
-    async def wait(self) -> str:
-        await self._rung.wait()
-        return self._reason
 
 
 class OnSigterm:

@@ -85,10 +85,17 @@ class Cluster:
             *(RAY, "start", "--block", f"--address={HOST}:{self.head.port}", "--num-cpus=3"),
             *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
         ]
-        self._second = self._stack.enter_context(
+        second = self._stack.enter_context(
             running(command, environment=self.environment, log=log, grace_seconds=2)
         )
-        wait(lambda: "Ray runtime started" in tail(log), f"the second node starts: {tail(log)}")
+
+        def is_up() -> bool:
+            if second.poll() is not None:
+                raise RuntimeError(f"the second node does not start: {tail(log)}")
+            return "Ray runtime started" in tail(log, 10_000)
+
+        wait(is_up, "the second node", log)
+        self._second = second
 
     def close(self) -> None:
         self._stack.close()

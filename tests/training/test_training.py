@@ -786,6 +786,10 @@ def test_any_number_of_workers_goes_on_at_any_stage(run: str, resumed_elsewhere:
     half = "bf16" in run
     assert losses(again) == pytest.approx(losses(whole), abs=5e-2 if half else 1e-5)
     assert len(losses(again)) == STEPS
+    # It did not begin anew: the first steps' speeds are those that the checkpoint has.
+    speeds, before = (logged(run, "tokens_per_second") for run in (again, whole))
+    assert speeds[:3] == before[:3]
+    assert speeds[3:] != before[3:]
     assert logged(again, "learning_rate") == pytest.approx(logged(whole, "learning_rate"))
     assert logged(again, "gradient_norm") == pytest.approx(
         logged(whole, "gradient_norm"), rel=5e-2 if half else 1e-3

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -110,6 +111,35 @@ def test_patience_ends(
     assert len(faulty.requests) > retries.FIRST_TRIES
     assert "503 SlowDown" in caplog.text
     assert "retrying" in caplog.text
+
+
+def test_every_request_outlasts_two_minutes_and_none_more_than_five(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that only the pauses move. Pauses differ, so that clients do not come at once."""
+    now = [1000.0]
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    policy = retries.Retries("http://s3")
+    policy.patient = True
+
+    def ask(outage: float) -> tuple[bool, list[float]]:
+        """Whether a request in an outage of so many seconds succeeds, and its pauses."""
+        began, pauses = now[0], list[float]()
+        while now[0] < began + outage:
+            pause = policy.pause(len(pauses) + 1, began, "503 SlowDown")
+            if pause is None:
+                return False, pauses
+            pauses.append(pause)
+            now[0] += pause
+        return True, pauses
+
+    tries = [ask(120) for _ in range(50)]
+    assert all(succeeded for succeeded, _ in tries)
+    assert max(len(pauses) for _, pauses in tries) < 25  # the server is not flooded
+    assert len({pauses[0] for _, pauses in tries}) > 25
+    began = now[0]
+    assert not ask(10_000)[0]
+    assert retries.PATIENCE_SECONDS < now[0] - began < retries.PATIENCE_SECONDS + 20
 
 
 def test_a_refusal_is_not_tried_again(faulty: FaultyS3, folder: str) -> None:

@@ -1,0 +1,24 @@
+"""An actor that tells a training's workers to stop; its process imports nothing else of ours."""
+
+from __future__ import annotations
+
+import asyncio
+
+import ray
+
+
+@ray.remote(num_cpus=0)
+class Bell:
+    """Rung once; whoever waits for it learns why."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+        self._reason = ""
+
+    async def ring(self, reason: str) -> None:
+        self._reason = reason
+        self._rung.set()
+
+    async def wait(self) -> str:
+        await self._rung.wait()
+        return self._reason
