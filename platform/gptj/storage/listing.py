@@ -10,3 +10,4 @@ class FileInfo:
     address: str
     name: str  # relative to the listed folder, with /
     size: int  # bytes
+    stamp: str = ""  # another one once the file has changed: an ETag, or a time

@@ -35,11 +35,22 @@ def size(address: str) -> int:
         return local_path(address).stat().st_size
 
 
+def stat(address: str) -> FileInfo:
+    path = local_path(address)
+    with explaining(address):
+        return _described(path, path.name)
+
+
+def _described(path: Path, name: str) -> FileInfo:
+    found = path.stat()
+    return FileInfo(str(path), name, found.st_size, str(found.st_mtime_ns))
+
+
 def list_files(folder: str) -> list[FileInfo]:
     root = local_path(folder)
     paths = (path for path in root.rglob("*") if path.is_file())
     files = [
-        FileInfo(str(path), path.relative_to(root).as_posix(), path.stat().st_size)
+        _described(path, path.relative_to(root).as_posix())
         for path in paths
         if not path.name.endswith(_UNFINISHED)
     ]
