@@ -55,6 +55,7 @@ from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
+from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.class_scores import class_scores
 from gptj.training.evaluation import collect
@@ -244,7 +245,11 @@ def read(
 ) -> Any:
     """The task's data set of prepared or raw data."""
     if (prepared := Prepared.at(address)) is not None:
-        return task.read_prepared(prepared, tokenizer, options)
+        if settings.limit is not None and task.name != "causal-lm":
+            raise ValueError(f"limit={settings.limit} is for raw data, and {address} is prepared")
+        with scratch_folder() as scratch:
+            task.write(scratch / "data", prepared, tokenizer, options, labels)
+            return task.load(scratch / "data")  # mapped, and so there until it is let go
     rows = data_rows(settings, address, task)
     if task.name != "causal-lm":  # of which a row may be a whole book
         rows = islice(rows, settings.limit)

@@ -17,6 +17,7 @@ import sys
 import uuid
 import warnings
 from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ import torch
 
 from gptj import storage
 from gptj.config import GPTJConfig
+from gptj.data import preparing
+from gptj.data.preparing import Plan
 from gptj.extras import missing
 from gptj.storage.lease import Claim, Lease, LeaseHeldError
 from gptj.storage.scratch import shared_scratch_folder
-from gptj.training.dataset import node_data
+from gptj.tokenizer import GPTJTokenizer
+from gptj.training.dataset import node_data, prepare_run_data
 from gptj.training.failures import StoppedError, UnrecoverableError, unrecoverable
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
@@ -39,7 +43,7 @@ from gptj.training.state import (
     latest_checkpoint,
     upload_state,
 )
-from gptj.training.tokenizer import prepare_tokenizer
+from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
 from jobs.key_value import help_if_asked
 
 try:
@@ -58,11 +62,14 @@ try:
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     from jobs.memory import check_memory
+    from jobs.preparing import write_shards
     from jobs.room import wait_for_room
     from jobs.stopping import STOPPED, Notices, OnSigterm
     from jobs.training_metrics import TrainingMetrics, count_failure
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/finetune.py", extra="train") from error
+
+SMALL_BYTES = 16 * 2**20  # of data that is not worth starting Ray Data for
 
 logger = logging.getLogger("finetune")
 
@@ -108,14 +115,15 @@ def fine_tune(
             read as well.
     """
     try:
-        config, longest = check_inputs(settings, shared)
+        config, longest, prepared = check_inputs(settings, shared)
         if latest_checkpoint(settings.folder) is None:  # or else it has fitted before
             check_memory(settings, config, on_gpu, longest)
     except (ValueError, OSError, UnrecoverableError) as error:
         sys.exit(f"error: {error}")
     try:
         with OnSigterm() as stopping:
-            build_trainer(settings, on_gpu, claim, submission, shared, stopping.bell).fit()
+            bell = stopping.bell
+            build_trainer(settings, on_gpu, claim, submission, prepared, shared, bell).fit()
     except TrainingFailedError as error:
         if isinstance(_last_cause(error), StoppedError):
             print(_last_cause(error), flush=True)
@@ -205,11 +213,12 @@ def check_workers(settings: Settings) -> bool:
     return on_gpu
 
 
-def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int]:
+def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dict[str, str]]:
     """Find out now, and not after hours, what is wrong with storage, data or settings.
 
     Returns:
-        the model's configuration, and the tokens of the longest training example.
+        the model's configuration, the tokens of the longest training example, and where the data
+        lies prepared.
     """
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
@@ -217,14 +226,30 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int]:
         progress = check_resumable(settings, checkpoint)
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
-    data = node_data(settings, tokenizer, shared)
+    prepared = prepare_run_data(settings, tokenizer, checkpoint, partial(_prepare, settings))
+    data = node_data(settings, tokenizer, shared, prepared)
     if checkpoint is not None:
         check_same_data(settings, checkpoint, progress, data.fingerprints)
     for name, each in (("training", data.train), ("evaluation", data.evaluation)):
         if each is not None:
             logger.info("%s data: %s", name, each.summary())
     settings.total_steps(len(data.train))
-    return make_config(settings, tokenizer, data.train.labels), data.train.longest
+    return make_config(settings, tokenizer, data.train.labels), data.train.longest, prepared
+
+
+def _prepare(settings: Settings, plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> None:
+    """On the cluster, unless it is so little that this process has done it before."""
+    if sum(plan.sizes) <= SMALL_BYTES:
+        preparing.prepare(plan, folder, tokenizer)
+    elif preparing.begin(plan, folder) is None:
+        load = partial(_run_tokenizer, settings.model_dump_json(exclude_unset=True))
+        preparing.finish(plan, folder, write_shards(plan, folder, load, None), tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _run_tokenizer(settings: str) -> GPTJTokenizer:
+    """Loaded once by each process that tokenizes."""
+    return load_tokenizer(Settings.model_validate_json(settings))
 
 
 def build_trainer(
@@ -232,6 +257,7 @@ def build_trainer(
     on_gpu: bool,
     claim: Claim,
     submission: str,
+    prepared: dict[str, str],
     shared: Path,
     bell: ActorHandle[Any],
 ) -> TorchTrainer:
@@ -247,6 +273,7 @@ def build_trainer(
             "claim": asdict(claim),
             "submission": submission,
             "bell": bell,
+            "prepared": prepared,
         },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -286,6 +313,7 @@ def work(config: dict[str, Any]) -> None:
         fence=Claim(**config["claim"]).check,
         stop=notices.reason,
         submission=config["submission"],
+        prepared=config["prepared"],
     )
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
@@ -324,7 +352,7 @@ def _log_to_stdout() -> None:
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stdout, format="%(asctime)s %(message)s", force=True
     )
-    for name in ("gptj", logger.name):
+    for name in ("gptj", "preparing", logger.name):
         logging.getLogger(name).setLevel(logging.INFO)
     # DeepSpeed calls functions of PyTorch that are to be renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

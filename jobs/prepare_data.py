@@ -1,21 +1,25 @@
 #!/usr/bin/env python
-"""Tokenize data once, in parallel, for any number of runs of jobs/finetune.py (task=causal-lm).
+"""Tokenize data once, in parallel, for any number of runs of jobs/finetune.py.
 
     ray job submit -- jobs/prepare_data.py DATA DESTINATION tokenizer=ADDRESS [key=value …]
 
 DATA is Parquet, JSON, CSV or text (also .gz, .zst), of any size: a file, folder or pattern, local
-or s3://…, or sample://NAME, with `text`, `prompt` and `completion`, or `messages`. DESTINATION, a
-new folder that all nodes can reach, gets Parquet shards of token ids, an index (counts, settings,
-the tokenizer's hash), the tokenizer and, last, a manifest; give it to a training as data.train. The
-same command, submitted again, continues where it stopped. The bytes do not depend on the number of
-workers.
+or s3://…, or sample://NAME, with the columns of the task. DESTINATION, a new folder that all nodes
+can reach, gets Parquet shards of token ids, an index (counts, settings, the tokenizer's hash), the
+tokenizer and, last, a manifest; give it to a training as data.train. The same command, submitted
+again, continues where it stopped. The bytes do not depend on the number of workers.
+
 Keys, with their defaults:
 
+    task=causal-lm          or classification, question-answering
     tokenizer=…             the model's, or another folder with a tokenizer, s3://… or a hub id
     revision=…              of a hub id
     chat_template=…         of messages: a Jinja file, or the name of a built-in template;
                             default: the tokenizer's
     columns.NAME=…          our column's name in the data, such as columns.text=review
+    label_names=…           classification: all labels, as [World, Sports], or what the data have
+                            for each, as {1: World, 2: Sports}: rows with others are bad; default: a
+                            run finds them
     delimiter=…             of CSV; default: the one in the header
     bad_rows=refuse         or skip: leave out rows that cannot be used; the index counts and
                             names them
@@ -26,43 +30,33 @@ Keys, with their defaults:
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from yaml import YAMLError
 
 from gptj import storage
 from gptj.chat import read_template
-from gptj.data.prepared import Index, Shard, tokenizer_digest
-from gptj.data.preparing import (
-    CHUNK_CHARACTERS,
-    Plan,
-    begin,
-    chunks,
-    finish,
-    tokenizer_at,
-    write_shard,
-)
-from gptj.data.rows import DataError
+from gptj.data.prepared import Index
+from gptj.data.preparing import CHUNK_CHARACTERS, Plan, begin, finish, tokenizer_at
+from gptj.data.shards import TaskName
 from gptj.extras import missing
+from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute, normalized
-from gptj.tokenizer import GPTJTokenizer
 from gptj.training.sections import Delimiter
+from gptj.training.tasks import TASKS
 from jobs.key_value import checked, help_if_asked
 
 try:
     import ray
-    import ray.data
+
+    from jobs.preparing import write_shards
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/prepare_data.py", extra="train") from error
-
-PROGRESS_SECONDS = 10
 
 logger = logging.getLogger("prepare_data")
 
@@ -75,7 +69,9 @@ class Settings(BaseModel):
     tokenizer: Annotated[str, AfterValidator(normalized)]
     revision: str | None = None
     chat_template: str | None = None
+    task: TaskName = "causal-lm"
     columns: dict[str, str] = {}
+    label_names: list[str] | dict[str, str] | None = None
     delimiter: Delimiter | None = None
     bad_rows: Literal["refuse", "skip"] = "refuse"
     shard_characters: Annotated[int, Field(ge=1)] = CHUNK_CHARACTERS
@@ -89,7 +85,8 @@ def main(words: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stdout, format="%(asctime)s %(message)s", force=True
     )
-    logger.setLevel(logging.INFO)
+    for name in (logger.name, "preparing"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         index = prepare(read_settings(words))
     except (ValueError, OSError) as error:  # what a user can put right: no traceback
@@ -110,12 +107,28 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields["columns"][name] = value
         elif not name and section in Settings.model_fields.keys() - {"data", "destination"}:
-            fields[section] = value
+            fields[section] = _parsed(word, value) if section == "label_names" else value
         else:
             raise ValueError(f"{word}: there is no such key\n{__doc__}")
     if "tokenizer" not in fields:
         raise ValueError("tokenizer= is missing: the model's folder, s3://… or hub id")
-    return checked(Settings, fields)
+    settings = checked(Settings, fields)
+    if settings.label_names is not None and settings.task != "classification":
+        raise ValueError(f"label_names= has no effect with task={settings.task}: leave it out")
+    known = TASKS[settings.task].columns
+    if unknown := settings.columns.keys() - set(known):
+        raise ValueError(
+            f"columns.{min(unknown)}: task={settings.task} has no such column; it has "
+            f"{', '.join(known)}"
+        )
+    return settings
+
+
+def _parsed(word: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except YAMLError as error:
+        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 def prepare(settings: Settings) -> Index:
@@ -135,6 +148,8 @@ def prepare(settings: Settings) -> Index:
         delimiter=settings.delimiter,
         bad_rows=settings.bad_rows,
         chunk_characters=settings.shard_characters,
+        task=settings.task,
+        label_names=settings.label_names,
     )
     storage.check_writable(folder)
     if (done := begin(plan, folder)) is not None:
@@ -142,10 +157,7 @@ def prepare(settings: Settings) -> Index:
         return done
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
-    logger.info(
-        "preparing %s: %d files of %.1f MB", plan.address, len(plan.sizes), sum(plan.sizes) / 1e6
-    )
-    shards = list(_shards(plan, folder, load, settings.workers))
+    shards = write_shards(plan, folder, load, settings.workers)
     return finish(plan, folder, shards, tokenizer)
 
 
@@ -154,76 +166,6 @@ def summary(index: Index) -> str:
     skipped = f"; {index.skipped} bad rows were skipped" if index.skipped else ""
     files = sum(shard.rows > 0 for shard in index.shards)
     return f"{index.rows} rows, {index.tokens} tokens{learned}, in {files} shards{skipped}"
-
-
-def _shards(
-    plan: Plan, folder: str, load: Callable[[], GPTJTokenizer], workers: int | None
-) -> Iterator[Shard]:
-    """Shards as they are written, in any order; Ray Data holds back readers that are too fast."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.target_max_block_size = plan.chunk_characters  # bytes: about a chunk, to be shared out
-    shared = ray.put(plan)
-    parts = ray.data.from_items(
-        [{"part": part} for part in range(len(plan.parts))], override_num_blocks=len(plan.parts)
-    )
-    # Reading waits for bytes and needs less of a CPU than tokenizing. Different needs also keep Ray
-    # Data from fusing the two into one task.
-    read = parts.map_batches(partial(_read, plan=shared), batch_size=1, num_cpus=0.5)
-    written = read.map_batches(
-        partial(_write, plan=shared, folder=folder, load=load),
-        batch_size=1,
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(workers),
-    )
-    started = last = time.monotonic()
-    rows = count = 0
-    for row in written.iter_rows():
-        shard = pickle.loads(row["shard"])  # by our own tasks
-        if isinstance(shard, str):
-            raise DataError(shard)
-        count, rows = count + 1, rows + shard.rows
-        if time.monotonic() - last > PROGRESS_SECONDS:
-            last = time.monotonic()
-            logger.info("%d shards, %d rows, %.0f s", count, rows, last - started)
-        yield shard
-
-
-# Errors of data or storage are passed on as messages, in place of a chunk or shard: Ray Data would
-# wrap them in a traceback of its own, without the error's type.
-
-
-def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
-    """The chunks of a part, or what is wrong with it."""
-    try:
-        for part in batch["part"]:
-            for chunk in chunks(ray.get(plan), int(part)):
-                yield {"chunk": _pickled([chunk])}
-    except (ValueError, OSError) as error:
-        yield {"chunk": _pickled([str(error)])}
-
-
-def _write(
-    batch: dict[str, Any], plan: Any, folder: str, load: Callable[[], GPTJTokenizer]
-) -> dict[str, Any]:
-    """The records of the shards of some chunks, or what is wrong with them."""
-    found: list[Shard | str] = []
-    try:
-        plan, tokenizer = ray.get(plan), load()
-        if tokenizer_digest(tokenizer) != plan.tokenizer:
-            raise DataError(
-                "a node has another tokenizer at this address: put it where all nodes read the same"
-            )
-        for chunk in map(pickle.loads, batch["chunk"]):
-            done = chunk if isinstance(chunk, str) else write_shard(plan, folder, chunk, tokenizer)
-            found.append(done)
-    except (ValueError, OSError) as error:
-        found.append(str(error))
-    return {"shard": _pickled(found)}
-
-
-def _pickled(values: Sequence[Any]) -> Any:
-    return np.array([pickle.dumps(value) for value in values], dtype=object)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from gptj.data.sources import read_rows
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
+from tests.support.task_data import packed
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,7 @@ def test_data_are_prepared_alike_by_any_number_of_workers_and_after_a_kill(
     verify(undisturbed)
     prepared = Prepared.at(undisturbed)
     assert prepared is not None and len(prepared.index.shards) > 10
-    found = CausalLMData.prepared(prepared, tokenizer, 64, "none")
+    found = packed(tmp_path / "packed", undisturbed, tokenizer, 64, "none")
     expected = CausalLMData(read_rows(RAW, ["text"]), tokenizer, 64, "none")
     assert found.tokens.tolist() == expected.tokens.tolist()
 

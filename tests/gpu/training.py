@@ -21,7 +21,6 @@ from gptj.adapters.config import TARGET_MODULES
 from gptj.adapters.lora import add_lora
 from gptj.data.batches import BatchOrder
 from gptj.training import loop
-from gptj.training.dataset import make_data
 from gptj.training.deepspeed_config import (
     deepspeed_config,
     learning_rate_share,
@@ -33,6 +32,7 @@ from gptj.training.settings import Settings
 from gptj.training.state import upload_state
 from gptj.training.tokenizer import prepare_tokenizer
 from gptj_bench.decode import random_model
+from tests.support.task_data import make_data
 
 # Of the losses beside the CPU's in fp32. fp16 begins with steps that its loss scale lets go.
 NEAR = {"fp32": 1e-3, "bf16": 0.3, "fp16": 1.5}

@@ -25,7 +25,6 @@ from gptj.data.batches import BatchOrder
 from gptj.interop.merging import merge_adapter
 from gptj.model import HEAD_CLASSES
 from gptj.training import loop
-from gptj.training.dataset import make_data
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
@@ -33,6 +32,7 @@ from gptj.training.state import check_resumable, is_complete, upload_state
 from gptj.training.tokenizer import prepare_tokenizer
 from jobs import evaluate as evaluate_job
 from tests.support.packed_rows import loss_alone
+from tests.support.task_data import make_data
 
 WORLD = 2
 ADAPTER: dict[str, Any] = {

@@ -14,14 +14,13 @@ from gptj import GPTJTokenizer
 from gptj.chat import ChatTemplateError, read_template
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.documents import read_documents
-from gptj.data.prepared import Prepared
-from gptj.data.preparing import Plan, begin, chunks, finish, write_shard
+from gptj.data.preparing import Plan, prepare
 from gptj.data.rows import DataError, Row
 from gptj.data.sources import find_columns, read_rows
-from gptj.training.dataset import make_data
 from gptj.training.settings import Settings, read_settings
 from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
+from tests.support.task_data import make_data, packed
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}"
@@ -133,14 +132,10 @@ def test_prepared_chats_are_those_of_their_template(
 ) -> None:
     address, folder = written(tmp_path, "chats.jsonl"), str(tmp_path / "prepared")
     plan = Plan.of(address, tokenizer, names={})
-    begin(plan, folder)
-    shards = [write_shard(plan, folder, chunk, tokenizer) for chunk in chunks(plan, 0)]
-    finish(plan, folder, shards, tokenizer)
-    prepared = Prepared.at(folder)
-    assert prepared is not None
-    data = CausalLMData.prepared(prepared, tokenizer, 128, "none")
+    prepare(plan, folder, tokenizer)
+    data = packed(tmp_path / "a", folder, tokenizer, 128, "none")
     expected = CausalLMData(read_rows(address, ["messages"]), tokenizer, 128, "none")
     assert data.tokens.tolist() == expected.tokens.tolist()
     tokenizer.chat_template = TEMPLATE + "\n"
     with pytest.raises(DataError, match="prepared with another chat template"):
-        CausalLMData.prepared(prepared, tokenizer, 128)
+        packed(tmp_path / "b", folder, tokenizer, 128)

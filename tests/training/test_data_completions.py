@@ -18,12 +18,12 @@ import zstandard
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.sources import DataError, Row, find_columns, read_rows
-from gptj.training.dataset import make_data
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import prepare_tokenizer
 from jobs.evaluate import measure
 from jobs.evaluate import read_settings as read_evaluation
+from tests.support.task_data import make_data
 
 PAIRS = [("Q: who is old?\nA:", " the cat"), ("Q: and new?\nA:", ' the "dog", ü'), ("", "so")]
 KINDS = TASKS["causal-lm"].row_kinds

@@ -240,7 +240,7 @@ def test_white_space_around_a_question_is_no_part_of_it(
         (squad(None, answers=[{"text": "sea"}]), "has no text at a place, but 'sea' at None"),
         (squad(None, answers=["sea"]), r"must be .*got \['sea'\]"),
         (squad(None, question=" \n"), "column 'question': the question is empty"),
-        (squad(None, context=""), "column 'question': the context is empty"),
+        (squad(None, context=""), "column 'context': the context is empty"),
         (squad(None, question="why " * 100), "column 'question': the question has .*max_length=64"),
         (squad(None, question=None), "column 'question': must be text, got None"),
     ],

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from gptj import storage
-from gptj.data import json_rows
+from gptj.data import formats, json_rows
 from gptj.data.sources import DataError, Row, read_rows
 from gptj_local.s3 import LocalS3
 
@@ -165,7 +165,7 @@ def test_an_error_names_the_column_as_the_file_does(tmp_path: Path) -> None:
         ("b.json", b'{\n"text": "a"\n}', "b.json, row 1: must be a JSON object"),
         ("c.jsonl", b'{"text": "a"}\n"b"\n', "c.jsonl, row 2: must be a JSON object"),
         ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "d.jsonl, row 2: is not UTF-8"),
-        ("e.txt", b"\xff\xfea\x00", "e.txt, after row 0.*utf-8"),
+        ("e.txt", b"\xff\xfea\x00", "e.txt, row 1, column 'text': is not UTF-8"),
         ("f.parquet", b"PAR1 not really", "f.parquet, after row 0: cannot be read"),
         ("g.csv", b"text,label\na,1\nb,2,3\n", "g.csv, row 2: has 3 cells and the first line 2"),
         ("h.csv", b"", "h.csv is empty: it has no header"),
@@ -497,3 +497,57 @@ def test_parquets_damaged_text_and_double_columns_are_named(tmp_path: Path) -> N
     pyarrow.parquet.write_table(pa.Table.from_arrays([good, good], ["text", "text"]), path)
     with pytest.raises(DataError, match=r"data.parquet has the column 'text' twice"):
         values(path)
+
+
+def test_a_large_text_is_several_documents_cut_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the line ends of Windows, and a byte order mark."""
+    monkeypatch.setattr(formats, "TEXT_CHARACTERS", 50)
+    lines = [f"line {n} {'ü' * (n % 9)}" for n in range(60)]
+    text = "\n".join(lines)
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    rows = list(read_rows(str(path), ["text"]))
+    assert "".join(row.values["text"] for row in rows) == text
+    assert [row.number for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > 8
+    assert all(row.values["text"].endswith("\n") for row in rows[:-1])
+    path.write_bytes(text.encode() + b"\xff\n" + b"good\n" * 40)
+    bad: list[DataError] = []
+    found = list(read_rows(str(path), ["text"], on_bad=bad.append))
+    assert len(bad) == 1 and "is not UTF-8" in str(bad[0])
+    assert found[-1].values["text"].startswith("good")
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "tsv"])
+def test_line_ends_and_a_byte_order_mark_do_not_matter(
+    form: str, mark: bytes, ending: str, tmp_path: Path
+) -> None:
+    texts = {
+        "jsonl": '{"text": "a", "label": 1}\n\n{"text": "b", "label": 2}\n',
+        "json": '[\n{"text": "a", "label": 1},\n{"text": "b", "label": 2}\n]\n',
+        "csv": "text,label\na,1\n\nb,2\n",
+        "tsv": "text\tlabel\na\t1\nb\t2\n",
+    }
+    path = tmp_path / f"rows.{form}"
+    path.write_bytes(mark + texts[form].replace("\n", ending).encode())
+    assert [row["text"] for row in values(path, needed=LABELLED)] == ["a", "b"]
+
+
+def test_hidden_folders_are_no_data(tmp_path: Path) -> None:
+    write([{"text": "a"}], tmp_path / "a.jsonl")
+    for name in (".cache", "_temporary"):
+        write([{"text": "hidden"}], tmp_path / name / "b.jsonl")
+    assert [row["text"] for row in values(tmp_path)] == ["a"]
+
+
+def test_null_and_nested_columns_of_parquet_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    columns = {"null": [None, None], "nested": [{"a": 1}, {"a": 2}], "bytes": [b"a", b"b"]}
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    for name, shown in (("null", "None"), ("nested", "{'a': 1}"), ("bytes", "b'a'")):
+        row = next(read_rows(str(path), ["text"], {"text": name}))
+        with pytest.raises(DataError, match=f"row 1, column '{name}': must be text, got {shown}"):
+            row.text("text")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from gptj import GPTJTokenizer
+from gptj.data.preparing import Plan, prepare
 from gptj.data.rows import DataError, Row
-from gptj.data.split import LONG_TEXT, split_rows
-from gptj.training.dataset import make_data
+from gptj.data.split import LONG_TEXT, Split, split_rows
+from gptj.training.dataset import node_data
 from gptj.training.settings import SettingsError, read_settings
 from gptj.training.tokenizer import prepare_tokenizer
 
@@ -21,10 +23,7 @@ def rows(texts: Sequence[str]) -> list[Row]:
 
 def parts(texts: Sequence[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
     both = (
-        [
-            row.text("text")
-            for row in split_rows(rows(texts), share, seed, held_out=held, cut="text")
-        ]
+        [row.text("text") for row in split_rows(rows(texts), Split(share, seed, held, "text"))]
         for held in (False, True)
     )
     train, evaluation = both
@@ -61,9 +60,15 @@ def test_of_a_book_the_end_is_held_out() -> None:
     assert train[0].endswith("\n") and len(evaluation[0]) == pytest.approx(len(book) / 10, rel=0.01)
 
 
-def test_too_few_rows_are_said() -> None:
-    with pytest.raises(DataError, match=r"evaluation_split=0.5 of 1 rows leaves none to"):
-        assert parts(["alone"], 0.5) and parts(["alone"], 0.5, 1)
+@pytest.mark.parametrize(("held_out", "what"), [(True, "measure with"), (False, "train on")])
+def test_too_few_rows_are_said(held_out: bool, what: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "alone"}\n')
+    tokenizer = GPTJTokenizer.train(["alone"], 270)
+    seed = next(seed for seed in range(9) if not parts(["alone"], 0.5, seed)[held_out])
+    split = Split(0.5, seed, held_out)
+    plan = Plan.of(str(tmp_path / "rows.jsonl"), tokenizer, names={}, split=split)
+    with pytest.raises(DataError, match=rf"split=0.5 of .*jsonl leaves no row to {what}"):
+        prepare(plan, str(tmp_path / "prepared"), tokenizer)
 
 
 def test_a_run_learns_from_one_part_and_is_measured_on_the_other(tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ def test_a_run_learns_from_one_part_and_is_measured_on_the_other(tmp_path: Path)
     words = [f"data.train={file}", "task=classification", f"storage={tmp_path}"]
     settings = read_settings([*words, "data.evaluation_split=0.1"])
     tokenizer = prepare_tokenizer(settings)
-    data = make_data(settings, tokenizer)
+    data = node_data(settings, tokenizer, tmp_path)
     assert data.evaluation is not None
     assert (len(data.train), len(data.evaluation)) == (180, 20)
     assert data.fingerprints["train"] != data.fingerprints["evaluation"]

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from gptj import GPTJTokenizer
+from gptj.data.causal_lm import CausalLMData
 from gptj.data.rows import DataError
 from gptj.training import dataset
-from gptj.training.dataset import make_data, node_data
+from gptj.training.dataset import node_data
 from gptj.training.settings import Settings
+from tests.support.task_data import make_data
 
 WORDS = "the cat is old and the dog is new, so the house is so so"
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -63,7 +65,7 @@ def test_what_is_memory_mapped_is_what_was_tokenized(
 ) -> None:
     settings = settings_of(tmp_path, task)
     expected, found = make_data(settings, tokenizer), node_data(settings, tokenizer, tmp_path)
-    assert found.fingerprints == expected.fingerprints
+    assert [found.fingerprints[name].rows for name in ("train", "evaluation")] == [9, 6]
     for name in ("train", "evaluation"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert len(ours) == len(theirs)
@@ -90,14 +92,14 @@ def test_rows_are_read_once_however_many_processes_ask(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted = tmp_path / "reads"
-    read = dataset.make_data
+    read = dataset.prepare
 
     def noting(*arguments: Any) -> Any:
         with noted.open("a") as file:
             file.write("read\n")
         return read(*arguments)
 
-    monkeypatch.setattr(dataset, "make_data", noting)
+    monkeypatch.setattr(dataset, "prepare", noting)
     settings = settings_of(tmp_path, "causal-lm")
     fork = multiprocessing.get_context("fork")
     queue = fork.SimpleQueue()
@@ -111,19 +113,18 @@ def test_rows_are_read_once_however_many_processes_ask(
     found = [queue.get() for _ in processes]
     for process in processes:
         process.join()
-    assert noted.read_text() == "read\n"
+    assert noted.read_text() == "read\n" * 2  # of train and evaluation
     assert len(set(found)) == 1
 
 
 def die_tokenizing(folder: Path, tokenizer: GPTJTokenizer) -> None:
-    def save(data: Any, folder: Path) -> None:
+    def write(folder: Path, *arguments: Any) -> None:
         folder.mkdir()
         (folder / "ids.npy").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    settings = settings_of(folder, "causal-lm")
-    dataset.make_data(settings, tokenizer).train.__class__.save = save  # type: ignore[assignment]
-    node_data(settings, tokenizer, folder)
+    CausalLMData.write = write  # type: ignore[method-assign,assignment]
+    node_data(settings_of(folder, "causal-lm"), tokenizer, folder)
 
 
 def test_the_next_process_tokenizes_if_the_first_is_killed(

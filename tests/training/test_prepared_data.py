@@ -10,7 +10,7 @@ import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.checkpoints.manifest import verify
-from gptj.data import preparing
+from gptj.data import preparing, shards
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.prepared import Index, Prepared
 from gptj.data.preparing import Plan, begin, chunks, finish, write_shard
@@ -23,6 +23,7 @@ from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
 from jobs.evaluate import measure
 from jobs.evaluate import read_settings as read_evaluation
 from jobs.prepare_data import read_settings as read_preparation
+from tests.support.task_data import packed
 
 TEXTS = [f"{'very ' * (n % 5)}old cat {n} and new dog {n * n}" for n in range(90)]
 SMALL = 500  # characters of a shard
@@ -76,9 +77,7 @@ def test_prepared_data_are_what_raw_data_are(
     index = prepare(plan_of(address, tokenizer), folder, tokenizer)
     columns = ["prompt", "completion"] if pairs else ["text"]
     expected = CausalLMData(read_rows(address, columns), tokenizer, 64, packing)  # type: ignore[arg-type]
-    prepared = Prepared.at(folder)
-    assert prepared is not None
-    found = CausalLMData.prepared(prepared, tokenizer, 64, packing)  # type: ignore[arg-type]
+    found = packed(tmp_path / "packed", folder, tokenizer, 64, packing)  # type: ignore[arg-type]
     assert index.rows == 90 and len(index.shards) > 3
     assert index.tokens == len(expected.tokens)
     assert (index.learned < index.tokens) == pairs
@@ -115,13 +114,13 @@ def test_an_interrupted_preparation_goes_on(
     with pytest.raises(DataError, match=r"is not finished.*jobs/prepare_data\.py again"):
         Prepared.at(folder)
     written = []
-    read = preparing.read_documents
+    read = shards.read_documents
 
-    def noting(rows: list[preparing.Row], *rest: object) -> object:
+    def noting(rows: list[shards.Row], *rest: object) -> object:
         written.append(len(rows))
         return read(rows, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(preparing, "read_documents", noting)
+    monkeypatch.setattr(shards, "read_documents", noting)
     index = prepare(plan, folder, tokenizer)
     assert sum(written) == 90 - done[0].rows
     assert contents(folder) == contents(str(tmp_path / "undisturbed"))
@@ -262,14 +261,12 @@ def test_other_tasks_refuse_prepared_data(tmp_path: Path, tokenizer: GPTJTokeniz
 def test_damage_is_found(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     folder = tmp_path / "prepared"
     prepare(plan_of(raw(tmp_path), tokenizer), str(folder), tokenizer)
-    prepared = Prepared.at(str(folder))
-    assert prepared is not None
     shard = next(folder.glob("shard-*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"shard-\d+-\d+\.parquet was altered"):
-        CausalLMData.prepared(prepared, tokenizer, 64)
+        packed(tmp_path / "packed", str(folder), tokenizer, 64)
 
 
 def test_a_model_is_measured_on_prepared_data(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:

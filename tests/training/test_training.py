@@ -27,7 +27,6 @@ from gptj.data.batches import BatchOrder
 from gptj.errors import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
 from gptj.training import loop, progress
-from gptj.training.dataset import make_data
 from gptj.training.deepspeed_config import deepspeed_config
 from gptj.training.evaluation import evaluate
 from gptj.training.failures import UnrecoverableError
@@ -45,6 +44,7 @@ from gptj.training.state import (
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tokenizer import prepare_tokenizer
 from tests.support.packed_rows import loss_alone
+from tests.support.task_data import make_data
 
 STEPS = 6
 PICTURED = "stage-2"

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ class Hub:
         self.requests.append(path)
         if self.broken:
             return 500, {}, b"broken"
-        api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models").strip("/").split("/")
+        api = path.startswith("/api/")
+        path = re.sub(r"^(/api)?/(models|datasets)/", "/", path)
+        parts = path.strip("/").split("/")
         repository, rest = "/".join(parts[:2]), parts[2:]
         if repository == GATED:
             return 403, {"X-Error-Code": "GatedRepo"}, b""
@@ -71,10 +73,14 @@ class Hub:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
             return 200, {"X-Repo-Commit": commit, "ETag": f'"{blob_id(content)}"'}, content
         if rest[:1] == ["tree"]:
+            folder = "/".join([*rest[2:], ""])
             listing: object = [
                 {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
                 for name, content in files.items()
+                if name.startswith(folder)
             ]
+            if not listing:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b""
         else:
             listing = {
                 "id": REPOSITORY,

@@ -59,19 +59,18 @@ class Plan:
     ) -> Plan:
         """DataError, StorageError: if the address has nothing that can be read."""
         files = data_files(address)
-        sizes = tuple(0 if file.startswith(SAMPLE) else storage.size(file) for file in files)
         parts: list[list[str]] = []
         room = -1  # of the last part
-        for file, size in zip(files, sizes, strict=True):
-            if size > room:
+        for file in files:
+            if file.size > room:
                 parts.append([])
                 room = PART_BYTES
-            parts[-1].append(file)
-            room -= size
+            parts[-1].append(file.address)
+            room -= file.size
         return cls(
             address,
             tuple(map(tuple, parts)),
-            sizes,
+            tuple(file.size for file in files),
             tuple(columns),
             dict(names),
             delimiter,

@@ -5,25 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptj.data.arrays import Array, ArrayWriter, load_arrays, writing_arrays
 from gptj.data.documents import Mask, read_documents, windows
-from gptj.data.examples import (
-    Array,
-    Ids,
-    count_real_tokens,
-    load_arrays,
-    padded,
-    padding_id,
-    save_arrays,
-)
+from gptj.data.examples import Ids, count_real_tokens, padded, padding_id
 from gptj.data.packing import WINDOW, Packed, Packing, pack
 from gptj.data.prepared import Prepared
 from gptj.data.rows import DataError, Row
+from gptj.data.shards import documents_in
 from gptj.linear_cross_entropy import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
 
@@ -67,7 +61,11 @@ class CausalLMData:
         sequence_length: int,
         packing: Packing = "concatenate",
     ) -> None:
-        self._begin(tokenizer, sequence_length, packing)
+        _check_length(sequence_length)
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.vocabulary = len(tokenizer)
+        self._padding = padding_id(tokenizer)
         source = "the data"
 
         def noted() -> Iterator[Row]:
@@ -77,61 +75,51 @@ class CausalLMData:
                 yield row
 
         documents = windows(read_documents(noted(), tokenizer), WINDOW)
-        packed = pack(documents, sequence_length, packing)
-        self._take(packed, source)
+        packed = Packed.joined(list(pack(documents, sequence_length, packing)))
+        if not len(packed.ids):
+            raise _nothing_in(source)
+        self.tokens, self.row_ends, self.document_ends, self.learned, self.cut = packed
 
     @classmethod
-    def prepared(
+    def write(
         cls,
+        folder: Path,
         prepared: Prepared,
         tokenizer: GPTJTokenizer,
         sequence_length: int,
         packing: Packing = "concatenate",
-    ) -> CausalLMData:
-        """From documents that are tokenized already, by the same tokenizer.
+    ) -> None:
+        """Pack documents that are tokenized already into a new folder, for `load`.
+
+        Memory holds one of their shards.
 
         Raises:
             DataError: if the tokenizer is another, or there is nothing to learn.
             CheckpointError: for a damaged shard.
         """
-        prepared.check_tokenizer(tokenizer)
-        self = cls.__new__(cls)
-        self._begin(tokenizer, sequence_length, packing)
-        self._take(pack(prepared.windows(), sequence_length, packing), prepared.address)
-        return self
-
-    def _begin(self, tokenizer: GPTJTokenizer, sequence_length: int, packing: Packing) -> None:
-        if sequence_length < 2:
-            raise ValueError(f"sequence_length must be 2 or more, got {sequence_length}")
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.vocabulary = len(tokenizer)
-        self._padding = padding_id(tokenizer)
-
-    def _take(self, packed: Packed, source: str) -> None:
-        if not len(packed.ids):
-            raise DataError(f"{source}: fewer than two tokens to learn from")
-        self.tokens, self.row_ends, self.document_ends, self.learned, self.cut = packed
-
-    def save(self, folder: Path) -> None:
-        arrays = {
-            "tokens": self.tokens,
-            "row_ends": self.row_ends,
-            "document_ends": self.document_ends,
-            **({} if self.learned is None else {"learned": self.learned}),
+        prepared.check("causal-lm", tokenizer)
+        _check_length(sequence_length)
+        fields: dict[str, Any] = {
+            "sequence_length": sequence_length,
+            "packing": packing,
+            "vocabulary": len(tokenizer),
+            "padding": padding_id(tokenizer),
+            "cut": 0,
         }
-        fields = {
-            "sequence_length": self.sequence_length,
-            "packing": self.packing,
-            "vocabulary": self.vocabulary,
-            "cut": self.cut,
-            "padding": self._padding,
-        }
-        save_arrays(folder, arrays, fields)
+        with writing_arrays(folder, fields) as arrays:
+            documents = (documents_in(table.columns) for table in prepared.tables())
+            for part in pack(documents, sequence_length, packing):
+                _append_learned(arrays, part)
+                arrays.append("tokens", part.ids)
+                arrays.append_ends("row_ends", np.diff(part.row_ends))
+                arrays.append_ends("document_ends", np.diff(part.document_ends))
+                fields["cut"] += part.cut
+            if not arrays.length("tokens"):
+                raise _nothing_in(prepared.address)
 
     @classmethod
     def load(cls, folder: Path) -> CausalLMData:
-        """What `save` has written, memory-mapped."""
+        """What `write` has written, memory-mapped."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
         self.tokens, self.learned = arrays["tokens"], arrays.get("learned")
@@ -222,3 +210,22 @@ class CausalLMData:
         counted = np.ones(len(self.tokens), bool) if self.learned is None else self.learned.copy()
         counted[self.document_ends[:-1]] = False
         return torch.from_numpy(self.tokens[counted].astype(np.int64))
+
+
+def _check_length(sequence_length: int) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length must be 2 or more, got {sequence_length}")
+
+
+def _nothing_in(source: str) -> DataError:
+    return DataError(f"{source}: fewer than two tokens to learn from")
+
+
+def _append_learned(arrays: ArrayWriter, part: Packed) -> None:
+    """A mask, as soon as any token is not to be learned; call it before the tokens are added."""
+    before, added = arrays.length("tokens"), len(part.ids)
+    if part.learned is None and not arrays.length("learned"):
+        return
+    while (missing := before - arrays.length("learned")) > 0:
+        arrays.append("learned", np.ones(min(missing, WINDOW), bool))
+    arrays.append("learned", np.ones(added, bool) if part.learned is None else part.learned)

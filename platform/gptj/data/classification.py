@@ -5,8 +5,10 @@ Token ids and targets out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,30 +16,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptj.data.arrays import Array, load_arrays, writing_arrays
 from gptj.data.examples import (
     Ids,
     TokenLists,
     compact,
     count_real_tokens,
     groups,
-    load_arrays,
     padded,
     padding_id,
-    save_arrays,
 )
 from gptj.data.labels import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    DistinctLabels,
     LabelNames,
     LabelSet,
     read_labels,
 )
+from gptj.data.prepared import Prepared, PreparedTable
 from gptj.data.rows import DataError, Row
+from gptj.data.shards import lists_in
 from gptj.tokenizer import GPTJTokenizer
 
 __all__ = ["MULTI_LABEL", "REGRESSION", "SINGLE_LABEL", "ClassificationData", "LabelSet"]
 
+LABELS_AT_ONCE = 4096  # several of each row are a number for each that there is
 MOST_COUNTED = 20  # labels that a summary lists
 
 
@@ -104,20 +109,50 @@ class ClassificationData:
         )
         self._token_lists = TokenLists.of(lists)
 
-    def save(self, folder: Path) -> None:
-        tokens = self._token_lists
-        arrays = {"ids": tokens.ids, "ends": tokens.ends, "targets": self.targets}
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        max_length: int,
+        labels: LabelSet | None = None,
+        *,
+        label_names: LabelNames | None = None,
+        problem_type: str | None = None,
+    ) -> None:
+        """Cut prepared texts, and read their labels, into a new folder, for `load`.
+
+        Memory holds one shard, and each label once. Arguments as of the constructor.
+
+        Raises:
+            DataError: as the constructor; or if the task or the tokenizer is another.
+            CheckpointError: for a damaged shard.
+        """
+        prepared.check("classification", tokenizer)
+        distinct = DistinctLabels()
+        for table in prepared.tables():
+            for rows, _ in _labelled_rows(table):
+                for row in rows:
+                    distinct.add(row)
+        found, _, reading = read_labels(distinct.rows, labels, label_names, problem_type)
         fields = {
-            "max_length": self.max_length,
-            "padding": self._padding,
-            "labels": asdict(self.labels),
-            "reading": self._reading,
+            "max_length": max_length,
+            "padding": padding_id(tokenizer),
+            "labels": asdict(found),
+            "reading": reading,
         }
-        save_arrays(folder, arrays, fields)
+        with writing_arrays(folder, fields) as arrays:
+            for table in prepared.tables():
+                lists = _cut(table, max_length)
+                arrays.append("ids", np.concatenate(lists))
+                arrays.append_ends("ends", np.array([len(ids) for ids in lists]))
+                for rows, numbers in _labelled_rows(table):
+                    arrays.append("targets", read_labels(rows, found).targets[numbers])
 
     @classmethod
     def load(cls, folder: Path) -> ClassificationData:
-        """What `save` has written, memory-mapped."""
+        """What `write` has written, memory-mapped."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
         self._token_lists = TokenLists(arrays["ids"], arrays["ends"])
@@ -177,3 +212,39 @@ def _nonempty(row: Row, column: str) -> str:
     if not text:
         raise row.error(column, "is empty")
     return text
+
+
+def _cut(table: PreparedTable, max_length: int) -> list[Ids]:
+    """Each row's ids as the tokenizer truncates them: of a pair first the longer text."""
+    texts = _each(*lists_in(table.columns, "input_ids"))
+    if "pair_ids" not in table.columns.column_names:
+        return [text[:max_length] for text in texts]
+    found = []
+    for text, pair in zip(texts, _each(*lists_in(table.columns, "pair_ids")), strict=True):
+        if len(text) + len(pair) > max_length:
+            shorter = min(len(text), len(pair), max_length // 2)
+            rooms = (shorter, max_length - shorter)
+            first, second = rooms if len(text) <= len(pair) else rooms[::-1]
+            text, pair = text[:first], pair[:second]
+        found.append(np.concatenate([text, pair]))
+    return found
+
+
+def _each(ids: Ids, ends: Array) -> list[Ids]:
+    return [ids[start:end] for start, end in pairwise(ends.tolist())]
+
+
+def _labelled_rows(table: PreparedTable) -> Iterator[tuple[list[Row], Array]]:
+    """A few rows at a time: the first of them with each label, and which of these each row has."""
+    for start in range(0, table.columns.num_rows, LABELS_AT_ONCE):
+        labels = table.columns.column("label").slice(start, LABELS_AT_ONCE).combine_chunks()
+        texts = labels.dictionary
+        codes, places, numbers = np.unique(
+            labels.indices.to_numpy(), return_index=True, return_inverse=True
+        )
+        order = np.argsort(places)  # the first row that does not fit is the one to be named
+        rows = [
+            table.row(start + place, label=json.loads(texts[code].as_py()))
+            for code, place in zip(codes[order].tolist(), places[order].tolist(), strict=True)
+        ]
+        yield rows, np.argsort(order)[numbers]

@@ -16,6 +16,7 @@ from gptj.data.records import (
     Record,
     check_header,
     decoded,
+    is_utf8,
     refuse,
 )
 from gptj.data.rows import shown
@@ -101,7 +102,7 @@ def _values(
         )
     values = {name: cells[place] for name, place in places}
     for name, cell in values.items():
-        if not _is_text(cell):
+        if not is_utf8(cell):
             raise BadRecordError(
                 number, f"is not UTF-8: {shown(cell)}; remedy: save the file as UTF-8", name
             )
@@ -143,15 +144,6 @@ def _first(head: list[str], text: io.TextIOWrapper, delimiter: str) -> list[str]
     if not names:
         raise BadFileError("is empty: it has no header")
     for name in names:
-        if not _is_text(name):
+        if not is_utf8(name):
             raise BadFileError(f"is not UTF-8: {shown(name)}; remedy: save it as UTF-8")
     return names
-
-
-def _is_text(cell: str) -> bool:
-    """Whether it has no bytes that were not UTF-8."""
-    try:
-        cell.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

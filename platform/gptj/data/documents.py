@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptj.chat import READY, ChatTemplateError, encode_chat, template_of
-from gptj.data.examples import Array, Ids, compact, groups
+from gptj.data.arrays import Array
+from gptj.data.examples import Ids, compact, groups
 from gptj.data.json_rows import parse_json
 from gptj.data.rows import DataError, Row, refuse_row, shown
 from gptj.tokenizer import GPTJTokenizer

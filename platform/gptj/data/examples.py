@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptj.data.arrays import Array
 from gptj.tokenizer import GPTJTokenizer
 
 PAD_MULTIPLE = 8  # lengths of batches: few different shapes, and what tensor cores like
 TOKENIZED_AT_ONCE = 1000  # texts
-FIELDS = "fields.json"
 
 Item = TypeVar("Item")
-Array = np.ndarray[Any, Any]
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -48,22 +45,6 @@ class TokenLists:
 
     def __getitem__(self, index: int) -> Ids:
         return self.ids[self.ends[index] : self.ends[index + 1]]
-
-
-def save_arrays(folder: Path, arrays: Mapping[str, Array], fields: Mapping[str, Any]) -> None:
-    """Write arrays, and fields that JSON can hold, to a folder that `load_arrays` reads."""
-    folder.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    (folder / FIELDS).write_text(json.dumps(fields))
-
-
-def load_arrays(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The arrays, memory-mapped so that processes share them, and the fields."""
-    arrays = {
-        file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")
-    }
-    return arrays, json.loads((folder / FIELDS).read_text())
 
 
 def compact(ids: Sequence[int]) -> Ids:

@@ -11,7 +11,15 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 from gptj.data.csv_rows import read_csv
 from gptj.data.json_rows import read_json
 from gptj.data.parquet_rows import read_parquet
-from gptj.data.records import MissingColumnsError, OnBadRecord, Record, refuse
+from gptj.data.records import (
+    BadRecordError,
+    MissingColumnsError,
+    OnBadRecord,
+    Record,
+    decoded,
+    is_utf8,
+    refuse,
+)
 from gptj.extras import Extra
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}  # around any of them but Parquet, as i
 READABLE = f"{', '.join(KINDS)}, or one of them with {' or '.join(CODECS)}"
 
 UNPACKED_BYTES = 2**20  # at a time
+TEXT_CHARACTERS = 2**24  # of a document; a longer text is cut at the end of a line
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,12 @@ def format_of(name: str) -> Format | None:
             return None
         return Format(kind, CODECS[ending], inner + ending)
     return Format(KINDS[ending], None, ending) if ending in KINDS else None
+
+
+def is_typed(name: str) -> bool:
+    """Whether a file's values have types; in CSV all are text, whatever they mean."""
+    format = format_of(name)
+    return format is None or format.kind != "csv"
 
 
 def read_records(
@@ -81,11 +96,23 @@ def read_records(
         case "csv":
             return read_csv(file, wanted, delimiter, on_bad)
         case "text":
-            return _read_text(file, wanted)
+            return _read_text(file, wanted, on_bad)
 
 
-def _read_text(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
-    """A whole file is one document."""
+def _read_text(
+    file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord = refuse
+) -> Iterator[Record]:
+    """A whole file is one document, or several if it is a large one; all line ends are \\n."""
     if list(wanted) != ["text"]:
         raise MissingColumnsError(None, ["text"])
-    yield 1, {"text": file.read().decode("utf-8-sig")}
+    with decoded(file) as reader:
+        number, text = 1, reader.read(TEXT_CHARACTERS)
+        while text or number == 1:
+            if len(text) == TEXT_CHARACTERS:
+                text += reader.readline(TEXT_CHARACTERS)
+            if is_utf8(text):
+                yield number, {"text": text}
+            else:
+                why = "is not UTF-8; remedy: save the file as UTF-8"
+                on_bad(BadRecordError(number, why, "text"))
+            number, text = number + 1, reader.read(TEXT_CHARACTERS)

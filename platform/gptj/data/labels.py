@@ -7,8 +7,10 @@ over all rows of the training data, and other files are read alike.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from gptj.data.json_rows import parse_json
 from gptj.data.rows import DataError, Row, shown
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+MOST_LABELS = 20_000  # different ones that are all looked at to find out how they are written
 
 Array = np.ndarray[Any, Any]
 LabelNames = Sequence[str] | Mapping[str, str]  # in their order, or what the data write for each
@@ -109,6 +112,102 @@ def read_labels(
             return _read_lists(found, known)
         case kind:
             return _read_single(found, known, kind)
+
+
+def check_label(row: Row, names: LabelNames | None = None) -> None:
+    """DataError for a label that cannot be one, whatever the other rows have.
+
+    Args:
+        names: all that there are; None: not known yet.
+    """
+    value = row.value("label")
+    if isinstance(value, str) and not row.typed:
+        value = value.strip()
+        if not value:
+            raise row.error("label", "is empty")
+        if value.startswith("["):
+            with suppress(ValueError):  # a name, or what the other rows will tell
+                value = parse_json(value)
+    values = _listed(value)
+    if not all(isinstance(each, str | int | float) for each in values):
+        raise row.error(
+            "label",
+            f"must be a name, a class number, a float, or a list of names or of numbers, "
+            f"got {shown(value)}",
+        )
+    numbers = all(isinstance(each, int | float) for each in values)
+    if names is None or (numbers and len(values) == len(names)):  # which may be values to predict
+        return
+    table = _by_name(names.values() if isinstance(names, Mapping) else names)
+    written = {**table, **names} if isinstance(names, Mapping) else table
+    for each in values:
+        counts = not isinstance(names, Mapping) and _is_count(each, len(table))
+        if _lookup(each, written) is None and not counts:  # type: ignore[arg-type]
+            raise row.error(
+                "label", f"{shown(each)} is not one of the labels {_some(tuple(table))}"
+            )
+
+
+def _is_count(value: Any, count: int) -> bool:
+    """Whether it can be one of so many class numbers, or a 0 or 1."""
+    if isinstance(value, str):
+        return bool(_WHOLE.fullmatch(value)) and 0 <= int(value) < max(count, 2)
+    return _is_whole(value) and 0 <= value < max(count, 2)
+
+
+class DistinctLabels:
+    """Which of a stream of rows say something new about how labels are written.
+
+    `read_labels` decides the same by `rows` as by all of them: each label is there once, until
+    there are so many that they must be measured values, or sets of labels, of which only those are
+    kept that have a new element or another length.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self._seen: set[str | int] = set()
+
+    def add(self, row: Row) -> None:
+        """A row, of which only the column `label` is used. DataError for too many names."""
+        text = json.dumps(row.value("label"), ensure_ascii=False)
+        if text in self._seen:
+            return
+        new: set[str | int] = {text}
+        if len(self.rows) >= MOST_LABELS:
+            new = _features(row) - self._seen
+        if not new:
+            return
+        if len(self.rows) == 2 * MOST_LABELS:
+            raise row.error(
+                "label", f"is one of more than {len(self.rows)} names or class numbers: not a label"
+            )
+        self._seen |= new
+        self.rows.append(row)
+        if len(self.rows) == MOST_LABELS:
+            self._seen.update(*map(_features, self.rows))
+
+
+def _features(row: Row) -> set[str | int]:
+    """What a label can tell beyond many others: its elements and their number."""
+    value = row.value("label")
+    if isinstance(value, str) and not row.typed:
+        text = value.strip()
+        if text.startswith("["):
+            try:
+                value = parse_json(text)
+            except ValueError:
+                value = text
+        elif _NUMBER.fullmatch(text):
+            value = float(text)
+    if not isinstance(value, list):
+        return {_feature(value)}
+    return {len(value), *map(_feature, value)}
+
+
+def _feature(value: Any) -> str:
+    """A value itself, but one for all measured ones."""
+    measured = isinstance(value, float) and _is_finite(value) and not value.is_integer()
+    return "measured" if measured else json.dumps(value, ensure_ascii=False)
 
 
 class _Label(NamedTuple):

@@ -1,15 +1,16 @@
-"""Which documents share a row: documents in, rows of tokens out."""
+"""Which documents share a row: documents in, rows of tokens out, a window of each at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from gptj.data.arrays import Array
 from gptj.data.documents import Documents, Mask
-from gptj.data.examples import Array, Ids
+from gptj.data.examples import Ids
 
 Packing = Literal["best_fit", "concatenate", "none"]
 WINDOW = 2**22  # tokens that are packed together
@@ -35,35 +36,52 @@ class Packed(NamedTuple):
         )
 
 
-def pack(windows: Iterable[Documents], capacity: int, packing: Packing) -> Packed:
-    """All documents in rows of at most `capacity` tokens; those of a window may share rows.
+def pack(windows: Iterable[Documents], capacity: int, packing: Packing) -> Iterator[Packed]:
+    """All documents in rows of at most `capacity` tokens, window by window; one is in memory.
 
-    A text longer than a row is split, and its parts are documents of their own. A longer document
-    with tokens that are not learned (a prompt) loses the beginning of what comes before the first
-    learned one, of which half a row is kept, and then its end. Documents with nothing to learn
-    beyond their first token are left out.
+    Documents of a window may share rows. A text longer than a row is split, and its parts are
+    documents of their own. A longer document with tokens that are not learned (a prompt) loses the
+    beginning of what comes before the first learned one, of which half a row is kept, and then its
+    end. Documents with nothing to learn beyond their first token are left out.
 
     Concatenated, the stream is cut wherever a row is full. Rows with nothing to learn beyond their
     first token, such as the middle of a long prompt or a last row of one token, are left out.
     """
     if packing == "concatenate":
-        return _concatenated(list(windows), capacity)
-    return Packed.joined([_packed(window, capacity, packing) for window in windows])
+        yield from _concatenated(windows, capacity)
+        return
+    for window in windows:
+        yield _packed(window, capacity, packing)
 
 
-def _concatenated(windows: Sequence[Documents], capacity: int) -> Packed:
-    whole = Packed.joined([Packed(w.ids, w.ends, w.ends, w.learned) for w in windows])
-    size = len(whole.ids)
-    if size % capacity == 1:
-        size -= 1
-    ends = np.array([*range(0, size, capacity), size])
-    if whole.learned is None:
-        return Packed(whole.ids[:size], ends, ends, None)
-    rows = [(a, b) for a, b in pairwise(ends.tolist()) if whole.learned[a + 1 : b].any()]
+def _concatenated(windows: Iterable[Documents], capacity: int) -> Iterator[Packed]:
+    ids: Ids = np.empty(0, np.int32)
+    learned: Mask | None = None
+    for window in windows:
+        if learned is not None or window.learned is not None:
+            learned = np.concatenate([_mask(ids, learned), _mask(window.ids, window.learned)])
+        ids = np.concatenate([ids, window.ids])
+        full = len(ids) - len(ids) % capacity
+        yield _cut(ids[:full], None if learned is None else learned[:full], capacity)
+        ids, learned = ids[full:], None if learned is None else learned[full:]
+    if len(ids) > 1:
+        yield _cut(ids, learned, capacity)
+
+
+def _cut(ids: Ids, learned: Mask | None, capacity: int) -> Packed:
+    """Rows of one document each, the last of which may be shorter."""
+    ends = np.array([*range(0, len(ids), capacity), len(ids)], dtype=np.int64)
+    if learned is None:
+        return Packed(ids, ends, ends, None)
+    rows = [(a, b) for a, b in pairwise(ends.tolist()) if learned[a + 1 : b].any()]
     ends = np.cumsum([0, *(b - a for a, b in rows)])
-    ids = np.concatenate([np.empty(0, np.int32), *(whole.ids[a:b] for a, b in rows)])
-    learned = np.concatenate([np.empty(0, bool), *(whole.learned[a:b] for a, b in rows)])
+    ids = np.concatenate([np.empty(0, np.int32), *(ids[a:b] for a, b in rows)])
+    learned = np.concatenate([np.empty(0, bool), *(learned[a:b] for a, b in rows)])
     return Packed(ids, ends, ends, learned)
+
+
+def _mask(ids: Ids, learned: Mask | None) -> Mask:
+    return np.ones(len(ids), bool) if learned is None else learned
 
 
 def _packed(documents: Documents, capacity: int, packing: Packing) -> Packed:
@@ -117,18 +135,14 @@ def _pieces(documents: Documents, capacity: int) -> tuple[Array, Array, int]:
 
 
 def _joined_ends(parts: Sequence[Array]) -> Array:
-    ends = [np.zeros(1, dtype=np.int64)]
-    for part in parts:
-        ends.append(part[1:] + ends[-1][-1])
-    return np.concatenate(ends)
+    lengths = [np.diff(part) for part in parts]
+    return np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
 
 
 def _joined_masks(parts: Sequence[Packed]) -> Mask | None:
     if all(part.learned is None for part in parts):
         return None
-    return np.concatenate(
-        [np.ones(len(part.ids), bool) if part.learned is None else part.learned for part in parts]
-    )
+    return np.concatenate([np.empty(0, bool), *(_mask(p.ids, p.learned) for p in parts)])
 
 
 def best_fit(lengths: Sequence[int] | Array, capacity: int) -> list[list[int]]:

@@ -1,38 +1,37 @@
-"""Prepared data: a folder of token ids, tokenized once, in; documents out.
+"""Prepared data: a folder of token ids, tokenized once, in; tables of one shard at a time out.
 
-`shard-PPPPP-CCCCC.parquet`, in the order of their source rows, have one document per row:
-`input_ids` (list of int32) and, where not all of them are learned, `learned` (list of bool).
-`index.json` says what the shards hold and how they were made. The tokenizer's files lie beside
-them, and the manifest is written last.
+`shard-PPPPP-CCCCC.parquet`, in the order of their source rows, have one example per row
+(gptj.data.shards). `index.json` says what the shards hold and how they were made. The tokenizer's
+files lie beside them, and the manifest is written last.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gptj import storage
 from gptj.checkpoints.manifest import MANIFEST, Manifest, read_verified, verify
-from gptj.data.documents import Document, Documents
-from gptj.data.rows import DataError
+from gptj.data.formats import is_typed
+from gptj.data.labels import LabelNames
+from gptj.data.rows import DataError, Row, refuse_row
+from gptj.data.shards import TaskName, from_parquet
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import SAMPLE
+from gptj.storage.addresses import HUB_DATA, SAMPLE
 from gptj.tokenizer import GPTJTokenizer
 
 if TYPE_CHECKING:
     import pyarrow
-    import pyarrow.parquet
-else:
-    pyarrow = Extra("pyarrow", "reading Parquet files")
 
 INDEX = "index.json"
+MOST_NAMED = 100  # bad rows that an index or a log names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Shard:
     learned: int  # tokens that the loss may count
     size: int = 0  # bytes
     sha256: str = ""  # of the file
-    source: str = ""  # SHA-256 of the rows that it was made from
+    source: str = ""  # SHA-256 of the rows that it was made from, with their places
+    content: str = ""  # SHA-256 of what a training reads, without their places
     skipped: int = 0  # rows that were bad
     bad: tuple[str, ...] = ()  # the first of them, and what is wrong with each
 
@@ -87,7 +87,7 @@ class Prepared:
 
         DataError if its preparation is not finished.
         """
-        if address.startswith(SAMPLE) or "*" in address:
+        if address.startswith((SAMPLE, HUB_DATA)) or "*" in address:
             return None
         if not storage.exists(storage.join(address, INDEX)):
             manifest = None  # whatever another program calls so
@@ -103,13 +103,27 @@ class Prepared:
         return cls(address, manifest)
 
     @property
+    def task(self) -> TaskName:
+        """Which task it was prepared for."""
+        task: TaskName = self.index.settings.get("task", "causal-lm")  # older ones say nothing
+        return task
+
+    @property
+    def label_names(self) -> LabelNames | None:
+        """What its labels were checked against, if they were."""
+        names: LabelNames | None = self.index.settings.get("label_names")
+        return names
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all that a training reads here: the shards in their order."""
-        shards = "".join(f"{shard.name} {shard.sha256}\n" for shard in self.index.shards)
+        shards = "".join(f"{s.name} {s.content or s.sha256}\n" for s in self.index.shards)
         return hashlib.sha256(shards.encode()).hexdigest()
 
-    def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
-        """DataError if the ids are another tokenizer's."""
+    def check(self, task: TaskName, tokenizer: GPTJTokenizer) -> None:
+        """DataError if it was prepared for another task, or the ids are another tokenizer's."""
+        if self.task != task:
+            raise DataError(f"{self.address} is prepared for task={self.task}, not {task}")
         found = tokenizer_digest(tokenizer)
         if found != self.index.tokenizer:
             raise DataError(
@@ -125,27 +139,57 @@ class Prepared:
                 f"tokenizer.chat_template="
             )
 
-    def windows(self) -> Iterator[Documents]:
-        """The documents of one shard after the other. CheckpointError for a damaged one."""
+    def tables(self) -> Iterator[PreparedTable]:
+        """One shard after the other. CheckpointError for a damaged one."""
         for shard in self.index.shards:
             if shard.rows:
-                yield self._read(shard.name)
+                yield PreparedTable(self._read(shard.name), shard.name, self.index.settings)
+
+    @contextmanager
+    def skipping(self) -> Iterator[Callable[[DataError], None]]:
+        """What takes the error of a row that a run cannot use, as bad rows of the data were.
+
+        Refused, or left out; those left out are logged when the block ends.
+        """
+        if self.index.settings.get("bad_rows") != "skip":
+            yield refuse_row
+            return
+        count = 0
+        named: list[str] = []
+
+        def skip(error: DataError) -> None:
+            nonlocal count
+            count += 1
+            if len(named) < MOST_NAMED:
+                named.append(str(error))
+
+        yield skip
+        if count:
+            logger.warning("%d bad rows are left out, such as %s", count, named[0])
 
     def verify(self) -> None:
         """CheckpointError if a file is missing or altered; reads all of them."""
         verify(self.address)
 
-    def _read(self, name: str) -> Documents:
+    def _read(self, name: str) -> pyarrow.Table:
         content = storage.read_bytes(storage.join(self.address, name))
         self._manifest.check_content(name, len(content), hashlib.sha256(content).hexdigest())
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-        lists = table.column("input_ids").combine_chunks()
-        ends = lists.offsets.to_numpy().astype(np.int64)
-        learned = None
-        if "learned" in table.column_names:
-            flags = table.column("learned").combine_chunks()
-            learned = flags.flatten().to_numpy(zero_copy_only=False)
-        return Documents(lists.flatten().to_numpy(), ends - ends[0], learned)
+        return from_parquet(content)
+
+
+@dataclass(frozen=True)
+class PreparedTable:
+    """A shard, and where its rows are from."""
+
+    columns: pyarrow.Table
+    name: str
+    settings: Mapping[str, Any]  # the plan's
+
+    def row(self, number: int, **values: Any) -> Row:
+        """A row as its file has it, with the given values, to name it in an error."""
+        file, place = (self.columns.column(name)[number].as_py() for name in ("file", "row"))
+        address = self.settings["parts"][int(self.name.split("-")[1])][file]
+        return Row(values, address, place, self.settings["names"], is_typed(address))
 
 
 UNFINISHED = "unfinished"  # below the folder: what it is to become, and the shards that are done
@@ -162,15 +206,3 @@ def tokenizer_digest(tokenizer: GPTJTokenizer) -> str:
 def template_digest(tokenizer: GPTJTokenizer) -> str:
     """SHA-256 of its chat template."""
     return hashlib.sha256((tokenizer.default_chat_template or "").encode()).hexdigest()
-
-
-def to_parquet(documents: Sequence[Document]) -> bytes:
-    """A shard's file; equal documents give equal bytes."""
-    joined = Documents.of(documents)
-    ends = pyarrow.array(joined.ends, pyarrow.int32())
-    columns = {"input_ids": pyarrow.ListArray.from_arrays(ends, pyarrow.array(joined.ids))}
-    if joined.learned is not None:
-        columns["learned"] = pyarrow.ListArray.from_arrays(ends, pyarrow.array(joined.learned))
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
-    return buffer.getvalue()

@@ -9,34 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from gptj import storage
 from gptj.checkpoints.manifest import MANIFEST, FileRecord, Manifest
-from gptj.data.documents import ROW_KINDS, read_documents
+from gptj.data.labels import LabelNames
 from gptj.data.prepared import (
     INDEX,
+    MOST_NAMED,
     PLAN,
     UNFINISHED,
     Index,
     Prepared,
     Shard,
     template_digest,
-    to_parquet,
     tokenizer_digest,
 )
-from gptj.data.rows import DataError, NoRowsError, Row, refuse_row
+from gptj.data.rows import DataError, NoRowsError, Row
+from gptj.data.shards import SHARD_KINDS, Source, TaskName, to_parquet
 from gptj.data.sources import data_files, find_columns, read_rows
+from gptj.data.split import Split, split_rows
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import SAMPLE
 from gptj.tokenizer import GPTJTokenizer
 
 PART_BYTES = 64 * 2**20  # of small files that are read together
 CHUNK_CHARACTERS = 16 * 2**20  # of the rows of a shard: about four million tokens
-MOST_NAMED = 100  # bad rows that the index names
 
 BadRows = Literal["refuse", "skip"]
 
@@ -55,43 +56,60 @@ class Plan:
     tokenizer: str  # tokenizer_digest
     template: str  # template_digest, if the rows are chats
     chunk_characters: int
+    task: TaskName = "causal-lm"
+    label_names: LabelNames | None = None  # all that there are; None: whatever the data have
+    split: Split | None = None  # the part of the rows that is read; None: all
+    stamps: tuple[str, ...] = ()  # of all files in their order: another one if a file has changed
 
     @classmethod
     def of(
         cls,
         address: str,
-        tokenizer: GPTJTokenizer,
+        tokenizer: GPTJTokenizer | None,
         *,
         names: Mapping[str, str],
         delimiter: str | None = None,
         bad_rows: BadRows = "refuse",
         chunk_characters: int = CHUNK_CHARACTERS,
+        task: TaskName = "causal-lm",
+        label_names: LabelNames | None = None,
+        split: Split | None = None,
     ) -> Plan:
-        """DataError, StorageError: if the address has nothing that can be read."""
-        columns = find_columns(
-            address, tuple(ROW_KINDS), names, delimiter=delimiter, skip_bad=bad_rows == "skip"
-        )
+        """What there is at an address.
+
+        Args:
+            tokenizer: None for a plan that nothing will be tokenized by.
+
+        Raises:
+            DataError, StorageError: if the address has nothing that can be read.
+        """
+        kinds = SHARD_KINDS[task].row_kinds
+        skip = bad_rows == "skip"
         files = data_files(address)
-        sizes = tuple(0 if file.startswith(SAMPLE) else storage.size(file) for file in files)
+        columns = find_columns(address, kinds, names, delimiter=delimiter, skip_bad=skip)
         parts: list[list[str]] = []
         room = -1  # of the last part
-        for file, size in zip(files, sizes, strict=True):
-            if size > room:
+        for file in files:
+            if file.size > room:
                 parts.append([])
                 room = PART_BYTES
-            parts[-1].append(file)
-            room -= size
+            parts[-1].append(file.address)
+            room -= file.size
         return cls(
             address,
             tuple(map(tuple, parts)),
-            sizes,
+            tuple(file.size for file in files),
             columns,
             dict(names),
             delimiter,
             bad_rows,
-            tokenizer_digest(tokenizer),
-            template_digest(tokenizer) if columns == ("messages",) else "",
+            tokenizer_digest(tokenizer) if tokenizer else "",
+            template_digest(tokenizer) if tokenizer and columns == ("messages",) else "",
             chunk_characters,
+            task,
+            label_names,
+            split,
+            tuple(file.version for file in files),
         )
 
     def to_json(self) -> str:
@@ -105,7 +123,8 @@ class Chunk:
     part: int
     number: int  # in the part
     rows: list[Row]
-    bad: list[str]
+    skipped: int  # rows before these, or after the last ones
+    bad: tuple[str, ...]  # the first of them
 
     @property
     def name(self) -> str:
@@ -116,7 +135,7 @@ class Chunk:
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps([row.source, row.number, row.values], default=str).encode())
-        digest.update(json.dumps(self.bad).encode())
+        digest.update(json.dumps([self.skipped, *self.bad]).encode())
         return digest.hexdigest()
 
 
@@ -142,47 +161,115 @@ def begin(plan: Plan, folder: str) -> Index | None:
         finished = Prepared.at(folder)
     if finished is not None:
         _check_same(finished.index.settings, plan, folder)
+        if not is_current(plan, finished.index):
+            raise DataError(
+                f"{folder} was made of other rows than {plan.address} has now: choose another "
+                f"folder, or delete this one"
+            )
         storage.delete_folder(storage.join(folder, UNFINISHED))  # left by a kill just after that
         return finished.index
-    address = storage.join(folder, UNFINISHED, PLAN)
-    if not storage.exists(address):
+    if (begun := unfinished(folder)) is None:
         if files := storage.list_files(folder):
             raise DataError(f"{folder} has other files, such as {files[0].name}: choose a new one")
-        storage.write_bytes(address, plan.to_json().encode())
-    _check_same(parse_object(storage.read_bytes(address), address), plan, folder)
+        storage.write_bytes(storage.join(folder, UNFINISHED, PLAN), plan.to_json().encode())
+    else:
+        _check_same(begun, plan, folder)
     return None
 
 
-def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
+def unfinished(folder: str) -> Mapping[str, Any] | None:
+    """The plan of a preparation that was begun in a folder, if there is one."""
+    address = storage.join(folder, UNFINISHED, PLAN)
+    try:
+        return parse_object(storage.read_bytes(address), address)
+    except storage.NotFoundError:
+        return None
+
+
+def differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
+    """In what a plan differs from that of an earlier preparation, apart from the files' stamps."""
+    missing = {"task": "causal-lm", "label_names": None, "split": None}  # in plans of old
     now = json.loads(plan.to_json())
-    if different := [key for key in now if before.get(key) != now[key]]:
+    earlier = {**missing, **before}
+    return [key for key in now if key != "stamps" and earlier.get(key) != now[key]]
+
+
+def is_current(plan: Plan, index: Index) -> bool:
+    """Whether the plan, and the rows of its files, are what an index was made of.
+
+    The files are read only if they have other stamps, as copied ones have.
+    """
+    if differences(index.settings, plan):
+        return False
+    if list(plan.stamps) == index.settings.get("stamps"):
+        return True
+    made = {shard.name: shard.source for shard in index.shards}
+    found = {
+        f"{chunk.name}.parquet": chunk.digest
+        for part in range(len(plan.parts))
+        for chunk in chunks(plan, part)
+    }
+    return found == made
+
+
+def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
+    if different := differences(before, plan):
         raise DataError(
             f"{folder} was begun with other {', '.join(different)}: choose another folder, or "
             f"delete this one"
         )
 
 
+def part_rows(plan: Plan, part: int, on_bad: Callable[[DataError], None]) -> Iterator[Row]:
+    """A part's rows, of which the plan may want some; none if its files are empty."""
+    rows = _rows(plan, part, on_bad)
+    return rows if plan.split is None else split_rows(rows, plan.split, part)
+
+
+def _rows(plan: Plan, part: int, on_bad: Callable[[DataError], None]) -> Iterator[Row]:
+    for file in plan.parts[part]:
+        try:
+            yield from read_rows(
+                file, plan.columns, plan.names, delimiter=plan.delimiter, on_bad=on_bad
+            )
+        except NoRowsError:
+            continue  # an empty file among others
+
+
+class _BadRows:
+    """Takes bad rows: refuses them, or counts them and names the first."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._refuse = plan.bad_rows == "refuse"
+        self.count = 0
+        self.named: list[str] = []
+
+    def __call__(self, error: DataError) -> None:
+        if self._refuse:
+            raise error
+        self.count += 1
+        if len(self.named) < MOST_NAMED:
+            self.named.append(str(error))
+
+    def clear(self) -> None:
+        self.count = 0
+        self.named.clear()
+
+
 def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
     """A part's rows, one chunk in memory at a time. DataError for a bad row, unless skipped."""
     number = size = 0
     rows: list[Row] = []
-    bad: list[str] = []
-    on_bad = refuse_row if plan.bad_rows == "refuse" else lambda error: bad.append(str(error))
-    for file in plan.parts[part]:
-        try:
-            for row in read_rows(
-                file, plan.columns, plan.names, delimiter=plan.delimiter, on_bad=on_bad
-            ):
-                rows.append(row)
-                size += sum(map(_length, row.values.values()))
-                if size >= plan.chunk_characters:
-                    yield Chunk(part, number, rows, bad[:])
-                    number, size, rows = number + 1, 0, []
-                    bad.clear()
-        except NoRowsError:
-            continue  # an empty file among others
-    if rows or bad:
-        yield Chunk(part, number, rows, bad[:])
+    bad = _BadRows(plan)
+    for row in part_rows(plan, part, bad):
+        rows.append(row)
+        size += sum(map(_length, row.values.values()))
+        if size >= plan.chunk_characters:
+            yield Chunk(part, number, rows, bad.count, tuple(bad.named))
+            number, size, rows = number + 1, 0, []
+            bad.clear()
+    if rows or bad.count:
+        yield Chunk(part, number, rows, bad.count, tuple(bad.named))
 
 
 def _length(value: Any) -> int:
@@ -201,32 +288,50 @@ def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer)
             return shard
     except storage.NotFoundError:
         pass
-    bad = list(chunk.bad)
-    on_bad = refuse_row if plan.bad_rows == "refuse" else lambda error: bad.append(str(error))
-    documents = list(read_documents(chunk.rows, tokenizer, on_bad))
+    bad = _BadRows(plan)
+    source = Source(plan.parts[chunk.part], plan.label_names)
+    encoded = SHARD_KINDS[plan.task].encode(chunk.rows, tokenizer, source, bad)
     name, content = f"{chunk.name}.parquet", b""
-    if documents:
-        content = to_parquet(documents)
+    if encoded.rows:
+        content = to_parquet(encoded)
         storage.write_bytes(storage.join(folder, name), content)
-    tokens = sum(len(each.ids) for each in documents)
     shard = Shard(
         name,
-        len(documents),
-        tokens,
-        sum(len(d.ids) if d.learned is None else int(d.learned.sum()) for d in documents),
+        encoded.rows,
+        encoded.tokens,
+        encoded.learned,
         len(content),
         hashlib.sha256(content).hexdigest(),
         digest,
-        len(bad),
-        tuple(bad[:MOST_NAMED]),
+        encoded.digest,
+        chunk.skipped + bad.count,
+        (*chunk.bad, *bad.named)[:MOST_NAMED],
     )
     storage.write_bytes(record, json.dumps(asdict(shard)).encode())
     return shard
 
 
+def prepare(plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> Index:
+    """All of it in this process, one chunk in memory at a time.
+
+    Raises:
+        DataError: for a bad row, unless they are skipped; if no row is left; or as begin.
+        StorageError: if the files cannot be read, or the folder not be written.
+    """
+    if (done := begin(plan, folder)) is not None:
+        return done
+    parts = range(len(plan.parts))
+    found = (
+        write_shard(plan, folder, chunk, tokenizer)
+        for part in parts
+        for chunk in chunks(plan, part)
+    )
+    return finish(plan, folder, found, tokenizer)
+
+
 def finish(plan: Plan, folder: str, shards: Iterable[Shard], tokenizer: GPTJTokenizer) -> Index:
     """Write the index and, last, the manifest. DataError if no row is left."""
-    ordered = sorted(shards, key=lambda shard: shard.name)
+    ordered = sorted(shards, key=lambda shard: [int(n) for n in re.findall(r"\d+", shard.name)])
     index = Index(
         settings=json.loads(plan.to_json()),
         tokenizer=plan.tokenizer,
@@ -237,8 +342,12 @@ def finish(plan: Plan, folder: str, shards: Iterable[Shard], tokenizer: GPTJToke
         shards=ordered,
         bad=[each for shard in ordered for each in shard.bad][:MOST_NAMED],
     )
-    if not index.rows:
+    if not index.rows and index.skipped:
         raise DataError(f"{plan.address} has no good row of {index.skipped}: {index.bad[:1]}")
+    if not index.rows and plan.split is not None:
+        raise plan.split.leaves_nothing(plan.address)
+    if not index.rows:
+        raise NoRowsError(f"{plan.address} has no rows")
     files = {each.name: FileRecord(each.size, each.sha256) for each in ordered if each.rows}
     content = (json.dumps(index.to_fields(), indent=1) + "\n").encode()
     for name, each in {INDEX: content, **tokenizer.files()}.items():

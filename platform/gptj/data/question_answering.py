@@ -7,7 +7,7 @@ windows, which overlap. Serving makes its windows here too, and finds the answer
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -16,25 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptj.data.examples import (
-    Ids,
-    TokenLists,
-    compact,
-    count_real_tokens,
-    load_arrays,
-    padded,
-    padding_id,
-    save_arrays,
-)
-from gptj.data.json_rows import lone_surrogate, parse_json
-from gptj.data.rows import DataError, Row, shown
+from gptj.data.arrays import Array, load_arrays, writing_arrays
+from gptj.data.examples import Ids, TokenLists, compact, count_real_tokens, padded, padding_id
+from gptj.data.prepared import Prepared, PreparedTable
+from gptj.data.questions import NO_OFFSET, Offsets, read_answers, without_space
+from gptj.data.rows import DataError, Row
+from gptj.data.shards import lists_in
 from gptj.data.words import Words
 from gptj.model import span_loss
 from gptj.tokenizer import GPTJTokenizer
 
 NO_ANSWER = 0  # the token that stands for "not in this window": the question's first
-
-Offsets = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -96,16 +88,12 @@ def windows(
         room = max_length - len(tokenizer.encode(question))
         if room > stride:
             raise
-        raise ValueError(
-            f"the question has {max_length - room} tokens and leaves {max(room, 0)} of "
-            f"max_length={max_length} for the context, which must be more than stride={stride}; "
-            f"remedy: a shorter question, a larger max_length or a smaller stride"
-        ) from error
+        raise _no_room(room, max_length, stride) from error
     return [
         Window(
             input_ids,
             [
-                _without_space(context, *offset) if sequence == 1 else None
+                without_space(context, *offset) if sequence == 1 else None
                 for offset, sequence in zip(offsets, sequence_ids, strict=True)
             ],
         )
@@ -113,6 +101,37 @@ def windows(
             encoded["input_ids"], encoded["offset_mapping"], encoded["sequence_ids"], strict=True
         )
     ]
+
+
+def cut_windows(
+    question: Ids, context: Ids, offsets: Array, max_length: int, stride: int
+) -> list[tuple[Ids, Array]]:
+    """What `windows` makes, of ids: each window's, and its offsets (tokens, 2), or NO_OFFSET.
+
+    Args:
+        offsets: (tokens of the context, 2), by gptj.data.questions.usable_offsets.
+
+    Raises:
+        ValueError: as windows.
+    """
+    room = max_length - len(question)
+    if len(context) > room and room <= stride:
+        raise _no_room(room, max_length, stride)
+    none = np.full((len(question), 2), NO_OFFSET, np.int32)
+    found = []
+    for start in range(0, max(len(context) - stride, 1), max(room - stride, 1)):
+        part = slice(start, start + room)
+        ids = np.concatenate([question, context[part]])
+        found.append((ids, np.concatenate([none, offsets[part]])))
+    return found
+
+
+def _no_room(room: int, max_length: int, stride: int) -> ValueError:
+    return ValueError(
+        f"the question has {max_length - room} tokens and leaves {max(room, 0)} of "
+        f"max_length={max_length} for the context, which must be more than stride={stride}; "
+        f"remedy: a shorter question, a larger max_length or a smaller stride"
+    )
 
 
 def best_spans(
@@ -351,7 +370,7 @@ class QuestionAnsweringData:
         places: list[Offsets] = []
         for row in rows:
             question, context = row.text("question"), row.text("context")
-            answers = _answers(row, context)
+            answers = read_answers(row)
             try:
                 parts = windows(tokenizer, question, context, max_length, stride)
             except ValueError as error:
@@ -359,10 +378,10 @@ class QuestionAnsweringData:
             for part in parts:
                 numbers.append(len(questions))
                 lists.append(compact(part.input_ids))
-                offsets.append(
-                    np.array([offset or _NO_OFFSET for offset in part.offsets], np.int32)
+                offsets.append(np.array([offset or NO_OFFSET for offset in part.offsets], np.int32))
+                places.append(
+                    _tokens_of(answers[0], offsets[-1]) if answers else (NO_ANSWER, NO_ANSWER)
                 )
-                places.append(_tokens_of(answers[0], part) if answers else (NO_ANSWER, NO_ANSWER))
             questions.append(Question(context, tuple(text for text, _ in answers)))
         if not lists:
             raise DataError("the data has no rows")
@@ -372,23 +391,55 @@ class QuestionAnsweringData:
         self._places = np.array(places, dtype=np.int32)  # (windows, 2)
         self._questions = np.array(numbers, dtype=np.int32)  # (windows)
 
-    def save(self, folder: Path) -> None:
-        tokens = self._token_lists
-        texts = [json.dumps([each.context, *each.answers]).encode() for each in self.questions]
-        arrays = {
-            "ids": tokens.ids,
-            "ends": tokens.ends,
-            "offsets": self._offsets,
-            "places": self._places,
-            "questions": self._questions,
-            "texts": np.frombuffer(b"".join(texts), np.uint8),
-            "text_ends": np.cumsum([0, *map(len, texts)]),
-        }
-        save_arrays(folder, arrays, {"max_length": self.max_length, "padding": self._padding})
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        max_length: int,
+        stride: int,
+    ) -> None:
+        """Cut the windows of prepared questions into a new folder, for `load`.
+
+        Memory holds one shard.
+
+        Raises:
+            DataError: if a question leaves no room, unless the data were prepared with bad rows
+                skipped; or if the task or the tokenizer is another.
+            CheckpointError: for a damaged shard.
+        """
+        prepared.check("question-answering", tokenizer)
+        fields = {"max_length": max_length, "padding": padding_id(tokenizer)}
+        number = 0
+        with writing_arrays(folder, fields) as arrays, prepared.skipping() as on_bad:
+            for table in prepared.tables():
+                for question in _prepared_questions(table):
+                    try:
+                        parts = cut_windows(*question.encoded, max_length, stride)
+                    except ValueError as error:
+                        on_bad(table.row(question.number).error("question", str(error)))
+                        continue
+                    answers = question.answers
+                    places = [
+                        _tokens_of(answers[0], offsets) if answers else (NO_ANSWER, NO_ANSWER)
+                        for _, offsets in parts
+                    ]
+                    arrays.append("ids", np.concatenate([ids for ids, _ in parts]))
+                    arrays.append_ends("ends", np.array([len(ids) for ids, _ in parts]))
+                    arrays.append("offsets", np.concatenate([offsets for _, offsets in parts]))
+                    arrays.append("places", np.array(places, np.int32))
+                    arrays.append("questions", np.full(len(parts), number, np.int32))
+                    text = json.dumps([question.context, *(each for each, _ in answers)]).encode()
+                    arrays.append("texts", np.frombuffer(text, np.uint8))
+                    arrays.append_ends("text_ends", np.array([len(text)]))
+                    number += 1
+            if not number:
+                raise DataError(f"{prepared.address} has no question that can be used")
 
     @classmethod
     def load(cls, folder: Path) -> QuestionAnsweringData:
-        """What `save` has written, memory-mapped."""
+        """What `write` has written, memory-mapped."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
         self.max_length, self._padding = fields["max_length"], fields["padding"]
@@ -443,83 +494,48 @@ class QuestionAnsweringData:
         return f"{len(self.questions)} questions in {len(self)} windows"
 
 
-_NO_OFFSET = (-1, -1)
+class _PreparedQuestion(NamedTuple):
+    number: int  # in its shard
+    encoded: tuple[Ids, Ids, Array]  # the question, its context, and the context's offsets
+    context: str
+    answers: Sequence[tuple[str, int]]
 
 
-def _without_space(text: str, start: int, end: int) -> Offsets | None:
-    """A token's place without the white space around its text; None if that is all there is."""
-    token = text[start:end]
-    stripped = token.strip()
-    if not stripped:
-        return None
-    start += len(token) - len(token.lstrip())
-    return start, start + len(stripped)
+def _prepared_questions(table: PreparedTable) -> Iterator[_PreparedQuestion]:
+    questions, question_ends = lists_in(table.columns, "question")
+    contexts, ends = lists_in(table.columns, "context")
+    offsets = np.stack([lists_in(table.columns, side)[0] for side in ("starts", "ends")], axis=1)
+    texts, answers, starts = (
+        table.columns.column(name).to_pylist() for name in ("text", "answers", "answer_starts")
+    )
+    for number, text in enumerate(texts):
+        context = slice(ends[number], ends[number + 1])
+        yield _PreparedQuestion(
+            number,
+            (
+                questions[question_ends[number] : question_ends[number + 1]],
+                contexts[context],
+                offsets[context],
+            ),
+            text,
+            list(zip(answers[number], starts[number], strict=True)),
+        )
 
 
-def _answers(row: Row, context: str) -> list[tuple[str, int]]:
-    """The (text, first character) of a row's answers, checked against the context."""
-    value = row.value("answers")
-    if isinstance(value, str):
-        value = _parsed(row, value)
-    match value:
-        case None:
-            return []
-        case {"text": list(texts), "answer_start": list(starts)} if len(texts) == len(starts):
-            pass
-        case list(items) if all(isinstance(item, dict) for item in items):
-            texts = [item.get("text") for item in items]
-            starts = [item.get("answer_start") for item in items]
-        case _:
-            raise row.error(
-                "answers",
-                f'must be {{"text": [...], "answer_start": [...]}} of equal lengths, '
-                f"got {shown(value)}",
-            )
-    answers = []
-    for text, start in zip(texts, starts, strict=True):
-        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
-            raise row.error(
-                "answers", f"has no text at a place, but {shown(text)} at {shown(start)}"
-            )
-        if start < 0 or context[start : start + len(text)] != text:
-            found = context[max(start, 0) : max(start, 0) + len(text)]
-            elsewhere = context.find(text)
-            raise row.error(
-                "answers",
-                f"{text!r:.80} is not at character {start} of the context, where {found!r:.80} is"
-                + (f"; it is at {elsewhere}" if elsewhere >= 0 else ""),
-            )
-        answers.append((text, start))
-    return answers
-
-
-def _parsed(row: Row, text: str) -> Any:
-    """Answers that are written as text, as in CSV; none if it is empty."""
-    if not text.strip():
-        return None
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise row.error("answers", f"is not valid JSON: {error}; got {shown(text)}") from error
-    if (half := lone_surrogate(value)) is not None:
-        raise row.error("answers", f"has half of a surrogate pair in {shown(half)}")
-    return value
-
-
-def _tokens_of(answer: tuple[str, int], window: Window) -> Offsets:
+def _tokens_of(answer: tuple[str, int], offsets: Array) -> Offsets:
     """The first and last token of an answer, or NO_ANSWER twice if not all of it is there."""
     text, start = answer
     end = start + len(text.rstrip())
     start += len(text) - len(text.lstrip())
     # A token may begin before the answer, or end after it: "1,000km" can be one token.
-    covering = [
-        (token, place)
-        for token, place in enumerate(window.offsets)
-        if place is not None and place[0] < end and place[1] > start
-    ]
-    if not covering or covering[0][1][0] > start or covering[-1][1][1] < end:
+    # NO_OFFSET ends before any answer.
+    covering = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+    if not len(covering):
         return NO_ANSWER, NO_ANSWER
-    return covering[0][0], covering[-1][0]
+    first, last = int(covering[0]), int(covering[-1])
+    if offsets[first, 0] > start or offsets[last, 1] < end:
+        return NO_ANSWER, NO_ANSWER
+    return first, last
 
 
 def _as_array(logits: Tensor) -> np.ndarray[Any, Any]:

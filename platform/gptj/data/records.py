@@ -58,6 +58,15 @@ def check_header(names: Sequence[str], wanted: Sequence[str], hint: str = "") ->
         raise MissingColumnsError(None, names, hint)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether what `decoded` gives has no bytes that were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
 def decoded(file: IO[bytes], newline: str | None = None) -> Iterator[io.TextIOWrapper]:
     """A file's bytes as text, for the length of the block; the file itself stays open.

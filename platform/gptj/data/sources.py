@@ -1,9 +1,9 @@
 """Data sets as rows: an address in, one Row for each record out.
 
 Parquet (.parquet), JSON (.jsonl, .json: lines, an array of objects, or SQuAD's nested file), CSV
-(.csv, .tsv) and plain text (.txt: a whole file is one document, in the column `text`), all but
-Parquet also as .gz or .zst; a file, a folder or a glob, local or `s3://`; and `sample://…`, which
-needs no download (gptj.data.samples).
+(.csv, .tsv) and plain text (.txt: a file is one document in the column `text`, or several if it is
+large), all but Parquet also as .gz or .zst; a file, a folder or a glob, local, `s3://` or on the
+Hugging Face hub (gptj.data.hub); and `sample://…`, which needs no download (gptj.data.samples).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from gptj import storage
-from gptj.data import samples
-from gptj.data.formats import READABLE, Format, format_of, read_records
+from gptj.data import hub, samples
+from gptj.data.formats import READABLE, Format, format_of, is_typed, read_records
 from gptj.data.records import (
     BadFileError,
     BadRecordError,
@@ -22,7 +22,7 @@ from gptj.data.records import (
     Record,
 )
 from gptj.data.rows import DataError, MissingColumnError, NoRowsError, Row, refuse_row
-from gptj.storage.addresses import SAMPLE, normalized
+from gptj.storage.addresses import HUB_DATA, SAMPLE, normalized, split_hub_data
 
 __all__ = ["DataError", "MissingColumnError", "Row", "data_files", "find_columns", "read_rows"]
 
@@ -63,13 +63,13 @@ def read_rows(
             raise DataError(str(error)) from error
         return _rows(((address, True, record) for record in records), names, address)
     files = _files(address)
-    if delimiter is not None and any(each.kind != "csv" for each in files.values()):
+    if delimiter is not None and any(format.kind != "csv" for _, format in files):
         raise DataError(f"data.delimiter={delimiter!r} is for CSV, and {address} has other files")
     return _rows(
         (
-            (file, format.kind != "csv", record)
-            for file, format in files.items()
-            for record in _read(file, format, names, delimiter, on_bad)
+            (file.address, is_typed(file.address), record)
+            for file, format in files
+            for record in _read(file.address, format, names, delimiter, on_bad)
         ),
         names,
         address,
@@ -122,10 +122,12 @@ def find_columns(
     return fitting[0]
 
 
-def data_files(address: str) -> list[str]:
-    """The addresses of the files that read_rows reads, in its order; a sample's own is one."""
+def data_files(address: str) -> list[storage.FileInfo]:
+    """The files that read_rows reads, in its order; a sample is one of its own."""
     address = normalized(address, samples=True)
-    return [address] if address.startswith(SAMPLE) else list(_files(address))
+    if address.startswith(SAMPLE):
+        return [storage.FileInfo(address, address, 0)]
+    return [file for file, _ in _files(address)]
 
 
 def _rows(
@@ -165,28 +167,31 @@ def _missing(
     )
 
 
-def _files(address: str) -> dict[str, Format]:
-    """The addresses of the data files, by name, and what each is."""
-    if "*" in address:
+def _files(address: str) -> list[tuple[storage.FileInfo, Format]]:
+    """The data files by name, and what each is."""
+    if address.startswith(HUB_DATA):
+        if hub.is_pinned_file(address) and (format := format_of(address)) is not None:
+            return [(storage.FileInfo(address, address.rpartition("/")[2], 0), format)]
+        files = _on_hub(address)
+    elif "*" in address:
         files = _matching(address)
     elif storage.exists(address):
-        format = format_of(address)
-        if format is None:
+        if (format := format_of(address)) is None:
             raise DataError(f"{address} is none of {READABLE}: rename or convert it")
-        return {address: format}
+        return [(storage.stat(address), format)]
     else:
-        files = [file.address for file in storage.list_files(address)]
+        files = storage.list_files(address)
     if not files:
         raise storage.NotFoundError(f"no file, folder or match at {address}")
-    readable = {
-        file: format
+    readable = [
+        (file, format)
         for file in files
-        if (format := format_of(file)) is not None and not _is_hidden(file)
-    }
+        if (format := format_of(file.name)) is not None and not _is_hidden(file.name)
+    ]
     if not readable:
         raise DataError(f"{address} has {len(files)} files, none of {READABLE}")
-    if len({format.kind for format in readable.values()}) > 1:
-        endings = sorted({format.ending for format in readable.values()})
+    if len({format.kind for _, format in readable}) > 1:
+        endings = sorted({format.ending for _, format in readable})
         raise DataError(
             f"{address} has files of several kinds ({', '.join(endings)}); "
             f"remedy: a pattern such as {storage.join(address, '*' + endings[0])}"
@@ -194,15 +199,29 @@ def _files(address: str) -> dict[str, Format]:
     return readable
 
 
-def _matching(pattern: str) -> list[str]:
+def _on_hub(address: str) -> list[storage.FileInfo]:
+    """The files of a data set on the hub, or of a folder or pattern in it."""
+    path = split_hub_data(address)[2]
+    files = hub.list_files(address)
+    if "*" in path or format_of(path) is not None:
+        return _fitting(files, path)
+    hub.check_one_split(address, [file.name for file in files if format_of(file.name)])
+    return files
+
+
+def _matching(pattern: str) -> list[storage.FileInfo]:
     """The files that fit a pattern; `*` does not reach over a `/`."""
     before = pattern.partition("*")[0]
     folder, _, _ = before.rpartition("/")
-    wanted = pattern[len(folder) + 1 if "/" in before else 0 :].split("/")
     root = folder or ("/" if before.startswith("/") else ".")
+    return _fitting(storage.list_files(root), pattern[len(folder) + 1 if "/" in before else 0 :])
+
+
+def _fitting(files: list[storage.FileInfo], pattern: str) -> list[storage.FileInfo]:
+    wanted = pattern.split("/")
     return [
-        file.address
-        for file in storage.list_files(root)
+        file
+        for file in files
         if len(parts := file.name.split("/")) == len(wanted) and all(map(_fits, parts, wanted))
     ]
 
@@ -211,9 +230,9 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern.replace("[", "[[]").replace("?", "[?]"))
 
 
-def _is_hidden(address: str) -> bool:
-    """What other programs leave beside data: _SUCCESS, .part.crc."""
-    return address.rpartition("/")[2].startswith((".", "_"))
+def _is_hidden(name: str) -> bool:
+    """What other programs leave beside data, in it or in folders: _SUCCESS, .part.crc, .cache."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _read(
@@ -238,7 +257,8 @@ def _read(
             raise error
         on_bad(named(error))
 
-    with storage.open_read(address) as file:
+    path = hub.download(address) if address.startswith(HUB_DATA) else address
+    with storage.open_read(path) as file:
         try:
             for number, values in read_records(file, format, wanted, delimiter, bad):
                 yield number, values

@@ -67,6 +67,7 @@ __all__ = [
     "read_start",
     "size",
     "split_s3",
+    "stat",
     "upload",
     "upload_folder",
     "write_bytes",
@@ -81,6 +82,14 @@ def exists(address: str) -> bool:
 def size(address: str) -> int:
     """A file's size in bytes; NotFoundError if it does not exist."""
     return _s3.size(address) if is_s3(address) else local.size(address)
+
+
+def stat(address: str) -> FileInfo:
+    """A file's size and version; NotFoundError if there is none.
+
+    Its name is that in its folder.
+    """
+    return _s3.stat(address) if is_s3(address) else local.stat(address)
 
 
 def list_files(folder: str) -> list[FileInfo]:

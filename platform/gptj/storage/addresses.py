@@ -1,7 +1,8 @@
 """Addresses as users write them: a local path or `s3://bucket/key`, checked, in one spelling.
 
 Everything that takes an address goes through here, so that the whole product accepts the same ones;
-reading a checkpoint also takes hub ids (gptj.checkpoints.hub), and reading data also `sample://`.
+reading a checkpoint also takes hub ids (gptj.checkpoints.hub), and reading data also `sample://…`
+and `hf://datasets/…`.
 Any other scheme is refused, with a remedy: it would otherwise become a local folder with a strange
 name, and what is written there would be lost.
 """
@@ -14,12 +15,19 @@ import re
 from pathlib import Path
 
 SAMPLE = "sample://"
+HUB_DATA = "hf://datasets/"
 _S3 = "s3://"
 # `scheme:/` at the beginning: pathlib reduces `s3://` to one slash.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as boto3 takes them
 _HUB_URL = re.compile(
     r"(?:hf://|https?://(?:huggingface\.co|hf\.co)/)(?!datasets/|spaces/)([\w.-]+/[\w.-]+).*", re.I
+)
+_HUB_DATA_URL = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+).*", re.I
+)
+_HUB_DATA = re.compile(
+    r"hf://datasets/(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.*))?"
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -34,7 +42,7 @@ def normalized(address: str | os.PathLike[str], *, samples: bool = False) -> str
     A hub id also passes, since it looks like a relative path: see gptj.checkpoints.hub.
 
     Args:
-        samples: allow `sample://…`, for data.
+        samples: allow `sample://…` and `hf://datasets/…`, for data.
 
     Raises:
         AddressError: if it is empty, has an unknown scheme, or is an `s3://` address without a
@@ -57,6 +65,11 @@ def normalized(address: str | os.PathLike[str], *, samples: bool = False) -> str
         if not samples:
             raise AddressError(f"{text} is built-in data, which can only be read as data")
         return text
+    if text.startswith(HUB_DATA):
+        if not samples:
+            raise AddressError(f"{text} is a data set on the hub, which can only be read as data")
+        split_hub_data(text)
+        return text.rstrip("/")
     if (match := _SCHEME.match(text)) is not None:
         raise AddressError(f"{text}: {match[1]}:// is not supported; {_remedy(text)}")
     if "://" in text and not text.startswith((".", "/")):
@@ -78,6 +91,20 @@ def split_s3(address: str) -> tuple[str, str]:
         raise AddressError(f"an S3 address is s3://bucket/key, got {address!r}")
     bucket, _, key = _normalized_s3(address).removeprefix(_S3).partition("/")
     return bucket, key
+
+
+def split_hub_data(address: str) -> tuple[str, str | None, str]:
+    """`hf://datasets/OWNER/NAME@REVISION/PATH` as repository, revision if there is one, and path.
+
+    AddressError for anything else.
+    """
+    found = _HUB_DATA.fullmatch(address.rstrip("/"))
+    if found is None:
+        raise AddressError(
+            f"a data set on the hub is hf://datasets/OWNER/NAME, perhaps with @REVISION and then "
+            f"/PATH, got {address!r}"
+        )
+    return found["id"], found["revision"], found["path"] or ""
 
 
 def local_path(address: str | os.PathLike[str]) -> Path:
@@ -136,6 +163,8 @@ def _plain(key: str) -> str:
 def _remedy(text: str) -> str:
     scheme, _, rest = text.partition(":")
     rest = rest.lstrip("/")
+    if (data := _HUB_DATA_URL.fullmatch(text)) is not None:
+        return f"remedy: for a data set on the hub, {HUB_DATA}{data[1]}"
     if (hub := _HUB_URL.fullmatch(text)) is not None:
         return f"remedy: for a model on the hub, give only its id: {hub[1]}"
     if scheme.lower() in ("s3", "s3a", "s3n"):

@@ -35,17 +35,26 @@ def size(address: str) -> int:
         return local_path(address).stat().st_size
 
 
+def stat(address: str) -> FileInfo:
+    path = local_path(address)
+    with explaining(address):
+        return _described(path, path.name)
+
+
+def _described(path: Path, name: str) -> FileInfo:
+    found = path.stat()
+    return FileInfo(str(path), name, found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
+
+
 def list_files(folder: str) -> list[FileInfo]:
     root = local_path(folder)
     paths = (path for path in root.rglob("*") if path.is_file())
-    files = [_info(path, root) for path in paths if not path.name.endswith(_UNFINISHED)]
+    files = [
+        _described(path, path.relative_to(root).as_posix())
+        for path in paths
+        if not path.name.endswith(_UNFINISHED)
+    ]
     return sorted(files, key=lambda file: file.name)
-
-
-def _info(path: Path, root: Path) -> FileInfo:
-    found = path.stat()
-    version = f"{found.st_ino}-{found.st_mtime_ns}"
-    return FileInfo(str(path), path.relative_to(root).as_posix(), found.st_size, version)
 
 
 def read_start(address: str, length: int) -> tuple[bytes, int]:

@@ -67,9 +67,15 @@ def exists(address: str) -> bool:
 
 
 def size(address: str) -> int:
+    return stat(address).size
+
+
+def stat(address: str) -> FileInfo:
     bucket, key = split_s3(address)
     with explaining(bucket, key):
-        return client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+        found = client().head_object(Bucket=bucket, Key=key)
+    name = key.rpartition("/")[2]
+    return FileInfo(f"s3://{bucket}/{key}", name, found["ContentLength"], found.get("ETag", ""))
 
 
 def list_files(folder: str) -> list[FileInfo]:
@@ -82,8 +88,8 @@ def list_files(folder: str) -> list[FileInfo]:
             for item in page.get("Contents", []):
                 name = item["Key"].removeprefix(prefix)
                 if name and not name.endswith("/"):  # some servers list folders too
-                    address = f"s3://{bucket}/{item['Key']}"
-                    files.append(FileInfo(address, name, item["Size"], item.get("ETag", "")))
+                    found = f"s3://{bucket}/{item['Key']}"
+                    files.append(FileInfo(found, name, item["Size"], item.get("ETag", "")))
     return sorted(files, key=lambda file: file.name)
 
 

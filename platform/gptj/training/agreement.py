@@ -5,6 +5,7 @@ A rank that has read other data, or none, would leave the others waiting for it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ def agree(value: str | None) -> str | None:
     return values[0]
 
 
-def read_alike(settings: Settings, world_size: int, shared: Path) -> tuple[GPTJTokenizer, TaskData]:
+def read_alike(
+    settings: Settings, world_size: int, shared: Path, prepared: Mapping[str, str] | None = None
+) -> tuple[GPTJTokenizer, TaskData]:
     """The tokenizer and the data, after a comparison of what all ranks have read.
 
     Args:
         shared: the folder that this node's processes share.
+        prepared: see node_data.
 
     Raises:
         SettingsError: on all ranks, if the data differs.
@@ -39,7 +43,7 @@ def read_alike(settings: Settings, world_size: int, shared: Path) -> tuple[GPTJT
     fault: tuple[str, bool] | None = None  # a message, and whether a retry would fail alike
     try:
         tokenizer = load_tokenizer(settings)
-        read = tokenizer, node_data(settings, tokenizer, shared)
+        read = tokenizer, node_data(settings, tokenizer, shared, prepared)
     except (ValueError, OSError, UnrecoverableError) as error:
         final = unrecoverable(error)
         fault = (final or str(error), final is not None)

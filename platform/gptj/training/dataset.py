@@ -1,25 +1,39 @@
-"""The data of a run: settings and a tokenizer in, tokenized examples out, once for a whole node."""
+"""The data of a run: settings and a tokenizer in, tokenized examples out, once for a whole node.
+
+Raw data is prepared first (gptj.data.preparing), and what is prepared becomes memory-mapped files
+of examples in a folder that the node's processes share. Neither step holds more than a shard.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from gptj import storage
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
-from gptj.data.prepared import Prepared, template_digest
-from gptj.data.rows import Row
-from gptj.data.sources import find_columns, read_rows
-from gptj.data.split import split_rows
+from gptj.data.prepared import Prepared
+from gptj.data.preparing import (
+    CHUNK_CHARACTERS,
+    Plan,
+    differences,
+    is_current,
+    part_rows,
+    prepare,
+    unfinished,
+)
+from gptj.data.rows import DataError, Row, refuse_row
+from gptj.data.split import Split
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.failures import naming_full_disk
-from gptj.training.fingerprint import CountedRows, Fingerprint
+from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.tasks import Data
 
@@ -27,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 LOCK = "tokenizing.lock"
 FINGERPRINTS = "fingerprints.json"  # written last
+
+Prepare = Callable[[Plan, str, GPTJTokenizer], object]  # what gptj.data.preparing.prepare does
 
 
 class TaskData(NamedTuple):
@@ -37,20 +53,70 @@ class TaskData(NamedTuple):
     fingerprints: dict[str, Fingerprint]  # of "train" and "evaluation"
 
 
-def node_data(settings: Settings, tokenizer: GPTJTokenizer, folder: Path) -> TaskData:
-    """The data, memory-mapped from a folder that this node's processes share.
+def prepare_run_data(
+    settings: Settings, tokenizer: GPTJTokenizer, checkpoint: str | None, prepare: Prepare
+) -> dict[str, str]:
+    """Prepare the run's raw data into its folder, unless that is done.
 
-    The first to come reads and tokenizes; the others wait. If it is killed, the next one does.
+    Args:
+        checkpoint: that the run goes on from, if there is one: then the data must be the same.
+        prepare: makes a new folder what a plan says, or goes on where that was interrupted.
+
+    Returns:
+        the addresses of the prepared data: of "train" and "evaluation", where there is some.
 
     Raises:
-        DataError, SettingsError: see make_data.
+        DataError: naming what cannot be read.
+        SettingsError: if the run would go on with other data.
+    """
+    found = {}
+    for name, address in _addresses(settings).items():
+        if Prepared.at(address) is not None:
+            check_prepared(settings, address)
+            found[name] = address
+            continue
+        folder = found[name] = storage.join(settings.folder, "data", name)
+        plan, done = raw_plan(settings, name, tokenizer), _finished(folder)
+        if done is not None and is_current(plan, done.index):
+            continue
+        if done is not None and checkpoint is not None:
+            raise SettingsError(
+                f"the run {settings.run!r} would resume from {checkpoint} with other data: "
+                f"data.{name}={address} is not what {folder} was made of. Bring the data back as "
+                f"it was, or choose another run="
+            )
+        begun = unfinished(folder)
+        if done is not None or begun is None or differences(begun, plan):
+            storage.delete_folder(folder)
+        prepare(plan, folder, tokenizer)
+    return found
+
+
+def node_data(
+    settings: Settings,
+    tokenizer: GPTJTokenizer,
+    folder: Path,
+    prepared: Mapping[str, str] | None = None,
+) -> TaskData:
+    """The data, memory-mapped from a folder that this node's processes share.
+
+    The first to come makes it; the others wait. If it is killed, the next one does.
+
+    A classifier that is trained further keeps its labels.
+
+    Args:
+        prepared: what prepare_run_data has found; None: raw data is prepared here.
+
+    Raises:
+        DataError: naming what cannot be read.
+        SettingsError: if the settings contradict prepared data, or a classifier's labels.
         DiskFullError: if the folder has no room for it.
     """
     with FileLock(folder / LOCK) as lock:
         lock.take()
         if not (folder / FINGERPRINTS).exists():
             with naming_full_disk(folder):
-                _tokenize(settings, tokenizer, folder)
+                _make(settings, tokenizer, folder, prepared or {})
     task = settings.task_definition
     found = json.loads((folder / FINGERPRINTS).read_text())
     return TaskData(
@@ -60,51 +126,88 @@ def node_data(settings: Settings, tokenizer: GPTJTokenizer, folder: Path) -> Tas
     )
 
 
-def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> TaskData:
-    """Read and tokenize the training and the evaluation data, into this process's memory.
-
-    A classifier that is trained further keeps its labels.
-
-    Raises:
-        DataError: naming what cannot be read.
-        SettingsError: if the settings contradict a classifier's labels.
-    """
-    labels = _checkpoint_labels(settings)
-    train, fingerprint = _read(settings, settings.train_data, tokenizer, labels)
-    fingerprints = {"train": fingerprint}
-    if settings.evaluation_data is None:
-        return TaskData(train, None, fingerprints)
-    evaluation, fingerprint = _read(
-        settings, settings.evaluation_data, tokenizer, train.labels, evaluation=True
+def raw_plan(
+    settings: Settings,
+    name: str,
+    tokenizer: GPTJTokenizer | None,
+    *,
+    chunk_characters: int = CHUNK_CHARACTERS,
+) -> Plan:
+    """How raw data of a run, "train" or "evaluation", is read. DataError as Plan.of."""
+    data, split = settings.data, None
+    if data.evaluation_split is not None:
+        cut = "text" if settings.task == "causal-lm" else None  # a book is one row
+        held_out = name == "evaluation"
+        split = Split(data.evaluation_split, settings.seed, held_out=held_out, cut=cut)
+    return Plan.of(
+        _addresses(settings)[name],
+        tokenizer,
+        names=data.columns,
+        delimiter=data.delimiter,
+        bad_rows=data.bad_rows,
+        chunk_characters=chunk_characters,
+        task=settings.task,
+        label_names=(data.label_names or None) if data.problem_type != "regression" else None,
+        split=split,
     )
-    fingerprints["evaluation"] = fingerprint
-    return TaskData(train, evaluation, fingerprints)
 
 
-def task_rows(settings: Settings, address: str, *, evaluation: bool = False) -> Iterator[Row]:
-    """The rows at an address, with the task's columns: those to train on, or to measure with."""
-    data, task = settings.data, settings.task_definition
-    columns = find_columns(address, task.row_kinds, data.columns, delimiter=data.delimiter)
-    rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
-    if (share := data.evaluation_split) is None:
-        return rows
-    cut = "text" if task.name == "causal-lm" else None  # a book is one row
-    return split_rows(rows, share, settings.seed, held_out=evaluation, cut=cut)
+def training_rows(settings: Settings) -> Iterator[Row]:
+    """The raw rows that a run trains on, with the task's columns; bad ones as the settings say."""
+    plan = raw_plan(settings, "train", None)
+    on_bad = refuse_row if plan.bad_rows == "refuse" else _skip
+    for part in range(len(plan.parts)):
+        yield from part_rows(plan, part, on_bad)
 
 
-def _tokenize(settings: Settings, tokenizer: GPTJTokenizer, folder: Path) -> None:
+def _skip(error: DataError) -> None:
+    """It is counted where the rows are prepared."""
+
+
+def _addresses(settings: Settings) -> dict[str, str]:
+    addresses = {"train": settings.train_data, "evaluation": settings.evaluation_data}
+    return {name: address for name, address in addresses.items() if address is not None}
+
+
+def _finished(folder: str) -> Prepared | None:
+    try:
+        return Prepared.at(folder)
+    except DataError:  # it is not
+        return None
+
+
+def _make(
+    settings: Settings, tokenizer: GPTJTokenizer, folder: Path, prepared: Mapping[str, str]
+) -> None:
     started = time.monotonic()
-    data = make_data(settings, tokenizer)
     # A name of its own for each try: one that was killed may have left half a folder.
     suffix = f"{time.time_ns():x}"
-    found = {}
-    for name, each in (("train", data.train), ("evaluation", data.evaluation)):
-        if each is not None:
-            each.save(folder / f"{name}-{suffix}")
-            fingerprint = asdict(data.fingerprints[name])
-            found[name] = {"folder": f"{name}-{suffix}", "fingerprint": fingerprint}
-    rows = sum(each.rows for each in data.fingerprints.values())
-    logger.info("read and tokenized %d rows in %.1f s", rows, time.monotonic() - started)
+    task, labels = settings.task_definition, _checkpoint_labels(settings)
+    found, rows = {}, 0
+    for name, address in _addresses(settings).items():
+        raw = folder / f"raw-{name}-{suffix}"
+        source = Prepared.at(prepared.get(name, address))
+        if source is None:
+            prepare(raw_plan(settings, name, tokenizer), str(raw), tokenizer)
+            source = Prepared.at(str(raw))
+            assert source is not None
+        elif source.address == address:
+            check_prepared(settings, address)
+        target = folder / f"{name}-{suffix}"
+        task.write(target, source, tokenizer, settings.data, labels)
+        labels = task.load(target).labels
+        fingerprint = Fingerprint(source.index.rows, source.digest)
+        found[name] = {"folder": target.name, "fingerprint": asdict(fingerprint)}
+        rows += source.index.rows
+        if source.index.skipped:
+            logger.warning(
+                "%s data: %d bad rows were skipped, such as %s",
+                name,
+                source.index.skipped,
+                source.index.bad[0],
+            )
+        shutil.rmtree(raw, ignore_errors=True)
+    logger.info("made examples of %d rows in %.1f s", rows, time.monotonic() - started)
     unfinished = folder / f"{FINGERPRINTS}.{suffix}"
     unfinished.write_text(json.dumps(found))
     unfinished.rename(folder / FINGERPRINTS)
@@ -118,33 +221,17 @@ def _checkpoint_labels(settings: Settings) -> LabelSet | None:
     return settings.task_definition.known_labels(config, checkpoint, settings.data)
 
 
-def _read(
-    settings: Settings,
-    address: str,
-    tokenizer: GPTJTokenizer,
-    labels: LabelSet | None,
-    *,
-    evaluation: bool = False,
-) -> tuple[Data, Fingerprint]:
-    task = settings.task_definition
-    if (prepared := Prepared.at(address)) is not None:
-        check_prepared(settings, address)
-        data = task.read_prepared(prepared, tokenizer, settings.data)
-        return data, Fingerprint(prepared.index.rows, prepared.digest)
-    rows = CountedRows(
-        task_rows(settings, address, evaluation=evaluation), template_digest(tokenizer)
-    )
-    data = task.read(rows, tokenizer, settings.data, labels)
-    return data, rows.fingerprint
-
-
 def check_prepared(settings: Settings, address: str) -> None:
     """SettingsError for settings that say how raw data are read, where none are."""
     data = settings.data
     given: dict[str, object] = {"evaluation_split": data.evaluation_split}
     addresses = {settings.train_data, settings.evaluation_data} - {None, address}
     if all(Prepared.at(each) is not None for each in addresses if each is not None):
-        given |= {"columns": data.columns, "delimiter": data.delimiter}
+        given |= {
+            "columns": data.columns,
+            "delimiter": data.delimiter,
+            "bad_rows": data.bad_rows == "skip",
+        }
     if wrong := [f"data.{name}" for name, value in given.items() if value]:
         raise SettingsError(
             f"{address} is prepared, and {', '.join(wrong)} says how raw data are read: leave it "

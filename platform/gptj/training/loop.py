@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,6 +86,8 @@ class Worker:
     stop: Callable[[], str | None] = lambda: None
     # Names the tokenized data that the processes of a node share; None: rank 0 makes one up.
     submission: str | None = None
+    # Where the run's data lies prepared, by name (gptj.training.dataset); None: read as it is.
+    prepared: Mapping[str, str] | None = None
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
@@ -121,7 +123,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         naming_full_disk(scratch),
         guarded_builds(),
     ):
-        tokenizer, data = read_alike(settings, worker.world_size, shared)
+        tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
         elif settings.adapter is not None:

@@ -80,6 +80,7 @@ class DataSettings(Section):
     evaluation_split: Annotated[float, Field(gt=0, le=0.5)] | None = None
     columns: dict[str, str] = {}  # our column name (see the task's columns): the file's
     delimiter: Delimiter | None = None  # of CSV; None: the one in the header (comma, ;, tab or |)
+    bad_rows: Literal["refuse", "skip"] = "refuse"  # that cannot be used; skipped ones are counted
     sequence_length: Positive = 128  # tokens of a row; longer texts are cut, contexts windowed
     # Causal-lm, how documents share rows: whole, each computed as if alone; concatenated and cut
     # wherever a row is full; or a padded row for each.

@@ -228,6 +228,7 @@ EXTENDABLE = ("steps", "epochs")  # may be raised
 # What runs of earlier versions, which did not have these settings, did.
 ADDED: Mapping[str, Any] = {
     "data.packing": "concatenate",
+    "data.bad_rows": "refuse",
     "tokenizer.chat_template": "",
     "optimizer.skip_spikes": None,
     "optimizer.spike_window": 100,

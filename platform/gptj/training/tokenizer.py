@@ -6,9 +6,10 @@ from gptj import storage
 from gptj.chat import read_template, template_of
 from gptj.checkpoints.manifest import FolderWriter, Manifest
 from gptj.data.prepared import Prepared
+from gptj.data.rows import DataError, Row
 from gptj.errors import NoTokenizerError
 from gptj.tokenizer import GPTJTokenizer
-from gptj.training.dataset import task_rows
+from gptj.training.dataset import training_rows
 from gptj.training.model_config import new_config
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import latest_checkpoint
@@ -35,16 +36,24 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
     if latest_checkpoint(settings.folder) is None:
         storage.delete_folder(folder)  # left by a run that died before its first checkpoint
     if Manifest.read(folder) is None:
-        task = settings.task_definition
         # All columns of the task: whatever is missing is named at once.
-        rows = task_rows(settings, settings.train_data)
-        texts = (text for row in rows for text in task.texts(row))
+        texts = (text for row in training_rows(settings) for text in _texts(settings, row))
         tokenizer = GPTJTokenizer.train(texts, settings.tokenizer.vocab_size)
         tokenizer.model_max_length = new_config(settings)["n_positions"]
         with FolderWriter(folder) as writer:
             for name, content in tokenizer.files().items():
                 writer.write(name, content)
     return load_tokenizer(settings)
+
+
+def _texts(settings: Settings, row: Row) -> list[str]:
+    """What a row has to learn from; nothing if it is bad, and such rows are skipped."""
+    try:
+        return settings.task_definition.texts(row)
+    except DataError:
+        if settings.data.bad_rows == "refuse":
+            raise
+        return []
 
 
 def load_tokenizer(settings: Settings) -> GPTJTokenizer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptj.training.tasks.base import Data, Part, Task, TaskName
+from gptj.data.shards import TaskName
+from gptj.training.tasks.base import Data, Part, Task
 from gptj.training.tasks.causal_lm import CausalLM
 from gptj.training.tasks.classification import Classification
 from gptj.training.tasks.question_answering import QuestionAnswering

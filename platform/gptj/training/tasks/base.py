@@ -6,19 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Prepared
-from gptj.data.rows import DataError, Row
+from gptj.data.rows import Row
+from gptj.data.shards import SHARD_KINDS, TaskName
 from gptj.model import GPTJPreTrainedModel
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.sections import DataSettings
-
-TaskName = Literal["causal-lm", "classification", "question-answering"]
 
 
 class Data(Protocol):
@@ -47,9 +46,6 @@ class Data(Protocol):
     def summary(self) -> str:
         """A line for the log."""
 
-    def save(self, folder: Path) -> None:
-        """Write all of it to a new folder, for Task.load."""
-
 
 @dataclass
 class Part:
@@ -69,11 +65,15 @@ class Task(ABC, Generic[D]):
 
     name: TaskName
     head: type[GPTJPreTrainedModel]
-    row_kinds: tuple[tuple[str, ...], ...]  # our names of the columns that each kind of rows has
     text_columns: tuple[str, ...] = ("text",)  # of these, what a tokenizer learns from
     sample: str  # data that needs no download
     best_by: tuple[str, ...] = ("loss",)  # the metric that ranks models: the first there is
     own_settings: tuple[str, ...] = ()  # keys of `data` that mean nothing to other tasks
+
+    @property
+    def row_kinds(self) -> tuple[tuple[str, ...], ...]:
+        """Our names of the columns that each kind of rows has."""
+        return SHARD_KINDS[self.name].row_kinds
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class Task(ABC, Generic[D]):
         options: DataSettings,
         labels: LabelSet | None = None,
     ) -> D:
-        """Tokenize rows.
+        """Tokenize rows, into memory.
 
         Args:
             labels: of the training data or of the checkpoint; None finds them in the rows.
@@ -101,15 +101,25 @@ class Task(ABC, Generic[D]):
             DataError: naming the row that does not fit.
         """
 
-    def read_prepared(
-        self, prepared: Prepared, tokenizer: GPTJTokenizer, options: DataSettings
-    ) -> D:
-        """The same from prepared data. DataError if the task, or the tokenizer, is another."""
-        raise DataError(f"{prepared.address} is prepared for task=causal-lm, not {self.name}")
+    @abstractmethod
+    def write(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        options: DataSettings,
+        labels: LabelSet | None = None,
+    ) -> None:
+        """The same of prepared data, to a new folder, in as much memory as a shard takes.
+
+        Raises:
+            DataError: if the task or the tokenizer is another, or as `read`.
+            CheckpointError: for a damaged shard.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> D:
-        """What Data.save has written, memory-mapped."""
+        """What `write` has written, memory-mapped."""
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], items: int) -> tuple[Tensor, Any]:
         """A batch's loss as a sum over its items, which batches can share, and the output.

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gptj.data.causal_lm import CausalLMData
-from gptj.data.documents import ROW_KINDS, messages_of
+from gptj.data.documents import messages_of
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
@@ -24,7 +24,6 @@ from gptj.training.tasks.base import Part, Task
 class CausalLM(Task[CausalLMData]):
     name = "causal-lm"
     head = GPTJForCausalLM
-    row_kinds = tuple(ROW_KINDS)
     text_columns = ("text", "prompt", "completion")  # beside messages
     sample = "sample://documentation"
     own_settings = ("packing",)
@@ -44,10 +43,15 @@ class CausalLM(Task[CausalLMData]):
     ) -> CausalLMData:
         return CausalLMData(rows, tokenizer, options.sequence_length, options.packing)
 
-    def read_prepared(
-        self, prepared: Prepared, tokenizer: GPTJTokenizer, options: DataSettings
-    ) -> CausalLMData:
-        return CausalLMData.prepared(prepared, tokenizer, options.sequence_length, options.packing)
+    def write(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        options: DataSettings,
+        labels: LabelSet | None = None,
+    ) -> None:
+        CausalLMData.write(folder, prepared, tokenizer, options.sequence_length, options.packing)
 
     def load(self, folder: Path) -> CausalLMData:
         return CausalLMData.load(folder)

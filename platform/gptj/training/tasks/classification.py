@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from gptj.config import GPTJConfig
 from gptj.data.classification import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ClassificationData
 from gptj.data.labels import LabelSet
+from gptj.data.prepared import Prepared
 from gptj.data.rows import Row
 from gptj.model import GPTJForSequenceClassification
 from gptj.tokenizer import GPTJTokenizer
@@ -24,7 +25,6 @@ Array = np.ndarray[Any, Any]
 class Classification(Task[ClassificationData]):
     name = "classification"
     head = GPTJForSequenceClassification
-    row_kinds = (("text", "label"), ("text", "text_pair", "label"))
     text_columns = ("text", "text_pair")
     sample = "sample://reviews"
     best_by = ("f1", "mse")
@@ -44,6 +44,29 @@ class Classification(Task[ClassificationData]):
             tokenizer,
             options.sequence_length,
             label_names=options.label_names or None,
+            problem_type=options.problem_type,
+        )
+
+    def write(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        options: DataSettings,
+        labels: LabelSet | None = None,
+    ) -> None:
+        length, names = options.sequence_length, options.label_names or prepared.label_names
+        if labels is not None:
+            if labels.written is None and isinstance(prepared.label_names, Mapping):
+                labels = labels.translated(prepared.label_names)
+            ClassificationData.write(folder, prepared, tokenizer, length, labels)
+            return
+        ClassificationData.write(
+            folder,
+            prepared,
+            tokenizer,
+            length,
+            label_names=names,
             problem_type=options.problem_type,
         )
 

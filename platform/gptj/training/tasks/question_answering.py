@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gptj.data.labels import LabelSet
+from gptj.data.prepared import Prepared
 from gptj.data.question_answering import (
     QuestionAnsweringData,
     answer_loss,
@@ -36,7 +37,6 @@ Array = np.ndarray[Any, Any]
 class QuestionAnswering(Task[QuestionAnsweringData]):
     name = "question-answering"
     head = GPTJForQuestionAnswering
-    row_kinds = (("question", "context", "answers"),)
     text_columns = ("question", "context")
     sample = "sample://questions"
     best_by = ("f1",)
@@ -50,6 +50,17 @@ class QuestionAnswering(Task[QuestionAnsweringData]):
         labels: LabelSet | None = None,
     ) -> QuestionAnsweringData:
         return QuestionAnsweringData(rows, tokenizer, options.sequence_length, options.stride)
+
+    def write(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        tokenizer: GPTJTokenizer,
+        options: DataSettings,
+        labels: LabelSet | None = None,
+    ) -> None:
+        length, stride = options.sequence_length, options.stride
+        QuestionAnsweringData.write(folder, prepared, tokenizer, length, stride)
 
     def load(self, folder: Path) -> QuestionAnsweringData:
         return QuestionAnsweringData.load(folder)

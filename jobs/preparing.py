@@ -1,0 +1,101 @@
+"""Shards of prepared data by Ray Data: a plan in, records of what was written out."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+
+from gptj.data.prepared import Shard, tokenizer_digest
+from gptj.data.preparing import Plan, chunks, write_shard
+from gptj.data.rows import DataError
+from gptj.tokenizer import GPTJTokenizer
+
+PROGRESS_SECONDS = 10
+
+logger = logging.getLogger("preparing")
+
+
+def write_shards(
+    plan: Plan, folder: str, load: Callable[[], GPTJTokenizer], workers: int | None
+) -> Iterator[Shard]:
+    """Shards as they are written, in any order; Ray Data holds back readers that are too fast.
+
+    Raises:
+        DataError: for a bad row, or what else `write_shard` raises.
+    """
+    logger.info(
+        "preparing %s: %d files of %.1f MB", plan.address, len(plan.sizes), sum(plan.sizes) / 1e6
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = plan.chunk_characters  # bytes: about a chunk, to be shared out
+    shared = ray.put(plan)
+    parts = ray.data.from_items(
+        [{"part": part} for part in range(len(plan.parts))], override_num_blocks=len(plan.parts)
+    )
+    # Reading waits for bytes and needs less of a CPU than tokenizing. Different needs also keep Ray
+    # Data from fusing the two into one task. A single CPU must have room for both.
+    cpu = 1 if ray.cluster_resources().get("CPU", 0) >= 2 else 0.5
+    read = parts.map_batches(partial(_read, plan=shared), batch_size=1, num_cpus=cpu / 2)
+    written = read.map_batches(
+        partial(_write, plan=shared, folder=folder, load=load),
+        batch_size=1,
+        num_cpus=cpu,
+        compute=ray.data.TaskPoolStrategy(workers),
+    )
+    started = last = time.monotonic()
+    rows = count = 0
+    for row in written.iter_rows():
+        shard = pickle.loads(row["shard"])  # by our own tasks
+        if isinstance(shard, str):
+            raise DataError(shard)
+        count, rows = count + 1, rows + shard.rows
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            logger.info("%d shards, %d rows, %.0f s", count, rows, last - started)
+        yield shard
+
+
+# Errors of data or storage are passed on as messages, in place of a chunk or shard: Ray Data would
+# wrap them in a traceback of its own, without the error's type.
+
+
+def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
+    """The chunks of a part, or what is wrong with it."""
+    try:
+        for part in batch["part"]:
+            for chunk in chunks(ray.get(plan), int(part)):
+                yield {"chunk": _pickled([chunk])}
+    except (ValueError, OSError) as error:
+        yield {"chunk": _pickled([str(error)])}
+
+
+def _write(
+    batch: dict[str, Any], plan: Any, folder: str, load: Callable[[], GPTJTokenizer]
+) -> dict[str, Any]:
+    """The records of the shards of some chunks, or what is wrong with them."""
+    found: list[Shard | str] = []
+    try:
+        plan, tokenizer = ray.get(plan), load()
+        if tokenizer_digest(tokenizer) != plan.tokenizer:
+            raise DataError(
+                "a node has another tokenizer at this address: put it where all nodes read the same"
+            )
+        for chunk in map(pickle.loads, batch["chunk"]):
+            done = chunk if isinstance(chunk, str) else write_shard(plan, folder, chunk, tokenizer)
+            found.append(done)
+    except (ValueError, OSError) as error:
+        found.append(str(error))
+    return {"shard": _pickled(found)}
+
+
+def _pickled(values: Sequence[Any]) -> Any:
+    return np.array([pickle.dumps(value) for value in values], dtype=object)

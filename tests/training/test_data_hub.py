@@ -1,0 +1,111 @@
+"""Data sets on the hub, from a real HTTP server that answers as the Hugging Face hub does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gptj.data.hub import check_one_split
+from gptj.data.rows import DataError
+from gptj.storage.addresses import AddressError, normalized, split_hub_data
+from gptj_local.processes import free_ports
+from tests.unit.test_hub import GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
+
+DATA = f"hf://datasets/{REPOSITORY}"
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+FILES = {
+    MAIN: {
+        "README.md": b"about",
+        "data/train-00000-of-00002.jsonl": lines("a", "b"),
+        "data/train-00001-of-00002.jsonl": lines("c"),
+        "data/test-00000-of-00001.jsonl": lines("t"),
+        "more/rows.jsonl": lines("m"),
+    },
+    OLD: {"rows.jsonl": lines("old")},
+}
+
+
+def test_data_sets_are_read_by_id_and_errors_say_what_is_wrong(tmp_path: Path) -> None:
+    """In one process: the hub's client reads its environment when it is imported."""
+    addresses = [
+        f"{DATA}/data/train-*.jsonl",
+        f"{DATA}/more",
+        f"{DATA}@old",
+        f"{DATA}@main/data/test-00000-of-00001.jsonl",
+        f"{DATA}/data",
+        f"{DATA}/nothing",
+        f"{DATA}/nothing-*.jsonl",
+        f"{DATA}@nowhere",
+        "hf://datasets/someone/nothing",
+        f"hf://datasets/{GATED}",
+    ]
+    program = f"""
+from gptj.data.sources import data_files, read_rows
+for address in {addresses!r}:
+    try:
+        print([row.values["text"] for row in read_rows(address, ["text"])])
+    except Exception as error:
+        print(type(error).__name__, error)
+files = data_files({addresses[0]!r})
+print([(file.address, file.size, len(file.version)) for file in files])
+print([row.values["text"] for file in files for row in read_rows(file.address, ["text"])])
+"""
+    with serving(Hub(FILES)) as hub:
+        client = Client(tmp_path / "cache")
+        found = client.run(hub.endpoint, program)
+        assert found[:4] == ["['a', 'b', 'c']", "['m']", "['old']", "['t']"]
+        for line, expected in zip(
+            found[4:10],
+            [
+                "DataError hf://datasets/someone/model/data has a training set",
+                "DataError hf://datasets/someone/model/nothing: the data set has no such file",
+                "NotFoundError no file, folder or match at hf://datasets/someone/model/nothing-*",
+                "DataError hf://datasets/someone/model@nowhere: the hub's data set has no such rev",
+                "DataError hf://datasets/someone/nothing: the hub has no data set of that name",
+                "DataError hf://datasets/someone/gated is gated; remedy: accept its terms",
+            ],
+            strict=True,
+        ):
+            assert line.startswith(expected)
+        pinned = f"{DATA}@{MAIN}/data/train-0000"
+        sizes = [len(FILES[MAIN][f"data/train-0000{n}-of-00002.jsonl"]) for n in range(2)]
+        assert found[10] == str([(f"{pinned}{n}-of-00002.jsonl", sizes[n], 40) for n in range(2)])
+        assert found[11] == "['a', 'b', 'c']"
+        asked = f"""
+from gptj.data.sources import read_rows
+try:
+    list(read_rows({DATA!r}, ["text"]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+        (offline,) = client.run(hub.endpoint, asked, offline=True)
+        assert offline.startswith("UnreachableError") and "HF_HUB_OFFLINE" in offline
+    (port,) = free_ports(1)
+    (unreachable,) = client.run(f"http://127.0.0.1:{port}", asked)
+    assert unreachable.startswith(f"UnreachableError {DATA}: the Hugging Face hub does not answer")
+
+
+def test_addresses_of_the_hub() -> None:
+    assert normalized(f"{DATA}@main/data/", samples=True) == f"{DATA}@main/data"
+    assert split_hub_data("hf://datasets/a/b@v1/c/d*.csv") == ("a/b", "v1", "c/d*.csv")
+    with pytest.raises(AddressError, match="which can only be read as data"):
+        normalized(DATA)
+    with pytest.raises(AddressError, match=r"is hf://datasets/OWNER/NAME.* got 'hf://datasets/a'"):
+        normalized("hf://datasets/a", samples=True)
+    with pytest.raises(AddressError, match=r"on the hub, hf://datasets/a/b$"):
+        normalized("https://huggingface.co/datasets/a/b/tree/main", samples=True)
+
+
+def test_a_training_set_beside_others_must_be_chosen() -> None:
+    check_one_split(DATA, ["data/train-00000-of-00001.parquet", "more/constraint.jsonl"])
+    check_one_split(DATA, ["test.csv"])
+    with pytest.raises(DataError, match=r"say which, as in .*/data/train-\*\.parquet$"):
+        names = ["data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"]
+        check_one_split(DATA, names)
