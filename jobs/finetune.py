@@ -31,6 +31,7 @@ from gptj.training.dataset import node_data
 from gptj.training.failures import StoppedError, UnrecoverableError, unrecoverable
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
+from gptj.training.packages import check_packages
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     check_resumable,
@@ -211,6 +212,7 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int]:
     Returns:
         the model's configuration, and the tokens of the longest training example.
     """
+    check_packages(settings)
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
