@@ -35,6 +35,7 @@ from gptj.training.dataset import node_data, prepare_run_data
 from gptj.training.failures import StoppedError, UnrecoverableError, unrecoverable
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
+from gptj.training.packages import check_packages
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import (
     check_resumable,
@@ -220,6 +221,7 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dic
         the model's configuration, the tokens of the longest training example, and where the data
         lies prepared.
     """
+    check_packages(settings)
     storage.delete_unfinished(settings.folder)
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:

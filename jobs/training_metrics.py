@@ -19,6 +19,8 @@ NUMBERS = {
     "useful_tokens": "Tokens as a share of what was computed with padding, since the point before.",
     "skipped_steps": "Steps without an update so far: fp16 overflows and loss spikes.",
     "waiting_for_data": "The share of the steps' time that was spent waiting for batches.",
+    "mfu": "Model FLOP/s as a share of what the workers' matrix products reach.",
+    "memory_bytes": "The first worker's peak of memory: its GPU's, or else the process's.",
     "evaluation_loss": "The loss on the evaluation data.",
 }
 REPEAT_SECONDS = 5.0  # Ray forgets numbers that are not set again

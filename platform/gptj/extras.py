@@ -21,6 +21,8 @@ EXTRA_OF = {
     "opentelemetry-exporter-otlp-proto-http": "tracing",
     **dict.fromkeys(("typer", "psutil", "rich", "prometheus_client"), "cli"),
     **dict.fromkeys(("deepspeed", "ninja", "tensorboard", "matplotlib"), "train"),
+    **dict.fromkeys(("bitsandbytes",), "train"),
+    **dict.fromkeys(("mlflow", "wandb"), "trackers"),
     **dict.fromkeys(("h5py", "msgpack", "zstandard"), "interop"),
 }
 

@@ -20,6 +20,7 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
+from gptj.adapters.quantization import QuantizedLinear, quantize_blocks
 from gptj.checkpoints.manifest import CheckpointError, verify
 from gptj.data.batches import BatchOrder
 from gptj.interop.merging import merge_adapter
@@ -49,8 +50,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stage-2": {"deepspeed": {"stage": 2}},
 }
 PACKED = {"deepspeed": {"stage": 2}, "data": {"train": "{folder}/pairs.jsonl"}}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    f"{quantization}-{stage}": {
+        "deepspeed": {"stage": stage},
+        "adapter": {"quantization": quantization},
+    }
+    for quantization, stage in (("nf4", 0), ("int8", 1), ("nf4", 2))
+}
 CASES: dict[str, dict[str, Any]] = {
     **VARIANTS,
+    **QUANTIZED,
+    "nf4-bf16": {
+        "deepspeed": {"stage": 2, "precision": "bf16"},
+        "adapter": {"quantization": "nf4"},
+    },
     "packed": PACKED,
     "bf16-3": {"deepspeed": {"stage": 3, "precision": "bf16"}},
     "bf16-0": {"deepspeed": {"stage": 0, "precision": "bf16"}},
@@ -122,8 +135,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     GPTJForCausalLM(config).save_pretrained(folder / "base", tokenizer=tokenizer)
     fields = {"checkpoint_every": STEPS // 2, "keep_checkpoints": 2}
     found = {name: adapter_settings(folder, name, **fields, **case) for name, case in CASES.items()}
-    for stage in (3, 0, 2):  # with dropout, whose random numbers are part of a checkpoint
-        adapter = {"adapter": {**ADAPTER, "dropout": 0.2}, "deepspeed": {"stage": stage}}
+    for stage in (3, 0, 1, 2):  # with dropout, whose random numbers are part of a checkpoint
+        quantization = "nf4" if stage == 1 else None
+        adapter = {
+            "adapter": {**ADAPTER, "dropout": 0.2, "quantization": quantization},
+            "deepspeed": {"stage": stage},
+        }
         found[f"dropout-{stage}"] = adapter_settings(
             folder, f"dropout-{stage}", **fields, **adapter
         )
@@ -145,6 +162,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
         shutil.copytree(halfway(found[name]), folder_again / Path(halfway(found[name])).name)
     run_ranks(list(again.values()))
     return found | again
+
+
+def dequantized(settings: Settings, folder: Path) -> Settings:
+    """The same run on a base model whose weights are those that the quantized ones stand for."""
+    assert settings.adapter is not None and settings.adapter.quantization is not None
+    base = settings.model.checkpoint
+    model = GPTJForCausalLM.from_pretrained(base, dtype="float32")
+    quantized = GPTJForCausalLM.from_pretrained(base, dtype="float32")
+    quantize_blocks(quantized, settings.adapter.quantization)
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            model.get_submodule(name).weight.data.copy_(layer.dequantized(torch.float32))
+    model.save_pretrained(folder, tokenizer=GPTJTokenizer.from_pretrained(base))
+    return Settings(
+        **{**settings.model_dump(exclude_unset=True), "model": {"checkpoint": str(folder)}}
+    )
 
 
 def reference(settings: Settings, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -198,6 +231,22 @@ def test_every_stage_trains_as_peft_does(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_on_quantized_weights_an_adapter_learns_what_it_does_on_dequantized_ones(
+    name: str, runs: dict[str, Settings], tmp_path: Path
+) -> None:
+    expected, weights = reference(dequantized(runs[name], tmp_path / "base"), tmp_path / "start")
+    assert losses(runs[name]) == pytest.approx(expected, abs=1e-4)
+    assert losses(runs[name]) != pytest.approx(losses(runs["stage-2"]), abs=1e-5)
+    found = load_file(storage.join(runs[name].model_folder, "adapter_model.safetensors"))
+    assert found.keys() == weights.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, weights[key], rtol=0, atol=2e-3, msg=key)
+    if name == "nf4-2":
+        assert losses(runs["nf4-bf16"]) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.slow
 def test_checkpoints_hold_the_adapter_alone(runs: dict[str, Settings]) -> None:
     """Frozen weights are in none of the files: neither as such nor as the optimizer's masters."""
     settings = runs["stage-2"]
@@ -206,11 +255,12 @@ def test_checkpoints_hold_the_adapter_alone(runs: dict[str, Settings]) -> None:
         p.numel() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n
     )
     assert trained < model.num_parameters() / 5
-    for name in ("stage-0", "stage-2", "stage-3", "bf16-2", "bf16-3"):
+    for name in ("stage-0", "stage-2", "stage-3", "bf16-2", "bf16-3", *QUANTIZED):
         for file in Path(halfway(runs[name]), "zero").glob("*"):
             state = torch.load(file, weights_only=False)
             assert numbers(state) <= 3 * trained + 100, file  # weights or master, two moments
-            assert not any("wte" in key for key in state.get("module") or {}), file
+            kept = state.get("module") or {}
+            assert not any("wte" in key or "codes" in key for key in kept), file
 
 
 def numbers(state: Any) -> int:
@@ -232,7 +282,7 @@ def numbers(state: Any) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_that_goes_on_ends_as_if_nothing_had_happened(
     stage: int, runs: dict[str, Settings]
 ) -> None:
@@ -251,7 +301,7 @@ def test_a_run_that_goes_on_ends_as_if_nothing_had_happened(
 def test_the_result_is_an_adapters_folder_that_evaluates_and_merges(
     runs: dict[str, Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("stage-2", "stage-3", "task-3", *TASKS):
+    for name in ("stage-2", "stage-3", "nf4-2", "task-3", *TASKS):
         settings = runs[name]
         assert is_complete(settings)
         verify(settings.model_folder)
@@ -325,6 +375,11 @@ def test_an_adapter_is_nothing_to_train_on(runs: dict[str, Settings]) -> None:
         (["adapter.dropout=1"], r"adapter\.dropout: .*less than 1"),
         (["adapter.target_modules=[q_proj,wte]"], "target_modules: 'wte' is not one of k_proj"),
         (["adapter.target_modules=[]"], "target_modules is empty"),
+        (["adapter.quantization=fp8"], r"adapter\.quantization: .*'int8' or 'nf4', got 'fp8'"),
+        (
+            ["model.checkpoint=x", "adapter.quantization=nf4", "deepspeed.stage=3"],
+            "adapter.quantization=nf4 and deepspeed.stage=3: .* set deepspeed.stage=2",
+        ),
         (["adapter.ranks=8"], r"adapter\.ranks: there is no such setting; there are rank, alpha"),
     ],
 )

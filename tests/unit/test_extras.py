@@ -156,8 +156,11 @@ REMEDIES = {
 def test_each_extra_brings_what_its_error_promises() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    # These come with ray[serve].
-    brought = {"serve": {"fastapi", "starlette", "uvicorn", "requests", "opentelemetry"}}
+    # These come with ray[serve], and with mlflow-skinny.
+    brought = {
+        "serve": {"fastapi", "starlette", "uvicorn", "requests", "opentelemetry"},
+        "trackers": {"mlflow"},
+    }
     for package, extra in EXTRA_OF.items():
         names = {re.split(r"[\[=<> ]", each)[0] for each in extras[extra]}
         assert package.replace("_", "-") in names | brought.get(extra, set()), package

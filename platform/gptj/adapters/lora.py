@@ -6,13 +6,13 @@ A and B have PEFT's names (`…q_proj.lora_A.weight`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptj.adapters.config import TARGET_MODULES, LoRAConfig
+from gptj.adapters.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from gptj.pretrained import GPTJPreTrainedModel
@@ -24,28 +24,39 @@ NEW_HEADS = {
 }
 
 
-class LoRALinear(nn.Linear):
-    """W x + b + scaling * B A dropout(x), with W and b of the layer it replaces.
+class _LoRA(nn.Module):
+    """What LoRA adds to the layer that this is mixed into: scaling * B A dropout(x).
 
     A (rank, in) is initialised like nn.Linear's weight (Kaiming-uniform with a = sqrt 5, as in
     PEFT) and B (out, rank) with zeros, so a new adapter changes nothing.
     """
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would allocate weights
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    in_features: int
+    out_features: int
+
+    def _add(self, config: LoRAConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.scaling = config.scaling
         self.lora_dropout = nn.Dropout(config.dropout)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, **place)
         self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, **place)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         added: Tensor = self.lora_B(self.lora_A(self.lora_dropout(x)))
-        return F.linear(x, self.weight, self.bias) + added * self.scaling
+        frozen: Tensor = super().forward(x)  # of the layer
+        return frozen + added * self.scaling
+
+
+class LoRALinear(_LoRA, nn.Linear):
+    """W x + b + scaling * B A dropout(x), with W and b of the layer it replaces."""
+
+    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate weights
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self._add(config, linear.weight.device, linear.weight.dtype)
 
     def merged(self) -> nn.Linear:
         """An equivalent plain layer, which takes over this one's weights, merged in place."""
@@ -55,6 +66,18 @@ class LoRALinear(nn.Linear):
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)
         return linear
+
+
+class LoRAQuantizedLinear(_LoRA, QuantizedLinear):
+    """The same, with a quantized W."""
+
+    def __init__(self, linear: QuantizedLinear, config: LoRAConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.quantization = linear.dtype, linear.quantization
+        self.weight_codes, self.weight_scales = linear.weight_codes, linear.weight_scales
+        self.bias = linear.bias
+        self._add(config, linear.weight_codes.device, linear.dtype)
 
 
 def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
@@ -74,10 +97,16 @@ def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
         for parent in (block.attn, block.mlp):
             for name in TARGET_MODULES:
                 if name in config.target_modules and hasattr(parent, name):
-                    setattr(parent, name, LoRALinear(getattr(parent, name), config))
+                    setattr(parent, name, _adapted(getattr(parent, name), config))
     for head in config.modules_to_save:
         model.get_submodule(head).requires_grad_(True)
     model.adapter = config
+
+
+def _adapted(layer: nn.Linear | QuantizedLinear, config: LoRAConfig) -> nn.Module:
+    if isinstance(layer, QuantizedLinear):
+        return LoRAQuantizedLinear(layer, config)
+    return LoRALinear(layer, config)
 
 
 def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
@@ -93,10 +122,15 @@ def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
 def merge_lora(model: GPTJPreTrainedModel) -> None:
     """Merge the adapter into the weights, in place; afterwards the model is a plain one.
 
-    Does nothing to a model without an adapter.
+    Does nothing to a model without an adapter. ValueError if the weights are quantized.
     """
     if model.adapter is None:
         return
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            "an adapter cannot be merged into quantized weights; remedy: merge it into the base "
+            "model that it was trained on (jobs/merge_adapter.py)"
+        )
     for parent in [module for module in model.modules() if not isinstance(module, LoRALinear)]:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):

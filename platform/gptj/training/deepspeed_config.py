@@ -35,27 +35,32 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
     if spread.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     accumulation = micro_batches(settings.batch_size, world_size, settings.micro_batch_size)
+    own = {"zero_allow_untested_optimizer": True}  # see gptj.training.optimizer
     return {
         # DeepSpeed wants the product of the other three; a batch that does not divide is smaller.
         "train_batch_size": settings.micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.learning_rate,
-                "betas": [optimizer.beta1, optimizer.beta2],
-                "eps": optimizer.epsilon,
-                "weight_decay": optimizer.weight_decay,
-                # On a CPU PyTorch's; DeepSpeed's own ones are for GPUs, and for offloading.
-                "torch_adam": not on_gpu,
-            },
-        },
+        **(own if optimizer.moments == "8bit" else {"optimizer": _adamw(optimizer, on_gpu)}),
         "zero_optimization": zero,
         "bf16": {"enabled": spread.precision == "bf16"},
         "fp16": {"enabled": spread.precision == "fp16"},
         "steps_per_print": NEVER,  # the loop reports
+    }
+
+
+def _adamw(optimizer: OptimizerSettings, on_gpu: bool) -> dict[str, Any]:
+    return {
+        "type": "AdamW",
+        "params": {
+            "lr": optimizer.learning_rate,
+            "betas": [optimizer.beta1, optimizer.beta2],
+            "eps": optimizer.epsilon,
+            "weight_decay": optimizer.weight_decay,
+            # On a CPU PyTorch's; DeepSpeed's own ones are for GPUs, and for offloading.
+            "torch_adam": not on_gpu,
+        },
     }
 
 

@@ -24,9 +24,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptj import storage
 from gptj.adapters.base import Base
+from gptj.adapters.quantization import count_weights
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import GPTJConfig
-from gptj.data.batches import BatchOrder, share
+from gptj.data.batches import BatchOrder
 from gptj.devices import check_device
 from gptj.extras import Extra
 from gptj.pretrained import GPTJPreTrainedModel
@@ -40,12 +41,16 @@ from gptj.training.deepspeed_config import (
     parameter_groups,
 )
 from gptj.training.engine_state import load_state, save_state
-from gptj.training.evaluation import evaluate, evaluating
+from gptj.training.evaluation import evaluate
 from gptj.training.failures import DivergedError, StoppedError, naming_full_disk
+from gptj.training.flops import StepFlops, matrix_peak
 from gptj.training.loader import Loader
 from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
-from gptj.training.progress import ProgressLog, duration
+from gptj.training.optimizer import own_optimizer
+from gptj.training.packages import check_packages
+from gptj.training.probe import Probe
+from gptj.training.progress import ProgressLog, duration, peak_memory
 from gptj.training.provenance import provenance
 from gptj.training.room import check_room, checkpoint_bytes
 from gptj.training.settings import Settings, SettingsError
@@ -57,9 +62,11 @@ from gptj.training.state import (
     delete_old_checkpoints,
     is_complete,
     latest_checkpoint,
+    read_progress,
 )
 from gptj.training.tasks import Data, Part
-from gptj.training.weights import all_finite, build_model, export_model, undo_first_step
+from gptj.training.trackers import Trackers
+from gptj.training.weights import PRECISIONS, all_finite, build_model, export_model, undo_first_step
 
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")
@@ -108,6 +115,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         UnrecoverableError: for anything else that a retry would meet again.
     """
     check_device(worker.device)
+    check_packages(settings)
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
         return {}  # the run had been ended just after its export
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
@@ -122,6 +130,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
+        _trackers(settings, worker, scratch) as trackers,
     ):
         tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
@@ -141,7 +150,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
                 settings.batch_size,
                 worker.world_size,
             )
-        run = _Run(settings, worker, progress, total, scratch, checkpoint)
+        run = _Run(settings, worker, progress, total, scratch, checkpoint, trackers)
         engine = run.start(config)
         if checkpoint is not None:
             run.load(engine, checkpoint)
@@ -172,6 +181,7 @@ class _Run:
         total: int,
         scratch: Path,
         checkpoint: str | None,
+        trackers: Trackers,
     ) -> None:
         self.settings = settings
         self.task = settings.task_definition
@@ -186,9 +196,16 @@ class _Run:
         self._stopping = False  # as all ranks know
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: _Upload | None = None  # of the last checkpoint
+        self._trackers = trackers
+        self._flops: StepFlops | None = None
+        self._peak = 0.0  # FLOP/s of all workers
         self._log = None
         if worker.rank == 0:
-            self._log = ProgressLog(progress, scratch, total, settings.log_every, worker.watch)
+            self._log = ProgressLog(progress, scratch, total, settings.log_every, self._watch)
+
+    def _watch(self, point: dict[str, float]) -> None:
+        self.worker.watch(point)
+        self._trackers.point(point)
 
     def load(self, engine: Any, checkpoint: str) -> None:
         """Bring the engine back to a checkpoint, of which no copy stays."""
@@ -196,6 +213,16 @@ class _Run:
             worker = self.worker
             rank, seed = worker.rank, self.settings.seed
             load_state(engine, checkpoint, Path(folder), rank, worker.world_size, seed)
+        if (stored := read_progress(checkpoint).probe) is not None:
+            self._check_probe(engine, Probe(**stored), checkpoint)
+
+    def _check_probe(self, engine: Any, probe: Probe, checkpoint: str) -> None:
+        """CheckpointError, on all ranks, if one of them computes another loss than was saved."""
+        losses: list[Any] = [None] * self.worker.world_size
+        mine = probe.measure(self.task, engine.module, self.worker.device)
+        dist.all_gather_object(losses, mine)
+        for loss in losses:
+            probe.check(loss, self.settings.deepspeed.precision, checkpoint)
 
     def check_room(self, model: GPTJPreTrainedModel) -> None:
         """DiskFullError, on all ranks, if one lacks the room for its part of a checkpoint."""
@@ -210,15 +237,19 @@ class _Run:
         # It takes over the process group, which it needs before it spreads a new model.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         plan = deepspeed_config(settings, worker.device.type, worker.world_size)
-        model = build_model(self.task.head, config, settings, plan, worker.rank)
+        model = build_model(self.task.head, config, settings, plan, worker.rank, worker.device)
         if worker.rank == 0:
-            name, size = self.task.head.__name__, count_parameters(model)
+            name, size = self.task.head.__name__, count_weights(model)
             logger.info("%s of %s parameters", name, f"{size:,}")
+        self._flops = StepFlops(model, config)
+        self._peak = self._peak_of_all()
         if settings.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        groups = parameter_groups(model, settings.optimizer.weight_decay)
         engine, _, _, _ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, settings.optimizer.weight_decay),
+            model_parameters=groups,
+            optimizer=own_optimizer(settings.optimizer, groups),
             config=plan,
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
                 optimizer,
@@ -263,6 +294,9 @@ class _Run:
         loader: Loader,
     ) -> dict[str, float]:
         settings, progress = self.settings, self.progress
+        if progress.probe is None:
+            rows = order.indices(0)[: settings.micro_batch_size]
+            progress.probe = asdict(Probe.first_rows(train_data, rows))
         metrics: dict[str, float] = {}
         if self._log is not None:
             self._log.begin()
@@ -274,7 +308,7 @@ class _Run:
             last = progress.step == self.total
             if self._stopping:
                 progress.unfinished = last or _due(progress.step, settings.evaluate_every)
-                self._stop(engine, train_data, order)
+                self._stop(engine)
             evaluated = last or _due(progress.step, settings.evaluate_every)
             best = False
             if evaluated:
@@ -285,13 +319,12 @@ class _Run:
             # The best is exported from its checkpoint, unless the run ends with it.
             keep = best and settings.export == "best"
             if last or keep or _due(progress.step, settings.checkpoint_every):
-                probe = None if evaluated and evaluation_data is not None else train_data
-                self._check_weights(engine, probe, order)
+                self._check_weights(engine)
                 self._checkpoint(engine, metrics)
         self._finish_upload()
         if not metrics:  # the run had been ended just before its export
             metrics = self._evaluate(engine, evaluation_data)
-            self._check_weights(engine, train_data, order)
+            self._check_weights(engine)
         return self._return_to_best(engine) or metrics
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
@@ -305,11 +338,11 @@ class _Run:
         progress.worse = 0
         return True
 
-    def _stop(self, engine: Any, data: Data, order: BatchOrder) -> None:
+    def _stop(self, engine: Any) -> None:
         """Save a checkpoint and raise StoppedError, on all ranks."""
         reasons: list[Any] = [None] * self.worker.world_size
         dist.all_gather_object(reasons, self.worker.stop())
-        self._check_weights(engine, data, order)
+        self._check_weights(engine)
         self._checkpoint(engine, {})
         self._finish_upload()
         raise StoppedError(
@@ -416,7 +449,19 @@ class _Run:
             self._count_overflow(engine)
         if self._log is not None:
             seconds = time.monotonic() - started
-            self._log.step(mean, rate, norm, int(all_tokens), int(all_room), seconds, waited)
+            assert self._flops is not None
+            self._log.step(
+                mean,
+                rate,
+                norm,
+                int(all_tokens),
+                int(all_room),
+                seconds,
+                waited,
+                flops=self._flops.count(int(all_tokens), all_room / settings.batch_size),
+                peak=self._peak,
+                memory=peak_memory(worker.device),
+            )
 
     def _loss(self, model: Any, data: Data, batch: dict[str, Tensor]) -> Tensor:
         """A micro-batch's loss, summed over its items."""
@@ -497,28 +542,20 @@ class _Run:
                 f"row,"
             )
 
-    def _check_weights(self, engine: Any, data: Data | None, order: BatchOrder) -> None:
-        """Before weights are saved: that they are finite, and so is a loss that they give.
+    def _check_weights(self, engine: Any) -> None:
+        """Before weights are saved: that they are finite, and the probe's loss, which is kept, too.
 
         Finite weights can be so large that nothing they compute is.
-
-        Args:
-            data: of which the last step's first rows are computed again; None: the weights have
-                just been evaluated.
         """
-        settings, worker, step = self.settings, self.worker, self.progress.step
-        bad = (~all_finite(engine.module)).double().to(worker.device)
-        loss = torch.zeros(1, dtype=torch.float64, device=worker.device)
-        if data is not None:
-            rows = share(
-                order.indices(step - 1), worker.rank, worker.world_size, settings.micro_batch_size
-            )[0]
-            batch = data.collate([data[i] for i in rows])
-            with evaluating(engine.module):
-                loss += self._loss(engine.module, data, batch)
-        weights, mean = self._sum(torch.cat((bad.view(1), loss))).tolist()
+        assert self.progress.probe is not None
+        probe, device = Probe(**self.progress.probe), self.worker.device
+        bad = (~all_finite(engine.module)).double().to(device)
+        loss = probe.measure(self.task, engine.module, device)
+        both = torch.stack((bad, torch.tensor(loss, dtype=torch.float64, device=device)))
+        weights, total = self._sum(both).tolist()
         self._check_finite("a weight", math.nan if weights else 0.0)
-        self._check_finite("the loss with the new weights", mean)
+        self._check_finite("the loss with the new weights", total)
+        self.progress.probe = probe.with_loss(loss)
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -611,8 +648,19 @@ class _Run:
             best = self.progress.best
             kept = _checkpoint_name(best["step"]) if best is not None else None
             delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints, kept)
+            self._trackers.publish()
             logger.info("saved %s", self._checkpoint_address)
         return time.monotonic() - started
+
+    def _peak_of_all(self) -> float:
+        """FLOP/s that the workers' matrix products reach together, at the same time."""
+        device, known = self.worker.device, self.settings.workers.peak_tflops
+        dtype = PRECISIONS[self.settings.deepspeed.precision]
+        mine = matrix_peak(device, dtype) if known is None else known * 1e12
+        peak = float(self._sum(torch.tensor([mine], dtype=torch.float64)))
+        if self._log is not None:
+            logger.info("matrix products reach %.3g TFLOP/s on all workers together", peak / 1e12)
+        return peak
 
     def _gather(self, part: Part) -> list[Part]:
         parts: list[Any] = [None] * self.worker.world_size
@@ -636,11 +684,6 @@ class _Run:
         return values.cpu()
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """All of the model's, also where ZeRO-3 has given this rank a part of each."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
 def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
     """Scale the gradients down to a norm of `limit`, if that is not 0; the norm before."""
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -648,6 +691,19 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
     if limit:
         clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def _trackers(settings: Settings, worker: Worker, scratch: Path) -> Trackers:
+    """Rank 0 has them. SettingsError on all ranks."""
+    trackers, fault = Trackers([]), None
+    if worker.rank == 0:
+        try:
+            trackers = Trackers.open(settings, scratch)
+        except SettingsError as error:
+            fault = str(error)
+    if (message := agree(fault)) is not None:
+        raise SettingsError(message)
+    return trackers
 
 
 def _checkpoint_name(step: int) -> str:

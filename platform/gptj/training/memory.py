@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.adapters.lora import NEW_HEADS, add_lora
+from gptj.adapters.quantization import count_weights, quantize_blocks
 from gptj.checkpoints.skeleton import without_weights
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.batches import micro_batches
@@ -34,13 +35,15 @@ from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET
+from gptj.training.optimizer import MOMENT_BYTES
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tasks import TASKS, TaskName
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MASTER, MOMENTS = 4, 8  # bytes of a trained weight: in fp32, and Adam's two numbers
+MASTER = 4  # bytes of a trained weight in fp32
+MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # of Adam's two numbers of a trained weight
 LIVE = 1_000_000_000  # numbers that stage 3 keeps gathered at a time
 CONTEXT = 1_200_000_000  # bytes of CUDA's and NCCL's own, of each GPU
 PROCESS = 700_000_000  # of a worker on a CPU: Python, PyTorch, DeepSpeed, Ray
@@ -78,7 +81,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     """
     spread, workers = settings.deepspeed, settings.workers.fewest
     width, stage = WIDTHS[spread.precision], spread.stage
-    total, trained, largest = _count(settings.task, config, settings.adapter)
+    counts = _count(settings.task, config, settings.adapter)
+    total, trained, largest = counts.numbers, counts.trained, counts.largest
+    moments = MOMENTS[settings.optimizer.moments]
     rows = settings.micro_batch_size
     body, head = _activations(
         settings.task,
@@ -90,18 +95,19 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
         settings.data.sequence_length,
     )
 
-    weights = total * width // (workers if stage == 3 else 1)
+    weights = counts.bytes(width) // (workers if stage == 3 else 1)
     gathered = min(total, LIVE) * width if stage == 3 else 0
-    state = trained * (MOMENTS if stage == 0 and spread.precision == "fp32" else MASTER + MOMENTS)
-    optimizer = state // (workers if stage else 1)
+    masters = 0 if stage == 0 and spread.precision == "fp32" else MASTER
+    optimizer = int(trained * (masters + moments)) // (workers if stage else 1)
     gradients = trained * width // (workers if stage >= 2 else 1)
     # DeepSpeed's optimizer reads gradients in fp32, in a copy.
-    copies = 0 if stage == 0 and spread.precision == "fp32" else trained * 4
+    copies = trained * 4 if masters else 0
     copies = copies // (workers if stage else 1)
     if stage == 3:  # one group of weights after the other
         copies = min(copies, LIVE * 4)
-    if not on_gpu:  # PyTorch's Adam has two temporary tensors of what it updates at a time
-        copies += 2 * 4 * (trained // workers if stage else largest)
+    if not on_gpu:  # where Adam has temporary tensors of what it updates at a time
+        temporary = 2 if settings.optimizer.moments == "fp32" else 5
+        copies += temporary * 4 * (trained // workers if stage else largest)
     bucket = BUCKET if on_gpu else min(trained, BUCKET)
     buffers = bucket * width * (2 if on_gpu and 0 < stage < 3 else 1) if stage else 0
 
@@ -128,7 +134,7 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     if on_gpu:
         device["CUDA"] = CONTEXT
         # The first rank reads the whole model there, and the others have room for it.
-        host["loading"] = total * width
+        host["loading"] = counts.unquantized * width
         host["process"] = PROCESS * 2
     else:
         device["process"] = PROCESS
@@ -142,10 +148,11 @@ def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
     """
     spread, workers = settings.deepspeed, settings.workers.fewest
     width = WIDTHS[spread.precision]
-    total, trained, _ = _count(settings.task, config, settings.adapter)
-    weights = total * width * (1 if spread.stage == 3 else workers)
-    state = MOMENTS + (0 if spread.precision == "fp32" else MASTER)
-    optimizer = trained * state * (1 if spread.stage else workers)
+    counts = _count(settings.task, config, settings.adapter)
+    trained = counts.trained
+    weights = counts.bytes(width) * (1 if spread.stage == 3 else workers)
+    state = MOMENTS[settings.optimizer.moments] + (0 if spread.precision == "fp32" else MASTER)
+    optimizer = int(trained * state) * (1 if spread.stage else workers)
     gradients = trained * width * (1 if spread.stage >= 2 else workers)
     return weights + optimizer + gradients
 
@@ -226,25 +233,47 @@ def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
         offloads.append(both)
     adapters: list[dict[str, Any]] = [{}]
     if settings.adapter is None and settings.model.checkpoint:
-        adapters.append({"adapter": {}})
+        adapters += [{"adapter": {}}, {"adapter": {"quantization": "nf4"}}]
+    elif settings.adapter is not None and settings.adapter.quantization is None:
+        adapters.append({"adapter.quantization": "nf4"})
+    moments: list[dict[str, Any]] = [{}]
+    if settings.optimizer.moments == "fp32":
+        moments.append({"optimizer.moments": "8bit"})
     recomputes: list[dict[str, Any]] = [{}]
     if not settings.model.gradient_checkpointing:
         recomputes.append({"model.gradient_checkpointing": True})
     stages = [{}, *({"deepspeed.stage": s} for s in (2, 3) if s > settings.deepspeed.stage)]
     if settings.workers.fewest == 1 and settings.deepspeed.stage < 3:
         stages = [{}, {"deepspeed.stage": 3}]
-    for adapter, offload, size, stage, recompute in itertools.product(
-        adapters, offloads, sizes, stages, recomputes
+    for adapter, moment, offload, size, stage, recompute in itertools.product(
+        adapters, moments, offloads, sizes, stages, recomputes
     ):
-        change = {**recompute, **stage, **offload, **adapter}
+        change = {**recompute, **stage, **offload, **moment, **adapter}
         if size != settings.micro_batch_size:
             change["micro_batch_size"] = size
         now = change.get("deepspeed.stage", settings.deepspeed.stage)
+        if now == 3 and _quantized(settings, change):
+            continue
+        offloaded = settings.deepspeed.offload_optimizer or "deepspeed.offload_optimizer" in change
+        if offloaded and _moments(settings, change) == "8bit":
+            continue
         if "deepspeed.offload_parameters" in change and now < 3:
             continue
         if "deepspeed.offload_optimizer" in change and now < 1:
             continue
         yield change
+
+
+def _quantized(settings: Settings, change: Mapping[str, Any]) -> bool:
+    if "adapter.quantization" in change:
+        return True
+    if "adapter" in change:
+        return "quantization" in change["adapter"]
+    return settings.adapter is not None and settings.adapter.quantization is not None
+
+
+def _moments(settings: Settings, change: Mapping[str, Any]) -> str:
+    return str(change.get("optimizer.moments", settings.optimizer.moments))
 
 
 @lru_cache(maxsize=256)
@@ -336,17 +365,44 @@ def _fused_attention(
     return out
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """A model's weights.
+
+    Attributes:
+        numbers: in the precision of the training.
+        codes: bytes of those that are quantized, with their scales.
+        unquantized: all of them, as they are read.
+        trained: of the numbers.
+        largest: numbers of the largest trained matrix.
+    """
+
+    numbers: int
+    codes: int
+    unquantized: int
+    trained: int
+    largest: int
+
+    def bytes(self, width: int) -> int:
+        """Where a number of the training's precision has so many."""
+        return self.numbers * width + self.codes
+
+
 @lru_cache(maxsize=64)
-def _counted(task: TaskName, config: str, adapter: AdapterSettings | None) -> tuple[int, int, int]:
+def _counted(task: TaskName, config: str, adapter: AdapterSettings | None) -> _Counts:
     model = _meta_model(task, GPTJConfig(**json.loads(config)), adapter)
+    sizes = [(p.numel(), p.is_floating_point()) for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() for p in model.parameters()), sum(trained), max(trained)
+    return _Counts(
+        numbers=sum(size for size, plain in sizes if plain),
+        codes=sum(size for size, plain in sizes if not plain),
+        unquantized=count_weights(model),
+        trained=sum(trained),
+        largest=max(trained),
+    )
 
 
-def _count(
-    task: TaskName, config: GPTJConfig, adapter: AdapterSettings | None
-) -> tuple[int, int, int]:
-    """All weights, those that are trained, and of these the largest matrix."""
+def _count(task: TaskName, config: GPTJConfig, adapter: AdapterSettings | None) -> _Counts:
     return _counted(task, config.to_json(), adapter)
 
 
@@ -356,6 +412,8 @@ def _meta_model(
     cls = TASKS[task].head
     with without_weights():
         model = cls(config)
+        if adapter is not None and adapter.quantization is not None:
+            quantize_blocks(model, adapter.quantization)
         if adapter is not None:
             add_lora(model, adapter.lora(NEW_HEADS.get(cls.__name__, ())))
     return model

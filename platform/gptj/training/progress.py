@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gptj import storage
 from gptj.extras import Extra
@@ -51,7 +54,7 @@ class ProgressLog:
         self._started = time.monotonic()
         self._first_step = progress.step
         self._tokens = self._room = 0  # of the steps since the last line
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._flops = 0.0
         # Points beyond the checkpoint, which a run that died has left, are not shown.
         self._board = tensorboard.SummaryWriter(
             str(folder / TENSORBOARD), purge_step=progress.step + 1
@@ -70,6 +73,10 @@ class ProgressLog:
         room: int,
         seconds: float,
         waited: float = 0.0,
+        *,
+        flops: float = 0.0,
+        peak: float = 0.0,
+        memory: int = 0,
     ) -> None:
         """Count an optimizer step; every `log_every` steps it becomes a line and a point.
 
@@ -77,20 +84,26 @@ class ProgressLog:
             tokens: of the global batch, without padding.
             room: with it.
             waited: of the seconds, those for this rank's batches.
+            flops: that the model takes for the tokens.
+            peak: FLOP/s of all workers' matrix products; 0: not known.
+            memory: this worker's peak so far, in bytes.
         """
         progress = self.progress
         self._tokens += tokens
         self._room += room
         self._seconds += seconds
         self._waited += waited
+        self._flops += flops
         progress.unlogged.append(loss)
         if progress.step % self._log_every and progress.step != self._total:
             return
         mean = sum(progress.unlogged) / len(progress.unlogged)
         rate = self._tokens / self._seconds
         useful, waiting = self._tokens / self._room, self._waited / self._seconds
+        mfu = self._flops / self._seconds / peak if peak else 0.0
         progress.unlogged.clear()
-        self._tokens, self._room, self._seconds, self._waited = 0, 0, 0.0, 0.0
+        self._tokens, self._room = 0, 0
+        self._seconds = self._waited = self._flops = 0.0
         self._add(
             {
                 "step": progress.step,
@@ -101,22 +114,27 @@ class ProgressLog:
                 "useful_tokens": useful,
                 "skipped_steps": progress.skipped_steps,
                 "waiting_for_data": waiting,
+                "mfu": mfu,
+                "memory_bytes": memory,
             }
         )
         elapsed = time.monotonic() - self._started
         done = progress.step - self._first_step
+        skipped = f" | {progress.skipped_steps} steps skipped" if progress.skipped_steps else ""
         logger.info(
-            "step %d of %d  loss %.4f  learning rate %.2e  gradient norm %.2f  "
-            "%s tokens/s  %.1f%% useful  %.1f%% waiting for data  %s%s left",
+            "step %d of %d | loss %.4f | gradient norm %.2f | learning rate %.2e | %s tokens/s, "
+            "%.0f%% useful | MFU %.1f%% | %.1f GB | waiting for data %.1f%%%s | %s left",
             progress.step,
             self._total,
             mean,
-            learning_rate,
             norm,
+            learning_rate,
             f"{rate:,.0f}",
             100 * useful,
+            100 * mfu,
+            memory / 1e9,
             100 * waiting,
-            f"{progress.skipped_steps} steps skipped  " if progress.skipped_steps else "",
+            skipped,
             duration(elapsed / done * (self._total - progress.step)),
         )
 
@@ -188,6 +206,13 @@ def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tup
         for point in history
         if (value := point.get(key)) is not None and math.isfinite(value)
     ]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of a GPU what PyTorch has had allocated at most; else this process's most ever."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def duration(seconds: float) -> str:

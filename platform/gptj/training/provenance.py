@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("gptj-platform", "torch", "deepspeed", "ray", "tokenizers", "numpy", "safetensors")
+PACKAGES = (
+    *("gptj-platform", "torch", "deepspeed", "ray", "tokenizers", "numpy", "safetensors"),
+    "bitsandbytes",
+)
 
 
+@lru_cache
 def provenance() -> dict[str, Any]:
     """`versions` of Python and packages, and `git_commit` of the source, if it is a checkout."""
     versions = {"python": platform.python_version()}

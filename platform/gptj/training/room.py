@@ -22,7 +22,8 @@ from gptj.training.failures import DISK_REMEDY, DiskFullError, gigabytes
 from gptj.training.settings import Settings
 
 MASTER_BYTES = 4  # of a weight in fp32
-MOMENT_BYTES = 8  # of Adam's two moments of a weight
+# Of Adam's moments of a weight; in 8 bits with each number's scale, see gptj.training.optimizer.
+MOMENT_BYTES = {"fp32": 8, "8bit": 16}
 SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
 
@@ -44,7 +45,7 @@ def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size
     Only what is trained counts: frozen weights are not saved.
     """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    size = trained * (MASTER_BYTES + MOMENT_BYTES)
+    size = trained * (MASTER_BYTES + MOMENT_BYTES[settings.optimizer.moments])
     if settings.deepspeed.stage == 0:  # rank 0 writes all
         return size if rank == 0 else 0
     return -(-size // world_size)

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from gptj.adapters.config import LoRAConfig
+from gptj.adapters.quantization import Quantization
 from gptj.config import ALIASES, PRESETS, GPTJConfig
 from gptj.data.packing import Packing
 from gptj.storage.addresses import normalized
@@ -153,6 +154,9 @@ class OptimizerSettings(Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    # How Adam's two moments are kept: in 8 bits they take 2 bytes a weight rather than 8 (blocks of
+    # 256 numbers, each with a scale: Dettmers et al., 2021, https://arxiv.org/abs/2110.02861).
+    moments: Literal["fp32", "8bit"] = "fp32"
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # largest norm; 0: none
     # Skip a batch whose gradient norm is more than so many times the median of the last
     # spike_window ones, once there is a tenth of these. None: never.
@@ -189,6 +193,8 @@ class AdapterSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # or k_proj, out_proj, fc_in, fc_out
     rslora: bool = False  # alpha / sqrt(rank) times instead
+    # Of the blocks' frozen weights (QLoRA): 8 or 4 bits; None: in deepspeed.precision.
+    quantization: Quantization | None = None
 
     @model_validator(mode="after")
     def _check(self) -> AdapterSettings:
@@ -197,7 +203,16 @@ class AdapterSettings(Section):
 
     def lora(self, heads: tuple[str, ...] = ()) -> LoRAConfig:
         """For a model of which these heads are trained too. ValueError for unknown modules."""
-        return LoRAConfig(**self.model_dump(), modules_to_save=heads)
+        return LoRAConfig(**self.model_dump(exclude={"quantization"}), modules_to_save=heads)
+
+
+class TrackingSettings(Section):
+    """Where a run's points go, beside TensorBoard's files (gptj.training.trackers)."""
+
+    # MLflow's tracking URI, such as http://mlflow:5000; None: nowhere.
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    # Weights & Biases' PROJECT or ENTITY/PROJECT; WANDB_MODE=offline keeps it in the run's folder.
+    wandb: Annotated[str, Field(pattern=r"^([^/]+/)?[^/]+$")] | None = None
 
 
 class WorkerSettings(Section):
@@ -209,6 +224,8 @@ class WorkerSettings(Section):
     cpus: Annotated[float, Field(gt=0)] = 1  # CPUs that Ray counts for a worker
     autoscaling: bool = False  # the cluster will grow: do not insist on the workers' room now
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint
+    # TFLOP/s of each one's matrix products, by which MFU is reckoned; None: measured at the start.
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> WorkerSettings:

@@ -28,6 +28,7 @@ from gptj.training.sections import (
     Section,
     SettingsError,
     TokenizerSettings,
+    TrackingSettings,
     WorkerSettings,
 )
 from gptj.training.tasks import TASKS, AnyTask, TaskName
@@ -59,6 +60,7 @@ class Settings(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     workers: WorkerSettings = WorkerSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -93,6 +95,17 @@ class Settings(Section):
             )
         if self.adapter is not None and not self.model.checkpoint:
             raise ValueError("adapter: a new model has no weights to be kept: set model.checkpoint")
+        if self.adapter is not None and self.adapter.quantization and self.deepspeed.stage == 3:
+            raise ValueError(
+                f"adapter.quantization={self.adapter.quantization} and deepspeed.stage=3: "
+                f"DeepSpeed does not spread quantized weights over the workers; each holds all of "
+                f"them: set deepspeed.stage=2, or drop adapter.quantization"
+            )
+        if self.optimizer.moments == "8bit" and self.deepspeed.offload_optimizer:
+            raise ValueError(
+                "optimizer.moments=8bit and deepspeed.offload_optimizer: DeepSpeed's optimizer on "
+                "the host keeps its moments in fp32: choose one of the two"
+            )
         if self.data.evaluation_split is not None and self.data.evaluation:
             raise ValueError(
                 f"data.evaluation_split={self.data.evaluation_split:g} holds out a part of the "
@@ -219,6 +232,9 @@ CHANGEABLE = frozenset(
         "workers.cpus",
         "workers.autoscaling",
         "workers.max_failures",
+        "workers.peak_tflops",
+        "tracking.mlflow",
+        "tracking.wandb",
         "deepspeed.max_overflows",
         "export",
         "early_stopping",
@@ -232,6 +248,8 @@ ADDED: Mapping[str, Any] = {
     "tokenizer.chat_template": "",
     "optimizer.skip_spikes": None,
     "optimizer.spike_window": 100,
+    "optimizer.moments": "fp32",
+    "adapter.quantization": None,
 }
 MAY_CHANGE = (
     f"A run that resumes may change {', '.join(sorted(CHANGEABLE - {'run', 'storage'}))}, and "

@@ -24,6 +24,7 @@ from gptj.checkpoints.tensor_file import StoredTensor, read_header
 from gptj.checkpoints.weights import TensorSpec, write_tensors
 from gptj.errors import CheckpointError
 from gptj.extras import missing
+from gptj.training.optimizer import restore_moments, stored_moments
 
 try:
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -206,6 +207,7 @@ class Restoration:
         torchs = isinstance(engine.basic_optimizer, torch.optim.AdamW)  # counts in a tensor
         for state in engine.basic_optimizer.state.values():
             state["step"] = torch.tensor(float(updates)) if torchs else updates
+        restore_moments(engine.basic_optimizer)
         scaler = _scaler(engine)
         for name, value in self._counters["loss_scale"].items():
             if hasattr(scaler, name):
@@ -264,6 +266,8 @@ class Restoration:
 def _moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
     """What the optimizer keeps for each number of a flat tensor."""
     state = engine.basic_optimizer.state.get(flat, {})
+    if eight_bit := stored_moments(state, flat):
+        return eight_bit
     return {
         kind: value
         for kind, value in state.items()

@@ -53,6 +53,7 @@ class Progress:
     spikes: int = 0  # steps that were skipped, since the gradient norm was far above the usual
     norms: list[float] = field(default_factory=list)  # the last ones, if spikes are skipped
     counters: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
+    probe: dict[str, Any] | None = None  # a Probe; None in checkpoints of earlier versions
 
     @property
     def skipped_steps(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import NEW_HEADS, adapter_parameters, add_lora
+from gptj.adapters.quantization import Quantization, count_weights, quantize_blocks
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
@@ -36,16 +37,21 @@ def build_model(
     settings: Settings,
     deepspeed_settings: dict[str, Any],
     rank: int,
+    device: torch.device,
 ) -> GPTJPreTrainedModel:
     """The model that training begins with: a checkpoint's weights, or new ones from the seed.
 
     Only rank 0 has them; deepspeed.initialize sends them to the others. At stage 3 the parameters
     are spread over the ranks as they come, one after the other.
+
+    Args:
+        device: of this worker, which quantizes an adapter's frozen weights.
     """
     source = None
-    adapter = None
+    adapter, quantization = None, None
     if settings.adapter is not None:
         adapter = settings.adapter.lora(NEW_HEADS.get(cls.__name__, ()))
+        quantization = settings.adapter.quantization
     if rank == 0:
         torch.manual_seed(settings.seed)
         if settings.model.checkpoint:
@@ -59,9 +65,11 @@ def build_model(
         if settings.deepspeed.precision == "fp32":
             source = source.float()
         if adapter is not None:
+            if quantization is not None:
+                quantize_blocks(source, quantization, device)
             add_lora(source, adapter)
             trained = source.num_parameters(only_trainable=True)
-            logger.info("training %d of %d parameters", trained, source.num_parameters())
+            logger.info("training %d of %d parameters", trained, count_weights(source))
     # A checkpoint's own head may have turned out to be another than its embedding.
     tied = [config.tie_word_embeddings if source is None else source.config.tie_word_embeddings]
     dist.broadcast_object_list(tied)
@@ -70,7 +78,7 @@ def build_model(
         if source is not None:
             return source
         with without_weights():
-            model = _with_adapter(cls(config), adapter)
+            model = _with_adapter(cls(config), adapter, quantization)
         model = model.to_empty(device="cpu")
         if isinstance(model, GPTJForCausalLM):
             model.tie_weights()  # to_empty makes two of a shared matrix
@@ -85,7 +93,13 @@ def build_model(
     return model
 
 
-def _with_adapter(model: GPTJPreTrainedModel, adapter: LoRAConfig | None) -> GPTJPreTrainedModel:
+def _with_adapter(
+    model: GPTJPreTrainedModel,
+    adapter: LoRAConfig | None,
+    quantization: Quantization | None = None,
+) -> GPTJPreTrainedModel:
+    if quantization is not None:
+        quantize_blocks(model, quantization)
     if adapter is not None:
         add_lora(model, adapter)
     return model

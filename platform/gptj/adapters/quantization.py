@@ -1,0 +1,160 @@
+"""Frozen linear layers in 8 or 4 bits, and with LoRA beside them: QLoRA.
+
+Weights are quantized in blocks of BLOCK consecutive numbers, each scaled by the block's largest
+absolute value in fp32:
+
+- `int8`: whole multiples of 1/127, 1.06 bytes a weight.
+- `nf4`: 16 values, quantiles of a normal distribution, 0.56 bytes a weight. Dettmers et al.,
+  "QLoRA", 2023, https://arxiv.org/abs/2305.14314; without its second quantization of the scales.
+
+A layer computes with its dequantized weights, which exist for the length of one product: once in
+the forward pass and once more in the backward pass. The kernels are bitsandbytes', for CPUs and
+GPUs alike.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptj.adapters.config import TARGET_MODULES
+from gptj.extras import require
+
+if TYPE_CHECKING:
+    from gptj.pretrained import GPTJPreTrainedModel
+
+Quantization = Literal["int8", "nf4"]
+
+BLOCK = 64
+
+
+class QuantizedLinear(nn.Module):
+    """W x + b with a frozen W in few bits. Gradients flow to x alone.
+
+    Codes and scales are uint8 parameters, so that converting the model's dtype leaves them as
+    they are, and whoever sends or moves a model's parameters takes them along.
+
+    Args:
+        linear: the layer to replace. On the meta device, its shape counts.
+    """
+
+    def __init__(self, linear: nn.Linear, quantization: Quantization) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype  # of the weights that were quantized
+        self.quantization = quantization
+        with torch.no_grad():
+            codes, scales = _quantize(linear.weight.detach(), quantization)
+        self.weight_codes = nn.Parameter(codes, requires_grad=False)
+        self.weight_scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in), as the layer computes with it."""
+        scales = self.weight_scales.view(torch.float32)
+        shape = (self.out_features, self.in_features)
+        _library()
+        operations = torch.ops.bitsandbytes
+        if self.quantization == "nf4":
+            codes = self.weight_codes[:, None]
+            weight: Tensor = operations.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
+        else:
+            codes, values = self.weight_codes.view(shape), _int8_values(self.weight_codes.device)
+            weight = operations.dequantize_blockwise(codes, scales, values, BLOCK, dtype)
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.quantization}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T; W is dequantized again for the gradient of x, rather than kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantized(grad.dtype), None
+
+
+def quantize_blocks(
+    model: GPTJPreTrainedModel,
+    quantization: Quantization,
+    device: torch.device | str | None = None,
+) -> None:
+    """Replace all linear layers of a model's blocks; embedding, norms and heads stay as they are.
+
+    Args:
+        device: where the weights are quantized, one layer at a time; None: where they are.
+    """
+    blocks: Any = model.base_model.get_submodule("h").children()
+    for block in blocks:
+        for parent in (block.attn, block.mlp):
+            for name in TARGET_MODULES:
+                if hasattr(parent, name):
+                    linear: nn.Linear = getattr(parent, name)
+                    place = linear.weight.device
+                    if device is not None and place.type != "meta":
+                        linear = linear.to(device)
+                    setattr(parent, name, QuantizedLinear(linear, quantization).to(place))
+
+
+def count_weights(model: nn.Module) -> int:
+    """A model's weights: those that codes stand for, and all where ZeRO-3 keeps a part here."""
+    plain = [p for p in model.parameters() if p.is_floating_point()]
+    coded = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in plain) + sum(
+        layer.in_features * layer.out_features for layer in coded
+    )
+
+
+def _library() -> Any:
+    return require("bitsandbytes", "quantized weights (adapter.quantization)")
+
+
+def _quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """Codes, and one scale a block."""
+    if weight.device.type == "meta":
+        count = weight.numel()
+        codes = count if quantization == "int8" else -(-count // 2)
+        blocks = -(-count // BLOCK)
+        return (
+            torch.empty(codes, dtype=torch.uint8, device="meta"),
+            torch.empty(blocks, dtype=torch.float32, device="meta"),
+        )
+    if quantization == "int8":
+        return _quantize_int8(weight)
+    _library()
+    quantize = torch.ops.bitsandbytes.quantize_4bit
+    codes, scales = quantize(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+    return codes.flatten(), scales.float()
+
+
+def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded to the nearest; bitsandbytes' own function may be a code off."""
+    flat = weight.float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    multiples = (blocks * (127 / scales.clamp_min(1e-30))[:, None]).round_().flatten()[: len(flat)]
+    codes = multiples + 127 + (multiples > 0)  # see _int8_values
+    return codes.to(torch.uint8), scales
+
+
+@lru_cache
+def _int8_values(device: torch.device) -> Tensor:
+    """Of the 256 codes: -127/127 to 0, and 0 to 127/127."""
+    values = torch.arange(-127, 128) / 127
+    return torch.cat((values[:128], values[127:])).to(device)

@@ -1,0 +1,58 @@
+"""Model FLOP/s: what a training step must compute, and what a worker's matrix products can reach.
+
+MFU is the one as a share of the other (Chowdhery et al., "PaLM", 2022, appendix B,
+https://arxiv.org/abs/2204.02311): recomputed activations and padding do not count.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from gptj.adapters.quantization import QuantizedLinear
+from gptj.config import GPTJConfig
+
+GPU_SIZE, CPU_SIZE = 8192, 512  # rows and columns
+SECONDS = 0.05
+
+
+class StepFlops:
+    """FLOPs of a model's forward and backward passes.
+
+    A weight of a matrix takes 2 in the forward pass, 2 for the gradient of its input and, if it is
+    trained, 2 for its own. Attention takes 12 per layer, position and width, as in PaLM's count.
+    """
+
+    def __init__(self, model: nn.Module, config: GPTJConfig) -> None:
+        self._attention = 12 * config.n_layer * config.n_embd
+        self._weights = 0
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                self._weights += 4 * module.in_features * module.out_features
+            if isinstance(module, nn.Linear):
+                weight = module.weight
+                size = getattr(weight, "ds_numel", weight.numel())
+                self._weights += (6 if weight.requires_grad else 4) * size
+
+    def count(self, tokens: int, length: float) -> float:
+        """For so many tokens, in rows of this length."""
+        return tokens * (self._weights + self._attention * length)
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products, the best of those in SECONDS."""
+    size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, began = 0.0, None
+    while began is None or time.monotonic() - began < SECONDS:
+        started = time.perf_counter()
+        product = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        if began is None:  # the first product may have loaded a library
+            best, began = 0.0, time.monotonic()
+    del product
+    return best

@@ -1,0 +1,207 @@
+"""A run's points in MLflow and Weights & Biases, by their own libraries.
+
+Their addresses, credentials and offline modes are their own environment variables, such as
+WANDB_API_KEY, WANDB_MODE=offline and MLFLOW_TRACKING_TOKEN. A run that resumes goes on in the same
+run of theirs, which is known by the run's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gptj import storage
+from gptj.extras import Extra
+from gptj.training.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+mlflow = Extra("mlflow", "tracking.mlflow")
+wandb = Extra("wandb", "tracking.wandb")
+
+FOLDER = "wandb"  # of offline runs, in the run's folder
+FOLDER_TAG = "gptj.folder"
+PARAMETERS = 100  # that MLflow takes at a time
+LONGEST = 6000  # characters of a parameter, in MLflow
+IN_TIME = 60.0  # seconds that the last points have
+
+
+class Tracker(ABC):
+    """One of the places that a run's points go to."""
+
+    @abstractmethod
+    def point(self, point: Mapping[str, float]) -> None:
+        """Finite numbers, `step` among them."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Bring what is kept locally, if anything, up to date in the run's folder."""
+
+    @abstractmethod
+    def close(self, failed: bool) -> None: ...
+
+
+class Trackers:
+    """All of a run's trackers, for the length of a `with`.
+
+    What goes wrong later than at the beginning is only a warning: the run does not depend on it.
+    """
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self._trackers = trackers
+
+    @classmethod
+    def open(cls, settings: Settings, scratch: Path) -> Trackers:
+        """Those that the settings name. SettingsError, with the library's words, if one fails."""
+        found: list[Tracker] = []
+        kinds: list[tuple[str, str | None, Callable[[Settings, Path], Tracker]]] = [
+            ("mlflow", settings.tracking.mlflow, MLflowTracker),
+            ("wandb", settings.tracking.wandb, WandbTracker),
+        ]
+        for name, given, kind in kinds:
+            if not given:
+                continue
+            try:
+                found.append(kind(settings, scratch))
+            except Exception as error:  # both libraries raise what their transports raise
+                for each in found:
+                    each.close(failed=True)
+                raise SettingsError(f"tracking.{name}={given}: {error}") from error
+        return cls(found)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for tracker in self._trackers:
+            self._guarded(tracker, lambda each: each.close(failed=error is not None))
+            self._guarded(tracker, lambda each: each.publish())
+
+    def point(self, point: Mapping[str, float]) -> None:
+        """A point of the run's history, without what is not a finite number."""
+        finite = {name: value for name, value in point.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            self._guarded(tracker, lambda each: each.point(finite))
+
+    def publish(self) -> None:
+        for tracker in self._trackers:
+            self._guarded(tracker, lambda each: each.publish())
+
+    def _guarded(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+        try:
+            call(tracker)
+        except Exception as error:  # whatever a library or the network raises
+            logger.warning("%s: %s", type(tracker).__name__, error)
+
+
+class MLflowTracker(Tracker):
+    """An experiment named `gptj`, at a tracking URI; sent by a thread, as servers may be slow."""
+
+    def __init__(self, settings: Settings, scratch: Path) -> None:
+        self._client = mlflow.MlflowClient(tracking_uri=settings.tracking.mlflow)
+        known = self._client.get_experiment_by_name("gptj")
+        experiment = (
+            self._client.create_experiment("gptj") if known is None else known.experiment_id
+        )
+        escaped = settings.folder.replace("'", "")
+        runs = self._client.search_runs(
+            [experiment], filter_string=f"tags.`{FOLDER_TAG}` = '{escaped}'", max_results=1
+        )
+        if runs:
+            self._run = runs[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+        else:
+            run = self._client.create_run(
+                experiment, run_name=settings.run, tags={FOLDER_TAG: escaped}
+            )
+            self._run = run.info.run_id
+            parameters = [
+                mlflow.entities.Param(name, str(value)[:LONGEST])
+                for name, value in flat(settings.model_dump(mode="json")).items()
+            ]
+            for start in range(0, len(parameters), PARAMETERS):
+                self._client.log_batch(self._run, params=parameters[start : start + PARAMETERS])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._sent: list[Future[None]] = []
+
+    def point(self, point: Mapping[str, float]) -> None:
+        now, step = int(time.time() * 1000), int(point["step"])
+        metrics = [
+            mlflow.entities.Metric(name, float(value), now, step)
+            for name, value in point.items()
+            if name != "step"
+        ]
+        while self._sent and self._sent[0].done():
+            self._sent.pop(0).result()
+        self._sent.append(self._thread.submit(self._client.log_batch, self._run, metrics=metrics))
+
+    def publish(self) -> None:
+        """Nothing is kept locally."""
+
+    def close(self, failed: bool) -> None:
+        status = "FAILED" if failed else "FINISHED"
+        self._sent.append(
+            self._thread.submit(self._client.set_terminated, self._run, status=status)
+        )
+        deadline = time.monotonic() + IN_TIME
+        try:
+            for sent in self._sent:
+                sent.result(timeout=max(0.0, deadline - time.monotonic()))
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class WandbTracker(Tracker):
+    """A project, or ENTITY/PROJECT. Offline runs are copied to the run's folder."""
+
+    def __init__(self, settings: Settings, scratch: Path) -> None:
+        assert settings.tracking.wandb is not None
+        entity, _, project = settings.tracking.wandb.rpartition("/")
+        self._folder = scratch / FOLDER
+        self._folder.mkdir()
+        self._address = storage.join(settings.folder, FOLDER)
+        self._run = wandb.init(
+            entity=entity or None,
+            project=project,
+            name=settings.run,
+            id=hashlib.sha256(settings.folder.encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(scratch),
+            config=flat(settings.model_dump(mode="json")),
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+        self._run.define_metric("*", step_metric="step")  # a resumed run repeats steps
+
+    def point(self, point: Mapping[str, float]) -> None:
+        self._run.log(dict(point))
+
+    def publish(self) -> None:
+        """An offline run's file; `wandb sync` takes it from there."""
+        for file in self._folder.glob("offline-run-*/*.wandb"):
+            storage.upload(file, storage.join(self._address, file.parent.name, file.name))
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

@@ -1,0 +1,42 @@
+"""Model FLOPs against PyTorch's own count of a forward and backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gptj import GPTJConfig, GPTJForCausalLM
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import add_lora
+from gptj.adapters.quantization import quantize_blocks
+from gptj.training.flops import StepFlops, matrix_peak
+
+SHAPE = {"vocab_size": 500, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}
+ROWS, LENGTH = 2, 64
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_a_steps_flops_are_those_of_its_products(kind: str) -> None:
+    """PyTorch's count of attention is not PaLM's, so that it is left out of both."""
+    config = GPTJConfig(**SHAPE)
+    model = GPTJForCausalLM(config)
+    if kind == "qlora":
+        quantize_blocks(model, "int8")
+    if kind != "full":
+        add_lora(model, LoRAConfig(rank=4, target_modules=("q_proj", "fc_in")))
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 500
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for name, n in counts.items() if "mm" in str(name))
+    found = StepFlops(model, config).count(ROWS * LENGTH, 0)
+    # The first layers' inputs need no gradient under an adapter.
+    assert found == pytest.approx(products, rel=0.03 if kind == "full" else 0.12)
+    attention = StepFlops(model, config).count(1, LENGTH) - StepFlops(model, config).count(1, 0)
+    assert attention == 12 * 3 * 64 * LENGTH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_peak_is_plausible(dtype: torch.dtype, device: torch.device) -> None:
+    assert 1e7 < matrix_peak(device, dtype) < 1e17

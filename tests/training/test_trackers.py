@@ -1,0 +1,187 @@
+"""A run's points in MLflow and Weights & Biases: their real libraries, without a server."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from gptj import extras
+from gptj.training.packages import check_packages
+from gptj.training.settings import Settings, SettingsError, read_settings
+from gptj.training.trackers import Trackers
+
+POINTS: list[dict[str, float]] = [
+    {"step": 1, "loss": 2.5, "mfu": 0.4, "gradient_norm": 1.5},
+    {"step": 2, "loss": float("nan"), "mfu": 0.5},
+    {"step": 2, "evaluation_loss": 2.0},
+]
+
+
+def settings_of(folder: Path, **tracking: str) -> Settings:
+    return Settings(
+        run="reviews",
+        storage=str(folder / "storage"),
+        tracking=tracking,  # type: ignore[arg-type]
+    )
+
+
+def track(settings: Settings, scratch: Path, points: list[dict[str, float]]) -> None:
+    scratch.mkdir()
+    with Trackers.open(settings, scratch) as trackers:
+        for point in points:
+            trackers.point(point)
+        trackers.publish()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return f"file://{tmp_path}/mlruns"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # MLflow's own, of its file store
+def test_mlflow_has_the_settings_and_points_of_a_run_and_of_its_continuation(
+    tmp_path: Path, file_store: str
+) -> None:
+    settings = settings_of(tmp_path, mlflow=file_store)
+    with pytest.raises(RuntimeError, match="the worker died"), opened(settings, tmp_path / "one"):
+        raise RuntimeError("the worker died")
+    client = mlflow.MlflowClient(tracking_uri=file_store)
+    experiment = client.get_experiment_by_name("gptj")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+    track(settings, tmp_path / "two", POINTS)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "reviews")
+    assert run.data.params["optimizer.learning_rate"] == "0.0003"
+    assert run.data.params["data.sequence_length"] == "128"
+    metrics = {
+        name: [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, name)]
+        for name in ("loss", "mfu", "evaluation_loss")
+    }
+    assert metrics == {
+        "loss": [(1, 2.5)],
+        "mfu": [(1, 0.4), (2, 0.5)],
+        "evaluation_loss": [(2, 2.0)],
+    }
+
+
+def opened(settings: Settings, scratch: Path) -> Trackers:
+    scratch.mkdir()
+    return Trackers.open(settings, scratch)
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """Of wandb's file: a header of 7 bytes, then LevelDB's log format."""
+    assert content[:4] == b":W&B"
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # a block's trailer
+            place += 32768 - place % 32768
+        size, kind = struct.unpack_from("<HB", content, place + 4)
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # the whole, or the last part
+            yield record
+            record = b""
+
+
+@pytest.fixture
+def fresh_wandb() -> Iterator[None]:
+    """It reads its environment variables once a process, unless it is torn down."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.slow
+def test_an_offline_run_of_weights_and_biases_is_kept_in_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = settings_of(tmp_path, wandb="team/gptj")
+    track(settings, tmp_path / "scratch", POINTS)
+    (file,) = Path(settings.folder, "wandb").glob("offline-run-*/*.wandb")
+    logged: list[dict[str, Any]] = []
+    names: set[tuple[str, str]] = set()
+    for data in records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            names.add((record.run.entity, record.run.project))
+        if record.HasField("history"):
+            items = record.history.item
+            logged.append({(i.key or ".".join(i.nested_key)): i.value_json for i in items})
+    assert names == {("team", "gptj")}
+    assert [point.get("step") for point in logged] == ["1", "2", "2"]
+    assert logged[0]["loss"] == "2.5" and "loss" not in logged[1]
+    assert logged[2]["evaluation_loss"].startswith("2")
+
+
+@pytest.mark.slow
+def test_a_tracker_without_credentials_is_refused_with_the_librarys_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(SettingsError, match=r"tracking\.wandb=gptj: .*(api_key|API key|login)"):
+        opened(settings_of(tmp_path, wandb="gptj"), tmp_path / "scratch")
+    with pytest.raises(SettingsError, match=r"tracking\.mlflow=nothing:///x: "):
+        opened(settings_of(tmp_path, mlflow="nothing:///x"), tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_tracker_that_fails_later_costs_a_warning(
+    tmp_path: Path, file_store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(tmp_path, mlflow=file_store)
+    with caplog.at_level(logging.WARNING, "gptj.training.trackers"):
+        with opened(settings, tmp_path / "scratch") as trackers:
+            client = trackers._trackers[0]._client  # type: ignore[attr-defined]
+            client.log_batch = refuse
+            trackers.point({"step": 1, "loss": 1.0})
+    assert "MLflowTracker: the server is gone" in caplog.text
+
+
+def refuse(*arguments: object, **options: object) -> None:
+    raise ConnectionError("the server is gone")
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        (["tracking.mlflow=http://m"], "mlflow", "trackers"),
+        (["tracking.wandb=gptj"], "wandb", "trackers"),
+        (["optimizer.moments=8bit"], "bitsandbytes", "train"),
+        (["model.checkpoint=x", "adapter.quantization=nf4"], "bitsandbytes", "train"),
+    ],
+)
+def test_a_missing_package_is_named_before_the_run_begins(
+    words: list[str], package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_packages(read_settings(words))
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError) as refused:
+        check_packages(read_settings(words))
+    setting = words[-1].partition("=")[0]
+    assert str(refused.value).startswith(setting)
+    assert f"needs the package {package}" in str(refused.value)
+    assert f"pip install 'gptj-platform[{extra}]'" in str(refused.value)
+
+
+def test_a_project_may_have_an_entity() -> None:
+    for name in ("gptj", "team/gptj"):
+        assert read_settings([f"tracking.wandb={name}"]).tracking.wandb == name
+    with pytest.raises(SettingsError, match=r"tracking\.wandb"):
+        read_settings(["tracking.wandb=a/b/c"])
