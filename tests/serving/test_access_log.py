@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.logs import ToServe, follow_serve
-from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.request_ids import RequestIds
 
@@ -98,12 +98,12 @@ def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second
 
     async def run() -> None:
         nonlocal now
-        admission = Admission(Failover(replica), clock=lambda: now)
-        app = RequestIds(admission)
+        gate = Gate(clock=lambda: now)
+        app = RequestIds(Admission(Failover(replica), gate))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
             for path in ("fine", "nothing"):
                 await client.get(f"http://x/{path}", headers={"X-Request-Id": path})
-            admission._max_in_flight = 0
+            gate._max_in_flight = 0
             for second in (1.0, 1.1, 1.2, 2.5):
                 now = second
                 assert (await client.get("http://x/full")).status_code == 429
