@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray._common.formatters import JSONFormatter
 from serving_client import CLASSIFICATION, COMPLETIONS
 from serving_models import KEY
@@ -118,7 +119,9 @@ def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second
     ]
 
 
-def test_our_loggers_write_to_whatever_handlers_serve_has() -> None:
+def test_our_loggers_write_to_whatever_handlers_serve_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     serve, ours = logging.getLogger("ray.serve"), logging.getLogger("gptj")
     before = ours.handlers, ours.propagate, ours.level, serve.handlers, serve.level
     seen: list[str] = []
@@ -127,6 +130,9 @@ def test_our_loggers_write_to_whatever_handlers_serve_has() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             seen.append(f"{record.levelname} {record.getMessage()}")
 
+    follow_serve()
+    assert (ours.handlers, ours.propagate) == before[:2], "outside a cluster nothing changes"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     try:
         follow_serve()
         follow_serve()
