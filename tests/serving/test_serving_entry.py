@@ -29,6 +29,7 @@ from gptj.serving.entry.request_ids import RequestIds
 from gptj.serving.errors import OverloadedError, error_response
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import BodyLimit
+from gptj_bench import slow_clients
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -409,6 +410,15 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
         held[-1].setblocking(False)
         with pytest.raises(BlockingIOError):
             held[-1].recv(1)
+
+
+def test_slow_clients_cost_others_no_request(hasty: str) -> None:
+    """The script that shows it with 2,000 of each kind, with a few."""
+    outcomes = asyncio.run(slow_clients.measure(hasty, ["heads", "bodies"], 20, 3.0))
+    for outcome in outcomes:
+        assert outcome.others.requests > 0 and outcome.others.lost == 0, outcome
+    quiet, heads, bodies = (outcome.slow for outcome in outcomes)
+    assert quiet == {} and heads == bodies == {"408": 20}
 
 
 @pytest.fixture
