@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # Most of a test's time is waiting for programs to start: three at a time, on two cores.
 test: environment
 	$(SIDE_BY_SIDE) -m "not alone and not nightly"
-	$(BIN)/python -m pytest -m alone tests/cluster
+	$(BIN)/python -m pytest -m "alone and not nightly" tests/cluster
 SIDE_BY_SIDE = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # For each edit: what needs no cluster, no server and no program that takes seconds to start.
@@ -31,7 +31,7 @@ coverage: environment
 
 # Beside `make test`: more of what a test there shows.
 nightly: environment
-	$(BIN)/python -m pytest -m nightly tests/engine
+	$(BIN)/python -m pytest -m nightly tests/engine tests/cluster
 
 check: environment
 	$(BIN)/ruff format --check .

@@ -1,12 +1,13 @@
 """Our log in Serve's: in its files and form, with the request's id.
 
-`logging_config: {encoding: JSON}` in serve.yaml, or RAY_SERVE_LOG_ENCODING=JSON where Ray starts,
-makes every line of Serve's files a JSON object.
+`logging_config: {encoding: JSON}` in serve.yaml makes every line of Serve's files a JSON object.
 """
 
 from __future__ import annotations
 
 import logging
+
+import ray
 
 SERVE = logging.getLogger("ray.serve")
 OURS = ("gptj", "deployments")
@@ -21,7 +22,9 @@ class ToServe(logging.Handler):
 
 
 def follow_serve() -> None:
-    """In a process of Serve's: write what our loggers say to Serve's log."""
+    """In a process of a cluster: write what our loggers say to Serve's log."""
+    if not ray.is_initialized():  # whoever builds an application here has a log of his own
+        return
     for name in OURS:
         logger = logging.getLogger(name)
         logger.handlers = [ToServe()]

@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from deployments.logs import follow_serve
-from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.connections import LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.refusals import ReadableRefusals
@@ -31,11 +31,12 @@ def middlewares() -> list[Middleware]:
     # never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
     http.AutoHTTPProtocol = LimitedProtocol
+    LimitedProtocol.gate = gate = Gate()
     follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
         Middleware(PrefixSessions),
-        Middleware(Admission),  # after the body: half-sent requests are not in flight
+        Middleware(Admission, gate=gate),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
         Middleware(Tracing),

@@ -1,50 +1,50 @@
-"""Kills parts of a running service and counts what its clients lose.
+"""Breaks parts of a running service and counts what its clients lose.
 
     python -m gptj_bench.faults [--rounds 3] [--clients 16] [--faults replica,proxy] [--json OUT]
 
 Starts a Ray cluster on loopback with two replicas of a tiny random model, as k8s/base/serve.yaml
 has them, and clients that ask all the time, half of them for streams. Each request is greedy and
-its whole text is known, so that a wrong answer is seen as well. Then, in each round, each part is
-killed (or stopped) once: `replica`, `proxy`, `controller` by SIGKILL, `hang` a replica by SIGSTOP.
-A line a fault: how many requests there were, what became of them, and for how long.
+its whole text is known, so that a wrong answer is seen as well. Then, in each round, each fault
+happens once. A line a fault: how many requests there were, what became of them, and for how long.
+
+    replica, proxy, controller    SIGKILL
+    hang                          SIGSTOP of a replica
+    worker                        a node with a replica, and everything on it, by SIGKILL at once;
+                                  alone, on a cluster with one more node a round
+    upgrade, bad-upgrade,         `serve deploy` of another checkpoint, of a damaged one, and of the
+    rollback                      first again
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
-import sys
+import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
-import yaml
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
-from gptj_local.processes import HOST, free_ports, running, tail
-from gptj_local.ray import LocalRay
+from gptj_bench.local_service import PROMPTS, LocalService, local_service
 
-SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yaml"
 FAULTS = {  # the class of the actor, and what is sent to its process
     "replica": ("ServeReplica", signal.SIGKILL),
     "proxy": ("ProxyActor", signal.SIGKILL),
     "controller": ("ServeController", signal.SIGKILL),
     "hang": ("ServeReplica", signal.SIGSTOP),
 }
-START_SECONDS = 240
-REPLACED_SECONDS = 120
+CHANGES = ("upgrade", "bad-upgrade", "rollback")
+REPLACED_SECONDS = 180
 QUIET_SECONDS = 4.0  # of load before a fault, and after its end
-PROMPTS = ("The tower", "A river", "Anna wrote", "In the year", "Who", "x", "The book", "Paris")
 MAX_TOKENS = 96
 ANSWERED = "answered"
 
@@ -57,7 +57,8 @@ class Result:
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     refused_seconds: float = 0.0  # from the first refused connection to the last
-    longest_seconds: float = 0.0  # of the requests that were answered
+    median_seconds: float = 0.0  # of the requests that were answered
+    longest_seconds: float = 0.0
     replaced_seconds: float = 0.0  # from the fault until the part was there again
 
     @property
@@ -102,6 +103,7 @@ class Load:
             len(events),
             Counter(outcome for outcome, _, _ in events),
             max(refused) - min(refused) if refused else 0.0,
+            statistics.median(answered) if answered else 0.0,
             max(answered, default=0.0),
         )
 
@@ -155,94 +157,84 @@ class Failed(Exception):
     """An answer that says that there is none; the message tells which."""
 
 
-@dataclass
-class Cluster:
-    """A cluster with the generation service."""
-
-    node: LocalRay
-    url: str
-    key: str = "none"
-
-    def processes(self, actor: str) -> dict[str, int]:
-        """Process ids of the live actors of a class, by the actors' ids."""
-        reply = httpx.get(
-            f"{self.node.dashboard}/api/v0/actors?limit=1000&detail=1",
-            headers={"Authorization": f"Bearer {self.node.token}"},
-            timeout=30,
-        )
-        found = reply.raise_for_status().json()["data"]["result"]["result"]
-        return {
-            each["actor_id"]: each["pid"]
-            for each in found
-            if each["state"] == "ALIVE" and each["class_name"].startswith(actor)
-        }
-
-    async def break_(self, fault: str) -> float:
-        """Break a part; the seconds until there is another in its place."""
-        actor, what = FAULTS[fault]
-        before = await asyncio.to_thread(self.processes, actor)
-        victim = next(iter(before))
-        start = time.monotonic()
-        os.kill(before[victim], what)
-        while time.monotonic() - start < REPLACED_SECONDS:
-            await asyncio.sleep(0.1)
-            try:
-                now = await asyncio.to_thread(self.processes, actor)
-            except httpx.HTTPError:
-                continue
-            dead = now.get(victim) != before[victim]
-            if dead and len(now) >= len(before) and self._answers():
-                return time.monotonic() - start
-        return float("inf")
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
+async def break_(service: LocalService, fault: str) -> float:
+    """Break or change a part; the seconds until there is another in its place."""
+    start = time.monotonic()
+    if fault in FAULTS:
+        ended = await kill(service, *FAULTS[fault])
+    elif fault == "worker":
+        ended = await lose_worker(service)
+    else:
+        ended = await change(service, fault)
+    return time.monotonic() - start if ended else float("inf")
 
 
-@contextmanager
-def cluster(folder: Path, replicas: int = 2, key: str = "none") -> Iterator[Cluster]:
-    """Replicas of a tiny model behind serve.yaml's settings."""
-    tokenizer = GPTJTokenizer.train([*PROMPTS, "It runs past the tower, and nobody reads."], 300)
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "rotary_dim": 8,
-        "n_positions": 512,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.3,
-    }
-    model = GPTJForCausalLM(GPTJConfig(vocab_size=len(tokenizer), **shape))
-    model.save_pretrained(folder / "model", tokenizer=tokenizer)
-    config = yaml.safe_load(SERVE_CONFIG.read_text())
-    (port,) = free_ports(1)
-    config["http_options"]["port"] = port
-    config["applications"] = config["applications"][:1]
-    (application,) = config["applications"]
-    application["args"] |= {"checkpoint": str(folder / "model"), "dtype": "float32"}
-    (deployment,) = application["deployments"]
-    deployment.pop("autoscaling_config")
-    deployment["num_replicas"] = replicas
-    path, log = folder / "serve.yaml", folder / "serve.log"
-    path.write_text(yaml.safe_dump(config))
-    with LocalRay.start(folder, cpus=4) as node:
-        command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
-        with running(command, environment={**os.environ, **node.environment()}, log=log) as process:
-            found = Cluster(node, f"http://{HOST}:{port}", key)
-            deadline = time.monotonic() + START_SECONDS
-            while len(found.processes("ServeReplica")) < replicas or not found._answers():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the service does not start:\n{tail(log, 6000)}")
-                time.sleep(0.5)
-            yield found
+async def kill(service: LocalService, actor: str, what: signal.Signals) -> bool:
+    """Send an actor's process a signal; whether another has taken its place in time."""
+    before = await asyncio.to_thread(service.processes, actor)
+    victim = next(iter(before))
+    os.kill(before[victim], what)
+
+    def replaced() -> bool:
+        now = service.processes(actor)
+        return now.get(victim) != before[victim] and len(now) >= len(before) and service.answers()
+
+    return await until(replaced)
 
 
-async def measure(service: Cluster, faults: Sequence[str], clients: int) -> AsyncIterator[Result]:
+async def lose_worker(service: LocalService) -> bool:
+    """Lose a node; whether its replica is on the spare one in time."""
+    before = await asyncio.to_thread(service.processes, "ServeReplica")
+    await asyncio.to_thread(service.lose_worker)
+
+    def replaced() -> bool:
+        now = service.processes("ServeReplica")
+        states = service.states()
+        return now.keys() != before.keys() and states == ["RUNNING"] * len(before)
+
+    return await until(replaced)
+
+
+async def change(service: LocalService, kind: str) -> bool:
+    """Deploy another version, or a bad one; whether that ends as it should, in time."""
+    bad = kind == "bad-upgrade"
+    replicas = await asyncio.to_thread(service.processes, "ServeReplica")
+    if kind == "rollback":
+        checkpoint = service.config["applications"][0]["args"]["checkpoint"]
+    else:
+        checkpoint = await asyncio.to_thread(service.new_version, damaged=bad)
+    await asyncio.to_thread(service.deploy, checkpoint)
+
+    def ended() -> bool:
+        now = service.processes("ServeReplica")
+        status = service.application()["status"]
+        if bad:
+            return status == "DEPLOY_FAILED" and now.keys() == replicas.keys()
+        settled = service.states() == ["RUNNING"] * len(replicas)
+        moved = checkpoint == service.serving or not now.keys() & replicas.keys()
+        return status == "RUNNING" and settled and moved and service.deployed() == checkpoint
+
+    if not await until(ended):
+        return False
+    if not bad:
+        service.serving = checkpoint
+    return True
+
+
+async def until(condition: Callable[[], bool]) -> bool:
+    """Wait until a condition holds; False if it takes too long."""
+    deadline = time.monotonic() + REPLACED_SECONDS
+    while time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+        with contextlib.suppress(httpx.HTTPError):  # whoever could tell is dead itself
+            if await asyncio.to_thread(condition):
+                return True
+    return False
+
+
+async def measure(
+    service: LocalService, faults: Sequence[str], clients: int
+) -> AsyncIterator[Result]:
     """Break each part in turn under load."""
     load = Load(f"{service.url}/v1/completions", clients, service.key)
     await load.begin()
@@ -250,7 +242,7 @@ async def measure(service: Cluster, faults: Sequence[str], clients: int) -> Asyn
         for fault in faults:
             await asyncio.sleep(QUIET_SECONDS)
             since = time.monotonic()
-            replaced = await service.break_(fault)
+            replaced = await break_(service, fault)
             await asyncio.sleep(QUIET_SECONDS)
             result = load.result(fault, since)
             result.replaced_seconds = replaced
@@ -276,20 +268,26 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--faults", default=",".join(FAULTS), help="in this order")
+    parser.add_argument("--faults", default=",".join((*FAULTS, *CHANGES)), help="in this order")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append a line a fault")
     arguments = parser.parse_args()
     faults = arguments.faults.split(",")
-    if unknown := set(faults) - set(FAULTS):
-        parser.error(f"there is no fault {', '.join(sorted(unknown))}: {', '.join(FAULTS)}")
+    known = (*FAULTS, "worker", *CHANGES)
+    if unknown := set(faults) - set(known):
+        parser.error(f"there is no fault {', '.join(sorted(unknown))}: {', '.join(known)}")
+    if "worker" in faults and set(faults) != {"worker"}:
+        parser.error("worker needs a cluster of its own: leave the other faults out")
+    workers = 2 + arguments.rounds if "worker" in faults else 0
     with (
         tempfile.TemporaryDirectory(prefix="gptj-faults-") as folder,
-        cluster(Path(folder)) as service,
+        local_service(Path(folder), workers=workers) as service,
     ):
         asyncio.run(report(service, faults * arguments.rounds, arguments.clients, arguments.json))
 
 
-async def report(service: Cluster, faults: Sequence[str], clients: int, out: Path | None) -> None:
+async def report(
+    service: LocalService, faults: Sequence[str], clients: int, out: Path | None
+) -> None:
     async for result in measure(service, faults, clients):
         print(line(result), flush=True)
         if out is not None:

@@ -2,7 +2,7 @@
 
     python -m gptj_bench.overload [--clients 400,1200] [--seconds 30] [--patient]
 
-Starts what gptj_bench.faults starts, with one replica. The clients ask one request after another on
+Starts gptj_bench.local_service with one replica. The clients ask one request after another on
 connections of their own, and at once again after a refusal; with --patient they wait as long as
 `Retry-After` says. Beside them one asks for /health. A line for each number of clients.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gptj_bench.faults import PROMPTS, Cluster, cluster
+from gptj_bench.local_service import PROMPTS, LocalService, local_service
 
 MAX_TOKENS = 32
 HEALTH_SECONDS = 0.5  # between its requests
@@ -101,7 +101,7 @@ async def watch_health(address: tuple[str, int], end: float, outcome: Outcome) -
         await asyncio.sleep(HEALTH_SECONDS)
 
 
-async def measure(service: Cluster, clients: int, seconds: float, patient: bool) -> Outcome:
+async def measure(service: LocalService, clients: int, seconds: float, patient: bool) -> Outcome:
     parts = urlsplit(service.url)
     assert parts.hostname
     assert parts.port
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="gptj-overload-") as folder,
-        cluster(Path(folder), replicas=1) as service,
+        local_service(Path(folder), replicas=1) as service,
     ):
         for clients in map(int, arguments.clients.split(",")):
             outcome = asyncio.run(measure(service, clients, arguments.seconds, arguments.patient))

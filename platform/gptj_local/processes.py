@@ -58,6 +58,15 @@ def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
         psutil.wait_procs(tree, timeout=5)
 
 
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for it and all its descendants at once, as when a machine is lost."""
+    tree = _tree(process)
+    process.kill()
+    for each in tree:
+        if each.is_running():
+            each.kill()
+
+
 def free_ports(count: int) -> list[int]:
     """Distinct loopback ports that were free a moment ago."""
     sockets = [socket.socket() for _ in range(count)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import subprocess
 import sys
 import tempfile
 import time
@@ -107,6 +108,37 @@ class LocalRay:
                         )
                     time.sleep(0.2)
                 yield node
+
+    @contextmanager
+    def worker(
+        self, log: Path, *, cpus: int, environment: Mapping[str, str] = os.environ
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node for the length of the block, whose workers see `environment`.
+
+        It has joined the cluster when the block begins: two raylets of one machine that start at
+        the same time may choose the same names for their sockets, and one ends. Raises RuntimeError
+        with the end of its log if it does not join.
+        """
+        alive = self._nodes_alive()
+        agent, metrics = free_ports(2)
+        command = [
+            *(str(Path(sys.executable).parent / "ray"), "start", "--block"),
+            *(f"--address={HOST}:{self.port}", f"--num-cpus={cpus}"),
+            f"--dashboard-agent-listen-port={agent}",
+            f"--metrics-export-port={metrics}",
+        ]
+        variables = {**environment, **self.environment(), "PATH": _path(environment), **SERVE}
+        with running(command, environment=variables, log=log, grace_seconds=2) as process:
+            deadline = time.monotonic() + START_SECONDS
+            while self._nodes_alive() <= alive:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the node did not join; the end of {log}:\n{tail(log)}")
+                time.sleep(0.2)
+            yield process
+
+    def _nodes_alive(self) -> int:
+        summary = self._get("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
 
     def _answers(self) -> bool:
         """Whether the jobs API accepts requests and the node has joined its cluster.

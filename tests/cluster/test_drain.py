@@ -17,7 +17,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from worker_node import worker_node
 
 from gptj_local.processes import HOST, free_ports
 from gptj_local.ray import LocalRay
@@ -46,7 +45,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
         for number in range(2):
             log = folder / f"worker-{number}.log"
-            stack.enter_context(worker_node(node, log, cpus=1, environment=environment))
+            stack.enter_context(node.worker(log, cpus=1, environment=environment))
         (port,) = free_ports(1)
         config = {
             # The nodes share one address, so their proxies would share one port: one that has just

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import time
@@ -16,13 +17,15 @@ import pytest
 from serving_client import assert_error
 
 from gptj.serving.keys.keyring import digest
-from gptj_bench.faults import ANSWERED, Cluster, cluster, measure
+from gptj_bench.faults import ANSWERED, measure
+from gptj_bench.local_service import LocalService, local_service
 
+FAULTS = ["replica", "controller", "upgrade", "bad-upgrade", "rollback"]
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
     folder = tmp_path_factory.mktemp("faults")
     keys = folder / "keys.json"
     entries = [
@@ -32,11 +35,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     keys.write_text(json.dumps({"keys": entries}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTJ_KEYS_FILE", str(keys))
-        with cluster(folder, key="open") as service:
+        with local_service(folder, key="open") as service:
             yield service
 
 
-def test_a_limit_holds_over_all_replicas(service: Cluster) -> None:
+def test_a_limit_holds_over_all_replicas(service: LocalService) -> None:
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: ask_limited(service), range(60)))
     assert sum(reply.status_code == 200 for reply in replies) == 40
@@ -44,7 +47,7 @@ def test_a_limit_holds_over_all_replicas(service: Cluster) -> None:
     assert_error(refused[0], 429, "40 requests a minute")
 
 
-def test_requests_are_answered_without_the_ledger_until_it_is_back(service: Cluster) -> None:
+def test_requests_are_answered_without_the_ledger_until_it_is_back(service: LocalService) -> None:
     (ledger,) = service.processes("Counts").values()
     os.kill(ledger, signal.SIGKILL)
     deadline = time.monotonic() + 60
@@ -54,24 +57,24 @@ def test_requests_are_answered_without_the_ledger_until_it_is_back(service: Clus
     assert list(service.processes("Counts").values()) != [ledger]
 
 
-def ask_limited(service: Cluster) -> httpx.Response:
+def ask_limited(service: LocalService) -> httpx.Response:
     body = {"prompt": "x", "max_tokens": 1}
     headers = {"Authorization": "Bearer limited"}
     return httpx.post(f"{service.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
-def test_no_request_is_lost_when_a_replica_or_the_controller_dies(service: Cluster) -> None:
-    """Streams go on elsewhere; all texts are as undisturbed ones."""
+def test_no_request_is_lost_when_a_replica_or_the_controller_dies(service: LocalService) -> None:
+    """Nor when others are deployed. Streams go on elsewhere; all texts are as undisturbed ones."""
 
     async def results() -> None:
-        async for result in measure(service, ["replica", "controller"], clients=6):
+        async for result in measure(service, FAULTS, clients=6):
             assert result.outcomes.keys() == {ANSWERED}, result
-            assert result.requests > 6
+            assert result.requests > 6 and math.isfinite(result.replaced_seconds), result
 
     asyncio.run(results())
 
 
-def test_serves_own_replies_have_our_body(service: Cluster) -> None:
+def test_serves_own_replies_have_our_body(service: LocalService) -> None:
     headers = {"Authorization": "Bearer open", "X-Request-Timeout-Seconds": "0.001"}
     url = f"{service.url}/v1/completions"
     reply = httpx.post(url, json={"prompt": "x"}, headers=headers, timeout=30)
@@ -79,7 +82,7 @@ def test_serves_own_replies_have_our_body(service: Cluster) -> None:
     assert reply.headers["x-request-id"]
 
 
-def test_a_stopped_replica_is_ended_and_its_requests_are_answered(service: Cluster) -> None:
+def test_a_stopped_replica_is_ended_and_its_requests_are_answered(service: LocalService) -> None:
     victim = next(iter(service.processes("ServeReplica").values()))
     os.kill(victim, signal.SIGSTOP)
     headers = {"Authorization": "Bearer open"}

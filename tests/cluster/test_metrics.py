@@ -1,7 +1,11 @@
-"""What Prometheus reads from a running service, against what its clients see."""
+"""What a running service tells of itself, against what its clients see.
+
+Its metrics, as Prometheus, the dashboards and `gptj status` read them; its traces and logs.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -12,15 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import k8s_metrics
 import pytest
 import torch
 import yaml
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from otlp_collector import Collector, collecting
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_server import prometheus
 from serve_cluster import SERVE_CONFIG, serving
 from serving_models import SENTENCES
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj_cli.status import Watcher
 from gptj_local.processes import HOST
+from gptj_local.ray import LocalRay
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 CANARY = "xyzzy canary phrase"
@@ -34,6 +44,8 @@ class Service:
     address: str
     metrics: str
     sessions: Path
+    node: LocalRay
+    collector: Collector
 
     def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """All of ours, by name and those of their labels that are ours too."""
@@ -85,10 +97,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         "dtype": "float32",
         "cache_tokens": 4096,
     }
-    with pytest.MonkeyPatch.context() as patch:
+    config["logging_config"]["encoding"] = "JSON"
+    with pytest.MonkeyPatch.context() as patch, collecting() as collector:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        exporter = "deployments.tracing:exporter"
+        patch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", exporter)
+        patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "0")  # only what clients sample
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
         with serving(config, folder) as (address, node):
-            yield Service(address, f"http://{HOST}:{node.metrics_port}/metrics", folder)
+            metrics = f"http://{HOST}:{node.metrics_port}/metrics"
+            yield Service(address, metrics, folder, node, collector)
 
 
 @dataclass(frozen=True)
@@ -239,8 +257,108 @@ def test_a_client_that_leaves_is_counted_and_its_pages_are_freed(service: Servic
     )
 
 
+def test_a_trace_goes_from_the_client_through_the_proxy_to_the_engine(service: Service) -> None:
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    body = {"prompt": CANARY, "max_tokens": 3, "ignore_eos": True}
+    url = f"{service.address}/v1/completions"
+    for sampled in (0, 1):
+        headers = {"traceparent": f"00-{trace}-{parent}-0{sampled}"}
+        httpx.post(url, json=body, headers=headers, timeout=30)
+    model = httpx.get(f"{service.address}/v1/models", timeout=30).json()["data"][0]["id"]
+    names = {"POST", f"text_completion {model}", "queue", "prefill", "decode"}
+    spans: dict[str, Span] = {}
+    deadline = time.monotonic() + 60
+    while True:
+        spans = {each.name: each for each in service.collector.spans}
+        there = {each.span_id for each in spans.values()} | {bytes.fromhex(parent)}
+        # Processes send what has ended every five seconds: parents come after their children.
+        if names <= spans.keys() and {each.parent_span_id for each in spans.values()} <= there:
+            break
+        assert time.monotonic() < deadline, spans.keys()
+        time.sleep(0.2)
+    assert {each.trace_id.hex() for each in service.collector.spans} == {trace}
+    by_id = {each.span_id: each for each in spans.values()}
+    path, each = [], spans["decode"]
+    while each.parent_span_id in by_id:
+        path.append(each.name)
+        each = by_id[each.parent_span_id]
+    assert path[:2] == ["decode", f"text_completion {model}"]
+    # Serve's own are between: of the replica, the router and the proxy.
+    for serves in ("replica_handle_request generation", "proxy_http_request generation"):
+        assert any(name.startswith(serves) for name in path), path
+    assert (each.name, each.parent_span_id.hex()) == ("POST", parent)
+    assert len([each for each in service.collector.spans if each.name == "POST"]) == 1
+    assert service.collector.services == {"gptj"}
+
+
+def test_each_request_has_one_line_in_json_with_the_id_that_its_client_has(
+    service: Service,
+) -> None:
+    url = f"{service.address}/v1/completions"
+    body = {"prompt": CANARY, "max_tokens": 3, "ignore_eos": True}
+    replica = httpx.post(url, json=body, headers={"X-Request-Id": "line.1"}, timeout=30)
+    headers = {"X-Request-Id": "line.2", "X-Request-Timeout-Seconds": "0.001"}
+    proxy = httpx.post(url, json=body, headers=headers, timeout=30)
+    assert (replica.status_code, proxy.status_code) == (200, 408)
+    logs = service.node.logs / "serve"
+    lines = [
+        json.loads(line)
+        for path in logs.glob("replica_*.log")
+        for line in path.read_text().splitlines()
+        if line.startswith("{")  # Serve's first lines are not, before it knows the setting
+    ]
+    (one,) = [each for each in lines if each.get("request_id") == "line.1"]
+    assert one["status"] == 200 and one["route"] == "/v1/completions"
+    assert one["completion_tokens"] == 3 and one["application"] == "generation"
+    assert one["seconds"] > one["first_token_seconds"] > 0
+    # `serve run` does not pass the setting on to the proxies.
+    (path,) = logs.glob("proxy_*.log")
+    proxys = [line for line in path.read_text().splitlines() if "line.2" in line]
+    assert any("POST /v1/completions 408" in line for line in proxys), proxys
+
+
+def test_every_panel_of_the_dashboards_has_data_and_the_status_agrees(
+    service: Service, tmp_path: Path
+) -> None:
+    """By a real Prometheus, which is what Grafana asks."""
+    # Of which there are none here.
+    quiet = ('status=~"5.."', "ray_node_gpus_utilization", "ray_gptj_engine_preemptions_total")
+    target = service.metrics.removeprefix("http://").removesuffix("/metrics")
+    with prometheus(tmp_path, target, pod="local") as address:
+        wanted = [*k8s_metrics.panels("serving"), *k8s_metrics.panels("engine")]
+        deadline = time.monotonic() + 90
+        while True:
+            with httpx.Client(base_url=service.address, timeout=60) as client:
+                ask(client, 0)
+                body = {"prompt": CANARY, "max_tokens": 200, "ignore_eos": True, "stream": True}
+                with client.stream("POST", "/v1/completions", json=body) as left:
+                    next(left.iter_lines())
+            empty = [each for each in wanted if not any(has_data(address, each.text))]
+            if all(any(name in each.text for name in quiet) for each in empty):
+                break
+            assert time.monotonic() < deadline, empty
+        there = Watcher(service.node.dashboard, address).read()
+        here = Watcher(service.node.dashboard).read()
+    for found in (here, there):
+        assert found.problems == []
+        (application,) = found.applications
+        assert application.status == "RUNNING" and application.numbers.running is not None
+        assert application.numbers.cache_pages_total == 4096 / 16
+        assert application.numbers.first_token_seconds is not None
+        (replica,) = application.replicas
+        assert replica.state == "RUNNING" and replica.numbers == application.numbers
+
+
+def has_data(prometheus: str, query: str) -> Iterator[bool]:
+    """Of each series of a query's answer, whether it has a number."""
+    query = query.replace("$__rate_interval", "30s")
+    reply = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=30)
+    for series in reply.raise_for_status().json()["data"]["result"]:
+        yield not math.isnan(float(series["value"][1]))
+
+
 def test_prompts_are_in_no_log(service: Service) -> None:
-    logs = list(service.sessions.rglob("*.log"))
-    assert logs
+    logs = [*service.sessions.rglob("*.log"), *service.node.logs.rglob("*.log")]
+    assert any(path.name.startswith("replica_generation") for path in logs)
     for path in logs:
         assert CANARY not in path.read_text(errors="replace"), path

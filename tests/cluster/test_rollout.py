@@ -19,7 +19,6 @@ import httpx
 import pytest
 import torch
 import yaml
-from worker_node import worker_node
 
 from gptj import (
     GPTJConfig,
@@ -144,7 +143,7 @@ def rollout(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with ExitStack() as stack:
         node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
         log = folder / "worker.log"
-        stack.enter_context(worker_node(node, log, cpus=2, environment=of_worker))
+        stack.enter_context(node.worker(log, cpus=2, environment=of_worker))
         started = Rollout(folder, models, node, {**environment, **node.environment()}, port)
         started.deploy("first", by_command=True)
         started.wait_until(lambda: started.application().get("status") == "RUNNING")

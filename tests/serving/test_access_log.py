@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray._common.formatters import JSONFormatter
 from serving_client import CLASSIFICATION, COMPLETIONS
 from serving_models import KEY
@@ -18,7 +19,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.logs import ToServe, follow_serve
-from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.request_ids import RequestIds
 
@@ -98,12 +99,12 @@ def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second
 
     async def run() -> None:
         nonlocal now
-        admission = Admission(Failover(replica), clock=lambda: now)
-        app = RequestIds(admission)
+        gate = Gate(clock=lambda: now)
+        app = RequestIds(Admission(Failover(replica), gate))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
             for path in ("fine", "nothing"):
                 await client.get(f"http://x/{path}", headers={"X-Request-Id": path})
-            admission._max_in_flight = 0
+            gate._max_in_flight = 0
             for second in (1.0, 1.1, 1.2, 2.5):
                 now = second
                 assert (await client.get("http://x/full")).status_code == 429
@@ -118,7 +119,9 @@ def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second
     ]
 
 
-def test_our_loggers_write_to_whatever_handlers_serve_has() -> None:
+def test_our_loggers_write_to_whatever_handlers_serve_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     serve, ours = logging.getLogger("ray.serve"), logging.getLogger("gptj")
     before = ours.handlers, ours.propagate, ours.level, serve.handlers, serve.level
     seen: list[str] = []
@@ -127,6 +130,9 @@ def test_our_loggers_write_to_whatever_handlers_serve_has() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             seen.append(f"{record.levelname} {record.getMessage()}")
 
+    follow_serve()
+    assert (ours.handlers, ours.propagate) == before[:2], "outside a cluster nothing changes"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     try:
         follow_serve()
         follow_serve()

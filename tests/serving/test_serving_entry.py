@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from serving_models import Models, applications, mounted
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_serving_edge import BODY, Reply, request
 
-from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.event_stream import DivergedError, EventStream
 from gptj.serving.entry.failover import MAX_TRIES, Failover
@@ -28,6 +29,7 @@ from gptj.serving.entry.request_ids import RequestIds
 from gptj.serving.errors import OverloadedError, error_response
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import BodyLimit
+from gptj_bench import slow_clients
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -393,7 +395,7 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
     """And the oldest of an address that has too many is given up first."""
     limits = ConnectionLimits(unfinished_per_address=100, grace_seconds=0.1)
     protocol = LimitedProtocol.limited(limits)
-    entry = Edge(BodyLimit(Admission(Failover(replicas), max_in_flight=4)))
+    entry = Edge(BodyLimit(Admission(Failover(replicas), Gate(max_in_flight=4))))
     with listening(RequestIds(entry), protocol) as service, ExitStack() as stack:
         held = []
         for number in range(200):
@@ -408,6 +410,67 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
         held[-1].setblocking(False)
         with pytest.raises(BlockingIOError):
             held[-1].recv(1)
+
+
+def test_slow_clients_cost_others_no_request(hasty: str) -> None:
+    """The script that shows it with 2,000 of each kind, with a few."""
+    outcomes = asyncio.run(slow_clients.measure(hasty, ["heads", "bodies"], 20, 3.0))
+    for outcome in outcomes:
+        assert outcome.others.requests > 0 and outcome.others.lost == 0, outcome
+    quiet, heads, bodies = (outcome.slow for outcome in outcomes)
+    assert quiet == {} and heads == bodies == {"408": 20}
+
+
+@pytest.fixture
+def full(replicas: Replicas) -> Iterator[tuple[str, Gate]]:
+    """A service whose route for completions is full, and whose connections know it."""
+    gate = Gate(first_bound=1)
+    gate.enter("/v1/completions")
+    protocol = LimitedProtocol.limited(QUICK)
+    protocol.gate = gate
+    entry = Edge(BodyLimit(Admission(Failover(replicas), gate)))
+    with listening(RequestIds(entry), protocol) as service:
+        yield service, gate
+
+
+def test_a_full_route_refuses_on_the_connection_as_admission_does(
+    full: tuple[str, Gate], replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, gate = full
+    body = {"prompt": "x", "max_tokens": 1}
+    replicas.tries = 0
+    with httpx.Client(base_url=service, timeout=20) as client:
+        quick = client.post("/v1/completions", json=body, headers={"X-Request-Id": "mine"})
+        # Chunked, by a path with a slash and a query.
+        parts = client.post("/v1/completions/?a=b", content=iter([b"{", b"}"]))
+        slow = client.post("/v1/completions", json=body, headers={"Origin": "https://a.example"})
+        assert [each.status_code for each in (quick, parts, slow)] == [429] * 3
+        assert quick.content == parts.content == slow.content
+        assert quick.headers["x-request-id"] == "mine" and parts.headers["x-request-id"]
+        assert {*quick.headers} == {*slow.headers} and quick.headers["retry-after"] == "1"
+        assert replicas.tries == 0
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/nothing", json=body).status_code == 404
+        gate.leave("/v1/completions", 499, refused=False)
+        assert client.post("/v1/completions", json=body).status_code == 200  # as before
+
+
+def test_a_refusal_on_the_connection_keeps_to_http(full: tuple[str, Gate]) -> None:
+    """Pipelined requests are answered in order, and a connection that is to end does."""
+    service, _ = full
+    one = request(b"POST", b"/v1/completions", b"", BODY) + BODY
+    health = request(b"GET", b"/health", b"Connection: close\r\n")
+    with connect(service) as connection:
+        connection.sendall(one + one + health)
+        content = b""
+        while received := connection.recv(65536):
+            content += received
+    assert re.findall(rb"HTTP/1\.1 (\d+)", content) == [b"429", b"429", b"200"]
+    closing = request(b"POST", b"/v1/completions", b"Connection: close\r\n", BODY)
+    reply = exchange(service, closing, BODY)
+    assert reply.status_code == 429 and reply.headers["connection"] == "close"
+    # What is half sent is no more refused than answered: it waits for its end.
+    assert exchange(service, one[:-3]).status_code == 408
 
 
 def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them() -> None:
@@ -476,7 +539,7 @@ class Queue:
         self.asked = 0
         self.running: list[asyncio.Event] = []
         self.now = 0.0
-        self._admission = Admission(self._serve, clock=lambda: self.now, **settings)
+        self._admission = Admission(self._serve, Gate(clock=lambda: self.now, **settings))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked += 1

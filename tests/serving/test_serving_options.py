@@ -26,7 +26,7 @@ from gptj.engine.speculation import Speculation
 from gptj.serving import requests
 from gptj.serving.app import HTTPOptions, new_app
 from gptj.serving.completions.constraints import ResponseFormat, StructuredOutputs
-from gptj.serving.entry.admission import Admission
+from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.refusals import MAX_KNOWN, ReadableRefusals
 from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, MAX_BODY_BYTES
 from gptj.serving.requests import RequestModel, ignoring_unknown_fields
@@ -182,7 +182,7 @@ async def _preflights_beside_a_full_route() -> None:
             await release.wait()
         await app(scope, receive, send)
 
-    entry = ReadableRefusals(Admission(slow, first_bound=1))
+    entry = ReadableRefusals(Admission(slow, Gate(first_bound=1)))
     headers = {"Origin": HERE, "Access-Control-Request-Method": "POST"}
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(entry), base_url="http://test", headers=headers

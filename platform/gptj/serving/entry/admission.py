@@ -49,6 +49,54 @@ class Bound:
             self.refused_at = now
 
 
+class Gate:
+    """The requests of a proxy that are in flight, by path, and whether there is room for more."""
+
+    def __init__(
+        self,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        first_bound: int = FIRST_BOUND,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_in_flight = max_in_flight
+        self._first_bound = first_bound
+        self._clock = clock
+        self._in_flight: Counter[str] = Counter()  # only what is in flight
+        self._bounds: dict[str, Bound] = {}  # of routes that exist
+        self._refused = 0  # since the log's last line about it
+        self._logged_at = float("-inf")
+
+    def full(self, path: str) -> bool:
+        bound = self._bounds.get(path)
+        most = self._first_bound if bound is None else bound.value
+        return self._in_flight[path] >= most or self._in_flight.total() >= self._max_in_flight
+
+    def enter(self, path: str) -> None:
+        self._in_flight[path] += 1
+
+    def leave(self, path: str, status: int, *, refused: bool) -> None:
+        """A request has ended with this status; `refused`: since its replica is full."""
+        self._in_flight[path] -= 1
+        left = self._in_flight[path]
+        if refused:
+            self._bound(path).note_refusal(left, self._clock())
+        elif status == 200:
+            # Only of routes that exist: clients can make up any number of paths.
+            self._bound(path).note_answer(left)
+        if not left:
+            del self._in_flight[path]
+
+    def log_refusal(self) -> None:
+        """A line for each would be too many, when there are many."""
+        self._refused += 1
+        if (now := self._clock()) - self._logged_at >= LOG_SECONDS:
+            logger.warning("the service is full: %d requests refused", self._refused)
+            self._refused, self._logged_at = 0, now
+
+    def _bound(self, path: str) -> Bound:
+        return self._bounds.setdefault(path, Bound(self._first_bound))
+
+
 class Admission:
     """Middleware: 429 while a route has as many requests in flight as its bound allows.
 
@@ -56,21 +104,9 @@ class Admission:
     a model, and browsers report a refused one as a network error.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        max_in_flight: int = MAX_IN_FLIGHT,
-        first_bound: int = FIRST_BOUND,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate | None = None) -> None:
         self._app = app
-        self._max_in_flight = max_in_flight
-        self._first_bound = first_bound
-        self._clock = clock
-        self._in_flight: Counter[str] = Counter()  # by path; only what is in flight
-        self._bounds: dict[str, Bound] = {}  # by path, of routes that exist
-        self._refused = 0  # since the log's last line about it
-        self._logged_at = float("-inf")
+        self._gate = gate or Gate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_health(scope):
@@ -79,10 +115,9 @@ class Admission:
         path = scope["path"].rstrip("/")
         if scope["method"] == "OPTIONS":
             path = f"OPTIONS {path}"
-        bound = self._bounds.get(path) or Bound(self._first_bound)
-        in_flight = self._in_flight[path]
-        if in_flight >= bound.value or self._in_flight.total() >= self._max_in_flight:
-            self._log_refusal()
+        if self._gate.full(path):
+            current_entry().logged = True
+            self._gate.log_refusal()
             await error_response(FULL)(scope, receive, send)
             return
         status, refused = 0, False
@@ -95,24 +130,8 @@ class Admission:
                 refused = status == 429 and SCOPE.encode() not in names
             await send(message)
 
-        self._in_flight[path] += 1
+        self._gate.enter(path)
         try:
             await self._app(scope, receive, watch)
         finally:
-            self._in_flight[path] -= 1
-            left = self._in_flight[path]
-            if refused:
-                self._bounds.setdefault(path, bound).note_refusal(left, self._clock())
-            elif status == 200:
-                # Only of routes that exist: clients can make up any number of paths.
-                self._bounds.setdefault(path, bound).note_answer(left)
-            if not left:
-                del self._in_flight[path]
-
-    def _log_refusal(self) -> None:
-        """Lines of their own would be too many, when there are many."""
-        current_entry().logged = True
-        self._refused += 1
-        if (now := self._clock()) - self._logged_at >= LOG_SECONDS:
-            logger.warning("the service is full: %d requests refused", self._refused)
-            self._refused, self._logged_at = 0, now
+            self._gate.leave(path, status, refused=refused)

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with time limits, and a bound on half-sent requests.
+"""uvicorn's HTTP connection with time limits, a bound on half-sent requests, and quick refusals.
 
 uvicorn itself waits forever for the rest of a head or body, and for a client to read.
 """
@@ -6,6 +6,7 @@ uvicorn itself waits forever for the rest of a head or body, and for a client to
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,9 +16,28 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gptj.serialization.json_object import to_json
+from gptj.serving.entry.admission import FULL, Gate
 from gptj.serving.errors import APIError, InvalidRequestError, RequestTimeoutError
+from gptj.serving.middleware.observing import HEADER as REQUEST_ID
 
+# A request with one of these headers takes the long way, which knows what they mean.
+NOT_REFUSED_HERE = frozenset((b"expect", b"origin", b"upgrade", b"x-request-timeout-seconds"))
 READ_SECONDS = 0.01  # by then the loop has polled its sockets again
+
+
+def error_bytes(error: APIError) -> bytes:
+    """The rest of a reply after its status and other headers."""
+    content = to_json(error.body(), ensure_ascii=True).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(content)),
+        **error.headers,
+    }
+    lines = b"".join(f"{name.lower()}: {value}\r\n".encode() for name, value in headers.items())
+    return b"%b\r\n%b" % (lines, content)
+
+
+REFUSAL = error_bytes(FULL)
 
 
 @dataclass(frozen=True)
@@ -112,8 +132,13 @@ class Unfinished:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. Errors that uvicorn would answer in plain text have our body."""
+    """One connection. Errors that uvicorn would answer in plain text have our body.
 
+    While a route's gate is closed, its POST requests are refused here, as Admission would: clients
+    that retry at once would otherwise take the time of those that are answered.
+    """
+
+    gate: Gate | None = None
     limits = ConnectionLimits()
     unfinished = Unfinished(limits)  # of the process
 
@@ -127,6 +152,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline: Timer | None = None  # of the arriving head or body
         self._unread: Timer | None = None
         self._phase = "head"
+        self._refusing = False  # the present request, once its body has arrived
 
     @property
     def address(self) -> str:
@@ -148,11 +174,47 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._await_rest("body", self.limits.body_seconds)
-        super().on_headers_complete()
+        self._refusing = self._is_refused()
+        if not self._refusing:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refusing:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._request_arrived()
-        super().on_message_complete()
+        if not self._refusing:
+            super().on_message_complete()
+            return
+        self._refusing = False
+        given = next((value for name, value in self.headers if name == REQUEST_ID), None)
+        id_ = given if given is not None and given.isascii() else str(uuid.uuid4()).encode()
+        keeps = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        own = [(REQUEST_ID, id_), *([] if keeps else [(b"connection", b"close")])]
+        lines = [*self.server_state.default_headers, *own]
+        head = b"".join(b"%b: %b\r\n" % line for line in lines)
+        self.transport.write(b"".join([STATUS_LINE[429], head, REFUSAL]))
+        if keeps:
+            self.on_response_complete()
+        else:
+            self._close()
+
+    def _is_refused(self) -> bool:
+        """Whether the route is full, as far as the head tells; otherwise Admission decides."""
+        if self.gate is None or self.parser.get_method() != b"POST":
+            return False
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False  # it waits for the one before it
+        if any(name in NOT_REFUSED_HERE for name, _ in self.headers):
+            return False
+        path = self.url.partition(b"?")[0].rstrip(b"/")
+        if b"%" in path or not path.startswith(b"/") or path.endswith(b"/health"):
+            return False
+        if not self.gate.full(path.decode("latin-1")):
+            return False
+        self.gate.log_refusal()
+        return True
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -204,15 +266,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self.unfinished.discard(self)
 
     def _refuse(self, error: APIError) -> None:
-        content = to_json(error.body(), ensure_ascii=True).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(content)),
-            "connection": "close",
-            **error.headers,
-        }
-        lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in headers.items())
-        self.transport.write(b"".join([STATUS_LINE[error.status], lines, b"\r\n", content]))
+        head = [STATUS_LINE[error.status], b"connection: close\r\n"]
+        self.transport.write(b"".join([*head, error_bytes(error)]))
         self._close()
 
     def _close(self) -> None:
