@@ -6,15 +6,22 @@ import json
 import os
 import re
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
-from test_training import MODEL, RATES, STEPS, losses, releasing, settings_of, write_text
+from test_training import (
+    MODEL,
+    RATES,
+    STEPS,
+    losses,
+    releasing,
+    run_ranks,
+    settings_of,
+    write_text,
+)
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.base import Base
@@ -89,15 +96,6 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(runs: list[Settings], world: int = WORLD) -> None:
-    for settings in runs:
-        prepare_tokenizer(settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_main, (world, port, runs), nprocs=world)
-
-
 def adapter_settings(folder: Path, run: str, **fields: Any) -> Settings:
     model = {"checkpoint": str(folder / "base"), **fields.pop("model", {})}
     values = settings_of(folder, run).model_dump(exclude_unset=True)
@@ -153,14 +151,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
         }
     )
     order = sorted(found.values(), key=lambda each: each.deepspeed.stage != 3)
-    run_ranks(order)
+    run_ranks(WORLD, order, rank_main)
     again = {}
     for name in [name for name in found if name.startswith("dropout-")]:
         wishes = found[name].model_dump(exclude_unset=True)
         again[f"again-{name}"] = Settings(**{**wishes, "run": f"again-{name}"})
         folder_again = Path(again[f"again-{name}"].folder)
         shutil.copytree(halfway(found[name]), folder_again / Path(halfway(found[name])).name)
-    run_ranks(list(again.values()))
+    run_ranks(WORLD, list(again.values()), rank_main)
     return found | again
 
 

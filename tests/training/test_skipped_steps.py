@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import warnings
@@ -17,9 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from deepspeed.accelerator import get_accelerator
-from test_training import MODEL, NoPicture, ended, logged, losses, settings_of, write_text
+from test_training import (
+    MODEL,
+    NoPicture,
+    ended,
+    logged,
+    losses,
+    run_ranks,
+    settings_of,
+    write_text,
+)
 
 from gptj import storage
 from gptj.training import loop, progress
@@ -28,7 +35,6 @@ from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.spikes import SpikeFilter, UpdateGate
 from gptj.training.state import latest_checkpoint, upload_state
-from gptj.training.tokenizer import prepare_tokenizer
 
 STEPS = 6
 SPIKE = 4  # the step whose gradients are a hundred times the usual
@@ -131,25 +137,15 @@ def all_runs(folder: Path) -> dict[str, Settings]:
         name: settings_of(folder, name, workers={"count": 2}, **fields)
         for name, (fields, _) in RUNS.items()
     }
-    for settings in found.values():
-        prepare_tokenizer(settings)
-    start(list(found.values()))
+    run_ranks(2, list(found.values()), rank_main)
     again = {}
     for name in ("spike-3", "spike-2", "spike-0"):
         values = {**found[name].model_dump(exclude_unset=True), "run": f"again-{name}"}
         again[f"again-{name}"] = Settings(**values)
         target = checkpoint(again[f"again-{name}"], SPIKE - 1)
         shutil.copytree(checkpoint(found[name], SPIKE - 1), target)
-        prepare_tokenizer(again[f"again-{name}"])
-    start(list(again.values()))
+    run_ranks(2, list(again.values()), rank_main)
     return found | again
-
-
-def start(runs: list[Settings]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(rank_main, (2, port, runs), nprocs=2)
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

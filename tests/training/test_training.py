@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,16 +163,17 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
     torch.distributed.destroy_process_group()
 
 
-def run_ranks(world_size: int, runs: list[Settings]) -> None:
+def run_ranks(world_size: int, runs: list[Settings], main: Callable[..., None] = rank_main) -> None:
+    """Have `main` train all runs, one after the other, on as many ranks."""
     for settings in runs:
         prepare_tokenizer(settings)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # Ranks are forked from a process that has imported what takes seconds.
-    multiprocessing.set_forkserver_preload(["gptj.training.loop", "transformers"])
+    multiprocessing.set_forkserver_preload(["gptj.training.loop", "deepspeed"])
     multiprocessing.start_processes(
-        rank_main, (world_size, port, runs), nprocs=world_size, start_method="forkserver"
+        main, (world_size, port, runs), nprocs=world_size, start_method="forkserver"
     )
 
 
