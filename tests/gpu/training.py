@@ -16,11 +16,12 @@ import torch
 from checking import Check, run
 from models import matrix_parameters
 
-from gptj import GPTJConfig, GPTJForCausalLM, storage
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.config import TARGET_MODULES
 from gptj.adapters.lora import add_lora
 from gptj.data.batches import BatchOrder
-from gptj.training import loop
+from gptj.training import agreement, loop
+from gptj.training.dataset import TaskData
 from gptj.training.deepspeed_config import (
     deepspeed_config,
     learning_rate_share,
@@ -194,8 +195,14 @@ def compare(
         config["optimizer"]["params"]["torch_adam"] = not compiled or check.rehearsal
         return config
 
+    def in_memory(settings: Settings, tokenizer: GPTJTokenizer, *_: Any) -> TaskData:
+        return make_data(settings, tokenizer)  # prepared data needs pyarrow, which is not carried
+
     check.device.reset_peak()
-    with mock.patch.object(loop, "deepspeed_config", plan):
+    with (
+        mock.patch.object(loop, "deepspeed_config", plan),
+        mock.patch.object(agreement, "node_data", in_memory),
+    ):
         seconds, _ = check.wall(lambda: train(settings, Worker(0, 1, device, report, watch)))
     precision = settings.deepspeed.precision
     differences = [abs(a - b) for a, b in zip(losses, expected, strict=False)]
