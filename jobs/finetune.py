@@ -65,7 +65,7 @@ try:
     from jobs.memory import check_memory
     from jobs.preparing import write_shards
     from jobs.room import wait_for_room
-    from jobs.stopping import STOPPED, Notices, OnSigterm
+    from jobs.stopping import PREEMPTED, STOPPED, Notices, OnSigterm
     from jobs.training_metrics import TrainingMetrics, count_failure
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/finetune.py", extra="train") from error
@@ -323,7 +323,8 @@ def work(config: dict[str, Any]) -> None:
         with metrics:
             train(settings, worker)
     except StoppedError as error:
-        if notices.preempted:  # Ray starts the workers elsewhere, and counts no failure
+        # Not all workers need to know of it yet. Ray starts them elsewhere, and counts no failure.
+        if error.reason == PREEMPTED:
             raise RayActorError(error_msg=str(error), preempted=True) from error
         _leave_to_driver()
         raise

@@ -22,6 +22,7 @@ from jobs.bell import Bell
 logger = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # the exit status of a program that SIGTERM has ended
+PREEMPTED = "Ray takes a node away"
 
 
 class OnSigterm:
@@ -64,13 +65,11 @@ class Notices:
         self._bell = bell
         threading.Thread(target=self._listen, name="stop-bell", daemon=True).start()
 
-    @property
-    def preempted(self) -> bool:
-        """Whether Ray has said that it will take away a node of this training."""
-        return self._context.preemption_context.preemption_info is not None
-
     def reason(self) -> str | None:
-        return "Ray takes a node away" if self.preempted else self._asked
+        """Whoever asked; else PREEMPTED, if Ray has said that it will take away a node."""
+        if self._asked is None and self._context.preemption_context.preemption_info is not None:
+            return PREEMPTED
+        return self._asked
 
     def _listen(self) -> None:
         try:

@@ -345,10 +345,11 @@ class _Run:
         self._check_weights(engine)
         self._checkpoint(engine, {})
         self._finish_upload()
+        reason = next(reason for reason in reasons if reason is not None)
         raise StoppedError(
-            f"stopped after step {self.progress.step} of {self.total}: "
-            f"{next(reason for reason in reasons if reason is not None)}. "
-            f"{self._checkpoint_address} is saved, and the same command resumes from it"
+            f"stopped after step {self.progress.step} of {self.total}: {reason}. "
+            f"{self._checkpoint_address} is saved, and the same command resumes from it",
+            reason,
         )
 
     def _stops_early(self) -> bool:
