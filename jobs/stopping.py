@@ -16,6 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.bell import Bell
 
@@ -33,7 +34,11 @@ class OnSigterm:
     """
 
     def __init__(self) -> None:
-        self.bell: ActorHandle[Any] = Bell.remote()  # type: ignore[attr-defined]
+        # On the driver's node: on another one it would be gone once Ray takes that away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.bell: ActorHandle[Any] = Bell.options(  # type: ignore[attr-defined]
+            scheduling_strategy=here
+        ).remote()
         self._asked = False
 
     def __enter__(self) -> OnSigterm:
