@@ -42,6 +42,7 @@ from gptj.training.state import (
     check_same_data,
     is_complete,
     latest_checkpoint,
+    read_progress,
     upload_state,
 )
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
@@ -117,7 +118,7 @@ def fine_tune(
     """
     try:
         config, longest, prepared = check_inputs(settings, shared)
-        if latest_checkpoint(settings.folder) is None:  # or else it has fitted before
+        if not _has_fitted(settings):
             check_memory(settings, config, on_gpu, longest)
     except (ValueError, OSError, UnrecoverableError) as error:
         sys.exit(f"error: {error}")
@@ -237,6 +238,16 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dic
             logger.info("%s data: %s", name, each.summary())
     settings.total_steps(len(data.train))
     return make_config(settings, tokenizer, data.train.labels), data.train.longest, prepared
+
+
+def _has_fitted(settings: Settings) -> bool:
+    """Whether the run has reached a checkpoint with all settings that its memory depends on."""
+    checkpoint = latest_checkpoint(settings.folder)
+    if checkpoint is None:
+        return False
+    before, now = read_progress(checkpoint).settings, settings.model_dump(mode="json")
+    keys = ("batch_size", "micro_batch_size", "data", "model", "adapter", "optimizer")
+    return all(before.get(key) == now[key] for key in (*keys, "deepspeed", "workers"))
 
 
 def _prepare(settings: Settings, plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> None:

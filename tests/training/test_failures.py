@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
+from gptj.checkpoints.manifest import Manifest, describe
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
 from gptj.training import room
@@ -29,6 +31,7 @@ from gptj.training.failures import (
     unrecoverable,
 )
 from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import PROGRESS, manifest_name
 from jobs import finetune
 from jobs.finetune import EndAtOnce, check_address, explained
 from jobs.stopping import PREEMPTED, Notices
@@ -201,6 +204,29 @@ def test_whoever_asks_for_a_stop_counts_more_than_a_preemption() -> None:
     assert notices.reason() == PREEMPTED
     notices._asked = "SIGTERM"
     assert notices.reason() == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("change", "fitted"),
+    [
+        ({}, True),
+        ({"log_every": 1, "keep_checkpoints": 9}, True),
+        ({"workers": {"count": 1}}, False),
+        ({"deepspeed": {"stage": 0}}, False),
+        ({"micro_batch_size": 4}, False),
+    ],
+)
+def test_what_a_resumed_run_changes_may_need_more_memory(
+    change: dict[str, object], fitted: bool, tmp_path: Path
+) -> None:
+    fields = {"storage": str(tmp_path), "micro_batch_size": 2, "workers": {"count": 2}}
+    settings = Settings(**fields)  # type: ignore[arg-type]
+    assert not finetune._has_fitted(settings)
+    folder = Path(settings.folder, "checkpoint-00000001")
+    content = json.dumps({"step": 1, "settings": settings.model_dump(mode="json")})
+    storage.write_bytes(str(folder / PROGRESS), content.encode())
+    Manifest(str(folder), describe(str(folder), [PROGRESS]).files).write(manifest_name(0, 1))
+    assert finetune._has_fitted(Settings(**{**fields, **change})) == fitted  # type: ignore[arg-type]
 
 
 class _NoMetrics(nullcontext[None]):
