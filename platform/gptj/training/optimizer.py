@@ -27,8 +27,8 @@ def own_optimizer(
 ) -> Optimizer | None:
     """The optimizer to give DeepSpeed; None: it makes its own.
 
-    Tensors of fewer than 4096 numbers have moments in fp32. At ZeRO stages 1 and up there are
-    hardly any: DeepSpeed joins parameters, and blocks cross their borders.
+    Tensors of fewer than SMALLEST numbers have moments in fp32. At ZeRO stages 1 and up DeepSpeed
+    joins parameters, so that there are hardly any, and blocks cross their borders.
     """
     if settings.moments == "fp32":
         return None
