@@ -42,6 +42,7 @@ from gptj.training.state import (
     check_same_data,
     is_complete,
     latest_checkpoint,
+    read_progress,
     upload_state,
 )
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
@@ -65,7 +66,7 @@ try:
     from jobs.memory import check_memory
     from jobs.preparing import write_shards
     from jobs.room import wait_for_room
-    from jobs.stopping import STOPPED, Notices, OnSigterm
+    from jobs.stopping import PREEMPTED, STOPPED, Notices, OnSigterm
     from jobs.training_metrics import TrainingMetrics, count_failure
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/finetune.py", extra="train") from error
@@ -117,7 +118,7 @@ def fine_tune(
     """
     try:
         config, longest, prepared = check_inputs(settings, shared)
-        if latest_checkpoint(settings.folder) is None:  # or else it has fitted before
+        if not _has_fitted(settings):
             check_memory(settings, config, on_gpu, longest)
     except (ValueError, OSError, UnrecoverableError) as error:
         sys.exit(f"error: {error}")
@@ -239,6 +240,16 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dic
     return make_config(settings, tokenizer, data.train.labels), data.train.longest, prepared
 
 
+def _has_fitted(settings: Settings) -> bool:
+    """Whether the run has reached a checkpoint with all settings that its memory depends on."""
+    checkpoint = latest_checkpoint(settings.folder)
+    if checkpoint is None:
+        return False
+    before, now = read_progress(checkpoint).settings, settings.model_dump(mode="json")
+    keys = ("batch_size", "micro_batch_size", "data", "model", "adapter", "optimizer")
+    return all(before.get(key) == now[key] for key in (*keys, "deepspeed", "workers"))
+
+
 def _prepare(settings: Settings, plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> None:
     """On the cluster, unless it is so little that this process has done it before."""
     if sum(plan.sizes) <= SMALL_BYTES:
@@ -323,7 +334,8 @@ def work(config: dict[str, Any]) -> None:
         with metrics:
             train(settings, worker)
     except StoppedError as error:
-        if notices.preempted:  # Ray starts the workers elsewhere, and counts no failure
+        # Not all workers need to know of it yet. Ray starts them elsewhere, and counts no failure.
+        if error.reason == PREEMPTED:
             raise RayActorError(error_msg=str(error), preempted=True) from error
         _leave_to_driver()
         raise

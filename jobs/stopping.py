@@ -16,12 +16,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.bell import Bell
 
 logger = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # the exit status of a program that SIGTERM has ended
+PREEMPTED = "Ray takes a node away"
 
 
 class OnSigterm:
@@ -32,7 +34,11 @@ class OnSigterm:
     """
 
     def __init__(self) -> None:
-        self.bell: ActorHandle[Any] = Bell.remote()  # type: ignore[attr-defined]
+        # On the driver's node: on another one it would be gone once Ray takes that away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.bell: ActorHandle[Any] = Bell.options(  # type: ignore[attr-defined]
+            scheduling_strategy=here
+        ).remote()
         self._asked = False
 
     def __enter__(self) -> OnSigterm:
@@ -64,13 +70,11 @@ class Notices:
         self._bell = bell
         threading.Thread(target=self._listen, name="stop-bell", daemon=True).start()
 
-    @property
-    def preempted(self) -> bool:
-        """Whether Ray has said that it will take away a node of this training."""
-        return self._context.preemption_context.preemption_info is not None
-
     def reason(self) -> str | None:
-        return "Ray takes a node away" if self.preempted else self._asked
+        """Whoever asked; else PREEMPTED, if Ray has said that it will take away a node."""
+        if self._asked is None and self._context.preemption_context.preemption_info is not None:
+            return PREEMPTED
+        return self._asked
 
     def _listen(self) -> None:
         try:

@@ -20,8 +20,9 @@ from serving_client import CHATS, COMPLETIONS, EMBEDDINGS, greedy, text_of
 from serving_models import PROMPTS, SENTENCES, TEMPLATE, Models
 
 from deployments.in_process import InProcessService
+from gptj import storage
 from gptj.checkpoints.manifest import verify
-from gptj.data.answers import Index, Record, begin, chunks, finish
+from gptj.data.answers import Index, Plan, Record, begin, chunks, finish
 from gptj.data.rows import DataError
 from jobs.batch_inference import Answerer, check_custom_ids, main, planned, read_settings
 
@@ -323,3 +324,16 @@ def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path
     data = written(tmp_path / "rows.jsonl", [{"question": "x", "context": "y"}])
     with pytest.raises(ValueError, match=r"no column 'text'.* or .*messages"):
         planned(read_settings([addresses["generation"], data, str(tmp_path / "output")]))
+
+
+def test_answers_are_in_the_rows_order_however_many_chunks_a_file_has(tmp_path: Path) -> None:
+    """From 100,000 on their numbers have a digit more."""
+    plan = Plan("rows.jsonl", (("rows.jsonl",),), (1,), ("text",), {}, None, 1, {}, whole=True)
+    records = []
+    for number in (100_000, 99_999):
+        name = f"00000-{number:05}"
+        file = f"unfinished/output-{name}.jsonl"
+        storage.write_bytes(str(tmp_path / file), f"{number}\n".encode())
+        records.append(Record(name, 1, 0, "", {file: {"size": 6, "sha256": ""}}))
+    finish(plan, str(tmp_path), records)
+    assert (tmp_path / "output.jsonl").read_text() == "99999\n100000\n"

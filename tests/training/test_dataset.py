@@ -18,7 +18,7 @@ from gptj.data.causal_lm import CausalLMData
 from gptj.data.rows import DataError
 from gptj.training import dataset
 from gptj.training.dataset import node_data
-from gptj.training.settings import Settings
+from gptj.training.settings import Settings, SettingsError
 from tests.support.task_data import make_data
 
 WORDS = "the cat is old and the dog is new, so the house is so so"
@@ -150,3 +150,18 @@ def test_a_row_that_does_not_fit_is_named_to_each_process(
     for _ in range(2):
         with pytest.raises(DataError, match=r"train\.jsonl, row 10, column 'text': must be text"):
             node_data(settings, tokenizer, tmp_path)
+
+
+def test_a_classifier_of_pairs_is_not_measured_on_single_texts(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    settings = settings_of(tmp_path, "classification")
+    pairs = [{**row, "text_pair": "so"} for row in ROWS["classification"]]
+    content = "".join(json.dumps(row) + "\n" for row in pairs)
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(SettingsError) as refused:
+        node_data(settings, tokenizer, tmp_path)
+    assert str(refused.value) == (
+        f"data.train has the columns text, text_pair, label, and {tmp_path}/held-out.jsonl has "
+        f"text, label: evaluate on rows of the kind that is learned"
+    )

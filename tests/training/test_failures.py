@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from shutil import _ntuple_diskusage as usage  # type: ignore[attr-defined]
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptj import storage
+from gptj.checkpoints.manifest import Manifest, describe
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
 from gptj.training import room
 from gptj.training.failures import (
     DiskFullError,
     DivergedError,
+    StoppedError,
     UnrecoverableError,
     naming_full_disk,
     unrecoverable,
 )
 from gptj.training.settings import Settings, SettingsError
+from gptj.training.state import PROGRESS, manifest_name
+from jobs import finetune
 from jobs.finetune import EndAtOnce, check_address, explained
+from jobs.stopping import PREEMPTED, Notices
 
 
 @pytest.fixture
@@ -48,6 +57,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         CheckpointError("why"),
         DivergedError("why"),
         DiskFullError("why"),
+        StoppedError("why", "SIGTERM"),
         storage.NotFoundError("why"),
         storage.AccessDeniedError("why"),
     ],
@@ -157,3 +167,71 @@ def test_the_address_of_the_jobs_api_is_not_taken_for_the_heads(
     for address in ("127.0.0.1:6379", "auto", "ray://10.0.0.1:10001"):
         monkeypatch.setenv("RAY_ADDRESS", address)
         check_address()
+
+
+@pytest.mark.parametrize("reason", [PREEMPTED, "the job was told to stop (SIGTERM)"])
+def test_a_worker_that_was_not_told_itself_ends_as_the_others_do(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray tells the workers of a preemption one after the other, and all stop with the first."""
+
+    def stopped(*_: object) -> None:
+        raise StoppedError("stopped after step 3", reason)
+
+    context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(finetune, "_log_to_stdout", lambda: None)
+    monkeypatch.setattr(finetune, "train", stopped)
+    monkeypatch.setattr(finetune, "Notices", lambda bell: SimpleNamespace(reason=lambda: None))
+    monkeypatch.setattr(finetune, "TrainingMetrics", _NoMetrics)
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(finetune, "Claim", lambda **_: SimpleNamespace(check=lambda: None))
+    config = {"settings": {}, "claim": {}, "bell": None, "submission": "s", "prepared": {}}
+    with pytest.raises((RayActorError, StoppedError)) as ended:
+        finetune.work(config)
+    elsewhere = isinstance(ended.value, RayActorError) and ended.value.preempted
+    assert elsewhere == (reason == PREEMPTED)
+
+
+def test_whoever_asks_for_a_stop_counts_more_than_a_preemption() -> None:
+    """For a run that is to end must not start elsewhere."""
+    notices = Notices.__new__(Notices)
+    preemption = SimpleNamespace(preemption_info=None)
+    notices._context = SimpleNamespace(preemption_context=preemption)  # type: ignore[assignment]
+    notices._asked = None
+    assert notices.reason() is None
+    preemption.preemption_info = object()
+    assert notices.reason() == PREEMPTED
+    notices._asked = "SIGTERM"
+    assert notices.reason() == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("change", "fitted"),
+    [
+        ({}, True),
+        ({"log_every": 1, "keep_checkpoints": 9}, True),
+        ({"workers": {"count": 1}}, False),
+        ({"deepspeed": {"stage": 0}}, False),
+        ({"micro_batch_size": 4}, False),
+    ],
+)
+def test_what_a_resumed_run_changes_may_need_more_memory(
+    change: dict[str, object], fitted: bool, tmp_path: Path
+) -> None:
+    fields = {"storage": str(tmp_path), "micro_batch_size": 2, "workers": {"count": 2}}
+    settings = Settings(**fields)  # type: ignore[arg-type]
+    assert not finetune._has_fitted(settings)
+    folder = Path(settings.folder, "checkpoint-00000001")
+    content = json.dumps({"step": 1, "settings": settings.model_dump(mode="json")})
+    storage.write_bytes(str(folder / PROGRESS), content.encode())
+    Manifest(str(folder), describe(str(folder), [PROGRESS]).files).write(manifest_name(0, 1))
+    assert finetune._has_fitted(Settings(**{**fields, **change})) == fitted  # type: ignore[arg-type]
+
+
+class _NoMetrics(nullcontext[None]):
+    def __init__(self, run: str) -> None:
+        super().__init__()
+
+    def point(self, point: object) -> None:
+        """Nobody looks."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gptj.training.optimizer import BLOCK, own_optimizer, restore_moments, stored_moments
+from gptj.training.optimizer import (
+    BLOCK,
+    KINDS,
+    SMALLEST,
+    own_optimizer,
+    restore_moments,
+    stored_moments,
+)
 from gptj.training.sections import OptimizerSettings
 from gptj.training.settings import SettingsError, read_settings
+from gptj.training.shards import Restoration, counters, write_shard
 
 EIGHT = OptimizerSettings(moments="8bit", learning_rate=1e-2)
 
@@ -111,7 +123,7 @@ def test_moments_go_through_a_checkpoint_bit_by_bit_or_are_quantized_anew() -> N
         weight.grad = torch.randn_like(weight)
         optimizer.step()
     before = dict(optimizer.state[weight])
-    stored = stored_moments(before, weight)
+    stored = stored_moments(before, 0, len(weight))
     assert all(each.numel() == len(weight) for each in stored.values())
     optimizer.state[weight] = {"step": 3, **{kind: each.clone() for kind, each in stored.items()}}
     restore_moments(optimizer)
@@ -126,3 +138,89 @@ def test_moments_go_through_a_checkpoint_bit_by_bit_or_are_quantized_anew() -> N
         exact = np.roll(dequantized(before, moment), 100)
         found = dequantized(optimizer.state[weight], moment)
         assert abs(found - exact).max() < 0.03 * abs(exact).max()
+
+
+@pytest.mark.parametrize("before", [(100, 3000, 5000), (8100,), (2700, 2700, 2700), (4096, 4004)])
+@pytest.mark.parametrize("after", [(8100,), (100, 3000, 5000), (2700, 2700, 2700), (1, 8099)])
+def test_moments_of_small_tensors_which_are_in_fp32_go_to_any_layout(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """As at another stage, where parameters are joined, or among other ranks, who cut elsewhere."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(size)) for size in before]
+    optimizer = own_optimizer(EIGHT, [{"params": weights, "weight_decay": 0.0}])
+    assert optimizer is not None
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    exact = {n: np.concatenate([numbers(optimizer, w, n) for w in weights]) for n in (1, 2)}
+    parts = [
+        stored_moments(optimizer.state[weight], start, min(start + 1000, len(weight)))
+        for weight in weights
+        for start in range(0, len(weight), 1000)
+    ]
+    whole = {kind: torch.cat([part[kind] for part in parts]) for kind in KINDS}
+    others = [nn.Parameter(torch.zeros(size)) for size in after]
+    fresh = own_optimizer(EIGHT, [{"params": others, "weight_decay": 0.0}])
+    assert fresh is not None
+    for position, other in zip(np.cumsum([0, *after]), others, strict=False):
+        cut = {kind: each[position : position + len(other)] for kind, each in whole.items()}
+        fresh.state[other] = {"step": 3, **cut}
+    restore_moments(fresh)
+    for number, expected in exact.items():
+        found = np.concatenate([numbers(fresh, other, number) for other in others])
+        assert abs(found - expected).max() < (1e-9 if after == before else 0.03 * expected.max())
+    for other in others:
+        other.grad = torch.randn_like(other)
+    fresh.step()
+    assert all(other.isfinite().all() for other in others)
+
+
+def test_a_shard_brings_both_kinds_of_moments_back_bit_by_bit(tmp_path: Path) -> None:
+    """At stage 0 in fp32, where DeepSpeed leaves the parameters to the optimizer as they are."""
+    torch.manual_seed(0)
+    written, read = (engine_of([(10, 10), (70, 100), (50, 90)]) for _ in range(2))
+    for _ in range(3):
+        for weight in written.param_names:
+            weight.grad = torch.randn_like(weight)
+        written.optimizer.step()
+        written.lr_scheduler.step()
+    write_shard(written, tmp_path / "shard.safetensors")
+    restoration = Restoration(read, counters(written))
+    assert restoration.needs(str(tmp_path / "shard.safetensors"))
+    restoration.read(tmp_path / "shard.safetensors")
+    restoration.finish("checkpoint")
+    for weight, other in zip(written.param_names, read.param_names, strict=True):
+        state, restored = written.optimizer.state[weight], read.optimizer.state[other]
+        assert restored.keys() == state.keys()
+        assert restored["step"] == state["step"] == 3
+        for name in state.keys() - {"step"}:
+            assert restored[name].dtype == state[name].dtype
+            assert torch.equal(restored[name], state[name]), name
+        weight.grad = other.grad = torch.randn_like(weight)
+    for engine in (written, read):
+        engine.optimizer.step()
+    for weight, other in zip(written.param_names, read.param_names, strict=True):
+        assert torch.equal(weight, other)
+
+
+def engine_of(shapes: list[tuple[int, int]]) -> Any:
+    """What the shards need of DeepSpeed's engine."""
+    weights = {nn.Parameter(torch.randn(shape)): f"weight-{n}" for n, shape in enumerate(shapes)}
+    optimizer = own_optimizer(EIGHT, [{"params": list(weights), "weight_decay": 0.0}])
+    assert optimizer is not None
+    return SimpleNamespace(
+        optimizer=optimizer,
+        basic_optimizer=optimizer,
+        param_names=weights,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+    )
+
+
+def numbers(optimizer: torch.optim.Optimizer, weight: torch.Tensor, moment: int) -> np.ndarray:
+    """A moment in fp32, however it is kept."""
+    state = optimizer.state[weight]
+    assert (f"absmax{moment}" in state) == (len(weight) >= SMALLEST)
+    found: np.ndarray = state[f"state{moment}"].numpy()
+    return dequantized(state, moment) if len(weight) >= SMALLEST else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gptj.checkpoints.manifest import verify
 from gptj.data import preparing, shards
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.prepared import Index, Prepared
-from gptj.data.preparing import Plan, begin, chunks, finish, write_shard
+from gptj.data.preparing import Chunk, Plan, begin, chunks, finish, is_current, write_shard
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
 from gptj.errors import CheckpointError
@@ -129,6 +130,32 @@ def test_an_interrupted_preparation_goes_on(
     assert prepare(plan, folder, tokenizer) == index
     verify(folder)
     assert sum(written) == 90 - done[0].rows
+
+
+@pytest.mark.parametrize(
+    ("file", "stamp", "same"),
+    [
+        ("hf://datasets/me/rows@{new}/train.jsonl", "blob", True),  # the card was edited
+        ("hf://datasets/me/rows@{new}/train.jsonl", "other", False),
+        ("hf://datasets/me/rows@{new}/test.jsonl", "blob", False),
+        ("hf://datasets/me/other@{new}/train.jsonl", "blob", False),
+    ],
+)
+def test_another_commit_of_the_hub_with_the_same_files_is_the_same_data(
+    file: str, stamp: str, same: bool, tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
+    before = replace(
+        plan_of(raw(tmp_path), tokenizer),
+        address="hf://datasets/me/rows",
+        parts=((f"hf://datasets/me/rows@{'a' * 40}/train.jsonl",),),
+        sizes=(9,),
+        stamps=("blob",),
+    )
+    now = replace(before, parts=((file.format(new="b" * 40),),), stamps=(stamp,))
+    index = Index(json.loads(before.to_json()), before.tokenizer, 0, 0, 0, 0, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "chunks", lambda plan, part: [Chunk(part, 0, [], 1, ())])
+        assert is_current(now, index) == same
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:

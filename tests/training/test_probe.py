@@ -12,12 +12,12 @@ import torch
 
 from gptj.errors import CheckpointError
 from gptj.training import probe as module
-from gptj.training.dataset import make_data
 from gptj.training.model_config import make_config
 from gptj.training.probe import ROWS, Probe
 from gptj.training.settings import Settings
 from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import prepare_tokenizer
+from tests.support.task_data import make_data
 
 CPU = torch.device("cpu")
 SHAPE = {

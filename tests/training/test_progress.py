@@ -1,10 +1,15 @@
-"""The picture of a run's loss."""
+"""What a run publishes beside its checkpoints: TensorBoard's files, the picture of its loss."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from gptj.training.progress import draw_curve
+import pytest
+
+from gptj import storage
+from gptj.training.progress import TENSORBOARD, ProgressLog, draw_curve
+from gptj.training.state import Progress
 
 
 def test_the_curve_names_the_run_and_has_the_tasks_metric() -> None:
@@ -28,3 +33,30 @@ def test_the_curve_of_a_run_without_numbers_is_empty() -> None:
     for history in empty:
         (axes,) = draw_curve(history, "new").axes
         assert axes.get_title() == "new" and not axes.lines
+
+
+def test_a_point_that_comes_while_files_are_uploaded_does_not_change_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on meanwhile, and S3 refuses content that is longer than was said."""
+    log = ProgressLog(Progress(step=1), tmp_path / "local", 9, 1, lambda point: None)
+    upload = storage.upload
+    sizes: list[tuple[int, int]] = []
+
+    def uploading(path: str | Path, address: str) -> None:
+        before = Path(path).stat().st_size
+        log.evaluation({"loss": 1.0})
+        log._board.flush()
+        sizes.append((before, Path(path).stat().st_size))
+        upload(path, address)
+
+    monkeypatch.setattr(storage, "upload", uploading)
+    log.evaluation({"loss": 2.0})
+    log.publish(str(tmp_path / "run"), log.snapshot())
+    log.close()
+    assert sizes
+    assert all(before == after for before, after in sizes)
+    (file,) = (tmp_path / "run" / TENSORBOARD).iterdir()
+    (own,) = (tmp_path / "local" / TENSORBOARD).iterdir()
+    assert own.read_bytes().startswith(file.read_bytes())
+    assert own.stat().st_size > file.stat().st_size > 0

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
 from test_training import (
     MODEL,
     NoPicture,
@@ -149,13 +150,16 @@ def all_runs(folder: Path) -> dict[str, Settings]:
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint: weights, masters and moments of all ranks."""
-    found = {}
-    for file in sorted((folder / "zero").iterdir()):
-        leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(file, weights_only=False))
-        for path, leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                found[f"{file.name}{torch.utils._pytree.keystr(path)}"] = leaf
+    """All tensors of a checkpoint, masters and moments of all ranks, and Adam's updates so far."""
+    counters = json.loads((folder / "progress.json").read_text())["counters"]
+    found = {"updates": torch.tensor(counters["updates"])}
+    for file in sorted(folder.glob("shard-*.safetensors")):
+        found |= {f"{file.name}/{name}": tensor for name, tensor in load_file(file).items()}
+    assert {name.split("/")[1] for name in found if "/" in name} == {
+        "master",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     return found
 
 

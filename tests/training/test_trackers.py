@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,24 @@ def test_a_tracker_that_fails_later_costs_a_warning(
             client.log_batch = refuse
             trackers.point({"step": 1, "loss": 1.0})
     assert "MLflowTracker: the server is gone" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_point_that_was_not_sent_costs_no_other_one(
+    tmp_path: Path, file_store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(tmp_path, mlflow=file_store)
+    with opened(settings, tmp_path / "scratch") as trackers:
+        tracker: Any = trackers._trackers[0]
+        log_batch = tracker._client.log_batch
+        for step in (1, 2, 3):
+            tracker._client.log_batch = refuse if step == 1 else log_batch
+            trackers.point({"step": step, "loss": 1.0})
+            wait([future for future in tracker._sent if not future.done()])
+    assert "the server is gone" in caplog.text
+    client = mlflow.MlflowClient(tracking_uri=file_store)
+    history = client.get_metric_history(tracker._run, "loss")
+    assert [each.step for each in history] == [2, 3]
 
 
 def refuse(*arguments: object, **options: object) -> None:

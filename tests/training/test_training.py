@@ -13,6 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,10 @@ from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
+    Progress,
     check_resumable,
     delete_old_checkpoints,
+    delete_unfinished_checkpoints,
     is_complete,
     latest_checkpoint,
     read_progress,
@@ -44,6 +47,7 @@ from gptj.training.state import (
 )
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tokenizer import prepare_tokenizer
+from gptj.training.trackers import Trackers
 from tests.support.packed_rows import loss_alone
 from tests.support.task_data import make_data
 
@@ -970,6 +974,79 @@ def test_what_fewer_ranks_left_unfinished_is_no_part_of_what_others_finished(
         read_progress(str(folder))
     storage.write_bytes(str(folder / "manifest-00000-of-00003.json"), b"{}")
     assert latest_checkpoint(str(tmp_path)) == str(folder)
+
+
+def test_what_dead_ranks_left_is_no_part_of_what_the_next_ones_save(tmp_path: Path) -> None:
+    """Else rank 1's manifest of the first try would complete rank 0's of the second."""
+    left, kept = tmp_path / "checkpoint-00000003", tmp_path / "checkpoint-00000002"
+    for file in ("manifest-00001-of-00002.json", "shard-00001-of-00002.safetensors"):
+        storage.write_bytes(str(left / file), b"{}")
+    storage.write_bytes(str(kept / "manifest-00000-of-00001.json"), b"{}")
+    storage.write_bytes(str(tmp_path / "data" / "train" / "index.json"), b"{}")
+    delete_unfinished_checkpoints(str(tmp_path))
+    storage.write_bytes(str(left / "manifest-00000-of-00002.json"), b"{}")
+    assert latest_checkpoint(str(tmp_path)) == str(kept)
+    assert (tmp_path / "data" / "train" / "index.json").exists()
+
+
+def loop_run(folder: Path, **fields: Any) -> Any:
+    """What a run's loop keeps, of one worker, without an engine."""
+    run = loop._Run.__new__(loop._Run)
+    run.settings = Settings(run="run", storage=str(folder), steps=6, **fields)
+    run.task, run.total = run.settings.task_definition, 6
+    run.progress = Progress()
+    run._log = run._upload = run._checkpoint_address = None
+    run._stopping = False
+    return run
+
+
+def test_a_checkpoint_that_a_run_resumes_from_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the only one, and while it is written there would be none.
+
+    Told to stop at a step that is to be evaluated, the run resumes with that evaluation.
+    """
+    run = loop_run(tmp_path, evaluate_every=2, keep_checkpoints=1, checkpoint_every=2)
+    run.progress = Progress(step=2, unfinished=True, probe={})
+    run._checkpoint_address = storage.join(run.settings.folder, "checkpoint-00000002")
+    saved: list[int] = []
+    evaluated: list[int] = []
+
+    def step(*_: Any) -> None:
+        run.progress.step += 1
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        evaluated.append(run.progress.step)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(run, "_step", step)
+    monkeypatch.setattr(run, "_evaluate", evaluate)
+    monkeypatch.setattr(run, "_check_weights", lambda engine: None)
+    monkeypatch.setattr(run, "_checkpoint", lambda *_: saved.append(run.progress.step))
+    run._take_steps(None, None, None, None, None)
+    assert evaluated == [2, 4, 6]
+    assert saved == [4, 6]
+
+
+def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 4 is better than step 1, but a run that dies now resumes from step 3."""
+    run = loop_run(tmp_path, keep_checkpoints=1)
+    folder = Path(run.settings.folder)
+    for step in (1, 2, 3):
+        manifest = folder / f"checkpoint-0000000{step}" / "manifest-00000-of-00001.json"
+        storage.write_bytes(str(manifest), b"{}")
+    run.progress.best = {"step": 4, "score": 2.0, "metrics": {}, "kept": True}
+    run._log, run._trackers = object(), Trackers([])
+    done: Future[None] = Future()
+    done.set_result(None)
+    run._upload = loop._Upload("checkpoint-00000003", "checkpoint-00000001", done)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    run._finish_upload()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["checkpoint-00000001", "checkpoint-00000003"]
 
 
 def test_a_checkpoint_of_an_older_version_is_named_as_such(tmp_path: Path) -> None:

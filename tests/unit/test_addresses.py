@@ -157,7 +157,6 @@ def test_every_way_in_refuses_it(
         lambda: storage.read_bytes(address),
         lambda: storage.check_writable(address),
         lambda: storage.delete_folder(address),
-        lambda: storage.arrow_filesystem(address),
         lambda: storage.list_files(address),
         lambda: storage.upload(ROOT / "LICENSE", address),
         lambda: storage.download_folder(address, tmp_path),

@@ -31,7 +31,6 @@ EXTRAS = (
 PARTS = {
     "gptj.training": "pydantic",
     "gptj.serving": "pydantic",
-    "gptj.storage.arrow": "pyarrow",
     "gptj.storage.retries": "boto",
     "gptj.storage.s3": "boto",
     "gptj.storage.s3_client": "boto",
@@ -135,7 +134,6 @@ print(json.dumps([ids.shape[1], timing.tokens, text, error]))
 USES = {
     'storage.read_bytes("s3://bucket/key")': "boto3",
     'storage.list_files("s3://bucket/key")': "boto3",
-    'storage.arrow_filesystem("folder")': "pyarrow",
     'list(read_rows("rows.parquet", ["text"]))': "pyarrow",
     'index_hdf5("rows.csv")': "h5py",
     "plan_msgpack({})": "msgpack",

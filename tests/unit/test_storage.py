@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import boto3
-import pyarrow.fs
 import pytest
 
 from gptj import storage
@@ -111,17 +110,6 @@ def test_a_missing_file_is_named(folder: str) -> None:
 def test_check_writable_leaves_no_trace(folder: str) -> None:
     storage.check_writable(folder)
     assert storage.list_files(folder) == []
-
-
-def test_arrow_reads_what_we_wrote(folder: str) -> None:
-    storage.write_bytes(storage.join(folder, "x"), b"abc")
-    filesystem, path = storage.arrow_filesystem(folder)
-    with filesystem.open_input_stream(f"{path}/x") as file:
-        assert file.read() == b"abc"
-    with filesystem.open_output_stream(f"{path}/y") as file:
-        file.write(b"def")
-    assert storage.read_bytes(storage.join(folder, "y")) == b"def"
-    assert isinstance(filesystem, pyarrow.fs.FileSystem)
 
 
 def test_a_missing_bucket_is_named_with_the_remedy(s3: LocalS3) -> None:

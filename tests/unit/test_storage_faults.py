@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pickle
 import secrets
 import ssl
 import subprocess
@@ -14,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
 import trustme
 from faulty_s3 import Fault, FaultyS3, Reply, Request
@@ -170,20 +168,7 @@ def test_pruning_that_fails_is_a_warning(
     assert [f.name.partition("/")[0] for f in storage.list_files(folder)] == ["checkpoint-2"]
 
 
-def use_arrow(folder: str) -> None:
-    """What Ray Train does with it: in another process, after a journey."""
-    filesystem, path = storage.arrow_filesystem(folder)
-    filesystem = pickle.loads(pickle.dumps(filesystem))
-    filesystem.create_dir(f"{path}/run")
-    with filesystem.open_output_stream(f"{path}/run/.validate") as file:
-        file.write(b"abc")
-    assert filesystem.get_file_info(f"{path}/run/.validate").size == 3
-    with filesystem.open_input_stream(f"{path}/run/.validate") as file:
-        assert file.read() == b"abc"
-    filesystem.delete_file(f"{path}/run/.validate")
-
-
-def test_a_bucket_in_another_region_works_for_arrow_too(faulty: FaultyS3, folder: str) -> None:
+def test_a_bucket_in_another_region_works(faulty: FaultyS3, folder: str) -> None:
     """As AWS answers: 301, with the region in a header, to what is signed for another one."""
 
     def elsewhere(request: Request) -> Fault:
@@ -193,7 +178,6 @@ def test_a_bucket_in_another_region_works_for_arrow_too(faulty: FaultyS3, folder
 
     faulty.fault = elsewhere
     storage.check_writable(folder)
-    use_arrow(folder)
 
 
 @pytest.fixture
@@ -201,7 +185,7 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-def test_an_authority_of_ones_own_works_for_arrow_too(
+def test_an_authority_of_ones_own_works(
     s3: LocalS3,
     authority: trustme.CA,
     folder: str,
@@ -217,15 +201,13 @@ def test_an_authority_of_ones_own_works_for_arrow_too(
             storage.check_writable(folder)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
         storage.check_writable(folder)
-        use_arrow(folder)
-        assert proxy.count("PUT", ".validate") == 1
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "absent.pem"))
         with pytest.raises(storage.StorageError, match=r"absent.pem"):
             storage.check_writable(folder)
 
 
 @pytest.mark.parametrize("style", ["auto", "path"])
-def test_the_shared_files_and_their_profile_work_for_arrow_too(
+def test_the_shared_files_and_their_profile_work(
     s3: LocalS3, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
 ) -> None:
     for name in s3.environment():
@@ -244,66 +226,12 @@ def test_the_shared_files_and_their_profile_work_for_arrow_too(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_PROFILE", "mine")
     storage.check_writable(folder)
-    use_arrow(folder)
-    filesystem, _ = storage.arrow_filesystem(folder)
-    assert s3.secret_key.encode() not in pickle.dumps(filesystem)
 
 
 def test_an_endpoint_that_is_no_url_is_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(storage.StorageError, match=r"localhost.*remedy: correct AWS_ENDPOINT_URL"):
         storage.check_writable("s3://gptj/x")
-
-
-def test_arrow_lists_copies_and_moves(s3: LocalS3, folder: str) -> None:
-    for name in ("a", "b/c", "b/d/e"):
-        storage.write_bytes(f"{folder}/{name}", name.encode())
-    filesystem, path = storage.arrow_filesystem(folder + "/")
-    FileType = pyarrow.fs.FileType
-
-    def listed(recursive: bool) -> dict[str, pyarrow.fs.FileType]:
-        selector = pyarrow.fs.FileSelector(path, recursive=recursive)
-        infos = filesystem.get_file_info(selector)
-        return {info.path.removeprefix(f"{path}/"): info.type for info in infos}
-
-    assert listed(False) == {"a": FileType.File, "b": FileType.Directory}
-    assert listed(True) == {
-        "a": FileType.File,
-        "b": FileType.Directory,
-        "b/c": FileType.File,
-        "b/d": FileType.Directory,
-        "b/d/e": FileType.File,
-    }
-    kinds = [i.type for i in filesystem.get_file_info([f"{path}/a", f"{path}/b", f"{path}/x"])]
-    assert kinds == [FileType.File, FileType.Directory, FileType.NotFound]
-    with pytest.raises(FileNotFoundError):
-        filesystem.get_file_info(pyarrow.fs.FileSelector(f"{path}/x"))
-    with pytest.raises(FileNotFoundError):
-        filesystem.open_input_stream(f"{path}/x")
-    filesystem.copy_file(f"{path}/a", f"{path}/copy")
-    filesystem.move(f"{path}/a", f"{path}/moved")
-    filesystem.delete_dir(f"{path}/b")
-    assert [file.name for file in storage.list_files(folder)] == ["copy", "moved"]
-    with filesystem.open_input_file(f"{path}/moved") as file:
-        assert file.read_at(1, 0) == b"a"
-
-
-def test_ray_train_keeps_its_files_through_it(s3: LocalS3, folder: str, tmp_path: Path) -> None:
-    from ray.train.v2._internal.execution import storage as ray_storage
-
-    (tmp_path / "up/deep").mkdir(parents=True)
-    (tmp_path / "up/a").write_bytes(b"a")
-    (tmp_path / "up/deep/b").write_bytes(os.urandom(10_000_000))
-    filesystem, path = storage.arrow_filesystem(folder)
-    context = ray_storage.StorageContext(path, "run", filesystem)
-    pickle.loads(pickle.dumps(context))._check_validation_file()
-    ray_storage._upload_to_fs_path(str(tmp_path / "up"), filesystem, f"{path}/run/checkpoint")
-    ray_storage._download_from_fs_path(filesystem, f"{path}/run/checkpoint", str(tmp_path / "down"))
-    for name in ("a", "deep/b"):
-        assert (tmp_path / "down" / name).read_bytes() == (tmp_path / "up" / name).read_bytes()
-    ray_storage.delete_fs_path(filesystem, f"{path}/run/checkpoint")
-    names = [file.name for file in storage.list_files(folder)]
-    assert names == ["run/.validate_storage_marker"]
 
 
 def test_a_file_system_without_hard_links_is_named(

@@ -263,7 +263,7 @@ def write(
 
 def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
     """Write the index and, last, the manifest. NoRowsError if there was no row."""
-    ordered = sorted(records, key=lambda record: record.name)
+    ordered = sorted(records, key=lambda record: [int(n) for n in record.name.split("-")])
     assert len({record.name for record in ordered}) == len(ordered)
     index = Index(
         json.loads(plan.to_json()),

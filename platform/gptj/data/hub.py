@@ -31,10 +31,6 @@ _SPLITS = {"train": ("train", "training"), "other": ("test", "validation", "vali
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def is_on_hub(address: str) -> bool:
-    return address.startswith(HUB_DATA)
-
-
 def is_pinned_file(address: str) -> bool:
     """Whether it is what a listing has named: a file at a commit."""
     _, revision, path = split_hub_data(address)

@@ -34,10 +34,13 @@ from gptj.data.shards import SHARD_KINDS, Source, TaskName, to_parquet
 from gptj.data.sources import data_files, find_columns, read_rows
 from gptj.data.split import Split, split_rows
 from gptj.serialization.json_object import parse_object
+from gptj.storage.addresses import HUB_DATA
 from gptj.tokenizer import GPTJTokenizer
 
 PART_BYTES = 64 * 2**20  # of small files that are read together
 CHUNK_CHARACTERS = 16 * 2**20  # of the rows of a shard: about four million tokens
+
+_COMMIT = re.compile(rf"(?<=^{HUB_DATA})([^@]+)@[0-9a-f]{{40}}/")
 
 BadRows = Literal["refuse", "skip"]
 
@@ -187,10 +190,16 @@ def unfinished(folder: str) -> Mapping[str, Any] | None:
 
 
 def differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
-    """In what a plan differs from that of an earlier preparation, apart from the files' stamps."""
+    """In what a plan differs from that of an earlier preparation, apart from the files' stamps.
+
+    Another commit of a data set on the hub, which may leave these files as they are, is none.
+    """
     missing = {"task": "causal-lm", "label_names": None, "split": None}  # in plans of old
     now = json.loads(plan.to_json())
     earlier = {**missing, **before}
+    for each in (now, earlier):
+        parts = each.get("parts", ())
+        each["parts"] = [[_COMMIT.sub(r"\1/", file) for file in part] for part in parts]
     return [key for key in now if key != "stamps" and earlier.get(key) != now[key]]
 
 

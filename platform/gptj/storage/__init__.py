@@ -27,13 +27,9 @@ from gptj.storage.listing import FileInfo
 from gptj.storage.parallel import PARALLEL, PART_BYTES, for_each
 
 if TYPE_CHECKING:
-    import pyarrow.fs
-
-    from gptj.storage import arrow as _arrow
     from gptj.storage import s3 as _s3
     from gptj.storage import s3_client as _s3_client
 else:
-    _arrow = Extra("gptj.storage.arrow", "pyarrow's file system")
     _s3 = Extra("gptj.storage.s3", "an s3:// address", "boto3")
     _s3_client = Extra("gptj.storage.s3_client", "an s3:// address", "boto3")
 
@@ -46,7 +42,6 @@ __all__ = [
     "NotFoundError",
     "StorageError",
     "UnreachableError",
-    "arrow_filesystem",
     "be_patient",
     "check_writable",
     "delete",
@@ -243,8 +238,3 @@ def check_writable(address: str) -> None:
     features we need fails early. Raises StorageError.
     """
     (_s3 if is_s3(address) else local).check_writable(address)
-
-
-def arrow_filesystem(address: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """A pyarrow file system for an address, and the path in it, for Ray Train."""
-    return _arrow.arrow_filesystem(address)

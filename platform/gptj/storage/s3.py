@@ -143,22 +143,10 @@ def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> N
     _retrying(read)
 
 
-def is_folder(address: str) -> bool:
-    """Whether an address is a bucket or has files below it; the bucket must exist."""
-    bucket, key = split_s3(address)
-    with explaining(bucket, key):
-        prefix = f"{key}/" if key else ""
-        reply = client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-    return not key or "Contents" in reply
-
-
-def opened(address: str, buffer_bytes: int) -> io.BufferedReader:
-    return io.BufferedReader(_S3File(address, size(address)), buffer_size=buffer_bytes)
-
-
 @contextmanager
 def open_read(address: str, buffer_bytes: int) -> Iterator[IO[bytes]]:
-    with opened(address, buffer_bytes) as buffer:
+    file = _S3File(address, size(address))
+    with io.BufferedReader(file, buffer_size=buffer_bytes) as buffer:
         yield buffer
 
 
@@ -217,14 +205,6 @@ def upload(path: Path, address: str) -> None:
         return
     with local.open_read(str(path)) as file, explaining(bucket, key):
         client().put_object(Bucket=bucket, Key=key, Body=file)
-
-
-def copy(address: str, other: str) -> None:
-    """Copy within the server."""
-    bucket, key = split_s3(address)
-    to_bucket, to_key = split_s3(other)
-    with explaining(bucket, key):
-        client().copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, Config=_TRANSFER)
 
 
 def delete(address: str) -> None:

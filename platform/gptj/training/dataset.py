@@ -184,6 +184,7 @@ def _make(
     suffix = f"{time.time_ns():x}"
     task, labels = settings.task_definition, _checkpoint_labels(settings)
     found, rows = {}, 0
+    columns: dict[str, list[str]] = {}
     for name, address in _addresses(settings).items():
         raw = folder / f"raw-{name}-{suffix}"
         source = Prepared.at(prepared.get(name, address))
@@ -193,6 +194,12 @@ def _make(
             assert source is not None
         elif source.address == address:
             check_prepared(settings, address)
+        columns[name] = source.index.settings["columns"]
+        if settings.task == "classification" and columns[name] != columns["train"]:
+            raise SettingsError(
+                f"data.train has the columns {', '.join(columns['train'])}, and {address} has "
+                f"{', '.join(columns[name])}: evaluate on rows of the kind that is learned"
+            )
         target = folder / f"{name}-{suffix}"
         task.write(target, source, tokenizer, settings.data, labels)
         labels = task.load(target).labels

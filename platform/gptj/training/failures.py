@@ -31,7 +31,18 @@ class DivergedError(UnrecoverableError):
 
 
 class StoppedError(UnrecoverableError):
-    """The run was told to stop, and can resume; the message has the checkpoint."""
+    """The run was told to stop, and can resume; the message has the checkpoint.
+
+    Attributes:
+        reason: the same on all ranks, whichever of them were told.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class DiskFullError(UnrecoverableError):

@@ -60,6 +60,7 @@ from gptj.training.state import (
     check_resumable,
     check_same_data,
     delete_old_checkpoints,
+    delete_unfinished_checkpoints,
     is_complete,
     latest_checkpoint,
     read_progress,
@@ -118,6 +119,9 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     check_packages(settings)
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
         return {}  # the run had been ended just after its export
+    if worker.rank == 0:  # the others wait below
+        worker.fence()
+        delete_unfinished_checkpoints(settings.folder)
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
     if checkpoint is not None:
@@ -167,6 +171,7 @@ class _Upload(NamedTuple):
     """A checkpoint on its way to storage."""
 
     name: str
+    best: str | None  # the name of the best one, as it says
     done: Future[None]  # this rank's part
 
 
@@ -318,7 +323,8 @@ class _Run:
                     last = True
             # The best is exported from its checkpoint, unless the run ends with it.
             keep = best and settings.export == "best"
-            if last or keep or _due(progress.step, settings.checkpoint_every):
+            due = last or keep or _due(progress.step, settings.checkpoint_every)
+            if due and not self._is_saved(progress.step):
                 self._check_weights(engine)
                 self._checkpoint(engine, metrics)
         self._finish_upload()
@@ -326,6 +332,14 @@ class _Run:
             metrics = self._evaluate(engine, evaluation_data)
             self._check_weights(engine)
         return self._return_to_best(engine) or metrics
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether a run that was stopped before an evaluation has resumed from this step.
+
+        Its checkpoint, perhaps the only one, is not written again: it would not count meanwhile.
+        """
+        address = storage.join(self.settings.folder, _checkpoint_name(step))
+        return self._checkpoint_address == address
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Whether an evaluation is the run's best so far; it is counted."""
@@ -345,10 +359,11 @@ class _Run:
         self._check_weights(engine)
         self._checkpoint(engine, {})
         self._finish_upload()
+        reason = next(reason for reason in reasons if reason is not None)
         raise StoppedError(
-            f"stopped after step {self.progress.step} of {self.total}: "
-            f"{next(reason for reason in reasons if reason is not None)}. "
-            f"{self._checkpoint_address} is saved, and the same command resumes from it"
+            f"stopped after step {self.progress.step} of {self.total}: {reason}. "
+            f"{self._checkpoint_address} is saved, and the same command resumes from it",
+            reason,
         )
 
     def _stops_early(self) -> bool:
@@ -616,6 +631,8 @@ class _Run:
         point = {"step": self.progress.step, **metrics}
         curve = None if self._log is None else self._log.snapshot()
         stolen = waited + time.monotonic() - started
+        best = self.progress.best
+        kept = None if best is None else _checkpoint_name(best["step"])
 
         def upload() -> None:
             with folder:
@@ -630,7 +647,7 @@ class _Run:
                         stolen,
                     )
 
-        self._upload = _Upload(name, self._uploader.submit(upload))
+        self._upload = _Upload(name, kept, self._uploader.submit(upload))
 
     def _finish_upload(self) -> float:
         """Wait until all ranks have uploaded the last checkpoint, if there is one; the seconds.
@@ -645,9 +662,9 @@ class _Run:
         dist.barrier()
         self._checkpoint_address = storage.join(self.settings.folder, upload.name)
         if self._log is not None:
-            best = self.progress.best
-            kept = _checkpoint_name(best["step"]) if best is not None else None
-            delete_old_checkpoints(self.settings.folder, self.settings.keep_checkpoints, kept)
+            # A better one since then is not saved yet: a run that resumes would know of the old.
+            keep = self.settings.keep_checkpoints
+            delete_old_checkpoints(self.settings.folder, keep, upload.best)
             self._trackers.publish()
             logger.info("saved %s", self._checkpoint_address)
         return time.monotonic() - started

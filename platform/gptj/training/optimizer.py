@@ -16,6 +16,9 @@ bitsandbytes = Extra("bitsandbytes", "optimizer.moments=8bit")
 BLOCK = 256  # numbers that share a scale, in bitsandbytes
 SCALE_BYTES = 4
 SMALLEST = 4096  # numbers of a tensor whose moments are in 8 bits
+KINDS = ("state1", "absmax1", "state2", "absmax2")
+IN_FP32 = -1.0  # for a scale
+AT_ONCE = 2**16 * BLOCK  # numbers of a checkpoint that are quantized together
 MOMENT_BYTES = 2 * (1 + SCALE_BYTES / BLOCK)  # of a weight's two moments
 
 
@@ -24,8 +27,8 @@ def own_optimizer(
 ) -> Optimizer | None:
     """The optimizer to give DeepSpeed; None: it makes its own.
 
-    Tensors of fewer than 4096 numbers have moments in fp32. At ZeRO stages 1 and up there are
-    none: DeepSpeed joins parameters, and blocks cross their borders.
+    Tensors of fewer than SMALLEST numbers have moments in fp32. At ZeRO stages 1 and up DeepSpeed
+    joins parameters, so that there are hardly any, and blocks cross their borders.
     """
     if settings.moments == "fp32":
         return None
@@ -39,43 +42,75 @@ def own_optimizer(
     return optimizer
 
 
-def stored_moments(state: dict[str, Any], flat: Tensor) -> dict[str, Tensor]:
-    """Codes and scales in fp32, for each number of `flat` and so for any cut of it; else nothing.
+def moment_kinds(state: dict[str, Any]) -> tuple[str, ...]:
+    """What `stored_moments` gives of bitsandbytes' state of a tensor; nothing of another's."""
+    return KINDS if "state1" in state else ()
 
-    Scales are repeated: another layout has other blocks.
+
+def stored_moments(state: dict[str, Any], start: int, end: int) -> dict[str, Tensor]:
+    """Codes and scales in fp32 of the numbers from `start` to `end` of a flattened tensor.
+
+    Each number has a scale of its own, since another layout has other blocks. Where moments are in
+    fp32, they are the codes, and the scale is IN_FP32.
     """
     found: dict[str, Tensor] = {}
     for number in (1, 2):
-        codes, scales = state.get(f"state{number}"), state.get(f"absmax{number}")
-        if codes is not None and scales is not None:
-            spread = _spread(scales, flat)
-            found |= {f"state{number}": codes.float(), f"absmax{number}": spread}
+        codes = state[f"state{number}"].flatten()[start:end].float()
+        scales = state.get(f"absmax{number}")
+        if scales is None:
+            spread = torch.full_like(codes, IN_FP32)
+        else:
+            first, last = start // BLOCK, -(-end // BLOCK)
+            spread = _spread(scales[first:last])[start - first * BLOCK : end - first * BLOCK]
+        found |= {f"state{number}": codes, f"absmax{number}": spread}
     return found
 
 
 def restore_moments(optimizer: Optimizer) -> None:
     """What `stored_moments` gave, perhaps of another layout, back into bitsandbytes' own form.
 
-    Blocks that are as they were come back bit by bit; others are quantized anew.
+    Blocks that are as they were come back bit by bit; others are quantized anew. What is stored may
+    be in the host's memory, and goes to its tensor's device a part at a time.
     """
     for flat, state in optimizer.state.items():
         for number in (1, 2):
             scales = state.pop(f"absmax{number}", None)
-            if scales is None or flat.numel() < SMALLEST:
-                continue  # in fp32
+            if scales is None:
+                continue
             kind = "dynamic" if number == 1 else "udynamic"
             values = optimizer.name2qmap[kind] = optimizer.name2qmap[kind].to(flat.device)  # type: ignore[attr-defined]
-            codes = state[f"state{number}"].to(torch.uint8)
-            firsts = scales.flatten()[::BLOCK].contiguous()
-            if not torch.equal(_spread(firsts, flat), scales.flatten()):
-                numbers = values[codes.flatten().int()] * scales.flatten()
-                codes, firsts = torch.ops.bitsandbytes.quantize_blockwise(numbers, values, BLOCK)
+            stored = zip(
+                state[f"state{number}"].flatten().split(AT_ONCE),
+                scales.flatten().split(AT_ONCE),
+                strict=True,
+            )
+            parts = ((codes.to(flat.device), each.to(flat.device)) for codes, each in stored)
+            if flat.numel() < SMALLEST:
+                numbers = [_numbers(codes, each, values) for codes, each in parts]
+                state[f"state{number}"] = torch.cat(numbers).view(flat.shape)
+                continue
+            blocks = [_blocks(codes, each, values) for codes, each in parts]
             state |= {
-                f"state{number}": codes.view(flat.shape),
+                f"state{number}": torch.cat([codes for codes, _ in blocks]).view(flat.shape),
                 f"qmap{number}": values,
-                f"absmax{number}": firsts,
+                f"absmax{number}": torch.cat([each for _, each in blocks]),
             }
 
 
-def _spread(scales: Tensor, flat: Tensor) -> Tensor:
-    return scales.repeat_interleave(BLOCK)[: flat.numel()]
+def _blocks(codes: Tensor, scales: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes as bytes, and one scale a block."""
+    firsts = scales[::BLOCK].contiguous()
+    if torch.equal(_spread(firsts)[: len(scales)], scales) and not (scales == IN_FP32).any():
+        return codes.to(torch.uint8), firsts
+    numbers = _numbers(codes, scales, values)
+    quantized, firsts = torch.ops.bitsandbytes.quantize_blockwise(numbers, values, BLOCK)
+    return quantized, firsts
+
+
+def _numbers(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+    plain = scales == IN_FP32
+    return torch.where(plain, codes, values[codes.masked_fill(plain, 0).int()] * scales)
+
+
+def _spread(scales: Tensor) -> Tensor:
+    return scales.repeat_interleave(BLOCK)

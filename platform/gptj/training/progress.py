@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -152,9 +154,12 @@ class ProgressLog:
     def publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
         """Bring the history, TensorBoard's files and the curve up to date in the run's folder."""
         self._board.flush()
+        with tempfile.TemporaryDirectory(dir=self._folder) as still:
+            # Of TensorBoard's own file, which may grow while it is uploaded.
+            shutil.copytree(self._folder / TENSORBOARD, still, dirs_exist_ok=True)
+            storage.upload_folder(still, storage.join(address, TENSORBOARD))
         lines = "".join(to_json(point) + "\n" for point in history)
         storage.write_bytes(storage.join(address, HISTORY), lines.encode())
-        storage.upload_folder(self._folder / TENSORBOARD, storage.join(address, TENSORBOARD))
         picture = self._folder / CURVE
         run = address.rstrip("/").rpartition("/")[2]
         draw_curve(history, run).savefig(picture, dpi=100)

@@ -9,7 +9,7 @@ number of ranks: each reads the stretches that it now holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from gptj.checkpoints.tensor_file import StoredTensor, read_header
 from gptj.checkpoints.weights import TensorSpec, write_tensors
 from gptj.errors import CheckpointError
 from gptj.extras import missing
-from gptj.training.optimizer import restore_moments, stored_moments
+from gptj.training.optimizer import KINDS, moment_kinds, restore_moments, stored_moments
 
 try:
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -108,18 +108,16 @@ def write_shard(engine: Any, path: Path) -> FileRecord:
         engine.optimizer.checkpoint_event_prologue()
         engine.optimizer.checkpoint_event_epilogue()
     mine = stretches(engine)
-    states: dict[Tensor, dict[str, Tensor]] = {
-        each.flat: _moments(engine, each.flat) for each in mine
-    }
-    kinds = dict.fromkeys(kind for state in states.values() for kind in state)
+    kinds = dict.fromkeys(kind for each in mine for kind in _kinds(engine, each.flat))
 
     def tensors() -> Iterator[Tensor]:
         for stretch in mine:
             yield stretch.of(stretch.flat)
+            moments = _moments(engine, stretch)
             for kind in kinds:
                 # A parameter that had no gradient so far has no moments.
-                moment = states[stretch.flat].get(kind)
-                yield torch.zeros(stretch.length) if moment is None else stretch.of(moment)
+                moment = moments.get(kind)
+                yield torch.zeros(stretch.length) if moment is None else moment
 
     specs = [
         TensorSpec(f"{kind}/{each.start}/{each.name}", (each.length,), torch.float32)
@@ -252,7 +250,9 @@ class Restoration:
             return flat
         state: dict[str, Tensor] = self._engine.basic_optimizer.state[flat]
         if kind not in state:
-            state[kind] = torch.zeros_like(flat.detach())
+            # What is yet to be quantized is larger than what it becomes.
+            device = torch.device("cpu") if kind in KINDS else flat.device
+            state[kind] = torch.zeros_like(flat.detach(), device=device)
         return state[kind]
 
     def _schedule(self, steps: int) -> None:
@@ -263,16 +263,22 @@ class Restoration:
         scheduler.step()
 
 
-def _moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+def _kinds(engine: Any, flat: Tensor) -> Sequence[str]:
     """What the optimizer keeps for each number of a flat tensor."""
     state = engine.basic_optimizer.state.get(flat, {})
-    if eight_bit := stored_moments(state, flat):
-        return eight_bit
-    return {
-        kind: value
+    return moment_kinds(state) or [
+        kind
         for kind, value in state.items()
         if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == flat.numel()
-    }
+    ]
+
+
+def _moments(engine: Any, stretch: Stretch) -> dict[str, Tensor]:
+    """Of a stretch alone: moments in 8 bits take several times as much on their way."""
+    state = engine.basic_optimizer.state.get(stretch.flat, {})
+    if moment_kinds(state):
+        return stored_moments(state, stretch.offset, stretch.offset + stretch.length)
+    return {kind: stretch.of(state[kind]) for kind in _kinds(engine, stretch.flat)}
 
 
 def _scaler(engine: Any) -> Any:

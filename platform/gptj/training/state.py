@@ -121,6 +121,17 @@ def delete_old_checkpoints(folder: str, keep: int, best: str | None = None) -> N
         logger.warning("an old checkpoint stays in %s: %s", folder, error)
 
 
+def delete_unfinished_checkpoints(folder: str) -> None:
+    """Delete what dead ranks have left of checkpoints that they did not finish.
+
+    Before the ranks of another try begin: these may save the same step, and its manifests of both
+    tries would make a checkpoint while shards of both are in it.
+    """
+    for name, complete in _checkpoints(folder).items():
+        if not complete:
+            storage.delete_folder(storage.join(folder, name))
+
+
 def check_resumable(settings: Settings, address: str) -> Progress:
     """The progress of the checkpoint that a run is to resume from.
 

@@ -143,9 +143,9 @@ class MLflowTracker(Tracker):
             for name, value in point.items()
             if name != "step"
         ]
+        self._sent.append(self._thread.submit(self._client.log_batch, self._run, metrics=metrics))
         while self._sent and self._sent[0].done():
             self._sent.pop(0).result()
-        self._sent.append(self._thread.submit(self._client.log_batch, self._run, metrics=metrics))
 
     def publish(self) -> None:
         """Nothing is kept locally."""
