@@ -9,7 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -471,6 +471,31 @@ def test_a_refusal_on_the_connection_keeps_to_http(full: tuple[str, Gate]) -> No
     assert reply.status_code == 429 and reply.headers["connection"] == "close"
     # What is half sent is no more refused than answered: it waits for its end.
     assert exchange(service, one[:-3]).status_code == 408
+
+
+def test_refusals_that_nobody_reads_are_not_piled_up(replicas: Replicas) -> None:
+    """A client that only sends fills no memory with its replies."""
+    gate = Gate(first_bound=1)
+    gate.enter("/v1/completions")
+    protocol = LimitedProtocol.limited(ConnectionLimits())
+    protocol.gate = gate
+    served: list[LimitedProtocol] = []
+
+    class Seen(protocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            sending = transport.get_extra_info("socket")
+            sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            served.append(self)
+
+    entry = Edge(BodyLimit(Admission(Failover(replicas), gate)))
+    one = request(b"POST", b"/v1/completions", b"", BODY) + BODY
+    with listening(RequestIds(entry), Seen) as service, connect(service) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(2)
+        with suppress(TimeoutError):  # the server stops reading
+            connection.sendall(one * 40_000)
+        assert served[-1].transport.get_write_buffer_size() < 2**18
 
 
 def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them() -> None:
