@@ -21,7 +21,7 @@ from serving_models import Models, applications, mounted
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_serving_edge import BODY, Reply, request
 
-from gptj.serving.entry.admission import Admission, Gate
+from gptj.serving.entry.admission import MAX_KNOWN, Admission, Gate
 from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.event_stream import DivergedError, EventStream
 from gptj.serving.entry.failover import MAX_TRIES, Failover
@@ -652,3 +652,13 @@ def test_a_burst_does_not_all_reach_a_service_that_nobody_knows_yet() -> None:
         assert statuses == {200: 10, 429: 90}
 
     asyncio.run(scenario())
+
+
+def test_paths_that_clients_make_up_take_no_memory() -> None:
+    gate = Gate()
+    for number in range(2 * MAX_KNOWN):
+        for path in (f"OPTIONS /v1/{number}", "/v1/completions"):
+            gate.enter(path)
+            gate.leave(path, 200, refused=False)
+    assert len(gate._bounds) == MAX_KNOWN
+    assert "/v1/completions" in gate._bounds  # what is used stays known
