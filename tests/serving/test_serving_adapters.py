@@ -301,6 +301,19 @@ def test_adapters_take_turns_in_memory(
             assert ask(service, "base").status_code == 200
 
 
+def test_an_adapter_that_is_damaged_unnoticed_is_refused_once_it_is_read_again(
+    models: Models, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, though it was in memory before in what seems the same version."""
+    monkeypatch.setattr(served_adapters, "_version", lambda address: "the same")
+    with served_with_adapters(models, root=str(root), max_loras=1) as service:
+        assert ask(service, NAMES[0]).status_code == 200
+        spoil(root / NAMES[0])
+        assert ask(service, NAMES[1]).status_code == 200  # which takes its slot
+        for _ in range(2):
+            assert_error(ask(service, NAMES[0]), 400, "not finite")
+
+
 def test_keys_may_be_for_some_models_only(
     models: Models, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

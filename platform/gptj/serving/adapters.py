@@ -67,7 +67,7 @@ class ServedAdapter:
 class _Known:
     """A folder below the root."""
 
-    served: ServedAdapter | None = None  # perhaps no longer in memory
+    served: ServedAdapter | None = None  # perhaps no longer in memory, until it is looked at
     refused: tuple[str, str] | None = None  # a version that cannot be served, and why
     looked: float = 0.0  # by time.monotonic
 
@@ -185,7 +185,7 @@ class Adapters:
             known = self._known.get(name) or _Known()
         before = known.served
         if before is not None and not before.loaded.in_memory:
-            before = None
+            before = known.served = None
         try:
             version = _version(address)
         except storage.NotFoundError as error:
