@@ -564,9 +564,9 @@ class Queue:
         self.asked = 0
         self.running: list[asyncio.Event] = []
         self.now = 0.0
-        self._admission = Admission(self._serve, Gate(clock=lambda: self.now, **settings))
+        self._admission = Admission(self.serve, Gate(clock=lambda: self.now, **settings))
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked += 1
         if len(self.running) >= self.room and scope["path"] != "/health":
             await error_response(OverloadedError("full"))(scope, receive, send)
@@ -662,3 +662,38 @@ def test_paths_that_clients_make_up_take_no_memory() -> None:
             gate.leave(path, 200, refused=False)
     assert len(gate._bounds) == MAX_KNOWN
     assert "/v1/completions" in gate._bounds  # what is used stays known
+
+
+def test_bodies_of_running_requests_are_bounded_together() -> None:
+    """Also those whose application takes less: the proxy passes on what the largest takes."""
+
+    async def run() -> None:
+        queue = Queue(room=4)
+        limited = BodyLimit(queue.serve, max_held_bytes=2500)
+
+        async def ask() -> int:
+            status = 0
+
+            async def send(message: Message) -> None:
+                nonlocal status
+                status = message.get("status", status)
+
+            async def receive() -> Message:
+                return {"type": "http.request", "body": b"x" * 1000}
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+            await limited(scope, receive, send)
+            return status
+
+        held = [asyncio.ensure_future(ask()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert await ask() == 503
+        await queue.answer()
+        await asyncio.sleep(0)
+        held.append(asyncio.ensure_future(ask()))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await queue.answer()
+        assert await asyncio.gather(*held) == [200] * 3
+
+    asyncio.run(run())
