@@ -19,6 +19,7 @@ Also `GET /v1/models`, `GET /v1/models/{id}`, vLLM's `POST /tokenize`, `POST /de
 # No `from __future__ import annotations`: Serve reads the annotation of build's argument.
 
 import time
+from dataclasses import dataclass
 from typing import Annotated, Self, cast
 
 from fastapi import FastAPI
@@ -51,6 +52,7 @@ from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.metrics import Recorder
 from gptj.storage.addresses import normalized
 
 
@@ -157,6 +159,70 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
     return runner, limits
 
 
+@dataclass(frozen=True)
+class Services:
+    """What answers requests for a model and its adapters."""
+
+    engine: Engine
+    grammars: GrammarCompiler
+    completions: CompletionService
+    chats: ChatService
+    adapters: Adapters | None
+
+    def close(self) -> None:
+        if self.adapters is not None:
+            self.adapters.close()
+        self.grammars.close()
+        self.engine.close()
+
+
+def start_services(
+    model: GPTJForCausalLM,
+    tokenizer: GPTJTokenizer,
+    runner: Runner,
+    limits: Limits,
+    arguments: Arguments,
+    recorder: Recorder,
+) -> Services:
+    """Start the engine, and load the named adapters.
+
+    Raises CheckpointError, ChatTemplateError or storage.StorageError.
+    """
+    template = arguments.template(tokenizer)
+    eos = model.config.eos_token_id
+    vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
+    lora = arguments.lora_limits()
+    slots = adapters = None
+    if lora is not None:
+        slots = AdapterSlots(runner, lora)
+        adapters = Adapters(
+            slots,
+            model.config,
+            Base.at(arguments.checkpoint, arguments.revision),
+            tokenizer,
+            recorder,
+            named=arguments.adapters,
+            root=arguments.adapter_root,
+            verify=arguments.verify,
+        )
+    engine = Engine(
+        runner,
+        eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
+        banned_ids=vocabulary.unused_ids,
+        max_num_seqs=limits.max_num_seqs,
+        max_queued=arguments.max_queued,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        prefix_caching=arguments.prefix_caching,
+        speculation=arguments.speculation,
+        adapters=slots,
+    )
+    grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
+    parts = (engine, tokenizer, vocabulary, arguments.name, recorder, grammars)
+    return Services(
+        engine, grammars, CompletionService(*parts), ChatService(*parts, template), adapters
+    )
+
+
 @serve.deployment(name="generation")
 @serve.ingress()
 class Generation:
@@ -165,63 +231,32 @@ class Generation:
         with loading_turn(arguments):
             model, tokenizer = load(GPTJForCausalLM, arguments, replica_device())
             runner, limits = new_engine_runner(model, arguments)
-        eos = model.config.eos_token_id
-        vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-        context = model.config.n_positions
-        lora = arguments.lora_limits()
-        slots = None if lora is None else AdapterSlots(runner, lora)
-        self._engine = Engine(
-            runner,
-            eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
-            banned_ids=vocabulary.unused_ids,
-            max_num_seqs=limits.max_num_seqs,
-            max_queued=arguments.max_queued,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            prefix_caching=arguments.prefix_caching,
-            speculation=arguments.speculation,
-            adapters=slots,
+        services = self._services = start_services(
+            model, tokenizer, runner, limits, arguments, serve_metrics()
         )
-        name = arguments.name
         self._tokenizer = tokenizer
-        grammars = GrammarCompiler(tokenizer, self._engine.vocab_size, self._engine.eos_ids)
-        parts = (self._engine, tokenizer, vocabulary, name, serve_metrics(), grammars)
-        self._completions = CompletionService(*parts)
-        template = arguments.template(tokenizer)
-        self._chats = ChatService(*parts, template)
-        self._adapters = None
-        if slots is not None:
-            self._adapters = Adapters(
-                slots,
-                model.config,
-                Base.at(arguments.checkpoint, arguments.revision),
-                tokenizer,
-                serve_metrics(),
-                named=arguments.adapters,
-                root=arguments.adapter_root,
-                verify=arguments.verify,
-            )
-        self._reporter = EngineReporter(self._engine.stats)
+        self._reporter = EngineReporter(services.engine.stats)
         self._stalled_seconds = arguments.stalled_seconds
         self._http_options = arguments.http_options()
         self._card = ModelCard(
-            id=name,
+            id=arguments.name,
             created=int(time.time()),
             root=arguments.checkpoint,
-            max_model_len=context,
-            chat_template=template is not None,
+            max_model_len=model.config.n_positions,
+            chat_template=services.chats.has_template,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return generation_app(
-            self._completions,
-            self._chats,
+            self._services.completions,
+            self._services.chats,
             self._tokenizer,
             self._card,
             self._alive,
             serve_metrics(),
             cluster_ledger(),
             self._http_options,
-            self._adapters,
+            self._services.adapters,
         )
 
     async def check_health(self) -> None:
@@ -230,7 +265,7 @@ class Generation:
             raise RuntimeError(f"the engine made no step in {self._stalled_seconds} seconds")
 
     def _alive(self) -> bool:
-        return self._engine.alive(self._stalled_seconds)
+        return self._services.engine.alive(self._stalled_seconds)
 
 
 def build(args: Arguments) -> Application:

@@ -14,11 +14,9 @@ from pydantic import BaseModel
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.generation import Arguments as GenerationArguments
-from deployments.generation import new_engine_runner
+from deployments.generation import new_engine_runner, start_services
 from deployments.loading import Arguments, BatchArguments, load, load_from, name_of, open_checkpoint
 from deployments.question_answering import Arguments as QuestionAnsweringArguments
-from gptj.engine.constraints.compiler import GrammarCompiler
-from gptj.engine.engine import Engine
 from gptj.model import (
     GPTJForCausalLM,
     GPTJForQuestionAnswering,
@@ -26,13 +24,13 @@ from gptj.model import (
     GPTJModel,
     GPTJPreTrainedModel,
 )
+from gptj.serving.adapters import served_model
 from gptj.serving.app import validated
 from gptj.serving.chat.schemas import ChatRequest
-from gptj.serving.chat.service import ChatService
 from gptj.serving.classification import ClassificationRequest, ClassificationService
+from gptj.serving.completions.generation_request import GenerationRequest
+from gptj.serving.completions.generation_service import GenerationService
 from gptj.serving.completions.schemas import CompletionRequest
-from gptj.serving.completions.service import CompletionService
-from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.embeddings import EmbeddingsRequest, EmbeddingsService
 from gptj.serving.errors import InvalidRequestError, NotFoundError
 from gptj.serving.metrics import NoRecorder
@@ -90,14 +88,12 @@ class InProcessService:
         alive: Callable[[float], bool],
         closing: Sequence[Callable[[], None]],
         *,
-        model_name: str,
         rows_at_once: int,
         ignore_unknown_fields: bool,
     ) -> None:
         self.routes = routes
         self.alive = alive
         self._closing = closing
-        self.model_name = model_name
         self.rows_at_once = rows_at_once  # that a step of the model can work on
         self._ignore_unknown_fields = ignore_unknown_fields  # of bodies
 
@@ -138,13 +134,6 @@ class InProcessService:
             )
         with ignoring_unknown_fields() if self._ignore_unknown_fields else nullcontext():
             request = checked_body(route, body)
-        given = getattr(request, "model", None)
-        if given not in (None, self.model_name):
-            raise NotFoundError(
-                f"model {given!r:.200} does not exist; this service has {self.model_name!r}",
-                param="model",
-                code="model_not_found",
-            )
         return await answer(request)
 
     def close(self) -> None:
@@ -154,32 +143,21 @@ class InProcessService:
     @classmethod
     def _generation(cls, arguments: GenerationArguments, device: torch.device | None) -> Self:
         model, tokenizer = load(GPTJForCausalLM, arguments, device)
-        vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-        eos = model.config.eos_token_id
         runner, limits = new_engine_runner(model, arguments)
-        engine = Engine(
-            runner,
-            eos_ids=[] if eos is None else [eos] if isinstance(eos, int) else eos,
-            banned_ids=vocabulary.unused_ids,
-            max_num_seqs=limits.max_num_seqs,
-            max_queued=arguments.max_queued,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            prefix_caching=arguments.prefix_caching,
-            speculation=arguments.speculation,
-        )
-        name = arguments.model_name or name_of(arguments.checkpoint)
-        grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
-        parts = (engine, tokenizer, vocabulary, name, NoRecorder(), grammars)
-        completions = CompletionService(*parts)
-        chats = ChatService(*parts, arguments.template(tokenizer))
+        services = start_services(model, tokenizer, runner, limits, arguments, NoRecorder())
+
+        def answer(service: GenerationService[Any, Any, Any]) -> Answer:
+            async def complete(request: GenerationRequest) -> Any:
+                # The engine's requests hold the adapter themselves, once they are submitted.
+                async with served_model(request.model, arguments.name, services.adapters) as own:
+                    return await service.complete(request.served_by(own))
+
+            return complete
+
         return cls(
-            {
-                COMPLETIONS: completions.complete,
-                CHATS: chats.complete,
-            },
-            engine.alive,
-            (grammars.close, engine.close),
-            model_name=name,
+            {COMPLETIONS: answer(services.completions), CHATS: answer(services.chats)},
+            services.engine.alive,
+            (services.close,),
             rows_at_once=limits.max_num_seqs,
             ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
@@ -194,7 +172,6 @@ class InProcessService:
             {CLASSIFICATION: service.classify},
             service.alive,
             (service.close,),
-            model_name=name_of(arguments.checkpoint),
             rows_at_once=arguments.max_batch,
             ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
@@ -219,7 +196,6 @@ class InProcessService:
             {ANSWERS: service.answer},
             service.alive,
             (service.close,),
-            model_name=name_of(arguments.checkpoint),
             rows_at_once=arguments.max_batch,
             ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )
@@ -240,7 +216,6 @@ class InProcessService:
             {EMBEDDINGS: service.embed},
             service.alive,
             (service.close,),
-            model_name=service.model_name,
             rows_at_once=arguments.max_batch,
             ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
         )

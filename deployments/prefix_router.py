@@ -7,8 +7,9 @@ In a deployment's options:
       request_router_kwargs: { imbalance: 8 }
 
 Serve's ConsistentHashRouter finds a session's replica; gptj.serving.entry.sessions names sessions,
-in Serve's proxy. Unlike that router, a replica that has `imbalance` requests more than another one
-counts as busy, and requests without a session go to the less busy of two replicas.
+in Serve's proxy, where GPTJ_PREFIX_SESSIONS=1 is set (see deployments.proxy). Unlike that router, a
+replica that has `imbalance` requests more than another one counts as busy, and requests without a
+session go to the less busy of two replicas.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ def test_prompts_that_begin_alike_reach_the_replica_that_knows_them(
 ) -> None:
     """One replica computes each prefix once: all later requests find it. By default half miss."""
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    monkeypatch.setenv("GPTJ_PREFIX_SESSIONS", "1")
     config = yaml.safe_load(SERVE_CONFIG.read_text())
     del config["applications"][1:]
     save_all(config, models, str(tmp_path / "models"))

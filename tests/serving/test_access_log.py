@@ -19,6 +19,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.logs import ToServe, follow_serve
+from gptj.serving import access_log
 from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.request_ids import RequestIds
@@ -117,6 +118,17 @@ def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second
         "the service is full: 1 requests refused",
         "the service is full: 3 requests refused",
     ]
+
+
+@pytest.mark.parametrize(
+    "path", ["/x\nPOST /v1/completions 200", "/x\u2028y", "/x\x1b[2J", "/x\x85y"]
+)
+def test_a_line_of_the_log_is_one_line(log: pytest.LogCaptureFixture, path: str) -> None:
+    """Paths reach the application decoded, and ids may have any byte beyond ASCII."""
+    access_log.write(access_log.Entry(), "GET", path, 404, 0.1, "id\x85x")
+    (record,) = log.records
+    assert record.getMessage().isprintable()
+    assert vars(record)["route"].isprintable() and vars(record)["request_id"].isprintable()
 
 
 def test_our_loggers_write_to_whatever_handlers_serve_has(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, s
 from serving_models import TEMPLATE, Models, served_with_adapters
 
 from deployments.generation import Arguments, new_engine_runner
+from deployments.in_process import InProcessService
 from deployments.preflight import _problem
 from gptj import GPTJForCausalLM, storage
 from gptj.adapters.base import Base
@@ -31,6 +34,7 @@ from gptj.engine.adapter_slots import AdapterSlots
 from gptj.engine.runners.lora import LoRALimits
 from gptj.serving import adapters as served_adapters
 from gptj.serving.adapters import Adapters
+from gptj.serving.errors import NotFoundError
 from gptj.serving.keys.keyring import digest
 from gptj.serving.metrics import NoRecorder
 from gptj.storage.errors import UnreachableError
@@ -301,6 +305,19 @@ def test_adapters_take_turns_in_memory(
             assert ask(service, "base").status_code == 200
 
 
+def test_an_adapter_that_is_damaged_unnoticed_is_refused_once_it_is_read_again(
+    models: Models, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, though it was in memory before in what seems the same version."""
+    monkeypatch.setattr(served_adapters, "_version", lambda address: "the same")
+    with served_with_adapters(models, root=str(root), max_loras=1) as service:
+        assert ask(service, NAMES[0]).status_code == 200
+        spoil(root / NAMES[0])
+        assert ask(service, NAMES[1]).status_code == 200  # which takes its slot
+        for _ in range(2):
+            assert_error(ask(service, NAMES[0]), 400, "not finite")
+
+
 def test_keys_may_be_for_some_models_only(
     models: Models, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,3 +402,29 @@ def test_named_adapters_are_loaded_at_the_start_or_fail(models: Models, tmp_path
             slots, config, Base("x"), models.tokenizer, NoRecorder(),
             named={"one": str(tmp_path / "missing")},
         )  # fmt: skip
+
+
+def test_batch_inference_answers_with_adapters(
+    models: Models, root: Path, merged: dict[str, Models], tmp_path: Path
+) -> None:
+    """By the settings of the deployment, without HTTP."""
+    models.with_unused_ids().save_pretrained(tmp_path / "run/model", tokenizer=models.tokenizer)
+    arguments = Arguments(
+        checkpoint=str(tmp_path / "run/model"),
+        dtype="float32",
+        cache_tokens=2048,
+        adapters={"kept": str(root / "queries")},
+        adapter_root=str(root),
+    )
+
+    async def asked(model: str) -> Any:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        return await service.answer(COMPLETIONS, body)
+
+    with closing(InProcessService.load("generation", arguments, torch.device("cpu"))) as service:
+        for model, name in (("run", "base"), ("kept", "queries"), (NAMES[1], NAMES[1])):
+            reply = asyncio.run(asked(model))
+            assert reply.model == model
+            assert reply.choices[0].text == expected(merged, name)
+        with pytest.raises(NotFoundError, match="'nothing' does not exist"):
+            asyncio.run(asked("nothing"))

@@ -12,6 +12,9 @@ import transformers
 from huggingface_hub import InferenceClient
 from serving_client import CLASSIFICATION, assert_error
 from serving_models import PROMPTS, SENTENCES, SHORT_CONTEXT, Models
+from tokenizers import Encoding
+
+from gptj.tokenizer import rows
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -107,3 +110,22 @@ def test_pairs_that_cannot_be_are_refused(
 ) -> None:
     reply = httpx.post(f"{service}{CLASSIFICATION}", json={"inputs": inputs}, timeout=30)
     assert_error(reply, status, reason)
+
+
+def test_two_long_texts_make_only_the_rows_that_are_used(
+    service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of one with each of the other would be millions, and fill the memory."""
+    made = 0
+
+    class Counted(rows.Window):
+        def __init__(self, *encodings: Encoding) -> None:
+            nonlocal made
+            made += 1
+            super().__init__(*encodings)
+
+    monkeypatch.setattr(rows, "Window", Counted)
+    long = "It rains! " * 10_000
+    body = {"inputs": {"text": long, "text_pair": long}, "parameters": {"truncation": True}}
+    assert httpx.post(service + CLASSIFICATION, json=body, timeout=60).status_code == 200
+    assert made == 1

@@ -9,7 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from serving_models import Models, applications, mounted
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_serving_edge import BODY, Reply, request
 
-from gptj.serving.entry.admission import Admission, Gate
+from gptj.serving.entry.admission import MAX_KNOWN, Admission, Gate
 from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.event_stream import DivergedError, EventStream
 from gptj.serving.entry.failover import MAX_TRIES, Failover
@@ -473,6 +473,31 @@ def test_a_refusal_on_the_connection_keeps_to_http(full: tuple[str, Gate]) -> No
     assert exchange(service, one[:-3]).status_code == 408
 
 
+def test_refusals_that_nobody_reads_are_not_piled_up(replicas: Replicas) -> None:
+    """A client that only sends fills no memory with its replies."""
+    gate = Gate(first_bound=1)
+    gate.enter("/v1/completions")
+    protocol = LimitedProtocol.limited(ConnectionLimits())
+    protocol.gate = gate
+    served: list[LimitedProtocol] = []
+
+    class Seen(protocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            sending = transport.get_extra_info("socket")
+            sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            served.append(self)
+
+    entry = Edge(BodyLimit(Admission(Failover(replicas), gate)))
+    one = request(b"POST", b"/v1/completions", b"", BODY) + BODY
+    with listening(RequestIds(entry), Seen) as service, connect(service) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(2)
+        with suppress(TimeoutError):  # the server stops reading
+            connection.sendall(one * 40_000)
+        assert served[-1].transport.get_write_buffer_size() < 2**18
+
+
 def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them() -> None:
     """Many connections of one address at once, while the loop does something else."""
 
@@ -539,9 +564,9 @@ class Queue:
         self.asked = 0
         self.running: list[asyncio.Event] = []
         self.now = 0.0
-        self._admission = Admission(self._serve, Gate(clock=lambda: self.now, **settings))
+        self._admission = Admission(self.serve, Gate(clock=lambda: self.now, **settings))
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.asked += 1
         if len(self.running) >= self.room and scope["path"] != "/health":
             await error_response(OverloadedError("full"))(scope, receive, send)
@@ -627,3 +652,48 @@ def test_a_burst_does_not_all_reach_a_service_that_nobody_knows_yet() -> None:
         assert statuses == {200: 10, 429: 90}
 
     asyncio.run(scenario())
+
+
+def test_paths_that_clients_make_up_take_no_memory() -> None:
+    gate = Gate()
+    for number in range(2 * MAX_KNOWN):
+        for path in (f"OPTIONS /v1/{number}", "/v1/completions"):
+            gate.enter(path)
+            gate.leave(path, 200, refused=False)
+    assert len(gate._bounds) == MAX_KNOWN
+    assert "/v1/completions" in gate._bounds  # what is used stays known
+
+
+def test_bodies_of_running_requests_are_bounded_together() -> None:
+    """Also those whose application takes less: the proxy passes on what the largest takes."""
+
+    async def run() -> None:
+        queue = Queue(room=4)
+        limited = BodyLimit(queue.serve, max_held_bytes=2500)
+
+        async def ask() -> int:
+            status = 0
+
+            async def send(message: Message) -> None:
+                nonlocal status
+                status = message.get("status", status)
+
+            async def receive() -> Message:
+                return {"type": "http.request", "body": b"x" * 1000}
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+            await limited(scope, receive, send)
+            return status
+
+        held = [asyncio.ensure_future(ask()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert await ask() == 503
+        await queue.answer()
+        await asyncio.sleep(0)
+        held.append(asyncio.ensure_future(ask()))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await queue.answer()
+        assert await asyncio.gather(*held) == [200] * 3
+
+    asyncio.run(run())

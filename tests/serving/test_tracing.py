@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,7 +12,9 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from peft_adapters import make_adapter
 from serving_client import COMPLETIONS
+from serving_models import Models, served_with_adapters
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -85,6 +88,29 @@ def test_a_request_to_the_engine_has_a_span_for_each_stage_of_each_output(
         assert whole.start_time <= queue.start_time <= queue.end_time == prefill.start_time
         assert prefill.end_time == decode.start_time <= decode.end_time <= whole.end_time
     assert CANARY not in "".join(each.to_json() for each in found)
+
+
+def test_a_beam_search_that_fails_ends_its_span(
+    models: Models, spans: InMemorySpanExporter
+) -> None:
+    with served_with_adapters(models) as service:
+        body = {"prompt": CANARY, "max_tokens": 4, "use_beam_search": True, "n": 100}
+        reply = httpx.post(service + COMPLETIONS, json=body, headers=traceparent(), timeout=60)
+    assert reply.status_code == 400, reply.text
+    (whole,) = spans.get_finished_spans()
+    assert (whole.attributes or {})["gen_ai.response.finish_reasons"] == ("error",)
+
+
+def test_a_span_names_the_adapter(
+    models: Models, spans: InMemorySpanExporter, tmp_path: Path
+) -> None:
+    folder = make_adapter(models.generation, tmp_path, 1).folder
+    with served_with_adapters(models, named={"mine": str(folder)}) as service:
+        body = {"model": "mine", "prompt": CANARY, "max_tokens": 2}
+        httpx.post(service + COMPLETIONS, json=body, headers=traceparent(), timeout=60)
+    whole = next(each for each in spans.get_finished_spans() if "_completion" in each.name)
+    assert whole.name == "text_completion mine"
+    assert (whole.attributes or {})["gen_ai.request.model"] == "mine"
 
 
 def test_a_trace_that_is_not_sampled_records_nothing(

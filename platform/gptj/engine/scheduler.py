@@ -395,13 +395,6 @@ class Scheduler:
             ids[0], positions[0], query_start_loc[0] = _with_drafts(ids[0], positions[0], drafts)
             end = len(ids[0])
             wanted[0] = self._counting[:end]
-        adapters = np.concatenate(
-            [
-                rows.adapters[:count],
-                *(np.full(each.width, each.request.slot, np.int32) for each in searches),
-                np.array([chunk.sequence.samples[0].slot for chunk in chunks], np.int32),
-            ]
-        )
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))

@@ -55,8 +55,14 @@ def current_entry() -> Entry:
     return _entry.get() or Entry()
 
 
+def printable(text: str) -> str:
+    """The client's text on one line, without control characters, as in a Python string."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def write(entry: Entry, method: str, route: str, status: int, seconds: float, id_: str) -> None:
     """Write a request's line."""
+    route, id_ = printable(route), printable(id_)
     words = [f"{method} {route} {status} {1000 * seconds:.1f}ms"]
     if entry.prompt_tokens is not None:
         words.append(f"{entry.prompt_tokens} + {entry.completion_tokens} tokens")

@@ -14,8 +14,9 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class ServedAdapter:
 class _Known:
     """A folder below the root."""
 
-    served: ServedAdapter | None = None  # perhaps no longer in memory
+    served: ServedAdapter | None = None  # perhaps no longer in memory, until it is looked at
     refused: tuple[str, str] | None = None  # a version that cannot be served, and why
     looked: float = 0.0  # by time.monotonic
 
@@ -185,7 +186,7 @@ class Adapters:
             known = self._known.get(name) or _Known()
         before = known.served
         if before is not None and not before.loaded.in_memory:
-            before = None
+            before = known.served = None
         try:
             version = _version(address)
         except storage.NotFoundError as error:
@@ -276,6 +277,26 @@ class Adapters:
             if not Path(address).resolve().is_relative_to(Path(self._root).resolve()):
                 return None
         return address
+
+
+@asynccontextmanager
+async def served_model(
+    name: str | None, base: str, adapters: Adapters | None
+) -> AsyncIterator[ServedAdapter | None]:
+    """The adapter that a request's `model` names, held in the block; None: the base model.
+
+    Raises NotFoundError if there is none, and what `Adapters.hold` does.
+    """
+    if name is None or name == base:
+        yield None
+    elif adapters is None:
+        raise unknown_model(name)
+    else:
+        adapter = await adapters.hold(name)
+        try:
+            yield adapter
+        finally:
+            adapter.loaded.release()
 
 
 def unknown_model(name: str | None) -> APIError:

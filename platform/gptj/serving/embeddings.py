@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -142,20 +142,16 @@ class EmbeddingsService:
         # Inputs of about the same length make batches with little padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         found = await results_of(self._batcher.submit([rows[index] for index in order]))
-        vectors = dict(zip(order, found, strict=True))
         if not all(bool(vector.isfinite().all()) for vector in found):
             raise ModelError(
                 f"the model's output is not finite: its weights are damaged, or too large for "
                 f"{self._model.dtype}"
             )
-        return Embeddings(
-            data=[
-                Embedding(index=index, embedding=_encoded(vectors[index], request.encoding_format))
-                for index in range(len(rows))
-            ],
-            model=self.model_name,
-            usage=EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
-        )
+        vectors = dict(zip(order, found, strict=True))
+        # A million numbers take a while: not on the event loop.
+        data = await asyncio.to_thread(_data, vectors, request.encoding_format)
+        usage = EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens)
+        return Embeddings.model_construct(data=data, model=self.model_name, usage=usage)
 
     def alive(self, within_seconds: float) -> bool:
         return self._batcher.alive(within_seconds)
@@ -280,6 +276,15 @@ def embeddings_app(
         return Response(content, media_type="application/json")
 
     return app
+
+
+def _data(
+    vectors: Mapping[int, Tensor], encoding_format: Literal["float", "base64"]
+) -> list[Embedding]:
+    return [
+        Embedding(index=index, embedding=_encoded(vectors[index], encoding_format))
+        for index in range(len(vectors))
+    ]
 
 
 def _encoded(vector: Tensor, encoding_format: Literal["float", "base64"]) -> list[float] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -57,11 +58,15 @@ def filled(values: list[Item], filler: Item, missing: int, side: Side) -> list[I
 
 def truncate_pair(
     first: Encoding, second: Encoding, limit: int | None, stride: int, strategy: str
-) -> list[Window]:
-    """The rows of a pair in Hugging Face's order: each window of one with each of the other."""
+) -> Iterator[Window]:
+    """The rows of a pair in Hugging Face's order: each window of one with each of the other.
+
+    Made one by one: of two long texts there are so many that they would fill the memory.
+    """
     sizes = len(first.ids), len(second.ids)
     if limit is None or sum(sizes) <= limit:
-        return [Window(first, second)]
+        yield Window(first, second)
+        return
     if strategy == "longest_first":
         # Shorten the longer one to the other's length, then both equally.
         shorter = min(*sizes, limit // 2)
@@ -79,10 +84,12 @@ def truncate_pair(
             )
     firsts = cut(first, rooms[0], stride)
     seconds = cut(second, rooms[1], stride)
-    pairs = [(firsts[0], seconds[0])]
-    pairs += [(part, other) for part in firsts[1:] for other in seconds]
-    pairs += [(firsts[0], other) for other in seconds[1:]]
-    return [Window(part, other) for part, other in pairs]
+    yield Window(firsts[0], seconds[0])
+    for part in firsts[1:]:
+        for other in seconds:
+            yield Window(part, other)
+    for other in seconds[1:]:
+        yield Window(firsts[0], other)
 
 
 def cut(encoding: Encoding, limit: int | None, stride: int) -> list[Encoding]:

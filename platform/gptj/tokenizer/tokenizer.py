@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from operator import index as whole_number
 from pathlib import Path
 from typing import Any, Literal
@@ -313,20 +314,19 @@ class GPTJTokenizer:
                 )
             if strategy == "only_second" and seconds is None:
                 raise ValueError("truncation='only_second' needs text_pair; remedy: True")
+        most = None if return_overflowing_tokens else 1  # windows of a text or pair
         if seconds is None:
             rows = [
-                [Window(part) for part in cut(encoding, limit, stride)]
+                [Window(part) for part in cut(encoding, limit, stride)[:most]]
                 for encoding in self._encode_all(firsts)
             ]
         else:
             rows = [
-                truncate_pair(first, second, limit, stride, strategy)
+                list(islice(truncate_pair(first, second, limit, stride, strategy), most))
                 for first, second in zip(
                     self._encode_all(firsts), self._encode_all(seconds), strict=True
                 )
             ]
-        if not return_overflowing_tokens:
-            rows = [windows[:1] for windows in rows]
         flat = [window for windows in rows for window in windows]
         if pads:
             length = max_length if padding == "max_length" else None

@@ -62,6 +62,11 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         super().__init__(engine, tokenizer, vocabulary, model_name, recorder, grammars)
         self._template = template
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the base model has one: its adapters may have their own."""
+        return self._template is not None
+
     async def complete(self, request: ChatRequest) -> ChatCompletion:
         return await super().complete(self._with_stops(request))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from gptj.serving.adapters import Adapters, ServedAdapter, unknown_model
+from gptj.serving.adapters import Adapters, ServedAdapter, served_model, unknown_model
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
@@ -97,8 +97,7 @@ def generation_app(
     add_health(app, alive, "the engine makes no progress")
     recorder_ = recorder or NoRecorder()
 
-    @asynccontextmanager
-    async def adapter_of(model: str | None) -> AsyncIterator[ServedAdapter | None]:
+    def adapter_of(model: str | None) -> AbstractAsyncContextManager[ServedAdapter | None]:
         """The adapter that a request's `model` names, held in the block; None: the base model."""
         name = card.id if model is None else model
         if not may_use_model(name):
@@ -107,16 +106,7 @@ def generation_app(
                 param="model",
                 code="model_not_allowed",
             )
-        if name == card.id:
-            yield None
-        elif adapters is None:
-            raise unknown_model(name)
-        else:
-            adapter = await adapters.hold(name)
-            try:
-                yield adapter
-            finally:
-                adapter.loaded.release()
+        return served_model(name, card.id, adapters)
 
     def check_name(name: str | None) -> None:
         """An adapter has its base model's tokenizer, and need not be loaded for it."""

@@ -172,7 +172,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         self, request: Request, prompts: Sequence[ResolvedPrompt], start: float
     ) -> RequestTrace:
         params = prompts[0].params[0]
-        return RequestTrace(self._operation, self._model_name, params, request.n, start)
+        return RequestTrace(self._operation, self._model_of(request), params, request.n, start)
 
     def _events(self) -> EventStream:
         """For a request of the running event loop."""
@@ -217,6 +217,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         searches = [asyncio.ensure_future(self._search(request, prompt)) for prompt in prompts]
         try:
             found = await asyncio.gather(*searches)
+        except BaseException:
+            trace.end(usage_of(prompts, 0), ["error"] * len(prompts))
+            raise
         finally:
             for search in searches:
                 search.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +24,9 @@ LOG_SECONDS = 1.0  # between lines of the log that count refusals
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
 FIRST_BOUND = 512  # of a route, until more is known
 GROWTH = 0.5  # of a route's bound, per answer while the bound is reached
+MAX_KNOWN = (
+    1024  # paths with a bound; clients can make up any number that is refused or preflighted
+)
 FULL = OverloadedError("the service is full: try again later")
 
 
@@ -62,7 +65,7 @@ class Gate:
         self._first_bound = first_bound
         self._clock = clock
         self._in_flight: Counter[str] = Counter()  # only what is in flight
-        self._bounds: dict[str, Bound] = {}  # of routes that exist
+        self._bounds: OrderedDict[str, Bound] = OrderedDict()  # least recently used first
         self._refused = 0  # since the log's last line about it
         self._logged_at = float("-inf")
 
@@ -81,7 +84,6 @@ class Gate:
         if refused:
             self._bound(path).note_refusal(left, self._clock())
         elif status == 200:
-            # Only of routes that exist: clients can make up any number of paths.
             self._bound(path).note_answer(left)
         if not left:
             del self._in_flight[path]
@@ -94,7 +96,11 @@ class Gate:
             self._refused, self._logged_at = 0, now
 
     def _bound(self, path: str) -> Bound:
-        return self._bounds.setdefault(path, Bound(self._first_bound))
+        bound = self._bounds.setdefault(path, Bound(self._first_bound))
+        self._bounds.move_to_end(path)
+        if len(self._bounds) > MAX_KNOWN:
+            self._bounds.popitem(last=False)
+        return bound
 
 
 class Admission:

@@ -206,6 +206,8 @@ class LimitedProtocol(HttpToolsProtocol):
             return False
         if self.cycle is not None and not self.cycle.response_complete:
             return False  # it waits for the one before it
+        if self.flow.write_paused:
+            return False  # the client does not read: uvicorn stops reading from it
         if any(name in NOT_REFUSED_HERE for name, _ in self.headers):
             return False
         path = self.url.partition(b"?")[0].rstrip(b"/")

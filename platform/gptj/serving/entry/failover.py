@@ -15,7 +15,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptj.serving.access_log import current_entry
+from gptj.serving.access_log import current_entry, printable
 from gptj.serving.entry.event_stream import DivergedError, EventStream, error_events
 from gptj.serving.errors import (
     APIError,
@@ -85,7 +85,7 @@ class Exchange:
         self._send = send
         self._start = time.monotonic()
         given = dict(scope["headers"])
-        self.id = given.get(REQUEST_ID, b"").decode("latin-1")[:128]  # for the log
+        self.id = printable(given.get(REQUEST_ID, b"").decode("latin-1")[:128])  # for the log
         self._limit_seconds, shorter = _limit(given.get(TIMEOUT), limit_seconds)
         ours = {SEED, DISCONNECT} | (set() if shorter else {TIMEOUT})
         self._headers = [

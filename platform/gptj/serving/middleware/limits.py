@@ -16,13 +16,14 @@ from gptj.serving.middleware.edge import offers_upgrade
 MAX_BODY_BYTES = 2**20  # by default: tokenizing takes a hundred times the memory of the text
 LARGEST_BODY_BYTES = 2**24  # that an application may take: Serve's proxy holds them all
 MAX_WAITING_BYTES = 2**28  # of all bodies that are being received
+MAX_HELD_BYTES = 2**30  # of all bodies whose requests run
 
 
 class BodyLimit:
     """Middleware: 413 for a body above `max_bytes`; smaller ones are read, then passed on.
 
-    503 beyond `max_waiting_bytes` in all bodies whose end has not arrived. The body of a request
-    for health is not read.
+    503 beyond `max_waiting_bytes` in all bodies whose end has not arrived, or beyond
+    `max_held_bytes` in all whose requests run. The body of a request for health is not read.
     """
 
     def __init__(
@@ -30,11 +31,14 @@ class BodyLimit:
         app: ASGIApp,
         max_bytes: int = MAX_BODY_BYTES,
         max_waiting_bytes: int = MAX_WAITING_BYTES,
+        max_held_bytes: int = MAX_HELD_BYTES,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._max_waiting_bytes = max_waiting_bytes
+        self._max_held_bytes = max_held_bytes
         self._waiting_bytes = 0
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -42,6 +46,8 @@ class BodyLimit:
             return
         try:
             body = b"" if is_health(scope) else await self._read(scope, receive)
+            if body and self._held_bytes + len(body) > self._max_held_bytes:
+                raise UnavailableError("the bodies of running requests fill the memory: try later")
         except APIError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -52,7 +58,12 @@ class BodyLimit:
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
-        await self._app(scope, replay, send)
+        size = len(body)
+        self._held_bytes += size
+        try:
+            await self._app(scope, replay, send)
+        finally:
+            self._held_bytes -= size
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         declared = dict(scope["headers"]).get(b"content-length")
