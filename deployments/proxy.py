@@ -4,14 +4,9 @@ Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares wher
 manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
 connections forever, some errors are in plain text, and clients can evade their keys' limits with a
 seed of their own (x-gptj-seed).
-
-With GPTJ_PREFIX_SESSIONS=1 there as well, requests get the session that deployments.prefix_router
-goes by; the proxy then parses every body.
 """
 
 from __future__ import annotations
-
-import os
 
 import uvicorn.config
 import uvicorn.protocols.http.auto as http
@@ -24,12 +19,9 @@ from gptj.serving.entry.connections import LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.refusals import ReadableRefusals
 from gptj.serving.entry.request_ids import RequestIds
-from gptj.serving.entry.sessions import PrefixSessions
 from gptj.serving.entry.tracing import Tracing
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
-
-PREFIX_SESSIONS = "GPTJ_PREFIX_SESSIONS"
 
 
 def middlewares() -> list[Middleware]:
@@ -42,7 +34,6 @@ def middlewares() -> list[Middleware]:
     follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
-        *prefix_sessions(),
         Middleware(Admission, gate=gate),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
@@ -50,14 +41,6 @@ def middlewares() -> list[Middleware]:
         Middleware(RequestIds),
         Middleware(ReadableRefusals),
     ]
-
-
-def prefix_sessions() -> list[Middleware]:
-    """Empty unless GPTJ_PREFIX_SESSIONS is 1. ValueError for anything but 0 and 1."""
-    wanted = os.environ.get(PREFIX_SESSIONS) or "0"
-    if wanted not in ("0", "1"):
-        raise ValueError(f"{PREFIX_SESSIONS} must be 0 or 1, got {wanted!r}")
-    return [Middleware(PrefixSessions)] if wanted == "1" else []
 
 
 def limit_seconds(app: ASGIApp) -> float | None:

@@ -52,6 +52,9 @@ def check() -> ModuleType:
     return module
 
 
+IN_IMAGE = ("serve", "tracing", "train", "trackers", "interop")
+
+
 def test_the_image_installs_the_library_and_its_extras() -> None:
     """All but the program gptj's: as the Dockerfile's own line finds it in the project's file."""
     (line,) = re.findall(r"python -c '(import pathlib, tomllib;.*)' ", DOCKERFILE)
@@ -59,10 +62,10 @@ def test_the_image_installs_the_library_and_its_extras() -> None:
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
         exec(line, {})
     extras = PROJECT["optional-dependencies"]
-    assert extras["all"] == ["gptj-platform[serve,tracing,train,interop,cli]"]
+    assert extras["all"] == ["gptj-platform[serve,tracing,train,trackers,interop,cli]"]
     assert set(printed.getvalue().split("\n")[:-1]) == {
         *PROJECT["dependencies"],
-        *(each for name in ("serve", "tracing", "train", "interop") for each in extras[name]),
+        *(each for name in IN_IMAGE for each in extras[name]),
     }
 
 

@@ -15,8 +15,6 @@ import pytest
 import uvicorn.config
 from fastapi import FastAPI
 from serving_client import assert_error
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
@@ -286,19 +284,3 @@ def test_speculation_takes_vllms_names_and_nothing_else() -> None:
     ):
         with pytest.raises(pydantic.ValidationError, match=reason):
             given(wrong)
-
-
-def test_the_proxy_parses_bodies_only_where_sessions_are_wanted(
-    in_proxy: Callable[[ASGIApp], TestClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-        await JSONResponse("x-session-id" in Headers(scope=scope))(scope, receive, send)
-
-    body = {"prompt": "x" * 1000}
-    for value, named in ((None, False), ("0", False), ("1", True)):
-        if value is not None:
-            monkeypatch.setenv(proxy.PREFIX_SESSIONS, value)
-        assert in_proxy(echo).post("/v1/completions", json=body).json() is named
-    monkeypatch.setenv(proxy.PREFIX_SESSIONS, "yes")
-    with pytest.raises(ValueError, match=r"must be 0 or 1, got 'yes'"):
-        proxy.middlewares()

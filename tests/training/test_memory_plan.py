@@ -175,22 +175,23 @@ def test_gpus_that_do_not_answer_refuse_nothing(monkeypatch: pytest.MonkeyPatch)
         check_memory(run_of(4), SIX, True, 1024)
 
 
-@pytest.mark.parametrize("checkpoint", [None, "s3://b/finetune/checkpoint-00000001"])
+@pytest.mark.parametrize("fitted", [False, True])
 def test_a_run_that_has_fitted_before_goes_on(
-    checkpoint: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fitted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whatever is predicted."""
     trained = []
     cluster(monkeypatch, 4, get=lambda asked, timeout: GB)
-    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024))
-    monkeypatch.setattr(finetune, "latest_checkpoint", lambda folder: checkpoint)
+    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024, {}))
+    monkeypatch.setattr(finetune, "_has_fitted", lambda settings: fitted)
+    monkeypatch.setattr(finetune, "OnSigterm", lambda: nullcontext(SimpleNamespace(bell=None)))
     trainer = SimpleNamespace(fit=lambda: trained.append(True))
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: trainer)
     settings = run_of(4, storage=str(tmp_path))
     refused = pytest.raises(SystemExit, match="the run does not fit")
-    with refused if checkpoint is None else nullcontext():
+    with nullcontext() if fitted else refused:
         finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path)
-    assert bool(trained) == (checkpoint is not None)
+    assert bool(trained) == fitted
 
 
 def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
