@@ -51,10 +51,9 @@ def test_requests_are_answered_without_the_ledger_until_it_is_back(service: Loca
     (ledger,) = service.processes("Counts").values()
     os.kill(ledger, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while not service.processes("Counts"):
+    while set(service.processes("Counts").values()) <= {ledger}:  # Ray may not know yet
         assert ask_limited(service).status_code in (200, 429)
         assert time.monotonic() < deadline
-    assert list(service.processes("Counts").values()) != [ledger]
 
 
 def ask_limited(service: LocalService) -> httpx.Response:
