@@ -18,11 +18,10 @@ from typing import Any
 from gptj import storage
 from gptj.checkpoints.manifest import FileRecord, Manifest
 from gptj.data.rows import DataError, NoRowsError, Row
-from gptj.data.sources import data_files, read_rows
+from gptj.data.sources import data_files, in_parts, read_rows
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import SAMPLE
 
-PART_BYTES = 64 * 2**20  # of small files that are read together
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 4 * 2**20  # of fewer rows, if they are long
 UNFINISHED = "unfinished"
@@ -59,17 +58,9 @@ class Plan:
     ) -> Plan:
         """DataError, StorageError: if the address has nothing that can be read."""
         files = data_files(address)
-        parts: list[list[str]] = []
-        room = -1  # of the last part
-        for file in files:
-            if file.size > room:
-                parts.append([])
-                room = PART_BYTES
-            parts[-1].append(file.address)
-            room -= file.size
         return cls(
             address,
-            tuple(map(tuple, parts)),
+            in_parts(files),
             tuple(file.size for file in files),
             tuple(columns),
             dict(names),

@@ -31,13 +31,12 @@ from gptj.data.prepared import (
 )
 from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.shards import SHARD_KINDS, Source, TaskName, to_parquet
-from gptj.data.sources import data_files, find_columns, read_rows
+from gptj.data.sources import data_files, find_columns, in_parts, read_rows
 from gptj.data.split import Split, split_rows
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import HUB_DATA
 from gptj.tokenizer import GPTJTokenizer
 
-PART_BYTES = 64 * 2**20  # of small files that are read together
 CHUNK_CHARACTERS = 16 * 2**20  # of the rows of a shard: about four million tokens
 
 _COMMIT = re.compile(rf"(?<=^{HUB_DATA})([^@]+)@[0-9a-f]{{40}}/")
@@ -90,17 +89,9 @@ class Plan:
         skip = bad_rows == "skip"
         files = data_files(address)
         columns = find_columns(address, kinds, names, delimiter=delimiter, skip_bad=skip)
-        parts: list[list[str]] = []
-        room = -1  # of the last part
-        for file in files:
-            if file.size > room:
-                parts.append([])
-                room = PART_BYTES
-            parts[-1].append(file.address)
-            room -= file.size
         return cls(
             address,
-            tuple(map(tuple, parts)),
+            in_parts(files),
             tuple(file.size for file in files),
             columns,
             dict(names),

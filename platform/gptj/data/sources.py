@@ -24,7 +24,17 @@ from gptj.data.records import (
 from gptj.data.rows import DataError, MissingColumnError, NoRowsError, Row, refuse_row
 from gptj.storage.addresses import HUB_DATA, SAMPLE, normalized, split_hub_data
 
-__all__ = ["DataError", "MissingColumnError", "Row", "data_files", "find_columns", "read_rows"]
+PART_BYTES = 64 * 2**20  # of small files that are read together
+
+__all__ = [
+    "DataError",
+    "MissingColumnError",
+    "Row",
+    "data_files",
+    "find_columns",
+    "in_parts",
+    "read_rows",
+]
 
 
 def read_rows(
@@ -128,6 +138,19 @@ def data_files(address: str) -> list[storage.FileInfo]:
     if address.startswith(SAMPLE):
         return [storage.FileInfo(address, address, 0)]
     return [file for file, _ in _files(address)]
+
+
+def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
+    """Addresses in their order: small files together, a large one alone."""
+    parts: list[list[str]] = []
+    room = -1  # of the last part
+    for file in files:
+        if file.size > room:
+            parts.append([])
+            room = PART_BYTES
+        parts[-1].append(file.address)
+        room -= file.size
+    return tuple(map(tuple, parts))
 
 
 def _rows(

@@ -22,7 +22,7 @@ from gptj.data.examples import padded
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.completions.vocabulary import Vocabulary
-from gptj.serving.errors import InvalidRequestError, ModelError
+from gptj.serving.errors import InvalidRequestError, ModelError, check_length
 from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
@@ -187,14 +187,8 @@ class ClassificationService:
         return rows
 
     def _check_length(self, which: str, known: str, length: int) -> None:
-        context = self._model.config.n_positions
-        if length > context:
-            raise InvalidRequestError(
-                f"{which} has {known}{length} tokens, and this model's context is {context}: "
-                f"shorten the text, or set parameters.truncation",
-                param=which,
-                code="context_length_exceeded",
-            )
+        remedy = "shorten the text, or set parameters.truncation"
+        check_length(which, known, length, self._model.config.n_positions, remedy)
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[list[int]]) -> list[Tensor]:

@@ -23,7 +23,7 @@ from gptj.model import GPTJModel
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.completions.schemas import as_prompts
 from gptj.serving.completions.vocabulary import Vocabulary
-from gptj.serving.errors import InvalidRequestError, ModelError, NotFoundError
+from gptj.serving.errors import InvalidRequestError, ModelError, NotFoundError, check_length
 from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
@@ -213,14 +213,8 @@ class EmbeddingsService:
         return rows
 
     def _check_length(self, which: str, known: str, length: int) -> None:
-        context = self._model.config.n_positions
-        if length > context:
-            raise InvalidRequestError(
-                f"{which} has {known}{length} tokens, and this model's context is {context}: "
-                f"shorten it, or set truncate_prompt_tokens",
-                param=which,
-                code="context_length_exceeded",
-            )
+        remedy = "shorten it, or set truncate_prompt_tokens"
+        check_length(which, known, length, self._model.config.n_positions, remedy)
 
     @torch.inference_mode()
     def _vectors(self, rows: Sequence[list[int]]) -> list[Tensor]:

@@ -61,6 +61,20 @@ class InvalidRequestError(APIError):
     type = "invalid_request_error"
 
 
+def check_length(which: str, known: str, length: int, context: int, remedy: str) -> None:
+    """InvalidRequestError if a text, the field `which`, has more tokens than the context.
+
+    Args:
+        known: what is known of the length, such as "at least ".
+    """
+    if length > context:
+        raise InvalidRequestError(
+            f"{which} has {known}{length} tokens, and this model's context is {context}: {remedy}",
+            param=which,
+            code="context_length_exceeded",
+        )
+
+
 class AuthenticationError(APIError):
     status = 401
     type = "authentication_error"
