@@ -13,15 +13,12 @@ rest of /v1 to the generation application.
 
 from typing import cast
 
-from fastapi import FastAPI
+import torch
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deployments.device import replica_device
-from deployments.ledger import cluster_ledger
-from deployments.loading import BatchArguments, load, loading_turn, name_of
-from deployments.logs import follow_serve
-from deployments.metrics import serve_metrics
+from deployments.batched import BatchedReplica
+from deployments.loading import BatchArguments, load, name_of
 from deployments.preflight import check_before_deploying
 from gptj import GPTJModel
 from gptj.serving.embeddings import EmbeddingsService, Pooling, embeddings_app
@@ -39,35 +36,22 @@ class Arguments(BatchArguments):
 
 @serve.deployment(name="embeddings")
 @serve.ingress()
-class Embeddings:
+class Embeddings(BatchedReplica[EmbeddingsService, Arguments]):
     def __init__(self, arguments: Arguments) -> None:
-        follow_serve()
-        with loading_turn(arguments):
-            model, tokenizer = load(GPTJModel, arguments, replica_device())
-        self._service = EmbeddingsService(
-            model,
-            tokenizer,
-            arguments.model_name or name_of(arguments.checkpoint),
-            pooling=arguments.pooling,
-            normalize=arguments.normalize,
-            max_batch=arguments.max_batch,
-            max_queued=arguments.max_queued,
-        )
-        self._stalled_seconds = arguments.stalled_seconds
-        self._http_options = arguments.http_options()
+        super().__init__(arguments, load_service, embeddings_app)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return embeddings_app(
-            self._service, self._alive, serve_metrics(), cluster_ledger(), self._http_options
-        )
 
-    async def check_health(self) -> None:
-        """For Serve, which replaces a replica whose model hangs or has ended."""
-        if not self._alive():
-            raise RuntimeError(f"the model made no step in {self._stalled_seconds} seconds")
-
-    def _alive(self) -> bool:
-        return self._service.alive(self._stalled_seconds)
+def load_service(arguments: Arguments, device: torch.device | None) -> EmbeddingsService:
+    model, tokenizer = load(GPTJModel, arguments, device)
+    return EmbeddingsService(
+        model,
+        tokenizer,
+        arguments.model_name or name_of(arguments.checkpoint),
+        pooling=arguments.pooling,
+        normalize=arguments.normalize,
+        max_batch=arguments.max_batch,
+        max_queued=arguments.max_queued,
+    )
 
 
 def build(args: Arguments) -> Application:

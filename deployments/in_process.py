@@ -12,10 +12,12 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel
 
+from deployments import classification, embeddings, question_answering
+from deployments.batched import BatchedService
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.generation import Arguments as GenerationArguments
 from deployments.generation import new_engine_runner, start_services
-from deployments.loading import Arguments, BatchArguments, load, load_from, name_of, open_checkpoint
+from deployments.loading import Arguments, BatchArguments, load
 from deployments.question_answering import Arguments as QuestionAnsweringArguments
 from gptj.model import (
     GPTJForCausalLM,
@@ -27,19 +29,14 @@ from gptj.model import (
 from gptj.serving.adapters import served_model
 from gptj.serving.app import validated
 from gptj.serving.chat.schemas import ChatRequest
-from gptj.serving.classification import ClassificationRequest, ClassificationService
+from gptj.serving.classification import ClassificationRequest
 from gptj.serving.completions.generation_request import GenerationRequest
 from gptj.serving.completions.generation_service import GenerationService
 from gptj.serving.completions.schemas import CompletionRequest
-from gptj.serving.embeddings import EmbeddingsRequest, EmbeddingsService
+from gptj.serving.embeddings import EmbeddingsRequest
 from gptj.serving.errors import InvalidRequestError, NotFoundError
 from gptj.serving.metrics import NoRecorder
-from gptj.serving.question_answering import (
-    DEFAULT_STRIDE,
-    DEFAULT_WINDOW,
-    QuestionAnsweringRequest,
-    QuestionAnsweringService,
-)
+from gptj.serving.question_answering import QuestionAnsweringRequest
 from gptj.serving.requests import RequestModel, ignoring_unknown_fields
 
 ServiceName = Literal["generation", "classification", "question-answering", "embeddings"]
@@ -112,11 +109,14 @@ class InProcessService:
         if isinstance(arguments, GenerationArguments):
             return cls._generation(arguments, device)
         if isinstance(arguments, QuestionAnsweringArguments):
-            return cls._question_answering(arguments, device)
+            answers = question_answering.load_service(arguments, device)
+            return cls._batched(ANSWERS, answers.answer, answers, arguments)
         if isinstance(arguments, EmbeddingsArguments):
-            return cls._embeddings(arguments, device)
+            vectors = embeddings.load_service(arguments, device)
+            return cls._batched(EMBEDDINGS, vectors.embed, vectors, arguments)
         assert name == "classification" and isinstance(arguments, BatchArguments)
-        return cls._classification(arguments, device)
+        classes = classification.load_service(arguments, device)
+        return cls._batched(CLASSIFICATION, classes.classify, classes, arguments)
 
     async def answer(self, route: str, body: Any) -> Any:
         """The reply to a POST of the body. Cancelling the call cancels the work.
@@ -163,57 +163,11 @@ class InProcessService:
         )
 
     @classmethod
-    def _classification(cls, arguments: BatchArguments, device: torch.device | None) -> Self:
-        model, tokenizer = load(GPTJForSequenceClassification, arguments, device)
-        service = ClassificationService(
-            model, tokenizer, max_batch=arguments.max_batch, max_queued=arguments.max_queued
-        )
-        return cls(
-            {CLASSIFICATION: service.classify},
-            service.alive,
-            (service.close,),
-            rows_at_once=arguments.max_batch,
-            ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
-        )
-
-    @classmethod
-    def _question_answering(
-        cls, arguments: QuestionAnsweringArguments, device: torch.device | None
+    def _batched(
+        cls, route: str, answer: Answer, service: BatchedService, arguments: BatchArguments
     ) -> Self:
-        with open_checkpoint(arguments) as folder:
-            model, tokenizer = load_from(folder, GPTJForQuestionAnswering, arguments, device)
-            trained = folder.read_training_data()
-        stride = arguments.stride
-        service = QuestionAnsweringService(
-            model,
-            tokenizer,
-            window=arguments.window or trained.get("sequence_length", DEFAULT_WINDOW),
-            stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
-            max_batch=arguments.max_batch,
-            max_queued=arguments.max_queued,
-        )
         return cls(
-            {ANSWERS: service.answer},
-            service.alive,
-            (service.close,),
-            rows_at_once=arguments.max_batch,
-            ignore_unknown_fields=arguments.http_options().ignore_unknown_fields,
-        )
-
-    @classmethod
-    def _embeddings(cls, arguments: EmbeddingsArguments, device: torch.device | None) -> Self:
-        model, tokenizer = load(GPTJModel, arguments, device)
-        service = EmbeddingsService(
-            model,
-            tokenizer,
-            arguments.model_name or name_of(arguments.checkpoint),
-            pooling=arguments.pooling,
-            normalize=arguments.normalize,
-            max_batch=arguments.max_batch,
-            max_queued=arguments.max_queued,
-        )
-        return cls(
-            {EMBEDDINGS: service.embed},
+            {route: answer},
             service.alive,
             (service.close,),
             rows_at_once=arguments.max_batch,

@@ -12,16 +12,13 @@ Also `GET /question-answering/health`. The prefix is the application's `route_pr
 
 from typing import Annotated, cast
 
-from fastapi import FastAPI
+import torch
 from pydantic import Field
 from ray import serve
 from ray.serve import Application, Deployment
 
-from deployments.device import replica_device
-from deployments.ledger import cluster_ledger
-from deployments.loading import BatchArguments, load_from, loading_turn, open_checkpoint
-from deployments.logs import follow_serve
-from deployments.metrics import serve_metrics
+from deployments.batched import BatchedReplica
+from deployments.loading import BatchArguments, load_from, open_checkpoint
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForQuestionAnswering
 from gptj.serving.question_answering import (
@@ -41,39 +38,24 @@ class Arguments(BatchArguments):
 
 @serve.deployment(name="question-answering")
 @serve.ingress()
-class QuestionAnswering:
+class QuestionAnswering(BatchedReplica[QuestionAnsweringService, Arguments]):
     def __init__(self, arguments: Arguments) -> None:
-        follow_serve()
-        with loading_turn(arguments), open_checkpoint(arguments) as folder:
-            model, tokenizer = load_from(
-                folder, GPTJForQuestionAnswering, arguments, replica_device()
-            )
-            trained = folder.read_training_data()
-        window = arguments.window or trained.get("sequence_length", DEFAULT_WINDOW)
-        stride = arguments.stride
-        self._service = QuestionAnsweringService(
-            model,
-            tokenizer,
-            window=window,
-            stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
-            max_batch=arguments.max_batch,
-            max_queued=arguments.max_queued,
-        )
-        self._stalled_seconds = arguments.stalled_seconds
-        self._http_options = arguments.http_options()
+        super().__init__(arguments, load_service, question_answering_app)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return question_answering_app(
-            self._service, self._alive, serve_metrics(), cluster_ledger(), self._http_options
-        )
 
-    async def check_health(self) -> None:
-        """For Serve, which replaces a replica whose model hangs or has ended."""
-        if not self._alive():
-            raise RuntimeError(f"the model made no step in {self._stalled_seconds} seconds")
-
-    def _alive(self) -> bool:
-        return self._service.alive(self._stalled_seconds)
+def load_service(arguments: Arguments, device: torch.device | None) -> QuestionAnsweringService:
+    with open_checkpoint(arguments) as folder:
+        model, tokenizer = load_from(folder, GPTJForQuestionAnswering, arguments, device)
+        trained = folder.read_training_data()
+    stride = arguments.stride
+    return QuestionAnsweringService(
+        model,
+        tokenizer,
+        window=arguments.window or trained.get("sequence_length", DEFAULT_WINDOW),
+        stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
+        max_batch=arguments.max_batch,
+        max_queued=arguments.max_queued,
+    )
 
 
 def build(args: Arguments) -> Application:
