@@ -33,11 +33,17 @@ Keys, with their defaults:
 
 from __future__ import annotations
 
+import sys
+
+from jobs.key_value import help_if_asked
+
+if __name__ == "__main__":
+    help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
+
 import asyncio
 import logging
 import math
 import pickle
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +86,7 @@ from gptj.serving.errors import APIError, ModelError, OverloadedError
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.workers.errors import QueueFullError
-from jobs.key_value import checked, help_if_asked
+from jobs.key_value import checked
 from jobs.row_requests import (
     BATCH,
     FIELDS,

@@ -29,10 +29,16 @@ Names as in training's settings (data.columns.text, data.label_names) are unders
 
 from __future__ import annotations
 
+import sys
+
+from jobs.key_value import help_if_asked
+
+if __name__ == "__main__":
+    help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
+
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -62,7 +68,7 @@ from gptj.training.evaluation import collect
 from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
-from jobs.key_value import checked, help_if_asked
+from jobs.key_value import checked
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window

@@ -11,9 +11,15 @@ checkpoint; once the model is there, it does nothing.
 
 from __future__ import annotations
 
+import sys
+
+from jobs.key_value import help_if_asked
+
+if __name__ == "__main__":
+    help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
+
 import logging
 import os
-import sys
 import uuid
 import warnings
 from dataclasses import asdict
@@ -46,7 +52,6 @@ from gptj.training.state import (
     upload_state,
 )
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
-from jobs.key_value import help_if_asked
 
 try:
     import ray
@@ -77,7 +82,6 @@ logger = logging.getLogger("finetune")
 
 
 def main() -> None:
-    help_if_asked(sys.argv[1:], __doc__)
     _log_to_stdout()
     try:
         settings = read_settings(sys.argv[1:]).resolved()

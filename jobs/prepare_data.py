@@ -29,8 +29,14 @@ Keys, with their defaults:
 
 from __future__ import annotations
 
-import logging
 import sys
+
+from jobs.key_value import help_if_asked
+
+if __name__ == "__main__":
+    help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
+
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +55,7 @@ from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.training.tasks import TASKS
-from jobs.key_value import checked, help_if_asked
+from jobs.key_value import checked
 
 try:
     import ray

@@ -119,12 +119,14 @@ def test_adapters_of_pefts_compute_pefts_logits(
     slots = {name: 7 - slot for slot, name in enumerate(made)}
     for name, slot in slots.items():
         runner.load_adapter(slot, made[name].weights())
-    ids = np.array(tokens(13), np.int32)
+    # In Triton's interpreter a token takes ten milliseconds a layer.
+    last = 3 if kind == "triton" and not torch.cuda.is_available() else 12
+    ids = np.array(tokens(last + 1), np.int32)
     rows = len(names)
     pages = np.arange(rows, dtype=np.int32)[:, None]
     adapters = np.array([NONE if name is None else slots[name] for name in names], np.int32)
     found = []
-    for start, end in ((0, 12), (12, 13)):
+    for start, end in ((0, last), (last, last + 1)):
         length = end - start
         batch = StepBatch(
             np.tile(ids[start:end], rows),
@@ -136,7 +138,7 @@ def test_adapters_of_pefts_compute_pefts_logits(
         )
         with torch.inference_mode():
             found.append(torch.stack(runner.step(batch).cpu().split(length)))
-    inputs = torch.tensor([tokens(13)])
+    inputs = torch.tensor([tokens(last + 1)])
     with torch.inference_mode():
         expected = torch.cat(
             [(base if name is None else made[name].theirs)(inputs).logits for name in names]

@@ -247,7 +247,9 @@ def test_a_thousand_requests_cancelled_at_random_leave_nothing_running(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 8))]
+)
 def test_after_any_mix_each_request_ends_once_and_all_pages_are_free(
     model: GPTJForCausalLM, seed: int
 ) -> None:

@@ -100,7 +100,9 @@ def params_of(rng: random.Random, prompt: Sequence[int]) -> SamplingParams:
     return SamplingParams(**chosen)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 6))]
+)
 def test_outputs_equal_those_without_speculation(model: GPTJForCausalLM, seed: int) -> None:
     """With all sampling parameters, several samples, chunks, prefix caching and preemption."""
     rng = random.Random(seed)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
-
 import httpx
 import pytest
 from serving_client import assert_error
@@ -16,7 +10,6 @@ from gptj.serving.pages import POLICY, docs, playground
 
 pytest_plugins = ["serving_fixtures"]
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted({**playground(), **docs()})
 
 
@@ -73,35 +66,3 @@ def test_only_generation_has_the_playground(service: str) -> None:
     assert_error(httpx.get(f"{service}/classification"), 405, "does not take GET")
     assert_error(httpx.get(f"{service}/question-answering/playground/main.js"), 404, "no GET")
     assert httpx.get(f"{service}/classification/docs").status_code == 200
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_pages(tmp_path: Path) -> None:
-    """setuptools packs only what package-data names."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "platform/gptj/serving", source / "platform/gptj/serving")
-    (source / "platform/gptj/__init__.py").touch()
-    for folder in ("deployments", "jobs", "platform/gptj_bench", "platform/gptj_local"):
-        (source / folder).mkdir(parents=True)
-    command = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", *command, str(source)], check=True, capture_output=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {Path(name).relative_to("gptj/serving") for name in _serving(wheel)}
-    for folder in ("playground", "docs"):
-        ours = {file.relative_to(ROOT / "platform/gptj/serving") for file in _files(folder)}
-        assert ours
-        assert ours <= packed
-
-
-def _serving(wheel: Path) -> list[str]:
-    names = zipfile.ZipFile(wheel).namelist()
-    return [name for name in names if name.startswith("gptj/serving/")]
-
-
-def _files(folder: str) -> list[Path]:
-    return [file for file in (ROOT / "platform/gptj/serving" / folder).iterdir() if file.is_file()]

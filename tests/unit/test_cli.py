@@ -275,8 +275,10 @@ def test_the_readmes_shortest_configuration_is_one_of_serves(addresses: dict[str
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_deployed(
-    addresses: dict[str, str],
+    addresses: dict[str, str], s3: LocalS3
 ) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .*s3://gptj/none/model.*$"):
+        main(["serve", "s3://gptj/none/model"])
     with pytest.raises(FileNotFoundError, match="not an existing folder"):
         services(["./none-such"], [])
     with pytest.raises(ValueError, match=r"two models would be named 'classification'.*--name"):

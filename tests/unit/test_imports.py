@@ -89,13 +89,18 @@ def imported(node: ast.AST, modules: set[str]) -> set[str]:
     return {name for name in names if name in modules}
 
 
-def imports(source: str, modules: set[str]) -> set[str]:
-    return {name for node in statements(ast.parse(source)) for name in imported(node, modules)}
+def imports(tree: ast.AST, modules: set[str]) -> set[str]:
+    return {name for node in statements(tree) for name in imported(node, modules)}
 
 
 @pytest.fixture(scope="module")
-def arrows() -> dict[str, set[str]]:
-    return {name: imports(path.read_text(), set(MODULES)) for name, path in MODULES.items()}
+def trees() -> dict[str, ast.AST]:
+    return {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@pytest.fixture(scope="module")
+def arrows(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    return {name: imports(tree, set(MODULES)) for name, tree in trees.items()}
 
 
 def test_every_part_has_its_place(arrows: dict[str, set[str]]) -> None:
@@ -119,12 +124,12 @@ def test_no_modules_import_each_other(arrows: dict[str, set[str]]) -> None:
         pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
 
 
-def test_no_function_imports_a_module_of_ours() -> None:
+def test_no_function_imports_a_module_of_ours(trees: dict[str, ast.AST]) -> None:
     found = [
         f"{module} line {node.lineno}"
-        for module, path in MODULES.items()
+        for module, tree in trees.items()
         if module != "gptj_cli.app"  # whose help should not wait for what no command has asked for
-        for function in ast.walk(ast.parse(path.read_text()))
+        for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom) and imported(node, set(MODULES))
@@ -132,12 +137,12 @@ def test_no_function_imports_a_module_of_ours() -> None:
     assert found == []
 
 
-def test_the_library_needs_no_ray_and_no_transformers() -> None:
+def test_the_library_needs_no_ray_and_no_transformers(trees: dict[str, ast.AST]) -> None:
     found = [
         f"{module} imports {name}"
-        for module, path in MODULES.items()
+        for module, tree in trees.items()
         if module.partition(".")[0] == "gptj"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree)
         for name in (
             [alias.name for alias in node.names]
             if isinstance(node, ast.Import)
@@ -158,4 +163,4 @@ def test_imports_are_found_wherever_they_stand() -> None:
         "def f():\n    import gptj.config\n"
     )
     modules = {"gptj", "gptj.storage", "gptj.model", "gptj.engine", "gptj.data", "gptj.config"}
-    assert imports(source, modules) == modules - {"gptj", "gptj.engine"}
+    assert imports(ast.parse(source), modules) == modules - {"gptj", "gptj.engine"}

@@ -102,7 +102,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_all_packages_with_the_kernels_sources(wheel: Path) -> None:
+def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(wheel: Path) -> None:
     assert wheel.name == f"gptj_platform-{gptj.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder, package in (
@@ -119,28 +119,32 @@ def test_the_wheel_holds_all_packages_with_the_kernels_sources(wheel: Path) -> N
     sources = [path.name for path in kernels.iterdir() if path.suffix in (".cpp", ".h")]
     assert sources
     assert {f"gptj/engine/runners/cpu/{name}" for name in sources} <= names
+    for folder in ("playground", "docs"):
+        pages = list((ROOT / "platform/gptj/serving" / folder).iterdir())
+        assert pages
+        assert {f"gptj/serving/{folder}/{path.name}" for path in pages if path.is_file()} <= names
     assert "gptj/py.typed" in names
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [PAGE_FP32, PAGE_FP16], ids=["fp32", "fp16"])
 def test_the_hugging_face_pages_programs_run_from_the_wheel(
-    program: str, installed: Path, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
+    installed: Path, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
 ) -> None:
     """With the whole vocabulary; the folder EleutherAI/gpt-j-6B stands for the hub's."""
     folder = tmp_path / "EleutherAI" / "gpt-j-6B"
     GPTJForCausalLM(GPTJConfig.preset("tiny", n_embd=64)).save_pretrained(str(folder))
     gptj_tokenizer.save_pretrained(folder)
     check = "import gptj; print(gen_tokens.shape[1], model.dtype, gen_text.startswith(prompt))"
+    programs = f"{PAGE_FP32}\n{check}\n{PAGE_FP16}\n{check}\nprint(gptj.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", f"{program}\n{check}\nprint(gptj.__file__)"],
+        [sys.executable, "-c", programs],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(installed)},  # before what the environment has
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    (length, *rest), (file,) = (line.split() for line in done.stdout.splitlines())
-    assert 46 < int(length) <= 100
-    assert rest == ["torch.float16" if "float16" in program else "torch.float32", "True"]
+    *outputs, (file,) = (line.split() for line in done.stdout.splitlines())
+    assert [rest for _, *rest in outputs] == [["torch.float32", "True"], ["torch.float16", "True"]]
+    assert all(46 < int(length) <= 100 for length, *_ in outputs)
     assert Path(file) == installed / "gptj" / "__init__.py"
