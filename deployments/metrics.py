@@ -10,6 +10,7 @@ from functools import cache
 from ray.serve import metrics
 
 from gptj.engine.stats import EngineStats
+from gptj.serving.metrics import Labels
 
 LEAST_SECONDS, MOST_SECONDS, RATIO = 1e-3, 600.0, 1.15  # buckets fine enough for percentiles
 REPORT_SECONDS = 1.0
@@ -73,6 +74,7 @@ class ServeMetrics:
         self._adapter_requests = metrics.Counter(
             "gptj_adapter_requests", "Requests of an adapter.", ("adapter",)
         )
+        self._adapters = Labels()
         self._adapter_loads = metrics.Counter(
             "gptj_adapter_loads",
             "Adapters that were read, by what became of them.",
@@ -108,7 +110,7 @@ class ServeMetrics:
         self._compiling.observe(seconds)
 
     def adapter_request(self, adapter: str) -> None:
-        self._adapter_requests.inc(1, {"adapter": adapter})
+        self._adapter_requests.inc(1, {"adapter": self._adapters.of(adapter)})
 
     def adapter_load(self, result: str, seconds: float) -> None:
         self._adapter_loads.inc(1, {"result": result})

@@ -5,7 +5,7 @@ In serve.yaml
     tracing_config:
       enabled: true
       exporter_import_path: deployments.tracing:exporter
-      sampling_ratio: 0.1  # of requests whose client does not say whether they are sampled
+      sampling_ratio: 0.1  # of all requests; none whose client says that it is not sampled
 
 or RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH=deployments.tracing:exporter and
 RAY_SERVE_TRACING_SAMPLING_RATIO where Ray starts. The replicas' and proxies' environment says where

@@ -82,7 +82,7 @@ from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
 from gptj.extras import missing
 from gptj.serialization.yaml_value import parse_yaml
-from gptj.serving.errors import APIError, ModelError, OverloadedError
+from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.workers.errors import QueueFullError
@@ -110,6 +110,8 @@ AHEAD = 4  # rows in a model's queue, for each that a step works on
 MAX_RETRIES = 5  # of a chunk whose worker died: its rows may be the reason
 MAX_QUEUED = 2**20  # outputs; how many rows are asked at once bounds them
 RETRY_SECONDS = 0.05
+UNAVAILABLE_SECONDS = 600.0  # for which a row is asked again: storage with an adapter may be down
+UNAVAILABLE_PAUSE_SECONDS = 1.0
 STALLED_SECONDS = 600.0
 
 logger = logging.getLogger("batch_inference")
@@ -467,11 +469,18 @@ class Answerer:
     async def _reply(self, route: str, body: Any) -> Any:
         """Raises APIError, and RuntimeError if the model can work no more."""
         async with self._room:
+            deadline = time.monotonic() + UNAVAILABLE_SECONDS
             while True:
                 try:
                     return await self._service.answer(route, body)
                 except (QueueFullError, OverloadedError):
                     await asyncio.sleep(RETRY_SECONDS)
+                except UnavailableError as error:  # no row's fault
+                    if not self._service.alive(STALLED_SECONDS):
+                        raise RuntimeError(f"the model can work no more: {error}") from error
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"after {UNAVAILABLE_SECONDS:g} s: {error}") from error
+                    await asyncio.sleep(UNAVAILABLE_PAUSE_SECONDS)
                 except ModelError as error:
                     if self._service.alive(STALLED_SECONDS):
                         raise

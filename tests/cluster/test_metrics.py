@@ -105,7 +105,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         exporter = "deployments.tracing:exporter"
         patch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", exporter)
-        patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "0")  # only what clients sample
+        patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "1")
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
         with serving(config, folder) as (address, node):
             metrics = f"http://{HOST}:{node.metrics_port}/metrics"
@@ -261,25 +261,30 @@ def test_a_client_that_leaves_is_counted_and_its_pages_are_freed(service: Servic
 
 
 def test_a_trace_goes_from_the_client_through_the_proxy_to_the_engine(service: Service) -> None:
-    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    trace, other = "4bf92f3577b34da6a3ce929d0e0e4736", "4bf92f3577b34da6a3ce929d0e0e4737"
+    parent = "00f067aa0ba902b7"
     body = {"prompt": CANARY, "max_tokens": 3, "ignore_eos": True}
     url = f"{service.address}/v1/completions"
-    for sampled in (0, 1):
-        headers = {"traceparent": f"00-{trace}-{parent}-0{sampled}"}
+    for given, sampled in ((other, 0), (trace, 1)):
+        headers = {"traceparent": f"00-{given}-{parent}-0{sampled}"}
         httpx.post(url, json=body, headers=headers, timeout=30)
+
+    def found() -> list[Span]:
+        return [each for each in service.collector.spans if each.trace_id.hex() == trace]
+
     model = httpx.get(f"{service.address}/v1/models", timeout=30).json()["data"][0]["id"]
     names = {"POST", f"text_completion {model}", "queue", "prefill", "decode"}
     spans: dict[str, Span] = {}
     deadline = time.monotonic() + 60
     while True:
-        spans = {each.name: each for each in service.collector.spans}
+        spans = {each.name: each for each in found()}
         there = {each.span_id for each in spans.values()} | {bytes.fromhex(parent)}
         # Processes send what has ended every five seconds: parents come after their children.
         if names <= spans.keys() and {each.parent_span_id for each in spans.values()} <= there:
             break
         assert time.monotonic() < deadline, spans.keys()
         time.sleep(0.2)
-    assert {each.trace_id.hex() for each in service.collector.spans} == {trace}
+    assert other not in {each.trace_id.hex() for each in service.collector.spans}
     by_id = {each.span_id: each for each in spans.values()}
     path, each = [], spans["decode"]
     while each.parent_span_id in by_id:
@@ -287,7 +292,7 @@ def test_a_trace_goes_from_the_client_through_the_proxy_to_the_engine(service: S
         each = by_id[each.parent_span_id]
     assert path[:2] == ["decode", f"text_completion {model}"]  # Serve's own follow
     assert (each.name, each.parent_span_id.hex()) == ("POST", parent)
-    assert len([each for each in service.collector.spans if each.name == "POST"]) == 1
+    assert len([each for each in found() if each.name == "POST"]) == 1
     assert service.collector.services == {"gptj"}
 
 

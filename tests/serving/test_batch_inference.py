@@ -24,6 +24,8 @@ from gptj import storage
 from gptj.checkpoints.manifest import verify
 from gptj.data.answers import Index, Plan, Record, begin, chunks, finish
 from gptj.data.rows import DataError
+from gptj.serving.errors import UnavailableError
+from jobs import batch_inference
 from jobs.batch_inference import Answerer, check_custom_ids, main, planned, read_settings
 
 pytest_plugins = ["serving_fixtures"]
@@ -145,6 +147,69 @@ def test_every_row_is_answered_once_however_often_a_run_is_interrupted(
     other = written(tmp_path / "other.jsonl", rows[:3])
     with pytest.raises(DataError, match="was begun with other address, parts, sizes"):
         run(words[0], other, *words[2:])
+
+
+def test_answers_are_to_the_rows_that_the_files_have(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    """Whatever their size; a copy of the same rows has the same answers."""
+    data = written(tmp_path / "rows.jsonl", [{"text": "Anna"}, {"text": "Paris"}, {"text": "x"}])
+    words = [addresses["classification"], data, output, "chunk_rows=1", FP32]
+    assert run(*words, most=3) is None
+    size = Path(data).stat().st_size
+    # As many bytes in fewer rows, before the end.
+    written(tmp_path / "rows.jsonl", [{"text": "Anna"}, {"text": "Maria" + " " * 14}])
+    assert Path(data).stat().st_size == size
+    first = Path(output, "output-00000-00000.jsonl")
+    kept = first.stat().st_mtime_ns
+    index = run(*words)
+    assert index is not None and index.rows == 2
+    assert first.stat().st_mtime_ns == kept
+    verify(output)
+    assert len(lines(output, "output")) == 2
+    # The same after it.
+    content = Path(data).read_text()
+    Path(data).unlink()
+    Path(data).write_text(content)
+    assert run(*words) == index
+    Path(data).write_text(content.replace("Anna", "Otto"))
+    with pytest.raises(DataError, match="has the answers to other rows"):
+        run(*words)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_is_unavailable_is_asked_again_unless_the_model_died(
+    addresses: Mapping[str, str],
+    tmp_path: Path,
+    output: str,
+    monkeypatch: pytest.MonkeyPatch,
+    dies: bool,
+) -> None:
+    """It is no row's fault, and must not become its answer."""
+    monkeypatch.setattr(batch_inference, "UNAVAILABLE_PAUSE_SECONDS", 0.0)
+    data = written(tmp_path / "rows.jsonl", [{"text": "Anna"}])
+    task, plan = planned(read_settings([addresses["classification"], data, output, FP32]))
+    assert begin(plan, output) is None
+    asked = 0
+
+    async def classify(request: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if dies or asked < 4:
+            raise UnavailableError("the adapter cannot be read")
+        return [[{"label": "good", "score": 1.0}]]
+
+    service = InProcessService(
+        {"/classification": classify}, lambda _: not dies, (), rows_at_once=1,
+        ignore_unknown_fields=False,
+    )  # fmt: skip
+    answer = Answerer(service, task, plan, output).answer(next(chunks(plan, 0)))
+    if dies:
+        with pytest.raises(RuntimeError, match="can work no more"):
+            asyncio.run(answer)
+        return
+    assert asyncio.run(answer).failed == 0
+    assert asked == 4 and lines(output, "output")[0]["labels"][0]["label"] == "good"
 
 
 def test_pairs_questions_and_vectors(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -36,7 +38,7 @@ from gptj.serving import adapters as served_adapters
 from gptj.serving.adapters import Adapters
 from gptj.serving.errors import NotFoundError
 from gptj.serving.keys.keyring import digest
-from gptj.serving.metrics import NoRecorder
+from gptj.serving.metrics import Labels, NoRecorder
 from gptj.storage.errors import UnreachableError
 from gptj_local.s3 import LocalS3
 
@@ -305,6 +307,112 @@ def test_adapters_take_turns_in_memory(
             assert ask(service, "base").status_code == 200
 
 
+def test_asking_for_a_model_loads_none(
+    models: Models, root: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would push out those in use, and costs no key anything."""
+    (root / NAMES[1] / "chat_template.jinja").write_text("{{ messages }}")
+    shutil.copytree(root / NAMES[0], root / "bad")
+    damage_config(root / "bad", use_dora=True)
+    with served_with_adapters(
+        models, root=str(root), max_loras=1, recorder=counts, template=None
+    ) as service:
+
+        def card(name: str) -> httpx.Response:
+            return httpx.get(f"{service}/v1/models/{name}", timeout=60)
+
+        assert ask(service, NAMES[0]).status_code == 200
+        for _ in range(2):
+            found = card(NAMES[1]).json()
+            assert (found["id"], found["parent"]) == (NAMES[1], "base")
+            assert found["root"] == str(root / NAMES[1]) and found["chat_template"]
+            assert_error(card("bad"), 400, "use_dora")
+            assert_error(card("nobody"), 404, "does not exist")
+        assert card(NAMES[0]).json()["id"] == NAMES[0] and not card("base").json()["parent"]
+        listed = httpx.get(f"{service}/v1/models", timeout=60).json()["data"]
+        assert [each["id"] for each in listed] == ["base", NAMES[0]]
+        assert counts.loads == ["loaded"]
+        # What was found out serves who reads it next.
+        monkeypatch.setattr(served_adapters, "_version", lambda address: 1 / 0)
+        assert card(NAMES[1]).status_code == 200
+        assert_error(ask(service, "bad"), 400, "use_dora")
+
+
+def test_names_without_a_folder_are_looked_up_now_and_then(
+    lora: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    version = served_adapters._version
+
+    def count(address: str) -> str:
+        looked.append(Path(address).name)
+        return version(address)
+
+    monkeypatch.setattr(served_adapters, "_version", count)
+    monkeypatch.setattr(served_adapters, "MAX_KNOWN", 3)
+    for _ in range(3):
+        assert_error(ask(lora, "later"), 404, "does not exist")
+        assert_error(ask(lora, "later", CHATS), 404, "does not exist")
+    assert looked == ["later"]
+    for number in range(3):
+        ask(lora, f"other-{number}")
+    ask(lora, "later")  # others came since, of which only so many are known
+    assert looked.count("later") == 2
+    shutil.copytree(root / "queries", root / "later")
+    monkeypatch.setattr(served_adapters, "MISSING_SECONDS", 0.0)
+    assert ask(lora, "later").status_code == 200
+
+
+def test_a_flood_of_names_holds_up_no_adapter_that_is_known(
+    lora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(served_adapters, "LOOK_WAIT_SECONDS", 0.2)
+    assert ask(lora, "queries").status_code == 200
+    version, answered = served_adapters._version, threading.Event()
+
+    def slow(address: str) -> str:
+        answered.wait(60)
+        return version(address)
+
+    monkeypatch.setattr(served_adapters, "_version", slow)
+    with ThreadPoolExecutor(40) as threads:
+        flood = [threads.submit(ask, lora, f"no-{n}") for n in range(40)]
+        while not any(each.done() for each in flood):
+            time.sleep(0.01)
+        assert ask(lora, "queries").status_code == 200
+        answered.set()
+    statuses = [each.result().status_code for each in flood]
+    assert sorted(set(statuses)) == [404, 429]
+
+
+def test_a_storage_that_hangs_delays_adapters_in_memory_once_and_others_are_503(
+    lora: str, root: Path, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3's requests are tried again for minutes."""
+    assert ask(lora, "queries").status_code == 200
+    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(served_adapters, "LOOK_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(served_adapters, "LOAD_WAIT_SECONDS", 0.3)
+    hanging, looked = threading.Event(), []
+
+    def hang(address: str) -> str:
+        looked.append(address)
+        hanging.wait(60)
+        raise UnreachableError(f"{address} does not answer")
+
+    monkeypatch.setattr(served_adapters, "_version", hang)
+    try:
+        reply = complete(lora, prompt=PROMPT, model="queries")
+        assert reply["choices"][0]["text"] == expected(merged, "queries")
+        monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 60.0)
+        assert ask(lora, "queries").status_code == 200
+        assert len(looked) == 1
+        assert_error(ask(lora, "team/everything"), 503, "could not be read in 0.3 s")
+    finally:
+        hanging.set()
+
+
 def test_an_adapter_that_is_damaged_unnoticed_is_refused_once_it_is_read_again(
     models: Models, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +456,15 @@ def test_keys_may_be_for_some_models_only(
         assert [card.id for card in clients["all"].models.list()] == ["base", *NAMES]
         with pytest.raises(openai.PermissionDeniedError):
             clients["team"].models.retrieve("queries")
+        for path, body in (("tokenize", {"prompt": "x"}), ("detokenize", {"tokens": [5]})):
+            for named, status in (
+                ({"model": "team/everything"}, 200),
+                ({"model": "queries"}, 403),
+                ({}, 403),
+            ):
+                headers = {"Authorization": "Bearer team"}
+                reply = httpx.post(f"{service}/{path}", json=body | named, headers=headers)
+                assert reply.status_code == status
 
 
 def test_adapters_of_an_s3_root(
@@ -392,6 +509,11 @@ def test_a_deployments_runner_takes_adapters(models: Models, made: dict[str, Mad
     runner, _ = new_engine_runner(models.with_unused_ids(), arguments)
     AdapterSlots(runner, LoRALimits()).load(made["everything"].weights())
     runner.close()
+
+
+def test_metrics_tell_only_so_many_adapters_apart() -> None:
+    labels = Labels(2)
+    assert [labels.of(name) for name in "abcad"] == ["a", "b", "other", "a", "other"]
 
 
 def test_named_adapters_are_loaded_at_the_start_or_fail(models: Models, tmp_path: Path) -> None:

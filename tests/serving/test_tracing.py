@@ -12,6 +12,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from peft_adapters import make_adapter
 from serving_client import COMPLETIONS
 from serving_models import Models, served_with_adapters
@@ -152,6 +153,34 @@ def test_the_proxys_span_continues_the_clients_and_notes_each_retry(
         "url.path": "/v1/completions",
         "url.scheme": "http",
     }
+
+
+def test_a_client_cannot_bring_its_request_into_the_sample(
+    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even by an id that the ratio would choose."""
+    flags: list[bytes] = []
+
+    async def replicas(scope: Scope, receive: Receive, send: Send) -> None:
+        flags.append(dict(scope["headers"])[b"traceparent"][-2:])
+        await JSONResponse({})(scope, receive, send)
+
+    async def ask(count: int) -> None:
+        transport = httpx.ASGITransport(entry.Tracing(replicas))
+        async with httpx.AsyncClient(transport=transport) as client:
+            for _ in range(count):
+                headers = {"traceparent": f"00-{1:032x}-{PARENT}-01"}
+                assert (await client.get("http://x/", headers=headers)).is_success
+
+    for ratio, sampled in ((0.0, range(1)), (1.0, range(20, 21)), (0.5, range(1, 20))):
+        provider = TracerProvider(sampler=ParentBasedTraceIdRatio(ratio))
+        provider.add_span_processor(SimpleSpanProcessor(spans))
+        monkeypatch.setattr(entry, "tracer", provider.get_tracer("test"))
+        spans.clear()
+        flags.clear()
+        asyncio.run(ask(20))
+        assert flags.count(b"01") == len(spans.get_finished_spans()) in sampled
+        assert {each.name for each in spans.get_finished_spans()} <= {"GET"}
 
 
 def test_without_a_provider_headers_and_requests_are_untouched() -> None:

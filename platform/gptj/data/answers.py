@@ -43,6 +43,7 @@ class Plan:
     chunk_rows: int
     settings: Mapping[str, Any]  # the model and what it is asked, as plain values
     whole: bool = False  # one file of outputs and one of errors, instead of one for each chunk
+    stamps: tuple[str, ...] = ()  # of all files in their order: another one if a file has changed
 
     @classmethod
     def of(
@@ -68,6 +69,7 @@ class Plan:
             chunk_rows,
             settings,
             whole,
+            tuple(file.version for file in files),
         )
 
     @property
@@ -146,6 +148,7 @@ class Index:
     settings: Mapping[str, Any]  # the plan's
     rows: int
     failed: int
+    source: str = ""  # digest of all chunks' digests; empty in folders of old
 
 
 def begin(plan: Plan, folder: str) -> Index | None:
@@ -158,6 +161,7 @@ def begin(plan: Plan, folder: str) -> Index | None:
         address = storage.join(folder, INDEX)
         index = Index(**parse_object(storage.read_bytes(address), address))
         _check_same(index.settings, plan, folder)
+        _check_current(index, plan, folder)
         storage.delete_folder(storage.join(folder, UNFINISHED))  # left by a kill just after that
         return index
     address = storage.join(folder, UNFINISHED, PLAN)
@@ -171,7 +175,8 @@ def begin(plan: Plan, folder: str) -> Index | None:
 
 def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
     now = json.loads(plan.to_json())
-    if different := [key for key in now if before.get(key) != now[key]]:
+    # Other stamps, as copied files have, may be of the same rows: chunks' digests tell.
+    if different := [key for key in now if key != "stamps" and before.get(key) != now[key]]:
         inner = before.get("settings"), now["settings"]
         if different == ["settings"] and isinstance(inner[0], dict):
             names = inner[0].keys() | inner[1].keys()
@@ -180,6 +185,29 @@ def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
             f"{folder} was begun with other {', '.join(different)}: choose another folder, or "
             f"delete this one"
         )
+
+
+def _check_current(index: Index, plan: Plan, folder: str) -> None:
+    """DataError if the answers are to other rows than the files have now.
+
+    The files are read only if they have other stamps.
+    """
+    if not index.source or list(plan.stamps) == index.settings.get("stamps"):
+        return
+    found = (
+        (each.name, each.digest) for part in range(len(plan.parts)) for each in chunks(plan, part)
+    )
+    if _source(found) != index.source:
+        raise DataError(
+            f"{folder} has the answers to other rows than {plan.address} has now: choose another "
+            f"folder, or delete this one"
+        )
+
+
+def _source(digests: Iterable[tuple[str, str]]) -> str:
+    """Of chunks' names and digests in their order."""
+    content = "".join(f"{name} {digest}\n" for name, digest in digests)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
@@ -260,6 +288,7 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
         json.loads(plan.to_json()),
         sum(record.rows for record in ordered),
         sum(record.failed for record in ordered),
+        _source((record.name, record.source) for record in ordered),
     )
     if not index.rows:
         raise NoRowsError(f"{plan.address} has no rows")
@@ -274,6 +303,10 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
             )
             for kind in (OUTPUT, ERRORS)
         }
+    for file in storage.list_files(folder):
+        # Of chunks that there were before the data changed.
+        if file.name.startswith((f"{OUTPUT}-", f"{ERRORS}-")) and file.name not in files:
+            storage.delete(file.address)
     content = (json.dumps(asdict(index), indent=1) + "\n").encode()
     storage.write_bytes(storage.join(folder, INDEX), content)
     files[INDEX] = FileRecord(len(content), hashlib.sha256(content).hexdigest())

@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gptj import storage
 from gptj.adapters.base import Base
@@ -43,15 +45,30 @@ from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
 LOOK_SECONDS = 10.0  # between checks for changes of a folder that is in use
+# How long a request waits for that, and then takes what is in memory; for what is not in memory. A
+# storage that is down makes its callers wait for minutes.
+LOOK_WAIT_SECONDS, LOAD_WAIT_SECONDS = 1.0, 60.0
+MISSING_SECONDS = 3.0  # until a name without a folder is looked up again
 LOADS_AT_ONCE = 2
 MAX_PENDING = 32  # names that are being looked up or loaded
-MAX_KNOWN = 1024  # names with a folder, loaded or not
+MAX_KNOWN = 1024  # names with a folder, loaded or not; and as many without
 MAX_TRIES = 3  # to hold an adapter that others push out
 # Of a folder below the root. No part begins with a dot, so that no name leads out of it.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"(?=.{{1,200}}\Z){_PART}(?:/{_PART})*")
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `GET /v1/models` says of an adapter."""
+
+    name: str
+    address: str
+    has_template: bool  # its own
+    created: int  # when it was loaded, or else looked at, in seconds since 1970
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +80,10 @@ class ServedAdapter:
     template: ChatTemplate | None  # its own
     created: int  # when it was loaded, in seconds since 1970
 
+    @property
+    def info(self) -> AdapterInfo:
+        return AdapterInfo(self.name, self.address, self.template is not None, self.created)
+
 
 @dataclass
 class _Known:
@@ -71,6 +92,8 @@ class _Known:
     served: ServedAdapter | None = None  # perhaps no longer in memory, until it is looked at
     refused: tuple[str, str] | None = None  # a version that cannot be served, and why
     looked: float = 0.0  # by time.monotonic
+    described: AdapterInfo | None = None  # while it is not in memory
+    described_at: float = -math.inf  # by time.monotonic
 
 
 class Adapters:
@@ -108,7 +131,9 @@ class Adapters:
         self._verify = verify
         self._lock = threading.Lock()
         self._known: OrderedDict[str, _Known] = OrderedDict()  # by name, least recently used first
-        self._pending: dict[str, Future[ServedAdapter]] = {}
+        self._missing: OrderedDict[str, float] = OrderedDict()  # when names had none; oldest first
+        self._loads: dict[str, Future[ServedAdapter]] = {}
+        self._looks: dict[str, Future[AdapterInfo]] = {}
         self._threads = ThreadPoolExecutor(LOADS_AT_ONCE, "adapters")
         # Held for good.
         self._named = {
@@ -122,15 +147,31 @@ class Adapters:
             NotFoundError: if there is none.
             InvalidRequestError: if it cannot be served, with the reason.
             OverloadedError: if all adapters in memory are in use, or too many are being loaded.
-            UnavailableError: if its folder cannot be read now.
+            UnavailableError: if its folder cannot be read now, or that takes too long.
         """
         for _ in range(MAX_TRIES):
-            served = self._present(name)
-            if served is None:
-                served = await asyncio.shield(asyncio.wrap_future(self._look(name)))
+            served = self._present(name) or await self._load(name)
             if served.loaded.hold():
                 return served
         raise _in_use("other adapters push this one out of memory: try again later")
+
+    async def describe(self, name: str) -> AdapterInfo:
+        """What an adapter is. One that is not in memory is not loaded: others would give way.
+
+        Raises as `hold` does, of what its small files show.
+        """
+        served = self._present(name)
+        if served is not None:
+            return served.info
+        with self._lock:
+            known = self._known.get(name) or _Known()
+            if known.served is not None and known.served.loaded.in_memory:
+                return known.served.info
+            if known.described is not None:
+                if time.monotonic() - known.described_at <= LOOK_SECONDS:
+                    return known.described
+        look = self._once(self._looks, self._described, name)
+        return await _result(name, look, LOAD_WAIT_SECONDS)
 
     def may_have(self, name: str) -> bool:
         """Whether there could be an adapter of that name, without looking."""
@@ -151,6 +192,8 @@ class Adapters:
         if name in self._named:
             return self._named[name]
         with self._lock:
+            if time.monotonic() - self._missing.get(name, -math.inf) < MISSING_SECONDS:
+                raise unknown_model(name)
             known = self._known.get(name)
             if known is None or time.monotonic() - known.looked > LOOK_SECONDS:
                 return None
@@ -161,43 +204,74 @@ class Adapters:
                 raise _refusal(name, known.refused[1])
         return None
 
-    def _look(self, name: str) -> Future[ServedAdapter]:
-        """Look at a folder, and load its adapter if necessary; once for all who wait for it."""
+    async def _load(self, name: str) -> ServedAdapter:
+        """The adapter in its folder's version, or in that in memory if looking takes long."""
+        load = self._once(self._loads, self._found, name)
+        with self._lock:
+            known = self._known.get(name)
+        before = None if known is None else known.served
+        if known is None or before is None or not before.loaded.in_memory:
+            return await _result(name, load, LOAD_WAIT_SECONDS)
+        try:
+            return await _result(name, load, LOOK_WAIT_SECONDS)
+        except UnavailableError:
+            known.looked = time.monotonic()  # others need not wait
+            return before
+
+    def _once(
+        self,
+        pending: dict[str, Future[Found]],
+        work: Callable[[str, str, _Known, str], Found],
+        name: str,
+    ) -> Future[Found]:
+        """Work on a folder on a thread, once for all who wait for it."""
         address = self._address(name)
         if address is None:
             raise unknown_model(name)
         with self._lock:
-            if name in self._pending:
-                return self._pending[name]
-            if len(self._pending) >= MAX_PENDING:
-                raise _in_use("too many adapters are being loaded: try again later")
-            future = self._threads.submit(self._found, name, address)
-            self._pending[name] = future
-        future.add_done_callback(lambda _: self._done(name))
+            if name in pending:
+                return pending[name]
+            # Clients can make up any number of names: what is known goes before them.
+            full = len(self._loads) + len(self._looks) >= MAX_PENDING
+            if full and name not in self._known:
+                raise _in_use("too many adapters are being looked up: try again later")
+            future = self._threads.submit(self._looked, work, name, address)
+            pending[name] = future
+
+        def done(_: Future[Found]) -> None:
+            with self._lock:
+                pending.pop(name, None)
+
+        future.add_done_callback(done)
         return future
 
-    def _done(self, name: str) -> None:
-        with self._lock:
-            self._pending.pop(name, None)
-
-    def _found(self, name: str, address: str) -> ServedAdapter:
-        """A folder's adapter in its present version. Raises APIError."""
+    def _looked(
+        self, work: Callable[[str, str, _Known, str], Found], name: str, address: str
+    ) -> Found:
+        """Look at a folder's present version, and work on it. Raises APIError."""
         with self._lock:
             known = self._known.get(name) or _Known()
-        before = known.served
-        if before is not None and not before.loaded.in_memory:
-            before = known.served = None
+        if known.served is not None and not known.served.loaded.in_memory:
+            known.served = None
         try:
             version = _version(address)
         except storage.NotFoundError as error:
             with self._lock:
                 self._known.pop(name, None)
+                self._missing[name] = time.monotonic()
+                self._missing.move_to_end(name)
+                self._trim()
             raise unknown_model(name) from error
-        except (storage.StorageError, OSError) as error:
-            if before is None:
-                raise UnavailableError(f"the adapter {name!r} cannot be read: {error}") from error
+        except OSError as error:
+            if known.served is None:
+                raise _unreadable(name, error) from error
             logger.warning("%s cannot be read, and stays as it is in memory: %s", address, error)
-            version = before.version
+            version = known.served.version
+        return work(name, address, known, version)
+
+    def _found(self, name: str, address: str, known: _Known, version: str) -> ServedAdapter:
+        """A folder's adapter in its present version. Raises APIError."""
+        before = known.served
         if before is None or before.version != version:
             if known.refused is None or known.refused[0] != version:
                 self._replace(known, name, address, version)
@@ -210,6 +284,36 @@ class Adapters:
         assert known.served is not None
         return known.served
 
+    def _described(self, name: str, address: str, known: _Known, version: str) -> AdapterInfo:
+        """What a folder's adapter is, in memory or not. Raises APIError."""
+        if known.served is not None:  # loaded meanwhile
+            return known.served.info
+        if known.refused is not None and known.refused[0] == version:
+            raise _refusal(name, known.refused[1])
+        refused = described = None
+        try:
+            with ModelFolder.open(address) as folder:
+                read_config(folder)
+                folder.check_complete()
+                if Base.named_in(folder):
+                    Base.of(folder).check(address, self._base)
+                has_template = self._template(folder) is not None
+            described = AdapterInfo(name, address, has_template, int(time.time()))
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        except ValueError as error:  # CheckpointError and ChatTemplateError among them
+            refused = version, str(error)
+        with self._lock:
+            known = self._known.setdefault(name, known)  # it may have been loaded meanwhile
+            if refused is not None:
+                known.refused, known.looked = refused, time.monotonic()
+            known.described, known.described_at = described, time.monotonic()
+            self._trim()
+        if described is None:
+            assert refused is not None
+            raise _refusal(name, refused[1])
+        return described
+
     def _replace(self, known: _Known, name: str, address: str, version: str) -> None:
         """Load a folder's new version, or note why it cannot be served."""
         start = time.monotonic()
@@ -218,8 +322,8 @@ class Adapters:
             known.refused = None
         except SlotsInUseError as error:
             raise _in_use(str(error)) from error
-        except storage.StorageError as error:
-            raise UnavailableError(f"the adapter {name!r} cannot be read: {error}") from error
+        except OSError as error:
+            raise _unreadable(name, error) from error
         except ValueError as error:  # CheckpointError and ChatTemplateError among them
             logger.error("the adapter %s cannot be served: %s", address, error)
             self._recorder.adapter_load("refused", time.monotonic() - start)
@@ -233,8 +337,13 @@ class Adapters:
         with self._lock:
             self._known[name] = known
             self._known.move_to_end(name)
-            while len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
+            self._trim()
+
+    def _trim(self) -> None:
+        """Forget the oldest; under the lock."""
+        for names in (self._known, self._missing):
+            while len(names) > MAX_KNOWN:
+                names.popitem(last=False)
 
     def _loaded(self, name: str, address: str, version: str) -> ServedAdapter:
         """Read an adapter, and load it into a slot; it is held."""
@@ -277,6 +386,16 @@ class Adapters:
             if not Path(address).resolve().is_relative_to(Path(self._root).resolve()):
                 return None
         return address
+
+
+async def _result(name: str, future: Future[Found], seconds: float) -> Found:
+    """The future's result, which others may await as well. UnavailableError if it takes longer."""
+    try:
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), seconds)
+    except TimeoutError:
+        raise UnavailableError(
+            f"the adapter {name!r} could not be read in {seconds:g} s: try again later"
+        ) from None
 
 
 @asynccontextmanager
@@ -339,6 +458,10 @@ def _refusal(name: str, reason: str) -> APIError:
     return InvalidRequestError(
         f"the adapter {name!r} cannot be served: {reason}", param="model", code="adapter_refused"
     )
+
+
+def _unreadable(name: str, error: Exception) -> APIError:
+    return UnavailableError(f"the adapter {name!r} cannot be read: {error}")
 
 
 def _in_use(reason: str) -> APIError:

@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
+MAX_LABELS = 200  # values of a label that clients choose
+OTHER = "other"
+
+
+class Labels:
+    """Values of a label, of which the first so many are told apart: Prometheus keeps them all.
+
+    Args:
+        most: how many; all others are `other`.
+    """
+
+    def __init__(self, most: int = MAX_LABELS) -> None:
+        self._most = most
+        self._known: set[str] = set()
+
+    def of(self, value: str) -> str:
+        if value not in self._known:
+            if len(self._known) >= self._most:
+                return OTHER
+            self._known.add(value)
+        return value
+
 
 class Recorder(Protocol):
     """Records measurements; called on the event loop, so each call must be quick."""

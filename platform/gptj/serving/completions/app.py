@@ -10,7 +10,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from gptj.serving.adapters import Adapters, ServedAdapter, served_model, unknown_model
+from gptj.serving.adapters import (
+    AdapterInfo,
+    Adapters,
+    ServedAdapter,
+    served_model,
+    unknown_model,
+)
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
@@ -97,8 +103,8 @@ def generation_app(
     add_health(app, alive, "the engine makes no progress")
     recorder_ = recorder or NoRecorder()
 
-    def adapter_of(model: str | None) -> AbstractAsyncContextManager[ServedAdapter | None]:
-        """The adapter that a request's `model` names, held in the block; None: the base model."""
+    def check_key(model: str | None) -> str:
+        """The name of a request's model, if its key may use that."""
         name = card.id if model is None else model
         if not may_use_model(name):
             raise PermissionDeniedError(
@@ -106,21 +112,26 @@ def generation_app(
                 param="model",
                 code="model_not_allowed",
             )
-        return served_model(name, card.id, adapters)
+        return name
 
-    def check_name(name: str | None) -> None:
+    def adapter_of(model: str | None) -> AbstractAsyncContextManager[ServedAdapter | None]:
+        """The adapter that a request's `model` names, held in the block; None: the base model."""
+        return served_model(check_key(model), card.id, adapters)
+
+    def check_name(model: str | None) -> None:
         """An adapter has its base model's tokenizer, and need not be loaded for it."""
-        if name not in (None, card.id) and not (adapters is not None and adapters.may_have(name)):
+        name = check_key(model)
+        if name != card.id and not (adapters is not None and adapters.may_have(name)):
             raise unknown_model(name)
 
-    def card_of(adapter: ServedAdapter) -> ModelCard:
+    def card_of(adapter: AdapterInfo) -> ModelCard:
         return ModelCard(
             id=adapter.name,
             created=adapter.created,
             root=adapter.address,
             parent=card.id,
             max_model_len=card.max_model_len,
-            chat_template=card.chat_template or adapter.template is not None,
+            chat_template=card.chat_template or adapter.has_template,
         )
 
     async def answer(service: AnyService, request: GenerationRequest) -> Response:
@@ -161,14 +172,18 @@ def generation_app(
     async def models() -> ModelList:
         """The model of this service, and its adapters in memory."""
         present = [] if adapters is None else adapters.present()
-        cards = [card, *map(card_of, present)]
+        cards = [card, *(card_of(adapter.info) for adapter in present)]
         return ModelList(data=[each for each in cards if may_use_model(each.id)])
 
     @app.get("/v1/models/{model_id:path}", responses=errors(400, 404, 429, 503))
     async def model(model_id: str) -> ModelCard:
-        """One of them by its name."""
-        async with adapter_of(model_id) as adapter:
-            return card if adapter is None else card_of(adapter)
+        """One of them by its name, or an adapter that is not in memory."""
+        name = check_key(model_id)
+        if name == card.id:
+            return card
+        if adapters is None:
+            raise unknown_model(name)
+        return card_of(await adapters.describe(name))
 
     @app.post("/tokenize", response_model_exclude_none=True, responses=errors(404))
     async def tokenize_text(request: TokenizeRequest) -> TokenizeReply:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from opentelemetry import context, trace
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+)
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.middleware.observing import HEADER
@@ -13,7 +20,8 @@ from gptj.serving.tracing import PARENT, STATE, enabled, parent_of, propagator, 
 class Tracing:
     """Middleware of Serve's proxy: a span from the request's head to its reply's last byte.
 
-    It continues the client's trace (`traceparent`), and all tries on replicas belong to it.
+    It continues the client's trace (`traceparent`), and all tries on replicas belong to it. The
+    provider's ratio holds for all requests: a client can keep one out of it, but not in.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -31,7 +39,7 @@ class Tracing:
             "http.request.header.x-request-id": headers.get(HEADER, b"")[:128].decode("latin-1"),
         }
         span = tracer.start_span(
-            scope["method"], parent_of(scope), SpanKind.SERVER, attributes=attributes
+            scope["method"], _bounded(parent_of(scope)), SpanKind.SERVER, attributes=attributes
         )
         carrier: dict[str, str] = {}
         propagator.inject(carrier, trace.set_span_in_context(span, context.Context()))
@@ -48,3 +56,19 @@ class Tracing:
 
         with trace.use_span(span, end_on_exit=True):
             await self._app(scope, receive, observe)
+
+
+def _bounded(parent: context.Context) -> context.Context:
+    """The client's context, sampled only if a new trace would be as well."""
+    theirs = trace.get_current_span(parent).get_span_context()
+    if not theirs.is_valid or not theirs.trace_flags.sampled:
+        return parent
+    # The provider decides by the trace's id, which the client has chosen: ask for a new one. A span
+    # that is never ended is not exported.
+    drawn = tracer.start_span("draw", context.Context())
+    if drawn.get_span_context().trace_flags.sampled:
+        return parent
+    ours = SpanContext(
+        theirs.trace_id, theirs.span_id, True, TraceFlags(TraceFlags.DEFAULT), theirs.trace_state
+    )
+    return trace.set_span_in_context(NonRecordingSpan(ours), parent)
