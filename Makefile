@@ -54,6 +54,7 @@ bench: environment
 	test -e .bench/model/manifest.json || $(BIN)/python -m gptj_bench model .bench/model
 	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype bfloat16 $(BESIDE)
 	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype int8
+	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype int4
 	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype float32
 	$(BIN)/python -m gptj_bench serve --model .bench/model --dtype bfloat16 $(BESIDE)
 BESIDE = $(if $(PEERS),--peers $(abspath $(PEERS)))

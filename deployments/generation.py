@@ -46,6 +46,7 @@ from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
 from gptj.engine.runners.lora import MAX_RANK, LoRALimits
 from gptj.engine.speculation import Speculation
+from gptj.int4 import CONFIG_FIELD
 from gptj.serving.adapters import Adapters, check_adapter, check_name
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.app import generation_app
@@ -61,7 +62,9 @@ class Arguments(LoadingArguments):
     # checkpoint's own, if it has one.
     chat_template: str | None = None
     model_name: str | None = None  # what clients call it; default: by its address
-    quantization: Quantization = "none"  # int8: weights in 8 bits, faster and smaller on a CPU
+    # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU. int4 rounds to nearest; a
+    # folder by jobs/quantize.py loses less, and stays in 4 bits without this setting.
+    quantization: Quantization = "none"
     # Sequences that run together, and new tokens of a step, which bound the time between tokens.
     # Default: 64 and 256 on a CPU; on a GPU as many sequences of 512 tokens as the cache holds, up
     # to 256, and four tokens for each, at least 256 (gptj.engine.limits).
@@ -97,6 +100,11 @@ class Arguments(LoadingArguments):
         self.template(tokenizer)
 
     def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
+        if self.quantization == "int8" and hasattr(config, CONFIG_FIELD):
+            raise ValueError(
+                f"quantization=int8 needs the original weights, and those of {self.checkpoint} are "
+                f"in 4 bits; remedy: leave quantization out"
+            )
         for name, address in self.adapters.items():
             try:
                 check_adapter(address)

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from gptj import GPTJConfig, GPTJModel, GPTJTokenizer
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer
 from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
+from gptj.int4 import CONFIG_FIELD, check_config_fields
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
 from gptj.serving.middleware.cors import check_origin
@@ -163,6 +164,13 @@ def _config_and_tokenizer(
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )
+    if hasattr(config, CONFIG_FIELD):
+        check_config_fields(getattr(config, CONFIG_FIELD), arguments.checkpoint)
+        if cls is not GPTJForCausalLM:
+            raise ValueError(
+                f"{arguments.checkpoint} has 4-bit weights, with which only generation computes; "
+                f"remedy: the model that they were made from"
+            )
     tokenizer = GPTJTokenizer.from_folder(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

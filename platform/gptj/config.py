@@ -29,7 +29,7 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 
-_QUANTIZED = "remedy: leave it out, and serve with `quantization: int8`"
+_QUANTIZED = "remedy: leave it out, and serve with `quantization: int8` or `int4`"
 # For arguments of Hugging Face's from_pretrained that ours does not take.
 REMEDIES = {
     "load_in_8bit": _QUANTIZED,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from gptj import int4
 from gptj.adapters.base import Base, digest_of
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters
@@ -70,7 +71,8 @@ class GPTJPreTrainedModel(nn.Module):
         gptj.adapters.lora.merge_lora can merge.
 
         Weights are loaded straight into `dtype` on `device`, without a second copy of the model,
-        and the model is in evaluation mode. Logs when a head missing from the checkpoint is newly
+        and the model is in evaluation mode. 4-bit weights stay in 4 bits, and PyTorch dequantizes a
+        layer for each product: see gptj.int4. Logs when a head missing from the checkpoint is newly
         initialised, when mixed dtypes are unified (to the configuration's, if among them, else the
         majority's), and when a stored lm_head that differs from the embedding is kept although the
         configuration ties them. Another head's weights are skipped.
@@ -175,6 +177,12 @@ class GPTJPreTrainedModel(nn.Module):
                 f"the base model of the adapter {adapter.address} is missing: {error}"
             ) from error
         with opened:
+            if int4.CONFIG_FIELD in opened.read_config():
+                raise CheckpointError(
+                    f"{place.address}, the base model of the adapter {adapter.address}, has 4-bit "
+                    f"weights, to which nothing can be added; remedy: merge the adapter into the "
+                    f"model that they were made from (jobs/merge_adapter.py), and quantize that"
+                )
             if trained_on is not None:
                 trained_on.check(adapter.address, Base(place.address, digest=digest_of(opened)))
             if config is None:
@@ -197,10 +205,15 @@ class GPTJPreTrainedModel(nn.Module):
         *,
         head_follows: bool = False,
     ) -> Model:
+        quantization = getattr(config, int4.CONFIG_FIELD, None)
+        if quantization is not None:
+            int4.check_config_fields(quantization, folder.address)
         try:
             with without_weights():  # no memory or time for weights that are replaced at once
                 model = cls(config)
-        except RuntimeError as error:
+                if quantization is not None:
+                    int4.quantize_blocks(model.base_model.get_submodule("h"))
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder.address}/{CONFIG}: cannot build a model with this configuration: {error}"
             ) from error

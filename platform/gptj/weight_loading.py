@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptj.checkpoints.weights import one_dtype
 from gptj.errors import CheckpointError
+from gptj.int4 import PARAMETERS, Int4Linear
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def load_weights(
     Args:
         folder: where the tensors come from, for error messages.
         dtype: of the parameters; None: as stored. Mixed dtypes are unified to `stored_dtype`, if
-            it is among them, else to the majority's.
+            it is among them, else to the majority's. 4-bit weights stay what they are.
         initializer_range: standard deviation of a missing head's new weights.
         tied: names of tied parameters, and of those they are tied to. They need not be stored.
         head_follows: a missing head will be loaded from elsewhere, so do not log it.
@@ -56,6 +57,12 @@ def load_weights(
         CheckpointError: naming what is missing, has the wrong shape, or is unexpected.
     """
     expected = dict(model.named_parameters(remove_duplicate=False))
+    coded = {
+        f"{path}.{leaf}"
+        for path, module in model.named_modules()
+        if isinstance(module, Int4Linear)
+        for leaf in PARAMETERS
+    }
     loaded: set[str] = set()
     in_use = False
     for stored_name, stored in tensors:
@@ -68,18 +75,24 @@ def load_weights(
                 f"{stored_name} of {folder} has the shape {tuple(stored.shape)}; a "
                 f"{type(model).__name__} of this configuration has {tuple(expected[name].shape)}"
             )
-        if not stored.is_floating_point():
+        if name in coded and stored.dtype != expected[name].dtype:
+            raise CheckpointError(
+                f"{stored_name} of {folder} has the dtype {stored.dtype}, and should have "
+                f"{expected[name].dtype}"
+            )
+        if name not in coded and not stored.is_floating_point():
             raise CheckpointError(
                 f"{stored_name} of {folder} has the dtype {stored.dtype}, which is not floating "
                 f"point"
             )
-        weight = stored.to(device=device, dtype=dtype or stored.dtype)
+        keeps_dtype = dtype is None or name in coded
+        weight = stored.to(device=device, dtype=stored.dtype if keeps_dtype else dtype)
         in_use |= weight is stored
         assign(model, name, weight)
         loaded.add(name)
         del stored, weight  # before the next one is read
     if dtype is None:
-        _unite_dtypes(model, loaded, folder, stored_dtype)
+        _unite_dtypes(model, loaded - coded, folder, stored_dtype)
     differing = [name for name, source in tied.items() if not _tie(model, name, source, loaded)]
     if differing:
         logger.warning(UNTIED, folder)
@@ -90,7 +103,9 @@ def load_weights(
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace a parameter, given its name."""
     path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+    module = model.get_submodule(path)
+    requires_grad = getattr(module, leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad))
 
 
 def _own_name(stored: str, expected: Mapping[str, Tensor]) -> str | None:

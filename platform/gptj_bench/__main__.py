@@ -1,8 +1,8 @@
 """Benchmark the engine and the service against the engines that users might choose instead.
 
-    python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8 [--batch 1,8,16]
-                             [--prompt-tokens 64] [--new-tokens 64] [--threads 2] [--repeats 1]
-                             [--peers DIR]
+    python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8|int4
+                             [--batch 1,8,16] [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
+                             [--repeats 1] [--peers DIR]
     python -m gptj_bench decode --preset 6b …  (random weights, made on the device)
     python -m gptj_bench serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
@@ -16,7 +16,8 @@
                              [--threads 2] [--width 16] [--layers 16]
     python -m gptj_bench adapters --model DIR --dtype … [--batch 8] [--adapters 8] [--rank 16]
                              [--modules q_proj,v_proj] [--new-tokens 64] [--repeats 7]
-    python -m gptj_bench perplexity --model DIR --data FILE [--dtypes float32,bfloat16,int8]
+    python -m gptj_bench perplexity --model DIR --data FILE
+                             [--dtypes float32,bfloat16,int8,int4] [--quantized DIR]
     python -m gptj_bench load   --folder DIR [--size 6b|small|tiny] [--repeats 1] [--readers …]
                              [--no-s3] [--keep]
     python -m gptj_bench model DIR
@@ -26,7 +27,8 @@ and their ratios to vLLM's; at the end a table. With --peers, a folder with the 
 peers/setup.sh makes, other engines alternate with ours, one at a time.
 `model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (from a development
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
-rows as long as the model's context. `grammar` measures the cost of constrained output, see
+rows as long as the model's context; int4 is rounded to nearest, and --quantized adds the folder
+that jobs/quantize.py made of the model. `grammar` measures the cost of constrained output, see
 grammar.py; `speculation` what speculation gains and costs, on weights of its own, see
 speculation.py; `adapters` what adapters side by side cost, see adapters.py. `mlperf` sends MLPerf's
 load to our service, or to one at --url: see mlperf.py. `load` writes a random fp16 model into DIR
@@ -59,7 +61,7 @@ from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import require
 from gptj.serialization.json_object import to_json
 from gptj_bench import adapters, grammar, load_weights, machine, mlperf
-from gptj_bench.decode import TEXT_IDS, Decode, load_runner
+from gptj_bench.decode import DTYPES, TEXT_IDS, Decode, load_runner, split_dtype
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
 from gptj_bench.serve import MODEL_NAME, ours, vllm
@@ -75,7 +77,6 @@ PEERS = (
     ("transformers", "hf", "bfloat16"),
 )
 PEER_SECONDS = 1800
-DTYPES = ("bfloat16", "float32", "float16", "int8")
 Row = dict[str, Any]
 
 
@@ -127,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = commands.add_parser("perplexity")
     command.add_argument("--model", type=command_line.address, required=True)
     command.add_argument("--data", type=command_line.data_address, required=True)
-    command.add_argument("--dtypes", default="float32,bfloat16,int8", type=_dtypes)
+    command.add_argument("--dtypes", default="float32,bfloat16,int8,int4", type=_dtypes)
+    command.add_argument("--quantized", type=command_line.address)
     command = commands.add_parser("load")
     command.add_argument("--folder", required=True, type=command_line.folder)
     command.add_argument("--size", default="6b", choices=["6b", "small", "tiny"])
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _show(row)
         return
     if given.command == "perplexity":
-        for row in Perplexity(given.model, given.data, given.dtypes).run():
+        for row in Perplexity(given.model, given.data, given.dtypes, given.quantized).run():
             _show(row)
         return
     if given.command == "load":
@@ -208,9 +210,8 @@ def decode(given: argparse.Namespace) -> list[Row]:
 
 def serve(given: argparse.Namespace) -> list[Row]:
     """Our service, then vLLM's, under the same load, each after a warm-up."""
-    arguments = {"dtype": given.dtype}
-    if given.dtype == "int8":
-        arguments = {"dtype": "bfloat16", "quantization": "int8"}
+    dtype, quantization = split_dtype(given.dtype)
+    arguments = {"dtype": dtype, "quantization": quantization}
     rows: list[Row] = []
     for _ in range(given.repeats):
         with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as name:

@@ -1,6 +1,6 @@
 """What jobs/batch_inference.py costs beside the bare engine, on the same prompts.
 
-    python -m gptj_bench.batch_inference --model DIR --dtype bfloat16|float32|float16|int8
+    python -m gptj_bench.batch_inference --model DIR --dtype bfloat16|float32|float16|int8|int4
                                          [--rows 256] [--prompt-tokens 64] [--new-tokens 64]
                                          [--max-num-seqs 16] [--repeats 3]
 
@@ -32,7 +32,15 @@ from gptj.engine.engine import Engine
 from gptj.serialization.json_object import to_json
 from gptj.storage.addresses import absolute
 from gptj_bench import machine
-from gptj_bench.decode import SPARE_TOKENS, TEXT_IDS, WARM_UP_TOKENS, generate, load_runner
+from gptj_bench.decode import (
+    DTYPES,
+    SPARE_TOKENS,
+    TEXT_IDS,
+    WARM_UP_TOKENS,
+    generate,
+    load_runner,
+    split_dtype,
+)
 from gptj_local.ray import LocalRay
 from jobs import command_line
 
@@ -45,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=command_line.address, required=True)
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
-    )
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -130,11 +136,10 @@ def job_speed(
 
 
 def _run(given: argparse.Namespace, data: Path, output: Path, environment: dict[str, str]) -> None:
-    dtype = given.dtype
-    words = [f"args.dtype={dtype}"]
-    if dtype == "int8":
-        words = ["args.dtype=bfloat16", "args.quantization=int8"]
-    words += [
+    dtype, quantization = split_dtype(given.dtype)
+    words = [
+        f"args.dtype={dtype}",
+        f"args.quantization={quantization}",
         f"cpus={os.cpu_count() or 1}",
         "args.prefix_caching=false",
         f"args.max_num_seqs={given.max_num_seqs}",

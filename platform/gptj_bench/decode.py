@@ -23,18 +23,20 @@ from gptj.engine.runners.base import Runner
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.lora import LoRALimits
+from gptj.int4 import is_int4
 from gptj.sampling import SamplingParams
 from gptj_bench.machine import gpu_read_bandwidth, read_bandwidth
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
+DTYPES = ("bfloat16", "float32", "float16", "int8", "int4")
 TEXT_IDS = 50000  # ids below this are text in GPT-J's vocabulary
 
 
 @dataclass(frozen=True)
 class Decode:
     model: str  # an address, or the name of a preset
-    dtype: str  # bfloat16, float32, float16 or int8
+    dtype: str  # one of DTYPES
     batches: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
@@ -109,22 +111,31 @@ def load_runner(
     is_preset: bool = False,
     lora: LoRALimits | None = None,
 ) -> Runner:
-    """A model on the GPU, if there is one; int8 weights are quantized from bf16.
+    """A model on the GPU, if there is one; int8 and int4 weights are quantized from bf16.
 
     Args:
         model: an address, or the name of a preset, which gets random weights.
         cache_tokens: the cache's size.
         lora: how many adapters it has room for.
     """
-    stored = "bfloat16" if dtype == "int8" else dtype
+    stored, quantization = split_dtype(dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if is_preset:
         loaded = random_model(GPTJConfig.preset(model), getattr(torch, stored), device)
     else:
         loaded = GPTJForCausalLM.from_pretrained(model, dtype=stored, device=device)
-    quantization: Quantization = "int8" if dtype == "int8" else "none"
+        if is_int4(loaded) and dtype != "int4":
+            raise ValueError(f"{model} has 4-bit weights, and cannot be measured in {dtype}")
     tokens = cache_tokens(loaded.config)
     return best_runner(loaded, tokens, quantization=quantization, lora=lora, release=True)
+
+
+def split_dtype(dtype: str) -> tuple[str, Quantization]:
+    """The model's dtype and the weights' quantization, as `args` of the generation service."""
+    quantized: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
+    if dtype in quantized:
+        return "bfloat16", quantized[dtype]
+    return dtype, "none"
 
 
 def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJForCausalLM:

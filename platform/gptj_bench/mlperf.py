@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gptj import GPTJConfig, GPTJTokenizer
 from gptj.data.sources import read_rows
-from gptj_bench.decode import TEXT_IDS
+from gptj_bench.decode import DTYPES, TEXT_IDS, split_dtype
 from gptj_bench.loadgen import MAX_TOKENS, MLPerf, Row, Scenario, load_generator
 from gptj_bench.serve import ours
 from jobs import command_line
@@ -28,9 +28,7 @@ MAX_PROMPT_TOKENS = 1919
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=command_line.address, required=True)
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16", "int8"]
-    )
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--url", help="a running service, such as http://host:8000")
     parser.add_argument("--scenario", default="both", choices=["offline", "server", "both"])
     parser.add_argument(
@@ -57,9 +55,8 @@ def measure(given: argparse.Namespace) -> Iterator[Row]:
     headers = {}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["authorization"] = f"Bearer {key}"
-    arguments = {"dtype": given.dtype}
-    if given.dtype == "int8":
-        arguments = {"dtype": "bfloat16", "quantization": "int8"}
+    dtype, quantization = split_dtype(given.dtype)
+    arguments = {"dtype": dtype, "quantization": quantization}
     with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as folder:
         service: AbstractContextManager[str] = ours(given.model, arguments, Path(folder))
         if given.url:

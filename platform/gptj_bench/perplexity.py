@@ -1,4 +1,7 @@
-"""The cost of dtypes: a model's perplexity on a text, computed by the engine in each dtype."""
+"""The cost of dtypes: a model's perplexity on a text, computed by the engine in each dtype.
+
+int4 is rounded to nearest as the model is loaded; a folder by jobs/quantize.py can stand beside it.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +27,29 @@ class Perplexity:
     model: str
     data: str  # as for jobs/evaluate.py
     dtypes: tuple[str, ...]  # the first is the baseline
+    quantized: str | None = None  # the same model's folder by jobs/quantize.py
 
     def run(self) -> Iterator[dict[str, Any]]:
         tokenizer = GPTJTokenizer.from_pretrained(self.model)
         first: float | None = None
-        for dtype in self.dtypes:
-            loss, tokens = self._measure(dtype, tokenizer)
+        measured = [(self.model, dtype) for dtype in self.dtypes]
+        if self.quantized is not None:
+            measured.append((self.quantized, "int4"))
+        for model, dtype in measured:
+            loss, tokens = self._measure(model, dtype, tokenizer)
             first = loss if first is None else first
             yield {
                 "engine": "gptj",
+                "model": model,
                 "dtype": dtype,
                 "tokens": tokens,
                 "perplexity": round(math.exp(loss), 4),
                 f"above_{self.dtypes[0]}_percent": round(100 * math.expm1(loss - first), 4),
             }
 
-    def _measure(self, dtype: str, tokenizer: GPTJTokenizer) -> tuple[float, int]:
+    def _measure(self, model: str, dtype: str, tokenizer: GPTJTokenizer) -> tuple[float, int]:
         """Mean loss per token in nats, and the number of tokens."""
-        runner = load_runner(self.model, dtype, lambda config: config.n_positions)
+        runner = load_runner(model, dtype, lambda config: config.n_positions)
         rows = CausalLMData(read_rows(self.data, ["text"]), tokenizer, runner.config.n_positions)
         engine = Engine(runner, eos_ids=[], max_num_batched_tokens=512, max_queued=len(rows))
         try:

@@ -25,7 +25,7 @@ from gptj.engine.engine import Engine
 from gptj.engine.speculation import Speculation
 from gptj.model import GPTJBlock
 from gptj.sampling import SamplingParams
-from gptj_bench.decode import generate, random_model
+from gptj_bench.decode import generate, random_model, split_dtype
 
 Work = Literal["copy", "random", "hostile"]
 WORKS: tuple[Work, ...] = ("copy", "random", "hostile")
@@ -62,7 +62,7 @@ class SpeculationBenchmark:
         """One measurement for each work and batch size."""
         torch.set_num_threads(self.threads)
         copying = widened(copying_model(), self.width, self.layers, VOCABULARY)
-        stored = "bfloat16" if self.dtype == "int8" else self.dtype
+        stored, _ = split_dtype(self.dtype)
         dtype, device = getattr(torch, stored), "cuda" if torch.cuda.is_available() else "cpu"
         yield from self._of_model(copying.to(device, dtype), WORKS[:1])
         yield from self._of_model(random_model(copying.config, dtype, device), WORKS[1:])
@@ -71,7 +71,7 @@ class SpeculationBenchmark:
         runner = best_runner(
             model,
             max(self.batches) * model.config.n_positions,
-            quantization="int8" if self.dtype == "int8" else "none",
+            quantization=split_dtype(self.dtype)[1],
         )
         # They share a runner, and never run at the same time.
         engines = [

@@ -248,8 +248,10 @@ def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     with caplog.at_level(logging.WARNING):
         assert choice.best_runner(model, 64) is plain
     assert "on PyTorch, without our kernels: Triton cannot be imported" in caplog.text
-    with pytest.raises(UnsupportedError, match="int8 is not available: the model is on cuda"):
-        choice.best_runner(model, 64, quantization="int8")
+    for name in ("int8", "int4"):
+        reason = f"{name} is not available: the model is on cuda"
+        with pytest.raises(UnsupportedError, match=reason):
+            choice.best_runner(model, 64, quantization=name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

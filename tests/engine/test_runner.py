@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.int4 import GROUP, Int4Weight, quantize, quantize_blocks
 from gptj.sampling import SamplingParams
 
 PAGE = 16
@@ -35,6 +37,7 @@ LENGTH = 60
 INTERPRETED = 34  # tokens in Triton's interpreter: each takes ten milliseconds a layer
 # Differences to the model in fp32, in units of the logits' standard deviation. fp32: the order of
 # summation; fp16 and bf16: 11 and 8 bits of each number; int8: 7 bits of weights and activations.
+# int4 is compared with the same 4-bit weights in PyTorch: 7 bits of activations and of the head.
 TOLERANCES = {
     "torch": 1e-5,
     "plain": 1e-5,
@@ -43,6 +46,7 @@ TOLERANCES = {
     "fp32": 1e-5,
     "bf16": 0.05,
     "int8": 0.12,
+    "int4": 0.12,
 }
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -108,15 +112,18 @@ class Case:
 
 @pytest.fixture(params=list(TOLERANCES))
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
-    """Makes a model with a runner of each kind; fp32, bf16 and int8 are our CPU kernels."""
+    """Makes a model with a runner of each kind; fp32, bf16, int8 and int4 are our CPU kernels."""
     if request.param in KINDS and not KERNEL_LEVELS:
         pytest.skip("the processor has no AVX2")
     if request.param == "triton fp16" and GPU.type == "cpu":
         pytest.skip("no CUDA device on this machine")
     runners: list[Runner] = []
 
-    def make_case(num_pages: int = 32, **changes: object) -> Case:
+    def make_case(num_pages: int = 32, **changes: Any) -> Case:
         interpreted = request.param == "triton" and GPU.type == "cpu"
+        if request.param == "int4":  # whose inputs are whole groups
+            widths = {name: changes[name] for name in ("n_embd", "n_inner") if name in changes}
+            changes |= {name: -(-width // GROUP) * GROUP for name, width in widths.items()}
         model = random_model(**({"n_layer": 1} if interpreted else {}), **changes)
         runner: Runner
         if request.param == "torch":
@@ -125,6 +132,8 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
             runner = gpu_runner(model, num_pages, request.param)
         else:
             runner = CpuRunner(model, num_pages, request.param)
+        if request.param == "int4":
+            quantize_blocks(model.transformer.h)
         runners.append(runner)
         length = INTERPRETED if interpreted else LENGTH
         return Case(model, runner, TOLERANCES[request.param], length)
@@ -325,7 +334,7 @@ def test_dependent_page_copies_are_made_in_separate_groups() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_bitwise_independent_of_batch_and_chunks(kind: str) -> None:
     runner = CpuRunner(random_model(n_embd=192, n_head=3), 256, kind, threads=2)  # type: ignore[arg-type]
     ids = random_ids(40, 300)
@@ -352,7 +361,7 @@ def test_kernels_are_bitwise_independent_of_threads(threads: int) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_kernels_propagate_nonfinite_values(kind: str, broken: float) -> None:
     model = random_model()
@@ -362,6 +371,26 @@ def test_kernels_propagate_nonfinite_values(kind: str, broken: float) -> None:
     assert good.isfinite().all()
     assert not bad[1].isfinite().any()
     runner.close()
+
+
+@needs_kernels
+def test_4_bit_weights_are_served_as_they_were_loaded() -> None:
+    """Those of a quantized folder give the logits of weights that are quantized at load."""
+    ids = random_ids(LENGTH, 300)
+    found = []
+    for stored in (False, True):
+        model = random_model()
+        if stored:
+            quantize_blocks(model.transformer.h)
+        runner = best_runner(model, 100, quantization="none" if stored else "int4", release=True)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 0
+        found += step(runner, (ids, 0, [0, 1, 2, 3]))
+        runner.close()
+    assert torch.equal(*found)
+    with pytest.raises(library.UnsupportedError, match="stored in int4, not in bf16"):
+        model = random_model()
+        quantize_blocks(model.transformer.h)
+        CpuRunner(model, 8, "bf16")
 
 
 @needs_kernels
@@ -397,7 +426,7 @@ def new_bytes(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("shapes", "beside"),
     [
@@ -411,6 +440,8 @@ def test_several_weights_pack_like_their_concatenation(
     kind: Kind, shapes: list[tuple[int, int]], beside: bool
 ) -> None:
     weights = [torch.randn(shape) for shape in shapes]
+    if kind == "int4" and any(shape[1] % GROUP for shape in shapes):
+        weights = [torch.randn(shape[0], 128) for shape in shapes]
     spent: list[Tensor] = []
     packed = pack(weights, None, kind, new_bytes, beside=beside, spent=spent.append)
     whole = torch.cat(weights, dim=int(beside))
@@ -420,12 +451,31 @@ def test_several_weights_pack_like_their_concatenation(
         values, scales = quantized(whole)
         assert packed.scales is not None
         assert torch.equal(packed.scales, scales)
+    elif kind == "int4":
+        values, scales = quantize(whole).packed, quantize(whole).scales
+        units = torch.zeros(len(words), scales.shape[1], dtype=torch.bfloat16)
+        units[: len(whole)] = scales
+        assert packed.scales is not None
+        assert torch.equal(packed.scales, units.unflatten(0, (-1, 32)).transpose(1, 2))
     else:
         values = whole.to(torch.float32 if kind == "fp32" else torch.bfloat16)
     words[: len(whole)] = values.view(torch.int32)
     blocks, width, _ = packed.data.shape
     assert torch.equal(packed.data, words.view(blocks, 32, width).transpose(1, 2))
     assert (packed.columns, packed.inputs) == whole.shape
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_4_bit_weights_are_packed_as_they_are(beside: bool) -> None:
+    weights = [torch.randn(300, 128), torch.randn(300, 128)]
+    spent: list[Tensor] = []
+    coded: list[Int4Weight] = [quantize(weight) for weight in weights]
+    found = pack(coded, None, "int4", new_bytes, beside=beside, spent=spent.append)
+    expected = pack(weights, None, "int4", new_bytes, beside=beside)
+    assert torch.equal(found.data, expected.data)
+    assert found.scales is not None and expected.scales is not None
+    assert torch.equal(found.scales, expected.scales)
+    assert sum(map(torch.numel, spent)) == 2 * 300 * 128 // 8
 
 
 def test_quantized_weights_are_within_half_a_step() -> None:
@@ -437,12 +487,12 @@ def test_quantized_weights_are_within_half_a_step() -> None:
     assert unsigned.min() >= 1  # symmetric
 
 
-@pytest.mark.parametrize(("kind", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
-def test_packed_weights_take_exactly_their_width(kind: str, size: int) -> None:
-    weight = torch.randn(64, 32)
+@pytest.mark.parametrize(("kind", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1), ("int4", 0.5)])
+def test_packed_weights_take_exactly_their_width(kind: str, size: float) -> None:
+    weight = torch.randn(64, 128)
     packed = pack([weight], None, kind, new_bytes)  # type: ignore[arg-type]
-    assert packed.data.nbytes == 64 * 32 * size
-    scales = 64 * 4 if kind == "int8" else 0
+    assert packed.data.nbytes == 64 * 128 * size
+    scales = {"int8": 64 * 4, "int4": 64 * 2 * 2}.get(kind, 0)
     assert packed.bytes_read == packed.data.nbytes + 64 * 4 + scales
 
 
@@ -463,8 +513,9 @@ def test_unsupported_models_use_pytorch_and_log_why(
     torch.testing.assert_close(
         step(runner, (ids, 0, [3, 2, 1, 0]))[0], reference(model, ids), rtol=0, atol=1e-5
     )
-    with pytest.raises(library.UnsupportedError, match="int8"):
-        best_runner(model, 64, quantization="int8")
+    for quantization in ("int8", "int4"):
+        with pytest.raises(library.UnsupportedError, match=quantization):
+            best_runner(model, 64, quantization=quantization)  # type: ignore[arg-type]
 
 
 @needs_kernels
@@ -480,7 +531,7 @@ def test_without_a_compiler_pytorch_is_used_and_the_reason_logged(
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_level_of_the_processor_gives_the_same_logits(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +572,17 @@ def test_the_level_is_the_processors_highest_up_to_the_setting(
     monkeypatch.setenv("GPTJ_MAX_CPU_ISA", "AVX3")
     with pytest.raises(ValueError, match="one of avx512, avx2 or none, got 'AVX3'"):
         best_runner(random_model(), 64)
+
+
+# GCC's names; the machine of the tests may have none of these processors.
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["skylake-avx512", "sapphirerapids"])
+def test_the_kernels_compile_for_all_levels(processor: str, tmp_path: Path) -> None:
+    """AVX-512 alone, and with BF16 and VNNI; AVX2 has what all machines of the tests have."""
+    flags = [flag for flag in library.FLAGS if not flag.startswith(("-march", "-O"))]
+    source = Path(library.__file__).parent / library.SOURCES[0]
+    command = [library._compiler(), *flags, "-O0", f"-march={processor}", "-Werror"]
+    subprocess.run([*command, "-o", str(tmp_path / "step.so"), str(source)], check=True)
 
 
 COMPILER = """#!/bin/sh

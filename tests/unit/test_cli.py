@@ -67,7 +67,7 @@ def test_every_command_explains_itself() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["finetune", "prepare_data", "evaluate", "import_weights", "export_weights"]
+    "name", ["finetune", "prepare_data", "evaluate", "import_weights", "export_weights", "quantize"]
 )
 def test_every_job_explains_itself(name: str) -> None:
     program = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.py"

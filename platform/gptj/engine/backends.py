@@ -15,11 +15,12 @@ from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
 from gptj.engine.runners.lora import LoRALimits
+from gptj.int4 import is_int4
 from gptj.model import GPTJForCausalLM
 
 logger = logging.getLogger(__name__)
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 
 KINDS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -37,17 +38,25 @@ def best_runner(
     Args:
         model: in evaluation mode, on its device.
         cache: its size in positions, rounded up to whole pages, or a share of memory.
-        quantization: int8 stores weights in 8 bits, whatever the model's dtype.
+        quantization: int8 and int4 store weights in 8 and 4 bits, whatever the model's dtype.
+            4-bit weights that the model has already stay in 4 bits.
         lora: how many adapters it must have room for.
         release: move the model's weights to the runner instead of copying them.
 
     Raises:
-        UnsupportedError: for int8 where the kernels cannot run.
-        ValueError: if the cache cannot hold one context, or the model has an unmerged adapter that
-            the kernels would ignore.
+        UnsupportedError: for int8 and int4 where the kernels cannot run.
+        ValueError: if the cache cannot hold one context, the model has an unmerged adapter that
+            the kernels would ignore, or int8 is asked of 4-bit weights.
     """
     if model.adapter is not None:
         raise ValueError("the model's adapter must be merged first: gptj.adapters.lora.merge_lora")
+    if is_int4(model):
+        if quantization == "int8":
+            raise ValueError(
+                "quantization=int8 needs the original weights, and the model's are in 4 bits; "
+                "remedy: leave quantization out, or load the model that they were made from"
+            )
+        quantization = "int4"
     if not isinstance(cache, CacheShare) and cache < 1:
         raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
     if model.device.type == "cpu":
@@ -112,7 +121,7 @@ def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
 
 
 def _kind(model: GPTJForCausalLM, quantization: Quantization) -> Kind:
-    kind = "int8" if quantization == "int8" else KINDS.get(model.dtype)
+    kind = KINDS.get(model.dtype) if quantization == "none" else quantization
     if kind is None:
         raise UnsupportedError(f"the kernels do not support {model.dtype}")
     return kind

@@ -16,6 +16,7 @@ from gptj.checkpoints.manifest import Manifest, read_verified, verify
 from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
 from gptj.errors import CheckpointError
+from gptj.int4 import CONFIG_FIELD
 from gptj.interop import mesh_transformer, tar_stream
 from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find
@@ -105,6 +106,11 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
         config = given or _folder_config(place, names)
         if place.format.name == "tensorflow":
             config.tie_word_embeddings = False  # these formats never tie them
+    if hasattr(config, CONFIG_FIELD):
+        raise CheckpointError(
+            f"{address} has quantized weights, which cannot be converted, merged or quantized "
+            f"again; remedy: the model that they were made from"
+        )
     name = MESH if place.format is None else place.format.name
     logger.info("%s has the format %s", address, name)
     config, fitted = fit(tensors, config, address)

@@ -7,6 +7,7 @@ from typing import Any
 from gptj.adapters.base import check_plain
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.labels import LabelSet
+from gptj.int4 import CONFIG_FIELD
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings, SettingsError
 
@@ -30,7 +31,13 @@ def make_config(
     if checkpoint:
         revision = settings.model.revision or None
         check_plain(checkpoint, revision)
-        _check_shape(settings, GPTJConfig.from_pretrained(checkpoint, revision=revision))
+        stored = GPTJConfig.from_pretrained(checkpoint, revision=revision)
+        _check_shape(settings, stored)
+        if hasattr(stored, CONFIG_FIELD):
+            raise SettingsError(
+                f"model.checkpoint={checkpoint} has 4-bit weights, which cannot be trained; "
+                f"remedy: the model that they were made from, perhaps with adapter.quantization"
+            )
         config = GPTJConfig.from_pretrained(
             checkpoint, revision=revision, **{**settings.model.config, **head}
         )

@@ -1,5 +1,5 @@
 // step.cpp's arithmetic: exp, GELU, layer norm, and products of rows of activations with packed
-// weights in fp32, bf16 or int8.
+// weights in fp32, bf16, int8 or int4.
 //
 // The order of computation of each result depends only on its own row, never on other rows: a
 // request's results are bitwise equal in any batch and with any chunks.
@@ -9,7 +9,7 @@
 
 #include "vectors.h"
 
-enum class Kind : int { fp32 = 0, bf16 = 1, int8 = 2 };
+enum class Kind : int { fp32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 
 constexpr int64_t kBlock = 32;   // columns of a block of packed weights: two vectors
 #ifdef GPTJ_AVX512
@@ -20,12 +20,14 @@ constexpr int64_t kMaxRows = 6;   // 12 accumulators of 16 registers, one vector
 constexpr int64_t kWideRows = 3;  // likewise, two vectors at a time
 #endif
 constexpr int64_t kAhead = 2048;  // prefetch distance of weights, in bytes
-constexpr int64_t kGroup = 128;  // inputs that share a scale in quantized activations
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Inputs per 32-bit word of weights.
-inline int64_t per_word(Kind kind) { return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? 2 : 4; }
+inline int64_t per_word(Kind kind) { return int64_t(1) << int(kind); }
+
+// Inputs that share a scale in quantized activations; in int4 also in weights.
+inline int64_t group(Kind kind) { return kind == Kind::int4 ? 64 : 128; }
 
 // Words of activations per word of weights. Without instructions for dot products of bf16 or of
 // bytes, a word's halves are widened once for each row instead of for every column.
@@ -46,7 +48,8 @@ constexpr int64_t kInt8Words = 1;
 constexpr int64_t kInt8Words = 2;
 #endif
 inline int64_t words_each(Kind kind) {
-  return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? kBf16Words : kInt8Words;
+  return kind == Kind::fp32 ? 1 : kind == Kind::bf16 ? kBf16Words
+         : kind == Kind::int8 ? kInt8Words : 2;
 }
 
 // e^x to about one unit in the last place (Cephes' polynomial), for x <= 88; below -87 it is 0.
@@ -139,23 +142,49 @@ struct Bf16 {
 #endif
 };
 
+#ifdef GPTJ_DOT_INT8
+// Adds the products of four unsigned bytes of weights with four signed ones of activations.
+inline Ints add_dot_bytes(Ints sum, Ints w, uint32_t a) {
+  // Not the intrinsic, with which GCC 12 keeps the sums in memory: half the speed.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(all_ints(int(a))));
+  return sum;
+}
+#endif
+
 struct Int8 {  // weights are stored with 128 added, since one operand must be unsigned
   using Sum = Ints;
   using Part = Ints;
   static constexpr int kParts = kInt8Words;
+  static constexpr int32_t kZero = 128;
   static Sum zero() { return all_ints(0); }
 #ifdef GPTJ_DOT_INT8
   static Part part(Ints w, int) { return w; }
-  static Sum dot(Sum sum, Part w, uint32_t a) {
-    // Not the intrinsic, with which GCC 12 keeps the sums in memory: half the speed.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(all_ints(int(a))));
-    return sum;
-  }
+  static Sum dot(Sum sum, Part w, uint32_t a) { return add_dot_bytes(sum, w, a); }
 #else  // in 16 bits, so that nothing saturates: |255 * 127| * 2 fits 32 bits only
   static Part part(Ints w, int number) {
     return number == 0 ? both(w, all_ints(0x00ff00ff)) : upper_bytes(w);
   }
   static Sum dot(Sum sum, Part w, uint32_t a) { return add(sum, dot_words(w, all_ints(int(a)))); }
+#endif
+};
+
+struct Int4 {  // codes of 0 to 15: of a word's eight, the even ones are one part, the odd the other
+  using Sum = Ints;
+  using Part = Ints;
+  static constexpr int kParts = 2;
+  static constexpr int32_t kZero = 8;
+  static Sum zero() { return all_ints(0); }
+  static Part part(Ints w, int number) {
+    return both(number == 0 ? w : right<4>(w), all_ints(0x0f0f0f0f));
+  }
+#ifdef GPTJ_DOT_INT8
+  static Sum dot(Sum sum, Part w, uint32_t a) { return add_dot_bytes(sum, w, a); }
+#else  // in 16 bits, which hold the sum of kShort words: |15 * 127| * 2 * 2 * 4 < 2^15
+  static constexpr int64_t kShort = 4;
+  static Sum dot(Sum sum, Part w, uint32_t a) {
+    return add_words(sum, dot_bytes(w, all_ints(int(a))));
+  }
+  static Ints widened(Sum sum) { return dot_words(sum, all_ints(0x00010001)); }
 #endif
 };
 
@@ -172,13 +201,13 @@ struct Pass {
 };
 
 // Rows of activations converted to a kind, then with the rows of each pass interleaved word by word,
-// as the products read them. In int8 each group of kGroup inputs has a scale, and 128 times its sum,
-// which cancels the 128 added to the weights.
+// as the products read them. In int8 and int4 each group of inputs has a scale, and its sum, which
+// cancels what was added to make weights unsigned.
 struct Activations {
   uint32_t* by_row;  // (rows, words)
   uint32_t* turned;  // of each pass: (words, rows of the pass); for one row the same as by_row
   float* scales;     // (rows, groups)
-  int32_t* offsets;  // (rows, groups)
+  int32_t* sums;     // (rows, groups)
   int64_t rows;
   int64_t width;   // words of a row of weights
   int64_t words;   // of a row
@@ -189,13 +218,13 @@ struct Activations {
 // block's columns are contiguous. Columns beyond the last are 0.
 struct Weights {
   const void* data;
-  const float* scales;  // (columns), int8 only
-  const float* bias;    // (columns)
-  int64_t columns;
-  int64_t inputs;
+  const float* scales;           // (columns), int8 only
+  const uint16_t* group_scales;  // (blocks, groups, kBlock) in bf16, int4 only
+  const float* bias;             // (columns)
+  int64_t kind, columns, inputs;
 };
 
-// Whether a row is finite: int8 cannot represent NaN, and max() drops it.
+// Whether a row is finite: bytes cannot represent NaN, and max() drops it.
 inline bool finite(const float* x, int64_t n) {
   Floats sum = zeros();
   for (int64_t i = 0; i < n; i += 16)  // 0 * x is NaN if x is not finite
@@ -203,17 +232,25 @@ inline bool finite(const float* x, int64_t n) {
   return sum_of(sum) == 0.0f;
 }
 
-// Writes up to 16 bytes of a row, from its i-th on, in the parts that Int8 reads.
+// Writes up to 16 inputs of a row, from its i-th on, in the parts that Int8 reads.
 inline void store_int8(uint32_t* row, int64_t i, int64_t count, Ints q) {
+  int8_t bytes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), to_bytes(q));
+  count = std::min<int64_t>(count, 16);
 #ifdef GPTJ_DOT_INT8
-  store_bytes(reinterpret_cast<int8_t*>(row) + i, first(count), q);
+  std::memcpy(reinterpret_cast<int8_t*>(row) + i, bytes, size_t(count));
 #else  // 16 bits each: of a word's four, first the two even ones
-  int8_t bytes[16] = {};
-  store_bytes(bytes, first(count), q);
   auto* to = reinterpret_cast<int16_t*>(row + i / 4 * kInt8Words);
-  for (int64_t k = 0; k < std::min<int64_t>(count, 16); ++k)
-    to[k / 4 * 4 + k % 2 * 2 + k % 4 / 2] = bytes[k];
+  for (int64_t k = 0; k < count; ++k) to[k / 4 * 4 + k % 2 * 2 + k % 4 / 2] = bytes[k];
 #endif
+}
+
+// Writes 16 inputs of a row, from its i-th on, in the parts that Int4 reads: of eight, the even ones
+// and then the odd.
+inline void store_int4(uint32_t* row, int64_t i, Ints q) {
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  auto* to = reinterpret_cast<__m128i*>(row + i / 4);
+  _mm_storeu_si128(to, _mm_shuffle_epi8(to_bytes(q), order));
 }
 
 // Converts n inputs to a row of activations.
@@ -231,8 +268,8 @@ inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, 
 #endif
     }
   } else {
-    for (int64_t g = 0; g * kGroup < n; ++g) {
-      const int64_t from = g * kGroup, to = std::min(n, from + kGroup);
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const int64_t from = g * group(kind), to = std::min(n, from + group(kind));
       Floats most = zeros();
       for (int64_t i = from; i < to; i += 16) most = max(most, abs(load(x + i, first(to - i))));
       const float largest = max_of(most);
@@ -242,11 +279,14 @@ inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, 
       for (int64_t i = from; i < to; i += 16) {
         const Ints q = to_ints(mul(load(x + i, first(to - i)), inverse));
         sum = add(sum, q);
-        store_int8(own, i, to - i, q);
+        if (kind == Kind::int8)
+          store_int8(own, i, to - i, q);
+        else  // whose inputs are whole groups
+          store_int4(own, i, q);
       }
       // Non-finite rows must stay non-finite, for the engine to detect.
       a.scales[row * a.groups + g] = finite(x + from, to - from) ? scale : NAN;
-      a.offsets[row * a.groups + g] = 128 * sum_of(sum);
+      a.sums[row * a.groups + g] = sum_of(sum);
     }
   }
 }
@@ -319,6 +359,28 @@ inline void add_products(const char* weights, const uint32_t* words, int64_t fro
   }
 }
 
+// Adds the products of one group of quantized inputs, words [from, to).
+template <class K, int M, int Vectors>
+inline void add_group(const char* weights, const uint32_t* words, int64_t from, int64_t to,
+                      const char* ahead, int lines, Ints (&sum)[M][Vectors]) {
+#ifndef GPTJ_DOT_INT8
+  if constexpr (std::is_same_v<K, Int4>) {
+    for (int64_t i = from; i < to; i += K::kShort) {
+      typename K::Sum part[M][Vectors];
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < Vectors; ++v) part[m][v] = K::zero();
+      add_products<K, M, Vectors>(weights, words, i, i + K::kShort, ahead, lines, part);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < Vectors; ++v) sum[m][v] = add(sum[m][v], K::widened(part[m][v]));
+    }
+    return;
+  }
+#endif
+  add_products<K, M, Vectors>(weights, words, from, to, ahead, lines, sum);
+}
+
 // Products of some vectors of a block, from `vector` on, with the M rows of a pass: out[m][v].
 template <class K, int M, int Vectors>
 inline void product(const Weights& w, int64_t block, int vector, const Activations& a, int64_t row,
@@ -326,7 +388,9 @@ inline void product(const Weights& w, int64_t block, int vector, const Activatio
   const char* weights = static_cast<const char*>(w.data) + block * a.width * 128 + vector * 64;
   const uint32_t* words = a.turned + row * a.words;
   typename K::Sum sum[M][Vectors];
-  if constexpr (std::is_same_v<K, Int8>) {
+  if constexpr (std::is_same_v<K, Int8> || std::is_same_v<K, Int4>) {
+    constexpr Kind kind = std::is_same_v<K, Int8> ? Kind::int8 : Kind::int4;
+    const int64_t each = group(kind) / per_word(kind);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < Vectors; ++v) out[m][v] = zeros();
@@ -334,22 +398,29 @@ inline void product(const Weights& w, int64_t block, int vector, const Activatio
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m)
         for (int v = 0; v < Vectors; ++v)
-          sum[m][v] = all_ints(-a.offsets[(row + m) * a.groups + g]);
-      add_products<K, M, Vectors>(weights, words, g * (kGroup / 4),
-                                  std::min(a.width, (g + 1) * (kGroup / 4)), ahead, lines, sum);
+          sum[m][v] = all_ints(-K::kZero * a.sums[(row + m) * a.groups + g]);
+      add_group<K, M, Vectors>(weights, words, g * each, std::min(a.width, (g + 1) * each), ahead,
+                               lines, sum);
+      Floats unit[Vectors];  // the value of one step of the weights, if groups have their own
+      if constexpr (kind == Kind::int4)
+        for (int v = 0; v < Vectors; ++v)
+          unit[v] = load_bf16(
+              w.group_scales + (block * a.groups + g) * kBlock + (vector + v) * 16, first(16));
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const Floats scale = all(a.scales[(row + m) * a.groups + g]);
         for (int v = 0; v < Vectors; ++v)
-          out[m][v] = fma(to_floats(sum[m][v]), scale, out[m][v]);
+          out[m][v] = fma(to_floats(sum[m][v]), kind == Kind::int4 ? mul(scale, unit[v]) : scale,
+                          out[m][v]);
       }
     }
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t column = block * kBlock + (vector + v) * 16;
-      const Floats scale = load(w.scales + column, first(w.columns - column));
+    if constexpr (kind == Kind::int8)
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t column = block * kBlock + (vector + v) * 16;
+        const Floats scale = load(w.scales + column, first(w.columns - column));
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) out[m][v] = mul(out[m][v], scale);
-    }
+        for (int m = 0; m < M; ++m) out[m][v] = mul(out[m][v], scale);
+      }
   } else {
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)

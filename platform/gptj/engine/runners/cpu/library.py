@@ -60,8 +60,8 @@ class Weights(ctypes.Structure):
     """As in kernels.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "bias")),
-        *((name, ctypes.c_int64) for name in ("columns", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "group_scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("kind", "columns", "inputs")),
     ]
 
 

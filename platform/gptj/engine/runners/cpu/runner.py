@@ -1,4 +1,6 @@
-"""A Runner that uses step.cpp's kernels: fp32, bf16 or int8 weights, for CPUs with AVX-512 or AVX2.
+"""A Runner that uses step.cpp's kernels, for CPUs with AVX-512 or AVX2.
+
+Weights are fp32, bf16, int8 or int4.
 
 One call computes a step, without the GIL and without padding. Results are bitwise independent of
 the batch's other rows.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,7 @@ from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.adapters import LANES, PackedAdapter, pack_adapter
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
+from gptj.int4 import GROUP, Int4Linear, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
@@ -35,7 +39,8 @@ class CpuRunner:
         model: in evaluation mode, on the CPU.
         num_pages: of the cache.
         kind: of the weights; int8 is symmetric with a scale per output, and also quantizes
-            activations, with a scale per 128 inputs.
+            activations, with a scale per 128 inputs. int4 (see gptj.int4) quantizes activations to
+            8 bits with a scale per group of 64 inputs, and the head's weights in int8.
         threads: including the caller's; default: PyTorch's setting.
         lora: whether there can be adapters, whose matrices are fp32 and not quantized.
         release: move the weights out of the model piece by piece, keeping one copy in memory; the
@@ -62,7 +67,7 @@ class CpuRunner:
         self.device = torch.device("cpu")
         self.num_pages = num_pages
         self._kind: Kind = kind
-        _check(model, lora)
+        _check(model, kind, lora)
         self._adapters: dict[int, PackedAdapter] = {}  # by slot
         self._kept: list[Tensor] = []  # tensors the kernels hold pointers to
         self._bytes_read = 0
@@ -76,7 +81,7 @@ class CpuRunner:
         self._model.keys = self._cache[0].data_ptr()
         self._model.values = self._cache[1].data_ptr()
         sizes = library.Sizes(
-            KINDS.index(kind),
+            KINDS.index("fp32" if kind == "fp32" else "bf16"),
             config.n_layer,
             config.n_embd,
             config.n_head,
@@ -166,7 +171,9 @@ class CpuRunner:
         embedding_VD = wte.to(stored)
         embedding = self._keep(embedding_VD if release else embedding_VD.clone())
         tied = wte.data_ptr() == lm_head.data_ptr()
-        head = self._linear([lm_head], model.lm_head.bias, _keep_rows if tied else spent)
+        head_kind: Kind = "int8" if self._kind == "int4" else self._kind
+        head_spent = _keep_rows if tied else spent
+        head = self._linear([model.lm_head], model.lm_head.bias, head_kind, head_spent)
         let_go(model.lm_head, model.transformer.wte)
         layers = (library.Layer * config.n_layer)()
         for layer, block in zip(layers, model.transformer.h, strict=True):
@@ -174,12 +181,12 @@ class CpuRunner:
             attn, mlp = block.attn, block.mlp
             projections = (attn.q_proj, attn.k_proj, attn.v_proj)
             layer.norm_weight, layer.norm_bias = self._norm(block.ln_1)
-            layer.qkv = self._linear([each.weight for each in projections], None, spent)
+            layer.qkv = self._linear(projections, None, self._kind, spent)
             let_go(*projections)
-            layer.fc_in = self._linear([mlp.fc_in.weight], mlp.fc_in.bias, spent)
+            layer.fc_in = self._linear([mlp.fc_in], mlp.fc_in.bias, self._kind, spent)
             let_go(mlp.fc_in)
-            last = [attn.out_proj.weight, mlp.fc_out.weight]
-            layer.out = self._linear(last, mlp.fc_out.bias, spent, beside=True)
+            last = [attn.out_proj, mlp.fc_out]
+            layer.out = self._linear(last, mlp.fc_out.bias, self._kind, spent, beside=True)
             let_go(block)
         final_weight, final_bias = self._norm(model.transformer.ln_f)
         let_go(model)
@@ -198,19 +205,27 @@ class CpuRunner:
 
     def _linear(
         self,
-        weights: Sequence[Tensor],
+        linears: Sequence[nn.Module],
         bias: Tensor | None,
+        kind: Kind,
         spent: Callable[[Tensor], None],
         *,
         beside: bool = False,
     ) -> library.Weights:
-        packed: PackedLinear = pack(
-            weights, bias, self._kind, self._allocate, beside=beside, spent=spent
-        )
+        weights: Any = [
+            each.int4_weight if isinstance(each, Int4Linear) else each.weight for each in linears
+        ]
+        packed: PackedLinear = pack(weights, bias, kind, self._allocate, beside=beside, spent=spent)
         self._bytes_read += packed.bytes_read
         scales = None if packed.scales is None else self._keep(packed.scales)
         return library.Weights(
-            self._keep(packed.data), scales, self._keep(packed.bias), packed.columns, packed.inputs
+            self._keep(packed.data),
+            scales if kind == "int8" else None,
+            scales if kind == "int4" else None,
+            self._keep(packed.bias),
+            KINDS.index(kind),
+            packed.columns,
+            packed.inputs,
         )
 
     def _norm(self, norm: nn.LayerNorm) -> tuple[int, int]:
@@ -233,8 +248,15 @@ class CpuRunner:
         return tensor.data_ptr()
 
 
-def _check(model: GPTJForCausalLM, lora: LoRALimits | None) -> None:
+def _check(model: GPTJForCausalLM, kind: Kind, lora: LoRALimits | None) -> None:
     config = model.config
+    if is_int4(model) and kind != "int4":
+        raise library.UnsupportedError(f"the model's weights are stored in int4, not in {kind}")
+    if kind == "int4" and (config.n_embd % GROUP or config.inner_dim % GROUP):
+        raise library.UnsupportedError(
+            f"int4 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples of "
+            f"{GROUP}"
+        )
     if lora is not None and (config.n_embd % LANES or config.inner_dim % LANES):
         raise library.UnsupportedError(
             f"adapters need n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples "

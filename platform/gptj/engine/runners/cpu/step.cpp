@@ -109,7 +109,7 @@ class Team {
 extern "C" {
 
 struct Sizes {
-  int64_t kind;  // of the weights; the cache and the embedding are bf16 unless they are fp32
+  int64_t kind;  // of the cache and the embedding: fp32 or bf16
   int64_t layers, width, heads, head, rotated, inner, vocabulary, pages, threads;
   float epsilon;
 };
@@ -163,7 +163,6 @@ class Runner {
         m_(model),
         layers_(model.layers, model.layers + sizes.layers),
         kind_(Kind(sizes.kind)),
-        cache_kind_(kind_ == Kind::fp32 ? Kind::fp32 : Kind::bf16),
         team_(int(sizes.threads)) {
     m_.layers = layers_.data();
   }
@@ -175,11 +174,15 @@ class Runner {
     fit(x_, step.tokens * s_.width);
     fit(qkv_, step.tokens * 3 * s_.width);
     fit(branches_, step.tokens * inputs);
-    const int64_t words = ceil_div(inputs, per_word(kind_)) * words_each(kind_);
+    int64_t words = 0, groups = 0;
+    for (const Activations& each : {activations(m_.head, most), activations(layers_[0].out, most)}) {
+      words = std::max(words, each.words);
+      groups = std::max(groups, each.groups);
+    }
     fit(by_row_, most * words);
     fit(turned_, most * words);
-    fit(scales_, most * ceil_div(inputs, kGroup));
-    fit(offsets_, most * ceil_div(inputs, kGroup));
+    fit(scales_, most * groups);
+    fit(sums_, most * groups);
     if (step.adapters != nullptr) {
       fit(normed_, step.tokens * s_.width);
       fit(small_, step.tokens * kPairs * kMaxRank);
@@ -208,26 +211,28 @@ class Runner {
     each(part, b_->tokens, [&](int64_t t) { embed(t); });
     for (int64_t l = 0; l < s_.layers; ++l) {
       const Layer& layer = layers_[size_t(l)];
-      const Activations normed = activations(b_->tokens, s_.width);
+      const Activations normed = activations(layer.qkv, b_->tokens);
       each(part, b_->tokens, [&](int64_t t) {
         float* kept = adapter(t) != nullptr ? &normed_[size_t(t * s_.width)] : nullptr;
-        norm(normed, t, &x_[size_t(t * s_.width)], layer.norm_weight, layer.norm_bias, kept);
+        norm(layer.qkv, normed, t, &x_[size_t(t * s_.width)], layer.norm_weight, layer.norm_bias,
+             kept);
       });
       shrink(part, l, kQuery, kFcIn);
       first_product(part, l, normed);
       each(part, b_->sequences * s_.heads,
            [&](int64_t i) { attend(l, i / s_.heads, i % s_.heads); });
       const int64_t inputs = s_.width + s_.inner;
-      const Activations branches = activations(b_->tokens, inputs);
-      each(part, b_->tokens,
-           [&](int64_t t) { convert(kind_, &branches_[size_t(t * inputs)], inputs, branches, t); });
+      const Activations branches = activations(layer.out, b_->tokens);
+      each(part, b_->tokens, [&](int64_t t) {
+        convert(Kind(layer.out.kind), &branches_[size_t(t * inputs)], inputs, branches, t);
+      });
       shrink(part, l, kOutProj, kFcOut);
       second_product(part, l, branches);
     }
-    const Activations last = activations(b_->num_logits, s_.width);
+    const Activations last = activations(m_.head, b_->num_logits);
     each(part, b_->num_logits, [&](int64_t i) {
-      norm(last, i, &x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight, m_.final_bias,
-           nullptr);
+      norm(m_.head, last, i, &x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight,
+           m_.final_bias, nullptr);
     });
     multiply(part, m_.head, last,
              [&](int64_t row, int64_t column, Floats y, Mask mask) {
@@ -255,7 +260,7 @@ class Runner {
     multiply2(part, w, w, 0, a, done, done);
   }
 
-  // Two products with the same activations in one part; `more` blocks of the second.
+  // Two products of one kind with the same activations in one part; `more` blocks of the second.
   template <class Done, class MoreDone>
   void multiply2(int& part, const Weights& w, const Weights& second, int64_t more,
                  const Activations& a, const Done& done, const MoreDone& more_done) {
@@ -275,12 +280,12 @@ class Runner {
 
   template <class Done>
   void dispatch(const Weights& w, int64_t block, const Activations& a, const Done& done) {
-    if (kind_ == Kind::fp32)
-      block_product<Fp32>(w, block, a, done);
-    else if (kind_ == Kind::bf16)
-      block_product<Bf16>(w, block, a, done);
-    else
-      block_product<Int8>(w, block, a, done);
+    switch (Kind(w.kind)) {
+      case Kind::fp32: return block_product<Fp32>(w, block, a, done);
+      case Kind::bf16: return block_product<Bf16>(w, block, a, done);
+      case Kind::int8: return block_product<Int8>(w, block, a, done);
+      case Kind::int4: return block_product<Int4>(w, block, a, done);
+    }
   }
 
   const LoraLayer* adapter(int64_t token) const {
@@ -363,7 +368,7 @@ class Runner {
   void embed(int64_t t) {
     float* x = &x_[size_t(t * s_.width)];
     const int64_t from = int64_t(b_->ids[t]) * s_.width;
-    if (cache_kind_ == Kind::fp32) {
+    if (kind_ == Kind::fp32) {
       std::memcpy(x, static_cast<const float*>(m_.embedding) + from, size_t(s_.width) * 4);
     } else {
       const auto* row = static_cast<const uint16_t*>(m_.embedding) + from;
@@ -371,27 +376,29 @@ class Runner {
     }
   }
 
-  // The norm as a row of activations and, if `kept` is not null, in fp32.
-  void norm(const Activations& a, int64_t row, const float* x, const float* weight,
-            const float* bias, float* kept) {
+  // The norm as a row of activations for `w` and, if `kept` is not null, in fp32.
+  void norm(const Weights& w, const Activations& a, int64_t row, const float* x,
+            const float* weight, const float* bias, float* kept) {
     thread_local std::vector<float> own;
     fit(own, s_.width);
     float* y = kept == nullptr ? own.data() : kept;
     layer_norm(x, weight, bias, s_.epsilon, s_.width, y);
-    convert(kind_, y, s_.width, a, row);
+    convert(Kind(w.kind), y, s_.width, a, row);
   }
 
-  Activations activations(int64_t rows, int64_t inputs) {
-    const int64_t width = ceil_div(inputs, per_word(kind_));
+  // As many rows as `w` multiplies at a time.
+  Activations activations(const Weights& w, int64_t rows) {
+    const Kind kind = Kind(w.kind);
+    const int64_t width = ceil_div(w.inputs, per_word(kind));
     return {by_row_.data(), rows == 1 ? by_row_.data() : turned_.data(), scales_.data(),
-            offsets_.data(), rows, width, width * words_each(kind_), ceil_div(inputs, kGroup)};
+            sums_.data(), rows, width, width * words_each(kind), ceil_div(w.inputs, group(kind))};
   }
 
   // One head of one sequence: caches its new keys and values, then attends with its queries.
   void attend(int64_t layer, int64_t sequence, int64_t head) {
     const int32_t start = b_->query_start_loc[sequence], end = b_->query_start_loc[sequence + 1];
     const int32_t* pages = b_->page_table + sequence * b_->pages_per_row;
-    if (cache_kind_ == Kind::fp32)
+    if (kind_ == Kind::fp32)
       attend_in<Fp32>(layer, head, start, end, pages);
     else
       attend_in<Bf16>(layer, head, start, end, pages);
@@ -577,14 +584,14 @@ class Runner {
   const Sizes s_;
   Model m_;
   const std::vector<Layer> layers_;
-  const Kind kind_, cache_kind_;
+  const Kind kind_;  // of the cache and the embedding
   Team team_;
   const Step* b_ = nullptr;
   std::vector<Counter> counters_;
   std::vector<float> x_, qkv_, branches_, scales_;
   std::vector<float> normed_, small_;  // of tokens with an adapter: their norms, and A x by pair
   std::vector<uint32_t> by_row_, turned_;
-  std::vector<int32_t> offsets_;
+  std::vector<int32_t> sums_;
 };
 
 // Applies to the whole pages within; advice, which the system may ignore.

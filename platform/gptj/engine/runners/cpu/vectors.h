@@ -45,9 +45,7 @@ inline Ints load_upper(const uint16_t* p, Mask mask) {
 inline void store_upper(uint16_t* p, Mask mask, Ints x) {
   _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
 }
-inline void store_bytes(int8_t* p, Mask mask, Ints x) {
-  _mm_mask_storeu_epi8(p, mask, _mm512_cvtepi32_epi8(x));
-}
+inline __m128i to_bytes(Ints x) { return _mm512_cvtepi32_epi8(x); }
 inline Floats keep(Mask mask, Floats x) { return _mm512_maskz_mov_ps(mask, x); }  // else 0
 
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -80,6 +78,9 @@ inline Ints left(Ints a) { return _mm512_slli_epi32(a, N); }
 template <int N>
 inline Ints right(Ints a) { return _mm512_srli_epi32(a, N); }
 inline Ints upper_bytes(Ints a) { return _mm512_srli_epi16(a, 8); }  // of 16-bit words
+inline Ints add_words(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+// Sums of the products of two bytes in each 16-bit word, of which those of a are unsigned.
+inline Ints dot_bytes(Ints a, Ints b) { return _mm512_maddubs_epi16(a, b); }
 inline Ints dot_words(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Ints to_ints(Floats a) { return _mm512_cvtps_epi32(a); }  // to nearest, ties to even
@@ -160,11 +161,9 @@ inline void store_upper(uint16_t* p, Mask mask, Ints x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), words);
   std::memcpy(p, part, size_t(mask.lanes) * 2);
 }
-inline void store_bytes(int8_t* p, Mask mask, Ints x) {
-  int32_t part[16];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(part), x.low);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(part + 8), x.high);
-  for (int i = 0; i < mask.lanes; ++i) p[i] = int8_t(part[i]);
+inline __m128i to_bytes(Ints x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.low, x.high), 0xd8);
+  return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 inline Floats keep(Mask mask, Floats x) {
   const Floats lanes = as_floats(lanes_of(mask));
@@ -183,6 +182,8 @@ inline Ints add_long(Ints a, Ints b) { return BOTH(_mm256_add_epi64, a, b); }
 inline Ints both(Ints a, Ints b) { return BOTH(_mm256_and_si256, a, b); }
 inline Ints either(Ints a, Ints b) { return BOTH(_mm256_or_si256, a, b); }
 inline Ints dot_words(Ints a, Ints b) { return BOTH(_mm256_madd_epi16, a, b); }
+inline Ints add_words(Ints a, Ints b) { return BOTH(_mm256_add_epi16, a, b); }
+inline Ints dot_bytes(Ints a, Ints b) { return BOTH(_mm256_maddubs_epi16, a, b); }
 #undef BOTH
 inline Floats abs(Floats a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
