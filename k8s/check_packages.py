@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_120")
-BUILT = {"cpu": ("deepspeed_shm_comm",), "cuda": ("fused_adam", "cpu_adam")}
+BUILT: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("fused_adam", "cpu_adam")}
 # Installed in every virtual environment by its Python.
 UNPINNED = {"pip"}
 # The fat binary containers that nvcc embeds: a header, then entries of PTX or machine code.
@@ -71,14 +71,13 @@ def main(variant: str, constraints: str) -> None:
         raise SystemExit(f"not as {constraints} pins it: {', '.join(wrong)}")
     import torch
     from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
 
     built = {name for name, there in installed_ops.items() if there}
     print("torch", torch.__version__, "CUDA", torch.version.cuda, "operators", *sorted(built))
     if missing := set(BUILT[variant]) - built:
         raise SystemExit(f"not built ahead: {', '.join(sorted(missing))}")
     if variant == "cpu":
-        ShareMemCommBuilder().load()
         return
     from deepspeed.ops.op_builder import FusedAdamBuilder
 

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.distributed import HashStore
 from torch.utils import cpp_extension
 
 from gptj.training import operators
@@ -86,6 +90,20 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(cpp_extension, "_write_ninja_file_and_build_library", compiler)
     return built
+
+
+def test_communication_on_cpus_compiles_nothing(
+    small: Small, compiled: list[str], tmp_path: Path
+) -> None:
+    """DeepSpeed's all-reduce in shared memory takes a minute, and inference alone calls it."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        with guarded_builds():
+            TorchBackend("gloo", timedelta(seconds=60), None)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert compiled == []
+    assert list(tmp_path.glob("*/gptj.lock")) == []
 
 
 def test_a_killed_builds_lock_is_deleted(

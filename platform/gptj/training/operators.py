@@ -1,7 +1,8 @@
 """DeepSpeed's operators, compiled by one process of a node at a time, however another one died.
 
 PyTorch marks a build by a file, `lock`, and waits for ever for one that a killed process left. Here
-a lock of the kernel stands before it, which ends with its holder.
+a lock of the kernel stands before it, which ends with its holder. What training has no use for is
+not compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from unittest import mock
 
 from torch.utils import cpp_extension
 
-from gptj.extras import Extra
+from gptj.extras import Extra, require
 from gptj.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,22 @@ POLL_SECONDS = 0.1
 
 @contextmanager
 def guarded_builds() -> Iterator[None]:
-    """Put all of DeepSpeed's builds in the block behind our lock."""
+    """Put all of DeepSpeed's builds in the block behind our lock, but for one that is left out.
+
+    On CPUs DeepSpeed's communication begins by compiling an all-reduce in shared memory, a minute's
+    work, which `inference_all_reduce` alone calls.
+    """
     jit_load = builders.OpBuilder.jit_load
+    communication = require("deepspeed.comm.torch", "training", "deepspeed")
 
     def guarded(self: Any, verbose: bool = True) -> Any:
         with building(self.name):
             return jit_load(self, verbose)
 
-    with mock.patch.object(builders.OpBuilder, "jit_load", guarded):
+    with (
+        mock.patch.object(builders.OpBuilder, "jit_load", guarded),
+        mock.patch.object(communication, "build_shm_op", return_value=None),
+    ):
         yield
 
 
