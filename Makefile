@@ -15,21 +15,21 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# Most of a test's time is waiting for programs to start: three at a time, on two cores.
+# Tests mostly wait for programs to start: run three at a time on two cores.
 test: environment
 	$(SIDE_BY_SIDE) -m "not alone and not nightly"
 	$(BIN)/python -m pytest -m "alone and not nightly" tests/cluster
 SIDE_BY_SIDE = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# For each edit: what needs no cluster, no server and no program that takes seconds to start.
+# For each edit: tests without a cluster, a server or a program that takes seconds to start.
 quick: environment
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not server and not alone"
 
-# How much of the library they run. Measuring costs some of their time: each night, not each time.
+# Line coverage of the library. It slows the tests down, so it runs nightly.
 coverage: environment
 	$(SIDE_BY_SIDE) -m "not alone and not nightly" --cov --cov-fail-under=90
 
-# Beside `make test`: more of what a test there shows.
+# More thorough versions of tests in `make test`.
 nightly: environment
 	$(BIN)/python -m pytest -m nightly tests/engine tests/cluster
 
@@ -49,7 +49,7 @@ quickstart: environment
 serve: environment
 	$(BIN)/python -m jobs.quickstart --keep-serving
 
-# Our engine alone; with PEERS=DIR, made by platform/gptj_bench/peers/setup.sh, beside other engines.
+# Our engine; with PEERS=DIR, made by platform/gptj_bench/peers/setup.sh, other engines as well.
 bench: environment
 	test -e .bench/model/manifest.json || $(BIN)/python -m gptj_bench model .bench/model
 	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype bfloat16 $(BESIDE)
