@@ -296,10 +296,10 @@ class Scheduler:
         while budget > 0 and (sequence := next(waiting, None) or self._admit()):
             start = sequence.computed
             end = min(start + budget, len(sequence.tokens))
-            wanted = end - start if sequence.scores else int(end == len(sequence.tokens))
-            chunks.append(Chunk(sequence, start, end, range(logits, logits + wanted)))
+            num_logits = end - start if sequence.scores else int(end == len(sequence.tokens))
+            chunks.append(Chunk(sequence, start, end, range(logits, logits + num_logits)))
             budget -= end - start
-            logits += wanted
+            logits += num_logits
         return chunks
 
     def _admit(self) -> Sequence | None:
@@ -389,12 +389,12 @@ class Scheduler:
                 np.array([chunk.sequence.samples[0].slot for chunk in chunks], np.int32),
             ]
         )
-        query_start_loc, wanted = [self._counting[: count + 1]], [self._counting[:count]]
+        query_start_loc, logits_indices = [self._counting[: count + 1]], [self._counting[:count]]
         end = count
         if drafts:
             ids[0], positions[0], query_start_loc[0] = _with_drafts(ids[0], positions[0], drafts)
             end = len(ids[0])
-            wanted[0] = self._counting[:end]
+            logits_indices[0] = self._counting[:end]
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))
@@ -403,7 +403,7 @@ class Scheduler:
             )  # rows beyond the decoding ones
             count += search.width
             query_start_loc.append(self._counting[end + 1 : end + search.width + 1])
-            wanted.append(self._counting[end : end + search.width])
+            logits_indices.append(self._counting[end : end + search.width])
             end += search.width
         for chunk in chunks:
             ids.append(np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int32))
@@ -412,13 +412,13 @@ class Scheduler:
             count += 1
             end += chunk.end - chunk.start
             query_start_loc.append(np.array([end], dtype=np.int32))
-            wanted.append(np.arange(end - len(chunk.logits), end, dtype=np.int32))
+            logits_indices.append(np.arange(end - len(chunk.logits), end, dtype=np.int32))
         return StepBatch(
             np.concatenate(ids),
             np.concatenate(positions),
             np.concatenate(query_start_loc),
             rows.page_table[:count],
-            np.concatenate(wanted),
+            np.concatenate(logits_indices),
             _used(adapters),
         )
 

@@ -34,13 +34,15 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if spread.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    accumulation = micro_batches(settings.batch_size, world_size, settings.micro_batch_size)
+    gradient_accumulation_steps = micro_batches(
+        settings.batch_size, world_size, settings.micro_batch_size
+    )
     own = {"zero_allow_untested_optimizer": True}  # see gptj.training.optimizer
     return {
         # DeepSpeed wants the product of the other three; a batch that does not divide is smaller.
-        "train_batch_size": settings.micro_batch_size * accumulation * world_size,
+        "train_batch_size": settings.micro_batch_size * gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         **(own if optimizer.moments == "8bit" else {"optimizer": _adamw(optimizer, on_gpu)}),
         "zero_optimization": zero,

@@ -105,8 +105,8 @@ class CpuRunner:
     def step(self, batch: StepBatch) -> Tensor:
         assert self._handle is not None, "closed"
         batch.check(self.config, self.page_size, self.num_pages)
-        wanted = len(batch.logits_indices)
-        logits = torch.empty(wanted, self.config.vocab_size)
+        num_logits = len(batch.logits_indices)
+        logits = torch.empty(num_logits, self.config.vocab_size)
         adapters = None if batch.adapters_R is None else self._adapters_of(batch)
         step = library.Step(
             batch.ids_T.ctypes.data,
@@ -117,7 +117,7 @@ class CpuRunner:
             len(batch.ids_T),
             len(batch.query_start_loc) - 1,
             batch.page_table_RP.shape[1],
-            wanted,
+            num_logits,
             logits.data_ptr(),
             None if adapters is None else adapters.ctypes.data,
         )

@@ -151,8 +151,8 @@ def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
     lengths = np.diff(batch.query_start_loc)
     count = len(batch.logits_indices)
     (gaps,) = np.nonzero(batch.logits_indices != np.arange(count))
-    wanted = int(gaps[0]) if len(gaps) else count  # tokens at the start that all have logits
-    short = (lengths <= DRAFTED) & (batch.query_start_loc[1:] <= wanted)
+    with_logits = int(gaps[0]) if len(gaps) else count  # tokens at the start that all have logits
+    short = (lengths <= DRAFTED) & (batch.query_start_loc[1:] <= with_logits)
     rows = len(short) if short.all() else int(short.argmin())
     if (lengths[:rows] == 1).all():
         return batch

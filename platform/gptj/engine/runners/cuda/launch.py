@@ -229,8 +229,8 @@ class TritonOperations:
         Depends only on the batch size, since a graph's grid cannot depend on lengths.
         """
         programs = num_decodes * self._config.n_head
-        wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))
-        return min(wanted, MAX_SPLITS)
+        splits: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * self._processors, programs))
+        return min(splits, MAX_SPLITS)
 
     def _decode_attention(
         self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
