@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 import ray
+from ray.serve.exceptions import RayServeException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.loading import Arguments, check
@@ -27,7 +28,8 @@ def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments)
     replace. Outside a cluster nothing is checked, since nothing is deployed.
 
     Raises:
-        ValueError: saying what is wrong with the checkpoint, or why it cannot be read.
+        RayServeException: saying what is wrong with the checkpoint, or why it cannot be read. Serve
+            shows such an error as it is, and builds three times more after others.
     """
     if not ray.is_initialized():  # built to be looked at: nothing is deployed
         return
@@ -42,8 +44,7 @@ def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments)
         reference = task.options(scheduling_strategy=strategy).remote(cls, arguments)
         problem = ray.get(reference, timeout=TIMEOUT_SECONDS)
     if problem is not None:
-        logger.error("%s", problem)  # above the traceback that Serve makes of it, which is long
-        raise ValueError(problem)
+        raise RayServeException(problem)
 
 
 def _problem(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> str | None:

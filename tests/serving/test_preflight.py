@@ -6,10 +6,13 @@ tests/cluster/test_rollout.py shows where it is looked at, and that it changes n
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.serve.exceptions import RayServeException
 from serving_models import Models
 
+from deployments import preflight
 from deployments.loading import Arguments, check
 from deployments.preflight import _problem
 from gptj import GPTJForCausalLM, GPTJForSequenceClassification
@@ -37,6 +40,19 @@ def test_a_good_checkpoint_can_be_deployed(checkpoint: Path) -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "missing") in said(tmp_path / "missing")
+
+
+def test_what_is_wrong_is_an_error_that_serve_shows_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster of one node, this one. Serve shows a RayServeException's text alone."""
+    monkeypatch.setattr(preflight.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(preflight, "_replica_node", lambda: "here")
+    here = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(preflight.ray, "get_runtime_context", lambda: here)
+    arguments = Arguments(checkpoint=str(tmp_path / "missing"))
+    with pytest.raises(RayServeException, match=r"cannot be deployed: .*missing"):
+        preflight.check_before_deploying(GPTJForSequenceClassification, arguments)
 
 
 def test_a_file_that_is_cut_off_is_named(checkpoint: Path) -> None:
