@@ -403,6 +403,7 @@ class GPTJPreTrainedModel(nn.Module):
             max_shard_size: most bytes of weights in one file.
 
         Raises:
+            ConnectionError: if the hub cannot be reached.
             huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
         """
         with scratch_folder() as scratch:

@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.checkpoints.hub import locate
+from gptj.checkpoints.hub import locate, upload
 from gptj.tokenizer import GPTJTokenizer
 from gptj_local.processes import free_ports
 
@@ -342,6 +342,15 @@ print(len(GPTJTokenizer.from_pretrained({REPOSITORY!r})) == len(tokenizer))
         assert hub.created == [(REPOSITORY, "private")]
         assert hub.messages == ["main: First try"]
         assert {"manifest.json", "config.json", "tokenizer.json"} <= set(hub.commits[MAIN])
+
+
+def test_a_push_to_a_hub_that_does_not_answer_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9 cannot be reached.*HF_ENDPOINT"):
+        upload(tmp_path, REPOSITORY, private=None, token="x", revision=None, commit_message="")
 
 
 @pytest.mark.slow

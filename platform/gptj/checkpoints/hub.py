@@ -17,6 +17,7 @@ from gptj.storage.addresses import is_s3, normalized
 # Imported only for what is on the hub: its HTTP client takes a fifth of PyTorch's time.
 huggingface_hub = Extra("huggingface_hub", "the Hugging Face hub")
 errors = Extra("huggingface_hub.errors", "the Hugging Face hub", "huggingface_hub")
+httpx2 = Extra("httpx2", "the Hugging Face hub")
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -95,12 +96,22 @@ def upload(
     """Commit a local folder's files to a hub repository; returns the commit's URL.
 
     Creates the repository and the branch if they do not exist.
+
+    Raises:
+        ConnectionError: if the hub cannot be reached.
+        huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
     """
     hub = huggingface_hub.HfApi(token=token)
-    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        hub.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = hub.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-    )
+    try:
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+        )
+    except httpx2.TransportError as error:
+        raise ConnectionError(
+            f"the hub at {hub.endpoint} cannot be reached: {error}; remedy: check the network and "
+            "HF_ENDPOINT, and push again"
+        ) from error
     return str(commit.commit_url)

@@ -304,7 +304,10 @@ class GPTJTokenizer:
         if truncates:
             limit = max_length
             if limit is None:
-                raise ValueError("truncation needs max_length: this tokenizer has no default")
+                raise ValueError(
+                    "truncation needs max_length: this tokenizer has no default; remedy: "
+                    "max_length=N or tokenizer.model_max_length = model.config.n_positions"
+                )
             if not 0 <= stride < limit:
                 raise ValueError(f"stride must be in [0, max_length={limit}), got {stride}")
             if pads and pad_to_multiple_of is not None and limit % pad_to_multiple_of:
