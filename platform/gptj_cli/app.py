@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -76,7 +77,22 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         app(args=words)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{_of_this_terminal(error)}")
+
+
+def _of_this_terminal(error: Exception) -> str:
+    """A remedy where S3's credentials are missing: `gptj up` has some, for terminals to source."""
+    from gptj.storage.errors import AccessDeniedError
+    from gptj_cli.local import EXPORTS
+
+    exports = FOLDER / EXPORTS
+    if (
+        isinstance(error, AccessDeniedError)
+        and "AWS_ACCESS_KEY_ID" not in os.environ
+        and exports.exists()
+    ):
+        return f"; those of gptj up: source {exports}"
+    return ""
 
 
 @app.command()
@@ -345,7 +361,7 @@ def predict(
     ],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SETTINGS", help="columns.OURS=NAME … or delimiter=…"),
+        typer.Argument(metavar="SETTINGS", help="data.columns.OURS=NAME … or data.delimiter=…"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Output file; default: standard output.")
@@ -414,6 +430,7 @@ def curves(
 
 
 @app.command()
+@models.command()
 def verify(address: Address) -> None:
     """Read a model folder and check each file against its manifest."""
     from gptj.checkpoints.manifest import verify as verified
@@ -485,7 +502,7 @@ def remove_model(
 
 
 def _reading(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """Parse `columns.OURS=NAME` and `delimiter=…`, optionally prefixed `data.` as in training."""
+    """Parse `data.columns.OURS=NAME` and `data.delimiter=…`; `data.` may be left out."""
     columns: dict[str, str] = {}
     delimiter = None
     for word in words:
@@ -495,7 +512,7 @@ def _reading(words: Sequence[str]) -> tuple[dict[str, str], str | None]:
         elif equals and key == "delimiter":
             delimiter = "\t" if text == "\\t" else text
         else:
-            raise ValueError(f"{word!r} is neither columns.OURS=NAME nor delimiter=…")
+            raise ValueError(f"{word!r} is neither data.columns.OURS=NAME nor data.delimiter=…")
     return columns, delimiter
 
 

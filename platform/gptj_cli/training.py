@@ -8,13 +8,14 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gptj import storage
-from gptj.data.rows import DataError
-from gptj.data.sources import find_columns, read_rows
+from gptj.data.rows import DataError, MissingColumnError
+from gptj.data.sources import find_columns, listed, read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
 from gptj.training.settings import Settings, read_settings
@@ -43,7 +44,8 @@ def words_of_run(
 
     Raises:
         SettingsError: for invalid settings.
-        DataError, StorageError: if the data cannot be read, or the columns match no task.
+        DataError, StorageError: if the data cannot be read, or its columns are not the task's or
+            no task's.
     """
     said = list(words)
     if said and "=" not in said[0]:
@@ -65,6 +67,9 @@ def words_of_run(
     if data is not None and "run" not in given:
         said.append(f"run={run_of(data)}")
     settings = read_settings(said).resolved()
+    # Before a job has started; what only the cluster can read, it checks.
+    if task is not None and data is not None and Path(data).is_file():
+        check_columns(data, task, settings.data.columns, settings.data.delimiter)
     return _resolved(said, settings)
 
 
@@ -89,25 +94,51 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
     delimiter = next(
         (word.partition("=")[2] for word in words if word.startswith("data.delimiter=")), None
     )
+    possible = [task for task in BY_COLUMNS if columns.keys() <= set(TASKS[task].columns)]
+    if not possible:
+        known = sorted({name for task in TASKS.values() for name in task.columns})
+        raise DataError(
+            f"data.columns: no task has all of {', '.join(sorted(columns))}; there are "
+            f"{', '.join(known)}"
+        )
     missing: DataError | None = None
-    for task in BY_COLUMNS:
-        if columns.keys() - set(TASKS[task].columns):
-            continue
+    for task in possible:
         try:
-            kind = find_columns(address, TASKS[task].row_kinds, columns, delimiter=delimiter)
-            next(read_rows(address, kind, columns, delimiter=delimiter))
+            check_columns(address, task, columns, delimiter)
         except DataError as error:
             missing = missing or error
         else:
+            if (
+                task == "causal-lm"
+                and isinstance(missing, MissingColumnError)
+                and missing.there[1:]
+            ):
+                print(
+                    f"A language model, since no column is said to be the label: there are "
+                    f"{', '.join(map(repr, missing.there)):.400}. For a classifier: "
+                    "data.columns.label=NAME",
+                    file=sys.stderr,
+                )
             return task
+    if columns or not isinstance(missing, MissingColumnError):  # what was said, or the file, is bad
+        raise missing
     tasks = "; ".join(
         f"{task}: {' or '.join(', '.join(kind) for kind in TASKS[task].row_kinds)}"
         for task in reversed(BY_COLUMNS)
     )
     raise DataError(
-        f"the columns of {address} match no task ({tasks}); remedy: --task TASK, and "
-        f"data.columns.OURS=NAME for a column with another name ({missing})"
+        f"{address}: the columns {listed(missing)} are those of no task ({tasks}); remedy: say "
+        "which they are, as in data.columns.text=NAME data.columns.label=NAME, with quotes around "
+        "names that have spaces"
     )
+
+
+def check_columns(
+    address: str, task: TaskName, columns: Mapping[str, str], delimiter: str | None
+) -> None:
+    """DataError, which lists the columns, if the data's first row has not those of the task."""
+    kind = find_columns(address, TASKS[task].row_kinds, columns, delimiter=delimiter)
+    next(read_rows(address, kind, columns, delimiter=delimiter))
 
 
 def run_of(address: str) -> str:

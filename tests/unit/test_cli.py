@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,13 @@ from typer.testing import CliRunner
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from gptj import storage
+from gptj.data.labels import read_labels
 from gptj.data.rows import DataError
+from gptj.data.sources import read_rows
 from gptj.errors import CheckpointError
-from gptj.training.settings import SettingsError
-from gptj_cli.app import app, main
+from gptj.storage.errors import AccessDeniedError
+from gptj.training.settings import SettingsError, read_settings
+from gptj_cli.app import _of_this_terminal, app, main
 from gptj_cli.local import Local, Process, down, is_up
 from gptj_cli.serving import Options, configuration, curl, error_of, services
 from gptj_cli.training import run_of, task_of, words_of_run
@@ -59,7 +63,7 @@ def test_every_command_explains_itself() -> None:
     known = "up down train curves evaluate predict serve status verify models".split()
     assert {*known} == {*commands}
     inner = re.findall(r"^  (\w+)  ", run("models", "--help").stdout, re.MULTILINE)
-    assert {"ls", "show", "cp", "rm"} == {*inner}
+    assert {"ls", "show", "verify", "cp", "rm"} == {*inner}
     for words in (*([name] for name in commands), *(["models", name] for name in inner)):
         result = run(*words, "--help")
         assert result.exit_code == 0 and "--help" in result.stdout, words
@@ -95,10 +99,82 @@ def test_the_task_follows_from_the_columns(
 
 def test_columns_that_fit_no_task_are_listed(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.csv", "review,stars", "good,5")
-    with pytest.raises(DataError, match=r"data.columns.OURS=NAME.*'review', 'stars'"):
+    with pytest.raises(DataError, match=r"'review', 'stars'.*data.columns.text=NAME") as raised:
         task_of(file, [])
+    assert "'question'" not in str(raised.value)  # which is not what is missing
+    with pytest.raises(DataError, match=r"no column 'reviews' \(for text\).*'review', 'stars'"):
+        task_of(file, ["data.columns.text=reviews", "data.columns.label=stars"])
+    with pytest.raises(DataError, match="no task has all of texts; there are answers, "):
+        task_of(file, ["data.columns.texts=review"])
     with pytest.raises(storage.NotFoundError, match="none-such"):
         task_of(str(tmp_path / "none-such.csv"), [])
+
+
+def test_a_language_model_of_one_of_several_columns_says_how_to_get_a_classifier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert task_of(written(tmp_path / "rows.csv", "text,stars", "good,5"), []) == "causal-lm"
+    assert "'text', 'stars'. For a classifier: data.columns.label=NAME" in capsys.readouterr().err
+    assert task_of(written(tmp_path / "texts.csv", "text", "good"), []) == "causal-lm"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_command_for_ag_news_in_the_documents_reads_its_files(tmp_path: Path) -> None:
+    rows = "\n".join(f'"{label}","Title, {label}","Said ""{label}""\\\\here"' for label in "4213")
+    file = tmp_path / "train.csv"
+    file.write_text(f"{rows}\n")
+    document = (Path(__file__).resolve().parents[2] / "jobs" / "README.md").read_text()
+    (command,) = re.findall(r"^gptj train --data train.csv .*\\\n.*", document, re.MULTILINE)
+    _, _, _, _, *given = shlex.split(command.replace("\\\n", " "))
+    said = words_of_run(
+        given,
+        data=str(file),
+        evaluation=None,
+        task=None,
+        model=None,
+        run=None,
+        storage_address=str(tmp_path / "runs"),
+    )
+    settings = read_settings(said)
+    assert settings.task == "classification"
+    found = list(read_rows(str(file), ("text", "text_pair", "label"), settings.data.columns))
+    assert found[0].values == {"text": "Title, 4", "text_pair": 'Said "4"\\\\here', "label": "4"}
+    labels = read_labels(found, names=settings.data.label_names)
+    assert [labels.labels.names[target] for target in labels.targets] == [
+        "Sci/Tech",
+        "Sports",
+        "World",
+        "Business",
+    ]
+
+
+def test_without_credentials_another_terminal_is_told_what_to_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    refused = AccessDeniedError("s3://gptj/: there are no credentials")
+    assert _of_this_terminal(refused) == ""
+    (tmp_path / ".gptj").mkdir()
+    (tmp_path / ".gptj" / "env").touch()
+    assert "source .gptj/env" in _of_this_terminal(refused)
+    assert _of_this_terminal(ValueError("another")) == ""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    assert _of_this_terminal(refused) == ""
+
+
+def test_columns_of_a_given_task_are_checked_before_a_job_starts(tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.csv", "review,stars", "good,5")
+    with pytest.raises(DataError, match=r"no column 'text' and no column 'label'.*'review'"):
+        words_of_run(
+            [],
+            data=file,
+            evaluation=None,
+            task="classification",
+            model=None,
+            run=None,
+            storage_address=str(tmp_path / "runs"),
+        )
 
 
 @pytest.mark.parametrize(

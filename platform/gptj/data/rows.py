@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,23 @@ class NoRowsError(DataError):
 
 
 class MissingColumnError(DataError):
-    """Rows without a column that was asked for."""
+    """Rows without a column that was asked for.
+
+    Args:
+        there: the columns that they have.
+        hint: what else may be the reason.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        number: int | None = None,
+        there: Sequence[str] = (),
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, number)
+        self.there = tuple(there)
+        self.hint = hint
 
 
 def refuse_row(error: DataError) -> None:

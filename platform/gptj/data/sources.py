@@ -121,7 +121,10 @@ def find_columns(
             missing.append(error)
     if not fitting:
         others = " or ".join(" and ".join(kind) for kind in kinds[1:])
-        raise MissingColumnError(f"{missing[0]}; rows may also have {others}") from missing[0]
+        message = f"{missing[0]}; rows may also have {others}"
+        raise MissingColumnError(
+            message, there=missing[0].there, hint=missing[0].hint
+        ) from missing[0]
     fitting = [kind for kind in fitting if not any(set(kind) < set(other) for other in fitting)]
     if len(fitting) > 1:
         choices = " or ".join(f"data.columns.{kind[0]}={kind[0]}" for kind in fitting)
@@ -182,12 +185,18 @@ def _missing(
         f"{theirs!r}" if ours == theirs else f"{theirs!r} (for {ours})"
         for ours, theirs in missing.items()
     ]
-    there = ", ".join(repr(name) for name in error.there) or "none"
     return MissingColumnError(
-        f"{place}: no column {' and no column '.join(lacking)}; there are {there:.400}"
-        f"{error.hint}; remedy: {' '.join(f'data.columns.{ours}=NAME' for ours in missing)}",
+        f"{place}: no column {' and no column '.join(lacking)}; there are {listed(error)}; "
+        f"remedy: {' '.join(f'data.columns.{ours}=NAME' for ours in missing)}",
         error.number,
+        error.there,
+        error.hint,
     )
+
+
+def listed(error: MissingColumnsError | MissingColumnError) -> str:
+    """The columns that there are, and what else may be the reason."""
+    return f"{', '.join(map(repr, error.there)) or 'none':.400}{error.hint}"
 
 
 def _files(address: str) -> list[tuple[storage.FileInfo, Format]]:
