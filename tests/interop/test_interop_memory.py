@@ -155,6 +155,7 @@ def write_adapter(folder: Path, base: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_twice_the_memory_budget_imports_within_it(tmp_path: Path) -> None:
     """At most three times the largest tensor and 500 MB, everything counted."""
     specs = write_source("flax", tmp_path / "source", n_embd=1024, n_layer=42)
@@ -176,8 +177,8 @@ def test_all_conversions_hold_a_few_tensors_in_memory(
     # count.
     write_source("pickle", tmp_path / "tiny", n_embd=128, n_layer=1)
     jobs = [["import_weights.py", str(tmp_path / "tiny"), str(tmp_path / "ours-tiny")]]
-    for kind in ("safetensors", "pickle", "mesh", "tensorflow"):
-        specs = write_source(kind, tmp_path / kind, n_embd=512, n_layer=36)
+    for kind in ("safetensors", "pickle", "mesh", "tensorflow", "flax"):
+        specs = write_source(kind, tmp_path / kind, n_embd=512, n_layer=28)
         words = [str(tmp_path / kind), str(tmp_path / f"ours-{kind}"), "--dtype", "bfloat16"]
         config = str(tmp_path / kind / "config.json")
         jobs.append(["import_weights.py", *words, "--config", config])

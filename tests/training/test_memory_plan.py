@@ -94,7 +94,7 @@ def test_the_published_model_takes_what_is_known() -> None:
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("gigabytes", [16, 24, 40, 80])
 def test_settings_that_are_named_fit(gigabytes: int, count: int) -> None:
-    settings = run_of(count, micro_batch_size=8)
+    settings = run_of(count, micro_batch_size=2)
     found = fitting(settings, SIX, gpu_memory=gigabytes * GB)
     for change in found:
         plan = plan_memory(changed(settings, change), SIX, on_gpu=True)
@@ -197,7 +197,7 @@ def test_a_run_that_has_fitted_before_goes_on(
 def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short texts are not padded to data.sequence_length, and take no memory for it."""
     cluster(monkeypatch, 8, get=lambda asked, timeout: 40 * GB)
-    settings = run_of(8, micro_batch_size=64, batch_size=512, data={"sequence_length": 2048})
+    settings = run_of(8, micro_batch_size=16, batch_size=128, data={"sequence_length": 2048})
     with pytest.raises(SettingsError, match="does not fit"):
         check_memory(settings, SIX, True, 2048)
     check_memory(settings, SIX, True, 20)

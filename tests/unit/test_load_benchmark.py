@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from gptj_bench import load_weights
+from gptj_bench.__main__ import main
 
 READERS = ("plain", "gptj", "transformers")
 
 
+def measured_here(
+    reader: str, address: str, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A measurement without a process of its own, whose start takes most of the time."""
+    with (
+        mock.patch.dict(os.environ, environment or {}),
+        mock.patch.object(sys, "argv", ["load_weights", reader, address]),
+        redirect_stdout(io.StringIO()) as printed,
+    ):
+        load_weights.main()
+    gc.collect()  # a mapped file stays in the page cache
+    found: dict[str, Any] = json.loads(printed.getvalue())
+    return found
+
+
+def printed_by(arguments: list[str], processes: bool) -> list[str]:
+    if processes:
+        command = [sys.executable, "platform/gptj_bench", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(load_weights, "measure", measured_here),
+        mock.patch.object(os, "sync"),  # which waits for all that this machine writes
+        redirect_stdout(io.StringIO()) as printed,
+    ):
+        main(arguments)
+    return printed.getvalue().splitlines()
+
+
 @pytest.mark.slow
-def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Path) -> None:
-    command = [sys.executable, "platform/gptj_bench", "load", "--folder", str(tmp_path)]
-    command += ["--size", "tiny", "--readers", *READERS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+@pytest.mark.parametrize(
+    "processes", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["here", "processes"]
+)
+def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(
+    processes: bool, tmp_path: Path
+) -> None:
+    arguments = ["load", "--folder", str(tmp_path), "--size", "tiny", "--readers", *READERS]
+    lines = printed_by(arguments, processes)
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
     machine, created, *measured = rows
     assert machine["settings"]["size"] == "tiny"
     assert "processor" in machine
@@ -40,7 +82,7 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(tmp_path: Pat
             share = row["cached_share"]
             assert share > 0.9 if row["cache"] == "warm" else share < 0.1
     assert list(tmp_path.iterdir()) == []
-    assert done.stdout.splitlines()[-1].startswith("| s3, cached | warm |")
+    assert lines[-1].startswith("| s3, cached | warm |")
 
 
 def test_ratios_are_medians_beside_the_plain_read() -> None:
