@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -81,6 +82,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return order, item.get_closest_marker("slow") is not None
 
     items.sort(key=place)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` does not import modules of which it runs nothing."""
+    quick = "not slow" in config.getoption("markexpr", "")
+    if not quick or not collection_path.name.startswith("test_"):
+        return None
+    marks = re.search(r"^pytestmark = (.*)$", collection_path.read_text(), re.MULTILINE)
+    return True if marks and "mark.slow" in marks[1] else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -147,6 +147,7 @@ def test_outputs_follow_their_grammar(
     assert any(reason(caller) == "stop" for caller in callers)
 
 
+@pytest.mark.slow
 def test_objects_of_a_schema_are_valid_with_all_sampling_parameters(
     engine: Engine, person: CompiledGrammar, tokenizer: GPTJTokenizer
 ) -> None:
@@ -176,6 +177,7 @@ def test_objects_of_a_schema_are_valid_with_all_sampling_parameters(
     assert [each.ids for each in free] == [each.ids for each in again]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_output_alone_in_company_and_after_preemption(
     model: GPTJForCausalLM, person: CompiledGrammar
 ) -> None:
@@ -196,6 +198,7 @@ def test_a_seed_gives_the_same_output_alone_in_company_and_after_preemption(
     tight.close()
 
 
+@pytest.mark.slow
 def test_speculation_changes_no_output(
     model: GPTJForCausalLM, compiler: GrammarCompiler, tokenizer: GPTJTokenizer
 ) -> None:
@@ -445,6 +448,7 @@ def test_a_refused_grammar_is_tried_again_later(
     assert len(compiler._cache) == known
 
 
+@pytest.mark.slow
 def test_processes_that_were_killed_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[weakref.ref[subprocess.Popen[bytes]]] = []
     start = trial_module.subprocess.Popen

@@ -606,6 +606,7 @@ def test_a_full_queue_refuses_all_or_nothing_and_recovers(
     engine.close()
 
 
+@pytest.mark.slow
 def test_the_engine_is_alive_unless_it_hangs_or_has_ended(
     model: GPTJForCausalLM,
 ) -> None:

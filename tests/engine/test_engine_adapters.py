@@ -109,7 +109,13 @@ def runner_of(kind: str, base: GPTJForCausalLM) -> Runner:
 
 # Of GELU, where it is 0: numbers here are larger than a trained model's.
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-@pytest.mark.parametrize("kind", TOLERANCES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow) if kind == "triton" else kind
+        for kind in TOLERANCES
+    ],
+)
 def test_adapters_of_pefts_compute_pefts_logits(
     base: GPTJForCausalLM, made: dict[str, Made], kind: str
 ) -> None:
@@ -149,6 +155,7 @@ def test_adapters_of_pefts_compute_pefts_logits(
     runner.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pages", "settings"),
     [

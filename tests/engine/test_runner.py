@@ -230,6 +230,7 @@ def test_a_reset_cache_works(make: Callable[..., Case]) -> None:
     assert_near(case, step(case.runner, (ids, 0, [4, 3, 2, 1]))[0], ids)
 
 
+@pytest.mark.slow
 def test_unused_slots_of_a_page_do_not_matter(make: Callable[..., Case]) -> None:
     """A page may have been another request's, whose output was not finite."""
     case = make()

@@ -54,6 +54,7 @@ def test_variants_match_the_schemas(variant: tuple[str, list[Object]], plain: li
         schemas.test_each_ray_object_matches_kuberays_schema(changed, each["kind"])
 
 
+@pytest.mark.slow
 def test_variants_are_as_safe(variant: tuple[str, list[Object]]) -> None:
     _, objects = variant
     safety.test_every_pod_passes_the_restricted_standard(objects)
@@ -63,6 +64,7 @@ def test_variants_are_as_safe(variant: tuple[str, list[Object]]) -> None:
     references.test_images_are_pinned_or_ours(objects)
 
 
+@pytest.mark.slow
 def test_serve_accepts_variants(variant: tuple[str, list[Object]]) -> None:
     name, objects = variant
     serve.test_the_rayservice_has_serve_yaml_with_its_own_place(objects)
@@ -105,6 +107,7 @@ def test_a_cards_settings_match_the_computed_ones(overlay: str) -> None:
     assert quantity(pod["containers"][0]["resources"]["requests"]["memory"]) >= needed
 
 
+@pytest.mark.slow
 def test_the_documented_table_of_cards_matches_the_computed_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -220,6 +223,7 @@ def team() -> list[Object]:
     ]
 
 
+@pytest.mark.slow
 def test_a_teams_deployment_is_complete_and_in_its_own_namespace(
     team: list[Object], plain: list[Object]
 ) -> None:

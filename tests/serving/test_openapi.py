@@ -23,7 +23,7 @@ from serving_models import Models, applications, make_models
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 
-EXAMPLES = 40  # requests of each operation and kind
+EXAMPLES = 12  # requests of each operation and kind
 SHORT = 128  # tokens of context, so that no request takes long
 CHECKS = [
     not_a_server_error,

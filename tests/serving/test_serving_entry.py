@@ -412,6 +412,7 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
             held[-1].recv(1)
 
 
+@pytest.mark.slow
 def test_slow_clients_cost_others_no_request(hasty: str) -> None:
     """The script that shows it with 2,000 of each kind, with a few."""
     outcomes = asyncio.run(slow_clients.measure(hasty, ["heads", "bodies"], 20, 3.0))

@@ -55,6 +55,7 @@ def test_the_parts_of_any_ids_are_together_the_decoded_text(ids: list[int]) -> N
     assert text.sent == text.decoded == len(TOKENIZER.decode(ids))
 
 
+@pytest.mark.slow
 @given(LETTERS, STOPS)
 @settings(max_examples=500)
 def test_text_ends_before_the_first_stop_string_and_no_part_of_it_leaks(
@@ -142,6 +143,7 @@ def with_stop(ids: list[int], stop: list[str]) -> tuple[str, bool]:
     return whole[: min(ends)], True
 
 
+@pytest.mark.slow
 @given(LETTERS, STOPS)
 @settings(max_examples=500)
 def test_text_can_end_after_the_stop_string_instead(letters: str, stop: list[str]) -> None:
@@ -191,6 +193,7 @@ def test_a_stop_tokens_text_is_shown_with_the_stop_unless_it_is_special() -> Non
         assert text.push(tokenizer.encode("x")[0]) + text.finish(token) == expected
 
 
+@pytest.mark.slow
 @given(IDS, st.integers(0, 30), st.booleans())
 @settings(max_examples=500)
 def test_a_character_that_the_prompt_begins_belongs_to_the_output(

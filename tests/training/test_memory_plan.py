@@ -91,6 +91,7 @@ def test_the_published_model_takes_what_is_known() -> None:
     assert adapter.device["optimizer"] < 0.1 * GB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("gigabytes", [16, 24, 40, 80])
 def test_settings_that_are_named_fit(gigabytes: int, count: int) -> None:
@@ -104,6 +105,7 @@ def test_settings_that_are_named_fit(gigabytes: int, count: int) -> None:
         assert any("adapter" not in change for change in found)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_settings_that_do() -> None:
     settings = run_of(4)
     with pytest.raises(SettingsError) as refused:
@@ -194,6 +196,7 @@ def test_a_run_that_has_fitted_before_goes_on(
     assert bool(trained) == fitted
 
 
+@pytest.mark.slow
 def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short texts are not padded to data.sequence_length, and take no memory for it."""
     cluster(monkeypatch, 8, get=lambda asked, timeout: 40 * GB)
@@ -216,6 +219,7 @@ def test_changes_are_said_as_on_a_command_line() -> None:
     assert settings.adapter == AdapterSettings()
 
 
+@pytest.mark.slow
 def test_the_program_prints_the_parts_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model=6b", "--gpus=4", "--gpu-memory=24"]
     main([*given, "deepspeed.precision=bf16", "deepspeed.stage=3", "data.train=s3://b/d"])

@@ -23,6 +23,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_ignores_sigterm_ends_with_its_children(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", STUBBORN]

@@ -135,6 +135,7 @@ def test_any_ids_have_transformers_text(
         assert b"".join(map(ours.token_bytes, ids)).decode(errors="replace") == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trim", [False, True])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_a_files_own_rule_for_leading_spaces_is_kept(
@@ -369,6 +370,7 @@ def test_vocabulary_merges_and_added_tokens_load_as_in_transformers(
         assert [loaded.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_saved_by_transformers_loads(theirs: Any, tmp_path: Path) -> None:
     """With a padding token of its own, and with truncation left on in the file."""
     other = transformers.AutoTokenizer.from_pretrained(theirs.name_or_path)
