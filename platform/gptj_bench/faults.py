@@ -8,7 +8,7 @@ its whole text is known, so that a wrong answer is seen as well. Then, in each r
 happens once. A line a fault: how many requests there were, what became of them, and for how long.
 
     replica, proxy, controller    SIGKILL
-    hang                          SIGSTOP of a replica
+    hang, proxy-hang              SIGSTOP of a replica, or of the proxy
     worker                        a node with a replica, and everything on it, by SIGKILL at once;
                                   alone, on a cluster with one more node a round
     upgrade, bad-upgrade,         `serve deploy` of another checkpoint, of a damaged one, and of the
@@ -41,6 +41,7 @@ FAULTS = {  # the class of the actor, and what is sent to its process
     "proxy": ("ProxyActor", signal.SIGKILL),
     "controller": ("ServeController", signal.SIGKILL),
     "hang": ("ServeReplica", signal.SIGSTOP),
+    "proxy-hang": ("ProxyActor", signal.SIGSTOP),
 }
 CHANGES = ("upgrade", "bad-upgrade", "rollback")
 REPLACED_SECONDS = 180
