@@ -56,6 +56,7 @@ from gptj.config import GPTJConfig, parse_dtype
 from gptj.data.labels import LabelSet
 from gptj.data.packing import Packing
 from gptj.data.prepared import Prepared
+from gptj.data.preparing import Plan, prepare
 from gptj.data.rows import Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
@@ -249,28 +250,44 @@ def read(
     options: DataSettings,
     labels: LabelSet | None = None,
 ) -> Any:
-    """The task's data set of prepared or raw data."""
-    if (prepared := Prepared.at(address)) is not None:
-        if settings.limit is not None and task.name != "causal-lm":
+    """The task's data set of prepared or raw data; raw data of any size go through the disk."""
+    prepared = Prepared.at(address)
+    if settings.limit is not None and task.name != "causal-lm":  # whose sequences are limited
+        if prepared is not None:
             raise ValueError(f"limit={settings.limit} is for raw data, and {address} is prepared")
-        with scratch_folder() as scratch:
-            task.write(scratch / "data", prepared, tokenizer, options, labels)
-            return task.load(scratch / "data")  # mapped, and so there until it is let go
-    rows = data_rows(settings, address, task)
-    if task.name != "causal-lm":  # of which a row may be a whole book
-        rows = islice(rows, settings.limit)
-    return task.read(rows, tokenizer, options, labels)
+        rows = islice(data_rows(settings, address, task), settings.limit)
+        return task.read(rows, tokenizer, options, labels)
+    with scratch_folder() as scratch:
+        if prepared is None:
+            check_columns(settings, task)
+            plan = Plan.of(
+                address,
+                tokenizer,
+                names=settings.columns,
+                delimiter=settings.delimiter,
+                task=task.name,
+            )
+            prepare(plan, str(scratch / "raw"), tokenizer)
+            prepared = Prepared.at(str(scratch / "raw"))
+            assert prepared is not None
+        task.write(scratch / "data", prepared, tokenizer, options, labels)
+        return task.load(scratch / "data")  # mapped, and so there until it is let go
 
 
 def data_rows(settings: Settings, address: str, task: AnyTask) -> Iterator[Row]:
     """The rows at an address, with the columns of a task."""
+    check_columns(settings, task)
+    columns = find_columns(address, task.row_kinds, settings.columns, delimiter=settings.delimiter)
+    return read_rows(address, columns, settings.columns, delimiter=settings.delimiter)
+
+
+def check_columns(settings: Settings, task: AnyTask) -> None:
+    """ValueError for names of columns that the task does not have."""
     if unknown := settings.columns.keys() - set(task.columns):
         raise ValueError(
             f"columns.{min(unknown)}: there is no such column; a {task.name} model reads "
             f"{', '.join(task.columns)}"
         )
-    columns = find_columns(address, task.row_kinds, settings.columns, delimiter=settings.delimiter)
-    return read_rows(address, columns, settings.columns, delimiter=settings.delimiter)
 
 
 def report_progress(model: GPTJPreTrainedModel, batches: int) -> None:

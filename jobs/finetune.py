@@ -57,7 +57,7 @@ try:
     import ray
     import ray.train
     from ray.actor import ActorHandle
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayError
     from ray.train import (
         FailureConfig,
         RunConfig,
@@ -70,6 +70,7 @@ try:
 
     from jobs.memory import check_memory
     from jobs.preparing import write_shards
+    from jobs.ray_errors import reason
     from jobs.room import wait_for_room
     from jobs.stopping import PREEMPTED, STOPPED, Notices, OnSigterm
     from jobs.training_metrics import TrainingMetrics, count_failure
@@ -136,6 +137,12 @@ def fine_tune(
             sys.exit(STOPPED)
         count_failure(settings.run)
         sys.exit(f"error: {explained(error, settings)}")
+    except RayError as error:  # Ray Train's controller was killed, and its workers with it
+        count_failure(settings.run)
+        sys.exit(
+            f"error: Ray Train's controller has ended: {reason(error)} What is saved in "
+            f"{settings.folder} is kept: the same command resumes from it."
+        )
 
 
 def check_address() -> None:
@@ -205,7 +212,8 @@ def check_workers(settings: Settings) -> bool:
                 f"{workers.fewest * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
                 f"set workers.autoscaling=true if the cluster will grow"
             )
-        needed = {"CPU": workers.fewest * workers.cpus, "GPU": float(workers.fewest * on_gpu)}
+        count = workers_to_start(settings, on_gpu)
+        needed = {"CPU": count * workers.cpus, "GPU": float(count * on_gpu)}
         wait_for_room({name: amount for name, amount in needed.items() if amount})
     if not on_gpu:
         spread = settings.deepspeed
@@ -217,6 +225,22 @@ def check_workers(settings: Settings) -> bool:
                 "it there already; leave it out"
             )
     return on_gpu
+
+
+def workers_to_start(settings: Settings, on_gpu: bool) -> int:
+    """How many workers Ray Train will want: of elastic ones as many as all nodes could hold.
+
+    It goes by what nodes have, also where others use it (ElasticScalingPolicy), and would wait for
+    that for ever: so we wait, and say who has it.
+    """
+    workers = settings.workers
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            fitting = has.get("CPU", 0) // workers.cpus
+            room += int(min(fitting, has.get("GPU", 0)) if on_gpu else fitting)
+    return max(workers.fewest, min(workers.most, room))
 
 
 def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dict[str, str]]:
@@ -317,7 +341,7 @@ def work(config: dict[str, Any]) -> None:
 
     def keep(metrics: dict[str, float], folder: Path, name: str) -> None:
         address = storage.join(settings.folder, name)
-        upload_state(folder, address, worker.rank, worker.world_size)
+        upload_state(folder, address, worker.rank, worker.world_size, worker.fence)
 
     notices = Notices(config["bell"])
     metrics = TrainingMetrics(settings.run)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from ray.exceptions import RayError
 
 from gptj.data.prepared import Shard, tokenizer_digest
 from gptj.data.preparing import Plan, chunks, write_shard
 from gptj.data.rows import DataError
 from gptj.tokenizer import GPTJTokenizer
+from jobs.ray_errors import reason
 
 PROGRESS_SECONDS = 10
 
@@ -30,6 +32,7 @@ def write_shards(
 
     Raises:
         DataError: for a bad row, or what else `write_shard` raises.
+        OSError: for what Ray raises, such as a node's lack of memory.
     """
     logger.info(
         "preparing %s: %d files of %.1f MB", plan.address, len(plan.sizes), sum(plan.sizes) / 1e6
@@ -53,7 +56,7 @@ def write_shards(
     )
     started = last = time.monotonic()
     rows = count = 0
-    for row in written.iter_rows():
+    for row in _rows(written):
         shard = pickle.loads(row["shard"])  # by our own tasks
         if isinstance(shard, str):
             raise DataError(shard)
@@ -62,6 +65,16 @@ def write_shards(
             last = time.monotonic()
             logger.info("%d shards, %d rows, %.0f s", count, rows, last - started)
         yield shard
+
+
+def _rows(written: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    try:
+        yield from written.iter_rows()
+    except RayError as error:
+        raise OSError(
+            f"Ray ended the preparation of the data: {reason(error)}; the same command goes on "
+            f"with what is left"
+        ) from error
 
 
 # Errors of data or storage are passed on as messages, in place of a chunk or shard: Ray Data would

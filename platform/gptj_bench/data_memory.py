@@ -1,23 +1,25 @@
 """How much memory data take on their way to a training, at several sizes: it should not grow.
 
-    python -m gptj_bench.data_memory [--megabytes 50 200] [--task TASK] [--shard-characters N]
+    python -m gptj_bench.data_memory [--megabytes 50 200] [--task TASK] [--squad] [--limit MB]
 
 Each size has a process of its own: raw rows are prepared, become a node's memory-mapped examples,
 and go through the loader for an epoch. The peak is what the process had of private memory at most
-(RssAnon) beyond what it had before; mapped files, which the kernel can drop, are not in it. One
-JSON object a line.
+(RssAnon) beyond what it had before; mapped files, which the kernel can drop, are not in it. With
+`--limit` the kernel gives it no more than so much (RLIMIT_DATA). One JSON object a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
 
@@ -39,26 +41,40 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 200])
     parser.add_argument("--task", choices=list(SHARD_KINDS), default="causal-lm")
     parser.add_argument("--shard-characters", type=int, default=2**20)
+    parser.add_argument("--squad", action="store_true", help="rows in SQuAD's own form")
+    parser.add_argument("--limit", type=int, metavar="MB", help="of private memory, beyond now's")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
+    task = "question-answering" if options.squad else options.task
     if options.measure:
-        found = measure(options.task, options.megabytes[0], options.shard_characters)
+        found = measure(
+            task, options.megabytes[0], options.shard_characters, options.squad, options.limit
+        )
         print(to_json(found), flush=True)
         return
     for size in options.megabytes:
-        fixed = ["--task", options.task, "--shard-characters", str(options.shard_characters)]
+        fixed = ["--task", task, "--shard-characters", str(options.shard_characters)]
+        fixed += ["--squad"] if options.squad else []
+        fixed += ["--limit", str(options.limit)] if options.limit is not None else []
         command = [sys.executable, "-m", __spec__.name, "--measure", "--megabytes", str(size)]
         subprocess.run([*command, *fixed], check=True)
 
 
-def measure(task: TaskName, megabytes: int, shard_characters: int) -> dict[str, object]:
+def measure(
+    task: TaskName, megabytes: int, shard_characters: int, squad: bool, limit: int | None
+) -> dict[str, object]:
     """The peak of one size, in this process."""
     tokenizer = GPTJTokenizer.train([" ".join(WORDS), "0123456789"], 400)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        raw = folder / "rows.jsonl"
+        raw = folder / ("train.json" if squad else "rows.jsonl")
         write_rows(raw, task, megabytes)
+        if squad:
+            as_squad(raw)
+        if limit is not None:
+            most = status("VmData") + limit * 1_000_000
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         settings = Settings(task=task, storage=name, data={"train": str(raw)})  # type: ignore[arg-type]
         with peak_of_private_memory() as peak:
             plan = raw_plan(settings, "train", tokenizer, chunk_characters=shard_characters)
@@ -75,7 +91,9 @@ def measure(task: TaskName, megabytes: int, shard_characters: int) -> dict[str, 
                     tokens += loader.next()[0].tokens
     return {
         "task": task,
+        "squad": squad,
         "raw_mb": megabytes,
+        "limit_mb": limit,
         "tokens": index.tokens,
         "examples": len(data),
         "peak_mb": round(peak[0] / 1e6, 1),
@@ -98,6 +116,27 @@ def write_rows(path: Path, task: TaskName, megabytes: float) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def as_squad(path: Path) -> None:
+    """Turn question answering's rows into SQuAD's own form, ten to an article."""
+    lines = path.with_suffix(".lines")
+    path.rename(lines)
+    with lines.open() as rows, path.open("w") as file:
+        file.write('{"version": "v2.0", "data": [')
+        for number, articles in enumerate(batched(rows, 10)):
+            fields = [json.loads(row) for row in articles]
+            paragraphs = [{"context": each.pop("context"), "qas": [each]} for each in fields]
+            article = {"title": str(number), "paragraphs": paragraphs}
+            file.write(("," if number else "") + json.dumps(article))
+        file.write("]}")
+    lines.unlink()
+
+
+def batched(rows: Iterable[str], size: int) -> Iterator[list[str]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
 @contextmanager
 def peak_of_private_memory() -> Iterator[list[int]]:
     """Bytes beyond those at the beginning, in a list of one, once the block has ended."""
@@ -118,10 +157,15 @@ def peak_of_private_memory() -> Iterator[list[int]]:
 
 def private_memory() -> int:
     """Bytes of this process that no file backs."""
+    return status("RssAnon")
+
+
+def status(name: str) -> int:
+    """Bytes, of this process's status."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: this needs Linux 4.5 or later")
+    raise OSError(f"/proc/self/status has no {name}: this needs Linux 4.5 or later")
 
 
 if __name__ == "__main__":

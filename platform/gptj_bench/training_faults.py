@@ -1,13 +1,23 @@
 """Kills parts of a running training and says what was lost.
 
-    python -m gptj_bench.training_faults [--faults worker,controller,…] [--json OUT]
+    python -m gptj_bench.training_faults [--faults worker,controller,…] [--json OUT] [--logs DIR]
 
-Starts S3 and a Ray cluster of two nodes on loopback, and trains a tiny model with dropout, first
-undisturbed and then once for each fault, which comes after a checkpoint: SIGKILL to a `worker`, to
-Ray Train's `controller`, to the `driver` or to the second node's `raylet`; `drain`, Ray's notice
-that it will take the second node away; and SIGTERM to the driver (`sigterm`). A run that ends is
-submitted again. A line a fault: how many steps were computed twice, the seconds from the fault to
-the first new step, and whether all losses are those of the undisturbed run.
+Starts S3 and a Ray cluster of two nodes on loopback. For each fault a tiny model trains with
+dropout until the fault comes, between two checkpoints, and a few steps beyond; a run that ends is
+submitted again. An undisturbed run then takes as many steps. A line a fault: the steps that were
+computed twice, the longest time without a new step, and how far losses are from the undisturbed
+run's.
+
+| fault | what happens |
+|---|---|
+| `worker`, `controller`, `driver` | SIGKILL to it |
+| `raylet` | SIGKILL to the second node's; another node joins |
+| `raylets` | SIGKILL to the second node's and then to the head's; another cluster starts |
+| `drain` | Ray's notice that the second node goes away; it goes when the grace period is over |
+| `sigterm` | SIGTERM to the driver |
+| `s3-stalled` | S3 answers nothing for two minutes (SIGSTOP) |
+| `s3-down` | S3 ends, and starts again two minutes later |
+| `elastic` | `workers.count=[1,3]` on three nodes: one is lost, and another one comes |
 """
 
 from __future__ import annotations
@@ -23,86 +33,110 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
 from gptj import storage
-from gptj_local.processes import HOST, free_ports, running, tail
+from gptj_local.processes import HOST, kill_tree, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "finetune.py"
 RAY = str(Path(sys.executable).parent / "ray")
-FAULTS = ("worker", "controller", "driver", "raylet", "drain", "sigterm")
-STEPS, EVERY = 60, 10
+EVERY = 10  # steps between checkpoints
 AT = 25  # the step after which a fault comes
-DEADLINE_SECONDS = 900.0
+MORE = 12  # steps that a run takes after it
+ENDLESS = 100_000
+AWAY_SECONDS = 120.0  # of S3
+GRACE_SECONDS = 45  # of a node
+DEADLINE_SECONDS = 600.0
+STOPPED = 128 + signal.SIGTERM
 SETTINGS = (
     "storage=s3://gptj",
-    f"steps={STEPS}",
     f"checkpoint_every={EVERY}",
     "log_every=1",
+    "optimizer.schedule=constant",  # a step does not depend on how many there will be
     "model.config.n_embd=64",
-    "model.config.resid_pdrop=0.1",
     "tokenizer.vocab_size=512",
     "data.sequence_length=128",
-    "batch_size=32",
-    "workers.count=2",
+    "batch_size=48",
     "workers.cpus=2",  # a worker a node
 )
-STEP = re.compile(r"step (\d+) of \d+  loss")
+FIXED = ("workers.count=2", "model.config.resid_pdrop=0.1")
+# Which numbers dropout drops depends on the number of workers.
+ELASTIC = ("workers.count=[1,3]",)
+NODE_CPUS = 3
+STEP = re.compile(r"step (\d+) of \d+ \| loss")
+RESUMED = re.compile(r"resuming after step (\d+) of \d+ on (\d+) workers")
 
 
 @dataclass(frozen=True)
 class Result:
     fault: str
     repeated: int  # steps that were computed again
-    seconds: float  # from the fault to the first new step
+    seconds: float  # the longest time without a new step
     submissions: int  # how often the job was submitted
-    equal: bool  # whether all losses are those of the undisturbed run
+    steps: int  # of the whole run
+    off: float = float("nan")  # of a loss, at most, from the undisturbed run's
+    notes: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        return (
+            f"{self.fault:10} {self.repeated:3} steps again, {self.seconds:6.1f} s without a new "
+            f"step, submitted {self.submissions} times; {'; '.join(self.notes)}"
+        )
 
 
 class Cluster:
-    """A head, and a second node for as long as it is wanted."""
+    """S3, a head, and further nodes for as long as they are wanted."""
 
-    def __init__(self, head: LocalRay, folder: Path, environment: dict[str, str]) -> None:
-        self.head = head
-        self.environment = {**environment, **head.environment()}
-        self._folder = folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._stack = ExitStack()
-        self._second: subprocess.Popen[bytes] | None = None
+        self._s3_stack = ExitStack()
+        self._nodes: list[tuple[ExitStack, subprocess.Popen[bytes]]] = []
         self._count = 0
+        self.s3 = self._s3_stack.enter_context(LocalS3.start(folder / "s3"))
+        os.environ |= self.s3.environment()
+        self.head: LocalRay
 
-    def start_second(self) -> None:
-        """A node like the head; the one before, if any, is ended."""
-        self._stack.close()
+    def start(self) -> None:
         self._count += 1
-        log = self._folder / f"node-{self._count}.log"
-        agent, metrics = free_ports(2)
-        command = [
-            *(RAY, "start", "--block", f"--address={HOST}:{self.head.port}", "--num-cpus=3"),
-            *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
-        ]
-        second = self._stack.enter_context(
-            running(command, environment=self.environment, log=log, grace_seconds=2)
+        folder = self.folder / f"head-{self._count}"
+        folder.mkdir()
+        environment = dict(os.environ)
+        self.head = self._stack.enter_context(
+            LocalRay.start(folder, cpus=NODE_CPUS, environment=environment)
         )
 
-        def is_up() -> bool:
-            if second.poll() is not None:
-                raise RuntimeError(f"the second node does not start: {tail(log)}")
-            return "Ray runtime started" in tail(log, 10_000)
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.head.environment()}
 
-        wait(is_up, "the second node", log)
-        self._second = second
+    def add_node(self) -> None:
+        self._count += 1
+        stack = ExitStack()
+        log = self.folder / f"node-{self._count}.log"
+        self._nodes.append((stack, stack.enter_context(self.head.worker(log, cpus=NODE_CPUS))))
 
-    def close(self) -> None:
-        self._stack.close()
+    def nodes(self, count: int) -> None:
+        """Let there be so many nodes beside the head."""
+        while len(self._nodes) > count:
+            self.lose_node()
+        while len(self._nodes) < count:
+            self.add_node()
 
-    def kill(self, name: str, *, second: bool = False) -> None:
-        """SIGKILL to one process of a node, by its name."""
-        parent = self._second.pid if second and self._second else self.head.process_id
+    def lose_node(self) -> None:
+        """SIGKILL to all processes of the oldest node, as when a machine is lost."""
+        stack, process = self._nodes.pop(0)
+        kill_tree(process)
+        stack.close()
+
+    def kill(self, name: str, *, of_head: bool = True) -> None:
+        """SIGKILL to one process of the head, or of the oldest node, by its name."""
+        parent = self.head.process_id if of_head else self._nodes[0][1].pid
         found = [
             process
             for process in psutil.Process(parent).children(recursive=True)
@@ -112,90 +146,272 @@ class Cluster:
             raise RuntimeError(f"there is no process {name}")
         found[-1].kill()
 
-    def drain_second(self) -> None:
-        """Ray's notice that the second node goes away in a minute."""
-        listed = subprocess.run(
-            [RAY, "list", "nodes", "--format=json", "--filter=state=ALIVE"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        nodes = json.loads(listed.stdout[listed.stdout.index("[") :])
+    def drain_node(self) -> None:
+        """Ray's notice that the one node beside the head goes away."""
+        listed = self._ray("list", "nodes", "--format=json", "--filter=state=ALIVE")
+        nodes = json.loads(listed[listed.index("[") :])
         (other,) = (node["node_id"] for node in nodes if not node["is_head_node"])
-        command = [
-            *(RAY, "drain-node", f"--address={HOST}:{self.head.port}", f"--node-id={other}"),
-            "--reason=DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message=spot",
-            "--deadline-remaining-seconds=60",
-        ]
-        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+        self._ray(
+            *("drain-node", f"--address={HOST}:{self.head.port}", f"--node-id={other}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+            f"--deadline-remaining-seconds={GRACE_SECONDS}",
+        )
+
+    def _ray(self, *words: str) -> str:
+        done = subprocess.run([RAY, *words], env=self.environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"ray {' '.join(words)}: {done.stderr[-2000:]}")
+        return done.stdout
+
+    def stall_s3(self, stalled: bool) -> None:
+        process = psutil.Process(self.s3.process_id)
+        for each in [process, *process.children(recursive=True)]:
+            each.suspend() if stalled else each.resume()
+
+    def end_s3(self) -> None:
+        self._s3_stack.close()
+
+    def restart_s3(self) -> None:
+        self.s3 = self._s3_stack.enter_context(LocalS3.start(self.folder / "s3", again=self.s3))
+
+    def close_ray(self) -> None:
+        for stack, _ in self._nodes:
+            stack.close()
+        self._nodes.clear()
+        self._stack.close()
+
+    def close(self) -> None:
+        self.close_ray()
+        self._s3_stack.close()
 
 
-@contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    with LocalS3.start(folder / "s3") as s3:
-        os.environ |= s3.environment()
-        with LocalRay.start(folder, cpus=3, environment=dict(os.environ)) as head:
-            found = Cluster(head, folder, dict(os.environ))
-            found.start_second()
-            try:
-                yield found
-            finally:
-                found.close()
+@dataclass
+class Run:
+    """A training, submitted again whenever it ends, and watched."""
+
+    cluster: Cluster
+    name: str
+    settings: Sequence[str]
+    log: Path
+    submissions: int = 0
+    furthest: int = 0  # step
+    resumed: list[int] = field(default_factory=list)  # on how many workers, each time
+    saved: int = 0  # checkpoints
+    repeated: int = 0  # steps
+    longest_pause: float = 0.0  # in seconds, since a fault has come
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._position = 0  # in the log
+        self._seen: set[str] = set()
+        self._since: float | None = None  # the last new step, once a fault has come
+        self.submit()
+
+    def submit(self) -> None:
+        command = [sys.executable, str(JOB), f"run={self.name}", *self.settings]
+        with self.log.open("ab") as output:
+            self.job = subprocess.Popen(
+                command, env=self.cluster.environment, stdout=output, stderr=output
+            )
+        self.submissions += 1
+
+    def begin_fault(self) -> None:
+        self._since = time.monotonic()
+
+    def look(self) -> None:
+        """See what is new, and submit the run again if it has ended."""
+        before = self.furthest
+        for line in self._new_lines():
+            if found := STEP.search(line):
+                self.furthest = max(self.furthest, int(found[1]))
+            elif found := RESUMED.search(line):
+                self.resumed.append(int(found[2]))
+                self.repeated += self.furthest - int(found[1])
+            elif "saved s3://" in line:
+                self.saved += 1
+        now = time.monotonic()
+        if self.furthest > before and self._since is not None:
+            self.longest_pause = max(self.longest_pause, now - self._since)
+            self._since = now
+        if self.job.poll() is not None:
+            if self.submissions == 5:
+                raise RuntimeError(f"the run {self.name} does not go on: {tail(self.log, 4000)}")
+            self.notes.append(f"its job ended with status {self.job.returncode}")
+            self.submit()
+
+    def _new_lines(self) -> list[str]:
+        with self.log.open(errors="replace") as file:
+            file.seek(self._position)
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        self._position += len(whole.encode())
+        # Both nodes forward what they find in the log folder that they share on one machine; lines
+        # have their time, in milliseconds.
+        lines = [line for line in dict.fromkeys(whole.splitlines()) if line not in self._seen]
+        self._seen.update(lines)
+        return lines
+
+    def wait(self, there: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        self.look()
+        while not there():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name}: no {what}: {tail(self.log, 4000)}")
+            time.sleep(0.2)
+            self.look()
+
+    def go_on(self, since: int) -> None:
+        """Wait for some steps beyond one."""
+        self.wait(lambda: self.furthest >= since + MORE, f"step {since + MORE}")
+
+    def go_on_resumed(self) -> None:
+        self.wait(lambda: bool(self.resumed), "resumed run")
+        self.go_on(self.furthest)
+
+    def watch(self, seconds: float) -> None:
+        """Let it run."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            time.sleep(0.2)
+            self.look()
+
+    def end(self) -> int:
+        """SIGTERM: it saves and stops; the last step."""
+        self.job.send_signal(signal.SIGTERM)
+        if self.job.wait(DEADLINE_SECONDS) != STOPPED:
+            raise RuntimeError(f"the run {self.name} does not stop: {tail(self.log, 4000)}")
+        stopped = re.findall(r"stopped after step (\d+) of", self.log.read_text())
+        return int(stopped[-1])
 
 
-def measure(cluster: Cluster, fault: str, folder: Path, expected: dict[int, float]) -> Result:
-    """Train with one fault, submitting again until the model is there."""
-    log = folder / f"{fault}.log"
-    job = submit(cluster, fault, log)
-    wait(lambda: max_step(log.read_text()) >= AT, f"step {AT}", log)
-    since = time.monotonic()
-    if fault == "worker":
-        cluster.kill("RayTrainWorker")
-    elif fault == "controller":
-        cluster.kill("TrainController")
-    elif fault == "raylet":
-        cluster.kill("raylet", second=True)
-        cluster.start_second()
-    elif fault == "drain":
-        cluster.drain_second()
-        cluster.start_second()
-    else:
-        job.send_signal(signal.SIGKILL if fault == "driver" else signal.SIGTERM)
-    submissions = 1
-    beyond: float | None = None
-    while True:
-        before, _, after = log.read_text().rpartition("resuming after step")
-        if beyond is None and before and max_step(after) > max_step(before):
-            beyond = time.monotonic() - since
-        if (status := job.poll()) is not None:
-            if status == 0:
-                break
-            submissions += 1
-            if submissions > 4:
-                raise RuntimeError(f"the run {fault} does not end: {tail(log, 4000)}")
-            job = submit(cluster, fault, log)
-        if time.monotonic() - since > DEADLINE_SECONDS:
-            raise RuntimeError(f"the run {fault} takes too long: {tail(log, 4000)}")
-        time.sleep(0.2)
-    steps = [int(step) for step in STEP.findall(log.read_text())]
-    found = losses(fault)
-    equal = found.keys() == expected.keys() and all(
-        abs(found[step] - loss) < 1e-6 for step, loss in expected.items()
+def measure(cluster: Cluster, fault: str) -> Result:
+    """Train with one fault, and stop some steps later."""
+    elastic = fault == "elastic"
+    cluster.nodes(2 if elastic else 1)
+    settings = (*SETTINGS, *(ELASTIC if elastic else FIXED), f"steps={ENDLESS}")
+    run = Run(cluster, fault, settings, cluster.folder / f"{fault}.log")
+    try:
+        run.wait(lambda: run.furthest >= AT, f"step {AT}")
+        run.begin_fault()
+        _FAULTS[fault](cluster, run)
+        steps = run.end()
+    finally:
+        run.job.kill()
+        run.job.wait()
+    pause = run.longest_pause
+    return Result(
+        fault, run.repeated, pause, run.submissions, steps, notes=tuple(dict.fromkeys(run.notes))
     )
-    repeated = len(steps) - len(set(steps))
-    return Result(fault, repeated, beyond or 0.0, submissions, equal)
 
 
-def submit(cluster: Cluster, run: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(JOB), f"run={run}", *SETTINGS]
-    with log.open("ab") as output:
-        return subprocess.Popen(command, env=cluster.environment, stdout=output, stderr=output)
+def _worker(cluster: Cluster, run: Run) -> None:
+    cluster.kill("RayTrainWorker")
+    run.go_on_resumed()
 
 
-def max_step(text: str) -> int:
-    return max((int(step) for step in STEP.findall(text)), default=0)
+def _controller(cluster: Cluster, run: Run) -> None:
+    cluster.kill("TrainController")
+    run.go_on_resumed()
+
+
+def _driver(cluster: Cluster, run: Run) -> None:
+    run.job.kill()
+    run.go_on_resumed()
+
+
+def _raylet(cluster: Cluster, run: Run) -> None:
+    cluster.kill("raylet", of_head=False)
+    cluster.nodes(0)
+    cluster.nodes(1)
+    run.go_on_resumed()
+
+
+def _raylets(cluster: Cluster, run: Run) -> None:
+    cluster.kill("raylet", of_head=False)
+    run.watch(5)
+    cluster.kill("raylet")
+    run.job.wait(DEADLINE_SECONDS)  # before it is submitted to a cluster that is not there
+    cluster.close_ray()
+    cluster.start()
+    cluster.nodes(1)
+    run.go_on_resumed()
+
+
+def _drain(cluster: Cluster, run: Run) -> None:
+    cluster.drain_node()
+    noticed = time.monotonic()
+    cluster.add_node()
+    run.wait(lambda: bool(run.resumed), "resumed run")
+    run.notes.append(f"resumed {time.monotonic() - noticed:.0f} s after the notice")
+    while time.monotonic() < noticed + GRACE_SECONDS:
+        run.watch(1)
+    cluster.lose_node()
+    run.go_on(run.furthest)
+
+
+def _sigterm(cluster: Cluster, run: Run) -> None:
+    run.job.terminate()
+    run.go_on_resumed()
+
+
+def _s3_stalled(cluster: Cluster, run: Run) -> None:
+    cluster.stall_s3(True)
+    try:
+        run.watch(AWAY_SECONDS)
+    finally:
+        cluster.stall_s3(False)
+    _go_on_with_s3(run)
+
+
+def _s3_down(cluster: Cluster, run: Run) -> None:
+    cluster.end_s3()
+    run.watch(AWAY_SECONDS)
+    cluster.restart_s3()
+    _go_on_with_s3(run)
+
+
+def _go_on_with_s3(run: Run) -> None:
+    """Until checkpoints are saved again."""
+    saved, back = run.saved, time.monotonic()
+    run.wait(lambda: run.saved > saved + 1, "checkpoint")
+    run.notes.append(f"two checkpoints saved {time.monotonic() - back:.0f} s after S3 was back")
+    run.go_on(run.furthest)
+
+
+def _elastic(cluster: Cluster, run: Run) -> None:
+    lost = time.monotonic()
+    cluster.lose_node()
+    run.wait(lambda: 2 in run.resumed, "run on 2 workers")
+    run.go_on(run.furthest)
+    run.notes.append(f"2 workers: {MORE} steps {time.monotonic() - lost:.0f} s after the loss")
+    cluster.add_node()
+    came = time.monotonic()
+    run.wait(lambda: 3 in run.resumed, "run on 3 workers")
+    run.notes.append(f"3 workers resume {time.monotonic() - came:.0f} s after a node has come")
+    run.go_on(run.furthest)
+
+
+_FAULTS: dict[str, Callable[[Cluster, Run], None]] = {
+    "worker": _worker,
+    "controller": _controller,
+    "driver": _driver,
+    "raylet": _raylet,
+    "drain": _drain,
+    "sigterm": _sigterm,
+    "s3-stalled": _s3_stalled,
+    "s3-down": _s3_down,
+    "elastic": _elastic,
+    "raylets": _raylets,
+}
+
+
+def undisturbed(cluster: Cluster, name: str, settings: Sequence[str], steps: int) -> None:
+    """Train without a fault."""
+    cluster.nodes(1)
+    words = (*SETTINGS, *settings, f"steps={steps}")
+    run = Run(cluster, name, words, cluster.folder / f"{name}.log")
+    if run.job.wait() != 0:
+        raise RuntimeError(f"the run {name} ended: {tail(run.log, 4000)}")
 
 
 def losses(run: str) -> dict[int, float]:
@@ -203,46 +419,64 @@ def losses(run: str) -> dict[int, float]:
     return {point["step"]: point["loss"] for point in map(json.loads, lines) if "loss" in point}
 
 
-def wait(there: Callable[[], bool], what: str, log: Path | None = None) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not there():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"waited in vain for {what}: {tail(log, 4000) if log else ''}")
-        time.sleep(0.05)
+def off(run: str, expected: dict[int, float], steps: int) -> float:
+    """How far a run's losses are from another's, at most; infinite if one is missing."""
+    found = losses(run)
+    if not found.keys() >= set(range(1, steps + 1)):
+        return float("inf")
+    return max(abs(found[step] - expected[step]) for step in range(1, steps + 1))
 
 
-def line(result: Result) -> str:
-    return (
-        f"{result.fault:10} {result.repeated:3} steps again, {result.seconds:5.1f} s until the "
-        f"next new step, submitted {result.submissions} times, losses "
-        f"{'equal' if result.equal else 'DIFFER'}"
-    )
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    found = Cluster(folder)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.close()
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", default=",".join(FAULTS), help="in this order")
+    parser.add_argument("--faults", default=",".join(_FAULTS), help="in this order")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append a line a fault")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="a new one, to be kept")
     arguments = parser.parse_args(words)
     faults = arguments.faults.split(",")
-    if unknown := set(faults) - set(FAULTS):
-        parser.error(f"there is no fault {', '.join(sorted(unknown))}: {', '.join(FAULTS)}")
-    with tempfile.TemporaryDirectory(prefix="gptj-faults-") as name:
-        folder = Path(name)
-        (folder / "s3").mkdir()
-        with cluster(folder) as both:
-            log = folder / "undisturbed.log"
-            if submit(both, "undisturbed", log).wait() != 0:
-                raise RuntimeError(tail(log, 4000))
-            expected = losses("undisturbed")
-            for fault in faults:
-                result = measure(both, fault, folder, expected)
-                print(line(result), flush=True)
+    if unknown := set(faults) - set(_FAULTS):
+        parser.error(f"there is no fault {', '.join(sorted(unknown))}: {', '.join(_FAULTS)}")
+    with ExitStack() as stack:
+        folder = arguments.logs
+        if folder is None:
+            named = tempfile.TemporaryDirectory(prefix="gptj-faults-")
+            folder = Path(stack.enter_context(named))
+        folder.mkdir(parents=True, exist_ok=True)
+        both = stack.enter_context(cluster(folder.absolute()))
+        results = []
+        for fault in faults:
+            results.append(measure(both, fault))
+            print(results[-1].line(), flush=True)
+        for elastic in (False, True):
+            of_kind = [each for each in results if (each.fault == "elastic") == elastic]
+            if not of_kind:
+                continue
+            name = f"undisturbed-{elastic:d}"
+            settings = ("workers.count=2",) if elastic else FIXED
+            undisturbed(both, name, settings, max(each.steps for each in of_kind))
+            expected = losses(name)
+            for result in of_kind:
+                difference = off(result.fault, expected, result.steps)
+                print(
+                    f"{result.fault:10} {result.steps} steps, losses off by at most "
+                    f"{difference:.1e}",
+                    flush=True,
+                )
                 if arguments.json is not None:
                     with arguments.json.open("a") as file:
-                        file.write(json.dumps(asdict(result)) + "\n")
+                        file.write(json.dumps({**asdict(result), "off": difference}) + "\n")
 
 
 if __name__ == "__main__":

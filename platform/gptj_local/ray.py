@@ -119,7 +119,7 @@ class LocalRay:
         the same time may choose the same names for their sockets, and one ends. Raises RuntimeError
         with the end of its log if it does not join.
         """
-        alive = self._nodes_alive()
+        before = self._nodes_alive()
         agent, metrics = free_ports(2)
         command = [
             *(str(Path(sys.executable).parent / "ray"), "start", "--block"),
@@ -130,15 +130,16 @@ class LocalRay:
         variables = {**environment, **self.environment(), "PATH": _path(environment), **SERVE}
         with running(command, environment=variables, log=log, grace_seconds=2) as process:
             deadline = time.monotonic() + START_SECONDS
-            while self._nodes_alive() <= alive:
+            while self._nodes_alive() <= before:  # a node that dies meanwhile is no new one
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the node did not join; the end of {log}:\n{tail(log)}")
                 time.sleep(0.2)
             yield process
 
-    def _nodes_alive(self) -> int:
+    def _nodes_alive(self) -> set[str]:
         summary = self._get("/nodes?view=summary")["data"]["summary"]
-        return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
+        raylets = [node["raylet"] for node in summary]
+        return {each["nodeId"] for each in raylets if each["state"] == "ALIVE"}
 
     def _answers(self) -> bool:
         """Whether the jobs API accepts requests and the node has joined its cluster.

@@ -31,6 +31,7 @@ class LocalS3:
     endpoint: str  # http://127.0.0.1:PORT
     bucket: str  # exists once the server is up
     process_id: int
+    ports: tuple[int, ...]
     access_key: str
     secret_key: str = field(repr=False)
 
@@ -48,16 +49,25 @@ class LocalS3:
 
     @classmethod
     @contextmanager
-    def start(cls, folder: Path, bucket: str = "gptj") -> Iterator[LocalS3]:
+    def start(
+        cls, folder: Path, bucket: str = "gptj", *, again: LocalS3 | None = None
+    ) -> Iterator[LocalS3]:
         """Run a server on loopback only, with its files in `folder`.
+
+        Args:
+            again: a server that has ended, whose ports and key the new one gets.
 
         Raises FileNotFoundError if SeaweedFS is not installed, RuntimeError with the end of the
         server's log if it does not come up.
         """
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "weed.log"
-        access_key, secret_key = secrets.token_hex(8), secrets.token_hex(20)
-        ports = free_ports(len(_PORT_FLAGS))
+        if again is None:
+            access_key, secret_key = secrets.token_hex(8), secrets.token_hex(20)
+            ports = free_ports(len(_PORT_FLAGS))
+        else:
+            access_key, secret_key = again.access_key, again.secret_key
+            ports = list(again.ports)
         command = [
             _program(),
             "-logtostderr=true",
@@ -80,7 +90,7 @@ class LocalS3:
         try:
             with running(command, environment=environment, log=log) as process:
                 endpoint = f"http://{HOST}:{ports[_PORT_FLAGS.index('s3.port')]}"
-                server = cls(endpoint, bucket, process.pid, access_key, secret_key)
+                server = cls(endpoint, bucket, process.pid, tuple(ports), access_key, secret_key)
                 server._wait_until_up(process, log)
                 yield server
         finally:

@@ -25,6 +25,7 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import verify
 from gptj.training.progress import HISTORY
 from gptj.training.state import latest_checkpoint
+from gptj_bench.training_faults import RESUMED
 from gptj_local.processes import HOST, running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
@@ -207,9 +208,10 @@ def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
     finally:
         first.kill()
         first.wait()
-    resumed = re.search(r"resuming after step (\d+) of 40", log.read_text())
+    resumed = RESUMED.search(log.read_text())
     assert resumed is not None, tail(log, 4000)
     assert 4 <= int(resumed[1]) < 40
+    assert resumed[2] == "2"
 
     faults = itertools.cycle(["reset", Reply(503, "SlowDown"), "lost", Reply(500, "InternalError")])
     log = tmp_path / "second"

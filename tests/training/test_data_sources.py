@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -302,6 +303,92 @@ def test_squads_own_file_gives_a_row_for_each_question(indent: int | None, tmp_p
     document["data"][0]["paragraphs"] = [{"text": "?"}]  # type: ignore[index]
     path.write_text(json.dumps(document, indent=indent))
     with pytest.raises(DataError, match="row 1: SQuAD's paragraphs have a context and qas, got"):
+        values(path, needed=ANSWERED)
+
+
+def squad(articles: int, paragraphs: int = 2) -> dict[str, Any]:
+    """SQuAD's form: articles of some kilobytes, a question for each paragraph."""
+    context = "it is a long way " * 60
+    return {
+        "data": [
+            {
+                "title": f"article {a}",
+                "paragraphs": [
+                    {
+                        "context": f"{context}{a}",
+                        "qas": [{"question": f"what is {a}.{p}?", "answers": []}],
+                    }
+                    for p in range(paragraphs)
+                ],
+            }
+            for a in range(articles)
+        ],
+        "version": 1.1,
+    }
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_squads_own_file_is_read_article_by_article(
+    indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory holds an article, however many there are; every place where a piece can end."""
+    path = tmp_path / "train.json"
+    document = squad(3)
+    first = {"version": document["version"], "data": document["data"]}
+    questions = [f"what is {a}.{p}?" for a in range(3) for p in range(2)]
+    for chunk, whole in ((1, document), (7, {**first, "version": "v2.0"}), (2**20, document)):
+        monkeypatch.setattr(json_rows, "CHUNK", chunk)
+        path.write_text(json.dumps(whole, indent=indent))
+        assert [row["question"] for row in values(path, needed=ANSWERED)] == questions
+
+    def peak(articles: int) -> int:
+        path.write_text(json.dumps(squad(articles), indent=indent))
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in read_rows(str(path), ANSWERED)) == 2 * articles
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    monkeypatch.setattr(json_rows, "CHUNK", 1000)
+    peak(2)
+    assert peak(400) < peak(40) + 200_000  # of a million
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('}], "version"', '} "version"'), "row 7: expected ',' of the array, got"),
+        (
+            ('"version": 1.1}', '"version" 1.1}'),
+            "row 7: expected ':' of SQuAD's object, got '1.1}'",
+        ),
+        (('"version": 1.1}', '"version": 1.1'), "row 7: expected ',' of SQuAD's object, got ''"),
+        (("1.1}", '1.1}\n{"data": []}'), "row 7: SQuAD's object must be all of the file"),
+        (('"what is 1.0?"', "what is 1.0?"), "row 3: must be a JSON object.*Expecting value"),
+        (('{"title": "article 2", "paragraphs": [', '{"b": ['), "row 5: SQuAD's paragraphs must"),
+    ],
+)
+def test_what_is_wrong_in_squads_own_file_is_named(
+    change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "train.json"
+    text = json.dumps(squad(3))
+    assert change[0] in text
+    path.write_text(change[1].join(text.rsplit(change[0], 1)))
+    with pytest.raises(DataError, match=message):
+        values(path, needed=ANSWERED)
+
+
+def test_another_object_over_several_lines_is_read_at_once_up_to_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as SQuAD's with what others have put before its data."""
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"about": "us", **squad(3)}, indent=1))
+    assert len(values(path, needed=ANSWERED)) == 6
+    monkeypatch.setattr(json_rows, "AT_ONCE", 2000)
+    with pytest.raises(DataError, match=r"row 1: is an object of more than .* over several lines"):
         values(path, needed=ANSWERED)
 
 

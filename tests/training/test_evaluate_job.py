@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,10 +27,11 @@ from gptj.data.causal_lm import CausalLMData
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.sources import read_rows
 from gptj.training.evaluation import evaluate
+from gptj.training.sections import DataSettings
 from gptj.training.tasks import TASKS
 from gptj.training.tasks.causal_lm import unigram_perplexity
 from gptj_local.s3 import LocalS3
-from jobs.evaluate import measure, read_settings
+from jobs.evaluate import measure, read, read_settings
 
 PROGRAM = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
 TEXTS = ["the cat sat on the mat", "a dog and a cat"] * 30
@@ -118,6 +120,18 @@ def test_every_head_is_measured_by_its_own_metrics(
     found = measure(read_settings([reader, squad, "device=cpu", "dtype=bfloat16"]))
     assert found["examples"] == 3
     assert {"loss", "exact_match", "f1"} < set(found)
+
+
+def test_raw_data_are_mapped_from_the_disk_and_not_held(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
+    raw = written(tmp_path / "data.jsonl", [{"body": text} for text in TEXTS])
+    settings = read_settings(["model", raw, "columns.text=body"])
+    data = read(settings, raw, TASKS["causal-lm"], tokenizer, DataSettings(sequence_length=64))
+    assert isinstance(data.tokens, np.memmap)
+    rows = read_rows(raw, ["text"], {"text": "body"})
+    held = CausalLMData(rows, tokenizer, 64, data.packing)
+    assert data.tokens.tolist() == held.tokens.tolist()
 
 
 def test_a_limit_counts_the_sequences_of_a_text(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from shutil import _ntuple_diskusage as usage  # type: ignore[attr-defined]
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -21,6 +22,7 @@ from gptj import storage
 from gptj.checkpoints.manifest import Manifest, describe
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
+from gptj.storage.lease import Claim
 from gptj.training import room
 from gptj.training.failures import (
     DiskFullError,
@@ -32,7 +34,7 @@ from gptj.training.failures import (
 )
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import PROGRESS, manifest_name
-from jobs import finetune
+from jobs import finetune, preparing
 from jobs.finetune import EndAtOnce, check_address, explained
 from jobs.stopping import PREEMPTED, Notices
 
@@ -129,6 +131,69 @@ def test_a_file_system_that_tells_no_sizes_refuses_nothing(
     assert room._need(tmp_path / "not" / "there", 10**12).free > 10**12
     monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage(9, 9, 0))
     assert room._need(tmp_path, 1).free == 0
+
+
+def test_a_checkpoints_file_is_fetched_only_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage(10**10, 0, 10**9))
+    room.check_room_for("s3://b/r/shard", 10**9, tmp_path)
+    with pytest.raises(
+        DiskFullError, match=f"{tmp_path} has no room for s3://b/r/shard: 2 GB are needed there"
+    ):
+        room.check_room_for("s3://b/r/shard", 2 * 10**9, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("count", "gpus", "wanted"), [(2, 0, 2), ((1, 3), 0, 3), ((1, 9), 0, 4), ((1, 9), 1, 2)]
+)
+def test_elastic_workers_start_as_many_as_all_nodes_could_hold(
+    count: int | tuple[int, int], gpus: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train counts what others use as well, and would wait for it for ever."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 5.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},
+        {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 1.0}},
+    ]
+    monkeypatch.setattr(finetune.ray, "nodes", lambda: nodes)
+    settings = Settings(workers={"count": count, "cpus": 2})  # type: ignore[arg-type]
+    assert finetune.workers_to_start(settings, bool(gpus)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OutOfMemoryError("Task was killed.\nRefer to the documentation."), "Task was killed"),
+        (RayTaskError("map", "ray::map()\nValueError: odd", ValueError()), "ValueError: odd"),
+    ],
+)
+def test_what_ray_says_while_data_are_prepared_is_one_line(error: Exception, reason: str) -> None:
+    def rows() -> Iterator[Any]:
+        raise error
+        yield
+
+    with pytest.raises(OSError, match=f"the preparation of the data: {reason}.*; the same command"):
+        list(preparing._rows(SimpleNamespace(iter_rows=rows)))
+
+
+def test_a_controller_that_was_killed_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line, and not in a traceback; the workers have ended with it."""
+
+    def fit() -> None:
+        raise ActorDiedError
+
+    counted: list[str] = []
+    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (None, 9, {}))
+    monkeypatch.setattr(finetune, "_has_fitted", lambda settings: True)
+    monkeypatch.setattr(finetune, "OnSigterm", lambda: nullcontext(SimpleNamespace(bell=None)))
+    monkeypatch.setattr(finetune, "build_trainer", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(finetune, "count_failure", counted.append)
+    with pytest.raises(SystemExit, match=r"controller has ended: .* the same command resumes"):
+        finetune.fine_tune(Settings(run="r"), False, Claim("", 1, ""), "submission", tmp_path)
+    assert counted == ["r"]
 
 
 def test_other_errors_beside_a_disk_with_room_stay_what_they_are(tmp_path: Path) -> None:

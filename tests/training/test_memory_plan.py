@@ -79,16 +79,31 @@ def test_activations_are_those_of_real_tensors(
 
 
 def test_the_published_model_takes_what_is_known() -> None:
-    """16 bytes a weight: 96.8 GB in all, spread by stage 3 over as many GPUs as there are."""
+    """16 bytes a weight, and 18 where gradients of micro-batches are added up, in fp32.
+
+    That is 96.8 or 108.9 GB in all, spread by stage 3 over as many GPUs as there are.
+    """
     alone, eight = (plan_memory(run_of(count), SIX, on_gpu=True) for count in (1, 8))
-    for plan, count in ((alone, 1), (eight, 8)):
+    once = plan_memory(run_of(8, batch_size=8), SIX, on_gpu=True)
+    for plan, count, size in ((alone, 1, 108.9), (eight, 8, 108.9), (once, 8, 96.8)):
         state = sum(plan.device[name] for name in ("weights", "optimizer", "gradients"))
-        assert state * count == pytest.approx(96.8 * GB, rel=0.02)
+        assert state * count == pytest.approx(size * GB, rel=0.02)
     assert not fits(alone, 1, 80 * GB)
     assert fits(eight, 8, 40 * GB)
     adapter = plan_memory(run_of(adapter={}, deepspeed={"stage": 2}), SIX, on_gpu=True)
     assert adapter.device["weights"] == pytest.approx(12.1 * GB, rel=0.01)
     assert adapter.device["optimizer"] < 0.1 * GB
+
+
+def test_what_a_run_needs_to_resume_counts_too() -> None:
+    """Moments in 8 bits come back with a scale for each number: 16 bytes a weight, on the host."""
+    settings = run_of(4, optimizer={"moments": "8bit"})
+    host = plan_memory(settings, SIX, on_gpu=True).host
+    assert host["restoring"] == pytest.approx(16 * 6.05 * GB / 4, rel=0.01)
+    whole = changed(settings, {"deepspeed.stage": 0})
+    on_cpu = plan_memory(whole, SIX, on_gpu=False).device
+    assert "restoring" in on_cpu and "gradients" not in on_cpu
+    assert "restoring" not in plan_memory(run_of(4), SIX, on_gpu=True).host
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from gptj import storage
 from gptj.training.progress import TENSORBOARD, ProgressLog, draw_curve
 from gptj.training.state import Progress
+from gptj_bench.training_faults import STEP
 
 
 def test_the_curve_names_the_run_and_has_the_tasks_metric() -> None:
@@ -60,3 +62,15 @@ def test_a_point_that_comes_while_files_are_uploaded_does_not_change_them(
     (own,) = (tmp_path / "local" / TENSORBOARD).iterdir()
     assert own.read_bytes().startswith(file.read_bytes())
     assert own.stat().st_size > file.stat().st_size > 0
+
+
+def test_the_line_of_a_step_is_what_the_program_of_faults_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    progress = Progress(step=24)
+    log = ProgressLog(progress, tmp_path, 99, 1, lambda point: None)
+    progress.step = 25
+    log.step(1.0, 1e-3, 0.5, 100, 120, 0.1)
+    log.close()
+    assert [found[1] for found in map(STEP.search, caplog.messages) if found] == ["25"]

@@ -15,6 +15,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from gptj import extras
+from gptj.training.failures import StoppedError
 from gptj.training.packages import check_packages
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.trackers import Trackers
@@ -60,6 +61,10 @@ def test_mlflow_has_the_settings_and_points_of_a_run_and_of_its_continuation(
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"
+    with pytest.raises(StoppedError), opened(settings, tmp_path / "stopped"):
+        raise StoppedError("stopped after step 1", "SIGTERM")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED"
     track(settings, tmp_path / "two", POINTS)
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "reviews")

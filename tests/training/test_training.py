@@ -28,6 +28,7 @@ from gptj.checkpoints.manifest import Manifest, describe, verify
 from gptj.data.batches import BatchOrder
 from gptj.errors import CheckpointError
 from gptj.model import GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj.storage.lease import LeaseLostError
 from gptj.training import loop, progress
 from gptj.training.deepspeed_config import deepspeed_config
 from gptj.training.evaluation import evaluate
@@ -940,6 +941,27 @@ def test_a_ranks_manifest_is_its_last_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(storage.UnreachableError):
         upload_state(folder, kept, 0, 1)
     assert latest_checkpoint(str(tmp_path / "run")) is None
+
+
+def test_whoever_lost_the_run_during_an_upload_finishes_no_checkpoint(tmp_path: Path) -> None:
+    """Nor does it touch one of those who have the run now."""
+    folder, kept = tmp_path / "local", str(tmp_path / "run" / "checkpoint-00000001")
+    for name in ("shard.safetensors", "manifest-00000-of-00001.json"):
+        storage.write_bytes(str(folder / name), b"x")
+    lost: list[Exception | None] = [None, LeaseLostError("taken over")]
+
+    def fence() -> None:
+        if error := lost.pop(0):
+            raise error
+
+    with pytest.raises(LeaseLostError):
+        upload_state(folder, kept, 0, 1, fence)
+    assert latest_checkpoint(str(tmp_path / "run")) is None
+    upload_state(folder, kept, 0, 1)
+    lost = [LeaseLostError("taken over")]
+    with pytest.raises(LeaseLostError):
+        upload_state(folder, kept, 0, 1, fence)
+    assert latest_checkpoint(str(tmp_path / "run")) == kept
 
 
 def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:

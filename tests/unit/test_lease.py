@@ -7,7 +7,9 @@ import os
 import secrets
 import signal
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +88,35 @@ def test_a_stalled_holder_that_wakes_up_finds_it_lost(
         second.claim.check()
         with pytest.raises(LeaseLostError):
             stalled.claim.check()
+
+
+def test_an_outage_of_the_storage_is_not_its_holders_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither can read or write meanwhile; then the holder renews, though not at once."""
+    elsewhere(monkeypatch)
+    folder = str(tmp_path / "lease")
+    read, write = lease._read, Lease._write
+    away = threading.Event()
+    reads = iter(range(100))
+
+    def slow_read(*arguments: Any) -> Any:
+        found = read(*arguments)
+        if next(reads) == 1:  # the second waits for more than a term
+            away.wait(1.5 * TERM)
+            away.set()
+        return found
+
+    def slow_write(self: Lease, record: Any) -> None:
+        away.wait()
+        time.sleep(TERM / 3)
+        write(self, record)
+
+    with Lease(folder, term=TERM):
+        monkeypatch.setattr(lease, "_read", slow_read)
+        monkeypatch.setattr(Lease, "_write", slow_write)
+        with pytest.raises(LeaseHeldError, match="still running"):
+            Lease(folder, term=TERM)
 
 
 def test_of_many_that_take_over_one_wins(folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -19,7 +20,13 @@ from gptj.data.rows import shown
 
 CHUNK = 2**20  # characters of an array that are read at a time, at least
 
+AT_ONCE = 2**26  # bytes of an object over several lines that does not begin as SQuAD's files do
+
 _BOM = b"\xef\xbb\xbf"
+# {"version": "v2.0", "data": [{"title": …, "paragraphs": …
+_SQUAD = re.compile(
+    rb'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[\s*\{\s*"(title|paragraphs)"\s*:'
+)
 
 
 def read_json(
@@ -28,15 +35,18 @@ def read_json(
     """The wanted columns of each record.
 
     Records are numbered by their lines, by their place in an array, or as SQuAD's questions come.
-    Lines and arrays are read as they are asked for; SQuAD's file is one object, and read at once.
+    All are read as they are asked for: memory holds a line, an element, or an article of SQuAD's.
 
     Args:
         on_bad: takes the error of a line that is then left out, or of an array's object that lacks
             a column; other errors are raised.
     """
-    start = file.peek(64)  # type: ignore[attr-defined]  # all of our files are buffered
-    if start.removeprefix(_BOM).lstrip().startswith(b"["):
+    peeked = file.peek(512)  # type: ignore[attr-defined]  # all of our files are buffered
+    start = peeked.removeprefix(_BOM).lstrip()
+    if start.startswith(b"["):
         return _read_array(file, wanted, on_bad)
+    if _SQUAD.match(start):
+        return _read_squad(file, wanted)
     return _read_lines(file, wanted, on_bad)
 
 
@@ -112,63 +122,91 @@ def _read_array(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> 
 def _elements(
     reader: io.TextIOWrapper, wanted: Sequence[str], on_bad: OnBadRecord
 ) -> Iterator[Record]:
-    decoder = json.JSONDecoder()
-    buffer, position, at_end = reader.read(CHUNK), 0, False
-    number = 0
-    separator = "["
-
-    def fill() -> None:
-        nonlocal buffer, position, at_end
-        more = reader.read(max(CHUNK, len(buffer) - position))
-        buffer, position, at_end = buffer[position:] + more, 0, not more
-
-    def next_character() -> str:
-        """What comes after white space; "" at the end."""
-        nonlocal position
-        while True:
-            while position < len(buffer) and buffer[position] in " \t\r\n":
-                position += 1
-            if position < len(buffer) or at_end:
-                return buffer[position : position + 1]
-            fill()
-
-    while True:
-        found = next_character()
-        if number and found == "]":
-            break
-        if found != separator:
-            raise BadRecordError(
-                number + 1, f"expected {separator!r} of the array, got {shown(buffer[position:])}"
-            )
-        position += 1
-        if next_character() == "]" and not number:
-            break
-        number, separator = number + 1, ","
-        while True:
-            try:
-                value, end = decoder.raw_decode(buffer, position)
-                break
-            except json.JSONDecodeError as error:
-                # What is only cut off goes wrong where the buffer ends, or is an open string.
-                is_open = error.msg.startswith("Unterminated") or error.pos > len(buffer) - 16
-                if at_end or not is_open:
-                    raise _not_an_object(number, buffer[position:], error) from error
-                fill()
-            except RecursionError as error:
-                raise BadRecordError(number, "it is nested too deeply") from error
-            except ValueError as error:
-                raise _not_an_object(number, buffer[position:], error) from error
-        text = buffer[position:end]
-        position = end
+    values = _Values(reader)
+    for _ in values.array():
+        number, (value, text) = values.record, values.next()
+        values.record += 1
         try:
             fields = _fields(value, text, number, wanted)
         except (BadRecordError, MissingColumnsError) as error:
             on_bad(error)
             continue
         yield number, fields
-    position += 1
-    if next_character():
-        raise BadRecordError(number + 1, f"is beyond the array: {shown(buffer[position:])}")
+    if values.peek():
+        raise BadRecordError(values.record, f"is beyond the array: {shown(values.rest())}")
+
+
+class _Values:
+    """The values of a JSON text, one after the other; memory holds the largest of them.
+
+    Attributes:
+        record: the number of the record that comes next, for errors.
+    """
+
+    def __init__(self, reader: io.TextIOWrapper) -> None:
+        self.record = 1
+        self._reader = reader
+        self._decoder = json.JSONDecoder()
+        self._buffer, self._position, self._at_end = reader.read(CHUNK), 0, False
+
+    def array(self) -> Iterator[None]:
+        """Stop before each element of an array that comes now; BadRecordError if it is none."""
+        self.expect("[", "the array")
+        if self.peek() != "]":
+            yield
+            while self.peek() != "]":
+                self.expect(",", "the array")
+                yield
+        self._position += 1
+
+    def peek(self) -> str:
+        """The character that comes after white space; "" at the end."""
+        while True:
+            buffer = self._buffer
+            while self._position < len(buffer) and buffer[self._position] in " \t\r\n":
+                self._position += 1
+            if self._position < len(buffer) or self._at_end:
+                return buffer[self._position : self._position + 1]
+            self._fill()
+
+    def expect(self, character: str, what: str) -> None:
+        """Go beyond a character. BadRecordError if another comes."""
+        if self.peek() != character:
+            why = f"expected {character!r} of {what}, got {shown(self.rest())}"
+            raise BadRecordError(self.record, why)
+        self._position += 1
+
+    def rest(self) -> str:
+        """What was read and not used yet."""
+        return self._buffer[self._position :]
+
+    def next(self) -> tuple[Any, str]:
+        """A value, and its text. BadRecordError if there is none."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._position)
+            except json.JSONDecodeError as error:
+                # What is only cut off goes wrong where the buffer ends, or is an open string.
+                at_border = error.pos > len(self._buffer) - 16
+                if self._at_end or not (error.msg.startswith("Unterminated") or at_border):
+                    raise _not_an_object(self.record, self.rest(), error) from error
+            except RecursionError as error:
+                raise BadRecordError(self.record, "it is nested too deeply") from error
+            except ValueError as error:
+                raise _not_an_object(self.record, self.rest(), error) from error
+            else:
+                # A number may go on.
+                if end < len(self._buffer) or self._at_end or not isinstance(value, int | float):
+                    break
+            self._fill()
+        text = self._buffer[self._position : end]
+        self._position = end
+        return value, text
+
+    def _fill(self) -> None:
+        more = self._reader.read(max(CHUNK, len(self._buffer) - self._position))
+        self._buffer, self._position, self._at_end = self.rest() + more, 0, not more
 
 
 def _fields(value: Any, text: str, number: int, wanted: Sequence[str]) -> dict[str, Any]:
@@ -230,8 +268,16 @@ def _not_an_object(number: int, text: str, error: Exception | None = None) -> Ba
 
 def _rest_as_squad(start: str, file: IO[bytes]) -> dict[str, Any] | None:
     """A file that begins with an unfinished line, as one object, if it is SQuAD's."""
+    rest = file.read(AT_ONCE)
+    if len(rest) == AT_ONCE and file.read(1):
+        raise BadRecordError(
+            1,
+            f"is an object of more than {AT_ONCE >> 20} MiB over several lines; remedy: an object "
+            f"in each line, or SQuAD's own form, which begins with version or data, and in it each "
+            f"article with title or paragraphs",
+        )
     try:
-        value = parse_json(start + "\n" + file.read().decode())
+        value = parse_json(start + "\n" + rest.decode())
     except ValueError:  # the first line's own error says more
         return None
     return value if _is_squad(value) else None
@@ -244,11 +290,36 @@ def _is_squad(value: Any) -> bool:
     return False
 
 
-def _squad(document: dict[str, Any], wanted: Sequence[str]) -> Iterator[Record]:
-    """A row for each question of SQuAD's articles and paragraphs."""
-    number = 0
+def _read_squad(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
+    """A row for each question; memory holds an article, not the file."""
+    what = "SQuAD's object"
+    with decoded(file) as reader:
+        values = _Values(reader)
+        values.expect("{", what)
+        while True:
+            key, _ = values.next()
+            values.expect(":", what)
+            if key == "data":
+                for _ in values.array():
+                    article, _ = values.next()
+                    for number, fields in _squad({"data": [article]}, wanted, values.record):
+                        yield number, fields
+                        values.record = number + 1
+            else:
+                values.next()
+            if values.peek() == "}":
+                break
+            values.expect(",", what)
+        values.expect("}", what)
+        if values.peek():
+            raise BadRecordError(values.record, "SQuAD's object must be all of the file")
+
+
+def _squad(document: dict[str, Any], wanted: Sequence[str], first: int = 1) -> Iterator[Record]:
+    """A row for each question of SQuAD's articles and paragraphs, numbered from `first` on."""
+    number = first - 1
     for article in document["data"]:
-        if not isinstance(article["paragraphs"], list):
+        if not isinstance(article, dict) or not isinstance(article.get("paragraphs"), list):
             raise BadRecordError(number + 1, "SQuAD's paragraphs must be a list")
         for paragraph in article["paragraphs"]:
             match paragraph:

@@ -124,20 +124,24 @@ class Lease:
         first = _read(folder, generation)
         if first is None or first.released or _is_dead(first):
             return
-        ends = time.monotonic() + self._term
         logger.info(
             "process %d on %s may hold the lease; waiting up to %.0f s for it to renew",
             first.process,
             first.host,
             self._term,
         )
-        while time.monotonic() < ends:
+        unchanged = 0.0  # seconds
+        while unchanged < self._term:
+            since = time.monotonic()
             time.sleep(self._term / RENEWALS / 4)
             now = _read(folder, generation)
             if now is None or now.released:
                 return
             if now != first:
                 raise LeaseHeldError(f"process {now.process} on {now.host} is still running")
+            took = time.monotonic() - since
+            # While the storage does not answer, a holder cannot renew: it has a term from then on.
+            unchanged = 0.0 if took > self._term / 2 else unchanged + took
 
     def _renew(self) -> None:
         while not self._ended.wait(self._term / RENEWALS):

@@ -38,6 +38,7 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
         settings.batch_size, world_size, settings.micro_batch_size
     )
     own = {"zero_allow_untested_optimizer": True}  # see gptj.training.optimizer
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     return {
         # DeepSpeed wants the product of the other three; a batch that does not divide is smaller.
         "train_batch_size": settings.micro_batch_size * gradient_accumulation_steps * world_size,
@@ -46,6 +47,7 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         **(own if optimizer.moments == "8bit" else {"optimizer": _adamw(optimizer, on_gpu)}),
         "zero_optimization": zero,
+        **(sums if sums_in_fp32(spread, accumulation) else {}),
         "bf16": {"enabled": spread.precision == "bf16"},
         "fp16": {"enabled": spread.precision == "fp16"},
         "steps_per_print": NEVER,  # the loop reports
@@ -64,6 +66,19 @@ def _adamw(optimizer: OptimizerSettings, on_gpu: bool) -> dict[str, Any]:
             "torch_adam": not on_gpu,
         },
     }
+
+
+def sums_in_fp32(spread: DeepSpeedSettings, micro_batches: int) -> bool:
+    """Whether the gradients of a step's micro-batches are added up in fp32, though they are bf16.
+
+    In bf16, with 8 bits, what is added is rounded to the sum, which stops growing at 256 equal
+    gradients: see jobs/README.md for how far it was off. At stage 2 both take as much memory, at
+    stage 3 fp32 two bytes a weight more. At stages 0 and 1 DeepSpeed has no such sum for our
+    optimizers; at stage 2 with offload_optimizer it would lie on the GPU, in whole four bytes.
+    """
+    if spread.precision != "bf16" or micro_batches == 1:
+        return False
+    return spread.stage == 3 or (spread.stage == 2 and not spread.offload_optimizer)
 
 
 def clips_gradients(spread: DeepSpeedSettings) -> bool:

@@ -12,6 +12,7 @@ import torch
 from gptj import storage
 from gptj.checkpoints.manifest import FileRecord, Manifest, describe, hash_file
 from gptj.serialization.json_object import to_json
+from gptj.training.room import check_room_for
 from gptj.training.shards import Restoration, counters, write_shard
 from gptj.training.state import (
     PROGRESS,
@@ -83,7 +84,11 @@ def load_state(
 
 
 def _fetch(address: str, name: str, manifest: Manifest, folder: Path) -> None:
-    """Copy a file of the checkpoint, and compare it with its manifest."""
+    """Copy a file of the checkpoint, and compare it with its manifest.
+
+    DiskFullError if the folder has no room for it.
+    """
+    check_room_for(storage.join(address, name), manifest.files[name].size, folder)
     storage.download(storage.join(address, name), folder / name)
     found = hash_file(str(folder / name))
     manifest.check_content(name, found.size, found.sha256)

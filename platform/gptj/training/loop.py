@@ -159,7 +159,12 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         if checkpoint is not None:
             run.load(engine, checkpoint)
             if worker.rank == 0:
-                logger.info("resuming after step %d of %d", progress.step, total)
+                logger.info(
+                    "resuming after step %d of %d on %d workers",
+                    progress.step,
+                    total,
+                    worker.world_size,
+                )
         if progress.step < total:
             run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)

@@ -34,7 +34,7 @@ from gptj.data.batches import micro_batches
 from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.training.deepspeed_config import BUCKET
+from gptj.training.deepspeed_config import BUCKET, sums_in_fp32
 from gptj.training.optimizer import MOMENT_BYTES
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
@@ -44,6 +44,7 @@ WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASTER = 4  # bytes of a trained weight in fp32
 MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # of Adam's two numbers of a trained weight
+STORED_MOMENTS = 16  # bytes of a weight's moments in 8 bits, on their way from a checkpoint
 LIVE = 1_000_000_000  # numbers that stage 3 keeps gathered at a time
 CONTEXT = 1_200_000_000  # bytes of CUDA's and NCCL's own, of each GPU
 PROCESS = 700_000_000  # of a worker on a CPU: Python, PyTorch, DeepSpeed, Ray
@@ -99,9 +100,11 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     gathered = min(total, LIVE) * width if stage == 3 else 0
     masters = 0 if stage == 0 and spread.precision == "fp32" else MASTER
     optimizer = int(trained * (masters + moments)) // (workers if stage else 1)
-    gradients = trained * width // (workers if stage >= 2 else 1)
-    # DeepSpeed's optimizer reads gradients in fp32, in a copy.
-    copies = trained * 4 if masters else 0
+    accumulation = micro_batches(settings.batch_size, workers, settings.micro_batch_size)
+    sums = sums_in_fp32(spread, accumulation)
+    gradients = trained * (4 if sums else width) // (workers if stage >= 2 else 1)
+    # DeepSpeed's optimizer reads gradients in fp32: in a copy, unless they are.
+    copies = trained * 4 if masters and not (sums and stage == 2) else 0
     copies = copies // (workers if stage else 1)
     if stage == 3:  # one group of weights after the other
         copies = min(copies, LIVE * 4)
@@ -117,15 +120,22 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
         host["weights"], device["weights"] = weights, 0
     if spread.offload_optimizer:  # with gradients, in fp32, as they come
         host["optimizer"] = optimizer + trained * 4 // workers
+        if stage == 3:  # with those of the micro-batches so far
+            host["gradients"] = gradients
         gradients = gradients if stage == 1 else 0
     else:
         device["optimizer"] = optimizer
     # In the backward pass; one micro-batch's activations go while the gradients come.
-    accumulation = micro_batches(settings.batch_size, workers, settings.micro_batch_size)
     together = accumulation > 1 or stage >= 2
     learning = body + head + gradients if together else max(body + head, gradients)
     updating = gradients + (0 if spread.offload_optimizer else copies)
-    if learning >= updating:
+    # A run that resumes reads moments in 8 bits with each number's scale, all in fp32.
+    restoring = 0
+    if settings.optimizer.moments == "8bit":
+        restoring = trained * STORED_MOMENTS // (workers if stage else 1)
+    if not on_gpu and restoring > max(learning, updating):
+        device["restoring"] = restoring
+    elif learning >= updating:
         device["gradients"] = max(0, learning - body - head)
         device["activations"], device["logits"] = body, head
     else:
@@ -136,6 +146,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
         # The first rank reads the whole model there, and the others have room for it.
         host["loading"] = counts.unquantized * width
         host["process"] = PROCESS * 2
+        if restoring > host["loading"]:  # after that
+            del host["loading"]
+            host["restoring"] = restoring
     else:
         device["process"] = PROCESS
     return MemoryPlan({k: v for k, v in device.items() if v}, host)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,27 @@ class Progress:
         return self.overflows + self.spikes
 
 
-def upload_state(folder: Path, address: str, rank: int, world_size: int) -> None:
+def upload_state(
+    folder: Path,
+    address: str,
+    rank: int,
+    world_size: int,
+    fence: Callable[[], None] = lambda: None,
+) -> None:
     """Copy what this rank saved to where the checkpoint is kept; its manifest comes last.
 
     A rank that dies in between leaves no manifest, and so no checkpoint; one that comes here again
     takes the manifest of its first try away before it changes a file.
+
+    Args:
+        fence: raises if another submission of the run has taken over, perhaps during an upload.
     """
+    fence()
     manifest = manifest_name(rank, world_size)
     storage.delete(storage.join(address, manifest))
     names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
     storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
+    fence()
     storage.upload(folder / manifest, storage.join(address, manifest))
 
 

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from gptj import storage
 from gptj.extras import Extra
+from gptj.training.failures import StoppedError
 from gptj.training.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ FOLDER_TAG = "gptj.folder"
 PARAMETERS = 100  # that MLflow takes at a time
 LONGEST = 6000  # characters of a parameter, in MLflow
 IN_TIME = 60.0  # seconds that the last points have
+
+
+Ending = Literal["finished", "stopped", "failed"]  # stopped: and to be resumed
 
 
 class Tracker(ABC):
@@ -45,7 +49,7 @@ class Tracker(ABC):
         """Bring what is kept locally, if anything, up to date in the run's folder."""
 
     @abstractmethod
-    def close(self, failed: bool) -> None: ...
+    def close(self, ending: Ending) -> None: ...
 
 
 class Trackers:
@@ -72,7 +76,7 @@ class Trackers:
                 found.append(kind(settings, scratch))
             except Exception as error:  # both libraries raise what their transports raise
                 for each in found:
-                    each.close(failed=True)
+                    each.close("failed")
                 raise SettingsError(f"tracking.{name}={given}: {error}") from error
         return cls(found)
 
@@ -85,8 +89,10 @@ class Trackers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        stopped = isinstance(error, StoppedError)
+        ending: Ending = "finished" if error is None else "stopped" if stopped else "failed"
         for tracker in self._trackers:
-            self._guarded(tracker, lambda each: each.close(failed=error is not None))
+            self._guarded(tracker, lambda each: each.close(ending))
             self._guarded(tracker, lambda each: each.publish())
 
     def point(self, point: Mapping[str, float]) -> None:
@@ -150,8 +156,8 @@ class MLflowTracker(Tracker):
     def publish(self) -> None:
         """Nothing is kept locally."""
 
-    def close(self, failed: bool) -> None:
-        status = "FAILED" if failed else "FINISHED"
+    def close(self, ending: Ending) -> None:
+        status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[ending]
         self._sent.append(
             self._thread.submit(self._client.set_terminated, self._run, status=status)
         )
@@ -192,8 +198,8 @@ class WandbTracker(Tracker):
         for file in self._folder.glob("offline-run-*/*.wandb"):
             storage.upload(file, storage.join(self._address, file.parent.name, file.name))
 
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    def close(self, ending: Ending) -> None:
+        self._run.finish(exit_code=int(ending == "failed"))
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
