@@ -226,9 +226,9 @@ def test_a_run_reads_prepared_data_as_raw_ones(tmp_path: Path, tokenizer: GPTJTo
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("data.columns.text=body", r"is prepared, and data\.columns says how raw data are read"),
-        ("data.delimiter=;", r"data\.delimiter says how raw data"),
-        ("data.evaluation_split=0.1", r"leave it out, and prepare data to measure with"),
+        ("data.columns.text=body", r"is prepared, but data\.columns applies to raw data"),
+        ("data.delimiter=;", r"data\.delimiter applies to raw data"),
+        ("data.evaluation_split=0.1", r"leave it out, and prepare evaluation data"),
     ],
 )
 def test_settings_of_raw_data_are_refused_beside_prepared_ones(
