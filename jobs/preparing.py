@@ -100,7 +100,8 @@ def _write(
         plan, tokenizer = ray.get(plan), load()
         if tokenizer_digest(tokenizer) != plan.tokenizer:
             raise DataError(
-                "a node has another tokenizer at this address: put it where all nodes read the same"
+                "a node has another tokenizer at this address: put it on S3 or in a folder that "
+                "all nodes share"
             )
         for chunk in map(pickle.loads, batch["chunk"]):
             done = chunk if isinstance(chunk, str) else write_shard(plan, folder, chunk, tokenizer)

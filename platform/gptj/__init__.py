@@ -31,10 +31,9 @@ _MODULES = {"GPTJConfig": "gptj.config", "GPTJTokenizer": "gptj.tokenizer"}
 
 
 def __getattr__(name: str) -> Any:
-    """The classes, imported when they are first used.
+    """Import a class on first use.
 
-    Serve's proxy uses parts of this package, and starts again in a second if it need not import
-    PyTorch.
+    Ray Serve's proxy uses parts of this package and restarts within a second without PyTorch.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

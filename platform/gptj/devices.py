@@ -18,7 +18,7 @@ def check_device(device: torch.device | str) -> None:
     """Refuse a GPU that PyTorch only warns about, then fails on at the first kernel.
 
     Raises:
-        UnsupportedDeviceError: for example for a V100 with PyTorch for CUDA 13.
+        UnsupportedDeviceError: for example, on a V100 with PyTorch for CUDA 13.
     """
     device = torch.device(device)
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Errors of checkpoints; for storage see gptj.storage.errors."""
+"""Checkpoint errors; for storage see gptj.storage.errors."""
 
 from __future__ import annotations
 

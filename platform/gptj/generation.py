@@ -25,13 +25,13 @@ DEFAULT_NEW_TOKENS = 20
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """A model's own defaults of `generate`, as transformers' pipelines read them."""
+    """A model's own defaults for `generate`, as read by transformers' pipelines."""
 
     eos_token_id: int | list[int] | None
     pad_token_id: int | None
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Those that are set."""
+        """The fields that are set."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -162,7 +162,7 @@ def generate(
             f"got {num_beams} and {num_return_sequences}"
         )
     if num_beams > 1 and do_sample:
-        raise ValueError("beam search draws no samples: choose do_sample=True or num_beams > 1")
+        raise ValueError("beam search does not sample: choose do_sample=True or num_beams > 1")
     if num_beams > 1 and streamer is not None:
         raise ValueError(
             f"a streamer needs num_beams=1, got {num_beams}: beams may change until the end"
@@ -184,7 +184,7 @@ def generate(
     if padding is None:
         padding = eos_ids[0] if eos_ids else 0
     if do_sample and temperature == 0:
-        raise ValueError("temperature=0 draws nothing: use do_sample=False")
+        raise ValueError("temperature=0 cannot be sampled: use do_sample=False")
     params = SamplingParams(
         max_tokens=_new_tokens(max_length, max_new_tokens, length, config.n_positions),
         min_tokens=min_new_tokens,

@@ -1,12 +1,12 @@
-"""A language model's head and its loss in one: hidden states (N, D) and labels (N) in, a sum out.
+"""Fused language-model head and loss: hidden states (N, D) and labels (N) in, a summed loss out.
 
-The logits (N, V) are never there as a whole. They are computed for a few rows at a time, and what
-the gradients need of them is added up at once, since with 50,400 entries of the vocabulary the
-logits of one sequence are larger than all else that a block keeps. The idea is Liger Kernel's
-(Hsu et al., 2024, https://arxiv.org/abs/2410.10989); PyTorch's own linear_cross_entropy returns
-the loss in the weights' precision, and a sum over thousands of tokens does not fit a bf16.
+The full logits (N, V) are never materialized: with a vocabulary of 50,400, one sequence's logits
+are larger than everything a block keeps. They are computed in chunks of rows, and each chunk's
+gradients are accumulated immediately. The idea is Liger Kernel's (Hsu et al., 2024,
+https://arxiv.org/abs/2410.10989); PyTorch's own linear_cross_entropy returns the loss in the
+weights' precision, but bf16 cannot hold a sum over thousands of tokens.
 
-Shapes: N positions, C of them at a time, D width, V vocabulary.
+Shapes: N positions, C positions per chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_NUMBERS = 2**24  # logits at a time: 64 MiB in fp32
+CHUNK_NUMBERS = 2**24  # logits per chunk: 64 MiB in fp32
 IGNORED_LABEL = -100  # positions with this label are not trained on
 
 
 class LanguageModelHead(nn.Linear):
-    """nn.Linear to the vocabulary; with labels, the cross-entropy of its logits instead.
+    """nn.Linear to the vocabulary; with labels, returns the cross-entropy of its logits instead.
 
-    The loss is computed in here, and not by whoever has the weights, since ZeRO-3 gathers them for
-    the length of a module's forward pass.
+    The loss is computed inside the module because ZeRO-3 gathers a module's weights only during
+    its forward pass.
     """
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -43,14 +43,14 @@ def linear_cross_entropy(
     *,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of `x @ weight.T + bias`, summed over the labels that are not IGNORED_LABEL.
+    """Cross-entropy of `x @ weight.T + bias` in fp32, summed over labels other than IGNORED_LABEL.
 
-    The same number as F.cross_entropy of the logits in fp32, of type fp32, and the same gradients
-    up to the order of summation. Beside the gradients themselves it takes a chunk of logits; a
-    half-precision weight's gradient is added up in fp32.
+    Loss and gradients equal F.cross_entropy's on fp32 logits, up to the order of summation. Needs
+    memory for one chunk of logits besides the gradients; a half-precision weight's gradient is
+    accumulated in fp32.
 
     Args:
-        chunk_rows: positions at a time; by default as many as CHUNK_NUMBERS allows.
+        chunk_rows: positions per chunk; default: as many as CHUNK_NUMBERS allows.
     """
     rows = chunk_rows or max(1, CHUNK_NUMBERS // len(weight_VD))
     needed = [
@@ -64,9 +64,9 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients of the sum are computed in the forward pass, while the logits are there.
+    """Computes gradients in the forward pass, while the logits exist.
 
-    The backward pass only scales them: nothing is computed twice.
+    The backward pass only scales them, so nothing is computed twice.
     """
 
     @staticmethod
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros(len(weight_VD), **place) if for_bias else None
         buffer = torch.empty(min(rows, len(x_ND)), len(weight_VD), **place)
         starts = range(0, len(x_ND), rows)
-        if x_ND.is_meta:  # only memory is counted there, and later chunks take what these do
+        if x_ND.is_meta:  # only memory is measured there, and later chunks use no more
             starts = starts[:3]
         for start in starts:
             x_CD, labels_C = x_ND[start : start + rows], labels_N[start : start + rows]
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += ((sums_C.log() - label_logits_C) * counted_C).sum()
             if not any(needed):
                 continue
-            # Of a position's loss by its logits: their softmax, less 1 at the label.
+            # d(loss) / d(logits): the softmax, minus 1 at the label.
             grad_CV = logits_CV.mul_((counted_C / sums_C)[:, None])
             grad_CV.scatter_add_(-1, index_C1, -counted_C[:, None].float())
             if grad_bias is not None:
@@ -118,14 +118,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the chunked loss has no second backward pass: compute it again")
-        gradients, ctx.gradients = ctx.gradients, None  # they are changed in place
+            raise RuntimeError("the chunked loss supports one backward pass: run forward again")
+        gradients, ctx.gradients = ctx.gradients, None  # modified in place below
         found: list[Tensor | None] = []
         while gradients:
             gradient = gradients.pop(0)
             dtype = ctx.dtypes[len(found)]
             if gradient is not None:
-                # In fp16 the loss's scale is beyond the type's range.
+                # The loss scale may overflow fp16.
                 wide = gradient.float() if gradient.dtype == torch.float16 else gradient
                 gradient = wide.mul_(grad_loss).to(dtype)
             found.append(gradient)
@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits(x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
-    """(C, V) in fp32, in `out`'s memory; rounded as the head's own logits are."""
+    """Write fp32 logits (C, V) into `out`, rounded like the head's own."""
     if x_CD.dtype != torch.float32:
         return out.copy_(F.linear(x_CD, weight_VD, bias_V))
     if bias_V is None:
@@ -142,7 +142,7 @@ def _logits(x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor)
 
 
 def _add_product(sum_VD: Tensor, grad_CV: Tensor, x_CD: Tensor) -> None:
-    """sum += grad.T @ x, in parts where the product has another dtype and so memory of its own."""
+    """sum += grad.T @ x; in slices if the dtypes differ, since the product then needs a buffer."""
     if sum_VD.dtype == x_CD.dtype:
         sum_VD.addmm_(grad_CV.T, x_CD)
         return

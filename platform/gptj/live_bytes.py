@@ -1,4 +1,4 @@
-"""The most memory that tensors have at a time, by what PyTorch's operations return."""
+"""Measure peak tensor memory from the storages that PyTorch operations return."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that come into being in the block, until they go; on any device.
+    """Tracks the bytes of storages allocated within the block, on any device, until they are freed.
 
-    Also on `meta`, where a model of any size computes at once. What operations take within
-    themselves is not seen.
+    Works on `meta` too, where a model of any size runs instantly. Operations' internal workspace
+    is not counted.
     """
 
     def __init__(self) -> None:

@@ -88,15 +88,15 @@ class GPTJModel(GPTJPreTrainedModel):
             output_attentions: return each layer's probabilities (B, H, L, S).
             output_hidden_states: return each block's input and the final hidden states.
             return_dict: False returns a plain tuple of the values that are not None.
-            cu_seqlens: (N + 1) of int32, rows that hold several documents: in all rows' positions
-                one after the other, document i is [cu_seqlens[i], cu_seqlens[i + 1]), in one row.
-                Each is computed as if it were alone, its positions from 0 on; attention_mask is
-                not looked at, padding being documents, too. Nothing is cached.
+            cu_seqlens: (N + 1) int32, for rows that pack several documents: in the flattened batch,
+                document i spans [cu_seqlens[i], cu_seqlens[i + 1]), within one row. Each is
+                computed independently, with positions from 0. attention_mask is ignored (padding
+                counts as documents), and nothing is cached.
 
         Raises:
-            ValueError: if not exactly one of input_ids and inputs_embeds is given, or a position
-                is beyond n_positions, or cu_seqlens do not cover the rows, or come with what
-                needs a cache or probabilities.
+            ValueError: if not exactly one of input_ids and inputs_embeds is given, a position is
+                beyond n_positions, or cu_seqlens do not cover the rows or are combined with a
+                cache or output_attentions.
         """
         x_BLD = self.drop(self._embed(input_ids, inputs_embeds, token_type_ids))
         if use_cache is None:
@@ -113,7 +113,7 @@ class GPTJModel(GPTJPreTrainedModel):
         if cu_seqlens is not None:
             if cache is not None or with_attentions:
                 raise ValueError(
-                    "rows of several documents (cu_seqlens) have no cache and no output_attentions"
+                    "packed documents (cu_seqlens) support neither a cache nor output_attentions"
                 )
             batch, length, _ = x_BLD.shape
             borders = DocumentBorders.of(cu_seqlens.to(x_BLD.device), batch * length, length)
@@ -314,7 +314,7 @@ class AttentionBias:
     # Whether gradients must flow through a fully masked row. The fused kernels' backward pass
     # recovers probabilities from the log-sum-exp, which rounds them to 1 next to the minimum.
     blind_rows: bool = False
-    documents: DocumentBorders | None = None  # of which each sees itself alone, causally
+    documents: DocumentBorders | None = None  # each attends causally, only within itself
     by_length: DocumentsByLength | None = None
 
 
@@ -387,7 +387,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share wte's matrix with lm_head, if the configuration asks for it."""
+        """Share wte's matrix with lm_head, if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -420,12 +420,12 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
                 an index tensor; 0: all.
             num_items_in_batch: divide the summed loss by this instead of this batch's label count:
                 the count over the global batch that this one is part of.
-            skip_logits: return the loss and no logits, which are then never there as a whole:
-                4 GB less at 4 x 1024 positions and 50,400 entries. Equal up to the order of
-                summation; needs labels.
+            skip_logits: return only the loss, without materializing all logits: saves 4 GB at
+                4 x 1024 positions and a vocabulary of 50,400. Equal up to the order of summation;
+                requires labels.
         """
         if skip_logits and labels is None:
-            raise ValueError("skip_logits leaves nothing to return without labels")
+            raise ValueError("skip_logits requires labels")
         output = self.transformer(
             input_ids,
             past_key_values,
@@ -463,7 +463,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
     def _loss_in_chunks(
         self, x_BLD: Tensor, labels_BL: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
-        """As causal_lm_loss, without logits."""
+        """Like causal_lm_loss, without materializing all logits."""
         next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED_LABEL).to(x_BLD.device)
         total: Tensor = self.lm_head(x_BLD, next_BL)
         return total / ((next_BL != IGNORED_LABEL).sum() if num_items is None else num_items)
@@ -476,7 +476,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Defaults of `generate` that come from the configuration."""
+        """Defaults for `generate` from the configuration."""
         return GenerationConfig(self.config.eos_token_id, self.config.pad_token_id)
 
 
@@ -647,7 +647,7 @@ def causal_lm_loss(
 
 
 def classification_loss(logits_BC: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """MSE, cross-entropy or binary cross-entropy, in fp32, by the problem's type.
+    """MSE, cross-entropy or binary cross-entropy, in fp32, depending on the problem type.
 
     If None: one class means regression, integers are class indices, and floats are multi-label
     (Hugging Face's rule).

@@ -60,11 +60,11 @@ class GenerateOutput(ModelOutput):
     """The result of generate with return_dict_in_generate; R = B * num_return_sequences."""
 
     sequences: Tensor  # (R, L + new)
-    sequences_scores: Tensor | None = None  # (R), of beams: length-penalized
-    # Per step: logits (R, V), or of beams log-probabilities (B * num_beams, V), after penalties,
+    sequences_scores: Tensor | None = None  # (R), for beams: length-penalized
+    # Per step: logits (R, V), or for beams log-probabilities (B * num_beams, V), after penalties,
     # temperature, top_k and so on.
     scores: tuple[Tensor, ...] | None = None
-    # (R, new), of beams: the row of `scores` that each token came from, -1 after the end.
+    # (R, new), for beams: the row of `scores` that each token came from, -1 after the end.
     beam_indices: Tensor | None = None
     past_key_values: KVCache | None = None
 

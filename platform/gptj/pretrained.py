@@ -1,4 +1,4 @@
-"""What the base model and its heads share: configuration, loading, saving."""
+"""Base class of the model and its heads: configuration, loading, saving."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class GPTJPreTrainedModel(nn.Module):
         if quantization is not None:
             int4.check_config_fields(quantization, folder.address)
         try:
-            with without_weights():  # no memory or time for weights that are replaced at once
+            with without_weights():  # they are about to be replaced
                 model = cls(config)
                 if quantization is not None:
                     int4.quantize_blocks(model.base_model.get_submodule("h"))
@@ -419,7 +419,7 @@ class GPTJPreTrainedModel(nn.Module):
             )
 
     def tie_weights(self) -> None:
-        """Tie the tensors that the configuration says; none in the base model."""
+        """Tie the tensors named by the configuration; none in the base model."""
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)

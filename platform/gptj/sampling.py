@@ -38,10 +38,10 @@ class SamplingParams:
     seed: int | None = None  # the same seed, prompt and parameters give the same tokens
     logprobs: int | None = None  # top tokens to report per step; None: none
     prompt_logprobs: int | None = None  # the same for prompt tokens
-    allowed_token_ids: tuple[int, ...] | None = None  # only these; None means all
-    # Sequences of tokens that the output never has: the last of one never follows the others.
+    allowed_token_ids: tuple[int, ...] | None = None  # only these; None: all
+    # Token sequences banned from the output: the last token is masked after the others.
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    grammar: CompiledGrammar | None = None  # that the output follows; by the engine only
+    grammar: CompiledGrammar | None = None  # the output must match it; only the engine applies it
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", "0 or more", self.max_tokens)
@@ -81,7 +81,7 @@ def adjust(
     output: Sequence[int],
     stop_ids: Sequence[int],
 ) -> Tensor:
-    """One row's logits after penalties, biases and bans, without its grammar; a new tensor.
+    """One row's logits after penalties, biases and bans, but not its grammar; a new tensor.
 
     Raises:
         ValueError: for a token in logit_bias that is not in the vocabulary.

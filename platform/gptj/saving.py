@@ -64,7 +64,7 @@ def save_adapter_folder(
 
     Args:
         config: the adapted model's, with its class in `architectures`.
-        specs: with the model's names.
+        specs: named as in the model.
     """
     fields = {
         **adapter.to_peft(),

@@ -1,8 +1,7 @@
-"""Causal attention within documents that lie one after the other: no mask, and nothing wasted.
+"""Causal attention within concatenated documents, without a mask or padding.
 
-T tokens of all documents, H heads, K head width. On GPUs in half precision it is PyTorch's
-varlen_attn (FlashAttention); elsewhere documents of equal length are computed together, so that
-none is padded.
+T tokens of all documents, H heads, K head width. Half precision on GPUs uses PyTorch's varlen_attn
+(FlashAttention); elsewhere documents of equal length are batched.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from gptj.extras import Extra
 
 if TYPE_CHECKING:
     from torch.nn.attention import varlen
-else:  # its import brings PyTorch's compiler, which takes a second
+else:  # importing it loads PyTorch's compiler, which takes a second
     varlen = Extra("torch.nn.attention.varlen", "packed documents on a GPU", "torch")
 
-FLASH_WIDTH = 256  # no head may be wider
+FLASH_WIDTH = 256  # largest head width
 FLASH_CAPABILITY = (8, 0)  # a T4 (7.5) trains in fp16 without FlashAttention
 
 
 @dataclass(frozen=True)
 class DocumentBorders:
-    """Where documents end, once for all layers."""
+    """Where documents begin and end; shared by all layers."""
 
-    cu_seqlens: Tensor  # (N + 1) of int32: document i is [cu_seqlens[i], cu_seqlens[i + 1])
-    positions_T: Tensor  # of each token in its document
-    longest: int  # no document is longer
+    cu_seqlens: Tensor  # (N + 1) int32: document i is [cu_seqlens[i], cu_seqlens[i + 1])
+    positions_T: Tensor  # each token's position in its document
+    longest: int  # upper bound on document length
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int, longest: int) -> DocumentBorders:
-        """ValueError if documents do not cover all tokens; on a GPU it is not asked for that."""
+        """ValueError if documents do not cover all tokens; unchecked on a GPU, to avoid a sync."""
         if cu_seqlens.device.type == "cpu" and not (
             cu_seqlens.dim() == 1
             and len(cu_seqlens) > 1
@@ -44,15 +43,15 @@ class DocumentBorders:
             and 0 < int(cu_seqlens.diff().min()) <= int(cu_seqlens.diff().max()) <= longest
         ):
             raise ValueError(
-                f"cu_seqlens must rise from 0 to batch * length = {tokens}, by {longest} at most, "
-                f"got {cu_seqlens}"
+                f"cu_seqlens must increase from 0 to batch * length = {tokens} in steps of at most "
+                f"{longest}, got {cu_seqlens}"
             )
         all_T = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
         starts_T = cu_seqlens[torch.searchsorted(cu_seqlens, all_T, right=True) - 1]
         return cls(cu_seqlens, (all_T - starts_T).long(), longest)
 
     def by_length(self) -> DocumentsByLength:
-        """Reads the borders back from the device."""
+        """Group documents by length; synchronizes with the device."""
         starts = self.cu_seqlens[:-1].long()
         lengths = self.cu_seqlens.diff().long()
         order = torch.argsort(lengths, stable=True)
@@ -70,10 +69,10 @@ class DocumentBorders:
 
 @dataclass(frozen=True)
 class DocumentsByLength:
-    """The same documents in another order, in which those of equal length are side by side."""
+    """A reordering that makes documents of equal length adjacent."""
 
-    order_T: Tensor  # the tokens' places now
-    back_T: Tensor
+    order_T: Tensor  # the original index of each reordered token
+    back_T: Tensor  # the inverse permutation
     sizes: list[tuple[int, int]]  # (length, documents)
 
 
@@ -85,10 +84,10 @@ def attend_documents(
     by_length: DocumentsByLength | None,
     dropout: float,
 ) -> Tensor:
-    """Each token's mean (T, H, K) over what its own document has up to it.
+    """Attention (T, H, K) of each token over its own document up to itself.
 
     Args:
-        by_length: None: FlashAttention, which `uses_flash` allows.
+        by_length: None: use FlashAttention; see `uses_flash`.
     """
     if by_length is None:
         longest = borders.longest
@@ -114,7 +113,7 @@ def attend_documents(
 
 
 def uses_flash(x: Tensor, head_width: int, dropout: float) -> bool:
-    """Whether FlashAttention computes this: in half precision, without dropout, from Ampere on."""
+    """Whether FlashAttention applies: half precision, no dropout, on Ampere or later."""
     if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16) or dropout:
         return False
     if head_width > FLASH_WIDTH or head_width % 8:

@@ -355,7 +355,7 @@ def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     store = "storage=s3://gptj/errors"
     cases = {
-        "there is no such setting": [store, "lerning_rate=1"],
+        "unknown setting": [store, "lerning_rate=1"],
         "no bucket": ["storage=s3://not-there"],
         "workers.count=9 .* needs 9 CPUs, the cluster has 4": [
             store,

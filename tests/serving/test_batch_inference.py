@@ -133,7 +133,9 @@ def test_every_row_is_answered_once_however_often_a_run_is_interrupted(
     }
     # What a killed worker has left without its record.
     Path(output, "errors-00000-00004.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="was begun with other parameters: choose another folder"):
+    with pytest.raises(
+        DataError, match="was started with different parameters: choose another folder"
+    ):
         run(*words, "parameters.top_k=1")
     index = run(*words)
     assert index is not None and (index.rows, index.failed) == (20, 1)
@@ -145,7 +147,7 @@ def test_every_row_is_answered_once_however_often_a_run_is_interrupted(
     verify(output)
     assert run(*words) == index  # again: nothing is left to do
     other = written(tmp_path / "other.jsonl", rows[:3])
-    with pytest.raises(DataError, match="was begun with other address, parts, sizes"):
+    with pytest.raises(DataError, match="was started with different address, parts, sizes"):
         run(words[0], other, *words[2:])
 
 

@@ -35,7 +35,7 @@ CHECKS = [
 # What JSON Schema cannot say of a request: 400 for one that its schema allows has such a reason.
 REASONS = re.compile(
     r"context_length_exceeded|model's context|must not be below n|does not work with|needs "
-    r"|chat template refuses|set the same limit"
+    r"|chat template rejects|set the same limit"
     r"|exceed the limit of \d+ outputs|num_beams|outputs .* wait|token id|not in the vocabulary"
     r"|min_tokens must be in \[0, max_tokens|stop may have|must be in \[\d+, \d+\], got"
     r"|cannot be shortened|may have \d+ texts"

@@ -491,7 +491,7 @@ def test_settings_of_a_deployment_are_checked_before_it(
     for wrong, reason in (
         ({"adapters": named, "adapter_root": str(root), "max_loras": 1}, "must be 2 or more"),
         ({"adapters": {"run": "x"}}, "the base model's name"),
-        ({"adapters": {"../x": "x"}}, "not a name of an adapter"),
+        ({"adapters": {"../x": "x"}}, "not a valid adapter name"),
         ({"max_lora_rank": 65}, "max_lora_rank"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -157,7 +157,7 @@ def test_a_contradiction_that_shows_at_a_token_is_a_400(service: str, models: Mo
     }
     reply = httpx.post(f"{service}/v1/completions", json=body, timeout=60)
     assert reply.status_code == 400, reply.text
-    assert "no token is left" in reply.json()["error"]["message"]
+    assert "allows no further token" in reply.json()["error"]["message"]
 
 
 def test_bad_words_are_not_in_the_output(service: str, models: Models) -> None:

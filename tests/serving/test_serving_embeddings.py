@@ -164,7 +164,7 @@ def test_inputs_are_batched_by_length_and_answered_in_order(models: Models) -> N
         ({"input": ""}, 400, "input is empty"),
         ({"input": ["a", ""]}, 400, "input[1] is empty"),
         ({"input": [1, 9999]}, 400, "id 9999 is not in the vocabulary"),
-        ({"input": "x" * 2 * CONTEXT}, 400, f"and this model's context is {CONTEXT}: shorten it"),
+        ({"input": "x" * 2 * CONTEXT}, 400, f"but this model's context is {CONTEXT}: shorten it"),
         ({"input": ["x"] * 257}, 400, "input may have 256 texts, got 257"),
         ({"input": "x", "dimensions": 16}, 400, "have 32 dimensions, not 16"),
         ({"input": "x", "truncate_prompt_tokens": 0}, 400, "must be 1 or more, or -1, got 0"),

@@ -195,7 +195,7 @@ def test_tokens_a_minute_are_reserved_and_what_was_not_used_goes_back(
     used = 2 * used + reply.json()["usage"]["total_tokens"]
     assert used < 50
     assert_error(ask(guarded, "tokens", **{**BODY, "max_tokens": 95}), 429, "100 tokens a minute")
-    assert_error(ask(guarded, "tokens", **{**BODY, "max_tokens": 200}), 400, "ask for fewer")
+    assert_error(ask(guarded, "tokens", **{**BODY, "max_tokens": 200}), 400, "request fewer")
     client = openai.OpenAI(base_url=f"{guarded}/v1", api_key="tokens", max_retries=0)
     raw = client.completions.with_raw_response.create(model="generation", **_openai(BODY))
     before = 100 - used - int(raw.headers["x-ratelimit-remaining-tokens"])

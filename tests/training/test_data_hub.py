@@ -67,7 +67,7 @@ print([row.values["text"] for file in files for row in read_rows(file.address, [
                 "DataError hf://datasets/someone/model/data has a training set",
                 "DataError hf://datasets/someone/model/nothing: the data set has no such file",
                 "NotFoundError no file, folder or match at hf://datasets/someone/model/nothing-*",
-                "DataError hf://datasets/someone/model@nowhere: the hub's data set has no such rev",
+                "DataError hf://datasets/someone/model@nowhere: the data set has no such rev",
                 "DataError hf://datasets/someone/nothing: the hub has no data set of that name",
                 "DataError hf://datasets/someone/gated is gated; remedy: accept its terms",
             ],
@@ -106,6 +106,6 @@ def test_addresses_of_the_hub() -> None:
 def test_a_training_set_beside_others_must_be_chosen() -> None:
     check_one_split(DATA, ["data/train-00000-of-00001.parquet", "more/constraint.jsonl"])
     check_one_split(DATA, ["test.csv"])
-    with pytest.raises(DataError, match=r"say which, as in .*/data/train-\*\.parquet$"):
+    with pytest.raises(DataError, match=r"choose one, as in .*/data/train-\*\.parquet$"):
         names = ["data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"]
         check_one_split(DATA, names)

@@ -169,7 +169,7 @@ def test_an_error_names_the_column_as_the_file_does(tmp_path: Path) -> None:
         ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "d.jsonl, row 2: is not UTF-8"),
         ("e.txt", b"\xff\xfea\x00", "e.txt, row 1, column 'text': is not UTF-8"),
         ("f.parquet", b"PAR1 not really", "f.parquet, after row 0: cannot be read"),
-        ("g.csv", b"text,label\na,1\nb,2,3\n", "g.csv, row 2: has 3 cells and the first line 2"),
+        ("g.csv", b"text,label\na,1\nb,2,3\n", "g.csv, row 2: has 3 cells but the first line 2"),
         ("h.csv", b"", "h.csv is empty: it has no header"),
         ("i.jsonl", b"\n\n", "i.jsonl has no rows"),
         ("j.csv", b"text,label\n", "j.csv has no rows"),
@@ -398,8 +398,8 @@ BACKSLASH_U = "\\u"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f'{{"text": "a{BACKSLASH_U}d800b"}}', "row 2, column 'text': has what is no character"),
-        (f'{{"text": ["{BACKSLASH_U}DFFF"]}}', "row 2, column 'text': has what is no character"),
+        (f'{{"text": "a{BACKSLASH_U}d800b"}}', "row 2, column 'text': has an invalid character"),
+        (f'{{"text": ["{BACKSLASH_U}DFFF"]}}', "row 2, column 'text': has an invalid character"),
         ('{"text": ' + "7" * 5000 + "}", "row 2: must be a JSON object.*4300"),
         ('{"text": ' + "[" * 100_000, "row 2: .*nested too deeply"),
         ('{"text": "a", "text": "b"}', "row 2: has the key 'text' twice"),
@@ -481,7 +481,7 @@ def test_a_csv_without_a_header_is_read_by_position(delimiter: str, tmp_path: Pa
         DataError, match=r"no column '_c3' \(for label\); there are '_c0', '_c1', '_c2'"
     ):
         list(read_rows(str(path), LABELLED, {"text": "_c2", "label": "_c3"}))
-    with pytest.raises(DataError, match=r"row 2: has 1 cells and the first line 3"):
+    with pytest.raises(DataError, match=r"row 2: has 1 cells but the first line 3"):
         path.write_text(lines[0] + "\nalone\n")
         list(read_rows(str(path), LABELLED, columns))
 
@@ -501,7 +501,7 @@ def test_a_header_may_have_names_like_positions(tmp_path: Path) -> None:
         ('text,label\na,b\n"a" b,c\n', "data.csv, row 2: ',' expected after '\"'; remedy: quote"),
         (b"text,label\na,b\nb\xff,c\n", "data.csv, row 2, column 'text': is not UTF-8"),
         ("text\n".encode("utf-16"), "data.csv is not UTF-8.*remedy: save it as UTF-8"),
-        ("text,label\na\n", "data.csv, row 1: has 1 cells and the first line 2"),
+        ("text,label\na\n", "data.csv, row 1: has 1 cells but the first line 2"),
         ("\n\n", "data.csv is empty"),
     ],
 )

@@ -60,14 +60,14 @@ def test_of_a_book_the_end_is_held_out() -> None:
     assert train[0].endswith("\n") and len(evaluation[0]) == pytest.approx(len(book) / 10, rel=0.01)
 
 
-@pytest.mark.parametrize(("held_out", "what"), [(True, "measure with"), (False, "train on")])
+@pytest.mark.parametrize(("held_out", "what"), [(True, "evaluation"), (False, "training")])
 def test_too_few_rows_are_said(held_out: bool, what: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "alone"}\n')
     tokenizer = GPTJTokenizer.train(["alone"], 270)
     seed = next(seed for seed in range(9) if not parts(["alone"], 0.5, seed)[held_out])
     split = Split(0.5, seed, held_out)
     plan = Plan.of(str(tmp_path / "rows.jsonl"), tokenizer, names={}, split=split)
-    with pytest.raises(DataError, match=rf"split=0.5 of .*jsonl leaves no row to {what}"):
+    with pytest.raises(DataError, match=rf"split=0.5 of .*jsonl leaves no row for {what}"):
         prepare(plan, str(tmp_path / "prepared"), tokenizer)
 
 

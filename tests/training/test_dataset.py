@@ -163,5 +163,5 @@ def test_a_classifier_of_pairs_is_not_measured_on_single_texts(
         node_data(settings, tokenizer, tmp_path)
     assert str(refused.value) == (
         f"data.train has the columns text, text_pair, label, and {tmp_path}/held-out.jsonl has "
-        f"text, label: evaluate on rows of the kind that is learned"
+        f"text, label: evaluate on the same kind of rows as in training"
     )

@@ -96,7 +96,7 @@ def test_a_full_disk_is_named_whoever_meets_it(small_disk: Path) -> None:
         pytest.raises(
             DiskFullError,
             match=f"the disk of {small_disk}, 0.00105 GB in all, is full: 0.00419 GB are needed "
-            f"there and 0.00105 GB are there; remedy: free space there, or set TMPDIR",
+            f"there and 0.00105 GB are available; remedy: free space there, or set TMPDIR",
         ),
         naming_full_disk(small_disk, 2**22),
     ):

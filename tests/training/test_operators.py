@@ -137,7 +137,7 @@ def test_a_live_build_is_waited_for(
     ):
         small.load()
         assert compiler.poll() is not None
-    assert f"waiting for process {compiler.pid}, which compiles small" in caplog.text
+    assert f"waiting for process {compiler.pid}, which is compiling small" in caplog.text
     OpBuilder._loaded_ops.pop("small")
     caplog.clear()
     with (folder / "lock").open("w"):

@@ -218,12 +218,16 @@ def test_dropout_of_probabilities_is_applied(tokenizer: GPTJTokenizer) -> None:
 @pytest.mark.parametrize(
     ("borders", "fields", "message"),
     [
-        ([0, 3], {}, r"cu_seqlens must rise from 0 to batch \* length = 8, by 4 at most, got"),
-        ([1, 4, 8], {}, "must rise from 0"),
-        ([0, 4, 4, 8], {}, "must rise from 0"),
-        ([0, 6, 8], {}, "by 4 at most"),
-        ([0, 4, 8], {"use_cache": True}, "have no cache and no output_attentions"),
-        ([0, 4, 8], {"output_attentions": True}, "have no cache and no output_attentions"),
+        (
+            [0, 3],
+            {},
+            r"cu_seqlens must increase from 0 to batch \* length = 8 in steps of at most 4, got",
+        ),
+        ([1, 4, 8], {}, "must increase from 0"),
+        ([0, 4, 4, 8], {}, "must increase from 0"),
+        ([0, 6, 8], {}, "at most 4"),
+        ([0, 4, 8], {"use_cache": True}, "support neither a cache nor output_attent"),
+        ([0, 4, 8], {"output_attentions": True}, "support neither a cache nor output_attent"),
     ],
 )
 def test_borders_that_cannot_be_are_refused(

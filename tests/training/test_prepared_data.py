@@ -163,10 +163,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, tokenizer: GPTJTo
     with pytest.raises(DataError, match=r"raw has other files, such as 0\.jsonl"):
         begin(plan_of(address, tokenizer), address)
     begin(plan_of(address, tokenizer), folder)
-    with pytest.raises(DataError, match="was begun with other bad_rows: choose another folder"):
+    with pytest.raises(
+        DataError, match="was started with different bad_rows: choose another folder"
+    ):
         begin(plan_of(address, tokenizer, skip=True), folder)
     prepare(plan_of(address, tokenizer), folder, tokenizer)
-    with pytest.raises(DataError, match="was begun with other tokenizer"):
+    with pytest.raises(DataError, match="was started with different tokenizer"):
         begin(plan_of(address, GPTJTokenizer.train(TEXTS, 290)), folder)
 
 
@@ -190,12 +192,12 @@ def test_bad_rows_are_refused_or_skipped_counted_and_named(
         "1.jsonl, row 31, column 'text': must be text, got 3",
         "1.jsonl, row 33: must be a JSON object",
         "1.jsonl, row 34: no column 'text'",
-        "1.jsonl, row 35, column 'text': has what is no character",
+        "1.jsonl, row 35, column 'text': has an invalid character",
     ):
         assert expected in text
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "rows.csv").write_text("text,x\na\n\nb\n")
-    with pytest.raises(DataError, match=r"none.*has no good row of 2"):
+    with pytest.raises(DataError, match=r"all 2 rows of .*none.* are bad"):
         plan = Plan(
             str(tmp_path / "none"), ((str(tmp_path / "none" / "rows.csv"),),), (9,), ("text",), {},
             None, "skip", "", "", SMALL,
@@ -226,9 +228,9 @@ def test_a_run_reads_prepared_data_as_raw_ones(tmp_path: Path, tokenizer: GPTJTo
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("data.columns.text=body", r"is prepared, and data\.columns says how raw data are read"),
-        ("data.delimiter=;", r"data\.delimiter says how raw data"),
-        ("data.evaluation_split=0.1", r"leave it out, and prepare data to measure with"),
+        ("data.columns.text=body", r"is prepared, but data\.columns applies to raw data"),
+        ("data.delimiter=;", r"data\.delimiter applies to raw data"),
+        ("data.evaluation_split=0.1", r"leave it out, and prepare evaluation data"),
     ],
 )
 def test_settings_of_raw_data_are_refused_beside_prepared_ones(

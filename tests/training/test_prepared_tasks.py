@@ -242,7 +242,7 @@ def test_questions_without_room_are_refused_or_skipped_as_bad_rows_were(
     settings = settings_of(tmp_path, "question-answering", address, bad_rows="skip")
     found = node_data(settings, tokenizer, tmp_path).train
     assert isinstance(found, QuestionAnsweringData) and len(found.questions) == 1
-    assert "1 bad rows are left out, such as" in caplog.text and "row 2" in caplog.text
+    assert "skipped 1 bad rows, such as" in caplog.text and "row 2" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,13 @@ def classifier(tmp_path: Path, tokenizer: GPTJTokenizer) -> str:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"label_names": ["negative", "positive"]}, "data.label_names is in another order .negati"),
-        ({"label_names": ["positive", "neutral"]}, "tells 2 labels apart .*has 2 .positive, neutr"),
-        ({"label_names": ["a", "b", "c"]}, "tells 2 labels apart .* data.label_names has 3"),
-        ({"label_names": {"1": "positive", "2": "good"}}, "tells 2 labels apart"),
+        (
+            {"label_names": ["negative", "positive"]},
+            "data.label_names .negative, positive. is ordered diff",
+        ),
+        ({"label_names": ["positive", "neutral"]}, "has 2 labels .*has 2 .positive, neutr"),
+        ({"label_names": ["a", "b", "c"]}, "has 2 labels .* data.label_names has 3"),
+        ({"label_names": {"1": "positive", "2": "good"}}, "has 2 labels"),
         (
             {"problem_type": "regression"},
             "data.problem_type=regression, but .*m is trained for sin",
@@ -119,10 +122,10 @@ def test_a_classifier_without_names_may_get_some(tmp_path: Path, tokenizer: GPTJ
     [
         (
             {"n_layer": 4},
-            "model.config.n_layer=4, but .*m has n_layer=2, which its weights are made",
+            "model.config.n_layer=4, but the weights of .*m require n_layer=2",
         ),
-        ({"num_hidden_layers": 4}, "model.config.n_layer=4, but .*m has n_layer=2"),
-        ({"vocab_size": 320}, "model.config.vocab_size=320, but .*m has vocab_size=270"),
+        ({"num_hidden_layers": 4}, "model.config.n_layer=4, but .*m require n_layer=2"),
+        ({"vocab_size": 320}, "model.config.vocab_size=320, but .*m require vocab_size=270"),
         ({"rotary_dim": 4}, "model.config.rotary_dim=4, but"),
         ({"activation_function": "relu"}, "model.config.activation_function='relu', but"),
         ({"n_positions": 8}, "data.sequence_length=16 is beyond the model's n_positions=8"),
@@ -173,9 +176,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_one_from_elsewhere(
     found, _, config = parts(settings_of(tmp_path, ["a", "b"], **fields, **given))
     assert len(found) == 270
     assert config.vocab_size == 270
-    with pytest.raises(
-        SettingsError, match=r"tokenizer.address=.* which has a tokenizer of its own"
-    ):
+    with pytest.raises(SettingsError, match=r"tokenizer.address=.* which has its own tokenizer"):
         prepare_tokenizer(settings_of(tmp_path, ["a"], model={"checkpoint": classifier}, **given))
     GPTJTokenizer.train(TEXTS * 20, 280).save_pretrained(tmp_path / "larger")
     given = {"tokenizer": {"address": str(tmp_path / "larger")}}

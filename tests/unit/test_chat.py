@@ -97,7 +97,7 @@ def test_published_templates_render_as_in_transformers(
         for prompt in (False, True):
             expected = rendered(theirs, source, CHATS[chat], add_generation_prompt=prompt)
             if isinstance(expected, Exception):
-                with pytest.raises(ChatTemplateError, match="refuses the messages"):
+                with pytest.raises(ChatTemplateError, match="rejects the messages"):
                     template.render(CHATS[chat], add_generation_prompt=prompt)
                 refused += 1
             else:
@@ -169,10 +169,10 @@ def test_turns_that_cannot_be_told_are_refused(tokenizer: GPTJTokenizer) -> None
     with pytest.raises(ChatTemplateError, match="no message with the role assistant"):
         encode_chat(tokenizer, template, [USER])
     unseen = ChatTemplate("{% generation %}{% endgeneration %}{{ messages[0].content }}")
-    with pytest.raises(ChatTemplateError, match="shows nothing"):
+    with pytest.raises(ChatTemplateError, match="omits the assistant"):
         encode_chat(tokenizer, unseen, [USER, ASSISTANT])
     changed = "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | length }}"
-    with pytest.raises(ChatTemplateError, match="changes what"):
+    with pytest.raises(ChatTemplateError, match="modifies the output"):
         encode_chat(tokenizer, ChatTemplate(changed), [USER, ASSISTANT])
 
 
@@ -235,7 +235,7 @@ def test_templates_that_take_parts_alone_are_told() -> None:
     ],
 )
 def test_what_a_template_must_not_do_is_an_error(source: str) -> None:
-    with pytest.raises(ChatTemplateError, match=r"refuses the messages: ."):
+    with pytest.raises(ChatTemplateError, match=r"rejects the messages: ."):
         ChatTemplate(source).render([USER])
 
 

@@ -380,11 +380,11 @@ def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3:
     assert len(lines) == len(reasons) == 7
     assert "good" not in reasons
     assert "altered after it was written" in reasons["altered"]
-    assert "has 11 bytes and should have 10" in reasons["longer"]
+    assert "has 11 bytes but should have 10" in reasons["longer"]
     assert reasons["shorter"].endswith("it is truncated")
     assert reasons["missing"] == "missing is missing"
     assert "is not in the folder's manifest" in reasons["extra"]
-    assert "has 10 bytes and should have 11" in reasons["lied-size"]
+    assert "has 10 bytes but should have 11" in reasons["lied-size"]
     assert "the manifest says " + "0" * 64 in reasons["lied-hash"]
 
 

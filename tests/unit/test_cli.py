@@ -211,7 +211,7 @@ def test_a_job_gets_whole_paths_and_what_the_user_said(
     assert f'data.train="{tmp_path}/a #1.csv"' in words
     assert f"storage={tmp_path}/outputs" in words
     assert not any(word.startswith("run=") for word in words), "the file names it"
-    with pytest.raises(SettingsError, match="no such setting"):
+    with pytest.raises(SettingsError, match="unknown setting"):
         words_of_run(
             ["nonsense=1"],
             data=None, evaluation=None, task=None, model=None, run=None, storage_address="outputs",

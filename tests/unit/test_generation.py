@@ -348,7 +348,7 @@ def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> N
         ({"temperature": 0.0, "do_sample": True}, "use do_sample=False"),
         ({"top_p": -0.1}, r"top_p must be in \[0, 1\], got -0.1"),
         ({"num_beams": 0}, "num_beams"),
-        ({"num_beams": 2, "do_sample": True}, "beam search draws no samples"),
+        ({"num_beams": 2, "do_sample": True}, "beam search does not sample"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 would repeat"),
         ({"num_beams": 2, "streamer": Kept()}, "a streamer needs num_beams=1, got 2"),
         ({"output_scores": True}, "needs return_dict_in_generate=True"),

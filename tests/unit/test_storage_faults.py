@@ -161,7 +161,7 @@ def test_pruning_that_fails_is_a_warning(
     faulty.fault = lambda request: Reply(403, "AccessDenied") if request.method == "POST" else None
     with caplog.at_level(logging.WARNING):
         delete_old_checkpoints(folder, keep=1)
-    assert "an old checkpoint stays" in caplog.text
+    assert "cannot delete an old checkpoint" in caplog.text
     assert "access denied" in caplog.text
     faulty.fault = lambda request: None
     delete_old_checkpoints(folder, keep=1)

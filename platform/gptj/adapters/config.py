@@ -18,7 +18,7 @@ TARGET_MODULES = ("k_proj", "v_proj", "q_proj", "out_proj", "fc_in", "fc_out")
 HEADS = ("lm_head", "score", "qa_outputs")
 
 # Fields of PEFT's configuration that we read, and those without effect on a trained adapter. Any
-# other field that is set is refused: it would change what the adapter computes.
+# other field that is set is rejected: it would change what the adapter computes.
 _READ = frozenset(
     {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
     | {"use_rslora", "init_lora_weights"}
@@ -37,7 +37,7 @@ _PATH = re.compile(
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is trained beside the frozen weights, and how it is scaled.
+    """A LoRA adapter's shape and scaling.
 
     Attributes:
         rank: columns of B and rows of A.

@@ -25,7 +25,7 @@ NEW_HEADS = {
 
 
 class _LoRA(nn.Module):
-    """What LoRA adds to the layer that this is mixed into: scaling * B A dropout(x).
+    """Mixin that adds scaling * B A dropout(x) to a linear layer.
 
     A (rank, in) is initialised like nn.Linear's weight (Kaiming-uniform with a = sqrt 5, as in
     PEFT) and B (out, rank) with zeros, so a new adapter changes nothing.
@@ -44,12 +44,12 @@ class _LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         added: Tensor = self.lora_B(self.lora_A(self.lora_dropout(x)))
-        frozen: Tensor = super().forward(x)  # of the layer
+        frozen: Tensor = super().forward(x)  # the frozen layer's
         return frozen + added * self.scaling
 
 
 class LoRALinear(_LoRA, nn.Linear):
-    """W x + b + scaling * B A dropout(x), with W and b of the layer it replaces."""
+    """W x + b + scaling * B A dropout(x), with W and b from the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate weights
@@ -69,7 +69,7 @@ class LoRALinear(_LoRA, nn.Linear):
 
 
 class LoRAQuantizedLinear(_LoRA, QuantizedLinear):
-    """The same, with a quantized W."""
+    """Like LoRALinear, with a quantized W."""
 
     def __init__(self, linear: QuantizedLinear, config: LoRAConfig) -> None:
         nn.Module.__init__(self)
@@ -120,7 +120,7 @@ def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def merge_lora(model: GPTJPreTrainedModel) -> None:
-    """Merge the adapter into the weights, in place; afterwards the model is a plain one.
+    """Merge the adapter into the weights in place, leaving a plain model.
 
     Does nothing to a model without an adapter. ValueError if the weights are quantized.
     """

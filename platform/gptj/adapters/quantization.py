@@ -1,15 +1,14 @@
-"""Frozen linear layers in 8 or 4 bits, and with LoRA beside them: QLoRA.
+"""Frozen linear layers in 8 or 4 bits; combined with LoRA, QLoRA.
 
-Weights are quantized in blocks of BLOCK consecutive numbers, each scaled by the block's largest
+Weights are quantized in blocks of BLOCK consecutive values, each scaled by the block's largest
 absolute value in fp32:
 
-- `int8`: whole multiples of 1/127, 1.06 bytes a weight.
-- `nf4`: 16 values, quantiles of a normal distribution, 0.56 bytes a weight. Dettmers et al.,
-  "QLoRA", 2023, https://arxiv.org/abs/2305.14314; without its second quantization of the scales.
+- `int8`: integer multiples of 1/127, 1.06 bytes per weight.
+- `nf4`: 16 values, quantiles of a normal distribution, 0.56 bytes per weight. Dettmers et al.,
+  "QLoRA", 2023, https://arxiv.org/abs/2305.14314; without double quantization.
 
-A layer computes with its dequantized weights, which exist for the length of one product: once in
-the forward pass and once more in the backward pass. The kernels are bitsandbytes', for CPUs and
-GPUs alike.
+A layer dequantizes its weights temporarily for each product, once in the forward and once in the
+backward pass. The kernels are bitsandbytes', on CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ BLOCK = 64
 
 
 class QuantizedLinear(nn.Module):
-    """W x + b with a frozen W in few bits. Gradients flow to x alone.
+    """W x + b with a frozen, quantized W. Gradients flow only to x.
 
-    Codes and scales are uint8 parameters, so that converting the model's dtype leaves them as
-    they are, and whoever sends or moves a model's parameters takes them along.
+    Codes and scales are uint8 parameters: converting the model's dtype leaves them unchanged, and
+    they are moved and broadcast with the model's parameters.
 
     Args:
-        linear: the layer to replace. On the meta device, its shape counts.
+        linear: the layer to replace. On the meta device, only its shape matters.
     """
 
     def __init__(self, linear: nn.Linear, quantization: Quantization) -> None:
@@ -60,7 +59,7 @@ class QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in), as the layer computes with it."""
+        """W (out, in), as used in computation."""
         scales = self.weight_scales.view(torch.float32)
         shape = (self.out_features, self.in_features)
         _library()
@@ -78,7 +77,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W^T; W is dequantized again for the gradient of x, rather than kept until then."""
+    """x W^T; W is dequantized again for the gradient of x rather than saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -95,10 +94,10 @@ def quantize_blocks(
     quantization: Quantization,
     device: torch.device | str | None = None,
 ) -> None:
-    """Replace all linear layers of a model's blocks; embedding, norms and heads stay as they are.
+    """Quantize all linear layers of a model's blocks, but not embedding, norms and heads.
 
     Args:
-        device: where the weights are quantized, one layer at a time; None: where they are.
+        device: where to quantize the weights, one layer at a time; None: where they are.
     """
     blocks: Any = model.base_model.get_submodule("h").children()
     for block in blocks:
@@ -113,7 +112,7 @@ def quantize_blocks(
 
 
 def count_weights(model: nn.Module) -> int:
-    """A model's weights: those that codes stand for, and all where ZeRO-3 keeps a part here."""
+    """Number of a model's weights, including quantized ones and ZeRO-3's other partitions."""
     plain = [p for p in model.parameters() if p.is_floating_point()]
     coded = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     return sum(getattr(p, "ds_numel", p.numel()) for p in plain) + sum(
@@ -126,7 +125,7 @@ def _library() -> Any:
 
 
 def _quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
-    """Codes, and one scale a block."""
+    """Codes, and one scale per block."""
     if weight.device.type == "meta":
         count = weight.numel()
         codes = count if quantization == "int8" else -(-count // 2)
@@ -144,7 +143,7 @@ def _quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tenso
 
 
 def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded to the nearest; bitsandbytes' own function may be a code off."""
+    """Round to nearest; bitsandbytes' own function may be off by one code."""
     flat = weight.float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
@@ -155,6 +154,6 @@ def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _int8_values(device: torch.device) -> Tensor:
-    """Of the 256 codes: -127/127 to 0, and 0 to 127/127."""
+    """Values of the 256 codes: -127/127 to 0, and 0 to 127/127."""
     values = torch.arange(-127, 128) / 127
     return torch.cat((values[:128], values[127:])).to(device)

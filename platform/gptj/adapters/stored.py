@@ -1,7 +1,7 @@
 """Read an adapter's folder, and load it into its base model.
 
-PEFT's `adapter_config.json` and `adapter_model.safetensors`; folders of ours (gptj.saving) have
-`base.json`, the adapted model's `config.json`, the tokenizer and `training.json` too.
+It has PEFT's `adapter_config.json` and `adapter_model.safetensors`; our folders (gptj.saving) also
+have `base.json`, the adapted model's `config.json`, the tokenizer and `training.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = (
     (ADAPTER_FILE, "adapter_model.safetensors.index.json"),
     ("adapter_model.bin", "adapter_model.bin.index.json"),
 )
-PREFIX = "base_model.model."  # of PEFT's names; the rest is ours
+PREFIX = "base_model.model."  # of PEFT's names; the rest equals ours
 TASK_TYPES = {  # PEFT's, by our class names
     "GPTJForCausalLM": "CAUSAL_LM",
     "GPTJForSequenceClassification": "SEQ_CLS",
@@ -137,7 +137,7 @@ def put_adapter(model: GPTJPreTrainedModel, adapter: StoredAdapter) -> None:
     prefix = f"{model.base_model_prefix}."
     kept = tuple(name for name in adapter.config.modules_to_save if hasattr(model, name))
     lost = tuple(f"{name}." for name in HEADS if name not in kept)
-    with without_weights():  # no random initialisation of what is loaded
+    with without_weights():  # no initialisation, since the weights are loaded
         try:
             add_lora(model, replace(adapter.config, modules_to_save=kept))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Chats as texts: Jinja templates as Hugging Face's, which turn messages into a model's prompt."""
+"""Hugging Face's Jinja chat templates, which turn messages into a model's prompt."""
 
 from gptj.chat.errors import ChatTemplateError
 from gptj.chat.sources import READY, read_template

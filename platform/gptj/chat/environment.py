@@ -2,7 +2,7 @@
 
 As in transformers' `apply_chat_template`: blocks are trimmed, `{% break %}` and `{% continue %}`
 work, and templates can use `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML,
-and `{% generation %}` around what the assistant writes.
+and `{% generation %}` around the assistant's text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# Variables around each `{% generation %}` block, which print nothing unless they are given.
+# Variables around each `{% generation %}` block, which print nothing unless set.
 BLOCK_START, BLOCK_END = "_generation_start", "_generation_end"
 
 
@@ -33,7 +33,7 @@ def new_environment() -> ImmutableSandboxedEnvironment:
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
-        # Jinja's own give access to attributes of classes and instances.
+        # Jinja's own expose attributes of classes and instances.
         "dict": _PlainDict(),
         "namespace": _PlainNamespace,
     }
@@ -41,7 +41,7 @@ def new_environment() -> ImmutableSandboxedEnvironment:
 
 
 class GenerationBlocks(Extension):
-    """`{% generation %} … {% endgeneration %}`: what the assistant writes."""
+    """`{% generation %} … {% endgeneration %}`: marks the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -78,7 +78,7 @@ def _to_json(
 
 
 class _PlainDict:
-    """`dict(…)` and `dict.fromkeys(…)`, and nothing else of the class."""
+    """Only `dict(…)` and `dict.fromkeys(…)`, not the rest of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

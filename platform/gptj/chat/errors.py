@@ -1,7 +1,7 @@
-"""The error of chat templates."""
+"""Errors of chat templates."""
 
 from __future__ import annotations
 
 
 class ChatTemplateError(ValueError):
-    """A template cannot be read, or refuses a chat; the message says why."""
+    """A template cannot be read, or rejects a chat; the message says why."""

@@ -10,7 +10,7 @@ from gptj.storage.addresses import normalized
 
 MAX_BYTES = 2**20
 
-# For chat-tuned GPT-Js without a template of their own, from what they were trained on.
+# For chat-tuned GPT-Js without their own template, following their training data.
 READY = {
     "alpaca": "Stanford Alpaca's instructions; a reply ends with eos",
     "dolly": "databricks/dolly-v1-6b: the same, where a reply ends with ### End",
@@ -33,12 +33,12 @@ def read_template(name_or_address: str) -> str:
         content, size = storage.read_start(address, MAX_BYTES)
     except storage.NotFoundError as error:
         raise ChatTemplateError(
-            f"{name_or_address} is neither a file nor the name of a chat template: the names are "
+            f"{name_or_address} is neither a file nor a built-in chat template; there are "
             f"{', '.join(READY)}"
         ) from error
     if size > MAX_BYTES:
         raise ChatTemplateError(
-            f"{address} has {size} bytes, and a chat template at most {MAX_BYTES}"
+            f"{address} has {size} bytes, but a chat template may have at most {MAX_BYTES}"
         )
     return decoded(content, address)
 

@@ -3,7 +3,7 @@
     template = ChatTemplate("{% for message in messages %}…{% endfor %}", {"eos_token": "…"})
     template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-Equal to transformers' `apply_chat_template` for the same source and special tokens.
+Equivalent to transformers' `apply_chat_template` for the same source and special tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jinja2.exceptions import TemplateError
 from gptj.chat.environment import BLOCK_END, BLOCK_START, new_environment
 from gptj.chat.errors import ChatTemplateError
 
-Message = Mapping[str, Any]  # role, content, and whatever else a template knows
+Message = Mapping[str, Any]  # role, content, and any other fields that a template uses
 
-# Where a template says what ends replies, beside eos: {% set stop = ["### End"] %}.
+# Variable for strings that end replies, besides eos: {% set stop = ["### End"] %}.
 STOP = "stop"
 
-# What a template's code can raise; anything else is a bug of ours.
+# Errors that a template's code can raise; anything else is our bug.
 _FAILURES = (
     TemplateError,
     ArithmeticError,
@@ -46,7 +46,7 @@ class Span:
 
 
 class ChatTemplate:
-    """A template's source, compiled once; `render` is safe to call from several threads.
+    """A template, compiled once; `render` is thread-safe.
 
     Args:
         source: Jinja.
@@ -87,9 +87,9 @@ class ChatTemplate:
 
     @cached_property
     def wants_parts(self) -> bool:
-        """Whether it takes contents only as lists of parts, not as strings.
+        """Whether it accepts contents only as lists of parts, not as strings.
 
-        Found by trying which of them it renders.
+        Determined by trying both.
         """
         text = "a text to find"
         parts = [{"type": "text", "text": text}]
@@ -105,12 +105,12 @@ class ChatTemplate:
         """The text of a chat.
 
         Args:
-            messages: fields that are None count as left out.
+            messages: fields that are None are treated as missing.
             add_generation_prompt: end with the beginning of the assistant's reply.
-            variables: of the template, beside the messages and special tokens.
+            variables: of the template, besides messages and special tokens.
 
         Raises:
-            ChatTemplateError: if the template refuses the messages, or fails on them.
+            ChatTemplateError: if the template rejects the messages, or fails on them.
         """
         given = {
             **self._special_tokens,
@@ -124,14 +124,14 @@ class ChatTemplate:
             return self._template.render(given)
         except _FAILURES as error:
             reason = str(error) or type(error).__name__
-            raise ChatTemplateError(f"the chat template refuses the messages: {reason}") from error
+            raise ChatTemplateError(f"the chat template rejects the messages: {reason}") from error
 
     def render_blocks(
         self, messages: Sequence[Message], *, variables: Mapping[str, Any] | None = None
     ) -> tuple[str, list[Span]]:
         """A whole chat's text, and the spans of its `{% generation %}` blocks. Raises as `render`.
 
-        Marker characters around each block show the spans; without them the text must be the same.
+        Renders again with marker characters around each block; the text must otherwise be the same.
         """
         text = self.render(messages, variables=variables)
         start, end = _unused_characters(text)
@@ -147,8 +147,8 @@ class ChatTemplate:
                 plain += piece
         if plain != text:
             raise ChatTemplateError(
-                "the chat template changes what its {% generation %} blocks print: its turns "
-                "cannot be told"
+                "the chat template modifies the output of its {% generation %} blocks: the "
+                "assistant's turns cannot be located"
             )
         return text, spans
 
@@ -167,13 +167,13 @@ def _strings(node: nodes.Node) -> tuple[str, ...]:
     try:
         value = node.as_const() if isinstance(node, nodes.Expr) else None
     except nodes.Impossible:
-        return ()  # a variable of the template's own
+        return ()  # not a constant
     if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
         return tuple(value)
     return ()
 
 
 def _unused_characters(text: str) -> tuple[str, str]:
-    """Two private-use characters that the text does not have."""
+    """Two private-use characters that the text does not contain."""
     unused = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     return next(unused), next(unused)

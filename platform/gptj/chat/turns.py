@@ -1,4 +1,4 @@
-"""A chat as token ids, with the assistant's marked: what training learns from."""
+"""A chat as token ids, with a mask of the assistant's, for training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASSISTANT = "assistant"
 @dataclass(frozen=True)
 class EncodedChat:
     ids: list[int]
-    assistant: list[bool]  # for each id, whether the assistant writes it
+    assistant: list[bool]  # for each id, whether it is the assistant's
 
 
 def template_of(tokenizer: GPTJTokenizer, source: str | None = None) -> ChatTemplate | None:
@@ -45,15 +45,15 @@ def encode_chat(
 ) -> EncodedChat:
     """A whole chat's ids, and which of them belong to the assistant's turns.
 
-    The turns are the template's `{% generation %}` blocks. Without these they are found by
-    rendering the chat up to each reply and up to its end, both of which must begin the whole text.
+    The turns are the template's `{% generation %}` blocks. Without blocks, they are found by
+    rendering the chat up to each reply and up to its end; both must be prefixes of the whole text.
 
     Args:
         variables: of the template.
 
     Raises:
-        ChatTemplateError: if the template refuses the messages, none of them is the assistant's,
-            or its turns cannot be told.
+        ChatTemplateError: if the template rejects the messages, none of them is the assistant's, or
+            its turns cannot be located.
     """
     if not any(message.get("role") == ASSISTANT for message in messages):
         raise ChatTemplateError(
@@ -64,7 +64,7 @@ def encode_chat(
     else:
         text, spans = _render_turns(template, messages, variables)
     if not any(span.end > span.start for span in spans):
-        raise ChatTemplateError("the chat template shows nothing of the assistant's messages")
+        raise ChatTemplateError("the chat template omits the assistant's messages")
     ids = tokenizer.encode(text)
     return EncodedChat(ids, _within(tokenizer, text, ids, spans))
 
@@ -81,10 +81,9 @@ def _render_turns(
         after = template.render(messages[: number + 1], variables=variables)
         if not (text.startswith(after) and after.startswith(before)):
             raise ChatTemplateError(
-                f"what message {number} of the chat adds to the text cannot be told: the template "
-                f"renders the messages before it in another way without it; remedy: put "
-                f"{{% generation %}} and {{% endgeneration %}} around the assistant's text in the "
-                f"template"
+                f"the text of message {number} of the chat cannot be located: without it, the "
+                f"template renders earlier messages differently; remedy: put {{% generation %}} "
+                f"and {{% endgeneration %}} around the assistant's text in the template"
             )
         spans.append(Span(len(before), len(after)))
     return text, spans
@@ -97,7 +96,7 @@ def _within(
     pieces = [tokenizer.token_bytes(token) for token in ids]
     if b"".join(pieces) != text.encode():
         raise ChatTemplateError(
-            "the tokenizer changes the chat's text: the assistant's tokens cannot be told"
+            "the tokenizer changes the chat's text: the assistant's tokens cannot be located"
         )
     bounds = _in_bytes(text, spans)
     within, place = [], 0

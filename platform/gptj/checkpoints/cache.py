@@ -8,12 +8,12 @@ The folder has one entry per checkpoint, keyed by its manifest's content, so tha
 replaced in S3 gets a new entry:
 
     KEY/            the files; manifest.json last, without which the entry is incomplete
-    KEY.lock        shared while the entry is used, held alone while it is fetched or deleted;
-                    its content is the entry's size in bytes, its time the last use
-    lock            held while it is decided what to delete
+    KEY.lock        shared while the entry is in use, exclusive while it is fetched or deleted;
+                    its content is the entry's size in bytes, its mtime the last use
+    lock            held while deciding what to evict
 
 The least recently used entries are evicted first, never one in use. Several processes may share the
-cache, and may be killed: what they leave is counted, and fetched again or deleted.
+cache, and may be killed: their leftovers are counted, and fetched again or deleted.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class CheckpointCache:
                     return False
                 continue  # another process is about to fetch it
             if _stamp(entry) is not None and not damaged:
-                continue  # somebody has, meanwhile
+                continue  # another process has fetched it meanwhile
             if not self._make_room(entry.size, lock):
                 logger.warning("no room for %s: everything in the cache is in use", address)
                 return False

@@ -145,7 +145,7 @@ class ModelFolder:
     def read(self, name: str) -> bytes:
         """A small file's content. CheckpointError if it does not match the manifest.
 
-        A file that the manifest does not name was added later, and is refused.
+        A file that is not in the manifest was added later, and is rejected.
         """
         if self.manifest is None:
             return read_small(storage.join(self.address, name))
@@ -214,7 +214,7 @@ class ModelFolder:
         only names can be checked, and for a hub id nothing.
 
         Raises:
-            CheckpointError: if a file is missing or cut off.
+            CheckpointError: if a file is missing or truncated.
         """
         if self._from_hub:
             return

@@ -14,7 +14,7 @@ from typing import Any
 from gptj.extras import Extra
 from gptj.storage.addresses import is_s3, normalized
 
-# Imported only for what is on the hub: its HTTP client takes a fifth of PyTorch's time.
+# Imported only when needed: its HTTP client takes a fifth of PyTorch's import time.
 huggingface_hub = Extra("huggingface_hub", "the Hugging Face hub")
 errors = Extra("huggingface_hub.errors", "the Hugging Face hub", "huggingface_hub")
 httpx2 = Extra("httpx2", "the Hugging Face hub")
@@ -69,8 +69,8 @@ def locate(
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{address!r} is not an existing folder or an s3:// address, and the hub has no model "
-            f"of that name that this account may read; remedy: correct it, or set HF_TOKEN for a "
-            f"private one"
+            f"of that name that this account may read; remedy: correct the name, or set HF_TOKEN "
+            f"for a private one"
         ) from error
     except (
         errors.EntryNotFoundError,

@@ -1,7 +1,7 @@
 """`manifest.json`: every file's size and SHA-256, written last into a finished folder.
 
 An unfinished folder has no manifest; a folder whose files were truncated or altered later does not
-match it. Both are refused, with an error that names the file. Model folders and training
+match it. Both are rejected, with an error that names the file. Model folders and training
 checkpoints use the same format.
 """
 
@@ -153,7 +153,7 @@ class Manifest:
         expected = self.record(name).size
         if size != expected:
             raise CheckpointError(
-                f"{storage.join(self.folder, name)} has {size} bytes and should have "
+                f"{storage.join(self.folder, name)} has {size} bytes but should have "
                 f"{expected}: it is " + ("truncated" if size < expected else "altered")
             )
 
@@ -239,7 +239,7 @@ class FolderWriter:
     file, if the folder has a manifest: finished folders never change.
 
     Args:
-        fence: called before each file appears; raises if this process may not write any more.
+        fence: called before each file is published; raises if this process may no longer write.
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""Memory-map a range of a local file: pages are read on first use, and each range is unmapped
-separately once unused.
+"""Memory-map ranges of a local file; each is unmapped separately once unused.
 
 Processes that map the same file share its pages. Python's mmap would keep one file descriptor
 open per mapping, and a model has hundreds.

@@ -25,8 +25,8 @@ def stream(
 ) -> Iterator[Part]:
     """Fill the parts in order from an S3 object, starting at byte `start`.
 
-    Each is yielded in order once it is full; at most `ahead` are being filled. A part should have
-    at most storage.PART_BYTES.
+    Each is yielded once it is full; at most `ahead` are in flight. A part should have at most
+    storage.PART_BYTES.
 
     Raises:
         storage.StorageError: if the object ends early, or cannot be read.

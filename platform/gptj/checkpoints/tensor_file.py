@@ -81,7 +81,7 @@ def read_header(address: str) -> Header:
     if length > total - 8:
         raise CheckpointError(
             f"{address} is truncated or not a safetensors file: its header should have {length} "
-            f"bytes, and the whole file has {total}"
+            f"bytes, but the whole file has {total}"
         )
     if length > HEADER_LIMIT:
         raise CheckpointError(
@@ -103,7 +103,7 @@ def read_header(address: str) -> Header:
         end = tensor.end
     if total != end:
         raise CheckpointError(
-            f"{address} has {total} bytes and its header promises {end}: it is "
+            f"{address} has {total} bytes but its header promises {end}: it is "
             + ("truncated" if total < end else "damaged")
         )
     return Header(content, tensors, total)

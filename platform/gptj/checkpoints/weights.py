@@ -138,7 +138,7 @@ def read_weights(
 
     In no particular order. Local files are memory-mapped tensor by tensor, so that each tensor's
     memory is freed with it; with a manifest all files are first hashed in parallel. From S3 several
-    files are read at a time, ahead of the consumer, straight into the tensors' memory; a file's
+    files are read concurrently, ahead of the consumer, straight into the tensors' memory; a file's
     hash is checked once its last tensor has been yielded. Tensors may be views of shared memory,
     and may be written to.
 
@@ -155,7 +155,7 @@ def read_weights(
     files = weight_files(folder, names, manifest, kinds)
     if manifest is not None:
         for name in files:
-            manifest.record(name)  # refuses files added later
+            manifest.record(name)  # rejects files added later
     if storage.is_s3(folder):
         yield from _read_remote(folder, files, manifest, verify)
         return
@@ -197,7 +197,7 @@ def weight_files(
                 raise CheckpointError(f"{address} is damaged: it has no weight_map")
             shards = sorted(set(weight_map.values()))
             for shard in shards:
-                if shard not in names:  # this also refuses paths outside the folder
+                if shard not in names:  # this also rejects paths outside the folder
                     raise CheckpointError(f"{folder} is incomplete: {shard} is missing")
             return shards
     looked_for = ", ".join(name for kind in kinds for name in kind)

@@ -1,9 +1,9 @@
-"""A data set's rows in, a folder of JSON lines with one answer a row out, in parallel steps.
+"""A data set's rows in, a folder of JSON lines with one answer per row out, in parallel steps.
 
-A plan groups files into parts, each part is read in chunks of rows, and each chunk's answers become
-`output-PPPPP-CCCCC.jsonl`, in the order of its rows; rows without an answer stand in
-`errors-PPPPP-CCCCC.jsonl`, with the reason. A chunk's record is written after both, so that a run
-that was interrupted leaves out what is done. Last come `index.json` and a manifest.
+A plan groups files into parts, and each part is read in chunks of rows. Each chunk's answers go to
+`output-PPPPP-CCCCC.jsonl`, in row order; rows without an answer go to `errors-PPPPP-CCCCC.jsonl`,
+with the reason. A chunk's record is written after both, so that an interrupted run skips finished
+chunks. `index.json` and a manifest come last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import SAMPLE
 
 CHUNK_ROWS = 256
-CHUNK_CHARACTERS = 4 * 2**20  # of fewer rows, if they are long
+CHUNK_CHARACTERS = 4 * 2**20  # chunks of long rows have fewer than CHUNK_ROWS
 UNFINISHED = "unfinished"
 PLAN = "plan.json"
 INDEX = "index.json"
@@ -32,13 +32,13 @@ OUTPUT, ERRORS = "output", "errors"
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the answers depend on."""
+    """Everything that the answers depend on."""
 
     address: str
     parts: tuple[tuple[str, ...], ...]  # addresses of files
     sizes: tuple[int, ...]  # of all files in their order, bytes
     columns: tuple[str, ...]  # ours
-    names: Mapping[str, str]  # our name of a column: the files'
+    names: Mapping[str, str]  # our name of a column -> the files'
     delimiter: str | None
     chunk_rows: int
     settings: Mapping[str, Any]  # the model and what it is asked, as plain values
@@ -57,7 +57,7 @@ class Plan:
         settings: Mapping[str, Any],
         whole: bool = False,
     ) -> Plan:
-        """DataError, StorageError: if the address has nothing that can be read."""
+        """DataError, StorageError: if the address has no readable files."""
         files = data_files(address)
         return cls(
             address,
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def folder(self) -> str:
-        """The deepest folder with all files, to name files by; empty for a sample."""
+        """The deepest folder with all files, to name them relative to it; empty for a sample."""
         files = [file for part in self.parts for file in part]
         if files[0].startswith(SAMPLE):
             return ""
@@ -86,12 +86,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a chunk, or what is wrong with it."""
+    """A row of a chunk, or why it cannot be read."""
 
     file: str  # its name below the plan's folder
     number: int | None  # as Row.number; None: unknown
     row: Row | None
-    problem: str = ""  # without a row
+    problem: str = ""  # if row is None
 
     @property
     def key(self) -> dict[str, Any]:
@@ -122,17 +122,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Record:
-    """What a chunk has become."""
+    """The outcome of a finished chunk."""
 
     name: str
-    rows: int  # of the chunk
-    failed: int  # of them, in the file of errors
+    rows: int
+    failed: int  # rows in the file of errors
     source: str  # Chunk.digest
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # as FileRecord, by name
 
     @classmethod
     def find(cls, folder: str, chunk: Chunk) -> Record | None:
-        """The record of a chunk that is done."""
+        """The record of a chunk, if it is finished."""
         address = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
         try:
             record = cls(**parse_object(storage.read_bytes(address), address))
@@ -143,7 +143,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Index:
-    """What a finished folder holds, and how it was made."""
+    """A finished folder's contents, and how it was made."""
 
     settings: Mapping[str, Any]  # the plan's
     rows: int
@@ -152,7 +152,7 @@ class Index:
 
 
 def begin(plan: Plan, folder: str) -> Index | None:
-    """Mark a new folder as this plan's, or return its index if it is finished already.
+    """Claim a new folder for this plan, or return its index if it is already finished.
 
     Raises:
         DataError: if the folder belongs to another plan, or has other files.
@@ -182,8 +182,8 @@ def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
             names = inner[0].keys() | inner[1].keys()
             different = sorted(n for n in names if inner[0].get(n) != inner[1].get(n))
         raise DataError(
-            f"{folder} was begun with other {', '.join(different)}: choose another folder, or "
-            f"delete this one"
+            f"{folder} was started with different {', '.join(different)}: choose another folder, "
+            f"or delete this one"
         )
 
 
@@ -240,7 +240,7 @@ def _entries(plan: Plan, file: str, name: str) -> Iterator[Entry]:
             yield from bad
             bad.clear()
             yield Entry(name, row.number, row)
-    except NoRowsError:  # an empty file among others, or one of nothing but bad rows
+    except NoRowsError:  # a file that is empty or has only bad rows
         pass
     yield from bad
 
@@ -256,7 +256,7 @@ def write(
     outputs: Sequence[Mapping[str, Any]],
     errors: Sequence[Mapping[str, Any]],
 ) -> Record:
-    """Write a chunk's lines, and then its record."""
+    """Write a chunk's lines, then its record."""
     assert len(outputs) + len(errors) == len(chunk.entries)
     files: dict[str, dict[str, Any]] = {}
     for kind, lines in ((OUTPUT, outputs), (ERRORS, errors)):
@@ -265,12 +265,12 @@ def write(
             name = f"{UNFINISHED}/{name}"
         address = storage.join(folder, name)
         if not lines:
-            storage.delete(address)  # of a try that was interrupted
+            storage.delete(address)  # left by an interrupted run
             continue
         content = "".join(
             json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines
         )
-        # Lone surrogates, which a bad row may have, are no UTF-8.
+        # Lone surrogates in a bad row cannot be encoded as UTF-8.
         encoded = content.encode("utf-8", "backslashreplace")
         storage.write_bytes(address, encoded)
         files[name] = asdict(FileRecord(len(encoded), hashlib.sha256(encoded).hexdigest()))
@@ -281,7 +281,7 @@ def write(
 
 
 def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
-    """Write the index and, last, the manifest. NoRowsError if there was no row."""
+    """Write the index and, last, the manifest. NoRowsError if there were no rows."""
     ordered = sorted(records, key=lambda record: [int(n) for n in record.name.split("-")])
     assert len({record.name for record in ordered}) == len(ordered)
     index = Index(
@@ -316,7 +316,7 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
 
 
 def _joined(address: str, parts: Sequence[str]) -> FileRecord:
-    """Write the parts' contents to one file."""
+    """Concatenate the parts into one file."""
     digest, size = hashlib.sha256(), 0
     with storage.open_write(address) as file:
         for part in parts:

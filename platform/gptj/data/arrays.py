@@ -1,4 +1,4 @@
-"""Arrays on disk: values in, as they come; files out that processes share by mapping them."""
+"""Arrays on disk: appended incrementally, then memory-mapped and shared by processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ArrayFile:
 
     def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self._dtype = dtype
-        self._shape = shape  # of an element
+        self._shape = shape  # of one element
         self._file: IO[bytes] = path.open("wb")
         self.length = 0
         self._file.write(self._header())
@@ -37,7 +37,7 @@ class ArrayFile:
         self._file.close()
 
     def _header(self) -> bytes:
-        """As long for any length: numpy leaves room for the digits of the first axis."""
+        """Constant in size: numpy pads it for a growing first axis."""
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header,
@@ -51,12 +51,12 @@ class ArrayFile:
 
 
 class ArrayWriter:
-    """A folder's arrays, which are made by what is first appended to them."""
+    """A folder's arrays, each created by the first append."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, ArrayFile] = {}
-        self._last: dict[str, int] = {}  # of arrays of ends, the last one
+        self._last: dict[str, int] = {}  # the last value of each array of ends
 
     def append(self, name: str, values: Array) -> None:
         if name not in self._files:
@@ -65,7 +65,7 @@ class ArrayWriter:
         self._files[name].append(values)
 
     def append_ends(self, name: str, lengths: Array) -> None:
-        """Where lists of these lengths end, one after the other: item i is ends[i]:ends[i + 1]."""
+        """Append the offsets of concatenated lists: list i is ends[i]:ends[i + 1]."""
         if name not in self._last:
             self.append(name, np.zeros(1, np.int64))
             self._last[name] = 0
@@ -84,10 +84,10 @@ class ArrayWriter:
 
 @contextmanager
 def writing_arrays(folder: Path, fields: dict[str, Any]) -> Iterator[ArrayWriter]:
-    """Write arrays to a new folder for the length of the block.
+    """Write arrays to a new folder within the block.
 
     Args:
-        fields: what JSON can hold, which the block may add to; it is written last.
+        fields: JSON-serializable; the block may add to them. Written last.
     """
     folder.mkdir(parents=True)
     writer = ArrayWriter(folder)
@@ -99,7 +99,7 @@ def writing_arrays(folder: Path, fields: dict[str, Any]) -> Iterator[ArrayWriter
 
 
 def load_arrays(folder: Path) -> tuple[dict[str, Array], Mapping[str, Any]]:
-    """The arrays, memory-mapped so that processes share them, and the fields."""
+    """The arrays, memory-mapped, and the fields."""
     arrays = {
         file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")
     }

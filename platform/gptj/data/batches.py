@@ -1,4 +1,4 @@
-"""Which examples make up which batch: an optimizer step in, indices out; no state but the step."""
+"""The examples of each batch: an optimizer step in, indices out; stateless."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """A shuffled order without end: every epoch has each example once, in an order of its own.
+    """An endless shuffled order: every epoch has each example once, reshuffled.
 
-    It depends on nothing but these numbers, so that a run that resumes at a step, or with another
-    number of workers, goes on with the examples that it would have had.
+    It depends only on these fields, so a run that resumes at a step, even with another number of
+    workers, continues with the same examples.
     """
 
     examples: int  # in the data set
-    batch: int  # examples of an optimizer step, over all ranks and micro-batches
+    batch: int  # examples per optimizer step, over all ranks and micro-batches
     seed: int
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class BatchOrder:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
 
     def indices(self, step: int) -> list[int]:
-        """The examples of a step (from 0 on); a batch may begin in one epoch and end in another."""
+        """The examples of a step, counted from 0; a batch may span epochs."""
         if step < 0:
             raise ValueError(f"step must be 0 or more, got {step}")
         chosen: list[int] = []
@@ -46,8 +46,8 @@ class BatchOrder:
 def share(indices: Sequence[int], rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
     """This rank's part of a global batch, in micro-batches of at most `micro_batch` examples.
 
-    Every rank gets equally many micro-batches. Where the batch does not divide evenly, the first
-    ranks and micro-batches have an example more, and the last micro-batch of a rank may be empty.
+    Every rank gets equally many micro-batches. If the batch does not divide evenly, the first ranks
+    and micro-batches have one example more, and a rank's last micro-batch may be empty.
 
     Raises ValueError if there are fewer examples than ranks.
     """
@@ -63,18 +63,18 @@ def share(indices: Sequence[int], rank: int, world_size: int, micro_batch: int) 
 
 
 def micro_batches(batch: int, world_size: int, micro_batch: int) -> int:
-    """How many micro-batches of at most `micro_batch` examples each rank computes of a batch."""
+    """Number of micro-batches of at most `micro_batch` examples per rank."""
     return -(-batch // (world_size * micro_batch))
 
 
 def _parts(indices: Sequence[int], count: int) -> list[list[int]]:
-    """Cut into so many parts, in order, whose sizes differ by one at most."""
+    """Split into `count` consecutive parts whose sizes differ by at most one."""
     size, longer = divmod(len(indices), count)
     starts = [number * size + min(number, longer) for number in range(count + 1)]
     return [list(indices[start:end]) for start, end in itertools.pairwise(starts)]
 
 
-@lru_cache(maxsize=2)  # a batch spans two epochs at most, unless the data set is tiny
+@lru_cache(maxsize=2)  # a batch spans at most two epochs, unless the data set is tiny
 def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    # PCG64 and permutation() are the same on every machine and in every numpy since 1.17.
+    # PCG64 and permutation() give the same results on every machine since numpy 1.17.
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(examples)

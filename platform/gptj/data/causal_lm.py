@@ -23,36 +23,36 @@ from gptj.tokenizer import GPTJTokenizer
 
 
 class PackedRow(NamedTuple):
-    """An example: documents one after the other."""
+    """An example: concatenated documents."""
 
     ids: Ids  # (L)
-    lengths: Array  # of its documents, L in all
+    lengths: Array  # of its documents; they sum to L
     learned: Mask | None  # (L); None: all
 
 
 class CausalLMData:
     """Documents, each ended by eos (chats by their template), in rows of `sequence_length` tokens.
 
-    Packed by best fit, a row holds whole documents, and each is computed as if it were alone. A
-    longer text is split into documents that fill a row; a longer prompt and completion lose the
-    beginning of the prompt, which keeps at least half a row, and then the end of the completion.
-    What has nothing to learn, such as an empty text, is left out.
+    With best_fit, a row holds whole documents, each computed independently. A longer text is split
+    into documents that fill a row; a longer prompt and completion lose the beginning of the prompt,
+    of which at least half a row is kept, then the end of the completion. Documents with nothing to
+    learn, such as empty texts, are dropped.
 
-    Concatenated, rows are cut from the whole stream wherever they are full, and documents see those
-    before them. Only the last row may be shorter.
+    With concatenate, the stream is cut wherever a row is full, and documents attend to those before
+    them in the row. Only the last row may be shorter.
 
     Args:
         rows: with the column `text`, one document each; with `prompt` and `completion`, of which
             only the completion is learned; or with `messages`, of which only the assistant's are.
-        sequence_length: tokens of a row at most, 2 or more.
-        packing: by best fit; concatenated; or none: one row per document.
+        sequence_length: most tokens per row, 2 or more.
+        packing: best_fit, concatenate, or none for one document per row.
 
     Raises:
         DataError: if a row does not fit, or there is nothing to learn.
         ValueError: if the tokenizer has no eos token, or sequence_length is below 2.
     """
 
-    labels = None  # there are none but the tokens
+    labels = None  # only classifiers have them
 
     def __init__(
         self,
@@ -89,12 +89,10 @@ class CausalLMData:
         sequence_length: int,
         packing: Packing = "concatenate",
     ) -> None:
-        """Pack documents that are tokenized already into a new folder, for `load`.
-
-        Memory holds one of their shards.
+        """Pack tokenized documents into a new folder, for `load`; holds one shard in memory.
 
         Raises:
-            DataError: if the tokenizer is another, or there is nothing to learn.
+            DataError: if they were prepared with another tokenizer, or there is nothing to learn.
             CheckpointError: for a damaged shard.
         """
         prepared.check("causal-lm", tokenizer)
@@ -119,7 +117,7 @@ class CausalLMData:
 
     @classmethod
     def load(cls, folder: Path) -> CausalLMData:
-        """What `write` has written, memory-mapped."""
+        """Memory-map data written by `write`."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
         self.tokens, self.learned = arrays["tokens"], arrays.get("learned")
@@ -149,7 +147,7 @@ class CausalLMData:
         )
 
     def first(self, count: int) -> CausalLMData:
-        """The same data without what follows its first `count` examples."""
+        """The first `count` examples."""
         part = copy.copy(self)
         part.row_ends = self.row_ends[: count + 1]
         end = part.row_ends[-1]
@@ -159,11 +157,11 @@ class CausalLMData:
         return part
 
     def collate(self, examples: Sequence[PackedRow]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels` (B, L) of int64, and perhaps `cu_seqlens`.
+        """`input_ids`, `attention_mask` and `labels` (B, L) int64, and perhaps `cu_seqlens`.
 
-        Padding, prompts and the first tokens of documents are not labels. `cu_seqlens` (N + 1) of
-        int32 is there if any row has several documents: the borders of the documents, counted
-        through all rows; a row's padding is a document too.
+        Padding, prompts and documents' first tokens are masked in the labels. `cu_seqlens`
+        (N + 1) int32 is included if any row has several documents: their boundaries in the
+        flattened batch; a row's padding counts as a document.
         """
         batch = padded([row.ids for row in examples], self._padding, self.sequence_length)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
@@ -183,7 +181,7 @@ class CausalLMData:
         return batch
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
-        """Tokens that the loss averages over: a document's first is predicted by nothing."""
+        """Tokens that the loss averages over: all labels but the first, which nothing predicts."""
         return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
@@ -191,7 +189,7 @@ class CausalLMData:
 
     @property
     def useful_share(self) -> float:
-        """Tokens as a share of what the rows have room for."""
+        """Share of the rows' capacity that tokens fill."""
         return len(self.tokens) / (len(self) * self.sequence_length)
 
     def summary(self) -> str:
@@ -222,7 +220,7 @@ def _nothing_in(source: str) -> DataError:
 
 
 def _append_learned(arrays: ArrayWriter, part: Packed) -> None:
-    """A mask, as soon as any token is not to be learned; call it before the tokens are added."""
+    """Append the mask, once any token is masked; call before appending the tokens."""
     before, added = arrays.length("tokens"), len(part.ids)
     if part.learned is None and not arrays.length("learned"):
         return

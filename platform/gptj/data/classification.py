@@ -1,4 +1,4 @@
-"""Classification and regression: rows with `text`, perhaps `text_pair`, and `label` in.
+"""Classification and regression: rows of `text`, `text_pair` (optional) and `label` in.
 
 Token ids and targets out.
 """
@@ -42,39 +42,40 @@ from gptj.tokenizer import GPTJTokenizer
 
 __all__ = ["MULTI_LABEL", "REGRESSION", "SINGLE_LABEL", "ClassificationData", "LabelSet"]
 
-LABELS_AT_ONCE = 4096  # several of each row are a number for each that there is
-MOST_COUNTED = 20  # labels that a summary lists
+LABELS_AT_ONCE = 4096  # rows; multi-label targets take a number per row and label
+MOST_COUNTED = 20  # most labels listed in a summary
 
 
 class ClassificationExample(NamedTuple):
     input_ids: Ids
-    target: np.ndarray[Any, Any]  # () a class number; (C) of 0 and 1; () or (C) numbers
+    target: np.ndarray[Any, Any]  # () class index; (C) 0 and 1; () or (C) regression values
 
 
 class ClassificationData:
     """Texts or pairs of texts, cut to `max_length` tokens, and their labels.
 
-    A pair's tokens follow each other without anything between them, as Hugging Face's tokenizer of
-    GPT-J has it. Too long a pair loses tokens from the end of the longer text first.
+    A pair is concatenated without a separator, like Hugging Face's GPT-J tokenizer does. Too long a
+    pair is cut at the end of its longer text first.
 
-    A row's `label` is a name or a class number (single_label_classification); a list of them, which
-    may be empty, or a list of a 0 or 1 for each label (multi_label_classification); or a number or
-    a list of numbers (regression). In CSV lists are JSON.
+    A row's `label` is a name or a class index (single_label_classification); a list of them, which
+    may be empty, or a list of a 0 or 1 per label (multi_label_classification); or a number or a
+    list of numbers (regression). In CSV, lists are JSON.
 
     Args:
         rows: with the columns `text` and `label`, and all or none with `text_pair`.
         max_length: tokens; the beginning of a longer text is kept.
-        labels: those of the training data, for evaluation data. None finds them: names in
-            alphabetical order, class number n as LABEL_n.
-        label_names: the names in their order, instead of finding them: a label is the name that is
-            written alike, be it text or a number; whole numbers are class numbers, if no name is a
-            number and they begin with 0. Or a mapping of what the data write to names.
-        problem_type: how labels are read, instead of finding out: whole numbers can be ratings.
+        labels: the training data's, for evaluation data. None: inferred; names in alphabetical
+            order, class index n as LABEL_n.
+        label_names: the names in order, instead of inferring them: a label equals a name as
+            written, whether text or number; whole numbers are class indices if no name is a number
+            and they start at 0. Or a mapping from values in the data to names.
+        problem_type: instead of inferring it; for example, whole numbers can be ratings.
 
     Raises:
-        DataError: naming the row whose text is empty or whose label does not fit, or the readings
-            of labels that can be read in several ways.
-        ValueError: if max_length is below 1, or `labels` is given together with what it replaces.
+        DataError: naming a row with an empty text or an invalid label, or the possible readings of
+            ambiguous labels.
+        ValueError: if max_length is below 1, or `labels` is combined with label_names or
+            problem_type.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ClassificationData:
         problem_type: str | None = None,
     ) -> None:
         if labels is not None and (label_names is not None or problem_type is not None):
-            raise ValueError("labels holds names and type: give no label_names or problem_type")
+            raise ValueError("labels already has names and type: drop label_names and problem_type")
         self.max_length = max_length
         self._padding = padding_id(tokenizer)
         kept: list[Row] = []
@@ -98,7 +99,7 @@ class ClassificationData:
             pairs = None
             if "text_pair" in group[0].values:
                 pairs = [_nonempty(row, "text_pair") for row in group]
-            # Not their texts, which would stay in memory until all rows are read.
+            # Drop the texts, which would stay in memory until all rows are read.
             kept += [replace(row, values={"label": row.value("label")}) for row in group]
             encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)["input_ids"]
             lists += [compact(ids) for ids in encoded]
@@ -121,12 +122,12 @@ class ClassificationData:
         label_names: LabelNames | None = None,
         problem_type: str | None = None,
     ) -> None:
-        """Cut prepared texts, and read their labels, into a new folder, for `load`.
+        """Truncate prepared texts and read their labels into a new folder, for `load`.
 
-        Memory holds one shard, and each label once. Arguments as of the constructor.
+        Memory holds one shard, and each distinct label once. Arguments as in the constructor.
 
         Raises:
-            DataError: as the constructor; or if the task or the tokenizer is another.
+            DataError: as in the constructor; or if prepared for another task or tokenizer.
             CheckpointError: for a damaged shard.
         """
         prepared.check("classification", tokenizer)
@@ -152,7 +153,7 @@ class ClassificationData:
 
     @classmethod
     def load(cls, folder: Path) -> ClassificationData:
-        """What `write` has written, memory-mapped."""
+        """Memory-map data written by `write`."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
         self._token_lists = TokenLists(arrays["ids"], arrays["ends"])
@@ -178,15 +179,15 @@ class ClassificationData:
     def collate(self, examples: Sequence[ClassificationExample]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (B, L), and `labels`.
 
-        (B) of int64 for a single label, (B, C) of fp32 for several, (B) or (B, C) of fp32 for
-        one or several numbers.
+        Labels are (B) int64 for single-label, (B, C) fp32 for multi-label, and (B) or (B, C) fp32
+        for regression.
         """
         batch = padded([example.input_ids for example in examples], self._padding, self.max_length)
         batch["labels"] = torch.from_numpy(np.stack([example.target for example in examples]))
         return batch
 
     def summary(self) -> str:
-        """How the labels were read, and how many rows have each."""
+        """How the labels were interpreted, and how many rows have each."""
         names = self.labels.names
         read = f"{len(self)} rows, {self.labels.problem_type}, labels {self._reading}"
         if self.labels.problem_type == REGRESSION:
@@ -200,7 +201,7 @@ class ClassificationData:
         return f"{read}: {', '.join(counted[:MOST_COUNTED])}{more}"
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
-        """Rows: what the loss averages over."""
+        """Rows, which the loss averages over."""
         return len(batch["labels"])
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
@@ -215,7 +216,7 @@ def _nonempty(row: Row, column: str) -> str:
 
 
 def _cut(table: PreparedTable, max_length: int) -> list[Ids]:
-    """Each row's ids as the tokenizer truncates them: of a pair first the longer text."""
+    """Each row's ids, truncated as by the tokenizer: the longer text of a pair first."""
     texts = _each(*lists_in(table.columns, "input_ids"))
     if "pair_ids" not in table.columns.column_names:
         return [text[:max_length] for text in texts]
@@ -235,14 +236,14 @@ def _each(ids: Ids, ends: Array) -> list[Ids]:
 
 
 def _labelled_rows(table: PreparedTable) -> Iterator[tuple[list[Row], Array]]:
-    """A few rows at a time: the first of them with each label, and which of these each row has."""
+    """Chunks of rows: the first row with each label, and each row's index into those."""
     for start in range(0, table.columns.num_rows, LABELS_AT_ONCE):
         labels = table.columns.column("label").slice(start, LABELS_AT_ONCE).combine_chunks()
         texts = labels.dictionary
         codes, places, numbers = np.unique(
             labels.indices.to_numpy(), return_index=True, return_inverse=True
         )
-        order = np.argsort(places)  # the first row that does not fit is the one to be named
+        order = np.argsort(places)  # so that errors name the first bad row
         rows = [
             table.row(start + place, label=json.loads(texts[code].as_py()))
             for code, place in zip(codes[order].tolist(), places[order].tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""A CSV file's bytes in, records out: all cells are text, and what they mean is decided later."""
+"""A CSV file's bytes in, records out: all cells are text, to be interpreted later."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gptj.data.records import (
 )
 from gptj.data.rows import shown
 
-DELIMITERS = (",", ";", "\t", "|")  # that are looked for
+DELIMITERS = (",", ";", "\t", "|")  # tried in this order
 POSITION = re.compile(r"_c(0|[1-9][0-9]*)")  # a column of a file without a header, as in Spark
-LARGEST_CELL = 2**28  # characters; an open quotation mark would make the whole file one cell
+LARGEST_CELL = 2**28  # characters; an unclosed quote would make the rest of the file one cell
 
 
 def read_csv(
@@ -34,16 +34,15 @@ def read_csv(
 ) -> Iterator[Record]:
     """The wanted columns of each record, numbered without the header.
 
-    If all wanted columns are positions (_c0, _c1, …), and the first line does not have these names,
+    If all wanted columns are positions (_c0, _c1, …) and the first line does not have these names,
     the file has no header, and its first line is a record.
 
     Args:
-        delimiter: None finds it: the first of DELIMITERS that gives a header with all wanted
-            columns.
-        on_bad: takes the error of a record that is then left out; that of wrong quotation marks,
-            after which nobody knows where a record begins, is raised.
+        delimiter: None: the first of DELIMITERS that gives a header with all wanted columns.
+        on_bad: receives the error of a record, which is then skipped. Quoting errors are raised,
+            since the next record's start is then unknown.
     """
-    csv.field_size_limit(LARGEST_CELL)  # of the process: there is no other one
+    csv.field_size_limit(LARGEST_CELL)  # process-wide; csv has no per-reader limit
     with decoded(file, newline="") as text:
         yield from _records(text, wanted, delimiter, on_bad)
 
@@ -51,14 +50,14 @@ def read_csv(
 def _records(
     text: io.TextIOWrapper, wanted: Sequence[str], delimiter: str | None, on_bad: OnBadRecord
 ) -> Iterator[Record]:
-    head: list[str] = []  # the lines that were read to find the header
+    head: list[str] = []  # lines already read to find the header
     if delimiter is None:
         delimiter = _delimiter(head, text, wanted)
     first = _first(head, text, delimiter)
     names = _names(first, wanted)
     hint = (
-        f" (the first line, at the delimiter {delimiter!r}; data.delimiter= sets another; without "
-        f"a header the columns are _c0, _c1, …)"
+        f" (the first line, split at {delimiter!r}; data.delimiter= sets another; without a header "
+        f"the columns are _c0, _c1, …)"
     )
     check_header(names, wanted, hint)
     places = [(name, names.index(name)) for name in wanted]
@@ -97,8 +96,8 @@ def _values(
     if len(cells) != len(names):
         raise BadRecordError(
             number,
-            f"has {len(cells)} cells and the first line {len(names)}, at the delimiter "
-            f"{delimiter!r}; remedy: quote cells that contain it",
+            f"has {len(cells)} cells but the first line {len(names)}, split at {delimiter!r}; "
+            f"remedy: quote cells that contain it",
         )
     values = {name: cells[place] for name, place in places}
     for name, cell in values.items():
@@ -110,7 +109,7 @@ def _values(
 
 
 def _delimiter(head: list[str], text: io.TextIOWrapper, wanted: Sequence[str]) -> str:
-    """The first that gives all wanted columns, or else the most columns."""
+    """The first delimiter that gives all wanted columns, else the one that gives the most."""
     found: dict[str, int] = {}
     for delimiter in DELIMITERS:
         names = _names(_first(head, text, delimiter), wanted)
@@ -129,7 +128,7 @@ def _names(first: list[str], wanted: Sequence[str]) -> list[str]:
 
 
 def _first(head: list[str], text: io.TextIOWrapper, delimiter: str) -> list[str]:
-    """The first record's cells; the lines that were read for it are kept in `head`."""
+    """The first record's cells; the lines read for it are appended to `head`."""
 
     def lines() -> Iterator[str]:
         yield from head

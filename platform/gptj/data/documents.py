@@ -1,7 +1,7 @@
-"""Rows in, documents out: token ids, and which of them a language model learns to predict.
+"""Rows in, documents out: token ids, and a mask of those that the loss may count.
 
-A row is a `text`, all of which is learned; a `prompt` and its `completion`, of which only the
-completion is learned; or the `messages` of a chat, of which only the assistant's are.
+A row is a `text`, which is learned in full; a `prompt` and `completion`, of which only the
+completion is learned; or a chat's `messages`, of which only the assistant's are learned.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Document(NamedTuple):
-    """A row's tokens, eos at the end."""
+    """A row's tokens, ended by eos."""
 
     ids: Ids
-    learned: Mask | None  # (tokens): what the loss may count; None: all
+    learned: Mask | None  # (tokens): those the loss may count; None: all
 
 
 class Documents(NamedTuple):
-    """Several, one after the other: document i is ids[ends[i]:ends[i + 1]]."""
+    """Concatenated documents: document i is ids[ends[i]:ends[i + 1]]."""
 
     ids: Ids
     ends: Array
@@ -56,13 +56,13 @@ def read_documents(
     tokenizer: GPTJTokenizer,
     on_bad: OnBadRow = refuse_row,
 ) -> Iterator[Document]:
-    """The rows' documents, in their order; the rows are all of one kind.
+    """The rows' documents, in order; all rows must be of one kind.
 
     Args:
-        on_bad: takes the error of a row, which is then left out.
+        on_bad: receives the error of a bad row, which is then skipped.
 
     Raises:
-        DataError: naming the row whose text is no text, or whose completion is empty.
+        DataError: naming a row whose text is not a string, or whose completion is empty.
         ValueError: if the tokenizer has no eos token.
     """
     if tokenizer.eos_token_id is None:
@@ -82,7 +82,7 @@ def read_documents(
 
 
 def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
-    """Groups of documents with `tokens` tokens or just over; the last may have fewer."""
+    """Group documents into windows of at least `tokens` tokens; the last may have fewer."""
     waiting: list[Document] = []
     size = 0
     for document in documents:
@@ -96,7 +96,7 @@ def windows(documents: Iterable[Document], tokens: int) -> Iterator[Documents]:
 
 
 def messages_of(row: Row) -> list[dict[str, Any]]:
-    """A row's chat, which CSV has as JSON. DataError if it is not a chat."""
+    """A row's chat; JSON in CSV files. DataError if it is not valid."""
     value = row.value("messages")
     if not row.typed:
         try:
@@ -123,7 +123,7 @@ def _texts(
 def _completions(
     rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int, on_bad: OnBadRow
 ) -> Iterator[Document]:
-    """Prompt and completion are tokenized separately: a service, too, gets the prompt alone."""
+    """Tokenize prompt and completion separately, as in serving, which only gets the prompt."""
     prompts = _encoded([row.text("prompt") for row in rows], tokenizer)
     completions = _encoded([row.text("completion") for row in rows], tokenizer)
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -134,12 +134,12 @@ def _completions(
 def _chats(
     rows: Sequence[Row], tokenizer: GPTJTokenizer, eos: int, on_bad: OnBadRow
 ) -> Iterator[Document]:
-    """As the template renders them: what ends a reply is the template's affair."""
+    """Render chats by the template, which also determines how a reply ends."""
     template = template_of(tokenizer)
     if template is None:
         raise DataError(
-            f"{rows[0].source} has messages, and the tokenizer no chat template to render them "
-            f"with; remedy: tokenizer.chat_template=, a Jinja file or one of {', '.join(READY)}"
+            f"{rows[0].source} has messages, but the tokenizer has no chat template; remedy: "
+            f"tokenizer.chat_template=, a Jinja file or one of {', '.join(READY)}"
         )
     for row in rows:
         try:

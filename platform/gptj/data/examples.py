@@ -1,4 +1,4 @@
-"""What the data sets share: token ids in one array, in memory or memory-mapped, and padding."""
+"""Shared by all data sets: token ids in one array, in memory or memory-mapped, and padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from gptj.data.arrays import Array
 from gptj.tokenizer import GPTJTokenizer
 
-PAD_MULTIPLE = 8  # lengths of batches: few different shapes, and what tensor cores like
+PAD_MULTIPLE = 8  # of batch lengths: suits tensor cores and keeps the number of shapes small
 TOKENIZED_AT_ONCE = 1000  # texts
 
 Item = TypeVar("Item")
@@ -21,7 +21,7 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class TokenLists:
-    """Lists of token ids of different lengths in one array, 4 bytes a token.
+    """Lists of token ids in one array, 4 bytes per token.
 
     List i is ids[ends[i]:ends[i + 1]].
     """
@@ -48,17 +48,16 @@ class TokenLists:
 
 
 def compact(ids: Sequence[int]) -> Ids:
-    """A list of ids, which takes 36 bytes a token, as an array, which takes 4."""
+    """Convert a list of ids (36 bytes per token) to an array (4 bytes per token)."""
     return np.array(ids, dtype=np.int32)
 
 
 def padded(
     lists: Sequence[Sequence[int] | Ids], padding: int, limit: int | None = None
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (B, L) of int64, padded on the right.
+    """`input_ids` and `attention_mask` (B, L) int64, padded on the right.
 
-    L is the longest length up to a multiple of 8, and `limit` at most; without a limit, the longest
-    length.
+    L is the longest length, rounded up to a multiple of 8 but at most to `limit`, if given.
     """
     length = longest = max(len(ids) for ids in lists)
     if limit is not None:
@@ -72,7 +71,7 @@ def padded(
 
 
 def padding_id(tokenizer: GPTJTokenizer) -> int:
-    """The id that fills up rows; any would do, since masks and labels leave it out."""
+    """The padding id; any works, since padding is masked."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id

@@ -1,4 +1,4 @@
-"""Which kinds of files can be read, and how a file's bytes become records."""
+"""Supported file formats, and reading a file's bytes as records."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".txt": "text",
 }
-CODECS = {".gz": "gzip", ".zst": "zstd"}  # around any of them but Parquet, as in .jsonl.gz
+CODECS = {".gz": "gzip", ".zst": "zstd"}  # for any but Parquet, as in .jsonl.gz
 READABLE = f"{', '.join(KINDS)}, or one of them with {' or '.join(CODECS)}"
 
-UNPACKED_BYTES = 2**20  # at a time
-TEXT_CHARACTERS = 2**24  # of a document; a longer text is cut at the end of a line
+UNPACKED_BYTES = 2**20  # buffer size
+TEXT_CHARACTERS = 2**24  # per document; a longer text is cut at the end of a line
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Format:
 
 
 def format_of(name: str) -> Format | None:
-    """By the ending of a file's name; None for what cannot be read."""
+    """The format, by the file name's extension; None if unsupported."""
     rest, ending = os.path.splitext(name.lower())
     if ending in CODECS:
         inner = os.path.splitext(rest)[1]
@@ -64,7 +64,7 @@ def format_of(name: str) -> Format | None:
 
 
 def is_typed(name: str) -> bool:
-    """Whether a file's values have types; in CSV all are text, whatever they mean."""
+    """Whether a file's values have types; in CSV all are text."""
     format = format_of(name)
     return format is None or format.kind != "csv"
 
@@ -76,13 +76,13 @@ def read_records(
     delimiter: str | None,
     on_bad: OnBadRecord = refuse,
 ) -> Iterator[Record]:
-    """A file's records, of which only the wanted columns are kept.
+    """A file's records, reduced to the wanted columns.
 
     Args:
-        on_bad: takes the error of a record that can be left out.
+        on_bad: receives the error of a record that can be skipped.
 
     Raises:
-        BadFileError, BadRecordError, MissingColumnsError: for data that do not fit.
+        BadFileError, BadRecordError, MissingColumnsError: for invalid data.
         DamagedFileError, OSError, UnicodeDecodeError: for damaged files.
     """
     if format.codec is not None:
@@ -102,7 +102,7 @@ def read_records(
 def _read_text(
     file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord = refuse
 ) -> Iterator[Record]:
-    """A whole file is one document, or several if it is a large one; all line ends are \\n."""
+    """A file as one document, or several if it is large; newlines are normalized to \\n."""
     if list(wanted) != ["text"]:
         raise MissingColumnsError(None, ["text"])
     with decoded(file) as reader:

@@ -1,7 +1,7 @@
 """Data sets on the Hugging Face hub: `hf://datasets/OWNER/NAME[@REVISION][/PATH]` in, files out.
 
-PATH is a file, a folder or a pattern. A listing names each file by its commit, so that every
-process reads the same; a file is copied to the hub's cache of the machine that reads it.
+PATH is a file, a folder or a pattern. A listing pins each file to a commit, so that every process
+reads the same version; files are downloaded to each machine's hub cache.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_pinned_file(address: str) -> bool:
-    """Whether it is what a listing has named: a file at a commit."""
+    """Whether it is a file at a commit, as listings give it."""
     _, revision, path = split_hub_data(address)
     return bool(path) and _COMMIT.fullmatch(revision or "") is not None and "*" not in path
 
 
 def list_files(address: str) -> list[storage.FileInfo]:
-    """All files in the folder of an address, of a file or pattern that which has it, by name.
+    """All files in an address's folder (a file's or pattern's parent), sorted by name.
 
-    Their names are relative to the repository.
+    Names are relative to the repository.
 
     Raises:
-        DataError: if the hub has no such data set, or this account may not read it.
+        DataError: if the data set does not exist, or this account has no access.
         UnreachableError: if the hub does not answer.
     """
     repository, revision, path = split_hub_data(address)
@@ -71,7 +71,7 @@ def list_files(address: str) -> list[storage.FileInfo]:
 
 
 def check_one_split(address: str, names: list[str]) -> None:
-    """DataError if files of a training set lie beside those of a test set, as is usual there."""
+    """DataError if there are files of both a training and a test set, as is usual on the hub."""
     found = {
         split: next((name for name in names if _words(name) & set(words)), None)
         for split, words in _SPLITS.items()
@@ -81,8 +81,8 @@ def check_one_split(address: str, names: list[str]) -> None:
         pattern = re.sub(r"\d[\d-]*(?:of[\d-]*)?", "*", found["train"].rpartition("/")[2])
         folder = found["train"].rpartition("/")[0]
         raise DataError(
-            f"{address} has a training set ({found['train']}) and others ({found['other']}): say "
-            f"which, as in {base}/{folder + '/' if folder else ''}{pattern}"
+            f"{address} has a training set ({found['train']}) and others ({found['other']}): "
+            f"choose one, as in {base}/{folder + '/' if folder else ''}{pattern}"
         )
 
 
@@ -95,7 +95,7 @@ def _explaining(address: str) -> Iterator[None]:
     try:
         yield
     except RevisionNotFoundError as error:
-        raise DataError(f"{address}: the hub's data set has no such revision") from error
+        raise DataError(f"{address}: the data set has no such revision") from error
     except GatedRepoError as error:
         raise DataError(
             f"{address} is gated; remedy: accept its terms on its page, and set HF_TOKEN"
@@ -103,9 +103,9 @@ def _explaining(address: str) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise DataError(
             f"{address}: the hub has no data set of that name that this account may read; remedy: "
-            f"correct it, or set HF_TOKEN for a private one"
+            f"correct the name, or set HF_TOKEN for a private one"
         ) from error
-    except LocalEntryNotFoundError as error:  # which says that it looked in the cache, too
+    except LocalEntryNotFoundError as error:  # offline, and not in the cache
         raise storage.UnreachableError(f"{address} could not be downloaded: {error}") from error
     except EntryNotFoundError as error:
         raise DataError(f"{address}: the data set has no such file or folder") from error
@@ -119,7 +119,7 @@ def _explaining(address: str) -> Iterator[None]:
 
 
 def download(address: str) -> str:
-    """A file's local path. Errors as of list_files."""
+    """Download a file; returns its local path. Raises like list_files."""
     repository, revision, path = split_hub_data(address)
     with _explaining(address):
         return hf_hub_download(repository, path, repo_type="dataset", revision=revision)

@@ -51,9 +51,9 @@ def read_json(
 
 
 def parse_json(text: str) -> Any:
-    """A JSON text's value; ValueError that says what is wrong, however wrong it is.
+    """Parse JSON; any failure is a ValueError with the reason.
 
-    Beside what is no JSON: nesting that is too deep, and whole numbers of thousands of digits.
+    Includes nesting that is too deep and integers of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -62,7 +62,7 @@ def parse_json(text: str) -> Any:
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """The first text in a value, at any depth, that has half of a character (`\\ud800`), if any."""
+    """The first string in a value, at any depth, with a lone surrogate (`\\ud800`), if any."""
     waiting = [value]
     while waiting:
         match waiting.pop():
@@ -245,7 +245,7 @@ def _check_characters(fields: dict[str, Any], number: int) -> None:
         if (text := lone_surrogate(value)) is not None:
             raise BadRecordError(
                 number,
-                f"has what is no character: half of a surrogate pair, or bytes that are not "
+                f"has an invalid character: half of a surrogate pair, or bytes that are not "
                 f"UTF-8, in {shown(text)}",
                 name,
             )

@@ -1,8 +1,8 @@
-"""Labels as files have them in, a classifier's targets out.
+"""Labels as written in files in, a classifier's targets out.
 
-Labels are names. A number stands for the label of that name; where no label has a number for a
-name, whole numbers are class numbers, which count from 0. How the labels are written is decided
-over all rows of the training data, and other files are read alike.
+Labels are names. A number stands for the label of that name; if no label's name is a number, whole
+numbers are class indices from 0. The notation is inferred from all rows of the training data and
+applied to other files.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from gptj.data.json_rows import parse_json
 from gptj.data.rows import DataError, Row, shown
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
-MOST_LABELS = 20_000  # different ones that are all looked at to find out how they are written
+MOST_LABELS = 20_000  # distinct labels to examine in full when inferring the notation
 
 Array = np.ndarray[Any, Any]
-LabelNames = Sequence[str] | Mapping[str, str]  # in their order, or what the data write for each
+LabelNames = Sequence[str] | Mapping[str, str]  # names in order, or values in the data -> names
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """What a classifier tells apart: its outputs' names in order, and how labels are read."""
+    """A classifier's labels: the names of its outputs in order, and how labels are read."""
 
     names: tuple[str, ...]
     problem_type: str  # one of gptj.config.PROBLEM_TYPES
-    # What the data write for each label, and whether lists are multi-hot; None: not yet decided.
+    # Class index by value in the data, and whether lists are multi-hot; None: not yet known.
     written: Mapping[str, int] | None = field(default=None, compare=False)
     multi_hot: bool | None = field(default=None, compare=False)
 
@@ -43,15 +43,15 @@ class LabelSet:
                 f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
             )
         if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(f"label names must be one or more, each once, got {self.names}")
+            raise ValueError(f"label names must be one or more, all distinct, got {self.names}")
         if self.problem_type == SINGLE_LABEL and len(self.names) < 2:
-            raise ValueError(f"all rows have the label {self.names[0]!r}: nothing to tell apart")
+            raise ValueError(f"all rows have the label {self.names[0]!r}: nothing to classify")
 
     @classmethod
     def of(cls, config: GPTJConfig) -> LabelSet:
-        """What a model was trained to tell apart."""
+        """The labels that a model was trained on."""
         names = tuple(config.id2label[number] for number in range(config.num_labels))
-        # Hugging Face's rule where the type is not written down.
+        # Hugging Face's rule if problem_type is unset.
         default = REGRESSION if len(names) == 1 else SINGLE_LABEL
         return cls(names, config.problem_type or default)
 
@@ -61,11 +61,11 @@ class LabelSet:
 
     @property
     def is_nameless(self) -> bool:
-        """Whether the names say no more than class numbers: LABEL_0 to LABEL_n."""
+        """Whether the names are generic: LABEL_0 to LABEL_n."""
         return self.names == _numbered_names(len(self.names))
 
     def translated(self, written: Mapping[str, str]) -> LabelSet:
-        """The same labels, in data that write them as the mapping's keys."""
+        """The same labels, for data that writes them as the mapping's keys."""
         if unknown := [name for name in written.values() if name not in self.names]:
             raise ValueError(
                 f"data.label_names translates to {unknown[0]!r}, which is not one of the labels "
@@ -76,12 +76,12 @@ class LabelSet:
 
 
 class ReadLabels(NamedTuple):
-    """What `read_labels` has found."""
+    """The result of `read_labels`."""
 
     labels: LabelSet
-    # (N) class numbers, (N, C) of 0 and 1, or (N) or (N, C) numbers
+    # (N) class indices, (N, C) 0 and 1, or (N) or (N, C) regression values
     targets: Array
-    reading: str  # what was decided, in words
+    reading: str  # how the labels were interpreted, in words
 
 
 def read_labels(
@@ -90,16 +90,16 @@ def read_labels(
     names: LabelNames | None = None,
     problem_type: str | None = None,
 ) -> ReadLabels:
-    """The targets of all rows, by their column `label`.
+    """Read all rows' targets from their column `label`.
 
     Args:
         rows: one or more.
-        labels: what is known from training; None finds it out, by the other two where given.
-        names: the labels' names in their order, or a mapping of what the data write to names.
+        labels: known from training; None: inferred, subject to the other two.
+        names: the labels' names in order, or a mapping from values in the data to names.
         problem_type: one of gptj.config.PROBLEM_TYPES.
 
     Raises:
-        DataError: naming the row that does not fit, or both readings of what is ambiguous.
+        DataError: naming the invalid row, or both readings of ambiguous labels.
     """
     found = [_Label(row, row.value("label")) for row in rows]
     known = _known(labels, names, problem_type)
@@ -115,10 +115,10 @@ def read_labels(
 
 
 def check_label(row: Row, names: LabelNames | None = None) -> None:
-    """DataError for a label that cannot be one, whatever the other rows have.
+    """DataError for a label that is invalid whatever the other rows have.
 
     Args:
-        names: all that there are; None: not known yet.
+        names: of all labels; None: not yet known.
     """
     value = row.value("label")
     if isinstance(value, str) and not row.typed:
@@ -126,7 +126,7 @@ def check_label(row: Row, names: LabelNames | None = None) -> None:
         if not value:
             raise row.error("label", "is empty")
         if value.startswith("["):
-            with suppress(ValueError):  # a name, or what the other rows will tell
+            with suppress(ValueError):  # may be a name, depending on the other rows
                 value = parse_json(value)
     values = _listed(value)
     if not all(isinstance(each, str | int | float) for each in values):
@@ -136,7 +136,7 @@ def check_label(row: Row, names: LabelNames | None = None) -> None:
             f"got {shown(value)}",
         )
     numbers = all(isinstance(each, int | float) for each in values)
-    if names is None or (numbers and len(values) == len(names)):  # which may be values to predict
+    if names is None or (numbers and len(values) == len(names)):  # may be regression values
         return
     table = _by_name(names.values() if isinstance(names, Mapping) else names)
     written = {**table, **names} if isinstance(names, Mapping) else table
@@ -149,18 +149,18 @@ def check_label(row: Row, names: LabelNames | None = None) -> None:
 
 
 def _is_count(value: Any, count: int) -> bool:
-    """Whether it can be one of so many class numbers, or a 0 or 1."""
+    """Whether it can be an index of `count` classes, or a 0 or 1."""
     if isinstance(value, str):
         return bool(_WHOLE.fullmatch(value)) and 0 <= int(value) < max(count, 2)
     return _is_whole(value) and 0 <= value < max(count, 2)
 
 
 class DistinctLabels:
-    """Which of a stream of rows say something new about how labels are written.
+    """Keeps the rows of a stream that are informative about the labels' notation.
 
-    `read_labels` decides the same by `rows` as by all of them: each label is there once, until
-    there are so many that they must be measured values, or sets of labels, of which only those are
-    kept that have a new element or another length.
+    `read_labels` decides the same by `rows` as by all of them: each distinct label is kept once.
+    Beyond MOST_LABELS, labels must be measured values or sets of labels, and only those with a new
+    element or length are kept.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class DistinctLabels:
         self._seen: set[str | int] = set()
 
     def add(self, row: Row) -> None:
-        """A row, of which only the column `label` is used. DataError for too many names."""
+        """Add a row; only its column `label` is used. DataError for too many names."""
         text = json.dumps(row.value("label"), ensure_ascii=False)
         if text in self._seen:
             return
@@ -188,7 +188,7 @@ class DistinctLabels:
 
 
 def _features(row: Row) -> set[str | int]:
-    """What a label can tell beyond many others: its elements and their number."""
+    """A label's informative features: its elements and their number."""
     value = row.value("label")
     if isinstance(value, str) and not row.typed:
         text = value.strip()
@@ -205,7 +205,7 @@ def _features(row: Row) -> set[str | int]:
 
 
 def _feature(value: Any) -> str:
-    """A value itself, but one for all measured ones."""
+    """The value as JSON, or "measured" for any non-integer number."""
     measured = isinstance(value, float) and _is_finite(value) and not value.is_integer()
     return "measured" if measured else json.dumps(value, ensure_ascii=False)
 
@@ -220,12 +220,12 @@ class _Label(NamedTuple):
 
 @dataclass(frozen=True)
 class _Known:
-    """What is said about the labels before a row is looked at."""
+    """What is known about the labels before reading rows."""
 
     problem_type: str | None
     names: tuple[str, ...] | None
-    table: Mapping[str, int] | None  # what stands for each name
-    decided: bool  # whether the table has all that the data may write
+    table: Mapping[str, int] | None  # class index by value in the data
+    decided: bool  # whether the table is complete
     labels: LabelSet | None  # of training
 
 
@@ -239,13 +239,13 @@ def _known(labels: LabelSet | None, names: LabelNames | None, problem_type: str 
     if not isinstance(names, Mapping):
         return _Known(problem_type, tuple(names), _by_name(names), False, None)
     if problem_type == REGRESSION:
-        raise DataError("data.label_names with keys is for labels; a regression takes a list")
+        raise DataError("data.label_names must be a list for a regression, not a mapping")
     unique = tuple(dict.fromkeys(names.values()))
     table = _by_name(unique) | {key: unique.index(name) for key, name in names.items()}
     return _Known(problem_type, unique, table, True, None)
 
 
-# As a program writes numbers: neither 001 nor +1, which are names.
+# Numbers in canonical notation: 001 and +1 are names.
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _LIKE_A_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
@@ -255,7 +255,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
-    """Text as numbers or lists, where all rows are such."""
+    """Convert text to numbers or lists, if all rows allow it."""
     problem_type, table = known.problem_type, known.table
     texts = [str(label.value).strip() for label in labels]
     for label, text in zip(labels, texts, strict=True):
@@ -290,7 +290,7 @@ def _typed(labels: Sequence[_Label], known: _Known) -> list[_Label]:
 
 
 def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
-    """By the kind of the values, which must be one for all rows."""
+    """Infer the problem type from the kind of the values, which must be the same in all rows."""
     values = [label.value for label in labels]
     if known.table is not None and _all_named(values, known.table):
         return SINGLE_LABEL
@@ -301,7 +301,7 @@ def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
         return _kind_of_number_lists(labels, known)
     first = labels[0]
     for kind in (*(kind for kind, _ in _KINDS), _is_number_list):
-        # A kind that the first row is and another one is not.
+        # Find a kind that the first row matches and another does not.
         other = next((label for label in labels if not kind(label.value)), first)
         if kind(first.value) and other is not first:
             raise other.error(
@@ -315,7 +315,7 @@ def _problem_type(labels: Sequence[_Label], known: _Known) -> str:
 
 
 def _kind_of_number_lists(labels: Sequence[_Label], known: _Known) -> str:
-    """Multi-hot, class numbers, or measured values; DataError if two of them are possible."""
+    """Multi-hot, class indices, or measured values; DataError if ambiguous."""
     first = labels[0]
     width = _width(labels)
     whole = all(type(value) is int for value in _values(labels))
@@ -325,7 +325,7 @@ def _kind_of_number_lists(labels: Sequence[_Label], known: _Known) -> str:
     if known.table is not None and _all_named(_values(labels), known.table):
         return MULTI_LABEL
     if width is None:
-        return MULTI_LABEL if whole else REGRESSION  # whose numbers are as many in all rows
+        return MULTI_LABEL if whole else REGRESSION  # the latter then reports unequal lengths
     if not whole:
         return REGRESSION
     raise first.error(
@@ -336,7 +336,7 @@ def _kind_of_number_lists(labels: Sequence[_Label], known: _Known) -> str:
 
 
 def _is_multi_hot(labels: Sequence[_Label], names: Sequence[str] | None) -> bool:
-    """Whether the lists are 0s and 1s, one for each label, and not names or class numbers."""
+    """Whether the lists are 0s and 1s, one per label, rather than names or class indices."""
     width = _width(labels)
     if not width or not _are_zero_one(labels):
         return False
@@ -349,7 +349,7 @@ def _is_multi_hot(labels: Sequence[_Label], names: Sequence[str] | None) -> bool
 
 
 def _width(labels: Sequence[_Label]) -> int | None:
-    """How many values all lists have; None if not the same number."""
+    """The common length of all lists; None if they differ."""
     widths = {len(label.value) for label in labels}
     return widths.pop() if len(widths) == 1 else None
 
@@ -363,7 +363,7 @@ def _are_zero_one(labels: Sequence[_Label]) -> bool:
 
 
 def _class_numbers(labels: Sequence[_Label], values: Sequence[Any]) -> tuple[str, ...]:
-    """The names of class numbers, which must be 0 to n."""
+    """Names for class indices, which must be 0 to n."""
     for label in labels:
         for value in _listed(label.value):
             if not _is_whole(value):
@@ -383,7 +383,7 @@ def _class_numbers(labels: Sequence[_Label], values: Sequence[Any]) -> tuple[str
 
 
 def _found(labels: Sequence[_Label], known: _Known, problem_type: str) -> LabelSet:
-    """The labels of the data, and how they are written."""
+    """The data's labels and their notation."""
     if known.labels is not None and known.decided:
         return known.labels
     values = _values(labels)
@@ -400,10 +400,10 @@ def _found(labels: Sequence[_Label], known: _Known, problem_type: str) -> LabelS
 
 
 def _are_class_numbers(values: Sequence[Any], names: tuple[str, ...]) -> bool:
-    """Whether the data have numbers that can only be class numbers."""
+    """Whether the data's numbers can only be class indices."""
     if not values or not all(map(_is_whole, values)) or _has_numbers(names):
         return False
-    # Numbers that count from 1 could be in range too, unless there is a 0.
+    # Numbers counted from 1 could be in range too; a 0 rules that out.
     unmistakable = min(values) == 0 or all(isinstance(value, bool) for value in values)
     return unmistakable or names == _numbered_names(len(names))
 
@@ -459,8 +459,8 @@ def _set_targets(labels: Sequence[_Label], known: LabelSet) -> Array:
             number = _class_number(label, value, known, labels)
             if targets[row, number]:
                 raise label.error(
-                    f"{shown(label.value)} has {shown(value)} twice: it is no list of labels, and "
-                    f"no list of a 0 or 1 for each of {len(known.names)} labels"
+                    f"{shown(label.value)} has {shown(value)} twice: it is neither a list of "
+                    f"labels nor a list of a 0 or 1 for each of {len(known.names)} labels"
                 )
             targets[row, number] = 1
     return targets
@@ -491,7 +491,7 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
         first = min(int(each) for each in _values(all_labels) if _is_whole(each))
         if first and not known.is_nameless:
             why += (
-                f"; whole numbers are class numbers only where they begin with 0, not with "
+                f"; whole numbers are class numbers only if they begin with 0, not with "
                 f"{shown(first)}"
             )
         named = [f"{first + number}: {name}" for number, name in enumerate(known.names[:12])]
@@ -509,7 +509,7 @@ def _how(labels: Sequence[_Label], found: LabelSet) -> str:
 
 
 def _lookup(value: Any, table: Mapping[str, int]) -> int | None:
-    """The class number of a value; None if it is not in the table."""
+    """The class index of a value; None if it is not in the table."""
     match value:
         case str():
             return table.get(value)
@@ -533,7 +533,7 @@ def _has_numbers(names: Iterable[str]) -> bool:
 
 
 def _values(labels: Iterable[_Label]) -> list[Any]:
-    """All values, those in lists one by one."""
+    """All values, with lists flattened."""
     return [value for label in labels for value in _listed(label.value)]
 
 
@@ -566,11 +566,11 @@ def _is_number_list(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that fp32 can hold."""
+    """Whether it is a number that fp32 can represent."""
     return _is_number(value) and abs(value) <= _LARGEST
 
 
-# The first that fits all rows decides: whole numbers are class numbers, unless some have a point.
+# The first that matches all rows wins: whole numbers are class indices, unless any has a point.
 _KINDS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda value: isinstance(value, str), SINGLE_LABEL),
     (lambda value: isinstance(value, int), SINGLE_LABEL),

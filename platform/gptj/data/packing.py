@@ -1,4 +1,4 @@
-"""Which documents share a row: documents in, rows of tokens out, a window of each at a time."""
+"""Pack documents into rows of tokens, window by window."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Packed(NamedTuple):
     row_ends: Array
     document_ends: Array
     learned: Mask | None  # None: all tokens
-    cut: int = 0  # documents that have lost tokens
+    cut: int = 0  # documents that lost tokens
 
     @classmethod
     def joined(cls, parts: Sequence[Packed]) -> Packed:
@@ -37,15 +37,15 @@ class Packed(NamedTuple):
 
 
 def pack(windows: Iterable[Documents], capacity: int, packing: Packing) -> Iterator[Packed]:
-    """All documents in rows of at most `capacity` tokens, window by window; one is in memory.
+    """Pack documents into rows of at most `capacity` tokens, holding one window in memory.
 
-    Documents of a window may share rows. A text longer than a row is split, and its parts are
-    documents of their own. A longer document with tokens that are not learned (a prompt) loses the
-    beginning of what comes before the first learned one, of which half a row is kept, and then its
-    end. Documents with nothing to learn beyond their first token are left out.
+    Documents of a window may share rows. A text longer than a row is split into separate documents.
+    A longer document with a prompt (tokens that are not learned) loses the beginning of the prompt,
+    of which half a row is kept, then its own end. Documents with nothing to learn beyond their
+    first token are dropped.
 
-    Concatenated, the stream is cut wherever a row is full. Rows with nothing to learn beyond their
-    first token, such as the middle of a long prompt or a last row of one token, are left out.
+    With concatenate, the stream is cut wherever a row is full. Rows with nothing to learn beyond
+    their first token, such as the middle of a long prompt or a last row of one token, are dropped.
     """
     if packing == "concatenate":
         yield from _concatenated(windows, capacity)
@@ -69,7 +69,7 @@ def _concatenated(windows: Iterable[Documents], capacity: int) -> Iterator[Packe
 
 
 def _cut(ids: Ids, learned: Mask | None, capacity: int) -> Packed:
-    """Rows of one document each, the last of which may be shorter."""
+    """Rows of one document each; the last may be shorter."""
     ends = np.array([*range(0, len(ids), capacity), len(ids)], dtype=np.int64)
     if learned is None:
         return Packed(ids, ends, ends, None)
@@ -108,7 +108,7 @@ def _packed(documents: Documents, capacity: int, packing: Packing) -> Packed:
 
 
 def _pieces(documents: Documents, capacity: int) -> tuple[Array, Array, int]:
-    """Starts and ends of the parts that fit a row and can be learned from; how many were cut."""
+    """Starts and ends of the learnable parts that fit a row, and the number of cut documents."""
     starts: list[int] = []
     ends: list[int] = []
     cut = 0
@@ -148,9 +148,9 @@ def _joined_masks(parts: Sequence[Packed]) -> Mask | None:
 def best_fit(lengths: Sequence[int] | Array, capacity: int) -> list[list[int]]:
     """Rows of at most `capacity` tokens, by best fit decreasing.
 
-    The longest document first, each into the fullest row that has room for it, as in Ding et al.,
-    "Fewer Truncations Improve Language Modeling", 2024, https://arxiv.org/abs/2404.10830. Rows, and
-    documents in them, come longest first, and of equal lengths in the order given.
+    Places each document, longest first, into the fullest row with room for it, as in Ding et al.,
+    "Fewer Truncations Improve Language Modeling", 2024, https://arxiv.org/abs/2404.10830. Rows and
+    their documents are sorted longest first; ties keep their order.
 
     Raises:
         ValueError: if a length is not in [1, capacity].
@@ -159,8 +159,8 @@ def best_fit(lengths: Sequence[int] | Array, capacity: int) -> list[list[int]]:
     if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= capacity:
         raise ValueError(f"lengths must be in [1, {capacity}], got {sizes.min()} to {sizes.max()}")
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows, by the room they have
-    rooms = 0  # bit r is set where with_room[r] is not empty: the best fit is its lowest one
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by remaining room
+    rooms = 0  # bit r is set if with_room[r] is not empty; the best fit is the lowest large enough
     for number in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[number])
         fitting = rooms >> size

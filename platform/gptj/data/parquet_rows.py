@@ -19,7 +19,7 @@ ROWS = 1024  # at a time
 
 
 def read_parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
-    """The wanted columns of each record; no others are read. DamagedFileError where it ends."""
+    """The wanted columns of each record; no others are read. DamagedFileError if truncated."""
     try:
         yield from _records(file, wanted)
     except pyarrow.ArrowException as error:
@@ -38,11 +38,11 @@ def _records(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
 
 
 def _values(column: Any, name: str, before: int) -> list[Any]:
-    """A column's values as JSON would have them: dates and times as text, decimals as numbers."""
+    """A column's values as in JSON: dates and times as text, decimals as numbers."""
     types = pyarrow.types
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if types.is_temporal(column.type):  # Python's own dates end with the year 9999
+    if types.is_temporal(column.type):  # Python's dates end with the year 9999
         column = pyarrow.compute.cast(column, pyarrow.string())
     elif types.is_decimal(column.type):
         whole = column.type.scale <= 0
@@ -51,7 +51,7 @@ def _values(column: Any, name: str, before: int) -> list[Any]:
         column = pyarrow.compute.cast(column, pyarrow.float32())
     try:
         return cast(list[Any], column.to_pylist())
-    except (ValueError, OverflowError):  # what row?
+    except (ValueError, OverflowError):  # find the row
         for number, scalar in enumerate(column, before + 1):
             try:
                 scalar.as_py()

@@ -1,8 +1,8 @@
-"""Prepared data: a folder of token ids, tokenized once, in; tables of one shard at a time out.
+"""Prepared data: a folder of tokenized rows in, one table per shard out.
 
 `shard-PPPPP-CCCCC.parquet`, in the order of their source rows, have one example per row
-(gptj.data.shards). `index.json` says what the shards hold and how they were made. The tokenizer's
-files lie beside them, and the manifest is written last.
+(gptj.data.shards). `index.json` describes the shards and how they were made. The folder also has
+the tokenizer's files; the manifest is written last.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     import pyarrow
 
 INDEX = "index.json"
-MOST_NAMED = 100  # bad rows that an index or a log names
+MOST_NAMED = 100  # most bad rows named in an index or a log
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one file holds; a chunk of nothing but bad rows has no file."""
+    """A shard's contents; a chunk with only bad rows has no file."""
 
     name: str
     rows: int
@@ -44,24 +44,24 @@ class Shard:
     learned: int  # tokens that the loss may count
     size: int = 0  # bytes
     sha256: str = ""  # of the file
-    source: str = ""  # SHA-256 of the rows that it was made from, with their places
-    content: str = ""  # SHA-256 of what a training reads, without their places
-    skipped: int = 0  # rows that were bad
-    bad: tuple[str, ...] = ()  # the first of them, and what is wrong with each
+    source: str = ""  # SHA-256 of its source rows, with their locations
+    content: str = ""  # SHA-256 of what training reads, without locations
+    skipped: int = 0  # bad rows
+    bad: tuple[str, ...] = ()  # errors of the first bad rows
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder of prepared data holds, and how it was made."""
+    """The contents of a folder of prepared data, and how it was made."""
 
-    settings: Mapping[str, Any]  # address, columns, files, …: equal ones make equal shards
+    settings: Mapping[str, Any]  # address, columns, files, …; equal settings make equal shards
     tokenizer: str  # `tokenizer_digest`
     rows: int
     tokens: int
     learned: int
     skipped: int
     shards: Sequence[Shard]
-    bad: Sequence[str] = field(default=())  # the first rows that were skipped, and why
+    bad: Sequence[str] = field(default=())  # errors of the first skipped rows
 
     def to_fields(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,7 +90,7 @@ class Prepared:
         if address.startswith((SAMPLE, HUB_DATA)) or "*" in address:
             return None
         if not storage.exists(storage.join(address, INDEX)):
-            manifest = None  # whatever another program calls so
+            manifest = None
         else:
             manifest = Manifest.read(address)
         if manifest is None and storage.exists(storage.join(address, UNFINISHED, PLAN)):
@@ -104,24 +104,24 @@ class Prepared:
 
     @property
     def task(self) -> TaskName:
-        """Which task it was prepared for."""
-        task: TaskName = self.index.settings.get("task", "causal-lm")  # older ones say nothing
+        """The task it was prepared for."""
+        task: TaskName = self.index.settings.get("task", "causal-lm")  # unset by older versions
         return task
 
     @property
     def label_names(self) -> LabelNames | None:
-        """What its labels were checked against, if they were."""
+        """The names its labels were checked against, if any."""
         names: LabelNames | None = self.index.settings.get("label_names")
         return names
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that a training reads here: the shards in their order."""
+        """SHA-256 of everything that training reads: the shards in order."""
         shards = "".join(f"{s.name} {s.content or s.sha256}\n" for s in self.index.shards)
         return hashlib.sha256(shards.encode()).hexdigest()
 
     def check(self, task: TaskName, tokenizer: GPTJTokenizer) -> None:
-        """DataError if it was prepared for another task, or the ids are another tokenizer's."""
+        """DataError if it was prepared for another task or tokenizer."""
         if self.task != task:
             raise DataError(f"{self.address} is prepared for task={self.task}, not {task}")
         found = tokenizer_digest(tokenizer)
@@ -129,27 +129,26 @@ class Prepared:
             raise DataError(
                 f"{self.address} was prepared with another tokenizer (sha256 "
                 f"{self.index.tokenizer[:16]}…) than the run's ({found[:16]}…): prepare the data "
-                f"with the model's, or begin with tokenizer.address={self.address}"
+                f"with the model's, or set tokenizer.address={self.address}"
             )
         template = self.index.settings.get("template")
         if template and template != template_digest(tokenizer):
             raise DataError(
                 f"the chats of {self.address} were prepared with another chat template than the "
-                f"run's: prepare them with the model's, or give the run theirs by "
-                f"tokenizer.chat_template="
+                f"run's: prepare them with the model's, or set the run's tokenizer.chat_template="
             )
 
     def tables(self) -> Iterator[PreparedTable]:
-        """One shard after the other. CheckpointError for a damaged one."""
+        """The shards, one by one. CheckpointError for a damaged one."""
         for shard in self.index.shards:
             if shard.rows:
                 yield PreparedTable(self._read(shard.name), shard.name, self.index.settings)
 
     @contextmanager
     def skipping(self) -> Iterator[Callable[[DataError], None]]:
-        """What takes the error of a row that a run cannot use, as bad rows of the data were.
+        """A handler for the errors of unusable rows, following the data's `bad_rows` setting.
 
-        Refused, or left out; those left out are logged when the block ends.
+        It raises them, or skips the rows and logs them when the block ends.
         """
         if self.index.settings.get("bad_rows") != "skip":
             yield refuse_row
@@ -165,7 +164,7 @@ class Prepared:
 
         yield skip
         if count:
-            logger.warning("%d bad rows are left out, such as %s", count, named[0])
+            logger.warning("skipped %d bad rows, such as %s", count, named[0])
 
     def verify(self) -> None:
         """CheckpointError if a file is missing or altered; reads all of them."""
@@ -179,25 +178,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedTable:
-    """A shard, and where its rows are from."""
+    """A shard and the origin of its rows."""
 
     columns: pyarrow.Table
     name: str
     settings: Mapping[str, Any]  # the plan's
 
     def row(self, number: int, **values: Any) -> Row:
-        """A row as its file has it, with the given values, to name it in an error."""
+        """A row with the given values and its original location, for naming it in an error."""
         file, place = (self.columns.column(name)[number].as_py() for name in ("file", "row"))
         address = self.settings["parts"][int(self.name.split("-")[1])][file]
         return Row(values, address, place, self.settings["names"], is_typed(address))
 
 
-UNFINISHED = "unfinished"  # below the folder: what it is to become, and the shards that are done
+UNFINISHED = "unfinished"  # subfolder for the plan and the records of finished shards
 PLAN = "plan.json"
 
 
 def tokenizer_digest(tokenizer: GPTJTokenizer) -> str:
-    """SHA-256 of what turns text into ids; padding does not count."""
+    """SHA-256 of the text-to-ids mapping; independent of padding."""
     digest = hashlib.sha256(tokenizer.files()["tokenizer.json"])
     digest.update(f"eos {tokenizer.eos_token_id}".encode())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Raw rows in, a folder of prepared data (gptj.data.prepared) out, in steps that run in parallel.
+"""Raw rows in, a folder of prepared data (gptj.data.prepared) out, in parallel steps.
 
 A plan groups files into parts; each part is read in chunks of rows, and each chunk becomes a shard.
-A shard's content follows from the files and the plan alone, whoever writes it. Its record is
-written after it, so a preparation that was interrupted skips what is done.
+A shard's content depends only on the files and the plan, not on the process that writes it. Its
+record is written after it, so an interrupted preparation skips finished shards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import HUB_DATA
 from gptj.tokenizer import GPTJTokenizer
 
-CHUNK_CHARACTERS = 16 * 2**20  # of the rows of a shard: about four million tokens
+CHUNK_CHARACTERS = 16 * 2**20  # per shard: about four million tokens
 
 _COMMIT = re.compile(rf"(?<=^{HUB_DATA})([^@]+)@[0-9a-f]{{40}}/")
 
@@ -46,22 +46,22 @@ BadRows = Literal["refuse", "skip"]
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the shards depend on."""
+    """Everything that the shards depend on."""
 
     address: str
     parts: tuple[tuple[str, ...], ...]  # addresses of files
     sizes: tuple[int, ...]  # of all files in their order, bytes
     columns: tuple[str, ...]  # ours, of the kind of rows
-    names: Mapping[str, str]  # our name of a column: the files'
+    names: Mapping[str, str]  # our name of a column -> the files'
     delimiter: str | None
     bad_rows: BadRows
     tokenizer: str  # tokenizer_digest
     template: str  # template_digest, if the rows are chats
     chunk_characters: int
     task: TaskName = "causal-lm"
-    label_names: LabelNames | None = None  # all that there are; None: whatever the data have
-    split: Split | None = None  # the part of the rows that is read; None: all
-    stamps: tuple[str, ...] = ()  # of all files in their order: another one if a file has changed
+    label_names: LabelNames | None = None  # of all labels; None: not restricted
+    split: Split | None = None  # the part of the rows to read; None: all
+    stamps: tuple[str, ...] = ()  # versions of all files in their order
 
     @classmethod
     def of(
@@ -77,13 +77,13 @@ class Plan:
         label_names: LabelNames | None = None,
         split: Split | None = None,
     ) -> Plan:
-        """What there is at an address.
+        """The plan for the files at an address.
 
         Args:
-            tokenizer: None for a plan that nothing will be tokenized by.
+            tokenizer: None for a plan that is not used for tokenizing.
 
         Raises:
-            DataError, StorageError: if the address has nothing that can be read.
+            DataError, StorageError: if the address has no readable files.
         """
         kinds = SHARD_KINDS[task].row_kinds
         skip = bad_rows == "skip"
@@ -112,13 +112,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a part, and what was wrong with those left out."""
+    """Consecutive rows of a part, and errors of skipped ones."""
 
     part: int
     number: int  # in the part
     rows: list[Row]
-    skipped: int  # rows before these, or after the last ones
-    bad: tuple[str, ...]  # the first of them
+    skipped: int  # bad rows among them
+    bad: tuple[str, ...]  # errors of the first bad rows
 
     @property
     def name(self) -> str:
@@ -137,7 +137,7 @@ class Chunk:
 def tokenizer_at(
     address: str, revision: str | None = None, chat_template: str | None = None
 ) -> GPTJTokenizer:
-    """Loaded once per process; with the given source as its chat template, if there is one."""
+    """The tokenizer, loaded once per process, with the given chat template, if any."""
     tokenizer = GPTJTokenizer.from_pretrained(address, revision=revision)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -145,7 +145,7 @@ def tokenizer_at(
 
 
 def begin(plan: Plan, folder: str) -> Index | None:
-    """Mark a new folder as this plan's, or return its index if it is finished already.
+    """Claim a new folder for this plan, or return its index if it is already finished.
 
     Raises:
         DataError: if the folder belongs to another plan, or has other files.
@@ -157,10 +157,10 @@ def begin(plan: Plan, folder: str) -> Index | None:
         _check_same(finished.index.settings, plan, folder)
         if not is_current(plan, finished.index):
             raise DataError(
-                f"{folder} was made of other rows than {plan.address} has now: choose another "
+                f"{folder} was made from other rows than {plan.address} has now: choose another "
                 f"folder, or delete this one"
             )
-        storage.delete_folder(storage.join(folder, UNFINISHED))  # left by a kill just after that
+        storage.delete_folder(storage.join(folder, UNFINISHED))  # left if killed after finishing
         return finished.index
     if (begun := unfinished(folder)) is None:
         if files := storage.list_files(folder):
@@ -172,7 +172,7 @@ def begin(plan: Plan, folder: str) -> Index | None:
 
 
 def unfinished(folder: str) -> Mapping[str, Any] | None:
-    """The plan of a preparation that was begun in a folder, if there is one."""
+    """The plan of an unfinished preparation in a folder, if there is one."""
     address = storage.join(folder, UNFINISHED, PLAN)
     try:
         return parse_object(storage.read_bytes(address), address)
@@ -181,11 +181,11 @@ def unfinished(folder: str) -> Mapping[str, Any] | None:
 
 
 def differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
-    """In what a plan differs from that of an earlier preparation, apart from the files' stamps.
+    """Fields in which a plan differs from an earlier preparation's, other than stamps.
 
-    Another commit of a data set on the hub, which may leave these files as they are, is none.
+    Commits of a hub data set are ignored, since the files may be the same.
     """
-    missing = {"task": "causal-lm", "label_names": None, "split": None}  # in plans of old
+    missing = {"task": "causal-lm", "label_names": None, "split": None}  # in older plans
     now = json.loads(plan.to_json())
     earlier = {**missing, **before}
     for each in (now, earlier):
@@ -195,9 +195,9 @@ def differences(before: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def is_current(plan: Plan, index: Index) -> bool:
-    """Whether the plan, and the rows of its files, are what an index was made of.
+    """Whether an index was made from this plan and the files' current rows.
 
-    The files are read only if they have other stamps, as copied ones have.
+    Files are read only if their stamps differ, as after copying them.
     """
     if differences(index.settings, plan):
         return False
@@ -215,13 +215,13 @@ def is_current(plan: Plan, index: Index) -> bool:
 def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
     if different := differences(before, plan):
         raise DataError(
-            f"{folder} was begun with other {', '.join(different)}: choose another folder, or "
-            f"delete this one"
+            f"{folder} was started with different {', '.join(different)}: choose another folder, "
+            f"or delete this one"
         )
 
 
 def part_rows(plan: Plan, part: int, on_bad: Callable[[DataError], None]) -> Iterator[Row]:
-    """A part's rows, of which the plan may want some; none if its files are empty."""
+    """A part's rows, or the plan's split of them; none if its files are empty."""
     rows = _rows(plan, part, on_bad)
     return rows if plan.split is None else split_rows(rows, plan.split, part)
 
@@ -237,7 +237,7 @@ def _rows(plan: Plan, part: int, on_bad: Callable[[DataError], None]) -> Iterato
 
 
 class _BadRows:
-    """Takes bad rows: refuses them, or counts them and names the first."""
+    """Handles bad rows: raises, or counts them and keeps the first errors."""
 
     def __init__(self, plan: Plan) -> None:
         self._refuse = plan.bad_rows == "refuse"
@@ -273,12 +273,12 @@ def chunks(plan: Plan, part: int) -> Iterator[Chunk]:
 
 
 def _length(value: Any) -> int:
-    """In characters; of anything but text as JSON. Whether it must be text is checked later."""
+    """Length in characters; anything but text is measured as JSON. Types are checked later."""
     return len(value) if isinstance(value, str) else len(json.dumps(value, default=str))
 
 
 def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer) -> Shard:
-    """Tokenize a chunk and write its shard, unless that is done already."""
+    """Tokenize a chunk and write its shard, unless already done."""
     record = storage.join(folder, UNFINISHED, f"{chunk.name}.json")
     digest = chunk.digest
     try:
@@ -312,11 +312,11 @@ def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer)
 
 
 def prepare(plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> Index:
-    """All of it in this process, one chunk in memory at a time.
+    """Prepare everything in this process, holding one chunk in memory.
 
     Raises:
-        DataError: for a bad row, unless they are skipped; if no row is left; or as begin.
-        StorageError: if the files cannot be read, or the folder not be written.
+        DataError: for a bad row, unless skipped; if no rows are left; or as in begin.
+        StorageError: if the files cannot be read or the folder cannot be written.
     """
     if (done := begin(plan, folder)) is not None:
         return done
@@ -330,7 +330,7 @@ def prepare(plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> Index:
 
 
 def finish(plan: Plan, folder: str, shards: Iterable[Shard], tokenizer: GPTJTokenizer) -> Index:
-    """Write the index and, last, the manifest. DataError if no row is left."""
+    """Write the index and, last, the manifest. DataError if no rows are left."""
     ordered = sorted(shards, key=lambda shard: [int(n) for n in re.findall(r"\d+", shard.name)])
     index = Index(
         settings=json.loads(plan.to_json()),
@@ -343,7 +343,7 @@ def finish(plan: Plan, folder: str, shards: Iterable[Shard], tokenizer: GPTJToke
         bad=[each for shard in ordered for each in shard.bad][:MOST_NAMED],
     )
     if not index.rows and index.skipped:
-        raise DataError(f"{plan.address} has no good row of {index.skipped}: {index.bad[:1]}")
+        raise DataError(f"all {index.skipped} rows of {plan.address} are bad: {index.bad[:1]}")
     if not index.rows and plan.split is not None:
         raise plan.split.leaves_nothing(plan.address)
     if not index.rows:

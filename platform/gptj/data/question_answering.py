@@ -1,7 +1,7 @@
-"""Question answering: SQuAD's rows in, windows of token ids with their answers' places out.
+"""Question answering: SQuAD rows in, windows of token ids with their answers' positions out.
 
-The question comes first, then as much of the context as fits; a longer context makes several
-windows, which overlap. Serving makes its windows here too, and finds the answers in them.
+A window is the question followed by as much of the context as fits; a longer context makes several
+overlapping windows. Serving uses the same windows, and finds the answers in them.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Window:
     """A question and a part of its context."""
 
     input_ids: list[int]
-    # (start, end) of each token in characters of the context, without white space around it;
-    # None for tokens that no answer can begin or end with: the question's, and white space.
+    # (start, end) of each token in characters of the context, without surrounding white space;
+    # None for tokens that cannot begin or end an answer: the question's, and white space.
     offsets: list[Offsets | None]
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of the context, in characters; (0, 0) says that the answer is not in it."""
+    """A part of the context, in characters; (0, 0) means no answer."""
 
     start: int
     end: int
@@ -61,10 +61,10 @@ def windows(
 ) -> list[Window]:
     """A question with each part of a context that fits into `max_length` tokens.
 
-    White space around the question is left out.
+    White space around the question is stripped.
 
     Args:
-        stride: tokens of the context that a window repeats of the one before it.
+        stride: tokens of the context by which consecutive windows overlap.
 
     Raises:
         ValueError: if the question or the context is empty, or the question leaves no room for
@@ -106,13 +106,13 @@ def windows(
 def cut_windows(
     question: Ids, context: Ids, offsets: Array, max_length: int, stride: int
 ) -> list[tuple[Ids, Array]]:
-    """What `windows` makes, of ids: each window's, and its offsets (tokens, 2), or NO_OFFSET.
+    """Like `windows`, from ids: each window's ids and offsets (tokens, 2), or NO_OFFSET.
 
     Args:
         offsets: (tokens of the context, 2), by gptj.data.questions.usable_offsets.
 
     Raises:
-        ValueError: as windows.
+        ValueError: as in windows.
     """
     room = max_length - len(question)
     if len(context) > room and room <= stride:
@@ -144,18 +144,18 @@ def best_spans(
     handle_impossible_answer: bool = False,
     words: Words | None = None,
 ) -> list[Span]:
-    """The likeliest answers over all windows of one question, best first; each span once.
+    """The most likely answers over all windows of one question, best first, without duplicates.
 
     A span's score is the probability of its start times that of its end, by softmax over the
-    context: for a single window as in Hugging Face's pipeline. What several windows say of the
-    same place counts once, by the highest logit, so that scores add up to 1 at most.
+    context; for a single window this equals Hugging Face's pipeline. A place covered by several
+    windows counts once, with its highest logit, so that scores sum to at most 1.
 
     Args:
-        start_logits, end_logits: (L) of each window; what is beyond its tokens is padding.
-        top_k: how many answers; fewer come back if there are no more.
-        max_answer_tokens: the longest answer.
-        handle_impossible_answer: let the empty answer (0, 0) compete, by the first token's
-            logits in the window that is the surest of an answer.
+        start_logits, end_logits: (L) of each window; beyond its tokens is padding.
+        top_k: number of answers; fewer are returned if there are no more.
+        max_answer_tokens: longest answer.
+        handle_impossible_answer: let the empty answer (0, 0) compete, with the first token's
+            logits in the window where they are lowest.
         words: the context's; widens each answer to whole words, see candidates.
     """
     if top_k < 1 or max_answer_tokens < 1:
@@ -200,8 +200,8 @@ def candidates(
     """The `top_k` spans of a window with the largest sums of logits, best first, each once.
 
     Args:
-        words: the context's; spans are widened to whole words, and the probabilities of those
-            that become the same one are added.
+        words: the context's; spans are widened to whole words, adding up the probabilities of
+            spans that become equal.
     """
     tokens = [token for token, offset in enumerate(window.offsets) if offset is not None]
     if not tokens:
@@ -222,7 +222,7 @@ def candidates(
     found: dict[Offsets, float] = {}
     wanted = top_k
     while True:
-        # Several tokens can share a character, and so several spans the same characters.
+        # Tokens can share a character, so several spans can cover the same characters.
         wanted = min(wanted, possible)
         largest = np.argpartition(-sums, wanted - 1)[:wanted]
         for place in largest[np.argsort(-sums[largest], kind="stable")].tolist():
@@ -246,14 +246,13 @@ def _whole_words(
     """The `top_k` best spans of a window as whole words.
 
     Args:
-        sums: (tokens, width), the logits of the spans that begin at a token, by their length;
-            minus infinity where there is none.
+        sums: (tokens, width), logits of the spans by first token and length; -inf if invalid.
     """
-    # A span's first token alone decides where its words begin, and its last where they end.
+    # A span's words begin by its first token alone, and end by its last.
     starts, start_of = np.unique([0 if o is None else o[0] for o in offsets], return_inverse=True)
     ends, end_of = np.unique([0 if o is None else o[1] for o in offsets], return_inverse=True)
     froms, lengths = np.nonzero(sums > -np.inf)
-    # Several tokens can share a character: spans of the same characters count once.
+    # Tokens can share a character: spans of the same characters count once.
     highest = np.full(len(starts) * len(ends), -np.inf)
     spans = start_of[froms] * len(ends) + end_of[froms + lengths]
     np.maximum.at(highest, spans, sums[froms, lengths])
@@ -262,7 +261,7 @@ def _whole_words(
     begins, begin_of = np.unique([words.start(each) for each in starts], return_inverse=True)
     finishes, finish_of = np.unique([words.end(each) for each in ends], return_inverse=True)
     answers = begin_of[spans // len(ends)] * len(finishes) + finish_of[spans % len(ends)]
-    # The logarithm of the sum of exponentials, for each answer.
+    # log-sum-exp for each answer.
     highest = np.full(len(begins) * len(finishes), -np.inf)
     np.maximum.at(highest, answers, logits)
     totals = np.bincount(answers, np.exp(logits - highest[answers]))
@@ -280,15 +279,15 @@ def _whole_words(
 
 
 def null_logit(start_logits: np.ndarray[Any, Any], end_logits: np.ndarray[Any, Any]) -> float:
-    """What a window says for "the answer is not here"."""
+    """A window's logit for "no answer here"."""
     return float(start_logits[NO_ANSWER] + end_logits[NO_ANSWER])
 
 
 def answer_loss(start_logits: Tensor, end_logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own loss, but with no probability left for padding: (B, L) logits in, () out.
+    """The model's loss with padding masked out: (B, L) logits in, () out.
 
-    Hugging Face's loss, which the model has, lets padding compete for the answer, so that it
-    depends on the lengths of the other rows of a batch. This one does not.
+    In Hugging Face's loss, which the model uses, padding competes for the answer, so a row's loss
+    depends on the lengths of the batch's other rows. This one does not.
     """
     padding = batch["attention_mask"].to(start_logits.device) == 0
     start_loss, end_loss = (
@@ -310,14 +309,14 @@ class QuestionAnsweringExample(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks, and the answers that count as right; none: it cannot be answered."""
+    """A row's context and its accepted answers; none if unanswerable."""
 
     context: str
     answers: tuple[str, ...]
 
 
 class _StoredQuestions(Sequence[Question]):
-    """Questions as JSON in one array of bytes, parsed when they are asked for."""
+    """Questions as JSON in one array of bytes, parsed on access."""
 
     def __init__(self, texts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> None:
         self._texts = texts
@@ -340,23 +339,23 @@ class _StoredQuestions(Sequence[Question]):
 
 
 class QuestionAnsweringData:
-    """Every window of every row is an example; it is trained on the row's first answer.
+    """Every window of every row is an example, trained on the row's first answer.
 
-    A window without the whole answer, and a row without answers, point at token 0.
+    Windows without the whole answer, and rows without answers, point to token 0.
 
     Args:
         rows: with SQuAD's columns `question`, `context` and
             `answers` ({"text": [...], "answer_start": [...]} in characters, or a list of
             {"text": ..., "answer_start": ...}; CSV has it as JSON, and an empty cell for none).
         max_length: tokens of a window, question and context together.
-        stride: tokens of the context that a window repeats of the one before it.
+        stride: tokens of the context by which consecutive windows overlap.
 
     Raises:
-        DataError: naming the row whose question leaves no room for the context, or whose answer
-            is not at its place in the context.
+        DataError: naming a row whose question leaves no room for the context, or whose answer is
+            not at its position in the context.
     """
 
-    labels = None  # there are none but the answers' places
+    labels = None  # only classifiers have them
 
     def __init__(
         self, rows: Iterable[Row], tokenizer: GPTJTokenizer, max_length: int, stride: int
@@ -400,13 +399,13 @@ class QuestionAnsweringData:
         max_length: int,
         stride: int,
     ) -> None:
-        """Cut the windows of prepared questions into a new folder, for `load`.
+        """Cut prepared questions into windows in a new folder, for `load`.
 
         Memory holds one shard.
 
         Raises:
-            DataError: if a question leaves no room, unless the data were prepared with bad rows
-                skipped; or if the task or the tokenizer is another.
+            DataError: if a question leaves no room, unless the data was prepared with bad rows
+                skipped; or if it was prepared for another task or tokenizer.
             CheckpointError: for a damaged shard.
         """
         prepared.check("question-answering", tokenizer)
@@ -435,11 +434,11 @@ class QuestionAnsweringData:
                     arrays.append_ends("text_ends", np.array([len(text)]))
                     number += 1
             if not number:
-                raise DataError(f"{prepared.address} has no question that can be used")
+                raise DataError(f"{prepared.address} has no usable question")
 
     @classmethod
     def load(cls, folder: Path) -> QuestionAnsweringData:
-        """What `write` has written, memory-mapped."""
+        """Memory-map data written by `write`."""
         arrays, fields = load_arrays(folder)
         self = cls.__new__(cls)
         self.max_length, self._padding = fields["max_length"], fields["padding"]
@@ -464,11 +463,11 @@ class QuestionAnsweringData:
         return QuestionAnsweringExample(self._token_lists[index], start, end, index)
 
     def question_of(self, index: int) -> int:
-        """The number, in `questions`, that a window belongs to."""
+        """The index, in `questions`, of a window's question."""
         return int(self._questions[index])
 
     def window(self, index: int) -> Window:
-        """An example as `best_spans` takes it."""
+        """An example as a Window, for `best_spans`."""
         ends = self._token_lists.ends
         offsets = self._offsets[ends[index] : ends[index + 1]].tolist()
         return Window(
@@ -484,7 +483,7 @@ class QuestionAnsweringData:
         return batch
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
-        """Rows: what the loss averages over."""
+        """Rows, which the loss averages over."""
         return len(batch["start_positions"])
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
@@ -523,7 +522,7 @@ def _prepared_questions(table: PreparedTable) -> Iterator[_PreparedQuestion]:
 
 
 def _tokens_of(answer: tuple[str, int], offsets: Array) -> Offsets:
-    """The first and last token of an answer, or NO_ANSWER twice if not all of it is there."""
+    """The first and last token of an answer, or NO_ANSWER twice if it is not fully covered."""
     text, start = answer
     end = start + len(text.rstrip())
     start += len(text) - len(text.lstrip())

@@ -1,4 +1,4 @@
-"""SQuAD's rows: their answers, and which tokens of a context can begin or end one."""
+"""SQuAD rows: their answers, and which tokens of a context can begin or end one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Offsets = tuple[int, int]
 
 
 def read_answers(row: Row) -> list[tuple[str, int]]:
-    """The (text, first character) of a row's answers, none if it has none.
+    """The (text, first character) of each of a row's answers.
 
     Raises:
-        DataError: if question, context or an answer is empty or no text, or an answer is not at
-            its place in the context.
+        DataError: if question, context or an answer is empty or not text, or an answer is not at
+            its position in the context.
     """
     for column in ("question", "context"):
         if not row.text(column).strip():
@@ -48,7 +48,7 @@ def read_answers(row: Row) -> list[tuple[str, int]]:
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
             raise row.error(
-                "answers", f"has no text at a place, but {shown(text)} at {shown(start)}"
+                "answers", f"must be texts with positions, got {shown(text)} at {shown(start)}"
             )
         if start < 0 or context[start : start + len(text)] != text:
             found = context[max(start, 0) : max(start, 0) + len(text)]
@@ -63,16 +63,16 @@ def read_answers(row: Row) -> list[tuple[str, int]]:
 
 
 def usable_offsets(text: str, offsets: Sequence[Offsets]) -> Array:
-    """(tokens, 2): the first and last character of each token, without white space around it.
+    """(tokens, 2): each token's span of characters without surrounding white space.
 
-    NO_OFFSET for what is nothing else.
+    NO_OFFSET for tokens of only white space.
     """
     found = [without_space(text, *each) or NO_OFFSET for each in offsets]
     return np.array(found, np.int32).reshape(len(found), 2)
 
 
 def without_space(text: str, start: int, end: int) -> Offsets | None:
-    """A token's place without the white space around its text; None if that is all there is."""
+    """A token's span without surrounding white space; None if it has nothing else."""
     token = text[start:end]
     stripped = token.strip()
     if not stripped:
@@ -82,7 +82,7 @@ def without_space(text: str, start: int, end: int) -> Offsets | None:
 
 
 def _parsed(row: Row, text: str) -> Any:
-    """Answers that are written as text, as in CSV; none if it is empty."""
+    """Parse answers given as text, as in CSV; None if empty."""
     if not text.strip():
         return None
     try:

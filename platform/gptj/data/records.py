@@ -1,6 +1,6 @@
-"""What the readers of single files (Parquet, JSON, CSV, text) give, and how they say what is wrong.
+"""Records and errors of the readers of single files (Parquet, JSON, CSV, text).
 
-They know no addresses and no settings; gptj.data.sources puts both into the messages.
+The readers know neither addresses nor settings; gptj.data.sources adds both to the messages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
-Record = tuple[int, dict[str, Any]]  # its number from 1 on, and the wanted columns' values
+Record = tuple[int, dict[str, Any]]  # its number, from 1, and the wanted columns' values
 
 
 class BadRecordError(Exception):
@@ -24,7 +24,7 @@ class BadRecordError(Exception):
 
 
 class MissingColumnsError(Exception):
-    """A record, or a whole file (None), has not all of the wanted columns."""
+    """A record, or a whole file (None), lacks some of the wanted columns."""
 
     def __init__(self, number: int | None, there: Sequence[str], hint: str = "") -> None:
         super().__init__(f"there are {', '.join(there)}{hint}")
@@ -37,7 +37,7 @@ OnBadRecord = Callable[[BadRecordError | MissingColumnsError], None]
 
 
 def refuse(error: BadRecordError | MissingColumnsError) -> None:
-    """What is done about a bad record, unless it is to be skipped."""
+    """Raise a bad record's error: the default handler."""
     raise error
 
 
@@ -46,11 +46,11 @@ class BadFileError(Exception):
 
 
 class DamagedFileError(Exception):
-    """A file that cannot be read from a place on."""
+    """A file that cannot be read beyond some point."""
 
 
 def check_header(names: Sequence[str], wanted: Sequence[str], hint: str = "") -> None:
-    """That a file has all wanted columns, and none twice (unnamed ones may be many)."""
+    """Check that a file has all wanted columns, and no duplicates (except unnamed ones)."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
         raise BadFileError(f"has the column {twice[0]!r} twice; remedy: rename or drop one")
@@ -59,7 +59,7 @@ def check_header(names: Sequence[str], wanted: Sequence[str], hint: str = "") ->
 
 
 def is_utf8(text: str) -> bool:
-    """Whether what `decoded` gives has no bytes that were not UTF-8."""
+    """Whether text from `decoded` was valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -69,13 +69,13 @@ def is_utf8(text: str) -> bool:
 
 @contextmanager
 def decoded(file: IO[bytes], newline: str | None = None) -> Iterator[io.TextIOWrapper]:
-    """A file's bytes as text, for the length of the block; the file itself stays open.
+    """A file's bytes as text within the block; the file itself stays open.
 
-    Bytes that are not UTF-8 become lone surrogates, so that their record can be named.
+    Invalid UTF-8 becomes lone surrogates, so that errors can name the record.
     """
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=newline)
     try:
         yield text
     finally:
-        if not text.closed:  # with the file, if its reader was abandoned
+        if not text.closed:  # an abandoned reader may have closed it with the file
             text.detach()

@@ -1,4 +1,4 @@
-"""A record of a data set, and the error that names what is wrong with one."""
+"""A row of a data set, and the errors of bad ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names file, row (from 1 on), column and why.
+    """Invalid data; the message names file, row (from 1), column and reason.
 
     Args:
-        number: of the row, if the error is a single row's.
+        number: of the row, if the error concerns a single row.
     """
 
     def __init__(self, message: str = "", number: int | None = None) -> None:
@@ -21,15 +21,15 @@ class DataError(ValueError):
 
 
 class NoRowsError(DataError):
-    """An address without a row that can be used."""
+    """An address without usable rows."""
 
 
 class MissingColumnError(DataError):
-    """Rows without a column that was asked for.
+    """Rows without a required column.
 
     Args:
         there: the columns that they have.
-        hint: what else may be the reason.
+        hint: another possible reason.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MissingColumnError(DataError):
 
 
 def refuse_row(error: DataError) -> None:
-    """What is done about a bad row, unless it is to be skipped."""
+    """Raise a bad row's error: the default handler."""
     raise error
 
 
@@ -53,10 +53,10 @@ def refuse_row(error: DataError) -> None:
 class Row:
     values: dict[str, Any]
     source: str  # the file's address
-    number: int  # from 1 on; of JSON lines the line's, of CSV without the header or empty lines
-    # Our names of columns that have another one in the file.
+    number: int  # from 1; in JSON lines the line's; in CSV without header and empty lines
+    # Our name of a column -> the file's, if they differ.
     columns: Mapping[str, str] = field(default_factory=dict)
-    typed: bool = True  # False: every value is text, whatever it means, as CSV has it
+    typed: bool = True  # False: every value is text, as in CSV
 
     def __str__(self) -> str:
         return f"{self.source}, row {self.number}"
@@ -84,7 +84,7 @@ class Row:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, however long or deeply nested it is."""
+    """A value abbreviated for a message."""
     return _SHORT.repr(value)[:80]
 
 

@@ -1,12 +1,11 @@
-"""Data that needs no download, for a first run: `sample://NAME` to train on, and
-`sample://NAME/evaluation` to measure with.
+"""Built-in data for a first run: `sample://NAME` for training and `sample://NAME/evaluation`.
 
     documentation  text: Python's own language reference, as `pydoc` shows it
     reviews        text, label: made-up sentences, positive or negative
     questions      SQuAD's columns: made-up facts about people, and questions about them
 
-The made-up ones are the same on every machine, and small enough for a tiny model to learn from
-nothing in a minute or two on a CPU.
+The made-up ones are the same on every machine, and small enough for training a tiny model from
+scratch in a minute or two on a CPU.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from typing import Any
 from gptj.storage.addresses import SAMPLE
 
 SEED = 2021
-SIZES = {"reviews": (2000, 400), "questions": (3000, 300)}  # rows to train on, and to measure with
-EVALUATION_EVERY = 5  # one of so many topics of the documentation is kept for evaluation
+SIZES = {"reviews": (2000, 400), "questions": (3000, 300)}  # training and evaluation rows
+EVALUATION_EVERY = 5  # every fifth topic of the documentation is held out for evaluation
 
 
 def read(address: str) -> Iterator[dict[str, Any]]:
-    """The rows of a sample; ValueError if there is none of that name."""
+    """The rows of a sample; ValueError if the name is unknown."""
     name, _, part = address.removeprefix(SAMPLE).partition("/")
     if name not in _SAMPLES or part not in ("", "evaluation"):
         known = ", ".join(f"{SAMPLE}{name}[/evaluation]" for name in _SAMPLES)
-        raise ValueError(f"{address} is no built-in sample; there are {known}")
+        raise ValueError(f"{address} is not a built-in sample; there are {known}")
     return _SAMPLES[name](part == "evaluation")
 
 
 def documentation(evaluation: bool) -> Iterator[dict[str, Any]]:
-    from pydoc_data.topics import topics  # half a megabyte, for those who ask for it
+    from pydoc_data.topics import topics  # half a megabyte: import only when needed
 
     # Some topics have two names.
     texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
@@ -55,7 +54,7 @@ def _part(
     key: Callable[[dict[str, Any]], str],
     evaluation: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The training rows or the evaluation rows, of which no text is in both."""
+    """The training or the evaluation rows; no text is in both."""
     generator = random.Random(SEED)
     seen: set[str] = set()
     train, held_out = SIZES[name]
@@ -69,13 +68,13 @@ def _part(
 
 
 def _review(generator: random.Random) -> dict[str, Any]:
-    """One to three clauses of one mind, sometimes with a concession to the other."""
+    """One to three clauses of one sentiment, sometimes after a concession to the other."""
     label = generator.choice(("positive", "negative"))
     other = "negative" if label == "positive" else "positive"
     clauses = [_clause(generator, label) for _ in range(generator.choice((1, 1, 2, 2, 3)))]
     text = generator.choice((", and ", "; ", ", while ")).join(clauses)
     if generator.random() < 0.2:
-        # The weight is after the "but", as in real reviews.
+        # The verdict follows the "but", as in real reviews.
         text = f"{_clause(generator, other)}, but {text}"
     if generator.random() < 0.3:
         text = f"{generator.choice(_OPENINGS)} {text}"
@@ -100,7 +99,7 @@ def _clause(generator: random.Random, label: str) -> str:
 
 
 def _question(generator: random.Random) -> dict[str, Any]:
-    """Some facts about one person, in any order, and a question about one of them."""
+    """Some facts about a person, in random order, and a question about one of them."""
     name = f"{generator.choice(_FIRST_NAMES)} {generator.choice(_LAST_NAMES)}"
     kinds = generator.sample(sorted(_FACTS), generator.randint(3, 5))
     asked = generator.choice(kinds)

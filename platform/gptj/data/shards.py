@@ -1,15 +1,15 @@
-"""What a shard of prepared data holds, by task: rows in, columns of a Parquet file out, and back.
+"""Shards of prepared data by task: rows in, columns of a Parquet file out, and back.
 
-Nothing depends on the settings of a run, such as its sequence length or what its labels mean:
+They are independent of a run's settings, such as its sequence length or the meaning of labels:
 
     causal-lm            `input_ids` of a document, and `learned` unless all of them are
     classification       `input_ids` of the text, `pair_ids` of the other one if texts come in
                          pairs, and the `label` in JSON
     question-answering   ids of `question` and `context`, where the context's tokens begin and end
-                         in it (`starts`, `ends`; -1: no answer can), its `text`, and the `answers`
-                         with their `answer_starts`, in characters
+                         (`starts`, `ends`; -1: no answer can begin or end there), its `text`, and
+                         the `answers` with their `answer_starts`, in characters
 
-The latter two also say where a row is from: `file`, the number of a file in the plan's part, and
+The latter two also have each row's origin: `file`, the index of a file in the plan's part, and
 `row`, its number in the file.
 """
 
@@ -52,19 +52,19 @@ class Content(NamedTuple):
     rows: int
     tokens: int
     learned: int  # tokens that the loss may count
-    digest: str  # SHA-256 of ids, labels and answers, whatever their files are called
+    digest: str  # SHA-256 of ids, labels and answers; independent of file names
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a shard are from, and how they are read."""
+    """The origin of a shard's rows, and how they are read."""
 
     files: Sequence[str]  # of the part
     label_names: LabelNames | None = None
 
 
 class ShardKind(NamedTuple):
-    row_kinds: tuple[tuple[str, ...], ...]  # our names of the columns that each kind of rows has
+    row_kinds: tuple[tuple[str, ...], ...]  # columns of each kind of rows, by our names
     encode: Callable[[Sequence[Row], GPTJTokenizer, Source, OnBadRow], Content]
 
 
@@ -88,21 +88,21 @@ def documents_in(table: pyarrow.Table) -> Documents:
 
 
 def lists_in(table: pyarrow.Table, name: str) -> tuple[Array, Array]:
-    """A column's lists one after the other, and where they end: list i is [ends[i]:ends[i + 1]]."""
+    """A column's concatenated lists and their offsets: list i is [ends[i]:ends[i + 1]]."""
     lists = table.column(name).combine_chunks()
     ends = lists.offsets.to_numpy().astype(np.int64)
     return lists.flatten().to_numpy(zero_copy_only=False), ends - ends[0]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: GPTJTokenizer) -> list[Ids]:
-    """Each text's ids, all of them."""
+    """Each text's ids, without truncation."""
     return [
         compact(ids) for ids in tokenizer(list(texts), return_attention_mask=False)["input_ids"]
     ]
 
 
 def check_labelled(row: Row, names: LabelNames | None = None) -> None:
-    """DataError for a row that no classifier can learn from."""
+    """DataError for a row that a classifier cannot learn from."""
     for column in ("text", "text_pair"):
         if column in row.values and not row.text(column):
             raise row.error(column, "is empty")

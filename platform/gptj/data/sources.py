@@ -1,9 +1,9 @@
-"""Data sets as rows: an address in, one Row for each record out.
+"""Data sets as rows: an address in, one Row per record out.
 
-Parquet (.parquet), JSON (.jsonl, .json: lines, an array of objects, or SQuAD's nested file), CSV
-(.csv, .tsv) and plain text (.txt: a file is one document in the column `text`, or several if it is
-large), all but Parquet also as .gz or .zst; a file, a folder or a glob, local, `s3://` or on the
-Hugging Face hub (gptj.data.hub); and `sample://…`, which needs no download (gptj.data.samples).
+Formats: Parquet (.parquet), JSON (.jsonl, .json: lines, an array of objects, or SQuAD's nested
+file), CSV (.csv, .tsv) and plain text (.txt: one document in the column `text`, or several if
+large); all but Parquet also as .gz or .zst. An address is a file, a folder or a glob, local,
+`s3://` or on the Hugging Face hub (gptj.data.hub), or a built-in `sample://…` (gptj.data.samples).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptj.data.records import (
 from gptj.data.rows import DataError, MissingColumnError, NoRowsError, Row, refuse_row
 from gptj.storage.addresses import HUB_DATA, SAMPLE, normalized, split_hub_data
 
-PART_BYTES = 64 * 2**20  # of small files that are read together
+PART_BYTES = 64 * 2**20  # of a group of small files
 
 __all__ = [
     "DataError",
@@ -48,20 +48,19 @@ def read_rows(
     """The rows of all files at an address, in the order of the files' names.
 
     Args:
-        address: a file, a folder (files of other kinds in it are left out), a pattern in which `*`
+        address: a file, a folder (unsupported files in it are ignored), a pattern in which `*`
             stands for any part of a name, or `sample://…`.
-        needed: our names of the columns that the rows have; others are not kept, and of Parquet
-            not even read.
-        columns: our name of a column to its name in the files, where it has another one.
-        delimiter: of CSV files; None finds it in each file's header.
-        on_bad: takes the error of a single row, which is then left out; what makes a file, or the
-            rest of it, unreadable is raised.
+        needed: required columns, by our names; others are dropped (in Parquet, not even read).
+        columns: our name of a column -> its name in the files, if different.
+        delimiter: of CSV files; None: detected from each file's header.
+        on_bad: receives the error of a single row, which is then skipped; errors that make the rest
+            of a file unreadable are raised.
 
     Raises:
-        DataError: at once, if the address has no files that can be read, or files of several
-            kinds; while reading, naming the row, if a file is damaged or lacks a column; at the
-            end, if there was no row.
-        AddressError: if the address can be none.
+        DataError: immediately, if the address has no readable files, or files of several kinds;
+            while reading, naming the row, if a file is damaged or lacks a column; at the end, if
+            there were no rows.
+        AddressError: if the address is invalid.
         StorageError: if there is nothing at the address, or it cannot be reached.
     """
     names = {ours: (columns or {}).get(ours, ours) for ours in needed}
@@ -74,7 +73,7 @@ def read_rows(
         return _rows(((address, True, record) for record in records), names, address)
     files = _files(address)
     if delimiter is not None and any(format.kind != "csv" for _, format in files):
-        raise DataError(f"data.delimiter={delimiter!r} is for CSV, and {address} has other files")
+        raise DataError(f"data.delimiter={delimiter!r} is for CSV, but {address} has other files")
     return _rows(
         (
             (file.address, is_typed(file.address), record)
@@ -94,17 +93,17 @@ def find_columns(
     delimiter: str | None = None,
     skip_bad: bool = False,
 ) -> tuple[str, ...]:
-    """The columns of the rows at an address: those of the one kind of rows that the first row fits.
+    """The columns of the rows at an address: those of the kind of rows that the first row matches.
 
-    Of two kinds where one has all columns of the other, the larger is meant.
+    A kind that includes all columns of another takes precedence.
 
     Args:
         kinds: the columns of each kind of rows, by our names.
-        columns, delimiter: as of read_rows; a kind must have all columns that are given a name.
-        skip_bad: go by the first row that can be read.
+        columns, delimiter: as in read_rows; a kind must have all renamed columns.
+        skip_bad: use the first readable row.
 
     Raises:
-        DataError: if the first row fits no kind, or several; or as read_rows.
+        DataError: if the first row matches no kind, or several; or as in read_rows.
     """
     kinds = [kind for kind in kinds if set(columns or ()) <= set(kind)]
     if not kinds:
@@ -136,7 +135,7 @@ def find_columns(
 
 
 def data_files(address: str) -> list[storage.FileInfo]:
-    """The files that read_rows reads, in its order; a sample is one of its own."""
+    """The files that read_rows reads, in order; a sample counts as one file."""
     address = normalized(address, samples=True)
     if address.startswith(SAMPLE):
         return [storage.FileInfo(address, address, 0)]
@@ -144,7 +143,7 @@ def data_files(address: str) -> list[storage.FileInfo]:
 
 
 def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
-    """Addresses in their order: small files together, a large one alone."""
+    """Group addresses, in order: small files together, large ones alone."""
     parts: list[list[str]] = []
     room = -1  # of the last part
     for file in files:
@@ -159,7 +158,7 @@ def in_parts(files: Iterable[storage.FileInfo]) -> tuple[tuple[str, ...], ...]:
 def _rows(
     records: Iterable[tuple[str, bool, Record]], names: Mapping[str, str], address: str
 ) -> Iterator[Row]:
-    """Records under our names for their columns."""
+    """Records as rows, with columns renamed to ours."""
     source = None
     for source, typed, (number, values) in records:
         if any(theirs not in values for theirs in names.values()):
@@ -171,7 +170,7 @@ def _rows(
 
 
 def _refuse_missing(error: DataError) -> None:
-    """Let other rows pass than those that lack a column."""
+    """Raise only for rows that lack a column."""
     if isinstance(error, MissingColumnError):
         raise error
 
@@ -200,7 +199,7 @@ def listed(error: MissingColumnsError | MissingColumnError) -> str:
 
 
 def _files(address: str) -> list[tuple[storage.FileInfo, Format]]:
-    """The data files by name, and what each is."""
+    """The data files, sorted by name, and their formats."""
     if address.startswith(HUB_DATA):
         if hub.is_pinned_file(address) and (format := format_of(address)) is not None:
             return [(storage.FileInfo(address, address.rpartition("/")[2], 0), format)]
@@ -242,7 +241,7 @@ def _on_hub(address: str) -> list[storage.FileInfo]:
 
 
 def _matching(pattern: str) -> list[storage.FileInfo]:
-    """The files that fit a pattern; `*` does not reach over a `/`."""
+    """The files that match a pattern; `*` does not match `/`."""
     before = pattern.partition("*")[0]
     folder, _, _ = before.rpartition("/")
     root = folder or ("/" if before.startswith("/") else ".")
@@ -263,7 +262,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """What other programs leave beside data, in it or in folders: _SUCCESS, .part.crc, .cache."""
+    """Whether it is another program's metadata, such as _SUCCESS, .part.crc or .cache."""
     return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
@@ -274,7 +273,7 @@ def _read(
     delimiter: str | None,
     on_bad: Callable[[DataError], None],
 ) -> Iterator[Record]:
-    """The records of one file, with every error as a DataError that names it."""
+    """The records of one file; every error becomes a DataError that names it."""
     number = 0
     wanted = list(dict.fromkeys(names.values()))
 

@@ -1,6 +1,6 @@
-"""Holding out a part of a data set: rows in, the rows to train on or those to measure with out.
+"""Train/evaluation split: rows in, the training or the held-out rows out.
 
-Both parts come from the same rows, seed and share, have no text in common, and make up the whole.
+Both parts derive from the same rows, seed and share; they are disjoint and cover the whole.
 """
 
 from __future__ import annotations
@@ -18,29 +18,27 @@ LONG_TEXT = 20_000  # characters
 class Split:
     """One of the two parts."""
 
-    share: float  # of the rows that are held out, in (0, 0.5]
+    share: float  # held-out share of the rows, in (0, 0.5]
     seed: int
-    held_out: bool  # the part to measure with; False: all the rest
-    # A column whose long texts are cut instead of being in one part as a whole: their ends are
-    # held out. A book is one row.
+    held_out: bool  # True: the evaluation part; False: the rest
+    # A column whose long texts, such as books, are split themselves: their ends are held out.
     cut: str | None = None
 
     def leaves_nothing(self, address: str) -> DataError:
         return DataError(
-            f"data.evaluation_split={self.share:g} of {address} leaves no row to "
-            f"{'measure with' if self.held_out else 'train on'}; remedy: more rows, another share, "
-            f"or data.evaluation with a file of its own"
+            f"data.evaluation_split={self.share:g} of {address} leaves no row for "
+            f"{'evaluation' if self.held_out else 'training'}; remedy: more rows, another share, "
+            f"or a separate file in data.evaluation"
         )
 
 
 def split_rows(rows: Iterable[Row], split: Split, stream: int = 0) -> Iterator[Row]:
-    """One of the two parts, in the order of the rows.
+    """One of the two parts, in row order.
 
-    One row of each stretch of 1 / share is held out, at a place that the seed decides: so the share
-    is kept, whatever order the rows have.
+    Of every 1 / share consecutive rows, one chosen by the seed is held out (stratified sampling).
 
     Args:
-        stream: which of several parts of the data the rows are, each of which is split by itself.
+        stream: index of the part of the data; parts are split independently.
     """
     cut = split.cut
     chosen = _chosen(split.share, f"{split.seed}-{stream}" if stream else split.seed)
@@ -61,7 +59,7 @@ def split_rows(rows: Iterable[Row], split: Split, stream: int = 0) -> Iterator[R
 
 
 def _chosen(share: float, seed: int | str) -> Iterator[int]:
-    """Numbers of rows, one at a random place of each stretch."""
+    """Row numbers, one at random from each stretch of 1 / share."""
     generator = random.Random(seed)
     stretch = 0
     while True:
@@ -70,7 +68,7 @@ def _chosen(share: float, seed: int | str) -> Iterator[int]:
 
 
 def _place(text: str, near: int) -> int:
-    """Where to cut: after the line or word around a place, if it ends soon."""
+    """Where to cut: after the line or word at `near`, if it ends soon."""
     for end in ("\n", " "):
         found = text.find(end, near, near + 1000)
         if found >= 0:

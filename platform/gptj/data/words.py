@@ -1,8 +1,8 @@
-"""Where words begin and end: a text in, places in it widened to whole words out.
+"""Word boundaries: a text in, spans widened to whole words out.
 
-Words are those of Unicode's default segmentation (UAX 29): accents and vowel signs belong to their
-letter, "O'Neil" and "1,000" are one word each, and in scripts that write no spaces between words,
-such as Chinese or Thai, each character stands alone.
+Words follow Unicode's default segmentation (UAX 29): accents and vowel signs belong to their
+letter, "O'Neil" and "1,000" are one word each, and in scripts without spaces between words, such as
+Chinese or Thai, each character is a word.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 
 import regex
 
-_BOUNDARY = regex.compile(r"\b", flags=regex.WORD)  # the flag makes \b UAX 29's
+_BOUNDARY = regex.compile(r"\b", flags=regex.WORD)  # the flag makes \b follow UAX 29
 
 
 class Words:
@@ -29,5 +29,5 @@ class Words:
         return self._boundaries[bisect_left(self._boundaries, place)]
 
     def widen(self, start: int, end: int) -> tuple[int, int]:
-        """A part of the text together with the rest of the words that it cuts."""
+        """A span extended to the boundaries of the words that it cuts."""
         return self.start(start), self.end(end)

@@ -1,1 +1,1 @@
-"""Continuous batching of many callers' requests over one model: ids in, ids out."""
+"""Continuous batching of concurrent requests over one model: ids in, ids out."""

@@ -1,6 +1,6 @@
-"""The adapters in a runner's memory: a bounded number, of which the least recently used goes.
+"""The adapters in a runner's memory: a fixed number of slots with LRU eviction.
 
-An adapter stays while anyone holds it: a caller between loading and submitting, and each request
+An adapter stays while it is held: by a caller between loading and submitting, and by each request
 until its end. Any thread may load and hold adapters while the engine's thread runs steps.
 """
 
@@ -22,7 +22,7 @@ class Adapter:
 
     def __init__(self, slot: int, digest: bytes, slots: AdapterSlots) -> None:
         self.slot = slot
-        self.digest = digest  # of its weights: cached pages are an adapter's own
+        self.digest = digest  # of its weights: cached pages are specific to an adapter
         self.uses = 1  # under the slots' lock
         self._slots = slots
 

@@ -1,4 +1,4 @@
-"""A stored adapter as a runner's weights, checked against the model that it is to adapt."""
+"""Convert a stored adapter to a runner's weights, checked against its base model."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def lora_weights(stored: StoredAdapter, config: GPTJConfig, max_rank: int) -> Lo
     place, wanted = stored.address, stored.config
     if stored.architecture not in (None, "GPTJForCausalLM"):
         raise CheckpointError(
-            f"{place} is an adapter of a {stored.architecture}, and this service generates text"
+            f"{place} is an adapter of a {stored.architecture}, but this service generates text"
         )
     if wanted.modules_to_save:
         raise CheckpointError(
             f"{place} has a head of its own (modules_to_save={list(wanted.modules_to_save)}), "
-            f"which is not supported beside other adapters; remedy: merge it into its base "
+            f"which is not supported alongside other adapters; remedy: merge it into its base "
             f"(jobs/merge_adapter.py)"
         )
     if wanted.rank > max_rank:
         raise CheckpointError(
-            f"{place} has the rank {wanted.rank}, and this service takes ranks up to {max_rank} "
+            f"{place} has the rank {wanted.rank}, but this service supports ranks up to {max_rank} "
             f"(max_lora_rank)"
         )
     tensors = dict(stored.tensors)
@@ -63,7 +63,7 @@ def lora_weights(stored: StoredAdapter, config: GPTJConfig, max_rank: int) -> Lo
             for half in (pair.a_RI, pair.b_OR):
                 if not half.isfinite().all():
                     raise CheckpointError(
-                        f"{place} has numbers that are not finite, in {module} of layer {layer}"
+                        f"{place} has non-finite values in {module} of layer {layer}"
                     )
                 digest.update(f"{layer}.{module}.{tuple(half.shape)}".encode())
                 digest.update(half.numpy().data)

@@ -110,7 +110,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _limit_left(folder: Path) -> int | None:
-    """What a container's memory limit leaves; None without a limit."""
+    """Bytes left of a container's memory limit; None without a limit."""
     limit, usage = folder / "memory.max", folder / "memory.current"
     if not limit.exists() or not usage.exists():
         return None

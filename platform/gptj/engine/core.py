@@ -157,7 +157,7 @@ class EngineCore:
         """Sample and report the next tokens of each row of the decode batch.
 
         Args:
-            logits_RV: a row for each, followed by those of its draft.
+            logits_RV: each row's logits, followed by those of its draft.
         """
         batch = self._scheduler.decode_batch
         sampled = self._sampler.sample(logits_RV, batch.keys, drafts)
@@ -190,7 +190,7 @@ class EngineCore:
             elif len(request.tokens) == request.max_length:
                 ended.append((request, Finished("length")))
             self.tokens_out += count
-            counts.append(max(1, count))  # without a token, too, one was computed
+            counts.append(max(1, count))  # one position was computed even without a token
             last.append(sampled.tokens[start + counts[row] - 1])
             start += 1 + len(drafts.get(row, ()))
         self._scheduler.advance(drafts, last, counts)

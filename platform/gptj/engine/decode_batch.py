@@ -81,7 +81,7 @@ class DecodeBatch:
         self.keys.pop()
 
     def advance(self, tokens: list[int], counts: list[int]) -> None:
-        """Feed each row's last sampled token next, of `counts` tokens that were sampled."""
+        """Feed each row's last sampled token next; `counts` tokens were sampled per row."""
         count = len(self.sequences)
         self.ids[:count] = tokens
         self.positions[:count] += np.array(counts, dtype=np.int32)

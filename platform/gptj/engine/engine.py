@@ -1,7 +1,7 @@
 """Continuous batching for many callers: prompt ids in, events with the generated ids out.
 
 One thread runs one step after another. Requests join and leave at every step; each step decodes one
-token for every running sequence, with speculation several, and prefills a bounded number of prompt
+token for every running sequence (several with speculation) and prefills a bounded number of prompt
 tokens. Equal prefixes, the samples of one prompt, and beams share pages of the KV cache.
 """
 
@@ -44,12 +44,12 @@ class Engine:
         max_num_seqs: most running sequences; each beam is one. The defaults of this and
             max_num_batched_tokens depend on the runner's device: see Limits.
         max_queued: most waiting requests.
-        max_num_batched_tokens: new tokens of a step, at least max_num_seqs: a prompt longer than
-            what decoding leaves of them is prefilled in several steps.
-        prefix_caching: whether unused pages are kept for prompts with the same prefix.
-        speculation: propose tokens and verify several in a step; None: do not. Outputs are the
-            same, and beam search does not use it.
-        adapters: the runner's, for the statistics.
+        max_num_batched_tokens: most new tokens in a step, at least max_num_seqs. Longer prompts are
+            prefilled in several steps.
+        prefix_caching: whether to keep unused pages for prompts with the same prefix.
+        speculation: propose tokens and verify several per step; None: off. Does not change outputs;
+            not used by beam search.
+        adapters: the runner's, for statistics.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def cache_tokens(self) -> int:
-        """The most tokens that the cache holds."""
+        """Capacity of the cache in tokens."""
         return self._pool.num_pages * self._runner.page_size
 
     def submit(

@@ -1,4 +1,4 @@
-"""What the engine reports of a request, as plain values; and the parameters of a beam search."""
+"""Events that the engine reports for a request, and the parameters of a beam search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TokenEvent:
 
     token_id: int
     logprob: float | None = None  # the model's own, before penalties; None unless requested
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest (id, logprob), best first
+    top: tuple[tuple[int, float], ...] = ()  # the most likely (id, logprob), best first
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Finished:
     reason: Literal["stop", "length", "cancelled"]
     stop_token: int | None = None
     logprob: float | None = None  # of the stop token; None unless requested
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest in its place, as in TokenEvent
+    top: tuple[tuple[int, float], ...] = ()  # the most likely at its position, as in TokenEvent
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Failed:
 
 
 Event = TokenEvent | PromptLogprobs | BeamsFound | Finished | Failed
-# Called once a step, with the events of all requests that were submitted with it.
+# Called once per step with the events of all requests submitted with it.
 OnEvents = Callable[[Sequence[tuple["Ticket", Event]]], None]
 
 
 def one_by_one(on_event: Callable[[Event], None]) -> OnEvents:
-    """For callers that take one event at a time; one that raises still gets those that follow."""
+    """Adapt a callback for single events; if it raises, it still gets the remaining events."""
 
     def on_events(events: Sequence[tuple[Ticket, Event]]) -> None:
         errors = []

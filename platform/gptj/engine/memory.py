@@ -1,4 +1,4 @@
-"""What fits on a GPU for serving: a configuration and the GPU's memory in, settings out.
+"""Size a service for a GPU: a configuration and the GPU's memory in, settings out.
 
 A process needs memory for weights, the CUDA context and activations; generation uses the rest for
 its KV cache, the other services for the rows of a batch. In bytes, with 16-bit weights.
@@ -21,7 +21,7 @@ from gptj.model import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenc
 from gptj.pretrained import GPTJPreTrainedModel
 
 GIB = 2**30
-# Total memory as PyTorch reports it, the least of the models sold with that many GB, from published
+# Total memory as PyTorch reports it: the minimum among models of that nominal size, from published
 # out-of-memory errors: T4 (14.56 GiB), A10G and L4 (22.0), A100 (39.4), A100 and H100 (79.1).
 CARDS = {16: 14.5 * GIB, 24: 22.0 * GIB, 40: 39.3 * GIB, 80: 79.0 * GIB}
 # Assumptions, not measurements: a process's CUDA context with its libraries' kernels; and, for

@@ -22,7 +22,7 @@ def extend_digests(
     """Append the missing digests of the full pages of `tokens`.
 
     Args:
-        salt: of whatever else keys and values depend on: the adapter.
+        salt: identifies what else keys and values depend on: the adapter.
     """
     for start in range(len(digests) * page_size, len(tokens) - page_size + 1, page_size):
         ids = np.array(tokens[start : start + page_size], dtype=np.int32)

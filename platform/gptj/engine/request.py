@@ -38,23 +38,23 @@ class Request:
 
     @property
     def slot(self) -> int:
-        """Its adapter's."""
+        """Its adapter's slot, or NONE."""
         return NONE if self.adapter is None else self.adapter.slot
 
     @property
     def salt(self) -> bytes:
-        """Of its pages' digests: cached pages are an adapter's own."""
+        """Salt of its pages' digests: cached pages are specific to an adapter."""
         return b"" if self.adapter is None else self.adapter.digest
 
     def end(self) -> None:
-        """Its last event has been created, and no step computes it any more."""
+        """Mark as ended, once its last event exists and no step computes it; idempotent."""
         if not self.ended and self.adapter is not None:
             self.adapter.release()
         self.ended = True
 
     @property
     def width(self) -> int:
-        """Sequences that it runs at once."""
+        """Number of sequences that it runs concurrently."""
         return self.beams.num_beams if self.beams is not None else 1
 
 
@@ -72,5 +72,5 @@ class Ticket:
         return None if request.started is None else request.started - request.submitted
 
     def cancel(self) -> None:
-        """End the request: at once if waiting, at the next step if running; no-op if ended."""
+        """End the request: now if waiting, at the next step if running; no-op if ended."""
         self._cancel(self._request)

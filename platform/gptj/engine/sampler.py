@@ -24,26 +24,26 @@ from gptj.engine.runners.transfer import sent
 from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]
-CANDIDATES = 1024  # likeliest tokens of a row that top_p is computed on first
-FURTHER = 8  # times as many, if they do not suffice
-ROWS = 128  # of a prompt's logits that are processed together
+CANDIDATES = 1024  # most likely tokens of a row to compute top_p on first
+FURTHER = 8  # factor by which to extend them if they do not suffice
+ROWS = 128  # of a prompt's logits to process together
 NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """An entry for each row of the logits, or for each request."""
+    """Sampled tokens, per row of the logits or per request."""
 
-    # By row; those of a request beyond `counts` are meaningless.
+    # By row; a request's rows beyond `counts` are meaningless.
     tokens: list[int]
     logprobs: list[float | None]  # the model's own, before penalties; None unless requested
-    top: list[Top]  # the likeliest (id, logprob), best first
+    top: list[Top]  # the most likely (id, logprob), best first
     # By request.
-    counts: list[int]  # tokens: one, and with a draft one more than are accepted of it
-    finite: list[bool]  # whether its logits were; if not, it must fail
-    # Requests whose output is complete by its grammar: with the last token, or without any.
+    counts: list[int]  # tokens: one; with a draft, one more than are accepted of it
+    finite: list[bool]  # whether its logits are finite; if not, it must fail
+    # Requests whose output their grammar completes; False if already before this step's token.
     complete: dict[int, bool]
-    errors: dict[int, Exception]  # of requests that fail
+    errors: dict[int, Exception]  # of failing requests
 
 
 class Sampler:
@@ -53,12 +53,12 @@ class Sampler:
     logits; not on other rows, on recomputed steps, nor on drafts.
 
     Args:
-        banned_ids: masked to -inf, whatever a request's parameters are.
+        banned_ids: masked to -inf in every request.
         vocab_size: columns of the logits.
     """
 
     def __init__(self, banned_ids: Sequence[int], device: torch.device, vocab_size: int) -> None:
-        self.constrained_tokens = 0  # sampled by a grammar
+        self.constrained_tokens = 0  # sampled under a grammar
         self._device = device
         self._vocab_size = vocab_size
         self._free = packed(set(range(vocab_size)).difference(banned_ids), vocab_size)
@@ -86,7 +86,7 @@ class Sampler:
 
     @property
     def mask_wait_seconds(self) -> float:
-        """That steps waited for masks, in all."""
+        """Total seconds that steps waited for masks."""
         return self._threads.wait_seconds
 
     def close(self) -> None:
@@ -99,10 +99,10 @@ class Sampler:
         self._due.pop(key, None)
 
     def begin(self, drafts: Mapping[int, Sequence[int]]) -> None:
-        """Begin to compute the masks of the next `sample`, while the model computes its logits.
+        """Start computing the masks for the next `sample` while the model computes logits.
 
         Args:
-            drafts: of that call, by the requests' keys.
+            drafts: the same as for that call, by request key.
         """
         due, self._due = self._due, {}
         for key, draft in drafts.items():
@@ -119,13 +119,13 @@ class Sampler:
     ) -> SamplerOutput:
         """Sample for each request, and append the tokens to its state.
 
-        A request with a draft has the logits of its next token, and those after each token of the
-        draft. It gets a token of each row as long as the tokens before are the draft's.
+        A request with a draft has a row of logits for its next token and one after each token of
+        the draft. Rows yield tokens as long as the tokens before equal the draft's.
 
         Args:
-            logits_RV: fp32; changed in place.
-            keys: of the requests, which must have been added, in the order of their rows.
-            drafts: of some requests, by their places in `keys`.
+            logits_RV: fp32; modified in place.
+            keys: of added requests, in row order.
+            drafts: of some requests, by their index in `keys`.
         """
         if self._due:
             self.begin({})
@@ -145,7 +145,7 @@ class Sampler:
             self._threads.wait()
             batch.mask(logits_RV)
         likeliest_R = _argmax(logits_RV)
-        # The only synchronization with the device: all that the host needs comes with the tokens.
+        # The only synchronization with the device: all results come with the tokens.
         while True:
             found = [likeliest_R, finite_R.long()]
             if batch.drawing:
@@ -176,7 +176,7 @@ class Sampler:
         return output
 
     def _plain_batch(self, keys: Sequence[int]) -> _Batch:
-        """Without drafts; reused until the requests change."""
+        """The batch without drafts, reused until the requests change."""
         if self._batch.keys != keys:
             states = [self._states[key] for key in keys]
             self._batch = _Batch(list(keys), states, self._device)
@@ -185,7 +185,7 @@ class Sampler:
     def _verify(
         self, batch: _Batch, place: int, sound: Sequence[int], output: SamplerOutput
     ) -> None:
-        """Append a request's tokens as far as its draft and its mask allow.
+        """Append a request's tokens as far as its draft and mask allow.
 
         Args:
             sound: whether each row's logits are finite, as 0 or 1.
@@ -194,7 +194,7 @@ class Sampler:
         mask, changed, count = state.mask, False, 0
         if mask is not None and mask.at_end and mask.error is None:
             output.complete[place] = False
-        # A draft is not verified beyond the masks that were computed for it.
+        # A draft is only verified as far as its masks were computed.
         rows = 1 + len(draft) if mask is None else mask.rows(len(draft))
         for row in range(batch.starts[place], batch.starts[place] + rows):
             if not sound[row]:
@@ -223,7 +223,7 @@ class Sampler:
     def prompt_logprobs(
         self, logits_LV: Tensor, following: Sequence[int], count: int
     ) -> list[TokenEvent]:
-        """Logprobs of the tokens that follow L positions, with the `count` likeliest."""
+        """Logprobs of the tokens that follow L positions, with the `count` most likely."""
         events = []
         for start in range(0, len(following), ROWS):  # in parts, to bound memory
             tokens = following[start : start + ROWS]
@@ -274,7 +274,7 @@ class _State:
 
     @property
     def holds_back(self) -> bool:
-        """Whether stop tokens are masked, because of min_tokens, and not by the mask."""
+        """Whether to mask stop tokens here, because of min_tokens; a TokenMask does so itself."""
         return self.mask is None and self.length < self.params.min_tokens and len(self.stop_ids) > 0
 
     def advance(self, token: int) -> None:
@@ -286,7 +286,7 @@ class _State:
         """Add this row's logits changes to the batch's.
 
         Args:
-            before: tokens of a draft that follow the output here.
+            before: draft tokens between the output and this row.
         """
         if before:
             known = len(self._places)
@@ -310,7 +310,7 @@ class _State:
             batch.additions.add(row, self.stop_ids, infinities)
 
     def _retreat(self, tokens: Sequence[int], known: int) -> None:
-        """Take back the last tokens, before which `known` different ones were counted."""
+        """Undo `advance` for the last tokens; `known` distinct ones were counted before them."""
         self.length -= len(tokens)
         if self.repeats or self.counts:
             for token in tokens:
@@ -357,7 +357,7 @@ class _Batch:
 
     Args:
         requests: their states.
-        drafts: by place in `requests`; then the batch is used once.
+        drafts: by index in `requests`; a batch with drafts is used once.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class _Batch:
         self.drafts = drafts
         self.starts: list[int] = []  # each request's first row
         self.states: list[_State] = []  # of each row
-        self.before: list[Sequence[int]] = []  # each row: the tokens of the draft before it
+        self.before: list[Sequence[int]] = []  # draft tokens before each row
         for place, state in enumerate(requests):
             draft = drafts.get(place, ())
             self.starts.append(len(self.states))
@@ -416,7 +416,7 @@ class _Batch:
             flat.index_add_(0, *entries)
 
     def mask(self, logits_RV: Tensor) -> None:
-        """Mask what the rows' constraints do not allow to -inf."""
+        """Mask tokens that the rows' constraints do not allow to -inf."""
         words_CW = np.stack(
             [
                 mask.words_after(len(self.before[row]))
@@ -436,15 +436,15 @@ class _Batch:
     def draw(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (D) of the rows that sample, by inverse transform sampling.
 
-        Also whether top_p may keep more than the candidates, (D): then `look_further`, and draw
-        again.
+        Also whether top_p may keep more than the candidates, (D): if so, call `look_further` and
+        draw again.
         """
         scores_DV, unsure_D = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
         lengths = [self.states[row].length + len(self.before[row]) for row in self.drawing]
         uniform = sent(uniforms(self._seeds, np.array(lengths, np.uint64)), logits_RV.device)
-        # Below the total, and right of equal sums: a token of probability 0 is never drawn.
+        # Below the total, and right of equal sums: tokens of probability 0 are never drawn.
         wanted_D1 = torch.minimum(
             uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
         )
@@ -457,7 +457,7 @@ class _Batch:
         self._candidates *= FURTHER
 
     def note_advanced(self) -> None:
-        """Leave out rows whose logits are no longer changed."""
+        """Drop rows whose logits are no longer adjusted."""
         if self.adjusting:
             self.adjusting = [row for row in self.adjusting if self.states[row].adjusts]
 
@@ -521,14 +521,14 @@ def finite(logits_RV: Tensor) -> Tensor:
 
 
 def _argmax(logits_RV: Tensor) -> Tensor:
-    """The likeliest token of each row, (R); the first among ties."""
+    """The most likely token of each row, (R); the first among ties."""
     if logits_RV.device.type != "cpu":
         return logits_RV.argmax(dim=-1)
     return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
 
 
 def excluded(words_CW: Words, size: int, device: torch.device) -> Tensor:
-    """Booleans (C, size) on a device, for the bits that are not set."""
+    """Booleans (C, size) on a device: true for bits that are not set."""
     words = sent(words_CW.view(np.int32), device)
     bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=device)
     return (bits & 1 == 0).flatten(1)[:, :size]
@@ -560,7 +560,7 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
 def _reports(
     logprobs_QV: Tensor, tokens: Sequence[int], counts: Sequence[int]
 ) -> list[tuple[float, Top]]:
-    """Each row's logprob of its token, and its `count` likeliest tokens."""
+    """Each row's logprob of its token, and its `count` most likely tokens."""
     chosen = sent(np.array(tokens, np.int64), logprobs_QV.device)[:, None]
     most = min(max(counts, default=0), logprobs_QV.shape[-1])
     best = logprobs_QV.topk(most)

@@ -1,8 +1,8 @@
 """Decides which tokens the next step computes and on which pages. No tensors, no model.
 
-Every running sequence decodes in every step, with speculation several tokens; the rest of the token
-budget goes to prompts, in order of arrival. When pages run out, the newest request is preempted and
-waits again.
+Every running sequence decodes in every step (several tokens with speculation); the rest of the
+token budget goes to prompts, in order of arrival. When pages run out, the newest request is
+preempted and requeued.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ScheduledStep:
 
     batch: StepBatch
     copies: list[PageCopy]  # to perform before the step
-    decoding: int  # logits rows of decoding sequences: one each, and one for each token of a draft
+    decoding: int  # logits rows of decoding sequences: one each, plus one per draft token
     drafts: Drafts
     searches: list[BeamSearch]
     chunks: list[Chunk]
@@ -57,7 +57,7 @@ class Scheduler:
         max_length: most positions of a sequence.
         max_num_seqs: most running sequences.
         max_num_batched_tokens: most new tokens in a step.
-        speculator: proposes drafts; None: each decoding sequence computes one token a step.
+        speculator: proposes drafts; None: each decoding sequence computes one token per step.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Scheduler:
         return ScheduledStep(batch, copies, decoding, drafts, searches, chunks)
 
     def advance(self, drafts: Drafts, tokens: list[int], counts: list[int]) -> None:
-        """After sampling `counts` tokens for each row of the decode batch: feed the last next."""
+        """Feed each row's last token next, after sampling `counts` tokens per row."""
         batch = self.decode_batch
         batch.advance(tokens, counts)
         if self._speculator is not None and drafts:
@@ -132,7 +132,7 @@ class Scheduler:
         self._register(chunk.sequence)
 
     def decode(self, sequence: Sequence) -> None:
-        """After prefill: the prompt's samples decode in a row each, sharing its pages."""
+        """After prefill: each of the prompt's samples decodes in its own row, sharing pages."""
         self._prefilling.remove(sequence)
         first, *others = sequence.samples
         sequence.samples = [first]
@@ -272,7 +272,7 @@ class Scheduler:
         return drafts
 
     def _settle(self, sequence: Sequence) -> None:
-        """Release the pages of rejected tokens alone, and cache those that are full."""
+        """Release pages with only rejected tokens, and cache full ones."""
         sequence.computed = int(self.decode_batch.positions[sequence.row])
         used = -(-sequence.computed // self._page_size)
         self._pool.release(sequence.pages[used:])
@@ -424,7 +424,7 @@ class Scheduler:
 
 
 def _with_drafts(ids: Ints, positions: Ints, drafts: Drafts) -> tuple[Ints, Ints, Ints]:
-    """Insert the drafts' ids and positions after their rows'; also where each row begins."""
+    """Insert the drafts' ids and positions after their rows'; also returns each row's start."""
     lengths = np.ones(len(ids), dtype=np.int32)
     for row, draft in drafts.items():
         lengths[row] += len(draft)

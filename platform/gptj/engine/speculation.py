@@ -1,10 +1,9 @@
-"""Prompt lookup decoding: drafts of what a request may continue with, for the model to verify.
+"""Prompt lookup decoding: draft a request's continuation for the model to verify.
 
-Outputs often repeat their prompt or themselves: an edited text, quoted passages, code. Where the
-last tokens have occurred before, what followed them then is the draft. A step computes a request's
-next token and its draft together, and samples at each position; the draft counts as far as it is
-what was sampled. So outputs are those without drafts, and a draft only decides how many tokens a
-step gives.
+Outputs often repeat their prompt or themselves: edited text, quoted passages, code. If the last
+tokens have occurred before, the draft is what followed them then. A step computes a request's next
+token and its draft together, and samples at each position; the draft is accepted up to the first
+token that differs from the sample. Drafts thus never change outputs, only the tokens per step.
 
 Saxena, "Prompt Lookup Decoding", 2023; Leviathan et al., "Fast Inference from Transformers via
 Speculative Decoding", 2023.
@@ -23,26 +22,26 @@ from gptj.engine.request import Request
 Drafts = Mapping[int, Sequence[int]]  # by row of the decode batch; not empty
 
 MAX_DRAFT = 15  # tokens; with the one before, as many as CudaRunner computes as decode rows
-MAX_ROWS = 64  # of logits: of all decoding sequences and drafts, if max_num_seqs is not more
-CANDIDATES = 16  # earlier occurrences that are compared, latest first
-# What a token costs, where a step without tokens, which mostly reads the weights, costs 1. Of int8
-# from 1 to 16 tokens with AVX-512 (bf16: 0.1); for a GPU an estimate: hundreds cost as much.
+MAX_ROWS = 64  # of logits, for decoding sequences and drafts; at least max_num_seqs
+CANDIDATES = 16  # earlier occurrences to compare, latest first
+# Cost of a token relative to a step's fixed cost, which is mostly reading the weights. CPU:
+# measured with int8, 1 to 16 tokens and AVX-512 (bf16: 0.1); GPU: an estimate.
 TOKEN_COST = {"cpu": 0.15, "cuda": 0.004}
-FIRST_RATE = 0.5  # expected before the first draft
+FIRST_RATE = 0.5  # assumed acceptance rate before the first draft
 HIGHEST_RATE = 0.98
 WEIGHT = 0.3  # of the latest token in the rate
-TRIAL_SHARE = 0.015  # of all steps' cost, that the first trials after a failure may take
+TRIAL_SHARE = 0.015  # share of the steps' cost spent on trials after the first failure
 LONGEST_PAUSE = 256  # steps
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How to propose tokens; names and meaning are vLLM's."""
+    """How to propose tokens, with vLLM's names and semantics."""
 
     method: Literal["ngram"] = "ngram"
     num_speculative_tokens: int = 8  # the longest draft
-    prompt_lookup_min: int = 2  # tokens that must have occurred before
-    prompt_lookup_max: int = 4  # occurrences that share more of them with the end are preferred
+    prompt_lookup_min: int = 2  # fewest last tokens that must match
+    prompt_lookup_max: int = 4  # longer matches, up to this, are preferred
 
     def __post_init__(self) -> None:
         if self.method != "ngram":
@@ -60,7 +59,7 @@ class Speculation:
 
 
 class Speculator:
-    """Proposes the drafts of a step, and counts them.
+    """Proposes and counts drafts.
 
     Args:
         token_cost: see TOKEN_COST.
@@ -80,13 +79,13 @@ class Speculator:
         """Drafts for rows of the decode batch.
 
         Args:
-            budget: their tokens at most, in all.
+            budget: most draft tokens in total.
         """
         drafts: dict[int, list[int]] = {}
         budget = min(budget, self._max_rows - len(batch))
         worth = self._worth(batch)
         for row, request in enumerate(batch.requests):
-            # Sampling gives one token more than are accepted.
+            # Sampling yields one token more than are accepted.
             most = min(budget, request.max_length - len(request.tokens) - 1)
             if most < 1:
                 continue
@@ -95,7 +94,7 @@ class Speculator:
                 drafter = self._drafters[request] = Drafter(self._settings)
             draft = drafter.propose(request.tokens, most, worth)
             for place, token in enumerate(draft):
-                if token in request.stop_ids:  # nothing follows it
+                if token in request.stop_ids:  # the output ends there
                     del draft[place:]
                     break
             if draft:
@@ -104,10 +103,10 @@ class Speculator:
         return drafts
 
     def note(self, batch: DecodeBatch, drafts: Drafts, accepted: Sequence[int]) -> None:
-        """Learn from the drafts of a step.
+        """Learn from a step's drafts.
 
         Args:
-            accepted: how many tokens of each row's draft.
+            accepted: number of accepted tokens, per row.
         """
         worth = self._worth(batch)
         for row, draft in drafts.items():
@@ -120,38 +119,38 @@ class Speculator:
         self._drafters.pop(request, None)
 
     def _worth(self, batch: DecodeBatch) -> float:
-        """The chance of acceptance from which on a draft's next token is worth its cost.
+        """The least acceptance probability at which drafting a token pays off.
 
-        It costs token_cost steps, and a step of this batch gives len(batch) tokens.
+        It costs token_cost steps, and a step of this batch yields len(batch) tokens.
         """
         cost = self._token_cost * max(1, len(batch))
         return cost / (1 + cost)
 
 
 class Drafter:
-    """Proposes drafts for one request, shorter and fewer where they fail."""
+    """Proposes drafts for one request; fewer and shorter ones as they fail."""
 
     def __init__(self, settings: Speculation) -> None:
         self._settings = settings
         self._index = NgramIndex(settings.prompt_lookup_min, settings.prompt_lookup_max)
-        self._rate = FIRST_RATE  # the chance that a token is accepted if those before it are
+        self._rate = FIRST_RATE  # probability that a token is accepted if those before it are
         self._pause = 0  # steps
-        self._failures = 0  # in a row, where a draft was not worth its cost
+        self._failures = 0  # consecutive drafts that did not pay off
 
     def propose(self, tokens: Sequence[int], most: int, worth: float) -> list[int]:
-        """A draft that may follow `tokens`, perhaps none.
+        """A possibly empty draft that may follow `tokens`.
 
         Args:
-            tokens: those of the last call, with more at the end.
-            most: its tokens at most.
-            worth: the chance of acceptance from which on a token is worth its cost.
+            tokens: those of the last call, extended.
+            most: most tokens to draft.
+            worth: the least acceptance probability at which a token pays off.
         """
         if self._pause:
             self._pause -= 1
             return []
         if not self._index.extend(tokens):
             return []
-        # At least one, to notice when drafts succeed again.
+        # At least one, to detect when drafts succeed again.
         length = max(1, int(math.log(worth) / math.log(self._rate)))
         return self._index.continuation(
             tokens, min(length, most, self._settings.num_speculative_tokens)
@@ -166,30 +165,30 @@ class Drafter:
         if accepted:
             self._failures = 0
         elif self._rate <= worth:
-            # A token in every step would cost the share `worth`.
+            # Drafting a token in every step would cost the share `worth`.
             self._pause = min(int(worth / TRIAL_SHARE * 2**self._failures), LONGEST_PAUSE)
             self._failures += 1
 
 
 class NgramIndex:
-    """Finds where the last tokens of a growing sequence have occurred before.
+    """Finds earlier occurrences of a growing sequence's last tokens.
 
     Args:
-        least: tokens that must be equal.
-        most: tokens that are compared.
+        least: fewest tokens that must match.
+        most: most tokens to compare.
     """
 
     def __init__(self, least: int, most: int) -> None:
         self._least = least
         self._most = most
-        # By the index after an n-gram of `least` tokens: that of its occurrence before, or 0.
+        # Index after an n-gram of `least` tokens -> that of its previous occurrence, or 0.
         self._before: list[int] = [0] * least
         self._latest: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Sequence[int]) -> bool:
-        """Index what is new at the end of `tokens`; returns whether its end has occurred before.
+        """Index the new tokens; returns whether the last n-gram has occurred before.
 
-        Nearly every step of every request comes here: the usual single token takes a microsecond.
+        Called in nearly every step of every request: the usual single token takes a microsecond.
         """
         end = len(tokens)
         if len(self._before) < end:
@@ -201,7 +200,7 @@ class NgramIndex:
         return self._before[end] > 0
 
     def continuation(self, tokens: Sequence[int], length: int) -> list[int]:
-        """`length` tokens that followed the best occurrence; none if there is none.
+        """`length` tokens that followed the best earlier occurrence, if there is one.
 
         Args:
             tokens: those of the last `extend`.
@@ -210,7 +209,7 @@ class NgramIndex:
         if start == 0:
             return []
         found = list(tokens[start : start + length])
-        while len(found) < length:  # it overlaps its own continuation, which repeats
+        while len(found) < length:  # the continuation overlaps itself: repeat it
             found += found[-(len(tokens) - start) :][: length - len(found)]
         return found
 

@@ -21,12 +21,12 @@ class EngineStats:
     steps: int
     tokens_in: int  # prefilled; tokens of preempted requests count again
     tokens_out: int  # sampled, including stop tokens; of a beam search, those of its results
-    prefix_tokens_asked: int  # of prompts looked up in the prefix cache
-    prefix_tokens_hit: int  # of those, found there
+    prefix_tokens_asked: int  # tokens of prompts looked up in the prefix cache
+    prefix_tokens_hit: int  # tokens found there
     preemptions: int
     cancellations: int
-    constrained_tokens_out: int  # sampled by a grammar
-    adapter_evictions: int  # that gave way to others
+    constrained_tokens_out: int  # sampled under a grammar
+    adapter_evictions: int
     mask_wait_ms: int  # milliseconds that steps waited for the masks of constrained requests
     spec_decode_num_drafts: int  # verified, of any length
     spec_decode_num_draft_tokens: int

@@ -63,7 +63,7 @@ def index_hdf5(address: str) -> list[StoredTensor]:
 
 
 def _ask_child(address: str, size: int) -> Iterator[tuple[str, list[int], str, int]]:
-    """What the child process finds in the file; serves the bytes that it asks for."""
+    """The arrays that the child process finds; serves the bytes it requests."""
     # -P: import installed packages, not the modules next to the script.
     command = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_index.py")), str(size)]
     with (

@@ -115,7 +115,7 @@ def _config(source: Source, folder: ModelFolder, adapter: StoredAdapter) -> GPTJ
         if expected.get(name) != given.get(name):
             raise CheckpointError(
                 f"{adapter.address} is not for the model {source.address}: {name} has the "
-                f"shape {given.get(name)}, and should have {expected.get(name)}"
+                f"shape {given.get(name)}, but should have {expected.get(name)}"
             )
     return config
 

@@ -160,10 +160,10 @@ def _merged(leaves: list[_Leaf], n_layer: int) -> Iterator[StoredTensor]:
             )
         return leaf
 
-    def joined(name: str) -> StoredTensor:  # (D, N / S) a shard, joined to (N, D)
+    def joined(name: str) -> StoredTensor:  # (D, N / S) per shard, joined to (N, D)
         return _joined(name, take(name, 2), axis=0, transpose=True)
 
-    def stacked(name: str) -> StoredTensor:  # (N / S, D) a shard, joined to (D, N)
+    def stacked(name: str) -> StoredTensor:  # (N / S, D) per shard, joined to (D, N)
         return _joined(name, take(name, 2), axis=1, transpose=True)
 
     def joined_bias(name: str) -> StoredTensor:
@@ -196,7 +196,7 @@ def _merged(leaves: list[_Leaf], n_layer: int) -> Iterator[StoredTensor]:
 
 
 def _joined(name: str, leaf: _Leaf, axis: int, transpose: bool) -> StoredTensor:
-    """The parts, transposed if asked, then concatenated along an axis of the result."""
+    """The parts, optionally transposed, then concatenated along an axis of the result."""
     part_shape = leaf.shape[::-1] if transpose else leaf.shape
     shape = list(part_shape)
     shape[axis] *= len(leaf.parts)

@@ -2,7 +2,7 @@
 
 Only tensors are unpickled (`weights_only=True`), and only their positions: under a FakeTensorMode,
 PyTorch records each tensor's offset in the file
-(https://docs.pytorch.org/docs/stable/notes/serialization.html). So a file on S3 needs no local
+(https://docs.pytorch.org/docs/stable/notes/serialization.html). A file on S3 thus needs no local
 copy, and memory holds one tensor.
 """
 

@@ -1,6 +1,6 @@
 """A file as a plan of bytes and the tensors between them, made before any value is read.
 
-So a file's size is known before writing starts, it can be streamed to S3, and memory holds one
+A file's size is thus known before writing starts, it can be streamed to S3, and memory holds one
 tensor.
 """
 

@@ -43,7 +43,7 @@ class StoredTensor:
     def transposed(self) -> StoredTensor:
         """The transposed matrix; CheckpointError if it is not a matrix."""
         if len(self.shape) != 2:
-            raise CheckpointError(f"{self.name} has the shape {self.shape}, and should be a matrix")
+            raise CheckpointError(f"{self.name} has the shape {self.shape}, but should be a matrix")
 
         def load(dtype: torch.dtype) -> Tensor:
             return self.load(dtype).T
@@ -101,7 +101,7 @@ def fill(target: Tensor, values: Tensor, name: str) -> Tensor:
         if largest > torch.finfo(target.dtype).max:
             raise CheckpointError(
                 f"{name} has values up to {largest:g}, but "
-                f"{str(target.dtype).removeprefix('torch.')} ends at "
+                f"the maximum of {str(target.dtype).removeprefix('torch.')} is "
                 f"{torch.finfo(target.dtype).max:g}; remedy: bfloat16 or float32"
             )
     return target

@@ -1,6 +1,6 @@
-"""One line of the log for each request: what became of it, without key or text.
+"""One log line per request with its outcome, but without key or text.
 
-A record has the line's parts as attributes too, which loggers that write JSON print as fields.
+Log records also carry the line's parts as attributes, which JSON formatters print as fields.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _entry: ContextVar[Entry | None] = ContextVar("entry", default=None)
 
 @dataclass
 class Entry:
-    """What is known of a request beside its route and status; None where it does not apply."""
+    """Details of a request besides its route and status; None where not applicable."""
 
     key: str | None = None  # its name in GPTJ_KEYS_FILE
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     queue_seconds: float | None = None  # until the first step that worked on it
     first_token_seconds: float | None = None  # until the first output's first token
-    logged: bool = field(default=False, init=False)  # elsewhere: by a replica, or with others
+    logged: bool = field(default=False, init=False)  # already, by a replica or in a summary
 
     def first(self, seconds: float) -> None:
         """An output's first token arrived."""
@@ -34,14 +34,14 @@ class Entry:
             self.first_token_seconds = seconds
 
     def queued(self, seconds: float) -> None:
-        """An output waited so long."""
+        """An output left the queue after `seconds`."""
         if self.queue_seconds is None or seconds < self.queue_seconds:
             self.queue_seconds = seconds
 
 
 @contextmanager
 def request_entry() -> Iterator[Entry]:
-    """The present request's entry in the block, and in tasks that are started there."""
+    """The current request's entry within the block and tasks started in it."""
     entry = Entry()
     token = _entry.set(entry)
     try:
@@ -51,7 +51,7 @@ def request_entry() -> Iterator[Entry]:
 
 
 def current_entry() -> Entry:
-    """The present request's; one that nobody reads outside of any."""
+    """The current request's entry; outside of requests, a throwaway one."""
     return _entry.get() or Entry()
 
 

@@ -1,8 +1,8 @@
 """The adapters of a generation service, by the name that requests have as their `model`.
 
-Some are named in the service's settings, and stay in memory. With a root, the name of any folder
-below it works as well: its adapter is loaded at its first request, and the least recently used one
-gives way. A folder whose files have changed is read again.
+Those named in the service's settings stay in memory. With a root, the name of any folder below it
+works as well: its adapter is loaded on its first request, evicting the least recently used one. A
+folder whose files have changed is reloaded.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Adapters:
         return await _result(name, look, LOAD_WAIT_SECONDS)
 
     def may_have(self, name: str) -> bool:
-        """Whether there could be an adapter of that name, without looking."""
+        """Whether an adapter of that name may exist, without looking it up."""
         return name in self._named or self._address(name) is not None
 
     def present(self) -> list[ServedAdapter]:
@@ -371,14 +371,14 @@ class Adapters:
         tokenizer = GPTJTokenizer.from_folder(folder)
         if len(tokenizer) != len(self._tokenizer):
             raise CheckpointError(
-                f"{folder.address} has a tokenizer with {len(tokenizer)} entries, and its base "
-                f"model's has {len(self._tokenizer)}: adapters with tokens of their own are not "
+                f"{folder.address} has a tokenizer with {len(tokenizer)} entries, but its base "
+                f"model's has {len(self._tokenizer)}: adapters with additional tokens are not "
                 f"supported"
             )
         return template_of(tokenizer, None)
 
     def _address(self, name: str) -> str | None:
-        """A name's folder; None if it is no name of a folder below the root."""
+        """A name's folder; None if the name is not valid below the root."""
         if self._root is None or _NAME.fullmatch(name) is None:
             return None
         address = storage.join(self._root, name)
@@ -430,7 +430,7 @@ def check_name(name: str) -> str:
     """A name of an adapter in settings. Raises ValueError."""
     if _NAME.fullmatch(name) is None:
         raise ValueError(
-            f"{name!r:.80} is not a name of an adapter: letters, digits, . _ - and / between them"
+            f"{name!r:.80} is not a valid adapter name: letters, digits, . _ - and / between them"
         )
     return name
 

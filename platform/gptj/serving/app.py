@@ -47,11 +47,11 @@ Body = TypeVar("Body", bound=RequestModel)
 
 @dataclass(frozen=True)
 class HTTPOptions:
-    """What an application's settings say of its HTTP."""
+    """An application's HTTP settings."""
 
-    cors_origins: tuple[str, ...] = ()  # whose pages may ask; see middleware.cors
-    ignore_unknown_fields: bool = False  # of bodies, with a warning; otherwise they are errors
-    max_body_bytes: int = MAX_BODY_BYTES  # larger bodies are errors
+    cors_origins: tuple[str, ...] = ()  # whose pages may send requests; see middleware.cors
+    ignore_unknown_fields: bool = False  # in bodies, with a warning; otherwise they are errors
+    max_body_bytes: int = MAX_BODY_BYTES  # larger bodies are rejected
 
 
 DEFAULTS = HTTPOptions()
@@ -70,16 +70,15 @@ def new_app(
 ) -> FastAPI:
     """An application whose errors all have OpenAI's body and a documented status.
 
-    GPTJ_API_KEYS and GPTJ_KEYS_FILE of this process decide who has access: see Keys, whose
-    ValueError is raised. `application` is what a key may be restricted to, and `ledger` counts for
-    the keys' limits.
-    `pages` are served to everybody, beside the API's document at `/docs`.
+    This process's GPTJ_API_KEYS and GPTJ_KEYS_FILE control access; raises the ValueError of Keys.
+    Keys can be restricted to an `application`, and `ledger` enforces their limits. `pages`, and the
+    API's documentation at `/docs`, are public.
     """
     app = FastAPI(
         title=title,
         strict_content_type=False,
         redirect_slashes=False,
-        docs_url=None,  # Pages has it: FastAPI's own loads from another host
+        docs_url=None,  # served by Pages: FastAPI's own loads from another host
         redoc_url=None,
     )
     keys = Keys.from_environment()
@@ -157,12 +156,12 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after the reply, so it is logged.
+    # Starlette re-raises it after the reply, so it is logged.
     return error_response(ModelError("an unexpected error of the service: see its log"))
 
 
 def validated(model: type[Body], body: Any) -> Body:
-    """A body that did not come by HTTP. APIError with the status and words of one that did."""
+    """Validate a body not sent over HTTP. Raises the APIError that HTTP would return."""
     if not isinstance(body, dict):
         raise WrongShapeError("the body must be a JSON object")
     try:
@@ -173,7 +172,7 @@ def validated(model: type[Body], body: Any) -> Body:
 
 
 def shape_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """Pydantic's validation errors of a body, in words."""
+    """Convert pydantic's validation errors of a body."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return InvalidRequestError(
@@ -201,7 +200,7 @@ def _in_words(error: Mapping[str, Any]) -> str:
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """The field's path, such as `stream_options.include_usage` or `tokens[3]`; empty for all."""
+    """The field's path, such as `stream_options.include_usage` or `tokens[3]`; "" for the body."""
     path = ""
     for part in error["loc"][1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}"

@@ -52,7 +52,7 @@ Function = Literal["softmax", "sigmoid", "none"]
 @dataclass(frozen=True)
 class Input:
     text: str
-    text_pair: str | None = None  # follows the text without anything between the two
+    text_pair: str | None = None  # appended to the text without a separator
 
 
 def as_inputs(value: Any) -> list[Input]:
@@ -74,10 +74,10 @@ def _as_input(value: Any) -> Input:
 
 
 class ClassificationParameters(RequestModel):
-    # Only the k likeliest labels; default: all.
+    # Only the k most likely labels; default: all.
     top_k: Annotated[int | None, bounds(minimum=1)] = None
     function_to_apply: Function | None = None  # to the logits; default: by the problem type
-    # Cut what is longer than the context, of a pair the longer text first; otherwise an error.
+    # Truncate to the context, a pair's longer text first; otherwise too long inputs are errors.
     truncation: bool = False
 
 
@@ -114,8 +114,8 @@ class ClassificationService:
     """Classifies the texts of concurrent requests together.
 
     Args:
-        max_batch: texts of a batch.
-        max_queued: texts that may wait.
+        max_batch: most texts in a batch.
+        max_queued: most texts waiting.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ClassificationService:
             block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
-        """Each text's labels, likeliest first. Cancelling the call withdraws what waits.
+        """Each text's labels, most likely first. Cancelling the call withdraws waiting texts.
 
         Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
         """

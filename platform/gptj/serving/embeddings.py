@@ -37,8 +37,8 @@ MAX_INPUTS = 2048  # OpenAI's
 TEXT = {"type": "string", "minLength": 1}
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
-# How a text's hidden states become one vector. Position-weighted: the first counts 1, the n-th n,
-# since later tokens have seen more of the text (Muennighoff, "SGPT", 2022,
+# How a text's hidden states become one vector. weighted_mean weights the n-th token by n, since
+# later tokens have seen more of the text (Muennighoff, "SGPT", 2022,
 # https://arxiv.org/abs/2202.08904, section 4.1).
 Pooling = Literal["mean", "last", "weighted_mean"]
 
@@ -68,9 +68,9 @@ class EmbeddingsRequest(RequestModel):
     ]
     model: str | None = None  # default: this service's only model
     encoding_format: Literal["float", "base64"] = "float"  # base64: of fp32, little-endian
-    # Only the model's own number: GPT-J's vectors lose their meaning when they are shortened.
+    # Only the model's own number: GPT-J's vectors cannot be shortened.
     dimensions: Annotated[int | None, bounds(minimum=1)] = None
-    # Keep only so many of an input's first tokens; -1: as many as the context holds.
+    # Keep only this many of an input's first tokens; -1: as many as the context holds.
     truncate_prompt_tokens: Annotated[int | None, bounds(minimum=-1, **{"not": {"const": 0}})] = (
         None
     )
@@ -100,9 +100,9 @@ class EmbeddingsService:
 
     Args:
         model_name: in replies.
-        normalize: make vectors' lengths 1, so that their dot products are cosines.
-        max_batch: inputs of a batch.
-        max_queued: inputs that may wait.
+        normalize: scale vectors to unit length, so that dot products are cosines.
+        max_batch: most inputs in a batch.
+        max_queued: most inputs waiting.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class EmbeddingsService:
             block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def embed(self, request: EmbeddingsRequest) -> Embeddings:
-        """Each input's vector, in order. Cancelling the call withdraws what waits.
+        """Each input's vector, in order. Cancelling the call withdraws waiting inputs.
 
         Raises APIError, QueueFullError or ClosedError.
         """
@@ -139,7 +139,7 @@ class EmbeddingsService:
         rows = await asyncio.to_thread(self._encode, request)
         tokens = sum(map(len, rows))
         await reserve_tokens(tokens)
-        # Inputs of about the same length make batches with little padding.
+        # Sorted by length, batches need little padding.
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         found = await results_of(self._batcher.submit([rows[index] for index in order]))
         if not all(bool(vector.isfinite().all()) for vector in found):
@@ -197,7 +197,7 @@ class EmbeddingsService:
             if not each:
                 raise InvalidRequestError(f"{which} is empty", param=which)
             if isinstance(each, str):
-                if keep is None:  # much too long a text need not be tokenized
+                if keep is None:  # reject far too long texts without tokenizing them
                     least = self._vocabulary.least_tokens(each)
                     self._check_length(which, "at least ", least)
                 ids = self._tokenizer.encode(each)
@@ -228,12 +228,12 @@ class EmbeddingsService:
 
 
 def pooled(hidden_BLD: Tensor, mask_BL: Tensor, pooling: Pooling) -> Tensor:
-    """(B, D) of fp32: each row's hidden states as one vector.
+    """Pool each row's hidden states to one vector: (B, D) fp32.
 
     Args:
         mask_BL: 1 for tokens and 0 for the padding on their right.
     """
-    hidden_BLD = hidden_BLD.float()  # sums of thousands of tokens do not fit half precision
+    hidden_BLD = hidden_BLD.float()  # half precision cannot hold sums over thousands of tokens
     if pooling == "last":
         last_B = mask_BL.sum(dim=1) - 1
         return hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]

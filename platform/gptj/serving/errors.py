@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from gptj.serialization.json_object import to_json
 
-# Header of a 429 that says what is full, where it is not the whole service: `key`, `grammars`
-# or `adapters`.
+# Header of a 429 that names what is full, if not the whole service: `key`, `grammars` or
+# `adapters`.
 SCOPE = "x-ratelimit-scope"
 
 
@@ -23,15 +23,14 @@ class APIError(Exception):
     InvalidRequestError (400): can never succeed. AuthenticationError (401): missing or wrong key.
     PermissionDeniedError (403): another application's key. NotFoundError (404): unknown model.
     RequestTimeoutError (408). BodyTooLargeError (413). WrongShapeError (422): missing or unknown
-    fields, or wrong types. OverloadedError (429): try again later. RateLimitError (429): beyond the
-    key's limits. ModelError (500): our fault. UnavailableError (503): try again elsewhere, or
-    later.
+    fields, or wrong types. OverloadedError (429): try again later. RateLimitError (429): over the
+    key's limits. ModelError (500): our fault. UnavailableError (503): try again elsewhere or later.
 
     Args:
         message: for the client, with the value and the remedy.
         param: the request's invalid field, such as `n` or `stream_options`.
-        code: for programs, such as `context_length_exceeded`.
-        headers: further ones of the reply.
+        code: machine-readable, such as `context_length_exceeded`.
+        headers: additional headers of the reply.
     """
 
     status = 500
@@ -69,7 +68,7 @@ def check_length(which: str, known: str, length: int, context: int, remedy: str)
     """
     if length > context:
         raise InvalidRequestError(
-            f"{which} has {known}{length} tokens, and this model's context is {context}: {remedy}",
+            f"{which} has {known}{length} tokens, but this model's context is {context}: {remedy}",
             param=which,
             code="context_length_exceeded",
         )
@@ -113,7 +112,7 @@ class OverloadedError(APIError):
 
 
 class RateLimitError(APIError):
-    """Of one key: the service itself is not full."""
+    """One key's limit is reached; the service itself is not full."""
 
     status = 429
     type = "rate_limit_error"

@@ -46,13 +46,13 @@ class Recorder(Protocol):
         """A request with a key has ended, or was refused for the key's limits."""
 
     def grammar(self, result: Literal["compiled", "cached", "refused"], seconds: float) -> None:
-        """A request's grammar was compiled, or was known, or was refused, after so long."""
+        """A request's grammar was compiled, found in the cache, or refused."""
 
     def adapter_request(self, adapter: str) -> None:
-        """A request of an adapter that there is."""
+        """A request for an existing adapter."""
 
     def adapter_load(self, result: Literal["loaded", "refused"], seconds: float) -> None:
-        """An adapter was read for its first request, or again after a change, in so long."""
+        """An adapter was read, for its first request or after a change."""
 
 
 class NoRecorder:

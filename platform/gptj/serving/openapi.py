@@ -1,4 +1,4 @@
-"""An application's OpenAPI document: its routes, with every status, body and key that they have."""
+"""An application's OpenAPI document: routes with all their statuses, bodies and authentication."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gptj.serving.middleware.keys import OPEN_PATHS
 from gptj.serving.requests import ONLY_NULL
 
 DESCRIPTIONS = {
-    400: "What can never work: no JSON, a value out of its range, fields that contradict each "
-    "other, or a text too long for the model's context. `param` names the field.",
-    401: "No key, or a wrong one.",
-    403: "The key is another application's.",
-    404: "There is no such model.",
-    408: "The request was not sent to its end in time, or took longer than the service allows.",
+    400: "An invalid request: not JSON, a value out of range, contradictory fields, or a text too "
+    "long for the model's context. `param` names the field.",
+    401: "Missing or wrong key.",
+    403: "The key belongs to another application.",
+    404: "Unknown model.",
+    408: "The request was not sent completely in time, or took longer than the service allows.",
     413: "The body is too large.",
     422: "A field is missing, unknown or of a wrong type. `param` names it.",
-    429: "The queue is full, or the key has had its share (`x-ratelimit-scope: key`): try again "
+    429: "The queue is full, or the key's limit is reached (`x-ratelimit-scope: key`): try again "
     "after `Retry-After` seconds.",
     500: "The model failed on this request.",
     503: "Not ready, or about to stop: try again after `Retry-After` seconds.",
@@ -35,7 +35,7 @@ EXAMPLES = {
     ),
     403: ("this key is not for generation", "permission_error", None, "key_not_allowed"),
     404: (
-        "there is no model 'another' here, but 'gpt-j-6b'",
+        "model 'another' does not exist; GET /v1/models lists what this service has",
         "not_found_error",
         "model",
         "model_not_found",
@@ -61,20 +61,20 @@ KEY = {"bearer": {"type": "http", "scheme": "bearer", "description": "One of GPT
 
 
 class ErrorDetail(BaseModel):
-    message: str  # with the value that is wrong and the remedy
+    message: str  # with the invalid value and the remedy
     type: str
-    param: str | None  # the field that is wrong
-    code: str | None  # for programs
+    param: str | None  # the invalid field
+    code: str | None  # machine-readable
 
 
 class ErrorReply(BaseModel):
-    """OpenAI's body of an error."""
+    """OpenAI's error body."""
 
     error: ErrorDetail
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses` of its own; what all routes have, `describe` adds."""
+    """A route's own `responses`; `describe` adds those common to all routes."""
     return {status: _error(status) for status in statuses}
 
 
@@ -82,8 +82,8 @@ def describe(app: FastAPI, *, guarded: bool, open_bodies: bool = False) -> None:
     """Make the application's document complete.
 
     Args:
-        guarded: whether it asks for a key.
-        open_bodies: whether bodies may have fields that it does not know.
+        guarded: whether it requires a key.
+        open_bodies: whether bodies may have unknown fields.
     """
 
     def document() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def describe(app: FastAPI, *, guarded: bool, open_bodies: bool = False) -> None:
             whole = get_openapi(title=app.title, version=app.version, routes=app.routes)
             components = whole.setdefault("components", {})
             components["securitySchemes"] = KEY
-            # FastAPI's own shape of an error, which nothing here answers with.
+            # FastAPI's own error schemas, which are never used here.
             schemas = components.setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
@@ -112,7 +112,7 @@ def describe(app: FastAPI, *, guarded: bool, open_bodies: bool = False) -> None:
 
 
 def _complete(operation: dict[str, Any], guarded: bool, is_open: bool) -> None:
-    """The statuses that middleware answers with, and the key."""
+    """Add the statuses of middleware, and the key."""
     responses = operation["responses"]
     responses.pop("422", None)
     # 400: headers that cannot be read. 408, 429 and 503: by the proxy, see gptj.serving.entry.
@@ -121,7 +121,7 @@ def _complete(operation: dict[str, Any], guarded: bool, is_open: bool) -> None:
         statuses += [413, 422]
     responses.update({str(status): _error(status) for status in statuses})
     operation["responses"] = dict(sorted(responses.items()))
-    # An empty alternative: it works without a key, too.
+    # The empty alternative means that no key is required.
     operation["security"] = [] if is_open else [{"bearer": []}] if guarded else [{"bearer": []}, {}]
 
 

@@ -1,8 +1,8 @@
-"""Pages for people: the playground at `/` and the API's document at `/docs`.
+"""Pages for people: the playground at `/` and the API documentation at `/docs`.
 
-Their files come from this package (Swagger UI's from fastapi-offline), are read once, and are
-answered before keys are looked at: a page has to be there to ask for a key. What they load and ask
-is of their own host; the content security policy holds them to it.
+Their files come from this package (Swagger UI's from fastapi-offline), are read once, and need no
+key, since users enter their key on the page. A content security policy restricts them to their own
+host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 
 @dataclass(frozen=True)
 class Page:
-    path_format: str  # as a route has it, for the metrics
+    path_format: str  # like a route's, for the metrics
     content: bytes
     media_type: str
 
@@ -47,7 +47,7 @@ class Page:
             "Content-Security-Policy": POLICY,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",  # kept, but asked for whether it has changed
+            "Cache-Control": "no-cache",  # cached, but revalidated
             "ETag": self.etag,
         }
         if dict(scope["headers"]).get(b"if-none-match") == self.etag.encode():
@@ -56,7 +56,7 @@ class Page:
 
 
 def docs() -> dict[str, Page]:
-    """Swagger UI at `/docs`, for the application's own `/openapi.json`."""
+    """Swagger UI at `/docs` for the application's `/openapi.json`."""
     ours = files("gptj.serving")
     sources = {
         "/docs": ours / "docs" / "index.html",
@@ -69,7 +69,7 @@ def docs() -> dict[str, Page]:
 
 
 def playground() -> dict[str, Page]:
-    """`/` and, below `/playground`, what it loads."""
+    """`/` and its assets below `/playground`."""
     folder = files("gptj.serving") / "playground"
     sources = {f"/playground/{file.name}": file for file in folder.iterdir()}
     sources["/"] = sources.pop("/playground/index.html")
@@ -82,7 +82,7 @@ def _page(path: str, source: Traversable) -> Page:
 
 
 class Pages:
-    """Middleware: answers GET for its pages, and hands everything else on."""
+    """Middleware: answers GET for its pages and passes everything else on."""
 
     def __init__(self, app: ASGIApp, pages: Mapping[str, Page]) -> None:
         self._app = app
@@ -104,9 +104,9 @@ class Pages:
 
 
 def _canonical(scope: Scope, page: Page) -> str | None:
-    """Where a page's relative links are right, if not here: `/` ends in a slash, others do not.
+    """The redirect that makes a page's relative links work, if needed: only `/` ends in a slash.
 
-    A relative address itself, since neither the scheme nor what a proxy has taken off is known.
+    It is relative, since neither the scheme nor a prefix stripped by a proxy is known.
     """
     raw = scope.get("raw_path", b"").decode("latin-1")
     is_folder = page.path_format == "/"

@@ -55,7 +55,7 @@ class QuestionAnsweringParameters(RequestModel):
     max_answer_len: Annotated[int, bounds(minimum=1, maximum=MAX_ANSWER_TOKENS)] = 15  # tokens
     # Tokens of a window, question included.
     max_seq_len: Annotated[int | None, bounds(minimum=2)] = None
-    # Tokens of the context that neighbouring windows share.
+    # Tokens of the context by which neighbouring windows overlap.
     doc_stride: Annotated[int | None, bounds(minimum=0)] = None
     # Tokens; longer questions are truncated; default: no limit.
     max_question_len: Annotated[int | None, bounds(minimum=1)] = None
@@ -86,12 +86,12 @@ class Answer(BaseModel):
 
 
 class QuestionAnsweringService:
-    """Answers concurrent requests together, each by the windows of its context.
+    """Answers concurrent requests together, batching the windows of their contexts.
 
     Args:
         window, stride: defaults in tokens, preferably those of training.
-        max_batch: windows of a batch.
-        max_queued: windows that may wait.
+        max_batch: most windows in a batch.
+        max_queued: most windows waiting.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class QuestionAnsweringService:
             block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
-        """The likeliest span of the context, or a list of spans for top_k above 1.
+        """The most likely span of the context, or a list of spans for top_k above 1.
 
         Raises InvalidRequestError, QueueFullError, ClosedError or ModelError.
         """

@@ -1,4 +1,4 @@
-"""What the bodies of all services share: strict fields, their schema, and Unicode texts."""
+"""Base of all services' request bodies: strict fields, their schema, valid Unicode."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _warned: set[str] = set()
 MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4,300 digits
 
 
-ONLY_NULL = {"type": "null"}  # what unknown fields may be
+ONLY_NULL = {"type": "null"}  # the only allowed value of unknown fields
 
 
 def bounds(**schema: Any) -> Any:
-    """What the document says of a field's values; whether they hold, `check` and the engine say."""
+    """Document a field's bounds in the schema; `check` and the engine enforce them."""
     return Field(json_schema_extra=schema)
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """A body's schema: null is the same as left out, wherever a field may be left out.
+    """Allow null in a body's schema for optional fields, where it means the default.
 
-    Of unknown fields, too: clients send null for what they leave to the service.
+    For unknown fields too: clients send null for fields they do not set.
     """
     schema["additionalProperties"] = dict(ONLY_NULL)
     required = schema.get("required", ())
@@ -44,7 +44,7 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 @contextmanager
 def ignoring_unknown_fields() -> Iterator[None]:
-    """Accept unknown fields in bodies that are read in the block; a warning names each once."""
+    """Accept unknown fields in bodies parsed within the block; each is logged once."""
     token = _ignored.set(True)
     try:
         yield
@@ -57,7 +57,7 @@ def _warn_of(names: set[str]) -> None:
     if new and len(_warned) < MAX_WARNINGS:
         _warned.update(new)
         shown = ", ".join(repr(name[:60]) for name in sorted(new)[:MAX_WARNINGS])
-        logger.warning("ignoring fields of bodies that this service does not know: %s", shown)
+        logger.warning("ignoring unknown fields in request bodies: %s", shown)
 
 
 def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
@@ -71,11 +71,10 @@ def examples(*bodies: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
 
 
 class RequestModel(BaseModel):
-    """A body: unknown fields and wrong types are errors, null means the default.
+    """A request body: unknown fields and wrong types are errors, null means the default.
 
-    Unknown fields are left out in a block of `ignoring_unknown_fields`.
-
-    Integers have at most MAX_BITS, so that error messages can print them.
+    Within `ignoring_unknown_fields`, unknown fields are dropped instead. Integers have at most
+    MAX_BITS, so that error messages can print them.
     """
 
     model_config = ConfigDict(

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 async def results_of(futures: Sequence[Future[Result]]) -> list[Result]:
-    """The results in order; cancelling the call withdraws what has not begun.
+    """The results in order; cancelling the call withdraws work that has not started.
 
     Raises ClosedError, or ModelError for any other error in the thread.
     """

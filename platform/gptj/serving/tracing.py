@@ -1,8 +1,8 @@
-"""Spans of requests by OpenTelemetry: the engine's part; see also gptj.serving.entry.tracing.
+"""OpenTelemetry spans of requests to the engine; see also gptj.serving.entry.tracing.
 
 Nothing is recorded unless the process has a tracer provider: see deployments.tracing. Names and
-attributes are those of OpenTelemetry's semantic conventions for HTTP and generative AI. Texts are
-never among them.
+attributes follow OpenTelemetry's semantic conventions for HTTP and generative AI, and never include
+texts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ propagator = TraceContextTextMapPropagator()
 
 
 class RequestTrace:
-    """Spans of a request to the engine: the whole, and of each output its stages.
+    """Spans of a request to the engine: the whole, and each output's stages.
 
     Args:
-        operation: as OpenTelemetry names it, chat or text_completion.
+        operation: OpenTelemetry's name: chat or text_completion.
         params: of its first output.
         start: when the request arrived, by time.perf_counter.
     """
@@ -55,7 +55,7 @@ class RequestTrace:
     def output(
         self, index: int, *, start: float, queued: float, first: float, end: float, tokens: int
     ) -> None:
-        """An output has ended.
+        """Record an output that has ended.
 
         Args:
             start, first, end: when it was submitted, had its first token, and ended; by
@@ -77,7 +77,7 @@ class RequestTrace:
             stage.end(self._at(until))
 
     def end(self, usage: Usage, reasons: list[str]) -> None:
-        """The request has ended, by itself or since its client left."""
+        """End the request's span, once it has finished or its client has left."""
         if self._ended:
             return
         self._ended = True
@@ -97,7 +97,7 @@ def enabled() -> bool:
 
 @contextmanager
 def continued(scope: Scope) -> Iterator[None]:
-    """Spans of the block belong to Serve's of this request, or to what its headers say."""
+    """Make spans in the block children of Serve's span, or of the trace in the headers."""
     if not enabled() or trace.get_current_span().get_span_context().is_valid:
         yield
         return
@@ -109,7 +109,7 @@ def continued(scope: Scope) -> Iterator[None]:
 
 
 def parent_of(scope: Scope) -> context.Context:
-    """What the request's headers say of the trace that it belongs to."""
+    """The trace context in the request's headers."""
     carrier = {
         name.decode("latin-1"): value.decode("latin-1")
         for name, value in scope["headers"]
@@ -119,5 +119,5 @@ def parent_of(scope: Scope) -> context.Context:
 
 
 def note(event: str, **attributes: str | int) -> None:
-    """An event of the present span."""
+    """Add an event to the current span."""
     trace.get_current_span().add_event(event, attributes)

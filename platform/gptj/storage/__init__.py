@@ -1,4 +1,4 @@
-"""One way to read and write local paths and `s3://bucket/key` addresses: bytes in, bytes out.
+"""Read and write local paths and `s3://bucket/key` addresses through one interface.
 
 gptj.storage.addresses defines the addresses. S3 goes through boto3, which reads the usual AWS
 variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION), profiles and
@@ -82,7 +82,7 @@ def size(address: str) -> int:
 def stat(address: str) -> FileInfo:
     """A file's size and version; NotFoundError if there is none.
 
-    Its name is that in its folder.
+    Its `name` is its base name.
     """
     return _s3.stat(address) if is_s3(address) else local.stat(address)
 
@@ -225,16 +225,16 @@ def delete_unfinished(folder: str) -> None:
 def be_patient() -> None:
     """Retry for minutes if S3 does not answer, even on the first request.
 
-    By default only a server that has already answered this process gets that long. For workers of
-    a run whose storage was checked where it was started.
+    By default only a server that has already answered this process gets that long. Meant for
+    workers of a run whose storage was already checked at submission.
     """
     _s3_client.retry_policy().patient = True
 
 
 def check_writable(address: str) -> None:
-    """Write small files below the address the way a long job will at its end, then delete them.
+    """Write small files below the address like a long job will at its end, then delete them.
 
-    Called at the start, so that a missing bucket, a folder of another user or a server without the
-    features we need fails early. Raises StorageError.
+    Call at the start, to detect a missing bucket, another user's folder or a server without the
+    required features early. Raises StorageError.
     """
     (_s3 if is_s3(address) else local).check_writable(address)

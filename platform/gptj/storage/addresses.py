@@ -1,10 +1,9 @@
-"""Addresses as users write them: a local path or `s3://bucket/key`, checked, in one spelling.
+"""Validate and normalize addresses: local paths and `s3://bucket/key`.
 
-Everything that takes an address goes through here, so that the whole product accepts the same ones;
-reading a checkpoint also takes hub ids (gptj.checkpoints.hub), and reading data also `sample://…`
-and `hf://datasets/…`.
-Any other scheme is refused, with a remedy: it would otherwise become a local folder with a strange
-name, and what is written there would be lost.
+Everything that takes an address goes through here, so that the whole product accepts the same ones.
+Checkpoints can also be hub ids (gptj.checkpoints.hub), and data `sample://…` and `hf://datasets/…`.
+Any other scheme is rejected with a remedy: it would otherwise become a strangely named local
+folder, and files written there would be lost.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ HUB_DATA = "hf://datasets/"
 _S3 = "s3://"
 # `scheme:/` at the beginning: pathlib reduces `s3://` to one slash.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
-_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as boto3 takes them
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # accepted by boto3
 _HUB_URL = re.compile(
     r"(?:hf://|https?://(?:huggingface\.co|hf\.co)/)(?!datasets/|spaces/)([\w.-]+/[\w.-]+).*", re.I
 )
@@ -94,15 +93,15 @@ def split_s3(address: str) -> tuple[str, str]:
 
 
 def split_hub_data(address: str) -> tuple[str, str | None, str]:
-    """`hf://datasets/OWNER/NAME@REVISION/PATH` as repository, revision if there is one, and path.
+    """`hf://datasets/OWNER/NAME@REVISION/PATH` as repository, optional revision, and path.
 
     AddressError for anything else.
     """
     found = _HUB_DATA.fullmatch(address.rstrip("/"))
     if found is None:
         raise AddressError(
-            f"a data set on the hub is hf://datasets/OWNER/NAME, perhaps with @REVISION and then "
-            f"/PATH, got {address!r}"
+            f"a data set on the hub is hf://datasets/OWNER/NAME, optionally followed by @REVISION "
+            f"and /PATH, got {address!r}"
         )
     return found["id"], found["revision"], found["path"] or ""
 

@@ -39,7 +39,7 @@ class FileLock:
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
 
     def try_take(self) -> bool:
-        """Acquire exclusively without blocking; if False, nothing is held, not even as before."""
+        """Acquire exclusively without blocking; on False, any lock held before is released too."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,8 +1,8 @@
 """A lease on a folder, local or on S3: one holder at a time, which may die without releasing it.
 
-The folder has a file for each generation, `00000001.json` and so on, created only if absent: of
-several processes that take over an expired lease, one wins. The holder renews its file every few
-seconds. A process that sees a file unchanged for a whole term, by its own clock, takes over; clocks
+The folder has a file for each generation, `00000001.json` and so on, created only if absent, so
+that only one of several processes can take over an expired lease. The holder renews its file every
+few seconds. A process that sees it unchanged for a whole term, by its own clock, takes over; clocks
 are never compared. On the holder's own machine, its process is looked up instead.
 """
 
@@ -32,7 +32,7 @@ class LeaseHeldError(Exception):
 
 
 class LeaseLostError(Exception):
-    """Another process has taken over: this one must not write any more."""
+    """Another process has taken over: this one must no longer write."""
 
 
 @dataclass(frozen=True)

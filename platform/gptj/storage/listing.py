@@ -10,4 +10,4 @@ class FileInfo:
     address: str
     name: str  # relative to the listed folder, with /
     size: int  # bytes
-    version: str = ""  # differs after the file was replaced: its ETag, or its inode and time
+    version: str = ""  # changes if the file is replaced: its ETag, or its inode and mtime

@@ -123,7 +123,7 @@ def delete_unfinished(folder: str) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Write a small file the way a long job will at its end, then delete it; the folder stays.
+    """Write a small file like a long job will at its end, then delete it; the folder stays.
 
     StorageError if that fails.
     """

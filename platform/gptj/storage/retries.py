@@ -1,8 +1,8 @@
-"""Which S3 requests are retried, and for how long, so that an outage only delays the work.
+"""The retry policy for S3 requests, so that an outage only delays the work.
 
 botocore's own retries end after seconds, and their quota makes later errors final. Ours last for
 minutes, with jittered exponential backoff, but only for a server that has answered before: one that
-never has is probably a wrong address, and should fail soon.
+never has is probably a wrong address, and should fail fast.
 """
 
 from __future__ import annotations

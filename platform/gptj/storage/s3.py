@@ -247,7 +247,7 @@ def abort_uploads(folder: str) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Write two small files the way a long job will at its end, then delete them.
+    """Write two small files like a long job will at its end, then delete them.
 
     StorageError if the server or the credentials do not allow it.
     """

@@ -1,4 +1,4 @@
-"""A boto3 client for the current environment, and its errors as ours."""
+"""A boto3 client for the current environment, with its errors translated to ours."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def upload_file(path: Path, address: str, size: int, part_bytes: int) -> None:
 
 
 class StreamingUpload:
-    """A sequential writer whose parts are uploaded by threads meanwhile."""
+    """A sequential writer whose parts are uploaded by background threads."""
 
     def __init__(self, address: str, part_bytes: int) -> None:
         self._address = address

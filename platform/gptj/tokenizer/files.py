@@ -123,7 +123,7 @@ def _token_text(token: Any) -> str | None:
 
 
 def _chat_template(setting: Any, files: Mapping[str, bytes]) -> str | dict[str, str] | None:
-    """The file's, or else the setting's: a text, or several by their names."""
+    """The template from its file, else from the settings: a string, or several by name."""
     if CHAT_TEMPLATE in files:
         return files[CHAT_TEMPLATE].decode()
     if setting is None or isinstance(setting, str):

@@ -61,7 +61,7 @@ def truncate_pair(
 ) -> Iterator[Window]:
     """The rows of a pair in Hugging Face's order: each window of one with each of the other.
 
-    Made one by one: of two long texts there are so many that they would fill the memory.
+    A generator, since the combinations of two long texts could fill the memory.
     """
     sizes = len(first.ids), len(second.ids)
     if limit is None or sum(sizes) <= limit:

@@ -55,7 +55,7 @@ class GPTJTokenizer:
         bos_token, eos_token, pad_token: entries of the vocabulary, or None.
         model_max_length: the model's longest input, in tokens; None if unknown.
         padding_side: the default side of padding.
-        chat_template: Jinja for gptj.chat, or several by their names; None where there is none.
+        chat_template: Jinja for gptj.chat, or several by name; None: no template.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class GPTJTokenizer:
 
     @property
     def default_chat_template(self) -> str | None:
-        """The template of a chat without tools, where there are several."""
+        """The template for chats without tools, if there are several."""
         if isinstance(self.chat_template, dict):
             return self.chat_template.get("default")
         return self.chat_template
@@ -440,7 +440,7 @@ class GPTJTokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` leaves out."""
+        """Ids that `skip_special_tokens` omits."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(number for number, token in added.items() if token.special)
 

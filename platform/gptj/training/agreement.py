@@ -1,6 +1,6 @@
-"""What all ranks must see alike before they train: compared, and refused on all of them together.
+"""Check, before training, that all ranks have read the same data; if not, fail on all of them.
 
-A rank that has read other data, or none, would leave the others waiting for it in a collective.
+A rank with different data, or none, would leave the others waiting in a collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gptj.training.tokenizer import load_tokenizer
 
 
 def agree(value: str | None) -> str | None:
-    """What rank 0 has found, on every rank."""
+    """Broadcast rank 0's value."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
@@ -28,7 +28,7 @@ def agree(value: str | None) -> str | None:
 def read_alike(
     settings: Settings, world_size: int, shared: Path, prepared: Mapping[str, str] | None = None
 ) -> tuple[GPTJTokenizer, TaskData]:
-    """The tokenizer and the data, after a comparison of what all ranks have read.
+    """Read the tokenizer and the data, and compare them across ranks.
 
     Args:
         shared: the folder that this node's processes share.
@@ -40,7 +40,7 @@ def read_alike(
             the latter if a retry may succeed.
     """
     read: tuple[GPTJTokenizer, TaskData] | None = None
-    fault: tuple[str, bool] | None = None  # a message, and whether a retry would fail alike
+    fault: tuple[str, bool] | None = None  # a message, and whether a retry is pointless
     try:
         tokenizer = load_tokenizer(settings)
         read = tokenizer, node_data(settings, tokenizer, shared, prepared)
@@ -60,8 +60,8 @@ def read_alike(
                 address = settings.train_data if name == "train" else settings.evaluation_data
                 raise SettingsError(
                     f"the workers have read different data from data.{name}={address}: worker 0 "
-                    f"{first}, worker {rank} {theirs[name]}. Put it where all nodes read the same: "
-                    f"on S3, or in a folder that they share"
+                    f"{first}, worker {rank} {theirs[name]}. Put it on S3 or in a folder that all "
+                    f"nodes share"
                 )
     assert read is not None
     return read

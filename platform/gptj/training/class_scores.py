@@ -1,4 +1,4 @@
-"""A classifier's scores class by class: logits and targets in, numbers by label out."""
+"""A classifier's per-class scores: logits and targets in, metrics by label out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ Array = np.ndarray[Any, Any]
 
 
 def class_scores(logits_BC: Array, targets: Array, labels: LabelSet) -> dict[str, Any]:
-    """`classes`: by label `precision`, `recall`, `f1` and `support` (rows that have it).
+    """`classes`: `precision`, `recall`, `f1` and `support` (rows that have it) by label.
 
-    For a single label also `confusion_matrix`: [i][j] are the rows of label i that were taken for
-    label j, in the order of `labels`. A share of nothing counts as 0, as in scikit-learn. Nothing
-    for a regression.
+    Single-label tasks also get `confusion_matrix`: [i][j] counts rows of label i predicted as
+    label j, in the order of `labels`. 0/0 counts as 0, as in scikit-learn. Empty for a regression.
     """
     if labels.problem_type == REGRESSION:
         return {}

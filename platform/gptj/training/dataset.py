@@ -1,7 +1,7 @@
-"""The data of a run: settings and a tokenizer in, tokenized examples out, once for a whole node.
+"""A run's data: settings and a tokenizer in, tokenized examples out, once per node.
 
-Raw data is prepared first (gptj.data.preparing), and what is prepared becomes memory-mapped files
-of examples in a folder that the node's processes share. Neither step holds more than a shard.
+Raw data is prepared first (gptj.data.preparing); prepared data becomes memory-mapped files of
+examples in a folder that the node's processes share. Neither step holds more than one shard.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ logger = logging.getLogger(__name__)
 LOCK = "tokenizing.lock"
 FINGERPRINTS = "fingerprints.json"  # written last
 
-Prepare = Callable[[Plan, str, GPTJTokenizer], object]  # what gptj.data.preparing.prepare does
+Prepare = Callable[[Plan, str, GPTJTokenizer], object]  # like gptj.data.preparing.prepare
 
 
 class TaskData(NamedTuple):
-    """What a run learns from and is measured on."""
+    """Training and evaluation data."""
 
     train: Data
     evaluation: Data | None
-    fingerprints: dict[str, Fingerprint]  # of "train" and "evaluation"
+    fingerprints: dict[str, Fingerprint]  # by name: "train", "evaluation"
 
 
 def prepare_run_data(
     settings: Settings, tokenizer: GPTJTokenizer, checkpoint: str | None, prepare: Prepare
 ) -> dict[str, str]:
-    """Prepare the run's raw data into its folder, unless that is done.
+    """Prepare the run's raw data in its folder, unless already done.
 
     Args:
-        checkpoint: that the run goes on from, if there is one: then the data must be the same.
-        prepare: makes a new folder what a plan says, or goes on where that was interrupted.
+        checkpoint: the checkpoint to resume from, if any; its data must be the same.
+        prepare: prepares a plan's data in a folder, resuming if interrupted.
 
     Returns:
-        the addresses of the prepared data: of "train" and "evaluation", where there is some.
+        Addresses of the prepared data by name: "train" and, if there is any, "evaluation".
 
     Raises:
         DataError: naming what cannot be read.
-        SettingsError: if the run would go on with other data.
+        SettingsError: if the run would resume with different data.
     """
     found = {}
     for name, address in _addresses(settings).items():
@@ -82,8 +82,8 @@ def prepare_run_data(
         if done is not None and checkpoint is not None:
             raise SettingsError(
                 f"the run {settings.run!r} would resume from {checkpoint} with other data: "
-                f"data.{name}={address} is not what {folder} was made of. Bring the data back as "
-                f"it was, or choose another run="
+                f"{folder} was not made from data.{name}={address}. Restore the original data, or "
+                f"choose another run="
             )
         begun = unfinished(folder)
         if done is not None or begun is None or differences(begun, plan):
@@ -100,12 +100,11 @@ def node_data(
 ) -> TaskData:
     """The data, memory-mapped from a folder that this node's processes share.
 
-    The first to come makes it; the others wait. If it is killed, the next one does.
-
+    The first process creates it while the others wait; if it is killed, the next takes over.
     A classifier that is trained further keeps its labels.
 
     Args:
-        prepared: what prepare_run_data has found; None: raw data is prepared here.
+        prepared: the result of prepare_run_data; None: prepare raw data here.
 
     Raises:
         DataError: naming what cannot be read.
@@ -133,7 +132,7 @@ def raw_plan(
     *,
     chunk_characters: int = CHUNK_CHARACTERS,
 ) -> Plan:
-    """How raw data of a run, "train" or "evaluation", is read. DataError as Plan.of."""
+    """How to read a run's raw "train" or "evaluation" data. Raises DataError like Plan.of."""
     data, split = settings.data, None
     if data.evaluation_split is not None:
         cut = "text" if settings.task == "causal-lm" else None  # a book is one row
@@ -153,7 +152,7 @@ def raw_plan(
 
 
 def training_rows(settings: Settings) -> Iterator[Row]:
-    """The raw rows that a run trains on, with the task's columns; bad ones as the settings say."""
+    """A run's raw training rows, with the task's columns; bad rows are handled per the settings."""
     plan = raw_plan(settings, "train", None)
     on_bad = refuse_row if plan.bad_rows == "refuse" else _skip
     for part in range(len(plan.parts)):
@@ -161,7 +160,7 @@ def training_rows(settings: Settings) -> Iterator[Row]:
 
 
 def _skip(error: DataError) -> None:
-    """It is counted where the rows are prepared."""
+    """Skipped rows are counted when they are prepared."""
 
 
 def _addresses(settings: Settings) -> dict[str, str]:
@@ -172,7 +171,7 @@ def _addresses(settings: Settings) -> dict[str, str]:
 def _finished(folder: str) -> Prepared | None:
     try:
         return Prepared.at(folder)
-    except DataError:  # it is not
+    except DataError:  # unfinished
         return None
 
 
@@ -180,7 +179,7 @@ def _make(
     settings: Settings, tokenizer: GPTJTokenizer, folder: Path, prepared: Mapping[str, str]
 ) -> None:
     started = time.monotonic()
-    # A name of its own for each try: one that was killed may have left half a folder.
+    # Unique per attempt: a killed one may have left a partial folder.
     suffix = f"{time.time_ns():x}"
     task, labels = settings.task_definition, _checkpoint_labels(settings)
     found, rows = {}, 0
@@ -198,7 +197,7 @@ def _make(
         if settings.task == "classification" and columns[name] != columns["train"]:
             raise SettingsError(
                 f"data.train has the columns {', '.join(columns['train'])}, and {address} has "
-                f"{', '.join(columns[name])}: evaluate on rows of the kind that is learned"
+                f"{', '.join(columns[name])}: evaluate on the same kind of rows as in training"
             )
         target = folder / f"{name}-{suffix}"
         task.write(target, source, tokenizer, settings.data, labels)
@@ -229,7 +228,7 @@ def _checkpoint_labels(settings: Settings) -> LabelSet | None:
 
 
 def check_prepared(settings: Settings, address: str) -> None:
-    """SettingsError for settings that say how raw data are read, where none are."""
+    """SettingsError for raw-data settings if all data is already prepared."""
     data = settings.data
     given: dict[str, object] = {"evaluation_split": data.evaluation_split}
     addresses = {settings.train_data, settings.evaluation_data} - {None, address}
@@ -241,6 +240,6 @@ def check_prepared(settings: Settings, address: str) -> None:
         }
     if wrong := [f"data.{name}" for name, value in given.items() if value]:
         raise SettingsError(
-            f"{address} is prepared, and {', '.join(wrong)} says how raw data are read: leave it "
-            f"out" + (", and prepare data to measure with" if data.evaluation_split else "")
+            f"{address} is prepared, but {', '.join(wrong)} applies to raw data: leave it "
+            f"out" + (", and prepare evaluation data" if data.evaluation_split else "")
         )

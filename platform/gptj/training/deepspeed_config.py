@@ -1,4 +1,4 @@
-"""Our settings in DeepSpeed's words, and the learning rate at each step."""
+"""Our settings as a DeepSpeed config, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gptj.training.sections import DeepSpeedSettings, OptimizerSettings
 from gptj.training.settings import Settings
 
 NEVER = 10**9
-# Numbers of the buffers that gradients pass through: DeepSpeed's own 500 million are 2 GB in bf16,
-# also for an adapter. Larger matrices go alone.
+# Elements of a gradient bucket. DeepSpeed's default of 500 million takes 2 GB in bf16, even for an
+# adapter. Larger matrices get a bucket of their own.
 BUCKET = 50_000_000
 
 
 def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> dict[str, Any]:
-    """The `config` of deepspeed.initialize for so many workers on "cpu" or "cuda".
+    """The `config` of deepspeed.initialize for `world_size` workers on "cpu" or "cuda".
 
     https://www.deepspeed.ai/docs/config-json
     """
@@ -62,7 +62,7 @@ def _adamw(optimizer: OptimizerSettings, on_gpu: bool) -> dict[str, Any]:
             "betas": [optimizer.beta1, optimizer.beta2],
             "eps": optimizer.epsilon,
             "weight_decay": optimizer.weight_decay,
-            # On a CPU PyTorch's; DeepSpeed's own ones are for GPUs, and for offloading.
+            # PyTorch's on CPUs; DeepSpeed's own are for GPUs and offloading.
             "torch_adam": not on_gpu,
         },
     }
@@ -82,18 +82,18 @@ def sums_in_fp32(spread: DeepSpeedSettings, micro_batches: int) -> bool:
 
 
 def clips_gradients(spread: DeepSpeedSettings) -> bool:
-    """Whether DeepSpeed does; in fp32 at stage 0 the loop does, since DeepSpeed drops the norm."""
+    """Whether DeepSpeed clips; in fp32 at stage 0 it discards the norm, so the loop clips."""
     return spread.stage > 0 or spread.precision != "fp32"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained: matrices decay; biases and norms, whose size means something, do not."""
+    """Trainable parameters: matrices with weight decay, biases and norms without."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        # At ZeRO stage 3 a parameter is empty, and knows its shape.
+        # At ZeRO stage 3 a parameter is empty, but has its full shape in ds_shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) > 1 else vectors).append(parameter)
     groups = [

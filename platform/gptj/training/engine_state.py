@@ -1,4 +1,4 @@
-"""DeepSpeed's state into a checkpoint and back: see gptj.training.state for its files."""
+"""Save and load DeepSpeed's state; gptj.training.state describes the files."""
 
 from __future__ import annotations
 
@@ -50,15 +50,14 @@ def save_state(engine: Any, folder: Path, progress: Progress, rank: int) -> None
 def load_state(
     engine: Any, address: str, folder: Path, rank: int, world_size: int, seed: int
 ) -> None:
-    """Bring this rank back to where the checkpoint was written; all ranks call it together.
+    """Restore this rank's state from a checkpoint; all ranks must call it.
 
-    Only the shards that have something for this rank are copied, one at a time, into an empty
-    local folder, and compared with the manifests. Among as many ranks as wrote the checkpoint, each
-    also goes on with its random numbers; among others, with new ones that follow from the seed and
-    the step.
+    Copies only the shards that this rank needs, one at a time, into an empty local folder, and
+    verifies them against the manifests. Random generators are restored if the number of ranks is
+    the same; otherwise they are reseeded from the seed, the step and the rank.
 
     Raises:
-        CheckpointError: naming the file that is missing, cut off or altered.
+        CheckpointError: naming the file that is missing, truncated or altered.
     """
     progress = read_progress(address)
     writers = progress.world_size
@@ -84,9 +83,9 @@ def load_state(
 
 
 def _fetch(address: str, name: str, manifest: Manifest, folder: Path) -> None:
-    """Copy a file of the checkpoint, and compare it with its manifest.
+    """Copy a file of the checkpoint and verify it against its manifest.
 
-    DiskFullError if the folder has no room for it.
+    Raises DiskFullError if the folder has no room for it.
     """
     check_room_for(storage.join(address, name), manifest.files[name].size, folder)
     storage.download(storage.join(address, name), folder / name)

@@ -1,6 +1,6 @@
-"""How good a model is: a model and data in, numbers out, computed on one rank or on many.
+"""Evaluation on one or many ranks: a model and data in, metrics out.
 
-Each rank collects a part (sums and predictions); the metrics come from all parts.
+Each rank collects a part (sums and predictions); the metrics are computed from all parts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def evaluate(
     """The task's metrics over all of `data`.
 
     Args:
-        batch_size: examples that a rank computes at a time.
-        rank, world_size: this process among those that share the work; all of them must call this.
-        reduce: this rank's part in, the parts of all ranks out, as by all_gather_object; needed
-            where world_size is above 1.
+        batch_size: examples per forward pass on each rank.
+        rank, world_size: of this process; all ranks must call this.
+        reduce: this rank's part in, the parts of all ranks out, like all_gather_object; required
+            if world_size is above 1, forbidden otherwise.
     """
     if (world_size > 1) != (reduce is not None):
-        raise ValueError(f"reduce gathers the parts of all ranks, and world_size is {world_size}")
+        raise ValueError(f"reduce is for world_size > 1 only, and required there; got {world_size}")
     part = collect(
         task,
         model,
@@ -57,10 +57,10 @@ def collect(
     rank: int = 0,
     world_size: int = 1,
 ) -> Part:
-    """This rank's share of the examples, run through the model.
+    """Run this rank's share of the examples through the model.
 
-    Every rank calls the model equally often (ZeRO-3 gathers its weights for each call): one that
-    has no examples left repeats some, and drops the result.
+    Every rank calls the model equally often, since ZeRO-3 gathers weights for each call: a rank
+    without examples left repeats one and discards the result.
     """
     if batch_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
@@ -95,12 +95,12 @@ def metrics(task: AnyTask, data: Data, parts: Iterable[Part]) -> dict[str, float
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and as it was after that."""
+    """Put the model in evaluation mode for the block."""
     training = model.training
     model.eval()
     try:
-        # Not inference_mode: ZeRO-3 keeps weights that it gathers here for the next training
-        # step, which may not use tensors made in that mode.
+        # Not inference_mode: ZeRO-3 keeps weights gathered here for the next training step, where
+        # autograd rejects inference tensors.
         with torch.no_grad():
             yield
     finally:

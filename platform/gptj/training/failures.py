@@ -1,7 +1,7 @@
-"""Which errors end a run: those that a retry would meet again.
+"""Which errors end a run, because a retry cannot succeed.
 
-A worker that dies, or a server that does not answer, is worth a retry. Settings that cannot
-work, data that changed, a damaged checkpoint, a training that diverged or a full disk are not.
+A dead worker or an unreachable server is worth a retry. Invalid settings, changed data, a damaged
+checkpoint, divergence or a full disk are not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROBE_BYTES = 8 * 2**20
 
 
 class UnrecoverableError(Exception):
-    """A retry would fail alike; the message has the cause and the remedy."""
+    """A retry would fail too; the message has the cause and the remedy."""
 
 
 class DivergedError(UnrecoverableError):
@@ -34,7 +34,7 @@ class StoppedError(UnrecoverableError):
     """The run was told to stop, and can resume; the message has the checkpoint.
 
     Attributes:
-        reason: the same on all ranks, whichever of them were told.
+        reason: the same on all ranks, whichever of them was told to stop.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -62,7 +62,7 @@ _SAME_AGAIN = (
 
 
 def unrecoverable(error: BaseException) -> str | None:
-    """The message of an error that a retry would meet again; None for any other."""
+    """The error's message if a retry would fail too, else None."""
     if isinstance(error, _SAME_AGAIN):
         return str(error)
     cause: BaseException | None = error
@@ -75,12 +75,12 @@ def unrecoverable(error: BaseException) -> str | None:
 
 @contextmanager
 def naming_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """Raise DiskFullError for what fails in the block because `folder` has no room.
+    """Raise DiskFullError if the block fails because the disk of `folder` is full.
 
-    PyTorch's writers say only that a stream is broken; so the disk itself is asked.
+    PyTorch's writers only report a broken stream, so this probes the disk itself.
 
     Args:
-        needed: bytes that the block writes there, if that is known.
+        needed: bytes that the block writes there, if known.
     """
     try:
         yield
@@ -88,12 +88,12 @@ def naming_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]:
         if not _is_full(folder):
             raise
         usage = shutil.disk_usage(folder)
-        # What the block has written so far is free again once the folder goes.
+        # The block's files so far are deleted with the folder, so count them as free.
         written = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
         wanted = "" if needed is None else f": {gigabytes(needed)} are needed there"
         raise DiskFullError(
             f"the disk of {folder}, {gigabytes(usage.total)} in all, is full{wanted}"
-            f"{' and' if wanted else ':'} {gigabytes(usage.free + written)} are there; "
+            f"{' and' if wanted else ':'} {gigabytes(usage.free + written)} are available; "
             f"{DISK_REMEDY}"
         ) from error
 
@@ -109,7 +109,7 @@ def gigabytes(size: int) -> str:
 
 
 def _is_full(folder: Path) -> bool:
-    """Whether a few megabytes find no room."""
+    """Whether writing a few megabytes fails for lack of space."""
     probe = folder / "probe"
     try:
         with probe.open("wb") as file:

@@ -1,7 +1,7 @@
-"""What a run learns from, in a few bytes: how many rows, and a digest of what is in them.
+"""A fingerprint of a run's data: its number of rows and a digest of their values.
 
-A run that goes on compares it with what it began with, and the ranks with one another: a run on
-other data would repeat rows, skip them, or wait for ever for a rank that has fewer.
+A resumed run compares it with the original's, and ranks with each other's: with different data
+they would repeat or skip rows, or wait forever for a rank that has fewer.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of one data set; equal for equal values in the same order, whatever the files are called.
+    """One data set's; equal for equal values in the same order, whatever the files are called.
 
-    For values as they are learned from: other columns, or other ways to write them, do not count.
+    Covers only the values trained on: other columns and file formats make no difference.
     """
 
     rows: int

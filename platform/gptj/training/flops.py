@@ -1,7 +1,7 @@
-"""Model FLOP/s: what a training step must compute, and what a worker's matrix products can reach.
+"""A training step's model FLOPs, and the peak FLOP/s of a worker's matrix products.
 
-MFU is the one as a share of the other (Chowdhery et al., "PaLM", 2022, appendix B,
-https://arxiv.org/abs/2204.02311): recomputed activations and padding do not count.
+MFU is their ratio (Chowdhery et al., "PaLM", 2022, appendix B, https://arxiv.org/abs/2204.02311):
+recomputed activations and padding do not count.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SECONDS = 0.05
 class StepFlops:
     """FLOPs of a model's forward and backward passes.
 
-    A weight of a matrix takes 2 in the forward pass, 2 for the gradient of its input and, if it is
-    trained, 2 for its own. Attention takes 12 per layer, position and width, as in PaLM's count.
+    Per token, each matrix weight takes 2 in the forward pass, 2 for its input's gradient and, if
+    trained, 2 for its own. Attention takes 12 * layers * length * width, as in PaLM.
     """
 
     def __init__(self, model: nn.Module, config: GPTJConfig) -> None:
@@ -37,12 +37,12 @@ class StepFlops:
                 self._weights += (6 if weight.requires_grad else 4) * size
 
     def count(self, tokens: int, length: float) -> float:
-        """For so many tokens, in rows of this length."""
+        """FLOPs for `tokens` tokens in rows of `length`."""
         return tokens * (self._weights + self._attention * length)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products, the best of those in SECONDS."""
+    """Best FLOP/s of square matrix products, measured for SECONDS."""
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best, began = 0.0, None

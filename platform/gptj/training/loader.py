@@ -1,8 +1,7 @@
-"""The batches of a run, prepared one step ahead: while one step computes, the next is collated.
+"""A run's batches, collated by a thread one step ahead of the computation.
 
-A step's batches follow from its number alone (gptj.data.batches), so a run that resumes sees what
-it would have seen. A thread collates, by copying from memory-mapped ids; a step pays only for the
-time that it waits.
+A step's batches depend only on its number (gptj.data.batches), so a resumed run sees the same
+ones. Collating copies from memory-mapped ids.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ class StepBatches(NamedTuple):
     """One rank's share of an optimizer step."""
 
     batches: Sequence[dict[str, Tensor]]  # micro-batches
-    counted: int  # of these; the last may only keep step with other ranks, and counts for nothing
-    items: int  # that the loss averages over
-    tokens: int  # that are not padding
-    room: int  # with padding
+    counted: int  # leading batches that count; any others only keep in step with other ranks
+    items: int  # the loss averages over these
+    tokens: int  # without padding
+    room: int  # tokens including padding
 
 
 class Loader:
-    """This rank's batches, step by step, for the length of a `with`.
+    """This rank's batches, step by step; a context manager.
 
     Args:
-        first: the first step, from 0 on.
+        first: the first step, counted from 0.
         last: the step to stop before.
     """
 

@@ -1,7 +1,7 @@
 """The training loop of one worker: settings in, a model folder out; no Ray inside.
 
-Every worker (rank) runs `train` with the same settings. DeepSpeed spreads the model's state and
-adds up the gradients; what a step learns from depends on the step's number and the seed alone.
+Every worker (rank) runs `train` with the same settings. DeepSpeed shards the model's state and
+reduces the gradients; a step's data depends only on the step's number and the seed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ deepspeed = Extra("deepspeed", "training")
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the processes that train together, and what it is told from outside.
+    """One training process, and its callbacks to the outside.
 
     torch.distributed must be initialized with `world_size` ranks.
     """
@@ -83,42 +83,42 @@ class Worker:
     rank: int
     world_size: int
     device: torch.device
-    # Gives measurements and a finished local checkpoint folder to whoever keeps them, under a
-    # name, in a thread; every rank calls it equally often.
+    # Stores metrics and a finished local checkpoint folder under a name; called from a thread,
+    # equally often on every rank.
     report: Callable[[dict[str, float], Path, str], None]
-    # Takes each point of the run's history as it is logged; rank 0 alone calls it.
+    # Receives each point of the run's history as it is logged; only rank 0 calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
     # Raises if another submission of the run has taken over; rank 0 calls it before it writes.
     fence: Callable[[], None] = lambda: None
-    # Why the run is to stop, if it is; not all ranks need to know at once.
+    # Returns the reason if the run should stop; ranks may learn it at different times.
     stop: Callable[[], str | None] = lambda: None
-    # Names the tokenized data that the processes of a node share; None: rank 0 makes one up.
+    # Names the tokenized data that a node's processes share; None: rank 0 generates a name.
     submission: str | None = None
-    # Where the run's data lies prepared, by name (gptj.training.dataset); None: read as it is.
+    # Addresses of the run's prepared data, by name (gptj.training.dataset); None: not prepared.
     prepared: Mapping[str, str] | None = None
 
 
 def train(settings: Settings, worker: Worker) -> dict[str, float]:
-    """Train, from the beginning or the run's last complete checkpoint on, and export the model.
+    """Train from scratch or from the run's last complete checkpoint, and export the model.
 
     Returns:
-        The last evaluation's metrics; without evaluation data the last training loss; nothing if
-        the model was there already.
+        The last evaluation's metrics; without evaluation data, the last training loss; empty if
+        the model had already been exported.
 
     Raises:
-        SettingsError: if the settings do not fit the data or the checkpoint, or the data is not
-            what the run began with.
+        SettingsError: if the settings do not fit the data or the checkpoint, or the data has
+            changed since the run began.
         CheckpointError: if the checkpoint is damaged.
-        UnsupportedDeviceError: if PyTorch has no code for this worker's GPU.
-        DivergedError: if a loss, a gradient or a weight is not finite. Nothing of that is saved:
-            the last checkpoint is a good one.
-        StoppedError: if the worker's `stop` had a reason; there is a checkpoint of the last step.
-        UnrecoverableError: for anything else that a retry would meet again.
+        UnsupportedDeviceError: if PyTorch does not support this worker's GPU.
+        DivergedError: if a loss, a gradient or a weight is not finite. None of that is saved: the
+            last checkpoint is good.
+        StoppedError: if the worker's `stop` gave a reason; the last step has a checkpoint.
+        UnrecoverableError: for anything else that a retry cannot fix.
     """
     check_device(worker.device)
     check_packages(settings)
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
-        return {}  # the run had been ended just after its export
+        return {}  # the run was killed just after its export
     if worker.rank == 0:  # the others wait below
         worker.fence()
         delete_unfinished_checkpoints(settings.folder)
@@ -176,12 +176,12 @@ class _Upload(NamedTuple):
     """A checkpoint on its way to storage."""
 
     name: str
-    best: str | None  # the name of the best one, as it says
+    best: str | None  # the best checkpoint's name at that time
     done: Future[None]  # this rank's part
 
 
 class _Run:
-    """What the parts of one worker's training share."""
+    """The state of one worker's training."""
 
     def __init__(
         self,
@@ -200,10 +200,10 @@ class _Run:
         self.total = total
         self._scratch = scratch
         self._checkpoint_address = checkpoint  # the newest
-        self._clipped: Tensor | None = None  # the last gradient norm, where DeepSpeed has none
+        self._clipped: Tensor | None = None  # the last gradient norm, if DeepSpeed has none
         self._gate: UpdateGate | None = None
         self._part_bytes: int | None = None  # this rank's part of a checkpoint
-        self._stopping = False  # as all ranks know
+        self._stopping = False  # the same on all ranks
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: _Upload | None = None  # of the last checkpoint
         self._trackers = trackers
@@ -218,7 +218,7 @@ class _Run:
         self._trackers.point(point)
 
     def load(self, engine: Any, checkpoint: str) -> None:
-        """Bring the engine back to a checkpoint, of which no copy stays."""
+        """Restore the engine from a checkpoint, keeping no local copy."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             worker = self.worker
             rank, seed = worker.rank, self.settings.seed
@@ -227,7 +227,7 @@ class _Run:
             self._check_probe(engine, Probe(**stored), checkpoint)
 
     def _check_probe(self, engine: Any, probe: Probe, checkpoint: str) -> None:
-        """CheckpointError, on all ranks, if one of them computes another loss than was saved."""
+        """CheckpointError, on all ranks, if any computes a loss that differs from the saved one."""
         losses: list[Any] = [None] * self.worker.world_size
         mine = probe.measure(self.task, engine.module, self.worker.device)
         dist.all_gather_object(losses, mine)
@@ -235,7 +235,7 @@ class _Run:
             probe.check(loss, self.settings.deepspeed.precision, checkpoint)
 
     def check_room(self, model: GPTJPreTrainedModel) -> None:
-        """DiskFullError, on all ranks, if one lacks the room for its part of a checkpoint."""
+        """DiskFullError, on all ranks, if any lacks disk space for its part of a checkpoint."""
         worker = self.worker
         part = checkpoint_bytes(self.settings, model, worker.rank, worker.world_size)
         self._part_bytes = part
@@ -244,7 +244,7 @@ class _Run:
     def start(self, config: GPTJConfig) -> Any:
         """DeepSpeed's engine with the model."""
         settings, worker = self.settings, self.worker
-        # It takes over the process group, which it needs before it spreads a new model.
+        # DeepSpeed needs the process group before it shards a new model.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         plan = deepspeed_config(settings, worker.device.type, worker.world_size)
         model = build_model(self.task.head, config, settings, plan, worker.rank, worker.device)
@@ -271,14 +271,14 @@ class _Run:
             undo_first_step(engine)
         if settings.optimizer.skip_spikes is not None:
             self._gate = self._skipping_spikes(engine)
-        # Dropout differs from rank to rank, and repeats with the seed.
+        # Dropout differs between ranks, but is reproducible from the seed.
         torch.manual_seed(settings.seed + 1 + worker.rank)
         return engine
 
     def steps(
         self, engine: Any, train_data: Data, evaluation_data: Data | None
     ) -> dict[str, float]:
-        """Take the steps that are left, with checkpoints and evaluations between them."""
+        """Run the remaining steps, with evaluations and checkpoints in between."""
         settings, worker = self.settings, self.worker
         order = BatchOrder(len(train_data), settings.batch_size, settings.seed)
         with Loader(
@@ -293,7 +293,7 @@ class _Run:
             try:
                 return self._take_steps(engine, train_data, evaluation_data, order, loader)
             finally:
-                self._uploader.shutdown()  # what is on its way arrives, whatever has happened
+                self._uploader.shutdown()  # finish a running upload even after an error
 
     def _take_steps(
         self,
@@ -326,28 +326,28 @@ class _Run:
                 best = evaluation_data is not None and self._is_best(metrics)
                 if not best and self._stops_early():
                     last = True
-            # The best is exported from its checkpoint, unless the run ends with it.
+            # The best model is exported from its checkpoint, unless it is the last.
             keep = best and settings.export == "best"
             due = last or keep or _due(progress.step, settings.checkpoint_every)
             if due and not self._is_saved(progress.step):
                 self._check_weights(engine)
                 self._checkpoint(engine, metrics)
         self._finish_upload()
-        if not metrics:  # the run had been ended just before its export
+        if not metrics:  # the run was killed just before its export
             metrics = self._evaluate(engine, evaluation_data)
             self._check_weights(engine)
         return self._return_to_best(engine) or metrics
 
     def _is_saved(self, step: int) -> bool:
-        """Whether a run that was stopped before an evaluation has resumed from this step.
+        """Whether the run resumed from this step's checkpoint, after a stop before its evaluation.
 
-        Its checkpoint, perhaps the only one, is not written again: it would not count meanwhile.
+        It must not be rewritten: it may be the only one, and would be incomplete meanwhile.
         """
         address = storage.join(self.settings.folder, _checkpoint_name(step))
         return self._checkpoint_address == address
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether an evaluation is the run's best so far; it is counted."""
+        """Record an evaluation; returns whether it is the run's best so far."""
         progress, score = self.progress, self.task.score(metrics)
         if progress.best is not None and score <= progress.best["score"]:
             progress.worse += 1
@@ -376,7 +376,7 @@ class _Run:
         return patience is not None and self.progress.worse >= patience
 
     def _return_to_best(self, engine: Any) -> dict[str, float] | None:
-        """Bring the weights back to the best evaluation's; its metrics, if it was not the last."""
+        """Restore the best evaluation's weights and return its metrics, unless it was the last."""
         best = self.progress.best
         if best is None or best["step"] == self.progress.step:
             return None
@@ -413,8 +413,8 @@ class _Run:
             self._log.close()
             self.worker.fence()
             if storage.exists(storage.join(address, MANIFEST)):
-                logger.info("replacing %s, which the run had before it was extended", address)
-            storage.delete(storage.join(address, MANIFEST))  # first: what is left is no model
+                logger.info("replacing %s, exported before the run was extended", address)
+            storage.delete(storage.join(address, MANIFEST))  # first: without it there is no model
             storage.delete_folder(address)
         export_model(
             model,
@@ -430,7 +430,7 @@ class _Run:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
 
     def _step(self, engine: Any, data: Data, loader: Loader) -> None:
-        """One optimizer step on a global batch, of which this rank computes its share."""
+        """Run one optimizer step; this rank computes its share of the global batch."""
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
@@ -449,8 +449,8 @@ class _Run:
             if number > counted:
                 loss = loss * 0
             total += loss.detach()
-            # DeepSpeed divides by the micro-batches and averages over the ranks: undone here,
-            # since the loss is already a mean over the whole global batch.
+            # Undo DeepSpeed's division by micro-batches and ranks: the loss is already a mean
+            # over the global batch.
             engine.backward(loss * (len(batches) * worker.world_size))
             if number == len(batches) and not clips_gradients(settings.deepspeed):
                 limit = settings.optimizer.gradient_clipping
@@ -489,10 +489,10 @@ class _Run:
         return self.task.forward(model, inputs, data.count_items(batch))[0]
 
     def _update(self, engine: Any) -> None:
-        """DeepSpeed's step: an update after the last micro-batch.
+        """DeepSpeed's step, which updates weights after the last micro-batch.
 
-        DivergedError if fp16 has no lower loss scale: DeepSpeed raises an error that has no type
-        of its own, and at stage 0 would skip all further steps.
+        Raises DivergedError when gradients overflow at the lowest fp16 loss scale: DeepSpeed
+        raises a bare Exception, and at stage 0 would skip all further steps.
         """
         what = "gradients overflow in fp16 at the lowest loss scale"
         scaling = getattr(engine.optimizer, "loss_scale_config", None)  # stage 0's
@@ -510,23 +510,23 @@ class _Run:
             raise self._diverged(what, ahead=1)
 
     def _norm(self, engine: Any) -> float:
-        """Of the last gradients, before they were clipped. One that is not finite may be NaN."""
+        """The last gradients' norm before clipping; NaN if DeepSpeed found it not finite."""
         norm = float(engine.optimizer._global_grad_norm if self._clipped is None else self._clipped)
-        return math.nan if norm < 0 else norm  # DeepSpeed's word for it is -1
+        return math.nan if norm < 0 else norm  # DeepSpeed reports it as -1
 
     def _skipping_spikes(self, engine: Any) -> UpdateGate:
-        """A gate that keeps batches with far too large a gradient norm from the optimizer."""
+        """A gate that skips updates of batches with an outlying gradient norm."""
         optimizer, progress = self.settings.optimizer, self.progress
         assert optimizer.skip_spikes is not None
         spikes = SpikeFilter(progress.norms, optimizer.skip_spikes, optimizer.spike_window)
 
         def is_usual() -> bool:
-            # All ranks have the same norm up to how it was added up, and must decide alike.
+            # Norms may differ between ranks by rounding, but all must decide alike.
             norm = float(self._broadcast(torch.tensor([self._norm(engine)], dtype=torch.float64)))
             skipped = spikes.is_spike(norm)
             if skipped and self._log is not None:
                 logger.warning(
-                    "step %d: the batch is skipped, since its gradient norm %.4g is more than "
+                    "step %d: skipping the batch, since its gradient norm %.4g is more than "
                     "optimizer.skip_spikes=%g times the median %.4g of the last %d",
                     progress.step + 1,
                     norm,
@@ -549,7 +549,7 @@ class _Run:
         progress.overflows_in_a_row += 1
         if self._log is not None:
             logger.warning(
-                "step %d is skipped: its gradients overflow in fp16 (%d in a row, %d in all); the "
+                "skipped step %d: its gradients overflow in fp16 (%d in a row, %d in all); the "
                 "loss scale is now %g",
                 progress.step,
                 progress.overflows_in_a_row,
@@ -563,9 +563,9 @@ class _Run:
             )
 
     def _check_weights(self, engine: Any) -> None:
-        """Before weights are saved: that they are finite, and the probe's loss, which is kept, too.
+        """Check, before saving, that weights and the probe's loss are finite; record the loss.
 
-        Finite weights can be so large that nothing they compute is.
+        Finite weights can be too large to compute anything finite.
         """
         assert self.progress.probe is not None
         probe, device = Probe(**self.progress.probe), self.worker.device
@@ -582,7 +582,7 @@ class _Run:
             raise self._diverged(f"{what} is {value}")
 
     def _diverged(self, what: str, *, ahead: int = 0) -> DivergedError:
-        """At the last step that is counted, or `ahead` of it; all ranks call it together."""
+        """The error for the last counted step plus `ahead`; all ranks must call it."""
         self._finish_upload()
         kept = self._checkpoint_address
         half = self.settings.deepspeed.precision == "fp16"
@@ -612,16 +612,16 @@ class _Run:
         return metrics
 
     def _last_loss(self) -> float:
-        """Of the last logged point, which rank 0 knows."""
+        """The last logged loss, which only rank 0 has."""
         points = [point.get("loss") for point in self.progress.history]
         known = [loss for loss in points if loss is not None]
         loss = torch.tensor([known[-1] if known else 0.0], dtype=torch.float64)
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
-        """Write this rank's part to its scratch folder; a thread takes it from there.
+        """Write this rank's part to its scratch folder and upload it in a thread.
 
-        Training goes on meanwhile. The checkpoint counts once all ranks' manifests are there.
+        Training continues meanwhile. The checkpoint is complete once all manifests are uploaded.
         """
         waited = self._finish_upload()
         started = time.monotonic()
@@ -655,9 +655,9 @@ class _Run:
         self._upload = _Upload(name, kept, self._uploader.submit(upload))
 
     def _finish_upload(self) -> float:
-        """Wait until all ranks have uploaded the last checkpoint, if there is one; the seconds.
+        """Wait for all ranks' upload, if any; delete old checkpoints; return the seconds waited.
 
-        Raises what an upload raised; old checkpoints are deleted.
+        Raises what an upload raised.
         """
         if self._upload is None:
             return 0.0
@@ -667,7 +667,8 @@ class _Run:
         dist.barrier()
         self._checkpoint_address = storage.join(self.settings.folder, upload.name)
         if self._log is not None:
-            # A better one since then is not saved yet: a run that resumes would know of the old.
+            # Not progress.best: a better one since then is unsaved, and a resumed run would need
+            # the older.
             keep = self.settings.keep_checkpoints
             delete_old_checkpoints(self.settings.folder, keep, upload.best)
             self._trackers.publish()
@@ -675,7 +676,7 @@ class _Run:
         return time.monotonic() - started
 
     def _peak_of_all(self) -> float:
-        """FLOP/s that the workers' matrix products reach together, at the same time."""
+        """Total FLOP/s of all workers' matrix products, measured simultaneously."""
         device, known = self.worker.device, self.settings.workers.peak_tflops
         dtype = PRECISIONS[self.settings.deepspeed.precision]
         mine = matrix_peak(device, dtype) if known is None else known * 1e12
@@ -690,7 +691,7 @@ class _Run:
         return parts
 
     def _broadcast(self, values: Tensor) -> Tensor:
-        """Rank 0's, on all ranks."""
+        """Rank 0's values, on all ranks."""
         if self.worker.world_size == 1:
             return values
         values = values.to(self.worker.device)
@@ -698,7 +699,7 @@ class _Run:
         return values.cpu()
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Over all ranks; on the device that the ranks' backend talks through."""
+        """Sum over all ranks, on the device that the backend supports."""
         if self.worker.world_size == 1:
             return values
         values = values.to(self.worker.device)
@@ -707,7 +708,7 @@ class _Run:
 
 
 def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
-    """Scale the gradients down to a norm of `limit`, if that is not 0; the norm before."""
+    """Clip gradients to a norm of `limit` (0: no clipping); returns the norm before clipping."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit:
@@ -716,7 +717,7 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
 
 
 def _trackers(settings: Settings, worker: Worker, scratch: Path) -> Trackers:
-    """Rank 0 has them. SettingsError on all ranks."""
+    """Open the trackers on rank 0. Raises SettingsError on all ranks."""
     trackers, fault = Trackers([]), None
     if worker.rank == 0:
         try:

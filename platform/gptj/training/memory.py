@@ -1,4 +1,4 @@
-"""How much memory of each GPU and of the host a training run will need, by part.
+"""Estimate a training run's memory per GPU and per host, by part.
 
     python -m gptj.training.memory --gpus 4 --gpu-memory 24 [--model 6b|small|tiny|ADDRESS]
                                    [SETTINGS.yaml] [key=value …]
@@ -6,8 +6,8 @@
 Prints the parts and, if the run does not fit, settings with which it would. `--gpu-memory` and
 `--host-memory` (of a node with up to 8 GPUs) are in GB; without the first, the run is on CPUs.
 
-What DeepSpeed keeps is computed from the number of weights; activations are counted by running
-blocks of the model on PyTorch's meta device, whose tensors have shapes and no numbers.
+DeepSpeed's state is computed from the number of weights; activations are measured by running
+blocks of the model on PyTorch's meta device, whose tensors have shapes but no data.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from gptj.training.tasks import TASKS, TaskName
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASTER = 4  # bytes of a trained weight in fp32
-MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # of Adam's two numbers of a trained weight
-STORED_MOMENTS = 16  # bytes of a weight's moments in 8 bits, on their way from a checkpoint
-LIVE = 1_000_000_000  # numbers that stage 3 keeps gathered at a time
-CONTEXT = 1_200_000_000  # bytes of CUDA's and NCCL's own, of each GPU
-PROCESS = 700_000_000  # of a worker on a CPU: Python, PyTorch, DeepSpeed, Ray
+MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # bytes of Adam's two moments per trained weight
+STORED_MOMENTS = 16  # bytes per weight while 8-bit moments are restored from a checkpoint
+LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered
+CONTEXT = 1_200_000_000  # bytes that CUDA and NCCL take on each GPU
+PROCESS = 700_000_000  # bytes of a CPU worker: Python, PyTorch, DeepSpeed, Ray
 NODE_GPUS = 8
 PUBLISHED = "EleutherAI/gpt-j-6B"
-SPARE = 0.05  # of a GPU's memory, which fragmentation may take
+SPARE = 0.05  # share of a GPU's memory lost to fragmentation
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes at the moment of the peak, by part.
+    """Bytes at the peak, by part.
 
     Args:
-        device: of each GPU; on CPUs, of each worker.
-        host: of each worker, beside its GPU.
+        device: on each GPU; on CPUs, of each worker.
+        host: of each GPU's worker, in host memory.
     """
 
     device: Mapping[str, int]
@@ -75,10 +75,10 @@ class MemoryPlan:
 
 
 def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> MemoryPlan:
-    """What each of the run's workers needs.
+    """Memory that each of the run's workers needs.
 
     Args:
-        config: of the model, as the run has it.
+        config: the run's model configuration.
     """
     spread, workers = settings.deepspeed, settings.workers.fewest
     width, stage = WIDTHS[spread.precision], spread.stage
@@ -108,7 +108,7 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     copies = copies // (workers if stage else 1)
     if stage == 3:  # one group of weights after the other
         copies = min(copies, LIVE * 4)
-    if not on_gpu:  # where Adam has temporary tensors of what it updates at a time
+    if not on_gpu:  # there Adam's update needs temporary tensors
         temporary = 2 if settings.optimizer.moments == "fp32" else 5
         copies += temporary * 4 * (trained // workers if stage else largest)
     bucket = BUCKET if on_gpu else min(trained, BUCKET)
@@ -118,14 +118,14 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     host: dict[str, int] = {}
     if spread.offload_parameters:
         host["weights"], device["weights"] = weights, 0
-    if spread.offload_optimizer:  # with gradients, in fp32, as they come
+    if spread.offload_optimizer:  # gradients move along, in fp32
         host["optimizer"] = optimizer + trained * 4 // workers
         if stage == 3:  # with those of the micro-batches so far
             host["gradients"] = gradients
         gradients = gradients if stage == 1 else 0
     else:
         device["optimizer"] = optimizer
-    # In the backward pass; one micro-batch's activations go while the gradients come.
+    # Backward pass: a micro-batch's activations are freed as its gradients appear.
     together = accumulation > 1 or stage >= 2
     learning = body + head + gradients if together else max(body + head, gradients)
     updating = gradients + (0 if spread.offload_optimizer else copies)
@@ -143,7 +143,7 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     device["buffers"] = buffers + gathered
     if on_gpu:
         device["CUDA"] = CONTEXT
-        # The first rank reads the whole model there, and the others have room for it.
+        # The first rank reads the whole model there, and the others need as much room.
         host["loading"] = counts.unquantized * width
         host["process"] = PROCESS * 2
         if restoring > host["loading"]:  # after that
@@ -155,9 +155,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
 
 
 def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
-    """What all workers together hold throughout, wherever: weights, Adam's state, gradients.
+    """Lower bound on the memory of all workers together: weights, Adam's state, gradients.
 
-    They need more than this, so a machine with less memory cannot run them.
+    A machine with less cannot run them.
     """
     spread, workers = settings.deepspeed, settings.workers.fewest
     width = WIDTHS[spread.precision]
@@ -178,16 +178,16 @@ def fitting(
     host_memory: float | None = None,
     limit: int = 3,
 ) -> list[dict[str, Any]]:
-    """Changes of settings, as {key: value}, with which a run fits; the cheapest first.
+    """Changes of settings, as {key: value}, that make a run fit; cheapest first.
 
     Args:
         gpu_memory: of each GPU, in bytes.
-        host_memory: of a node, in bytes; None: as much as it takes.
+        host_memory: of a node, in bytes; None: unlimited.
     """
     found: list[dict[str, Any]] = []
     for change in _changes(settings):
         if any(each.items() <= change.items() for each in found):
-            continue  # less does as well
+            continue  # a smaller change suffices
         plan = plan_memory(changed(settings, change), config, on_gpu=True)
         if fits(plan, settings.workers.fewest, gpu_memory, host_memory):
             found.append(change)
@@ -197,9 +197,9 @@ def fitting(
 
 
 def as_long_as(settings: Settings, longest: int) -> Settings:
-    """For data whose longest example has so many tokens: batches are padded to no more."""
+    """Lower data.sequence_length to the longest example's: batches are padded to no more."""
     length = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    if settings.task == "question-answering":  # whose windows must be longer than they share
+    if settings.task == "question-answering":  # windows must be longer than their overlap
         length = max(length, settings.data.stride + 1)
     if length >= settings.data.sequence_length:
         return settings
@@ -214,7 +214,7 @@ def fits(plan: MemoryPlan, gpus: int, gpu_memory: float, host_memory: float | No
 
 
 def changed(settings: Settings, change: Mapping[str, Any]) -> Settings:
-    """The settings with other values, of which the keys have dots."""
+    """The settings with values replaced, given by dotted keys."""
     fields = settings.model_dump(exclude_unset=True)
     for key, value in change.items():
         *path, leaf = key.split(".")
@@ -227,12 +227,12 @@ def changed(settings: Settings, change: Mapping[str, Any]) -> Settings:
 
 
 def words(change: Mapping[str, Any]) -> str:
-    """As on a command line."""
+    """The change in command-line syntax."""
     return " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
 
 
 def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
-    """All that may save memory, ordered by cost: time, the host's memory, and then quality."""
+    """All changes that may save memory, ordered by cost: time, host memory, then quality."""
     sizes = [settings.micro_batch_size]
     while sizes[-1] > 1 and sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
@@ -299,10 +299,9 @@ def _activations(
     rows: int,
     length: int,
 ) -> tuple[int, int]:
-    """Bytes at the peak of a micro-batch's forward and backward pass: the body's, the head's.
+    """Peak activation bytes of a micro-batch's forward and backward pass: body, head.
 
-    Beside weights and gradients, of which those on their way are counted. Blocks take the same:
-    a few of them are run.
+    Excludes weights and stored gradients. All blocks take the same, so only a few are run.
     """
     fields = GPTJConfig(**json.loads(config))
     layers = fields.n_layer
@@ -325,7 +324,7 @@ def _peak(
     rows: int,
     length: int,
 ) -> tuple[int, int]:
-    """Of a model on the meta device: without its head, and with it."""
+    """Peak bytes of a model on the meta device: without its head, and with it."""
     model = _meta_model(task, config, adapter).to(DTYPES[precision]).train()
     if recompute:
         model.gradient_checkpointing_enable()
@@ -352,14 +351,14 @@ def _peak(
 def _loss(task: TaskName, model: GPTJPreTrainedModel, ids: Tensor) -> Tensor:
     if task == "causal-lm":
         loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
-    else:  # whose heads have few outputs
+    else:  # the other heads have few outputs
         loss = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.mean()
     assert isinstance(loss, Tensor)
     return loss
 
 
 def _drop(parameter: Tensor) -> None:
-    """What is kept of gradients is counted apart."""
+    """Stored gradients are counted separately."""
     parameter.grad = None
 
 
@@ -372,7 +371,7 @@ def _fused_attention(
     is_causal: bool = False,
     **_: Any,
 ) -> Tensor:
-    """As GPUs and CPUs compute it; on the meta device PyTorch would take the plain one."""
+    """The fused kernel of GPUs and CPUs; on the meta device PyTorch would decompose attention."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     out: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask)[0]
     return out
@@ -383,11 +382,11 @@ class _Counts:
     """A model's weights.
 
     Attributes:
-        numbers: in the precision of the training.
-        codes: bytes of those that are quantized, with their scales.
-        unquantized: all of them, as they are read.
-        trained: of the numbers.
-        largest: numbers of the largest trained matrix.
+        numbers: weights in the training precision.
+        codes: bytes of quantized weights, with their scales.
+        unquantized: all weights, as they are loaded.
+        trained: trainable weights.
+        largest: weights of the largest trained matrix.
     """
 
     numbers: int
@@ -397,7 +396,7 @@ class _Counts:
     largest: int
 
     def bytes(self, width: int) -> int:
-        """Where a number of the training's precision has so many."""
+        """Total bytes, with `width` bytes per unquantized weight."""
         return self.numbers * width + self.codes
 
 
@@ -479,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def known_config(settings: Settings) -> GPTJConfig:
     """The configuration of the run's model, as far as it is known without the data."""
-    if settings.model.checkpoint == PUBLISHED:  # which need not be reachable for that
+    if settings.model.checkpoint == PUBLISHED:  # works offline
         return GPTJConfig(**PRESETS["6b"])
     if settings.model.checkpoint:
         revision = settings.model.revision or None

@@ -18,11 +18,11 @@ def make_config(
     """The configuration of the run's model.
 
     Args:
-        labels: what a classifier tells apart.
+        labels: a classifier's labels.
 
     Raises:
-        SettingsError: if the model has too few positions or vocabulary entries for the data, or is
-            a checkpoint of another shape.
+        SettingsError: if the model has too few positions or vocabulary entries for the data, or
+            the settings contradict the checkpoint's shape.
     """
     head: dict[str, Any] = {}
     if labels is not None:
@@ -42,7 +42,7 @@ def make_config(
             checkpoint, revision=revision, **{**settings.model.config, **head}
         )
         if "pad_token_id" not in settings.model.config and tokenizer.pad_token_id is not None:
-            config.pad_token_id = tokenizer.pad_token_id  # which pads the model's inputs
+            config.pad_token_id = tokenizer.pad_token_id  # the tokenizer pads the inputs
     else:
         tokens = {
             "vocab_size": len(tokenizer),
@@ -90,8 +90,8 @@ def _check_shape(settings: Settings, config: GPTJConfig) -> None:
         if settings.model.config.get(name, found) not in (found, as_number):
             raise SettingsError(
                 f"model.config.{name}={settings.model.config[name]!r}, but "
-                f"{settings.model.checkpoint} has {name}={found!r}, which its weights are made "
-                f"for: leave it out"
+                f"the weights of {settings.model.checkpoint} require {name}={found!r}: leave it "
+                f"out"
             )
 
 

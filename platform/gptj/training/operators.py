@@ -1,4 +1,4 @@
-"""DeepSpeed's operators, compiled by one process of a node at a time, however another one died.
+"""Compile DeepSpeed's operators in one process per node, robust against killed builds.
 
 PyTorch marks a build by a file, `lock`, and waits for ever for one that a killed process left. Here
 a lock of the kernel stands before it, which ends with its holder. What training has no use for is
@@ -50,7 +50,7 @@ def guarded_builds() -> Iterator[None]:
 
 @contextmanager
 def building(name: str) -> Iterator[None]:
-    """Hold the right to build or load an operator; waits for whoever is building it."""
+    """Hold the lock for building or loading an operator; waits for other processes."""
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     with FileLock(folder / "gptj.lock") as lock:
         if not lock.try_take():
@@ -66,17 +66,17 @@ def building(name: str) -> Iterator[None]:
 
 
 def _clear(folder: Path, name: str) -> None:
-    """Delete PyTorch's lock once no process of this node can hold it.
+    """Delete PyTorch's lock once no process on this node holds it.
 
-    That is one that has it open, or a compiler that outlived the process that had. Ours wait for
-    our own lock, also those on other nodes with the same home folder.
+    Holders have it open, or are compilers that outlived their parent. Our own processes, including
+    those on other nodes with the same home folder, wait for our lock instead.
     """
     lock = folder / "lock"
     waiting = False
     while lock.exists() and (processes := _users(folder)):
         if not waiting:
             waiting = True
-            logger.info("waiting for process %d, which compiles %s", processes[0], name)
+            logger.info("waiting for process %d, which is compiling %s", processes[0], name)
         time.sleep(POLL_SECONDS)
     if lock.exists():
         logger.warning("deleting %s, left by a build that was killed", lock)
@@ -84,7 +84,7 @@ def _clear(folder: Path, name: str) -> None:
 
 
 def _users(folder: Path) -> list[int]:
-    """The processes that hold the folder's lock, or compile in it. Those of others do not show."""
+    """This user's processes that hold the folder's lock or compile in it."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

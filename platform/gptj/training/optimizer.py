@@ -1,4 +1,4 @@
-"""AdamW with its moments in 8 bits, which DeepSpeed does not have; for DeepSpeed to wrap."""
+"""AdamW with 8-bit moments (bitsandbytes), for DeepSpeed to wrap; DeepSpeed has none itself."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gptj.training.sections import OptimizerSettings
 
 bitsandbytes = Extra("bitsandbytes", "optimizer.moments=8bit")
 
-BLOCK = 256  # numbers that share a scale, in bitsandbytes
+BLOCK = 256  # values that share a scale in bitsandbytes
 SCALE_BYTES = 4
-SMALLEST = 4096  # numbers of a tensor whose moments are in 8 bits
+SMALLEST = 4096  # smaller tensors keep fp32 moments
 KINDS = ("state1", "absmax1", "state2", "absmax2")
-IN_FP32 = -1.0  # for a scale
-AT_ONCE = 2**16 * BLOCK  # numbers of a checkpoint that are quantized together
+IN_FP32 = -1.0  # as a scale: the codes are fp32 values
+AT_ONCE = 2**16 * BLOCK  # values quantized at once when restoring a checkpoint
 MOMENT_BYTES = 2 * (1 + SCALE_BYTES / BLOCK)  # of a weight's two moments
 
 
 def own_optimizer(
     settings: OptimizerSettings, parameter_groups: list[dict[str, Any]]
 ) -> Optimizer | None:
-    """The optimizer to give DeepSpeed; None: it makes its own.
+    """The optimizer to pass to DeepSpeed; None: it creates its own.
 
-    Tensors of fewer than SMALLEST numbers have moments in fp32. At ZeRO stages 1 and up DeepSpeed
-    joins parameters, so that there are hardly any, and blocks cross their borders.
+    Tensors smaller than SMALLEST have fp32 moments. From ZeRO stage 1 on there are hardly any,
+    since DeepSpeed flattens parameters together, so blocks may span several.
     """
     if settings.moments == "fp32":
         return None
@@ -43,15 +43,15 @@ def own_optimizer(
 
 
 def moment_kinds(state: dict[str, Any]) -> tuple[str, ...]:
-    """What `stored_moments` gives of bitsandbytes' state of a tensor; nothing of another's."""
+    """Keys of `stored_moments` for a tensor's state; empty if it is not bitsandbytes'."""
     return KINDS if "state1" in state else ()
 
 
 def stored_moments(state: dict[str, Any], start: int, end: int) -> dict[str, Tensor]:
-    """Codes and scales in fp32 of the numbers from `start` to `end` of a flattened tensor.
+    """Codes and scales, in fp32, of elements `start` to `end` of a flattened tensor.
 
-    Each number has a scale of its own, since another layout has other blocks. Where moments are in
-    fp32, they are the codes, and the scale is IN_FP32.
+    Scales are per element, since blocks differ between layouts. fp32 moments are stored as codes
+    with the scale IN_FP32.
     """
     found: dict[str, Tensor] = {}
     for number in (1, 2):
@@ -67,10 +67,10 @@ def stored_moments(state: dict[str, Any], start: int, end: int) -> dict[str, Ten
 
 
 def restore_moments(optimizer: Optimizer) -> None:
-    """What `stored_moments` gave, perhaps of another layout, back into bitsandbytes' own form.
+    """Convert state loaded from `stored_moments`, perhaps of another layout, back in place.
 
-    Blocks that are as they were come back bit by bit; others are quantized anew. What is stored may
-    be in the host's memory, and goes to its tensor's device a part at a time.
+    Unchanged blocks are restored bit by bit; others are requantized. Loaded state may be in host
+    memory; it is moved to its tensor's device in parts.
     """
     for flat, state in optimizer.state.items():
         for number in (1, 2):
@@ -98,7 +98,7 @@ def restore_moments(optimizer: Optimizer) -> None:
 
 
 def _blocks(codes: Tensor, scales: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes as bytes, and one scale a block."""
+    """Codes as bytes, and one scale per block."""
     firsts = scales[::BLOCK].contiguous()
     if torch.equal(_spread(firsts)[: len(scales)], scales) and not (scales == IN_FP32).any():
         return codes.to(torch.uint8), firsts

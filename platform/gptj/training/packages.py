@@ -1,4 +1,4 @@
-"""Whether the optional packages that a run's settings need are installed; checked first."""
+"""Check early that the optional packages required by a run's settings are installed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Whether a run that resumes computes what it did before: the loss of a stored batch, compared.
+"""Check that a resumed run computes what it did before, by the loss on a stored batch.
 
-Manifests prove that a checkpoint's files are as they were written. They say nothing about what is
-not in it: the frozen weights under an adapter, the code, PyTorch's kernels. A checkpoint therefore
-has a few rows of the training data, as the model's inputs, and the loss that the model gave for
-them when it was saved.
+Manifests prove that a checkpoint's files are unchanged, but not what lies outside it: the frozen
+weights under an adapter, the code, PyTorch's kernels. A checkpoint therefore contains a few
+training rows, as model inputs, and their loss when it was saved.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from gptj.training.provenance import provenance
 from gptj.training.tasks import AnyTask, Data
 
 ROWS = 4  # at most
-# By which a loss may differ, as a share of it: other devices and numbers of threads add in another
-# order, with numbers of this precision.
+# Relative tolerance of the loss, by precision: the order of summation depends on the device and the
+# number of threads.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 5e-3}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows, and the loss of the model in a checkpoint; as it is in `progress.json`.
+    """Rows and the checkpointed model's loss on them, as stored in `progress.json`.
 
     Attributes:
         batch: the model's inputs by name: dtype, and values as nested lists.
-        items: what the loss averages over.
-        loss: None before it is measured.
-        versions: of the packages, and the commit, that measured it.
+        items: number of items that the loss averages over.
+        loss: None until measured.
+        versions: packages and commit that measured it.
     """
 
     batch: dict[str, dict[str, Any]]
@@ -45,7 +44,7 @@ class Probe:
 
     @classmethod
     def first_rows(cls, data: Data, rows: list[int]) -> Probe:
-        """Of the first ROWS of these rows."""
+        """A probe of the first ROWS of `rows`."""
         batch = data.collate([data[row] for row in rows[:ROWS]])
         stored = {
             name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.tolist()}
@@ -54,7 +53,7 @@ class Probe:
         return cls(stored, max(1, data.count_items(batch)))
 
     def measure(self, task: AnyTask, model: nn.Module, device: torch.device) -> float:
-        """The model's loss, without dropout. At ZeRO stage 3 all ranks call it together."""
+        """The model's loss, without dropout. At ZeRO stage 3 all ranks must call this."""
         inputs: dict[str, Tensor] = {
             name: torch.tensor(each["values"], dtype=getattr(torch, each["dtype"]), device=device)
             for name, each in self.batch.items()
@@ -63,11 +62,11 @@ class Probe:
             return float(task.forward(model, inputs, self.items)[0]) / self.items
 
     def with_loss(self, loss: float) -> dict[str, Any]:
-        """The fields of a probe with this loss, by the versions that run now."""
+        """The fields of this probe with `loss` and the current versions."""
         return asdict(Probe(self.batch, self.items, loss, versions()))
 
     def check(self, found: float, precision: str, address: str) -> None:
-        """CheckpointError if the model loaded from `address` gives another loss than it did."""
+        """CheckpointError if `found`, the loss after loading `address`, is not the saved one."""
         if self.loss is None:
             return
         if math.isclose(found, self.loss, rel_tol=TOLERANCE[precision], abs_tol=1e-6):
@@ -75,13 +74,13 @@ class Probe:
         raise CheckpointError(
             f"the model that resumes from {address} is not the one that was saved: its loss on the "
             f"checkpoint's probe batch was {self.loss:.6g} and is now {found:.6g}. "
-            f"{_differences(self.versions or {})}. Resume with what it was saved with, or choose "
+            f"{_differences(self.versions or {})}. Restore what it was saved with, or choose "
             f"another run="
         )
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computes a loss."""
+    """Versions of everything that affects a loss."""
     known = provenance()
     return {**known["versions"], "git commit": known["git_commit"]}
 
@@ -96,6 +95,6 @@ def _differences(before: Mapping[str, str | None]) -> str:
     if changed:
         return f"Since then {', '.join(changed)}"
     return (
-        "Versions are the same, so weights that are not in the checkpoint, such as those under an "
-        "adapter, have been altered, or code has"
+        "Versions are the same, so the code or weights that are not in the checkpoint, such as "
+        "those under an adapter, have changed"
     )

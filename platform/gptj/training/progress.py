@@ -1,4 +1,4 @@
-"""How a run is doing: lines for its log, points for TensorBoard, the loss curve as a picture."""
+"""A run's progress: log lines, points for TensorBoard, a plot of the loss curve."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from gptj.serialization.json_object import to_json
 from gptj.training.state import Progress
 
 logger = logging.getLogger(__name__)
-matplotlib = Extra("matplotlib", "the picture of a training run's loss")
+matplotlib = Extra("matplotlib", "plotting a training run's loss")
 tensorboard = Extra("torch.utils.tensorboard", "a training run's files for TensorBoard")
 
 HISTORY = "history.jsonl"
 CURVE = "loss.png"
 TENSORBOARD = "tensorboard"
 SHARES = ("exact_match", "accuracy")  # from 0 to 1
-METRICS = (*SHARES, "mse", "perplexity")  # of a task, what its curve shows
+METRICS = (*SHARES, "mse", "perplexity")  # the curve shows the first that a task has
 
 
 class ProgressLog:
-    """Rank 0's record of a run; what it holds so far is part of the checkpoint.
+    """Rank 0's record of a run; its history is part of the checkpoint.
 
     Args:
-        progress: where the run is; the points are added to its history.
-        folder: a local one, for TensorBoard's files.
+        progress: the run's progress; points are appended to its history.
+        folder: a local folder for TensorBoard's files.
         total: steps of the whole run.
-        watch: takes each point, too.
+        watch: also receives each point.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class ProgressLog:
         self._first_step = progress.step
         self._tokens = self._room = 0  # of the steps since the last line
         self._seconds = self._waited = self._flops = 0.0
-        # Points beyond the checkpoint, which a run that died has left, are not shown.
+        # purge_step hides points beyond the checkpoint, left by a run that died.
         self._board = tensorboard.SummaryWriter(
             str(folder / TENSORBOARD), purge_step=progress.step + 1
         )
 
     def begin(self) -> None:
-        """The first step comes now: what was before does not count for the time that is left."""
+        """Start the clock for estimating the time left; call just before the first step."""
         self._started = time.monotonic()
 
     def step(
@@ -80,14 +80,14 @@ class ProgressLog:
         peak: float = 0.0,
         memory: int = 0,
     ) -> None:
-        """Count an optimizer step; every `log_every` steps it becomes a line and a point.
+        """Record an optimizer step; every `log_every` steps, log a line and add a point.
 
         Args:
             tokens: of the global batch, without padding.
-            room: with it.
-            waited: of the seconds, those for this rank's batches.
-            flops: that the model takes for the tokens.
-            peak: FLOP/s of all workers' matrix products; 0: not known.
+            room: of the global batch, with padding.
+            waited: seconds, of `seconds`, spent waiting for this rank's batches.
+            flops: model FLOPs of the step.
+            peak: FLOP/s of all workers' matrix products; 0: unknown.
             memory: this worker's peak so far, in bytes.
         """
         progress = self.progress
@@ -152,10 +152,10 @@ class ProgressLog:
         return list(self.progress.history)
 
     def publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Bring the history, TensorBoard's files and the curve up to date in the run's folder."""
+        """Update the history, TensorBoard's files and the curve in the run's folder."""
         self._board.flush()
         with tempfile.TemporaryDirectory(dir=self._folder) as still:
-            # Of TensorBoard's own file, which may grow while it is uploaded.
+            # A snapshot, since TensorBoard's file may grow during the upload.
             shutil.copytree(self._folder / TENSORBOARD, still, dirs_exist_ok=True)
             storage.upload_folder(still, storage.join(address, TENSORBOARD))
         lines = "".join(to_json(point) + "\n" for point in history)
@@ -179,9 +179,9 @@ class ProgressLog:
 
 
 def draw_curve(history: Sequence[Mapping[str, float | None]], run: str) -> Any:
-    """matplotlib's figure of the loss over the steps, of training and evaluation, and the metric.
+    """A matplotlib figure of training loss, evaluation loss and a metric over the steps.
 
-    The metric, on an axis of its own, is the first of METRICS that the evaluations have.
+    The metric, on its own axis, is the first of METRICS that the evaluations have.
     """
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -205,7 +205,7 @@ def draw_curve(history: Sequence[Mapping[str, float | None]], run: str) -> Any:
 
 
 def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the points that have a finite number."""
+    """(step, value) of the points with a finite value."""
     return [
         (float(point["step"] or 0), float(value))
         for point in history
@@ -214,13 +214,13 @@ def _points(history: Sequence[Mapping[str, float | None]], key: str) -> list[tup
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of a GPU what PyTorch has had allocated at most; else this process's most ever."""
+    """Peak bytes: PyTorch's allocations on a GPU, or this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def duration(seconds: float) -> str:
-    """As h:mm:ss."""
+    """Format as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,4 +1,4 @@
-"""What someone needs beside the settings and the data to repeat a run: versions and the commit."""
+"""Versions and the commit: needed, besides settings and data, to reproduce a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether the workers' disks have room for checkpoints: checked before the first step.
+"""Check, before the first step, that the workers' disks have room for checkpoints.
 
-A rank writes its part of a checkpoint to its scratch folder and copies it from there to where the
-run is stored. Ranks on one node share a disk.
+A rank writes its part of a checkpoint to its scratch folder, then copies it to the run's storage.
+Ranks on one node share a disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from gptj.training.failures import DISK_REMEDY, DiskFullError, gigabytes
 from gptj.training.settings import Settings
 
 MASTER_BYTES = 4  # of a weight in fp32
-# Of Adam's moments of a weight; in 8 bits with each number's scale, see gptj.training.optimizer.
+# Of Adam's moments per weight; 8-bit ones are stored in fp32 with a scale per element, see
+# gptj.training.optimizer.
 MOMENT_BYTES = {"fp32": 8, "8bit": 16}
 SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
@@ -32,8 +33,8 @@ class Need:
     """What one rank writes to one disk for a checkpoint."""
 
     node: str
-    boot: str  # the id of its kernel's boot: several machines may share a name
-    disk: int  # which of the node's
+    boot: str  # the kernel's boot id: several machines may share a hostname
+    disk: int  # st_dev
     folder: str
     bytes: int
     free: int
@@ -42,7 +43,7 @@ class Need:
 def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size: int) -> int:
     """The size of a rank's part of a checkpoint, to within `SPARE_BYTES`.
 
-    Only what is trained counts: frozen weights are not saved.
+    Frozen weights are not saved, so only trained ones count.
     """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     size = trained * (MASTER_BYTES + MOMENT_BYTES[settings.optimizer.moments])
@@ -56,11 +57,11 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
 
     Args:
         scratch: this rank's folder for temporary files.
-        results: where the run is stored; if that is local, the parts are copied there.
+        results: where the run is stored; if local, it also needs room for the parts.
         needed: bytes of this rank's part.
 
     Raises:
-        DiskFullError: on all ranks, with the node, the folder, what is needed and what is free.
+        DiskFullError: on all ranks, with the node, the folder, and the bytes needed and free.
     """
     mine = [_need(scratch, needed + SPARE_BYTES)]
     if not storage.is_s3(results):
@@ -96,7 +97,7 @@ def _need(folder: Path, size: int) -> Need:
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    # File systems that do not know their size, such as some mounted buckets, report 0.
+    # File systems of unknown size, such as some mounted buckets, report 0.
     free = usage.free if usage.total else sys.maxsize
     return Need(socket.gethostname(), _boot(), os.stat(folder).st_dev, str(folder), size, free)
 

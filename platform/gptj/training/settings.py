@@ -1,7 +1,7 @@
-"""A training run's settings: a YAML file and `key=value` words in, one checked object out.
+"""A training run's settings: a YAML file and `key=value` arguments in, a validated object out.
 
-Defaults < YAML < `key=value`. Keys of sections have dots: `optimizer.learning_rate=1e-4`. Unknown
-keys, wrong types and contradictions are a SettingsError before anything has begun.
+Defaults < YAML < `key=value`. Keys of sections are dotted: `optimizer.learning_rate=1e-4`. Unknown
+keys, wrong types and contradictions raise a SettingsError before anything starts.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ __all__ = ["Settings", "SettingsError", "changed", "read_settings"]
 
 
 class Settings(Section):
-    """Everything that a run is made of."""
+    """All settings of a run."""
 
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "finetune"
     storage: Address = "outputs"  # folder or s3://; results go to storage/run
     task: TaskName = "causal-lm"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    epochs: Annotated[float, Field(gt=0)] = 1  # times that the training data is seen
+    epochs: Annotated[float, Field(gt=0)] = 1  # passes over the training data
     steps: Positive | None = None  # optimizer steps, instead of epochs
-    batch_size: Positive = 16  # rows of an optimizer step, over all workers
-    micro_batch_size: Positive = 8  # rows that a worker computes at a time, at most
-    checkpoint_every: Positive = 100  # steps; there is always one at the end
+    batch_size: Positive = 16  # rows per optimizer step, over all workers
+    micro_batch_size: Positive = 8  # most rows per forward pass of a worker
+    checkpoint_every: Positive = 100  # steps; always one at the end
     keep_checkpoints: Positive = 2
     evaluate_every: Positive | None = None  # steps; None: only at the end
     export: Literal["best", "last"] = "best"  # which model, by the task's evaluation metric
@@ -56,7 +56,7 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     tokenizer: TokenizerSettings = TokenizerSettings()
-    adapter: AdapterSettings | None = None  # None: all weights are trained; {}: with its defaults
+    adapter: AdapterSettings | None = None  # None: train all weights; {}: LoRA with its defaults
     optimizer: OptimizerSettings = OptimizerSettings()
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     workers: WorkerSettings = WorkerSettings()
@@ -65,7 +65,7 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_null_epochs(cls, fields: Any) -> Any:
-        """`epochs: null` leaves them out, beside `steps`."""
+        """Treat `epochs: null` as left out, so that it can accompany `steps`."""
         if isinstance(fields, Mapping) and fields.get("epochs", ...) is None:
             return {key: value for key, value in fields.items() if key != "epochs"}
         return fields
@@ -74,8 +74,8 @@ class Settings(Section):
     def _check(self) -> Settings:
         if self.batch_size < self.workers.most:
             raise ValueError(
-                f"batch_size={self.batch_size} gives some of {self.workers.most} workers no row: "
-                f"raise it, or lower workers.count"
+                f"batch_size={self.batch_size} leaves some of {self.workers.most} workers without "
+                f"a row: raise it, or lower workers.count"
             )
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: give one of the two")
@@ -94,22 +94,22 @@ class Settings(Section):
                 f"rows; there are {' or '.join(', '.join(kind) for kind in kinds)}"
             )
         if self.adapter is not None and not self.model.checkpoint:
-            raise ValueError("adapter: a new model has no weights to be kept: set model.checkpoint")
+            raise ValueError("adapter: a new model has no weights to adapt: set model.checkpoint")
         if self.adapter is not None and self.adapter.quantization and self.deepspeed.stage == 3:
             raise ValueError(
                 f"adapter.quantization={self.adapter.quantization} and deepspeed.stage=3: "
-                f"DeepSpeed does not spread quantized weights over the workers; each holds all of "
-                f"them: set deepspeed.stage=2, or drop adapter.quantization"
+                f"DeepSpeed does not shard quantized weights; each worker holds all of them: set "
+                f"deepspeed.stage=2, or drop adapter.quantization"
             )
         if self.optimizer.moments == "8bit" and self.deepspeed.offload_optimizer:
             raise ValueError(
-                "optimizer.moments=8bit and deepspeed.offload_optimizer: DeepSpeed's optimizer on "
-                "the host keeps its moments in fp32: choose one of the two"
+                "optimizer.moments=8bit and deepspeed.offload_optimizer: DeepSpeed's offloaded "
+                "optimizer keeps its moments in fp32: choose one of the two"
             )
         if self.data.evaluation_split is not None and self.data.evaluation:
             raise ValueError(
                 f"data.evaluation_split={self.data.evaluation_split:g} holds out a part of the "
-                f"training data, and data.evaluation={self.data.evaluation} is data of its own: "
+                f"training data, but data.evaluation={self.data.evaluation} is separate data: "
                 f"give one of the two"
             )
         for key, needed, wrong in self._without_effect():
@@ -119,7 +119,7 @@ class Settings(Section):
         return self
 
     def resolved(self) -> Settings:
-        """With whole paths instead of local relative ones: workers run in other folders."""
+        """With local paths made absolute, since workers run in other folders."""
         fields = self.model_dump(exclude_unset=True)
         fields["storage"] = absolute(self.storage)
         for section, key in (
@@ -130,13 +130,13 @@ class Settings(Section):
             ("tokenizer", "chat_template"),
         ):
             if value := fields.get(section, {}).get(key):
-                # What is not there may be a hub id; if it is neither, its reader says so.
+                # A path that does not exist may be a hub id; if not, its reader reports that.
                 if section == "data" or Path(value).exists():
                     fields[section][key] = absolute(value, samples=section == "data")
         return Settings(**fields)
 
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
-        """Keys that do nothing beside the other settings: (key, remedy, reason)."""
+        """Keys without effect given the other settings: (key, remedy, reason)."""
         if self.evaluation_data is None:
             remedy = "set data.evaluation or data.evaluation_split"
             for key in ("evaluate_every", "export", "early_stopping"):
@@ -194,9 +194,9 @@ class Settings(Section):
         return f"{self.task_definition.sample}/evaluation"
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run, on so many training examples.
+        """Optimizer steps of the whole run on `examples` training examples.
 
-        SettingsError if the warm-up would be longer.
+        Raises SettingsError if the warm-up is longer.
         """
         total = self.steps
         if total is None:
@@ -204,7 +204,7 @@ class Settings(Section):
         if self.optimizer.warmup_steps > total:
             raise SettingsError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's "
-                f"{total} steps, so that the learning rate would never be reached: lower it"
+                f"{total} steps, so the learning rate would never be reached: lower it"
             )
         return total
 
@@ -212,8 +212,8 @@ class Settings(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-# What may differ when a run resumes: nothing that its steps depend on, but for rounding (and which
-# numbers dropout drops, with another number of workers).
+# Settings that may change when a run resumes: its steps depend on them only by rounding (and, with
+# another number of workers, dropout's random choices).
 CHANGEABLE = frozenset(
     {
         "run",
@@ -241,7 +241,7 @@ CHANGEABLE = frozenset(
     }
 )
 EXTENDABLE = ("steps", "epochs")  # may be raised
-# What runs of earlier versions, which did not have these settings, did.
+# Values implied by runs of earlier versions, which lacked these settings.
 ADDED: Mapping[str, Any] = {
     "data.packing": "concatenate",
     "data.bad_rows": "refuse",
@@ -264,7 +264,7 @@ def read_settings(words: Sequence[str]) -> Settings:
     the file's `epochs`, and `epochs=` its `steps`.
 
     Raises:
-        SettingsError: naming the file or key, and what it may be.
+        SettingsError: naming the file or key, and what is allowed.
     """
     fields: dict[str, Any] = {}
     given: dict[str, Any] = {}
@@ -290,9 +290,9 @@ def read_settings(words: Sequence[str]) -> Settings:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys that differ between two runs' settings and change what is computed.
+    """Describe the keys that differ between two runs' settings and change what is computed.
 
-    More steps or epochs extend a run, see `extended`.
+    More steps or epochs extend a run; see `extended`.
     """
     old, new = {**ADDED, **_flat(before)}, _flat(now)
     ignored = {f"data.{key}" for key in _foreign(before) & _foreign(now)}
@@ -305,7 +305,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _foreign(fields: Mapping[str, Any]) -> set[str]:
-    """Keys of `data` that mean nothing to a run's task."""
+    """Keys of `data` that do not apply to a run's task."""
     own = TASKS[fields["task"]].own_settings
     return {key for task in TASKS.values() for key in task.own_settings if key not in own}
 
@@ -331,11 +331,11 @@ def _read_file(address: str) -> dict[str, Any]:
     if fields is None:
         return {}
     if not isinstance(fields, dict):
-        raise SettingsError(f"{address} must hold keys and values, got a {type(fields).__name__}")
+        raise SettingsError(f"{address} must be a YAML mapping, got a {type(fields).__name__}")
     return fields
 
 
-_MARKS = tuple("|,:*&#%!@^\t")  # that mean something in YAML, and nothing alone: data.delimiter=|
+_MARKS = tuple("|,:*&#%!@^\t")  # special in YAML, but invalid alone: data.delimiter=|
 
 
 def _parse(text: str) -> Any:
@@ -344,7 +344,7 @@ def _parse(text: str) -> Any:
     value = parse_yaml(text) if text else ""
     if isinstance(value, str):
         try:
-            return float(value)  # YAML takes 1e-4, which has no point, for a word
+            return float(value)  # YAML reads 1e-4, without a point, as a string
         except ValueError:
             return value
     return value
@@ -363,11 +363,11 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for each in error.errors():
-        # Not the names of the types that a value may have.
+        # Without the names of union members, which contain brackets.
         key = ".".join(str(part) for part in each["loc"] if "[" not in str(part)) or "settings"
         message = each["msg"].removeprefix("Value error, ")
         if each["type"] == "extra_forbidden":
-            message = f"there is no such setting; there are {', '.join(_names(each['loc'][:-1]))}"
+            message = f"unknown setting; there are {', '.join(_names(each['loc'][:-1]))}"
         elif each["type"] != "value_error":
             message = f"{message}, got {each['input']!r}"
         lines.append(f"{key}: {message}")
@@ -383,7 +383,7 @@ def _names(path: Sequence[str | int]) -> list[str]:
 
 
 def _set_keys(section: Section, prefix: str = "") -> set[str]:
-    """The dotted names of the settings that were given."""
+    """The dotted names of the settings that were set explicitly."""
     keys: set[str] = set()
     for name in section.model_fields_set:
         value = getattr(section, name)

@@ -1,9 +1,9 @@
-"""What is trained, as stretches of parameters: masters and moments, wherever DeepSpeed keeps them.
+"""Optimizer state as stretches of parameters: fp32 masters and moments at any ZeRO stage.
 
 DeepSpeed packs fp32 masters and Adam's moments into flat tensors, whose layout depends on the ZeRO
 stage and the number of ranks. A shard is a safetensors file of one rank's stretches, each named
 `KIND/START/PARAMETER`: the kind (master, exp_avg, exp_avg_sq), the index of its first number in
-the flattened parameter, and the parameter. So a run may go on at another stage, or with another
+the flattened parameter, and the parameter. A run can thus resume at another stage or with another
 number of ranks: each reads the stretches that it now holds.
 """
 
@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
     raise missing(error, "training", extra="train") from error
 
 MASTER = "master"
-# Of DeepSpeed's loss scalers, of which there are two kinds.
+# Attributes of DeepSpeed's two kinds of loss scaler.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -44,10 +44,10 @@ class Stretch:
     """A part of one parameter that this rank's optimizer updates."""
 
     name: str  # the parameter's
-    start: int  # the first number, in the flattened parameter
+    start: int  # its first element in the flattened parameter
     length: int
-    flat: Tensor  # fp32, perhaps with other parameters; the optimizer's state is kept under it
-    offset: int  # where the stretch begins in it
+    flat: Tensor  # fp32, may hold other parameters too; keys the optimizer's state
+    offset: int  # where the stretch begins in `flat`
 
     def of(self, tensor: Tensor) -> Tensor:
         """The stretch in `flat`, or in a tensor of the same shape, as a view."""
@@ -71,7 +71,7 @@ def stretches(engine: Any) -> list[Stretch]:
                 found.append(Stretch(names[parameter], rank * size, length, flat, offset))
                 offset += size
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        # The parameters are laid out one after the other, and the whole is cut into equal parts.
+        # The parameters are concatenated, and the whole is cut into equal parts.
         for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
             first = dist.get_rank(optimizer.real_dp_process_group[number]) * flat.numel()
             for parameter, begin in zip(
@@ -94,7 +94,7 @@ def stretches(engine: Any) -> list[Stretch]:
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, flat in zip(group, masters, strict=True):
                 found.append(Stretch(names[parameter], 0, parameter.numel(), flat, 0))
-    else:  # fp32 at stage 0: the optimizer is the bare one, and has the parameters themselves
+    else:  # fp32 at stage 0: the plain optimizer, which holds the parameters themselves
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 found.append(Stretch(names[parameter], 0, parameter.numel(), parameter, 0))
@@ -102,9 +102,9 @@ def stretches(engine: Any) -> list[Stretch]:
 
 
 def write_shard(engine: Any, path: Path) -> FileRecord:
-    """Write this rank's stretches, one at a time; all ranks call it together."""
+    """Write this rank's stretches, one at a time; all ranks must call it."""
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # The loss that was computed last has left parameters gathered, which take memory.
+        # Release parameters that the last loss left gathered.
         engine.optimizer.checkpoint_event_prologue()
         engine.optimizer.checkpoint_event_epilogue()
     mine = stretches(engine)
@@ -115,7 +115,7 @@ def write_shard(engine: Any, path: Path) -> FileRecord:
             yield stretch.of(stretch.flat)
             moments = _moments(engine, stretch)
             for kind in kinds:
-                # A parameter that had no gradient so far has no moments.
+                # A parameter without a gradient so far has no moments.
                 moment = moments.get(kind)
                 yield torch.zeros(stretch.length) if moment is None else moment
 
@@ -131,10 +131,10 @@ def write_shard(engine: Any, path: Path) -> FileRecord:
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """The numbers that DeepSpeed goes on counting from, equal on all ranks."""
+    """DeepSpeed's counters, to resume from; equal on all ranks."""
     scaler = _scaler(engine)
     return {
-        # Of FusedAdam's states at stage 0, only the last of a group counts.
+        # At stage 0, FusedAdam counts only in the last state of a group.
         "updates": max(
             (int(state["step"]) for state in engine.basic_optimizer.state.values() if state),
             default=0,
@@ -145,9 +145,9 @@ def counters(engine: Any) -> dict[str, Any]:
 
 
 class Restoration:
-    """Brings the stretches of this rank, and with them the model, to what shards say.
+    """Restores this rank's stretches, and with them the model, from shards.
 
-    All ranks call `finish` together, after `read` for each shard that `needs` names.
+    Call `read` for each shard that `needs` selects; then all ranks call `finish` together.
     """
 
     def __init__(self, engine: Any, counters: dict[str, Any]) -> None:
@@ -164,11 +164,11 @@ class Restoration:
         self._kinds: set[str] = set()
 
     def needs(self, address: str) -> bool:
-        """Whether a shard has something for this rank, by its header."""
+        """Whether this rank needs a shard, judging by its header."""
         return bool(list(self._overlaps(read_header(address).tensors, address)))
 
     def read(self, path: Path) -> None:
-        """Copy from a shard, in a local file whose content was verified."""
+        """Copy from a shard in a local, verified file."""
         with path.open("rb") as file:
             for stored, kind, begin, stretch in self._overlaps(
                 read_header(str(path)).tensors, str(path)
@@ -184,10 +184,10 @@ class Restoration:
                 self._kinds.add(kind)
 
     def finish(self, address: str) -> None:
-        """Check that nothing is missing; then the weights follow from the masters.
+        """Check that nothing is missing, then derive the weights from the masters.
 
         Raises:
-            CheckpointError: if the shards are not of this model, or not all of it.
+            CheckpointError: if the shards belong to another model, or are incomplete.
         """
         engine, optimizer = self._engine, self._optimizer
         mine = [each for stretches in self._mine.values() for each in stretches]
@@ -233,7 +233,7 @@ class Restoration:
             kind, start, name = [*stored.name.split("/", 2), "", ""][:3]
             if not start.isdecimal() or stored.dtype != torch.float32 or len(stored.shape) != 1:
                 raise CheckpointError(
-                    f"{address} is damaged: {stored.name!r} is no part of a parameter"
+                    f"{address} is damaged: {stored.name!r} is not a part of a parameter"
                 )
             begin = int(start)
             if name not in known:
@@ -250,13 +250,13 @@ class Restoration:
             return flat
         state: dict[str, Tensor] = self._engine.basic_optimizer.state[flat]
         if kind not in state:
-            # What is yet to be quantized is larger than what it becomes.
+            # Unquantized moments may not fit the device; restore_moments moves them in parts.
             device = torch.device("cpu") if kind in KINDS else flat.device
             state[kind] = torch.zeros_like(flat.detach(), device=device)
         return state[kind]
 
     def _schedule(self, steps: int) -> None:
-        """As after so many steps: the learning rate of the next one, by the run's length now."""
+        """Set the scheduler to after `steps` steps, by the run's current length."""
         scheduler = self._engine.lr_scheduler
         scheduler.last_epoch = steps - 1
         scheduler._step_count = max(steps, 1) + 1
@@ -264,7 +264,7 @@ class Restoration:
 
 
 def _kinds(engine: Any, flat: Tensor) -> Sequence[str]:
-    """What the optimizer keeps for each number of a flat tensor."""
+    """Names of the optimizer's per-element state of a flat tensor."""
     state = engine.basic_optimizer.state.get(flat, {})
     return moment_kinds(state) or [
         kind
@@ -274,7 +274,7 @@ def _kinds(engine: Any, flat: Tensor) -> Sequence[str]:
 
 
 def _moments(engine: Any, stretch: Stretch) -> dict[str, Tensor]:
-    """Of a stretch alone: moments in 8 bits take several times as much on their way."""
+    """One stretch's moments; only one, since 8-bit moments are stored several times as large."""
     state = engine.basic_optimizer.state.get(stretch.flat, {})
     if moment_kinds(state):
         return stored_moments(state, stretch.offset, stretch.offset + stretch.length)

@@ -1,4 +1,4 @@
-"""Loss spikes: batches that would throw a training off, found by their gradient norm; skipped."""
+"""Skip loss spikes: batches that would derail training, detected by their gradient norm."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 class SpikeFilter:
-    """Detects gradient norms far above the usual.
+    """Detects outlying gradient norms.
 
-    Norms of skipped batches count too: a lasting change of level costs half a window of batches,
-    and not all that follow.
+    Norms of skipped batches count too, so a lasting change of level costs half a window of batches
+    rather than all that follow.
 
     Args:
-        norms: of the last batches, oldest first; kept up to date.
+        norms: of the last batches, oldest first; updated in place.
         factor: a norm above this many times the median is a spike.
-        window: how many norms the median covers; nothing is a spike before there is a tenth.
+        window: number of norms in the median; no spikes before a tenth of it is filled.
     """
 
     def __init__(self, norms: list[float], factor: float, window: int) -> None:
@@ -42,14 +42,14 @@ class SpikeFilter:
 
 
 class UpdateGate:
-    """Lets DeepSpeed take a step without an update: weights, masters and moments stay as they are.
+    """Lets DeepSpeed take a step without updating weights, masters and moments.
 
-    DeepSpeed computes the norm within its step, and then calls the optimizer that it wraps (at
-    stage 3 several times); the gate leaves out that call.
+    DeepSpeed computes the norm within its step, then calls the optimizer that it wraps (several
+    times at stage 3); a closed gate skips that call.
 
     Args:
-        engine: DeepSpeed's, initialised.
-        is_open: whether to update; asked once a step.
+        engine: an initialised DeepSpeed engine.
+        is_open: whether to update; called once per step.
     """
 
     def __init__(self, engine: Any, is_open: Callable[[], bool]) -> None:
@@ -57,7 +57,7 @@ class UpdateGate:
         update = optimizer.step
         self._open: bool | None = None
 
-        @functools.wraps(update)  # with the mark by which a scheduler knows it
+        @functools.wraps(update)  # keeps the attribute by which schedulers recognize it
         def step(*arguments: Any, **options: Any) -> Any:
             if self._open is None:
                 self._open = is_open()
@@ -67,7 +67,7 @@ class UpdateGate:
 
     @property
     def closed(self) -> bool:
-        """Whether the last update was left out."""
+        """Whether the last update was skipped."""
         return self._open is False
 
     def begin(self) -> None:

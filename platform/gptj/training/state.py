@@ -1,11 +1,10 @@
-"""A training checkpoint: everything that a run needs to resume as if nothing had happened.
+"""A training checkpoint: everything a run needs to resume as if it had never stopped.
 
-A folder that all ranks write together, each its own files: a shard of the masters and the
-optimizer's moments (gptj.training.shards), the state of its random generators, and a manifest of
-these; rank 0 adds `progress.json` with the step, the settings, the data's fingerprints and the
-measurements so far. The position in the data follows from the step, and the weights from the
-masters. Frozen weights are not in it: they are read from where they came from. Any number of ranks
-can resume from it.
+Each rank writes its own files to a common folder: a shard of the fp32 masters and the optimizer's
+moments (gptj.training.shards), the state of its random generators, and a manifest of both; rank 0
+adds `progress.json` with the step, settings, data fingerprints and metrics so far. The position in
+the data follows from the step, and the weights from the masters. Frozen weights are not included;
+they are read from their source. Any number of ranks can resume.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ class Progress:
     world_size: int = 1  # ranks that wrote the checkpoint
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
-    base: dict[str, Any] | None = None  # the model under an adapter, as it was at the beginning
-    # Logged points, by step; in a file a number that is not finite becomes None.
+    base: dict[str, Any] | None = None  # an adapter's base model, as it was at the beginning
+    # Logged points, by step; non-finite values are stored as null.
     history: list[dict[str, float | None]] = field(default_factory=list)
     unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
     # The best evaluation: step, score, metrics, and whether its checkpoint is kept.
     best: dict[str, Any] | None = None
     worse: int = 0  # evaluations since then
     unfinished: bool = False  # the run was stopped before this step's evaluation
-    overflows: int = 0  # steps that were skipped, since gradients overflowed in fp16
-    overflows_in_a_row: int = 0  # of these the last ones
-    spikes: int = 0  # steps that were skipped, since the gradient norm was far above the usual
+    overflows: int = 0  # steps skipped because gradients overflowed in fp16
+    overflows_in_a_row: int = 0  # the most recent consecutive ones
+    spikes: int = 0  # steps skipped because of an outlying gradient norm
     norms: list[float] = field(default_factory=list)  # the last ones, if spikes are skipped
     counters: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
     probe: dict[str, Any] | None = None  # a Probe; None in checkpoints of earlier versions
@@ -67,10 +66,10 @@ def upload_state(
     world_size: int,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
-    """Copy what this rank saved to where the checkpoint is kept; its manifest comes last.
+    """Upload this rank's files to the checkpoint's address, the manifest last.
 
-    A rank that dies in between leaves no manifest, and so no checkpoint; one that comes here again
-    takes the manifest of its first try away before it changes a file.
+    A rank that dies meanwhile leaves no manifest, and so no checkpoint. A retry first deletes an
+    earlier attempt's manifest.
 
     Args:
         fence: raises if another submission of the run has taken over, perhaps during an upload.
@@ -85,16 +84,16 @@ def upload_state(
 
 
 def read_progress(address: str) -> Progress:
-    """A checkpoint's progress, after a look at all ranks' manifests and all files' sizes.
+    """Read a checkpoint's progress, checking all ranks' manifests and all files' sizes.
 
     Raises:
-        CheckpointError: naming what is missing, cut off or altered, and the remedy.
+        CheckpointError: naming what is missing, truncated or altered, and the remedy.
     """
     try:
         manifest = _first_manifest(address)
         if any(name.startswith(OLD) for name in manifest.files):
             raise CheckpointError(
-                f"{address} was written by an older version, and only that can resume from it"
+                f"{address} was written by an older version; only that version can resume from it"
             )
         content = read_verified(address, PROGRESS, manifest)
         fields = json.loads(content)
@@ -118,9 +117,9 @@ def latest_checkpoint(folder: str) -> str | None:
 
 
 def delete_old_checkpoints(folder: str, keep: int, best: str | None = None) -> None:
-    """Delete all but the newest complete checkpoints and the best, and what dead ranks have left.
+    """Delete old checkpoints, complete or not, except the `keep` newest complete ones and the best.
 
-    What cannot be deleted is only a warning: the run does not depend on it.
+    Failure to delete is only logged: the run does not depend on it.
     """
     try:
         checkpoints = _checkpoints(folder)
@@ -129,14 +128,14 @@ def delete_old_checkpoints(folder: str, keep: int, best: str | None = None) -> N
             if kept and name not in kept and name < kept[-1] and name != best:
                 storage.delete_folder(storage.join(folder, name))
     except storage.StorageError as error:
-        logger.warning("an old checkpoint stays in %s: %s", folder, error)
+        logger.warning("cannot delete an old checkpoint in %s: %s", folder, error)
 
 
 def delete_unfinished_checkpoints(folder: str) -> None:
-    """Delete what dead ranks have left of checkpoints that they did not finish.
+    """Delete incomplete checkpoints left by dead ranks; call before the ranks of a retry start.
 
-    Before the ranks of another try begin: these may save the same step, and its manifests of both
-    tries would make a checkpoint while shards of both are in it.
+    A retry may save the same step: manifests of both attempts would then make the checkpoint look
+    complete while it mixes their shards.
     """
     for name, complete in _checkpoints(folder).items():
         if not complete:
@@ -148,14 +147,14 @@ def check_resumable(settings: Settings, address: str) -> Progress:
 
     Raises:
         SettingsError: if the settings would change what the run computes.
-        CheckpointError: if the checkpoint is damaged, or the model under its adapter is another.
+        CheckpointError: if the checkpoint is damaged, or its adapter's base model has changed.
     """
     progress = read_progress(address)
     if different := changed(progress.settings, settings.model_dump(mode="json")):
         raise SettingsError(
             f"the run {settings.run!r} would resume from {address} with other settings: "
             f"{'; '.join(different)}. {MAY_CHANGE}. Set them back; or, to train further with new "
-            f"settings, let it end with the old ones, and begin another run= with "
+            f"settings, finish this run with the old ones, then start another run= with "
             f"model.checkpoint={settings.model_folder}"
         )
     if progress.base is not None:
@@ -174,18 +173,18 @@ def check_same_data(
         if before != now:
             raise SettingsError(
                 f"the run {settings.run!r} would resume from {address} with other data: "
-                f"data.{name}={places[name]} had {before} and has {now}. Bring the data back as it "
-                f"was, or choose another run="
+                f"data.{name}={places[name]} had {before} and has {now}. Restore the original "
+                f"data, or choose another run="
             )
 
 
 def is_complete(settings: Settings) -> bool:
-    """Whether the run has written its model already; each file of it is read and compared.
+    """Whether the run has already written its model, verifying each of its files.
 
-    A run that has more steps now is not.
+    False if the run has since been extended.
 
     Raises:
-        SettingsError: if it has, with other settings.
+        SettingsError: if it was written with other settings.
         CheckpointError: if the model is damaged.
     """
     address = settings.model_folder
@@ -197,7 +196,7 @@ def is_complete(settings: Settings) -> bool:
     if different := changed(training["settings"], now):
         raise SettingsError(
             f"the run {settings.run!r} is complete, with other settings: {'; '.join(different)}. "
-            f"{MAY_CHANGE}. Choose another run= (one with model.checkpoint={address} begins with "
+            f"{MAY_CHANGE}. Choose another run= (with model.checkpoint={address} it starts from "
             f"this model), or delete {settings.folder}"
         )
     if not extended(training["settings"], now):
@@ -221,9 +220,9 @@ def _checkpoints(folder: str) -> dict[str, bool]:
 
 
 def _writers(names: Iterable[str]) -> int | None:
-    """How many ranks have finished a checkpoint together; None if some have not.
+    """The number of ranks that finished a checkpoint together; None if some have not.
 
-    Manifests may also be of ranks that died, of a run with another number of them.
+    Ranks that died, of a run with another world size, may have left manifests too.
     """
     found = Counter(name[-10:-5] for name in names if name.startswith("manifest-"))
     return next((int(world) for world, ranks in found.items() if ranks == int(world)), None)
@@ -235,7 +234,7 @@ def _first_manifest(address: str) -> Manifest:
     if (writers := _writers(names)) is None:
         found = sorted(name for name in names if name.startswith("manifest-"))
         if not found:
-            raise CheckpointError(f"{address} is no training checkpoint: it has no manifest")
+            raise CheckpointError(f"{address} is not a training checkpoint: it has no manifest")
         world_size = int(found[-1][-10:-5])
         wanted = [manifest_name(rank, world_size) for rank in range(world_size)]
         lacking = [name for name in wanted if name not in found]

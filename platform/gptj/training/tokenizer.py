@@ -1,4 +1,4 @@
-"""The tokenizer of a run: its checkpoint's, a given one, or one trained on the run's data."""
+"""A run's tokenizer: its checkpoint's, the settings' or a new one trained on its data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gptj.training.state import latest_checkpoint
 
 
 def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
-    """The run's tokenizer; a new one is trained and kept in the run's folder.
+    """The run's tokenizer; a new one is trained and saved in the run's folder.
 
-    It is trained again as long as the run has no checkpoint, which would depend on it.
+    It is retrained as long as no checkpoint depends on it.
 
     Raises:
         storage.StorageError, gptj.data.sources.DataError: if the training data cannot be read.
@@ -36,7 +36,7 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
     if latest_checkpoint(settings.folder) is None:
         storage.delete_folder(folder)  # left by a run that died before its first checkpoint
     if Manifest.read(folder) is None:
-        # All columns of the task: whatever is missing is named at once.
+        # Read all of the task's columns, to report missing ones early.
         texts = (text for row in training_rows(settings) for text in _texts(settings, row))
         tokenizer = GPTJTokenizer.train(texts, settings.tokenizer.vocab_size)
         tokenizer.model_max_length = new_config(settings)["n_positions"]
@@ -47,7 +47,7 @@ def prepare_tokenizer(settings: Settings) -> GPTJTokenizer:
 
 
 def _texts(settings: Settings, row: Row) -> list[str]:
-    """What a row has to learn from; nothing if it is bad, and such rows are skipped."""
+    """A row's texts; none if it is bad and such rows are skipped."""
     try:
         return settings.task_definition.texts(row)
     except DataError:
@@ -57,10 +57,10 @@ def _texts(settings: Settings, row: Row) -> list[str]:
 
 
 def load_tokenizer(settings: Settings) -> GPTJTokenizer:
-    """The tokenizer that `prepare_tokenizer` has provided.
+    """Load the tokenizer that `prepare_tokenizer` provided.
 
-    One without a padding token, such as the published one, pads with eos, so that the exported
-    model can be used with batches.
+    Without a padding token, as in the published one, it pads with eos, so that the exported model
+    supports batches.
     """
     tokenizer = _stored_tokenizer(settings)
     if tokenizer.pad_token is None:
@@ -84,12 +84,12 @@ def _stored_tokenizer(settings: Settings) -> GPTJTokenizer:
         else:
             if address:
                 raise SettingsError(
-                    f"tokenizer.address={address} beside model.checkpoint={checkpoint}, which has "
-                    f"a tokenizer of its own: leave it out"
+                    f"tokenizer.address={address} conflicts with model.checkpoint={checkpoint}, "
+                    f"which has its own tokenizer: leave it out"
                 )
             return own
     if not address and _is_prepared(settings):
-        address = settings.train_data  # whose tokenizer lies beside the shards
+        address = settings.train_data  # the tokenizer is stored with the shards
     return GPTJTokenizer.from_pretrained(address or storage.join(settings.folder, "tokenizer"))
 
 

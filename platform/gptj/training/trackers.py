@@ -1,8 +1,8 @@
-"""A run's points in MLflow and Weights & Biases, by their own libraries.
+"""Log a run's points to MLflow and Weights & Biases through their own libraries.
 
-Their addresses, credentials and offline modes are their own environment variables, such as
-WANDB_API_KEY, WANDB_MODE=offline and MLFLOW_TRACKING_TOKEN. A run that resumes goes on in the same
-run of theirs, which is known by the run's folder.
+Addresses, credentials and offline modes come from their own environment variables, such as
+WANDB_API_KEY, WANDB_MODE=offline and MLFLOW_TRACKING_TOKEN. A resumed run continues the same run
+there, identified by the run's folder.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ logger = logging.getLogger(__name__)
 mlflow = Extra("mlflow", "tracking.mlflow")
 wandb = Extra("wandb", "tracking.wandb")
 
-FOLDER = "wandb"  # of offline runs, in the run's folder
+FOLDER = "wandb"  # for offline runs, in the run's folder
 FOLDER_TAG = "gptj.folder"
-PARAMETERS = 100  # that MLflow takes at a time
-LONGEST = 6000  # characters of a parameter, in MLflow
-IN_TIME = 60.0  # seconds that the last points have
+PARAMETERS = 100  # MLflow's limit per request
+LONGEST = 6000  # MLflow's limit on a parameter's characters
+IN_TIME = 60.0  # seconds to wait for the last points to be sent
 
 
 Ending = Literal["finished", "stopped", "failed"]  # stopped: and to be resumed
 
 
 class Tracker(ABC):
-    """One of the places that a run's points go to."""
+    """A destination of a run's points."""
 
     @abstractmethod
     def point(self, point: Mapping[str, float]) -> None:
-        """Finite numbers, `step` among them."""
+        """Log a point: finite numbers, including `step`."""
 
     @abstractmethod
     def publish(self) -> None:
-        """Bring what is kept locally, if anything, up to date in the run's folder."""
+        """Copy local files, if any, to the run's folder."""
 
     @abstractmethod
     def close(self, ending: Ending) -> None: ...
 
 
 class Trackers:
-    """All of a run's trackers, for the length of a `with`.
+    """All of a run's trackers; a context manager.
 
-    What goes wrong later than at the beginning is only a warning: the run does not depend on it.
+    Errors after opening are only logged: the run does not depend on trackers.
     """
 
     def __init__(self, trackers: list[Tracker]) -> None:
@@ -63,7 +63,7 @@ class Trackers:
 
     @classmethod
     def open(cls, settings: Settings, scratch: Path) -> Trackers:
-        """Those that the settings name. SettingsError, with the library's words, if one fails."""
+        """Open the trackers in the settings. SettingsError, with the library's, if one fails."""
         found: list[Tracker] = []
         kinds: list[tuple[str, str | None, Callable[[Settings, Path], Tracker]]] = [
             ("mlflow", settings.tracking.mlflow, MLflowTracker),
@@ -74,7 +74,7 @@ class Trackers:
                 continue
             try:
                 found.append(kind(settings, scratch))
-            except Exception as error:  # both libraries raise what their transports raise
+            except Exception as error:  # both libraries pass on any error of their transports
                 for each in found:
                     each.close("failed")
                 raise SettingsError(f"tracking.{name}={given}: {error}") from error
@@ -96,7 +96,7 @@ class Trackers:
             self._guarded(tracker, lambda each: each.publish())
 
     def point(self, point: Mapping[str, float]) -> None:
-        """A point of the run's history, without what is not a finite number."""
+        """Log a point of the run's history, without non-finite values."""
         finite = {name: value for name, value in point.items() if math.isfinite(value)}
         for tracker in self._trackers:
             self._guarded(tracker, lambda each: each.point(finite))
@@ -113,7 +113,7 @@ class Trackers:
 
 
 class MLflowTracker(Tracker):
-    """An experiment named `gptj`, at a tracking URI; sent by a thread, as servers may be slow."""
+    """Logs to the MLflow experiment `gptj`, from a thread, since servers may be slow."""
 
     def __init__(self, settings: Settings, scratch: Path) -> None:
         self._client = mlflow.MlflowClient(tracking_uri=settings.tracking.mlflow)
@@ -170,7 +170,7 @@ class MLflowTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """A project, or ENTITY/PROJECT. Offline runs are copied to the run's folder."""
+    """Logs to a W&B project. Offline runs are copied to the run's folder."""
 
     def __init__(self, settings: Settings, scratch: Path) -> None:
         assert settings.tracking.wandb is not None
@@ -194,7 +194,7 @@ class WandbTracker(Tracker):
         self._run.log(dict(point))
 
     def publish(self) -> None:
-        """An offline run's file; `wandb sync` takes it from there."""
+        """Upload an offline run's file, for `wandb sync`."""
         for file in self._folder.glob("offline-run-*/*.wandb"):
             storage.upload(file, storage.join(self._address, file.parent.name, file.name))
 

@@ -1,4 +1,4 @@
-"""The model of a run into DeepSpeed's hands and out again, never more than one copy a process."""
+"""Build a run's model for DeepSpeed and export it, with at most one copy per process."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def build_model(
     rank: int,
     device: torch.device,
 ) -> GPTJPreTrainedModel:
-    """The model that training begins with: a checkpoint's weights, or new ones from the seed.
+    """The initial model: a checkpoint's weights, or new ones from the seed.
 
-    Only rank 0 has them; deepspeed.initialize sends them to the others. At stage 3 the parameters
-    are spread over the ranks as they come, one after the other.
+    Only rank 0 has real weights; deepspeed.initialize broadcasts them. At stage 3 each parameter is
+    sharded across ranks as it is created.
 
     Args:
-        device: of this worker, which quantizes an adapter's frozen weights.
+        device: this worker's; quantizes an adapter's frozen weights.
     """
     source = None
     adapter, quantization = None, None
@@ -70,7 +70,7 @@ def build_model(
             add_lora(source, adapter)
             trained = source.num_parameters(only_trainable=True)
             logger.info("training %d of %d parameters", trained, count_weights(source))
-    # A checkpoint's own head may have turned out to be another than its embedding.
+    # Loading may have found that a checkpoint's head differs from its embedding.
     tied = [config.tie_word_embeddings if source is None else source.config.tie_word_embeddings]
     dist.broadcast_object_list(tied)
     config.tie_word_embeddings = tied[0]
@@ -81,7 +81,7 @@ def build_model(
             model = _with_adapter(cls(config), adapter, quantization)
         model = model.to_empty(device="cpu")
         if isinstance(model, GPTJForCausalLM):
-            model.tie_weights()  # to_empty makes two of a shared matrix
+            model.tie_weights()  # to_empty unties a shared matrix
         return model
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_settings):
         model = _with_adapter(cls(config), adapter)
@@ -106,10 +106,10 @@ def _with_adapter(
 
 
 def undo_first_step(engine: Any) -> None:
-    """Bring the optimizer back to where it was before its first step.
+    """Reset the optimizer to before its first step.
 
-    At stage 0 in half precision DeepSpeed takes a step without gradients to make the optimizer's
-    state: Adam then corrects the first update as if it were the second (0.743 of the right one),
+    At stage 0 in half precision DeepSpeed takes a step without gradients to create the optimizer's
+    state. Adam would then bias-correct the first update as the second (0.743 of the right size),
     and the fp32 masters have decayed once (https://github.com/deepspeedai/DeepSpeed/issues/5104).
     """
     wrapper = engine.optimizer
@@ -123,17 +123,14 @@ def undo_first_step(engine: Any) -> None:
         pairs = list(zip(wrapper.fp32_groups_flat, wrapper.fp16_groups_flat, strict=True))
     else:  # fp32: no masters, no step
         return
-    wrapper.optimizer.state.clear()  # the next step makes it
+    wrapper.optimizer.state.clear()  # the next step recreates it
     with torch.no_grad():
         for master, weight in pairs:
             master.copy_(weight)
 
 
 def all_finite(model: nn.Module) -> Tensor:
-    """Whether this rank's part of the weights is; on their device, where nobody waits for it.
-
-    Frozen ones are as they were read.
-    """
+    """Whether this rank's trained weights are all finite; stays on their device, without a sync."""
     extremes: list[Tensor] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -155,13 +152,13 @@ def export_model(
     base: Base | None = None,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the folder of the trained model or adapter, in the precision of the training.
+    """Write the folder of the trained model or adapter, in the training precision.
 
-    All ranks call it together. At stage 3 each parameter is gathered, written by rank 0 and
-    dropped before the next one.
+    All ranks must call it. At stage 3 each parameter is gathered, written by rank 0 and released
+    before the next.
 
     Args:
-        base: of an adapter.
+        base: an adapter's base model.
         fence: see FolderWriter.
     """
     dtype = PRECISIONS[settings.deepspeed.precision]
@@ -173,7 +170,7 @@ def export_model(
     tensors = _gathered(parameters, settings.deepspeed.stage)
     if rank != 0:
         for _ in tensors:
-            pass  # this rank's share of the gathering
+            pass  # take part in gathering
     elif adapter is None:
         save_folder(
             address, config, specs, tensors, tokenizer=tokenizer, training=training, fence=fence
@@ -203,5 +200,5 @@ def _gathered(parameters: dict[str, nn.Parameter], stage: int) -> Iterator[Tenso
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """At ZeRO stage 3 a parameter is empty, and knows its shape."""
+    """The full shape, even at ZeRO stage 3, where a parameter is empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,1 +1,1 @@
-"""Constrained output: a JSON Schema, a regex or a grammar in, the tokens that may come next out."""
+"""Constrained output: a JSON Schema, regex or grammar in, masks of the allowed next tokens out."""

@@ -1,6 +1,6 @@
-"""Compiles grammars for a tokenizer, off the engine's thread, and keeps the most recent.
+"""Compiles grammars for a tokenizer, off the engine's thread, and caches the most recent.
 
-Each is first tried in a separate process (process.py): what crashes or hangs there is refused.
+Each is first tried in a separate process (process.py); if that crashes or hangs, it is rejected.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from gptj.extras import Extra
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError, QueueFullError
 
-MAX_CACHED = 64  # grammars, compiled or refused
-# Then a refused grammar is tried again: the machine may have been too busy, or out of memory.
+MAX_CACHED = 64  # grammars, compiled or rejected
+# Rejected grammars are retried after this: the machine may have been busy or out of memory.
 REFUSED_SECONDS = 600.0
-MAX_WAITING = 32  # grammars that wait to be compiled
+MAX_WAITING = 32  # grammars waiting to be compiled
 CPU_SECONDS = 3  # to compile one
-MASK_SECONDS = 0.05  # of CPU time, for the mask of one token
-# Stricter than llguidance's defaults, since other requests wait for a mask.
+MASK_SECONDS = 0.05  # CPU time for one token's mask
+# Stricter than llguidance's defaults, since a mask delays other requests.
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
@@ -36,7 +36,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Models that are not tuned for JSON may write blanks forever where they are allowed.
+# Models not tuned for JSON may generate whitespace forever where it is allowed.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\r\n]{0,32}", "lenient": False}
 
 llguidance = Extra("llguidance", "constrained output")
@@ -48,8 +48,8 @@ class CompiledGrammar:
     def __init__(
         self, matcher: Any, words: int, eos_ids: Sequence[int], owner: GrammarCompiler, key: bytes
     ) -> None:
-        self.words = words  # of 32 bits in a mask
-        self.eos_ids = tuple(eos_ids)  # allowed by a mask where an output may end
+        self.words = words  # 32-bit words in a mask
+        self.eos_ids = tuple(eos_ids)  # in the mask where an output may end
         self._matcher = matcher
         self._owner = owner
         self._key = key
@@ -59,20 +59,20 @@ class CompiledGrammar:
         return self._matcher.deep_copy()
 
     def forget(self) -> None:
-        """Compile it anew for the next request, such as when its automaton has grown too large."""
+        """Recompile it for the next request, for example if its automaton has grown too large."""
         self._owner.forget(self._key)
 
     def refuse(self, reason: str) -> None:
-        """Refuse requests with it for a while."""
+        """Reject requests with it for REFUSED_SECONDS."""
         self._owner.refuse(self._key, reason)
 
 
 class GrammarCompiler:
-    """Any thread may call it.
+    """Thread-safe.
 
     Args:
         rows: of the model's embedding, possibly more than the tokenizer has ids.
-        eos_ids: that end an output; none if the model has none.
+        eos_ids: ids that end an output, possibly none.
     """
 
     def __init__(self, tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> None:
@@ -85,7 +85,7 @@ class GrammarCompiler:
         self._waiting = 0
         self._closed = False
         self._thread = ThreadPoolExecutor(1, "grammars")  # idle threads end with the interpreter
-        self._ready: tuple[Trial, Any] | None = None  # with the tokenizer as llguidance has it
+        self._ready: tuple[Trial, Any] | None = None  # with llguidance's tokenizer
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Wait until it is compiled.
@@ -97,7 +97,7 @@ class GrammarCompiler:
         return self.submit(grammar).result()
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """Like compile, without waiting. Raises QueueFullError and ClosedError at once."""
+        """Like compile, without waiting. Raises QueueFullError and ClosedError immediately."""
         key = grammar.key
         with self._lock:
             if self._closed:
@@ -117,17 +117,17 @@ class GrammarCompiler:
             future = self._cache[key] = self._thread.submit(self._compile, grammar, key)
             while len(self._cache) > MAX_CACHED:
                 self._drop(next(iter(self._cache)))
-        # Without the lock: if it is done already, this calls at once.
+        # Outside the lock: a finished future calls back immediately.
         future.add_done_callback(lambda done: self._note(key, done))
         return future
 
     def forget(self, key: bytes) -> None:
-        """Compile a grammar anew for the next request."""
+        """Recompile a grammar for the next request."""
         with self._lock:
             self._drop(key)
 
     def refuse(self, key: bytes, reason: str) -> None:
-        """Refuse a grammar for a while."""
+        """Reject a grammar for REFUSED_SECONDS."""
         refused: Future[CompiledGrammar] = Future()
         refused.set_exception(GrammarError(reason))
         with self._lock:
@@ -140,7 +140,7 @@ class GrammarCompiler:
             return grammar.key in self._cache
 
     def close(self) -> None:
-        """Refuse new grammars, and end the process that tries them after its current one."""
+        """Reject new grammars, and end the trial process after its current one."""
         with self._lock:
             self._closed = True
         self._thread.shutdown(cancel_futures=True)
@@ -148,7 +148,7 @@ class GrammarCompiler:
             self._ready[0].close()
 
     def _note(self, key: bytes, done: Future[CompiledGrammar]) -> None:
-        """Remember refusals for a while; other failures are not the grammar's."""
+        """Cache rejections for a while; other failures are not the grammar's fault."""
         with self._lock:
             self._waiting -= 1
             if self._cache.get(key) is not done:
@@ -160,7 +160,7 @@ class GrammarCompiler:
                 self._drop(key)
 
     def _drop(self, key: bytes) -> None:
-        """The lock must be held."""
+        """Call with the lock held."""
         self._cache.pop(key, None)
         self._refused.pop(key, None)
 
@@ -169,7 +169,7 @@ class GrammarCompiler:
         text = trial.run(grammar)
         limits = llguidance.LLParserLimits(**LIMITS)
         matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-        if matcher.is_error():  # it was none in the trial
+        if matcher.is_error():  # although the trial succeeded
             raise GrammarError(f"it cannot be compiled: {matcher.get_error()[:500]}")
         words = -(-tokenizer.vocab_size // 32)
         return CompiledGrammar(matcher, words, self._eos_ids, self, key)
@@ -177,7 +177,7 @@ class GrammarCompiler:
     def _prepare(self) -> tuple[Trial, Any]:
         """Takes a second for GPT-J's vocabulary."""
         rows = max(self._rows, len(self._tokenizer), *(each + 1 for each in self._eos_ids), 0)
-        # Without eos, an id that the model does not have: outputs end with their grammar only.
+        # Without eos, use an id beyond the model's: outputs end only with their grammar.
         eos_ids = list(self._eos_ids) or [rows]
         rows = max(rows, *(each + 1 for each in eos_ids))
         settings = {
@@ -201,9 +201,9 @@ class GrammarCompiler:
 
 
 def _text_only(tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> str:
-    """The tokenizer.json with ids 0 to rows - 1, with placeholder names for ids without text.
+    """A tokenizer.json with ids 0 to rows - 1, and placeholder names for ids without text.
 
-    So `<|endoftext|>` in a text is text, and no part of a text is an id that is never sampled.
+    So `<|endoftext|>` in a grammar is plain text, and no text maps to an id that is never sampled.
     """
     content = json.loads(tokenizer.files()["tokenizer.json"])
     added = {token["content"] for token in content["added_tokens"]}

@@ -1,7 +1,7 @@
-"""What an output's text must follow: a JSON Schema, a regex, choices or a grammar.
+"""The source of a constraint on an output: a JSON Schema, a regex, choices or a grammar.
 
-Nothing is compiled here; sizes are bounded, so that reading a grammar is cheap. process.py and
-token_mask.py bound the work of compiling and of computing masks.
+Nothing is compiled here; bounded sizes make validation cheap. process.py and token_mask.py bound
+the cost of compiling and of computing masks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Grammar:
 
     Attributes:
         kind: `json`: a JSON Schema; `regex`: of the whole output, in the syntax of Rust's regex
-            crate without look-around and backreferences; `grammar`: context-free, in Lark's syntax
-            as llguidance has it, or in llama.cpp's GBNF.
+            crate without look-around and backreferences; `grammar`: context-free, in llguidance's
+            variant of Lark or llama.cpp's GBNF.
     """
 
     kind: Kind
@@ -40,12 +40,12 @@ class Grammar:
     def __post_init__(self) -> None:
         if len(self.source) > MAX_CHARACTERS:
             raise GrammarError(
-                f"it has {len(self.source)} characters, and at most {MAX_CHARACTERS} are allowed"
+                f"it has {len(self.source)} characters, but at most {MAX_CHARACTERS} are allowed"
             )
 
     @classmethod
     def of_json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
-        """JSON that is valid by a schema, given as an object or as its JSON text."""
+        """JSON that is valid under a schema, given as an object or as JSON text."""
         if isinstance(schema, str):
             if len(schema) > MAX_CHARACTERS:
                 return cls("json", schema)  # raises
@@ -67,7 +67,7 @@ class Grammar:
 
     @classmethod
     def of_regex(cls, pattern: str) -> Grammar:
-        """Text that matches as a whole."""
+        """Text that fully matches a pattern."""
         if not pattern:
             raise GrammarError("it is empty: give a pattern")
         return cls("regex", pattern)
@@ -76,12 +76,12 @@ class Grammar:
     def of_choices(cls, texts: Sequence[str]) -> Grammar:
         """One of the texts."""
         if not texts or not all(texts):
-            raise GrammarError("it must have at least one choice, and none that is empty")
+            raise GrammarError("it must have at least one choice, and no empty ones")
         if len(texts) > MAX_CHOICES:
             raise GrammarError(f"it may have {MAX_CHOICES} choices, got {len(texts)}")
         if (size := sum(map(len, texts))) > MAX_CHARACTERS:  # before escaping, which is slow
             raise GrammarError(
-                f"its choices have {size} characters, and at most {MAX_CHARACTERS} are allowed"
+                f"its choices have {size} characters, but at most {MAX_CHARACTERS} are allowed"
             )
         return cls("regex", "|".join("".join(map(_escaped, text)) for text in texts))
 
@@ -101,7 +101,7 @@ class Grammar:
 
 
 def _check_depth(schema: Mapping[str, Any]) -> None:
-    """Iterative, since clients decide the depth."""
+    """Reject deep nesting; iterative, since clients decide the depth."""
     level: list[Any] = [schema]
     for _ in range(MAX_DEPTH):
         level = [

@@ -15,7 +15,7 @@ from gptj.engine.constraints.token_mask import TokenMask
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8
-PATIENCE_SECONDS = 10.0  # for one row's mask, which takes a millisecond; beyond that it hangs
+PATIENCE_SECONDS = 10.0  # for a mask, which usually takes a millisecond, before it counts as hung
 
 
 class _Batch:
@@ -33,7 +33,7 @@ class _Batch:
                 return
             try:
                 mask.compute()
-            # A panic of the library is no Exception; only this request fails.
+            # Rust panics are BaseExceptions; only this request fails.
             except BaseException as error:
                 logger.exception("a mask failed")
                 mask.error = mask.error or GrammarError(f"grammar: it failed: {error}"[:500])
@@ -55,7 +55,7 @@ class MaskThreads:
         self._pending: list[_Batch] = []
 
     def start(self, masks: Sequence[TokenMask]) -> None:
-        """Begin to compute these masks."""
+        """Start computing these masks."""
         share = -(-len(masks) // self._count)
         for start in range(0, len(masks), share or 1):
             batch = _Batch(masks[start : start + share])
@@ -85,11 +85,11 @@ class MaskThreads:
         self._running = 0
 
     def _give_up(self, batch: _Batch, place: int) -> None:
-        """Abandon the thread that hangs at a mask; a new one computes those after it."""
+        """Abandon the thread that hangs on a mask; a new one computes the remaining masks."""
         batch.abandoned = True
-        # Not batch.computed: the thread may go on at this moment.
+        # Not batch.computed, which may change if the thread resumes just now.
         hanging, rest = batch.masks[place], batch.masks[place + 1 :]
-        logger.error("a mask takes over %s seconds: its request fails", PATIENCE_SECONDS)
+        logger.error("a mask took over %s seconds: failing its request", PATIENCE_SECONDS)
         hanging.abandon()
         self._start_thread()
         self.start(rest)

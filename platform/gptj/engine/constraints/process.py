@@ -1,9 +1,9 @@
-"""Tries grammars in a process of its own, which its parent can kill: a program, not a module.
+"""A program that tries grammars in a separate process, which its parent can kill.
 
-The compiler is a library in Rust: some inputs overflow its stack or keep it busy for hours. One
-JSON object a line: first the settings in, `{}` out; then a grammar in, and what llguidance is to
-compile, or an error, out. A grammar passes if it compiles with little stack and memory in the given
-time, and the masks of some random outputs are quick.
+The compiler is a Rust library: some inputs overflow its stack or keep it busy for hours. The
+protocol is one JSON object per line: first the settings in, `{}` out; then for each grammar in,
+llguidance's form of it or an error out. A grammar passes if it compiles within limits on stack,
+memory and time, and masks of some random outputs are fast.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import llguidance
 
-STACK = 2**20  # bytes; threads of the parent have more
-MEMORY = 2 * 2**30  # bytes of address space beyond what the tokenizer takes
-OUTPUTS, TOKENS = 3, 16  # random outputs, and tokens of each, whose masks are computed
+STACK = 2**20  # bytes; the parent's threads have more
+MEMORY = 2 * 2**30  # bytes of address space besides the tokenizer's
+OUTPUTS, TOKENS = 3, 16  # number of random outputs to compute masks for, and tokens of each
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     threading.stack_size(STACK)
     print("{}", flush=True)
     for line in sys.stdin:
-        # Even without a parent that kills it, it ends.
+        # Ends the process even if the parent does not kill it.
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = math.ceil(used.ru_utime + used.ru_stime) + setup["cpu_seconds"]
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
@@ -61,7 +61,7 @@ def _try(
         limits = llguidance.LLParserLimits(**setup["limits"])
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         error = matcher.get_error() or _probe(matcher, setup["mask_seconds"])
-    # Rust's panics are BaseExceptions, and the conversion of a grammar raises anything.
+    # Rust panics are BaseExceptions, and converting a grammar may raise anything.
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
     if error:
@@ -91,7 +91,7 @@ def _probe(matcher: Any, mask_seconds: float) -> str:
                 return trial.get_error() or "it allows no output"
             if seconds > mask_seconds:
                 return (
-                    f"one token took {seconds:.2f} seconds, and {mask_seconds} are allowed: "
+                    f"one token took {seconds:.2f} seconds, but {mask_seconds} are allowed: "
                     f"simplify it, or lower its counts"
                 )
             place = chooser.randrange(mask.bit_length())

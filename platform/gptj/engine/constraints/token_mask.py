@@ -1,4 +1,4 @@
-"""Which tokens a request's output may continue with: a bit for each token of the vocabulary."""
+"""Masks of the tokens that may continue a request's output: one bit per vocabulary entry."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ import numpy.typing as npt
 from gptj.engine.constraints.grammar import GrammarError
 from gptj.sampling import SamplingParams
 
-# Of CPU time, for the mask of one token: about what the steps of small models take. Nearly all
-# masks take less than a millisecond.
-MOST_SECONDS = 0.2  # ever
-MEAN_SECONDS = 0.02  # of COUNTED or more
+# Limits of CPU time for masks, about a small model's step; nearly all take under a millisecond.
+MOST_SECONDS = 0.2  # in total, whatever the number of tokens
+MEAN_SECONDS = 0.02  # per token, over COUNTED or more
 COUNTED = 16
-AHEAD_SECONDS = (
-    0.005  # of CPU time, for the masks of a draft; a shorter part of it is then verified
-)
+AHEAD_SECONDS = 0.005  # for a draft's masks; beyond it, only a shorter draft is verified
 
 Words = npt.NDArray[np.uint32]
 
@@ -28,9 +25,9 @@ class TokenMask:
     """Follows the output of a request with a grammar, allowed_token_ids or bad_words.
 
     Args:
-        free: the bits of all ids that are ever sampled.
-        stop_ids: that end the output.
-        output_ids: so far.
+        free: bits of all ids that can be sampled.
+        stop_ids: ids that end the output.
+        output_ids: the output so far.
 
     Raises:
         GrammarError: if the output does not follow the grammar.
@@ -45,8 +42,8 @@ class TokenMask:
     ) -> None:
         self.error: Exception | None = None  # the request must fail
         self.at_end = False  # the grammar allows no further token: the output is complete
-        self.words: Words = np.zeros_like(free)  # of the next token
-        self._ahead: list[Words] = []  # of the tokens after each token of a draft
+        self.words: Words = np.zeros_like(free)  # the next token's mask
+        self._ahead: list[Words] = []  # masks after each token of a draft
         self._draft: Sequence[int] = ()
         self._params = params
         self._stop_ids = frozenset(stop_ids)
@@ -56,7 +53,7 @@ class TokenMask:
         if params.allowed_token_ids is not None:
             self._free &= packed(params.allowed_token_ids, size)
         self._free &= ~packed((word[0] for word in params.bad_words_ids if len(word) == 1), size)
-        # Last tokens of the longer words, by the tokens before: clients may send hundreds.
+        # Last tokens of longer words, by their preceding tokens: clients may send hundreds.
         self._endings: dict[tuple[int, ...], list[int]] = {}
         for word in params.bad_words_ids:
             if len(word) > 1:
@@ -75,7 +72,7 @@ class TokenMask:
             self.at_end = bool(self._matcher.is_stopped())
 
     def advance(self, token: int) -> bool:
-        """Append a sampled token; returns whether the mask has to be computed again."""
+        """Append a sampled token; returns whether the mask must be recomputed."""
         if token in self._stop_ids:
             return False
         changes = (
@@ -95,21 +92,21 @@ class TokenMask:
         self._draft = draft
 
     def rows(self, draft: int) -> int:
-        """How many tokens can be sampled, with a draft of so many."""
+        """How many tokens can be sampled, given a draft of `draft` tokens."""
         if self.at_end or self.error is not None:
             return 0
         return 1 + min(draft, len(self._ahead))
 
     def words_after(self, count: int) -> Words:
-        """The mask after so many tokens of the draft; beyond `rows` it is meaningless."""
+        """The mask after `count` tokens of the draft; meaningless beyond `rows`."""
         return self._ahead[count - 1] if 0 < count <= len(self._ahead) else self.words
 
     def abandon(self) -> None:
-        """Its mask is not computed in time."""
+        """Fail the request: its mask was not computed in time."""
         self._refuse("the mask of one token takes seconds")
 
     def compute(self) -> None:
-        """Set `words`, on any thread; errors are in `error`, as they are this request's alone."""
+        """Set `words`, on any thread; errors go to `error`, since they only fail this request."""
         draft, self._draft, self._ahead = self._draft, (), []
         words = self._free.copy()
         if self._matcher is not None and not self._compute_grammar(words):
@@ -120,17 +117,17 @@ class TokenMask:
             if draft:
                 self._look_ahead(draft)
             return
-        # min_tokens and ignore_eos cannot have an output go on that its grammar ends.
+        # min_tokens and ignore_eos cannot continue an output that its grammar ends.
         if self._matcher is not None and self._matcher.is_accepting():
             self.at_end = True
         else:
             self.error = GrammarError(
-                "no token is left that the request allows: its grammar, allowed_token_ids, "
-                "bad_words and min_tokens contradict each other here"
+                "the request allows no further token: its grammar, allowed_token_ids, bad_words "
+                "and min_tokens contradict each other here"
             )
 
     def _ban(self, words: Words, output: Sequence[int]) -> None:
-        """Clear the bits of what bad_words and min_tokens ban after an output."""
+        """Clear the bits of tokens that bad_words and min_tokens ban after an output."""
         for length in self._lengths:
             for last in self._endings.get(tuple(output[-length:]), ()):
                 words[last >> 5] &= ~np.uint32(1 << (last & 31))
@@ -138,9 +135,9 @@ class TokenMask:
             words &= ~self._stops
 
     def _look_ahead(self, draft: Sequence[int]) -> None:
-        """Compute the masks after each token of a draft, up to one that cannot be or ends it.
+        """Compute masks after each token of a draft, up to one that is not allowed or ends it.
 
-        On a copy, so that nothing here concerns the output without the draft.
+        Works on a copy, so that the state without the draft is unaffected.
         """
         start = time.thread_time()
         matcher = None if self._matcher is None else self._matcher.deep_copy()
@@ -165,7 +162,7 @@ class TokenMask:
             self._ahead.append(words)
 
     def _compute_grammar(self, words: Words) -> bool:
-        """Clear bits that the grammar does not allow; False if it fails."""
+        """Clear bits that the grammar does not allow; False on failure."""
         assert self._grammar is not None
         if self.at_end:
             words[:] = 0
@@ -182,14 +179,14 @@ class TokenMask:
         self._count += 1
         if self._seconds > max(MOST_SECONDS, MEAN_SECONDS * max(COUNTED, self._count)):
             return self._refuse(
-                f"its masks take {1000 * self._seconds / self._count:.0f} ms a token, and "
+                f"its masks take {1000 * self._seconds / self._count:.0f} ms per token, but "
                 f"{1000 * MEAN_SECONDS:.0f} are allowed: simplify it"
             )
         words &= allowed[: len(words)]
         return True
 
     def _fail(self, reason: str) -> bool:
-        """This output fails; the grammar is compiled anew for the next."""
+        """Fail this output; the grammar is recompiled for the next."""
         assert self._grammar is not None
         self._grammar.forget()
         reason = reason.partition("<")[0].strip()
@@ -197,7 +194,7 @@ class TokenMask:
         return False
 
     def _refuse(self, reason: str) -> bool:
-        """This output fails, and others with the same grammar are refused."""
+        """Fail this output, and reject others with the same grammar."""
         assert self._grammar is not None
         self.error = self.error or GrammarError(reason)
         self._grammar.refuse(reason)
@@ -205,7 +202,7 @@ class TokenMask:
 
 
 def packed(ids: Iterable[int], size: int) -> Words:
-    """Words with the bits of those ids that are below `size`."""
+    """Bit mask of the ids below `size`."""
     bits = np.zeros(-(-size // 32) * 32, dtype=bool)
     bits[np.fromiter((each for each in ids if 0 <= each < size), np.int64)] = True
     return np.packbits(bits, bitorder="little").view(np.uint32)

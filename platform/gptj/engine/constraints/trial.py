@@ -17,7 +17,7 @@ from gptj.engine.constraints.grammar import Grammar, GrammarError
 
 PROGRAM = Path(__file__).with_name("process.py")
 START_SECONDS = 60  # to import the library and read the tokenizer, on a busy machine
-WALL_SECONDS = 20  # for one grammar: its CPU time is bounded, but a busy machine gives it slowly
+WALL_SECONDS = 20  # for one grammar; far above its CPU limit, for busy machines
 MAX_ERROR = 500  # characters
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR")
 
@@ -32,11 +32,11 @@ class Trial:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
-        self._ending: Any = None  # ends the process once: here, or when the Trial is collected
+        self._ending: Any = None  # finalizer that ends the process
         self._unread = b""
 
     def run(self, grammar: Grammar) -> str:
-        """The grammar in llguidance's form, to be compiled. Raises GrammarError."""
+        """The grammar in llguidance's form, ready to compile. Raises GrammarError."""
         process = self._process or self._start()
         task = {"kind": grammar.kind, "source": grammar.source}
         reply = self._ask(process, task, WALL_SECONDS)
@@ -44,8 +44,8 @@ class Trial:
             status = self._kill()
             if status in (-9, -24):  # SIGKILL, ours, or SIGXCPU, the kernel's
                 raise GrammarError(
-                    f"it takes longer to compile than the {self._settings['cpu_seconds']} seconds "
-                    f"that are allowed: simplify it"
+                    f"it takes more than {self._settings['cpu_seconds']} seconds to compile: "
+                    f"simplify it"
                 )
             raise GrammarError("it is nested too deeply, or too large, to be compiled: simplify it")
         if "error" in reply:
@@ -59,7 +59,7 @@ class Trial:
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        # -P: the program's folder has modules of other purposes.
+        # -P: do not import modules from the program's own folder.
         process = subprocess.Popen(
             [sys.executable, "-P", str(PROGRAM)],
             stdin=subprocess.PIPE,
@@ -105,18 +105,18 @@ class Trial:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Its exit status."""
+    """Kill the process; returns its exit status."""
     process.kill()
     status = process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with suppress(BrokenPipeError):  # for what was not written yet
+            with suppress(BrokenPipeError):  # closing flushes unwritten data
                 pipe.close()
     return status
 
 
 def _readable(error: str) -> str:
-    """The library's error without its parser's state, and not repeating a whole grammar."""
+    """The library's error without its parser's state, truncated."""
     error = error.partition("<state>")[0].replace("<non-verbose/>", "").strip()
     if error.startswith("NoExtension"):
         return "it allows no output"

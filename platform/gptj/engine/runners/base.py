@@ -43,7 +43,7 @@ class StepBatch:
     query_start_loc: Ints  # (R + 1): sequence r has tokens loc[r]:loc[r + 1], at least one
     page_table_RP: Ints  # each sequence's pages, in order; entries beyond its context are not read
     logits_indices: Ints  # (W): the tokens to return logits for, in this order
-    adapters_R: Ints | None = None  # each sequence's adapter's slot, or NONE; None: all have none
+    adapters_R: Ints | None = None  # slot of each sequence's adapter, or NONE; None: no adapters
 
     def slot(self, row: int) -> int:
         """The slot of a sequence's adapter."""
@@ -214,7 +214,7 @@ class TorchRunner:
         return matrix.to(self.device, self._model.dtype)
 
     def _groups(self, batch: StepBatch) -> list[TokenGroup]:
-        """The step's tokens by their adapters."""
+        """The step's tokens grouped by adapter."""
         if batch.adapters_R is None:
             return []
         slots_T = batch.slots_T
@@ -278,7 +278,7 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class _Context:
-    """What one sequence's new tokens attend to."""
+    """The context that one sequence's new tokens attend to."""
 
     tokens: slice  # of this step
     length: int

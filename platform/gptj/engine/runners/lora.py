@@ -1,4 +1,4 @@
-"""LoRA adapters beside a runner's weights: requests of different adapters share its steps.
+"""LoRA adapters in a runner: requests with different adapters share its steps.
 
 A runner has numbered slots for adapters. A step's batch has the slot of each sequence's adapter,
 and a token's products become W x + B A x with the matrices in its slot.
@@ -18,13 +18,13 @@ MAX_RANK = 64  # of any runner
 
 @dataclass(frozen=True)
 class LoRALimits:
-    """How many adapters a runner has room for, by vLLM's names.
+    """Limits of a runner's adapters, with vLLM's names.
 
     Raises:
         ValueError: naming the value and the valid ones.
     """
 
-    max_loras: int = 8  # in memory at a time
+    max_loras: int = 8  # adapters in memory
     max_lora_rank: int = MAX_RANK
 
     def __post_init__(self) -> None:
@@ -48,12 +48,12 @@ class LoRAWeights:
 
     rank: int
     layers: tuple[Mapping[str, LoRAPair], ...]  # by the linear layer's name, such as q_proj
-    digest: bytes  # of all this
+    digest: bytes  # of all matrices
 
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Tokens of a step that have the same adapter, wherever they are in it."""
+    """Tokens of a step that have the same adapter; not necessarily adjacent."""
 
     weights: LoRAWeights
     tokens: Tensor  # their indices
@@ -62,7 +62,7 @@ class TokenGroup:
 def project(
     linear: nn.Module, name: str, layer: int, x_TI: Tensor, groups: list[TokenGroup]
 ) -> Tensor:
-    """A layer's linear `name` with each group's adapter: grouped products of a small rank."""
+    """Apply a layer's linear `name`, adding each group's low-rank product."""
     y_TO: Tensor = linear(x_TI)
     for group in groups:
         pair = group.weights.layers[layer].get(name)

@@ -63,7 +63,7 @@ class ChatMessage(RequestModel):
         if self.tool_calls or self.tool_call_id or self.role in ("tool", "function"):
             raise invalid(place, f"{place}: {NO_TOOLS}")
         if self.content is None or self.content == []:
-            raise invalid(f"{place}.content", f"{place}: the message needs a content")
+            raise invalid(f"{place}.content", f"{place}: the message needs content")
         for part in self.content if isinstance(self.content, list) else ():
             if part["type"] != "text":
                 raise invalid(
@@ -73,10 +73,10 @@ class ChatMessage(RequestModel):
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Checked messages, with contents in the form that the template takes."""
+    """Checked messages, with contents in the form that the template expects."""
     return [
         {
-            # OpenAI's newer name of the same role, which few templates know.
+            # OpenAI's newer name for the same role, which few templates know.
             "role": "system"
             if message.role == "developer" and "developer" not in template.source
             else message.role,

@@ -48,22 +48,22 @@ class ChatRequest(GenerationRequest):
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], bounds(minItems=1)]
-    # Default: what the context leaves.
+    # Default: all that fit the context.
     max_completion_tokens: Annotated[int | None, bounds(minimum=1)] = None
     max_tokens: Annotated[int | None, bounds(minimum=1)] = None  # its former name
     logprobs: bool = False
     top_logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
     tools: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     functions: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] | None = None  # of no tools
-    parallel_tool_calls: bool | None = None  # of no tools
+    tool_choice: Literal["none", "auto"] | None = None  # no effect without tools
+    parallel_tool_calls: bool | None = None  # no effect without tools
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] = False  # nothing is kept
 
     _template_stops: tuple[str, ...] = PrivateAttr(default=())
 
     def ending_at(self, stops: tuple[str, ...]) -> Self:
-        """The request with a template's stop strings beside its own, which have limits."""
+        """The request with a template's stop strings added; limits apply only to its own."""
         copy = self.model_copy()
         copy._template_stops = stops
         return copy

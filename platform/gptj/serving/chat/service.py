@@ -43,8 +43,8 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     """See GenerationService.
 
     Args:
-        template: of the base model's chats, and of adapters without one; None: they are refused,
-            with the remedy.
+        template: for the base model and adapters without their own; None: chats are rejected, with
+            the remedy.
     """
 
     _operation = "chat"
@@ -64,7 +64,7 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
 
     @property
     def has_template(self) -> bool:
-        """Whether the base model has one: its adapters may have their own."""
+        """Whether the base model has a template; adapters may have their own."""
         return self._template is not None
 
     async def complete(self, request: ChatRequest) -> ChatCompletion:

@@ -83,7 +83,7 @@ class StructuredOutputs(RequestModel):
 
 
 class ConstraintFields(RequestModel):
-    """Of a body that generates text."""
+    """Constraint fields of a body that generates text."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -144,16 +144,16 @@ class ConstraintFields(RequestModel):
         start = loop.time()
         known = compiler.knows(grammar)
         try:
-            # Others may wait for the same grammar: a client that leaves does not cancel it.
+            # Shielded: if this client leaves, others may still wait for the same grammar.
             compiled = await asyncio.shield(asyncio.wrap_future(compiler.submit(grammar)))
         except QueueFullError as error:
-            # Requests without a grammar have room: the proxy must not refuse them for this.
+            # There is room for requests without a grammar: the proxy must not reject those.
             raise OverloadedError(str(error), headers={SCOPE: "grammars"}) from error
         except GrammarError as error:
             recorder.grammar("refused", loop.time() - start)
             raise _invalid(field, f"{field}: {error}") from error
         except MissingPackageError as error:
-            raise _invalid(field, f"{field}: this server cannot do it: {error}") from error
+            raise _invalid(field, f"{field} is not supported by this server: {error}") from error
         recorder.grammar("cached" if known else "compiled", loop.time() - start)
         return compiled
 

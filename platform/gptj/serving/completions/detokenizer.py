@@ -1,7 +1,7 @@
-"""Incremental detokenization: token ids in, one at a time; text that may be sent out.
+"""Incremental detokenization: token ids in, one at a time; text that can be sent out.
 
-No partial characters: one whose bytes span several tokens comes with the last of them. No part of
-a stop string: text that may become one is held back until that is certain.
+A character whose bytes span several tokens is emitted with the last of them. Text that may become
+a stop string is held back until that is certain.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class TextStream:
 
     Args:
         stop: strings that end the output; the text ends before the first one.
-        min_tokens: stop strings are ignored before that many tokens.
-        include_stop: the text ends after the stop string, or after a stop token's own text.
-        begun: the first bytes of a character at the end of the prompt, which belongs to this text
-            if the output completes it.
-        echoed: the prompt is shown, too: a last character that the output does not complete
-            becomes U+FFFD instead of being left out.
-        skip_special: special tokens have no text, wherever they stand.
+        min_tokens: stop strings are ignored before this many tokens.
+        include_stop: end the text after the stop string or the stop token's text.
+        begun: the first bytes of an incomplete character at the end of the prompt, which belongs to
+            this text if the output completes it.
+        echoed: the prompt is shown too: its last character, if left incomplete, becomes U+FFFD
+            instead of being dropped.
+        skip_special: omit special tokens' text.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class TextStream:
         return self._send(text)
 
     def _end(self) -> tuple[int, str] | None:
-        """Where the held text ends if it has a stop string, and which: the first to begin."""
+        """Where the held text ends, and by which stop string: the one that begins first."""
         text, passed = self._passed + self._held, len(self._passed)
         places = [
             (place, place + len(stop), stop)
@@ -141,7 +141,7 @@ class TextStream:
 def unfinished(content: bytes) -> bytes:
     """The bytes of an incomplete character at the end."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(content[-3:])  # no more, since a character has 4 at most
+    decoder.decode(content[-3:])  # characters have at most 4 bytes
     waiting = decoder.getstate()[0]
-    # It also waits for the third byte of a surrogate, which is no character: two are wrong already.
+    # The decoder also waits for a surrogate's third byte, but its first two are invalid already.
     return b"" if len(waiting.decode(errors="replace")) > 1 else waiting

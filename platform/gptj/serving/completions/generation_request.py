@@ -1,4 +1,4 @@
-"""What the bodies of both endpoints that generate text share: sampling, stops and streams."""
+"""The fields shared by completions and chat requests: sampling, stops and streams."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptj.serving.errors import APIError, InvalidRequestError
 from gptj.serving.requests import RequestModel, bounds, checked_text
 
 MAX_SEQUENCES = 128  # outputs of one request: prompts times candidates
-MAX_LOGPROBS = 20  # vLLM's; OpenAI's completions have 5
+MAX_LOGPROBS = 20  # vLLM's limit; OpenAI's completions have 5
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
@@ -74,10 +74,10 @@ class StreamOptions(RequestModel):
 class GenerationRequest(ConstraintFields):
     """The fields of both endpoints, with OpenAI's names and vLLM's extensions.
 
-    What the endpoints name differently, a subclass says in the properties.
+    Subclasses map fields that the endpoints name differently to the properties.
     """
 
-    # New tokens where the request has no limit; None: what the context leaves.
+    # New tokens if the request sets no limit; None: all that fit the context.
     default_tokens: ClassVar[int | None] = None
     prompt_field: ClassVar[str] = "prompt"
 
@@ -98,22 +98,22 @@ class GenerationRequest(ConstraintFields):
     seed: int | None = None
     user: str = ""  # ignored
 
-    top_k: Annotated[int, bounds(minimum=-1)] = 0  # only the k likeliest tokens; 0 or -1 means all
-    # Relative to the likeliest token's probability.
+    top_k: Annotated[int, bounds(minimum=-1)] = 0  # only the k most likely tokens; 0 or -1: all
+    # Relative to the most likely token's probability.
     min_p: Annotated[float, bounds(minimum=0, maximum=1)] = 0.0
     repetition_penalty: Annotated[float, bounds(minimum=0.01, maximum=100)] = 1.0
-    # Ignore eos and stops before that many tokens.
+    # Ignore eos and stops before this many tokens.
     min_tokens: Annotated[int, bounds(minimum=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: Annotated[
         list[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_BIASES)
     ] = Field(default_factory=list)
-    # Keep only so many of the prompt's last tokens; -1: as many as the limit of new ones leaves.
+    # Keep only this many of the prompt's last tokens; -1: as many as fit beside the new tokens.
     truncate_prompt_tokens: Annotated[int | None, bounds(minimum=-1, **{"not": {"const": 0}})] = (
         None
     )
     include_stop_str_in_output: bool = False  # end the text after the stop, not before it
-    skip_special_tokens: bool = True  # leave them out of the text
+    skip_special_tokens: bool = True  # omit them from the text
     return_token_ids: bool = False  # of the prompt and of each output
     use_beam_search: bool = False  # best_of beams, returning the best n
     # Rank beams by logprob / length ** length_penalty.
@@ -124,12 +124,12 @@ class GenerationRequest(ConstraintFields):
 
     @property
     def candidates(self) -> int:
-        """Outputs that are generated for each prompt."""
+        """Outputs generated per prompt."""
         return self.n
 
     @property
     def prompts(self) -> Sequence[Prompt] | None:
-        """None where the prompt is not in the body: left out, or rendered from messages."""
+        """None if the body has no prompt: left out, or rendered from messages."""
         return None
 
     @property
@@ -144,27 +144,27 @@ class GenerationRequest(ConstraintFields):
 
     @property
     def token_limit(self) -> int | None:
-        """New tokens at most, as requested."""
+        """The requested limit of new tokens."""
         raise NotImplementedError
 
     @property
     def limit_field(self) -> str:
-        """The field that has it."""
+        """The field that sets `token_limit`."""
         return "max_tokens"
 
     @property
     def alternatives(self) -> int | None:
-        """How many likeliest tokens to report in each place; None: no logprobs."""
+        """Number of top tokens to report per position; None: no logprobs."""
         raise NotImplementedError
 
     @property
     def prompt_alternatives(self) -> int | None:
-        """How many likeliest tokens to report in each place of the prompt; None: no logprobs."""
+        """Number of top tokens to report per prompt position; None: no logprobs."""
         return self.alternatives if self.shows_prompt else None
 
     @property
     def shows_prompt(self) -> bool:
-        """Whether the prompt is a part of the reply."""
+        """Whether the reply includes the prompt."""
         return False
 
     def served_by(self, adapter: ServedAdapter | None) -> Self:
@@ -252,10 +252,10 @@ class GenerationRequest(ConstraintFields):
         grammar: CompiledGrammar | None = None,
         bad_words_ids: tuple[tuple[int, ...], ...] = (),
     ) -> list[SamplingParams]:
-        """Of one prompt, for each of its samples; beam search has one.
+        """Sampling parameters for each sample of a prompt; beam search has one.
 
         Args:
-            grammar, bad_words_ids: of the body's fields.
+            grammar, bad_words_ids: from the body's fields.
 
         Raises InvalidRequestError naming the field that is out of range.
         """
@@ -287,7 +287,7 @@ class GenerationRequest(ConstraintFields):
             raise self.named(error) from error
         if self.use_beam_search:
             return [first]
-        # Samples differ by their seeds; the prompt is the same, and reported once.
+        # Samples differ by seed; prompt logprobs are reported once.
         others = [
             replace(
                 first, seed=None if self.seed is None else self.seed + sample, prompt_logprobs=None
@@ -300,7 +300,7 @@ class GenerationRequest(ConstraintFields):
         return BeamParams(self.candidates, self.n, self.length_penalty, self.early_stopping)
 
     def named(self, error: ValueError) -> APIError:
-        """A ValueError of the library, whose message begins with the field's name."""
+        """Convert a ValueError of the library, whose message begins with the field's name."""
         field = str(error).split(maxsplit=1)[0].rstrip(":")
         if field == "num_beams":
             field = self.sequences_field

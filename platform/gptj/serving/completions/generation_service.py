@@ -1,4 +1,4 @@
-"""What both endpoints do with a request: prompts to the engine, its events to a reply's text."""
+"""Serve a completions or chat request: prompts to the engine, its events to a reply's text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Chunk = TypeVar("Chunk", bound=BaseModel)
 
 
 class GenerationService(ABC, Generic[Request, Reply, Chunk]):
-    """Answers requests with an engine and a tokenizer; subclasses give replies their shape.
+    """Answers requests with an engine and a tokenizer; subclasses define the replies' shape.
 
     Args:
         vocabulary: of the tokenizer and the engine's model.
@@ -58,7 +58,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         grammars: for structured output.
     """
 
-    _operation: ClassVar[str]  # what traces call it
+    _operation: ClassVar[str]  # its name in traces
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
     @abstractmethod
     def _prompts(self, request: Request) -> Sequence[Prompt] | None:
-        """None: the token that begins a text. Raises APIError; not called on the event loop."""
+        """None: use bos as the prompt. Raises APIError; not called on the event loop."""
 
     @abstractmethod
     def _choice(self, request: Request, output: Output, piece: Piece, index: int) -> Any:
@@ -93,7 +93,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
     @abstractmethod
     def _delta(self, request: Request, output: Output, piece: Piece, first: bool) -> Any:
-        """A part of an output as a choice of a chunk; `first`: of this output."""
+        """A part of an output as a choice of a chunk; `first` if it is the output's first."""
 
     @abstractmethod
     def _reply(
@@ -107,7 +107,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
     @abstractmethod
     def _first_chunk(self, request: Request) -> Chunk:
-        """A chunk without choices, of which the others are copies."""
+        """A chunk without choices, as a template for the others."""
 
     async def complete(self, request: Request) -> Reply:
         """The whole reply. Cancelling the call cancels the work.
@@ -143,7 +143,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         )
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
-        """The reply in chunks; returns once the first is there.
+        """The reply in chunks; returns once the first is ready.
 
         Raises APIError, QueueFullError or ClosedError; the iterator raises APIError as well.
         """
@@ -175,7 +175,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         return RequestTrace(self._operation, self._model_of(request), params, request.n, start)
 
     def _events(self) -> EventStream:
-        """For a request of the running event loop."""
+        """An event stream for a request on the running event loop."""
         loop = asyncio.get_running_loop()
         if self._router is None or self._router.loop is not loop:
             self._router = EventRouter(loop)
@@ -291,9 +291,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
 
 class EventStreamResponse(StreamingResponse):
-    """Closes the events when the client leaves, and not when garbage is collected.
+    """Closes the events when the client leaves rather than at garbage collection.
 
-    Until then the engine would work on, and the key would pay for all that was reserved.
+    Otherwise the engine would keep working, and the key would be charged all reserved tokens.
     """
 
     def __init__(self, events: AsyncGenerator[str]) -> None:
@@ -308,7 +308,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 async def server_sent(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
-    """Chunks as server-sent events; an error is one as well, since the status has been sent."""
+    """Chunks as server-sent events; errors too, since the status has already been sent."""
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -319,7 +319,7 @@ async def server_sent(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
 
 
 def on_one_line(content: str) -> str:
-    """JSON with escaped line separators: it allows three that end lines elsewhere."""
+    """Escape the three line separators that JSON allows but some clients split lines at."""
     if content.isascii():
         return content
     for separator in ("\u0085", "\u2028", "\u2029"):

@@ -30,12 +30,12 @@ class ResolvedPrompt:
 
 
 class PromptResolver:
-    """Every check of a request against the model's vocabulary and limits is made here.
+    """Resolves prompts, and checks requests against the model's vocabulary and limits.
 
     Args:
-        context_length: tokens of a prompt and its completion together.
-        cache_tokens: that the engine's cache holds, possibly fewer.
-        max_queued: outputs that may wait in the engine's queue.
+        context_length: most tokens of a prompt and its completion together.
+        cache_tokens: capacity of the engine's cache, possibly less.
+        max_queued: most outputs waiting in the engine's queue.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PromptResolver:
         request.check()
         outputs = len(request.prompts or [""]) * request.candidates
         if not request.use_beam_search and outputs > self._max_queued:
-            # They could never be queued: 429 would have clients retry for nothing.
+            # They could never be queued: 429 would make clients retry in vain.
             raise InvalidRequestError(
                 f"{outputs} outputs exceed the {self._max_queued} that may wait here: send "
                 f"several requests",
@@ -74,7 +74,7 @@ class PromptResolver:
         """Takes a while for long texts. Raises InvalidRequestError.
 
         Args:
-            prompts: None: the token that begins a text.
+            prompts: None: use bos as the prompt.
             grammar: the request's, compiled.
         """
         prompts = [self._default_text()] if prompts is None else prompts
@@ -101,7 +101,7 @@ class PromptResolver:
     ) -> tuple[str, list[int], bytes]:
         if isinstance(prompt, str):
             text = prompt or self._default_text()
-            # Much too long a text need not be tokenized.
+            # Reject far too long texts without tokenizing them.
             self._check_length(request, self._vocabulary.least_tokens(text), "at least ")
             ids = self._tokenizer.encode(text)
             self._check_length(request, len(ids))
@@ -111,7 +111,7 @@ class PromptResolver:
     def _last_tokens(
         self, request: GenerationRequest, prompt: Prompt
     ) -> tuple[str, list[int], bytes]:
-        """A prompt without what is more than `truncate_prompt_tokens`."""
+        """A prompt truncated to its last `truncate_prompt_tokens`."""
         ids = prompt
         if isinstance(ids, str):
             ids = self._tokenizer.encode(ids or self._default_text())
@@ -137,7 +137,7 @@ class PromptResolver:
         return text[:-1] if begun else text, prompt, begun
 
     def _default_text(self) -> str:
-        """OpenAI's default prompt: the token that separates texts, so that a new one begins."""
+        """OpenAI's default prompt: the token that separates texts."""
         if self._tokenizer.bos_token is None:
             raise InvalidRequestError(
                 "prompt must not be empty: this model has no token that begins a text",
@@ -155,12 +155,12 @@ class PromptResolver:
                 )
 
     def _max_tokens(self, request: GenerationRequest, length: int) -> int:
-        """How many tokens may follow a prompt of `length` tokens, which fits the context."""
+        """Most new tokens after a prompt of `length` tokens, which fits the context."""
         if request.token_limit is not None:
             return request.token_limit
         left = self._context_length - length
         default = request.default_tokens
-        if default is None:  # as many as there can be
+        if default is None:  # as many as possible
             beams = request.candidates if request.use_beam_search else 1
             default = self._cache_tokens // beams - length
         return min(max(default, self._least(request)), left)

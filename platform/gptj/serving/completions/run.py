@@ -33,12 +33,12 @@ class Piece:
 
     text: str = ""
     tokens: list[tuple[TokenEvent, int]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)  # all that have arrived, with text or without
+    ids: list[int] = field(default_factory=list)  # all that have arrived, even without text
     reason: Reason | None = None  # on the last piece
-    stop_reason: str | int | None = None  # the stop string or token of the request that ended it
+    stop_reason: str | int | None = None  # the request's stop string or token that ended it
 
     def __bool__(self) -> bool:
-        """Whether it has something to send; ids alone wait for that."""
+        """Whether there is something to send; ids alone wait."""
         return bool(self.text or self.tokens or self.reason)
 
     def extend(self, later: Piece) -> None:
@@ -66,7 +66,7 @@ class Output:
         self._logprob = 0.0
 
     def take(self, event: Event, start: int) -> Piece:
-        """What an event adds, possibly nothing. `start` is the offset of the first new character.
+        """Process an event; returns a possibly empty piece. `start`: offset of the output's text.
 
         Raises APIError if the output failed.
         """
@@ -81,8 +81,8 @@ class Output:
             piece.text = self.text.push(event.token_id)
         elif isinstance(event, Finished) and event.reason != "cancelled":
             if event.stop_token is not None:
-                # It has no text, but its logprob counts: lm_eval takes the last entry for the new
-                # token and those before for the prompt.
+                # It has no text, but needs a logprob entry: lm_eval takes the last entry for the
+                # new token and those before for the prompt.
                 self.new_tokens += 1
                 piece.ids.append(event.stop_token)
                 self._logprob += event.logprob or 0.0
@@ -132,7 +132,7 @@ class CompletionRun:
         self._request = request
         self._prompts = prompts
         self._seed = request_seed()
-        # Now, since any task may close the run, even another request's that collects garbage.
+        # Captured now, since another request's task may close the run by collecting garbage.
         self._account = current_account()
         self._entry = current_entry()
         self.outputs: list[Output] = []
@@ -183,7 +183,7 @@ class CompletionRun:
         if output.ended:
             last = event.stop_token if isinstance(event, Finished) else None
             piece.stop_reason = stop_reason(self._request, output.text, last, self._engine.eos_ids)
-            ticket.cancel()  # the engine knows no stop strings
+            ticket.cancel()  # the engine does not know about stop strings
         return piece
 
     def usage(self) -> Usage:
@@ -194,7 +194,7 @@ class CompletionRun:
         prompt = outputs[0].prompt
         params = prompt.params
         if self._seed is not None and params[0].seed is None:
-            # Each output's own, and the same whenever the request is tried again.
+            # Distinct per output, but the same when the request is retried.
             params = [
                 replace(each, seed=self._seed + output.index)
                 for each, output in zip(params, outputs, strict=True)
@@ -212,11 +212,11 @@ class CompletionRun:
 
 
 class OutputClock:
-    """Records how long an output took.
+    """Records an output's latencies.
 
     Args:
         start: when its request arrived, by time.perf_counter.
-        entry: of its request in the log.
+        entry: its request's log entry.
         trace: of its request.
         index: the output's.
     """
@@ -255,9 +255,9 @@ class OutputClock:
 
 
 class EventRouter:
-    """Takes a step's events from the engine's thread to the streams of one event loop.
+    """Passes a step's events from the engine's thread to the streams of one event loop.
 
-    Waking the loop costs a system call: there is one a step, whatever the number of events.
+    Waking the loop costs a system call, so this does it once per step, not per event.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -265,11 +265,11 @@ class EventRouter:
         self._streams: dict[Ticket, tuple[EventStream, int]] = {}
 
     def __call__(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        """On the engine's thread. Raises RuntimeError once the loop is closed."""
+        """Called on the engine's thread. Raises RuntimeError once the loop is closed."""
         self.loop.call_soon_threadsafe(self._route, events)
 
     def add(self, ticket: Ticket, stream: EventStream, index: int) -> None:
-        """On the loop's thread, in the same callback as the ticket's submission."""
+        """Call on the loop's thread, in the same callback that submits the ticket."""
         self._streams[ticket] = stream, index
 
     def remove(self, ticket: Ticket) -> None:
@@ -283,7 +283,7 @@ class EventRouter:
 
 
 class EventStream:
-    """The events of one completions request, which is one or several to the engine."""
+    """The events of one HTTP request, which is one or several engine requests."""
 
     def __init__(self, router: EventRouter) -> None:
         self.tickets: list[Ticket] = []
@@ -303,14 +303,14 @@ class EventStream:
         return await self._queue.get()
 
     async def get_all(self) -> list[tuple[int, Event]]:
-        """All that have arrived; at least one."""
+        """All events that have arrived; waits for at least one."""
         events = [await self._queue.get()]
         while not self._queue.empty():
             events.append(self._queue.get_nowait())
         return events
 
     def cancel(self) -> None:
-        """Cancel what runs, and receive no more events."""
+        """Cancel running requests and stop receiving events."""
         for ticket in self.tickets:
             self.router.remove(ticket)
             ticket.cancel()
@@ -319,7 +319,7 @@ class EventStream:
 def text_stream(
     tokenizer: GPTJTokenizer, request: GenerationRequest, prompt: ResolvedPrompt
 ) -> TextStream:
-    """For an output of a prompt."""
+    """The TextStream for an output of a prompt."""
     return TextStream(
         tokenizer,
         request.stops,

@@ -74,12 +74,12 @@ class CompletionRequest(GenerationRequest):
         list[Prompt] | None, PlainValidator(as_prompts), WithJsonSchema(_PROMPT_SCHEMA)
     ] = None  # default: the bos token
     suffix: Annotated[str, bounds(maxLength=0)] = ""
-    # Default: 16, or what the context leaves.
+    # Default: 16, or all that fit the context if fewer.
     max_tokens: Annotated[int | None, bounds(minimum=0)] = None
     # Default: n.
     best_of: Annotated[int | None, bounds(minimum=1, maximum=MAX_SEQUENCES)] = None
     logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
-    # vLLM's: the same for each token of the prompt, without echoing it.
+    # vLLM's: logprobs of the prompt's tokens, without echoing them.
     prompt_logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
     echo: bool = False
 
@@ -137,7 +137,7 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# With return_token_ids; otherwise there is no such field.
+# Omitted without return_token_ids.
 TokenIds = Annotated[list[int] | None, Field(exclude_if=lambda ids: ids is None)]
 
 
@@ -152,7 +152,7 @@ class Logprobs(BaseModel):
 
 class PromptLogprob(BaseModel):
     logprob: float
-    rank: int | None  # 1 for the likeliest; null if it is not among those that were asked for
+    rank: int | None  # 1 for the most likely; null if not among the requested ones
     decoded_token: str
 
 
@@ -160,10 +160,10 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None = None
-    # For each token of the prompt itself and the likeliest in its place, by id; null for the first.
+    # Per prompt token: itself and the top tokens at its position, by id; null for the first.
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     finish_reason: Literal["stop", "length"] | None = None
-    # Which of the request's stop strings or tokens ended it; null: none of them, or eos.
+    # The request's stop string or token that ended it; null: none, or eos.
     stop_reason: str | int | None = None
     token_ids: TokenIds = None
     prompt_token_ids: TokenIds = None  # in the first chunk of a stream
@@ -188,7 +188,7 @@ class ModelCard(BaseModel):
     root: str  # the checkpoint's, or the adapter's, address
     parent: str | None = None  # an adapter's base model, by its name
     max_model_len: int  # the context, in tokens
-    chat_template: bool = False  # whether it has one, and so answers chats
+    chat_template: bool = False  # whether it has one, and so supports chats
 
 
 class ModelList(BaseModel):

@@ -110,7 +110,7 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
 
 
 def _scored(output: Output) -> Sequence[TokenEvent]:
-    """The prompt's tokens with their logprobs, which were requested."""
+    """The prompt's tokens with their logprobs, if requested."""
     scored = output.scored_by.prompt_logprobs
     assert scored is not None  # always the first event, if requested
     return scored.tokens

@@ -1,4 +1,4 @@
-"""Which of a model's ids stand for text, and the length of the longest."""
+"""The ids of a model that stand for text, and the longest text of one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: GPTJTokenizer, rows: int) -> Vocabulary:
-        """Of a model whose embedding has `rows` rows, possibly more than the tokenizer has ids."""
+        """For an embedding of `rows` rows, possibly more than the tokenizer has ids."""
         lengths = {}
         for token in set(range(rows)) - set(tokenizer.unused_ids):
             try:
@@ -26,5 +26,5 @@ class Vocabulary:
         return cls(frozenset(lengths), unused, max(lengths.values()))
 
     def least_tokens(self, text: str) -> int:
-        """A lower bound of a text's tokens, without tokenizing it."""
+        """Lower bound on a text's number of tokens, without tokenizing it."""
         return -(-len(text.encode()) // self.longest)

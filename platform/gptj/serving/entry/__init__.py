@@ -1,1 +1,1 @@
-"""What runs in Serve's proxy, before the replicas: connections, admission, failover."""
+"""Runs in Serve's proxy, before the replicas: connections, admission, failover."""

@@ -1,7 +1,7 @@
-"""Refuses, in the proxy, requests that a full service would refuse anyway.
+"""Rejects, in the proxy, requests that a full service would reject anyway.
 
-A replica's refusal passes Serve's router and costs the proxy about as much as an answer: clients
-that retry at once would leave the proxy no time for answers.
+A rejection by a replica passes Serve's router and costs the proxy about as much as an answer, so
+clients that retry immediately would leave the proxy no time for answers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ LOG_SECONDS = 1.0  # between lines of the log that count refusals
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
 FIRST_BOUND = 512  # of a route, until more is known
 GROWTH = 0.5  # of a route's bound, per answer while the bound is reached
-MAX_KNOWN = (
-    1024  # paths with a bound; clients can make up any number that is refused or preflighted
-)
+MAX_KNOWN = 1024  # paths with a bound; clients can make up any number of them
 FULL = OverloadedError("the service is full: try again later")
 
 
 @dataclass
 class Bound:
-    """How many requests of a route may be in flight, learned from its replicas' refusals.
+    """A route's limit of requests in flight, learned from its replicas' rejections.
 
-    Like TCP's window: it grows slowly while it is used up and nothing is refused, and drops at once
-    to what was in flight at a refusal.
+    Like TCP's congestion window: it grows slowly while reached without rejections, and drops to the
+    number in flight on a rejection.
     """
 
     value: float
@@ -46,14 +44,14 @@ class Bound:
             self.value += GROWTH
 
     def note_refusal(self, in_flight: int, now: float) -> None:
-        # Refusals of the same moment arrive one by one, while fewer and fewer are in flight.
+        # Simultaneous rejections arrive one by one, with ever fewer in flight: count the first.
         if now - self.refused_at > 1:
             self.value = max(1, in_flight)
             self.refused_at = now
 
 
 class Gate:
-    """The requests of a proxy that are in flight, by path, and whether there is room for more."""
+    """Counts a proxy's requests in flight, by path, and tells whether there is room for more."""
 
     def __init__(
         self,
@@ -64,9 +62,9 @@ class Gate:
         self._max_in_flight = max_in_flight
         self._first_bound = first_bound
         self._clock = clock
-        self._in_flight: Counter[str] = Counter()  # only what is in flight
+        self._in_flight: Counter[str] = Counter()  # without zeros
         self._bounds: OrderedDict[str, Bound] = OrderedDict()  # least recently used first
-        self._refused = 0  # since the log's last line about it
+        self._refused = 0  # since the last log line
         self._logged_at = float("-inf")
 
     def full(self, path: str) -> bool:
@@ -78,7 +76,7 @@ class Gate:
         self._in_flight[path] += 1
 
     def leave(self, path: str, status: int, *, refused: bool) -> None:
-        """A request has ended with this status; `refused`: since its replica is full."""
+        """A request ended with this status; `refused`: because its replica is full."""
         self._in_flight[path] -= 1
         left = self._in_flight[path]
         if refused:
@@ -89,7 +87,7 @@ class Gate:
             del self._in_flight[path]
 
     def log_refusal(self) -> None:
-        """A line for each would be too many, when there are many."""
+        """Count a rejection, and log the count at most every LOG_SECONDS."""
         self._refused += 1
         if (now := self._clock()) - self._logged_at >= LOG_SECONDS:
             logger.warning("the service is full: %d requests refused", self._refused)
@@ -106,8 +104,8 @@ class Gate:
 class Admission:
     """Middleware: 429 while a route has as many requests in flight as its bound allows.
 
-    Health checks always pass. A route's preflights are counted by themselves: they take no room of
-    a model, and browsers report a refused one as a network error.
+    Health checks always pass. A route's preflights are counted separately: they need no model, and
+    browsers report a rejected one as a network error.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate | None = None) -> None:

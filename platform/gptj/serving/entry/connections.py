@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with time limits, a bound on half-sent requests, and quick refusals.
+"""uvicorn's HTTP connection with timeouts, a bound on half-sent requests, and fast rejections.
 
 uvicorn itself waits forever for the rest of a head or body, and for a client to read.
 """
@@ -20,9 +20,9 @@ from gptj.serving.entry.admission import FULL, Gate
 from gptj.serving.errors import APIError, InvalidRequestError, RequestTimeoutError
 from gptj.serving.middleware.observing import HEADER as REQUEST_ID
 
-# A request with one of these headers takes the long way, which knows what they mean.
+# Requests with these headers are left to the middleware, which interprets them.
 NOT_REFUSED_HERE = frozenset((b"expect", b"origin", b"upgrade", b"x-request-timeout-seconds"))
-READ_SECONDS = 0.01  # by then the loop has polled its sockets again
+READ_SECONDS = 0.01  # enough for the loop to poll its sockets again
 
 
 def error_bytes(error: APIError) -> bytes:
@@ -42,26 +42,24 @@ REFUSAL = error_bytes(FULL)
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Of one server process."""
+    """Limits of one server process."""
 
-    head_seconds: float = (
-        20.0  # to send a request's head, counted from the connection for the first
-    )
+    head_seconds: float = 20.0  # to send a request's head; the first counts from connecting
     body_seconds: float = 60.0  # to send its body
     unread_seconds: float = 30.0  # for a client to read some of the pending reply
     close_seconds: float = 5.0  # to read the rest of it before the connection is cut
-    # Requests whose end has not arrived. Beyond either bound the oldest are given up, except those
-    # younger than `grace_seconds`, in which a burst of whole requests arrives.
+    # Half-sent requests. Beyond either bound the oldest are dropped, except those younger than
+    # `grace_seconds`, which may be part of a burst of whole requests.
     unfinished: int = 4096
     unfinished_per_address: int = 512
     grace_seconds: float = 2.0
 
 
 class Timer:
-    """Calls a function after some seconds, once everything that arrived by then is read.
+    """Calls a function after some seconds, once all data that arrived by then has been read.
 
-    A loop that lags runs its timers before it polls its sockets (uvloop does): it must not give up
-    on requests that arrived long ago.
+    A lagging loop may run timers before polling its sockets (uvloop does), and must not time out
+    requests that arrived long ago.
     """
 
     def __init__(
@@ -134,8 +132,8 @@ class Unfinished:
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. Errors that uvicorn would answer in plain text have our body.
 
-    While a route's gate is closed, its POST requests are refused here, as Admission would: clients
-    that retry at once would otherwise take the time of those that are answered.
+    While a route is full, its POST requests are rejected here, cheaper than by Admission, so that
+    clients that retry immediately do not slow down those being served.
     """
 
     gate: Gate | None = None
@@ -152,7 +150,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._deadline: Timer | None = None  # of the arriving head or body
         self._unread: Timer | None = None
         self._phase = "head"
-        self._refusing = False  # the present request, once its body has arrived
+        self._refusing = False  # reject the current request once its body has arrived
 
     @property
     def address(self) -> str:
@@ -201,13 +199,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self._close()
 
     def _is_refused(self) -> bool:
-        """Whether the route is full, as far as the head tells; otherwise Admission decides."""
+        """Whether the head suffices to reject the request; otherwise Admission decides."""
         if self.gate is None or self.parser.get_method() != b"POST":
             return False
         if self.cycle is not None and not self.cycle.response_complete:
-            return False  # it waits for the one before it
+            return False  # pipelined behind an unfinished request
         if self.flow.write_paused:
-            return False  # the client does not read: uvicorn stops reading from it
+            return False  # the client is not reading: uvicorn stops reading from it
         if any(name in NOT_REFUSED_HERE for name, _ in self.headers):
             return False
         path = self.url.partition(b"?")[0].rstrip(b"/")
@@ -247,9 +245,9 @@ class LimitedProtocol(HttpToolsProtocol):
         if responding and not self.cycle.response_complete:
             self._cut()
         elif responding and self._phase == "body":
-            self._close()  # it has its answer
+            self._close()  # already answered
         elif self._phase == "head" and not getattr(self, "url", b""):
-            self._close()  # nothing was sent: there is nothing to answer
+            self._close()  # nothing was sent, so there is nothing to answer
         else:
             self._refuse(RequestTimeoutError(f"the request was not sent to its end: {reason}"))
 

@@ -1,7 +1,7 @@
-"""A stream of completions that another replica can continue.
+"""A completions stream that another replica can continue.
 
-The second replica gets the whole request again, with the same seed, and so writes the same text;
-the part that the client already has is left out.
+The second replica gets the same request and seed, and so generates the same text; the part that the
+client already has is skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from gptj.serving.errors import APIError
 
 DONE = b"data: [DONE]\n\n"
-LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "content")  # of logprobs
+LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "content")  # in logprobs
 
 
 class DivergedError(Exception):
@@ -27,16 +27,16 @@ class ChoiceState:
 
     text: str = ""
     tokens: int = 0  # with logprobs
-    ids: int = 0  # of tokens, where those were requested
+    ids: int = 0  # token ids, if requested
     ended: bool = False
 
 
 @dataclass
 class EventStream:
-    """The server-sent events that a client has so far.
+    """The server-sent events that a client has received so far.
 
-    `feed` takes a reply's bytes as they come and returns the events to send on. After `restart`,
-    the bytes are a second reply to the same request.
+    `feed` takes a reply's bytes and returns the events to forward. After `restart`, the bytes are
+    those of a second reply to the same request.
     """
 
     done: bool = False  # [DONE] was sent
@@ -59,7 +59,7 @@ class EventStream:
         return b"".join(self._event(event + b"\n\n") for event in events)
 
     def finish(self) -> bytes:
-        """What the reply has after its last whole event: nothing, if the reply is ours."""
+        """The bytes after the last complete event; none in our own replies."""
         rest, self._partial = self._partial, b""
         return b"" if self._resuming else rest
 
@@ -85,7 +85,7 @@ class EventStream:
         return b"" if rest is None else f"data: {json.dumps(rest)}\n\n".encode()
 
     def _uncompared(self, event: bytes) -> bytes:
-        """An event that is no chunk of ours. Raises DivergedError after `restart`."""
+        """An event that is not one of our chunks. Raises DivergedError after `restart`."""
         if self._resuming:
             raise DivergedError
         return event
@@ -105,7 +105,7 @@ class EventStream:
                 self._comparable = False
 
     def _rest(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
-        """What of a second reply's chunk is new, if anything."""
+        """The new part of a second reply's chunk, if any."""
         choices = chunk.get("choices") or []
         if not choices:
             if self._usage_sent:
@@ -151,12 +151,12 @@ class EventStream:
 
 
 def error_events(error: APIError) -> bytes:
-    """The end of a stream that failed, as the service ends it."""
+    """The final events of a failed stream, like the service's own."""
     return f"data: {json.dumps(error.body())}\n\n".encode() + DONE
 
 
 def _text(choice: dict[str, Any]) -> str:
-    """Of a completion's choice, or a chat's."""
+    """The text of a completion's or a chat's choice."""
     if "delta" in choice:
         return choice["delta"].get("content") or ""
     return choice.get("text") or ""
@@ -168,7 +168,7 @@ def _tokens(choice: dict[str, Any]) -> int:
 
 
 def _without(choice: dict[str, Any], characters: int, tokens: int, begun: bool) -> dict[str, Any]:
-    """The choice without what was sent."""
+    """The choice without the part already sent."""
     rest = dict(choice)
     if "delta" in choice:
         delta = {**choice["delta"]}

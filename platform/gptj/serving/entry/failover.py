@@ -1,7 +1,7 @@
 """Retries a request on another replica when its replica has died.
 
-These services have no side effects, so that every request can be repeated. All tries have the same
-request id and seed, and so the same answer. A stream continues where it stopped.
+The services have no side effects, so every request can be repeated. All tries have the same request
+id and seed, and so the same answer. A stream continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from gptj.serving.tracing import note
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 3  # no more: a request that kills replicas would kill them one by one
+MAX_TRIES = 3  # a request that kills replicas must not kill them all
 PAUSE_SECONDS = 0.1  # before the second try; doubled before each later one
-DISCONNECT = b"x-request-disconnect-disabled"  # with it, Serve would go on after the client left
+DISCONNECT = b"x-request-disconnect-disabled"  # would keep Serve working after the client left
 
 
 class Failover:
     """Middleware before Serve's routing, inside RequestIds and BodyLimit.
 
-    It expects the whole body in one message.
+    Expects the whole body in one message.
 
     Args:
-        limit_seconds: returns Serve's time limit for a request, None for none; it covers all tries.
+        limit_seconds: returns Serve's request timeout, or None; it covers all tries.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Exchange:
         ]
         self._scope = scope
         self._left = False  # the client left
-        self._ended = asyncio.Event()  # the rest of this try is not wanted
-        self.stream: EventStream | None = None  # once one has begun
+        self._ended = asyncio.Event()  # abandon this try
+        self.stream: EventStream | None = None  # once begun
 
     async def run(self) -> None:
         pause = PAUSE_SECONDS
@@ -115,7 +115,7 @@ class Exchange:
             if number < MAX_TRIES:
                 reason = "refused it" if reply.complete else "died"
                 logger.warning(
-                    "request %s is tried again: its replica %s",
+                    "retrying request %s: its replica %s",
                     self.id,
                     reason,
                     extra={"request_id": self.id},
@@ -169,7 +169,7 @@ class Exchange:
         return RequestTimeoutError(f"the request took more than {limit}")
 
     def end_try(self) -> None:
-        """To the replica, the client seems to have left."""
+        """Abandon this try by signalling a disconnect to the replica."""
         self._ended.set()
 
     @property
@@ -177,14 +177,14 @@ class Exchange:
         return str(self._scope["path"])
 
     def _expired(self) -> bool:
-        # Slightly less, since Serve measures by itself.
+        # Slightly less, since Serve measures separately.
         return self._limit_seconds is not None and self._elapsed() > 0.99 * self._limit_seconds
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
 
     def _scope_of_try(self, number: int) -> Scope:
-        """A copy, since Serve changes it."""
+        """A copy of the scope, since Serve modifies it."""
         headers = list(self._headers)
         if number > 1 and self._limit_seconds is not None:
             left = f"{max(0.001, self._limit_seconds - self._elapsed()):.3f}".encode()
@@ -192,13 +192,13 @@ class Exchange:
         return {**self._scope, "headers": headers}
 
     def _input(self) -> Receive:
-        """The body, and then only the client's disconnect."""
+        """A receive function: the body, then only the client's disconnect."""
         pending: list[Message] = [{"type": "http.request", "body": self._body, "more_body": False}]
 
         async def receive() -> Message:
             if pending:
                 return pending.pop()
-            if self.stream is not None:  # a try to continue it, which may fail
+            if self.stream is not None:  # continuing it may fail
                 return await self._left_or_ended()
             return await self._until_left()
 
@@ -295,7 +295,7 @@ class Reply:
         return (self.status or 0) >= 400 and self._type().startswith(b"text/plain")
 
     def error(self) -> APIError:
-        """Our error for a reply of Serve itself."""
+        """Our error for one of Serve's own replies."""
         retry = self._header(b"retry-after")
         headers = {} if retry is None else {"Retry-After": retry.decode("latin-1")}
         status = self.status

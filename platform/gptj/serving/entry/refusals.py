@@ -1,4 +1,4 @@
-"""Lets pages of other origins read the proxy's own refusals, where they may read the replies."""
+"""Lets cross-origin pages read the proxy's own errors if they may read the replies."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections import OrderedDict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_KNOWN = 4096  # origins times paths, of which clients can make up any number
+MAX_KNOWN = 4096  # (origin, path) pairs; clients can make up any number
 ALLOW = b"access-control-allow-origin"
 
 
 class ReadableRefusals:
-    """Middleware, the outermost: errors made here get the CORS headers that replies have.
+    """Outermost middleware: adds to the proxy's errors the CORS headers of earlier replies.
 
-    The applications decide whose pages may read them (see middleware.cors), and their replies to an
-    origin's preflights and requests say so. Without a reply since this proxy started, nothing is
-    known, and the refusal stays unreadable.
+    The applications decide which origins may read replies (see middleware.cors); their replies to
+    preflights and requests tell. Until an origin's first reply the proxy's errors are unreadable
+    for it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        # By origin and path, what the last reply allowed; the least recent first.
+        # The origin allowed by the last reply, by (origin, path); least recent first.
         self._known: OrderedDict[tuple[bytes, str], bytes] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +37,7 @@ class ReadableRefusals:
                 if given is not None:
                     self._note(key, given)
                 elif message["status"] < 400:
-                    self._known.pop(key, None)  # no longer
+                    self._known.pop(key, None)  # no longer allowed
                 elif key in self._known:
                     message = {**message, "headers": headers + self._headers(key)}
             await send(message)

@@ -1,4 +1,4 @@
-"""Gives each request an id, returns it in every reply, and logs what the proxy itself answers."""
+"""Assigns each request an id, returns it in every reply, and logs the proxy's own replies."""
 
 from __future__ import annotations
 

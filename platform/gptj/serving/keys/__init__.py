@@ -1,1 +1,1 @@
-"""API keys: names, what each may use, and how much."""
+"""API keys: names, permissions and limits."""

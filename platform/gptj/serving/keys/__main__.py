@@ -1,4 +1,4 @@
-"""Makes a key: `python -m gptj.serving.keys NAME` prints it and its entry for the keys file."""
+"""Generate a key: `python -m gptj.serving.keys NAME` prints it and its entry for the keys file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gptj.serving.keys.keyring import Key, digest
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gptj.serving.keys",
-        description="Make an API key, and its entry for the file that GPTJ_KEYS_FILE names.",
+        description="Generate an API key and its entry for the file named by GPTJ_KEYS_FILE.",
     )
-    parser.add_argument("name", help="the key's name, which metrics show")
+    parser.add_argument("name", help="the key's name, shown in metrics")
     name = parser.parse_args().name
     key = f"gptj-{secrets.token_urlsafe(32)}"
     try:

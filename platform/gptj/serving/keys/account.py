@@ -1,4 +1,4 @@
-"""A request's account: what it takes from its key's limits."""
+"""A request's account: its share of its key's limits."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _account: ContextVar[Account | None] = ContextVar("account", default=None)
 
 @dataclass
 class Account:
-    """Of one request with a key."""
+    """The account of one request with a key."""
 
     key: Key
-    request: str  # the same for all its tries
+    request: str  # an id, the same for all its tries
     ledger: Ledger
     limits: Limits
     standing: Standing | None = None  # the latest, for the reply's headers
@@ -43,13 +43,13 @@ class Account:
         self._check(standing)
 
     async def reserve(self, tokens: int) -> None:
-        """Raises RateLimitError; InvalidRequestError for more than a whole minute's."""
+        """Raises RateLimitError, or InvalidRequestError for more than the limit per minute."""
         most = self.key.tokens_per_minute
         if most is not None:
             if tokens > most:
                 raise InvalidRequestError(
-                    f"the request may take {tokens} tokens, and its key has {most} a minute: ask "
-                    f"for fewer",
+                    f"the request may take {tokens} tokens, but its key has {most} a minute: "
+                    f"request fewer",
                     code="tokens_above_limit",
                 )
             name = self.key.name
@@ -81,7 +81,7 @@ class Account:
 
 @contextmanager
 def using(account: Account) -> Iterator[None]:
-    """Make it the present request's in the block, and in tasks started there."""
+    """Make it the current request's account within the block and tasks started in it."""
     token = _account.set(account)
     try:
         yield
@@ -90,18 +90,18 @@ def using(account: Account) -> Iterator[None]:
 
 
 def current_account() -> Account | None:
-    """The present request's; None without a key."""
+    """The current request's account; None without a key."""
     return _account.get()
 
 
 def may_use_model(name: str) -> bool:
-    """Whether the present request's key is for a model; always true without a key."""
+    """Whether the current request's key allows a model; always true without a key."""
     account = _account.get()
     return account is None or account.key.opens_model(name)
 
 
 async def reserve_tokens(tokens: int) -> None:
-    """Reserve tokens of the present request's key, before any work; free without a key.
+    """Reserve tokens from the current request's key before any work; no-op without a key.
 
     Raises RateLimitError or InvalidRequestError.
     """

@@ -74,7 +74,7 @@ class Keys:
 
     Args:
         keys: plain ones, without limits; named key-1, key-2, … in metrics.
-        path: the file's. While it does not exist, it has no keys.
+        path: the keys file; a missing file has no keys.
 
     Raises:
         ValueError: if the file is not valid.
@@ -124,7 +124,7 @@ class Keys:
         if authorization is None or not authorization.lower().startswith(SCHEME):
             return None
         given = digest(authorization[len(SCHEME) :].strip())
-        # Compare all: stopping at the first match would leak by its time which key it was.
+        # Compare all: stopping at the first match would leak by timing which key it was.
         same = [key for key in self._present() if hmac.compare_digest(given, key.sha256)]
         return same[0] if same else None
 
@@ -135,14 +135,14 @@ class Keys:
             try:
                 self._named = self._read()
             except ValueError as error:
-                logger.error("the keys stay as they were: %s", error)
+                logger.error("keeping the previous keys: %s", error)
         return self._fixed + self._named
 
     def _read(self) -> list[Key]:
-        """The file's keys, read again if it changed. Raises ValueError."""
+        """The file's keys, reread if it changed. Raises ValueError."""
         assert self._path is not None
         try:
-            found = self._path.stat()  # through links: a mounted secret is changed by one
+            found = self._path.stat()  # follows links: mounted secrets are updated by relinking
         except FileNotFoundError:
             self._stamp = None
             return []
@@ -153,7 +153,7 @@ class Keys:
             return self._named
         try:
             content = self._path.read_bytes()
-        except OSError as error:  # without the stamp: it is read again at the next look
+        except OSError as error:  # the stamp is unset, so the next check retries
             raise ValueError(f"{self._path} cannot be read: {error.strerror}") from error
         self._stamp = stamp
         try:
@@ -168,12 +168,12 @@ class Keys:
 
 
 def digest(key: bytes) -> str:
-    """The hash in the file. Keys are long and random, so that a plain hash cannot be reversed."""
+    """The hash in the file. Keys are long and random, so a plain hash cannot be reversed."""
     return hashlib.sha256(key).hexdigest()
 
 
 def _reason(error: Exception) -> str:
-    """The reason, without the file's content: someone may have put a plain key there."""
+    """The reason, without the file's content, which may contain a plain key by mistake."""
     if isinstance(error, ValidationError):
         return "; ".join(
             f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:5]

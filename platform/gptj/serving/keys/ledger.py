@@ -1,6 +1,6 @@
-"""Counts what keys use: requests and tokens in the last minute, and running requests.
+"""Counts the keys' use: requests and tokens in the last minute, and running requests.
 
-The window slides: in no 60 seconds does a key get more than its limit.
+The window slides: no key exceeds its limit within any 60 seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 WINDOW_SECONDS = 60.0
-# A request that has not ended by then lost its replica, and was not tried again.
+# A request running longer than this has lost its replica and was not retried.
 LONGEST_SECONDS = 660.0
 
 
@@ -21,17 +21,17 @@ LONGEST_SECONDS = 660.0
 class Limits:
     """One key's limits; None: no limit."""
 
-    requests: int | None = None  # a minute
-    tokens: int | None = None  # a minute
+    requests: int | None = None  # per minute
+    tokens: int | None = None  # per minute
     concurrent: int | None = None
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a key has left, and which limit refused the request, if any."""
+    """A key's remaining quota, and the limit that rejected the request, if any."""
 
     refused: Literal["requests", "tokens", "concurrent"] | None = None
-    retry_seconds: float = 0.0  # until a refused request would be let through
+    retry_seconds: float = 0.0  # until a rejected request would be accepted
     remaining_requests: int | None = None
     remaining_tokens: int | None = None
     reset_requests: float = 0.0  # seconds until the whole limit is free again
@@ -41,7 +41,7 @@ class Standing:
 class Ledger(Protocol):
     """Counts for all replicas, or for one.
 
-    All tries of a request have the same `request`, and count once.
+    All tries of a request share the same `request` id and count once.
     """
 
     async def begin(self, key: str, limits: Limits, request: str) -> Standing: ...
@@ -81,7 +81,7 @@ class Window:
             self.total += amount - before
 
     def seconds_until(self, room: int, limit: int, now: float) -> float:
-        """Until there is room for `room` more."""
+        """Seconds until there is room for `room` more."""
         left, wait = self.total, 0.0
         for since, amount in self._amounts.values():
             if left + room <= limit:
@@ -103,11 +103,11 @@ class _Use:
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
     running: OrderedDict[str, float] = field(default_factory=OrderedDict)  # since when
-    reserved: set[str] = field(default_factory=set)  # of those that run: have reserved tokens
+    reserved: set[str] = field(default_factory=set)  # running requests with reserved tokens
 
 
 class Counts:
-    """The counting itself, which never waits; the clock is in seconds."""
+    """The synchronous counting; the clock is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -130,7 +130,7 @@ class Counts:
 
     def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing:
         use, now = self._use(key)
-        if request in use.tokens or request in use.reserved:  # tried again, a minute later
+        if request in use.tokens or request in use.reserved:  # a retry, perhaps a minute later
             return self._standing(use, limits, now)
         if limits.tokens is not None and use.tokens.total + tokens > limits.tokens:
             wait = use.tokens.seconds_until(tokens, limits.tokens, now)
@@ -177,7 +177,7 @@ class Counts:
 
 
 class LocalLedger:
-    """A Ledger for this process alone."""
+    """A Ledger for this process only."""
 
     def __init__(self, counts: Counts | None = None) -> None:
         self._counts = counts or Counts()

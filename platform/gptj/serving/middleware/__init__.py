@@ -1,1 +1,1 @@
-"""What wraps every application: keys, limits, the edge of HTTP, metrics."""
+"""Middleware of every application: keys, limits, edge cases of HTTP, metrics."""

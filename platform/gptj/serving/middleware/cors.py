@@ -18,7 +18,7 @@ ORIGIN = re.compile(r"https?://[^/\s?#@*]+")
 class Cors(CORSMiddleware):
     """Middleware, outside of the key check: browsers send preflights without a key.
 
-    Cookies are never allowed: a page can do no more than its key allows.
+    Cookies are never allowed: a page can only do what its key allows.
 
     Args:
         origins: such as `https://chat.example.org`, or `*`.

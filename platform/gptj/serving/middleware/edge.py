@@ -1,7 +1,7 @@
 """Answers requests that no route can: WebSocket, unreadable headers, protocol upgrades.
 
-Used in every application, and in Serve's proxy, which reads some headers itself and would answer a
-plain 500 if it cannot (see deployments.proxy).
+Used in every application, and in Serve's proxy, which reads some headers itself and would answer
+unreadable ones with a plain 500 (see deployments.proxy).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Edge:
 
     A client may offer to upgrade (`Upgrade: h2c`), and the server may decline by just answering.
     uvicorn reads nothing after such an offer, neither the body nor the connection's next request:
-    BodyLimit notices the missing body, and the connection is closed here. WebSocket is such an
-    offer if the server has it disabled, as in Serve's proxy, and otherwise a scope of its own.
+    BodyLimit detects the missing body, and the connection is closed here. WebSocket is such an
+    offer if disabled in the server, as in Serve's proxy; otherwise it has its own scope type.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -85,7 +85,7 @@ def _problem(scope: Scope) -> InvalidRequestError | None:
 
 
 def _seconds(value: bytes) -> float:
-    """As Serve reads it: what is not a number means no limit, here 0."""
+    """Parsed like Serve does: not a number means no limit, here 0."""
     try:
         return float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Lets requests in that have a key, as `Authorization: Bearer KEY`, within the key's limits."""
+"""Admits requests with a key (`Authorization: Bearer KEY`) within the key's limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.middleware.observing import SEED
 from gptj.serving.middleware.paths import route_path
 
-OPEN_PATHS = ("/health", "/openapi.json")  # probes have no key, nor has the document's page
+OPEN_PATHS = ("/health", "/openapi.json")  # probes and the documentation page have no key
 
 
 class KeyCheck:
@@ -30,8 +30,8 @@ class KeyCheck:
     429 beyond the key's limits, which count requests that do work (POST). OPEN_PATHS need no key.
 
     Args:
-        application: which the keys must be for.
-        ledger: counts the keys' use; default: one of this process.
+        application: the application that keys must allow.
+        ledger: counts the keys' use; default: within this process.
         recorder: receives the keys' use.
     """
 
@@ -62,7 +62,7 @@ class KeyCheck:
         if scope["method"] == "POST":
             await self._counted(key, scope, receive, send)
         else:
-            # Nothing is counted, but what a list shows depends on the key.
+            # Not counted, but lists depend on the key.
             with using(Account.of(key, "", self._ledger)):
                 await self._app(scope, receive, send)
 
@@ -82,8 +82,8 @@ class KeyCheck:
         return key
 
     async def _counted(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
-        # All tries of a request have one seed, which the proxy chooses. Without our proxy a client
-        # could send the same one again, and count once: see deployments.proxy.
+        # The proxy assigns one seed to all tries of a request. Without our proxy, a client could
+        # reuse a seed and be counted once: see deployments.proxy.
         request = dict(scope["headers"]).get(SEED) or uuid.uuid4().hex.encode()
         account = Account.of(key, request.decode("latin-1"), self._ledger)
         try:

@@ -13,17 +13,17 @@ from gptj.serving.errors import (
 )
 from gptj.serving.middleware.edge import offers_upgrade
 
-MAX_BODY_BYTES = 2**20  # by default: tokenizing takes a hundred times the memory of the text
-LARGEST_BODY_BYTES = 2**24  # that an application may take: Serve's proxy holds them all
-MAX_WAITING_BYTES = 2**28  # of all bodies that are being received
-MAX_HELD_BYTES = 2**30  # of all bodies whose requests run
+MAX_BODY_BYTES = 2**20  # default; tokenizing takes a hundred times the memory of the text
+LARGEST_BODY_BYTES = 2**24  # most that an application may allow: Serve's proxy holds them all
+MAX_WAITING_BYTES = 2**28  # total of bodies being received
+MAX_HELD_BYTES = 2**30  # total of running requests' bodies
 
 
 class BodyLimit:
     """Middleware: 413 for a body above `max_bytes`; smaller ones are read, then passed on.
 
-    503 beyond `max_waiting_bytes` in all bodies whose end has not arrived, or beyond
-    `max_held_bytes` in all whose requests run. The body of a request for health is not read.
+    503 beyond `max_waiting_bytes` in all incomplete bodies, or beyond `max_held_bytes` in all
+    running requests' bodies. The body of a health check is not read.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class BodyLimit:
         announced = declared not in (None, b"0") or b"transfer-encoding" in dict(scope["headers"])
         if size == 0 and announced and offers_upgrade(scope):
             raise InvalidRequestError(
-                "the body was not read, since the request offers to switch protocols: send it "
+                "the body was not read because the request offers to switch protocols: send it "
                 "without the header Upgrade (curl --http1.1, or HTTP_1_1 in Java's client)",
                 code="upgrade_not_supported",
             )

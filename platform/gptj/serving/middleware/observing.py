@@ -1,4 +1,4 @@
-"""Request ids; metrics and the log's line of each request's route, status and latency."""
+"""Request ids; metrics and a log line with each request's route, status and latency."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ HEADER = b"x-request-id"
 SEED = b"x-gptj-seed"  # the same for all tries of a request: see gptj.serving.entry.failover
 SANE = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CLIENT_GONE = 499
-UNKNOWN_ROUTE = "unknown"  # not the path, of which clients can make up any number
+UNKNOWN_ROUTE = "unknown"  # not the path: clients can make up any number
 
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _seed: ContextVar[int | None] = ContextVar("seed", default=None)
 
 
 def request_id() -> str:
-    """The current request's id; a new one outside of any."""
+    """The current request's id; outside of requests, a new one."""
     return _request_id.get() or uuid.uuid4().hex
 
 
 def request_seed() -> int | None:
-    """For a request that has no seed of its own; None outside of any, or without a proxy of ours.
+    """Seed for a request that sets none; None outside of requests or without our proxy.
 
-    A request that is tried again has the same one, and so the same answer.
+    Retries of a request have the same seed, and so the same answer.
     """
     return _seed.get()
 
 
 class Observing:
-    """Middleware, the outermost one that inspects requests.
+    """The outermost middleware that inspects requests.
 
-    Serve's proxy sets X-Request-Id on the request, the client's if it sent one, and on the reply:
+    Serve's proxy sets X-Request-Id, the client's if sent, on the request and on the reply;
     completions get the same id if it is well-formed.
     """
 
@@ -78,7 +78,7 @@ class Observing:
                 route = _route(scope)
                 answer = status if complete else CLIENT_GONE
                 self._recorder.request(route, answer, seconds)
-                if answer != 200 or route_path(scope) != "/health":  # of which probes ask all day
+                if answer != 200 or route_path(scope) != "/health":  # do not log every probe
                     id_ = own[:128].decode("latin-1")
                     access_log.write(entry, scope["method"], route, answer, seconds, id_)
 
@@ -86,7 +86,7 @@ class Observing:
 def _route(scope: Scope) -> str:
     """The route's pattern after the application's prefix, such as `/v1/models/{model_id}`.
 
-    Requests that were refused before routing, by key or size, have none.
+    Requests rejected before routing, by key or size, have none.
     """
     pattern = getattr(scope.get("route"), "path_format", None)
     if pattern is None:

@@ -1,4 +1,4 @@
-"""A request's path within its application, whatever prefix that is served under."""
+"""A request's path within its application, whatever its prefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def route_path(scope: Scope) -> str:
 
 
 class Routing:
-    """Middleware: routes answer with and without a trailing slash, and to HEAD as to GET.
+    """Middleware: routes accept a trailing slash, and answer HEAD like GET.
 
     `POST /prefix` reaches the route `/`. Redirecting, as Starlette does, needs an absolute URL,
     whose scheme is unknown behind a proxy that terminates TLS.

@@ -1,4 +1,4 @@
-"""Unknown fields of bodies: ignored, with a warning in the log, instead of refused."""
+"""Ignore unknown fields of bodies, with a warning in the log, instead of rejecting them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop and the evaluation know of a task: its data, head, loss and metrics."""
+"""The interface of a task to the loop and the evaluation: its data, head, loss and metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Data(Protocol):
 
     @property
     def labels(self) -> LabelSet | None:
-        """What a classifier tells apart; None for other tasks."""
+        """A classifier's labels; None for other tasks."""
 
     @property
     def longest(self) -> int:
@@ -38,7 +38,7 @@ class Data(Protocol):
     def collate(self, examples: list[Any]) -> dict[str, Tensor]: ...
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
-        """What the loss averages over: tokens or rows."""
+        """Number of items that the loss averages over: tokens or rows."""
 
     def count_tokens(self, batch: dict[str, Tensor]) -> int:
         """Tokens that are not padding."""
@@ -49,11 +49,11 @@ class Data(Protocol):
 
 @dataclass
 class Part:
-    """What one rank has evaluated; plain values, which pickle."""
+    """One rank's share of an evaluation; plain values, so that it can be pickled."""
 
     loss: float = 0.0  # summed over items
     items: int = 0
-    # What Task.outputs gives, by the number of the example.
+    # Results of Task.outputs, by the example's index.
     outputs: dict[int, Any] = field(default_factory=dict)
 
 
@@ -61,27 +61,27 @@ D = TypeVar("D", bound=Data)
 
 
 class Task(ABC, Generic[D]):
-    """One thing that GPT-J can be trained for."""
+    """A task that GPT-J can be trained for."""
 
     name: TaskName
     head: type[GPTJPreTrainedModel]
-    text_columns: tuple[str, ...] = ("text",)  # of these, what a tokenizer learns from
-    sample: str  # data that needs no download
-    best_by: tuple[str, ...] = ("loss",)  # the metric that ranks models: the first there is
-    own_settings: tuple[str, ...] = ()  # keys of `data` that mean nothing to other tasks
+    text_columns: tuple[str, ...] = ("text",)  # a new tokenizer is trained on these
+    sample: str  # built-in data
+    best_by: tuple[str, ...] = ("loss",)  # the first of these that exists ranks models
+    own_settings: tuple[str, ...] = ()  # keys of `data` that apply only to this task
 
     @property
     def row_kinds(self) -> tuple[tuple[str, ...], ...]:
-        """Our names of the columns that each kind of rows has."""
+        """Column names, ours, of each kind of row."""
         return SHARD_KINDS[self.name].row_kinds
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Our names of all columns that it reads."""
+        """All columns that the task reads, by our names."""
         return tuple(dict.fromkeys(column for kind in self.row_kinds for column in kind))
 
     def texts(self, row: Row) -> list[str]:
-        """What a tokenizer learns from."""
+        """The texts to train a tokenizer on."""
         return [row.text(column) for column in self.text_columns if column in row.values]
 
     @abstractmethod
@@ -92,10 +92,10 @@ class Task(ABC, Generic[D]):
         options: DataSettings,
         labels: LabelSet | None = None,
     ) -> D:
-        """Tokenize rows, into memory.
+        """Tokenize rows into memory.
 
         Args:
-            labels: of the training data or of the checkpoint; None finds them in the rows.
+            labels: of the training data or the checkpoint; None: taken from the rows.
 
         Raises:
             DataError: naming the row that does not fit.
@@ -110,19 +110,19 @@ class Task(ABC, Generic[D]):
         options: DataSettings,
         labels: LabelSet | None = None,
     ) -> None:
-        """The same of prepared data, to a new folder, in as much memory as a shard takes.
+        """Tokenize prepared data to a new folder, holding one shard in memory.
 
         Raises:
-            DataError: if the task or the tokenizer is another, or as `read`.
+            DataError: if it was prepared for another task or tokenizer, or as in `read`.
             CheckpointError: for a damaged shard.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> D:
-        """What `write` has written, memory-mapped."""
+        """Memory-map the data written by `write`."""
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], items: int) -> tuple[Tensor, Any]:
-        """A batch's loss as a sum over its items, which batches can share, and the output.
+        """A batch's loss, summed over its items so that batches add up, and the output.
 
         Args:
             batch: on the model's device.
@@ -132,15 +132,15 @@ class Task(ABC, Generic[D]):
         return output.loss * items, output
 
     def outputs(self, data: D, output: Any, examples: Sequence[int]) -> list[Any]:
-        """What the metrics need of each example of a batch, as plain values."""
+        """Plain values that the metrics need from each example of a batch."""
         return []
 
     @abstractmethod
     def metrics(self, data: D, whole: Part) -> dict[str, float]:
-        """The task's numbers over all of the data, `loss` among them."""
+        """The task's metrics over all of the data, including `loss`."""
 
     def score(self, metrics: dict[str, float]) -> float:
-        """What ranks models by their metrics; higher is better."""
+        """A score that ranks models by their metrics; higher is better."""
         name = next(each for each in self.best_by if each in metrics)
         return -metrics[name] if name in ("loss", "mse") else metrics[name]
 
@@ -148,13 +148,13 @@ class Task(ABC, Generic[D]):
         """ValueError if the settings contradict each other."""
 
     def labels_of(self, config: GPTJConfig) -> LabelSet | None:
-        """What a model with this task's head tells apart, if it is a classifier."""
+        """The labels of a trained classifier; None for other tasks and heads."""
         return None
 
     def known_labels(
         self, config: GPTJConfig, checkpoint: str, options: DataSettings
     ) -> LabelSet | None:
-        """The labels that a run keeps from the checkpoint that it begins with.
+        """The labels that a run keeps from its initial checkpoint.
 
         Raises:
             SettingsError: if the settings contradict them.

@@ -1,4 +1,4 @@
-"""Language modelling: the next token of any text, measured by perplexity."""
+"""Language modelling: predict the next token; measured by perplexity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gptj.training.tasks.base import Part, Task
 class CausalLM(Task[CausalLMData]):
     name = "causal-lm"
     head = GPTJForCausalLM
-    text_columns = ("text", "prompt", "completion")  # beside messages
+    text_columns = ("text", "prompt", "completion")  # besides messages
     sample = "sample://documentation"
     own_settings = ("packing",)
 
@@ -57,7 +57,7 @@ class CausalLM(Task[CausalLMData]):
         return CausalLMData.load(folder)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], items: int) -> tuple[Tensor, Any]:
-        # Not mean times items: a batch without a counted token has no mean.
+        # Not mean * items: without counted tokens the mean is undefined.
         output = model(**batch, use_cache=False, num_items_in_batch=1, skip_logits=True)
         return output.loss, output
 
@@ -68,9 +68,9 @@ class CausalLM(Task[CausalLMData]):
 
 
 def unigram_perplexity(train: CausalLMData, evaluation: CausalLMData) -> float:
-    """Perplexity of guessing by frequency alone, over the tokens that a model is measured on.
+    """Perplexity of a unigram model, over the tokens that a model is evaluated on.
 
-    Frequencies are those of the training tokens, one added to each of the vocabulary.
+    Uses the training tokens' frequencies with add-one smoothing.
     """
     if train.vocabulary != evaluation.vocabulary:
         raise ValueError(
@@ -83,5 +83,5 @@ def unigram_perplexity(train: CausalLMData, evaluation: CausalLMData) -> float:
 
 
 def _exp(loss: float) -> float:
-    """e to the loss; infinite where a float has no room for it."""
+    """exp(loss), or infinity if that overflows."""
     return math.exp(loss) if loss < math.log(np.finfo(float).max) else math.inf

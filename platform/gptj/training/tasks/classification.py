@@ -78,10 +78,10 @@ class Classification(Task[ClassificationData]):
         return logits
 
     def metrics(self, data: ClassificationData, whole: Part) -> dict[str, float]:
-        """`loss`, and by the kind of the labels:
+        """`loss`, and depending on the problem type:
 
-        single: `accuracy`, `f1` (mean over the classes that occur);
-        several: `accuracy` (of whole rows), `f1` (over all decisions);
+        single-label: `accuracy`, `f1` (macro, over the classes that occur);
+        multi-label: `accuracy` (of whole rows), `f1` (micro);
         regression: `mse`, and `pearson` (mean over outputs) unless a side is constant.
         """
         check_all_there(data, whole)
@@ -101,9 +101,9 @@ class Classification(Task[ClassificationData]):
 
 
 def _renamed(trained: LabelSet, checkpoint: str, options: DataSettings) -> LabelSet:
-    """A checkpoint's labels with what the settings say of them; its head stays as it is.
+    """A checkpoint's labels, named as in the settings; its head is unchanged.
 
-    Only class numbers without names (LABEL_0, …) may get names.
+    Only generic labels (LABEL_0, …) may be renamed.
     """
     if options.problem_type not in (None, trained.problem_type):
         raise SettingsError(
@@ -119,16 +119,16 @@ def _renamed(trained: LabelSet, checkpoint: str, options: DataSettings) -> Label
         trained = replace(trained, names=names)
     if set(names) != set(trained.names):
         raise SettingsError(
-            f"{checkpoint} tells {len(trained.names)} labels apart ({known:.300}), and "
-            f"data.label_names has {len(names)} ({given:.300}): leave it out, or begin with a "
+            f"{checkpoint} has {len(trained.names)} labels ({known:.300}), but "
+            f"data.label_names has {len(names)} ({given:.300}): leave it out, or start from a "
             f"checkpoint that is not a classifier"
         )
     if isinstance(written, dict):
         return trained.translated(written)
     if names != trained.names:
         raise SettingsError(
-            f"data.label_names is in another order ({given:.300}) than the outputs of "
-            f"{checkpoint} ({known:.300}): leave it out, or give them in that order"
+            f"data.label_names ({given:.300}) is ordered differently from the outputs of "
+            f"{checkpoint} ({known:.300}): leave it out, or use that order"
         )
     return trained
 
@@ -154,7 +154,7 @@ def _classified(logits_BC: Array, targets: Array, problem_type: str) -> dict[str
 
 
 def _f1(hits: Array, predicted: Array, true: Array) -> float:
-    """Twice the hits over all that was predicted or true; 0 where nothing was."""
+    """2 * hits / (predicted + true); 0 for 0/0."""
     total = int(predicted.sum() + true.sum())
     return 2 * int(hits.sum()) / total if total else 0.0
 

@@ -1,4 +1,4 @@
-"""Extractive question answering, measured as SQuAD does."""
+"""Extractive question answering, measured as in SQuAD."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class QuestionAnswering(Task[QuestionAnsweringData]):
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor], items: int) -> tuple[Tensor, Any]:
         output = model(batch["input_ids"], attention_mask=batch["attention_mask"])
-        # Not the model's own loss, in which padding competes for the answer.
+        # Not the model's own loss, where padding competes with the answer.
         return answer_loss(output.start_logits, output.end_logits, batch) * items, output
 
     def outputs(
@@ -94,7 +94,7 @@ class QuestionAnswering(Task[QuestionAnsweringData]):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one window says: its best span in characters, and how sure it is that there is none."""
+    """One window's best span, in characters, and its no-answer logit."""
 
     start: int
     end: int
@@ -103,12 +103,12 @@ class Answer:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 if both are the same words, by SQuAD's official rules."""
+    """1 if both have the same words, by SQuAD's official rules."""
     return float(normalized(prediction) == normalized(answer))
 
 
 def overlap_f1(prediction: str, answer: str) -> float:
-    """F1 of the words that both have, by SQuAD's official rules."""
+    """F1 of word overlap, by SQuAD's official rules."""
     ours, theirs = normalized(prediction).split(), normalized(answer).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -117,7 +117,7 @@ def overlap_f1(prediction: str, answer: str) -> float:
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus white space."""
+    """Lowercase; strip punctuation, articles and extra whitespace."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -132,9 +132,9 @@ def _answer(data: QuestionAnsweringData, example: int, start: Array, end: Array)
 
 
 def _answered(data: QuestionAnsweringData, outputs: dict[int, Answer]) -> dict[str, float]:
-    """Scores of each question's best span over its windows, against the best-fitting answer.
+    """Mean score of each question's best span over its windows, against its closest answer.
 
-    "No answer" may win only where the data has questions without one.
+    "No answer" is considered only if the data has unanswerable questions.
     """
     windows: dict[int, list[Answer]] = {}
     for example, answer in outputs.items():

@@ -18,7 +18,7 @@ from gptj.engine.runners.lora import NONE
 
 Vector = TypeVar("Vector", Tensor, Ints)
 
-DRAFTED = 16  # tokens of a sequence, at most, that may be decode rows
+DRAFTED = 16  # most tokens of a sequence that are computed as decode rows
 ALIGNED = 4  # int32s: Triton specializes kernels for 16-byte alignment
 
 
@@ -145,8 +145,8 @@ class InputsMaker:
 def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
     """Make each token of a draft a decode row with its sequence's pages.
 
-    Such a step replays a graph, and its tokens are computed as if they were decoded singly. They
-    see each other, since a layer's keys and values are all cached before its attention.
+    Such a step replays a graph, and computes its tokens as if decoded one by one. They still attend
+    to each other, since a layer caches all keys and values before its attention.
     """
     lengths = np.diff(batch.query_start_loc)
     count = len(batch.logits_indices)
@@ -168,7 +168,7 @@ def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
 
 
 def _repeated(adapters_R: Ints | None, lengths: Ints) -> Ints | None:
-    """Of the first sequences, each token's in place of the sequence's."""
+    """Repeat the first sequences' slots for each of their tokens."""
     if adapters_R is None:
         return None
     rows = len(lengths)

@@ -29,8 +29,8 @@ CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the dtype's bytes
 MAX_SPLITS = 32
 LORA_BLOCK_RANK, LORA_BLOCK_INPUTS = 8, 512
 LORA_BLOCK_COLUMNS, LORA_BLOCK_TERMS = 128, 16
-# Decode attention programs per multiprocessor: four are resident at a time, and twice as many
-# balance contexts of different lengths.
+# Decode attention programs per multiprocessor: four are resident, and twice as many balance
+# contexts of different lengths.
 PROGRAMS = 8
 
 
@@ -56,7 +56,7 @@ class TritonOperations:
     def try_out(self, device: torch.device, lora: LoRALimits | None = None) -> None:
         """Launch all kernels as a step would, on a cache of two pages.
 
-        Except those that `prepare` measures, which skips failing ones.
+        Except GEMV, since `prepare` skips failing candidates.
         """
         config = self._config
         width, inner = config.n_embd, config.inner_dim
@@ -173,7 +173,7 @@ class TritonOperations:
                 adapted.add(y_TO[tokens], x_TI[tokens], chunk.adapter)
 
     def _add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
-        """Of the tokens that decode, each with an adapter of its own."""
+        """For decode rows, each of which may have a different adapter."""
         rank, modules, tokens = adapted.rank, len(adapted.inputs), inputs.num_decodes
         ranks_S = adapted.ranks.on_device_S
         small = torch.empty(tokens, modules * rank, dtype=torch.float32, device=x_TI.device)

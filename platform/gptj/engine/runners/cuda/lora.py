@@ -1,8 +1,8 @@
-"""Adapters in the GPU's runner: all slots' matrices at fixed addresses, which graphs read.
+"""Adapters in the GPU's runner: all slots' matrices at fixed addresses, for CUDA graphs.
 
-The modules of a layer are those of its two fused products: q_proj, k_proj, v_proj and fc_in have
-the same inputs, and columns side by side; out_proj and fc_out have the same columns, and inputs
-side by side. Shape suffixes: S slots, R rank, O columns.
+A layer's modules belong to its two fused products: q_proj, k_proj, v_proj and fc_in share inputs,
+with columns side by side; out_proj and fc_out share columns, with inputs side by side. Shape
+suffixes: S slots, R rank, O columns.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from gptj.engine.runners.lora import LoRALimits, LoRAPair, LoRAWeights
 
 FIRST = ("q_proj", "k_proj", "v_proj", "fc_in")
 SECOND = ("out_proj", "fc_out")
-LEAST_RANK = 8  # of a slot: blocks of the kernels
+LEAST_RANK = 8  # of a slot: the kernels' block size
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Of the adapter in each slot."""
+    """Rank of the adapter in each slot."""
 
     on_device_S: Tensor  # int32
     on_host: list[int]
@@ -42,7 +42,7 @@ class Adapted:
 
     Attributes:
         a: (S, RANK * all inputs): each module's A (RANK, inputs), one after another.
-        b: (S, columns, RANK) where columns are side by side, else (S, columns, modules * RANK).
+        b: (S, columns, RANK) if columns are side by side, else (S, columns, modules * RANK).
             Rows and columns beyond an adapter's rank are 0.
         inputs: of each module.
         columns: of each module.
@@ -85,7 +85,7 @@ class Adapted:
                     target[: len(matrix), : matrix.shape[1]] = matrix.to(target)
 
     def add(self, y_TO: Tensor, x_TI: Tensor, slot: int) -> None:
-        """Add a slot's products to those of tokens that all have its adapter, in place."""
+        """Add a slot's products, in place, for tokens that all have its adapter."""
         rank = self.ranks.on_host[slot]
         for module in range(len(self.inputs)):
             a_RI, b_OR = self._matrices(slot, module)

@@ -46,7 +46,7 @@ class Inputs:
     num_decodes: int
     chunks: tuple[Chunk, ...] = ()
     tiles_N4: Tensor | None = None  # chunks in tiles of TILE tokens, each as Chunk
-    adapters_T: Tensor | None = None  # each token's adapter's slot, or NONE
+    adapters_T: Tensor | None = None  # slot of each token's adapter, or NONE
     logits_indices_W: Tensor | None = None  # the tokens to compute logits for; None: all
 
 
@@ -119,5 +119,5 @@ class Operations(Protocol):
 
         Args:
             cache: (2, layers, pages, H, page size, K).
-            copies: none reads or writes a page that another one writes.
+            copies: independent: none reads or writes a page that another writes.
         """

@@ -1,4 +1,4 @@
-"""A Runner for GPUs: CUDA graphs for decode steps, also of drafts, eager kernels with prefill.
+"""A Runner for GPUs: CUDA graphs for decode steps, including drafts; eager kernels for prefill.
 
 Shape suffixes: T tokens of a step, R sequences, W rows of logits, D width, V vocabulary.
 """
@@ -36,7 +36,7 @@ class CudaRunner:
         model: in evaluation mode, on its device.
         num_pages: of the cache; one page is added for padding.
         operations: for the model's device and dtype.
-        lora: how many adapters it has room for.
+        lora: limits of the adapters to support.
         release: move the weights out of the model while fusing them, keeping one copy in memory;
             the model is unusable afterwards.
     """

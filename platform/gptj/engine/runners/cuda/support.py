@@ -26,7 +26,7 @@ def operations_for(model: GPTJForCausalLM, lora: LoRALimits | None = None) -> Op
     """The kernels, after a trial run on the model's device.
 
     Args:
-        lora: of the adapters, if there can be any.
+        lora: limits of the adapters to support, if any.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
