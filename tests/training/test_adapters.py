@@ -362,7 +362,7 @@ def test_an_adapter_is_nothing_to_train_on(runs: dict[str, Settings]) -> None:
             ["model.checkpoint=x", "adapter.quantization=nf4", "deepspeed.stage=3"],
             "adapter.quantization=nf4 and deepspeed.stage=3: .* set deepspeed.stage=2",
         ),
-        (["adapter.ranks=8"], r"adapter\.ranks: there is no such setting; there are rank, alpha"),
+        (["adapter.ranks=8"], r"adapter\.ranks: unknown setting; there are rank, alpha"),
     ],
 )
 def test_settings_that_cannot_be(words: list[str], named: str) -> None:

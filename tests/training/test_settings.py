@@ -46,8 +46,8 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lerning_rate=1"], "lerning_rate: there is no such setting; there are run, storage"),
-        (["optimizer.rate=1"], "optimizer.rate: there is no such setting; .*learning_rate"),
+        (["lerning_rate=1"], "lerning_rate: unknown setting; there are run, storage"),
+        (["optimizer.rate=1"], "optimizer.rate: unknown setting; .*learning_rate"),
         (["steps=many"], "steps: .* got 'many'"),
         (["steps=0"], "steps: .* got 0"),
         (["task=translation"], "task: .*'causal-lm', 'classification' .* got 'translation'"),

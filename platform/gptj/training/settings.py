@@ -367,7 +367,7 @@ def _explain(error: ValidationError) -> str:
         key = ".".join(str(part) for part in each["loc"] if "[" not in str(part)) or "settings"
         message = each["msg"].removeprefix("Value error, ")
         if each["type"] == "extra_forbidden":
-            message = f"there is no such setting; there are {', '.join(_names(each['loc'][:-1]))}"
+            message = f"unknown setting; there are {', '.join(_names(each['loc'][:-1]))}"
         elif each["type"] != "value_error":
             message = f"{message}, got {each['input']!r}"
         lines.append(f"{key}: {message}")
