@@ -1,4 +1,4 @@
-"""Ray Serve applications, one file a head."""
+"""Ray Serve applications, one file per head."""
 
 from gptj.extras import check_installed
 

@@ -52,7 +52,7 @@ class BatchedReplica(Generic[Service, Arguments]):
         )
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica whose model hangs or has ended."""
+        """For Serve, which replaces a replica whose model hangs or has stopped."""
         if not self._alive():
             raise RuntimeError(f"the model made no step in {self._stalled_seconds} seconds")
 

@@ -2,10 +2,10 @@
 
     python -m deployments.budget CLUSTER [--keep 1]
 
-Clusters have random names, and a budget that a manifest can name would be for the workers of all:
-in an upgrade those of the old cluster would satisfy it while all of the new one's are evicted. So
-each cluster's head applies one for its own, and Kubernetes deletes it with the RayCluster. The
-account of the pod needs to get `rayclusters` and to create and patch `poddisruptionbudgets`.
+Clusters have random names, so a budget in a manifest would cover all clusters' workers: in an
+upgrade the old cluster's would satisfy it while all of the new one's are evicted. So each cluster's
+head applies its own, and Kubernetes deletes it with the RayCluster. The pod's account needs to get
+`rayclusters` and to create and patch `poddisruptionbudgets`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ REQUEST_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Kubernetes:
-    """The API server, as a pod's account sees it."""
+    """The API server, through a pod's service account."""
 
     address: str
     account: Path = ACCOUNT
-    try_seconds: float = TRY_SECONDS  # for as long as the server does not answer, or is busy
+    try_seconds: float = TRY_SECONDS  # of retries while the server does not answer, or is busy
 
     @classmethod
     def of_this_pod(cls) -> Kubernetes:
-        """Raises LookupError where no pod is."""
+        """Raises LookupError outside a pod."""
         if "KUBERNETES_SERVICE_HOST" not in os.environ:
-            raise LookupError("KUBERNETES_SERVICE_HOST is not set: this runs in a pod only")
+            raise LookupError("KUBERNETES_SERVICE_HOST is not set: this only runs in a pod")
         host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
         return cls(f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
 
@@ -48,7 +48,7 @@ class Kubernetes:
     def ask(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         """The reply's object.
 
-        Raises requests.RequestException if there is none, with what the server says.
+        Raises requests.RequestException if there is none, with the server's message.
         """
         end = time.monotonic() + self.try_seconds
         while True:
@@ -57,7 +57,7 @@ class Kubernetes:
             except (requests.ConnectionError, requests.Timeout, Busy) as error:
                 if time.monotonic() > end:
                     raise
-                print(f"asked again in a second: {error}", file=sys.stderr, flush=True)
+                print(f"retrying in a second: {error}", file=sys.stderr, flush=True)
                 time.sleep(1)
 
     def _ask_once(self, method: str, path: str, **body: Any) -> dict[str, Any]:
@@ -81,11 +81,11 @@ class Kubernetes:
 
 
 class Busy(requests.RequestException):
-    """The API server cannot answer at this time."""
+    """The API server is temporarily unavailable."""
 
 
 def apply(kubernetes: Kubernetes, cluster: str, keep: int) -> str:
-    """Create or update the budget that `keep` workers of the cluster stay; says what was done.
+    """Create or update the budget that keeps `keep` workers; returns a line that says so.
 
     A cluster that is being deleted needs none: KubeRay then runs the head's pod once more, to clear
     its state in Redis.
@@ -112,7 +112,7 @@ def apply(kubernetes: Kubernetes, cluster: str, keep: int) -> str:
         },
         "spec": {
             "minAvailable": keep,
-            "unhealthyPodEvictionPolicy": "AlwaysAllow",  # what does not work holds no node up
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",  # unhealthy pods do not block draining
             "selector": {"matchLabels": {"ray.io/cluster": cluster, "ray.io/node-type": "worker"}},
         },
     }

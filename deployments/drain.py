@@ -1,13 +1,13 @@
-"""Empties this node before it goes: Kubernetes runs it when it is about to end a worker's pod.
+"""Drains this node: Kubernetes runs it before it stops a worker's pod.
 
     python -m deployments.drain [--seconds 1240] [--node ID]
 
-Ray is told that the node will be gone in so many seconds. Serve then starts the node's replicas
-elsewhere. Those here take requests until their successors do, but no longer than until a
-deployment's `graceful_shutdown_timeout_s` before the end, and end, and the node's proxy with them,
-once their last requests are answered. The command ends when they have ended, when the time is over,
-or when the head has been silent for a minute (the whole cluster is ending, say). It belongs to the
-cluster of RAY_ADDRESS.
+It tells Ray that the node will be gone in so many seconds. Serve then starts the node's replicas
+elsewhere. Those here take requests until their successors do, but at most until a deployment's
+`graceful_shutdown_timeout_s` before the deadline, and stop, with the node's proxy, once their last
+requests are answered. The command ends when they have stopped, at the deadline, or when the head
+has been silent for a minute (because the whole cluster is stopping, say). The cluster is that of
+RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ray.util import get_node_ip_address
 from ray.util.state import list_actors, list_nodes
 from ray.util.state.exception import RayStateApiException
 
-SERVES = ("ServeReplica", "ProxyActor")  # the actors that have requests
+SERVES = ("ServeReplica", "ProxyActor")  # actors that hold requests
 POLL_SECONDS = 2.0
 SILENCE_SECONDS = 60.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Empty this node of Serve's replicas.")
-    parser.add_argument("--seconds", type=int, default=1240, help="as long as it may take")
+    parser.add_argument("--seconds", type=int, default=1240, help="deadline")
     parser.add_argument("--node", metavar="ID", help="default: the one at this machine's address")
     arguments = parser.parse_args()
     print(drain(arguments.node or node_here(), arguments.seconds), flush=True)
@@ -40,12 +40,12 @@ def node_here() -> str:
     address = get_node_ip_address()
     nodes = list_nodes(filters=[("node_ip", "=", address), ("state", "=", "ALIVE")])
     if len(nodes) != 1:
-        sys.exit(f"error: {address} should be one live node of the cluster, it is {len(nodes)}")
+        sys.exit(f"error: {address} must be one live node of the cluster, but it is {len(nodes)}")
     return str(nodes[0].node_id)
 
 
 def drain(node: str, seconds: int) -> str:
-    """Announce the node's end and wait until nothing serves there; returns how that went.
+    """Announce the node's end and wait until nothing serves there; returns a line with the outcome.
 
     Raises subprocess.CalledProcessError if Ray does not accept it.
     """
@@ -71,7 +71,7 @@ def drain(node: str, seconds: int) -> str:
             if not left:
                 return f"nothing serves here any more, after {now - start:.0f} s"
         time.sleep(POLL_SECONDS)
-    return f"after {seconds} s there still are {', '.join(left)}"
+    return f"still serving after {seconds} s: {', '.join(left)}"
 
 
 def serving(node: str) -> list[str]:

@@ -25,11 +25,11 @@ from gptj.serving.embeddings import EmbeddingsService, Pooling, embeddings_app
 
 
 class Arguments(BatchArguments):
-    """The checkpoint may have any head, or none: embeddings are made of its hidden states."""
+    """The checkpoint may have any head, or none: embeddings come from its hidden states."""
 
     model_name: str | None = None  # what clients call it; default: by its address
-    # Of a text's hidden states: all (mean), the last, or all weighted by their position, as the
-    # public GPT-J embedding models (SGPT) are trained. It must be as in the model's training.
+    # Over a text's hidden states: all (mean), the last, or all weighted by their position, as the
+    # public GPT-J embedding models (SGPT) are trained. It must match the model's training.
     pooling: Pooling = "weighted_mean"
     normalize: bool = True  # vectors of length 1, like OpenAI's: their dot products are cosines
 

@@ -58,37 +58,37 @@ from gptj.storage.addresses import normalized
 
 
 class Arguments(LoadingArguments):
-    # Of /v1/chat/completions: a name (gptj.chat.READY) or the address of a Jinja file. Default: the
-    # checkpoint's own, if it has one.
+    # For /v1/chat/completions: a name (gptj.chat.READY) or the address of a Jinja file. Default:
+    # the checkpoint's own, if it has one.
     chat_template: str | None = None
     model_name: str | None = None  # what clients call it; default: by its address
     # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU. int4 rounds to nearest; a
-    # folder by jobs/quantize.py loses less, and stays in 4 bits without this setting.
+    # folder made by jobs/quantize.py loses less, and stays in 4 bits without this setting.
     quantization: Quantization = "none"
-    # Sequences that run together, and new tokens of a step, which bound the time between tokens.
+    # Concurrent sequences, and new tokens per step, which bounds the time between tokens.
     # Default: 64 and 256 on a CPU; on a GPU as many sequences of 512 tokens as the cache holds, up
     # to 256, and four tokens for each, at least 256 (gptj.engine.limits).
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_caching: bool = True  # compute shared prefixes once
     # {method: ngram, num_speculative_tokens: 8, prompt_lookup_min: 2, prompt_lookup_max: 4}:
-    # verify several tokens in a step where an output repeats its prompt or itself. {} takes these
+    # verify several tokens per step if an output repeats its prompt or itself. {} means these
     # values. Default: off.
     speculation: Speculation | None = None
     # The KV cache: its size in tokens, or a share of the device's free memory, at most what
-    # max_num_seqs sequences can use. Default: 0.3 on a CPU; on a GPU 0.95 of what the weights and
-    # the largest steps leave.
+    # max_num_seqs sequences can use. Default: 0.3 on a CPU; on a GPU 0.95 of the memory that the
+    # weights and the largest steps leave.
     cache_tokens: Annotated[int, Field(ge=16)] | None = None
     cache_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    # LoRA adapters of this model, in PEFT's format, by the name that requests have as `model`; and
-    # a folder or s3:// address, of which any folder below is an adapter by its relative name.
+    # LoRA adapters of this model, in PEFT's format, by the name in requests' `model`; and a folder
+    # or s3:// address, below which each folder is an adapter, named by its relative path.
     adapters: dict[Annotated[str, AfterValidator(check_name)], str] = Field(default_factory=dict)
     adapter_root: Annotated[str, AfterValidator(normalized)] | None = None
-    max_loras: Annotated[int, Field(ge=1)] = 8  # adapters in memory; `adapters` always are
+    max_loras: Annotated[int, Field(ge=1)] = 8  # adapters in memory, including `adapters`
     max_lora_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = MAX_RANK
 
     def template(self, tokenizer: GPTJTokenizer) -> ChatTemplate | None:
-        """The template of chats. Raises ChatTemplateError if there is a bad one."""
+        """The chat template, if any. Raises ChatTemplateError if it is invalid."""
         given = None if self.chat_template is None else read_template(self.chat_template)
         try:
             return template_of(tokenizer, given)
@@ -112,7 +112,7 @@ class Arguments(LoadingArguments):
                 raise ValueError(f"the adapter {name!r} cannot be served: {error}") from error
 
     def lora_limits(self) -> LoRALimits | None:
-        """None where there are no adapters."""
+        """None without adapters."""
         if not self.adapters and self.adapter_root is None:
             return None
         return LoRALimits(self.max_loras, self.max_lora_rank)
@@ -126,7 +126,7 @@ class Arguments(LoadingArguments):
         least = len(self.adapters) + (self.adapter_root is not None)
         if self.max_loras < least:
             raise ValueError(
-                f"max_loras={self.max_loras} must be {least} or more: the {len(self.adapters)} of "
+                f"max_loras={self.max_loras} must be {least} or more: the {len(self.adapters)} in "
                 f"adapters are always in memory, and adapter_root needs room for another"
             )
         if self.name in self.adapters:
@@ -140,15 +140,15 @@ class Arguments(LoadingArguments):
         step, running = self.max_num_batched_tokens, self.max_num_seqs
         if step is not None and running is not None and step < running:
             raise ValueError(
-                f"max_num_batched_tokens={step} must not be below max_num_seqs={running}: each "
+                f"max_num_batched_tokens={step} must be at least max_num_seqs={running}: each "
                 f"running sequence takes one token of a step"
             )
         return self
 
 
-# Above the class, which Ray sends with what the module has when it is decorated.
+# Defined before the class, which Ray pickles with the module's contents when it is decorated.
 def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Runner, Limits]:
-    """The model with its cache, and how much a step does."""
+    """The model with its cache, and a step's limits."""
     share = arguments.cache_share or DEFAULT_SHARES[model.device.type]
     limits = Limits.of(
         model.device,
@@ -169,7 +169,7 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
 
 @dataclass(frozen=True)
 class Services:
-    """What answers requests for a model and its adapters."""
+    """The services for a model and its adapters."""
 
     engine: Engine
     grammars: GrammarCompiler
@@ -268,7 +268,7 @@ class Generation:
         )
 
     async def check_health(self) -> None:
-        """For Serve, which replaces a replica whose engine hangs or has ended."""
+        """For Serve, which replaces a replica whose engine hangs or has stopped."""
         if not self._alive():
             raise RuntimeError(f"the engine made no step in {self._stalled_seconds} seconds")
 

@@ -1,6 +1,6 @@
 """A checkpoint's service in this process: a route and a body in, a reply out; no HTTP, no cluster.
 
-Bodies are checked by the code of the HTTP services, so that replies and errors equal theirs.
+The HTTP services' code checks the bodies, so replies and errors equal theirs.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ ServiceName = Literal["generation", "classification", "question-answering", "emb
 COMPLETIONS, CHATS, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 CLASSIFICATION, ANSWERS = "/classification", "/question-answering"
 
-# The heads of models by the names of their services; embeddings are made of any head's model.
+# Model heads by service; embeddings work with any head's model.
 HEADS: Mapping[ServiceName, type[GPTJPreTrainedModel]] = {
     "generation": GPTJForCausalLM,
     "classification": GPTJForSequenceClassification,
     "question-answering": GPTJForQuestionAnswering,
     "embeddings": GPTJModel,
 }
-# What the applications' `args` may have.
+# The types of the applications' `args`.
 ARGUMENTS: Mapping[ServiceName, type[Arguments]] = {
     "generation": GenerationArguments,
     "classification": BatchArguments,
@@ -75,8 +75,8 @@ class InProcessService:
     """One of the services; close it at the end.
 
     Args:
-        alive: whether the model makes progress, as in the services' health.
-        closing: called in their order.
+        alive: whether the model makes progress, as in the services' health checks.
+        closing: called in order.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class InProcessService:
         self.routes = routes
         self.alive = alive
         self._closing = closing
-        self.rows_at_once = rows_at_once  # that a step of the model can work on
+        self.rows_at_once = rows_at_once  # in one step of the model
         self._ignore_unknown_fields = ignore_unknown_fields  # of bodies
 
     @classmethod
     def load(
         cls, name: ServiceName, arguments: Arguments, device: torch.device | None = None
     ) -> Self:
-        """The service of a checkpoint, by the application's `args`.
+        """The service of a checkpoint, from the application's `args`.
 
         Args:
             device: None: a GPU, if this process sees one.
@@ -123,13 +123,12 @@ class InProcessService:
 
         Raises:
             APIError: with the status and the body that the HTTP service would send.
-            QueueFullError, ClosedError: of the model's queue.
+            QueueFullError, ClosedError: from the model's queue.
         """
         answer = self.routes.get(route)
         if answer is None:
             raise NotFoundError(
-                f"there is no POST {route!r:.200} here: this model answers "
-                f"{' and '.join(self.routes)}",
+                f"no route POST {route!r:.200}: this model answers {' and '.join(self.routes)}",
                 code="unknown_url",
             )
         with ignoring_unknown_fields() if self._ignore_unknown_fields else nullcontext():
@@ -148,7 +147,7 @@ class InProcessService:
 
         def answer(service: GenerationService[Any, Any, Any]) -> Answer:
             async def complete(request: GenerationRequest) -> Any:
-                # The engine's requests hold the adapter themselves, once they are submitted.
+                # Once submitted, the engine's requests hold the adapter themselves.
                 async with served_model(request.model, arguments.name, services.adapters) as own:
                     return await service.complete(request.served_by(own))
 
@@ -176,10 +175,12 @@ class InProcessService:
 
 
 def checked_body(route: str, body: Any) -> RequestModel:
-    """A body for one of the routes. APIError with the status and words of the HTTP service."""
+    """A body for one of the routes. APIError with the HTTP service's status and message."""
     request = validated(BODIES[route], body)
     if getattr(request, "stream", False):
-        raise InvalidRequestError("stream=true needs a connection: leave it out", param="stream")
+        raise InvalidRequestError(
+            "stream=true needs an HTTP connection: leave it out", param="stream"
+        )
     return request
 
 

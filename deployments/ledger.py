@@ -1,4 +1,4 @@
-"""One ledger of keys for the whole cluster: a small actor that all replicas ask.
+"""One ledger of keys for the whole cluster: a small actor that all replicas call.
 
 It lives in Serve's namespace and reserves no CPU. If it dies, Ray restarts it with an empty window.
 While it does not answer, each replica counts for itself: a key has its limits once per replica.
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 NAME, NAMESPACE = "gptj-key-ledger", "serve"
 START_SECONDS = 60.0
 ANSWER_SECONDS = 1.0
-WITHOUT_SECONDS = 5.0  # until it is asked again, after it did not answer
-MAX_PENDING = 10_000  # calls of one replica: a bound on memory while it hangs
+WITHOUT_SECONDS = 5.0  # until it is called again after it did not answer
+MAX_PENDING = 10_000  # calls per replica: bounds memory while it hangs
 
 
 class ClusterLedger:
@@ -37,10 +37,10 @@ class ClusterLedger:
         self._local = LocalLedger()
         self._without_until = 0.0
         self._connecting = self._connect()
-        self._connecting.join(START_SECONDS)  # so that the first requests find it there
+        self._connecting.join(START_SECONDS)  # ready for the first requests
 
     def _connect(self) -> threading.Thread:
-        """Find or start the actor on a thread: Ray blocks, and this one may have an event loop."""
+        """Find or start the actor on a thread: Ray blocks, and the caller may run an event loop."""
         thread = threading.Thread(target=self._start, name="key-ledger", daemon=True)
         thread.start()
         return thread
@@ -53,7 +53,7 @@ class ClusterLedger:
         except (RayError, ValueError) as error:
             logger.warning("the ledger of keys has not started: %s", error)
         finally:
-            if self._actor is None:  # whatever was raised: not a thread for each request
+            if self._actor is None:  # whatever was raised: avoid a thread per request
                 self._without_until = time.monotonic() + WITHOUT_SECONDS
 
     async def begin(self, key: str, limits: Limits, request: str) -> Standing:
@@ -65,18 +65,18 @@ class ClusterLedger:
         return standing or await self._local.reserve(key, limits, request, tokens)
 
     async def end(self, key: str, request: str, tokens: int) -> None:
-        # Tell both: a begin that was not answered in time may be counted in either. Even an actor
-        # that does not answer now: otherwise its counts of running requests would never go down.
+        # Tell both: a begin that was not answered in time may be counted in either. Tell the actor
+        # even if it does not answer now: otherwise its running requests would never go down.
         await self._local.end(key, request, tokens)
         if self._actor is None:
             return
         try:
             self._actor.end.remote(key, request, tokens)  # nothing to wait for
         except RayError as error:
-            logger.warning("the ledger of keys cannot be told that a request ended: %s", error)
+            logger.warning("cannot tell the ledger of keys that a request ended: %s", error)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        """The actor's answer; None if there is none in time."""
+        """The actor's answer; None on timeout or error."""
         if time.monotonic() < self._without_until:
             return None
         if self._actor is None:
@@ -115,5 +115,5 @@ def _actor() -> Any:
 
 @cache
 def cluster_ledger() -> Ledger:
-    """This process's ledger; without a file of keys no key has a limit, and there is no actor."""
+    """This process's ledger; without a keys file there are no limits, hence no actor."""
     return ClusterLedger() if FILE_VARIABLE in os.environ else LocalLedger()

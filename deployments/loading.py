@@ -1,4 +1,4 @@
-"""What the three deployments share: their arguments, and a checkpoint on the right device."""
+"""Shared by the deployments: their arguments, and loading a checkpoint on the right device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gptj.storage.file_lock import turn
 
 Model = TypeVar("Model", bound=GPTJPreTrainedModel)
 
-RENAMED = {  # deprecated keys of `args`, by their present names
+RENAMED = {  # deprecated keys of `args`, by their current names
     "max_waiting": "max_queued",
     "max_running": "max_num_seqs",
     "step_tokens": "max_num_batched_tokens",
@@ -36,45 +36,45 @@ RENAMED = {  # deprecated keys of `args`, by their present names
 
 
 class Arguments(BaseModel):
-    """`args` of an application in serve.yaml; unknown ones are refused."""
+    """`args` of an application in serve.yaml; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    # A folder, an s3:// address or a hub id; of a model, or of an adapter, which is merged into its
+    # A folder, an s3:// address or a hub id of a model, or of an adapter, which is merged into its
     # base in memory.
     checkpoint: Annotated[str, AfterValidator(normalized)]
     revision: str | None = None  # of a hub id
-    # auto: float16 on a GPU; on a CPU bfloat16 where it computes in it (AMX, AVX512-BF16), or
-    # else float32, since emulation is slower than float32 itself.
+    # auto: float16 on a GPU; on a CPU bfloat16 with native support (AMX, AVX512-BF16), else
+    # float32, since emulated bfloat16 is slower.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     verify: bool = True  # compare each file's SHA-256 with the checkpoint's manifest
-    # Replicas that load on one node at the same time; the others wait, and then find the files in
-    # the system's memory. What a replica needs only while it loads is there so many times at most.
+    # Replicas that load concurrently on one node; the others wait, and then find the files in the
+    # page cache. This bounds the memory that replicas need only while loading.
     loads_at_once: Annotated[int, Field(ge=1)] = 1
-    max_queued: Annotated[int, Field(ge=1)] = 256  # rows that wait; beyond it clients get 429
-    # Without a step for so long while there is work, the replica counts as dead and is replaced.
+    max_queued: Annotated[int, Field(ge=1)] = 256  # waiting rows; beyond it clients get 429
+    # A replica that makes no step for so long while there is work is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
 
-    # Origins of other pages that may ask (CORS), such as https://chat.example.org; * for all.
+    # Allowed CORS origins, such as https://chat.example.org; * for all.
     cors_origins: tuple[Annotated[str, AfterValidator(check_origin)], ...] = ()
-    unknown_fields: Literal["refuse", "ignore"] = "refuse"  # of bodies; ignored ones are logged
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"  # in bodies; ignored ones are logged
 
-    # Of a request's body, for whose texts a replica needs a hundred times the memory to tokenize.
+    # Per request body; tokenizing takes a hundred times a text's memory.
     max_body_bytes: Annotated[int, Field(ge=1, le=LARGEST_BODY_BYTES)] = MAX_BODY_BYTES
 
     def http_options(self) -> HTTPOptions:
         return HTTPOptions(self.cors_origins, self.unknown_fields == "ignore", self.max_body_bytes)
 
     def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
-        """What an application needs beside the checkpoint. Raises ValueError, FileNotFoundError."""
+        """Check an application's further inputs. Raises ValueError, FileNotFoundError."""
 
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
-        """What an application needs of the tokenizer beside its size. Raises ValueError."""
+        """Check an application's further requirements of the tokenizer. Raises ValueError."""
 
     @model_validator(mode="before")
     @classmethod
     def _accept_renamed(cls, fields: Any) -> Any:
-        """Take deprecated keys for the fields that this application has, with a warning."""
+        """Accept deprecated keys of this application's fields, with a warning."""
         if not isinstance(fields, dict):
             return fields
         fields = dict(fields)
@@ -83,33 +83,33 @@ class Arguments(BaseModel):
                 continue
             if new in fields:
                 raise ValueError(f"{old} is the former name of {new}: remove {old}")
-            # Python shows users a FutureWarning, but no DeprecationWarning.
+            # Python shows users a FutureWarning, but not a DeprecationWarning.
             warnings.warn(f"args: {old} is deprecated: use {new}", FutureWarning, stacklevel=2)
             fields[new] = fields.pop(old)
         return fields
 
 
 class BatchArguments(Arguments):
-    """Of a service that computes whole rows, in batches."""
+    """`args` of a service that computes batches of whole rows."""
 
-    max_batch: Annotated[int, Field(ge=1)] = 16  # rows that are computed together
+    max_batch: Annotated[int, Field(ge=1)] = 16  # rows per batch
 
 
 def loading_turn(arguments: Arguments) -> AbstractContextManager[None]:
-    """Wait until this replica may load; a block's length of a place that the node's users share.
+    """Hold one of the node's loading slots during the block; waits until one is free.
 
-    A replica that is killed meanwhile leaves its place at once.
+    A killed replica frees its slot at once.
     """
     places = Path(tempfile.gettempdir()) / f"gptj-loading-{os.getuid()}"
     return turn(places, arguments.loads_at_once)
 
 
 def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
-    """Check what can be known of a checkpoint without reading its weights.
+    """Check a checkpoint as far as possible without reading its weights.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        CheckpointError: if files are missing, cut off or damaged.
+        CheckpointError: if files are missing, truncated or damaged.
         ValueError: if it has another head, or a tokenizer that does not fit.
     """
     with ModelFolder.open(arguments.checkpoint, revision=arguments.revision) as folder:
@@ -134,7 +134,7 @@ def load(
 
 
 def open_checkpoint(arguments: Arguments) -> ModelFolder:
-    """The checkpoint's folder, to be loaded from."""
+    """Open the checkpoint's folder for loading."""
     return ModelFolder.open(
         arguments.checkpoint, revision=arguments.revision, weights=True, verify=arguments.verify
     )
@@ -146,12 +146,12 @@ def load_from(
     arguments: Arguments,
     device: torch.device | None = None,
 ) -> tuple[Model, GPTJTokenizer]:
-    """As `load`, from a checkpoint that is open already."""
+    """As `load`, from a checkpoint that is already open."""
     config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     model = cls.from_folder(folder, config=config, dtype=dtype, device=device)
-    merge_lora(model)  # an adapter's, where the address is one's
+    merge_lora(model)  # the adapter's, if the address is one
     return model, tokenizer
 
 
@@ -160,7 +160,7 @@ def _config_and_tokenizer(
 ) -> tuple[GPTJConfig, GPTJTokenizer]:
     config = GPTJConfig.from_folder(folder)
     found = config.architectures or [cls.__name__]
-    if cls.__name__ not in found and cls is not GPTJModel:  # which is a part of all others
+    if cls.__name__ not in found and cls is not GPTJModel:  # which every head includes
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )
@@ -174,14 +174,14 @@ def _config_and_tokenizer(
     tokenizer = GPTJTokenizer.from_folder(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"{arguments.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
+            f"{arguments.checkpoint}: the tokenizer has {len(tokenizer)} entries, but the model's "
             f"vocab_size is {config.vocab_size}"
         )
     return config, tokenizer
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """What `dtype: auto` means: see Arguments."""
+    """The dtype of `dtype: auto`: see Arguments."""
     if device.type == "cuda":
         return torch.float16
     capabilities = torch.cpu.get_capabilities()
@@ -190,7 +190,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def name_of(address: str) -> str:
-    """A model's name by its address: a hub id itself, the run of `s3://bucket/run/model`."""
+    """A model's name from its address: a hub id itself, the run of `s3://bucket/run/model`."""
     if "://" not in address and address.count("/") == 1 and not address.startswith((".", "/")):
         return address
     parts = [part for part in posixpath.normpath(address).split("/") if part]

@@ -1,4 +1,4 @@
-"""Our log in Serve's: in its files and form, with the request's id.
+"""Writes our logs to Serve's: in its files and format, with the request's id.
 
 `logging_config: {encoding: JSON}` in serve.yaml makes every line of Serve's files a JSON object.
 """
@@ -22,8 +22,8 @@ class ToServe(logging.Handler):
 
 
 def follow_serve() -> None:
-    """In a process of a cluster: write what our loggers say to Serve's log."""
-    if not ray.is_initialized():  # whoever builds an application here has a log of his own
+    """In a cluster's process, pass our loggers' records to Serve's log."""
+    if not ray.is_initialized():  # a process that only builds an application has its own log
         return
     for name in OURS:
         logger = logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""Our numbers among Ray's, for Prometheus: see the README for their exported names."""
+"""Our metrics, exported by Ray to Prometheus: see the README for their names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GAUGES = (
 
 
 def boundaries() -> list[float]:
-    """Of the histograms' buckets: from a millisecond to ten minutes, each 15 % wider."""
+    """Histogram bucket bounds from a millisecond to ten minutes, each 15 % above the last."""
     bounds = [LEAST_SECONDS]
     while bounds[-1] < MOST_SECONDS:
         bounds.append(bounds[-1] * RATIO)
@@ -35,12 +35,12 @@ def boundaries() -> list[float]:
 
 
 class ServeMetrics:
-    """A Recorder; one a process, made in the replica: see serve_metrics."""
+    """A Recorder; one per process, created in the replica by serve_metrics."""
 
     def __init__(self) -> None:
         self._requests = metrics.Counter(
             "gptj_requests",
-            "Requests that were answered.",
+            "Answered requests.",
             ("route", "status"),  # type: ignore[arg-type]  # Ray's tuple[str] means any number
         )
         self._seconds = self._histogram(
@@ -50,7 +50,7 @@ class ServeMetrics:
             "gptj_time_to_first_token_seconds", "From a request to its output's first token."
         )
         self._gap = self._histogram(
-            "gptj_time_per_output_token_seconds", "Between an output's tokens, on average."
+            "gptj_time_per_output_token_seconds", "Mean time between an output's tokens."
         )
         self._queued = self._histogram(
             "gptj_queue_seconds", "From a request to the first step that worked on it."
@@ -58,17 +58,17 @@ class ServeMetrics:
 
         self._key_requests = metrics.Counter(
             "gptj_key_requests",
-            "Requests of a key.",
+            "Requests by key.",
             ("key", "refused"),  # type: ignore[arg-type]  # as above
         )
         self._key_tokens = metrics.Counter(
             "gptj_key_tokens",
-            "Tokens that a key has used, of prompts and outputs.",
+            "Prompt and output tokens by key.",
             ("key",),
         )
         self._grammars = metrics.Counter(
             "gptj_grammars",
-            "Requests with a grammar, by what became of it.",
+            "Requests with a grammar, by result.",
             ("result",),
         )
         self._adapter_requests = metrics.Counter(
@@ -77,7 +77,7 @@ class ServeMetrics:
         self._adapters = Labels()
         self._adapter_loads = metrics.Counter(
             "gptj_adapter_loads",
-            "Adapters that were read, by what became of them.",
+            "Adapters read, by result.",
             ("result",),
         )
         self._adapter_seconds = self._histogram(
@@ -129,12 +129,12 @@ class ServeMetrics:
 
 @cache
 def serve_metrics() -> ServeMetrics:
-    """This process's."""
+    """This process's metrics."""
     return ServeMetrics()
 
 
 class EngineReporter:
-    """Reports an engine's numbers each second, from a thread of its own."""
+    """Reports an engine's numbers every second, from its own thread."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats

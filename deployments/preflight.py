@@ -1,7 +1,7 @@
 """Checks a checkpoint while its application is built, before Serve touches a running replica.
 
-A deploy whose checkpoint is missing, incomplete or of another head fails at once, and the replicas
-that run go on answering.
+A deploy whose checkpoint is missing, incomplete or has another head fails at once, and the running
+replicas keep answering.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ TIMEOUT_SECONDS = 300.0
 def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
     """Check the checkpoint where replicas run, with that node's network and credentials.
 
-    Serve builds applications on the head, which may have no access to the checkpoints. As long as
-    no node takes replicas there is nothing to check from, and nothing that a bad checkpoint could
+    Serve builds applications on the head, which may have no access to the checkpoints. While no
+    node takes replicas there is nowhere to check from, and nothing that a bad checkpoint could
     replace. Outside a cluster nothing is checked, since nothing is deployed.
 
     Raises:
         RayServeException: saying what is wrong with the checkpoint, or why it cannot be read. Serve
             shows such an error as it is, and builds three times more after others.
     """
-    if not ray.is_initialized():  # built to be looked at: nothing is deployed
+    if not ray.is_initialized():  # built without being deployed
         return
     if (node := _replica_node()) is None:
         logger.warning("%s is not checked: no node takes replicas yet", arguments.checkpoint)
@@ -48,7 +48,7 @@ def check_before_deploying(cls: type[GPTJPreTrainedModel], arguments: Arguments)
 
 
 def _problem(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> str | None:
-    """What is wrong with the checkpoint, as text: Ray would wrap an exception in a traceback."""
+    """The checkpoint's error as text, since Ray would wrap an exception in a traceback."""
     try:
         check(cls, arguments)
     except (ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def _problem(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> str | None
 
 
 def _replica_node() -> str | None:
-    """A node that takes replicas: this one if it does."""
+    """A node that takes replicas, preferably this one."""
     nodes = [
         str(node["NodeID"])
         for node in ray.nodes()

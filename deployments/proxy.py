@@ -1,9 +1,9 @@
-"""What Serve's HTTP proxies do around Serve's own routing: see gptj.serving.entry.
+"""Middlewares around routing in Serve's HTTP proxies: see gptj.serving.entry.
 
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
 manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
-connections forever, some errors are in plain text, and clients can evade their keys' limits with a
-seed of their own (x-gptj-seed).
+connections forever, some errors are plain text, and clients can evade their keys' limits with their
+own seed (x-gptj-seed).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
 
 def middlewares() -> list[Middleware]:
     """Called in each proxy's process, before its server starts. The last sees a request first."""
-    # As uvicorn's --ws none, for which Serve has no setting: a POST that offers WebSocket would
-    # never be answered.
+    # Like uvicorn's --ws none, for which Serve has no setting: a POST that offers a WebSocket
+    # upgrade would never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
     http.AutoHTTPProtocol = LimitedProtocol
     LimitedProtocol.gate = gate = Gate()

@@ -30,7 +30,7 @@ from gptj.serving.question_answering import (
 
 
 class Arguments(BatchArguments):
-    """`window` and `stride` are as in the training where it is known, or else 384 and 128."""
+    """`window` and `stride` default to training's if known, else to 384 and 128."""
 
     window: Annotated[int, Field(ge=2)] | None = None  # tokens of question and context together
     stride: Annotated[int, Field(ge=0)] | None = None  # tokens that neighbouring windows share

@@ -1,4 +1,4 @@
-"""Where Serve sends the spans of its proxies and replicas, and ours: OpenTelemetry's variables.
+"""Exports Serve's spans and ours as OpenTelemetry's variables say.
 
 In serve.yaml
 
@@ -35,7 +35,7 @@ def exporter() -> list[SpanProcessor]:
 
     Raises:
         MissingPackageError: without the exporter's package.
-        ValueError: for an exporter or a protocol that this platform does not have.
+        ValueError: for an exporter or a protocol that this platform does not support.
     """
     os.environ.setdefault("OTEL_SERVICE_NAME", "gptj")
     kind = os.environ.get("OTEL_TRACES_EXPORTER", "otlp")

@@ -7,8 +7,8 @@ CHECKPOINT is a folder, s3://… or a hub id. INPUT is Parquet, JSON, CSV or tex
 file, folder or pattern, local or s3://…, or sample://NAME. What a row needs follows from the head:
 `text`, `prompt` or `messages` (language models); `text`, perhaps `text_pair` (classifiers);
 `question` and `context`; `text` (embeddings). OUTPUT, a new folder that all nodes can reach, gets
-JSON lines in the rows' order, `output-*.jsonl`: each row's `file`, `row` (from 1 on) and answer.
-Rows that cannot be answered stand in `errors-*.jsonl`, with the reason. `index.json` counts both;
+JSON lines in the rows' order, `output-*.jsonl`: each row's `file`, `row` (from 1) and answer.
+Rows that cannot be answered are in `errors-*.jsonl`, with the reason. `index.json` counts both;
 the manifest comes last. The same command, submitted again, continues where it stopped.
 
 INPUT may also be OpenAI's batch file (`custom_id`, `url`, `body`; /v1/completions,
@@ -16,7 +16,7 @@ INPUT may also be OpenAI's batch file (`custom_id`, `url`, `body`; /v1/completio
 `errors.jsonl`.
 Keys, with their defaults:
 
-    service=…               embeddings, of a model with any head; default: by the head, or in batch
+    service=…               embeddings, for a model with any head; default: by the head, or in batch
                             files by the first url
     parameters.NAME=…       of each request, as over HTTP: parameters.max_tokens=64,
                             parameters.temperature=0, parameters.top_k=1
@@ -25,9 +25,9 @@ Keys, with their defaults:
     columns.NAME=…          our column's name in the data, such as columns.text=review
     keep=[…]                columns to copy to the answers, such as keep=[id]
     delimiter=…             of CSV; default: the one in the header
-    workers=…               models at once; default: as many as GPUs, or 1
-    device=auto             cpu or gpu; auto: GPUs, where the cluster has any
-    cpus=1                  CPUs of a worker
+    workers=…               concurrent models; default: as many as GPUs, or 1
+    device=auto             cpu or gpu; auto: GPUs if the cluster has any
+    cpus=1                  CPUs per worker
     chunk_rows=256          rows that are read, answered and written together
 """
 
@@ -105,10 +105,10 @@ except ModuleNotFoundError as error:
     raise missing(error, "jobs/batch_inference.py", extra="train") from error
 
 PROGRESS_SECONDS = 10
-CHUNKS_AT_ONCE = 4  # of a worker: the next are begun before the last rows of one are answered
-AHEAD = 4  # rows in a model's queue, for each that a step works on
+CHUNKS_AT_ONCE = 4  # per worker: the next ones start before the last rows of one are answered
+AHEAD = 4  # rows in a model's queue, for each in a step
 MAX_RETRIES = 5  # of a chunk whose worker died: its rows may be the reason
-MAX_QUEUED = 2**20  # outputs; how many rows are asked at once bounds them
+MAX_QUEUED = 2**20  # outputs; the number of concurrent rows bounds them
 RETRY_SECONDS = 0.05
 UNAVAILABLE_SECONDS = 600.0  # for which a row is asked again: storage with an adapter may be down
 UNAVAILABLE_PAUSE_SECONDS = 1.0
@@ -146,7 +146,7 @@ PLACES = ("checkpoint", "input", "output")
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line of this process, or the given one."""
+    """Run this process's command line, or `words`."""
     words = sys.argv[1:] if words is None else words
     help_if_asked(words, __doc__)
     logging.basicConfig(
@@ -156,19 +156,19 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         settings = read_settings(words)
         index = answer_all(settings)
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     except RayError as error:
-        sys.exit(f"error: workers died {1 + MAX_RETRIES} times with the same rows, or Ray: {error}")
+        sys.exit(f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray: {error}")
     answered = index.rows - index.failed
     logger.info("%d rows: %d answers, %d errors", index.rows, answered, index.failed)
 
 
 def read_settings(words: Sequence[str]) -> Settings:
-    """The command line's words, checked; ValueError naming the key, its value and the remedy."""
+    """Parse the command line; ValueError with the key, its value and the remedy."""
     places, rest = words[: len(PLACES)], words[len(PLACES) :]
     if len(places) < len(PLACES) or any("=" not in word for word in rest):
-        raise ValueError(f"the command line is\n{__doc__}")
+        raise ValueError(f"usage:\n{__doc__}")
     fields: dict[str, Any] = {
         **dict(zip(PLACES, places, strict=True)),
         **{section: {} for section in SECTIONS},
@@ -183,7 +183,7 @@ def read_settings(words: Sequence[str]) -> Settings:
         elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
             fields[section] = text if section == "delimiter" else _parsed(word, text)
         else:
-            raise ValueError(f"{word}: there is no such key\n{__doc__}")
+            raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
 
 
@@ -206,14 +206,14 @@ class Task:
 
 
 def answer_all(settings: Settings) -> Index:
-    """Do what is left to do. ValueError, OSError: for what is wrong with settings or files."""
+    """Answer the rows that are left. ValueError, OSError: for invalid settings or files."""
     folder = absolute(settings.output)
     task, plan = planned(settings)
     storage.check_writable(folder)
     if task.is_batch:
         check_custom_ids(plan)
     if (done := begin(plan, folder)) is not None:
-        logger.info("%s is finished already", folder)
+        logger.info("%s is already complete", folder)
         return done
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
@@ -231,16 +231,16 @@ def answer_all(settings: Settings) -> Index:
 
 
 def planned(settings: Settings) -> tuple[Task, Plan]:
-    """What is to be done; checks all that needs no cluster and no weights."""
+    """The task and plan, after all checks that need neither a cluster nor weights."""
     address = absolute(settings.input, samples=True)
     checkpoint = settings.checkpoint
-    if Path(checkpoint).exists():  # or else it may be a hub id
+    if Path(checkpoint).exists():  # otherwise it may be a hub id
         checkpoint = absolute(checkpoint)
     revision = settings.args.get("revision")
     with ModelFolder.open(checkpoint, revision=revision) as model:
         service = settings.service or service_of(GPTJConfig.from_folder(model), checkpoint)
         digest = digest_of(model)
-    # By the first row that can be read: others are errors of their own.
+    # From the first readable row; unreadable ones become errors of their own.
     columns = find_columns(
         address,
         [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH)],
@@ -254,11 +254,11 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
         service = "embeddings"
     if is_batch and (settings.parameters or settings.keep):
         raise ValueError(
-            f"parameters and keep are for rows, and {address} is a batch file, whose requests have "
-            f"a body of their own: leave them out"
+            f"parameters and keep are for rows, but {address} is a batch file, whose requests have "
+            f"their own bodies: leave them out"
         )
     if taken := FIELDS.intersection(settings.keep):
-        raise ValueError(f"keep={min(taken)}: answers have a field of that name: rename the column")
+        raise ValueError(f"keep={min(taken)}: answers have this field; rename the column")
     args = {"max_queued": MAX_QUEUED, **settings.args, "checkpoint": checkpoint}
     try:
         arguments = ARGUMENTS[service](**args)
@@ -289,7 +289,7 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
 
 
 def _first_row(settings: Settings, address: str, columns: Sequence[str]) -> Row:
-    """The first that can be read. MissingColumnError for one before it that lacks a column."""
+    """The first readable row. MissingColumnError for an earlier one that lacks a column."""
 
     def on_bad(error: DataError) -> None:
         if isinstance(error, MissingColumnError):
@@ -301,7 +301,7 @@ def _first_row(settings: Settings, address: str, columns: Sequence[str]) -> Row:
 
 
 def check_custom_ids(plan: Plan) -> None:
-    """DataError if two requests have one id, by which nobody could tell their answers apart."""
+    """DataError if two requests have the same id, since their answers could not be told apart."""
     seen: set[str] = set()
     for part in range(len(plan.parts)):
         for chunk in chunks(plan, part):
@@ -311,7 +311,7 @@ def check_custom_ids(plan: Plan) -> None:
                     continue
                 if value in seen:
                     assert entry.row is not None
-                    raise entry.row.error("custom_id", f"is there twice: {shown(value)}")
+                    raise entry.row.error("custom_id", f"duplicate: {shown(value)}")
                 seen.add(value)
 
 
@@ -320,16 +320,16 @@ def _workers(settings: Settings) -> tuple[bool, int]:
     cluster = ray.cluster_resources()
     gpus, cpus = int(cluster.get("GPU", 0)), cluster.get("CPU", 0)
     if settings.device == "gpu" and not gpus:
-        raise ValueError("device=gpu, and the cluster has no GPU: leave it out to use CPUs")
+        raise ValueError("device=gpu, but the cluster has no GPU: leave it out to use CPUs")
     on_gpu = gpus > 0 and settings.device != "cpu"
     workers = settings.workers or (gpus if on_gpu else 1)
     if on_gpu and workers > gpus:
-        raise ValueError(f"workers={workers} need as many GPUs, and the cluster has {gpus}")
-    # Half a CPU more for the task that reads.
+        raise ValueError(f"workers={workers} need as many GPUs, but the cluster has {gpus}")
+    # Half a CPU more for the reading task.
     if workers * settings.cpus + 0.5 > cpus:
         raise ValueError(
             f"workers={workers} of cpus={settings.cpus:g} and a reader of 0.5 need "
-            f"{workers * settings.cpus + 0.5:g} CPUs, and the cluster has {cpus:g}: lower them"
+            f"{workers * settings.cpus + 0.5:g} CPUs, but the cluster has {cpus:g}: lower them"
         )
     return on_gpu, workers
 
@@ -340,7 +340,7 @@ def _records(
     """Records of chunks as they are written, in any order."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = 1  # bytes: each chunk by itself, to be shared out
+    context.target_max_block_size = 1  # byte: one chunk per block, to spread them over workers
     shared = ray.put(plan)
     parts = ray.data.from_items(
         [{"part": part} for part in range(len(plan.parts))], override_num_blocks=len(plan.parts)
@@ -360,7 +360,7 @@ def _records(
     started = last = time.monotonic()
     rows = failed = 0
     for row in written.iter_rows():
-        record = pickle.loads(row["chunk"])  # by our own tasks
+        record = pickle.loads(row["chunk"])  # pickled by our own tasks
         if isinstance(record, str):
             raise DataError(record)
         rows, failed = rows + record.rows, failed + record.failed
@@ -370,12 +370,12 @@ def _records(
         yield record
 
 
-# Errors of data or storage are passed on as messages, in place of a chunk or record: Ray Data would
-# wrap them in a traceback of its own, without the error's type.
+# Data and storage errors are passed on as messages, in place of a chunk or record: Ray Data would
+# wrap them in its own traceback, without the error's type.
 
 
 def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """The chunks of a part, or the records of those that are done, or what is wrong with it."""
+    """A part's chunks, the records of those already answered, or an error message."""
     try:
         for part in batch["part"]:
             for chunk in chunks(ray.get(plan), int(part)):
@@ -385,7 +385,7 @@ def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, A
 
 
 class Worker:
-    """An actor with the model: chunks in, records of what it has written out."""
+    """An actor with the model: chunks in, records of the written answers out."""
 
     def __init__(self, task: Task, plan: Any, folder: str) -> None:
         self._answerer: Answerer | str
@@ -398,13 +398,13 @@ class Worker:
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _pickled([await self._done(pickle.loads(each)) for each in batch["chunk"]])
 
-    async def _done(self, given: Chunk | Record | str) -> Record | str:
-        if not isinstance(given, Chunk):
-            return given
+    async def _done(self, item: Chunk | Record | str) -> Record | str:
+        if not isinstance(item, Chunk):
+            return item
         if isinstance(self._answerer, str):
             return self._answerer
         try:
-            return await self._answerer.answer(given)
+            return await self._answerer.answer(item)
         except (ValueError, OSError, RuntimeError) as error:
             return str(error)
 
@@ -417,11 +417,11 @@ class Answerer:
         self._task = task
         self._plan = plan
         self._folder = folder
-        # First come, first served: the rows of a chunk before those of the next.
+        # FIFO: a chunk's rows before those of the next.
         self._room = asyncio.Semaphore(AHEAD * service.rows_at_once)
 
     async def answer(self, chunk: Chunk) -> Record:
-        """Raises DataError or StorageError, and RuntimeError if the model can work no more."""
+        """Raises DataError or StorageError, and RuntimeError if the model has stopped working."""
         one = self._request if self._task.is_batch else self._row
         found = await asyncio.gather(
             *(one(chunk, place, entry) for place, entry in enumerate(chunk.entries))
@@ -433,7 +433,7 @@ class Answerer:
         )
 
     async def _row(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
-        """Whether there is an answer, and the line of a row."""
+        """Whether a row was answered, and its output line."""
         if entry.row is None:
             return False, {**entry.key, "error": {"message": entry.problem}}
         kept = {name: _plain(entry.row.values[name]) for name in self._task.keep}
@@ -448,7 +448,7 @@ class Answerer:
             return False, {**line, **error.body()}
 
     async def _request(self, chunk: Chunk, place: int, entry: Entry) -> tuple[bool, dict[str, Any]]:
-        """The same of a request of OpenAI's batch file."""
+        """As `_row`, for a request of OpenAI's batch file."""
         number = f"{chunk.name}-{place}".replace("-", "_")
         line: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": None}
         if entry.row is None:
@@ -467,7 +467,7 @@ class Answerer:
         return True, {**line, "response": {**response, "body": body}, "error": None}
 
     async def _reply(self, route: str, body: Any) -> Any:
-        """Raises APIError, and RuntimeError if the model can work no more."""
+        """Raises APIError, and RuntimeError if the model has stopped working."""
         async with self._room:
             deadline = time.monotonic() + UNAVAILABLE_SECONDS
             while True:
@@ -484,12 +484,12 @@ class Answerer:
                 except ModelError as error:
                     if self._service.alive(STALLED_SECONDS):
                         raise
-                    # Not each further row's fault.
-                    raise RuntimeError(f"the model can work no more: {error}") from error
+                    # Not the fault of the rows that follow.
+                    raise RuntimeError(f"the model has stopped working: {error}") from error
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no number for a table's missing ones."""
+    """None for a table's missing numbers, since JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

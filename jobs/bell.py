@@ -9,7 +9,7 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Bell:
-    """Rung once; whoever waits for it learns why."""
+    """Rung once; waiters get the reason."""
 
     def __init__(self) -> None:
         self._rung = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Types of a command line's words, whose errors say what is wrong and the remedy."""
+"""Types of command-line arguments, whose errors say what is wrong and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptj.storage.addresses import AddressError, local_path, normalized
 
 
 def address(text: str) -> str:
-    """A path, `s3://bucket/key` or, where a checkpoint is read, a hub id."""
+    """A path, `s3://bucket/key` or, for reading a checkpoint, a hub id."""
     try:
         return normalized(text)
     except AddressError as error:
@@ -17,7 +17,7 @@ def address(text: str) -> str:
 
 
 def shard_bytes(text: str) -> int:
-    """Bytes of weights in one file: 1 or more."""
+    """Bytes of weights per file: 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
@@ -33,7 +33,7 @@ def data_address(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """A folder of this machine."""
+    """A folder on this machine."""
     try:
         return local_path(text)
     except AddressError as error:

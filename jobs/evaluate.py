@@ -4,27 +4,27 @@
     jobs/evaluate.py CHECKPOINT DATA [key=value …]
 
 CHECKPOINT is a folder, `s3://…` or a hub id; DATA is Parquet, JSON, CSV or text (also .gz, .zst): a
-file, folder or pattern, local or `s3://…`, or `sample://NAME/evaluation`. What is measured follows
-from the model's head: perplexity; accuracy and F1, also class by class with a confusion matrix, or
-the error of a regression; exact match and F1. Progress, and how labels were read, goes to standard
+file, folder or pattern, local or `s3://…`, or `sample://NAME/evaluation`. The model's head
+determines the metrics: perplexity; accuracy and F1, also by class with a confusion matrix, or
+regression error; exact match and F1. Progress, and how labels were read, goes to standard
 error. Keys, with their defaults:
 
-    batch_size=8            rows that are computed at a time
-    sequence_length=…       tokens of a row; default: as in training, or else all of the context
+    batch_size=8            rows per batch
+    sequence_length=…       tokens of a row; default: as in training, or else the whole context
     stride=…                question answering: tokens that windows share; default: as in training
     packing=…               language modelling: best_fit (documents alone), concatenate, none;
                             default: as in training, or else concatenate
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
-    label_names={…}         what the data have for each label, such as {1: World, 2: Sports};
+    label_names={…}         the data's value for each label, such as {1: World, 2: Sports};
                             default: as in training
-    limit=…                 rows of the data to read, of a text sequences; default: all
-    unigram=TRAIN_DATA      language modelling: also the perplexity of these data's frequencies
+    limit=…                 rows to read, or sequences of a text; default: all
+    unigram=TRAIN_DATA      language modelling: also the perplexity of its token frequencies
     dtype=…                 of the weights: float32, bfloat16, float16; default: as stored
-    device=…                cpu or cuda; default: cuda where there is one
+    device=…                cpu or cuda; default: cuda if available
     revision=…              of a hub id
 
-Names as in training's settings (data.columns.text, data.label_names) are understood too.
+Training's names of these settings (data.columns.text, data.label_names) also work.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from gptj.training.tasks.causal_lm import unigram_perplexity
 from jobs.key_value import checked
 
 PROGRESS_SECONDS = 5
-DEFAULT_STRIDE = 128  # tokens, or a quarter of a short window
+DEFAULT_STRIDE = 128  # tokens; a quarter of shorter windows
 
 logger = logging.getLogger("evaluate")
 
@@ -100,21 +100,21 @@ class Settings(BaseModel):
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line of this process, or the given one."""
+    """Run this process's command line, or `words`."""
     words = sys.argv[1:] if words is None else words
     help_if_asked(words, __doc__)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
         result = measure(read_settings(words))
         print(json.dumps(result, allow_nan=False))
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
 
 
 def read_settings(words: Sequence[str]) -> Settings:
-    """The command line's words, checked; ValueError naming the key, its value and the remedy."""
+    """Parse the command line; ValueError with the key, its value and the remedy."""
     if len(words) < 2 or any("=" not in word for word in words[2:]):
-        raise ValueError(f"the command line is\n{__doc__}")
+        raise ValueError(f"usage:\n{__doc__}")
     fields: dict[str, Any] = {"checkpoint": words[0], "data": words[1], "columns": {}}
     for word in words[2:]:
         key, _, text = word.partition("=")
@@ -128,7 +128,7 @@ def read_settings(words: Sequence[str]) -> Settings:
             is_yaml = key in ("batch_size", "sequence_length", "stride", "limit", "label_names")
             fields[key] = _parsed(word, text) if is_yaml else text
         else:
-            raise ValueError(f"{word}: there is no such key\n{__doc__}")
+            raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
 
 
@@ -140,11 +140,11 @@ def _parsed(word: str, text: str) -> Any:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """The metrics of a checkpoint, with what they were measured on."""
+    """A checkpoint's metrics, with its address, the data's and the number of examples."""
     on_gpu = torch.cuda.is_available()
     if settings.device not in (None, "cpu", "cuda") or (settings.device == "cuda" and not on_gpu):
         raise ValueError(
-            f"device={settings.device}: it is cpu or cuda, and this machine has "
+            f"device={settings.device}: must be cpu or cuda, and this machine has "
             f"{'a' if on_gpu else 'no'} CUDA device"
         )
     device = torch.device(settings.device or ("cuda" if on_gpu else "cpu"))
@@ -212,11 +212,11 @@ def make_data(
     length = settings.sequence_length or training.get("sequence_length", config.n_positions)
     if length > config.n_positions:
         raise ValueError(
-            f"sequence_length={length} is beyond the model's n_positions={config.n_positions}"
+            f"sequence_length={length} exceeds the model's n_positions={config.n_positions}"
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"{settings.checkpoint}: the tokenizer has {len(tokenizer)} entries, and the model's "
+            f"{settings.checkpoint}: the tokenizer has {len(tokenizer)} entries, but the model's "
             f"vocab_size is {config.vocab_size}"
         )
     for other in TASKS.values():
@@ -285,13 +285,13 @@ def check_columns(settings: Settings, task: AnyTask) -> None:
     """ValueError for names of columns that the task does not have."""
     if unknown := settings.columns.keys() - set(task.columns):
         raise ValueError(
-            f"columns.{min(unknown)}: there is no such column; a {task.name} model reads "
+            f"columns.{min(unknown)}: unknown column; a {task.name} model reads "
             f"{', '.join(task.columns)}"
         )
 
 
 def report_progress(model: GPTJPreTrainedModel, batches: int) -> None:
-    """Log every few seconds how far an evaluation of so many batches is."""
+    """Log the progress of an evaluation of `batches` batches every few seconds."""
     started = last = time.monotonic()
     done = 0
 

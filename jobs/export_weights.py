@@ -6,8 +6,8 @@
 SOURCE is a model folder, local or `s3://…`, or an id on the Hugging Face hub; DESTINATION is a new
 folder, local or `s3://…`, and is printed when it is complete. `huggingface` writes safetensors,
 `flax` flax_model.msgpack for transformers' FlaxGPTJModel and FlaxGPTJForCausalLM, `tensorflow`
-tf_model.h5 for its TFGPTJ classes. Weights above 5 GB are in several files with an index. Progress
-goes to standard error.
+tf_model.h5 for its TFGPTJ classes. Weights above 5 GB are split into several files with an index.
+Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
             revision=arguments.revision,
             shard_bytes=arguments.shard_bytes,
         )
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     print(arguments.destination)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune GPT-J, or train a small one from nothing, on Ray with DeepSpeed.
+"""Fine-tune GPT-J, or train a small model from scratch, on Ray with DeepSpeed.
 
     ray job submit -- jobs/finetune.py [SETTINGS.yaml] [key=value …]
 
@@ -77,7 +77,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/finetune.py", extra="train") from error
 
-SMALL_BYTES = 16 * 2**20  # of data that is not worth starting Ray Data for
+SMALL_BYTES = 16 * 2**20  # less data is not worth starting Ray Data for
 
 logger = logging.getLogger("finetune")
 
@@ -88,12 +88,12 @@ def main() -> None:
         settings = read_settings(sys.argv[1:]).resolved()
         print(f"Settings in force:\n\n{settings.to_yaml()}", flush=True)
         if is_complete(settings):
-            print(f"The run is complete already: {settings.model_folder}", flush=True)
+            print(f"The run is already complete: {settings.model_folder}", flush=True)
             return
         check_address()
         ray.init(logging_level=logging.WARNING)
         on_gpu = check_workers(settings)
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     try:
         storage.check_writable(settings.folder)
@@ -102,8 +102,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except LeaseHeldError as error:
         sys.exit(
-            f"error: the run {settings.run!r} is being trained already: {error}. Wait for its end, "
-            f"or choose another run="
+            f"error: the run {settings.run!r} is already being trained: {error}. Wait for it to "
+            f"end, or choose another run="
         )
     submission = uuid.uuid4().hex
     with lease, shared_scratch_folder(f"data-{submission}") as shared:
@@ -114,12 +114,12 @@ def main() -> None:
 def fine_tune(
     settings: Settings, on_gpu: bool, claim: Claim, submission: str, shared: Path
 ) -> None:
-    """Check the inputs and train. SystemExit with what is wrong.
+    """Check the inputs and train. SystemExit with an error message.
 
     Args:
-        claim: to the run's folder, so that nobody else trains it.
-        submission: names `shared`, the folder with the tokenized data that workers on this node
-            read as well.
+        claim: to the run's folder, so that no other job trains it.
+        submission: names `shared`, the folder with the tokenized data, which workers on this node
+            also read.
     """
     try:
         config, longest, prepared = check_inputs(settings, shared)
@@ -146,42 +146,42 @@ def fine_tune(
 
 
 def check_address() -> None:
-    """SettingsError for the address of the jobs API where that of the head is meant."""
+    """SettingsError if RAY_ADDRESS is the jobs API's address rather than the head's."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://")):
         raise SettingsError(
             f"RAY_ADDRESS={address} is where jobs are submitted, as by ray job submit -- "
-            f"jobs/finetune.py …; to run the program itself, RAY_ADDRESS is the head's HOST:6379, "
-            f"or auto on a node of the cluster"
+            f"jobs/finetune.py …; to run the program directly, set RAY_ADDRESS to the head's "
+            f"HOST:6379, or to auto on a node of the cluster"
         )
 
 
 def explained(error: TrainingFailedError, settings: Settings) -> str:
-    """What to tell the user: the cause once, how often it was tried, and what is kept."""
+    """The message for the user: the cause, the number of tries, and what is kept."""
     if (cause := _last_cause(error)) is not None:
         return str(cause)
     tries = settings.workers.max_failures + 1
-    # Ray gives up on workers after so many failures, and on itself after one.
+    # Ray gives up on workers after max_failures, and on itself after one failure.
     often = isinstance(error, WorkerGroupError) and tries > 1
     return (
         f"{error}\n\n"
         + (f"The training failed {tries} times in all. " if often else "")
-        + f"What is saved in {settings.folder} is kept: the same command resumes from it."
+        + f"The checkpoints in {settings.folder} are kept: the same command resumes from them."
     )
 
 
 class EndAtOnce(UserCallback):
-    """Ends the run, however many failures are allowed, when a retry would fail alike.
+    """Ends the run, however many failures are allowed, if a retry would fail the same way.
 
-    Ray calls it in the controller, with what workers raised. The other workers, which may wait for
-    one that has failed, end with the controller's error.
+    Ray calls it in the controller, with the workers' exceptions. The other workers, which may be
+    waiting for the one that failed, end with the controller's error.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for _, error in sorted(worker_exceptions.items()):
             if isinstance(error, UnrecoverableError):
                 _leave_to_driver()
-                raise ControllerError(error)  # of which the failure policy lets none be tried again
+                raise ControllerError(error)  # which the failure policy never retries
 
 
 def check_workers(settings: Settings) -> bool:
@@ -191,26 +191,26 @@ def check_workers(settings: Settings) -> bool:
     on_gpu = workers.device == "gpu" or (workers.device == "auto" and gpus > 0)
     if workers.device == "gpu" and not gpus and not workers.autoscaling:
         raise SettingsError(
-            "workers.device=gpu, and the cluster has no GPU: leave it out to train on CPUs, or set "
+            "workers.device=gpu, but the cluster has no GPU: leave it out to train on CPUs, or set "
             "workers.autoscaling=true if the cluster will get some"
         )
     if not workers.autoscaling:
         if on_gpu and workers.fewest > gpus:
             raise SettingsError(
-                f"workers.count={workers.fewest} needs as many GPUs, the cluster has {gpus:g}: "
+                f"workers.count={workers.fewest} needs as many GPUs, but the cluster has {gpus:g}: "
                 f"lower it, or set workers.autoscaling=true if the cluster will grow"
             )
         largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         if workers.cpus > largest:
             raise SettingsError(
-                f"workers.cpus={workers.cpus:g} must fit one node, and the largest has "
+                f"workers.cpus={workers.cpus:g} must fit on one node, but the largest has "
                 f"{largest:g} CPUs: lower it"
             )
         if workers.fewest * workers.cpus > cpus:
             raise SettingsError(
                 f"workers.count={workers.fewest} with workers.cpus={workers.cpus:g} needs "
-                f"{workers.fewest * workers.cpus:g} CPUs, the cluster has {cpus:g}: lower them, or "
-                f"set workers.autoscaling=true if the cluster will grow"
+                f"{workers.fewest * workers.cpus:g} CPUs, but the cluster has {cpus:g}: lower "
+                f"them, or set workers.autoscaling=true if the cluster will grow"
             )
         count = workers_to_start(settings, on_gpu)
         needed = {"CPU": count * workers.cpus, "GPU": float(count * on_gpu)}
@@ -221,8 +221,8 @@ def check_workers(settings: Settings) -> bool:
             raise SettingsError("deepspeed.precision=fp16 needs GPUs: use bf16 or fp32")
         if spread.offload_optimizer or spread.offload_parameters:
             raise SettingsError(
-                "deepspeed.offload_… moves state from GPUs to the host's memory: CPU workers have "
-                "it there already; leave it out"
+                "deepspeed.offload_… moves state from GPUs to host memory, where CPU workers "
+                "already keep it; leave it out"
             )
     return on_gpu
 
@@ -244,11 +244,11 @@ def workers_to_start(settings: Settings, on_gpu: bool) -> int:
 
 
 def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dict[str, str]]:
-    """Find out now, and not after hours, what is wrong with storage, data or settings.
+    """Check storage, data and settings up front, rather than failing after hours.
 
     Returns:
-        the model's configuration, the tokens of the longest training example, and where the data
-        lies prepared.
+        the model's configuration, the tokens of the longest training example, and the addresses of
+        the prepared data.
     """
     check_packages(settings)
     storage.delete_unfinished(settings.folder)
@@ -269,7 +269,7 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dic
 
 
 def _has_fitted(settings: Settings) -> bool:
-    """Whether the run has reached a checkpoint with all settings that its memory depends on."""
+    """Whether the run has a checkpoint with the same memory-relevant settings."""
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is None:
         return False
@@ -279,7 +279,7 @@ def _has_fitted(settings: Settings) -> bool:
 
 
 def _prepare(settings: Settings, plan: Plan, folder: str, tokenizer: GPTJTokenizer) -> None:
-    """On the cluster, unless it is so little that this process has done it before."""
+    """On the cluster, or in this process if that is faster than starting Ray Data."""
     if sum(plan.sizes) <= SMALL_BYTES:
         preparing.prepare(plan, folder, tokenizer)
     elif preparing.begin(plan, folder) is None:
@@ -289,7 +289,7 @@ def _prepare(settings: Settings, plan: Plan, folder: str, tokenizer: GPTJTokeniz
 
 @lru_cache(maxsize=1)
 def _run_tokenizer(settings: str) -> GPTJTokenizer:
-    """Loaded once by each process that tokenizes."""
+    """Loaded once by each tokenizing process."""
     return load_tokenizer(Settings.model_validate_json(settings))
 
 
@@ -302,10 +302,10 @@ def build_trainer(
     shared: Path,
     bell: ActorHandle[Any],
 ) -> TorchTrainer:
-    """Ray Train starts the workers and starts them again; checkpoints are ours alone.
+    """Ray Train starts and restarts the workers; it never sees our checkpoints.
 
-    Its own list of checkpoints would be written to storage by its controller, which ends a run at
-    the first error. So it gets no checkpoints, and a folder on this node, where the controller is.
+    Its controller would write its own list of checkpoints to storage, and ends a run at the first
+    error. So it gets no checkpoints, and a folder on this node, where the controller is.
     """
     return TorchTrainer(
         work,
@@ -326,13 +326,13 @@ def build_trainer(
             name=settings.run,
             storage_path=str(shared / "ray"),
             failure_config=FailureConfig(max_failures=settings.workers.max_failures),
-            callbacks=[EndAtOnce()],  # type: ignore[list-item]  # Train's own, and not Tune's
+            callbacks=[EndAtOnce()],  # type: ignore[list-item]  # Train's callbacks, not Tune's
         ),
     )
 
 
 def work(config: dict[str, Any]) -> None:
-    """What each worker does. UnrecoverableError if a retry would fail alike."""
+    """Run one worker. UnrecoverableError if a retry would fail the same way."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
     if storage.is_s3(settings.storage):
@@ -362,7 +362,7 @@ def work(config: dict[str, Any]) -> None:
         with metrics:
             train(settings, worker)
     except StoppedError as error:
-        # Not all workers need to know of it yet. Ray starts them elsewhere, and counts no failure.
+        # Some workers may not know yet. Ray restarts them elsewhere, without counting a failure.
         if error.reason == PREEMPTED:
             raise RayActorError(error_msg=str(error), preempted=True) from error
         _leave_to_driver()
@@ -376,27 +376,27 @@ def work(config: dict[str, Any]) -> None:
 
 
 def _leave_to_driver() -> None:
-    """Keep Ray's tracebacks of what the driver will say in one line in its files."""
+    """Keep Ray's tracebacks in its files if the driver will report the error in one line."""
     for handler in logging.getLogger("ray.train").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.addFilter(lambda _: _last_cause(sys.exc_info()[1]) is None)
 
 
 def _last_cause(error: BaseException | None) -> UnrecoverableError | None:
-    """What ended a run, however many tries were left; None for any other error."""
+    """The unrecoverable error that ended a run; None for any other error."""
     if isinstance(error, ControllerError):
         error = error.controller_failure
     return error if isinstance(error, UnrecoverableError) else None
 
 
 def _log_to_stdout() -> None:
-    """Our lines as they come, in the job's log too; of libraries only what is wrong."""
+    """Log our messages to stdout as they come, and only warnings from libraries."""
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stdout, format="%(asctime)s %(message)s", force=True
     )
     for name in ("gptj", "preparing", logger.name):
         logging.getLogger(name).setLevel(logging.INFO)
-    # DeepSpeed calls functions of PyTorch that are to be renamed.
+    # DeepSpeed calls PyTorch functions that will be renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 

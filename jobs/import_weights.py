@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Import the weights of a GPT-J from anywhere into a model folder of ours, tensor by tensor.
+"""Import GPT-J weights in any published format into a model folder of ours, tensor by tensor.
 
     jobs/import_weights.py SOURCE DESTINATION [--format FORMAT] [--dtype DTYPE] …
 
 SOURCE is a folder, local or `s3://…`, an id on the Hugging Face hub, or the `.tar.zst` file that
 GPT-J was published as. It holds safetensors or pytorch_model.bin (one file or several), a
 checkpoint of mesh-transformer-jax (slim or full), flax_model.msgpack or tf_model.h5. DESTINATION is
-a new folder, local or `s3://…`. It is printed when it is complete; before that nothing takes it
-for a checkpoint. Memory holds a few tensors, never the model. Progress goes to standard error.
+a new folder, local or `s3://…`. It is printed when it is complete; until then it does not count
+as a checkpoint. Memory holds a few tensors, never the model. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
             tokenizer=arguments.tokenizer,
             scratch=arguments.scratch,
         )
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     print(arguments.destination)
 
@@ -49,7 +49,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("source", type=command_line.address)
     parser.add_argument("destination", type=command_line.address)
-    parser.add_argument("--format", choices=FORMATS, help="default: found by looking")
+    parser.add_argument("--format", choices=FORMATS, help="default: detected")
     parser.add_argument("--dtype", choices=DTYPES, help="of the new weights; default: as stored")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -69,7 +69,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--scratch",
         metavar="FOLDER",
         type=command_line.folder,
-        help="where a .tar.zst is unpacked, and deleted again; default: the system's",
+        help="where a .tar.zst is unpacked temporarily; default: the system's",
     )
     return parser.parse_args(words)
 

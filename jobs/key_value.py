@@ -1,4 +1,4 @@
-"""Command lines of key=value words: help, and settings whose errors name what is wrong."""
+"""Command lines of key=value words: help, and settings whose errors name the wrong keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def help_if_asked(words: Sequence[str], text: str | None) -> None:
-    """Print `text` and end, if `--help` or `-h` is among the words of a key=value command line."""
+    """Print `text` and exit if `--help` or `-h` is among the words of a key=value command line."""
     if "--help" in words or "-h" in words:
         print((text or "").strip())
         sys.exit(0)

@@ -1,4 +1,4 @@
-"""Whether a training fits the memory of the cluster's GPUs or machine, checked before it begins."""
+"""Checks before a training that it fits the memory of the cluster's GPUs or machine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from gptj.training.settings import Settings, SettingsError
 logger = logging.getLogger("finetune")
 
 GPU_SECONDS = 60.0
-MARGIN = 0.15  # by which a prediction may be too high: a run that might fit is not refused
+MARGIN = 0.15  # predictions may be this much too high: a run that might fit is not refused
 
 
 def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool, longest: int) -> None:
-    """SettingsError, with settings that would do, for a run that cannot fit.
+    """SettingsError, with settings that would fit, for a run that cannot fit.
 
-    Nothing is checked where the memory is not known: that of machines or GPUs that the cluster has
-    yet to get, or how much of several machines' memory a run on CPUs may take.
+    Nothing is checked if the memory is unknown: that of machines or GPUs that the cluster has yet
+    to add, or the share of several machines' memory that a run on CPUs may use.
 
     Args:
         longest: tokens of the longest training example.
@@ -44,7 +44,7 @@ def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool, longest: 
 
 
 def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> None:
-    """SettingsError if a worker needs clearly more than a GPU's `memory`, in bytes."""
+    """SettingsError if a worker clearly needs more than a GPU's `memory`, in bytes."""
     plan = plan_memory(settings, config, on_gpu=True)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
     needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
@@ -60,7 +60,7 @@ def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> Non
         found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
     raise SettingsError(
         f"the run does not fit: it would need about {needed}. "
-        + (f"These settings do: {'; or '.join(found)}" if found else "It needs more GPUs")
+        + (f"These settings fit: {'; or '.join(found)}" if found else "It needs more GPUs")
     )
 
 
@@ -71,22 +71,22 @@ def check_machine_memory(settings: Settings, config: GPTJConfig, memory: int) ->
         raise SettingsError(
             f"the run does not fit: the weights, gradients and optimizer of "
             f"workers.count={settings.workers.count} workers need {needed / 1e9:.1f} GB together, "
-            f"and the machine has {memory / 1e9:.1f} GB: choose a smaller model, an adapter "
+            f"but the machine has {memory / 1e9:.1f} GB: choose a smaller model, an adapter "
             f"(adapter={{}}), deepspeed.precision=bf16, deepspeed.stage=3, or fewer workers"
         )
 
 
 def gpu_memory(autoscaling: bool) -> int | None:
-    """Bytes of one of the cluster's GPUs, which are usually alike; None if none can be asked."""
+    """Bytes of one of the cluster's GPUs, which are usually alike; None if none can be queried."""
     if autoscaling and not ray.cluster_resources().get("GPU"):
         return None
     asked = ray.remote(num_gpus=1)(_gpu_memory).remote()
     try:
         found: int = ray.get(asked, timeout=GPU_SECONDS)
     except ray.exceptions.GetTimeoutError:
-        ray.cancel(asked, force=True)  # or it would take a GPU from the workers
+        ray.cancel(asked, force=True)  # otherwise it would take a GPU from the workers
         logger.warning(
-            "no GPU answered within %.0f s: whether the run fits its memory is not checked",
+            "no GPU answered within %.0f s: not checking whether the run fits its memory",
             GPU_SECONDS,
         )
         return None
@@ -98,7 +98,7 @@ def _gpu_memory() -> int:
 
 
 def machine_memory() -> int:
-    """Bytes of physical memory of this machine, or what its container may have of it."""
+    """Bytes of this machine's physical memory, or of its container's limit if lower."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         with open("/sys/fs/cgroup/memory.max") as file:

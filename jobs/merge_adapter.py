@@ -3,10 +3,10 @@
 
     jobs/merge_adapter.py BASE ADAPTER DESTINATION [--dtype DTYPE] [--revision REVISION] …
 
-BASE is a model: a folder, local or `s3://…`, or an id on the Hugging Face hub. ADAPTER is what
-`jobs/finetune.py` wrote with `adapter=…`, or an adapter of PEFT's. DESTINATION is a new folder,
-local or `s3://…`; it is printed when it is complete. An adapter that was trained on another model
-is refused. Memory holds a few tensors, never the model. Progress goes to standard error.
+BASE is a model: a folder, local or `s3://…`, or an id on the Hugging Face hub. ADAPTER is the
+output of `jobs/finetune.py` with `adapter=…`, or one of PEFT's adapters. DESTINATION is a new
+folder, local or `s3://…`; it is printed when it is complete. An adapter trained on another model is
+refused. Memory holds a few tensors, never the model. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
             revision=arguments.revision,
             shard_bytes=arguments.shard_bytes,
         )
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     print(arguments.destination)
 

@@ -17,14 +17,14 @@ Keys, with their defaults:
     chat_template=…         of messages: a Jinja file, or the name of a built-in template;
                             default: the tokenizer's
     columns.NAME=…          our column's name in the data, such as columns.text=review
-    label_names=…           classification: all labels, as [World, Sports], or what the data have
-                            for each, as {1: World, 2: Sports}: rows with others are bad; default: a
+    label_names=…           classification: all labels, as [World, Sports], or the data's value
+                            for each, as {1: World, 2: Sports}; rows with others are bad; default: a
                             run finds them
     delimiter=…             of CSV; default: the one in the header
-    bad_rows=refuse         or skip: leave out rows that cannot be used; the index counts and
+    bad_rows=refuse         or skip: leave out unusable rows; the index counts and
                             names them
-    shard_characters=16777216   text of a shard, all of which is in memory at once
-    workers=…               tasks that tokenize at once; default: as many as the CPUs allow
+    shard_characters=16777216   text per shard, which must fit in memory
+    workers=…               concurrent tokenizing tasks; default: as many as the CPUs allow
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Settings(BaseModel):
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line of this process, or the given one."""
+    """Run this process's command line, or `words`."""
     words = sys.argv[1:] if words is None else words
     help_if_asked(words, __doc__)
     logging.basicConfig(
@@ -95,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         index = prepare(read_settings(words))
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     logger.info("%s", summary(index))
     for each in index.bad:
@@ -103,9 +103,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def read_settings(words: Sequence[str]) -> Settings:
-    """The command line's words, checked; ValueError naming the key, its value and the remedy."""
+    """Parse the command line; ValueError with the key, its value and the remedy."""
     if len(words) < 2 or any("=" not in word for word in words[2:]):
-        raise ValueError(f"the command line is\n{__doc__}")
+        raise ValueError(f"usage:\n{__doc__}")
     fields: dict[str, Any] = {"data": words[0], "destination": words[1], "columns": {}}
     for word in words[2:]:
         key, _, value = word.partition("=")
@@ -115,7 +115,7 @@ def read_settings(words: Sequence[str]) -> Settings:
         elif not name and section in Settings.model_fields.keys() - {"data", "destination"}:
             fields[section] = _parsed(word, value) if section == "label_names" else value
         else:
-            raise ValueError(f"{word}: there is no such key\n{__doc__}")
+            raise ValueError(f"{word}: unknown key\n{__doc__}")
     if "tokenizer" not in fields:
         raise ValueError("tokenizer= is missing: the model's folder, s3://… or hub id")
     settings = checked(Settings, fields)
@@ -138,10 +138,10 @@ def _parsed(word: str, text: str) -> Any:
 
 
 def prepare(settings: Settings) -> Index:
-    """Do what is left to do. DataError, StorageError: for what cannot be read or written."""
+    """Prepare what is left. DataError, StorageError: if data cannot be read or written."""
     folder = absolute(settings.destination)
     address = settings.tokenizer
-    if Path(address).exists():  # or else it may be a hub id
+    if Path(address).exists():  # otherwise it may be a hub id
         address = absolute(address)
     template = settings.chat_template
     source = None if template is None else read_template(template)
@@ -159,7 +159,7 @@ def prepare(settings: Settings) -> Index:
     )
     storage.check_writable(folder)
     if (done := begin(plan, folder)) is not None:
-        logger.info("%s is finished already", folder)
+        logger.info("%s is already complete", folder)
         return done
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)

@@ -1,4 +1,4 @@
-"""Shards of prepared data by Ray Data: a plan in, records of what was written out."""
+"""Prepares data with Ray Data: a plan in, records of the written shards out."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ logger = logging.getLogger("preparing")
 def write_shards(
     plan: Plan, folder: str, load: Callable[[], GPTJTokenizer], workers: int | None
 ) -> Iterator[Shard]:
-    """Shards as they are written, in any order; Ray Data holds back readers that are too fast.
+    """Shards as they are written, in any order; Ray Data throttles readers that are too fast.
 
     Raises:
-        DataError: for a bad row, or what else `write_shard` raises.
-        OSError: for what Ray raises, such as a node's lack of memory.
+        DataError: for a bad row, or any other error of `write_shard`.
+        OSError: for Ray's errors, such as a node out of memory.
     """
     logger.info(
         "preparing %s: %d files of %.1f MB", plan.address, len(plan.sizes), sum(plan.sizes) / 1e6
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = plan.chunk_characters  # bytes: about a chunk, to be shared out
+    context.target_max_block_size = plan.chunk_characters  # bytes: about one chunk per block
     shared = ray.put(plan)
     parts = ray.data.from_items(
         [{"part": part} for part in range(len(plan.parts))], override_num_blocks=len(plan.parts)
     )
-    # Reading waits for bytes and needs less of a CPU than tokenizing. Different needs also keep Ray
-    # Data from fusing the two into one task. A single CPU must have room for both.
+    # Reading waits for I/O and needs less CPU than tokenizing. Different numbers also keep Ray Data
+    # from fusing the two into one task. A single CPU must have room for both.
     cpu = 1 if ray.cluster_resources().get("CPU", 0) >= 2 else 0.5
     read = parts.map_batches(partial(_read, plan=shared), batch_size=1, num_cpus=cpu / 2)
     written = read.map_batches(
@@ -57,7 +57,7 @@ def write_shards(
     started = last = time.monotonic()
     rows = count = 0
     for row in _rows(written):
-        shard = pickle.loads(row["shard"])  # by our own tasks
+        shard = pickle.loads(row["shard"])  # pickled by our own tasks
         if isinstance(shard, str):
             raise DataError(shard)
         count, rows = count + 1, rows + shard.rows
@@ -72,17 +72,16 @@ def _rows(written: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         yield from written.iter_rows()
     except RayError as error:
         raise OSError(
-            f"Ray ended the preparation of the data: {reason(error)}; the same command goes on "
-            f"with what is left"
+            f"Ray stopped preparing the data: {reason(error)}; rerun the command to resume"
         ) from error
 
 
-# Errors of data or storage are passed on as messages, in place of a chunk or shard: Ray Data would
-# wrap them in a traceback of its own, without the error's type.
+# Data and storage errors are passed on as messages, in place of a chunk or shard: Ray Data would
+# wrap them in its own traceback, without the error's type.
 
 
 def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
-    """The chunks of a part, or what is wrong with it."""
+    """A part's chunks, or an error message."""
     try:
         for part in batch["part"]:
             for chunk in chunks(ray.get(plan), int(part)):
@@ -94,7 +93,7 @@ def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
 def _write(
     batch: dict[str, Any], plan: Any, folder: str, load: Callable[[], GPTJTokenizer]
 ) -> dict[str, Any]:
-    """The records of the shards of some chunks, or what is wrong with them."""
+    """The shards of some chunks, or an error message."""
     found: list[Shard | str] = []
     try:
         plan, tokenizer = ray.get(plan), load()

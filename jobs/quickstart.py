@@ -1,11 +1,11 @@
-"""The whole platform once, on one machine: train three small models, serve them, ask each one.
+"""The whole platform on one machine: train three small models, serve and query each one.
 
     python -m jobs.quickstart [--keep-serving]
 
 Starts an S3 server and a Ray cluster on loopback, submits `jobs/finetune.py` three times (text
 generation, classification, question answering; models of a few hundred thousand parameters, data
 that needs no download), serves the three checkpoints from S3 with `serve run`, sends each service
-one request and prints the replies. Everything it started ends with it, on Ctrl-C too; logs and
+one request and prints the replies. Everything it started ends with it, even on Ctrl-C; logs and
 the S3 server's files stay in `.quickstart/`.
 """
 
@@ -42,8 +42,8 @@ FOLDER = ROOT / ".quickstart"
 SERVE_CONFIG = ROOT / "k8s" / "base" / "serve.yaml"
 BUCKET = "gptj"
 
-# Two training workers and then three replicas wait for each other more than they compute, so the
-# cluster may promise more CPUs than a small machine has.
+# Two training workers, and later three replicas, mostly wait for each other, so the cluster may
+# promise more CPUs than a small machine has.
 LOGICAL_CPUS = max(4, os.cpu_count() or 1)
 SERVING_SECONDS = 240
 
@@ -91,22 +91,22 @@ DEMONSTRATIONS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, store, serve and ask three small models.")
+    parser = argparse.ArgumentParser(description="Train, serve and query three small models.")
     parser.add_argument(
         "--keep-serving", action="store_true", help="leave the services up until Ctrl-C"
     )
     arguments = parser.parse_args()
-    # A plain `kill` ends us the way Ctrl-C does: through the blocks that end what they started.
+    # A plain `kill` ends us like Ctrl-C: through the blocks that stop what they started.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
         run(keep_serving=arguments.keep_serving)
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted; everything that was started has ended.")
+        sys.exit("\nInterrupted; everything it started has ended.")
 
 
 def run(*, keep_serving: bool) -> None:
-    """See the module's docstring. Raises RuntimeError with a log's end if a part fails."""
+    """See the module's docstring. Raises RuntimeError with the end of the log if a part fails."""
     started = time.monotonic()
     address = _serving_address()
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -137,11 +137,11 @@ def run(*, keep_serving: bool) -> None:
             print(f"Another terminal uses this cluster after: source {FOLDER / 'env'}")
             print(f"Serving at {address} until Ctrl-C.", flush=True)
             services.wait()
-            raise RuntimeError(f"the services ended by themselves; the end of {log}:\n{tail(log)}")
+            raise RuntimeError(f"the services exited; the end of {log}:\n{tail(log)}")
 
 
 def train(demonstration: Demonstration, environment: dict[str, str]) -> None:
-    """`ray job submit jobs/finetune.py`, its log on our output."""
+    """Run `ray job submit jobs/finetune.py` and print its log."""
     command = [
         _program("ray"),
         "job",
@@ -175,23 +175,23 @@ def ask(address: str, demonstration: Demonstration) -> Any:
 
 
 def _serving_address() -> str:
-    """Where serve.yaml listens; early and clear if something else is there already."""
+    """Where serve.yaml listens; RuntimeError if the port is taken."""
     options = yaml.safe_load(SERVE_CONFIG.read_text())["http_options"]
     with socket.socket() as probe:
-        # As the server does: a port whose last connections are only lingering counts as free.
+        # As the server does: a port with only lingering (TIME_WAIT) connections counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((options["host"], options["port"]))
         except OSError as error:
             raise RuntimeError(
                 f"port {options['port']} on {options['host']} is not free ({error.strerror}); "
-                f"end what listens there, or change http_options in {SERVE_CONFIG}"
+                f"stop the program that listens there, or change http_options in {SERVE_CONFIG}"
             ) from error
     return f"http://{options['host']}:{options['port']}"
 
 
 def _health(demonstration: Demonstration) -> str:
-    """Generation is the application at the root; the others keep their health at their route."""
+    """The health URL: generation's is at the root, the others' at their route."""
     return "/health" if demonstration.route.startswith("/v1/") else f"{demonstration.route}/health"
 
 
@@ -226,7 +226,7 @@ def _show_checkpoints() -> None:
 
 
 def _program(name: str) -> str:
-    """A command of our environment, whatever the PATH says."""
+    """A program of our environment, regardless of PATH."""
     return str(Path(sys.executable).parent / name)
 
 
@@ -235,7 +235,7 @@ def _say(text: str) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Once is enough: what follows is the clean-up, which a second signal must not cut short.
+    # Only once: a second signal must not interrupt the clean-up.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Whether a cluster has room for a training now, and who has it if not."""
+"""Waits for a cluster to have room for a training, and says what holds it if not."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ROOM_SECONDS = 10.0
 
 
 def wait_for_room(needed: Mapping[str, float]) -> None:
-    """Until so much of the cluster is free: a run that has just ended gives its workers back soon.
+    """Wait until the resources are free: a run that has just ended releases its workers soon.
 
-    SettingsError, saying who has the rest, if it is not free after ROOM_SECONDS.
+    SettingsError, saying what holds the rest, if they are not free after ROOM_SECONDS.
     """
     deadline = time.monotonic() + ROOM_SECONDS
     while lacking := {
@@ -28,8 +28,8 @@ def wait_for_room(needed: Mapping[str, float]) -> None:
         if time.monotonic() > deadline:
             name, free = next(iter(lacking.items()))
             raise SettingsError(
-                f"the workers need {needed[name]:g} {name}s, and {free:g} of the cluster's "
-                f"{ray.cluster_resources().get(name, 0):g} are free; {holders(name)}; remedy: end "
+                f"the workers need {needed[name]:g} {name}s, but {free:g} of the cluster's "
+                f"{ray.cluster_resources().get(name, 0):g} are free; {holders(name)}; remedy: stop "
                 f"that, lower workers.count or workers.cpus, or set workers.autoscaling=true to "
                 f"wait until the cluster has grown"
             )
@@ -37,7 +37,7 @@ def wait_for_room(needed: Mapping[str, float]) -> None:
 
 
 def holders(resource: str) -> str:
-    """Who has how much of a resource, in words: Serve's deployments by name, others by class."""
+    """What holds how much of a resource: Serve's deployments by name, others by class."""
     held: Counter[str] = Counter()
     actors = list_actors(
         address=ray.get_runtime_context().gcs_address,

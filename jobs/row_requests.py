@@ -23,15 +23,15 @@ from gptj.serving.errors import APIError
 from jobs.evaluate import task_of
 
 BATCH = ("custom_id", "url", "body")  # OpenAI's batch files
-# Our names of the columns that each service reads, for each kind of rows: training's, without what
-# is to be found.
+# Our names of the columns that each service reads, for each kind of rows: training's, without the
+# targets.
 KINDS: Mapping[ServiceName, tuple[tuple[str, ...], ...]] = {
     "generation": (("text",), ("prompt",), ("messages",)),
     "classification": (("text",), ("text", "text_pair")),
     "question-answering": (("question", "context"),),
     "embeddings": (("text",),),
 }
-# Of result lines; columns that are kept must have other names.
+# Fields of result lines, which kept columns must not be named like.
 FIELDS = frozenset(
     {"file", "row", "error", "completion", "finish_reason", "stop_reason", "choices", "labels"}
     | {"logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids"}
@@ -45,7 +45,7 @@ SERVICES: Mapping[str, ServiceName] = {
 
 
 def service_of(config: GPTJConfig, checkpoint: str) -> ServiceName:
-    """The service of a model's head; of a model without a head, embeddings."""
+    """The service of a model's head; embeddings for a model without one."""
     if config.architectures == ["GPTJModel"]:
         return "embeddings"
     return SERVICES[task_of(config, checkpoint).name]
@@ -54,7 +54,7 @@ def service_of(config: GPTJConfig, checkpoint: str) -> ServiceName:
 def request_of(
     service: ServiceName, row: Row, parameters: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The route and the body that a row asks. DataError if a column has not what it must."""
+    """A row's route and body. DataError if a column's value is invalid."""
     if service == "classification":
         inputs: dict[str, Any] = {"text": row.text("text")}
         if "text_pair" in row.values:
@@ -74,10 +74,10 @@ def request_of(
 def check_parameters(
     service: ServiceName, columns: Sequence[str], parameters: Mapping[str, Any]
 ) -> None:
-    """ValueError for what would be wrong with every request."""
+    """ValueError for parameters that would be wrong in every request."""
     for name in parameters:
         if name in ("inputs", "prompt", "messages", "input"):
-            raise ValueError(f"parameters.{name}: that is what the rows have: leave it out")
+            raise ValueError(f"parameters.{name}: the rows have it; leave it out")
     values: dict[str, Any] = dict.fromkeys(columns, "x")
     if "messages" in values:
         values["messages"] = [{"role": "user", "content": "x"}]
@@ -101,7 +101,7 @@ def _messages(row: Row) -> Any:
 
 
 def fields_of(route: str, reply: Any) -> dict[str, Any]:
-    """A reply as fields of a row. A single completion, label list or answer has no list around."""
+    """A reply as fields of a row. A single completion, label list or answer is not in a list."""
     plain = as_json(reply)
     if route == CLASSIFICATION:
         return {"labels": plain[0]}

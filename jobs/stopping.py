@@ -1,6 +1,6 @@
-"""Ends a training early, and resumably: when its job is told to stop, or Ray takes a node away.
+"""Stops a training early and resumably: if its job is told to stop, or Ray preempts a node.
 
-The driver tells the workers through an actor, and each worker has the news before its next step.
+The driver tells the workers through an actor, and each worker knows before its next step.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jobs.bell import Bell
 
 logger = logging.getLogger(__name__)
 
-STOPPED = 128 + signal.SIGTERM  # the exit status of a program that SIGTERM has ended
+STOPPED = 128 + signal.SIGTERM  # the exit status of a program ended by SIGTERM
 PREEMPTED = "Ray takes a node away"
 
 
 class OnSigterm:
-    """For the length of a `with` in the driver, SIGTERM asks the workers to save and stop.
+    """During a `with` block in the driver, SIGTERM asks the workers to save and stop.
 
-    A second one ends the driver at once. In the main thread, after ray.init, whose own handler
-    ends the driver.
+    A second one ends the driver at once. Use it in the main thread, after ray.init, whose own
+    handler ends the driver.
     """
 
     def __init__(self) -> None:
-        # On the driver's node: on another one it would be gone once Ray takes that away.
+        # On the driver's node: on another it would end with that node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.bell: ActorHandle[Any] = Bell.options(  # type: ignore[attr-defined]
             scheduling_strategy=here
@@ -62,7 +62,7 @@ class OnSigterm:
 
 
 class Notices:
-    """In a worker: whether there is a reason to stop."""
+    """In a worker: the reason to stop, if any."""
 
     def __init__(self, bell: ActorHandle[Any]) -> None:
         self._context = get_train_context()
@@ -71,7 +71,7 @@ class Notices:
         threading.Thread(target=self._listen, name="stop-bell", daemon=True).start()
 
     def reason(self) -> str | None:
-        """Whoever asked; else PREEMPTED, if Ray has said that it will take away a node."""
+        """The driver's reason; else PREEMPTED, if Ray has announced a node's preemption."""
         if self._asked is None and self._context.preemption_context.preemption_info is not None:
             return PREEMPTED
         return self._asked
@@ -80,4 +80,4 @@ class Notices:
         try:
             self._asked = str(ray.get(self._bell.wait.remote()))
         except RayError as error:  # the driver has ended, or is about to
-            logger.debug("nobody will ask for a stop any more: %s", error)
+            logger.debug("no stop request can arrive any more: %s", error)

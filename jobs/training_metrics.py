@@ -1,4 +1,4 @@
-"""A training's numbers among Ray's, for Prometheus: exported as `ray_gptj_training_…`, by run."""
+"""A training's metrics, exported by Ray to Prometheus as `ray_gptj_training_…`, by run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from types import TracebackType
 
 from ray.util.metrics import Counter, Gauge
 
-# The names of the points that gptj.training.progress logs.
+# Named as in the points that gptj.training.progress logs.
 NUMBERS = {
-    "step": "Optimizer steps that are done.",
-    "loss": "The training loss, on average since the point before.",
+    "step": "Optimizer steps completed.",
+    "loss": "The mean training loss since the previous point.",
     "learning_rate": "The learning rate of the last step.",
-    "gradient_norm": "The gradient's norm at the last step, before it is clipped.",
-    "tokens_per_second": "Tokens that are trained on, of all workers, since the point before.",
-    "useful_tokens": "Tokens as a share of what was computed with padding, since the point before.",
+    "gradient_norm": "The gradient's norm at the last step, before clipping.",
+    "tokens_per_second": "Tokens trained on by all workers since the previous point.",
+    "useful_tokens": "Tokens as a share of all computed with padding, since the previous point.",
     "skipped_steps": "Steps without an update so far: fp16 overflows and loss spikes.",
-    "waiting_for_data": "The share of the steps' time that was spent waiting for batches.",
-    "mfu": "Model FLOP/s as a share of what the workers' matrix products reach.",
-    "memory_bytes": "The first worker's peak of memory: its GPU's, or else the process's.",
+    "waiting_for_data": "The share of the steps' time spent waiting for batches.",
+    "mfu": "Model FLOP/s as a share of the workers' peak matrix-multiply throughput.",
+    "memory_bytes": "The first worker's peak memory: its GPU's, or else the process's.",
     "evaluation_loss": "The loss on the evaluation data.",
 }
 REPEAT_SECONDS = 5.0  # Ray forgets numbers that are not set again
 
 
 class TrainingMetrics:
-    """How a run goes, for the length of a `with`; in the process that has the numbers."""
+    """Exports a run's metrics during a `with` block, in the process that has them."""
 
     def __init__(self, run: str) -> None:
         self._gauges = {
@@ -54,7 +54,7 @@ class TrainingMetrics:
         self._thread.join()
 
     def point(self, point: Mapping[str, float]) -> None:
-        """A point of the run's history; what is no number, or not among NUMBERS, is left out."""
+        """Record a point of the run's history, ignoring non-numbers and names not in NUMBERS."""
         with self._lock:
             self._last |= {
                 name: value

@@ -139,7 +139,7 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
             set -- $rest
             local target=${*: -1}
             while [ $# -gt 1 ]; do
-              grep -qx "!$1" .dockerignore || { echo "error: .dockerignore keeps $1 out" >&2; exit 1; }
+              grep -qx "!$1" .dockerignore || { echo "error: .dockerignore excludes $1" >&2; exit 1; }
               mkdir -p "$tree$target"
               local what=(. "$1")
               if [ -d "$1" ]; then what=("$1" .); fi
@@ -149,7 +149,7 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
             done
           fi
           ;;
-        *) echo "error: this script does not know $word" >&2; exit 1 ;;
+        *) echo "error: unknown instruction $word" >&2; exit 1 ;;
       esac
       ;;
   esac
@@ -182,7 +182,7 @@ enter "$image" "$user" /app '
   for program in bash g++ wget ps ray serve python ninja; do command -v $program > /dev/null; done
   bash -lc "command -v ray" > /dev/null
   python -c "import gptj, deployments.generation, jobs.finetune, torch; print(torch.__version__)"
-  ls platform/gptj/engine/runners/cpu/*.so 2> /dev/null || echo "the kernels are not built ahead"
+  ls platform/gptj/engine/runners/cpu/*.so 2> /dev/null || echo "the kernels are not prebuilt"
 '
 echo "== its packages"
 cp k8s/check_packages.py constraints.txt "$work/written/tmp/"

@@ -1,10 +1,10 @@
-"""What an image has in Python's packages, checked from within it, without a GPU or its driver.
+"""Checks an image's Python packages from inside it, without a GPU or its driver.
 
     python k8s/check_packages.py VARIANT constraints.txt
 
-VARIANT is cpu or cuda. Every package must be one that constraints.txt pins; the operators of
-DeepSpeed that training uses must be built ahead, for cuda with code for each GPU that the
-Dockerfile names, and load. Fails with a sentence; prints what it saw.
+VARIANT is cpu or cuda. Every package must have the version that constraints.txt pins; the DeepSpeed
+operators that training uses must be prebuilt, for cuda with code for each GPU that the Dockerfile
+names, and load. Prints what it found; fails with an error message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = {1: "compute", 2: "sm"}
 
 
 def unpinned(constraints: str) -> list[str]:
-    """Installed packages whose version is not the one that is pinned; builds (+cpu) are equal."""
+    """Installed packages whose version is not the pinned one, ignoring local builds (+cpu)."""
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", constraints, re.M))
     pinned = {normalized(name): version for name, version in pins.items()}
     found = []
@@ -49,7 +49,7 @@ def release(version: str) -> str:
 
 
 def architectures(library: Path) -> list[str]:
-    """For which GPUs a library has code: sm_… machine code, compute_… PTX."""
+    """The GPUs a library has code for: sm_… machine code, compute_… PTX."""
     content = library.read_bytes()
     found = set()
     for match in re.finditer(re.escape(struct.pack("<IHH", FAT_BINARY, 1, 16)), content):
@@ -66,7 +66,7 @@ def architectures(library: Path) -> list[str]:
 
 def main(variant: str, constraints: str) -> None:
     os.environ["DS_ACCELERATOR"] = variant
-    os.environ["TORCH_EXTENSIONS_DIR"] = "/nowhere"  # so that what is not prebuilt fails
+    os.environ["TORCH_EXTENSIONS_DIR"] = "/nowhere"  # operators that are not prebuilt fail
     if wrong := unpinned(Path(constraints).read_text()):
         raise SystemExit(f"not as {constraints} pins it: {', '.join(wrong)}")
     import torch
@@ -76,7 +76,7 @@ def main(variant: str, constraints: str) -> None:
     built = {name for name, there in installed_ops.items() if there}
     print("torch", torch.__version__, "CUDA", torch.version.cuda, "operators", *sorted(built))
     if missing := set(BUILT[variant]) - built:
-        raise SystemExit(f"not built ahead: {', '.join(sorted(missing))}")
+        raise SystemExit(f"not prebuilt: {', '.join(sorted(missing))}")
     if variant == "cpu":
         return
     from deepspeed.ops.op_builder import FusedAdamBuilder
@@ -86,7 +86,7 @@ def main(variant: str, constraints: str) -> None:
     found = architectures(Path(fused.__file__))
     print("fused_adam", *found, "cuDNN", torch.backends.cudnn.version(), "NCCL", nccl())
     if found != sorted(ARCHITECTURES):
-        raise SystemExit(f"fused_adam has code for {found}, not for {sorted(ARCHITECTURES)}")
+        raise SystemExit(f"fused_adam has code for {found} instead of {sorted(ARCHITECTURES)}")
     import triton
 
     print("triton", triton.__version__)

@@ -4,15 +4,14 @@
 #   k8s/secrets.sh local | kubectl create -f -
 #   AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… k8s/secrets.sh gpu | kubectl create -f -
 #
-# A second word is the namespace, gptj otherwise. `create` leaves secrets that are there already as
-# they are.
+# A second argument is the namespace, by default gptj. `create` leaves existing secrets as they are.
 set -euo pipefail
 
 namespace=${2:-gptj}
 
 case ${1-} in
   local)
-    # The S3 server in the cluster takes whatever keys it is given.
+    # The S3 server in the cluster accepts any keys.
     access=$(openssl rand -hex 8) secret=$(openssl rand -hex 20)
     ;;
   gpu)
@@ -20,7 +19,7 @@ case ${1-} in
     secret=${AWS_SECRET_ACCESS_KEY:?is needed: keys of the bucket, see k8s/README.md}
     ;;
   *)
-    echo "error: say which overlay: k8s/secrets.sh local or k8s/secrets.sh gpu" >&2
+    echo "usage: k8s/secrets.sh local|gpu [NAMESPACE]" >&2
     exit 2
     ;;
 esac

@@ -29,8 +29,8 @@ peers/setup.sh makes, other engines alternate with ours, one at a time.
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
 rows as long as the model's context; int4 is rounded to nearest, and --quantized adds the folder
 that jobs/quantize.py made of the model. `grammar` measures the cost of constrained output, see
-grammar.py; `speculation` what speculation gains and costs, on weights of its own, see
-speculation.py; `adapters` what adapters side by side cost, see adapters.py. `mlperf` sends MLPerf's
+grammar.py; `speculation` its gains and costs, on its own weights, see
+speculation.py; `adapters` the cost of concurrent adapters, see adapters.py. `mlperf` sends MLPerf's
 load to our service, or to one at --url: see mlperf.py. `load` writes a random fp16 model into DIR
 and, by default, a second copy into an S3 server there, reads them in separate processes (see
 load_weights.py), from S3 with and without the node's checkpoint cache, and deletes them.
@@ -246,7 +246,7 @@ def adapted(given: argparse.Namespace) -> Iterator[Row]:
 
 
 def _cache(tokens: int, config: GPTJConfig) -> int:
-    """At least one context."""
+    """Cache tokens: at least one context."""
     return max(tokens, config.n_positions)
 
 

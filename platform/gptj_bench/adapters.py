@@ -1,8 +1,8 @@
-"""What adapters cost: the tokens/s of a batch of requests of different adapters.
+"""The cost of adapters: tokens/s of a batch of requests with different adapters.
 
-The same batch is decoded by a runner without room for adapters, by one whose adapters are not used,
-and with the adapters: in turn, since a machine's speed varies. The ratios are of wall-clock time
-and, for a machine with other load, of CPU time.
+The same batch is decoded alternately by a runner without room for adapters, by one with unused
+adapters, and with the adapters, since a machine's speed varies. The ratios are of wall-clock time
+and, for a machine under other load, of CPU time.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def measure(
     """Tokens/s of the base model, of a runner with unused room for adapters, and of adapters.
 
     Args:
-        make_runner: with room for adapters, or without.
-        adapters: rows take them in turn.
-        modules: which the adapters have.
+        make_runner: makes a runner with room for adapters, or without.
+        adapters: assigned to rows round-robin.
+        modules: that the adapters change.
     """
     prompts = [[(row * 7 + place) % 1000 for place in range(PROMPT)] for row in range(batch)]
     limits = LoRALimits(adapters, rank)
@@ -77,7 +77,7 @@ def measure(
             for kind, (engine, rows) in kinds.items():
                 start = time.process_time()
                 timing = generate(engine, prompts, tokens, adapters=rows)
-                if repeat:  # the first is to warm up
+                if repeat:  # the first is a warm-up
                     wall[kind].append(timing.step_seconds)
                     cpu[kind].append(time.process_time() - start)
     finally:
@@ -103,5 +103,5 @@ def measure(
 
 
 def _ratio(base: Sequence[float], others: Sequence[float]) -> float:
-    """The median ratio of speeds of neighbors in time."""
+    """The median ratio of adjacent runs' speeds."""
     return statistics.median(one / other for one, other in zip(base, others, strict=True))

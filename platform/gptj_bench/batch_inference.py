@@ -1,4 +1,4 @@
-"""What jobs/batch_inference.py costs beside the bare engine, on the same prompts.
+"""The throughput of jobs/batch_inference.py relative to the bare engine, on the same prompts.
 
     python -m gptj_bench.batch_inference --model DIR --dtype bfloat16|float32|float16|int8|int4
                                          [--rows 256] [--prompt-tokens 64] [--new-tokens 64]
@@ -6,8 +6,8 @@
 
 Greedy, ignoring eos. The engine gets all rows' token ids at once. The job, on a Ray cluster of this
 machine, reads text from a file and writes text; it runs with `rows` rows and with three times as
-many, and the difference is what its rows take, without starting Ray and loading the model. Prints
-JSON lines: the machine, each measurement, and the medians with their ratio (goal: 0.9).
+many, and the difference gives the time of the rows, without starting Ray and loading the model.
+Prints JSON lines: the machine, each measurement, and the medians with their ratio (goal: 0.9).
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, list[float]] = {"engine": [], "job": []}
     with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as name:
         folder = Path(name)
-        # One more CPU than there are, for the task that reads: it mostly waits.
+        # One CPU more than exist, for the reading task, which mostly waits.
         with LocalRay.start(folder / "ray", cpus=(os.cpu_count() or 1) + 1) as node:
             environment = {**os.environ, **node.environment()}
-            for repeat in range(given.repeats):  # in turn, since machines change
+            for repeat in range(given.repeats):  # alternately, since a machine's speed varies
                 engine = engine_speed(given, ids)
                 job = job_speed(given, texts, folder / str(repeat), environment)
                 for kind, speed in (("engine", engine), ("job", job)):
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prompts(given: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
-    """Random texts, and their ids as the job will find them."""
+    """Random texts, and their ids as the job will tokenize them."""
     tokenizer = GPTJTokenizer.from_pretrained(given.model)
     numbers = random.Random(0)
     below = min(TEXT_IDS, len(tokenizer) - 1)
@@ -96,7 +96,7 @@ def prompts(given: argparse.Namespace) -> tuple[list[str], list[list[int]]]:
 
 
 def engine_speed(given: argparse.Namespace, ids: Sequence[Sequence[int]]) -> float:
-    """New tokens/s of the engine, as the job's workers set it up."""
+    """New tokens/s of the engine, configured as in the job's workers."""
     torch.set_num_threads(os.cpu_count() or 1)
     longest = max(map(len, ids)) + given.new_tokens + SPARE_TOKENS
     runner = load_runner(given.model, given.dtype, lambda _: given.max_num_seqs * longest)
@@ -120,7 +120,7 @@ def engine_speed(given: argparse.Namespace, ids: Sequence[Sequence[int]]) -> flo
 def job_speed(
     given: argparse.Namespace, texts: Sequence[str], folder: Path, environment: dict[str, str]
 ) -> float:
-    """New tokens/s of the rows that the longer of two runs has more."""
+    """New tokens/s of the rows that the longer of two runs has in addition."""
     folder.mkdir()
     seconds = []
     for number, count in enumerate((given.rows, LONGER * given.rows)):

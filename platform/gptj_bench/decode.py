@@ -116,7 +116,7 @@ def load_runner(
     Args:
         model: an address, or the name of a preset, which gets random weights.
         cache_tokens: the cache's size.
-        lora: how many adapters it has room for.
+        lora: limits of adapters; None for no room.
     """
     stored, quantization = split_dtype(dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,10 +2,10 @@
 
     python -m gptj_bench.faults [--rounds 3] [--clients 16] [--faults replica,proxy] [--json OUT]
 
-Starts a Ray cluster on loopback with two replicas of a tiny random model, as k8s/base/serve.yaml
-has them, and clients that ask all the time, half of them for streams. Each request is greedy and
-its whole text is known, so that a wrong answer is seen as well. Then, in each round, each fault
-happens once. A line a fault: how many requests there were, what became of them, and for how long.
+Starts a Ray cluster on loopback with two replicas of a tiny random model, configured by
+k8s/base/serve.yaml, and clients that send requests continuously, half of them streaming. Requests
+are greedy and their texts known, so wrong answers are detected too. Then, in each round, each fault
+happens once. Prints a line per fault: the number of requests, their outcomes, and the durations.
 
     replica, proxy, controller    SIGKILL
     hang, proxy-hang              SIGSTOP of a replica, or of the proxy
@@ -36,7 +36,7 @@ import httpx
 
 from gptj_bench.local_service import PROMPTS, LocalService, local_service
 
-FAULTS = {  # the class of the actor, and what is sent to its process
+FAULTS = {  # the actor's class, and the signal to its process
     "replica": ("ServeReplica", signal.SIGKILL),
     "proxy": ("ProxyActor", signal.SIGKILL),
     "controller": ("ServeController", signal.SIGKILL),
@@ -45,22 +45,22 @@ FAULTS = {  # the class of the actor, and what is sent to its process
 }
 CHANGES = ("upgrade", "bad-upgrade", "rollback")
 REPLACED_SECONDS = 180
-QUIET_SECONDS = 4.0  # of load before a fault, and after its end
+QUIET_SECONDS = 4.0  # of load before and after a fault
 MAX_TOKENS = 96
 ANSWERED = "answered"
 
 
 @dataclass
 class Result:
-    """What one fault did to the clients."""
+    """A fault's effect on the clients."""
 
     fault: str
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     refused_seconds: float = 0.0  # from the first refused connection to the last
-    median_seconds: float = 0.0  # of the requests that were answered
+    median_seconds: float = 0.0  # of the answered requests
     longest_seconds: float = 0.0
-    replaced_seconds: float = 0.0  # from the fault until the part was there again
+    replaced_seconds: float = 0.0  # from the fault until the part was replaced
 
     @property
     def lost(self) -> int:
@@ -69,7 +69,7 @@ class Result:
 
 @dataclass
 class Load:
-    """Clients that ask one request after another, and count what becomes of each."""
+    """Clients that send one request after another, and count the outcomes."""
 
     url: str
     clients: int
@@ -80,7 +80,7 @@ class Load:
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def begin(self) -> None:
-        """Learn the undisturbed texts, then ask all the time."""
+        """Record the undisturbed texts, then start the clients."""
         async with self._client() as client:
             for prompt in PROMPTS:
                 reply = await client.post(self.url, json=_body(prompt))
@@ -95,7 +95,7 @@ class Load:
         await asyncio.gather(*self._tasks)
 
     def result(self, fault: str, since: float) -> Result:
-        """Of the requests that ended after `since`, which is of time.monotonic."""
+        """Of the requests that ended after `since` (time.monotonic)."""
         events = [each for each in self._events if each[2] >= since]
         refused = [end for outcome, _, end in events if outcome == "refused connection"]
         answered = [end - start for outcome, start, end in events if outcome == ANSWERED]
@@ -155,11 +155,11 @@ class Load:
 
 
 class Failed(Exception):
-    """An answer that says that there is none; the message tells which."""
+    """An error answer; the message says which."""
 
 
 async def break_(service: LocalService, fault: str) -> float:
-    """Break or change a part; the seconds until there is another in its place."""
+    """Break or change a part; returns the seconds until it is replaced."""
     start = time.monotonic()
     if fault in FAULTS:
         ended = await kill(service, *FAULTS[fault])
@@ -171,7 +171,7 @@ async def break_(service: LocalService, fault: str) -> float:
 
 
 async def kill(service: LocalService, actor: str, what: signal.Signals) -> bool:
-    """Send an actor's process a signal; whether another has taken its place in time."""
+    """Send an actor's process a signal; returns whether it was replaced in time."""
     before = await asyncio.to_thread(service.processes, actor)
     victim = next(iter(before))
     os.kill(before[victim], what)
@@ -184,7 +184,7 @@ async def kill(service: LocalService, actor: str, what: signal.Signals) -> bool:
 
 
 async def lose_worker(service: LocalService) -> bool:
-    """Lose a node; whether its replica is on the spare one in time."""
+    """Lose a node; returns whether its replica moved to the spare one in time."""
     before = await asyncio.to_thread(service.processes, "ServeReplica")
     await asyncio.to_thread(service.lose_worker)
 
@@ -197,7 +197,7 @@ async def lose_worker(service: LocalService) -> bool:
 
 
 async def change(service: LocalService, kind: str) -> bool:
-    """Deploy another version, or a bad one; whether that ends as it should, in time."""
+    """Deploy another version, or a bad one; returns whether that ended as it should, in time."""
     bad = kind == "bad-upgrade"
     replicas = await asyncio.to_thread(service.processes, "ServeReplica")
     if kind == "rollback":
@@ -227,7 +227,7 @@ async def until(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + REPLACED_SECONDS
     while time.monotonic() < deadline:
         await asyncio.sleep(0.1)
-        with contextlib.suppress(httpx.HTTPError):  # whoever could tell is dead itself
+        with contextlib.suppress(httpx.HTTPError):  # the dashboard or controller may be down itself
             if await asyncio.to_thread(condition):
                 return True
     return False
@@ -275,9 +275,9 @@ def main() -> None:
     faults = arguments.faults.split(",")
     known = (*FAULTS, "worker", *CHANGES)
     if unknown := set(faults) - set(known):
-        parser.error(f"there is no fault {', '.join(sorted(unknown))}: {', '.join(known)}")
+        parser.error(f"unknown fault {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if "worker" in faults and set(faults) != {"worker"}:
-        parser.error("worker needs a cluster of its own: leave the other faults out")
+        parser.error("worker needs its own cluster: leave out the other faults")
     workers = 2 + arguments.rounds if "worker" in faults else 0
     with (
         tempfile.TemporaryDirectory(prefix="gptj-faults-") as folder,

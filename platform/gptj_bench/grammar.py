@@ -1,9 +1,9 @@
-"""What constrained output costs: to compile and to mask, by library, and in the engine's steps.
+"""The cost of constrained output: compiling and masking, by library, and in the engine's steps.
 
 The schemas are schemas.py's. Each library compiles them and follows random outputs with GPT-J's
-vocabulary, in CPU time; xgrammar is measured where it is installed, which this project never needs.
-Then a model decodes batches whose rows are all free, or half of them constrained: the difference is
-what constraints cost the requests beside them.
+vocabulary, in CPU time; xgrammar, which the project does not need, is measured if installed.
+Then a model decodes batches with no or half of their rows constrained: the difference is
+the cost of constraints to the other requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ xgrammar = Extra("xgrammar", "the comparison with it")
 
 WALK_TOKENS = 64  # of each random output
 PROMPT = 16  # tokens
-# Never ends within a measurement.
+# Does not end within a measurement.
 ENDLESS = {
     "type": "array",
     "items": whole(name={"type": "string", "maxLength": 12}, age={"type": "integer"}),
@@ -56,7 +56,7 @@ class Library(ABC):
 
     @abstractmethod
     def matcher(self, compiled: Any) -> tuple[Callable[[], Any], Callable[[int], bool]]:
-        """Functions that compute the next mask, of 32-bit words, and take a token."""
+        """Functions that compute the next mask, in 32-bit words, and accept a token."""
 
 
 class LLGuidance(Library):
@@ -125,7 +125,7 @@ class XGrammar(Library):
 
 
 def libraries(tokenizer: GPTJTokenizer, rows: int, outputs: int) -> Iterator[Row]:
-    """A row for each library that is installed."""
+    """A row per installed library."""
     for kind in (LLGuidance, XGrammar):
         if installed(kind.name) is None:
             continue
@@ -160,7 +160,7 @@ def libraries(tokenizer: GPTJTokenizer, rows: int, outputs: int) -> Iterator[Row
 def steps(
     runner: Runner, tokenizer: GPTJTokenizer, batch: int, tokens: int, repeats: int
 ) -> Iterator[Row]:
-    """Milliseconds of a step, with all rows free and with half of them constrained, in turn."""
+    """Milliseconds per step, alternately with all rows free and with half of them constrained."""
     eos = tokenizer.eos_token_id
     assert eos is not None
     compiler = GrammarCompiler(tokenizer, runner.config.vocab_size, [eos])
@@ -183,12 +183,12 @@ def steps(
         for repeat in range(repeats + 1):
             for kind, params in kinds.items():
                 milliseconds = _decode(engine, params)
-                if repeat:  # the first is to warm up
+                if repeat:  # the first is a warm-up
                     found[kind].append(milliseconds)
         medians = {kind: statistics.median(each) for kind, each in found.items()}
         ratios = [
             bound_ / free_ for free_, bound_ in zip(*found.values(), strict=True)
-        ]  # neighbors in time, on a machine whose speed varies
+        ]  # adjacent runs, since a machine's speed varies
         yield {
             "batch": batch,
             **{f"step_ms_{kind.replace(' ', '_')}": round(ms, 3) for kind, ms in medians.items()},
@@ -221,7 +221,7 @@ class _Caller:
 
 
 def _decode(engine: Engine, params: Sequence[SamplingParams]) -> float:
-    """Milliseconds a step."""
+    """Milliseconds per step."""
     before = engine.stats().steps
     start = time.perf_counter()
     callers = [_Caller() for _ in params]
@@ -234,7 +234,7 @@ def _decode(engine: Engine, params: Sequence[SamplingParams]) -> float:
 
 
 def _walk(library: Library, compiled: Any, rows: int, chooser: random.Random) -> list[float]:
-    """Seconds of the masks of a random output."""
+    """Seconds to compute the masks of a random output."""
     fill, take = library.matcher(compiled)
     seconds = []
     for _ in range(WALK_TOKENS):

@@ -1,6 +1,6 @@
 """The generation service with a tiny random model on a Ray cluster of this machine.
 
-What scripts need that break it or overload it: its processes, its nodes and its deployments.
+Gives scripts that break or overload it its processes, nodes and deployments.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LocalService:
     node: LocalRay
     url: str
     folder: Path
-    config: dict[str, Any]  # as it was deployed first
+    config: dict[str, Any]  # as first deployed
     key: str = "none"
     workers: list[Popen[bytes]] = field(default_factory=list)  # nodes beside the head
     serving: str = ""  # the checkpoint that answers
@@ -56,19 +56,19 @@ class LocalService:
         }
 
     def answers(self) -> bool:
-        """Whether /health does."""
+        """Whether /health answers."""
         try:
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 
     def application(self) -> dict[str, Any]:
-        """Serve's details of it."""
+        """The application's status in Serve."""
         found: dict[str, Any] = self._get("/api/serve/applications/")
         return dict(found["applications"]["generation"])
 
     def new_version(self, *, damaged: bool = False) -> str:
-        """A copy of the model at a new address; of a damaged one half of the weights is lost."""
+        """A copy of the model at a new address; a damaged one lacks half of the weights."""
         self._versions += 1
         address = self.folder / f"model-{self._versions}"
         shutil.copytree(self.folder / "model", address)
@@ -94,12 +94,12 @@ class LocalService:
         return str(self.application()["deployed_app_config"]["args"]["checkpoint"])
 
     def states(self) -> list[str]:
-        """Of its replicas; none while a new version is being built."""
+        """The replicas' states; empty while a new version is being built."""
         deployments = self.application()["deployments"].values()
         return [replica["state"] for each in deployments for replica in each["replicas"]]
 
     def lose_worker(self) -> None:
-        """End a node and everything on it at once, as when its machine is lost."""
+        """Kill a node and everything on it at once, as when its machine is lost."""
         kill_tree(self.workers.pop(0))
 
     def _get(self, path: str) -> Any:
@@ -129,7 +129,7 @@ def save_model(address: Path) -> None:
 
 
 def configuration(checkpoint: str, replicas: int, *, spread: bool) -> dict[str, Any]:
-    """serve.yaml's generation with this many replicas; with `spread`, one a node."""
+    """serve.yaml's generation with this many replicas; with `spread`, one per node."""
     config: dict[str, Any] = yaml.safe_load(SERVE_CONFIG.read_text())
     (port,) = free_ports(1)
     config["http_options"]["port"] = port
@@ -141,7 +141,7 @@ def configuration(checkpoint: str, replicas: int, *, spread: bool) -> dict[str, 
     deployment["num_replicas"] = replicas
     if spread:
         deployment["max_replicas_per_node"] = 1
-        # The nodes share one address, so that their proxies would share one port.
+        # The nodes share one address, so their proxies would share one port.
         config["proxy_location"] = "HeadOnly"
     known = ("proxy_location", "http_options", "logging_config", "applications")
     return {key: config[key] for key in known}
@@ -151,11 +151,11 @@ def configuration(checkpoint: str, replicas: int, *, spread: bool) -> dict[str, 
 def local_service(
     folder: Path, replicas: int = 2, key: str = "none", workers: int = 0
 ) -> Iterator[LocalService]:
-    """The service with serve.yaml's settings for the length of the block.
+    """The service with serve.yaml's settings, during the block.
 
     Args:
-        key: of the clients, where the environment says that keys are needed.
-        workers: nodes beside the head, which then runs no replicas; each runs one at most.
+        key: the clients' key, if the environment requires one.
+        workers: nodes besides the head, which then runs no replicas; each runs at most one.
     """
     save_model(folder / "model")
     config = configuration(str(folder / "model"), replicas, spread=workers > 0)

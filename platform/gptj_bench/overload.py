@@ -1,10 +1,10 @@
-"""More clients than a service has room for: what they get, and whether it stays healthy.
+"""Overload: what clients get if a service has more than it can take, and whether it stays healthy.
 
     python -m gptj_bench.overload [--clients 400,1200] [--seconds 30] [--patient]
 
-Starts gptj_bench.local_service with one replica. The clients ask one request after another on
-connections of their own, and at once again after a refusal; with --patient they wait as long as
-`Retry-After` says. Beside them one asks for /health. A line for each number of clients.
+Starts gptj_bench.local_service with one replica. Each client sends one request after another on
+its own connection, and retries at once after a refusal; with --patient it waits as long as
+`Retry-After` says. Another client polls /health. Prints a line for each number of clients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reply:
 
 @dataclass
 class Outcome:
-    """Of one number of clients."""
+    """The outcome for one number of clients."""
 
     seconds: float
     statuses: Counter[int | str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class Outcome:
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> Reply:
-    """One request on an open connection."""
+    """Send a request on an open connection."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     pairs = (line.split(": ", 1) for line in head[1:] if line)
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", default="400,1200", help="numbers of them, in turn")
+    parser.add_argument("--clients", default="400,1200", help="numbers of clients, in turn")
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--patient", action="store_true", help="wait as Retry-After says")
     arguments = parser.parse_args()

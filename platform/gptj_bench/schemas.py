@@ -1,6 +1,6 @@
-"""Fifty JSON Schemas as people send them, by name: tool calls, records, labels, pydantic's output.
+"""Fifty realistic JSON Schemas by name: tool calls, records, labels, pydantic's output.
 
-Texts, lists and numbers have bounds, so that a model that writes at random ends.
+Texts, lists and numbers are bounded, so that even random outputs end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DATE: Schema = {"type": "string", "format": "date"}
 
 
 def record(required: str = "", /, **properties: Schema) -> Schema:
-    """A closed object; the names of required properties are separated by blanks."""
+    """A closed object; `required` lists property names separated by blanks."""
     return {
         "type": "object",
         "properties": properties,
@@ -27,7 +27,7 @@ def record(required: str = "", /, **properties: Schema) -> Schema:
 
 
 def whole(**properties: Schema) -> Schema:
-    """All properties are required, as OpenAI's strict mode has it."""
+    """An object with all properties required, as in OpenAI's strict mode."""
     return {**record(**properties), "required": list(properties)}
 
 

@@ -1,11 +1,11 @@
-"""Clients that send half a request, or read no reply: what the others notice.
+"""The effect of clients that send half a request or never read the reply on other clients.
 
     python -m gptj_bench.slow_clients [--number 2000] [--seconds 20] [--kinds heads,bodies,unread]
 
-Starts gptj_bench.local_service with one replica. A few clients ask all the time; first alone, then
-beside so many slow ones of each kind: half a head, half a body, or a stream that nobody reads. A
-line for each: what became of the requests of the first, their median time beside the quiet one, and
-what became of the slow connections.
+Starts gptj_bench.local_service with one replica. A few clients send requests continuously; first
+alone, then beside slow ones of each kind: half a head, half a body, or an unread stream. Prints a
+line for each: the outcomes of the former's requests, their median time relative to the quiet one,
+and the outcomes of the slow connections.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from urllib.parse import urlsplit
 from gptj_bench.faults import Load, Result
 from gptj_bench.local_service import PROMPTS, local_service
 
-CLIENTS = 4  # that behave
+CLIENTS = 4  # well-behaved clients
 CONNECTING = 100  # slow ones at a time
 MORE_FILES = 1000  # than there are slow clients
 
 
 @dataclass
 class Outcome:
-    """Of one kind of slow clients."""
+    """The outcome for one kind of slow clients."""
 
     kind: str
     others: Result
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def half(kind: str) -> bytes:
-    """What a slow client sends."""
+    """The bytes that a slow client sends."""
     body = {"prompt": PROMPTS[0], "max_tokens": 400, "ignore_eos": True, "stream": True}
     content = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -54,7 +54,7 @@ def half(kind: str) -> bytes:
 async def slow_client(
     address: tuple[str, int], kind: str, gate: asyncio.Semaphore, until: float, seen: Counter[str]
 ) -> None:
-    """Connect, send, and wait; counts what the service does about it."""
+    """Connect, send, and wait; counts how the service ends it."""
     connection = socket.socket()
     connection.setblocking(False)
     if kind == "unread":
@@ -80,7 +80,7 @@ async def slow_client(
 
 
 async def measure(url: str, kinds: Sequence[str], number: int, seconds: float) -> list[Outcome]:
-    """A service's quiet time first, as a kind of its own."""
+    """Measure without slow clients first, as a kind of its own."""
     parts = urlsplit(url)
     assert parts.hostname
     assert parts.port
@@ -133,10 +133,10 @@ def main() -> None:
 
 
 def allow_files(number: int) -> None:
-    """So many open files for this process and its children. ValueError beyond the limit."""
+    """Allow `number` open files in this process and its children. ValueError beyond the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard not in (-1, resource.RLIM_INFINITY) and hard < number:
-        raise ValueError(f"this needs {number} open files, and the limit is {hard}: ulimit -Hn")
+        raise ValueError(f"this needs {number} open files, but the limit is {hard}: ulimit -Hn")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
 
 

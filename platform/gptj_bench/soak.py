@@ -2,11 +2,11 @@
 
     python -m gptj_bench.soak [--minutes 30] [--clients 8]
 
-Starts gptj_bench.local_service with one replica. Clients ask all the time, half of them for
-streams, and others leave in the middle of a stream. Every few seconds the memory and the open files
-of the replica and the proxy are read. In the end, when all is quiet, no page of the cache may be in
+Starts gptj_bench.local_service with one replica. Clients send requests continuously, half of them
+streaming, and others disconnect in the middle of a stream. Every few seconds the memory and open
+files of the replica and the proxy are read. At the end, once idle, no page of the cache may be in
 use, no request lost, no more files open than after the first fifth of the time, and no process more
-than a tenth (or 48 MB) larger than it was then. Exits with 1 if one of these does not hold.
+than a tenth (or 48 MB) larger than it was then. Otherwise exits with 1.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ GROWTH, GROWTH_BYTES = 1.1, 48 * 2**20
 MORE_FILES = 16  # connections come and go
 PAGES_USED = re.compile(r"^ray_gptj_engine_pages_used\{.*\} (\S+)$", re.MULTILINE)
 QUIET_SECONDS = 30.0  # for metrics to arrive
-LEAVERS = 2  # clients that leave
+LEAVERS = 2  # clients that disconnect
 
 
 @dataclass
 class Process:
-    """Of what a process had at each sample."""
+    """A process's memory and open files at each sample."""
 
     number: int
     memory: list[int] = field(default_factory=list)  # bytes
@@ -64,20 +64,20 @@ class Process:
 
 @dataclass
 class Soak:
-    """What a run showed."""
+    """A run's results."""
 
     result: Result
-    left: int  # streams that clients left
+    left: int  # streams abandoned by clients
     processes: dict[str, Process]
-    pages_used: int | None  # in the end
+    pages_used: int | None  # at the end
 
     def faults(self) -> list[str]:
-        """What grew or was lost."""
+        """Descriptions of what grew or was lost."""
         found = []
         if self.result.lost:
             found.append(f"{self.result.lost} requests were lost: {dict(self.result.outcomes)}")
         if self.pages_used != 0:
-            found.append(f"{self.pages_used} pages of the cache are in use with no request")
+            found.append(f"{self.pages_used} pages of the cache are in use without requests")
         for name, process in self.processes.items():
             (memory, files), (memory_now, files_now) = process.ends()
             if memory_now > max(GROWTH * memory, memory + GROWTH_BYTES):
@@ -88,7 +88,7 @@ class Soak:
 
 
 async def leaver(service: LocalService, ended: asyncio.Event) -> int:
-    """Begin streams, and leave each after some of its chunks; how many."""
+    """Start streams and abandon each after some chunks; returns their number."""
     count = 0
     body = {"prompt": PROMPTS[0], "max_tokens": 200, "ignore_eos": True, "stream": True}
     headers = {"Authorization": f"Bearer {service.key}"}
@@ -105,7 +105,7 @@ async def leaver(service: LocalService, ended: asyncio.Event) -> int:
 
 
 async def soak(service: LocalService, seconds: float, clients: int) -> Soak:
-    """Load the service for so long."""
+    """Load the service for `seconds`."""
     processes = {actor: Process(next(iter(service.processes(actor).values()))) for actor in ACTORS}
     load = Load(f"{service.url}/v1/completions", clients, service.key)
     since = time.monotonic()
@@ -123,7 +123,7 @@ async def soak(service: LocalService, seconds: float, clients: int) -> Soak:
 
 
 async def quiet_pages(service: LocalService) -> int | None:
-    """The cache's pages in use, once the metrics say that nothing runs."""
+    """The cache's pages in use, once the metrics show no running request."""
     deadline = time.monotonic() + QUIET_SECONDS
     async with httpx.AsyncClient(timeout=30) as client:
         while True:

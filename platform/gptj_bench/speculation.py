@@ -1,11 +1,11 @@
-"""What speculation gains where outputs repeat, and costs where they do not.
+"""The gain of speculation where outputs repeat, and its cost where they do not.
 
 - copy: the continuation of a text's second copy, greedy, by a model that was trained to copy and
-  then widened without changing what it computes, so that a step costs what a large model's does.
+  then widened without changing its outputs, so that a step costs as much as a large model's.
 - random: random prompts and outputs (temperature 1, random weights).
 - hostile: the same with eight different tokens, so that drafts are found everywhere, and fail.
 
-The engine runs with and without, in turn.
+The engine runs alternately with and without speculation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAX_TRAINING_STEPS = 3000
 
 @dataclass(frozen=True)
 class SpeculationBenchmark:
-    """Of a model with random or copying weights, so large as the factors say.
+    """Measures a model with random or copying weights.
 
     Args:
         width: n_embd is 64 times this.
@@ -59,7 +59,7 @@ class SpeculationBenchmark:
     layers: int
 
     def run(self) -> Iterator[dict[str, Any]]:
-        """One measurement for each work and batch size."""
+        """One measurement per workload and batch size."""
         torch.set_num_threads(self.threads)
         copying = widened(copying_model(), self.width, self.layers, VOCABULARY)
         stored, _ = split_dtype(self.dtype)
@@ -73,7 +73,7 @@ class SpeculationBenchmark:
             max(self.batches) * model.config.n_positions,
             quantization=split_dtype(self.dtype)[1],
         )
-        # They share a runner, and never run at the same time.
+        # They share a runner, but never run at the same time.
         engines = [
             Engine(runner, eos_ids=[], prefix_caching=False, speculation=each)
             for each in (None, Speculation())
@@ -88,7 +88,7 @@ class SpeculationBenchmark:
             runner.close()
 
     def _measure(self, engines: Sequence[Engine], work: Work, batch: int) -> dict[str, Any]:
-        """Both engines in turn."""
+        """Run both engines alternately."""
         prompts = prompts_of(work, batch)
         params = params_of(work, self.new_tokens)
         for engine in engines:
@@ -113,7 +113,7 @@ class SpeculationBenchmark:
             "new_tokens": self.new_tokens,
             "without_tokens_per_s": round(batch * self.new_tokens / statistics.median(wall[0]), 1),
             "tokens_per_s": round(batch * self.new_tokens / statistics.median(wall[1]), 1),
-            # Pairs that ran one after the other.
+            # Ratios of adjacent runs.
             "speedup": _ratio(*wall),
             "speedup_in_cpu_seconds": _ratio(*processor),
             "drafted": drafted,
@@ -175,7 +175,7 @@ def copying_model() -> GPTJForCausalLM:
 
 @torch.no_grad()
 def widened(model: GPTJForCausalLM, width: int, layers: int, vocabulary: int) -> GPTJForCausalLM:
-    """The same function by a larger model: `width` copies of each channel and head; idle layers.
+    """A larger model of the same function: `width` copies of each channel and head; idle layers.
 
     Chen, Goodfellow and Shlens, "Net2Net", 2016.
     """

@@ -1,11 +1,10 @@
-"""How well gptj.training.memory predicts: the peak of real runs on CPUs beside the prediction.
+"""The accuracy of gptj.training.memory: measured peaks of runs on CPUs beside its predictions.
 
     python -m gptj_bench.training_memory [CASE …] [--width 512] [--layers 6]
 
-Each case trains for two steps with DeepSpeed, in processes of its own, a model with GPT-J's
-vocabulary on text that needs no download. The peak is what a rank's process had in physical memory
-at most (VmHWM, set back when training begins); of several ranks the largest. One JSON object a
-line, then a table.
+Each case trains a model with GPT-J's vocabulary for two steps with DeepSpeed, in its own processes,
+on text that needs no download. The peak is that of a rank's physical memory (VmHWM, reset when
+training begins), of several ranks the largest. Prints one JSON object per line, then a table.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="SETTINGS", help="key=value …")
     ] = None,
 ) -> None:
-    """Evaluate a checkpoint on data, here and without a cluster: jobs/evaluate.py."""
+    """Evaluate a checkpoint on data, on this machine without a cluster: jobs/evaluate.py."""
     from jobs import evaluate as job
 
     job.main([address, data, *(words or [])])
@@ -241,7 +241,7 @@ def serve(
     chat_template: Annotated[
         str | None,
         typer.Option(
-            help="Of /v1/chat/completions, instead of the model's own: alpaca, dolly, gpt-jt, "
+            help="For /v1/chat/completions, instead of the model's own: alpaca, dolly, gpt-jt, "
             "pygmalion, or a Jinja file."
         ),
     ] = None,
@@ -372,7 +372,7 @@ def predict(
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.AUTO,
     dtype: Annotated[DType, typer.Option(help="As for gptj serve.")] = DType.AUTO,
 ) -> None:
-    """Run a checkpoint on each row of a file, here and without a cluster.
+    """Run a checkpoint on each row of a file, on this machine without a cluster.
 
     Classifiers and language models read the column text, question answering reads question and
     context. Results are JSON lines in row order; a row that cannot be answered gets an error there,

@@ -55,7 +55,7 @@ class Service:
     """One of the served checkpoints."""
 
     checkpoint: str
-    head: str  # class name; of embeddings the base model's, whatever the checkpoint has
+    head: str  # class name; for embeddings the base model's, whatever the checkpoint's head
     name: str  # the model's
 
     @property
@@ -69,7 +69,7 @@ def services(
     """The services for the addresses, each checked as a replica would before loading.
 
     Args:
-        embeddings: a checkpoint of any head, of which embeddings are made.
+        embeddings: a checkpoint with any head, for embeddings.
 
     Raises:
         FileNotFoundError, CheckpointError: for an address without a valid checkpoint.
@@ -90,14 +90,12 @@ def services(
     counted = Counter(service.name for service in found)
     if twice := [name for name, count in counted.items() if count > 1]:
         raise ValueError(f"two models would be named {twice[0]!r}; remedy: a --name for each")
-    if (
-        embeddings is not None
-    ):  # which have routes of their own, so that their name may be another's
+    if embeddings is not None:  # which have their own routes, so the name may be taken
         checkpoint = absolute(embeddings) if Path(embeddings).exists() else embeddings
         check(HEAD_CLASSES["GPTJModel"], Arguments(checkpoint=checkpoint))
         if any(service.kind == "embeddings" for service in found):
             raise ValueError(
-                f"--embeddings {embeddings}: {found[-1].checkpoint} is such a model: leave one out"
+                f"--embeddings {embeddings}: {found[-1].checkpoint} serves them already: omit one"
             )
         found.append(Service(checkpoint, "GPTJModel", name_of(checkpoint)))
     return found
@@ -119,7 +117,7 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
     template_of_chats = options.chat_template
     if template_of_chats is not None:
         if not counted["generation"]:
-            raise ValueError("--chat-template is for language models, and there is none")
+            raise ValueError("--chat-template is for language models, but none is served")
         if Path(template_of_chats).exists() and template_of_chats not in READY:
             template_of_chats = absolute(template_of_chats)
     applications = []
@@ -151,7 +149,7 @@ def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
 
 
 def _embeddings(classification: dict[str, Any]) -> dict[str, Any]:
-    """The application of embeddings, which scales as the other that computes whole rows."""
+    """The embeddings application, which scales like the other batch services."""
     application = copy.deepcopy(classification)
     application |= {
         "name": "embeddings",

@@ -1,7 +1,7 @@
-"""`gptj status`: what a cluster serves, and how it does.
+"""`gptj status`: what a cluster serves, with its rates and latencies.
 
-What runs is known from Serve, by the cluster's dashboard; numbers come from its nodes' metrics, or
-from a Prometheus that scrapes them.
+Applications and replicas come from Serve, through the cluster's dashboard; numbers from its nodes'
+metrics, or from a Prometheus that scrapes them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES = (
     *(RUNNING, WAITING, ONGOING, TOKENS, PAGES_USED, PAGES_TOTAL),
     *(REQUESTS, FIRST_TOKEN, LATENCY),
 )
-# What does no work with the model.
+# Routes that do not run the model.
 OTHER_ROUTES = ("/health", "unknown", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a cluster said at one moment."""
+    """A cluster's state and metrics at one moment."""
 
     time: float  # of time.monotonic
     details: Mapping[str, Any]  # Serve's
@@ -65,7 +65,7 @@ class Percentiles:
 
 @dataclass
 class Numbers:
-    """Of a replica, or of all of an application's; None where nothing is known."""
+    """Of a replica, or of all of an application's; None if unknown."""
 
     running: int | None = None  # requests; of our engine, sequences
     waiting: int | None = None
@@ -96,7 +96,7 @@ class Application:
     name: str
     route: str
     status: str  # Serve's: DEPLOYING, RUNNING, UNHEALTHY, …
-    message: str  # why, if it does not run
+    message: str  # the reason, if it does not run
     target_replicas: int
     numbers: Numbers
     replicas: list[Replica] = field(default_factory=list)
@@ -106,17 +106,17 @@ class Application:
 class Status:
     applications: list[Application]
     proxies: dict[str, str]  # state by node address
-    seconds: float | None  # that rates and percentiles are of; None: since the replicas' start
+    seconds: float | None  # that rates and percentiles cover; None: since the replicas' start
     problems: list[str]
 
 
 class Watcher:
-    """Reads a cluster's state again and again.
+    """Reads a cluster's state repeatedly.
 
     Args:
         dashboard: the cluster's, http://HOST:PORT.
-        prometheus: address of a Prometheus that scrapes the cluster; None to ask its nodes.
-        window_seconds: how far back rates and percentiles go at most.
+        prometheus: address of a Prometheus that scrapes the cluster; None to query its nodes.
+        window_seconds: the longest interval of rates and percentiles.
 
     Raises ConnectionError if the dashboard does not answer.
     """
@@ -187,7 +187,7 @@ def parsed(text: str) -> list[Sample]:
 
 
 def from_prometheus(address: str) -> list[Sample]:
-    """The same, of all that a Prometheus scrapes. Raises OSError."""
+    """As `parsed`, for everything that a Prometheus scrapes. Raises OSError."""
     query = urllib.parse.urlencode({"query": f'{{__name__=~"{"|".join(NAMES)}"}}'})
     body = json.loads(_get(f"{address.rstrip('/')}/api/v1/query?{query}"))
     return [
@@ -197,7 +197,7 @@ def from_prometheus(address: str) -> list[Sample]:
 
 
 def status(now: Reading, before: Reading) -> Status:
-    """What two readings say together; `before` may be `now`."""
+    """The status from two readings; `before` may be `now`."""
     seconds = now.time - before.time
     metrics = Metrics(now.samples, before.samples, seconds)
     applications = []
@@ -228,14 +228,14 @@ def status(now: Reading, before: Reading) -> Status:
 
 
 class Metrics:
-    """Numbers of replicas, from the samples of two moments."""
+    """Replicas' numbers, from the samples of two moments."""
 
     def __init__(self, now: Iterable[Sample], before: Iterable[Sample], seconds: float) -> None:
         self._now, self._before = _by_replica(now), _by_replica(before)
         self._seconds = seconds
 
     def numbers(self, replicas: Sequence[str]) -> Numbers:
-        """Of these replicas together."""
+        """The total of these replicas."""
         running = self._sum(RUNNING, replicas)
         return Numbers(
             _whole(self._sum(ONGOING, replicas) if running is None else running),
@@ -266,7 +266,7 @@ class Metrics:
         return (total - known) / self._seconds if found else None
 
     def _percentiles(self, name: str, replicas: Sequence[str]) -> Percentiles | None:
-        """Of what was counted between the readings; of everything if that is nothing."""
+        """Between the readings, or since the start if nothing was counted between them."""
         total: defaultdict[float, float] = defaultdict(float)
         recent: defaultdict[float, float] = defaultdict(float)
         for replica in replicas:
@@ -283,7 +283,7 @@ class Metrics:
 
 
 def percentile(counts: Mapping[float, float], share: float) -> float:
-    """Of a histogram's cumulative counts by upper bound; linear within a bucket, as Prometheus."""
+    """From a histogram's cumulative counts by upper bound; linear in a bucket, as in Prometheus."""
     bounds = sorted(counts)
     wanted = share * counts[bounds[-1]]
     lower = below = 0.0

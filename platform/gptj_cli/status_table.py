@@ -16,7 +16,7 @@ TIMES = ("first token p50 / p99", "latency p50 / p99")
 
 
 def rendered(status: Status) -> RenderableType:
-    """A row for each application, its replicas below, and what else there is to say."""
+    """A row per application, its replicas below, then notes."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("application", no_wrap=True)
     for head in (*HEADS, *TIMES):

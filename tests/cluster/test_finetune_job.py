@@ -202,7 +202,7 @@ def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
             kill_a_worker(node)
             said, _ = refused.communicate()
         assert refused.returncode == 1
-        assert f"'killed' is being trained already: process {first.pid} on " in said
+        assert f"'killed' is already being trained: process {first.pid} on " in said
         wait_for(lambda: "resuming after step" in log.read_text(), first, log)
         wait_for_checkpoint("killed", 16, first, log)
     finally:
@@ -363,7 +363,7 @@ def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path
             "batch_size=9",
             "micro_batch_size=1",
         ],
-        "workers.device=gpu, and the cluster has no GPU": [
+        "workers.device=gpu, but the cluster has no GPU": [
             store,
             "workers.count=2",
             "workers.device=gpu",

@@ -322,7 +322,7 @@ def test_openais_batch_file_becomes_its_result_file(
     ignored = run(addresses["generation"], data, str(tmp_path / "7"), "args.unknown_fields=ignore")
     assert ignored is not None and ignored.failed == 0
     data = written(tmp_path / "twice.jsonl", [requests[0], requests[1], requests[0]])
-    with pytest.raises(DataError, match="row 3, column 'custom_id': is there twice: 'a'"):
+    with pytest.raises(DataError, match="row 3, column 'custom_id': duplicate: 'a'"):
         run(addresses["generation"], data, str(tmp_path / "twice"), *words)
 
 
@@ -346,7 +346,7 @@ def test_a_batch_file_of_embeddings_needs_no_other_setting(
         assert vector == pytest.approx(other["embedding"], abs=1e-5)
     (error,) = lines(output, "errors")
     assert error["response"]["body"]["error"]["message"] == (
-        "there is no POST '/v1/completions' here: this model answers /v1/embeddings"
+        "no route POST '/v1/completions': this model answers /v1/embeddings"
     )
 
 
@@ -355,15 +355,15 @@ def test_a_batch_file_of_embeddings_needs_no_other_setting(
     [
         (["parameters.max_token=3"], "parameters: max_token: unknown field"),
         (["parameters.n=0"], "parameters: n must be 1 or more, got 0"),
-        (["parameters.prompt=x"], "parameters.prompt: that is what the rows have"),
-        (["parameters.stream=true"], "stream=true needs a connection"),
+        (["parameters.prompt=x"], "parameters.prompt: the rows have it"),
+        (["parameters.stream=true"], "stream=true needs an HTTP connection"),
         (["args.max_seqs=3"], "args.max_seqs: Extra inputs"),
         (["args.dtype=int4"], "args.dtype: Input should be"),
         (["keep=[completion]"], "no column 'completion'"),
         (["keep=[none]"], "no column 'none'"),
         (["columns.text=body"], r"no column 'body' \(for text\)"),
         (["chunk_rows=0"], "chunk_rows=0"),
-        (["what=1"], "what=1: there is no such key"),
+        (["what=1"], "what=1: unknown key"),
         (["service=chat"], "service='chat'"),
     ],
 )
@@ -381,7 +381,7 @@ def test_the_job_explains_itself_and_says_what_is_wrong(
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
     assert exit.value.code == 0 and "jobs/batch_inference.py CHECKPOINT" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: the command line is"):
+    with pytest.raises(SystemExit, match="error: usage"):
         main([addresses["generation"], "keep=[id]"])
     with pytest.raises(SystemExit, match="error: no file, folder or match at"):
         main([addresses["generation"], str(tmp_path / "none.jsonl"), str(tmp_path / "output")])

@@ -195,11 +195,11 @@ def test_checkpoint_and_data_may_be_in_s3(
         ([], "CHECKPOINT DATA"),
         (["model"], "CHECKPOINT DATA"),
         (["model", "data", "fast"], "CHECKPOINT DATA"),
-        (["model", "data", "colour=red"], "colour=red: there is no such key"),
+        (["model", "data", "colour=red"], "colour=red: unknown key"),
         (["model", "data", "batch_size=0"], "batch_size=0: .*greater than or equal to 1"),
         (["model", "data", "limit=some"], "limit='some': .*integer"),
         (["model", "data", "stride=-1"], "stride=-1: .*greater than or equal to 0"),
-        (["model", "data", "data.batch_size=4"], "data.batch_size=4: there is no such key"),
+        (["model", "data", "data.batch_size=4"], "data.batch_size=4: unknown key"),
         (["model", "data", "delimiter=;;"], "delimiter=';;': .*must be one character"),
         (
             ["model", "data", "label_names={1: a, 1: b}"],
@@ -216,13 +216,13 @@ def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sequence_length=65"], "sequence_length=65 is beyond the model's n_positions=64"),
+        (["sequence_length=65"], "sequence_length=65 exceeds the model's n_positions=64"),
         (["stride=3"], "stride=3 is for question-answering models, not GPTJForCausalLM"),
         (["dtype=int8"], "dtype must be a floating-point type such as float16, got 'int8'"),
         (["columns.text=body"], "no column 'body' .*there are 'text'; remedy: data.columns.text="),
         (
             ["data.columns.label=x"],
-            "columns.label: there is no such column; a causal-lm model reads",
+            "columns.label: unknown column; a causal-lm model reads",
         ),
         (
             ["label_names={1: a}"],

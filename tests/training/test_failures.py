@@ -213,7 +213,7 @@ def test_the_cause_is_told_once_and_the_tries_only_if_there_were_any() -> None:
     EndAtOnce().after_exception(None, {1: RuntimeError("a peer left")})  # for Ray's own policy
 
     repeated: TrainingFailedError = WorkerGroupError("a peer left", {1: RuntimeError()})
-    assert "failed 4 times in all. What is saved in s3://b/r is kept" in explained(
+    assert "failed 4 times in all. The checkpoints in s3://b/r are kept" in explained(
         repeated, settings
     )
     once: TrainingFailedError = ControllerError(OSError("no snapshot"))

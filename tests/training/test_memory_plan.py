@@ -145,7 +145,7 @@ def test_on_a_cpu_only_what_is_certain_is_refused() -> None:
     needed = certain_bytes(settings, config)
     assert needed == pytest.approx(16 * 305e6, rel=0.02)
     check_machine_memory(settings, config, needed)
-    with pytest.raises(SettingsError, match=r"need 4\.\d GB together, and the machine has 4\.0 GB"):
+    with pytest.raises(SettingsError, match=r"need 4\.\d GB together, but the machine has 4\.0 GB"):
         check_machine_memory(settings, config, 4 * GB)
 
 
@@ -240,7 +240,7 @@ def test_the_program_prints_the_parts_and_what_fits(capsys: pytest.CaptureFixtur
     main([*given, "deepspeed.precision=bf16", "deepspeed.stage=3", "data.train=s3://b/d"])
     printed = capsys.readouterr().out
     assert re.search(r"each GPU of 4:\n  weights +3\.03 GB\n", printed)
-    assert "It does not fit 24 GB. These settings do:" in printed
+    assert "It does not fit 24 GB. These settings fit:" in printed
     assert "deepspeed.offload_optimizer=true" in printed
     main(["--model=tiny"])
     assert "each worker of 1" in capsys.readouterr().out

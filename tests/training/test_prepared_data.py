@@ -276,7 +276,7 @@ def test_keys_of_a_training_are_not_taken_for_others() -> None:
     """Such as tokenizer.chat_template for the tokenizer."""
     words = ["data", "destination", "tokenizer=a", "data.columns.text=body"]
     assert read_preparation(words).columns == {"text": "body"}
-    with pytest.raises(ValueError, match=r"^tokenizer\.chat_template=alpaca: there is no such key"):
+    with pytest.raises(ValueError, match=r"^tokenizer\.chat_template=alpaca: unknown key"):
         read_preparation([*words, "tokenizer.chat_template=alpaca"])
 
 

@@ -47,7 +47,7 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
         "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
         **(own if optimizer.moments == "8bit" else {"optimizer": _adamw(optimizer, on_gpu)}),
         "zero_optimization": zero,
-        **(sums if sums_in_fp32(spread, accumulation) else {}),
+        **(sums if sums_in_fp32(spread, gradient_accumulation_steps) else {}),
         "bf16": {"enabled": spread.precision == "bf16"},
         "fp16": {"enabled": spread.precision == "fp16"},
         "steps_per_print": NEVER,  # the loop reports

