@@ -295,7 +295,7 @@ def test_embeddings_are_served_beside_others_or_alone(
     (only,) = configuration(services([alone], []), Options())["applications"]
     assert only["route_prefix"] == "/v1/embeddings"
     assert curl("http://x", only).startswith("curl http://x/v1/embeddings -H")
-    with pytest.raises(ValueError, match="embedder already serves them: leave one out"):
+    with pytest.raises(ValueError, match="embedder serves them already: omit one"):
         services([alone], [], language_model)
 
 
