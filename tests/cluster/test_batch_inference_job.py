@@ -69,7 +69,7 @@ def kill_workers_of(cluster: dict[str, str]) -> int:
     return killed
 
 
-def test_each_row_has_one_answer_whoever_is_killed_meanwhile(
+def test_each_row_has_one_answer_despite_killed_processes(
     cluster: dict[str, str], s3: LocalS3, models: Models, tmp_path: Path
 ) -> None:
     models.with_unused_ids().save_pretrained(MODEL, tokenizer=models.tokenizer)

@@ -180,7 +180,7 @@ def expected(folder: str, tasks: Path) -> Found:
     ],
     ids=str,
 )
-def test_lm_eval_finds_over_http_what_transformers_gives_in_process(
+def test_lm_eval_over_http_equals_transformers_in_process(
     service: str, folder: str, tasks: Path, expected: Found, arguments: dict[str, Any]
 ) -> None:
     arguments = {
@@ -206,7 +206,7 @@ def test_lm_eval_finds_over_http_what_transformers_gives_in_process(
 
 
 @pytest.mark.slow
-def test_the_reference_finds_some_right_and_some_wrong(expected: Found) -> None:
+def test_the_reference_is_partly_right(expected: Found) -> None:
     """Otherwise it could agree with anything."""
     replies, metrics = expected["endings"]
     assert {greedy for _, greedy in replies} == {True, False}
@@ -234,7 +234,7 @@ def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[s
 
 
 @pytest.mark.slow
-def test_both_scenarios_answer_every_sample_once_by_the_beams_of_generate(
+def test_both_scenarios_answer_every_sample_once_with_generates_beams(
     model: GPTJForCausalLM,
     tokenizer: GPTJTokenizer,
     folder: str,
@@ -284,7 +284,7 @@ def test_both_scenarios_answer_every_sample_once_by_the_beams_of_generate(
 
 
 @pytest.mark.slow
-def test_failures_make_a_run_invalid_and_a_full_service_is_asked_again(
+def test_failures_invalidate_a_run_and_a_full_service_is_retried(
     folder: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -331,7 +331,7 @@ def test_failures_make_a_run_invalid_and_a_full_service_is_asked_again(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_measured_is_said_before(folder: str, tmp_path: Path) -> None:
+def test_invalid_measurements_are_refused_up_front(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--prompt-tokens must be in \[1, {LONGEST}\]"):
         benchmark.main(["mlperf", "--model", folder, "--prompt-tokens", str(LONGEST + 1)])
     with pytest.raises(ValueError, match=r"--target-qps must be above 0, got 0.0"):

@@ -27,26 +27,26 @@ from test_serving_completions import (  # noqa: F401
     test_openais_client_reads_a_stream_and_its_usage,
 )
 from test_serving_edge import (  # noqa: F401
-    test_a_body_behind_an_offer_to_switch_protocols_is_missed,
-    test_a_header_that_cannot_be_read_is_refused,
-    test_a_request_without_a_body_may_offer_to_switch_protocols,
+    test_a_body_after_an_upgrade_offer_is_refused,
+    test_a_request_without_a_body_may_offer_an_upgrade,
+    test_an_unreadable_header_is_refused,
     test_any_bytes_are_allowed_in_other_headers,
-    test_no_time_limit_is_too_long_to_wait_for,
+    test_any_time_limit_is_accepted,
     test_routes_answer_to_head_and_with_a_slash_at_the_end,
     test_websocket_is_refused_with_the_reason,
 )
 from test_serving_embeddings import (  # noqa: F401
     embedder,
-    test_its_health_and_the_generation_services_routes_stay_apart,
     test_openais_client_gets_the_reference_vectors,
+    test_routes_do_not_collide_with_the_generation_services,
     theirs,
 )
 from test_serving_http import (  # noqa: F401
     test_a_body_that_is_too_large_is_refused,
     test_a_full_queue_answers_429_with_retry_after_and_takes_requests_again,
-    test_each_of_the_keys_is_right,
-    test_openais_client_gets_through_to_a_full_service_by_trying_again,
-    test_without_a_right_key_nothing_but_health_answers,
+    test_each_key_is_valid,
+    test_openais_client_succeeds_on_a_full_service_by_retrying,
+    test_without_a_valid_key_only_health_answers,
 )
 from test_serving_question_answering import (  # noqa: F401
     test_hugging_faces_client_gets_the_best_span_over_all_windows,
@@ -104,7 +104,7 @@ def test_openais_client_shows_the_raw_reply(client: openai.OpenAI, models: Model
     assert reply.id == f"cmpl-{reply._request_id}"
 
 
-def test_a_client_that_leaves_frees_the_engine(service: str) -> None:
+def test_a_disconnected_client_frees_the_engine(service: str) -> None:
     """The next would wait for two thousand steps, and waits for fewer than six hundred."""
     long: dict[str, Any] = {"prompt": "x", "temperature": 1, "n": 64, "ignore_eos": True}
     started = time.monotonic()
@@ -125,7 +125,7 @@ def test_a_client_that_leaves_frees_the_engine(service: str) -> None:
         assert time.monotonic() - started < 30 * twenty + 1
 
 
-def test_every_service_is_healthy_after_all_of_this(service: str) -> None:
+def test_every_service_is_still_healthy(service: str) -> None:
     for route in ("/health", "/classification/health", "/question-answering/health"):
         reply = httpx.get(service + route)
         assert (reply.status_code, reply.json()) == (200, {"status": "ok"})

@@ -77,7 +77,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_a_nodes_last_requests_are_answered_and_new_ones_elsewhere(service: Service) -> None:
+def test_a_drained_node_finishes_its_requests_and_new_ones_go_elsewhere(service: Service) -> None:
     """The command itself, without the variables that a pod does not have.
 
     There is time for the successor to start first, so that no request waits for it.
@@ -113,7 +113,7 @@ def _ask(url: str, ended: threading.Event) -> list[str]:
     return nodes
 
 
-def test_a_nodes_proxy_serves_too(service: Service) -> None:
+def test_draining_also_waits_for_the_proxy(service: Service) -> None:
     """The command waits for both kinds of actors, by the names that Ray gives their classes."""
     script = (
         "from ray.util.state import list_nodes; from deployments.drain import serving; "

@@ -39,7 +39,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
             yield service
 
 
-def test_a_limit_holds_over_all_replicas(service: LocalService) -> None:
+def test_a_limit_holds_across_replicas(service: LocalService) -> None:
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: ask_limited(service), range(60)))
     assert sum(reply.status_code == 200 for reply in replies) == 40
@@ -47,7 +47,7 @@ def test_a_limit_holds_over_all_replicas(service: LocalService) -> None:
     assert_error(refused[0], 429, "40 requests a minute")
 
 
-def test_requests_are_answered_without_the_ledger_until_it_is_back(service: LocalService) -> None:
+def test_requests_are_answered_while_the_ledger_is_down(service: LocalService) -> None:
     (ledger,) = service.processes("Counts").values()
     os.kill(ledger, signal.SIGKILL)
     deadline = time.monotonic() + 60
@@ -81,7 +81,7 @@ def test_serves_own_replies_have_our_body(service: LocalService) -> None:
     assert reply.headers["x-request-id"]
 
 
-def test_a_stopped_replica_is_ended_and_its_requests_are_answered(service: LocalService) -> None:
+def test_a_hung_replica_is_killed_and_its_requests_are_answered(service: LocalService) -> None:
     victim = next(iter(service.processes("ServeReplica").values()))
     os.kill(victim, signal.SIGSTOP)
     headers = {"Authorization": "Bearer open"}

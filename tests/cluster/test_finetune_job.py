@@ -170,7 +170,7 @@ def damaged(
     return direct(environment, "run=damaged", "storage=s3://gptj", "steps=2", *words)
 
 
-def test_a_run_goes_on_after_a_worker_is_killed_and_after_the_job_is(
+def test_a_run_resumes_after_its_worker_or_job_is_killed(
     cluster: dict[str, str],
     node: LocalRay,
     proxy: FaultyS3,
@@ -286,7 +286,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: P
         time.sleep(0.05)
 
 
-def test_what_one_worker_alone_meets_ends_the_run_at_once_with_one_clear_error(
+def test_a_single_workers_error_ends_the_run_with_one_clear_message(
     damaged: subprocess.CompletedProcess[str],
 ) -> None:
     """Worker 0 alone reads the weights, which are damaged; worker 1 waits for it in a collective.
@@ -307,7 +307,7 @@ def test_what_one_worker_alone_meets_ends_the_run_at_once_with_one_clear_error(
     assert "Traceback" not in "\n".join(ours)
 
 
-def test_prometheus_reads_how_trainings_go(
+def test_prometheus_reads_training_metrics(
     exported: Exported, undisturbed: str, damaged: subprocess.CompletedProcess[str]
 ) -> None:
     """All that the dashboard and the alerts name, from a training that goes on and one that fails.
@@ -349,7 +349,7 @@ for line in sys.stdin:
 """
 
 
-def test_what_is_wrong_is_said_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_errors_are_reported_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
     """Each in seconds, in one line without a traceback, and with exit status 1."""
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no text"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')

@@ -247,11 +247,11 @@ def test_the_training_job_succeeds_and_leaves_the_model_that_is_served(
     manifest.verify(address)
 
 
-def test_the_service_for_requests_leads_to_the_workers(serving: Serving) -> None:
+def test_the_serve_service_routes_to_the_workers(serving: Serving) -> None:
     assert serving.cluster.served_by([serving.head, *serving.workers]) == serving.workers
 
 
-def test_each_service_answers_whoever_has_a_key(serving: Serving) -> None:
+def test_each_service_answers_with_a_key(serving: Serving) -> None:
     requests = {
         "/v1/completions": {"prompt": "The function", "max_tokens": 4},
         "/classification": {"inputs": "The tower stands in Paris."},
@@ -271,7 +271,7 @@ def test_each_service_answers_whoever_has_a_key(serving: Serving) -> None:
     assert httpx.get(f"{serving.address}/health", timeout=30).status_code == 200
 
 
-def test_the_dashboard_refuses_whoever_has_no_token(serving: Serving) -> None:
+def test_the_dashboard_requires_the_token(serving: Serving) -> None:
     for path in ("/api/jobs/", "/api/serve/applications/", "/nodes?view=summary"):
         reply = httpx.get(f"{serving.cluster.dashboard}{path}", timeout=30)
         assert reply.status_code in (401, 403), path
@@ -283,7 +283,7 @@ def test_the_probes_answer_without_a_token(serving: Serving, kind: str) -> None:
         assert pod.probe(kind) == 200, (pod.name, kind)
 
 
-def test_prometheus_reads_all_that_rules_and_dashboards_name(serving: Serving) -> None:
+def test_prometheus_finds_all_metrics_of_rules_and_dashboards(serving: Serving) -> None:
     """But for what trainings report, which tests/cluster/test_finetune_job.py looks at."""
     expressions = [
         *(each for each in k8s_metrics.rules() if "Training" not in each.place),
@@ -304,7 +304,7 @@ def test_prometheus_reads_all_that_rules_and_dashboards_name(serving: Serving) -
         time.sleep(1)
 
 
-def test_losing_the_head_loses_no_deployment_and_requests_go_on(serving: Serving) -> None:
+def test_deployments_and_requests_survive_losing_the_head(serving: Serving) -> None:
     before = replicas(serving.applications())
     with asking(serving) as replies:
         wait_for_more(replies)
@@ -319,7 +319,7 @@ def test_losing_the_head_loses_no_deployment_and_requests_go_on(serving: Serving
     assert after == before, "replicas were started anew"
 
 
-def test_a_new_password_of_redis_needs_only_redis_to_be_restarted(
+def test_a_new_redis_password_only_needs_a_restart_of_redis(
     serving: Serving, redis: Redis, here: Here
 ) -> None:
     """The head ends by itself, and its successor has the new one, by the secret."""

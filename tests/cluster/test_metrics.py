@@ -156,7 +156,7 @@ def percentile(samples: dict, name: str, share: float, **labels: str) -> float:
     raise AssertionError("no bucket has it")
 
 
-def test_numbers_agree_with_the_clients_own(service: Service) -> None:
+def test_metrics_agree_with_the_clients_measurements(service: Service) -> None:
     """Percentiles within 10 %, and 10 ms for the proxy and the client, which ours do not see."""
     # One client for all: to make one takes longer than a request's first token.
     with (
@@ -199,7 +199,7 @@ def test_numbers_agree_with_the_clients_own(service: Service) -> None:
     assert samples["ray_gptj_queue_seconds_count", ()] == REQUESTS
 
 
-def test_a_prompt_that_came_before_is_counted_as_known(service: Service) -> None:
+def test_a_repeated_prompt_counts_as_cached(service: Service) -> None:
     before = service.samples().get(("ray_gptj_engine_prefix_tokens_hit_total", ()), 0)
     body = {"prompt": "The same beginning of both. " * 3, "max_tokens": 1}
     for _ in range(2):
@@ -209,7 +209,7 @@ def test_a_prompt_that_came_before_is_counted_as_known(service: Service) -> None
     )
 
 
-def test_every_reply_has_a_request_id_the_clients_own_if_it_sent_one(service: Service) -> None:
+def test_every_reply_has_a_request_id_or_echoes_the_clients(service: Service) -> None:
     url = f"{service.address}/v1/completions"
     body = {"prompt": CANARY, "max_tokens": 2}
     for status, content in (
@@ -247,7 +247,7 @@ def test_errors_are_counted_by_route_and_status(service: Service) -> None:
     service.wait(counted)
 
 
-def test_a_client_that_leaves_is_counted_and_its_pages_are_freed(service: Service) -> None:
+def test_a_disconnected_client_is_counted_and_its_pages_are_freed(service: Service) -> None:
     body = {"prompt": CANARY, "max_tokens": 200, "ignore_eos": True, "stream": True}
     for _ in range(3):
         with httpx.stream("POST", f"{service.address}/v1/completions", json=body) as reply:
@@ -296,7 +296,7 @@ def test_a_trace_goes_from_the_client_through_the_proxy_to_the_engine(service: S
     assert service.collector.services == {"gptj"}
 
 
-def test_each_request_has_one_line_in_json_with_the_id_that_its_client_has(
+def test_each_request_has_one_json_log_line_with_its_id(
     service: Service,
 ) -> None:
     url = f"{service.address}/v1/completions"
@@ -379,7 +379,7 @@ def has_data(prometheus: str, query: str) -> Iterator[bool]:
         yield not math.isnan(float(series["value"][1]))
 
 
-def test_prompts_are_in_no_log(service: Service) -> None:
+def test_prompts_are_never_logged(service: Service) -> None:
     logs = [*service.sessions.rglob("*.log"), *service.node.logs.rglob("*.log")]
     assert any(path.name.startswith("replica_generation") for path in logs)
     for path in logs:

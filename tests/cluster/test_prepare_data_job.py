@@ -53,7 +53,7 @@ def contents(address: str) -> dict[str, bytes]:
     return {file.name: storage.read_bytes(file.address) for file in storage.list_files(address)}
 
 
-def test_data_are_prepared_alike_by_any_number_of_workers_and_after_a_kill(
+def test_prepared_data_is_the_same_for_any_number_of_workers_and_after_a_kill(
     cluster: dict[str, str], s3: LocalS3, tmp_path: Path
 ) -> None:
     tokenizer = GPTJTokenizer.train(TEXTS, 300)

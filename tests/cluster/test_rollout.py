@@ -176,7 +176,7 @@ class Client:
             time.sleep(0.02)
 
 
-def test_a_changed_model_is_loaded_beside_the_old_one_which_answers_until_then(
+def test_the_old_model_answers_until_the_new_one_is_loaded(
     rollout: Rollout,
 ) -> None:
     """The new replica is held up while it loads: a request that waited for it would hang."""
@@ -213,7 +213,7 @@ def test_a_bad_checkpoint_is_refused_before_any_replica_starts(rollout: Rollout)
     )
 
 
-def test_where_only_loading_shows_that_a_checkpoint_is_bad_the_old_model_stays(
+def test_the_old_model_stays_if_loading_the_new_one_fails(
     rollout: Rollout,
 ) -> None:
     label = rollout.label()

@@ -23,7 +23,7 @@ def test_nothing_grows_under_load(tmp_path: Path) -> None:
     assert found.result.requests > 20 and found.left > 5
 
 
-def test_what_grows_is_a_fault() -> None:
+def test_growth_is_reported_as_a_fault() -> None:
     flat, growing = Process(1), Process(2)
     for number in range(100):
         flat.memory.append(10**9 if number > 15 else 10**8)  # while it warms up

@@ -250,7 +250,7 @@ def test_samples_of_one_prompt_follow_the_grammar_each(
     assert len(set(texts)) > 1
 
 
-def test_an_output_ends_with_its_grammar_though_min_tokens_asks_for_more(
+def test_an_output_ends_with_its_grammar_despite_min_tokens(
     engine: Engine, compiler: GrammarCompiler, tokenizer: GPTJTokenizer
 ) -> None:
     grammar = compiler.compile(Grammar.of_regex("ab?"))
@@ -428,7 +428,7 @@ def test_a_refusal_is_remembered_and_a_grammar_is_compiled_once(compiler: Gramma
         compiler.compile(bad)
 
 
-def test_a_refused_grammar_is_tried_again_later(
+def test_a_refused_grammar_is_retried_later(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that everybody uses is never evicted, and a busy machine may have been the reason."""
@@ -449,7 +449,7 @@ def test_a_refused_grammar_is_tried_again_later(
 
 
 @pytest.mark.slow
-def test_processes_that_were_killed_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_processes_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[weakref.ref[subprocess.Popen[bytes]]] = []
     start = trial_module.subprocess.Popen
 
@@ -468,7 +468,7 @@ def test_processes_that_were_killed_leave_nothing_behind(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 2), (2, 3)])
-def test_bad_words_are_looked_up_and_not_tried_one_by_one(lengths: tuple[int, ...]) -> None:
+def test_bad_words_are_looked_up_rather_than_tried_one_by_one(lengths: tuple[int, ...]) -> None:
     words = tuple((7,) * (length - 1) + (last,) for length in lengths for last in (40, 41))
     params = SamplingParams(max_tokens=9, bad_words_ids=words)
     mask = TokenMask(params, packed(range(64), 64), [], [])
@@ -499,7 +499,7 @@ def test_bad_words_are_looked_up_and_not_tried_one_by_one(lengths: tuple[int, ..
         (lambda: Grammar.of_grammar(" "), "empty"),
     ],
 )
-def test_grammars_that_cannot_be_are_refused_at_once(make: Any, message: str) -> None:
+def test_impossible_grammars_are_refused_at_once(make: Any, message: str) -> None:
     with pytest.raises(GrammarError, match=re.escape(message)):
         make()
 

@@ -219,9 +219,7 @@ def test_gemv_with_any_number_of_columns_and_inputs(dtype: torch.dtype, blocks: 
 
 @shapes
 @pytest.mark.parametrize("rank", [1, 24])
-def test_adapters_products_are_added_to_each_tokens_own(
-    shape: str, dtype: torch.dtype, rank: int
-) -> None:
+def test_adapter_products_are_added_per_token(shape: str, dtype: torch.dtype, rank: int) -> None:
     """Of two slots with other ranks, one without some modules; of single tokens and of a chunk."""
     it = setting(shape, dtype)
     config, limits = it.config, LoRALimits(max_loras=3, max_lora_rank=rank)

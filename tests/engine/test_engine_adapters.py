@@ -116,7 +116,7 @@ def runner_of(kind: str, base: GPTJForCausalLM) -> Runner:
         for kind in TOLERANCES
     ],
 )
-def test_adapters_of_pefts_compute_pefts_logits(
+def test_pefts_adapters_compute_pefts_logits(
     base: GPTJForCausalLM, made: dict[str, Made], kind: str
 ) -> None:
     """All in one step, with a sequence that has none; as chunks and then as single tokens."""
@@ -217,7 +217,9 @@ def test_drafts_as_rows_keep_their_adapters() -> None:
     assert with_drafts_as_rows(replace(batch, adapters_R=None)).adapters_R is None
 
 
-def test_cached_prefixes_are_an_adapters_own(served: Served, made: dict[str, Made]) -> None:
+def test_cached_prefixes_are_not_shared_between_adapters(
+    served: Served, made: dict[str, Made]
+) -> None:
     prompt = tokens(40)
     hits = []
     for name in (None, "queries", "mlp", "queries", None):
@@ -246,7 +248,7 @@ def test_samples_and_beams_of_an_adapter(served: Served, made: dict[str, Made]) 
     assert beside.ids == alone(made["queries"].merged, prompt, eos_token_id=[])
 
 
-def test_without_an_adapter_in_use_a_step_is_the_plain_one(served: Served) -> None:
+def test_steps_without_adapters_are_plain(served: Served) -> None:
     """No cost: the batch does not even say that there could be adapters."""
     batches: list[StepBatch] = []
     served.runner.before = batches.append  # type: ignore[attr-defined]
@@ -256,7 +258,7 @@ def test_without_an_adapter_in_use_a_step_is_the_plain_one(served: Served) -> No
     assert batches[-1].adapters_R is not None
 
 
-def test_the_least_recently_used_adapter_goes_and_never_one_in_use(
+def test_the_least_recently_used_adapter_is_evicted_but_never_one_in_use(
     base: GPTJForCausalLM, made: dict[str, Made]
 ) -> None:
     gate = Gate()
@@ -288,7 +290,7 @@ def test_the_least_recently_used_adapter_goes_and_never_one_in_use(
 
 
 @pytest.mark.parametrize("how", ["end", "cancel", "cancel waiting", "refused", "failed", "close"])
-def test_a_request_lets_go_of_its_adapter(
+def test_a_finished_request_releases_its_adapter(
     base: GPTJForCausalLM, made: dict[str, Made], how: str
 ) -> None:
     gate = Gate()

@@ -229,7 +229,7 @@ def test_a_sampled_token_has_the_models_distribution_whatever_is_drafted() -> No
     sampler.close()
 
 
-def test_drafts_that_fail_become_rare_and_those_that_succeed_long() -> None:
+def test_failing_drafts_become_rare_and_accepted_ones_longer() -> None:
     drafter = Drafter(Speculation(num_speculative_tokens=8))
     text = [5, 6, 7] * 4
 

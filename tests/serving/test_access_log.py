@@ -86,7 +86,7 @@ def test_refusals_and_other_services_have_their_line_too(
     assert "canary" not in everything and KEY not in everything
 
 
-def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second(
+def test_the_proxy_logs_its_own_replies_and_counts_refusals_by_the_second(
     log: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0
@@ -123,7 +123,7 @@ def test_the_proxy_logs_what_it_answers_itself_and_counts_refusals_by_the_second
 @pytest.mark.parametrize(
     "path", ["/x\nPOST /v1/completions 200", "/x\u2028y", "/x\x1b[2J", "/x\x85y"]
 )
-def test_a_line_of_the_log_is_one_line(log: pytest.LogCaptureFixture, path: str) -> None:
+def test_client_input_cannot_break_log_lines(log: pytest.LogCaptureFixture, path: str) -> None:
     """Paths reach the application decoded, and ids may have any byte beyond ASCII."""
     access_log.write(access_log.Entry(), "GET", path, 404, 0.1, "id\x85x")
     (record,) = log.records

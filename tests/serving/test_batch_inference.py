@@ -86,7 +86,7 @@ def written(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def test_prompts_are_completed_as_over_http_and_bad_rows_stand_aside(
+def test_prompts_are_completed_as_over_http_and_bad_rows_go_to_the_errors(
     addresses: Mapping[str, str], models: Models, tmp_path: Path, output: str
 ) -> None:
     rows: list[Any] = [{"text": text, "id": f"n{n}"} for n, text in enumerate(PROMPTS)]
@@ -214,7 +214,7 @@ def test_what_is_unavailable_is_asked_again_unless_the_model_died(
     assert asked == 4 and lines(output, "output")[0]["labels"][0]["label"] == "good"
 
 
-def test_pairs_questions_and_vectors(
+def test_other_heads_answer_as_over_http(
     addresses: Mapping[str, str], models: Models, tmp_path: Path, service: str
 ) -> None:
     """The other heads, each as over HTTP."""
@@ -260,7 +260,7 @@ HELLO = [{"role": "user", "content": "Who wrote the book?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 5, "model": "generation"}
 
 
-def test_openais_batch_file_becomes_its_result_file(
+def test_openais_batch_file_gives_openais_result_files(
     addresses: Mapping[str, str], models: Models, tmp_path: Path, output: str, service: str
 ) -> None:
     """Each reply and each refusal is what the HTTP service answers to the same body."""
@@ -367,7 +367,7 @@ def test_a_batch_file_of_embeddings_needs_no_other_setting(
         (["service=chat"], "service='chat'"),
     ],
 )
-def test_what_is_wrong_is_said_before_a_model_is_loaded(
+def test_errors_are_reported_before_a_model_is_loaded(
     addresses: Mapping[str, str], tmp_path: Path, output: str, words: list[str], reason: str
 ) -> None:
     data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
@@ -375,7 +375,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
         planned(read_settings([addresses["generation"], data, output, *words]))
 
 
-def test_the_job_explains_itself_and_says_what_is_wrong(
+def test_the_job_has_help_and_reports_errors(
     addresses: Mapping[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -393,7 +393,7 @@ def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path
         planned(read_settings([addresses["generation"], data, str(tmp_path / "output")]))
 
 
-def test_answers_are_in_the_rows_order_however_many_chunks_a_file_has(tmp_path: Path) -> None:
+def test_answers_keep_the_rows_order_beyond_100_000_chunks(tmp_path: Path) -> None:
     """From 100,000 on their numbers have a digit more."""
     plan = Plan("rows.jsonl", (("rows.jsonl",),), (1,), ("text",), {}, None, 1, {}, whole=True)
     records = []

@@ -33,7 +33,7 @@ pytest_plugins = ["serving_fixtures"]
         ("/models/gptj", "gptj"),
     ],
 )
-def test_a_model_is_called_by_its_address(address: str, name: str) -> None:
+def test_a_model_is_named_after_its_address(address: str, name: str) -> None:
     assert name_of(address) == name
 
 
@@ -48,7 +48,7 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
 
 
-def test_embeddings_are_made_by_any_heads_checkpoint(models: Models, tmp_path: Path) -> None:
+def test_a_checkpoint_with_any_head_serves_embeddings(models: Models, tmp_path: Path) -> None:
     for name in ("generation", "classification", "question_answering"):
         model, address = getattr(models, name), str(tmp_path / name)
         model.save_pretrained(address, tokenizer=models.tokenizer)

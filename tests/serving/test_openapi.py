@@ -114,7 +114,7 @@ def test_no_valid_request_is_refused(
 @pytest.mark.parametrize(
     ("prefix", "method", "path"), [each for each in OPERATIONS if each[1] == "POST"]
 )
-def test_what_the_document_forbids_is_refused(
+def test_invalid_requests_are_refused(
     documents: dict[str, Any], prefix: str, method: str, path: str
 ) -> None:
     for case, reply in ask(documents[prefix], method, path, GenerationMode.NEGATIVE):
@@ -149,7 +149,7 @@ def test_the_examples_are_answered(documents: dict[str, Any], prefix: str) -> No
     assert examples >= 2
 
 
-def test_documents_say_how_a_key_is_sent_and_where_none_is_needed(
+def test_documents_declare_key_authentication(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for keys, needed in ((None, [{"bearer": []}, {}]), ("a-key", [{"bearer": []}])):

@@ -66,7 +66,7 @@ def use_every_tab(page: Page) -> None:
     expect(part(page, "generate", "status")).to_contain_text("Done")
 
 
-def test_a_completion_is_what_the_service_answers(open_page: Open, service: str) -> None:
+def test_the_page_shows_the_services_completion(open_page: Open, service: str) -> None:
     """Its emoji and halves of characters too: places are counted in characters, not in UTF-16."""
     page = open_page()
     for prompt in ("東京 is far away. 😀 Anna", "The tower"):
@@ -108,7 +108,7 @@ STOPPER = """() => {
 }"""
 
 
-def test_a_stream_is_shown_while_it_runs_and_can_be_stopped(open_page: Open, service: str) -> None:
+def test_a_stream_is_shown_live_and_can_be_stopped(open_page: Open, service: str) -> None:
     page = open_page()
     fields: dict[str, Any] = {"prompt": "x", "temperature": 1}
     seed = next(  # of an output that does not end before
@@ -169,7 +169,7 @@ def say(page: Page, message: str) -> list[str]:
     return [text(each) for each in part(page, "chat", "turns").locator(".said").all()]
 
 
-def test_a_chat_goes_on_turn_by_turn(open_page: Open, service: str) -> None:
+def test_a_chat_continues_turn_by_turn(open_page: Open, service: str) -> None:
     page = open_page("/#chat")
     fill(page, **{"chat-temperature": "0", "chat-max_tokens": "9", "system": "The year 1907."})
     messages = [{"role": "system", "content": "The year 1907."}]
@@ -193,7 +193,7 @@ def test_a_chat_goes_on_turn_by_turn(open_page: Open, service: str) -> None:
     assert len(say(page, "x")) == 2
 
 
-def test_a_model_without_a_template_has_no_chats(open_page: Open) -> None:
+def test_a_model_without_a_template_has_no_chat_tab(open_page: Open) -> None:
     page = open_page("/guarded/#chat", refused=("401", "404"))
     page.fill("#key", KEY)
     page.keyboard.press("Enter")
@@ -309,7 +309,7 @@ def full(service: str) -> Iterator[None]:
             ended.set()
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab_alone(open_page: Open) -> None:
+def test_a_key_is_requested_and_kept_only_in_this_tab(open_page: Open) -> None:
     page = open_page("/guarded/", refused=("401", "404"))
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("only to requests with a key")
@@ -342,7 +342,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_alone(open_page: Open) -> None:
     expect(part(page, "generate", "status")).to_contain_text("Done")
 
 
-def test_a_busy_service_is_tried_again_when_it_says(open_page: Open, service: str) -> None:
+def test_a_busy_service_is_retried_after_its_retry_after(open_page: Open, service: str) -> None:
     page = open_page("/guarded/", refused=("401", "404", "429"))
     page.fill("#key", KEY)
     page.keyboard.press("Enter")
@@ -426,7 +426,7 @@ def test_everything_can_be_done_by_keyboard(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_rules_of_accessibility_hold_in_every_state(open_page: Open, scheme: Any) -> None:
+def test_every_state_is_accessible(open_page: Open, scheme: Any) -> None:
     """axe-core's rules, contrast of colours among them."""
     page = open_page(refused=("400",), color_scheme=scheme)
     use_every_tab(page)
@@ -466,7 +466,7 @@ def test_a_phone_scrolls_in_one_direction_only(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("tab", TABS)
-def test_the_code_does_what_the_form_does(open_page: Open, tab: str) -> None:
+def test_the_code_examples_do_what_the_form_does(open_page: Open, tab: str) -> None:
     page = open_page(f"/#{tab}")
     awkward = 'It\'s "odd" \\ $HOME\n`x` 😀'
     places = {"generate": "prompt", "chat": "message", "classify": "inputs", "ask": "context"}

@@ -55,7 +55,7 @@ def test_what_is_wrong_is_an_error_that_serve_shows_without_a_traceback(
         preflight.check_before_deploying(GPTJForSequenceClassification, arguments)
 
 
-def test_a_file_that_is_cut_off_is_named(checkpoint: Path) -> None:
+def test_a_truncated_file_is_named(checkpoint: Path) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert "model.safetensors" in said(checkpoint)

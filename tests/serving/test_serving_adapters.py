@@ -188,7 +188,7 @@ def test_chats_use_an_adapters_own_template(
     ["nobody", "team", "../adapters/queries", "team/../queries", "/etc", "queries/", ".", "a//b",
      "queries\n", "q\0", "x" * 300, "link"],
 )  # fmt: skip
-def test_names_that_are_no_adapter_of_the_root_are_404(lora: str, root: Path, name: str) -> None:
+def test_unknown_adapter_names_are_404(lora: str, root: Path, name: str) -> None:
     outside = root.parent / "outside"
     shutil.copytree(root / "queries", outside)
     (root / "link").symlink_to(outside)
@@ -227,7 +227,7 @@ def spoil(folder: Path) -> None:
         (lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"), "Jinja"),
     ],
 )
-def test_a_bad_adapter_is_its_requests_400(
+def test_a_bad_adapter_only_fails_its_own_requests_with_400(
     lora: str, root: Path, counts: Counts, merged: dict[str, Models], damage: Any, reason: str
 ) -> None:
     """It is read once, others go on, and it works once it is repaired."""
@@ -255,7 +255,7 @@ def test_an_adapter_of_another_base_is_refused(models: Models, tmp_path: Path) -
     assert_error(reply, 400, "was not trained on")
 
 
-def test_a_changed_folder_is_read_again(
+def test_a_changed_adapter_is_reloaded(
     lora: str, root: Path, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is damaged on the way changes nothing; what is removed is gone."""
@@ -273,7 +273,7 @@ def test_a_changed_folder_is_read_again(
     assert complete(lora, prompt=PROMPT, model="kept")["choices"][0]["text"] == first
 
 
-def test_a_storage_that_is_down_stops_only_what_is_not_in_memory(
+def test_a_storage_outage_only_affects_adapters_not_in_memory(
     lora: str, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
@@ -413,7 +413,7 @@ def test_a_storage_that_hangs_delays_adapters_in_memory_once_and_others_are_503(
         hanging.set()
 
 
-def test_an_adapter_that_is_damaged_unnoticed_is_refused_once_it_is_read_again(
+def test_an_adapter_damaged_in_place_is_refused_on_reload(
     models: Models, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the reason, though it was in memory before in what seems the same version."""
@@ -478,7 +478,7 @@ def test_adapters_of_an_s3_root(
         assert_error(ask(service, "team"), 404, "does not exist")
 
 
-def test_settings_of_a_deployment_are_checked_before_it(
+def test_a_deployments_settings_are_checked_in_advance(
     models: Models, root: Path, tmp_path: Path
 ) -> None:
     models.generation.save_pretrained(tmp_path / "run/model", tokenizer=models.tokenizer)
@@ -504,7 +504,7 @@ def test_settings_of_a_deployment_are_checked_before_it(
     assert problem is not None and str(root / "nothing") in problem
 
 
-def test_a_deployments_runner_takes_adapters(models: Models, made: dict[str, Made]) -> None:
+def test_a_deployments_runner_has_room_for_adapters(models: Models, made: dict[str, Made]) -> None:
     arguments = Arguments(checkpoint="x", adapter_root="/nowhere", cache_tokens=64)
     runner, _ = new_engine_runner(models.with_unused_ids(), arguments)
     AdapterSlots(runner, LoRALimits()).load(made["everything"].weights())

@@ -74,7 +74,7 @@ def test_a_reply_is_the_completion_of_the_rendered_messages(
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + len(ids)
 
 
-def test_a_reply_may_be_sent_back_as_the_client_has_it(client: openai.OpenAI) -> None:
+def test_a_reply_can_be_sent_back_as_received(client: openai.OpenAI) -> None:
     messages: list[Any] = [USER]
     for _ in range(2):
         reply = client.chat.completions.create(
@@ -84,7 +84,7 @@ def test_a_reply_may_be_sent_back_as_the_client_has_it(client: openai.OpenAI) ->
     assert reply.usage is not None and reply.usage.prompt_tokens > 20
 
 
-def test_a_limit_left_out_is_what_the_context_leaves(service: str, models: Models) -> None:
+def test_max_tokens_defaults_to_the_rest_of_the_context(service: str, models: Models) -> None:
     eos = str(models.tokenizer.eos_token_id)
     fields = {"max_tokens": None, "logit_bias": {eos: 100}, "min_tokens": 30, "temperature": 0}
     reply = chat(service, **fields)
@@ -93,7 +93,7 @@ def test_a_limit_left_out_is_what_the_context_leaves(service: str, models: Model
 
 
 @pytest.mark.parametrize(("cache_tokens", "limit"), [(64, 40), (10_000, 76), (8, 1)])
-def test_a_limit_left_out_is_at_most_what_the_cache_holds(
+def test_default_max_tokens_are_limited_by_the_cache(
     models: Models, cache_tokens: int, limit: int
 ) -> None:
     vocabulary = Vocabulary.of(models.tokenizer, models.generation.config.vocab_size)
@@ -112,7 +112,7 @@ def test_a_limit_left_out_is_at_most_what_the_cache_holds(
     assert prompt.params[0].max_tokens == {64: 8, 10_000: 76, 8: 1}[cache_tokens]
 
 
-def test_a_streams_chunks_are_the_reply(client: openai.OpenAI, service: str) -> None:
+def test_a_streams_chunks_add_up_to_the_reply(client: openai.OpenAI, service: str) -> None:
     fields: Any = {"model": "generation", "messages": CHAT, "max_tokens": 12, "seed": 3, "n": 2}
     whole = client.chat.completions.create(**fields)
     texts, reasons = ["", ""], [None, None]
@@ -150,7 +150,7 @@ def test_the_clients_stream_helper_collects_the_reply(client: openai.OpenAI) -> 
     assert [each.token for each in theirs] == [each.token for each in ours]
 
 
-def test_logprobs_are_those_of_completions(service: str, models: Models) -> None:
+def test_chat_logprobs_equal_those_of_completions(service: str, models: Models) -> None:
     fields = {"max_tokens": 10, "temperature": 0}
     plain = complete(service, prompt=prompt_of([USER]), logprobs=3, **fields)["choices"][0]
     choice = chat(service, logprobs=True, top_logprobs=3, **fields)["choices"][0]
@@ -195,7 +195,7 @@ def test_beams_and_several_replies(service: str, models: Models) -> None:
     assert [each["message"]["content"] for each in ours] == [each["text"] for each in theirs]
 
 
-def test_contents_may_be_parts_and_developers_are_the_system(service: str) -> None:
+def test_content_parts_and_the_developer_role_are_accepted(service: str) -> None:
     system = {"role": "system", "content": "The year\n1907."}
     expected = chat(service, messages=[system, USER])
     parts = [{"type": "text", "text": "The year"}, {"type": "text", "text": "1907."}]
@@ -269,7 +269,7 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
 
 
 @pytest.mark.parametrize(("fields", "status", "reason", "param"), WRONG)
-def test_what_is_wrong_gets_its_status_and_the_reason(
+def test_invalid_requests_get_a_status_and_the_reason(
     service: str, fields: dict[str, Any], status: int, reason: str, param: str | None
 ) -> None:
     body = {"messages": [USER], "max_tokens": 12, **fields}
@@ -279,7 +279,7 @@ def test_what_is_wrong_gets_its_status_and_the_reason(
         assert reply.json()["error"]["param"] == param
 
 
-def test_without_a_template_the_error_says_how_to_give_one(service: str) -> None:
+def test_without_a_template_the_error_says_how_to_set_one(service: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     for stream in (False, True):
         body = {"messages": [USER], "stream": stream}
@@ -292,7 +292,7 @@ def test_without_a_template_the_error_says_how_to_give_one(service: str) -> None
 
 
 @pytest.mark.slow
-def test_lm_evals_chats_are_those_of_transformers_in_process(
+def test_lm_evals_chat_results_equal_transformers_in_process(
     service: str, models: Models, tmp_path: Path
 ) -> None:
     """The same task by lm_eval's classes for chat services and for models of transformers."""

@@ -68,7 +68,7 @@ def theirs(
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (30, 3), (3, 30), (40, 40), (80, 2), (2, 80)])
-def test_a_pair_is_what_transformers_makes_of_it(
+def test_pairs_are_tokenized_like_in_transformers(
     service: str, models: Models, theirs: transformers.PreTrainedTokenizerFast, lengths: list[int]
 ) -> None:
     text, pair = (" ".join(["Paris"] * length) for length in lengths)
@@ -105,14 +105,12 @@ def test_a_single_pair_needs_no_list(service: str) -> None:
         ([["a", "b"]], 422, "must be a string, {"),
     ],
 )
-def test_pairs_that_cannot_be_are_refused(
-    service: str, inputs: object, status: int, reason: str
-) -> None:
+def test_invalid_pairs_are_refused(service: str, inputs: object, status: int, reason: str) -> None:
     reply = httpx.post(f"{service}{CLASSIFICATION}", json={"inputs": inputs}, timeout=30)
     assert_error(reply, status, reason)
 
 
-def test_two_long_texts_make_only_the_rows_that_are_used(
+def test_two_long_texts_only_make_the_rows_that_are_used(
     service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows of one with each of the other would be millions, and fill the memory."""

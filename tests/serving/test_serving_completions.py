@@ -19,7 +19,7 @@ pytest_plugins = ["serving_fixtures"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_completion_is_that_of_generate(
+def test_greedy_completions_equal_generate(
     client: openai.OpenAI, models: Models, prompt: str
 ) -> None:
     reply = client.completions.create(
@@ -47,7 +47,7 @@ def test_a_prompt_can_be_text_or_ids_or_several_of_either(service: str, models: 
         assert [choice["index"] for choice in choices] == list(range(len(texts)))
 
 
-def test_no_prompt_or_an_empty_one_begins_a_new_text(service: str, models: Models) -> None:
+def test_a_missing_or_empty_prompt_starts_a_new_text(service: str, models: Models) -> None:
     bos = models.tokenizer.bos_token_id
     expected = text_of(models, greedy(models, [bos], eos_token_id=[]))
     for fields in ({}, {"prompt": ""}, {"prompt": None}, {"prompt": [bos]}):
@@ -68,9 +68,7 @@ STREAMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", STREAMS, ids=str)
-def test_a_stream_is_together_what_comes_without_streaming(
-    service: str, fields: dict[str, Any]
-) -> None:
+def test_a_stream_adds_up_to_the_unstreamed_reply(service: str, fields: dict[str, Any]) -> None:
     fields = {"prompt": PROMPTS[0], **fields}
     # Batches differ between the two, and so the order of summation in fp32.
     assert_alike(streamed(service, **fields), complete(service, **fields)["choices"])
@@ -160,7 +158,7 @@ def test_a_stop_string_ends_the_text_before_it(service: str) -> None:
         assert choice["finish_reason"] == "stop"
 
 
-def test_the_stop_that_was_met_can_be_included(service: str, models: Models) -> None:
+def test_the_stop_string_or_token_can_be_included(service: str, models: Models) -> None:
     """vLLM's meaning: of stop strings and stop tokens, but eos has no text; streamed as well."""
     fields: dict[str, Any] = {"prompt": "x", "temperature": 1, "seed": 1, "max_tokens": 40}
     fields |= {"ignore_eos": True, "logprobs": 0}
@@ -239,7 +237,7 @@ def test_a_prompt_of_ids_may_end_within_a_character(
 
 
 @pytest.mark.parametrize("separator", ["\u0085", "\u2028", "\u2029"], ids=ascii)
-def test_no_line_of_a_stream_ends_within_its_text(
+def test_line_breaks_in_texts_do_not_break_a_stream(
     service: str, models: Models, separator: str
 ) -> None:
     """Whatever a client takes for the end of a line: echoed, and generated."""
@@ -343,7 +341,7 @@ def test_eos_ends_an_output_and_is_not_shown(service: str, models: Models) -> No
     assert reply["usage"]["completion_tokens"] == 1
 
 
-def test_beam_search_is_that_of_generate(service: str, models: Models) -> None:
+def test_beam_search_equals_generate(service: str, models: Models) -> None:
     reply = complete(
         service, prompt=PROMPTS[:2], use_beam_search=True, n=2, best_of=4, length_penalty=0.5
     )

@@ -149,7 +149,7 @@ def test_requests_with_and_without_constraints_run_side_by_side(
         list(pool.map(ask, range(36)))
 
 
-def test_a_contradiction_that_shows_at_a_token_is_a_400(service: str, models: Models) -> None:
+def test_a_contradiction_found_while_generating_is_a_400(service: str, models: Models) -> None:
     body = {
         "prompt": "The",
         "structured_outputs": {"regex": "[0-9]+"},
@@ -197,7 +197,7 @@ def test_only_allowed_tokens_are_in_the_output(service: str, models: Models) -> 
     assert all(set(choice["text"]) <= set("abc") for choice in beams["choices"])
 
 
-def test_prompt_logprobs_without_echo_are_those_with_echo(service: str, models: Models) -> None:
+def test_prompt_logprobs_equal_those_with_echo(service: str, models: Models) -> None:
     echoed = complete(service, prompt="The tower", logprobs=3, echo=True, max_tokens=1)
     theirs = echoed["choices"][0]["logprobs"]
     reply = complete(service, prompt="The tower", prompt_logprobs=3, max_tokens=0)
@@ -226,7 +226,7 @@ def test_twenty_logprobs(service: str) -> None:
     assert [len(each) for each in choice["logprobs"]["top_logprobs"]] == [20, 20]
 
 
-def test_a_full_queue_of_grammars_is_not_a_full_service() -> None:
+def test_a_full_grammar_queue_does_not_block_the_service() -> None:
     compiler = Mock(submit=Mock(side_effect=QueueFullError("32 grammars wait")))
     request = ConstraintFields.model_validate({"structured_outputs": {"regex": "a"}})
     with pytest.raises(OverloadedError, match="32 grammars wait") as error:

@@ -176,7 +176,7 @@ def test_inputs_are_batched_by_length_and_answered_in_order(models: Models) -> N
         ({}, 422, "input"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(
+def test_invalid_inputs_are_refused(
     service: str, body: dict[str, Any], status: int, reason: str
 ) -> None:
     assert_error(httpx.post(service + EMBEDDINGS, json=body, timeout=30), status, reason)
@@ -197,6 +197,6 @@ def test_long_inputs_are_truncated_if_requested(service: str, models: Models) ->
         assert replies[0] == replies[1]
 
 
-def test_its_health_and_the_generation_services_routes_stay_apart(service: str) -> None:
+def test_routes_do_not_collide_with_the_generation_services(service: str) -> None:
     assert httpx.get(f"{service}{EMBEDDINGS}/health").json() == {"status": "ok"}
     assert httpx.get(f"{service}/v1/models").json()["data"][0]["id"] == "generation"

@@ -97,7 +97,7 @@ def calm(replicas: Replicas, address: str) -> Iterator[str]:
     replicas.answers = lambda number: None
 
 
-def test_a_request_whose_replica_died_is_answered_by_another(replicas: Replicas, calm: str) -> None:
+def test_a_request_whose_replica_died_is_retried_on_another(replicas: Replicas, calm: str) -> None:
     undisturbed = complete(calm, prompt="The tower", max_tokens=8)
     for messages in (0, 1):  # before the reply, and in it
         replicas.tries = 0
@@ -108,9 +108,7 @@ def test_a_request_whose_replica_died_is_answered_by_another(replicas: Replicas,
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"prompt": ["The tower", "The tower"]}])
-def test_a_second_try_has_the_same_seed(
-    replicas: Replicas, calm: str, fields: dict[str, Any]
-) -> None:
+def test_a_retry_has_the_same_seed(replicas: Replicas, calm: str, fields: dict[str, Any]) -> None:
     """Though the client gave none; the samples of a request differ from each other."""
     replicas.dies = lambda number: None if number else 0
     reply = complete(calm, **{"prompt": "x", "temperature": 1, "max_tokens": 16, **fields})
@@ -134,7 +132,7 @@ def test_a_second_try_has_the_same_seed(
         {"temperature": 0, "stream_options": {"include_usage": True}, "prompt": "東京 is far 😀"},
     ],
 )
-def test_a_stream_goes_on_where_its_replica_died(
+def test_a_stream_resumes_where_its_replica_died(
     replicas: Replicas, calm: str, fields: dict[str, Any]
 ) -> None:
     fields = {"prompt": "The tower", "max_tokens": 12, "ignore_eos": True, **fields}
@@ -146,7 +144,7 @@ def test_a_stream_goes_on_where_its_replica_died(
         assert replicas.tries == 2 or messages > 2  # on a slow machine there are fewer chunks
 
 
-def test_a_sampled_stream_without_a_seed_goes_on(replicas: Replicas, calm: str) -> None:
+def test_a_sampled_stream_without_a_seed_resumes(replicas: Replicas, calm: str) -> None:
     replicas.dies = lambda number: 2 + number if number < 2 else None
     (choice,) = streamed(calm, prompt="x", temperature=1, max_tokens=12, ignore_eos=True)
     written = [json.loads(line[6:]) for line in replicas.replies[-1].decode().split("\n\n")[:-2]]
@@ -154,9 +152,7 @@ def test_a_sampled_stream_without_a_seed_goes_on(replicas: Replicas, calm: str) 
     assert choice["finish_reason"] == "length"
 
 
-def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(
-    replicas: Replicas, calm: str
-) -> None:
+def test_a_stream_that_cannot_resume_ends_with_an_error(replicas: Replicas, calm: str) -> None:
     replicas.dies = lambda number: 4
     body = {"prompt": "x", "max_tokens": 12, "stream": True, "ignore_eos": True}
     reply = httpx.post(f"{calm}/v1/completions", json=body, timeout=30)
@@ -172,7 +168,7 @@ def test_a_stream_that_nobody_can_go_on_with_ends_with_an_error(
     assert json.loads(error[6:])["error"]["type"] == "rate_limit_error"
 
 
-def test_a_stream_that_has_all_but_its_end_is_ended_and_not_repeated() -> None:
+def test_a_stream_that_only_lacks_its_end_is_ended_without_a_retry() -> None:
     """Its replica died between the last event and the end of the reply."""
 
     async def dies_at_the_end(scope: Scope, receive: Receive, send: Send) -> None:
@@ -186,7 +182,7 @@ def test_a_stream_that_has_all_but_its_end_is_ended_and_not_repeated() -> None:
     assert reply.text == 'data: {"choices": []}\n\ndata: [DONE]\n\n'
 
 
-def test_a_second_stream_that_differs_is_not_mixed_into_the_first() -> None:
+def test_a_retried_stream_that_differs_is_not_mixed_into_the_first() -> None:
     def event(text: str, **fields: Any) -> bytes:
         choice = {"index": 0, "text": text, "finish_reason": None, **fields}
         return f"data: {json.dumps({'id': 'a', 'choices': [choice]})}\n\n".encode()
@@ -211,7 +207,7 @@ def test_a_second_stream_that_differs_is_not_mixed_into_the_first() -> None:
         [b'data: {"choices": 1}\r\n\r\n', b"data: the end"],
     ],
 )
-def test_other_applications_streams_pass_as_they_are(parts: list[bytes]) -> None:
+def test_other_applications_streams_pass_unchanged(parts: list[bytes]) -> None:
     """Serve's proxies have one entry for all applications."""
     sent: list[Message] = []
 
@@ -234,7 +230,7 @@ def test_other_applications_streams_pass_as_they_are(parts: list[bytes]) -> None
     assert not sent[-1].get("more_body", False)
 
 
-def test_chats_streams_go_on_too() -> None:
+def test_chat_streams_resume_too() -> None:
     def event(**delta: Any) -> bytes:
         chunk = {"id": "a", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
         return f"data: {json.dumps(chunk)}\n\n".encode()
@@ -259,9 +255,7 @@ def test_chats_streams_go_on_too() -> None:
         stream.feed(event(tool_calls=[{"index": 0}]))
 
 
-def test_when_every_replica_dies_the_client_is_told_to_try_again(
-    replicas: Replicas, calm: str
-) -> None:
+def test_if_every_replica_dies_the_client_is_told_to_retry(replicas: Replicas, calm: str) -> None:
     replicas.dies = lambda number: 0
     for path in ("/v1/completions", "/classification"):
         replicas.tries = 0
@@ -281,7 +275,7 @@ def test_when_every_replica_dies_the_client_is_told_to_try_again(
         (503, 503, "no replica"),
     ],
 )
-def test_what_serve_answers_itself_has_our_body(
+def test_serves_own_errors_have_our_body(
     replicas: Replicas, calm: str, status: int, ours: int, reason: str
 ) -> None:
     replicas.answers = lambda number: (status, b"Serve's own words")
@@ -294,7 +288,7 @@ def test_what_serve_answers_itself_has_our_body(
     assert replicas.tries == 1
 
 
-def test_a_limit_of_time_is_for_all_tries_together(replicas: Replicas, calm: str) -> None:
+def test_a_time_limit_covers_all_tries_together(replicas: Replicas, calm: str) -> None:
     replicas.dies = lambda number: 0
     headers = {"X-Request-Timeout-Seconds": "0.05"}
     reply = httpx.post(f"{calm}/v1/completions", content=BODY, headers=headers, timeout=30)
@@ -348,13 +342,13 @@ HALF_SENT = {
 
 
 @pytest.mark.parametrize("part", HALF_SENT.values(), ids=HALF_SENT)
-def test_half_a_request_is_given_up(hasty: str, part: bytes) -> None:
+def test_half_sent_requests_time_out(hasty: str, part: bytes) -> None:
     reply = exchange(hasty, part)
     assert_error(reply, 408, "was not sent to its end: its ")  # type: ignore[arg-type]
     assert reply.headers["connection"] == "close"
 
 
-def test_a_connection_on_which_nothing_is_sent_is_closed(hasty: str) -> None:
+def test_an_idle_connection_is_closed(hasty: str) -> None:
     with connect(hasty) as connection:
         assert connection.recv(1) == b""
 
@@ -383,7 +377,7 @@ def test_health_never_waits_for_a_body(hasty: str, path: bytes) -> None:
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )
-def test_what_is_no_http_gets_a_declared_error_at_once(address: str, content: bytes) -> None:
+def test_invalid_http_gets_a_declared_error_at_once(address: str, content: bytes) -> None:
     """From a server whose patience is as long as in production."""
     started = time.monotonic()
     reply = exchange(address, content)
@@ -391,7 +385,7 @@ def test_what_is_no_http_gets_a_declared_error_at_once(address: str, content: by
     assert time.monotonic() - started < LimitedProtocol.limits.head_seconds / 2
 
 
-def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) -> None:
+def test_half_sent_requests_do_not_block_others(replicas: Replicas) -> None:
     """And the oldest of an address that has too many is given up first."""
     limits = ConnectionLimits(unfinished_per_address=100, grace_seconds=0.1)
     protocol = LimitedProtocol.limited(limits)
@@ -413,7 +407,7 @@ def test_others_are_answered_beside_many_half_sent_requests(replicas: Replicas) 
 
 
 @pytest.mark.slow
-def test_slow_clients_cost_others_no_request(hasty: str) -> None:
+def test_slow_clients_do_not_cost_others_requests(hasty: str) -> None:
     """The script that shows it with 2,000 of each kind, with a few."""
     outcomes = asyncio.run(slow_clients.measure(hasty, ["heads", "bodies"], 20, 3.0))
     for outcome in outcomes:
@@ -434,7 +428,7 @@ def full(replicas: Replicas) -> Iterator[tuple[str, Gate]]:
         yield service, gate
 
 
-def test_a_full_route_refuses_on_the_connection_as_admission_does(
+def test_refusals_on_the_connection_equal_admissions(
     full: tuple[str, Gate], replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service, gate = full
@@ -456,7 +450,7 @@ def test_a_full_route_refuses_on_the_connection_as_admission_does(
         assert client.post("/v1/completions", json=body).status_code == 200  # as before
 
 
-def test_a_refusal_on_the_connection_keeps_to_http(full: tuple[str, Gate]) -> None:
+def test_refusals_on_the_connection_follow_http(full: tuple[str, Gate]) -> None:
     """Pipelined requests are answered in order, and a connection that is to end does."""
     service, _ = full
     one = request(b"POST", b"/v1/completions", b"", BODY) + BODY
@@ -474,7 +468,7 @@ def test_a_refusal_on_the_connection_keeps_to_http(full: tuple[str, Gate]) -> No
     assert exchange(service, one[:-3]).status_code == 408
 
 
-def test_refusals_that_nobody_reads_are_not_piled_up(replicas: Replicas) -> None:
+def test_unread_refusals_do_not_pile_up(replicas: Replicas) -> None:
     """A client that only sends fills no memory with its replies."""
     gate = Gate(first_bound=1)
     gate.enter("/v1/completions")
@@ -499,7 +493,7 @@ def test_refusals_that_nobody_reads_are_not_piled_up(replicas: Replicas) -> None
         assert served[-1].transport.get_write_buffer_size() < 2**18
 
 
-def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them() -> None:
+def test_a_slow_server_does_not_time_out_complete_requests() -> None:
     """Many connections of one address at once, while the loop does something else."""
 
     async def busy(scope: Scope, receive: Receive, send: Send) -> None:
@@ -516,7 +510,7 @@ def test_whole_requests_are_not_given_up_by_a_server_that_is_slow_to_read_them()
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
 
 
-def test_a_stream_that_nobody_reads_is_cancelled() -> None:
+def test_an_unread_stream_is_cancelled() -> None:
     cancelled = asyncio.Event()
 
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:
@@ -540,7 +534,7 @@ def test_a_stream_that_nobody_reads_is_cancelled() -> None:
             time.sleep(0.05)
 
 
-def test_bodies_that_wait_take_a_bounded_room(replicas: Replicas) -> None:
+def test_waiting_bodies_take_bounded_memory(replicas: Replicas) -> None:
     entry = BodyLimit(Failover(replicas), max_waiting_bytes=10_000)
     with listening(entry) as service, ExitStack() as stack:
         replies = []
@@ -603,7 +597,7 @@ class Queue:
             await asyncio.sleep(0)
 
 
-def test_a_full_service_is_not_asked_again_for_each_request() -> None:
+def test_a_full_service_is_not_tried_for_each_request() -> None:
     async def scenario() -> None:
         service = Queue(room=5)
         held = [await service.hold() for _ in range(5)]
@@ -621,7 +615,7 @@ def test_a_full_service_is_not_asked_again_for_each_request() -> None:
     asyncio.run(scenario())
 
 
-def test_a_service_that_has_grown_gets_more_by_and_by() -> None:
+def test_the_bound_rises_gradually_after_a_service_grows() -> None:
     async def scenario() -> None:
         service = Queue(room=5)
         held = [await service.hold() for _ in range(5)]
@@ -642,7 +636,7 @@ def test_a_service_that_has_grown_gets_more_by_and_by() -> None:
     asyncio.run(scenario())
 
 
-def test_a_burst_does_not_all_reach_a_service_that_nobody_knows_yet() -> None:
+def test_an_initial_burst_is_bounded() -> None:
     async def scenario() -> None:
         service = Queue(room=1000, first_bound=10)
         held = [await service.hold() for _ in range(100)]
@@ -655,7 +649,7 @@ def test_a_burst_does_not_all_reach_a_service_that_nobody_knows_yet() -> None:
     asyncio.run(scenario())
 
 
-def test_paths_that_clients_make_up_take_no_memory() -> None:
+def test_made_up_paths_take_no_memory() -> None:
     gate = Gate()
     for number in range(2 * MAX_KNOWN):
         for path in (f"OPTIONS /v1/{number}", "/v1/completions"):

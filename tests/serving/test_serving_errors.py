@@ -217,7 +217,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
 @pytest.mark.parametrize(
     ("route", "body", "status", "reason"), WRONG, ids=lambda each: str(each)[:40]
 )
-def test_what_is_wrong_gets_its_status_and_the_reason(
+def test_invalid_requests_get_a_status_and_the_reason(
     service: str, route: str, body: Any, status: int, reason: str
 ) -> None:
     if route == COMPLETIONS and isinstance(body, dict):
@@ -250,7 +250,7 @@ BODIES: list[tuple[str, type[RequestModel], dict[str, Any], list[Any]]] = [
 @pytest.mark.parametrize(
     ("route", "model", "body", "path"), BODIES, ids=lambda each: getattr(each, "__name__", "")
 )
-def test_a_huge_integer_is_wrong_wherever_it_stands(
+def test_a_huge_integer_is_refused_in_every_field(
     service: str, route: str, model: type[RequestModel], body: dict[str, Any], path: list[Any]
 ) -> None:
     with httpx.Client(base_url=service, timeout=30) as client:
@@ -274,7 +274,7 @@ def test_a_huge_integer_is_wrong_wherever_it_stands(
                 assert param == whole or not reason
 
 
-def test_a_whole_number_may_be_written_with_a_point(service: str) -> None:
+def test_integers_may_be_written_with_a_decimal_point(service: str) -> None:
     """JSON has one kind of number, and a schema's integer is any without a fraction."""
     for route, whole, written in (
         (COMPLETIONS, {"prompt": [5, 6], "max_tokens": 3}, {"prompt": [5.0, 6], "max_tokens": 3.0}),
@@ -367,7 +367,7 @@ def test_an_error_names_the_field_by_its_path_in_the_body(
         ("GET", "/v1/models/%ff", 404),
     ],
 )
-def test_a_wrong_route_or_method_is_an_error_of_the_same_form(
+def test_a_wrong_route_or_method_gets_the_same_error_body(
     service: str, method: str, route: str, status: int
 ) -> None:
     assert_error(httpx.request(method, service + route), status, "")
@@ -389,7 +389,7 @@ def test_a_body_of_another_type_is_refused_with_the_remedy(service: str) -> None
     ],
     ids=lambda each: str(each)[:40],
 )
-def test_openais_client_tells_an_error_by_its_class(
+def test_openais_client_maps_errors_to_its_classes(
     client: openai.OpenAI,
     fields: dict[str, Any],
     error: type[openai.APIStatusError],
@@ -408,7 +408,7 @@ def test_openais_client_tells_an_error_by_its_class(
 
 
 @pytest.mark.parametrize("error", [OverloadedError("full"), UnavailableError("not now")], ids=str)
-def test_openais_client_tries_again_after_both_errors_that_pass(error: APIError) -> None:
+def test_openais_client_retries_both_transient_errors(error: APIError) -> None:
     app = new_app("a service that is in trouble once")
     asked: list[str] = []
 

@@ -27,9 +27,7 @@ from gptj.serving.completions.schemas import ModelCard
 pytest_plugins = ["serving_fixtures"]
 
 
-def test_token_ids_come_with_the_text_where_they_are_requested(
-    service: str, models: Models
-) -> None:
+def test_token_ids_are_returned_if_requested(service: str, models: Models) -> None:
     prompts = [models.tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
     for choice, prompt in zip(
         complete(service, prompt=PROMPTS[:2], return_token_ids=True)["choices"],
@@ -63,7 +61,7 @@ def test_token_ids_come_with_the_text_where_they_are_requested(
         assert text_of(models, beam["token_ids"]) == beam["text"]
 
 
-def test_a_stop_reason_is_the_requests_own_stop(service: str, models: Models) -> None:
+def test_the_stop_reason_is_the_requests_stop(service: str, models: Models) -> None:
     token = models.tokenizer.encode("T")[0]
     eos = models.tokenizer.eos_token_id
     text = text_of(models, greedy(models, PROMPTS[0]))
@@ -106,7 +104,7 @@ def test_special_tokens_are_left_out_unless_requested(service: str, models: Mode
     assert logged["logprobs"]["text_offset"] == [0, 0, 0]
 
 
-def test_a_prompt_is_cut_to_its_last_tokens(service: str, models: Models) -> None:
+def test_a_prompt_is_truncated_to_its_last_tokens(service: str, models: Models) -> None:
     ids = models.tokenizer.encode(PROMPTS[4])
     for prompt in (PROMPTS[4], ids):
         (choice,) = complete(
@@ -136,7 +134,7 @@ def test_a_prompt_is_cut_to_its_last_tokens(service: str, models: Models) -> Non
     assert_error(httpx.post(f"{service}/v1/completions", json=body), 400, "context is 2048")
 
 
-def test_a_text_to_classify_may_be_cut(service: str, models: Models) -> None:
+def test_a_text_to_classify_may_be_truncated(service: str, models: Models) -> None:
     long = "The tower stands. " * 100
     body = {"inputs": long}
     reply = httpx.post(service + CLASSIFICATION, json=body)

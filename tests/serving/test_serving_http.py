@@ -64,9 +64,7 @@ def test_a_body_that_is_too_large_is_refused(service: str, route: str, chunked: 
     ],
     ids=str,
 )
-def test_without_a_right_key_nothing_but_health_answers(
-    service: str, headers: dict[str, Any]
-) -> None:
+def test_without_a_valid_key_only_health_answers(service: str, headers: dict[str, Any]) -> None:
     for method, route in (("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/nothing")):
         reply = httpx.request(method, f"{service}/guarded{route}", headers=headers)
         assert_error(reply, 401, "Authorization: Bearer")
@@ -74,7 +72,7 @@ def test_without_a_right_key_nothing_but_health_answers(
     assert httpx.get(f"{service}/guarded/health").status_code == 200
 
 
-def test_each_of_the_keys_is_right(service: str) -> None:
+def test_each_key_is_valid(service: str) -> None:
     for key in (KEY, "another"):
         guarded = openai.OpenAI(base_url=f"{service}/guarded/v1", api_key=key, max_retries=0)
         reply = guarded.completions.create(model="org/guarded", prompt="x", max_tokens=2)
@@ -112,7 +110,7 @@ def test_a_full_queue_answers_429_with_retry_after_and_takes_requests_again(serv
     assert_error(many, 400, "5 outputs exceed")
 
 
-def test_openais_client_gets_through_to_a_full_service_by_trying_again(service: str) -> None:
+def test_openais_client_succeeds_on_a_full_service_by_retrying(service: str) -> None:
     """The long request is in work, one more may wait, and the others are refused at first."""
     refused = asyncio.Event()
     waits: list[str] = []

@@ -111,7 +111,7 @@ def test_keys_come_and_go_without_a_restart(guarded: str, file: KeyFile) -> None
         ("a-secret-put-here", "valid dictionary"),
     ],
 )
-def test_a_file_that_is_wrong_changes_nothing_and_its_content_is_not_logged(
+def test_an_invalid_file_changes_nothing_and_is_not_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, reason: str
 ) -> None:
     file = KeyFile(tmp_path)
@@ -129,7 +129,7 @@ def test_a_file_that_is_wrong_changes_nothing_and_its_content_is_not_logged(
     assert "a-secret-put-here" not in str(error.value)
 
 
-def test_a_service_without_any_key_does_not_start_open(tmp_path: Path) -> None:
+def test_a_keys_file_without_keys_does_not_open_the_service(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no keys"):
         Keys.from_environment({"GPTJ_KEYS_FILE": str(tmp_path / "missing.yaml")})
     keys = Keys.from_environment(
@@ -139,7 +139,7 @@ def test_a_service_without_any_key_does_not_start_open(tmp_path: Path) -> None:
     assert not keys.allow(None)
 
 
-def test_a_key_is_made_by_a_command_that_shows_it_once(tmp_path: Path) -> None:
+def test_the_command_creates_a_key_and_shows_it_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptj.serving.keys", "search-team"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     comment, _, made = printed.partition("\n")
@@ -160,9 +160,7 @@ def test_a_key_opens_its_applications(guarded: str, file: KeyFile) -> None:
     assert_error(reply, 403, "not for question-answering")
 
 
-def test_requests_a_minute_are_counted_and_refused_with_the_time_to_wait(
-    guarded: str, file: KeyFile
-) -> None:
+def test_requests_per_minute_are_limited_with_the_time_to_wait(guarded: str, file: KeyFile) -> None:
     file.write(entry("minute", requests_per_minute=3), entry("free"))
     replies = [ask(guarded, "minute") for _ in range(4)]
     assert [reply.status_code for reply in replies] == [200, 200, 200, 429]
@@ -179,9 +177,7 @@ def test_requests_a_minute_are_counted_and_refused_with_the_time_to_wait(
     assert httpx.get(f"{guarded}/v1/models", headers=headers).status_code == 200
 
 
-def test_tokens_a_minute_are_reserved_and_what_was_not_used_goes_back(
-    guarded: str, file: KeyFile
-) -> None:
+def test_tokens_are_reserved_and_unused_ones_returned(guarded: str, file: KeyFile) -> None:
     file.write(entry("tokens", tokens_per_minute=100))
     used = ask(guarded, "tokens").json()["usage"]["total_tokens"]
     # May take 80, and ends at the first token.
@@ -210,7 +206,7 @@ def _openai(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_as_many_requests_run_at_a_time_as_a_key_may_have(guarded: str, file: KeyFile) -> None:
+def test_concurrent_requests_of_a_key_are_limited(guarded: str, file: KeyFile) -> None:
     file.write(entry("two", concurrent_requests=2))
     long = {**BODY, "max_tokens": 1500, "stream": True}
     headers = {"Authorization": "Bearer two"}
@@ -228,7 +224,7 @@ def test_as_many_requests_run_at_a_time_as_a_key_may_have(guarded: str, file: Ke
         time.sleep(0.1)
 
 
-def test_no_minute_has_more_than_the_limit_whatever_its_beginning() -> None:
+def test_the_limit_holds_in_every_sliding_minute() -> None:
     now = 0.0
     counts = Counts(lambda: now)
     limits = Limits(requests=10)
@@ -247,7 +243,7 @@ def test_no_minute_has_more_than_the_limit_whatever_its_beginning() -> None:
     assert len(let_in) >= 10 * 500 // 60 - 10
 
 
-def test_a_request_that_is_tried_again_counts_once() -> None:
+def test_a_retried_request_counts_once() -> None:
     counts = Counts(lambda: 0.0)
     limits = Limits(requests=1, tokens=10, concurrent=1)
     for _ in range(3):
@@ -259,7 +255,7 @@ def test_a_request_that_is_tried_again_counts_once() -> None:
     assert counts.reserve("k", limits, "third", 1).refused == "tokens"
 
 
-def test_a_request_that_is_tried_again_after_its_minute_does_not_pay_twice() -> None:
+def test_a_request_retried_after_its_minute_is_not_charged_twice() -> None:
     now = 0.0
     counts = Counts(lambda: now)
     limits = Limits(tokens=10)
@@ -330,7 +326,7 @@ class SlowLedger(LocalLedger):
         return standing
 
 
-def test_a_client_that_leaves_while_it_is_counted_does_not_run_on() -> None:
+def test_a_client_that_disconnects_while_being_counted_is_released() -> None:
     key = Key(name="k", sha256=digest(b"k"), concurrent_requests=1)
     slow = SlowLedger()
 
@@ -414,7 +410,7 @@ def test_requests_do_not_wait_for_a_ledger_that_cannot_be_found(
     assert len(searches) == 2  # at the start, and one for all requests
 
 
-def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(
+def test_a_temporarily_unreadable_file_is_reread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = KeyFile(tmp_path)

@@ -25,7 +25,7 @@ def test_the_model_is_listed_under_its_name(client: openai.OpenAI) -> None:
         client.completions.create(model="another", prompt="x")
 
 
-def test_the_tokenizer_can_be_asked(service: str, models: Models) -> None:
+def test_the_tokenizer_api(service: str, models: Models) -> None:
     text = PROMPTS[4]
     ids = models.tokenizer.encode(text)
     url = f"{service}/tokenize"
@@ -44,7 +44,7 @@ def test_the_tokenizer_can_be_asked(service: str, models: Models) -> None:
     assert info["vocab_size"] == len(models.tokenizer)
 
 
-def test_rows_of_the_embedding_without_text_are_found(models: Models) -> None:
+def test_embedding_rows_without_text_are_found(models: Models) -> None:
     known = len(models.tokenizer)
     vocabulary = Vocabulary.of(models.tokenizer, known + UNUSED)
     assert vocabulary.unused_ids == tuple(range(known, known + UNUSED))

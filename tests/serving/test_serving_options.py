@@ -62,7 +62,7 @@ def preflight(app: ASGIApp, origin: str) -> Any:
     return TestClient(app).options("/v1/echo", headers=headers)
 
 
-def test_pages_of_listed_origins_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listed_origins_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTJ_API_KEYS", "a-key")
     app = application(cors_origins=(HERE,))
     reply = preflight(app, HERE)  # which browsers send without a key
@@ -80,7 +80,7 @@ def test_pages_of_listed_origins_may_ask(monkeypatch: pytest.MonkeyPatch) -> Non
         assert reply.headers["access-control-expose-headers"] == "*"
 
 
-def test_other_origins_may_not() -> None:
+def test_other_origins_are_refused() -> None:
     app = application(cors_origins=(HERE,))
     refused = preflight(app, ELSEWHERE)
     assert_error(refused, 400, "args.cors_origins")
@@ -133,7 +133,7 @@ def test_pages_can_read_the_proxys_own_refusals(
     assert reply.status_code == 400 and "access-control-allow-origin" not in reply.headers
 
 
-def test_what_is_known_of_origins_is_bounded_and_may_change() -> None:
+def test_remembered_origins_are_bounded_and_may_change() -> None:
     allowed = True
 
     async def answering(scope: Scope, receive: Receive, send: Send) -> None:
@@ -211,7 +211,7 @@ def test_a_bodys_limit_can_be_set(in_proxy: Callable[[ASGIApp], TestClient]) -> 
             assert reply.headers["access-control-allow-origin"] == HERE
 
 
-def test_unknown_fields_are_ignored_with_a_warning_if_that_is_set(
+def test_unknown_fields_can_be_ignored_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(requests, "_warned", set())
@@ -234,7 +234,7 @@ def test_unknown_fields_are_ignored_with_a_warning_if_that_is_set(
     assert document["Body"]["additionalProperties"] is True
 
 
-def test_fields_whose_names_python_cannot_have_are_not_unknown() -> None:
+def test_fields_with_aliases_are_not_unknown() -> None:
     named = {"name": "x", "schema": {"type": "object"}}
     with ignoring_unknown_fields():
         form = ResponseFormat.model_validate({"type": "json_schema", "json_schema": named})

@@ -86,7 +86,7 @@ def test_each_answer_comes_once_with_the_probability_of_all_its_spans(
             assert each["answer"] == context[slice(*place)]
 
 
-def test_as_many_answers_come_as_are_asked_for(service: str) -> None:
+def test_the_requested_number_of_answers_is_returned(service: str) -> None:
     question = "Who is the chancellor of Germany?"
     context = "Angelina Merkelson was the chancellor of Germany."
     found = answers(service, question, context, top_k=20, max_seq_len=64)
@@ -95,7 +95,7 @@ def test_as_many_answers_come_as_are_asked_for(service: str) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
-def test_no_answer_is_widened_to_none(service: str) -> None:
+def test_the_empty_answer_stays_empty(service: str) -> None:
     """The empty answer takes part once, where it may, and stays empty."""
     found = answers(service, "Who?", SENTENCES[0], top_k=100, handle_impossible_answer=True)
     assert [each["answer"] for each in found].count("") == 1
@@ -106,7 +106,7 @@ def test_no_answer_is_widened_to_none(service: str) -> None:
 
 
 @pytest.mark.usefixtures("online")
-def test_a_questions_length_can_be_limited(service: str) -> None:
+def test_question_length_can_be_limited(service: str) -> None:
     client = InferenceClient(model=f"{service}/question-answering")
     context = " ".join(SENTENCES)
     long = client.question_answering(

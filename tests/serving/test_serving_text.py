@@ -49,7 +49,7 @@ def reference(ids: list[int], stop: list[str]) -> tuple[str, bool]:
 
 @given(IDS)
 @settings(max_examples=300)
-def test_the_parts_of_any_ids_are_together_the_decoded_text(ids: list[int]) -> None:
+def test_the_parts_of_any_ids_add_up_to_the_decoded_text(ids: list[int]) -> None:
     parts, text = stream(ids)
     assert "".join(parts) == TOKENIZER.decode(ids)
     assert text.sent == text.decoded == len(TOKENIZER.decode(ids))
@@ -72,14 +72,12 @@ def test_text_ends_before_the_first_stop_string_and_no_part_of_it_leaks(
 
 @given(IDS, st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=2))
 @settings(max_examples=300)
-def test_stop_strings_in_any_ids_end_the_text_as_decoding_everything_does(
-    ids: list[int], stop: list[str]
-) -> None:
+def test_stop_strings_in_any_ids_match_decoding_everything(ids: list[int], stop: list[str]) -> None:
     parts, text = stream(ids, stop)
     assert ("".join(parts), text.stopped) == reference(ids, stop)
 
 
-def test_a_character_comes_whole_with_its_last_byte() -> None:
+def test_a_character_is_sent_with_its_last_byte() -> None:
     ids = GPTJTokenizer.train(["x"], vocab_size=257).encode("a😀b")
     text = TextStream(GPTJTokenizer.train(["x"], vocab_size=257))
     assert len(ids) == 6
@@ -87,7 +85,7 @@ def test_a_character_comes_whole_with_its_last_byte() -> None:
     assert text.finish() == ""
 
 
-def test_a_character_that_is_cut_off_becomes_a_replacement_character_at_the_end() -> None:
+def test_a_truncated_character_becomes_a_replacement_character_at_the_end() -> None:
     tokenizer = GPTJTokenizer.train(["x"], vocab_size=257)
     ids = tokenizer.encode("a😀")[:-1]
     text = TextStream(tokenizer)
@@ -96,7 +94,7 @@ def test_a_character_that_is_cut_off_becomes_a_replacement_character_at_the_end(
     assert tokenizer.decode(ids) == "a\ufffd"
 
 
-def test_what_may_become_a_stop_string_is_held_back_and_released_when_it_does_not() -> None:
+def test_a_possible_stop_string_is_held_back_until_it_cannot_match() -> None:
     tokenizer = GPTJTokenizer.train(["x"], vocab_size=257)
     text = TextStream(tokenizer, ["END"])
     pushed = [text.push(token) for token in tokenizer.encode("xENxEND")]
@@ -106,7 +104,7 @@ def test_what_may_become_a_stop_string_is_held_back_and_released_when_it_does_no
     assert text.finish() == ""
 
 
-def test_what_is_held_back_is_sent_when_the_output_ends() -> None:
+def test_held_back_text_is_sent_when_the_output_ends() -> None:
     tokenizer = GPTJTokenizer.train(["x"], vocab_size=257)
     text = TextStream(tokenizer, ["END"])
     assert [text.push(token) for token in tokenizer.encode("EN")] == ["", ""]
@@ -196,7 +194,7 @@ def test_a_stop_tokens_text_is_shown_with_the_stop_unless_it_is_special() -> Non
 @pytest.mark.slow
 @given(IDS, st.integers(0, 30), st.booleans())
 @settings(max_examples=500)
-def test_a_character_that_the_prompt_begins_belongs_to_the_output(
+def test_a_character_started_by_the_prompt_belongs_to_the_output(
     ids: list[int], cut: int, echoed: bool
 ) -> None:
     prompt, output = ids[:cut], ids[cut:]
@@ -216,7 +214,7 @@ def test_a_character_that_the_prompt_begins_belongs_to_the_output(
         assert shown + got == whole
 
 
-def test_unfinished_bytes_are_those_of_a_character_that_is_cut_off() -> None:
+def test_unfinished_bytes_are_those_of_a_truncated_character() -> None:
     for character in "é東😀":
         content = character.encode()
         for before in (b"", b"a", "東".encode(), b"\xff", b"\x9d"):

@@ -14,7 +14,7 @@ PAGES = sorted({**playground(), **docs()})
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_a_page_needs_no_key_and_is_held_to_its_own_host(service: str, path: str) -> None:
+def test_pages_need_no_key_and_are_restricted_to_their_host(service: str, path: str) -> None:
     for prefix in ("", "/guarded"):
         reply = httpx.get(f"{service}{prefix}{path}")
         assert reply.status_code == 200
@@ -46,11 +46,11 @@ def test_every_other_path_of_a_guarded_service_needs_its_key(service: str) -> No
         assert_error(reply, 401, "needs a key")
 
 
-def test_the_document_is_open_as_its_page_is(service: str) -> None:
+def test_the_openapi_document_needs_no_key(service: str) -> None:
     assert "/v1/completions" in httpx.get(f"{service}/guarded/openapi.json").json()["paths"]
 
 
-def test_relative_links_are_right_wherever_a_page_was_asked_for(service: str) -> None:
+def test_relative_links_resolve_from_every_page_address(service: str) -> None:
     """By a redirect that is relative too: neither scheme nor host are known behind a proxy."""
     for asked, location, there in (
         ("/guarded", "guarded/", "/guarded/"),

@@ -114,9 +114,7 @@ def test_a_span_names_the_adapter(
     assert (whole.attributes or {})["gen_ai.request.model"] == "mine"
 
 
-def test_a_trace_that_is_not_sampled_records_nothing(
-    service: str, spans: InMemorySpanExporter
-) -> None:
+def test_an_unsampled_trace_records_nothing(service: str, spans: InMemorySpanExporter) -> None:
     body = {"prompt": "x", "max_tokens": 2}
     httpx.post(service + COMPLETIONS, json=body, headers=traceparent(sampled=False), timeout=60)
     assert spans.get_finished_spans() == ()
@@ -198,7 +196,7 @@ def test_without_a_provider_headers_and_requests_are_untouched() -> None:
     assert seen == [traceparent()["traceparent"].encode()]
 
 
-def test_the_exporter_is_opentelemetrys_choice_or_an_error_that_says_what_to_do(
+def test_opentelemetrys_variables_select_the_exporter_or_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")

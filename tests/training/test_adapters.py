@@ -211,7 +211,7 @@ def reference(settings: Settings, folder: Path) -> tuple[list[float], dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [[*VARIANTS], ["packed"]], ids=["full-rows", "packed"])
-def test_every_stage_trains_as_peft_does(
+def test_every_stage_trains_like_peft(
     names: list[str], runs: dict[str, Settings], tmp_path: Path
 ) -> None:
     expected, weights = reference(runs[names[-1]], tmp_path / "start")
@@ -230,7 +230,7 @@ def test_every_stage_trains_as_peft_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_on_quantized_weights_an_adapter_learns_what_it_does_on_dequantized_ones(
+def test_an_adapter_learns_the_same_on_quantized_and_dequantized_weights(
     name: str, runs: dict[str, Settings], tmp_path: Path
 ) -> None:
     expected, weights = reference(dequantized(runs[name], tmp_path / "base"), tmp_path / "start")
@@ -245,7 +245,7 @@ def test_on_quantized_weights_an_adapter_learns_what_it_does_on_dequantized_ones
 
 
 @pytest.mark.slow
-def test_checkpoints_hold_the_adapter_alone(runs: dict[str, Settings]) -> None:
+def test_checkpoints_only_hold_the_adapter(runs: dict[str, Settings]) -> None:
     """Frozen weights are in none of the files: neither as such nor as the optimizer's masters."""
     settings = runs["stage-2"]
     model = GPTJForCausalLM.from_pretrained(settings.model_folder)
@@ -265,7 +265,7 @@ def test_checkpoints_hold_the_adapter_alone(runs: dict[str, Settings]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_run_that_goes_on_ends_as_if_nothing_had_happened(
+def test_a_resumed_adapter_run_equals_an_undisturbed_one(
     stage: int, runs: dict[str, Settings]
 ) -> None:
     whole, again = runs[f"dropout-{stage}"], runs[f"again-dropout-{stage}"]
@@ -315,7 +315,7 @@ def test_the_result_is_an_adapters_folder_that_evaluates_and_merges(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_only_with_the_base_that_it_began_with(
+def test_a_run_only_resumes_with_its_original_base(
     runs: dict[str, Settings], tmp_path: Path
 ) -> None:
     settings, before = runs["stage-2"], halfway(runs["stage-2"])
@@ -338,7 +338,7 @@ def test_a_run_goes_on_only_with_the_base_that_it_began_with(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_nothing_to_train_on(runs: dict[str, Settings]) -> None:
+def test_training_on_top_of_an_adapter_is_refused(runs: dict[str, Settings]) -> None:
     settings = runs["stage-2"]
     fields = settings.model_dump(exclude_unset=True)
     fields["model"] = {"checkpoint": settings.model_folder}
@@ -365,7 +365,7 @@ def test_an_adapter_is_nothing_to_train_on(runs: dict[str, Settings]) -> None:
         (["adapter.ranks=8"], r"adapter\.ranks: unknown setting; there are rank, alpha"),
     ],
 )
-def test_settings_that_cannot_be(words: list[str], named: str) -> None:
+def test_impossible_settings_are_refused(words: list[str], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         read_settings(words)
 

@@ -36,6 +36,6 @@ def test_several_labels_have_scores_and_no_matrix() -> None:
     }
 
 
-def test_numbers_have_none() -> None:
+def test_regressions_have_no_class_scores() -> None:
     labels = LabelSet(("a",), "regression")
     assert class_scores(np.array([[1.0]]), np.array([1.0]), labels) == {}

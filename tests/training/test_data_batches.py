@@ -27,7 +27,7 @@ def test_a_step_has_the_same_batch_whatever_came_before_it() -> None:
     assert resumed.indices(2) == whole[2]
 
 
-def test_the_order_is_numpys_by_seed_and_epoch() -> None:
+def test_the_order_is_numpys_for_seed_and_epoch() -> None:
     """Written down, so that a run goes on in the same order after an upgrade."""
     order = BatchOrder(8, 8, seed=5)
     assert order.indices(0) == np.random.default_rng([5, 0]).permutation(8).tolist()
@@ -37,7 +37,7 @@ def test_the_order_is_numpys_by_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 12), (1, 1), (2, 3), (3, 4), (4, 1)])
-def test_ranks_share_a_batch_without_rest_or_overlap(world_size: int, micro_batch: int) -> None:
+def test_ranks_partition_a_batch(world_size: int, micro_batch: int) -> None:
     batch = BatchOrder(50, 12, seed=1).indices(3)
     parts = [share(batch, rank, world_size, micro_batch) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
@@ -70,7 +70,7 @@ def test_too_few_examples_for_the_ranks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("fields", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
-def test_an_order_of_nothing_is_refused(fields: tuple[int, int, int]) -> None:
+def test_an_empty_data_set_is_refused(fields: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="must be"):
         BatchOrder(*fields)
     with pytest.raises(ValueError, match="step must be 0 or more, got -1"):

@@ -27,7 +27,7 @@ def stream(tokenizer: GPTJTokenizer, texts: list[str]) -> list[int]:
     return [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
 
 
-def test_rows_are_the_documents_tokens_each_ended_by_eos(tokenizer: GPTJTokenizer) -> None:
+def test_rows_are_the_documents_tokens_each_with_a_final_eos(tokenizer: GPTJTokenizer) -> None:
     data = CausalLMData(rows(*TEXTS), tokenizer, 32)
     expected = stream(tokenizer, TEXTS)
     assert [token for i in range(len(data)) for token in data[i].ids.tolist()] == expected
@@ -36,7 +36,7 @@ def test_rows_are_the_documents_tokens_each_ended_by_eos(tokenizer: GPTJTokenize
         data[len(data)]
 
 
-def test_only_the_last_row_is_padded_and_its_padding_is_no_label(tokenizer: GPTJTokenizer) -> None:
+def test_only_the_last_row_is_padded_and_padding_is_not_a_label(tokenizer: GPTJTokenizer) -> None:
     data = CausalLMData(rows("cat " * 21), tokenizer, 16)
     tail = len(data[len(data) - 1].ids)
     assert 1 < tail < 16
@@ -74,7 +74,7 @@ def test_padding_does_not_change_the_loss(tokenizer: GPTJTokenizer) -> None:
     torch.testing.assert_close(found, sum(sums), rtol=1e-5, atol=0)
 
 
-def test_a_row_of_one_token_predicts_nothing_and_is_left_out(tokenizer: GPTJTokenizer) -> None:
+def test_a_row_of_one_token_is_dropped(tokenizer: GPTJTokenizer) -> None:
     tokens = stream(tokenizer, TEXTS)
     length = len(tokens) - 1
     data = CausalLMData(rows(*TEXTS), tokenizer, length)
@@ -94,7 +94,7 @@ def test_lengths_are_padded_to_a_multiple_of_eight_within_the_limit(
         assert data.collate([data[0]])["input_ids"].shape == (1, expected)
 
 
-def test_what_cannot_be_learned_from_is_refused(tokenizer: GPTJTokenizer) -> None:
+def test_unusable_training_data_is_refused(tokenizer: GPTJTokenizer) -> None:
     with pytest.raises(ValueError, match="sequence_length must be 2 or more, got 1"):
         CausalLMData(rows("text"), tokenizer, 1)
     with pytest.raises(DataError, match="row 2, column 'text': must be text, got None"):

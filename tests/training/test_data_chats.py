@@ -59,7 +59,7 @@ def written(folder: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.csv", "chats.parquet"])
-def test_what_the_assistant_says_is_learned(
+def test_the_loss_covers_the_assistants_messages(
     name: str, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     """Against transformers' ids and mask for the same template."""
@@ -90,7 +90,7 @@ def settings_of(folder: Path, *words: str) -> Settings:
     return read_settings(words).resolved()
 
 
-def test_a_run_takes_a_ready_template_and_its_model_keeps_it(tmp_path: Path) -> None:
+def test_a_run_takes_a_builtin_template_and_its_model_keeps_it(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "tokenizer.chat_template=alpaca")
     prepare_tokenizer(settings)
     tokenizer = load_tokenizer(settings)
@@ -116,7 +116,7 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
         ([{"role": "user", "content": "a"}], r"row 7, column 'messages': .*assistant"),
     ],
 )
-def test_a_chat_that_cannot_be_learned_from_is_named_or_skipped(
+def test_an_unusable_chat_is_named_or_skipped(
     messages: object, message: str, tokenizer: GPTJTokenizer
 ) -> None:
     rows = [Row({"messages": messages}, "chats", 7), Row({"messages": CHATS[1]}, "chats", 8)]

@@ -62,7 +62,7 @@ SINGLE, MULTI, REGRESSION = (
         ([[0.5, 1], [2, 3]], REGRESSION, ("LABEL_0", "LABEL_1"), [[0.5, 1.0], [2.0, 3.0]]),
     ],
 )
-def test_labels_are_read_as_they_look(
+def test_label_types_are_inferred(
     labels: list[Any],
     problem_type: str,
     names: tuple[str, ...],
@@ -76,7 +76,7 @@ def test_labels_are_read_as_they_look(
     assert batch["labels"].dtype == (torch.int64 if problem_type == SINGLE else torch.float32)
 
 
-def test_names_can_be_given_in_an_order_of_their_own(tokenizer: GPTJTokenizer) -> None:
+def test_label_names_can_be_given_in_any_order(tokenizer: GPTJTokenizer) -> None:
     data = ClassificationData(
         rows("low", "high"), tokenizer, 32, label_names=["low", "mid", "high"]
     )
@@ -86,13 +86,13 @@ def test_names_can_be_given_in_an_order_of_their_own(tokenizer: GPTJTokenizer) -
     assert data.targets.tolist() == [1, 0, 1]
 
 
-def test_ratings_in_whole_numbers_can_be_regressed_on(tokenizer: GPTJTokenizer) -> None:
+def test_integer_ratings_can_be_regression_targets(tokenizer: GPTJTokenizer) -> None:
     data = ClassificationData(rows(1, 5, 4), tokenizer, 32, problem_type=REGRESSION)
     assert data.labels.problem_type == REGRESSION
     assert data.targets.tolist() == [1.0, 5.0, 4.0]
 
 
-def test_evaluation_data_takes_the_labels_of_training(tokenizer: GPTJTokenizer) -> None:
+def test_evaluation_data_uses_the_training_labels(tokenizer: GPTJTokenizer) -> None:
     labels = ClassificationData(rows("c", "a", "b"), tokenizer, 32).labels
     data = ClassificationData(rows("c", "c"), tokenizer, 32, labels)
     assert data.labels is labels
@@ -106,7 +106,7 @@ def test_evaluation_data_takes_the_labels_of_training(tokenizer: GPTJTokenizer) 
 
 
 @pytest.mark.parametrize("labels", [["b", "a"], [["x"], ["y", "x"]], [0.5, 1.5], [[1.0, 2.0]]])
-def test_a_models_configuration_gives_the_labels_back(
+def test_labels_are_restored_from_a_models_configuration(
     labels: list[Any], tokenizer: GPTJTokenizer
 ) -> None:
     found = ClassificationData(rows(*labels), tokenizer, 32).labels
@@ -137,7 +137,7 @@ def test_a_models_configuration_gives_the_labels_back(
         ([[0.5, 1.5], [0.5]], r"row 2, column 'label': must be 2 numbers, got \[0.5\]"),
     ],
 )
-def test_a_label_that_does_not_fit_is_named(
+def test_an_invalid_label_is_named(
     labels: list[Any], message: str, tokenizer: GPTJTokenizer
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -163,7 +163,7 @@ def test_a_long_text_keeps_its_beginning(tokenizer: GPTJTokenizer) -> None:
 
 
 @pytest.mark.parametrize("labels", [["b", "a", "b"], [["x"], [], ["x", "y"]], [0.5, 2.5, 1.0]])
-def test_the_model_takes_a_batch_and_sees_no_padding(
+def test_the_model_takes_a_batch_and_ignores_padding(
     labels: list[Any], tokenizer: GPTJTokenizer
 ) -> None:
     data = ClassificationData(rows(*labels), tokenizer, 64)
@@ -216,7 +216,7 @@ def test_sst2_has_two_labels(tokenizer: GPTJTokenizer, shared_data: Path) -> Non
         (["a", ""], SINGLE, (), "row 2, column 'label': is empty"),
     ],
 )
-def test_cells_of_text_are_read_as_all_of_them_look(
+def test_the_type_of_text_cells_is_inferred_from_all_of_them(
     labels: list[str],
     problem_type: str,
     names: tuple[str, ...],
@@ -232,7 +232,7 @@ def test_cells_of_text_are_read_as_all_of_them_look(
     assert data.targets.tolist() == targets
 
 
-def test_what_is_said_of_the_labels_wins_over_how_cells_look(tokenizer: GPTJTokenizer) -> None:
+def test_settings_override_inferred_label_types(tokenizer: GPTJTokenizer) -> None:
     data = ClassificationData(cells("1", "5"), tokenizer, 32, problem_type=REGRESSION)
     assert data.targets.tolist() == [1.0, 5.0]
     data = ClassificationData(cells("1.5", "0.5"), tokenizer, 32, problem_type=SINGLE)
@@ -289,9 +289,7 @@ def test_names_that_are_digits_are_matched_by_name(form: Any, tokenizer: GPTJTok
 
 
 @pytest.mark.parametrize("form", [rows, cells])
-def test_class_numbers_that_begin_with_one_have_a_way_in(
-    form: Any, tokenizer: GPTJTokenizer
-) -> None:
+def test_class_numbers_from_one_can_be_mapped(form: Any, tokenizer: GPTJTokenizer) -> None:
     """AG News: 1 to 4, whose names stand in a file beside it."""
     names = ["World", "Sports", "Business", "Sci/Tech"]
     labels = [str(n) if form is cells else n for n in (3, 1, 2, 4)]
@@ -320,7 +318,7 @@ def test_class_numbers_that_begin_with_one_have_a_way_in(
         trained.translated({"1": "Weather"})
 
 
-def test_evaluation_data_are_read_as_the_training_data_were(tokenizer: GPTJTokenizer) -> None:
+def test_evaluation_labels_are_read_like_the_training_data(tokenizer: GPTJTokenizer) -> None:
     numbered = ClassificationData(rows(0, 1), tokenizer, 32, label_names=["low", "high"]).labels
     assert ClassificationData(rows(1, 1), tokenizer, 32, numbered).targets.tolist() == [1, 1]
     named = ClassificationData(rows("low", "high"), tokenizer, 32).labels
@@ -409,7 +407,7 @@ def test_other_lists_of_numbers_are_class_numbers_or_names(
         ([1.5], {"problem_type": REGRESSION, "label_names": {"a": "b"}}, "must be a list for a"),
     ],
 )  # fmt: skip
-def test_lists_that_can_be_read_in_two_ways_are_refused(
+def test_ambiguous_lists_are_refused(
     labels: Any, given: Any, message: str, tokenizer: GPTJTokenizer
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -441,7 +439,7 @@ LABELS = st.one_of(
     names=st.sampled_from([None, ["a", "b"], ["0", "1", "2"], {"1": "a", "2": "b"}]),
     problem_type=st.sampled_from([None, SINGLE, MULTI, REGRESSION]),
 )
-def test_each_row_is_read_alike_wherever_it_stands(
+def test_a_row_is_read_the_same_in_any_file(
     labels: list[Any], typed: bool, names: Any, problem_type: str | None
 ) -> None:
     """Alone in a file of its own as among the training rows; or the training rows are refused."""
@@ -484,9 +482,7 @@ def test_a_summary_counts_the_labels(tokenizer: GPTJTokenizer) -> None:
     assert data.summary().endswith("26: 1, and 10 more")
 
 
-def test_pairs_are_read_where_there_is_a_column_for_them(
-    tokenizer: GPTJTokenizer, tmp_path: Path
-) -> None:
+def test_pairs_are_read_if_their_column_exists(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
     kinds = TASKS["classification"].row_kinds
     file = str(tmp_path / "pairs.csv")
     Path(file).write_text("text,hypothesis,label\ngood and fine,bad,no\nfine,good,yes\n")

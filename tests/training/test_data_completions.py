@@ -92,7 +92,7 @@ def test_every_format_gives_the_same_tokens_and_mask(
 
 
 @pytest.mark.parametrize("packing", ["none", "concatenate", "best_fit"])
-def test_the_loss_is_that_of_the_completions(packing: str, tokenizer: GPTJTokenizer) -> None:
+def test_the_loss_covers_the_completions(packing: str, tokenizer: GPTJTokenizer) -> None:
     """Against transformers' model, a row at a time; concatenated, prompts see what is before."""
     config = GPTJConfig(
         vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2, rotary_dim=8
@@ -142,7 +142,7 @@ def test_a_long_prompt_loses_its_beginning_and_then_the_completion_its_end(
 
 
 @pytest.mark.parametrize("packing", ["none", "concatenate", "best_fit"])
-def test_every_row_has_something_to_learn(packing: str, tokenizer: GPTJTokenizer) -> None:
+def test_every_row_has_a_label(packing: str, tokenizer: GPTJTokenizer) -> None:
     """A step of rows without it would end the run, wherever in the run it comes."""
     pairs = [("cat" * 90, " so"), ("", "so"), ("old" * 70, "dog" * 9)]
     data = CausalLMData(rows(*pairs), tokenizer, 8, packing)  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def settings_of(folder: Path, content: bytes, *words: str) -> Settings:
     )
 
 
-def test_columns_of_other_names_are_set(tmp_path: Path) -> None:
+def test_columns_with_other_names_can_be_set(tmp_path: Path) -> None:
     """A tokenizer that is trained on such rows learns from both columns."""
     settings = settings_of(
         tmp_path,
@@ -195,7 +195,7 @@ def test_columns_of_other_names_are_set(tmp_path: Path) -> None:
     assert "of them are learned" in data.summary()
 
 
-def test_rows_of_several_kinds_are_refused_until_a_column_decides(tmp_path: Path) -> None:
+def test_ambiguous_kinds_of_rows_are_refused_unless_a_column_is_set(tmp_path: Path) -> None:
     records = [{**json.loads(line), "text": "the cat"} for line in lines().splitlines()]
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_rows_of_several_kinds_are_refused_until_a_column_decides(tmp_path: Path
     assert make_data(settings, prepare_tokenizer(settings)).train.learned is None
 
 
-def test_rows_of_no_kind_and_names_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_unknown_kinds_of_rows_and_inconsistent_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"no column 'text'; there are 'id', 'prompt'.*data\.columns\.text=NAME; rows may "

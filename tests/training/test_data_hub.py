@@ -32,7 +32,7 @@ FILES = {
 }
 
 
-def test_data_sets_are_read_by_id_and_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_data_sets_are_read_by_id_and_errors_are_clear(tmp_path: Path) -> None:
     """In one process: the hub's client reads its environment when it is imported."""
     addresses = [
         f"{DATA}/data/train-*.jsonl",
@@ -103,7 +103,7 @@ def test_addresses_of_the_hub() -> None:
         normalized("https://huggingface.co/datasets/a/b/tree/main", samples=True)
 
 
-def test_a_training_set_beside_others_must_be_chosen() -> None:
+def test_one_of_several_splits_must_be_chosen() -> None:
     check_one_split(DATA, ["data/train-00000-of-00001.parquet", "more/constraint.jsonl"])
     check_one_split(DATA, ["test.csv"])
     with pytest.raises(DataError, match=r"choose one, as in .*/data/train-\*\.parquet$"):

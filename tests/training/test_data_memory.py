@@ -55,7 +55,7 @@ def peak(task: TaskName, folder: Path, rows: int, tokenizer: GPTJTokenizer) -> i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["causal-lm", "classification", "question-answering"])
-def test_from_raw_rows_to_batches_nothing_holds_the_data(
+def test_memory_from_raw_rows_to_batches_does_not_grow_with_the_data(
     task: TaskName, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     peak(task, tmp_path / "first", 12, tokenizer)  # what is allocated once

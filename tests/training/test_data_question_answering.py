@@ -76,7 +76,7 @@ def test_windows_cover_the_context_with_the_stated_overlap(
     assert (len(found) == 1) == (len(question) + len(context) <= max_length)
 
 
-def test_offsets_are_the_tokens_text_without_white_space(tokenizer: GPTJTokenizer) -> None:
+def test_offsets_exclude_white_space(tokenizer: GPTJTokenizer) -> None:
     (window,) = windows(tokenizer, QUESTION, CONTEXT, 1000, 0)
     question = len(tokenizer.encode(QUESTION))
     for token, offset in list(zip(window.input_ids, window.offsets, strict=True))[question:]:
@@ -91,7 +91,7 @@ def test_offsets_are_the_tokens_text_without_white_space(tokenizer: GPTJTokenize
     assert covered == {place for place, letter in enumerate(CONTEXT) if not letter.isspace()}
 
 
-def test_what_leaves_no_room_is_refused_with_the_numbers(tokenizer: GPTJTokenizer) -> None:
+def test_windows_without_room_are_refused_with_the_numbers(tokenizer: GPTJTokenizer) -> None:
     tokens = len(tokenizer.encode(QUESTION))
     with pytest.raises(
         ValueError, match=f"{tokens} tokens and leaves 5 of max_length={tokens + 5}"
@@ -122,7 +122,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize(("max_length", "stride"), [(1000, 0), (40, 10), (36, 12)])
-def test_an_answers_tokens_are_the_fewest_that_cover_it(
+def test_an_answers_span_is_the_shortest_that_covers_it(
     answer: str, max_length: int, stride: int, tokenizer: GPTJTokenizer
 ) -> None:
     data = QuestionAnsweringData([squad(answer)], tokenizer, max_length, stride)
@@ -184,9 +184,7 @@ def test_answers_may_be_a_list_as_in_squads_own_file(tokenizer: GPTJTokenizer) -
 
 
 @pytest.mark.parametrize("space", [" " * 70, "\n\t \u00a0\u3000"])
-def test_white_space_around_a_question_is_no_part_of_it(
-    space: str, tokenizer: GPTJTokenizer
-) -> None:
+def test_white_space_around_a_question_is_stripped(space: str, tokenizer: GPTJTokenizer) -> None:
     """In training and in serving, where it could take all of the question's room."""
     plain = windows(tokenizer, "where?", CONTEXT, 64, 8)
     assert windows(tokenizer, f"{space}where?{space}", CONTEXT, 64, 8) == plain
@@ -245,7 +243,7 @@ def test_white_space_around_a_question_is_no_part_of_it(
         (squad(None, question=None), "column 'question': must be text, got None"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named(row: Row, message: str, tokenizer: GPTJTokenizer) -> None:
+def test_a_row_without_room_is_named(row: Row, message: str, tokenizer: GPTJTokenizer) -> None:
     with pytest.raises(DataError, match=message) as error:
         QuestionAnsweringData([squad("sea"), row], tokenizer, 64, 16)
     assert "squad.jsonl, row 7, column" in str(error.value)
@@ -324,7 +322,7 @@ def every_span(
     max_tokens=st.integers(1, 60),
     null=st.booleans(),
 )
-def test_the_best_spans_are_those_of_a_search_over_all(
+def test_the_best_spans_equal_an_exhaustive_search(
     seed: int,
     shape: tuple[int, int],
     top_k: int,
@@ -355,7 +353,7 @@ def test_the_best_spans_are_those_of_a_search_over_all(
     top_k=st.integers(1, 60),
     max_tokens=st.integers(1, 60),
 )
-def test_whole_words_have_the_probability_of_all_their_spans(
+def test_a_words_probability_is_the_sum_of_its_spans(
     seed: int, shape: tuple[int, int], top_k: int, max_tokens: int, tokenizer: GPTJTokenizer
 ) -> None:
     """By the definition: the spans of a window add up, and the window that is surest counts."""
@@ -379,7 +377,7 @@ def test_whole_words_have_the_probability_of_all_their_spans(
     assert sum(span.score for span in spans) < 1 + 1e-9
 
 
-def test_one_windows_score_is_that_of_hugging_faces_pipeline(tokenizer: GPTJTokenizer) -> None:
+def test_a_single_windows_score_equals_hugging_faces_pipeline(tokenizer: GPTJTokenizer) -> None:
     """Its formula (transformers 4.57, select_starts_ends): softmax over the context's tokens."""
     found = windows(tokenizer, "why?", "a b c d e f", 1000, 0)
     starts, ends = random_logits(found, 1)
@@ -396,7 +394,7 @@ def test_one_windows_score_is_that_of_hugging_faces_pipeline(tokenizer: GPTJToke
     assert span.score == pytest.approx(float(scores.max()), rel=1e-5)
 
 
-def test_what_several_windows_agree_on_counts_once(tokenizer: GPTJTokenizer) -> None:
+def test_an_answer_in_several_windows_counts_once(tokenizer: GPTJTokenizer) -> None:
     found = windows(tokenizer, QUESTION, CONTEXT, 40, 14)
     assert len(found) > 2
     # The place that most windows see, and all of them are sure of it.
@@ -412,7 +410,7 @@ def test_what_several_windows_agree_on_counts_once(tokenizer: GPTJTokenizer) -> 
     assert len({(span.start, span.end) for span in spans}) == len(spans) == 5
 
 
-def test_padding_behind_a_window_and_half_precision_do_no_harm(tokenizer: GPTJTokenizer) -> None:
+def test_spans_with_padding_and_half_precision(tokenizer: GPTJTokenizer) -> None:
     found = windows(tokenizer, QUESTION, CONTEXT, 40, 10)
     starts, ends = random_logits(found, 2)
     starts = [logits.to(torch.bfloat16) for logits in starts]
@@ -429,7 +427,7 @@ def test_a_span_does_not_begin_or_end_with_white_space(tokenizer: GPTJTokenizer)
         assert text == text.strip()
 
 
-def test_no_answer_wins_only_where_it_may(tokenizer: GPTJTokenizer) -> None:
+def test_the_empty_answer_only_wins_if_allowed(tokenizer: GPTJTokenizer) -> None:
     found = windows(tokenizer, QUESTION, CONTEXT, 1000, 0)
     logits = [torch.zeros(len(found[0].input_ids))]
     logits[0][0] = 15.0

@@ -19,7 +19,7 @@ def rows(address: str) -> list[Row]:
 
 
 @pytest.mark.parametrize("name", ["documentation", "reviews", "questions"])
-def test_nothing_that_is_measured_with_is_trained_on(name: str) -> None:
+def test_training_and_evaluation_samples_are_disjoint(name: str) -> None:
     column = "context" if name == "questions" else "text"
     train = [row.text(column) for row in rows(name)]
     evaluation = [row.text(column) for row in rows(f"{name}/evaluation")]
@@ -34,7 +34,7 @@ def test_nothing_that_is_measured_with_is_trained_on(name: str) -> None:
         ("questions", "bae87a6827771672"),
     ],
 )
-def test_made_up_rows_are_the_same_everywhere(name: str, digest: str) -> None:
+def test_synthetic_rows_are_reproducible(name: str, digest: str) -> None:
     content = json.dumps([row.values for row in rows(name) + rows(f"{name}/evaluation")])
     assert hashlib.sha256(content.encode()).hexdigest()[:16] == digest
 
@@ -46,7 +46,7 @@ def test_documentation_is_all_of_pythons_language_reference() -> None:
     assert sorted(texts) == sorted(set(topics.values()))
 
 
-def test_reviews_are_of_both_minds_about_equally_often() -> None:
+def test_reviews_are_balanced() -> None:
     labels = [row.value("label") for row in rows("reviews")]
     assert set(labels) == {"positive", "negative"}
     assert 0.45 < labels.count("positive") / len(labels) < 0.55

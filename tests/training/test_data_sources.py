@@ -59,7 +59,7 @@ def values(
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
-def test_every_format_gives_the_rows_that_were_written(ending: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_written_rows(ending: str, tmp_path: Path) -> None:
     path = write(ROWS, tmp_path / f"data.{ending}")
     rows = list(read_rows(str(path), LABELLED))
     as_written = [{**row, "label": str(row["label"])} for row in ROWS] if ending == "csv" else ROWS
@@ -87,7 +87,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert values(tmp_path / "one.txt") == [{"text": "first line\n\nlast\n"}]
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_name_order(tmp_path: Path) -> None:
     for name in ("b", "a/z", "c", "a/b"):
         write([{"text": name}], tmp_path / f"{name}.jsonl")
     for name in ("README.md", "_SUCCESS", ".b.jsonl", "_index.jsonl"):
@@ -95,7 +95,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     assert [row["text"] for row in values(tmp_path)] == ["a/b", "a/z", "b", "c"]
 
 
-def test_a_star_stands_for_a_part_of_a_name(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_star_matches_part_of_a_name(tmp_path: Path, monkeypatch: Any) -> None:
     for name in ("train-1", "train-2", "test-1", "more/train-3", "train-[1]"):
         write([{"text": name}], tmp_path / f"{name}.jsonl")
     assert [r["text"] for r in values(tmp_path / "train-*.jsonl")] == [
@@ -120,9 +120,7 @@ def test_columns_are_renamed_to_ours(ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "csv.gz"])
-def test_all_missing_columns_are_named_beside_those_that_are_there(
-    ending: str, tmp_path: Path
-) -> None:
+def test_errors_name_the_missing_and_the_present_columns(ending: str, tmp_path: Path) -> None:
     path = write([{"review": "good", "stars": 4}], tmp_path / f"data.{ending}")
     place = f"{path}, row 1" if ending == "jsonl" else str(path)
     with pytest.raises(DataError) as error:
@@ -143,7 +141,7 @@ def test_all_missing_columns_are_named_beside_those_that_are_there(
         values("sample://reviews", {"label": "stars"}, LABELLED)
 
 
-def test_an_error_names_the_column_as_the_file_does(tmp_path: Path) -> None:
+def test_errors_name_columns_as_in_the_file(tmp_path: Path) -> None:
     path = write([{"review": "good"}, {"review": 5}], tmp_path / "data.jsonl")
     rows = list(read_rows(str(path), ["text"], {"text": "review"}))
     with pytest.raises(DataError) as error:
@@ -176,7 +174,7 @@ def test_an_error_names_the_column_as_the_file_does(tmp_path: Path) -> None:
         ("k.xlsx", b"", "k.xlsx is none of .parquet, .jsonl"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(
+def test_an_unreadable_file_is_named(
     name: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -198,7 +196,7 @@ def test_an_address_without_data_is_refused_at_once(tmp_path: Path) -> None:
         read_rows("sample://unheard", ["text"])
 
 
-def test_a_large_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_large_file_is_read_lazily(tmp_path: Path) -> None:
     """The first row is there although the file's end is damaged."""
     path = tmp_path / "large.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 10_000 + b"damaged")
@@ -209,7 +207,7 @@ def test_a_large_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "json.zst", "csv.gz", "csv.zst", "txt.gz"])
-def test_compressed_files_are_read_and_damage_to_them_is_noticed(
+def test_compressed_files_are_read_and_their_damage_is_detected(
     ending: str, tmp_path: Path, s3: LocalS3
 ) -> None:
     """Also several streams one after the other, as `cat a.gz b.gz` makes them."""
@@ -232,7 +230,7 @@ def test_compressed_files_are_read_and_damage_to_them_is_noticed(
         values(tmp_path / "data.parquet.gz")
 
 
-def test_a_folder_may_hold_packed_and_plain_files_of_one_kind(tmp_path: Path) -> None:
+def test_a_folder_may_mix_compressed_and_plain_files(tmp_path: Path) -> None:
     write([{"text": "a"}], tmp_path / "a.csv")
     write([{"text": "b"}], tmp_path / "b.csv.gz")
     (tmp_path / "c.tsv").write_text("id\ttext\n1\tc\n")
@@ -262,7 +260,7 @@ def test_an_array_of_objects_is_read_element_by_element(
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_squads_own_file_gives_a_row_for_each_question(indent: int | None, tmp_path: Path) -> None:
+def test_squads_own_file_gives_a_row_per_question(indent: int | None, tmp_path: Path) -> None:
     def paragraph(context: str, *answers: str) -> dict[str, Any]:
         return {
             "context": context,
@@ -407,9 +405,7 @@ BACKSLASH_U = "\\u"
     ],
 )
 @pytest.mark.parametrize("form", ["lines", "array"])
-def test_what_json_allows_and_nobody_can_use_is_named(
-    form: str, line: str, message: str, tmp_path: Path
-) -> None:
+def test_unusable_json_is_named(form: str, line: str, message: str, tmp_path: Path) -> None:
     other = f'{{"text": "{BACKSLASH_U}d800", "a": 1, "a": 2}}'  # in a column that nobody reads
     fine = f'{{"text": "fine {BACKSLASH_U}d83d{BACKSLASH_U}de00", "other": {other}}}'
     path = tmp_path / "data.json"
@@ -427,7 +423,7 @@ def csv_file(folder: Path, content: str | bytes, name: str = "data.csv") -> Path
     return path
 
 
-def test_a_csvs_cells_may_be_large(tmp_path: Path) -> None:
+def test_csv_cells_may_be_large(tmp_path: Path) -> None:
     """2.5 MB in one, and line breaks across 0.9 MB in two of one row."""
     lines = "a line\n" * 130_000
     path = csv_file(tmp_path, f'text,label\n{"x" * 2_500_000},a\n"{lines}","{lines}"\nlast,b\n')
@@ -436,7 +432,7 @@ def test_a_csvs_cells_may_be_large(tmp_path: Path) -> None:
     assert read[1]["label"] == lines
 
 
-def test_a_csvs_cells_stay_the_text_that_they_are(tmp_path: Path) -> None:
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
     """Whatever those before look like, and whatever is in columns that nobody needs."""
     labels = ["001", "10:30", "2024-01-31", "1e5", "true", "", "NA", "0"]
     rows = [f"{n},text {n},{labels[n % 8]}" for n in range(40_000)]
@@ -450,7 +446,7 @@ def test_a_csvs_cells_stay_the_text_that_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^"])
-def test_a_csvs_delimiter_is_found_or_set(delimiter: str, tmp_path: Path) -> None:
+def test_a_csvs_delimiter_is_detected_or_set(delimiter: str, tmp_path: Path) -> None:
     header = delimiter.join(["id", "a; b, c | d", "text", '"label"'])
     cells = delimiter.join(["1", "2", '"one; two, three|four\t""five"" ^"', '"a\nb"'])
     path = csv_file(tmp_path, f"\ufeff\n{header}\n{cells}\n".replace("a; b, c | d", "x"))
@@ -505,7 +501,7 @@ def test_a_header_may_have_names_like_positions(tmp_path: Path) -> None:
         ("\n\n", "data.csv is empty"),
     ],
 )
-def test_a_csv_that_is_wrong_is_named(content: str | bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_csv_is_named(content: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         values(csv_file(tmp_path, content))
 
@@ -548,7 +544,7 @@ def test_parquet_reads_only_the_needed_columns(
     assert counted < 1_000_000 < path.stat().st_size
 
 
-def test_parquets_types_become_those_of_json(tmp_path: Path) -> None:
+def test_parquet_types_become_json_types(tmp_path: Path) -> None:
     """Dates beyond Python's last one, which is the year 9999, too."""
     year_10000 = 253_402_300_800
     columns = {
@@ -572,7 +568,7 @@ def test_parquets_types_become_those_of_json(tmp_path: Path) -> None:
     assert type(row["number"]) is int
 
 
-def test_parquets_damaged_text_and_double_columns_are_named(tmp_path: Path) -> None:
+def test_damaged_text_and_duplicate_columns_of_parquet_are_named(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     good, bad = pa.array(["a", "b", "c"]), pa.array([b"a", b"\xff", b"c"])
     bad = pa.Array.from_buffers(pa.string(), 3, bad.buffers())
@@ -624,7 +620,7 @@ def test_line_ends_and_a_byte_order_mark_do_not_matter(
     assert [row["text"] for row in values(path, needed=LABELLED)] == ["a", "b"]
 
 
-def test_hidden_folders_are_no_data(tmp_path: Path) -> None:
+def test_hidden_folders_are_ignored(tmp_path: Path) -> None:
     write([{"text": "a"}], tmp_path / "a.jsonl")
     for name in (".cache", "_temporary"):
         write([{"text": "hidden"}], tmp_path / name / "b.jsonl")

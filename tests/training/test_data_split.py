@@ -32,7 +32,7 @@ def parts(texts: Sequence[str], share: float, seed: int = 0) -> tuple[list[str],
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.3, 0.5])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_parts_are_disjoint_and_make_up_the_whole(share: float, seed: int) -> None:
+def test_the_parts_partition_the_data(share: float, seed: int) -> None:
     texts = [str(number) for number in range(1000)]
     train, evaluation = parts(texts, share, seed)
     assert Counter(train + evaluation) == Counter(texts)
@@ -40,20 +40,20 @@ def test_the_parts_are_disjoint_and_make_up_the_whole(share: float, seed: int) -
     assert len(evaluation) == pytest.approx(1000 * share, rel=0.1)
 
 
-def test_the_seed_decides_which_rows_and_nothing_else_does() -> None:
+def test_only_the_seed_determines_the_rows() -> None:
     texts = [str(number) for number in range(200)]
     assert parts(texts, 0.1, 1) == parts(texts, 0.1, 1)
     assert parts(texts, 0.1, 1) != parts(texts, 0.1, 2)
 
 
-def test_data_in_an_order_that_repeats_are_not_held_out_by_it() -> None:
+def test_periodic_data_is_held_out_evenly() -> None:
     """Every tenth row is of one kind: its share among those held out is its share of all."""
     texts = [f"{'a' if number % 10 == 0 else 'b'}{number}" for number in range(2000)]
     _, evaluation = parts(texts, 0.1)
     assert 5 < sum(text.startswith("a") for text in evaluation) < 40
 
 
-def test_of_a_book_the_end_is_held_out() -> None:
+def test_the_end_of_a_book_is_held_out() -> None:
     book = "".join(f"line {number}\n" for number in range(LONG_TEXT // 5))
     train, evaluation = parts([book], 0.1)
     assert train[0] + evaluation[0] == book
@@ -61,7 +61,7 @@ def test_of_a_book_the_end_is_held_out() -> None:
 
 
 @pytest.mark.parametrize(("held_out", "what"), [(True, "evaluation"), (False, "training")])
-def test_too_few_rows_are_said(held_out: bool, what: str, tmp_path: Path) -> None:
+def test_too_few_rows_are_refused(held_out: bool, what: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "alone"}\n')
     tokenizer = GPTJTokenizer.train(["alone"], 270)
     seed = next(seed for seed in range(9) if not parts(["alone"], 0.5, seed)[held_out])
@@ -71,7 +71,7 @@ def test_too_few_rows_are_said(held_out: bool, what: str, tmp_path: Path) -> Non
         prepare(plan, str(tmp_path / "prepared"), tokenizer)
 
 
-def test_a_run_learns_from_one_part_and_is_measured_on_the_other(tmp_path: Path) -> None:
+def test_a_run_trains_on_one_part_and_evaluates_on_the_other(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     lines = [f"text number {number},{'ab'[number % 2]}" for number in range(200)]
     file.write_text("\n".join(["text,label", *lines]))
@@ -92,6 +92,6 @@ def test_a_run_learns_from_one_part_and_is_measured_on_the_other(tmp_path: Path)
         ([], "on a sample, which has evaluation data of its own"),
     ],
 )
-def test_settings_that_contradict_are_refused(words: list[str], message: str) -> None:
+def test_contradicting_settings_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         read_settings(["data.evaluation_split=0.1", *words])

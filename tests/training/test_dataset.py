@@ -60,7 +60,7 @@ def batch_of(data: Any, count: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_what_is_memory_mapped_is_what_was_tokenized(
+def test_memory_mapped_data_equals_the_tokenized_data(
     task: str, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     settings = settings_of(tmp_path, task)
@@ -88,7 +88,7 @@ def test_what_is_memory_mapped_is_what_was_tokenized(
         ]
 
 
-def test_rows_are_read_once_however_many_processes_ask(
+def test_concurrent_processes_read_the_rows_once(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted = tmp_path / "reads"
@@ -141,9 +141,7 @@ def test_the_next_process_tokenizes_if_the_first_is_killed(
     assert len(found.train) == len(make_data(settings, tokenizer).train)
 
 
-def test_a_row_that_does_not_fit_is_named_to_each_process(
-    tmp_path: Path, tokenizer: GPTJTokenizer
-) -> None:
+def test_a_bad_row_is_named_to_each_process(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     settings = settings_of(tmp_path, "causal-lm")
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"text": 3}\n')
@@ -152,7 +150,7 @@ def test_a_row_that_does_not_fit_is_named_to_each_process(
             node_data(settings, tokenizer, tmp_path)
 
 
-def test_a_classifier_of_pairs_is_not_measured_on_single_texts(
+def test_a_pair_classifier_is_not_evaluated_on_single_texts(
     tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     settings = settings_of(tmp_path, "classification")

@@ -93,9 +93,7 @@ def test_the_command_prints_one_json_object(tokenizer: GPTJTokenizer, tmp_path: 
     assert f"batch {-(-len(expected) // 4)} of" in result.stderr
 
 
-def test_every_head_is_measured_by_its_own_metrics(
-    tokenizer: GPTJTokenizer, tmp_path: Path
-) -> None:
+def test_every_head_has_its_own_metrics(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
     reviews = written(
         tmp_path / "reviews.jsonl",
         [{"text": text, "label": label} for text, label in zip(TEXTS, "ab" * 30, strict=True)],
@@ -146,9 +144,7 @@ def test_a_limit_counts_the_sequences_of_a_text(tokenizer: GPTJTokenizer, tmp_pa
     assert (part["examples"], part["tokens"]) == (2, 30)
 
 
-def test_data_are_cut_as_in_training_unless_told_otherwise(
-    tokenizer: GPTJTokenizer, tmp_path: Path
-) -> None:
+def test_data_is_cut_as_in_training_by_default(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
     squad = written(
         tmp_path / "squad.jsonl",
         [{"question": "a dog", "context": " ".join(TEXTS), "answers": None}],
@@ -232,7 +228,7 @@ def test_a_wrong_command_line_is_explained(words: list[str], message: str) -> No
         (["revision=main"], "only hub ids have revisions"),
     ],
 )
-def test_what_does_not_fit_the_checkpoint_is_explained(
+def test_settings_that_do_not_match_the_checkpoint_are_explained(
     words: list[str], message: str, tokenizer: GPTJTokenizer, tmp_path: Path
 ) -> None:
     checkpoint = saved(GPTJForCausalLM, tokenizer, tmp_path / "model")
@@ -241,7 +237,7 @@ def test_what_does_not_fit_the_checkpoint_is_explained(
         measure(read_settings([checkpoint, data, "device=cpu", *words]))
 
 
-def test_a_checkpoint_that_cannot_be_measured_is_refused(
+def test_a_checkpoint_that_cannot_be_evaluated_is_refused(
     tokenizer: GPTJTokenizer, tmp_path: Path
 ) -> None:
     data = written(tmp_path / "data.jsonl", [{"text": text, "label": "b"} for text in TEXTS])
@@ -264,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_measured_is_refused(
         measure(read_settings([str(tmp_path / "broken"), data]))
 
 
-def test_labels_are_read_as_in_training_or_as_is_said(
+def test_labels_are_read_as_in_training_or_as_set(
     tokenizer: GPTJTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Class numbers that begin with 1: by the training's settings, or by the command line's."""
@@ -298,7 +294,7 @@ def test_labels_are_read_as_in_training_or_as_is_said(
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "csv.gz"])
-def test_a_classifier_of_names_that_are_digits_is_measured_by_name(
+def test_a_classifier_with_numeric_names_is_evaluated_by_name(
     ending: str, tokenizer: GPTJTokenizer, tmp_path: Path
 ) -> None:
     rows = [{"text": TEXTS[n % 2], "label": n % 2 + 1} for n in range(8)]
@@ -322,7 +318,9 @@ def test_a_classifier_of_names_that_are_digits_is_measured_by_name(
     assert found["loss"] == expected["loss"]
 
 
-def test_a_reader_is_measured_on_squads_own_file(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+def test_a_question_answerer_is_evaluated_on_squads_own_file(
+    tokenizer: GPTJTokenizer, tmp_path: Path
+) -> None:
     answers = [{"text": "cat", "answer_start": 4}]
     question = {"question": "  which?", "id": "1", "answers": answers}
     paragraph = {"context": TEXTS[0], "qas": [question, {**question, "answers": []}]}
@@ -339,7 +337,7 @@ def test_a_reader_is_measured_on_squads_own_file(tokenizer: GPTJTokenizer, tmp_p
     assert {**found, **{k: expected[k] for k in ("data", "seconds")}} == expected
 
 
-def test_pairs_of_texts_are_measured_as_pairs(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+def test_text_pairs_are_evaluated_as_pairs(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
     checkpoint = saved(
         GPTJForSequenceClassification, tokenizer, tmp_path / "model", id2label={0: "a", 1: "b"}
     )

@@ -114,7 +114,7 @@ CASES = ["causal-lm", "single-label", "multi-label", "regression", "question-ans
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_several_ranks_measure_what_one_does(
+def test_metrics_do_not_depend_on_the_number_of_ranks(
     name: str, world_size: int, tokenizer: GPTJTokenizer
 ) -> None:
     head, data = case(name, tokenizer)
@@ -164,9 +164,7 @@ def test_the_loss_is_the_mean_over_all_items(name: str, tokenizer: GPTJTokenizer
         assert found["tokens"] == items
 
 
-def test_a_device_gives_the_numbers_of_the_cpu(
-    tokenizer: GPTJTokenizer, device: torch.device
-) -> None:
+def test_metrics_on_a_device_equal_the_cpus(tokenizer: GPTJTokenizer, device: torch.device) -> None:
     for name in CASES:
         head, data = case(name, tokenizer)
         expected = evaluate(task_of(data), head, data, batch_size=3, device="cpu")
@@ -174,7 +172,7 @@ def test_a_device_gives_the_numbers_of_the_cpu(
         assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_model_is_left_as_it_was(tokenizer: GPTJTokenizer) -> None:
+def test_the_models_mode_is_restored(tokenizer: GPTJTokenizer) -> None:
     head, data = case("causal-lm", tokenizer)
     head.transformer.drop.p = 0.5
     results = [
@@ -188,7 +186,7 @@ def test_the_model_is_left_as_it_was(tokenizer: GPTJTokenizer) -> None:
     assert not head.training
 
 
-def test_single_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokenizer) -> None:
+def test_single_label_scores_equal_a_manual_count(tokenizer: GPTJTokenizer) -> None:
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 3, 60).tolist()
     logits = generator.normal(size=(60, 4))
@@ -210,7 +208,7 @@ def test_single_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokeniz
     assert found["loss"] == 2.0
 
 
-def test_multi_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokenizer) -> None:
+def test_multi_label_scores_equal_a_manual_count(tokenizer: GPTJTokenizer) -> None:
     data = classification(tokenizer, [["x", "y"], [], ["z"]])
     logits = [[1.0, -1.0, 2.0], [-1.0, -0.1, -3.0], [-1.0, -1.0, 0.1]]
     found = metrics(task_of(data), data, [part(logits)])
@@ -218,7 +216,7 @@ def test_multi_label_scores_are_those_of_a_count_by_hand(tokenizer: GPTJTokenize
     assert found == pytest.approx({"loss": 2.0, "accuracy": 2 / 3, "f1": 2 * 2 / (2 * 2 + 1 + 1)})
 
 
-def test_regression_scores_are_numpys(tokenizer: GPTJTokenizer) -> None:
+def test_regression_scores_equal_numpy(tokenizer: GPTJTokenizer) -> None:
     targets, outputs = [0.5, 1.5, -1.0, 2.0], [0.4, 1.0, -2.0, 0.1]
     data = classification(tokenizer, targets)
     found = metrics(task_of(data), data, [part([[value] for value in outputs])])
@@ -252,7 +250,7 @@ def test_an_answer_is_the_best_of_all_windows(tokenizer: GPTJTokenizer) -> None:
     assert found["f1"] > 0
 
 
-def test_no_answer_is_right_only_where_there_is_none(tokenizer: GPTJTokenizer) -> None:
+def test_the_empty_answer_is_only_right_without_an_answer(tokenizer: GPTJTokenizer) -> None:
     data = questions(tokenizer, answerable=False)
     silent = [Answer(0, 7, logit=0.0, null_logit=1.0) for _ in range(len(data))]
     assert metrics(task_of(data), data, [part(silent)])["exact_match"] == 1 / 5
@@ -282,7 +280,7 @@ def test_no_answer_is_right_only_where_there_is_none(tokenizer: GPTJTokenizer) -
         ("São Paulo", "são paulo", 1, 1),
     ],
 )
-def test_answers_are_compared_by_squads_rules(
+def test_answers_are_scored_by_squads_rules(
     prediction: str, answer: str, exact: float, f1: float
 ) -> None:
     """The cases as SQuAD's official script (evaluate-v2.0.py) scores them."""
@@ -297,7 +295,7 @@ def test_word_overlap_is_a_similarity(left: str, right: str) -> None:
     assert exact_match(left, right) <= overlap_f1(left, right)
 
 
-def test_unigram_perplexity_is_that_of_smoothed_frequencies(tokenizer: GPTJTokenizer) -> None:
+def test_unigram_perplexity_uses_smoothed_frequencies(tokenizer: GPTJTokenizer) -> None:
     train = CausalLMData(rows(text=TEXTS), tokenizer, 16)
     held_out = CausalLMData(rows(text=["the old house is so new", "what"]), tokenizer, 5)
     counts = dict.fromkeys(range(len(tokenizer)), 1)
@@ -315,7 +313,7 @@ def test_unigram_perplexity_is_that_of_smoothed_frequencies(tokenizer: GPTJToken
         unigram_perplexity(other, held_out)
 
 
-def test_a_part_that_is_missing_is_noticed(tokenizer: GPTJTokenizer) -> None:
+def test_a_missing_part_is_detected(tokenizer: GPTJTokenizer) -> None:
     head, data = case("single-label", tokenizer)
     one = collect(task_of(data), head, data, batch_size=1, device="cpu", rank=0, world_size=2)
     with pytest.raises(ValueError, match="parts of 3 examples, but there are 5"):
@@ -325,7 +323,7 @@ def test_a_part_that_is_missing_is_noticed(tokenizer: GPTJTokenizer) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_model_learns_the_made_up_questions(tokenizer: GPTJTokenizer) -> None:
+def test_a_tiny_model_learns_the_synthetic_questions(tokenizer: GPTJTokenizer) -> None:
     """From nothing, in half a minute: what the first run of the product rests on."""
     train, held_out = (
         list(read_rows(f"sample://questions{end}", TASKS["question-answering"].columns))
@@ -348,7 +346,7 @@ def test_a_tiny_model_learns_the_made_up_questions(tokenizer: GPTJTokenizer) -> 
     assert evaluate(task_of(held), head, held, batch_size=32, device="cpu")["f1"] > 0.9
 
 
-def test_half_precision_is_measured_too(tokenizer: GPTJTokenizer) -> None:
+def test_half_precision_can_be_evaluated(tokenizer: GPTJTokenizer) -> None:
     for name in CASES:
         head, data = case(name, tokenizer)
         expected = evaluate(task_of(data), head, data, batch_size=3, device="cpu")["loss"]

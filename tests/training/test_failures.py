@@ -64,7 +64,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         storage.AccessDeniedError("why"),
     ],
 )
-def test_what_another_try_would_meet_again_ends_the_run(error: Exception) -> None:
+def test_permanent_errors_end_the_run(error: Exception) -> None:
     assert unrecoverable(error) == "why"
     assert unrecoverable(pickle.loads(pickle.dumps(error))) == "why"
 
@@ -80,11 +80,11 @@ def test_what_another_try_would_meet_again_ends_the_run(error: Exception) -> Non
         ValueError("some library's"),
     ],
 )
-def test_what_may_pass_is_worth_another_try(error: Exception) -> None:
+def test_transient_errors_are_retried(error: Exception) -> None:
     assert unrecoverable(error) is None
 
 
-def test_a_full_disk_is_named_whoever_meets_it(small_disk: Path) -> None:
+def test_a_full_disk_is_named_whichever_library_fails(small_disk: Path) -> None:
     """PyTorch's writer says "iostream error" or the like, and numbers no file."""
     with pytest.raises(storage.StorageError) as full:
         storage.write_bytes(str(small_disk / "results"), bytes(2**21))
@@ -113,7 +113,7 @@ def disks(monkeypatch: pytest.MonkeyPatch, *needs: tuple[str, int, int]) -> None
     monkeypatch.setattr(room.dist, "all_gather_object", gathered)
 
 
-def test_ranks_share_the_room_of_a_disk_but_not_of_two_machines_with_one_name(
+def test_ranks_on_one_machine_share_its_disk_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disks(monkeypatch, ("a", 60, 100), ("b", 60, 100))
@@ -123,7 +123,7 @@ def test_ranks_share_the_room_of_a_disk_but_not_of_two_machines_with_one_name(
         room.check_room(tmp_path, "s3://bucket/run", 60)
 
 
-def test_a_file_system_that_tells_no_sizes_refuses_nothing(
+def test_a_file_system_without_sizes_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As buckets do that are mounted."""
@@ -196,13 +196,13 @@ def test_a_controller_that_was_killed_is_said_to_be(
     assert counted == ["r"]
 
 
-def test_other_errors_beside_a_disk_with_room_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_unchanged_if_the_disk_has_room(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a collective"), naming_full_disk(tmp_path):
         raise RuntimeError("a collective failed")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cause_is_told_once_and_the_tries_only_if_there_were_any() -> None:
+def test_the_cause_is_reported_once_with_the_tries_if_any() -> None:
     settings = Settings(run="r", storage="s3://b", workers={"max_failures": 3})  # type: ignore[arg-type]
     workers = {1: RuntimeError("a peer left"), 0: DivergedError("the loss is nan at step 7")}
     with pytest.raises(ControllerError) as ended:
@@ -223,7 +223,7 @@ def test_the_cause_is_told_once_and_the_tries_only_if_there_were_any() -> None:
     assert "times" not in explained(repeated, settings)
 
 
-def test_the_address_of_the_jobs_api_is_not_taken_for_the_heads(
+def test_the_jobs_apis_address_is_not_taken_for_the_heads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
@@ -235,7 +235,7 @@ def test_the_address_of_the_jobs_api_is_not_taken_for_the_heads(
 
 
 @pytest.mark.parametrize("reason", [PREEMPTED, "the job was told to stop (SIGTERM)"])
-def test_a_worker_that_was_not_told_itself_ends_as_the_others_do(
+def test_a_worker_without_a_notice_stops_like_the_others(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray tells the workers of a preemption one after the other, and all stop with the first."""
@@ -258,7 +258,7 @@ def test_a_worker_that_was_not_told_itself_ends_as_the_others_do(
     assert elsewhere == (reason == PREEMPTED)
 
 
-def test_whoever_asks_for_a_stop_counts_more_than_a_preemption() -> None:
+def test_a_stop_request_takes_precedence_over_a_preemption() -> None:
     """For a run that is to end must not start elsewhere."""
     notices = Notices.__new__(Notices)
     preemption = SimpleNamespace(preemption_info=None)
@@ -281,7 +281,7 @@ def test_whoever_asks_for_a_stop_counts_more_than_a_preemption() -> None:
         ({"micro_batch_size": 4}, False),
     ],
 )
-def test_what_a_resumed_run_changes_may_need_more_memory(
+def test_changes_of_a_resumed_run_may_need_more_memory(
     change: dict[str, object], fitted: bool, tmp_path: Path
 ) -> None:
     fields = {"storage": str(tmp_path), "micro_batch_size": 2, "workers": {"count": 2}}

@@ -52,7 +52,7 @@ def fingerprints(settings: Settings) -> dict[str, Any]:
     ],
     ids=["fewer", "more", "another order", "another text", "another label"],
 )
-def test_a_run_does_not_go_on_with_other_data(
+def test_a_run_does_not_resume_with_other_data(
     changed: list[dict[str, Any]], message: str, tmp_path: Path
 ) -> None:
     before = fingerprints(settings_of(tmp_path, ROWS))
@@ -63,7 +63,7 @@ def test_a_run_does_not_go_on_with_other_data(
         check_same_data(settings, "checkpoint-3", progress, fingerprints(settings))
 
 
-def test_only_what_is_read_counts(tmp_path: Path) -> None:
+def test_only_the_columns_that_are_read_count(tmp_path: Path) -> None:
     """Other columns may change, and files be renamed; the evaluation's rows may not."""
     before = fingerprints(settings_of(tmp_path, ROWS))
     rows = [{**row, "id": None, "more": 1} for row in ROWS]
@@ -79,7 +79,7 @@ def test_only_what_is_read_counts(tmp_path: Path) -> None:
         check_same_data(settings, "checkpoint-3", progress, fingerprints(settings))
 
 
-def test_another_template_makes_other_data_of_chats(tmp_path: Path) -> None:
+def test_another_chat_template_changes_the_data(tmp_path: Path) -> None:
     """It may change behind its file's name, between a run and its resumption."""
     chats = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

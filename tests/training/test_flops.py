@@ -17,7 +17,7 @@ ROWS, LENGTH = 2, 64
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
-def test_a_steps_flops_are_those_of_its_products(kind: str) -> None:
+def test_a_steps_flops_equal_pytorchs_count(kind: str) -> None:
     """PyTorch's count of attention is not PaLM's, so that it is left out of both."""
     config = GPTJConfig(**SHAPE)
     model = GPTJForCausalLM(config)

@@ -58,7 +58,7 @@ def rows_of(batches: Any) -> list[int]:
     return [row for batch in batches.batches for row in batch["input_ids"].flatten().tolist()]
 
 
-def test_each_row_of_an_epoch_is_seen_once_whatever_interrupts_it() -> None:
+def test_interrupted_runs_see_each_row_of_an_epoch_once() -> None:
     """Tries that end anywhere, each by other numbers of workers, from the last checkpoint on."""
     generator = random.Random(0)
     data = Numbers(1000)
@@ -88,7 +88,7 @@ def test_each_row_of_an_epoch_is_seen_once_whatever_interrupts_it() -> None:
     assert kept == [order.indices(step) for step in range(steps)]
 
 
-def test_the_next_steps_batches_are_made_by_another_thread_and_no_others() -> None:
+def test_only_the_next_steps_batches_are_prefetched() -> None:
     data = Numbers(64)
     with loader(data, last=3) as batches:
         for step in range(3):
@@ -101,7 +101,7 @@ def test_the_next_steps_batches_are_made_by_another_thread_and_no_others() -> No
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
 
 
-def test_what_collating_raises_is_raised_by_the_step_that_asks() -> None:
+def test_a_collation_error_is_raised_by_its_step() -> None:
     class Broken(Numbers):
         def __getitem__(self, index: int) -> int:
             return -1
@@ -110,7 +110,7 @@ def test_what_collating_raises_is_raised_by_the_step_that_asks() -> None:
         batches.next()
 
 
-def test_a_rank_with_fewer_rows_keeps_step_with_a_batch_that_counts_for_nothing() -> None:
+def test_a_rank_with_fewer_rows_gets_an_empty_batch() -> None:
     """Eight rows among five ranks, a row at a time: the last two have one row and two steps."""
     data = Numbers(16)
     order = BatchOrder(len(data), 8, seed=3)

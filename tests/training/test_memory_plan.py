@@ -56,7 +56,7 @@ def run_of(count: int = 1, **fields: Any) -> Settings:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("adapter", [None, AdapterSettings()])
-def test_activations_are_those_of_real_tensors(
+def test_predicted_activations_equal_real_tensors(
     adapter: AdapterSettings | None, recompute: bool
 ) -> None:
     """Counted on the meta device with two and three blocks, for a model of five."""
@@ -78,7 +78,7 @@ def test_activations_are_those_of_real_tensors(
     assert body + head == pytest.approx(real.peak, rel=0.02)
 
 
-def test_the_published_model_takes_what_is_known() -> None:
+def test_the_published_models_memory_is_as_known() -> None:
     """16 bytes a weight, and 18 where gradients of micro-batches are added up, in fp32.
 
     That is 96.8 or 108.9 GB in all, spread by stage 3 over as many GPUs as there are.
@@ -109,7 +109,7 @@ def test_what_a_run_needs_to_resume_counts_too() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("gigabytes", [16, 24, 40, 80])
-def test_settings_that_are_named_fit(gigabytes: int, count: int) -> None:
+def test_suggested_settings_fit(gigabytes: int, count: int) -> None:
     settings = run_of(count, micro_batch_size=2)
     found = fitting(settings, SIX, gpu_memory=gigabytes * GB)
     for change in found:
@@ -121,7 +121,7 @@ def test_settings_that_are_named_fit(gigabytes: int, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_fit_is_refused_with_settings_that_do() -> None:
+def test_a_run_that_cannot_fit_is_refused_with_settings_that_fit() -> None:
     settings = run_of(4)
     with pytest.raises(SettingsError) as refused:
         check_gpu_memory(settings, SIX, 24 * GB)
@@ -138,7 +138,7 @@ def test_a_run_that_cannot_fit_is_refused_with_settings_that_do() -> None:
         check_gpu_memory(longest, SIX, 2 * GB)
 
 
-def test_on_a_cpu_only_what_is_certain_is_refused() -> None:
+def test_on_a_cpu_only_runs_that_certainly_do_not_fit_are_refused() -> None:
     """Weights, gradients and Adam's moments: 16 bytes a weight in fp32."""
     config = GPTJConfig.preset("small")
     settings = Settings(model={"preset": "small"})  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **functions: Any) ->
     monkeypatch.setattr(job_memory, "ray", SimpleNamespace(**ray))
 
 
-def test_a_machine_that_the_cluster_has_yet_to_get_refuses_nothing(
+def test_nothing_is_refused_before_the_cluster_has_its_machines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster(monkeypatch)
@@ -177,7 +177,7 @@ def test_a_machine_that_the_cluster_has_yet_to_get_refuses_nothing(
             check_memory(settings, config, False, 128)
 
 
-def test_gpus_that_do_not_answer_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_refused_if_gpus_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be taken, or on a node that takes minutes to start."""
 
     def late(asked: object, timeout: float) -> int:
@@ -193,7 +193,7 @@ def test_gpus_that_do_not_answer_refuse_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("fitted", [False, True])
-def test_a_run_that_has_fitted_before_goes_on(
+def test_a_run_that_has_fitted_before_resumes(
     fitted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whatever is predicted."""
@@ -212,7 +212,7 @@ def test_a_run_that_has_fitted_before_goes_on(
 
 
 @pytest.mark.slow
-def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_computed_for_the_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short texts are not padded to data.sequence_length, and take no memory for it."""
     cluster(monkeypatch, 8, get=lambda asked, timeout: 40 * GB)
     settings = run_of(8, micro_batch_size=16, batch_size=128, data={"sequence_length": 2048})
@@ -225,7 +225,7 @@ def test_rows_are_as_long_as_the_data_are(monkeypatch: pytest.MonkeyPatch) -> No
     assert as_long_as(answering, 9).data.sequence_length == 41
 
 
-def test_changes_are_said_as_on_a_command_line() -> None:
+def test_suggestions_are_written_as_command_line_settings() -> None:
     change = {"model.gradient_checkpointing": True, "micro_batch_size": 1, "adapter": {}}
     assert words(change) == "model.gradient_checkpointing=true micro_batch_size=1 adapter={}"
     settings = changed(run_of(2, micro_batch_size=4), change)
@@ -249,6 +249,6 @@ def test_the_program_prints_the_parts_and_what_fits(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_it_runs_as_a_module() -> None:
+def test_the_memory_program_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "gptj.training.memory", "--help"]
     assert "--gpu-memory" in subprocess.run(command, capture_output=True, text=True).stdout

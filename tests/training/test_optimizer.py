@@ -47,7 +47,7 @@ def dequantized(state: dict[str, torch.Tensor], moment: int) -> np.ndarray:
     return found
 
 
-def test_moments_are_kept_in_the_papers_values(device: torch.device) -> None:
+def test_moments_are_stored_in_the_papers_data_type(device: torch.device) -> None:
     """After a step from zero they are 0.1 g and 0.001 g^2, to the nearest value or one beside it.
 
     Of numbers below 1e-4 of the scale the CPU's kernel may be a few codes off.
@@ -108,12 +108,12 @@ def test_moments_in_fp32_are_left_to_deepspeed() -> None:
         ),
     ],
 )
-def test_settings_that_cannot_be(words: list[str], named: str) -> None:
+def test_impossible_settings_are_refused(words: list[str], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         read_settings(words)
 
 
-def test_moments_go_through_a_checkpoint_bit_by_bit_or_are_quantized_anew() -> None:
+def test_checkpointed_moments_are_bit_identical_or_requantized() -> None:
     """The same layout gives the same bits; another one moments that are close."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(10_000))
@@ -142,7 +142,7 @@ def test_moments_go_through_a_checkpoint_bit_by_bit_or_are_quantized_anew() -> N
 
 @pytest.mark.parametrize("before", [(100, 3000, 5000), (8100,), (2700, 2700, 2700), (4096, 4004)])
 @pytest.mark.parametrize("after", [(8100,), (100, 3000, 5000), (2700, 2700, 2700), (1, 8099)])
-def test_moments_of_small_tensors_which_are_in_fp32_go_to_any_layout(
+def test_fp32_moments_of_small_tensors_load_in_any_layout(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     """As at another stage, where parameters are joined, or among other ranks, who cut elsewhere."""
@@ -177,7 +177,7 @@ def test_moments_of_small_tensors_which_are_in_fp32_go_to_any_layout(
     assert all(other.isfinite().all() for other in others)
 
 
-def test_a_shard_brings_both_kinds_of_moments_back_bit_by_bit(tmp_path: Path) -> None:
+def test_a_shard_restores_both_kinds_of_moments_bit_for_bit(tmp_path: Path) -> None:
     """At stage 0 in fp32, where DeepSpeed leaves the parameters to the optimizer as they are."""
     torch.manual_seed(0)
     written, read = (engine_of([(10, 10), (70, 100), (50, 90)]) for _ in range(2))

@@ -73,7 +73,7 @@ def slow_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def test_best_fit_is_as_defined() -> None:
+def test_best_fit_matches_its_definition() -> None:
     generator = random.Random(1)
     for capacity in (2, 7, 64, 130):
         lengths = [generator.randint(1, capacity) for _ in range(100)]
@@ -111,7 +111,7 @@ def test_every_document_is_in_one_row_whole_or_in_parts(tokenizer: GPTJTokenizer
 
 
 @pytest.mark.parametrize("kind", ["texts", "completions"])
-def test_logits_are_those_of_each_document_alone(
+def test_logits_equal_those_of_each_document_alone(
     kind: str, tokenizer: GPTJTokenizer, device: torch.device
 ) -> None:
     """In fp32; only the order of summation may differ."""
@@ -127,7 +127,7 @@ def test_logits_are_those_of_each_document_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_as_it_can_be(
+def test_half_precision_is_close(
     dtype: torch.dtype, tokenizer: GPTJTokenizer, device: torch.device
 ) -> None:
     """On a GPU by FlashAttention, with its gradients."""
@@ -144,7 +144,7 @@ def test_half_precision_is_as_close_as_it_can_be(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["texts", "completions"])
-def test_loss_and_gradients_are_those_of_unpacked_rows(
+def test_loss_and_gradients_equal_those_of_unpacked_rows(
     kind: str, lora: bool, checkpointing: bool, tokenizer: GPTJTokenizer
 ) -> None:
     found = []
@@ -175,7 +175,7 @@ def test_loss_and_gradients_are_those_of_unpacked_rows(
         torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_concatenated_documents_see_what_is_before_them(tokenizer: GPTJTokenizer) -> None:
+def test_concatenated_documents_attend_to_earlier_ones(tokenizer: GPTJTokenizer) -> None:
     batch = batch_of(CausalLMData(texts(60, 30), tokenizer, 64, "concatenate"))
     assert "cu_seqlens" not in batch
     assert batch["attention_mask"][:-1].all()
@@ -194,7 +194,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_nothing_is_as_large_as_a_mask_of_a_row(tokenizer: GPTJTokenizer) -> None:
+def test_no_tensor_is_as_large_as_a_rows_mask(tokenizer: GPTJTokenizer) -> None:
     length = 4096
     model = model_of(tokenizer, n_embd=8, n_head=1, n_positions=length)
     ids = torch.zeros(1, length, dtype=torch.long)
@@ -204,7 +204,7 @@ def test_nothing_is_as_large_as_a_mask_of_a_row(tokenizer: GPTJTokenizer) -> Non
     assert largest.numbers <= length * len(tokenizer) < length * length / 8
 
 
-def test_dropout_of_probabilities_is_applied(tokenizer: GPTJTokenizer) -> None:
+def test_attention_dropout_is_applied(tokenizer: GPTJTokenizer) -> None:
     batch = batch_of(CausalLMData(texts(20, 30), tokenizer, 64, "best_fit"))
     model = model_of(tokenizer, attn_pdrop=0.5)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_dropout_of_probabilities_is_applied(tokenizer: GPTJTokenizer) -> None:
         ([0, 4, 8], {"output_attentions": True}, "support neither a cache nor output_attent"),
     ],
 )
-def test_borders_that_cannot_be_are_refused(
+def test_invalid_document_borders_are_refused(
     borders: list[int], fields: dict[str, Any], message: str, tokenizer: GPTJTokenizer
 ) -> None:
     ids = torch.zeros(2, 4, dtype=torch.long)
@@ -250,7 +250,7 @@ def test_borders_that_cannot_be_are_refused(
         ((8, 0), 256, 0.1, False),
     ],
 )
-def test_flash_attention_is_for_what_it_can_compute(
+def test_flash_attention_is_only_used_where_supported(
     capability: tuple[int, int],
     width: int,
     dropout: float,

@@ -70,7 +70,7 @@ def contents(folder: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["texts", "completions"])
 @pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
-def test_prepared_data_are_what_raw_data_are(
+def test_prepared_data_equals_raw_data(
     packing: str, pairs: bool, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     """Best fit packs each shard by itself; every document is there once."""
@@ -94,16 +94,14 @@ def test_prepared_data_are_what_raw_data_are(
     verify(folder)
 
 
-def test_shards_are_the_same_whoever_writes_them_and_whenever(
-    tmp_path: Path, tokenizer: GPTJTokenizer
-) -> None:
+def test_shards_do_not_depend_on_the_workers(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     plan = plan_of(raw(tmp_path), tokenizer)
     prepare(plan, str(tmp_path / "a"), tokenizer)
     prepare(plan, str(tmp_path / "b"), tokenizer, last_first=True)
     assert contents(str(tmp_path / "a")) == contents(str(tmp_path / "b"))
 
 
-def test_an_interrupted_preparation_goes_on(
+def test_an_interrupted_preparation_resumes(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, folder = plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared")
@@ -158,7 +156,7 @@ def test_another_commit_of_the_hub_with_the_same_files_is_the_same_data(
         assert is_current(now, index) == same
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_an_unrelated_folder_is_refused(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     address, folder = raw(tmp_path), str(tmp_path / "prepared")
     with pytest.raises(DataError, match=r"raw has other files, such as 0\.jsonl"):
         begin(plan_of(address, tokenizer), address)
@@ -209,7 +207,7 @@ def settings_of(folder: Path, *words: str) -> Settings:
     return read_settings([f"storage={folder}", f"data.train={folder / 'prepared'}", *words])
 
 
-def test_a_run_reads_prepared_data_as_raw_ones(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_a_run_reads_prepared_data_like_raw_data(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     """With the tokenizer that lies beside them, unless the model has its own."""
     prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
     settings = settings_of(tmp_path, f"data.evaluation={tmp_path / 'prepared'}")
@@ -233,7 +231,7 @@ def test_a_run_reads_prepared_data_as_raw_ones(tmp_path: Path, tokenizer: GPTJTo
         ("data.evaluation_split=0.1", r"leave it out, and prepare evaluation data"),
     ],
 )
-def test_settings_of_raw_data_are_refused_beside_prepared_ones(
+def test_settings_for_raw_data_are_refused_with_prepared_data(
     word: str, message: str, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
@@ -242,7 +240,7 @@ def test_settings_of_raw_data_are_refused_beside_prepared_ones(
         node_data(settings, load_tokenizer(settings), tmp_path)
 
 
-def test_settings_of_raw_data_are_for_the_one_of_two_that_is_raw(
+def test_settings_for_raw_data_apply_to_the_raw_one_of_two_data_sets(
     tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
@@ -253,7 +251,7 @@ def test_settings_of_raw_data_are_for_the_one_of_two_that_is_raw(
     assert data.evaluation is not None and len(data.evaluation) == 1
 
 
-def test_the_size_of_a_new_tokenizer_is_refused_beside_prepared_data(
+def test_a_new_tokenizers_size_is_refused_with_prepared_data(
     tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
@@ -272,7 +270,7 @@ def test_the_first_row_may_be_bad_too(bad: str, tmp_path: Path, tokenizer: GPTJT
         plan_of(address, tokenizer, skip=True)
 
 
-def test_keys_of_a_training_are_not_taken_for_others() -> None:
+def test_training_keys_are_not_mistaken_for_others() -> None:
     """Such as tokenizer.chat_template for the tokenizer."""
     words = ["data", "destination", "tokenizer=a", "data.columns.text=body"]
     assert read_preparation(words).columns == {"text": "body"}
@@ -280,14 +278,14 @@ def test_keys_of_a_training_are_not_taken_for_others() -> None:
         read_preparation([*words, "tokenizer.chat_template=alpaca"])
 
 
-def test_other_tasks_refuse_prepared_data(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_prepared_data_is_refused_by_other_tasks(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     prepare(plan_of(raw(tmp_path), tokenizer), str(tmp_path / "prepared"), tokenizer)
     settings = settings_of(tmp_path, "task=classification")
     with pytest.raises(DataError, match="is prepared for task=causal-lm, not classification"):
         node_data(settings, load_tokenizer(settings), tmp_path)
 
 
-def test_damage_is_found(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_damage_is_detected(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     folder = tmp_path / "prepared"
     prepare(plan_of(raw(tmp_path), tokenizer), str(folder), tokenizer)
     shard = next(folder.glob("shard-*"))
@@ -298,7 +296,7 @@ def test_damage_is_found(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
         packed(tmp_path / "packed", str(folder), tokenizer, 64)
 
 
-def test_a_model_is_measured_on_prepared_data(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_a_model_is_evaluated_on_prepared_data(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     address, folder = raw(tmp_path, pairs=True), str(tmp_path / "prepared")
     prepare(plan_of(address, tokenizer), folder, tokenizer)
     torch.manual_seed(0)

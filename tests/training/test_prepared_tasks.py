@@ -86,7 +86,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
 @pytest.mark.parametrize("kind", LABELS)
-def test_prepared_labels_are_read_as_raw_ones(
+def test_prepared_labels_are_read_like_raw_ones(
     kind: str, form: str, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     values, options = LABELS[kind]
@@ -105,7 +105,7 @@ def test_prepared_labels_are_read_as_raw_ones(
 
 
 @pytest.mark.parametrize("length", [5, 24, 200])
-def test_prepared_pairs_of_texts_are_cut_as_raw_ones(
+def test_prepared_text_pairs_are_truncated_like_raw_ones(
     length: int, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     rows = [
@@ -120,7 +120,7 @@ def test_prepared_pairs_of_texts_are_cut_as_raw_ones(
     same(node_data(settings, tokenizer, tmp_path).train, expected.train)
 
 
-def test_the_names_that_data_were_prepared_with_need_not_be_said_again(
+def test_label_names_of_prepared_data_need_not_be_repeated(
     tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     names = {"1": "World", "2": "Sports"}
@@ -132,7 +132,7 @@ def test_the_names_that_data_were_prepared_with_need_not_be_said_again(
     assert found.train.labels.names == ("World", "Sports")
 
 
-def test_more_labels_than_are_remembered_are_measured_values(
+def test_too_many_labels_are_regression_targets(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names are refused then; sets of few labels are not many."""
@@ -231,7 +231,7 @@ def test_bad_rows_are_refused_or_skipped_and_named_in_a_run(
         assert any(message in each for each in index.bad)
 
 
-def test_questions_without_room_are_refused_or_skipped_as_bad_rows_were(
+def test_questions_without_room_are_refused_or_skipped_like_bad_rows(
     tmp_path: Path, tokenizer: GPTJTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = squad(1, question="who " * 40)
@@ -249,7 +249,7 @@ def test_questions_without_room_are_refused_or_skipped_as_bad_rows_were(
     ("prepared_for", "task"),
     [("classification", "question-answering"), ("question-answering", "causal-lm")],
 )
-def test_data_prepared_for_another_task_are_refused(
+def test_data_prepared_for_another_task_is_refused(
     prepared_for: TaskName, task: TaskName, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     rows = [squad(1)] if prepared_for == "question-answering" else [{"text": "a", "label": "b"}]
@@ -266,9 +266,7 @@ ROWS: dict[TaskName, list[dict[str, Any]]] = {
 }
 
 
-def test_raw_data_are_prepared_once_and_the_same_ever_after(
-    tmp_path: Path, tokenizer: GPTJTokenizer
-) -> None:
+def test_raw_data_is_prepared_once(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     """A copied file is the same; another one is refused once there is a checkpoint."""
     address = write(tmp_path, "rows.jsonl", ROWS["causal-lm"])
     settings = settings_of(tmp_path, "causal-lm", address, evaluation_split=0.2)
@@ -300,7 +298,7 @@ def test_raw_data_are_prepared_once_and_the_same_ever_after(
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_each_example_of_an_epoch_is_seen_once_whatever_interrupts_it(
+def test_interrupted_runs_see_each_example_of_an_epoch_once(
     task: TaskName, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     """From prepared shards, by other numbers of workers from each step on, for two epochs."""
@@ -330,7 +328,7 @@ def test_each_example_of_an_epoch_is_seen_once_whatever_interrupts_it(
         assert 2 * times - 4 < seen[example] <= 2 * times  # but for the last part of a batch
 
 
-def test_rows_are_named_as_their_file_has_them(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_errors_number_rows_as_in_their_file(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
     for number in range(2):
         rows = [{"review": WORDS, "stars": n} for n in range(3)]
         write(tmp_path / "raw", f"{number}.csv", rows)

@@ -14,7 +14,7 @@ from gptj.training.state import Progress
 from gptj_bench.training_faults import STEP
 
 
-def test_the_curve_names_the_run_and_has_the_tasks_metric() -> None:
+def test_the_curve_shows_the_runs_name_and_the_tasks_metric() -> None:
     history: list[dict[str, float | None]] = [
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": 1.0},
@@ -37,7 +37,7 @@ def test_the_curve_of_a_run_without_numbers_is_empty() -> None:
         assert axes.get_title() == "new" and not axes.lines
 
 
-def test_a_point_that_comes_while_files_are_uploaded_does_not_change_them(
+def test_new_points_do_not_change_files_during_their_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training goes on meanwhile, and S3 refuses content that is longer than was said."""

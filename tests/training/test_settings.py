@@ -22,7 +22,7 @@ from gptj.training.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("steps: 7\noptimizer: {learning_rate: 1.0e-3, weight_decay: 0.5}\n")
     settings = read_settings([str(file), "optimizer.learning_rate=1e-4", "model.config.n_layer=3"])
@@ -100,12 +100,12 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_work_is_refused(words: list[str], message: str) -> None:
+def test_invalid_settings_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         read_settings(words)
 
 
-def test_steps_replace_a_files_epochs_and_the_other_way_round(tmp_path: Path) -> None:
+def test_steps_replace_a_files_epochs_and_vice_versa(tmp_path: Path) -> None:
     def read(content: str, *words: str) -> Settings:
         (tmp_path / "s.yaml").write_text(content)
         return read_settings([str(tmp_path / "s.yaml"), *words])
@@ -123,14 +123,14 @@ def test_steps_replace_a_files_epochs_and_the_other_way_round(tmp_path: Path) ->
     assert "epochs" not in read("epochs: 3", "steps=10").model_fields_set
 
 
-def test_a_warm_up_that_is_longer_than_the_run_is_refused_once_the_data_are_known() -> None:
+def test_a_warm_up_longer_than_the_run_is_refused_once_the_data_is_known() -> None:
     settings = read_settings(["batch_size=16", "optimizer.warmup_steps=7"])
     assert settings.total_steps(7 * 16) == 7
     with pytest.raises(SettingsError, match="warmup_steps=7 is more than the run's 6 steps"):
         settings.total_steps(6 * 16)
 
 
-def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_in_a_file_is_refused(tmp_path: Path) -> None:
     for content, key in (
         ("steps: 1\nseed: 1\nsteps: 2\n", "steps"),
         ("data:\n  train: a\n  train: b\n", "train"),
@@ -145,12 +145,12 @@ def test_a_key_that_is_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     assert read_settings([str(tmp_path / "s.yaml")]).data.train == "a"
 
 
-def test_the_models_fields_have_hugging_faces_other_names_too() -> None:
+def test_model_fields_accept_hugging_faces_aliases() -> None:
     settings = read_settings(["model.config.num_hidden_layers=3", "model.config.hidden_size=64"])
     assert settings.model.config == {"n_layer": 3, "n_embd": 64}
 
 
-def test_label_names_are_a_list_or_say_what_the_data_have() -> None:
+def test_label_names_are_a_list_or_a_mapping_of_data_values() -> None:
     def names(text: str) -> object:
         return read_settings(["task=classification", f"data.label_names={text}"]).data.label_names
 
@@ -165,11 +165,11 @@ def test_label_names_are_a_list_or_say_what_the_data_have() -> None:
 @pytest.mark.parametrize(
     ("text", "delimiter"), [(";", ";"), ("|", "|"), (",", ","), ("\\t", "\t"), ("\t", "\t")]
 )
-def test_a_delimiter_can_be_given_as_it_is(text: str, delimiter: str) -> None:
+def test_a_delimiter_can_be_given_literally(text: str, delimiter: str) -> None:
     assert read_settings([f"data.delimiter={text}"]).data.delimiter == delimiter
 
 
-def test_a_file_that_is_no_settings_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_settings_is_refused(tmp_path: Path) -> None:
     for content in ("- a\n- b\n", "just text", "a: [1,\n"):
         (tmp_path / "s.yaml").write_text(content)
         with pytest.raises(SettingsError, match=r"s.yaml"):
@@ -189,7 +189,7 @@ def test_the_readmes_settings_are_valid(tmp_path: Path) -> None:
     assert read_settings([str(tmp_path / "readme.yaml")]).deepspeed.stage == 3
 
 
-def test_relative_addresses_become_whole_and_others_stay(tmp_path: Path) -> None:
+def test_relative_addresses_become_absolute_and_others_stay(tmp_path: Path) -> None:
     words = ["storage=out", "data.train=some/file.txt", "data.evaluation=s3://b/k"]
     settings = read_settings([*words, "model.checkpoint=EleutherAI/gpt-j-6B"]).resolved()
     assert Path(settings.storage).is_absolute()
@@ -198,7 +198,7 @@ def test_relative_addresses_become_whole_and_others_stay(tmp_path: Path) -> None
     assert settings.model.checkpoint == "EleutherAI/gpt-j-6B"
 
 
-def test_only_what_changes_the_result_stops_a_run_from_going_on() -> None:
+def test_only_changes_of_the_result_keep_a_run_from_resuming() -> None:
     before = read_settings(["steps=5", "log_every=1"]).model_dump(mode="json")
     after = read_settings(["steps=4", "log_every=9", "workers.max_failures=0"])
     assert changed(before, after.model_dump(mode="json")) == ["steps was 5 and is now 4"]
@@ -212,7 +212,7 @@ def test_only_what_changes_the_result_stops_a_run_from_going_on() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_run_of_an_earlier_version_goes_on(task: str) -> None:
+def test_a_run_of_an_earlier_version_resumes(task: str) -> None:
     """Without the settings that are new, and with documents as they were packed then."""
     words = [f"task={task}", "steps=5"]
     before = read_settings(words).model_dump(mode="json")

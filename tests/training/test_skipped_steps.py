@@ -195,7 +195,7 @@ def test_a_resumed_run_skips_the_same_steps(name: str, runs: dict[str, Settings]
 
 
 @pytest.mark.slow
-def test_an_overflow_in_fp16_is_counted_and_the_run_goes_on(runs: dict[str, Settings]) -> None:
+def test_an_fp16_overflow_is_counted_and_the_run_continues(runs: dict[str, Settings]) -> None:
     settings = runs["overflow"]
     counts = logged(settings, "skipped_steps")
     assert counts[1] == counts[0] + 1 == counts[3]
@@ -237,7 +237,7 @@ def test_a_small_disk_is_named_before_the_first_step(runs: dict[str, Settings]) 
     assert not Path(settings.folder, "history.jsonl").exists()
 
 
-def test_a_spike_is_told_by_the_median_of_the_last_norms() -> None:
+def test_a_spike_is_detected_by_the_median_of_the_last_norms() -> None:
     norms = [1.0, 2.0]
     spikes = SpikeFilter(norms, factor=3, window=30)
     assert not spikes.is_spike(100)  # there are fewer than three norms
@@ -261,7 +261,7 @@ def test_a_lasting_change_of_level_is_a_spike_only_for_a_while() -> None:
     assert norms == [10.0] * 10
 
 
-def test_a_scheduler_knows_the_step_that_may_be_left_out() -> None:
+def test_the_scheduler_allows_skipped_steps() -> None:
     """Or else it warns that the step was replaced."""
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], lr=1.0)
@@ -280,7 +280,7 @@ def test_a_scheduler_knows_the_step_that_may_be_left_out() -> None:
     assert [closed for closed, _ in seen] == [False, True]
 
 
-def test_settings_of_what_is_not_skipped_are_refused() -> None:
+def test_skipping_settings_without_effect_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"optimizer\.spike_window has no effect"):
         read_settings(["optimizer.spike_window=50"])
     with pytest.raises(SettingsError, match=r"deepspeed\.max_overflows has no effect in fp32"):

@@ -50,7 +50,7 @@ def file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # MLflow's own, of its file store
-def test_mlflow_has_the_settings_and_points_of_a_run_and_of_its_continuation(
+def test_mlflow_gets_the_settings_and_points_of_a_run_and_its_continuation(
     tmp_path: Path, file_store: str
 ) -> None:
     settings = settings_of(tmp_path, mlflow=file_store)
@@ -134,7 +134,7 @@ def test_an_offline_run_of_weights_and_biases_is_kept_in_the_runs_folder(
 
 
 @pytest.mark.slow
-def test_a_tracker_without_credentials_is_refused_with_the_librarys_words(
+def test_a_tracker_without_credentials_is_refused_with_the_librarys_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_wandb: None
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -161,7 +161,7 @@ def test_a_tracker_that_fails_later_costs_a_warning(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_point_that_was_not_sent_costs_no_other_one(
+def test_a_lost_point_does_not_affect_others(
     tmp_path: Path, file_store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = settings_of(tmp_path, mlflow=file_store)

@@ -349,7 +349,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "name", [name for name in VARIANTS if "bf16" not in name and "8bit" not in name]
 )
-def test_two_ranks_learn_what_plain_pytorch_learns(name: str, two_ranks: Path) -> None:
+def test_two_ranks_train_like_plain_pytorch(name: str, two_ranks: Path) -> None:
     """Losses of all steps and final weights; only the order of summation may differ.
 
     The last batch row is shorter, so ranks and micro-batches hold different numbers of tokens:
@@ -369,7 +369,7 @@ def test_two_ranks_learn_what_plain_pytorch_learns(name: str, two_ranks: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_half_precision_learns_and_is_exported_as_such(stage: int, two_ranks: Path) -> None:
+def test_half_precision_trains_and_is_exported(stage: int, two_ranks: Path) -> None:
     """At stage 3 with the shipped settings: gradient checkpointing over released parameters."""
     settings = settings_of(
         two_ranks, f"bf16-{stage}", workers={"count": 2}, **VARIANTS[f"bf16-{stage}"]
@@ -380,7 +380,7 @@ def test_half_precision_learns_and_is_exported_as_such(stage: int, two_ranks: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_moments_in_8_bits_learn_what_those_in_fp32_do(stage: int, two_ranks: Path) -> None:
+def test_8_bit_moments_train_like_fp32_moments(stage: int, two_ranks: Path) -> None:
     name = f"8bit-{stage}"
     settings = settings_of(two_ranks, name, workers={"count": 2}, **VARIANTS[name])
     expected = reference(settings).losses
@@ -412,7 +412,7 @@ def test_the_first_update_is_adams_at_every_stage(name: str, two_ranks: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENDING)
-def test_what_cannot_go_on_ends_with_its_reason_on_all_ranks(name: str, two_ranks: Path) -> None:
+def test_unrecoverable_errors_end_all_ranks_with_the_reason(name: str, two_ranks: Path) -> None:
     fields, message = ENDING[name]
     settings = settings_of(two_ranks, name, workers={"count": 2}, **fields)
     for rank in (0, 1):
@@ -421,7 +421,7 @@ def test_what_cannot_go_on_ends_with_its_reason_on_all_ranks(name: str, two_rank
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_as_if_it_had_not(
+def test_a_stopped_run_saves_its_step_and_resumes_unchanged(
     two_ranks: Path,
 ) -> None:
     """Its first step, which was to be evaluated: that comes first when the run goes on."""
@@ -459,7 +459,7 @@ def test_the_last_good_checkpoint_is_kept_when_a_training_diverges(two_ranks: Pa
 
 
 @pytest.mark.slow
-def test_what_a_run_leaves_behind(two_ranks: Path) -> None:
+def test_a_runs_output_files(two_ranks: Path) -> None:
     """The model with tokenizer and history, a curve, TensorBoard's files, a shard a rank."""
     import transformers
 
@@ -541,7 +541,7 @@ def continued(two_ranks: Path) -> dict[str, Settings]:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["text", "untied"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_training_begins_with_the_checkpoints_weights(
+def test_training_starts_from_the_checkpoints_weights(
     stage: int, task: str, continued: dict[str, Settings]
 ) -> None:
     """The first loss is the loss of the loaded model on the first batch."""
@@ -631,9 +631,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIED_TASKS)
-def test_each_kind_of_task_learns_its_rows_and_is_measured(
-    name: str, tasks: dict[str, Settings]
-) -> None:
+def test_each_task_learns_its_rows_and_is_evaluated(name: str, tasks: dict[str, Settings]) -> None:
     settings = tasks[name]
     training = json.loads(Path(settings.model_folder, "training.json").read_text())
     metrics = training["metrics"]
@@ -768,7 +766,7 @@ def store_another_loss(checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_a_model_that_gives_another_loss(resumed: Path) -> None:
+def test_a_run_does_not_resume_if_the_probe_loss_differs(resumed: Path) -> None:
     settings = settings_of(resumed, "other-loss")
     for rank in (0, 1):
         assert re.search(
@@ -836,7 +834,9 @@ def resumed_elsewhere(two_ranks: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ELSEWHERE)
-def test_any_number_of_workers_goes_on_at_any_stage(run: str, resumed_elsewhere: Path) -> None:
+def test_a_run_resumes_with_any_number_of_workers_at_any_stage(
+    run: str, resumed_elsewhere: Path
+) -> None:
     """The same rows, moments and learning rates: in fp32 only the order of summation differs."""
     whole = whole_of(resumed_elsewhere, run)
     again = whole.model_copy(update={"run": run})
@@ -883,7 +883,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(kind: str, resumed: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
+def test_a_run_only_resumes_with_its_original_settings(resumed: Path) -> None:
     folder = str(Path(resumed, "whole-2"))
     address = latest_checkpoint(folder)
     assert address is not None
@@ -906,7 +906,7 @@ def test_a_run_goes_on_only_as_it_began(resumed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) -> None:
+def test_a_complete_run_is_recognized_by_its_model_and_settings(two_ranks: Path) -> None:
     fields = {"workers": {"count": 2}, "deepspeed": {"stage": 2}}
     assert is_complete(settings_of(two_ranks, "stage-2", **fields))
     assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
@@ -916,7 +916,7 @@ def test_a_complete_run_is_known_by_its_model_and_its_settings(two_ranks: Path) 
     assert not is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))  # extended
 
 
-def test_a_tokenizer_is_learned_anew_until_a_checkpoint_depends_on_it(tmp_path: Path) -> None:
+def test_a_tokenizer_is_retrained_until_a_checkpoint_depends_on_it(tmp_path: Path) -> None:
     write_text(tmp_path)
     assert len(prepare_tokenizer(settings_of(tmp_path, "r", tokenizer={"vocab_size": 300}))) == 300
     settings = settings_of(tmp_path, "r", tokenizer={"vocab_size": 280})
@@ -964,7 +964,7 @@ def test_whoever_lost_the_run_during_an_upload_finishes_no_checkpoint(tmp_path: 
     assert latest_checkpoint(str(tmp_path / "run")) == kept
 
 
-def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_needs_all_ranks_manifests(tmp_path: Path) -> None:
     """Not to go on from, and not to count among those that are kept."""
     for name, manifests in {
         "checkpoint-00000001": ["progress.json", "manifest-00001-of-00002.json"],
@@ -983,7 +983,7 @@ def test_only_what_all_ranks_finished_is_a_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(str(tmp_path / "nothing")) is None
 
 
-def test_what_fewer_ranks_left_unfinished_is_no_part_of_what_others_finished(
+def test_unfinished_shards_do_not_join_another_world_sizes_checkpoint(
     tmp_path: Path,
 ) -> None:
     """Ranks die as they save a step, and another number of ranks saves it again."""
@@ -998,7 +998,7 @@ def test_what_fewer_ranks_left_unfinished_is_no_part_of_what_others_finished(
     assert latest_checkpoint(str(tmp_path)) == str(folder)
 
 
-def test_what_dead_ranks_left_is_no_part_of_what_the_next_ones_save(tmp_path: Path) -> None:
+def test_shards_of_dead_ranks_do_not_join_the_next_checkpoint(tmp_path: Path) -> None:
     """Else rank 1's manifest of the first try would complete rank 0's of the second."""
     left, kept = tmp_path / "checkpoint-00000003", tmp_path / "checkpoint-00000002"
     for file in ("manifest-00001-of-00002.json", "shard-00001-of-00002.safetensors"):
@@ -1022,7 +1022,7 @@ def loop_run(folder: Path, **fields: Any) -> Any:
     return run
 
 
-def test_a_checkpoint_that_a_run_resumes_from_is_not_written_again(
+def test_a_run_does_not_rewrite_the_checkpoint_it_resumed_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be the only one, and while it is written there would be none.
@@ -1071,7 +1071,7 @@ def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
     assert names == ["checkpoint-00000001", "checkpoint-00000003"]
 
 
-def test_a_checkpoint_of_an_older_version_is_named_as_such(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_older_version_is_refused_by_name(tmp_path: Path) -> None:
     record = {"size": 1, "sha256": "0" * 64}
     manifest = {"format": 1, "files": {"zero/mp_rank_00_model_states.pt": record}}
     storage.write_bytes(
@@ -1105,7 +1105,7 @@ def test_micro_batches_add_up_to_the_whole_batch(cls: type[Any]) -> None:
 @pytest.mark.parametrize(
     "cls", [GPTJForCausalLM, GPTJForSequenceClassification, GPTJForQuestionAnswering]
 )
-def test_padding_is_never_trained_on(cls: type[Any]) -> None:
+def test_padding_affects_neither_loss_nor_gradients(cls: type[Any]) -> None:
     """More padding, and other ids on it, change neither the loss nor a gradient."""
     torch.manual_seed(0)
     model = cls(GPTJConfig(vocab_size=50, **MODEL))

@@ -98,7 +98,7 @@ def test_settings_that_contradict_a_classifiers_labels_are_refused(
         ([2, 1], {"label_names": {"1": "negative", "2": "positive"}}),
     ],
 )
-def test_settings_that_say_what_a_classifier_knows_are_fine(
+def test_settings_that_repeat_a_classifiers_labels_are_accepted(
     labels: list[Any], data: dict[str, Any], tmp_path: Path, classifier: str
 ) -> None:
     settings = settings_of(tmp_path, labels, model={"checkpoint": classifier}, data=data)
@@ -107,7 +107,9 @@ def test_settings_that_say_what_a_classifier_knows_are_fine(
     assert config.id2label == {0: "positive", 1: "negative"}
 
 
-def test_a_classifier_without_names_may_get_some(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:
+def test_a_classifier_without_label_names_may_get_some(
+    tmp_path: Path, tokenizer: GPTJTokenizer
+) -> None:
     model = saved(tmp_path / "m", GPTJForSequenceClassification, tokenizer, num_labels=2)
     settings = settings_of(
         tmp_path, [0, 1], model={"checkpoint": model}, data={"label_names": ["good", "bad"]}
@@ -132,7 +134,7 @@ def test_a_classifier_without_names_may_get_some(tmp_path: Path, tokenizer: GPTJ
     ],
 )
 @pytest.mark.parametrize("task", ["causal-lm", "classification", "question-answering"])
-def test_a_checkpoints_shape_stays(
+def test_a_checkpoints_shape_cannot_be_changed(
     task: str, fields: dict[str, Any], message: str, tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     """Said before workers start, and not by weights that do not fit."""
@@ -187,7 +189,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_one_from_elsewhere(
         parts(settings)
 
 
-def test_what_comes_of_a_checkpoint_without_padding_runs_in_transformers(
+def test_a_model_from_a_checkpoint_without_padding_runs_in_transformers(
     tmp_path: Path, tokenizer: GPTJTokenizer
 ) -> None:
     """A batch of two texts of different lengths, as the published model has no padding token."""
@@ -215,7 +217,7 @@ def test_what_comes_of_a_checkpoint_without_padding_runs_in_transformers(
     assert parts(given)[2].pad_token_id == 3
 
 
-def test_all_columns_that_are_missing_are_named_before_a_tokenizer_is_learned(
+def test_missing_columns_are_named_before_a_tokenizer_is_trained(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.csv").write_text("Class Index;Description\n1;good\n")

@@ -40,13 +40,13 @@ SCHOOL = "全学年にわたって小学校の国語の教科書に挿し絵が�
         ("vive la 🇫🇷!", "🇫", "🇫🇷"),
     ],
 )
-def test_a_place_becomes_whole_words(text: str, cut: str, whole: str) -> None:
+def test_a_span_widens_to_whole_words(text: str, cut: str, whole: str) -> None:
     start = text.index(cut)
     assert text[slice(*Words(text).widen(start, start + len(cut)))] == whole
 
 
 @given(st.text("ab1'., \u0301国語กิ😀\u200d\n", min_size=1, max_size=20), st.data())
-def test_widening_keeps_the_place_and_changes_nothing_twice(text: str, data: st.DataObject) -> None:
+def test_widening_contains_the_span_and_is_idempotent(text: str, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
     words = Words(text)

@@ -53,7 +53,7 @@ TINY = GPTJConfig(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=2, 
         ("./~/x", "./~/x"),
     ],
 )
-def test_what_is_understood_has_one_spelling(
+def test_valid_addresses_are_normalized(
     address: str | Path, spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
@@ -99,13 +99,13 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("address", "message"), UNKNOWN, ids=lambda value: repr(value)[:40])
-def test_everything_else_is_refused_with_the_remedy(address: str, message: str) -> None:
+def test_invalid_addresses_are_refused_with_the_remedy(address: str, message: str) -> None:
     for understand in (normalized, absolute, is_s3, local_path):
         with pytest.raises(AddressError, match=message):
             understand(address)
 
 
-def test_samples_are_data_and_nothing_else() -> None:
+def test_sample_addresses_are_only_valid_for_data() -> None:
     assert normalized("sample://reviews", samples=True) == "sample://reviews"
     with pytest.raises(AddressError, match="can only be read as data"):
         normalized("sample://reviews")
@@ -113,7 +113,7 @@ def test_samples_are_data_and_nothing_else() -> None:
         normalized("SAMPLE://reviews", samples=True)
 
 
-def test_a_local_path_is_nothing_of_s3_and_the_reverse() -> None:
+def test_local_and_s3_functions_refuse_each_others_addresses() -> None:
     with pytest.raises(AddressError, match="must be a local path"):
         local_path("s3://bucket/x")
     with pytest.raises(AddressError, match="s3://bucket/key, got 'bucket/x'"):
@@ -125,7 +125,7 @@ WRONG = ["gs://bucket/x", "s3a://bucket/x", "S3://bucket/x", "file:///x", "", "s
 
 
 @pytest.mark.parametrize("address", WRONG)
-def test_every_way_in_refuses_it(
+def test_every_entry_point_refuses_invalid_addresses(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is read or written: no folder of a strange name appears."""
@@ -203,14 +203,16 @@ def test_every_way_in_refuses_it(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_command_lines_say_why(main, words, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_command_lines_explain_invalid_addresses(main, words, capsys) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SystemExit):
         main(words)
     message = capsys.readouterr().err
     assert re.search(r"gs://b/x: gs:// is not supported; remedy: copy it", message)
 
 
-def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_expands_to_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     model = GPTJForCausalLM(TINY)
@@ -231,7 +233,7 @@ def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_job_refuses_it_before_it_needs_ray(tmp_path: Path) -> None:
+def test_the_job_refuses_invalid_addresses_before_starting_ray(tmp_path: Path) -> None:
     """What used to train, and to lose the model with Ray's session folder."""
     words = [sys.executable, str(ROOT / "jobs/finetune.py"), "storage=gs://bucket/x"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -106,9 +106,7 @@ def test_published_templates_render_as_in_transformers(
     assert refused < 12
 
 
-def test_the_assistants_tokens_are_those_of_transformers(
-    tokenizer: GPTJTokenizer, theirs: Any
-) -> None:
+def test_assistant_masks_equal_transformers(tokenizer: GPTJTokenizer, theirs: Any) -> None:
     """Their mask, without bytes of a last character that its tokens share."""
     chat = [USER, {"role": "assistant", "content": "In 東京, at nine."}, USER]
     chat.append({"role": "assistant", "content": "No 😀 yes"})
@@ -161,7 +159,7 @@ def test_turns_are_found_without_generation_blocks(tokenizer: GPTJTokenizer) -> 
     assert written(tokenizer, marked, [*chat[2:3], chat[-1]]) == expected
 
 
-def test_turns_that_cannot_be_told_are_refused(tokenizer: GPTJTokenizer) -> None:
+def test_ambiguous_turns_are_refused(tokenizer: GPTJTokenizer) -> None:
     last = "{{ messages[-1].content }}"
     template = ChatTemplate(f"{last}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}")
     with pytest.raises(ChatTemplateError, match=r"message 1 of the chat .*endgeneration"):
@@ -187,7 +185,7 @@ READY_TEXTS = {
 
 
 @pytest.mark.parametrize("name", READY)
-def test_ready_templates_are_the_models_forms(tokenizer: GPTJTokenizer, name: str) -> None:
+def test_builtin_templates_match_the_models_formats(tokenizer: GPTJTokenizer, name: str) -> None:
     template = template_of(tokenizer, read_template(name))
     assert template is not None and template.marks_turns and not template.wants_parts
     chat = [
@@ -206,13 +204,13 @@ def test_ready_templates_are_the_models_forms(tokenizer: GPTJTokenizer, name: st
         template.render([*chat, chat[0]])
 
 
-def test_a_template_says_where_replies_end() -> None:
+def test_a_template_sets_the_stop_strings() -> None:
     assert ChatTemplate("{% set stop = ['a', 'b'] %}").stop == ("a", "b")
     for source in ("", "{% set stop = other %}", "{% set stop = [''] %}", "{{ stop }}"):
         assert ChatTemplate(source).stop == ()
 
 
-def test_templates_that_take_parts_alone_are_told() -> None:
+def test_templates_that_only_take_content_parts_are_detected() -> None:
     wanting = {name for name, source in PUBLISHED.items() if ChatTemplate(source).wants_parts}
     assert wanting == {"idefics3"}
 
@@ -234,12 +232,12 @@ def test_templates_that_take_parts_alone_are_told() -> None:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_what_a_template_must_not_do_is_an_error(source: str) -> None:
+def test_forbidden_template_operations_are_errors(source: str) -> None:
     with pytest.raises(ChatTemplateError, match=r"rejects the messages: ."):
         ChatTemplate(source).render([USER])
 
 
-def test_a_template_that_is_no_jinja_is_refused_with_its_line() -> None:
+def test_an_invalid_jinja_template_is_refused_with_its_line() -> None:
     with pytest.raises(ChatTemplateError, match=r"not valid Jinja.*line 2"):
         ChatTemplate("\n{% for %}")
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
@@ -325,7 +323,7 @@ def test_import_export_merging_and_training_keep_the_template(
     assert json.loads(trained.files()["tokenizer_config.json"])["chat_template"] == PLAIN
 
 
-def test_a_setting_that_is_no_template_is_refused(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+def test_an_invalid_template_setting_is_refused(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     settings = json.loads(config.read_text())

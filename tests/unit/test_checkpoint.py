@@ -107,7 +107,9 @@ def test_shards_round_trip(place: str, tmp_path: Path, s3: LocalS3) -> None:
     assert all(torch.equal(back.state_dict()[name], t) for name, t in state.items())
 
 
-def test_dtype_and_device_are_those_asked_for(device: torch.device, tmp_path: Path) -> None:
+def test_weights_load_in_the_requested_dtype_on_the_requested_device(
+    device: torch.device, tmp_path: Path
+) -> None:
     make().save_pretrained(str(tmp_path / "m"))
     for arguments in ({"dtype": torch.float16}, {"torch_dtype": "float16"}):
         model = GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), device=device, **arguments)
@@ -163,7 +165,7 @@ def test_writing_to_local_weights_stays_private(tmp_path: Path) -> None:
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
 
 
-def test_the_memory_of_mapped_weights_goes_with_each_of_them(tmp_path: Path) -> None:
+def test_each_mapped_weight_frees_its_own_memory(tmp_path: Path) -> None:
     """So that who copies or packs them one by one never has two of all."""
     make().save_pretrained(str(tmp_path / "m"))
 
@@ -291,7 +293,7 @@ def test_damage_is_refused_by_name(kind: str, place: str, tmp_path: Path, s3: Lo
             verify(address)
 
 
-def test_a_folder_cut_short_is_no_checkpoint(tmp_path: Path, s3: LocalS3) -> None:
+def test_an_unfinished_folder_is_not_a_checkpoint(tmp_path: Path, s3: LocalS3) -> None:
     state = make().state_dict()
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in state.items()]
 
@@ -319,7 +321,7 @@ def test_a_finished_folder_is_never_changed(tmp_path: Path, s3: LocalS3) -> None
         assert GPTJForCausalLM.from_pretrained(address).config.n_layer == 2
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_mismatched_weights_are_named(tmp_path: Path) -> None:
     make().save_pretrained(str(tmp_path / "m"))
     with pytest.raises(CheckpointError, match=r"mlp\.fc_in\.weight.*\(128, 32\).*\(99, 32\)"):
         GPTJForCausalLM.from_pretrained(str(tmp_path / "m"), n_inner=99)
@@ -338,7 +340,7 @@ def test_another_models_folder_is_refused_by_its_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_verify_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make().save_pretrained(str(tmp_path / "m"))
     main(["verify", str(tmp_path / "m")])
     assert "good: 2 files" in capsys.readouterr().out
@@ -357,7 +359,7 @@ def said_by_verify(address: str) -> str:
 
 
 @pytest.mark.parametrize("place", ["folder", "s3"])
-def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3: LocalS3) -> None:
+def test_verify_reports_every_damaged_file(place: str, tmp_path: Path, s3: LocalS3) -> None:
     folder = tmp_path / "m"
     with FolderWriter(str(folder)) as writer:
         for name in ("altered", "longer", "shorter", "missing", "good", "lied-size", "lied-hash"):
@@ -388,7 +390,7 @@ def test_verify_says_of_every_file_what_is_wrong(place: str, tmp_path: Path, s3:
     assert "the manifest says " + "0" * 64 in reasons["lied-hash"]
 
 
-def test_verify_says_what_is_wrong_with_an_address(
+def test_verify_reports_invalid_addresses(
     tmp_path: Path, s3: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "and no other files" in said_by_verify(str(tmp_path / "not there"))
@@ -409,7 +411,7 @@ def test_verify_says_what_is_wrong_with_an_address(
 
 
 @pytest.mark.parametrize("place", ["folder", "s3"])
-def test_hashes_are_compared_unless_told_otherwise(place: str, tmp_path: Path, s3: LocalS3) -> None:
+def test_hashes_are_verified_by_default(place: str, tmp_path: Path, s3: LocalS3) -> None:
     make().save_pretrained(str(tmp_path / "m"))
     damage("altered", tmp_path / "m")
     address = str(tmp_path / "m")
@@ -534,7 +536,7 @@ def test_a_writer_that_stalled_never_alters_a_finished_folder(file: str, tmp_pat
     verify(address)
 
 
-def test_a_writer_that_is_fenced_off_writes_nothing_more(tmp_path: Path) -> None:
+def test_a_fenced_writer_writes_nothing_more(tmp_path: Path) -> None:
     allowed = [True, True]
 
     def fence() -> None:

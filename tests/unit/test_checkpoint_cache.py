@@ -67,7 +67,7 @@ def bytes_in(cache: CheckpointCache) -> int:
     return sum(p.stat().st_size for p in paths if p.suffix != ".lock" and p.name != MANIFEST)
 
 
-def test_what_was_fetched_once_is_not_fetched_again(cache: CheckpointCache, bucket: str) -> None:
+def test_a_cached_checkpoint_is_not_downloaded_again(cache: CheckpointCache, bucket: str) -> None:
     manifest = write(f"{bucket}/a")
     use(cache, f"{bucket}/a")
     for name in manifest.files:
@@ -77,7 +77,7 @@ def test_what_was_fetched_once_is_not_fetched_again(cache: CheckpointCache, buck
     assert Path(lease.folder, "deep", "b.bin").stat().st_size == SIZE // 2
 
 
-def test_a_checkpoint_that_is_replaced_is_fetched_anew(cache: CheckpointCache, bucket: str) -> None:
+def test_a_replaced_checkpoint_is_downloaded_again(cache: CheckpointCache, bucket: str) -> None:
     write(f"{bucket}/a")
     first = use(cache, f"{bucket}/a")
     storage.delete_folder(f"{bucket}/a")
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_replaced_is_fetched_anew(cache: CheckpointCache, b
 
 
 @pytest.mark.parametrize("change", ["altered", "cut off", "missing"])
-def test_a_damaged_copy_is_detected_and_fetched_again(
+def test_a_damaged_copy_is_detected_and_downloaded_again(
     change: str, cache: CheckpointCache, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(f"{bucket}/a")
@@ -104,7 +104,9 @@ def test_a_damaged_copy_is_detected_and_fetched_again(
     assert "fetching" in caplog.text
 
 
-def test_the_one_unused_for_longest_goes_first(cache: CheckpointCache, bucket: str) -> None:
+def test_the_least_recently_used_checkpoint_is_evicted_first(
+    cache: CheckpointCache, bucket: str
+) -> None:
     for name in "abc":
         write(f"{bucket}/{name}")
     a, b = use(cache, f"{bucket}/a"), use(cache, f"{bucket}/b")
@@ -114,7 +116,7 @@ def test_the_one_unused_for_longest_goes_first(cache: CheckpointCache, bucket: s
     assert bytes_in(cache) == 2 * SIZE
 
 
-def test_what_is_in_use_is_never_evicted(
+def test_a_checkpoint_in_use_is_never_evicted(
     cache: CheckpointCache, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     leases = [cache.lease(f"{bucket}/{name}", write(f"{bucket}/{name}")) for name in "ab"]
@@ -141,7 +143,7 @@ def test_a_damaged_copy_in_use_is_left_to_its_users(cache: CheckpointCache, buck
     use(cache, f"{bucket}/a")
 
 
-def test_one_larger_than_the_cache_is_not_kept(
+def test_a_checkpoint_larger_than_the_cache_is_not_cached(
     cache: CheckpointCache, bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert cache.lease(f"{bucket}/a", write(f"{bucket}/a", 3 * SIZE)) is None
@@ -149,7 +151,7 @@ def test_one_larger_than_the_cache_is_not_kept(
     assert not cache.folder.exists()
 
 
-def test_a_checkpoint_that_s3_has_altered_leaves_nothing(
+def test_an_altered_checkpoint_leaves_nothing_in_the_cache(
     cache: CheckpointCache, bucket: str
 ) -> None:
     manifest = write(f"{bucket}/a")
@@ -201,7 +203,9 @@ def begin(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_start_together_fetch_it_once(cache: CheckpointCache, bucket: str) -> None:
+def test_concurrent_processes_download_a_checkpoint_once(
+    cache: CheckpointCache, bucket: str
+) -> None:
     write(f"{bucket}/a")
     processes = [start(cache, f"{bucket}/a", "at once") for _ in range(3)]
     for each in processes:
@@ -214,7 +218,7 @@ def test_processes_that_start_together_fetch_it_once(cache: CheckpointCache, buc
 
 
 @pytest.mark.slow
-def test_a_process_killed_while_it_fetches_does_no_harm(
+def test_a_process_killed_while_downloading_does_no_harm(
     cache: CheckpointCache, bucket: str
 ) -> None:
     write(f"{bucket}/a")
@@ -264,7 +268,7 @@ def test_models_come_from_the_cache(
     assert caplog.text == ""
 
 
-def test_it_is_off_unless_folder_and_size_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_off_unless_folder_and_size_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (FOLDER_VARIABLE, SIZE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     assert CheckpointCache.from_environment() is None

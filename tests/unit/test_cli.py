@@ -58,7 +58,7 @@ def run(*words: str, **options: Any) -> Any:
     return CliRunner().invoke(app, list(words), **options)
 
 
-def test_every_command_explains_itself() -> None:
+def test_every_command_has_help() -> None:
     commands = re.findall(r"^  (\w+)  ", run("--help").stdout, re.MULTILINE)
     known = "up down train curves evaluate predict serve status verify models".split()
     assert {*known} == {*commands}
@@ -73,7 +73,7 @@ def test_every_command_explains_itself() -> None:
 @pytest.mark.parametrize(
     "name", ["finetune", "prepare_data", "evaluate", "import_weights", "export_weights", "quantize"]
 )
-def test_every_job_explains_itself(name: str) -> None:
+def test_every_job_has_help(name: str) -> None:
     program = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.py"
     result = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and f"jobs/{name}.py" in result.stdout.replace("\n", " ")
@@ -90,14 +90,14 @@ def test_every_job_explains_itself(name: str) -> None:
         ("review,stars", ["data.columns.text=review"], "causal-lm"),
     ],
 )
-def test_the_task_follows_from_the_columns(
+def test_the_columns_determine_the_task(
     tmp_path: Path, header: str, words: list[str], task: str
 ) -> None:
     row = re.sub(r"\w+", "x", header)
     assert task_of(written(tmp_path / "rows.csv", header, row), words) == task
 
 
-def test_columns_that_fit_no_task_are_listed(tmp_path: Path) -> None:
+def test_columns_that_match_no_task_are_listed(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.csv", "review,stars", "good,5")
     with pytest.raises(DataError, match=r"'review', 'stars'.*data.columns.text=NAME") as raised:
         task_of(file, [])
@@ -190,7 +190,7 @@ def test_a_run_is_named_after_its_data(address: str, run_name: str) -> None:
     assert run_of(address) == run_name
 
 
-def test_a_job_gets_whole_paths_and_what_the_user_said(
+def test_a_job_gets_absolute_paths_and_the_users_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job's program starts in another folder; a name with # is no comment of YAML."""
@@ -230,7 +230,7 @@ def test_without_a_cluster_the_remedy_is_named(
         main(["train", "--folder", str(tmp_path)])
 
 
-def test_the_three_heads_are_predicted_row_by_row(
+def test_predictions_of_each_head_row_by_row(
     addresses: dict[str, str], models: Models, tmp_path: Path
 ) -> None:
     with (tmp_path / "rows.csv").open("w", newline="") as file:
@@ -263,9 +263,7 @@ def test_the_three_heads_are_predicted_row_by_row(
     assert all(each["finish_reason"] in ("length", "stop") for each in continued)
 
 
-def test_a_row_that_cannot_be_answered_does_not_take_the_others_with_it(
-    addresses: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_bad_row_does_not_affect_the_others(addresses: dict[str, str], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b" * 5000, "c")))
     output = tmp_path / "out.jsonl"
@@ -299,7 +297,7 @@ def test_embeddings_are_served_beside_others_or_alone(
         services([alone], [], language_model)
 
 
-def test_a_configuration_follows_from_the_checkpoints(addresses: dict[str, str]) -> None:
+def test_the_checkpoints_determine_the_configuration(addresses: dict[str, str]) -> None:
     config = configuration(services([*addresses.values()], []), Options(port=8123, on_gpu=True))
     assert config["http_options"]["port"] == 8123
     routes = {each["route_prefix"]: each for each in config["applications"]}
@@ -338,7 +336,7 @@ def test_a_chat_template_is_served_with_the_language_models(
         configuration(services([addresses["classification"]], []), Options(chat_template="dolly"))
 
 
-def test_the_readmes_shortest_configuration_is_one_of_serves(addresses: dict[str, str]) -> None:
+def test_the_readmes_shortest_configuration_is_valid(addresses: dict[str, str]) -> None:
     """And what `serve run` takes of it is what `gptj serve` would write."""
     (block,) = readme.blocks("A model of your own", "yaml", "deployments/README.md")
     config = ServeDeploySchema.model_validate(yaml.safe_load(block))
@@ -350,7 +348,7 @@ def test_the_readmes_shortest_configuration_is_one_of_serves(addresses: dict[str
     assert short["deployments"][0]["name"] == ours["deployments"][0]["name"]
 
 
-def test_what_cannot_be_served_is_said_before_anything_is_deployed(
+def test_checkpoints_that_cannot_be_served_are_refused_before_deploying(
     addresses: dict[str, str], s3: LocalS3
 ) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*s3://gptj/none/model.*$"):
@@ -361,7 +359,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_deployed(
         services([addresses["classification"]] * 2, [])
 
 
-def test_of_a_traceback_the_last_error_is_shown() -> None:
+def test_the_last_error_of_a_traceback_is_shown() -> None:
     text = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n'
     assert error_of(f"{text}ValueError: the checkpoint\nis bad") == "the checkpoint\nis bad"
     assert error_of(f"{text}ray.exceptions.RayError: x: y") == "x: y"
@@ -390,7 +388,7 @@ def test_model_folders_are_listed_shown_copied_verified_and_removed(
     assert not storage.list_files(copy)
 
 
-def test_a_damaged_folder_is_neither_copied_nor_good(
+def test_a_damaged_folder_is_neither_copied_nor_verified(
     addresses: dict[str, str], tmp_path: Path
 ) -> None:
     source, copy = tmp_path / "model", tmp_path / "copy"
@@ -405,7 +403,7 @@ def test_a_damaged_folder_is_neither_copied_nor_good(
     assert not (copy / "manifest.json").exists()
 
 
-def test_down_ends_what_up_has_started_and_nothing_else(tmp_path: Path) -> None:
+def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
     """Also where the supervisor was killed, and where its number belongs to another process."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
     part, stranger = subprocess.Popen(sleeper), subprocess.Popen(sleeper)

@@ -34,7 +34,7 @@ def test_aliases_read_and_write_their_fields() -> None:
     assert config.n_positions == 99 == config.max_position_embeddings
 
 
-def test_labels_follow_from_whichever_is_given() -> None:
+def test_label_fields_are_derived_from_each_other() -> None:
     assert GPTJConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     named = GPTJConfig(id2label={"0": "no", "1": "yes"})
     assert (named.num_labels, named.label2id) == (2, {"no": 0, "yes": 1})

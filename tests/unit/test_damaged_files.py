@@ -139,7 +139,7 @@ def test_a_huge_small_file_is_not_read(name: str, tmp_path: Path) -> None:
         ("self", 1),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(
+def test_an_impossible_configuration_is_refused(
     field: str, value: object, folder: Path, tmp_path: Path
 ) -> None:
     for path in folder.iterdir():

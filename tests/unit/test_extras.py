@@ -74,7 +74,7 @@ def without(packages: tuple[str, ...], script: str) -> Any:
 
 
 @pytest.mark.slow
-def test_every_module_imports_without_extras_or_is_the_part_that_needs_one() -> None:
+def test_modules_import_without_the_extras_they_do_not_need() -> None:
     script = f"""
 import importlib, json, pkgutil
 import gptj
@@ -151,7 +151,7 @@ REMEDIES = {
 }
 
 
-def test_each_extra_brings_what_its_error_promises() -> None:
+def test_each_extra_installs_what_its_error_promises() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     # These come with ray[serve], and with mlflow-skinny.
@@ -166,7 +166,7 @@ def test_each_extra_brings_what_its_error_promises() -> None:
 
 
 @pytest.mark.slow
-def test_who_uses_a_missing_extra_is_told_what_to_install(tmp_path: Path) -> None:
+def test_a_missing_extra_is_an_error_that_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na\n")
     (tmp_path / "rows.parquet").write_bytes(b"")
     script = f"""
@@ -202,7 +202,7 @@ print(json.dumps(messages))
 
 
 @pytest.mark.slow
-def test_ray_is_missed_where_a_job_or_deployment_is_imported() -> None:
+def test_importing_a_job_or_deployment_without_ray_is_an_error() -> None:
     script = """
 import importlib, json
 messages = []
@@ -226,7 +226,7 @@ print(json.dumps(messages))
 
 
 @pytest.mark.slow
-def test_deepspeed_is_missed_where_the_training_loop_is_imported() -> None:
+def test_importing_the_training_loop_without_deepspeed_is_an_error() -> None:
     script = """
 import json
 try:

@@ -47,14 +47,14 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_no_more_processes_than_stated_are_in_at_once(tmp_path: Path) -> None:
+def test_at_most_the_given_number_of_processes_hold_a_slot(tmp_path: Path) -> None:
     processes = [start(COUNT, tmp_path, 2, name) for name in range(5)]
     counts = [int(n) for each in processes for n in each.communicate(timeout=60)[0].split()]
     assert len(counts) == 15
     assert max(counts) <= 2
 
 
-def test_a_killed_process_leaves_its_place_at_once(tmp_path: Path) -> None:
+def test_a_killed_process_frees_its_slot_at_once(tmp_path: Path) -> None:
     holder = start(HOLD, tmp_path, 1)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "in\n"
@@ -68,7 +68,7 @@ def test_a_killed_process_leaves_its_place_at_once(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_is_shared_or_had_alone(tmp_path: Path) -> None:
+def test_a_lock_is_shared_or_exclusive(tmp_path: Path) -> None:
     with FileLock(tmp_path / "a") as one, FileLock(tmp_path / "a") as other:
         one.share()
         other.share()
@@ -79,14 +79,14 @@ def test_a_lock_is_shared_or_had_alone(tmp_path: Path) -> None:
         assert one.try_take()
 
 
-def test_a_place_is_left_after_an_error(tmp_path: Path) -> None:
+def test_a_slot_is_freed_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), turn(tmp_path, 1):
         raise KeyError("loading failed")
     with FileLock(tmp_path / "place-0") as place:
         assert place.try_take()
 
 
-def test_a_budget_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_zero_slots_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at_once must be 1 or more, got 0"), turn(tmp_path, 0):
         pass
     with pytest.raises(ValidationError, match="loads_at_once"):

@@ -254,7 +254,7 @@ def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
     assert torch.equal(drawn, greedy)
 
 
-def test_a_row_that_ended_is_padded_while_others_go_on() -> None:
+def test_a_finished_row_is_padded_while_others_continue() -> None:
     """And holds no token after its eos."""
     ours, _ = models(0)
     tokens, mask = prompts(0)
@@ -357,7 +357,9 @@ def test_half_precision_generates(dtype: torch.dtype, device: torch.device) -> N
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_said(arguments: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments_are_refused_with_the_reason(
+    arguments: dict[str, Any], message: str
+) -> None:
     ours, _ = models()
     with pytest.raises(ValueError, match=message):
         ours.generate(prompts()[0], **arguments)
@@ -376,7 +378,7 @@ def test_an_empty_prompt_is_refused() -> None:
         models()[0].generate(torch.zeros(1, 0, dtype=torch.long))
 
 
-def test_the_probability_of_a_token_is_unchanged_by_others_in_the_batch() -> None:
+def test_a_tokens_probability_does_not_depend_on_the_batch() -> None:
     """A row's seeded draw is its own, whatever temperature its neighbours have."""
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(seed=5)

@@ -78,7 +78,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
 
 
 @pytest.mark.slow
-def test_every_part_ends_well_and_finds_nothing_wrong(
+def test_every_part_of_the_gpu_check_passes(
     rehearsed: tuple[Path, subprocess.CompletedProcess],
 ) -> None:
     out, result = rehearsed
@@ -91,7 +91,7 @@ def test_every_part_ends_well_and_finds_nothing_wrong(
 
 
 @pytest.mark.slow
-def test_each_figure_has_the_settings_that_it_was_measured_with(
+def test_each_figure_records_its_settings(
     rehearsed: tuple[Path, subprocess.CompletedProcess],
 ) -> None:
     rows = read(rehearsed[0])
@@ -123,7 +123,7 @@ def test_each_figure_has_the_settings_that_it_was_measured_with(
 
 
 @pytest.mark.slow
-def test_what_comes_back_fits_and_the_report_names_card_and_goals(
+def test_results_stay_small_and_the_report_names_card_and_goals(
     rehearsed: tuple[Path, subprocess.CompletedProcess],
 ) -> None:
     out, result = rehearsed
@@ -140,7 +140,7 @@ def test_what_comes_back_fits_and_the_report_names_card_and_goals(
 
 
 @pytest.mark.slow
-def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_ones_run(
+def test_a_part_that_crashes_or_hangs_is_recorded_and_the_next_ones_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = {
@@ -178,7 +178,7 @@ def test_a_part_that_crashes_or_hangs_is_a_line_and_the_next_ones_run(
 
 
 @pytest.mark.slow
-def test_a_wheel_that_does_not_fit_leaves_the_others_installed(tmp_path: Path) -> None:
+def test_an_incompatible_wheel_does_not_keep_the_others_from_installing(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
     folder.mkdir()
     (folder / "broken-1.0-py3-none-any.whl").write_bytes(b"no wheel")
@@ -191,7 +191,7 @@ def test_a_wheel_that_does_not_fit_leaves_the_others_installed(tmp_path: Path) -
     assert (tmp_path / "site" / "whole.py").read_text() == "here = True\n"
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     results = Results(tmp_path, "speed")
     results.add(
         "decode", batch=1, tokens_per_s=123.456789, engine="gptj", max_num_batched_tokens=512
@@ -210,12 +210,12 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     )
 
 
-def test_every_wheel_has_a_version_in_the_constraints() -> None:
+def test_every_wheel_is_pinned_by_the_constraints() -> None:
     for package in (*wheels.PACKAGES, *wheels.BUILT):
         assert wheels.pinned(package).count("==") == 1
 
 
-def test_what_is_asked_of_a_gpu_is_there_to_be_asked() -> None:
+def test_names_used_only_on_a_gpu_exist() -> None:
     """The lines that no rehearsal reaches, against the names that PyTorch has."""
     cuda = mock.create_autospec(torch.cuda)
     cuda.mem_get_info.return_value = (60 * 10**9, 80 * 10**9)
@@ -235,7 +235,7 @@ def test_what_is_asked_of_a_gpu_is_there_to_be_asked() -> None:
     assert len(calls) == 3
 
 
-def test_an_error_of_a_measurement_is_a_line_and_ends_nothing(
+def test_a_measurements_error_is_recorded_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")

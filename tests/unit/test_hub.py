@@ -259,7 +259,9 @@ def client(tmp_path: Path) -> Client:
 
 
 @pytest.mark.slow
-def test_a_revision_picks_its_content_and_the_patterns_its_files(hub: Hub, client: Client) -> None:
+def test_a_revision_selects_the_content_and_patterns_select_the_files(
+    hub: Hub, client: Client
+) -> None:
     program = f"""
 import os
 from gptj.checkpoints.hub import locate
@@ -354,7 +356,7 @@ def test_a_push_to_a_hub_that_does_not_answer_names_it(
 
 
 @pytest.mark.slow
-def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
+def test_a_missing_repository_or_file_is_a_clear_error(hub: Hub, client: Client) -> None:
     absent, branch, commit, gated = client.errors(
         hub.endpoint,
         ("someone/nothing", None),
@@ -372,7 +374,7 @@ def test_what_the_hub_does_not_have_is_an_error_that_says_so(hub: Hub, client: C
 
 
 @pytest.mark.slow
-def test_a_hub_without_an_answer_is_an_error_that_says_so(hub: Hub, client: Client) -> None:
+def test_an_unreachable_hub_is_a_clear_error(hub: Hub, client: Client) -> None:
     hub.broken = True
     (message,) = client.errors(hub.endpoint, (REPOSITORY, None))
     assert "could not be downloaded" in message
@@ -394,7 +396,7 @@ def test_folders_and_s3_addresses_pass_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["/no/such/folder", "./model", "a/b/c", "some one/model"])
-def test_what_can_be_no_hub_id_is_refused_without_asking(address: str) -> None:
+def test_an_invalid_hub_id_is_refused_without_a_request(address: str) -> None:
     with pytest.raises(
         FileNotFoundError, match="not an existing folder, an s3:// address or a hub"
     ):
@@ -402,6 +404,6 @@ def test_what_can_be_no_hub_id_is_refused_without_asking(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["a--b", "model.git", "x" * 97])
-def test_a_name_that_the_hub_forbids_is_no_folder_either(address: str) -> None:
+def test_a_missing_folder_whose_name_the_hub_forbids_is_a_clear_error(address: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"{address}.* could not be downloaded"):
         locate(address, revision=None, patterns=[])

@@ -103,7 +103,7 @@ def arrows(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
     return {name: imports(tree, set(MODULES)) for name, tree in trees.items()}
 
 
-def test_every_part_has_its_place(arrows: dict[str, set[str]]) -> None:
+def test_every_part_has_a_layer(arrows: dict[str, set[str]]) -> None:
     assert {part_of(module) for module in MODULES} == set(HEIGHT)
 
 
@@ -155,7 +155,7 @@ def test_the_library_needs_no_ray_and_no_transformers(trees: dict[str, ast.AST])
     assert found == []
 
 
-def test_imports_are_found_wherever_they_stand() -> None:
+def test_nested_imports_are_found() -> None:
     source = (
         "from gptj import storage\n"
         "from gptj.model import GPTJModel\n"

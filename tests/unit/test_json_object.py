@@ -28,7 +28,7 @@ def strict(text: str | bytes) -> Any:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float64("nan")])
-def test_a_number_that_is_not_finite_becomes_null(number: float) -> None:
+def test_nonfinite_numbers_become_null(number: float) -> None:
     value = {"a": number, "b": [1.5, (number, "NaN")], "c": {"d": {"e": number}}}
     expected = {"a": None, "b": [1.5, [None, "NaN"]], "c": {"d": {"e": None}}}
     assert strict(to_json(value)) == expected
@@ -36,7 +36,7 @@ def test_a_number_that_is_not_finite_becomes_null(number: float) -> None:
     assert strict(json_response(200, value, {}).body) == expected
 
 
-def test_what_a_run_writes_is_json_after_any_measurement(tmp_path: Path) -> None:
+def test_a_runs_files_are_valid_json_after_any_measurement(tmp_path: Path) -> None:
     """A step that overflowed in fp16 has an infinite norm; a bad model's perplexity is infinite."""
     progress = Progress()
     log = ProgressLog(progress, tmp_path / "scratch", 2, 1, lambda point: None)

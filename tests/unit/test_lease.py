@@ -57,7 +57,7 @@ def hold(folder: str, held: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("same_machine", [True, False])
-def test_a_killed_holder_loses_it(
+def test_a_killed_holder_loses_the_lease(
     same_machine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the same machine at once, even with a term of hours; else after a term."""
@@ -75,7 +75,7 @@ def test_a_killed_holder_loses_it(
         second.claim.check()
 
 
-def test_a_stalled_holder_that_wakes_up_finds_it_lost(
+def test_a_stalled_holder_finds_the_lease_lost(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere(monkeypatch)
@@ -119,7 +119,7 @@ def test_an_outage_of_the_storage_is_not_its_holders_silence(
             Lease(folder, term=TERM)
 
 
-def test_of_many_that_take_over_one_wins(folder: str) -> None:
+def test_one_of_many_successors_wins(folder: str) -> None:
     Lease(folder, term=TERM).release()
     won: list[Lease] = []
     refused: list[LeaseHeldError] = []

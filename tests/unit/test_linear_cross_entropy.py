@@ -46,7 +46,7 @@ def gradients(loss: Callable[..., Tensor], given: list[Tensor], **options: Any) 
 
 
 @pytest.mark.parametrize("chunk_rows", [16, None])
-def test_the_loss_and_its_gradients_are_those_of_the_logits(chunk_rows: int | None) -> None:
+def test_loss_and_gradients_equal_those_of_the_logits(chunk_rows: int | None) -> None:
     """Of the real vocabulary, in fp32 to 1e-6, whatever the size of the chunks."""
     given = inputs()
     expected = gradients(plain, given)
@@ -56,7 +56,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_logits(chunk_rows: int | No
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_only_gradients_that_are_asked_for_are_made() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     """A frozen head has none, a head without a bias works, and nor does an evaluation."""
     x, weight, bias, labels = inputs()
     weight.requires_grad_(False)
@@ -73,7 +73,7 @@ def test_only_gradients_that_are_asked_for_are_made() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_loses_no_more_than_the_logits_do(dtype: torch.dtype) -> None:
+def test_half_precision_is_as_accurate_as_with_logits(dtype: torch.dtype) -> None:
     """The loss is fp32, and the weight's gradient, of many chunks, is added up in fp32."""
     wide = inputs(rows=200, vocabulary=1000)
     given = [each.detach().to(dtype).requires_grad_() for each in wide[:3]] + wide[3:]
@@ -99,7 +99,7 @@ def test_a_loss_scale_beyond_fp16_reaches_the_gradients() -> None:
     torch.testing.assert_close(given[0].grad.float(), exact[0].grad, rtol=2e-2, atol=0.1)
 
 
-def test_the_gradients_are_good_for_one_backward_pass() -> None:
+def test_a_second_backward_pass_is_refused() -> None:
     loss = linear_cross_entropy(*inputs(vocabulary=100))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="supports one backward pass"):
@@ -124,7 +124,7 @@ def test_a_batch_without_a_label_has_no_loss_and_no_gradient() -> None:
         (None, True, True, False),
     ],
 )
-def test_a_model_learns_the_same_without_its_logits(
+def test_a_model_learns_the_same_without_logits(
     items: int | None, adapter: bool, recompute: bool, tied: bool
 ) -> None:
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_a_model_learns_the_same_without_its_logits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequences_logits_are_never_there(dtype: torch.dtype) -> None:
+def test_a_sequences_logits_are_never_materialized(dtype: torch.dtype) -> None:
     """2048 positions of the 6B model's head: gradients and a chunk, and not 400 MB of logits."""
     rows, width = 2048, 1024
     with torch.device("meta"):
@@ -173,14 +173,14 @@ def test_a_sequences_logits_are_never_there(dtype: torch.dtype) -> None:
         del loss
 
 
-def test_without_labels_there_is_nothing_to_return() -> None:
+def test_skipping_logits_without_labels_is_refused() -> None:
     model = GPTJForCausalLM(GPTJConfig(**CONFIG))
     with pytest.raises(ValueError, match="skip_logits"):
         model(torch.zeros(1, 2, dtype=torch.long), skip_logits=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_three_chunks_show_on_meta_what_all_of_them_take(dtype: torch.dtype) -> None:
+def test_on_meta_three_chunks_show_the_memory_of_all(dtype: torch.dtype) -> None:
     peaks = []
     for device in ("cpu", "meta"):
         x_ND = torch.zeros(40, 8, dtype=dtype, device=device, requires_grad=True)

@@ -85,7 +85,7 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(
     assert lines[-1].startswith("| s3, cached | warm |")
 
 
-def test_ratios_are_medians_beside_the_plain_read() -> None:
+def test_ratios_are_medians_relative_to_the_plain_read() -> None:
     state = {"from": "disk", "cache": "cold"}
     rows = [{**state, "reader": "plain", "seconds": s} for s in (1.0, 2.0, 9.0)]
     rows += [{**state, "reader": "gptj", "seconds": 3.0, "first_token_seconds": 2.0}] * 3
@@ -96,7 +96,7 @@ def test_ratios_are_medians_beside_the_plain_read() -> None:
     assert ours["with_token_times_plain"] == 2.5
 
 
-def test_the_cache_is_measured_beside_s3_itself_until_the_first_token() -> None:
+def test_the_cache_is_compared_with_s3_until_the_first_token() -> None:
     ours = {"reader": "gptj", "first_token_seconds": 1.0}
     rows = [
         {"from": "s3", "cache": "cold", "seconds": 7.0, **ours},

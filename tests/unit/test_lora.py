@@ -150,7 +150,7 @@ def test_peft_loads_ours_and_computes_the_same(
 
 
 @CLASSES
-def test_ours_loads_pefts_with_trained_values(
+def test_we_load_a_trained_adapter_of_peft(
     cls: type[GPTJPreTrainedModel], base: Path, tmp_path: Path
 ) -> None:
     """After two of PEFT's own training steps, heads included."""
@@ -180,7 +180,7 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "adapter_model.safetensors"))
 
 
-def test_a_new_adapter_changes_nothing_and_begins_as_pefts(tmp_path: Path) -> None:
+def test_a_new_adapter_changes_nothing_and_is_initialized_like_pefts(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", n_embd=256)
     model = GPTJForCausalLM.from_pretrained(base)
     before = outputs(model)
@@ -216,7 +216,7 @@ def test_only_the_adapter_and_the_head_are_trained(
     assert all((p.grad is not None) == (name in trained) for name, p in model.named_parameters())
 
 
-def test_dropout_is_of_as_inputs_alone_and_only_in_training(base: Path, tmp_path: Path) -> None:
+def test_dropout_applies_only_to_the_inputs_of_a_in_training(base: Path, tmp_path: Path) -> None:
     model = adapted(GPTJForCausalLM, base, LoRAConfig(4, dropout=0.5))
     assert torch.equal(outputs(model), outputs(model))
     assert not torch.equal(outputs(model.train()), outputs(model))
@@ -306,7 +306,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         GPTJForCausalLM.from_pretrained(adapter)
 
 
-def test_finished_folders_stay_as_they_are(base: Path, tmp_path: Path) -> None:
+def test_finished_folders_are_not_overwritten(base: Path, tmp_path: Path) -> None:
     model = adapted(GPTJForCausalLM, base)
     model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     with pytest.raises(AlreadyExistsError):
@@ -343,7 +343,7 @@ def test_finished_folders_stay_as_they_are(base: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-def test_what_is_not_supported_is_refused_by_name(
+def test_unsupported_features_are_refused_by_name(
     changes: dict[str, Any], named: str, base: Path, tmp_path: Path
 ) -> None:
     adapted(GPTJForCausalLM, base).save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
@@ -382,7 +382,7 @@ def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / wrong[:5])
 
 
-def test_an_adapter_that_is_not_merged_is_neither_saved_as_a_model_nor_run_by_kernels(
+def test_an_unmerged_adapter_is_neither_saved_as_a_model_nor_run_by_kernels(
     base: Path,
     tmp_path: Path,
 ) -> None:
@@ -426,7 +426,7 @@ def test_an_adapter_in_bf16_and_for_other_heads(base: Path, tmp_path: Path) -> N
         ({"modules_to_save": ("wte",)}, "'wte' is not one of"),
     ],
 )
-def test_settings_that_cannot_be(fields: dict[str, Any], named: str) -> None:
+def test_impossible_settings_are_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         LoRAConfig(**fields)
 

@@ -168,7 +168,7 @@ def test_tuples_are_in_transformers_order(return_dict: bool) -> None:
 
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5], [7, 3]])
-def test_the_cache_gives_what_the_whole_sequence_gives(side: str, chunks: list[int]) -> None:
+def test_cached_decoding_equals_the_whole_sequence(side: str, chunks: list[int]) -> None:
     """Token by token, and in chunks, with a mask over past and present."""
     ours, _ = pair("causal-lm")
     ours.eval()
@@ -190,7 +190,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(side: str, chunks: list[i
     torch.testing.assert_close(got[real], whole[real], **TOLERANCE)
 
 
-def test_a_large_input_follows_a_past_as_in_transformers() -> None:
+def test_a_long_input_after_a_past_equals_transformers() -> None:
     """Several tokens after several others, with a mask that hides part of the past."""
     ours, theirs = pair("base")
     ours.eval(), theirs.eval()
@@ -267,7 +267,7 @@ def test_each_problem_type_equals_transformers(
     assert_same(mine, other)
 
 
-def test_pooling_finds_the_padding_by_id_as_transformers_does() -> None:
+def test_pooling_finds_padding_by_id_like_transformers() -> None:
     ours, theirs = pair("classification")
     for side in ("left", "right"):
         ids, _ = padded_batch(side)
@@ -293,7 +293,7 @@ def test_pooling_a_batch_without_mask_and_padding_id_is_refused() -> None:
     assert ours(ids[:1]).logits.shape == (1, 2)
 
 
-def test_the_loss_of_a_part_of_a_batch_is_divided_by_the_items_of_the_whole() -> None:
+def test_a_micro_batchs_loss_is_divided_by_the_whole_batchs_items() -> None:
     ours, theirs = pair("causal-lm")
     ids, mask = padded_batch("right")
     labels = ids.masked_fill(mask == 0, -100)
@@ -314,7 +314,7 @@ def test_the_loss_of_a_part_of_a_batch_is_divided_by_the_items_of_the_whole() ->
 
 
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4])])
-def test_only_the_logits_asked_for_are_computed(keep: int | Tensor) -> None:
+def test_only_requested_logits_are_computed(keep: int | Tensor) -> None:
     ours, theirs = pair("causal-lm")
     ids, _ = padded_batch("right")
     assert_same(ours(ids, logits_to_keep=keep).logits, theirs(ids, logits_to_keep=keep).logits)
@@ -335,7 +335,7 @@ def test_a_mask_of_four_dimensions_is_used_as_it_is(kind: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_gradient_checkpointing_changes_no_number(head: str) -> None:
+def test_gradient_checkpointing_does_not_change_results(head: str) -> None:
     ours, _ = pair(head, num_labels=2 if head == "question-answering" else 3)
     ids, mask = padded_batch("right")
     arguments = {"input_ids": ids, "attention_mask": mask, **labels_for(head, ids, mask)}
@@ -367,7 +367,7 @@ def test_gradient_checkpointing_changes_no_number(head: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head", HEADS)
-def test_half_precision_is_near_full_precision(
+def test_half_precision_is_close_to_full_precision(
     head: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """To the rounding of the type: 8 or 11 bits of mantissa through two layers."""

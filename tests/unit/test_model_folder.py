@@ -100,7 +100,7 @@ def test_the_weights_files_take_two_requests_each(proxy: FaultyS3) -> None:
 
 
 @pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
-def test_what_the_node_keeps_is_all_that_a_replica_reads(
+def test_a_cached_replica_reads_nothing_else_from_s3(
     cls: type[GPTJPreTrainedModel],
     proxy: FaultyS3,
     tmp_path: Path,
@@ -117,7 +117,7 @@ def test_what_the_node_keeps_is_all_that_a_replica_reads(
     assert [each.path.rpartition("/")[2] for each in proxy.requests] == [MANIFEST]
 
 
-def test_a_model_keeps_the_cached_files_that_are_its_memory(
+def test_a_model_keeps_the_cached_files_it_has_mapped(
     s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = write(GPTJForCausalLM, 1)
@@ -157,7 +157,7 @@ def test_damage_is_named_without_a_listing(name: str, change: str, s3: LocalS3) 
 
 
 @pytest.mark.slow
-def test_loading_outside_a_cluster_starts_none(tmp_path: Path) -> None:
+def test_loading_outside_a_cluster_does_not_start_one(tmp_path: Path) -> None:
     """Not even by a question to Ray about GPUs."""
     GPTJForCausalLM(CONFIG).save_pretrained(
         tmp_path / "m", tokenizer=GPTJTokenizer.train(["some text"], 280)

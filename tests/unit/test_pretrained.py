@@ -59,7 +59,7 @@ def test_unknown_arguments_are_refused_by_name(
             GPTJConfig.from_pretrained(folder, **argument)
 
 
-def test_what_hugging_face_takes_and_we_can_do_is_taken(folder: Path) -> None:
+def test_supported_hugging_face_arguments_are_accepted(folder: Path) -> None:
     model = GPTJForSequenceClassification.from_pretrained(
         folder,
         num_labels=2,
@@ -89,7 +89,9 @@ def test_what_hugging_face_takes_and_we_can_do_is_taken(folder: Path) -> None:
         ({"attn_implementation": "flash_attention_2"}, "must be 'sdpa' or left out, got 'flash"),
     ],
 )
-def test_what_we_cannot_do_is_said(argument: dict[str, Any], message: str, folder: Path) -> None:
+def test_unsupported_hugging_face_arguments_are_refused(
+    argument: dict[str, Any], message: str, folder: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         GPTJForSequenceClassification.from_pretrained(folder, **argument)
 
@@ -144,7 +146,7 @@ def test_resizing_is_saved_and_rounds_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["folder", "model"])
 @pytest.mark.parametrize("cls", [GPTJForCausalLM, GPTJForSequenceClassification])
-def test_transformers_pipelines_take_our_folders_and_our_models(
+def test_transformers_pipelines_accept_our_folders_and_models(
     cls: type[Any], given: str, tmp_path: Path
 ) -> None:
     """With the numbers that our own classes have."""

@@ -57,7 +57,7 @@ def expected(weight: torch.Tensor, quantization: Quantization) -> np.ndarray[Any
 
 @KINDS
 @pytest.mark.parametrize("shape", [(48, 40), (3, 5), (64, 64)])
-def test_weights_become_the_nearest_values(
+def test_weights_are_rounded_to_the_nearest_values(
     quantization: Quantization, shape: tuple[int, int], device: torch.device
 ) -> None:
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def pair(
 @KINDS
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("adapter", [EVERYWHERE, SOME], ids=["everywhere", "some"])
-def test_logits_and_gradients_are_those_of_the_dequantized_weights(
+def test_logits_and_gradients_equal_those_of_the_dequantized_weights(
     quantization: Quantization, adapter: LoRAConfig, recompute: bool, device: torch.device
 ) -> None:
     """In fp32 to 1e-5: scales and values are rounded once."""
@@ -133,7 +133,7 @@ def test_dequantized_weights_are_not_kept_for_the_backward_pass(quantization: Qu
 
 
 @KINDS
-def test_weights_take_what_is_said(quantization: Quantization) -> None:
+def test_weights_take_the_documented_memory(quantization: Quantization) -> None:
     """A model on the meta device has the same shapes."""
     linear = nn.Linear(256, 128)
     for layer in (

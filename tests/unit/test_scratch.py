@@ -35,7 +35,7 @@ def hold(parent: Path) -> tuple[subprocess.Popen[str], Path]:
         return process, Path(output.readline().strip())
 
 
-def test_it_is_empty_and_gone_afterwards(tmp_path: Path) -> None:
+def test_a_scratch_folder_is_empty_and_removed_afterwards(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the block's own"), scratch_folder(tmp_path) as folder:
         assert list(folder.iterdir()) == []
         (folder / "inner").mkdir()
@@ -48,7 +48,7 @@ def test_it_is_empty_and_gone_afterwards(tmp_path: Path) -> None:
     assert not folder.parent.exists()
 
 
-def test_what_a_killed_process_left_goes_and_what_a_running_one_has_stays(tmp_path: Path) -> None:
+def test_only_dead_processes_folders_are_removed(tmp_path: Path) -> None:
     running, kept = hold(tmp_path)
     killed, left = hold(tmp_path)
     try:
@@ -65,7 +65,7 @@ def test_what_a_killed_process_left_goes_and_what_a_running_one_has_stays(tmp_pa
         running.wait(timeout=10)
 
 
-def test_many_that_come_and_go_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+def test_concurrent_users_do_not_interfere(tmp_path: Path) -> None:
     def one(number: int) -> bool:
         with scratch_folder(tmp_path) as folder:
             (folder / str(number)).touch()

@@ -111,7 +111,7 @@ def test_outputs_that_decode_together_share_each_step() -> None:
         assert request.end - request.first == pytest.approx(1.0)
 
 
-def test_no_more_run_than_the_engine_has_rows_for_or_the_cache_has_room_for() -> None:
+def test_rows_and_cache_limit_the_running_requests() -> None:
     """The third waits for the end of the first two; so it does where the cache holds two."""
     for rows, cache in ((2, 100_000), (16, 299)):
         machine = replace(MACHINE, cache_tokens=cache)
@@ -124,7 +124,7 @@ def test_no_more_run_than_the_engine_has_rows_for_or_the_cache_has_room_for() ->
         assert requests[2].first > min(requests[0].end, requests[1].end)
 
 
-def test_whole_rows_are_computed_in_batches_as_long_as_their_longest() -> None:
+def test_rows_are_batched_at_the_length_of_the_longest() -> None:
     """The first at once; of those that came meanwhile as many as a batch takes, then the rest."""
     replica = RowsReplica(0, PROMPTS_ONLY, max_batch=3)
     rows = [Request(number, 0.0, 100 * (number + 1), 1) for number in range(5)]
@@ -143,7 +143,7 @@ def test_whole_rows_are_computed_in_batches_as_long_as_their_longest() -> None:
 
 
 @pytest.mark.slow
-def test_waiting_times_are_those_of_queueing_theory() -> None:
+def test_waiting_times_match_queueing_theory() -> None:
     """One prompt a step, all alike, Poisson arrivals: M/D/1, whose mean wait is known.
 
     rho / (2 (1 - rho)) service times (Pollaczek and Khinchine). 200,000 requests at a load of 0.7
@@ -191,7 +191,7 @@ def test_rays_policy_decides_on_what_the_proxy_reported() -> None:
     assert targets(outcome) == targets(simulate(SERVICE, MACHINE, burst(1500)))
 
 
-def test_a_steady_load_is_scaled_as_rays_documentation_says() -> None:
+def test_a_steady_load_scales_as_ray_documents() -> None:
     """20 ongoing at 8 a replica: three, after the proxy's report and the upscale delay."""
     clock = Clock()
     with simulated_time(clock):
@@ -205,7 +205,7 @@ def test_a_steady_load_is_scaled_as_rays_documentation_says() -> None:
     assert history == [1] * (reported + 10 - 1) + [3] * (40 - reported - 10 + 1)
 
 
-def test_real_time_is_back_after_a_simulation() -> None:
+def test_a_simulation_restores_real_time() -> None:
     simulate(SERVICE, MACHINE, even(1.0, 3))
     assert autoscaling_state.time is time
 
@@ -221,7 +221,7 @@ def test_more_load_needs_more_replicas_and_more_hours() -> None:
         assert less["replica_hours"] < more["replica_hours"]
 
 
-def test_a_replica_takes_requests_only_once_it_has_started() -> None:
+def test_a_replica_accepts_requests_only_once_started() -> None:
     """Ordered, it takes 5 s of itself, 10 s of weights and the time of a machine."""
     assert MACHINE.start_seconds == 15
     slow = MACHINE.with_node(100)
@@ -241,7 +241,7 @@ def test_the_same_seed_gives_the_same_day_and_another_one_another() -> None:
     assert rows(1) == rows(1) != rows(2)
 
 
-def test_traffic_has_the_asked_mean_a_daily_curve_and_bursts() -> None:
+def test_traffic_has_the_requested_mean_a_daily_curve_and_bursts() -> None:
     calm = arrivals(Traffic(requests_per_s=5, bursts_per_day=0))
     assert len(calm) == pytest.approx(5 * 86400, rel=0.01)
     per_hour = np.bincount((calm.times // 3600).astype(int))
@@ -255,7 +255,7 @@ def test_traffic_has_the_asked_mean_a_daily_curve_and_bursts() -> None:
     assert bursty.outputs.min() >= 1
 
 
-def test_the_numbers_of_the_published_model_are_those_of_its_shape() -> None:
+def test_the_published_models_constants_match_its_shape() -> None:
     config = GPTJConfig.preset("6b")
     assert config.n_layer * 2 * config.n_embd * 2 == KV_6B
     assert pytest.approx(2 * 6_050_882_784, rel=1e-3) == WEIGHTS_6B
@@ -272,7 +272,7 @@ def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value()
         read_service(SERVE_CONFIG, "poems", MACHINE)
 
 
-def test_a_services_limits_are_those_of_the_machine() -> None:
+def test_a_services_limits_follow_from_the_machine() -> None:
     """As a replica would choose them there: serve.yaml states none."""
     found = {name: read_service(SERVE_CONFIG, "generation", MACHINES[name]) for name in MACHINES}
     limits = {
@@ -281,7 +281,7 @@ def test_a_services_limits_are_those_of_the_machine() -> None:
     assert limits == {"h100": (256, 1024), "a10g": (45, 256), "cpu-305m": (64, 256)}
 
 
-def test_combinations_are_all_of_them() -> None:
+def test_combinations_are_complete() -> None:
     assert combinations(["a=1,2", "b=x"]) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
     assert combinations([]) == [{}]
 
@@ -332,5 +332,5 @@ def test_services_of_whole_rows_are_simulated_too(
     assert outcome["served"] == outcome["requests"] > 300
 
 
-def test_machines_say_what_they_are_based_on() -> None:
+def test_machines_state_their_basis() -> None:
     assert all("measured" in machine.basis for machine in MACHINES.values())

@@ -15,7 +15,7 @@ from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.checkpoints.skeleton import without_weights
 
 
-def test_the_shapes_are_those_of_a_model_with_weights() -> None:
+def test_shapes_equal_those_of_a_model_with_weights() -> None:
     config = GPTJConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=2, rotary_dim=4)
     with without_weights():
         model = GPTJForCausalLM(config)
@@ -26,7 +26,7 @@ def test_the_shapes_are_those_of_a_model_with_weights() -> None:
     }
 
 
-def test_afterwards_modules_have_weights_and_are_initialised_again() -> None:
+def test_modules_created_afterwards_have_initialized_weights() -> None:
     with pytest.raises(RuntimeError, match="inside"), without_weights():
         raise RuntimeError("inside")
     layer = nn.Linear(64, 64)

@@ -71,7 +71,7 @@ def shown(found: Status) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_an_applications_numbers_are_those_of_its_replicas_together() -> None:
+def test_an_applications_numbers_are_its_replicas_totals() -> None:
     before = reading(
         0.0,
         export("one", requests=10, tokens=100, used=0),
@@ -109,7 +109,7 @@ def test_one_reading_has_no_rates_and_percentiles_since_the_start() -> None:
     assert "since the start" in shown(found)
 
 
-def test_what_is_wrong_is_said_and_numbers_that_are_unknown_are_not_zero() -> None:
+def test_problems_are_shown_and_unknown_numbers_are_not_zero() -> None:
     message = "Traceback:\n  File x\nValueError: no such checkpoint"
     now = Reading(
         1.0,
@@ -177,7 +177,7 @@ def test_json_from_the_nodes_and_from_prometheus_is_the_same(
     assert len(nodes["problems"]) == 1 and "127.0.0.1:9" in nodes["problems"][0]
 
 
-def test_a_cluster_that_serves_nothing_is_an_error_that_says_what_to_do(
+def test_a_cluster_that_serves_nothing_is_an_error_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     empty = json.dumps({"applications": {}, "proxies": {}})

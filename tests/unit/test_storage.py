@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://gptj/{secrets.token_hex(6)}"
 
 
-def test_what_is_written_is_read_back_whole_and_in_parts(folder: str) -> None:
+def test_written_files_read_back_whole_and_in_parts(folder: str) -> None:
     address = storage.join(folder, "a", "b.bin")
     storage.write_bytes(address, b"0123456789")
     assert storage.exists(address)
@@ -75,7 +75,7 @@ def test_if_absent_keeps_the_first(folder: str) -> None:
     assert storage.read_bytes(address) == b"first"
 
 
-def test_folders_go_up_down_and_away(folder: str, tmp_path: Path) -> None:
+def test_folders_are_uploaded_downloaded_and_deleted(folder: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "one").write_bytes(b"1")
@@ -140,7 +140,7 @@ def test_missing_credentials_are_named(s3: LocalS3, monkeypatch: pytest.MonkeyPa
         storage.check_writable("s3://gptj/some")
 
 
-def test_a_server_that_is_not_there_is_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     (port,) = free_ports(1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     with pytest.raises(storage.UnreachableError, match=f"{port}.*remedy: check the network"):
@@ -205,9 +205,7 @@ def _shut_down(*sockets: socket.socket) -> None:
             each.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_connection_that_breaks_in_the_middle_is_tried_again(
-    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_connection_is_retried(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     content = os.urandom(2_000_000)
     address = f"s3://gptj/{secrets.token_hex(6)}"
     storage.write_bytes(address, content)
@@ -217,7 +215,7 @@ def test_a_connection_that_breaks_in_the_middle_is_tried_again(
         assert breaking.broken == 1
 
 
-def test_connections_are_used_again(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_reused(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"s3://gptj/{secrets.token_hex(6)}"
     storage.write_bytes(address, bytes(1000))
     with Breaking(int(s3.endpoint.rpartition(":")[2]), 10**9) as between:

@@ -41,7 +41,7 @@ def conditional(request: Request) -> bool:
     return "if-none-match" in request.headers
 
 
-def test_the_consoles_folder_marker_is_no_file(s3: LocalS3, folder: str) -> None:
+def test_the_consoles_folder_marker_is_not_a_file(s3: LocalS3, folder: str) -> None:
     """A folder made in the console is an object of zero bytes whose key ends with a slash."""
     import boto3
 
@@ -57,7 +57,7 @@ def test_the_consoles_folder_marker_is_no_file(s3: LocalS3, folder: str) -> None
     assert storage.list_files(folder) == []
 
 
-def test_a_key_that_leads_elsewhere_is_refused_and_writes_nothing(
+def test_a_key_outside_the_folder_is_refused_and_writes_nothing(
     faulty: FaultyS3, folder: str, tmp_path: Path
 ) -> None:
     """What a server lists becomes names of local files."""
@@ -88,7 +88,7 @@ def test_a_server_without_conditional_writes_is_refused_at_the_start(
     assert storage.list_files(folder) == []
 
 
-def test_a_server_that_passes_over_conditions_is_refused_at_the_start(
+def test_a_server_that_ignores_conditions_is_refused_at_the_start(
     faulty: FaultyS3, folder: str
 ) -> None:
     faulty.fault = lambda request: (
@@ -112,7 +112,7 @@ def test_a_server_that_passes_over_conditions_is_refused_at_the_start(
     ],
     ids=["conditional", "create", "part", "complete", "delete"],
 )
-def test_what_the_end_will_do_is_tried_at_the_start(
+def test_the_final_operations_are_tried_at_the_start(
     faulty: FaultyS3, folder: str, refused: Callable[[Request], bool], says: str
 ) -> None:
     faulty.fault = lambda request: Reply(403, "AccessDenied") if refused(request) else None
@@ -124,7 +124,7 @@ def test_what_the_end_will_do_is_tried_at_the_start(
     assert len(left) in (0, 2)  # two, where they may not be deleted
 
 
-def test_a_conflict_of_writers_is_tried_again(faulty: FaultyS3, folder: str) -> None:
+def test_a_write_conflict_is_retried(faulty: FaultyS3, folder: str) -> None:
     replies = [Reply(409, "ConditionalRequestConflict"), Reply(400, "RequestTimeout")]
     conflicts = iter(replies)
     faulty.fault = lambda request: next(conflicts, None) if conditional(request) else None
@@ -142,7 +142,7 @@ def test_a_conflict_of_writers_is_tried_again(faulty: FaultyS3, folder: str) -> 
     ],
     ids=lambda reply: reply.code,
 )
-def test_files_are_deleted_one_by_one_where_no_batch_can_be(
+def test_files_are_deleted_one_by_one_without_batch_deletes(
     faulty: FaultyS3, folder: str, reply: Reply
 ) -> None:
     faulty.fault = lambda request: reply if request.method == "POST" else None
@@ -153,7 +153,7 @@ def test_files_are_deleted_one_by_one_where_no_batch_can_be(
     assert faulty.count("DELETE") == 3
 
 
-def test_pruning_that_fails_is_a_warning(
+def test_failed_pruning_is_a_warning(
     faulty: FaultyS3, folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
@@ -185,7 +185,7 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-def test_an_authority_of_ones_own_works(
+def test_a_custom_certificate_authority_works(
     s3: LocalS3,
     authority: trustme.CA,
     folder: str,
@@ -207,7 +207,7 @@ def test_an_authority_of_ones_own_works(
 
 
 @pytest.mark.parametrize("style", ["auto", "path"])
-def test_the_shared_files_and_their_profile_work(
+def test_shared_configuration_files_and_profiles_work(
     s3: LocalS3, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
 ) -> None:
     for name in s3.environment():
@@ -228,7 +228,9 @@ def test_the_shared_files_and_their_profile_work(
     storage.check_writable(folder)
 
 
-def test_an_endpoint_that_is_no_url_is_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_not_a_url_is_named(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(storage.StorageError, match=r"localhost.*remedy: correct AWS_ENDPOINT_URL"):
         storage.check_writable("s3://gptj/x")
@@ -258,7 +260,7 @@ def test_a_file_system_without_hard_links_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_an_impossible_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
     for folder, message in (
@@ -279,7 +281,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_of_somebody_else_is_named() -> None:
+def test_another_users_folder_is_named() -> None:
     """As another user, since root may write anywhere."""
     if os.getuid() != 0:
         pytest.skip("takes root, to become another user")

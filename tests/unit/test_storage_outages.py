@@ -86,7 +86,7 @@ def test_every_operation_outlasts_an_outage(faulty: FaultyS3, folder: str, tmp_p
     assert storage.list_files(folder) == []
 
 
-def test_a_server_that_never_answered_is_named_soon(
+def test_a_server_that_never_answered_fails_fast(
     s3: LocalS3, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.01)
@@ -101,7 +101,7 @@ def test_a_server_that_never_answered_is_named_soon(
         storage.write_bytes(f"{folder}/a", b"a")
 
 
-def test_patience_ends(
+def test_retries_end_after_the_deadline(
     faulty: FaultyS3, folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retries, "PATIENCE_SECONDS", 0.3)
@@ -113,7 +113,7 @@ def test_patience_ends(
     assert "retrying" in caplog.text
 
 
-def test_every_request_outlasts_two_minutes_and_none_more_than_five(
+def test_requests_are_retried_for_two_to_five_minutes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a clock that only the pauses move. Pauses differ, so that clients do not come at once."""
@@ -142,7 +142,7 @@ def test_every_request_outlasts_two_minutes_and_none_more_than_five(
     assert retries.PATIENCE_SECONDS < now[0] - began < retries.PATIENCE_SECONDS + 20
 
 
-def test_a_refusal_is_not_tried_again(faulty: FaultyS3, folder: str) -> None:
+def test_a_refusal_is_not_retried(faulty: FaultyS3, folder: str) -> None:
     faulty.fault = lambda request: Reply(403, "AccessDenied")
     with pytest.raises(storage.AccessDeniedError):
         storage.write_bytes(f"{folder}/a", b"a")
@@ -153,7 +153,7 @@ def is_conditional(request: Request) -> bool:
     return "if-none-match" in request.headers
 
 
-def test_a_write_whose_reply_was_lost_was_ones_own(faulty: FaultyS3, folder: str) -> None:
+def test_a_retried_write_recognizes_its_own_file(faulty: FaultyS3, folder: str) -> None:
     """The second try finds the file of the first."""
     for content in (b"manifest", b""):
         address = f"{folder}/{len(content)}"
@@ -163,7 +163,7 @@ def test_a_write_whose_reply_was_lost_was_ones_own(faulty: FaultyS3, folder: str
             storage.write_bytes(address, content, if_absent=True)
 
 
-def test_anothers_file_is_not_ones_own(faulty: FaultyS3, folder: str) -> None:
+def test_a_retried_write_does_not_claim_anothers_file(faulty: FaultyS3, folder: str) -> None:
     address = f"{folder}/once"
     storage.write_bytes(address, b"theirs")
     for content in (b"ours", b"longer", b"theirS"):
@@ -188,7 +188,7 @@ def test_an_upload_whose_reply_was_lost_is_complete(
     assert storage.read_bytes(f"{folder}/large") == content
 
 
-def test_an_upload_that_is_gone_is_not_taken_for_complete(
+def test_a_lost_upload_is_not_taken_for_complete(
     faulty: FaultyS3, folder: str, tmp_path: Path
 ) -> None:
     """An older object of the same size is there."""
@@ -219,7 +219,7 @@ def test_flipped_bits_are_sent_again(faulty: FaultyS3, folder: str) -> None:
     assert storage.read_bytes(f"{folder}/a") == content
 
 
-def test_a_body_that_breaks_again_and_again_is_fetched(
+def test_a_repeatedly_broken_body_is_downloaded(
     faulty: FaultyS3, folder: str, tmp_path: Path
 ) -> None:
     content = os.urandom(100_000)
@@ -233,7 +233,7 @@ def test_a_body_that_breaks_again_and_again_is_fetched(
     assert not left
 
 
-def test_the_next_run_frees_what_dead_writers_left(
+def test_the_next_run_cleans_up_after_dead_writers(
     faulty: FaultyS3, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = boto3.client("s3")

@@ -124,7 +124,7 @@ def test_the_configurations_dtype_decides_if_some_weights_have_it(tmp_path: Path
     assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
 
 
-def test_a_value_that_the_common_dtype_has_no_room_for_is_named(tmp_path: Path) -> None:
+def test_a_value_that_overflows_the_common_dtype_is_named(tmp_path: Path) -> None:
     state = state_of(dtype=torch.float16, lm_head=torch.float32)
     state[HEAD][5, 3] = 70_000
     save(state, str(tmp_path / "m"))
@@ -173,7 +173,7 @@ def test_a_stored_head_that_differs_is_kept_whatever_the_configuration_says(
 
 
 @pytest.mark.parametrize("stored", [(EMBEDDING, HEAD), (EMBEDDING,), (HEAD,)])
-def test_ties_hold_where_one_matrix_is_stored_once_or_twice(
+def test_tied_weights_stay_tied_whether_stored_once_or_twice(
     stored: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = state_of()
@@ -195,7 +195,7 @@ def test_ties_hold_where_one_matrix_is_stored_once_or_twice(
 
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("export", ["huggingface", "flax", "tensorflow"])
-def test_what_is_imported_and_exported_has_one_dtype_and_its_own_head(
+def test_imports_and_exports_have_one_dtype_and_their_own_head(
     pickled: bool, export: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = state_of(dtype=torch.float16, lm_head=torch.float32)
@@ -219,7 +219,7 @@ def test_what_is_imported_and_exported_has_one_dtype_and_its_own_head(
     verify(str(tmp_path / "imported"))
 
 
-def test_an_export_of_what_does_not_agree_agrees(tmp_path: Path) -> None:
+def test_exports_of_inconsistent_weights_are_consistent(tmp_path: Path) -> None:
     """Straight from such a folder, with nothing imported before."""
     state = state_of(dtype=torch.bfloat16, lm_head=torch.float32)
     save(state, str(tmp_path / "m"), tie_word_embeddings=True, dtype="bfloat16")

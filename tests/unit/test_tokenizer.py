@@ -82,7 +82,7 @@ def assert_same(ours: GPTJTokenizer, theirs: Any, *texts: Any, **arguments: Any)
             assert mine[name] == value, name
 
 
-def test_gpt_j_has_50400_entries_of_which_143_are_no_text(ours: GPTJTokenizer, theirs: Any) -> None:
+def test_gpt_j_has_50400_entries_of_which_143_are_unused(ours: GPTJTokenizer, theirs: Any) -> None:
     assert len(ours) == len(theirs) == 50400
     assert ours.vocab_size == theirs.vocab_size == 50257
     assert ours.unused_ids == tuple(range(50257, 50400))
@@ -113,7 +113,7 @@ def test_ids_offsets_and_texts_equal_transformers(
     )
 )
 @example(END_OF_TEXT)
-def test_any_text_comes_back_and_has_transformers_ids(
+def test_any_text_round_trips_with_transformers_ids(
     ours: GPTJTokenizer, theirs: Any, text: str
 ) -> None:
     assert_same(ours, theirs, text)
@@ -122,7 +122,7 @@ def test_any_text_comes_back_and_has_transformers_ids(
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 50399), max_size=20), st.booleans())
-def test_any_ids_have_transformers_text(
+def test_any_ids_decode_like_transformers(
     ours: GPTJTokenizer, theirs: Any, ids: list[int], skip: bool
 ) -> None:
     """Halves of characters included."""
@@ -305,7 +305,7 @@ def test_tensors_are_rows_of_int64(ours: GPTJTokenizer) -> None:
         ours(["a", "b c"], return_tensors="pt")
 
 
-def test_sequence_ids_tell_question_context_and_padding_apart(
+def test_sequence_ids_distinguish_question_context_and_padding(
     ours: GPTJTokenizer, theirs: Any
 ) -> None:
     arguments: dict[str, Any] = {
@@ -408,7 +408,7 @@ def test_a_tokenizer_saves_to_and_loads_from_s3(ours: GPTJTokenizer, s3: LocalS3
     assert GPTJTokenizer.from_pretrained(address).files() == ours.files()
 
 
-def test_calls_from_several_threads_do_not_meet(ours: GPTJTokenizer) -> None:
+def test_concurrent_calls_do_not_interfere(ours: GPTJTokenizer) -> None:
     """Each has a truncation and padding of its own."""
     calls: list[dict[str, Any]] = [
         {"padding": True, "padding_side": side, "truncation": True, "max_length": length}
@@ -422,7 +422,7 @@ def test_calls_from_several_threads_do_not_meet(ours: GPTJTokenizer) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 500])
-def test_training_gives_the_size_asked_for_and_always_the_same(
+def test_training_is_deterministic_and_gives_the_requested_size(
     vocab_size: int, tmp_path: Path
 ) -> None:
     texts = [line for line in Path(__file__).read_text().splitlines() if line]
@@ -498,7 +498,7 @@ def test_the_remedy_for_half_a_surrogate_pair_works(ours: GPTJTokenizer) -> None
 
 
 @pytest.mark.parametrize("ids", [50400, [0, 50400, 1], [0, 2**31], torch.tensor([50400])], ids=str)
-def test_ids_that_only_the_model_has_are_skipped_as_by_transformers(
+def test_ids_without_tokens_are_skipped_like_in_transformers(
     ours: GPTJTokenizer, theirs: Any, ids: Any
 ) -> None:
     assert ours.decode(ids) == theirs.decode(ids)
@@ -519,7 +519,7 @@ def test_tokenize_and_get_vocab_equal_transformers(ours: GPTJTokenizer, theirs: 
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_added_tokens_are_those_of_transformers(special: bool, tmp_path: Path) -> None:
+def test_added_tokens_equal_transformers(special: bool, tmp_path: Path) -> None:
     """Their count, ids, and what they do to texts; and they are there after saving."""
     GPTJTokenizer.train(["some text to learn from"], 280).save_pretrained(tmp_path / "a")
     ours = GPTJTokenizer.from_pretrained(tmp_path / "a")
@@ -565,7 +565,7 @@ def test_settings_can_replace_the_folders(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [[1.5], [[1, 2]], torch.tensor([[1, 2]]), "12", None])
-def test_what_is_no_list_of_ids_is_an_error(ours: GPTJTokenizer, ids: Any) -> None:
+def test_decoding_anything_but_a_list_of_ids_is_an_error(ours: GPTJTokenizer, ids: Any) -> None:
     with pytest.raises(ValueError, match=r"must be an integer or one list of them.*batch_decode"):
         ours.decode(ids)
 
@@ -611,7 +611,7 @@ def test_missing_settings_are_errors_with_a_remedy(
         (["a", "\udc80"], 300, "text 1 has a lone surrogate.* at character 0"),
     ],
 )
-def test_training_on_what_cannot_be_is_an_error(texts: Any, size: int, message: str) -> None:
+def test_invalid_training_arguments_are_errors(texts: Any, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTJTokenizer.train(texts, size)
 
@@ -631,9 +631,7 @@ def test_training_on_what_cannot_be_is_an_error(texts: Any, size: int, message: 
         ("added_tokens.json", '{"<new>": 7}'),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(
-    folder: Path, tmp_path: Path, name: str, content: str
-) -> None:
+def test_an_unreadable_file_is_named(folder: Path, tmp_path: Path, name: str, content: str) -> None:
     if name in ("vocab.json", "merges.txt", "added_tokens.json"):
         (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
         (tmp_path / "merges.txt").write_text("#version: 0.2\n")
@@ -644,7 +642,7 @@ def test_a_file_that_cannot_be_read_is_named(
         GPTJTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_names_the_missing_files(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer.json nor vocab.json with merg"):
         GPTJTokenizer.from_pretrained(tmp_path)

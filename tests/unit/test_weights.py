@@ -17,7 +17,7 @@ SIZES = (1, 3, 500, 499, 2000, 7, 7, 1003, 11, 5000, 250, 250)
 
 
 @pytest.mark.parametrize("part_bytes", [7, 100, 1000, 10**6])
-def test_tensors_may_lie_anywhere_in_a_request(
+def test_tensors_may_be_anywhere_in_a_request(
     part_bytes: int, tmp_path: Path, s3: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests within a tensor, across several, and along their edges; hashes fit as well."""
@@ -34,7 +34,7 @@ def test_tensors_may_lie_anywhere_in_a_request(
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_reading_can_be_given_up_at_any_time(tmp_path: Path, s3: LocalS3) -> None:
+def test_reading_can_be_cancelled_at_any_time(tmp_path: Path, s3: LocalS3) -> None:
     tensors = {f"t{i}": torch.randn(100) for i in range(20)}
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     address = f"s3://gptj/{tmp_path.name}"

@@ -127,7 +127,7 @@ def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(whe
 
 
 @pytest.mark.slow
-def test_the_hugging_face_pages_programs_run_from_the_wheel(
+def test_the_hugging_face_pages_examples_run_from_the_wheel(
     installed: Path, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
 ) -> None:
     """With the whole vocabulary; the folder EleutherAI/gpt-j-6B stands for the hub's."""

@@ -12,7 +12,7 @@ from gptj.workers.bounded_queue import BoundedQueue
 from gptj.workers.errors import ClosedError, QueueFullError
 
 
-def test_a_queue_takes_all_or_none_and_gives_back_in_order() -> None:
+def test_a_queue_takes_all_or_none_and_is_fifo() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3)
     queue.put(["a", "b"])
     with pytest.raises(QueueFullError, match="2 requests are already waiting, and 2 more"):
@@ -63,7 +63,7 @@ def test_a_batcher_gives_each_caller_its_own_result_in_few_batches() -> None:
     batcher.close()
 
 
-def test_a_batchers_error_reaches_its_callers_and_no_later_one() -> None:
+def test_a_batchers_error_reaches_only_that_batchs_callers() -> None:
     def inverses(items: list[float]) -> list[float]:
         return [1 / item for item in items]
 
