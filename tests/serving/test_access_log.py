@@ -1,4 +1,4 @@
-"""The log's line of each request: what it says, and what it never says."""
+"""Each request's log line: its content, and what it never contains."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_proxy_logs_its_own_replies_and_counts_refusals_by_the_second(
     "path", ["/x\nPOST /v1/completions 200", "/x\u2028y", "/x\x1b[2J", "/x\x85y"]
 )
 def test_client_input_cannot_break_log_lines(log: pytest.LogCaptureFixture, path: str) -> None:
-    """Paths reach the application decoded, and ids may have any byte beyond ASCII."""
+    """Paths reach the application decoded, and ids may contain any non-ASCII byte."""
     access_log.write(access_log.Entry(), "GET", path, 404, 0.1, "id\x85x")
     (record,) = log.records
     assert record.getMessage().isprintable()

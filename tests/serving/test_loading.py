@@ -1,4 +1,4 @@
-"""What a deployment loads, and what it refuses to."""
+"""The checkpoints and arguments that a deployment accepts or refuses."""
 
 from __future__ import annotations
 

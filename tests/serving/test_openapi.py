@@ -1,7 +1,7 @@
-"""Each application against its own OpenAPI document: requests that schemathesis makes of it.
+"""Each application against its own OpenAPI document, by requests that schemathesis generates.
 
-Valid ones are answered with what the document says; invalid ones are refused, with a status of the
-document and our error body. Nothing answers 500.
+Valid ones get the documented reply; invalid ones are refused, with a documented status and our
+error body. Nothing answers 500.
 """
 
 from __future__ import annotations

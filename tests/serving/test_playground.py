@@ -67,7 +67,7 @@ def use_every_tab(page: Page) -> None:
 
 
 def test_the_page_shows_the_services_completion(open_page: Open, service: str) -> None:
-    """Its emoji and halves of characters too: places are counted in characters, not in UTF-16."""
+    """Including emoji and halves of characters: offsets count characters, not UTF-16 units."""
     page = open_page()
     for prompt in ("東京 is far away. 😀 Anna", "The tower"):
         expected = complete(service, prompt=prompt, max_tokens=40)["choices"][0]["text"]
@@ -281,7 +281,7 @@ def test_an_error_is_shown_at_its_field(open_page: Open) -> None:
 
 @contextmanager
 def full(service: str) -> Iterator[None]:
-    """/guarded with a stream in work and one that waits, which is all that it has room for.
+    """/guarded with a running stream and a waiting one, which fill it.
 
     Whenever one ends, another follows: a page on a busy machine takes its time.
     """

@@ -1,6 +1,6 @@
-"""What is said of a checkpoint that cannot be deployed, without a cluster.
+"""Error messages for checkpoints that cannot be deployed, without a cluster.
 
-tests/cluster/test_rollout.py shows where it is looked at, and that it changes nothing.
+tests/cluster/test_rollout.py shows where the check runs, and that it changes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters by the name that requests have as their model, by OpenAI's own client."""
+"""Adapters selected by a request's model name, by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_an_adapter_of_another_base_is_refused(models: Models, tmp_path: Path) -
 def test_a_changed_adapter_is_reloaded(
     lora: str, root: Path, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is damaged on the way changes nothing; what is removed is gone."""
+    """A damaged version changes nothing; a removed one is gone."""
     monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
     name = "queries"
     first = complete(lora, prompt=PROMPT, model=name)["choices"][0]["text"]

@@ -1,4 +1,4 @@
-"""The edge of HTTP: what clients send that no route is about gets a declared answer, too."""
+"""Edge cases of HTTP: requests outside any route get a declared answer too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands before the replicas: tries, streams that go on, limits of slow clients, admission."""
+"""The layer before the replicas: retries, resumed streams, limits of slow clients, admission."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def address(replicas: Replicas) -> Iterator[str]:
 
 @pytest.fixture
 def calm(replicas: Replicas, address: str) -> Iterator[str]:
-    """The address, before anything dies; what a test lets die is forgotten after it."""
+    """The address; each test's dead replicas are reset after it."""
     replicas.tries, replicas.replies = 0, []
     yield address
     replicas.dies = lambda number: None
@@ -109,7 +109,7 @@ def test_a_request_whose_replica_died_is_retried_on_another(replicas: Replicas, 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"prompt": ["The tower", "The tower"]}])
 def test_a_retry_has_the_same_seed(replicas: Replicas, calm: str, fields: dict[str, Any]) -> None:
-    """Though the client gave none; the samples of a request differ from each other."""
+    """Even if the client gave none; a request's samples differ from each other."""
     replicas.dies = lambda number: None if number else 0
     reply = complete(calm, **{"prompt": "x", "temperature": 1, "max_tokens": 16, **fields})
     first, second = (json.loads(each) for each in replicas.replies)
@@ -386,7 +386,7 @@ def test_invalid_http_gets_a_declared_error_at_once(address: str, content: bytes
 
 
 def test_half_sent_requests_do_not_block_others(replicas: Replicas) -> None:
-    """And the oldest of an address that has too many is given up first."""
+    """And the oldest connection of an address with too many is dropped first."""
     limits = ConnectionLimits(unfinished_per_address=100, grace_seconds=0.1)
     protocol = LimitedProtocol.limited(limits)
     entry = Edge(BodyLimit(Admission(Failover(replicas), Gate(max_in_flight=4))))
@@ -408,7 +408,7 @@ def test_half_sent_requests_do_not_block_others(replicas: Replicas) -> None:
 
 @pytest.mark.slow
 def test_slow_clients_do_not_cost_others_requests(hasty: str) -> None:
-    """The script that shows it with 2,000 of each kind, with a few."""
+    """The script that shows it with 2,000 of each kind, run with a few."""
     outcomes = asyncio.run(slow_clients.measure(hasty, ["heads", "bodies"], 20, 3.0))
     for outcome in outcomes:
         assert outcome.others.requests > 0 and outcome.others.lost == 0, outcome

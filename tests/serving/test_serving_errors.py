@@ -1,4 +1,4 @@
-"""What a client can get wrong: a status, a reason and a field for each."""
+"""Client errors: a status, a reason and a field for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts and outputs, and what best_of makes of them."""
+"""Log-probabilities of prompts and outputs, and their use in best_of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models' list, the tokenizer's API, and what a model's ids stand for."""
+"""The list of models, the tokenizer's API, and the meaning of a model's ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an application's settings say of its HTTP: other origins, and fields that no body has."""
+"""An application's HTTP settings: CORS origins, body limits and unknown fields."""
 
 from __future__ import annotations
 

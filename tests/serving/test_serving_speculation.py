@@ -1,4 +1,4 @@
-"""Replies with speculation: those without, though tokens arrive several at a time."""
+"""Replies with speculation equal those without, though several tokens arrive at a time."""
 
 from __future__ import annotations
 

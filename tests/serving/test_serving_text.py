@@ -1,4 +1,4 @@
-"""Streamed text: together it is the decoded ids, and nothing is sent that must be taken back."""
+"""Streamed text: it adds up to the decoded ids, and nothing sent is ever retracted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages for people over HTTP, without a browser: who gets them, and what may come with them."""
+"""The HTML pages over HTTP, without a browser: access, and their content security policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What KubeRay 1.7.0's operator makes of a RayService or a RayJob: clusters, pods, services, jobs.
+"""What KubeRay 1.7.0's operator builds from a RayService or RayJob: clusters, pods, services, jobs.
 
 Each function does what one of the operator's does, which it names by file and line, of
 https://github.com/ray-project/kuberay/tree/v1.7.0/ray-operator/controllers/ray. What the operator's

@@ -1,4 +1,4 @@
-"""The README's commands, as a reader copies them, and those of other pages."""
+"""Commands of the README and other pages, as a reader copies them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_a_step_has_the_same_batch_whatever_came_before_it() -> None:
 
 
 def test_the_order_is_numpys_for_seed_and_epoch() -> None:
-    """Written down, so that a run goes on in the same order after an upgrade."""
+    """Fixed here, so that a run resumes in the same order after an upgrade."""
     order = BatchOrder(8, 8, seed=5)
     assert order.indices(0) == np.random.default_rng([5, 0]).permutation(8).tolist()
     assert order.indices(1) == np.random.default_rng([5, 1]).permutation(8).tolist()

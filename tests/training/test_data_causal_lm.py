@@ -1,4 +1,4 @@
-"""Documents become full rows of tokens, of which none is lost and none is padding."""
+"""Documents become full rows of tokens, with none lost and no padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows with messages: rendered by a chat template, and only the assistant's turns are learned."""
+"""Rows with messages: rendered by a chat template, with loss on the assistant's turns only."""
 
 from __future__ import annotations
 

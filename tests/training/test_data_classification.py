@@ -1,4 +1,4 @@
-"""Labels by name, by number, several at once, or measured: read as they look, or as is said."""
+"""Labels as names, numbers, several at once, or regression targets: inferred, or as set."""
 
 from __future__ import annotations
 

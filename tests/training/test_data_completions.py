@@ -1,4 +1,4 @@
-"""Rows with a prompt and a completion: only the completion and the eos after it are learned."""
+"""Rows with a prompt and a completion: loss on the completion and the eos after it only."""
 
 from __future__ import annotations
 

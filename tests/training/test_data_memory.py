@@ -1,4 +1,4 @@
-"""Data of any size take the same memory: what is measured at one size holds for three times it."""
+"""Data of any size takes the same memory: the peak at one size also holds for three times it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data that need no download are the same every time, kept apart, and true."""
+"""The built-in sample data is reproducible, split without overlap, and correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows come out the same from every format and place, and what is wrong is named."""
+"""Rows are the same from every format and place, and errors are named."""
 
 from __future__ import annotations
 

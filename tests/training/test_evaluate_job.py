@@ -1,4 +1,4 @@
-"""The command: a checkpoint and data in, one JSON object out, or a line that says what is wrong."""
+"""The command: a checkpoint and data in, one JSON object or a one-line error out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which errors end a run at once, and which are worth another try."""
+"""Which errors end a run at once, and which are retried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run learned from is told apart from anything else, before a step is taken."""
+"""A run's data is distinguished from any other before the first step."""
 
 from __future__ import annotations
 

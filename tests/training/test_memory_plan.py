@@ -1,4 +1,4 @@
-"""What a run needs of memory: against real tensors, and what is said of runs that do not fit."""
+"""A run's predicted memory against real tensors, and the errors of runs that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A build of an operator that is killed delays the next one, and does not hang it."""
+"""A killed build of an operator delays the next one, but does not hang it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents share rows, and are computed as if each were alone."""
+"""Packed documents are computed as if each were alone."""
 
 from __future__ import annotations
 

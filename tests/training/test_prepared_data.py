@@ -1,4 +1,4 @@
-"""Prepared data give what raw data give, and folders of them say what they hold."""
+"""Prepared data gives the same examples as raw data, and its folders describe it."""
 
 from __future__ import annotations
 

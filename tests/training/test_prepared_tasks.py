@@ -1,4 +1,4 @@
-"""Classification and question answering: prepared data give the numbers of raw data."""
+"""Classification and question answering: prepared data gives the same results as raw data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe batch: what it notices, for every task, and what it says."""
+"""The probe batch: what it detects, for every task, and its messages."""
 
 from __future__ import annotations
 

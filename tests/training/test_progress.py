@@ -1,4 +1,4 @@
-"""What a run publishes beside its checkpoints: TensorBoard's files, the picture of its loss."""
+"""A run's files beside its checkpoints: TensorBoard's files and the loss curve."""
 
 from __future__ import annotations
 

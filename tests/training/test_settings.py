@@ -1,4 +1,4 @@
-"""Settings: three layers, one result; what is wrong is named with its value and the remedy."""
+"""Settings: three layers, one result; errors have the value and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task's parts fit the checkpoint that a run begins with, or are refused before it begins."""
+"""A task's parts fit the checkpoint that a run starts from, or are refused before it starts."""
 
 from __future__ import annotations
 

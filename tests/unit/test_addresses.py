@@ -1,4 +1,4 @@
-"""Addresses: what is understood gets one spelling, everything else is refused with the remedy."""
+"""Addresses: valid ones are normalized, all others refused with the remedy."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ WRONG = ["gs://bucket/x", "s3a://bucket/x", "S3://bucket/x", "file:///x", "", "s
 def test_every_entry_point_refuses_invalid_addresses(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is read or written: no folder of a strange name appears."""
+    """Before anything is read or written: no folder with a strange name appears."""
     monkeypatch.chdir(tmp_path)
     for key in ("storage", "data.train", "data.evaluation", "model.checkpoint"):
         with pytest.raises(SettingsError, match=f"^{key}: .*remedy"):
@@ -234,7 +234,7 @@ def test_a_tilde_expands_to_the_home_folder(
 
 @pytest.mark.slow
 def test_the_job_refuses_invalid_addresses_before_starting_ray(tmp_path: Path) -> None:
-    """What used to train, and to lose the model with Ray's session folder."""
+    """It used to train, and to lose the model with Ray's session folder."""
     words = [sys.executable, str(ROOT / "jobs/finetune.py"), "storage=gs://bucket/x"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0

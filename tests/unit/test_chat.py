@@ -1,4 +1,4 @@
-"""Chat templates: published ones render as transformers does, and turns are told from prompts."""
+"""Chat templates: published ones render as in transformers, and the assistant's turns are found."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def rendered(
 def test_published_templates_render_as_in_transformers(
     tokenizer: GPTJTokenizer, theirs: Any, chat: str
 ) -> None:
-    """Texts are equal, and what one refuses the other does."""
+    """Texts are equal, and both refuse the same chats."""
     refused = 0
     for name, source in ALL.items():
         template = template_of(tokenizer, source)
@@ -107,7 +107,7 @@ def test_published_templates_render_as_in_transformers(
 
 
 def test_assistant_masks_equal_transformers(tokenizer: GPTJTokenizer, theirs: Any) -> None:
-    """Their mask, without bytes of a last character that its tokens share."""
+    """Their mask, except for bytes of a last character that tokens share."""
     chat = [USER, {"role": "assistant", "content": "In 東京, at nine."}, USER]
     chat.append({"role": "assistant", "content": "No 😀 yes"})
     assert len(MARKED) == 10

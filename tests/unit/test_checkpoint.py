@@ -1,4 +1,4 @@
-"""Model folders: what is saved loads, here and in transformers; what is damaged is named."""
+"""Model folders: saved ones load, here and in transformers; damage is named."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_writing_to_local_weights_stays_private(tmp_path: Path) -> None:
 
 
 def test_each_mapped_weight_frees_its_own_memory(tmp_path: Path) -> None:
-    """So that who copies or packs them one by one never has two of all."""
+    """So copying or packing them one by one never holds the model twice."""
     make().save_pretrained(str(tmp_path / "m"))
 
     def mappings() -> int:
@@ -517,7 +517,7 @@ def test_loading_makes_no_second_copy(
 
 @pytest.mark.parametrize("file", ["small", "large"])
 def test_a_writer_that_stalled_never_alters_a_finished_folder(file: str, tmp_path: Path) -> None:
-    """It had begun while the folder was unfinished, and wakes up after another has finished it."""
+    """It starts while the folder is unfinished, and wakes up after another has finished it."""
     address = str(tmp_path / "model")
     with (
         pytest.raises(storage.AlreadyExistsError, match="already holds a finished checkpoint"),

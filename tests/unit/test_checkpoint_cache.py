@@ -1,4 +1,4 @@
-"""The node's cache of checkpoints, with a real S3 server and real processes that use and die."""
+"""The node's checkpoint cache, with a real S3 server and real processes that may be killed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_equal(lease: Lease | None, address: str) -> None:
 
 
 def use(cache: CheckpointCache, address: str, *, verify: bool = True) -> str:
-    """Have a checkpoint in the cache; its folder there."""
+    """Cache a checkpoint; returns its cached folder."""
     lease = cache.lease(address, read(address), verify=verify)
     assert_equal(lease, address)
     assert lease is not None

@@ -1,4 +1,4 @@
-"""The program `gptj` in this process: what needs no cluster."""
+"""The program `gptj` in this process, as far as it needs no cluster."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_run_is_named_after_its_data(address: str, run_name: str) -> None:
 def test_a_job_gets_absolute_paths_and_the_users_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job's program starts in another folder; a name with # is no comment of YAML."""
+    """A job starts in another folder; a # in a name is not a YAML comment."""
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "a #1.csv", "text,label", "good,yes")
     written(tmp_path / "settings.yaml", "run: mine", "epochs: 2")
@@ -337,7 +337,7 @@ def test_a_chat_template_is_served_with_the_language_models(
 
 
 def test_the_readmes_shortest_configuration_is_valid(addresses: dict[str, str]) -> None:
-    """And what `serve run` takes of it is what `gptj serve` would write."""
+    """And `serve run` reads from it what `gptj serve` would write."""
     (block,) = readme.blocks("A model of your own", "yaml", "deployments/README.md")
     config = ServeDeploySchema.model_validate(yaml.safe_load(block))
     (short,) = config.model_dump(exclude_unset=True)["applications"]
@@ -404,7 +404,7 @@ def test_a_damaged_folder_is_neither_copied_nor_verified(
 
 
 def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
-    """Also where the supervisor was killed, and where its number belongs to another process."""
+    """Even if the supervisor was killed, or its process id was reused."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
     part, stranger = subprocess.Popen(sleeper), subprocess.Popen(sleeper)
     try:

@@ -1,4 +1,4 @@
-"""GPTJConfig reads, writes and means what Hugging Face's does."""
+"""GPTJConfig reads, writes and means the same as Hugging Face's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files are refused with their names: no crash, no hang, no memory beyond their size."""
+"""Damaged files are refused by name, without a crash, a hang, or memory beyond their size."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_random_damage_is_refused_by_name(folder: Path) -> None:
-    """Bit flips, cuts, lies and nesting, in a process with little memory to spare."""
+    """Bit flips, truncation, false values and nesting, in a process with little spare memory."""
     assert (folder / "model-00002-of-00003.safetensors").exists()
     command = [sys.executable, str(LOOP), str(folder), "0", "150"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

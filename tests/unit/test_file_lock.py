@@ -1,4 +1,4 @@
-"""Places that a node's processes share, held by real processes, of which some are killed."""
+"""Slots that a node's processes share, held by real processes, some of which are killed."""
 
 from __future__ import annotations
 

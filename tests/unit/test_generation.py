@@ -1,4 +1,4 @@
-"""generate: greedy and beam results equal transformers'; sampling draws what it says."""
+"""generate: greedy and beam results equal transformers'; samples have the right distribution."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_greedy_and_beams_equal_transformers(seed: int, arguments: dict[str, Any
     ids=str,
 )
 def test_scores_equal_transformers(arguments: dict[str, Any]) -> None:
-    """Each step's scores, the beams' ranks and where they come from; fp32, so to 1e-4."""
+    """Each step's scores, the beams' ranks and origins; fp32, so to 1e-4."""
     ours, theirs = models(1)
     tokens, mask = prompts(1)
     arguments = {
@@ -119,7 +119,7 @@ def test_scores_equal_transformers(arguments: dict[str, Any]) -> None:
 
 
 def test_scores_of_samples_equal_transformers_at_the_same_tokens() -> None:
-    """What draws are made from: temperature, top_k and top_p are in them. One step, so no draw."""
+    """The scores to sample from, after temperature, top_k and top_p. One step, so no draw."""
     ours, theirs = models(2)
     tokens, mask = prompts(2)
     arguments: dict[str, Any] = {
@@ -187,7 +187,7 @@ def test_stop_strings_end_rows_as_transformers_does(
 
 
 def test_a_stop_string_ends_a_row_at_once(words: tuple[GPTJTokenizer, Any]) -> None:
-    """With the token that completes it, which may begin before it and go on after it."""
+    """With the token that completes it, which may begin before it and end after it."""
     tokenizer, _ = words
     stops = StopStrings.of(["me te"], tokenizer)
     assert stops is not None
@@ -255,7 +255,7 @@ def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
 
 
 def test_a_finished_row_is_padded_while_others_continue() -> None:
-    """And holds no token after its eos."""
+    """And has no token after its eos."""
     ours, _ = models(0)
     tokens, mask = prompts(0)
     eos_ids = [int(row[9]) for row in ours.generate(tokens, attention_mask=mask, eos_token_id=[])]
@@ -366,7 +366,7 @@ def test_unsupported_arguments_are_refused_with_the_reason(
 
 
 def test_generated_ids_can_be_trained_on() -> None:
-    """As in distillation: they are no inference tensors."""
+    """As in distillation: they are not inference tensors."""
     ours, _ = models()
     ids = ours.generate(prompts()[0], max_new_tokens=3)
     ours(ids, labels=ids).loss.backward()
@@ -379,7 +379,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_a_tokens_probability_does_not_depend_on_the_batch() -> None:
-    """A row's seeded draw is its own, whatever temperature its neighbours have."""
+    """A row's seeded draw does not depend on its neighbours' temperature."""
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(seed=5)
     alone = choose(logits[:1], [params], [torch.Generator().manual_seed(5)])

@@ -216,7 +216,7 @@ def test_every_wheel_is_pinned_by_the_constraints() -> None:
 
 
 def test_names_used_only_on_a_gpu_exist() -> None:
-    """The lines that no rehearsal reaches, against the names that PyTorch has."""
+    """Lines that no rehearsal reaches, against PyTorch's names."""
     cuda = mock.create_autospec(torch.cuda)
     cuda.mem_get_info.return_value = (60 * 10**9, 80 * 10**9)
     for name in ("memory_allocated", "memory_reserved"):

@@ -40,7 +40,7 @@ TEXTS = [Path(__file__).read_text()]
 
 @dataclass
 class Hub:
-    """The files of the repository by commit, and the paths that were asked for."""
+    """The repository's files by commit, and the requested paths."""
 
     commits: dict[str, dict[str, bytes]]
     requests: list[str] = field(default_factory=list)
@@ -176,7 +176,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing: the hub keeps its requests."""
+            """Log nothing: the hub records its requests."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = Thread(target=server.serve_forever)
@@ -296,7 +296,7 @@ for revision in (None, "old"):
 
 @pytest.mark.slow
 def test_a_model_loads_by_hub_id_and_revision(client: Client, tmp_path: Path) -> None:
-    """Safetensors at one revision, and at the other only a pickle, as GPT-J was published."""
+    """Safetensors at one revision, only a pickle at the other, as GPT-J was published."""
     config = GPTJConfig(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
     model = GPTJForCausalLM(config)
     model.save_pretrained(str(tmp_path / "model"))
@@ -319,7 +319,7 @@ print(GPTJConfig.from_pretrained({REPOSITORY!r}, revision="old").n_embd)
 
 @pytest.mark.slow
 def test_a_model_is_pushed_and_loaded_again(client: Client) -> None:
-    """Large files by LFS; the manifest too, so that what is loaded is compared with it."""
+    """Large files by LFS; the manifest too, so that loading verifies it."""
     program = f"""
 import torch
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
@@ -388,7 +388,7 @@ def test_an_unreachable_hub_is_a_clear_error(hub: Hub, client: Client) -> None:
 
 
 def test_folders_and_s3_addresses_pass_through(tmp_path: Path) -> None:
-    """No look inside them, and nothing that a hub would be asked for."""
+    """Without looking inside them or asking the hub."""
     for address in (str(tmp_path), "/", "s3://bucket/models/one", "s3://bucket"):
         assert locate(address, revision=None, patterns=[]) == address
         with pytest.raises(ValueError, match=f"{address} is a folder: drop main"):

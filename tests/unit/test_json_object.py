@@ -1,4 +1,4 @@
-"""JSON that we write: any reader takes it, whatever the numbers are."""
+"""JSON that we write is valid for any reader, whatever the numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptj.training.state import Progress
 
 
 def strict(text: str | bytes) -> Any:
-    """As RFC 8259 has it: Python's own reader takes NaN and Infinity too."""
+    """Parse by RFC 8259: Python's own reader also accepts NaN and Infinity."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")

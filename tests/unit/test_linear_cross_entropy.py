@@ -1,4 +1,4 @@
-"""The chunked loss against F.cross_entropy of the logits, and that the logits are never there."""
+"""The chunked loss equals F.cross_entropy of the logits, which are never materialized."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_those_of_the_logits(chunk_rows: int | None) ->
 
 
 def test_only_requested_gradients_are_computed() -> None:
-    """A frozen head has none, a head without a bias works, and nor does an evaluation."""
+    """A frozen head gets none, nor does an evaluation; a head without a bias works."""
     x, weight, bias, labels = inputs()
     weight.requires_grad_(False)
     bias.requires_grad_(False)
@@ -74,7 +74,7 @@ def test_only_requested_gradients_are_computed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_accurate_as_with_logits(dtype: torch.dtype) -> None:
-    """The loss is fp32, and the weight's gradient, of many chunks, is added up in fp32."""
+    """The loss is fp32, and the chunks' gradients of the weight are summed in fp32."""
     wide = inputs(rows=200, vocabulary=1000)
     given = [each.detach().to(dtype).requires_grad_() for each in wide[:3]] + wide[3:]
     exact = [each.detach().float().requires_grad_() for each in given[:3]] + wide[3:]
@@ -158,7 +158,7 @@ def test_a_model_learns_the_same_without_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequences_logits_are_never_materialized(dtype: torch.dtype) -> None:
-    """2048 positions of the 6B model's head: gradients and a chunk, and not 400 MB of logits."""
+    """2048 positions of the 6B model's head: gradients and a chunk, but not 400 MB of logits."""
     rows, width = 2048, 1024
     with torch.device("meta"):
         x, weight, bias = torch.empty(rows, width), torch.empty(VOCABULARY, width), None

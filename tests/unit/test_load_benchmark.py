@@ -1,4 +1,4 @@
-"""`python -m gptj_bench load` at its smallest: readers agree, and the sums are right."""
+"""`python -m gptj_bench load` with a tiny model: readers agree, and summaries are correct."""
 
 from __future__ import annotations
 

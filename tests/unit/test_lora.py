@@ -1,4 +1,4 @@
-"""Adapters against PEFT's, on the same tiny models: files out and in, and their numbers."""
+"""Adapters against PEFT's, on the same tiny models: files written and read, and their outputs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def write_base(folder: Path, seed: int = 0, **fields: Any) -> Path:
 def adapted(
     cls: type[GPTJPreTrainedModel], base: Path, config: LoRAConfig | None = None, **fields: Any
 ) -> GPTJPreTrainedModel:
-    """The base with an adapter whose values training could have made."""
+    """The base with an adapter of trained-looking values."""
     model = cls.from_pretrained(base, **fields)
     add_lora(model, config or LoRAConfig(4, 8, modules_to_save=NEW_HEADS.get(cls.__name__, ())))
     torch.manual_seed(1)
@@ -253,7 +253,7 @@ def test_merging_computes_the_same(
 
 
 def test_pefts_adapter_merges_as_peft_merges_it(base: Path, tmp_path: Path) -> None:
-    """One that names neither task nor base, in one of the dtypes that it can be asked for."""
+    """One that names neither task nor base, in one of the dtypes."""
     model = transformers.GPTJForCausalLM.from_pretrained(base, dtype=torch.float32)
     wishes = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(model, wishes).eval()
@@ -401,7 +401,7 @@ def test_an_unmerged_adapter_is_neither_saved_as_a_model_nor_run_by_kernels(
 
 
 def test_an_adapter_in_bf16_and_for_other_heads(base: Path, tmp_path: Path) -> None:
-    """The base model takes what is its own, and a classifier's head is left out elsewhere."""
+    """The base model loads its part, and other heads skip a classifier's head."""
     model = adapted(GPTJForSequenceClassification, base, num_labels=3)
     model.save_adapter(tmp_path / "adapter", base=Base.at(str(base)))
     half = GPTJForSequenceClassification.from_pretrained(tmp_path / "adapter", dtype="bfloat16")

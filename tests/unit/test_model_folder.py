@@ -47,7 +47,7 @@ def write(cls: type[GPTJPreTrainedModel], shards: int) -> str:
 
 @pytest.fixture
 def proxy(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """Between us and the server; it counts."""
+    """A proxy between us and the server that counts requests."""
     with FaultyS3.before(s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
@@ -65,7 +65,7 @@ def requests(proxy: FaultyS3, action: Callable[[], Any]) -> list[str]:
 
 
 def deployed(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
-    """What a replica reads: of question answering the training's settings too."""
+    """A replica's reads: for question answering the training's settings too."""
     with open_checkpoint(arguments) as folder:
         load_from(folder, cls, arguments, torch.device("cpu"))
         assert folder.read_training_data() == {"stride": 7}
@@ -106,7 +106,7 @@ def test_a_cached_replica_reads_nothing_else_from_s3(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second replica asks S3 for the manifest alone."""
+    """The second replica only requests the manifest from S3."""
     address = write(cls, 1)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setenv(SIZE_VARIABLE, "1")

@@ -1,4 +1,4 @@
-"""What every model shares: arguments of from_pretrained, new rows, transformers' pipelines."""
+"""Shared by all models: from_pretrained's arguments, resizing, transformers' pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we start ends with us, and so does what it started."""
+"""Programs that we start end with us, and so do their descendants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rotation by itself: two famous implementations got it wrong and still wrote fine text."""
+"""Rotary embeddings alone: two well-known implementations were wrong and still wrote good text."""
 
 from __future__ import annotations
 

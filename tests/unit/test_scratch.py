@@ -1,4 +1,4 @@
-"""Temporary folders, of which some are left by processes that are killed."""
+"""Temporary folders, some of them left by killed processes."""
 
 from __future__ import annotations
 

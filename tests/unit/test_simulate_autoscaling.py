@@ -61,7 +61,7 @@ calls: list[float] = []
 
 
 def counting_policy(context: AutoscalingContext) -> tuple[int | float, dict[str, Any]]:
-    """Ray's default policy, and a note of what it was asked about."""
+    """Ray's default policy, recording its inputs."""
     from test_simulate_autoscaling import calls  # Ray pickles this function, and not the list
 
     calls.append(context.total_num_requests)
@@ -75,7 +75,7 @@ def even(every: float, count: int, prompt: int = 100, output: int = 50) -> Arriv
 
 
 def burst(count: int, at: float = 100.0) -> Arrivals:
-    """A few quiet minutes, and so many requests within ten seconds in the middle."""
+    """A few quiet minutes with a burst of requests within ten seconds in the middle."""
     quiet = np.arange(0.5, 600, 5.0)
     times = np.sort(np.concatenate([quiet, np.linspace(at, at + 10, count)]))
     sizes = np.ones(len(times), dtype=np.int64)
@@ -112,7 +112,7 @@ def test_outputs_that_decode_together_share_each_step() -> None:
 
 
 def test_rows_and_cache_limit_the_running_requests() -> None:
-    """The third waits for the end of the first two; so it does where the cache holds two."""
+    """The third waits for the first two to end; also if the cache only holds two."""
     for rows, cache in ((2, 100_000), (16, 299)):
         machine = replace(MACHINE, cache_tokens=cache)
         replica = TokensReplica(0, machine, max_num_seqs=rows, max_num_batched_tokens=256)
@@ -165,7 +165,7 @@ def test_waiting_times_match_queueing_theory() -> None:
 
 @pytest.mark.parametrize("most_queued", [-1, 20])
 def test_every_request_is_served_once_or_refused(most_queued: int) -> None:
-    """Through a flood, and the replicas that start and end because of it."""
+    """Through a flood and the resulting starts and stops of replicas."""
     requests = burst(1500)
     outcome = simulate(replace(SERVICE, max_queued_requests=most_queued), MACHINE, requests)
     assert [request.arrival for request in outcome.requests] == requests.times.tolist()
@@ -273,7 +273,7 @@ def test_a_request_that_never_fits_and_bad_settings_are_refused_with_the_value()
 
 
 def test_a_services_limits_follow_from_the_machine() -> None:
-    """As a replica would choose them there: serve.yaml states none."""
+    """As a replica would choose them there, since serve.yaml sets none."""
     found = {name: read_service(SERVE_CONFIG, "generation", MACHINES[name]) for name in MACHINES}
     limits = {
         name: (each.max_num_seqs, each.max_num_batched_tokens) for name, each in found.items()

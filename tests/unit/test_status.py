@@ -1,4 +1,4 @@
-"""`gptj status`: what it makes of Serve's word and of metrics, and how it shows it."""
+"""`gptj status`: its numbers from Serve's status and metrics, and their display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""storage on servers, disks and settings that are not as a plain S3 server and a plain disk are."""
+"""storage on unusual servers, disks and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outages of S3 cost time, and not the work. Pauses are cut short here; what is tried is not."""
+"""Outages of S3 cost time, not the work. Pauses are shortened here; retries are not."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_retries_end_after_the_deadline(
 def test_requests_are_retried_for_two_to_five_minutes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a clock that only the pauses move. Pauses differ, so that clients do not come at once."""
+    """By a clock that only pauses advance. Pauses are random, so clients do not retry together."""
     now = [1000.0]
     monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: now[0]))
     policy = retries.Retries("http://s3")

@@ -1,4 +1,4 @@
-"""Weights that do not agree with themselves: several dtypes, or ties that are none.
+"""Inconsistent weights: several dtypes, or ties between unequal matrices.
 
 Each way in, with transformers as the reference: folders of ours and others, mapped, from S3, from
 the cache, imported from each format.
@@ -69,7 +69,7 @@ def address(
 
 
 def made_foreign(address: str, request: pytest.FixtureRequest) -> None:
-    """Take our manifest away, if the way in is another program's."""
+    """Remove our manifest if another program's folder is meant."""
     if request.node.callspec.params["address"] == "a folder of others":
         storage.delete(storage.join(address, "manifest.json"))
 
@@ -220,7 +220,7 @@ def test_imports_and_exports_have_one_dtype_and_their_own_head(
 
 
 def test_exports_of_inconsistent_weights_are_consistent(tmp_path: Path) -> None:
-    """Straight from such a folder, with nothing imported before."""
+    """Straight from such a folder, without an import."""
     state = state_of(dtype=torch.bfloat16, lm_head=torch.float32)
     save(state, str(tmp_path / "m"), tie_word_embeddings=True, dtype="bfloat16")
     export_weights(str(tmp_path / "m"), str(tmp_path / "e"), format="huggingface")

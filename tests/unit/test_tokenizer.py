@@ -125,7 +125,7 @@ def test_any_text_round_trips_with_transformers_ids(
 def test_any_ids_decode_like_transformers(
     ours: GPTJTokenizer, theirs: Any, ids: list[int], skip: bool
 ) -> None:
-    """Halves of characters included."""
+    """Including halves of characters."""
     text = theirs.decode(ids, skip_special_tokens=skip)
     assert ours.decode(ids, skip) == text
     assert ours.batch_decode([ids, ids[:1]], skip)[0] == text
@@ -344,7 +344,7 @@ def test_a_pickled_tokenizer_is_the_same(ours: GPTJTokenizer) -> None:
 def test_vocabulary_merges_and_added_tokens_load_as_in_transformers(
     ours: GPTJTokenizer, tmp_path: Path, gpt2_files: Path, names_special_tokens: bool
 ) -> None:
-    """The older files; `<|endoftext|>` is special without being among the added tokens."""
+    """The older files; `<|endoftext|>` is special without being an added token."""
     (tmp_path / "vocab.json").write_bytes((gpt2_files / "encoder.json").read_bytes())
     (tmp_path / "merges.txt").write_bytes((gpt2_files / "vocab.bpe").read_bytes())
     added = {f"<|extratoken_{n}|>": 50256 + n for n in range(EXTRA_TOKENS, 0, -1)}
@@ -385,7 +385,7 @@ def test_a_tokenizer_saved_by_transformers_loads(theirs: Any, tmp_path: Path) ->
 
 
 def test_ids_with_gaps_between_them_can_be_decoded(tmp_path: Path) -> None:
-    """Some published files leave numbers out: the count of entries is not the largest id."""
+    """Some published files skip ids: the number of entries is not the largest id."""
     files = GPTJTokenizer.train([], 257).files()
     content = json.loads(files["tokenizer.json"])
     moved = content["model"]["vocab"]["z"]
@@ -409,7 +409,7 @@ def test_a_tokenizer_saves_to_and_loads_from_s3(ours: GPTJTokenizer, s3: LocalS3
 
 
 def test_concurrent_calls_do_not_interfere(ours: GPTJTokenizer) -> None:
-    """Each has a truncation and padding of its own."""
+    """Each with its own truncation and padding."""
     calls: list[dict[str, Any]] = [
         {"padding": True, "padding_side": side, "truncation": True, "max_length": length}
         for length in range(1, 13)

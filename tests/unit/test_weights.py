@@ -1,4 +1,4 @@
-"""Weights from S3: every byte in its place, wherever requests are cut."""
+"""Weights from S3: every byte in its place, wherever requests are split."""
 
 from __future__ import annotations
 

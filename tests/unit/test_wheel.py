@@ -1,4 +1,4 @@
-"""What `pip install gptj-platform` brings: the wheel, and programs that run from it."""
+"""`pip install gptj-platform`: the wheel, and programs that run from it."""
 
 from __future__ import annotations
 
