@@ -114,6 +114,7 @@ def test_decode_attention_over_ragged_contexts_and_scattered_pages(
     it.attended(decode_inputs(contexts))
 
 
+@pytest.mark.slow
 @shapes
 def test_prefill_attention_is_causal_and_sees_the_past(shape: str, dtype: torch.dtype) -> None:
     """Chunks that end before, at and after a tile's border, with and without a past."""
@@ -217,6 +218,7 @@ def test_gemv_with_any_number_of_columns_and_inputs(dtype: torch.dtype, blocks: 
     torch.testing.assert_close(wide, expected, rtol=0, atol=1e-4)  # nothing is rounded but sums
 
 
+@pytest.mark.slow
 @shapes
 @pytest.mark.parametrize("rank", [1, 24])
 def test_adapter_products_are_added_per_token(shape: str, dtype: torch.dtype, rank: int) -> None:
@@ -370,7 +372,7 @@ def test_a_gemv_that_does_not_compile_falls_back_to_pytorch(
     "arguments", [[], pytest.param(["--all"], marks=pytest.mark.nightly)], ids=["one", "all"]
 )
 def test_the_kernels_compile_for_other_gpus(arguments: list[str], tmp_path: Path) -> None:
-    """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B on an A100, an L4 and an H100."""
+    """Triton's own compiler and NVIDIA's assembler, for GPT-J 6B: on an L4 in fp32, or on all."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     result = subprocess.run(

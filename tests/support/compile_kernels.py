@@ -2,7 +2,7 @@
 
     python tests/support/compile_kernels.py [--all]
 
-With --all for every GPU and dtype, otherwise for one of each kind. Prints a JSON object a program
+With --all for every GPU and dtype, otherwise for the tightest. Prints a JSON object a program
 and GPU: the shared memory of its blocks in bytes, and the registers of a thread and the bytes that
 it spills to memory, by NVIDIA's assembler. Ends with an error if a program does not fit its GPU, or
 a step launches one that `try_out` has not tried. Run by test_cuda_kernels.py in a process of its
@@ -39,12 +39,12 @@ from gptj.engine.runners.lora import LoRALimits
 # GPU, compute capability, shared memory that a block may have, multiprocessors, dtype.
 # Turing (7.5) is not among them: its GPUs get PyTorch's kernels.
 CASES = (
-    ("A100", 80, 166912, 108, torch.bfloat16),
     ("L4", 89, 101376, 58, torch.float32),  # the largest numbers in the least shared memory
-    ("H100", 90, 232448, 132, torch.float16),
 )
-# Of one of these architectures, and with numbers of one of these sizes.
 MORE_CASES = (
+    ("A100", 80, 166912, 108, torch.bfloat16),
+    ("H100", 90, 232448, 132, torch.float16),
+    # Of one of these architectures, and with numbers of one of these sizes.
     ("A100", 80, 166912, 108, torch.float16),
     ("A10G", 86, 101376, 80, torch.float16),
     ("L4", 89, 101376, 58, torch.float16),
