@@ -1,7 +1,7 @@
 """Linear layers with weights in 4 bits: 64 neighbouring inputs of an output share a scale.
 
 A weight is (code - 8) * scale, the code one of 0 to 15 and the scale in bf16: 4.25 bits a weight.
-Folders store it as compressed-tensors' `pack-quantized`, which vLLM and transformers read
+Folders store it as compressed-tensors' `pack-quantized`, the format of vLLM's tools
 (https://github.com/vllm-project/compressed-tensors): beside a layer's bias
 `weight_packed`, int32 (outputs, inputs / 8), input 8i + j in bits 4j to 4j + 3 of word i;
 `weight_scale`, bf16 (outputs, inputs / 64); and `weight_shape`. The layers of all blocks are

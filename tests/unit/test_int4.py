@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
-from deployments.generation import Arguments
-from deployments.loading import check
+from deployments.generation import Arguments, new_engine_runner
+from deployments.loading import check, load
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer, int4
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
 from gptj.checkpoints.manifest import verify
 from gptj.engine.backends import best_runner
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.errors import CheckpointError
 from gptj.interop.exporter import export_weights
 from gptj.quantization.quantizer import quantize_model
@@ -144,12 +147,12 @@ def test_weights_quantized_otherwise_are_refused(
     folders: tuple[str, str], tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     address = altered(folders[1], tmp_path / "model", **fields)
-    for load in (
+    for opened in (
         lambda: GPTJForCausalLM.from_pretrained(address),
         lambda: check(GPTJForCausalLM, Arguments(checkpoint=address)),
     ):
         with pytest.raises(CheckpointError, match=f"not supported: {message}.*jobs/quantize.py"):
-            load()
+            opened()
 
 
 def test_other_group_sizes_are_named(folders: tuple[str, str], tmp_path: Path) -> None:
@@ -197,6 +200,32 @@ def test_without_kernels_4_bit_weights_are_refused_and_not_dequantized(
         best_runner(GPTJForCausalLM.from_pretrained(folders[1]), 64)
     with pytest.raises(UnsupportedError, match=reason):
         best_runner(GPTJForCausalLM.from_pretrained(folders[0]), 64, quantization="int4")
+
+
+@torch.inference_mode()
+def test_the_generation_service_computes_in_4_bits(folders: tuple[str, str]) -> None:
+    """From the folder in 4 bits without a setting, and from the plain one with it."""
+    try:
+        library.level()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    read, ids = [], torch.arange(20, dtype=torch.int32).numpy()
+    table = torch.arange(2, dtype=torch.int32)[None].numpy()
+    ends = torch.tensor([0, 20], dtype=torch.int32).numpy()
+    for folder, quantization in ((folders[1], "none"), (folders[1], "int4"), (folders[0], "int4")):
+        arguments = Arguments.model_validate(
+            {"checkpoint": folder, "quantization": quantization, "cache_tokens": 64}
+        )
+        check(GPTJForCausalLM, arguments)
+        model, _ = load(GPTJForCausalLM, arguments, torch.device("cpu"))
+        runner, _ = new_engine_runner(model, arguments)
+        assert isinstance(runner, CpuRunner)
+        read.append(runner.bytes_read)
+        logits = runner.step(StepBatch(ids, ids, ends, table, ids))
+        expected = GPTJForCausalLM.from_pretrained(folders[1])(IDS).logits[0]
+        assert float((logits - expected).abs().max() / expected.std()) < 0.12
+        runner.close()
+    assert len(set(read)) == 1
 
 
 def test_widths_that_are_not_whole_groups_are_refused(tmp_path: Path) -> None:
