@@ -120,6 +120,7 @@ def line(clients: int, outcome: Outcome) -> str:
     return (
         f"{clients:5} clients: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s; "
         f"{len(outcome.refused)} refused, p50 {_median(outcome.refused):.3f} s, "
+        f"longest {max(outcome.refused, default=0):.3f} s, "
         f"{outcome.undeclared} of them undeclared; statuses {dict(outcome.statuses)}; "
         f"health {dict(outcome.health)}"
     )
