@@ -455,9 +455,15 @@ def main(words: Sequence[str] | None = None) -> None:
             folder = Path(stack.enter_context(named))
         folder.mkdir(parents=True, exist_ok=True)
         both = stack.enter_context(cluster(folder.absolute()))
-        results = []
+        results: list[Result] = []
+        failed: list[str] = []
         for fault in faults:
-            results.append(measure(both, fault))
+            try:
+                results.append(measure(both, fault))
+            except RuntimeError as error:  # the others are compared nonetheless
+                failed.append(fault)
+                print(f"{fault:10} has no result: {error}", flush=True)
+                continue
             print(results[-1].line(), flush=True)
         for elastic in (False, True):
             of_kind = [each for each in results if (each.fault == "elastic") == elastic]
@@ -477,6 +483,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 if arguments.json is not None:
                     with arguments.json.open("a") as file:
                         file.write(json.dumps({**asdict(result), "off": difference}) + "\n")
+    if failed:
+        sys.exit(f"error: no result for {', '.join(failed)}")
 
 
 if __name__ == "__main__":
