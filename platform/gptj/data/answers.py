@@ -43,7 +43,7 @@ class Plan:
     chunk_rows: int
     settings: Mapping[str, Any]  # the model and what it is asked, as plain values
     whole: bool = False  # one file of outputs and one of errors, instead of one for each chunk
-    stamps: tuple[str, ...] = ()  # of all files in their order: another one if a file has changed
+    stamps: tuple[str, ...] = ()  # versions of all files in their order
 
     @classmethod
     def of(
@@ -148,7 +148,7 @@ class Index:
     settings: Mapping[str, Any]  # the plan's
     rows: int
     failed: int
-    source: str = ""  # digest of all chunks' digests; empty in folders of old
+    source: str = ""  # digest of all chunks' digests; empty in older folders
 
 
 def begin(plan: Plan, folder: str) -> Index | None:
@@ -162,7 +162,7 @@ def begin(plan: Plan, folder: str) -> Index | None:
         index = Index(**parse_object(storage.read_bytes(address), address))
         _check_same(index.settings, plan, folder)
         _check_current(index, plan, folder)
-        storage.delete_folder(storage.join(folder, UNFINISHED))  # left by a kill just after that
+        storage.delete_folder(storage.join(folder, UNFINISHED))  # left if killed after finishing
         return index
     address = storage.join(folder, UNFINISHED, PLAN)
     if not storage.exists(address):
@@ -175,7 +175,7 @@ def begin(plan: Plan, folder: str) -> Index | None:
 
 def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
     now = json.loads(plan.to_json())
-    # Other stamps, as copied files have, may be of the same rows: chunks' digests tell.
+    # Copied files have other stamps but the same rows; chunks' digests detect real changes.
     if different := [key for key in now if key != "stamps" and before.get(key) != now[key]]:
         inner = before.get("settings"), now["settings"]
         if different == ["settings"] and isinstance(inner[0], dict):
@@ -188,9 +188,9 @@ def _check_same(before: Mapping[str, Any], plan: Plan, folder: str) -> None:
 
 
 def _check_current(index: Index, plan: Plan, folder: str) -> None:
-    """DataError if the answers are to other rows than the files have now.
+    """DataError if the files' rows have changed since they were answered.
 
-    The files are read only if they have other stamps.
+    Files are read only if their stamps differ.
     """
     if not index.source or list(plan.stamps) == index.settings.get("stamps"):
         return
@@ -205,7 +205,7 @@ def _check_current(index: Index, plan: Plan, folder: str) -> None:
 
 
 def _source(digests: Iterable[tuple[str, str]]) -> str:
-    """Of chunks' names and digests in their order."""
+    """Digest of chunks' names and digests, in order."""
     content = "".join(f"{name} {digest}\n" for name, digest in digests)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -304,7 +304,7 @@ def finish(plan: Plan, folder: str, records: Iterable[Record]) -> Index:
             for kind in (OUTPUT, ERRORS)
         }
     for file in storage.list_files(folder):
-        # Of chunks that there were before the data changed.
+        # Left by chunks from before the data changed.
         if file.name.startswith((f"{OUTPUT}-", f"{ERRORS}-")) and file.name not in files:
             storage.delete(file.address)
     content = (json.dumps(asdict(index), indent=1) + "\n").encode()

@@ -137,7 +137,7 @@ def _elements(
 
 
 class _Values:
-    """The values of a JSON text, one after the other; memory holds the largest of them.
+    """Parses a JSON text incrementally; memory holds the largest value.
 
     Attributes:
         record: the number of the record that comes next, for errors.
@@ -150,7 +150,7 @@ class _Values:
         self._buffer, self._position, self._at_end = reader.read(CHUNK), 0, False
 
     def array(self) -> Iterator[None]:
-        """Stop before each element of an array that comes now; BadRecordError if it is none."""
+        """Stop before each element of the array that follows; BadRecordError if none does."""
         self.expect("[", "the array")
         if self.peek() != "]":
             yield
@@ -160,7 +160,7 @@ class _Values:
         self._position += 1
 
     def peek(self) -> str:
-        """The character that comes after white space; "" at the end."""
+        """The next character after white space; "" at the end."""
         while True:
             buffer = self._buffer
             while self._position < len(buffer) and buffer[self._position] in " \t\r\n":
@@ -170,18 +170,18 @@ class _Values:
             self._fill()
 
     def expect(self, character: str, what: str) -> None:
-        """Go beyond a character. BadRecordError if another comes."""
+        """Consume the expected character. BadRecordError if another follows."""
         if self.peek() != character:
             why = f"expected {character!r} of {what}, got {shown(self.rest())}"
             raise BadRecordError(self.record, why)
         self._position += 1
 
     def rest(self) -> str:
-        """What was read and not used yet."""
+        """The text that was read but not consumed."""
         return self._buffer[self._position :]
 
     def next(self) -> tuple[Any, str]:
-        """A value, and its text. BadRecordError if there is none."""
+        """The next value and its text. BadRecordError if it is not valid."""
         self.peek()
         while True:
             try:
@@ -196,7 +196,7 @@ class _Values:
             except ValueError as error:
                 raise _not_an_object(self.record, self.rest(), error) from error
             else:
-                # A number may go on.
+                # A number may continue.
                 if end < len(self._buffer) or self._at_end or not isinstance(value, int | float):
                     break
             self._fill()

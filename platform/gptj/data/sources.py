@@ -194,7 +194,7 @@ def _missing(
 
 
 def listed(error: MissingColumnsError | MissingColumnError) -> str:
-    """The columns that there are, and what else may be the reason."""
+    """The existing columns, and another possible reason."""
     return f"{', '.join(map(repr, error.there)) or 'none':.400}{error.hint}"
 
 

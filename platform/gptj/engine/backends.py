@@ -39,22 +39,22 @@ def best_runner(
         model: in evaluation mode, on its device.
         cache: its size in positions, rounded up to whole pages, or a share of memory.
         quantization: int8 and int4 store weights in 8 and 4 bits, whatever the model's dtype.
-            4-bit weights that the model has already stay in 4 bits.
-        lora: how many adapters it must have room for.
+            A model's 4-bit weights stay in 4 bits.
+        lora: limits of the adapters to support.
         release: move the model's weights to the runner instead of copying them.
 
     Raises:
         UnsupportedError: for int8 and int4 where the kernels cannot run.
         ValueError: if the cache cannot hold one context, the model has an unmerged adapter that
-            the kernels would ignore, or int8 is asked of 4-bit weights.
+            the kernels would ignore, or int8 is requested for 4-bit weights.
     """
     if model.adapter is not None:
         raise ValueError("the model's adapter must be merged first: gptj.adapters.lora.merge_lora")
     if is_int4(model):
         if quantization == "int8":
             raise ValueError(
-                "quantization=int8 needs the original weights, and the model's are in 4 bits; "
-                "remedy: leave quantization out, or load the model that they were made from"
+                "quantization=int8 needs the original weights, but the model's are in 4 bits; "
+                "remedy: leave quantization out, or load the original model"
             )
         quantization = "int4"
     if not isinstance(cache, CacheShare) and cache < 1:

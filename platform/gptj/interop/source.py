@@ -105,11 +105,11 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
             tensors += place.format.open_file(storage.join(place.address, name))
         config = given or _folder_config(place, names)
         if place.format.name == "tensorflow":
-            config.tie_word_embeddings = False  # these formats never tie them
+            config.tie_word_embeddings = False  # this format never ties them
     if hasattr(config, CONFIG_FIELD):
         raise CheckpointError(
             f"{address} has quantized weights, which cannot be converted, merged or quantized "
-            f"again; remedy: the model that they were made from"
+            f"again; remedy: use the original model"
         )
     name = MESH if place.format is None else place.format.name
     logger.info("%s has the format %s", address, name)

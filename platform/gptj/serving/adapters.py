@@ -45,13 +45,13 @@ from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
 LOOK_SECONDS = 10.0  # between checks for changes of a folder that is in use
-# How long a request waits for that, and then takes what is in memory; for what is not in memory. A
-# storage that is down makes its callers wait for minutes.
+# How long a request waits for a check before using the version in memory, and for loading: reads
+# from storage that is down can take minutes.
 LOOK_WAIT_SECONDS, LOAD_WAIT_SECONDS = 1.0, 60.0
 MISSING_SECONDS = 3.0  # until a name without a folder is looked up again
 LOADS_AT_ONCE = 2
 MAX_PENDING = 32  # names that are being looked up or loaded
-MAX_KNOWN = 1024  # names with a folder, loaded or not; and as many without
+MAX_KNOWN = 1024  # names with a folder, loaded or not; and as many without one
 MAX_TRIES = 3  # to hold an adapter that others push out
 # Of a folder below the root. No part begins with a dot, so that no name leads out of it.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -63,12 +63,12 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What `GET /v1/models` says of an adapter."""
+    """An adapter as listed by `GET /v1/models`."""
 
     name: str
     address: str
     has_template: bool  # its own
-    created: int  # when it was loaded, or else looked at, in seconds since 1970
+    created: int  # when it was loaded or, if not in memory, inspected; seconds since 1970
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Adapters:
         self._verify = verify
         self._lock = threading.Lock()
         self._known: OrderedDict[str, _Known] = OrderedDict()  # by name, least recently used first
-        self._missing: OrderedDict[str, float] = OrderedDict()  # when names had none; oldest first
+        self._missing: OrderedDict[str, float] = OrderedDict()  # last miss by name; oldest first
         self._loads: dict[str, Future[ServedAdapter]] = {}
         self._looks: dict[str, Future[AdapterInfo]] = {}
         self._threads = ThreadPoolExecutor(LOADS_AT_ONCE, "adapters")
@@ -156,9 +156,9 @@ class Adapters:
         raise _in_use("other adapters push this one out of memory: try again later")
 
     async def describe(self, name: str) -> AdapterInfo:
-        """What an adapter is. One that is not in memory is not loaded: others would give way.
+        """Describe an adapter without loading it, which would evict others.
 
-        Raises as `hold` does, of what its small files show.
+        Raises like `hold`, as far as its small files show.
         """
         served = self._present(name)
         if served is not None:
@@ -205,7 +205,7 @@ class Adapters:
         return None
 
     async def _load(self, name: str) -> ServedAdapter:
-        """The adapter in its folder's version, or in that in memory if looking takes long."""
+        """The adapter in its folder's version, or the version in memory if checking takes long."""
         load = self._once(self._loads, self._found, name)
         with self._lock:
             known = self._known.get(name)
@@ -224,14 +224,14 @@ class Adapters:
         work: Callable[[str, str, _Known, str], Found],
         name: str,
     ) -> Future[Found]:
-        """Work on a folder on a thread, once for all who wait for it."""
+        """Run `work` on a folder in a thread; concurrent callers share the result."""
         address = self._address(name)
         if address is None:
             raise unknown_model(name)
         with self._lock:
             if name in pending:
                 return pending[name]
-            # Clients can make up any number of names: what is known goes before them.
+            # Clients can make up any number of names: known ones take precedence.
             full = len(self._loads) + len(self._looks) >= MAX_PENDING
             if full and name not in self._known:
                 raise _in_use("too many adapters are being looked up: try again later")
@@ -248,7 +248,7 @@ class Adapters:
     def _looked(
         self, work: Callable[[str, str, _Known, str], Found], name: str, address: str
     ) -> Found:
-        """Look at a folder's present version, and work on it. Raises APIError."""
+        """Run `work` on a folder's current version. Raises APIError."""
         with self._lock:
             known = self._known.get(name) or _Known()
         if known.served is not None and not known.served.loaded.in_memory:
@@ -265,12 +265,12 @@ class Adapters:
         except OSError as error:
             if known.served is None:
                 raise _unreadable(name, error) from error
-            logger.warning("%s cannot be read, and stays as it is in memory: %s", address, error)
+            logger.warning("%s cannot be read; keeping the version in memory: %s", address, error)
             version = known.served.version
         return work(name, address, known, version)
 
     def _found(self, name: str, address: str, known: _Known, version: str) -> ServedAdapter:
-        """A folder's adapter in its present version. Raises APIError."""
+        """A folder's adapter in its current version. Raises APIError."""
         before = known.served
         if before is None or before.version != version:
             if known.refused is None or known.refused[0] != version:
@@ -285,7 +285,7 @@ class Adapters:
         return known.served
 
     def _described(self, name: str, address: str, known: _Known, version: str) -> AdapterInfo:
-        """What a folder's adapter is, in memory or not. Raises APIError."""
+        """Describe a folder's adapter, in memory or not. Raises APIError."""
         if known.served is not None:  # loaded meanwhile
             return known.served.info
         if known.refused is not None and known.refused[0] == version:
@@ -340,7 +340,7 @@ class Adapters:
             self._trim()
 
     def _trim(self) -> None:
-        """Forget the oldest; under the lock."""
+        """Forget the oldest entries; call with the lock held."""
         for names in (self._known, self._missing):
             while len(names) > MAX_KNOWN:
                 names.popitem(last=False)
@@ -389,7 +389,7 @@ class Adapters:
 
 
 async def _result(name: str, future: Future[Found], seconds: float) -> Found:
-    """The future's result, which others may await as well. UnavailableError if it takes longer."""
+    """The result of a shared future. UnavailableError if it takes more than `seconds`."""
     try:
         return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), seconds)
     except TimeoutError:

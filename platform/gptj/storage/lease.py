@@ -140,7 +140,7 @@ class Lease:
             if now != first:
                 raise LeaseHeldError(f"process {now.process} on {now.host} is still running")
             took = time.monotonic() - since
-            # While the storage does not answer, a holder cannot renew: it has a term from then on.
+            # A holder cannot renew while the storage is down: it gets a full term afterwards.
             unchanged = 0.0 if took > self._term / 2 else unchanged + took
 
     def _renew(self) -> None:

@@ -40,7 +40,8 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
     own = {"zero_allow_untested_optimizer": True}  # see gptj.training.optimizer
     sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     return {
-        # DeepSpeed wants the product of the other three; a batch that does not divide is smaller.
+        # Must be the product of micro-batch, accumulation and world size, even if the real batch
+        # does not divide and is smaller.
         "train_batch_size": settings.micro_batch_size * gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,

@@ -1,8 +1,8 @@
 """Compile DeepSpeed's operators in one process per node, robust against killed builds.
 
-PyTorch marks a build by a file, `lock`, and waits for ever for one that a killed process left. Here
-a lock of the kernel stands before it, which ends with its holder. What training has no use for is
-not compiled.
+PyTorch marks a build by a file, `lock`, and waits forever for one left by a killed process. We
+guard it with a kernel lock, which is released when its holder dies. Operators that training does
+not use are not compiled.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ POLL_SECONDS = 0.1
 
 @contextmanager
 def guarded_builds() -> Iterator[None]:
-    """Put all of DeepSpeed's builds in the block behind our lock, but for one that is left out.
+    """Guard all of DeepSpeed's builds within the block by our lock, and skip one.
 
-    On CPUs DeepSpeed's communication begins by compiling an all-reduce in shared memory, a minute's
-    work, which `inference_all_reduce` alone calls.
+    On CPUs, DeepSpeed's communication first compiles a shared-memory all-reduce, which takes a
+    minute and is only used by `inference_all_reduce`.
     """
     jit_load = builders.OpBuilder.jit_load
     communication = require("deepspeed.comm.torch", "training", "deepspeed")

@@ -104,7 +104,7 @@ def generation_app(
     recorder_ = recorder or NoRecorder()
 
     def check_key(model: str | None) -> str:
-        """The name of a request's model, if its key may use that."""
+        """The name of a request's model. PermissionDeniedError if its key does not allow it."""
         name = card.id if model is None else model
         if not may_use_model(name):
             raise PermissionDeniedError(
@@ -177,7 +177,7 @@ def generation_app(
 
     @app.get("/v1/models/{model_id:path}", responses=errors(400, 404, 429, 503))
     async def model(model_id: str) -> ModelCard:
-        """One of them by its name, or an adapter that is not in memory."""
+        """A model by name; adapters need not be in memory."""
         name = check_key(model_id)
         if name == card.id:
             return card

@@ -20,8 +20,8 @@ from gptj.serving.tracing import PARENT, STATE, enabled, parent_of, propagator, 
 class Tracing:
     """Middleware of Serve's proxy: a span from the request's head to its reply's last byte.
 
-    It continues the client's trace (`traceparent`), and all tries on replicas belong to it. The
-    provider's ratio holds for all requests: a client can keep one out of it, but not in.
+    It continues the client's trace (`traceparent`) and includes all tries on replicas. The
+    provider's sampling ratio always applies: clients can opt out of sampling, but not in.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -63,8 +63,8 @@ def _bounded(parent: context.Context) -> context.Context:
     theirs = trace.get_current_span(parent).get_span_context()
     if not theirs.is_valid or not theirs.trace_flags.sampled:
         return parent
-    # The provider decides by the trace's id, which the client has chosen: ask for a new one. A span
-    # that is never ended is not exported.
+    # The provider samples by trace id, which the client has chosen: decide by a new id instead. The
+    # span is never ended, so it is not exported.
     drawn = tracer.start_span("draw", context.Context())
     if drawn.get_span_context().trace_flags.sampled:
         return parent

@@ -13,7 +13,7 @@ export function start(panel, needsKey) {
     needsKey,
     submit: async (body, signal) => {
       const reply = await (await request(PATH, { body, signal })).json();
-      show(form, [reply].flat(), body.inputs.context); // a list only if several were asked for
+      show(form, [reply].flat(), body.inputs.context); // a list only if several were requested
     },
   });
   showCode(form.part("code"), form.form, () => ({

@@ -9,7 +9,7 @@ const PATH = "v1/chat/completions";
 
 export const health = "health";
 
-/** Why the application has no chats, if it has none; not known without a key. */
+/** Why the application does not support chats, if so; unknown without a key. */
 export async function missing() {
   try {
     const { data } = await (await request("v1/models")).json();
@@ -28,7 +28,7 @@ export function start(panel, needsKey) {
 
 class Chat {
   constructor(panel, needsKey) {
-    this.turns = []; // what was said: messages with a role and a content
+    this.turns = []; // messages so far, with role and content
     this.form = new Form(panel, { needsKey, submit: (fields, signal) => this.#say(fields, signal) });
     this.log = this.form.part("turns");
     this.form.part("clear").addEventListener("click", () => this.#clear());
@@ -37,7 +37,7 @@ class Chat {
     );
   }
 
-  /** What the service is asked, of the form's fields and of what was said before. */
+  /** The request body, from the form's fields and the messages so far. */
   #body({ system, message, ...rest }) {
     const first = system ? [{ role: "system", content: system }] : [];
     const messages = [...first, ...this.turns, { role: "user", content: message }];
@@ -72,7 +72,7 @@ class Chat {
     }
     this.turns.push({ role: "user", content: fields.message }, { role: "assistant", content });
     this.form.form.elements.message.value = "";
-    this.form.form.dispatchEvent(new Event("input")); // the code has the turns
+    this.form.form.dispatchEvent(new Event("input")); // update the code sample, which includes the turns
     status.textContent = ENDS[reason] ?? "Done.";
   }
 

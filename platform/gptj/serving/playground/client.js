@@ -7,7 +7,7 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-/** A request that failed: `status` is 0 where there was no answer, `field` the wrong one's name. */
+/** A failed request: `status` is 0 without an answer, `field` names the invalid field. */
 export class RequestError extends Error {
   constructor(message, { status = 0, field = null, retryAfter = null } = {}) {
     super(message);
@@ -20,7 +20,7 @@ export class RequestError extends Error {
 /** The absolute address of a path below this page. */
 export const address = (path) => new URL(path, document.baseURI).href;
 
-/** The reply of a GET, or of a POST where there is a body. Throws RequestError. */
+/** The reply to a GET, or to a POST if there is a body. Throws RequestError. */
 export async function request(path, { body, signal } = {}) {
   const headers = {};
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
@@ -41,7 +41,7 @@ export async function request(path, { body, signal } = {}) {
   return reply;
 }
 
-/** The chunks of a server-sent stream as objects. Throws RequestError, an error event's as well. */
+/** The chunks of a server-sent stream as objects. Throws RequestError, also for error events. */
 export async function* events(path, { body, signal }) {
   const reply = await request(path, { body, signal });
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -64,11 +64,11 @@ export async function* events(path, { body, signal }) {
   } catch (error) {
     throw error instanceof RequestError ? error : interrupted(error);
   } finally {
-    reader.cancel().catch(() => {}); // it may have failed already, which was said above
+    reader.cancel().catch(() => {}); // it may already have failed, as reported above
   }
 }
 
-/** A failed fetch; what the user stopped stays an AbortError. */
+/** Convert a failed fetch; a stop by the user stays an AbortError. */
 function interrupted(error) {
   if (error.name === "AbortError") return error;
   return new RequestError("The service does not answer. Is it running, and is the network up?");
@@ -80,7 +80,7 @@ async function refusal(reply) {
   try {
     error = JSON.parse(text).error ?? {};
   } catch {
-    error.message = text.slice(0, 300); // a proxy in front of us answers in its own form
+    error.message = text.slice(0, 300); // not ours: from a proxy in front of the service
   }
   const wait = Number.parseInt(reply.headers.get("Retry-After") ?? "", 10);
   return new RequestError(error.message || `The service answered ${reply.status}.`, {

@@ -1,4 +1,4 @@
-// What the tabs share: a form's fields as a request's body, its state, and its errors.
+// Shared by all tabs: a form's fields as a request body, its state, and its errors.
 
 import { RequestError } from "./client.js";
 
@@ -16,7 +16,7 @@ export const characters = (text) => Array.from(text);
 export const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 
 export class Form {
-  /** Of a tab's panel; `submit(body, signal)` does the request and shows its result. */
+  /** The form of a tab's panel; `submit(body, signal)` sends the request and shows the result. */
   constructor(panel, { submit, needsKey }) {
     this.panel = panel;
     this.form = panel.querySelector("form");
@@ -43,7 +43,7 @@ export class Form {
     return this.panel.querySelector(`[data-part="${name}"]`);
   }
 
-  /** The fields that say something other than the service's default, nested as their names say. */
+  /** The fields that differ from the service's defaults, nested by their dotted names. */
   body() {
     const body = {};
     for (const field of this.form.querySelectorAll("[name]")) {
@@ -78,7 +78,7 @@ export class Form {
   }
 
   #showRunning(running) {
-    // Not `disabled`, which would take the focus away from who has just pressed it.
+    // Not `disabled`, which would move the focus away from the button just pressed.
     this.part("submit").setAttribute("aria-disabled", String(running));
     this.panel.setAttribute("aria-busy", String(running));
     const stop = this.part("stop");
@@ -88,7 +88,7 @@ export class Form {
   }
 
   #show(error) {
-    if (!(error instanceof RequestError)) throw error; // our own mistake: for the console
+    if (!(error instanceof RequestError)) throw error; // a bug: show it in the console
     if (error.status === 401) {
       this.#say("This service needs a key.", error.message);
       this.needsKey(() => this.run());
@@ -108,7 +108,7 @@ export class Form {
     return box;
   }
 
-  /** Busy: when to try again, counted down on a button. */
+  /** Busy: count down on the button until a retry. */
   #sayLater(error) {
     const title = error.status === 429 ? "The service is busy." : "The service is not ready.";
     let seconds = error.retryAfter ?? 1;
@@ -159,14 +159,14 @@ export class Form {
   }
 }
 
-/** A field's value in JSON's types; undefined for one that is at the service's default. */
+/** A field's value as JSON; undefined if it is the service's default. */
 function read(field) {
   if (field.type === "checkbox") return field.checked ? true : undefined;
   const value = field.value;
   if (field.tagName === "TEXTAREA" || field.name.startsWith("inputs")) return value;
   if (value === "" && !field.validity.badInput) return undefined;
   if (field.type !== "number") return value;
-  if (field.validity.badInput) return "not a number"; // the service says what it wants instead
+  if (field.validity.badInput) return "not a number"; // let the service report the error
   return value === field.dataset.default ? undefined : Number(value);
 }
 

@@ -22,7 +22,7 @@ export function start(panel, needsKey) {
   return { ready: () => showModels(form) };
 }
 
-/** What the service is asked, of the form's fields. */
+/** The request body, from the form's fields. */
 function requestOf(fields) {
   const { stop, logprobs, ...rest } = fields;
   if (stop) rest.stop = stop.replaceAll("\\n", "\n");
@@ -38,7 +38,7 @@ async function generate(form, tokens, body, signal) {
   form.part("legend").hidden = body.logprobs === undefined;
   status.textContent = "Generating …";
   tokens.begin(body.prompt);
-  // Read by people and not by screen readers, to which each token would be one message.
+  // Hidden from screen readers, which would announce each token separately.
   const live = element("span", { "aria-hidden": "true" });
   status.append(live);
   const options = { include_usage: true, continuous_usage_stats: true };
@@ -46,7 +46,7 @@ async function generate(form, tokens, body, signal) {
     for await (const chunk of events(PATH, { body: { ...body, stream_options: options }, signal })) {
       if (chunk.usage) seen.tokens = chunk.usage.completion_tokens;
       const [choice] = chunk.choices;
-      if (!choice) continue; // the last one has the numbers of tokens alone
+      if (!choice) continue; // the last chunk only has token counts
       seen.last = performance.now();
       seen.first ??= seen.last;
       seen.firstTokens ??= seen.tokens;
@@ -78,7 +78,7 @@ function numbers({ tokens, firstTokens, first, last }, started) {
   return `${tokens} ${tokens === 1 ? "token" : "tokens"}${speed}, the first after ${wait}.`;
 }
 
-/** The text as a row of tokens, and the alternatives of the one that is pointed at. */
+/** The text as a row of tokens, with the alternatives of the one under the pointer. */
 class Tokens {
   constructor(box, alternatives) {
     this.box = box;
@@ -94,7 +94,7 @@ class Tokens {
     this.#hide();
     this.text = []; // characters of the completion
     this.known = new WeakMap(); // a token's element -> its log-probabilities
-    this.open = null; // the last token and where it begins: its end is the next one's beginning
+    this.open = null; // the last token and its start; its end is the next one's start
     this.box.replaceChildren(element("span", { class: "prompt" }, prompt));
   }
 
@@ -178,6 +178,6 @@ class Tokens {
   }
 }
 
-/** A token with its white space to be seen. */
+/** A token with visible white space. */
 const visibleText = (text) =>
   text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";

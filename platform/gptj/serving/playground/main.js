@@ -6,11 +6,11 @@ import * as classify from "./classify.js";
 import { key, request } from "./client.js";
 import * as generate from "./generate.js";
 
-// By the ids of the tabs in index.html. A module has the path of its application's `health`, and
-// `start(panel, needsKey)`, whose reply may have `ready()`, called when the application answers.
-// It may have `missing()`: why the application does not do this, or null.
+// By tab id in index.html. A module exports its application's `health` path and
+// `start(panel, needsKey)`, whose result may have `ready()`, called once the application answers.
+// It may export `missing()`: why the application does not support this, or null.
 const MODULES = { generate, chat, classify, ask };
-const PATIENCE_MS = 10_000; // between looks at an application that does not answer
+const PATIENCE_MS = 10_000; // between checks of an application that does not answer
 
 class Tabs {
   constructor(list) {
@@ -30,7 +30,7 @@ class Tabs {
     }
   }
 
-  /** As the user's choice, which the address names from then on. */
+  /** Select the user's choice and put it in the URL. */
   #go(chosen) {
     this.select(chosen);
     history.replaceState(null, "", `#${chosen.id}`);
@@ -53,7 +53,7 @@ class Tabs {
 
 const panelOf = (tab) => document.getElementById(tab.getAttribute("aria-controls"));
 
-/** Ask an application's health, and show its tab as unavailable with the reason if it has none. */
+/** Check an application's health; if it fails, show its tab as unavailable, with the reason. */
 async function watch(tab, module, started) {
   const reason = await problem(module);
   const notice = panelOf(tab).querySelector("[data-part=unavailable]");
@@ -83,7 +83,7 @@ async function problem(module) {
   }
 }
 
-/** What a tab loads before its first request; a missing key is asked for. */
+/** Load what a tab needs before its first request; prompts for a missing key. */
 async function ready(started) {
   try {
     await started.ready?.();
@@ -96,9 +96,9 @@ async function ready(started) {
 const dialog = document.getElementById("key-dialog");
 const keyField = document.getElementById("key");
 const keyReason = document.getElementById("key-reason");
-let afterKey = null; // what failed for want of a key, to be tried again
+let afterKey = null; // retries what failed without a valid key
 
-/** Where the service has refused: `again` is called once there is another key. */
+/** After a refusal: prompt for another key, then call `again`. */
 function askForKey(again = null) {
   keyReason.textContent = key.get()
     ? "The service did not accept this key."
@@ -119,7 +119,7 @@ function useKey(value) {
   showKey();
   for (const each of Object.values(started)) ready(each);
   for (const form of document.querySelectorAll("[role=tabpanel] form"))
-    form.dispatchEvent(new Event("input")); // the code says whether it sends a key
+    form.dispatchEvent(new Event("input")); // update the code samples, which show whether a key is sent
   if (value) afterKey?.();
 }
 
