@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from faulty_s3 import Fault, FaultyS3, Reply, Request
+from jobs_in_turn import run_in_turn
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import verify
@@ -326,29 +327,6 @@ def test_prometheus_reads_training_metrics(
         time.sleep(0.5)
 
 
-# Runs jobs/finetune.py once a command line of standard input, in one process that connects to the
-# cluster once; a JSON line each.
-EACH_IN_TURN = """
-import contextlib, io, json, logging, sys
-import ray
-from jobs import finetune
-ray.init(logging_level=logging.WARNING)
-ray.init = lambda **_: None
-for line in sys.stdin:
-    sys.argv = ["finetune.py", *json.loads(line)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            finetune.main()
-        except SystemExit as ended:
-            status = ended.code
-            if isinstance(status, str):  # as Python ends with a message
-                print(status, file=sys.stderr)
-                status = 1
-    print("reply", json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
-
 def test_errors_are_reported_before_training(cluster: dict[str, str], tmp_path: Path) -> None:
     """Each in seconds, in one line without a traceback, and with exit status 1."""
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no text"}\n')
@@ -381,23 +359,9 @@ def test_errors_are_reported_before_training(cluster: dict[str, str], tmp_path: 
         "no-model": [store, f"model.checkpoint={tmp_path}/no-model"],
     }
 
-    commands = "".join(json.dumps(words) + "\n" for words in cases.values())
-    done = subprocess.run(
-        [sys.executable, "-c", EACH_IN_TURN],
-        input=commands, env={**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [line.partition(" ") for line in done.stdout.splitlines()]  # Ray prints others
-    replies = [json.loads(reply) for word, _, reply in lines if word == "reply"]
-    assert len(replies) == len(cases)
+    replies = run_in_turn("jobs.finetune", [*cases.values()], cluster, tmp_path)
     for (message, words), (status, _, said) in zip(cases.items(), replies, strict=True):
         assert status == 1, (words, said)
         assert re.search(f"error: (.|\n)*{message}", said), (words, said)
         assert "Traceback" not in said, said
-    assert "Traceback" not in done.stderr
-    # And by the program itself.
-    done = direct(cluster, "storage=s3://not-there")
-    assert done.returncode == 1
-    assert re.search("^error: (.|\n)*no bucket", done.stderr, re.MULTILINE), done.stderr
     assert latest_checkpoint("s3://gptj/errors/finetune") is None

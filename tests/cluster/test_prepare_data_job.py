@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jobs_in_turn import run_in_turn
 
 from gptj import GPTJTokenizer, storage
 from gptj.checkpoints.manifest import FolderWriter, verify
@@ -39,14 +39,8 @@ def cluster(
         yield {**environment, **node.environment()}
 
 
-def command(destination: str, *words: str, data: str = RAW) -> list[str]:
-    program = str(ROOT / "jobs" / "prepare_data.py")
-    fixed = [f"tokenizer={TOKENIZER}", "shard_characters=1000"]
-    return [sys.executable, program, data, destination, *fixed, *words]
-
-
-def ran(cluster: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*words], env=cluster, cwd=ROOT, capture_output=True, text=True)
+def words(destination: str, *more: str, data: str = RAW) -> list[str]:
+    return [data, destination, f"tokenizer={TOKENIZER}", "shard_characters=1000", *more]
 
 
 def contents(address: str) -> dict[str, bytes]:
@@ -63,20 +57,11 @@ def test_prepared_data_is_the_same_for_any_number_of_workers_and_after_a_kill(
     for number in range(3):
         lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[number::3]]
         storage.write_bytes(f"{RAW}/{number}.jsonl", "".join(lines).encode())
-
-    undisturbed = "s3://gptj/prepared-undisturbed"
-    result = ran(cluster, *command(undisturbed, "workers=1"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "600 rows, " in result.stdout
-    verify(undisturbed)
-    prepared = Prepared.at(undisturbed)
-    assert prepared is not None and len(prepared.index.shards) > 10
-    found = packed(tmp_path / "packed", undisturbed, tokenizer, 64, "none")
-    expected = CausalLMData(read_rows(RAW, ["text"]), tokenizer, 64, "none")
-    assert found.tokens.tolist() == expected.tokens.tolist()
+    storage.write_bytes("s3://gptj/prepare-bad/0.jsonl", b'{"text": "a"}\n{"text": 1}\n')
 
     killed, log = "s3://gptj/prepared-killed", tmp_path / "log"
-    with running(command(killed, "workers=2"), environment=cluster, log=log) as process:
+    program = [sys.executable, str(ROOT / "jobs" / "prepare_data.py")]
+    with running([*program, *words(killed, "workers=2")], environment=cluster, log=log) as process:
         deadline = time.monotonic() + 300
         while len(storage.list_files(f"{killed}/unfinished")) < 3:
             assert process.poll() is None, tail(log)
@@ -84,20 +69,26 @@ def test_prepared_data_is_the_same_for_any_number_of_workers_and_after_a_kill(
             time.sleep(0.02)
         process.kill()
     assert not storage.exists(f"{killed}/manifest.json")
-    result = ran(cluster, *command(killed, "workers=3"))
-    assert result.returncode == 0, result.stdout + result.stderr
+
+    undisturbed = "s3://gptj/prepared-undisturbed"
+    commands = [
+        words(killed, "workers=3"),
+        words(undisturbed, "workers=1"),
+        words("s3://gptj/prepared-bad", data="s3://gptj/prepare-bad"),
+    ]
+    resumed, whole, bad = run_in_turn("jobs.prepare_data", commands, cluster, ROOT)
+    for done in (resumed, whole):
+        assert done.status == 0, done.stdout + done.stderr
+        assert "600 rows, " in done.stdout
+    verify(undisturbed)
+    prepared = Prepared.at(undisturbed)
+    assert prepared is not None and len(prepared.index.shards) > 10
+    found = packed(tmp_path / "packed", undisturbed, tokenizer, 64, "none")
+    expected = CausalLMData(read_rows(RAW, ["text"]), tokenizer, 64, "none")
+    assert found.tokens.tolist() == expected.tokens.tolist()
     assert contents(killed) == contents(undisturbed)
 
-    storage.write_bytes("s3://gptj/prepare-bad/0.jsonl", b'{"text": "a"}\n{"text": 1}\n')
-    result = ran(cluster, *command("s3://gptj/prepared-bad", data="s3://gptj/prepare-bad"))
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1] == (
+    assert bad.status != 0 and "Traceback" not in bad.stderr
+    assert bad.stderr.strip().splitlines()[-1] == (
         "error: s3://gptj/prepare-bad/0.jsonl, row 2, column 'text': must be text, got 1"
     )
-
-    program = [sys.executable, str(ROOT / "jobs" / "finetune.py")]
-    words = ["steps=2", "run=on-prepared", "storage=s3://gptj", f"data.train={killed}"]
-    result = ran(cluster, *program, *words, "model.config.n_embd=64", "data.sequence_length=64")
-    assert result.returncode == 0, result.stdout + result.stderr
-    training = json.loads(storage.read_bytes("s3://gptj/on-prepared/model/training.json"))
-    assert training["data"]["train"] == {"rows": 600, "sha256": prepared.digest}

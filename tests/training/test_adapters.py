@@ -74,7 +74,6 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": PACKED,
     "bf16-3": {"deepspeed": {"stage": 3, "precision": "bf16"}},
     "bf16-0": {"deepspeed": {"stage": 0, "precision": "bf16"}},
-    "bf16-2": {"deepspeed": {"stage": 2, "precision": "bf16"}},
 }
 TASKS = ("classification", "question-answering")
 
@@ -133,8 +132,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     GPTJForCausalLM(config).save_pretrained(folder / "base", tokenizer=tokenizer)
     fields = {"checkpoint_every": STEPS // 2, "keep_checkpoints": 2}
     found = {name: adapter_settings(folder, name, **fields, **case) for name, case in CASES.items()}
-    for stage in (3, 0, 1, 2):  # with dropout, whose random numbers are part of a checkpoint
-        quantization = "nf4" if stage == 1 else None
+    for stage in (3, 0, 2):  # with dropout, whose random numbers are part of a checkpoint
+        quantization = "nf4" if stage == 2 else None
         adapter = {
             "adapter": {**ADAPTER, "dropout": 0.2, "quantization": quantization},
             "deepspeed": {"stage": stage},
@@ -224,7 +223,7 @@ def test_every_stage_trains_like_peft(
             # Adam divides by small numbers, so that the last bits of a gradient may show.
             torch.testing.assert_close(tensor, weights[key], rtol=0, atol=2e-3, msg=key)
     if names == [*VARIANTS]:
-        for name in ("bf16-3", "bf16-0", "bf16-2"):
+        for name in ("bf16-3", "bf16-0"):
             assert losses(runs[name]) == pytest.approx(expected, abs=0.05), name
 
 
@@ -253,7 +252,7 @@ def test_checkpoints_only_hold_the_adapter(runs: dict[str, Settings]) -> None:
         p.numel() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n
     )
     assert trained < model.num_parameters() / 5
-    for name in ("stage-0", "stage-2", "stage-3", "bf16-2", "bf16-3", *QUANTIZED):
+    for name in ("stage-0", "stage-2", "stage-3", "nf4-bf16", "bf16-3", *QUANTIZED):
         kept: dict[str, int] = {}
         for file in Path(halfway(runs[name])).glob("*.safetensors"):
             for tensor, values in load_file(file).items():
@@ -264,7 +263,7 @@ def test_checkpoints_only_hold_the_adapter(runs: dict[str, Settings]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_resumed_adapter_run_equals_an_undisturbed_one(
     stage: int, runs: dict[str, Settings]
 ) -> None:
