@@ -45,8 +45,6 @@ LONGEST = (
     "test_rollout",
     "test_gpu_check",
     "test_prepare_data_job",
-    "test_autoscaling",
-    "test_drain",
     "test_deployments",
     "test_adapters",
     "test_load_benchmark",

@@ -84,6 +84,7 @@ class LocalRay:
                 f"--num-cpus={cpus}",
                 f"--temp-dir={sessions}",
                 "--disable-usage-stats",
+                "--no-monitor",  # nothing scales this cluster's nodes
             ]
             variables = {
                 **environment,

@@ -6,9 +6,15 @@ run here again, with this module's fixture `service`.
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -52,17 +58,46 @@ from test_serving_question_answering import (  # noqa: F401
     test_hugging_faces_client_gets_the_best_span_over_all_windows,
 )
 
+from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 
+CALLERS = 8
+SCALING_SECONDS = 300  # for the controller to notice, and a replica to start or end
+
+
+@dataclass(frozen=True)
+class Deployed:
+    address: str
+    node: LocalRay
+    config: dict[str, Any]
+
+    def applications(self) -> dict[str, Any]:
+        """What Serve says of them, by name."""
+        found: dict[str, Any] = self._ask("GET").json()["applications"]
+        return found
+
+    def add(self, application: dict[str, Any]) -> None:
+        applications = [*self.config["applications"], application]
+        self._ask("PUT", json={**self.config, "applications": applications})
+
+    def _ask(self, method: str, **content: Any) -> httpx.Response:
+        return httpx.request(
+            method,
+            f"{self.node.dashboard}/api/serve/applications/",
+            headers={"Authorization": f"Bearer {self.node.token}"},
+            timeout=60,
+            **content,
+        ).raise_for_status()
+
 
 @pytest.fixture(scope="module")
-def service(
+def deployed(
     models: Models, s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The address of the three services, and of one behind a key (/guarded)."""
+) -> Iterator[Deployed]:
+    """The three services, embeddings, and one behind a key (/guarded)."""
     folder = tmp_path_factory.mktemp("services")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment().items():
@@ -75,8 +110,13 @@ def service(
         options = guarded["deployments"][0]["ray_actor_options"]
         options["runtime_env"] = {"env_vars": {"GPTJ_API_KEYS": KEYS}}
         config["applications"] += [guarded, embeddings(config["applications"])]
-        with serving(config, folder) as (address, _):
-            yield address
+        with serving(config, folder) as (address, node):
+            yield Deployed(address, node, config)
+
+
+@pytest.fixture(scope="module")
+def service(deployed: Deployed) -> str:
+    return deployed.address
 
 
 def embeddings(applications: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,3 +169,105 @@ def test_every_service_is_still_healthy(service: str) -> None:
     for route in ("/health", "/classification/health", "/question-answering/health"):
         reply = httpx.get(service + route)
         assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+
+def test_a_training_without_room_is_told_which_services_have_it(deployed: Deployed) -> None:
+    """In a process of its own, since Ray reads its token once."""
+    script = (
+        "import ray; from jobs import room; ray.init(logging_level='ERROR'); room.ROOM_SECONDS = 0;"
+        "room.wait_for_room({'CPU': 4})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **deployed.node.environment()},
+        capture_output=True,
+        text=True,
+    )
+    assert "need 4 CPUs, and 1.5 of the cluster's 4 are free" in done.stderr
+    assert "held by" in done.stderr and "the service classification (0.5)" in done.stderr
+
+
+class Load:
+    """Callers that send one request after another, and count what they get."""
+
+    def __init__(self, address: str) -> None:
+        self.replies: list[int | str] = []
+        self._address = address
+        self._ends: list[threading.Event] = []
+        self._threads: list[threading.Thread] = []
+
+    def start(self, callers: int) -> None:
+        for _ in range(callers):
+            end = threading.Event()
+            thread = threading.Thread(target=self._call, args=(end,))
+            thread.start()
+            self._ends.append(end)
+            self._threads.append(thread)
+
+    def lower_to(self, callers: int) -> None:
+        while len(self._threads) > callers:
+            self._ends.pop().set()
+            self._threads.pop().join()
+
+    def _call(self, end: threading.Event) -> None:
+        body = {"prompt": "The tower", "max_tokens": 100, "ignore_eos": True, "seed": 1}
+        with httpx.Client(timeout=300) as client:
+            while not end.is_set():
+                try:
+                    reply = client.post(f"{self._address}/v1/completions", json=body)
+                    complete = reply.json()["usage"]["completion_tokens"] == 100
+                    self.replies.append(reply.status_code if complete else reply.text)
+                except (httpx.TransportError, KeyError, ValueError) as error:  # no JSON, say
+                    self.replies.append(repr(error))
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + SCALING_SECONDS
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.3)
+    return False
+
+
+def test_replicas_rise_under_load_and_fall_after_it_without_a_failed_request(
+    deployed: Deployed,
+) -> None:
+    """The generation service once more, deployed beside the others."""
+    scaled = copy.deepcopy(deployed.config["applications"][0])
+    scaled |= {"name": "scaled", "route_prefix": "/scaled"}
+    (deployment,) = scaled["deployments"]
+    # The file's own limits, with everything faster: less load, and no patience.
+    assert deployment["autoscaling_config"]["min_replicas"] == 1
+    assert deployment["autoscaling_config"]["max_replicas"] >= 2
+    deployment["autoscaling_config"] |= {
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 1,
+        "metrics_interval_s": 0.3,
+        "look_back_period_s": 1,
+    }
+
+    def running_replicas() -> int:
+        replicas = deployed.applications()["scaled"]["deployments"]["generation"]["replicas"]
+        return sum(replica["state"] == "RUNNING" for replica in replicas)
+
+    deployed.add(scaled)
+    address = f"{deployed.address}/scaled"
+    assert wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
+    assert running_replicas() == 1
+    load = Load(address)
+    try:
+        load.start(CALLERS)
+        assert wait_for(lambda: running_replicas() == 2), "no second replica under load"
+        before = len(load.replies)
+        assert wait_for(lambda: len(load.replies) > before + CALLERS), "no replies from two"
+        # One goes on asking, so that a replica ends while there are requests.
+        load.lower_to(1)
+        assert wait_for(lambda: running_replicas() == 1), "no replica less after the load"
+        after = len(load.replies)
+        assert wait_for(lambda: len(load.replies) > after), "no reply from the one that is left"
+    finally:
+        load.lower_to(0)
+    assert set(load.replies) == {200}

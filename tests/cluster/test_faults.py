@@ -17,10 +17,11 @@ import pytest
 from serving_client import assert_error
 
 from gptj.serving.keys.keyring import digest
+from gptj_bench import faults
 from gptj_bench.faults import ANSWERED, measure
 from gptj_bench.local_service import LocalService, local_service
 
-FAULTS = ["replica", "controller", "upgrade", "bad-upgrade", "rollback"]
+FAULTS = ["replica", "controller", "upgrade", "bad-upgrade"]
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
@@ -62,11 +63,19 @@ def ask_limited(service: LocalService) -> httpx.Response:
     return httpx.post(f"{service.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
-def test_no_request_is_lost_when_a_replica_or_the_controller_dies(service: LocalService) -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [FAULTS, pytest.param(["upgrade", "rollback"], marks=pytest.mark.nightly)],
+    ids=",".join,
+)
+def test_no_request_is_lost_when_a_replica_or_the_controller_dies(
+    service: LocalService, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor when others are deployed. Streams go on elsewhere; all texts are as undisturbed ones."""
+    monkeypatch.setattr(faults, "QUIET_SECONDS", 1.5)
 
     async def results() -> None:
-        async for result in measure(service, FAULTS, clients=6):
+        async for result in measure(service, kinds, clients=6):
             assert result.outcomes.keys() == {ANSWERED}, result
             assert result.requests > 6 and math.isfinite(result.replaced_seconds), result
 

@@ -25,6 +25,7 @@ from kuberay import Cluster, Here, Pod
 from manifests import ROOT, Object, build, named
 from serving_models import make_models
 
+from gptj import storage
 from gptj.checkpoints import manifest
 from gptj_local.processes import HOST, free_ports, running, tail
 from gptj_local.s3 import LocalS3
@@ -198,14 +199,11 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(
-    objects: list[Object], here: Here, job: dict[str, Any], s3_server: LocalS3
-) -> Iterator[Serving]:
+def serving(objects: list[Object], here: Here, s3_server: LocalS3) -> Iterator[Serving]:
     """The RayService: its cluster, and its Serve config sent to it as the operator does."""
-    assert job["status"] == "SUCCEEDED", job["logs"]
     service = named(objects, "RayService", "gptj")
     config = here.serve_config(service["spec"]["serveConfigV2"])
-    save_other_models(config, s3_server)
+    save_models(config, s3_server)
     cluster = Cluster(service, objects, here, secrets.token_hex(32))
     with cluster.pods() as (head, workers):
         reply = httpx.put(
@@ -220,20 +218,23 @@ def serving(
         yield found
 
 
-def save_other_models(config: Object, s3: LocalS3) -> None:
-    """Those that the overlay trains as well, where the Serve config looks for them."""
+def save_models(config: Object, s3: LocalS3) -> None:
+    """Those that the overlay trains, where the Serve config looks for them."""
     models = make_models()
     addresses = {each["name"]: each["args"]["checkpoint"] for each in config["applications"]}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
         for name, model in (
+            ("generation", models.generation),
             ("classification", models.classification),
             ("question-answering", models.question_answering),
         ):
-            model.save_pretrained(addresses[name], tokenizer=models.tokenizer)
+            if not storage.exists(storage.join(addresses[name], manifest.MANIFEST)):  # trained
+                model.save_pretrained(addresses[name], tokenizer=models.tokenizer)
 
 
+@pytest.mark.nightly
 def test_the_training_job_succeeds_and_leaves_the_model_that_is_served(
     objects: list[Object], here: Here, job: dict[str, Any], s3: LocalS3
 ) -> None:
@@ -304,6 +305,7 @@ def test_prometheus_finds_all_metrics_of_rules_and_dashboards(serving: Serving) 
         time.sleep(1)
 
 
+@pytest.mark.nightly  # the next test shows it too, by a head that exits by itself
 def test_deployments_and_requests_survive_losing_the_head(serving: Serving) -> None:
     before = replicas(serving.applications())
     with asking(serving) as replies:

@@ -1,4 +1,7 @@
-"""`serve deploy` over a running service: no request fails, and a bad deploy changes nothing."""
+"""`serve deploy` over a running service: no request fails, and a bad deploy changes nothing.
+
+Nor when Kubernetes ends a pod: deployments.drain empties its node first.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,7 @@ from gptj_local.s3 import LocalS3
 pytestmark = pytest.mark.slow
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yaml"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 PATIENCE_SECONDS = 300
 TEXTS = ("A fine film", "A dull film")
 
@@ -47,6 +53,7 @@ class Rollout:
     models: str  # address of the folder of all models
     node: LocalRay
     environment: dict[str, str]
+    of_worker: dict[str, str]
     port: int
 
     @property
@@ -62,10 +69,12 @@ class Rollout:
         config = yaml.safe_load(SERVE_CONFIG.read_text())
         (application,) = (a for a in config["applications"] if a["name"] == "classification")
         application["args"] |= {"checkpoint": f"{self.models}/{model}", "dtype": "float32"}
+        # The nodes share one address, so their proxies would share one port: one that has just
+        # started, or is about to end, answers as no pod does that a Kubernetes service asks.
         config |= {"applications": [application], "proxy_location": "HeadOnly"}
         config["http_options"] |= {"host": HOST, "port": port or self.port}
         if not by_command:
-            self._applications("PUT", json=config).raise_for_status()
+            self.put(config)
             return
         path = self.folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -73,6 +82,9 @@ class Rollout:
         command += ["--address", self.node.dashboard]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+    def put(self, config: dict[str, Any]) -> None:
+        self._applications("PUT", json=config).raise_for_status()
 
     def application(self) -> dict[str, Any]:
         return self._applications("GET").json()["applications"].get("classification", {})
@@ -130,21 +142,27 @@ def rollout(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment().items():
             patch.setenv(name, value)
-        for name in ("first", "second", "third", "altered"):
+        for name in ("first", "second", "altered"):
             save(f"{models}/{name}", name)
         save(f"{models}/another-head", "", GPTJForCausalLM)
         weights = storage.read_bytes(f"{models}/second/model.safetensors")
         altered = weights[:-1] + bytes([weights[-1] ^ 1])
         storage.write_bytes(f"{models}/altered/model.safetensors", altered)
-    # Where replicas wait for their turn to load is below the temporary folder.
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(folder),  # where replicas wait for their turn to load
+        "PYTHONPATH": str(SUPPORT),
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+    }
     of_worker = {**environment, **s3_server.environment()}
     (port,) = free_ports(1)
     with ExitStack() as stack:
         node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
         log = folder / "worker.log"
         stack.enter_context(node.worker(log, cpus=2, environment=of_worker))
-        started = Rollout(folder, models, node, {**environment, **node.environment()}, port)
+        of_client = {**environment, **node.environment()}
+        started = Rollout(folder, models, node, of_client, of_worker, port)
         started.deploy("first", by_command=True)
         started.wait_until(lambda: started.application().get("status") == "RUNNING")
         yield started
@@ -206,33 +224,101 @@ def test_a_bad_checkpoint_is_refused_before_any_replica_starts(rollout: Rollout)
         answered = len(client.labels)
         rollout.wait_until(lambda: len(client.labels) > answered + 10)
     assert set(client.labels) == {label}
+    message = rollout.application()["message"]
     assert re.search(
         "the checkpoint cannot be deployed: .*is a GPTJForCausalLM, and this deployment serves a "
         "GPTJForSequence",
-        rollout.application()["message"],
+        message,
     )
+    assert "Traceback" not in message
 
 
 def test_the_old_model_stays_if_loading_the_new_one_fails(
     rollout: Rollout,
 ) -> None:
+    """And after the failed deploy a good one takes over."""
     label = rollout.label()
     with Client(rollout) as client:
         rollout.deploy("altered")
         rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
         answered = len(client.labels)
         rollout.wait_until(lambda: len(client.labels) > answered + 10)
-    assert set(client.labels) == {label}
-    message = rollout.application()["deployments"]["classification"]["message"]
-    assert "was altered after it was written" in message
+        assert set(client.labels) == {label}
+        message = rollout.application()["deployments"]["classification"]["message"]
+        assert "was altered after it was written" in message
+        rollout.deploy("first")
+        rollout.wait_until(lambda: client.labels[-1] == "first")
+        rollout.wait_until(lambda: rollout.application()["status"] == "RUNNING")
+    assert set(client.labels) == {label, "first"}
 
 
-def test_after_a_failed_deploy_a_good_one_takes_over(rollout: Rollout) -> None:
-    rollout.deploy("missing")
-    rollout.wait_until(lambda: rollout.application()["status"] == "DEPLOY_FAILED")
-    message = rollout.application()["message"]
-    assert re.search("the checkpoint cannot be deployed: .*s3://gptj/test-rollout/missing", message)
-    assert "Traceback" not in message
-    rollout.deploy("third")
-    rollout.wait_until(lambda: rollout.application()["status"] == "RUNNING")
-    assert rollout.label() == "third"
+@dataclass(frozen=True)
+class Slow:
+    url: str  # answers with the id of the node that its replica is on
+    environment: dict[str, str]  # of a pod
+
+
+@pytest.fixture(scope="module")
+def slow(rollout: Rollout) -> Iterator[Slow]:
+    """A service of one replica instead; there is room for it on either of two workers."""
+    with rollout.node.worker(rollout.folder / "other.log", cpus=1, environment=rollout.of_worker):
+        rollout.put(
+            {
+                "proxy_location": "HeadOnly",
+                "http_options": {"host": HOST, "port": rollout.port},
+                "applications": [{"name": "slow", "import_path": "slow_service:app"}],
+            }
+        )
+        url = f"http://{HOST}:{rollout.port}/"
+        rollout.wait_until(lambda: httpx.get(url, timeout=30).status_code == 200)
+        of_a_pod = dict(rollout.environment)
+        del of_a_pod["RAY_API_SERVER_ADDRESS"]
+        yield Slow(url, of_a_pod)
+
+
+def test_a_drained_node_finishes_its_requests_and_new_ones_go_elsewhere(slow: Slow) -> None:
+    """The command itself, without the variables that a pod does not have.
+
+    There is time for the successor to start first, so that no request waits for it.
+    """
+    first = httpx.get(slow.url, timeout=30).text
+    drained = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        last = pool.submit(httpx.get, slow.url, params={"seconds": 8}, timeout=60)
+        time.sleep(1)
+        meanwhile = pool.submit(_ask, slow.url, drained)
+        command = [sys.executable, "-m", "deployments.drain", "--seconds=180", f"--node={first}"]
+        try:
+            done = subprocess.run(command, env=slow.environment, capture_output=True, text=True)
+        finally:
+            drained.set()
+        assert last.done(), "the drain did not wait for the request"
+    assert done.returncode == 0 and "nothing serves here any more" in done.stdout, done
+    assert (last.result().status_code, last.result().text) == (200, first)
+    nodes = meanwhile.result()
+    change = len(list(takewhile(lambda node: node == first, nodes)))
+    assert change > 0 and first not in nodes[change:] and len(set(nodes[change:])) == 1, nodes
+    assert httpx.get(slow.url, timeout=30).text == nodes[-1]
+
+
+def _ask(url: str, ended: threading.Event) -> list[str]:
+    """The nodes that answered, one request after another; each must be answered."""
+    nodes = []
+    while not ended.is_set():
+        reply = httpx.get(url, timeout=30)
+        assert reply.status_code == 200, reply.text
+        nodes.append(reply.text)
+        time.sleep(0.1)
+    return nodes
+
+
+def test_draining_also_waits_for_the_proxy(slow: Slow) -> None:
+    """The command waits for both kinds of actors, by the names that Ray gives their classes."""
+    script = (
+        "from ray.util.state import list_nodes; from deployments.drain import serving; "
+        "print([[*map(str, serving(node.node_id))] for node in list_nodes() if node.is_head_node])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=slow.environment, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"\[\['SERVE_PROXY_ACTOR-\w+'\]\]\n", done.stdout), done

@@ -78,7 +78,7 @@ class Layer:
     def __init__(self, check: Check, pages: int) -> None:
         self.config = check.config()
         self.kind = check.device.kind
-        processors = 6
+        processors = 1
         if not check.rehearsal:
             processors = torch.cuda.get_device_properties(0).multi_processor_count
         self.operations = TritonOperations(self.config, torch.float16, processors)

@@ -48,7 +48,7 @@ def new_runner(
     if check.rehearsal:
         operations: Operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
         if interpreted:
-            operations = TritonOperations(model.config, model.dtype, processors=6)
+            operations = TritonOperations(model.config, model.dtype, processors=1)
         return CudaRunner(model, pages, operations, release=True)
     runner = choice.best_runner(model, pages * CudaRunner.page_size, release=True)
     assert isinstance(runner, CudaRunner), f"the model got a {type(runner).__name__}"

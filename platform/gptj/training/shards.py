@@ -23,16 +23,12 @@ from gptj.checkpoints.mapping import map_stretch
 from gptj.checkpoints.tensor_file import StoredTensor, read_header
 from gptj.checkpoints.weights import TensorSpec, write_tensors
 from gptj.errors import CheckpointError
-from gptj.extras import missing
+from gptj.extras import Extra
 from gptj.training.optimizer import KINDS, moment_kinds, restore_moments, stored_moments
 
-try:
-    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-except ModuleNotFoundError as error:
-    raise missing(error, "training", extra="train") from error
+# Imported by the processes that train, and by no driver: it takes seconds.
+fp16 = Extra("deepspeed.runtime.fp16", "training", "deepspeed")
+zero = Extra("deepspeed.runtime.zero", "training", "deepspeed")
 
 MASTER = "master"
 # Attributes of DeepSpeed's two kinds of loss scaler.
@@ -58,7 +54,7 @@ def stretches(engine: Any) -> list[Stretch]:
     """All stretches of this rank; at stage 0 every rank has all parameters whole."""
     optimizer, names = engine.optimizer, engine.param_names
     found: list[Stretch] = []
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
         # Each parameter is cut into as many parts as there are ranks; the last may be padded.
         rank = dist.get_rank(optimizer.dp_process_group)
         for group, flat in zip(
@@ -70,7 +66,7 @@ def stretches(engine: Any) -> list[Stretch]:
                 length = max(0, min(size, parameter.ds_numel - rank * size))
                 found.append(Stretch(names[parameter], rank * size, length, flat, offset))
                 offset += size
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif isinstance(optimizer, zero.stage_1_and_2.DeepSpeedZeroOptimizer):
         # The parameters are concatenated, and the whole is cut into equal parts.
         for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
             first = dist.get_rank(optimizer.real_dp_process_group[number]) * flat.numel()
@@ -84,13 +80,13 @@ def stretches(engine: Any) -> list[Stretch]:
                 found.append(
                     Stretch(names[parameter], start, end - start, flat, begin + start - first)
                 )
-    elif isinstance(optimizer, FP16_Optimizer):
+    elif isinstance(optimizer, fp16.fused_optimizer.FP16_Optimizer):
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
             offset = 0
             for parameter in group:
                 found.append(Stretch(names[parameter], 0, parameter.numel(), flat, offset))
                 offset += parameter.numel()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+    elif isinstance(optimizer, fp16.unfused_optimizer.FP16_UnfusedOptimizer):
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, flat in zip(group, masters, strict=True):
                 found.append(Stretch(names[parameter], 0, parameter.numel(), flat, 0))
@@ -103,7 +99,7 @@ def stretches(engine: Any) -> list[Stretch]:
 
 def write_shard(engine: Any, path: Path) -> FileRecord:
     """Write this rank's stretches, one at a time; all ranks must call it."""
-    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(engine.optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
         # Release parameters that the last loss left gathered.
         engine.optimizer.checkpoint_event_prologue()
         engine.optimizer.checkpoint_event_epilogue()
@@ -154,7 +150,7 @@ class Restoration:
         self._engine = engine
         self._counters = counters
         self._optimizer = engine.optimizer
-        if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if isinstance(self._optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
             self._optimizer.checkpoint_event_prologue()  # drops parameters that are gathered
         self._mine: dict[str, list[Stretch]] = {}
         for stretch in stretches(engine):
@@ -212,11 +208,11 @@ class Restoration:
                 setattr(scaler, name, value)
         self._schedule(self._counters["scheduled"])
         with torch.no_grad():
-            if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            if isinstance(optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
                 for number in range(len(optimizer.fp16_groups)):
                     optimizer._reassign_or_swap_out_partitioned_parameters(number)
                 optimizer.checkpoint_event_epilogue()  # gathers those that are kept whole
-            elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            elif isinstance(optimizer, zero.stage_1_and_2.DeepSpeedZeroOptimizer):
                 optimizer.update_lp_params()
             else:
                 names = {name: parameter for parameter, name in engine.param_names.items()}
