@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
+from typing import cast
 
 from gptj import GPTJTokenizer
 from gptj.data.batches import BatchOrder
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, metavar="MB", help="of private memory, beyond now's")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
-    task: TaskName = "question-answering" if options.squad else options.task
+    task = cast(TaskName, "question-answering" if options.squad else options.task)
     if options.measure:
         found = measure(
             task, options.megabytes[0], options.shard_characters, options.squad, options.limit

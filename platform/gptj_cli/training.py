@@ -120,7 +120,8 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
                     file=sys.stderr,
                 )
             return task
-    if columns or not isinstance(missing, MissingColumnError):  # what was said, or the file, is bad
+    assert missing is not None  # each task was tried
+    if columns or not isinstance(missing, MissingColumnError):  # a bad option, or a bad file
         raise missing
     tasks = "; ".join(
         f"{task}: {' or '.join(', '.join(kind) for kind in TASKS[task].row_kinds)}"

@@ -84,7 +84,6 @@ class LocalRay:
                 f"--num-cpus={cpus}",
                 f"--temp-dir={sessions}",
                 "--disable-usage-stats",
-                "--no-monitor",  # nothing scales this cluster's nodes
             ]
             variables = {
                 **environment,
@@ -95,8 +94,7 @@ class LocalRay:
                 "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
                 **SERVE,
             }
-            # The raylet may take half a minute to leave a cluster of one node, and there is nobody
-            # whom it could tell.
+            # The raylet may take half a minute to leave a cluster, which has only this node.
             with running(command, environment=variables, log=log, grace_seconds=2) as process:
                 logs = Path(sessions) / "session_latest" / "logs"
                 node = cls(head, dashboard, metrics, process.pid, logs, token)
