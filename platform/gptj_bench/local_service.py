@@ -162,7 +162,8 @@ def local_service(
     path, log = folder / "serve.yaml", folder / "serve.log"
     path.write_text(yaml.safe_dump(config))
     with ExitStack() as stack:
-        node = stack.enter_context(LocalRay.start(folder, cpus=0 if workers else 4))
+        cpus, more_nodes = (0, True) if workers else (4, False)
+        node = stack.enter_context(LocalRay.start(folder, cpus=cpus, more_nodes=more_nodes))
         url = f"http://{HOST}:{config['http_options']['port']}"
         found = LocalService(node, url, folder, config, key)
         for number in range(workers):

@@ -108,7 +108,7 @@ class Cluster:
         folder.mkdir()
         environment = dict(os.environ)
         self.head = self._stack.enter_context(
-            LocalRay.start(folder, cpus=NODE_CPUS, environment=environment)
+            LocalRay.start(folder, cpus=NODE_CPUS, environment=environment, more_nodes=True)
         )
 
     @property

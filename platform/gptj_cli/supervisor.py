@@ -16,7 +16,7 @@ import psutil
 
 from gptj.storage.file_lock import FileLock
 from gptj_cli.local import Local, Process
-from gptj_local.ray import LocalRay
+from gptj_local.ray import CLUSTER_VARIABLE, LocalRay
 from gptj_local.s3 import LocalS3
 
 WATCH_SECONDS = 1.0
@@ -28,6 +28,7 @@ OF_ANOTHER_CLUSTER = (
     "RAY_DASHBOARD_ADDRESS",
     "RAY_AUTH_TOKEN",
     "RAY_AUTH_MODE",
+    CLUSTER_VARIABLE,
 )
 
 

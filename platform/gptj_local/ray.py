@@ -1,4 +1,4 @@
-"""A single-node Ray cluster for local use, on free ports and with its own token.
+"""A single-node Ray cluster for local use, on free ports of loopback and with its own token.
 
 `with LocalRay.start(folder, cpus=4) as ray_node:` gives a running node; processes with its
 `environment()` (ray job submit, serve run, ray.init) talk only to this cluster.
@@ -31,6 +31,10 @@ SERVE = {  # of Serve, if it runs there: Ray's processes read these when they st
     # A dead proxy is replaced after three checks. Each is a call of a millisecond.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.1",
 }
+# Ray's setting for clusters of one node, "0" by default on macOS and Windows: its servers, that of
+# metrics included, are on 127.0.0.1 alone, and clients look for them there. With "1" they are on
+# all interfaces, as other nodes need.
+CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class LocalRay:
     process_id: int
     logs: Path  # Ray's and Serve's; gone with the node
     token: str = field(repr=False)  # required by every call to the cluster
+    more_nodes: bool = False  # whether others can join
 
     @property
     def dashboard(self) -> str:
@@ -50,6 +55,7 @@ class LocalRay:
         """The variables that make Ray's commands and `ray.init()` use this cluster."""
         return {
             **_authentication(self.token),
+            CLUSTER_VARIABLE: str(int(self.more_nodes)),
             "RAY_ADDRESS": f"{HOST}:{self.port}",
             "RAY_API_SERVER_ADDRESS": self.dashboard,
             "RAY_DASHBOARD_ADDRESS": self.dashboard,  # for serve deploy, status and shutdown
@@ -58,12 +64,18 @@ class LocalRay:
     @classmethod
     @contextmanager
     def start(
-        cls, folder: Path, *, cpus: int, environment: Mapping[str, str] = os.environ
+        cls,
+        folder: Path,
+        *,
+        cpus: int,
+        environment: Mapping[str, str] = os.environ,
+        more_nodes: bool = False,
     ) -> Iterator[LocalRay]:
         """Run a head node with `cpus` logical CPUs whose workers see `environment`.
 
-        Its log is `folder`/ray.log. Raises RuntimeError with the end of that log if it does not
-        come up within two minutes.
+        With `more_nodes` others can join (`worker`), and Ray listens on all interfaces. Its log is
+        `folder`/ray.log. Raises RuntimeError with the end of that log if it does not come up within
+        two minutes.
         """
         token = secrets.token_hex(32)
         head, dashboard, agent, client, metrics = free_ports(5)
@@ -88,6 +100,7 @@ class LocalRay:
             variables = {
                 **environment,
                 **_authentication(token),
+                CLUSTER_VARIABLE: str(int(more_nodes)),
                 "PATH": _path(environment),
                 # Ray Train's own look-ups in its workers: without it they guess, and beside another
                 # cluster of this machine end in a traceback.
@@ -97,7 +110,7 @@ class LocalRay:
             # The raylet may take half a minute to leave a cluster, which has only this node.
             with running(command, environment=variables, log=log, grace_seconds=2) as process:
                 logs = Path(sessions) / "session_latest" / "logs"
-                node = cls(head, dashboard, metrics, process.pid, logs, token)
+                node = cls(head, dashboard, metrics, process.pid, logs, token, more_nodes)
                 deadline = time.monotonic() + START_SECONDS
                 while not node._answers():
                     if process.poll() is not None or time.monotonic() > deadline:
@@ -114,10 +127,11 @@ class LocalRay:
     ) -> Iterator[subprocess.Popen[bytes]]:
         """One more node for the length of the block, whose workers see `environment`.
 
-        It has joined the cluster when the block begins: two raylets of one machine that start at
-        the same time may choose the same names for their sockets, and one ends. Raises RuntimeError
-        with the end of its log if it does not join.
+        Of a cluster with `more_nodes`. It has joined the cluster when the block begins: two raylets
+        of one machine that start at the same time may choose the same names for their sockets, and
+        one ends. Raises RuntimeError with the end of its log if it does not join.
         """
+        assert self.more_nodes
         before = self._nodes_alive()
         agent, metrics = free_ports(2)
         command = [

@@ -98,6 +98,26 @@ def training_workers(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def listening(folder: Path) -> set[str]:
+    """Addresses on which what `gptj up` started in a folder takes connections.
+
+    Without those of replicas, for whose calls of each other Ray has no setting; they ask for the
+    token.
+    """
+    found: set[str] = set()
+    for part in json.loads((folder / ".gptj/up.json").read_text())["parts"].values():
+        process = psutil.Process(part["number"])
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {
+                    connection.laddr.ip.removeprefix("::ffff:")
+                    for connection in each.net_connections("tcp")
+                    if connection.status == psutil.CONN_LISTEN
+                    and "ServeReplica" not in "".join(each.cmdline())
+                }
+    return found
+
+
 @pytest.mark.timeout(1200)  # three trainings, and some twenty programs that start
 def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal: Terminal, tmp_path: Path
@@ -165,6 +185,7 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     listed = terminal.run(next_command("gptj models ls"))
     assert "s3://gptj/reviews/model" in listed and "s3://gptj/more/model" in listed
 
+    assert listening(tmp_path) == {"127.0.0.1"}
     processes = json.loads((tmp_path / ".gptj/up.json").read_text())["parts"]
     terminal.run(next_command("gptj down"))
     for process in processes.values():

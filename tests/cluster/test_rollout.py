@@ -158,7 +158,8 @@ def rollout(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Ite
     of_worker = {**environment, **s3_server.environment()}
     (port,) = free_ports(1)
     with ExitStack() as stack:
-        node = stack.enter_context(LocalRay.start(folder, cpus=0, environment=environment))
+        head = LocalRay.start(folder, cpus=0, environment=environment, more_nodes=True)
+        node = stack.enter_context(head)
         log = folder / "worker.log"
         stack.enter_context(node.worker(log, cpus=2, environment=of_worker))
         of_client = {**environment, **node.environment()}
