@@ -456,7 +456,7 @@ def test_a_csvs_delimiter_is_detected_or_set(delimiter: str, tmp_path: Path) -> 
     assert read == expected
     if given:
         with pytest.raises(
-            DataError, match=r"no column 'text'.*delimiter ','; data.delimiter= sets"
+            DataError, match=r"no column 'text'.*split at ','; data.delimiter= sets"
         ):
             values(path, needed=LABELLED)
     with pytest.raises(DataError, match=r"data.delimiter='x' is for CSV"):
