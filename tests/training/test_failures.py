@@ -173,7 +173,7 @@ def test_what_ray_says_while_data_are_prepared_is_one_line(error: Exception, rea
         raise error
         yield
 
-    with pytest.raises(OSError, match=f"the preparation of the data: {reason}.*; the same command"):
+    with pytest.raises(OSError, match=f"preparing the data: {reason}.*; rerun the command"):
         list(preparing._rows(SimpleNamespace(iter_rows=rows)))
 
 
