@@ -447,7 +447,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     faults = arguments.faults.split(",")
     if unknown := set(faults) - set(_FAULTS):
-        parser.error(f"there is no fault {', '.join(sorted(unknown))}: {', '.join(_FAULTS)}")
+        parser.error(f"unknown fault {', '.join(sorted(unknown))}: {', '.join(_FAULTS)}")
     with ExitStack() as stack:
         folder = arguments.logs
         if folder is None:

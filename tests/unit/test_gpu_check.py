@@ -6,6 +6,7 @@ It runs as on the machine that it is for: without Ray and whatever else is missi
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ sys.path.insert(0, str(GPU))
 import check  # noqa: E402
 import checking  # noqa: E402
 import report  # noqa: E402
+import sanitizer  # noqa: E402
 import wheels  # noqa: E402
 from results import Results, Row, read  # noqa: E402
 
@@ -214,6 +216,14 @@ def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
 def test_every_wheel_is_pinned_by_the_constraints() -> None:
     for package in (*wheels.PACKAGES, *wheels.BUILT):
         assert wheels.pinned(package).count("==") == 1
+
+
+def test_tests_selected_by_name_exist() -> None:
+    """A renamed test must not drop out of the check, nor a slow one into it."""
+    kernels = (REPOSITORY / "tests" / "engine" / "test_cuda_kernels.py").read_text()
+    names = re.findall(r"^def (test_\w+)", kernels, re.MULTILINE)
+    for part in (sanitizer.TOO_SLOW, "copied_pages", "compile_for"):
+        assert any(part in name for name in names), part
 
 
 def test_names_used_only_on_a_gpu_exist() -> None:

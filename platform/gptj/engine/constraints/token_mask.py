@@ -12,9 +12,8 @@ import numpy.typing as npt
 from gptj.engine.constraints.grammar import GrammarError
 from gptj.sampling import SamplingParams
 
-# Limits of CPU time for masks, about a small model's step; nearly all take under a millisecond.
-MOST_SECONDS = 0.2  # in total, whatever the number of tokens
-MEAN_SECONDS = 0.02  # per token, over COUNTED or more
+# CPU time allowed for masks, about a small model's step; nearly all take under a millisecond.
+MEAN_SECONDS = 0.02  # per token, averaged over COUNTED or more
 COUNTED = 16
 AHEAD_SECONDS = 0.005  # for a draft's masks; beyond it, only a shorter draft is verified
 
@@ -177,7 +176,7 @@ class TokenMask:
             return self._fail(self._matcher.get_error())
         self._seconds += time.thread_time() - start
         self._count += 1
-        if self._seconds > max(MOST_SECONDS, MEAN_SECONDS * max(COUNTED, self._count)):
+        if self._seconds > MEAN_SECONDS * max(COUNTED, self._count):
             return self._refuse(
                 f"its masks take {1000 * self._seconds / self._count:.0f} ms per token, but "
                 f"{1000 * MEAN_SECONDS:.0f} are allowed: simplify it"
