@@ -226,7 +226,7 @@ def save_models(config: Object, s3: LocalS3) -> None:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
         for name, model in (
-            ("generation", models.generation),
+            ("generation", models.with_unused_ids()),
             ("classification", models.classification),
             ("question-answering", models.question_answering),
         ):
