@@ -13,10 +13,10 @@ product, which is slow, and the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def pack_codes(steps: Tensor, scales: Tensor) -> Int4Weight:
     """From multiples of the scales, whole numbers of -8 to 7 (outputs, inputs)."""
     codes = (steps + ZERO_POINT).to(torch.uint8)
     pairs = codes[:, ::2] | codes[:, 1::2] << 4
-    return Int4Weight(pairs.view(torch.int32), scales)
+    return Int4Weight(pairs.contiguous().view(torch.int32), scales)  # a transpose's are not
 
 
 class Int4Linear(nn.Module):
@@ -101,11 +101,18 @@ class Int4Linear(nn.Module):
 
     @property
     def int4_weight(self) -> Int4Weight:
-        # Models are converted from one dtype to another as a whole.
-        return Int4Weight(self.weight_packed.detach(), self.weight_scale.detach().bfloat16())
+        return Int4Weight(self.weight_packed.detach(), self.weight_scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.int4_weight.dequantized(x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and convert as usual, but leave scales in bf16, the only dtype of the format."""
+        scales = self.weight_scale.data
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scales.dtype:
+            self.weight_scale.data = scales.to(self.weight_scale.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int4"

@@ -133,6 +133,28 @@ def test_a_loaded_model_is_saved_as_it_is(folders: tuple[str, str], tmp_path: Pa
     torch.testing.assert_close(copy.deepcopy(model)(IDS).logits, again(IDS).logits)
 
 
+def test_a_converted_model_keeps_its_scales(folders: tuple[str, str], tmp_path: Path) -> None:
+    """The format has no others than bf16, so a folder with converted ones could not be loaded."""
+    model = GPTJForCausalLM.from_pretrained(folders[1])
+    scales = model.transformer.h[0].mlp.fc_in.weight_scale.detach().clone()
+    for number, dtype in enumerate((torch.float16, torch.float32)):
+        model.to(dtype).save_pretrained(tmp_path / f"{number}")
+        assert model.dtype == dtype
+        again = GPTJForCausalLM.from_pretrained(tmp_path / f"{number}")
+        assert again.dtype == dtype
+        found = again.transformer.h[0].mlp.fc_in.weight_scale
+        assert found.dtype == torch.bfloat16 and torch.equal(found, scales)
+
+
+def test_a_transposed_matrix_is_quantized_as_its_copy() -> None:
+    """Flax, TensorFlow and mesh-transformer-jax store transposes, which are read without a copy."""
+    weight = torch.randn(128, 48).T
+    assert not weight.is_contiguous()
+    found, expected = int4.quantize(weight), int4.quantize(weight.contiguous())
+    assert torch.equal(found.packed, expected.packed)
+    assert torch.equal(found.scales, expected.scales)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -172,6 +194,8 @@ def test_what_4_bit_weights_cannot_give_is_refused(folders: tuple[str, str]) -> 
         best_runner(model, 64, quantization="int8")
     with pytest.raises(ValueError, match="with which only generation computes"):
         check(GPTJModel, EmbeddingsArguments(checkpoint=quantized))
+    with pytest.raises(ValueError, match="has 4-bit weights, beside which no adapter can be"):
+        add_lora(model, LoRAConfig(4))
     settings = Settings.model_validate({"model": {"checkpoint": quantized}})
     with pytest.raises(SettingsError, match="has 4-bit weights, which cannot be trained"):
         make_config(settings, GPTJTokenizer.from_pretrained(quantized))
