@@ -143,6 +143,11 @@ def quantize_blocks(blocks: nn.Module) -> None:
             setattr(parent, name, Int4Linear(quantize(linear.weight.detach()), linear.bias))
 
 
+def is_quantized(config: object) -> bool:
+    """Whether a configuration's weights are quantized, in whatever way. A null means no."""
+    return getattr(config, CONFIG_FIELD, None) is not None
+
+
 def is_int4(model: nn.Module) -> bool:
     return any(isinstance(module, Int4Linear) for module in model.modules())
 

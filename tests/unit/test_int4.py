@@ -215,6 +215,27 @@ def test_an_adapter_is_not_put_on_4_bit_weights(folders: tuple[str, str], tmp_pa
         GPTJForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
+def test_a_null_quantization_config_means_none(folders: tuple[str, str], tmp_path: Path) -> None:
+    """Hugging Face may write one."""
+    address = str(tmp_path / "model")
+    model = GPTJForCausalLM.from_pretrained(folders[0])
+    setattr(model.config, int4.CONFIG_FIELD, None)
+    model.save_pretrained(address, tokenizer=GPTJTokenizer.from_pretrained(folders[0]))
+    assert '"quantization_config": null' in (tmp_path / "model/config.json").read_text()
+    assert "weights" not in describe(address)
+    check(GPTJForCausalLM, Arguments(checkpoint=address, quantization="int8"))
+    settings = Settings.model_validate({"model": {"checkpoint": address}})
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"sequence_length": 32})}
+    )
+    make_config(settings, GPTJTokenizer.from_pretrained(address))
+    add_lora(model, LoRAConfig(4))
+    model.save_adapter(tmp_path / "adapter", base=Base(address))
+    assert GPTJForCausalLM.from_pretrained(tmp_path / "adapter").adapter is not None
+    quantize_model(address, str(tmp_path / "quantized"), None)
+    assert int4.is_int4(GPTJForCausalLM.from_pretrained(tmp_path / "quantized"))
+
+
 def test_without_kernels_4_bit_weights_are_refused_and_not_dequantized(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
