@@ -46,7 +46,7 @@ from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
 from gptj.engine.runners.lora import MAX_RANK, LoRALimits
 from gptj.engine.speculation import Speculation
-from gptj.int4 import CONFIG_FIELD
+from gptj.int4 import is_quantized
 from gptj.serving.adapters import Adapters, check_adapter, check_name
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.app import generation_app
@@ -100,7 +100,7 @@ class Arguments(LoadingArguments):
         self.template(tokenizer)
 
     def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
-        if self.quantization == "int8" and hasattr(config, CONFIG_FIELD):
+        if self.quantization == "int8" and is_quantized(config):
             raise ValueError(
                 f"quantization=int8 needs the original weights, and those of {self.checkpoint} are "
                 f"in 4 bits; remedy: leave quantization out"

@@ -18,7 +18,7 @@ from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
-from gptj.int4 import CONFIG_FIELD, check_config_fields
+from gptj.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
 from gptj.serving.middleware.cors import check_origin
@@ -164,7 +164,7 @@ def _config_and_tokenizer(
         raise ValueError(
             f"{arguments.checkpoint} is a {found[0]}, and this deployment serves a {cls.__name__}"
         )
-    if hasattr(config, CONFIG_FIELD):
+    if is_quantized(config):
         check_config_fields(getattr(config, CONFIG_FIELD), arguments.checkpoint)
         if cls is not GPTJForCausalLM:
             raise ValueError(

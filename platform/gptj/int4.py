@@ -1,22 +1,22 @@
-"""Linear layers with weights in 4 bits: 64 neighbouring inputs of an output share a scale.
+"""Linear layers with 4-bit weights, symmetric, in groups of 64 inputs that share a scale.
 
-A weight is (code - 8) * scale, the code one of 0 to 15 and the scale in bf16: 4.25 bits a weight.
-Folders store it as compressed-tensors' `pack-quantized`, the format of vLLM's tools
-(https://github.com/vllm-project/compressed-tensors): beside a layer's bias
-`weight_packed`, int32 (outputs, inputs / 8), input 8i + j in bits 4j to 4j + 3 of word i;
-`weight_scale`, bf16 (outputs, inputs / 64); and `weight_shape`. The layers of all blocks are
+A weight is (code - 8) * scale, with a code of 0 to 15 and a bf16 scale: 4.25 bits per weight. Model
+folders store it in the format `pack-quantized` of compressed-tensors, which vLLM reads
+(https://github.com/vllm-project/compressed-tensors). In place of `weight` a layer has
+`weight_packed`, int32 (outputs, inputs / 8), with input 8i + j in bits 4j to 4j + 3 of word i;
+`weight_scale`, bf16 (outputs, inputs / 64); and `weight_shape`. All linear layers of the blocks are
 quantized; embedding, norms and heads are not.
 
-The engine's CPU kernels compute with these words as they are. In PyTorch a layer's weights are
-dequantized for the length of one product: the reference, and slow.
+The engine's CPU kernels read the packed words. In PyTorch a layer dequantizes its weights for each
+product, which is slow, and the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from gptj.adapters.config import TARGET_MODULES
 from gptj.errors import CheckpointError
 
-GROUP = 64  # inputs that share a scale
-ZERO = 8  # the code of 0
-CONFIG_FIELD = "quantization_config"  # of config.json
-PARAMETERS = ("weight_packed", "weight_scale", "weight_shape")
+GROUP_SIZE = 64  # inputs that share a scale
+ZERO_POINT = 8  # the code of 0
+CONFIG_FIELD = "quantization_config"  # in config.json
+PARAMETERS = ("weight_packed", "weight_scale", "weight_shape")  # in place of `weight`
 
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A matrix (outputs, inputs), or some rows of one."""
+    """A quantized matrix (outputs, inputs), or some of its rows."""
 
-    packed: Tensor  # (outputs, inputs / 8) of int32
-    scales: Tensor  # (outputs, inputs / GROUP) of bf16
+    packed: Tensor  # (outputs, inputs / 8), int32
+    scales: Tensor  # (outputs, inputs / GROUP_SIZE), bf16
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,47 +49,47 @@ class Int4Weight:
         return Int4Weight(self.packed[rows], self.scales[rows])
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """(outputs, inputs), rounded once, to `dtype`."""
+        """(outputs, inputs), computed in fp32 and rounded once, to `dtype`."""
         pairs = self.packed.contiguous().view(torch.uint8)
         codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
-        groups = (codes.float() - ZERO).unflatten(1, (-1, GROUP))
+        groups = (codes.float() - ZERO_POINT).unflatten(1, (-1, GROUP_SIZE))
         values: Tensor = groups * self.scales.float()[:, :, None]
         return values.flatten(1).to(dtype)
 
 
 def quantize(weight: Tensor) -> Int4Weight:
-    """Rounded to nearest. On the meta device the shape counts."""
+    """Round to nearest. On the meta device, only the shape matters."""
     outputs, inputs = weight.shape
     if weight.is_meta:  # where arithmetic would make PyTorch import its compiler
         return Int4Weight(
             torch.empty(outputs, inputs // 8, dtype=torch.int32, device="meta"),
-            torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device="meta"),
+            torch.empty(outputs, inputs // GROUP_SIZE, dtype=torch.bfloat16, device="meta"),
         )
     scales = group_scales(weight)
     units = scales.float()
     units = torch.where(units == 0, 1.0, units)[:, :, None]
-    steps = weight.float().unflatten(1, (-1, GROUP)) / units
-    return pack_codes(steps.round_().clamp_(-ZERO, 15 - ZERO).flatten(1), scales)
+    steps = weight.float().unflatten(1, (-1, GROUP_SIZE)) / units
+    return pack_codes(steps.round_().clamp_(-ZERO_POINT, 15 - ZERO_POINT).flatten(1), scales)
 
 
 def group_scales(weight: Tensor) -> Tensor:
-    """Scales (outputs, groups) with which each group's number of largest magnitude has the code 0.
+    """Scales (outputs, groups) that give each group's weight of largest magnitude the code 0.
 
-    Its sign becomes the scale's: so all 16 codes are used.
+    A scale therefore has the opposite of that weight's sign, and all 16 codes are used.
     """
-    low, high = weight.float().unflatten(1, (-1, GROUP)).aminmax(dim=-1)
-    return (torch.where(-low >= high, low, high) / -ZERO).bfloat16()
+    low, high = weight.float().unflatten(1, (-1, GROUP_SIZE)).aminmax(dim=-1)
+    return (torch.where(-low >= high, low, high) / -ZERO_POINT).bfloat16()
 
 
 def pack_codes(steps: Tensor, scales: Tensor) -> Int4Weight:
-    """From whole numbers of -8 to 7 (outputs, inputs), in units of the scales."""
-    codes = (steps + ZERO).to(torch.uint8)
+    """From multiples of the scales, whole numbers of -8 to 7 (outputs, inputs)."""
+    codes = (steps + ZERO_POINT).to(torch.uint8)
     pairs = codes[:, ::2] | codes[:, 1::2] << 4
-    return Int4Weight(pairs.view(torch.int32), scales)
+    return Int4Weight(pairs.contiguous().view(torch.int32), scales)  # a transpose's are not
 
 
 class Int4Linear(nn.Module):
-    """W x + b in PyTorch, with W dequantized for each product."""
+    """W x + b in PyTorch, dequantizing W for each product."""
 
     def __init__(self, weight: Int4Weight, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -101,11 +101,18 @@ class Int4Linear(nn.Module):
 
     @property
     def int4_weight(self) -> Int4Weight:
-        # Models are converted from one dtype to another as a whole.
-        return Int4Weight(self.weight_packed.detach(), self.weight_scale.detach().bfloat16())
+        return Int4Weight(self.weight_packed.detach(), self.weight_scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.int4_weight.dequantized(x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and convert as usual, but leave scales in bf16, the only dtype of the format."""
+        scales = self.weight_scale.data
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scales.dtype:
+            self.weight_scale.data = scales.to(self.weight_scale.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int4"
@@ -120,20 +127,25 @@ def block_linears(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def quantize_blocks(blocks: nn.Module) -> None:
-    """Replace the linear layers of all blocks, rounded to nearest.
+    """Replace the linear layers of all blocks by quantized ones, rounding to nearest.
 
     Raises:
-        ValueError: if a layer's inputs are not whole groups.
+        ValueError: if the number of a layer's inputs is not a multiple of GROUP_SIZE.
     """
     for block in blocks.children():
         for parent, name in block_linears(block):
             linear: nn.Linear = getattr(parent, name)
-            if linear.in_features % GROUP:
+            if linear.in_features % GROUP_SIZE:
                 raise ValueError(
-                    f"int4 needs layers with a multiple of {GROUP} inputs (n_embd and n_inner), "
-                    f"and {name} has {linear.in_features}"
+                    f"int4 needs layers with a multiple of {GROUP_SIZE} inputs (n_embd and "
+                    f"n_inner), and {name} has {linear.in_features}"
                 )
             setattr(parent, name, Int4Linear(quantize(linear.weight.detach()), linear.bias))
+
+
+def is_quantized(config: object) -> bool:
+    """Whether a configuration's weights are quantized, in whatever way. A null means no."""
+    return getattr(config, CONFIG_FIELD, None) is not None
 
 
 def is_int4(model: nn.Module) -> bool:
@@ -141,7 +153,7 @@ def is_int4(model: nn.Module) -> bool:
 
 
 def config_fields(**weights: Any) -> dict[str, Any]:
-    """For CONFIG_FIELD of a quantized model. `weights`: what else to say about them."""
+    """The value of CONFIG_FIELD. `weights`: more fields of `weights`, such as `actorder`."""
     group = {
         "targets": ["Linear"],
         "weights": {
@@ -149,7 +161,7 @@ def config_fields(**weights: Any) -> dict[str, Any]:
             "type": "int",
             "symmetric": True,
             "strategy": "group",
-            "group_size": GROUP,
+            "group_size": GROUP_SIZE,
             "dynamic": False,
             **weights,
         },
@@ -166,7 +178,7 @@ def config_fields(**weights: Any) -> dict[str, Any]:
 
 
 def check_config_fields(fields: Any, folder: str) -> None:
-    """CheckpointError unless they describe weights as this module's."""
+    """CheckpointError unless they describe this module's format."""
     wanted = config_fields()
     found = fields if isinstance(fields, Mapping) else {}
     problems = [
@@ -183,7 +195,7 @@ def check_config_fields(fields: Any, folder: str) -> None:
     if problems:
         raise CheckpointError(
             f"{folder} has weights quantized in a way that is not supported: {problems[0]} in its "
-            f"{CONFIG_FIELD}; remedy: jobs/quantize.py on the model that it was made from"
+            f"{CONFIG_FIELD}; remedy: quantize the original model with jobs/quantize.py"
         )
 
 

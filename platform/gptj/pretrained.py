@@ -177,7 +177,7 @@ class GPTJPreTrainedModel(nn.Module):
                 f"the base model of the adapter {adapter.address} is missing: {error}"
             ) from error
         with opened:
-            if int4.CONFIG_FIELD in opened.read_config():
+            if opened.read_config().get(int4.CONFIG_FIELD) is not None:
                 raise CheckpointError(
                     f"{place.address}, the base model of the adapter {adapter.address}, has 4-bit "
                     f"weights, to which nothing can be added; remedy: merge the adapter into the "

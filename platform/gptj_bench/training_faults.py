@@ -365,8 +365,10 @@ def _s3_stalled(cluster: Cluster, run: Run) -> None:
 
 def _s3_down(cluster: Cluster, run: Run) -> None:
     cluster.end_s3()
-    run.watch(AWAY_SECONDS)
-    cluster.restart_s3()
+    try:
+        run.watch(AWAY_SECONDS)
+    finally:
+        cluster.restart_s3()  # also for the faults that follow
     _go_on_with_s3(run)
 
 

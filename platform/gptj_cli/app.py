@@ -91,7 +91,7 @@ def _of_this_terminal(error: Exception) -> str:
         and "AWS_ACCESS_KEY_ID" not in os.environ
         and exports.exists()
     ):
-        return f"; those of gptj up: source {exports}"
+        return f"; for the storage of gptj up: source {exports}"
     return ""
 
 

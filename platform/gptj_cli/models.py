@@ -12,7 +12,7 @@ from gptj import storage
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
 from gptj.config import GPTJConfig
-from gptj.int4 import CONFIG_FIELD
+from gptj.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo
@@ -67,7 +67,7 @@ def describe(address: str) -> dict[str, Any]:
         "heads": config.n_head,
         "positions": config.n_positions,
         "vocabulary": config.vocab_size,
-        "weights": "int4" if hasattr(config, CONFIG_FIELD) else None,
+        "weights": "int4" if is_quantized(config) else None,
         "labels": list(config.id2label.values()) if "Sequence" in str(config.architectures) else [],
         "files": len(manifest.files) if manifest else None,
         "bytes": manifest.size if manifest else None,

@@ -143,11 +143,18 @@ class LocalRay:
         variables = {**environment, **self.environment(), "PATH": _path(environment), **SERVE}
         with running(command, environment=variables, log=log, grace_seconds=2) as process:
             deadline = time.monotonic() + START_SECONDS
-            while self._nodes_alive() <= before:  # a node that dies meanwhile is no new one
+            while not self._has_more_than(before):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the node did not join; the end of {log}:\n{tail(log)}")
                 time.sleep(0.2)
             yield process
+
+    def _has_more_than(self, before: set[str]) -> bool:
+        """Whether a node has joined since; one that died meanwhile does not count."""
+        try:
+            return not self._nodes_alive() <= before
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False  # a busy dashboard; the caller has the timeout
 
     def _nodes_alive(self) -> set[str]:
         summary = self._get("/nodes?view=summary")["data"]["summary"]

@@ -29,7 +29,7 @@ from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
-from gptj.int4 import GROUP, Int4Weight, quantize, quantize_blocks
+from gptj.int4 import GROUP_SIZE, Int4Weight, quantize, quantize_blocks
 from gptj.sampling import SamplingParams
 
 PAGE = 16
@@ -123,7 +123,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Case]]:
         interpreted = request.param == "triton" and GPU.type == "cpu"
         if request.param == "int4":  # whose inputs are whole groups
             widths = {name: changes[name] for name in ("n_embd", "n_inner") if name in changes}
-            changes |= {name: -(-width // GROUP) * GROUP for name, width in widths.items()}
+            changes |= {
+                name: -(-width // GROUP_SIZE) * GROUP_SIZE for name, width in widths.items()
+            }
         model = random_model(**({"n_layer": 1} if interpreted else {}), **changes)
         runner: Runner
         if request.param == "torch":
@@ -441,7 +443,7 @@ def test_several_weights_pack_like_their_concatenation(
     kind: Kind, shapes: list[tuple[int, int]], beside: bool
 ) -> None:
     weights = [torch.randn(shape) for shape in shapes]
-    if kind == "int4" and any(shape[1] % GROUP for shape in shapes):
+    if kind == "int4" and any(shape[1] % GROUP_SIZE for shape in shapes):
         weights = [torch.randn(shape[0], 128) for shape in shapes]
     spent: list[Tensor] = []
     packed = pack(weights, None, kind, new_bytes, beside=beside, spent=spent.append)

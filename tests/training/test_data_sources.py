@@ -390,6 +390,39 @@ def test_another_object_over_several_lines_is_read_at_once_up_to_a_size(
         values(path, needed=ANSWERED)
 
 
+@pytest.mark.parametrize("at_once", [4, 40, 2**26])
+def test_an_unfinished_first_line_costs_no_other_row(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It might be the first of an object over several lines, for which the rest is read."""
+    monkeypatch.setattr(json_rows, "AT_ONCE", at_once)
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text":\n' + "".join(f'{{"text": "row {n}"}}\n' for n in range(5)))
+    with pytest.raises(DataError, match="row 1: must be a JSON object"):
+        list(read_rows(str(path), ["text"]))
+    errors: list[DataError] = []
+    rows = list(read_rows(str(path), ["text"], on_bad=errors.append))
+    assert [row.values["text"] for row in rows] == [f"row {n}" for n in range(5)]
+    assert [row.number for row in rows] == [2, 3, 4, 5, 6]
+    assert [error.number for error in errors] == [1]
+
+
+def test_rows_that_begin_like_squads_own_file_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"data": [{"title": "a \\"b\\"", "n": 1}], "text": "c"}\n' * 2)
+    assert [row["text"] for row in values(path)] == ["c", "c"]
+
+
+def test_numbers_of_squads_own_file_may_lie_at_any_border(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(squad(1)).replace("1.1}", "-1.25e-3}"))
+    for chunk in range(1, path.stat().st_size):
+        monkeypatch.setattr(json_rows, "CHUNK", chunk)
+        assert len(values(path, needed=ANSWERED)) == 2
+
+
 BACKSLASH_U = "\\u"
 
 

@@ -23,7 +23,7 @@ from gptj.checkpoints.manifest import Manifest, describe
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
 from gptj.storage.lease import Claim
-from gptj.training import room
+from gptj.training import engine_state, room
 from gptj.training.failures import (
     DiskFullError,
     DivergedError,
@@ -34,6 +34,7 @@ from gptj.training.failures import (
 )
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import PROGRESS, manifest_name
+from gptj_bench import training_faults
 from jobs import finetune, preparing
 from jobs.finetune import EndAtOnce, check_address, explained
 from jobs.stopping import PREEMPTED, Notices
@@ -142,6 +143,26 @@ def test_a_checkpoints_file_is_fetched_only_where_there_is_room(
         DiskFullError, match=f"{tmp_path} has no room for s3://b/r/shard: 2 GB are needed there"
     ):
         room.check_room_for("s3://b/r/shard", 2 * 10**9, tmp_path)
+
+
+def test_a_checkpoints_file_that_no_manifest_has_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"shard is not in the folder's manifest"):
+        engine_state._fetch("s3://b/r", "shard", Manifest("s3://b/r", {}), tmp_path)
+
+
+def test_the_benchmark_of_faults_brings_the_storage_back_after_one_that_failed() -> None:
+    called: list[str] = []
+
+    def watch(seconds: float) -> None:
+        raise RuntimeError("the run does not go on")
+
+    cluster: Any = SimpleNamespace(
+        end_s3=lambda: called.append("end"), restart_s3=lambda: called.append("restart")
+    )
+    run: Any = SimpleNamespace(watch=watch)
+    with pytest.raises(RuntimeError, match="does not go on"):
+        training_faults._s3_down(cluster, run)
+    assert called == ["end", "restart"]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,28 @@ def test_a_loaded_model_is_saved_as_it_is(folders: tuple[str, str], tmp_path: Pa
     torch.testing.assert_close(copy.deepcopy(model)(IDS).logits, again(IDS).logits)
 
 
+def test_a_converted_model_keeps_its_scales(folders: tuple[str, str], tmp_path: Path) -> None:
+    """The format has no others than bf16, so a folder with converted ones could not be loaded."""
+    model = GPTJForCausalLM.from_pretrained(folders[1])
+    scales = model.transformer.h[0].mlp.fc_in.weight_scale.detach().clone()
+    for number, dtype in enumerate((torch.float16, torch.float32)):
+        model.to(dtype).save_pretrained(tmp_path / f"{number}")
+        assert model.dtype == dtype
+        again = GPTJForCausalLM.from_pretrained(tmp_path / f"{number}")
+        assert again.dtype == dtype
+        found = again.transformer.h[0].mlp.fc_in.weight_scale
+        assert found.dtype == torch.bfloat16 and torch.equal(found, scales)
+
+
+def test_a_transposed_matrix_is_quantized_as_its_copy() -> None:
+    """Flax, TensorFlow and mesh-transformer-jax store transposes, which are read without a copy."""
+    weight = torch.randn(128, 48).T
+    assert not weight.is_contiguous()
+    found, expected = int4.quantize(weight), int4.quantize(weight.contiguous())
+    assert torch.equal(found.packed, expected.packed)
+    assert torch.equal(found.scales, expected.scales)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -172,6 +194,8 @@ def test_what_4_bit_weights_cannot_give_is_refused(folders: tuple[str, str]) -> 
         best_runner(model, 64, quantization="int8")
     with pytest.raises(ValueError, match="with which only generation computes"):
         check(GPTJModel, EmbeddingsArguments(checkpoint=quantized))
+    with pytest.raises(ValueError, match="has 4-bit weights, beside which no adapter can be"):
+        add_lora(model, LoRAConfig(4))
     settings = Settings.model_validate({"model": {"checkpoint": quantized}})
     with pytest.raises(SettingsError, match="has 4-bit weights, which cannot be trained"):
         make_config(settings, GPTJTokenizer.from_pretrained(quantized))
@@ -189,6 +213,27 @@ def test_an_adapter_is_not_put_on_4_bit_weights(folders: tuple[str, str], tmp_pa
     model.save_adapter(tmp_path / "adapter", base=Base(folders[1]))
     with pytest.raises(CheckpointError, match="has 4-bit weights, to which nothing can be added"):
         GPTJForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_null_quantization_config_means_none(folders: tuple[str, str], tmp_path: Path) -> None:
+    """Hugging Face may write one."""
+    address = str(tmp_path / "model")
+    model = GPTJForCausalLM.from_pretrained(folders[0])
+    setattr(model.config, int4.CONFIG_FIELD, None)
+    model.save_pretrained(address, tokenizer=GPTJTokenizer.from_pretrained(folders[0]))
+    assert '"quantization_config": null' in (tmp_path / "model/config.json").read_text()
+    assert "weights" not in describe(address)
+    check(GPTJForCausalLM, Arguments(checkpoint=address, quantization="int8"))
+    settings = Settings.model_validate({"model": {"checkpoint": address}})
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"sequence_length": 32})}
+    )
+    make_config(settings, GPTJTokenizer.from_pretrained(address))
+    add_lora(model, LoRAConfig(4))
+    model.save_adapter(tmp_path / "adapter", base=Base(address))
+    assert GPTJForCausalLM.from_pretrained(tmp_path / "adapter").adapter is not None
+    quantize_model(address, str(tmp_path / "quantized"), None)
+    assert int4.is_int4(GPTJForCausalLM.from_pretrained(tmp_path / "quantized"))
 
 
 def test_without_kernels_4_bit_weights_are_refused_and_not_dequantized(

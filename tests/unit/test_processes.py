@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from gptj_local import ray as local_ray
 from gptj_local.processes import free_ports, running, tail
+from gptj_local.ray import LocalRay
 
 # A parent that ignores SIGTERM and leaves a child in another session, as a crashed server would.
 STUBBORN = """
@@ -48,3 +53,27 @@ def test_a_program_is_ended_when_the_block_raises(tmp_path: Path) -> None:
 
 def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
+
+
+def test_a_node_joins_although_the_dashboard_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*names: str) -> dict[str, Any]:
+        nodes = [{"raylet": {"nodeId": name, "state": "ALIVE"}} for name in names]
+        return {"data": {"summary": nodes}}
+
+    answers = [answer("a"), TimeoutError("timed out"), answer("a"), answer("a", "b")]
+
+    def get(node: LocalRay, path: str) -> Any:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    started = SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(LocalRay, "_get", get)
+    monkeypatch.setattr(local_ray, "running", lambda *words, **more: nullcontext(started))
+    node = LocalRay(1, 2, 3, 4, tmp_path, "token", more_nodes=True)
+    with node.worker(tmp_path / "log", cpus=1) as process:
+        assert process is started
+    assert not answers

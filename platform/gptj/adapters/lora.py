@@ -83,7 +83,8 @@ class LoRAQuantizedLinear(_LoRA, QuantizedLinear):
 def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
     """Freeze a model and add A and B to its target modules; only they and saved heads train.
 
-    ValueError if it already has an adapter, or lacks a head in modules_to_save.
+    ValueError if it already has an adapter, lacks a head in modules_to_save, or has weights of a
+    4-bit model folder.
     """
     if model.adapter is not None:
         raise ValueError("the model already has an adapter; remedy: merge it first (merge_lora)")
@@ -92,12 +93,22 @@ def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
             raise ValueError(f"modules_to_save: a {type(model).__name__} has no {head}")
         if head == "lm_head" and model.config.tie_word_embeddings:
             raise ValueError("modules_to_save: lm_head is tied to the embedding, which is frozen")
+    targets = [
+        (parent, name)
+        for block in model.base_model.get_submodule("h").children()
+        for parent in (block.attn, block.mlp)
+        for name in TARGET_MODULES
+        if name in config.target_modules and hasattr(parent, name)
+    ]
+    for parent, name in targets:
+        if not isinstance(getattr(parent, name), nn.Linear | QuantizedLinear):
+            raise ValueError(
+                "the model has 4-bit weights, beside which no adapter can be trained; remedy: the "
+                "model that they were made from, perhaps with adapter.quantization"
+            )
     model.requires_grad_(False)
-    for block in model.base_model.get_submodule("h").children():
-        for parent in (block.attn, block.mlp):
-            for name in TARGET_MODULES:
-                if name in config.target_modules and hasattr(parent, name):
-                    setattr(parent, name, _adapted(getattr(parent, name), config))
+    for parent, name in targets:
+        setattr(parent, name, _adapted(getattr(parent, name), config))
     for head in config.modules_to_save:
         model.get_submodule(head).requires_grad_(True)
     model.adapter = config

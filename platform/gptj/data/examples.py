@@ -57,7 +57,7 @@ def padded(
 ) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` (B, L) int64, padded on the right.
 
-    L is the longest length, rounded up to a multiple of 8 but at most to `limit`, if given.
+    L is the longest length; with a `limit`, rounded up to a multiple of 8 but at most to `limit`.
     """
     length = longest = max(len(ids) for ids in lists)
     if limit is not None:

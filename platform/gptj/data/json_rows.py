@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import IO, Any
 
 from gptj.data.records import (
@@ -23,9 +24,10 @@ CHUNK = 2**20  # characters of an array that are read at a time, at least
 AT_ONCE = 2**26  # bytes of an object over several lines that does not begin as SQuAD's files do
 
 _BOM = b"\xef\xbb\xbf"
-# {"version": "v2.0", "data": [{"title": …, "paragraphs": …
+# {"version": "v2.0", "data": [{"title": "…", "paragraphs": …
 _SQUAD = re.compile(
-    rb'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[\s*\{\s*"(title|paragraphs)"\s*:'
+    rb'\{\s*("version"\s*:\s*"[^"]*"\s*,\s*)?"data"\s*:\s*\[\s*'
+    rb'\{\s*("title"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*)?"paragraphs"\s*:'
 )
 
 
@@ -79,8 +81,9 @@ def lone_surrogate(value: Any) -> str | None:
 
 
 def _read_lines(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> Iterator[Record]:
-    is_first = True
-    for number, line in enumerate(file, 1):
+    lines, number, is_first = iter(file), 0, True
+    while (line := next(lines, None)) is not None:
+        number += 1
         content = line.removeprefix(_BOM) if number == 1 else line
         if not content.strip():
             continue
@@ -92,10 +95,16 @@ def _read_lines(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> 
             continue
         except ValueError as error:
             cut_off = isinstance(error, json.JSONDecodeError) and error.pos >= len(text)
-            if is_first and cut_off and (document := _rest_as_squad(text, file)) is not None:
-                yield from _squad(document, wanted)
-                return
             wrong = _not_an_object(number, text, error)
+            if is_first and cut_off:  # perhaps an object over several lines
+                rest = file.read(AT_ONCE)
+                if (more := file.readline()) and not _is_line(rest + more):
+                    wrong = _too_large(number)
+                elif (document := _as_squad(text, rest + more)) is not None:
+                    yield from _squad(document, wanted)
+                    return
+                lines = chain(io.BytesIO(rest + more), file)
+            is_first = False
             wrong.__cause__ = error
             on_bad(wrong)
             continue
@@ -196,8 +205,9 @@ class _Values:
             except ValueError as error:
                 raise _not_an_object(self.record, self.rest(), error) from error
             else:
-                # A number may continue.
-                if end < len(self._buffer) or self._at_end or not isinstance(value, int | float):
+                # A number may continue: after "1", "1." or "1e-", too.
+                left = len(self._buffer) - end
+                if left > 2 or self._at_end or not isinstance(value, int | float):
                     break
             self._fill()
         text = self._buffer[self._position : end]
@@ -266,16 +276,25 @@ def _not_an_object(number: int, text: str, error: Exception | None = None) -> Ba
     )
 
 
-def _rest_as_squad(start: str, file: IO[bytes]) -> dict[str, Any] | None:
-    """A file that begins with an unfinished line, as one object, if it is SQuAD's."""
-    rest = file.read(AT_ONCE)
-    if len(rest) == AT_ONCE and file.read(1):
-        raise BadRecordError(
-            1,
-            f"is an object of more than {AT_ONCE >> 20} MiB over several lines; remedy: an object "
-            f"in each line, or SQuAD's own form, which begins with version or data, and in it each "
-            f"article with title or paragraphs",
-        )
+def _too_large(number: int) -> BadRecordError:
+    return BadRecordError(
+        number,
+        f"is an object of more than {AT_ONCE >> 20} MiB over several lines; remedy: an object in "
+        f"each line, or SQuAD's own form, which begins with version or data, and in it each "
+        f"article with title and paragraphs, or paragraphs",
+    )
+
+
+def _is_line(rest: bytes) -> bool:
+    """Whether it begins with a whole JSON object in a line."""
+    try:
+        return isinstance(parse_json(rest.partition(b"\n")[0].decode()), dict)
+    except ValueError:
+        return False
+
+
+def _as_squad(start: str, rest: bytes) -> dict[str, Any] | None:
+    """A file's first line, which is unfinished, and its rest as SQuAD's object, if they are."""
     try:
         value = parse_json(start + "\n" + rest.decode())
     except ValueError:  # the first line's own error says more

@@ -94,7 +94,9 @@ def _gpu_runner(
 ) -> ResizableRunner:
     try:
         if quantization != "none":
-            raise UnsupportedError(f"the model is on {model.device}")
+            raise UnsupportedError(
+                f"the model is on {model.device}, and only CPUs compute with quantized weights"
+            )
         operations = operations_for(model, lora)
         return CudaRunner(model, num_pages, operations, lora=lora, release=release)
     except UnsupportedError as error:

@@ -16,7 +16,7 @@ from gptj.checkpoints.manifest import Manifest, read_verified, verify
 from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
 from gptj.errors import CheckpointError
-from gptj.int4 import CONFIG_FIELD
+from gptj.int4 import is_quantized
 from gptj.interop import mesh_transformer, tar_stream
 from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find
@@ -106,7 +106,7 @@ def _source(address: str, place: Place, given: GPTJConfig | None, tokenizer: str
         config = given or _folder_config(place, names)
         if place.format.name == "tensorflow":
             config.tie_word_embeddings = False  # this format never ties them
-    if hasattr(config, CONFIG_FIELD):
+    if is_quantized(config):
         raise CheckpointError(
             f"{address} has quantized weights, which cannot be converted, merged or quantized "
             f"again; remedy: use the original model"

@@ -1,8 +1,9 @@
-"""GPTQ: one input after the other is rounded, and its error made up for by those still to come.
+"""GPTQ: round one input's weights after the other, adjusting those left to offset each error.
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-2022, https://arxiv.org/abs/2210.17323. The inputs with the largest activations come first, when
-most others are left; scales are chosen before, so that groups are of neighbours nevertheless.
+2022, https://arxiv.org/abs/2210.17323. Inputs are rounded in order of their activations, largest
+first, when most others are left ("activation order"). Scales are chosen before that, so groups are
+still neighbouring inputs ("static groups").
 
 Shape suffixes: I inputs of a linear layer, O its outputs, N positions.
 """
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptj.int4 import GROUP, ZERO, Int4Weight, group_scales, pack_codes
+from gptj.int4 import GROUP_SIZE, ZERO_POINT, Int4Weight, group_scales, pack_codes
 
-DAMPINGS = (0.01, 0.1, 1.0)  # shares of the mean diagonal; the first that gives a factor
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range: less for most, more for few
-COLUMNS = 128  # inputs whose errors are passed on together
+# Added to the diagonal, as a share of its mean: the first with which the factorisation succeeds.
+DAMPINGS = (0.01, 0.1, 1.0)
+# Of a group's range: a smaller scale clips few weights more and rounds most others less.
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+BLOCK_SIZE = 128  # inputs whose errors are applied to later ones together
 
 
 class Hessian:
@@ -28,22 +31,22 @@ class Hessian:
         self.sum_II = torch.zeros(inputs, inputs, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Inputs (…, I) of any number of positions."""
+        """Add inputs (…, I)."""
         x_NI = x.flatten(0, -2).float()
         self.sum_II.addmm_(x_NI.T, x_NI)
 
 
 @dataclass(frozen=True)
 class GPTQ:
-    """What rounds the weights of all layers that share their inputs."""
+    """Rounds the weights of layers with the same inputs."""
 
-    order_I: Tensor  # in which the inputs are rounded
+    order_I: Tensor  # the inputs in the order in which they are rounded
     factor_II: Tensor  # upper Cholesky factor of the Hessian's inverse, in that order
     hessian_II: Tensor
 
     @classmethod
     def of(cls, hessian: Hessian) -> GPTQ:
-        """Raises ValueError if activations were not finite."""
+        """Raises ValueError if activations were not finite, or no damping suffices."""
         diagonal_I = hessian.sum_II.diagonal()
         mean = diagonal_I.mean()
         if not bool(mean.isfinite()):
@@ -60,17 +63,17 @@ class GPTQ:
             )
             if not bool(failed):
                 return cls(order_I, factor_II, hessian.sum_II)
-        raise ValueError("the calibration data's activations have no usable Hessian: use others")
+        raise ValueError("the Hessian cannot be factorised: use other calibration data")
 
     def round(self, weight_OI: Tensor) -> Int4Weight:
         scales = self._scales(weight_OI)
-        units_IO = scales.float().repeat_interleave(GROUP, dim=1).T[self.order_I]
+        units_IO = scales.float().repeat_interleave(GROUP_SIZE, dim=1).T[self.order_I]
         units_IO = torch.where(units_IO == 0, 1.0, units_IO)
         left_IO = weight_OI.float().T[self.order_I]  # changes as errors are passed on
         steps_IO = torch.empty_like(left_IO)
         inputs = len(left_IO)
-        for start in range(0, inputs, COLUMNS):
-            end = min(start + COLUMNS, inputs)
+        for start in range(0, inputs, BLOCK_SIZE):
+            end = min(start + BLOCK_SIZE, inputs)
             errors = torch.empty_like(left_IO[start:end])
             for i in range(start, end):
                 steps_IO[i] = _rounded(left_IO[i], units_IO[i])
@@ -81,24 +84,24 @@ class GPTQ:
         return pack_codes(steps_IO[self.order_I.argsort()].T.contiguous(), scales)
 
     def _scales(self, weight_OI: Tensor) -> Tensor:
-        """Of each group those with the least error, inputs counted by their activations."""
+        """Each group's scale of least squared error, weighted by the inputs' activations."""
         weight_OI = weight_OI.float()
         importance_I = self.hessian_II.diagonal()
         widest = group_scales(weight_OI).float()
         best, least = widest.bfloat16(), torch.full_like(widest, torch.inf)
         for shrink in SHRINKS:
             scales = (widest * shrink).bfloat16()
-            units_OI = scales.float().repeat_interleave(GROUP, dim=1)
+            units_OI = scales.float().repeat_interleave(GROUP_SIZE, dim=1)
             units_OI = torch.where(units_OI == 0, 1.0, units_OI)
             error_OI = _rounded(weight_OI, units_OI) * units_OI - weight_OI
-            error = (error_OI.square() * importance_I).unflatten(1, (-1, GROUP)).sum(dim=-1)
+            error = (error_OI.square() * importance_I).unflatten(1, (-1, GROUP_SIZE)).sum(dim=-1)
             best = torch.where(error < least, scales, best)
             least = torch.minimum(error, least)
         return best
 
 
 def relative_error(weight_OI: Tensor, rounded: Int4Weight, hessian: Hessian) -> float:
-    """The squared error of a layer's output over the calibration data, as a share of its square."""
+    """The squared error of a layer's outputs on the calibration data, relative to their square."""
     weight_OI = weight_OI.float()
     error_OI = rounded.dequantized(torch.float32) - weight_OI
 
@@ -109,4 +112,4 @@ def relative_error(weight_OI: Tensor, rounded: Int4Weight, hessian: Hessian) -> 
 
 
 def _rounded(weight: Tensor, units: Tensor) -> Tensor:
-    return (weight / units).round_().clamp_(-ZERO, 15 - ZERO)
+    return (weight / units).round_().clamp_(-ZERO_POINT, 15 - ZERO_POINT)

@@ -21,7 +21,7 @@ from gptj.data.documents import read_documents, windows
 from gptj.data.packing import WINDOW, pack
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
-from gptj.int4 import GROUP, Int4Linear, Int4Weight
+from gptj.int4 import GROUP_SIZE, Int4Linear, Int4Weight
 from gptj.interop.conversion import specs_of
 from gptj.interop.importer import check_new
 from gptj.interop.source import Source, open_source
@@ -36,18 +36,18 @@ from gptj.weight_loading import assign
 Rounding = Literal["gptq", "nearest"]
 
 ROWS_AT_ONCE = 8
-FROM_NORM = ("q_proj", "k_proj", "v_proj", "fc_in")  # which share their inputs, the norm's output
+AFTER_NORM = ("q_proj", "k_proj", "v_proj", "fc_in")  # layers whose input is ln_1's output
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text by whose activations GPTQ weighs errors: the first tokens of the data."""
+    """The text whose activations GPTQ uses: the data's first tokens."""
 
-    data: str  # with the column `text`
+    data: str  # an address of rows with the column `text`
     rows: int = 256
-    sequence_length: int = 512  # tokens of a row; at most the model's context
+    sequence_length: int = 512  # tokens per row, cut to the model's context
 
     def read(self, tokenizer: GPTJTokenizer, config: GPTJConfig) -> Tensor:
         """Token ids (rows, L). DataError if there are fewer."""
@@ -74,20 +74,20 @@ def quantize_model(
     device: str = "cpu",
     shard_bytes: int = SHARD_BYTES,
 ) -> GPTJConfig:
-    """Write a model folder with weights in 4 bits, atomically. Returns its configuration.
+    """Write a model folder with 4-bit weights, atomically. Returns its configuration.
 
     Args:
         source: a language model of any format: see open_source.
         destination: a new folder, local or `s3://`.
         calibration: for GPTQ; None: round to nearest.
         revision: branch, tag or commit of a hub id.
-        device: what computes.
+        device: where to compute.
 
     Raises:
         FileNotFoundError, CheckpointError: see open_source.
-        ValueError: if the model has another head, its widths are not whole groups, or it has no
-            tokenizer for the calibration data.
-        DataError: if there is too little of them.
+        ValueError: if the model has another head, widths that are not multiples of GROUP_SIZE, or
+            no tokenizer for the calibration data.
+        DataError: if there is too little calibration data.
         AlreadyExistsError: if the destination is not empty.
     """
     source, destination = normalized(source), normalized(destination)
@@ -101,7 +101,7 @@ def quantize_model(
                 raise ValueError(f"{source} has no tokenizer, which calibration needs")
             ids = calibration.read(opened.tokenizer, config)
         plain = specs_of(opened.tensors, None, config)
-        specs = [each for spec in plain for each in _coded(spec)]
+        specs = [each for spec in plain for each in _quantized_specs(spec)]
         fields = int4.config_fields(actorder=None if ids is None else "weight")
         setattr(config, int4.CONFIG_FIELD, fields)
         with torch.inference_mode():
@@ -122,12 +122,12 @@ def _check(source: Source) -> None:
     if config.architectures != [GPTJForCausalLM.__name__]:
         raise ValueError(
             f"{source.address} is a {(config.architectures or ['model'])[0]}, and only language "
-            f"models (GPTJForCausalLM) are served in 4 bits"
+            f"models (GPTJForCausalLM) can have 4-bit weights"
         )
-    if config.n_embd % GROUP or config.inner_dim % GROUP:
+    if config.n_embd % GROUP_SIZE or config.inner_dim % GROUP_SIZE:
         raise ValueError(
             f"{source.address}: n_embd={config.n_embd} and n_inner={config.inner_dim} must be "
-            f"multiples of {GROUP}, whose inputs share a scale"
+            f"multiples of {GROUP_SIZE}, whose inputs share a scale"
         )
 
 
@@ -136,20 +136,20 @@ def _layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _coded(spec: TensorSpec) -> list[TensorSpec]:
-    """What stands for a tensor in the quantized folder."""
+def _quantized_specs(spec: TensorSpec) -> list[TensorSpec]:
+    """The tensors that replace one in the quantized folder."""
     layer, _, leaf = spec.name.rpartition(".")
     if _layer_of(spec.name) is None or leaf != "weight" or len(spec.shape) != 2:
         return [spec]
     outputs, inputs = spec.shape
     return [
         TensorSpec(f"{layer}.weight_packed", (outputs, inputs // 8), torch.int32),
-        TensorSpec(f"{layer}.weight_scale", (outputs, inputs // GROUP), torch.bfloat16),
+        TensorSpec(f"{layer}.weight_scale", (outputs, inputs // GROUP_SIZE), torch.bfloat16),
         TensorSpec(f"{layer}.weight_shape", (2,), torch.int64),
     ]
 
 
-class _Part(NamedTuple):
+class _Linear(NamedTuple):
     """A linear layer of a block."""
 
     parent: nn.Module
@@ -165,10 +165,10 @@ class _Part(NamedTuple):
 
 
 class _Quantizer:
-    """The tensors of the quantized folder, in order.
+    """Computes the quantized folder's tensors, one block at a time.
 
     Args:
-        ids_BL: of the calibration data; None: round to nearest.
+        ids_BL: token ids of the calibration data; None: round to nearest.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class _Quantizer:
         self._config = config
         self._device = device
         self._started = time.monotonic()
-        self._batches: list[Tensor] = []  # of the calibration data: inputs of the next block
+        self._batches: list[Tensor] = []  # the next block's inputs, from the calibration data
         if ids_BL is not None:
             wte = self._stored["transformer.wte.weight"].load(torch.float32)
             self._batches = [F.embedding(each, wte) for each in ids_BL.split(ROWS_AT_ONCE)]
@@ -208,7 +208,7 @@ class _Quantizer:
             error = self._calibrate(block)
             self._batches = [self._forward(block, x_BLD) for x_BLD in self._batches]
         else:
-            for part in _parts(block):
+            for part in _linears(block):
                 part.replace(int4.quantize(part.linear.weight))
         self._report(layer + 1, error)
         return block.state_dict()
@@ -222,15 +222,15 @@ class _Quantizer:
         return block
 
     def _calibrate(self, block: GPTJBlock) -> float:
-        """Quantize a block's layers in order of computation, by inputs that earlier ones gave.
+        """Quantize a block's layers, each on inputs from those already quantized.
 
         Returns the mean of the layers' relative errors.
         """
-        parts = {part.name: part for part in _parts(block)}
+        parts = {part.name: part for part in _linears(block)}
         hessian = Hessian(self._config.n_embd, self._device)
         for x_BLD in self._batches:
             hessian.add(block.ln_1(x_BLD.to(self._device)))
-        errors = _round([parts[name] for name in FROM_NORM], hessian)
+        errors = _round([parts[name] for name in AFTER_NORM], hessian)
         for name, inputs in (
             ("out_proj", self._config.n_embd),
             ("fc_out", self._config.inner_dim),
@@ -268,12 +268,12 @@ class _Quantizer:
         )
 
 
-def _parts(block: nn.Module) -> list[_Part]:
-    return [_Part(parent, name) for parent, name in int4.block_linears(block)]
+def _linears(block: nn.Module) -> list[_Linear]:
+    return [_Linear(parent, name) for parent, name in int4.block_linears(block)]
 
 
-def _round(parts: Sequence[_Part], hessian: Hessian) -> list[float]:
-    """Replace layers that share their inputs; returns their relative errors."""
+def _round(parts: Sequence[_Linear], hessian: Hessian) -> list[float]:
+    """Quantize layers that share their inputs; returns their relative errors."""
     gptq = GPTQ.of(hessian)
     errors = []
     for part in parts:

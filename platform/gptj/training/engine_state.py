@@ -85,9 +85,9 @@ def load_state(
 def _fetch(address: str, name: str, manifest: Manifest, folder: Path) -> None:
     """Copy a file of the checkpoint and verify it against its manifest.
 
-    Raises DiskFullError if the folder has no room for it.
+    Raises CheckpointError if they differ, DiskFullError if the folder has no room for it.
     """
-    check_room_for(storage.join(address, name), manifest.files[name].size, folder)
+    check_room_for(storage.join(address, name), manifest.record(name).size, folder)
     storage.download(storage.join(address, name), folder / name)
     found = hash_file(str(folder / name))
     manifest.check_content(name, found.size, found.sha256)

@@ -7,7 +7,7 @@ from typing import Any
 from gptj.adapters.base import check_plain
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.labels import LabelSet
-from gptj.int4 import CONFIG_FIELD
+from gptj.int4 import is_quantized
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings, SettingsError
 
@@ -33,7 +33,7 @@ def make_config(
         check_plain(checkpoint, revision)
         stored = GPTJConfig.from_pretrained(checkpoint, revision=revision)
         _check_shape(settings, stored)
-        if hasattr(stored, CONFIG_FIELD):
+        if is_quantized(stored):
             raise SettingsError(
                 f"model.checkpoint={checkpoint} has 4-bit weights, which cannot be trained; "
                 f"remedy: the model that they were made from, perhaps with adapter.quantization"

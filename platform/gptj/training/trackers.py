@@ -63,7 +63,7 @@ class Trackers:
 
     @classmethod
     def open(cls, settings: Settings, scratch: Path) -> Trackers:
-        """Open the trackers in the settings. SettingsError, with the library's, if one fails."""
+        """Open the settings' trackers. SettingsError, with the library's message, if one fails."""
         found: list[Tracker] = []
         kinds: list[tuple[str, str | None, Callable[[Settings, Path], Tracker]]] = [
             ("mlflow", settings.tracking.mlflow, MLflowTracker),

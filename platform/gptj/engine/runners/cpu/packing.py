@@ -70,7 +70,7 @@ def pack(
     if kind == "int8":
         scales = torch.empty(columns)
     elif kind == "int4":
-        scales = torch.zeros(blocks, inputs // int4.GROUP, BLOCK, dtype=torch.bfloat16)
+        scales = torch.zeros(blocks, inputs // int4.GROUP_SIZE, BLOCK, dtype=torch.bfloat16)
     to_words = _ToWords(kind, inputs)
     start = 0
     for rows in _pieces(weights, beside):
