@@ -335,7 +335,7 @@ def test_errors_are_reported_before_training(cluster: dict[str, str], tmp_path: 
     cases = {
         "unknown setting": [store, "lerning_rate=1"],
         "no bucket": ["storage=s3://not-there"],
-        "workers.count=9 .* needs 9 CPUs, the cluster has 4": [
+        "workers.count=9 .* needs 9 CPUs, but the cluster has 4": [
             store,
             "workers.count=9",
             "batch_size=9",
