@@ -364,6 +364,9 @@ def test_the_last_error_of_a_traceback_is_shown() -> None:
     assert error_of(f"{text}ValueError: the checkpoint\nis bad") == "the checkpoint\nis bad"
     assert error_of(f"{text}ray.exceptions.RayError: x: y") == "x: y"
     assert error_of("no traceback: at all") == "no traceback: at all"
+    heading = "Deploying app 'classification' failed with exception:\n"  # Serve's
+    assert error_of(f"{heading}the checkpoint is bad: s3://a") == "the checkpoint is bad: s3://a"
+    assert error_of(f"{heading}{text}ValueError: bad") == "bad"
 
 
 def test_model_folders_are_listed_shown_copied_verified_and_removed(
