@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -77,6 +78,13 @@ def test_every_job_has_help(name: str) -> None:
     program = Path(__file__).resolve().parents[2] / "jobs" / f"{name}.py"
     result = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and f"jobs/{name}.py" in result.stdout.replace("\n", " ")
+
+
+def test_jobs_can_be_run_as_the_documents_write_them() -> None:
+    jobs = Path(__file__).resolve().parents[2] / "jobs"
+    programs = [path for path in jobs.glob("*.py") if path.read_text().startswith("#!")]
+    assert len(programs) > 5
+    assert [path.name for path in programs if not os.access(path, os.X_OK)] == []
 
 
 @pytest.mark.parametrize(
