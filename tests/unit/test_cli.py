@@ -124,6 +124,7 @@ def test_a_language_model_of_one_of_several_columns_says_how_to_get_a_classifier
     assert task_of(written(tmp_path / "rows.csv", "text,stars", "good,5"), []) == "causal-lm"
     assert "'text', 'stars'. For a classifier: data.columns.label=NAME" in capsys.readouterr().err
     assert task_of(written(tmp_path / "texts.csv", "text", "good"), []) == "causal-lm"
+    assert task_of(written(tmp_path / "pairs.csv", "prompt,completion", "a,b"), []) == "causal-lm"
     assert capsys.readouterr().err == ""
 
 
@@ -183,6 +184,18 @@ def test_columns_of_a_given_task_are_checked_before_a_job_starts(tmp_path: Path)
             run=None,
             storage_address=str(tmp_path / "runs"),
         )
+
+
+@pytest.mark.parametrize("task", [None, "classification"])
+def test_a_bad_first_row_is_skipped_if_bad_rows_are(tmp_path: Path, task: Any) -> None:
+    file = written(tmp_path / "rows.jsonl", "no JSON", '{"text": "good", "label": "yes"}')
+    given: dict[str, Any] = {
+        "data": file, "evaluation": None, "task": task, "model": None, "run": None,
+        "storage_address": str(tmp_path / "runs"),
+    }  # fmt: skip
+    assert "task=classification" in words_of_run(["data.bad_rows=skip"], **given)
+    with pytest.raises(DataError, match="row 1: must be a JSON object"):
+        words_of_run([], **given)
 
 
 @pytest.mark.parametrize(
