@@ -270,7 +270,7 @@ def test_a_run_resumes_after_its_worker_or_job_is_killed(
     # The same command once more has nothing to do.
     again = direct(cluster, "run=killed", *MAIN)
     assert again.returncode == 0
-    assert "complete already: s3://gptj/killed/model" in again.stdout
+    assert "already complete: s3://gptj/killed/model" in again.stdout
 
 
 def wait_for_checkpoint(run: str, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
