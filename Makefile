@@ -31,7 +31,7 @@ coverage: environment
 
 # More thorough versions of tests in `make test`.
 nightly: environment
-	$(BIN)/python -m pytest -m nightly tests/unit tests/interop tests/engine tests/cluster
+	$(BIN)/python -m pytest -m nightly
 
 check: environment
 	$(BIN)/ruff format --check .

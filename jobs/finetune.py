@@ -140,8 +140,8 @@ def fine_tune(
     except RayError as error:  # Ray Train's controller was killed, and its workers with it
         count_failure(settings.run)
         sys.exit(
-            f"error: Ray Train's controller has ended: {reason(error)} What is saved in "
-            f"{settings.folder} is kept: the same command resumes from it."
+            f"error: Ray Train's controller has ended: {reason(error).rstrip('.')}. The "
+            f"checkpoints in {settings.folder} are kept: the same command resumes from them."
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import socket
 import time
 import urllib.error
@@ -38,6 +39,7 @@ APPLICATIONS = {
     "GPTJModel": "embeddings",
 }
 START_SECONDS = 1800  # a 6B model may take minutes to fetch and load
+HEADING = re.compile(r"^Deploying app '.*' failed with exception:\n")  # Serve's, above an error
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,14 @@ def curl(base: str, application: dict[str, Any]) -> str:
 
 
 def error_of(message: str) -> str:
-    """A traceback's last error message; the whole message if it has no traceback."""
-    lines = [line for line in message.strip().splitlines() if line.strip()]
+    """An error without Serve's heading: a traceback's last one, or else the whole message."""
+    message = HEADING.sub("", message.strip())
+    lines = [line for line in message.splitlines() if line.strip()]
     start = next(
         (number for number in reversed(range(len(lines))) if lines[number].startswith(" ")), None
     )
     if start is None or start + 1 == len(lines):
-        return message.strip()
+        return message
     kind, colon, rest = lines[start + 1].partition(": ")
     is_error = colon and kind.replace(".", "").replace("_", "").isalnum()
     return "\n".join([rest if is_error else lines[start + 1], *lines[start + 2 :]])

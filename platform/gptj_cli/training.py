@@ -14,7 +14,7 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from gptj import storage
-from gptj.data.rows import DataError, MissingColumnError
+from gptj.data.rows import DataError, MissingColumnError, refuse_row
 from gptj.data.sources import find_columns, listed, read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
@@ -69,7 +69,8 @@ def words_of_run(
     settings = read_settings(said).resolved()
     # Before a job has started; what only the cluster can read, it checks.
     if task is not None and data is not None and Path(data).is_file():
-        check_columns(data, task, settings.data.columns, settings.data.delimiter)
+        skip_bad = settings.data.bad_rows == "skip"
+        check_columns(data, task, settings.data.columns, settings.data.delimiter, skip_bad)
     return _resolved(said, settings)
 
 
@@ -94,6 +95,7 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
     delimiter = next(
         (word.partition("=")[2] for word in words if word.startswith("data.delimiter=")), None
     )
+    skip_bad = "data.bad_rows=skip" in words
     possible = [task for task in BY_COLUMNS if columns.keys() <= set(TASKS[task].columns)]
     if not possible:
         known = sorted({name for task in TASKS.values() for name in task.columns})
@@ -104,15 +106,11 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
     missing: DataError | None = None
     for task in possible:
         try:
-            check_columns(address, task, columns, delimiter)
+            kind = check_columns(address, task, columns, delimiter, skip_bad)
         except DataError as error:
             missing = missing or error
         else:
-            if (
-                task == "causal-lm"
-                and isinstance(missing, MissingColumnError)
-                and missing.there[1:]
-            ):
+            if kind == ("text",) and isinstance(missing, MissingColumnError) and missing.there[1:]:
                 print(
                     f"A language model, since no column is said to be the label: there are "
                     f"{', '.join(map(repr, missing.there)):.400}. For a classifier: "
@@ -135,11 +133,29 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
 
 
 def check_columns(
-    address: str, task: TaskName, columns: Mapping[str, str], delimiter: str | None
-) -> None:
-    """DataError, which lists the columns, if the data's first row has not those of the task."""
-    kind = find_columns(address, TASKS[task].row_kinds, columns, delimiter=delimiter)
-    next(read_rows(address, kind, columns, delimiter=delimiter))
+    address: str,
+    task: TaskName,
+    columns: Mapping[str, str],
+    delimiter: str | None,
+    skip_bad: bool = False,
+) -> tuple[str, ...]:
+    """The columns of the data's first row, by our names.
+
+    DataError, which lists them, if they are not those of the task.
+
+    Args:
+        skip_bad: look at the first readable row.
+    """
+
+    def skip(error: DataError) -> None:
+        if isinstance(error, MissingColumnError):
+            raise error
+
+    kinds = TASKS[task].row_kinds
+    kind = find_columns(address, kinds, columns, delimiter=delimiter, skip_bad=skip_bad)
+    on_bad = skip if skip_bad else refuse_row
+    next(read_rows(address, kind, columns, delimiter=delimiter, on_bad=on_bad))
+    return kind
 
 
 def run_of(address: str) -> str:

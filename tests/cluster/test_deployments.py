@@ -183,7 +183,7 @@ def test_a_training_without_room_is_told_which_services_have_it(deployed: Deploy
         capture_output=True,
         text=True,
     )
-    assert "need 4 CPUs, and 1.5 of the cluster's 4 are free" in done.stderr
+    assert "need 4 CPUs, but 1.5 of the cluster's 4 are free" in done.stderr
     assert "held by" in done.stderr and "the service classification (0.5)" in done.stderr
 
 

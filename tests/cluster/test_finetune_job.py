@@ -270,7 +270,7 @@ def test_a_run_resumes_after_its_worker_or_job_is_killed(
     # The same command once more has nothing to do.
     again = direct(cluster, "run=killed", *MAIN)
     assert again.returncode == 0
-    assert "complete already: s3://gptj/killed/model" in again.stdout
+    assert "already complete: s3://gptj/killed/model" in again.stdout
 
 
 def wait_for_checkpoint(run: str, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -335,7 +335,7 @@ def test_errors_are_reported_before_training(cluster: dict[str, str], tmp_path: 
     cases = {
         "unknown setting": [store, "lerning_rate=1"],
         "no bucket": ["storage=s3://not-there"],
-        "workers.count=9 .* needs 9 CPUs, the cluster has 4": [
+        "workers.count=9 .* needs 9 CPUs, but the cluster has 4": [
             store,
             "workers.count=9",
             "batch_size=9",

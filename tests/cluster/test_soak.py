@@ -36,7 +36,7 @@ def test_growth_is_reported_as_a_fault() -> None:
     faults = Soak(lost, 0, {"it": growing}, 3).faults()
     assert [fault.partition(":")[0] for fault in faults] == [
         "1 requests were lost",
-        "3 pages of the cache are in use with no request",
+        "3 pages of the cache are in use without requests",
         "it",
         "it",
     ]

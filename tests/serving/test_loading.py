@@ -108,7 +108,7 @@ def test_a_chat_template_is_checked_before_anything_is_deployed(
     check(GPTJForCausalLM, plain)
     assert plain.template(models.tokenizer) is None
     for checkpoint, given, reason in (
-        (address, "doly", "doly is neither a file nor the name"),
+        (address, "doly", "doly is neither a file nor a built-in chat template"),
         (address, str(tmp_path / "none.jinja"), "neither a file"),
         (address, str(wrong), r"not valid Jinja.*wrong\.jinja"),
         (own, None, "not valid Jinja.*which chat_template replaces"),

@@ -25,6 +25,7 @@ from gptj import (
 )
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.question_answering import QuestionAnsweringData
+from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
 from gptj.training.evaluation import evaluate
 from gptj.training.sections import DataSettings
@@ -130,6 +131,14 @@ def test_raw_data_are_mapped_from_the_disk_and_not_held(
     rows = read_rows(raw, ["text"], {"text": "body"})
     held = CausalLMData(rows, tokenizer, 64, data.packing)
     assert data.tokens.tolist() == held.tokens.tolist()
+
+
+def test_raw_data_without_text_is_named(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:
+    """By its own address, and not by where it lies prepared."""
+    raw = written(tmp_path / "data.jsonl", [{"text": ""}])
+    settings = read_settings(["model", raw])
+    with pytest.raises(DataError, match=f"^{raw}: fewer than two tokens"):
+        read(settings, raw, TASKS["causal-lm"], tokenizer, DataSettings(sequence_length=64))
 
 
 def test_a_limit_counts_the_sequences_of_a_text(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:

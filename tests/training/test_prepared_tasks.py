@@ -290,7 +290,7 @@ def test_raw_data_is_prepared_once(tmp_path: Path, tokenizer: GPTJTokenizer) -> 
     assert len(made) == 2
     write(tmp_path, "rows.jsonl", [*ROWS["causal-lm"][1:], ROWS["causal-lm"][0]])
     with pytest.raises(
-        SettingsError, match=r"from checkpoint-1 with other data: data\.train=.*jsonl"
+        SettingsError, match=r"from checkpoint-1 with other data: .*data\.train=.*jsonl"
     ):
         prepare_run_data(settings, tokenizer, "checkpoint-1", counting)
     prepare_run_data(settings, tokenizer, None, counting)

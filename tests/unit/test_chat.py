@@ -249,7 +249,9 @@ def test_templates_come_from_names_and_files(tmp_path: Path) -> None:
     path.write_text(PLAIN)
     assert read_template(str(path)) == PLAIN
     assert "### Response:" in read_template("dolly")
-    with pytest.raises(ChatTemplateError, match=r"doly is neither a file nor the name.*dolly"):
+    with pytest.raises(
+        ChatTemplateError, match=r"doly is neither a file nor a built-in chat template.*dolly"
+    ):
         read_template("doly")
     with pytest.raises(storage.StorageError, match="directory"):
         read_template(str(tmp_path))

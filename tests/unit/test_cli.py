@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -79,6 +80,13 @@ def test_every_job_has_help(name: str) -> None:
     assert result.returncode == 0 and f"jobs/{name}.py" in result.stdout.replace("\n", " ")
 
 
+def test_jobs_can_be_run_as_the_documents_write_them() -> None:
+    jobs = Path(__file__).resolve().parents[2] / "jobs"
+    programs = [path for path in jobs.glob("*.py") if path.read_text().startswith("#!")]
+    assert len(programs) > 5
+    assert [path.name for path in programs if not os.access(path, os.X_OK)] == []
+
+
 @pytest.mark.parametrize(
     ("header", "words", "task"),
     [
@@ -116,6 +124,7 @@ def test_a_language_model_of_one_of_several_columns_says_how_to_get_a_classifier
     assert task_of(written(tmp_path / "rows.csv", "text,stars", "good,5"), []) == "causal-lm"
     assert "'text', 'stars'. For a classifier: data.columns.label=NAME" in capsys.readouterr().err
     assert task_of(written(tmp_path / "texts.csv", "text", "good"), []) == "causal-lm"
+    assert task_of(written(tmp_path / "pairs.csv", "prompt,completion", "a,b"), []) == "causal-lm"
     assert capsys.readouterr().err == ""
 
 
@@ -175,6 +184,18 @@ def test_columns_of_a_given_task_are_checked_before_a_job_starts(tmp_path: Path)
             run=None,
             storage_address=str(tmp_path / "runs"),
         )
+
+
+@pytest.mark.parametrize("task", [None, "classification"])
+def test_a_bad_first_row_is_skipped_if_bad_rows_are(tmp_path: Path, task: Any) -> None:
+    file = written(tmp_path / "rows.jsonl", "no JSON", '{"text": "good", "label": "yes"}')
+    given: dict[str, Any] = {
+        "data": file, "evaluation": None, "task": task, "model": None, "run": None,
+        "storage_address": str(tmp_path / "runs"),
+    }  # fmt: skip
+    assert "task=classification" in words_of_run(["data.bad_rows=skip"], **given)
+    with pytest.raises(DataError, match="row 1: must be a JSON object"):
+        words_of_run([], **given)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +385,9 @@ def test_the_last_error_of_a_traceback_is_shown() -> None:
     assert error_of(f"{text}ValueError: the checkpoint\nis bad") == "the checkpoint\nis bad"
     assert error_of(f"{text}ray.exceptions.RayError: x: y") == "x: y"
     assert error_of("no traceback: at all") == "no traceback: at all"
+    heading = "Deploying app 'classification' failed with exception:\n"  # Serve's
+    assert error_of(f"{heading}the checkpoint is bad: s3://a") == "the checkpoint is bad: s3://a"
+    assert error_of(f"{heading}{text}ValueError: bad") == "bad"
 
 
 def test_model_folders_are_listed_shown_copied_verified_and_removed(

@@ -113,7 +113,7 @@ class CausalLMData:
                 arrays.append_ends("document_ends", np.diff(part.document_ends))
                 fields["cut"] += part.cut
             if not arrays.length("tokens"):
-                raise _nothing_in(prepared.address)
+                raise _nothing_in(prepared.source)
 
     @classmethod
     def load(cls, folder: Path) -> CausalLMData:

@@ -109,6 +109,11 @@ class Prepared:
         return task
 
     @property
+    def source(self) -> str:
+        """The address of the raw data."""
+        return str(self.index.settings.get("address", self.address))
+
+    @property
     def label_names(self) -> LabelNames | None:
         """The names its labels were checked against, if any."""
         names: LabelNames | None = self.index.settings.get("label_names")

@@ -434,7 +434,7 @@ class QuestionAnsweringData:
                     arrays.append_ends("text_ends", np.array([len(text)]))
                     number += 1
             if not number:
-                raise DataError(f"{prepared.address} has no usable question")
+                raise DataError(f"{prepared.source} has no usable question")
 
     @classmethod
     def load(cls, folder: Path) -> QuestionAnsweringData:
