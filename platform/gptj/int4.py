@@ -109,7 +109,7 @@ class Int4Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move and convert as usual, but leave scales in bf16, the only dtype of the format."""
         scales = self.weight_scale.data
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scales.dtype:
             self.weight_scale.data = scales.to(self.weight_scale.device)
         return self

@@ -908,7 +908,7 @@ def test_a_complete_run_is_recognized_by_its_model_and_settings(two_ranks: Path)
     fields = {"workers": {"count": 2}, "deepspeed": {"stage": 2}}
     assert is_complete(settings_of(two_ranks, "stage-2", **fields))
     assert not is_complete(settings_of(two_ranks, "never-begun", **fields))
-    message = r"with other settings: steps was 6 and is .*with model.checkpoint=.*/model begins"
+    message = r"with other settings: steps was 6 and is .*with model.checkpoint=.*/model it starts"
     with pytest.raises(SettingsError, match=message):
         is_complete(settings_of(two_ranks, "stage-2", **fields, steps=5))
     assert not is_complete(settings_of(two_ranks, "stage-2", **fields, steps=7))  # extended
