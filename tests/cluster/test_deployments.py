@@ -255,7 +255,9 @@ def test_replicas_rise_under_load_and_fall_after_it_without_a_failed_request(
 
     deployed.add(scaled)
     address = f"{deployed.address}/scaled"
-    assert wait_for(lambda: httpx.get(f"{address}/health").status_code == 200)
+    assert wait_for(lambda: deployed.applications().get("scaled", {}).get("status") == "RUNNING"), (
+        "not deployed"
+    )
     assert running_replicas() == 1
     load = Load(address)
     try:

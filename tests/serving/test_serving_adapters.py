@@ -223,7 +223,7 @@ def spoil(folder: Path) -> None:
         (lambda folder: damage_config(folder, task_type="SEQ_CLS"), "SequenceClassification"),
         (lambda folder: (folder / FILE).unlink(), "adapter_model"),
         (cut, FILE),
-        (spoil, "not finite"),
+        (spoil, "non-finite"),
         (lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"), "Jinja"),
     ],
 )
@@ -423,7 +423,7 @@ def test_an_adapter_damaged_in_place_is_refused_on_reload(
         spoil(root / NAMES[0])
         assert ask(service, NAMES[1]).status_code == 200  # which takes its slot
         for _ in range(2):
-            assert_error(ask(service, NAMES[0]), 400, "not finite")
+            assert_error(ask(service, NAMES[0]), 400, "non-finite")
 
 
 def test_keys_may_be_for_some_models_only(
