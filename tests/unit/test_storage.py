@@ -63,7 +63,7 @@ def test_a_stream_that_fails_leaves_nothing_behind(folder: str, length: int) -> 
     assert storage.list_files(folder) == []
     if storage.is_s3(folder):
         bucket, key = storage.split_s3(folder)
-        uploads = boto3.client("s3").list_multipart_uploads(Bucket=bucket, Prefix=key)
+        uploads = boto3.Session().client("s3").list_multipart_uploads(Bucket=bucket, Prefix=key)
         assert uploads.get("Uploads", []) == []
 
 

@@ -46,8 +46,8 @@ def test_the_consoles_folder_marker_is_not_a_file(s3: LocalS3, folder: str) -> N
     import boto3
 
     key = storage.split_s3(folder)[1]
-    boto3.client("s3").put_object(Bucket="gptj", Key=f"{key}/mk/", Body=b"")
-    boto3.client("s3").put_object(Bucket="gptj", Key=f"{key}/mk/deeper/", Body=b"")
+    boto3.Session().client("s3").put_object(Bucket="gptj", Key=f"{key}/mk/", Body=b"")
+    boto3.Session().client("s3").put_object(Bucket="gptj", Key=f"{key}/mk/deeper/", Body=b"")
     storage.write_bytes(f"{folder}/mk/rows.txt", b"one")
     for address in (f"{folder}/mk/", f"{folder}/mk"):
         assert not storage.exists(address)

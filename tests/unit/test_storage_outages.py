@@ -236,7 +236,7 @@ def test_a_repeatedly_broken_body_is_downloaded(
 def test_the_next_run_cleans_up_after_dead_writers(
     faulty: FaultyS3, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     bucket, key = storage.split_s3(folder)
     for name in ("run/x", "run/y", "running/z"):
         client.create_multipart_upload(Bucket=bucket, Key=f"{key}/{name}")
