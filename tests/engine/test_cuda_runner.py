@@ -177,10 +177,13 @@ class Watched(PlainOperations):
 
 
 def test_products_accumulate_in_fp32_and_restore_the_global_setting() -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = True  # the default, whatever ran before
+    matmul.allow_bf16_reduced_precision_reduction = True
+    Watched.reduced.clear()
     model = tiny_model()
     runner = CudaRunner(model, 8, Watched(model.dtype, model.config.layer_norm_epsilon))
     runner.step(decode_batch([5], [0], [[0]]))
-    matmul = torch.backends.cuda.matmul
     assert len(Watched.reduced) == 2 * (2 * model.config.n_layer + 1)
     assert not any(Watched.reduced)
     assert matmul.allow_fp16_reduced_precision_reduction
