@@ -114,12 +114,7 @@ def _read_lines(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> 
             yield from _squad(value, wanted)
             return
         is_first = False
-        try:
-            fields = _fields(value, text, number, wanted)
-        except (BadRecordError, MissingColumnsError) as error:
-            on_bad(error)
-            continue
-        yield number, fields
+        yield from _checked(value, text, number, wanted, on_bad)
 
 
 def _read_array(file: IO[bytes], wanted: Sequence[str], on_bad: OnBadRecord) -> Iterator[Record]:
@@ -135,14 +130,21 @@ def _elements(
     for _ in values.array():
         number, (value, text) = values.record, values.next()
         values.record += 1
-        try:
-            fields = _fields(value, text, number, wanted)
-        except (BadRecordError, MissingColumnsError) as error:
-            on_bad(error)
-            continue
-        yield number, fields
+        yield from _checked(value, text, number, wanted, on_bad)
     if values.peek():
         raise BadRecordError(values.record, f"is beyond the array: {shown(values.rest())}")
+
+
+def _checked(
+    value: Any, text: str, number: int, wanted: Sequence[str], on_bad: OnBadRecord
+) -> Iterator[Record]:
+    """The record, unless it is bad."""
+    try:
+        fields = _fields(value, text, number, wanted)
+    except (BadRecordError, MissingColumnsError) as error:
+        on_bad(error)
+    else:
+        yield number, fields
 
 
 class _Values:
