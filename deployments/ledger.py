@@ -115,5 +115,5 @@ def _actor() -> Any:
 
 @cache
 def cluster_ledger() -> Ledger:
-    """This process's ledger; without a keys file there are no limits, hence no actor."""
+    """This process's ledger. Only a keys file sets limits, which need the actor."""
     return ClusterLedger() if FILE_VARIABLE in os.environ else LocalLedger()

@@ -16,8 +16,8 @@ def address(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def shard_bytes(text: str) -> int:
-    """Bytes of weights per file: 1 or more."""
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")

@@ -51,7 +51,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--shard-bytes",
-        type=command_line.shard_bytes,
+        type=command_line.positive,
         default=SHARD_BYTES,
         help="of the weights in one file, at most; default: %(default)s",
     )

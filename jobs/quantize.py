@@ -47,7 +47,7 @@ def main() -> None:
             device=arguments.device,
             shard_bytes=arguments.shard_bytes,
         )
-    except (ValueError, OSError) as error:  # what a user can put right: no traceback
+    except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     print(arguments.output)
 
@@ -59,10 +59,12 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=command_line.address)
     parser.add_argument("output", type=command_line.address)
     parser.add_argument("--data", type=command_line.data_address, help="text for GPTQ")
-    parser.add_argument("--rows", type=_count, default=256, help="of text; default: %(default)s")
+    parser.add_argument(
+        "--rows", type=command_line.positive, default=256, help="of text; default: %(default)s"
+    )
     parser.add_argument(
         "--sequence-length",
-        type=_count,
+        type=command_line.positive,
         default=512,
         help="tokens of a row, at most the model's context; default: %(default)s",
     )
@@ -74,11 +76,11 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--device",
         choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="what computes; default: a GPU, if there is one",
+        help="device to quantize on; default: a GPU, if there is one",
     )
     parser.add_argument(
         "--shard-bytes",
-        type=command_line.shard_bytes,
+        type=command_line.positive,
         default=SHARD_BYTES,
         help="of the weights in one file, at most; default: %(default)s",
     )
@@ -88,13 +90,6 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     if given.rounding == "nearest" and given.data is not None:
         parser.error("--rounding nearest uses no --data: leave one of them out")
     return given
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
 
 
 if __name__ == "__main__":

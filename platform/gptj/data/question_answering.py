@@ -152,7 +152,7 @@ def best_spans(
 
     Args:
         start_logits, end_logits: (L) of each window; beyond its tokens is padding.
-        top_k: number of answers; fewer are returned if there are no more.
+        top_k: maximum number of answers.
         max_answer_tokens: longest answer.
         handle_impossible_answer: let the empty answer (0, 0) compete, with the first token's
             logits in the window where they are lowest.

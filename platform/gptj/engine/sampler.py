@@ -457,7 +457,7 @@ class _Batch:
         self._candidates *= FURTHER
 
     def note_advanced(self) -> None:
-        """Drop rows whose logits are no longer adjusted."""
+        """Forget the rows that need no adjustment of their logits."""
         if self.adjusting:
             self.adjusting = [row for row in self.adjusting if self.states[row].adjusts]
 

@@ -414,7 +414,7 @@ class _Run:
             self.worker.fence()
             if storage.exists(storage.join(address, MANIFEST)):
                 logger.info("replacing %s, exported before the run was extended", address)
-            storage.delete(storage.join(address, MANIFEST))  # first: without it there is no model
+            storage.delete(storage.join(address, MANIFEST))  # first: it marks the folder as a model
             storage.delete_folder(address)
         export_model(
             model,

@@ -67,9 +67,9 @@ class DataSettings(Section):
     """Training data: Parquet, JSON lines or arrays, SQuAD, CSV, text; also .gz and .zst.
 
     Labels are names: text or a number in the data stands for the label of that name. Whole numbers
-    are class indices from 0 if there are no names, or none of the names is a number. Lists hold
-    names, class indices, or a 0 or 1 per label; lists of other numbers are values to predict.
-    Ambiguous data is rejected; the log states the interpretation.
+    are class indices from 0 unless a name is a number. Lists hold names, class indices, or a 0 or
+    1 per label; lists of other numbers are values to predict. Ambiguous data is rejected; the log
+    states the interpretation.
     """
 
     # File, folder or glob, local or s3://, or sample://; left out: the task's sample.
