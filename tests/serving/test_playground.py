@@ -14,7 +14,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from http_server import listening
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from serving_client import complete
 from serving_models import KEY, mounted
 
@@ -340,6 +340,44 @@ def test_a_key_is_requested_and_kept_only_in_this_tab(open_page: Open) -> None:
     page.fill("#key", KEY)
     page.keyboard.press("Enter")  # and what was refused is asked again
     expect(part(page, "generate", "status")).to_contain_text("Done")
+
+
+def test_late_refusals_leave_a_key_being_typed_and_one_in_use(open_page: Open) -> None:
+    """Two tabs load the models: without a key, each is refused in its own time."""
+    asked: list[Route] = []
+
+    def hold_third(route: Route) -> None:
+        asked.append(route)
+        if len(asked) != 3:  # the generation tab, the chat tab twice; and later ones with the key
+            route.continue_()
+
+    def release_third(page: Page) -> None:
+        with page.expect_response("**/v1/models") as reply:
+            asked[2].continue_()
+        reply.value.finished()
+        page.wait_for_timeout(100)  # for the page to read it
+
+    def open_held() -> Page:
+        asked.clear()
+        route = "**/v1/models"
+        page = open_page("/guarded/", ("401", "404"), lambda page: page.route(route, hold_third))
+        expect(page.get_by_role("dialog")).to_be_visible()
+        while len(asked) < 3:
+            page.wait_for_timeout(20)
+        page.fill("#key", KEY)
+        return page
+
+    page = open_held()
+    release_third(page)
+    expect(page.locator("#key")).to_have_value(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_value("org/guarded")
+
+    page = open_held()
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_value("org/guarded")
+    release_third(page)
+    expect(page.get_by_role("dialog")).to_be_hidden()
 
 
 def test_a_busy_service_is_retried_after_its_retry_after(open_page: Open, service: str) -> None:

@@ -9,11 +9,12 @@ export const key = {
 
 /** A failed request: `status` is 0 without an answer, `field` names the invalid field. */
 export class RequestError extends Error {
-  constructor(message, { status = 0, field = null, retryAfter = null } = {}) {
+  constructor(message, { status = 0, field = null, retryAfter = null, key = null } = {}) {
     super(message);
     this.status = status;
     this.field = field;
     this.retryAfter = retryAfter; // seconds
+    this.key = key; // as it was sent
   }
 }
 
@@ -23,7 +24,8 @@ export const address = (path) => new URL(path, document.baseURI).href;
 /** The reply to a GET, or to a POST if there is a body. Throws RequestError. */
 export async function request(path, { body, signal } = {}) {
   const headers = {};
-  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
+  const used = key.get();
+  if (used) headers.Authorization = `Bearer ${used}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let reply;
   try {
@@ -37,7 +39,7 @@ export async function request(path, { body, signal } = {}) {
   } catch (error) {
     throw interrupted(error);
   }
-  if (!reply.ok) throw await refusal(reply);
+  if (!reply.ok) throw await refusal(reply, used);
   return reply;
 }
 
@@ -74,7 +76,7 @@ function interrupted(error) {
   return new RequestError("The service does not answer. Is it running, and is the network up?");
 }
 
-async function refusal(reply) {
+async function refusal(reply, used) {
   const text = await reply.text();
   let error = {};
   try {
@@ -87,5 +89,6 @@ async function refusal(reply) {
     status: reply.status,
     field: error.param ?? null,
     retryAfter: Number.isNaN(wait) ? null : wait,
+    key: used,
   });
 }

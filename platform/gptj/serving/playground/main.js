@@ -89,7 +89,7 @@ async function ready(started) {
     await started.ready?.();
   } catch (error) {
     if (error.status !== 401) throw error;
-    askForKey();
+    if (error.key === key.get()) askForKey(); // a newer key loads all tabs again
   }
 }
 
@@ -107,9 +107,13 @@ function askForKey(again = null) {
 }
 
 function openKeys(again) {
+  if (dialog.open) {
+    afterKey ??= again;
+    return; // another tab was refused: keep what is being typed
+  }
   afterKey = again;
   keyField.value = key.get();
-  if (!dialog.open) dialog.showModal();
+  dialog.showModal();
   keyField.focus();
 }
 
