@@ -320,20 +320,25 @@ def test_each_request_has_one_json_log_line_with_its_id(
     proxy = httpx.post(url, json=body, headers=headers, timeout=30)
     assert (replica.status_code, proxy.status_code) == (200, 408)
     logs = service.node.logs / "serve"
-    lines = [
-        json.loads(line)
-        for path in logs.glob("replica_*.log")
-        for line in path.read_text().splitlines()
-        if line.startswith("{")  # Serve's first lines are not, before it knows the setting
-    ]
-    (one,) = [each for each in lines if each.get("request_id") == "line.1"]
+    (line,) = lines_with(logs, "replica_*.log", '"request_id": "line.1"')
+    one = json.loads(line)
     assert one["status"] == 200 and one["route"] == "/v1/completions"
     assert one["completion_tokens"] == 3 and one["application"] == "generation"
     assert one["seconds"] > one["first_token_seconds"] > 0
     # `serve run` does not pass the setting on to the proxies.
-    (path,) = logs.glob("proxy_*.log")
-    proxys = [line for line in path.read_text().splitlines() if "line.2" in line]
-    assert any("POST /v1/completions 408" in line for line in proxys), proxys
+    assert lines_with(logs, "proxy_*.log", "line.2", "POST /v1/completions 408")
+
+
+def lines_with(folder: Path, files: str, *texts: str) -> list[str]:
+    """The lines with all the texts, as soon as there are any: they are written after the answer."""
+    deadline = time.monotonic() + 20
+    while True:
+        lines = [line for path in folder.glob(files) for line in path.read_text().splitlines()]
+        found = [line for line in lines if all(text in line for text in texts)]
+        if found:
+            return found
+        assert time.monotonic() < deadline, lines[-20:]
+        time.sleep(0.1)
 
 
 def test_every_panel_of_the_dashboards_has_data_and_the_status_agrees(
