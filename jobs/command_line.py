@@ -1,8 +1,10 @@
-"""Types of command-line arguments, whose errors say what is wrong and the remedy."""
+"""Types of command-line arguments, whose errors say what is wrong and the remedy; logging."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from pathlib import Path
 
 from gptj.storage.addresses import AddressError, local_path, normalized
@@ -38,3 +40,10 @@ def folder(text: str) -> Path:
         return local_path(text)
     except AddressError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def log_to_stderr(*loggers: str) -> None:
+    """Log our library's and these loggers' messages, and only warnings of other libraries."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    for name in ("gptj", *loggers):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -69,6 +69,7 @@ from gptj.training.evaluation import collect
 from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
+from jobs import command_line
 from jobs.key_value import checked
 
 PROGRESS_SECONDS = 5
@@ -103,7 +104,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run this process's command line, or `words`."""
     words = sys.argv[1:] if words is None else words
     help_if_asked(words, __doc__)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    command_line.log_to_stderr(logger.name)
     try:
         result = measure(read_settings(words))
         print(json.dumps(result, allow_nan=False))

@@ -13,7 +13,6 @@ Progress goes to standard error.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +23,7 @@ from jobs.import_weights import DTYPES
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    command_line.log_to_stderr()
     arguments = read_arguments(sys.argv[1:])
     try:
         export_weights(

@@ -13,7 +13,6 @@ as a checkpoint. Memory holds a few tensors, never the model. Progress goes to s
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +24,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    command_line.log_to_stderr()
     arguments = read_arguments(sys.argv[1:])
     try:
         import_weights(

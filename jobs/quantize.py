@@ -20,7 +20,6 @@ MLP's width and the rows' activations. Progress goes to standard error.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import get_args
@@ -33,7 +32,7 @@ from jobs import command_line
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    command_line.log_to_stderr()
     arguments = read_arguments(sys.argv[1:])
     calibration = None
     if arguments.rounding == "gptq":
