@@ -56,6 +56,9 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
 
 
 def _adamw(optimizer: OptimizerSettings, on_gpu: bool) -> dict[str, Any]:
+    # PyTorch's on CPUs, fused: 8 to 20 times as fast as its default there, and without
+    # temporary tensors. DeepSpeed's own are for GPUs and offloading.
+    on_cpu = {} if on_gpu else {"torch_adam": True, "fused": True}
     return {
         "type": "AdamW",
         "params": {
@@ -63,8 +66,7 @@ def _adamw(optimizer: OptimizerSettings, on_gpu: bool) -> dict[str, Any]:
             "betas": [optimizer.beta1, optimizer.beta2],
             "eps": optimizer.epsilon,
             "weight_decay": optimizer.weight_decay,
-            # PyTorch's on CPUs; DeepSpeed's own are for GPUs and offloading.
-            "torch_adam": not on_gpu,
+            **on_cpu,
         },
     }
 

@@ -108,9 +108,8 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     copies = copies // (workers if stage else 1)
     if stage == 3:  # one group of weights after the other
         copies = min(copies, LIVE * 4)
-    if not on_gpu:  # there Adam's update needs temporary tensors
-        temporary = 2 if settings.optimizer.moments == "fp32" else 5
-        copies += temporary * 4 * (trained // workers if stage else largest)
+    if not on_gpu and settings.optimizer.moments == "8bit":  # its update needs temporary tensors
+        copies += 5 * 4 * (trained // workers if stage else largest)
     bucket = BUCKET if on_gpu else min(trained, BUCKET)
     buffers = bucket * width * (2 if on_gpu and 0 < stage < 3 else 1) if stage else 0
 
@@ -125,8 +124,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
         gradients = gradients if stage == 1 else 0
     else:
         device["optimizer"] = optimizer
-    # Backward pass: a micro-batch's activations are freed as its gradients appear.
-    together = accumulation > 1 or stage >= 2
+    # Backward pass: a micro-batch's activations are freed as its gradients appear. On CPUs malloc
+    # mostly cannot reuse them for these.
+    together = accumulation > 1 or stage >= 2 or not on_gpu
     learning = body + head + gradients if together else max(body + head, gradients)
     updating = gradients + (0 if spread.offload_optimizer else copies)
     # A run that resumes reads moments in 8 bits with each number's scale, all in fp32.
