@@ -587,6 +587,14 @@ def test_a_damaged_folder_is_neither_copied_nor_verified(
     assert not (copy / "manifest.json").exists()
 
 
+def test_a_second_up_prints_no_secrets(tmp_path: Path) -> None:
+    here = Process.of(os.getpid())
+    Local(here, {}, "http://s3", "http://ray", {"RAY_AUTH_TOKEN": "hidden"}).write(tmp_path)
+    shown = run("up", "--folder", str(tmp_path)).stdout
+    assert "Already running." in shown and f"source {tmp_path / 'env'}" in shown
+    assert "hidden" not in shown
+
+
 def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:
     """Even if the supervisor was killed, or its process id was reused."""
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
