@@ -100,13 +100,10 @@ class Settings(BaseModel):
     revision: str | None = None
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run this process's command line, or `words`."""
-    words = sys.argv[1:] if words is None else words
-    help_if_asked(words, __doc__)
+def main() -> None:
     command_line.log_to_stderr(logger.name)
     try:
-        result = measure(read_settings(words))
+        result = measure(read_settings(sys.argv[1:]))
         print(json.dumps(result, allow_nan=False))
     except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")

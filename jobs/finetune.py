@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from gptj import storage
+from gptj.checkpoints.folder import TRAINING
 from gptj.config import GPTJConfig
 from gptj.data import preparing
 from gptj.data.preparing import Plan
@@ -86,7 +87,11 @@ def main() -> None:
     _log_to_stdout()
     try:
         settings = read_settings(sys.argv[1:]).resolved()
-        print(f"Settings in force:\n\n{settings.to_yaml()}", flush=True)
+        whole = storage.join(settings.model_folder, TRAINING)
+        print(
+            f"Settings other than the defaults (all will be in {whole}):\n\n{settings.to_yaml()}",
+            flush=True,
+        )
         if is_complete(settings):
             print(f"The run is already complete: {settings.model_folder}", flush=True)
             return

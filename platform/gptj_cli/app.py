@@ -7,12 +7,13 @@ instant.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,10 @@ except ModuleNotFoundError as error:
     raise missing(error, "the program gptj") from error
 
 FOLDER = Path(".gptj")
+OUTPUTS = "outputs"
+# Of commands that take key=value: an unknown option is one of their words, and is refused with that
+# form as the remedy.
+WITH_SETTINGS = {"ignore_unknown_options": True}
 REFRESH_SECONDS = 2.0  # of `gptj status`
 
 app = typer.Typer(
@@ -83,16 +88,43 @@ def main(words: Sequence[str] | None = None) -> None:
 def _of_this_terminal(error: Exception) -> str:
     """A remedy where S3's credentials are missing: `gptj up` has some, for terminals to source."""
     from gptj.storage.errors import AccessDeniedError
+
+    if isinstance(error, AccessDeniedError) and "AWS_ACCESS_KEY_ID" not in os.environ:
+        return _sourcing()
+    return ""
+
+
+def _sourcing() -> str:
+    """The remedy for a terminal without the exports of `gptj up`, if there are any."""
     from gptj_cli.local import EXPORTS
 
     exports = FOLDER / EXPORTS
-    if (
-        isinstance(error, AccessDeniedError)
-        and "AWS_ACCESS_KEY_ID" not in os.environ
-        and exports.exists()
-    ):
-        return f"; for the storage of gptj up: source {exports}"
-    return ""
+    return f"; for the storage of gptj up: source {exports}" if exports.exists() else ""
+
+
+def _refuse_options(
+    words: Sequence[str],
+    context: typer.Context,
+    meant: Callable[[str], list[str]] | None = None,
+) -> None:
+    """ValueError if a word is an option that the command does not have.
+
+    Args:
+        meant: the known settings that a name may stand for.
+    """
+    for place, word in enumerate(words):
+        if not word.startswith("-") or word == "-":
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        if not equals:
+            following = "".join(words[place + 1 : place + 2])
+            value = following if following[:1] not in ("", "-") else "…"
+        options = [option for each in context.command.params for option in each.opts]
+        if near := difflib.get_close_matches(word, options, n=1, cutoff=0.75):
+            raise ValueError(f"no such option: {word}; did you mean {near[0]}?")
+        key = name.replace("-", "_")
+        settings = (meant(key) if meant is not None else []) or [key]
+        raise ValueError(f"no such option: {word}; settings are key=value: {settings[0]}={value}")
 
 
 @app.command()
@@ -113,9 +145,7 @@ def up(
     if found is None:
         raise RuntimeError(f"it has just ended; see {folder / local.LOG}")
     exports = folder / local.EXPORTS
-    if not started:
-        print("Already running.")
-    print(exports.read_text())
+    print(exports.read_text() if started else "Already running.")
     print(f"S3         {found['s3']}, files in {folder / 's3'}")
     print(f"Ray        {found['dashboard']} (the dashboard asks for RAY_AUTH_TOKEN)")
     print(f"Logs       {folder / local.LOG}, {folder / 'ray.log'}, {folder / 's3' / 'weed.log'}")
@@ -134,8 +164,9 @@ def down(folder: Folder = FOLDER) -> None:
         print(f"Nothing is running for {folder}.")
 
 
-@app.command()
+@app.command(context_settings=WITH_SETTINGS)
 def train(
+    context: typer.Context,
     words: Words = None,
     data: Annotated[
         str | None,
@@ -157,7 +188,7 @@ def train(
     storage: Annotated[
         str,
         typer.Option(envvar="GPTJ_STORAGE", help="A folder or s3://…; results go to STORAGE/RUN."),
-    ] = "outputs",
+    ] = OUTPUTS,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
     folder: Folder = FOLDER,
 ) -> None:
@@ -171,9 +202,10 @@ def train(
     Settings are those of jobs/finetune.py, whose --help says where they are listed. Rerunning the
     command resumes from the last checkpoint. Ctrl-C stops following, not the job.
     """
-    from gptj.training.settings import read_settings
+    from gptj.training.settings import closest, read_settings
     from gptj_cli import cluster, training
 
+    _refuse_options(words or [], context, closest)
     said = training.words_of_run(
         words or [],
         data=data,
@@ -185,7 +217,7 @@ def train(
     )
     settings = read_settings(said)
     address = cluster.dashboard_address(folder)
-    client, job = training.submit(address, said)
+    client, job = training.submit(address, said, settings.folder)
     print(f"{settings.task} on {settings.train_data}: run {settings.run}, job {job}", flush=True)
     how = f"Follow it: ray job logs --follow {job}\nStop it:   ray job stop {job}"
     if detach:
@@ -204,18 +236,33 @@ def train(
     print(f"Curves:    gptj curves {settings.folder}")
 
 
-@app.command()
+@app.command(context_settings=WITH_SETTINGS)
 def evaluate(
+    context: typer.Context,
     address: Address,
     data: Annotated[str, typer.Argument(metavar="DATA", help="As jobs/evaluate.py reads it.")],
     words: Annotated[
         list[str] | None, typer.Argument(metavar="SETTINGS", help="key=value …")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, as without a terminal.")
+    ] = False,
 ) -> None:
     """Evaluate a checkpoint on data, on this machine without a cluster: jobs/evaluate.py."""
+    from rich.console import Console
+
+    from gptj_cli.scores import rendered
+    from jobs import command_line
     from jobs import evaluate as job
 
-    job.main([address, data, *(words or [])])
+    _refuse_options([address, data, *(words or [])], context)
+    command_line.log_to_stderr("evaluate")
+    result = job.measure(job.read_settings([address, data, *(words or [])]))
+    console = Console()
+    if as_json or not console.is_terminal:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        console.print(rendered(result))
 
 
 @app.command()
@@ -284,8 +331,10 @@ def serve(
         serving.wait_until_healthy(f"{base}{application['route_prefix'].rstrip('/')}/health")
     for each in gone:
         print(f"no longer served: {each}")
-    for application in config["applications"]:
-        print(f"\n{serving.curl(base, application)}")
+    for service, application in zip(found, config["applications"], strict=True):
+        print(f"\n{serving.curl(base, application, pairs=service.pairs)}")
+        for what, page in serving.pages(base, application).items():
+            print(f"{what:<11} {page}")
 
 
 @app.command()
@@ -311,7 +360,7 @@ def status(
     ] = None,
     folder: Folder = FOLDER,
 ) -> None:
-    """Show what is served: replicas, requests, tokens per second, cache and latencies.
+    """Show what is served: checkpoints, replicas, requests, tokens per second, latencies.
 
     The table is refreshed until Ctrl-C.
     """
@@ -352,8 +401,9 @@ def status(
             live.update(rendered(found))
 
 
-@app.command()
+@app.command(context_settings=WITH_SETTINGS)
 def predict(
+    context: typer.Context,
     address: Address,
     file: Annotated[
         str,
@@ -382,6 +432,7 @@ def predict(
 
     from gptj_cli import predicting
 
+    _refuse_options([address, file, *(words or [])], context)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     columns, delimiter = _reading(words or [])
     options = predicting.Options(
@@ -419,7 +470,9 @@ def curves(
     from gptj.training.progress import CURVE, HISTORY, TENSORBOARD
 
     target = folder or Path("curves") / address.rstrip("/").rpartition("/")[2]
-    names = [file.name for file in storage.list_files(address)]
+    if not (files := storage.list_files(address)):
+        raise storage.NotFoundError(f"nothing is at {address}: name a run's folder, STORAGE/RUN")
+    names = [file.name for file in files]
     wanted = [n for n in names if n in (CURVE, HISTORY) or n.startswith(f"{TENSORBOARD}/")]
     if not wanted:
         raise ValueError(
@@ -446,12 +499,20 @@ def list_models(
     address: Annotated[
         str,
         typer.Argument(metavar="[ADDRESS]", envvar="GPTJ_STORAGE", help="A folder or s3://…"),
-    ] = "outputs",
+    ] = OUTPUTS,
 ) -> None:
     """List the model folders at and below an address."""
+    from gptj import storage
     from gptj_cli import models as folders
 
-    for folder in folders.folders(address):
+    try:
+        found = folders.folders(address)
+    except storage.NotFoundError as error:
+        unset = address == OUTPUTS and "GPTJ_STORAGE" not in os.environ
+        raise ValueError(f"{error}{_sourcing() if unset else ''}") from error
+    if not found:
+        print(f"no models are at or below {address}")
+    for folder in found:
         mark = "" if folder.complete else "  (no manifest: unfinished, or not from this platform)"
         print(f"{_bytes(folder.size):>10}  {folder.address}{mark}")
 

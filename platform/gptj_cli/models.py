@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from gptj import storage
-from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING
+from gptj.adapters.base import Base
+from gptj.adapters.stored import read_config
+from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
 from gptj.config import GPTJConfig
 from gptj.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo
+from gptj.training.progress import HISTORY
 
 CONFIGS = (CONFIG, ADAPTER_CONFIG)  # a model's, or an adapter's
+# What a run writes before its first checkpoint, to its folder.
+BEFORE_THE_FIRST_CHECKPOINT = {"lease", "data", "tokenizer"}
+LEASE = re.compile(r"lease/[0-9]{8}\.json")
 COPY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class ModelFolder:
+class Listed:
+    """A model folder of a listing."""
+
     address: str
     files: int
     size: int  # bytes
     complete: bool  # whether it has a manifest
 
 
-def folders(address: str) -> list[ModelFolder]:
+def folders(address: str) -> list[Listed]:
     """Model folders at and below an address, by name. NotFoundError if there are no files."""
     address = normalized(address)
     by_folder: dict[str, list[FileInfo]] = defaultdict(list)
@@ -40,7 +49,7 @@ def folders(address: str) -> list[ModelFolder]:
         folder, _, _ = file.name.rpartition("/")
         by_folder[folder].append(file)
     return [
-        ModelFolder(
+        Listed(
             storage.join(address, folder) if folder else address,
             len(inside),
             sum(file.size for file in inside),
@@ -61,6 +70,7 @@ def describe(address: str) -> dict[str, Any]:
     manifest = Manifest.read(address)
     result: dict[str, Any] = {
         "address": address,
+        **_adapter(address),
         "head": ", ".join(config.architectures or ["not said"]),
         "layers": config.n_layer,
         "width": config.n_embd,
@@ -86,6 +96,21 @@ def describe(address: str) -> dict[str, Any]:
             "metrics": training.get("metrics"),
         }
     return {key: value for key, value in result.items() if value not in (None, [])}
+
+
+def _adapter(address: str) -> dict[str, Any]:
+    """An adapter's kind, base and shape; empty for a whole model."""
+    with ModelFolder.open(address) as folder:
+        if not folder.is_adapter:
+            return {}
+        config, _ = read_config(folder)
+        return {
+            "adapter": "LoRA",
+            "base": Base.of(folder).address if Base.named_in(folder) else "not said",
+            "rank": config.rank,
+            "alpha": config.alpha,
+            "target_modules": list(config.target_modules),
+        }
 
 
 def copy(source: str, destination: str) -> Manifest:
@@ -129,7 +154,7 @@ def removable(address: str) -> list[FileInfo]:
     if not _is_model(files) and not _is_run(files):
         raise ValueError(
             f"{address} is neither a model folder (config.json) nor a run's folder "
-            f"(history.jsonl, checkpoint-…): not deleted; remedy: name one of those"
+            f"(history.jsonl, checkpoint-…, lease): not deleted; remedy: name one of those"
         )
     return files
 
@@ -148,16 +173,33 @@ def _is_model(files: Iterable[FileInfo]) -> bool:
 
 
 def _is_run(files: Iterable[FileInfo]) -> bool:
-    return any(
-        file.name == "history.jsonl" or file.name.startswith("checkpoint-") for file in files
-    )
+    """Whether it is a run's folder, perhaps of one that failed before its first checkpoint."""
+    names = [file.name for file in files]
+    if any(name == HISTORY or name.startswith("checkpoint-") for name in names):
+        return True
+    only = {name.partition("/")[0] for name in names} <= BEFORE_THE_FIRST_CHECKPOINT
+    return only and any(LEASE.fullmatch(name) for name in names)
 
 
 def shown(description: dict[str, Any]) -> str:
-    """Format as lines of text."""
+    """Format as lines of text; what is not set is left out."""
     width = max(map(len, description))
     return "\n".join(
-        f"{key:<{width}}  "
-        + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        f"{key if not number else '':<{width}}  {line}"
         for key, value in description.items()
+        for number, line in enumerate(_lines(value))
     )
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key}: {_inline(each)}" for key, each in value.items() if each or each == 0]
+    return [_inline(value)]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_inline(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_inline, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -25,6 +25,7 @@ from ray.util.state import list_nodes
 import deployments
 from deployments.loading import Arguments, check, name_of
 from gptj.chat import READY
+from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig
 from gptj.model import HEAD_CLASSES
 from gptj.storage.addresses import absolute
@@ -59,6 +60,7 @@ class Service:
     checkpoint: str
     head: str  # class name; for embeddings the base model's, whatever the checkpoint's head
     name: str  # the model's
+    pairs: bool = False  # a classifier of pairs of texts, as far as its folder says
 
     @property
     def kind(self) -> str:
@@ -88,7 +90,8 @@ def services(
             head = task_of(config, checkpoint).head.__name__
         check(HEAD_CLASSES[head], Arguments(checkpoint=checkpoint))
         name = names[number] if number < len(names) else name_of(checkpoint)
-        found.append(Service(checkpoint, head, name))
+        pairs = APPLICATIONS[head] == "classification" and _reads_pairs(checkpoint)
+        found.append(Service(checkpoint, head, name, pairs))
     counted = Counter(service.name for service in found)
     if twice := [name for name, count in counted.items() if count > 1]:
         raise ValueError(f"two models would be named {twice[0]!r}; remedy: a --name for each")
@@ -101,6 +104,12 @@ def services(
             )
         found.append(Service(checkpoint, "GPTJModel", name_of(checkpoint)))
     return found
+
+
+def _reads_pairs(checkpoint: str) -> bool:
+    """Whether a classifier was trained on pairs, by a renamed column: others are not recorded."""
+    with ModelFolder.open(checkpoint) as folder:
+        return "text_pair" in (folder.read_training_data().get("columns") or {})
 
 
 def configuration(found: Sequence[Service], options: Options) -> dict[str, Any]:
@@ -205,14 +214,32 @@ def wait_until_healthy(url: str, seconds: float = 60) -> None:
             time.sleep(0.2)
 
 
-def curl(base: str, application: dict[str, Any]) -> str:
-    """An example curl command for a service."""
+def pages(base: str, application: dict[str, Any]) -> dict[str, str]:
+    """A service's pages for people: its API's documentation, and the playground."""
+    root = base + application["route_prefix"].rstrip("/")
+    found = {"API": f"{root}/docs"}
+    return {**found, "Playground": f"{root}/"} if _kind(application) == "generation" else found
+
+
+def _kind(application: dict[str, Any]) -> str:
+    module: str = application["import_path"].split(":")[0]
+    return module.rpartition(".")[2]
+
+
+def curl(base: str, application: dict[str, Any], *, pairs: bool = False) -> str:
+    """An example curl command for a service.
+
+    Args:
+        pairs: of a classifier of pairs of texts.
+    """
     route = application["route_prefix"].rstrip("/")
-    kind = application["import_path"].split(":")[0].rpartition(".")[2]
+    kind = _kind(application)
     body: dict[str, Any]
     if kind == "generation":
         route += "/v1/completions"
         body = {"prompt": "Once upon a time", "max_tokens": 32}
+    elif kind == "classification" and pairs:
+        body = {"inputs": {"text": "A fine film", "text_pair": "It is good to the end."}}
     elif kind == "classification":
         body = {"inputs": "A fine film from beginning to end."}
     elif kind == "embeddings":

@@ -100,6 +100,7 @@ class Application:
     target_replicas: int
     numbers: Numbers
     replicas: list[Replica] = field(default_factory=list)
+    checkpoint: str | None = None  # None: not said in the configuration
 
 
 @dataclass
@@ -221,10 +222,15 @@ def status(now: Reading, before: Reading) -> Status:
                 sum(d.get("target_num_replicas") or 0 for d in each["deployments"].values()),
                 metrics.numbers([replica.id for replica in replicas]),
                 replicas,
+                _arguments(each).get("checkpoint"),
             )
         )
     proxies = {each["node_ip"]: each["status"] for each in now.details["proxies"].values()}
     return Status(applications, proxies, seconds or None, list(now.problems))
+
+
+def _arguments(application: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (application.get("deployed_app_config") or {}).get("args") or {}
 
 
 class Metrics:

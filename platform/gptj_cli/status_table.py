@@ -16,7 +16,7 @@ TIMES = ("first token p50 / p99", "latency p50 / p99")
 
 
 def rendered(status: Status) -> RenderableType:
-    """A row per application, its replicas below, then notes."""
+    """A row per application, its checkpoint and replicas below, then notes."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("application", no_wrap=True)
     for head in (*HEADS, *TIMES):
@@ -26,6 +26,8 @@ def rendered(status: Status) -> RenderableType:
         state = f"{each.status} {running}/{each.target_replicas}"
         title = Text.assemble((each.name, "bold"), f" {each.route}")
         table.add_row(title, _state(state), *_cells(each.numbers))
+        if each.checkpoint is not None:
+            table.add_row(Text(f"  {each.checkpoint}", "dim"))
         for replica in each.replicas:
             name = f"  {replica.id} on {replica.node or 'no node yet'}"
             table.add_row(name, _state(replica.state), *_cells(replica.numbers))

@@ -8,22 +8,30 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from gptj import storage
+from gptj.data.labels import REGRESSION, LabelNames
+from gptj.data.questions import read_answers
 from gptj.data.rows import DataError, MissingColumnError, refuse_row
+from gptj.data.shards import check_labelled
 from gptj.data.sources import find_columns, listed, read_rows
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute
+from gptj.training.dataset import checkpoint_labels
 from gptj.training.settings import Settings, read_settings
 from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
 
 # Most columns first: question-answering data may also have a text or label.
 BY_COLUMNS: tuple[TaskName, ...] = ("question-answering", "classification", "causal-lm")
+RUN_FOLDER = "gptj_run_folder"  # in a job's metadata
+FIRST_ROWS = 1000  # to check before a job starts
 ENDINGS = re.compile(r"(\.(parquet|jsonl|json|csv|tsv|txt|gz|zst))+$", re.IGNORECASE)
 
 
@@ -71,6 +79,10 @@ def words_of_run(
     if task is not None and data is not None and Path(data).is_file():
         skip_bad = settings.data.bad_rows == "skip"
         check_columns(data, task, settings.data.columns, settings.data.delimiter, skip_bad)
+    for address in (settings.data.train, settings.data.evaluation):
+        inferred = data is not None and "task" not in given and address == settings.data.train
+        if inferred or (address and Path(address).is_file()):
+            check_first_rows(address, settings)
     return _resolved(said, settings)
 
 
@@ -158,6 +170,37 @@ def check_columns(
     return kind
 
 
+def check_first_rows(address: str, settings: Settings) -> None:
+    """DataError if one of the first rows has a label or an answer that the job would refuse.
+
+    SettingsError if the labels' names contradict the checkpoint's.
+    """
+    data, kinds = settings.data, settings.task_definition.row_kinds
+    if data.bad_rows == "skip" or settings.task == "causal-lm":
+        return
+    names = _label_names(settings) if settings.task == "classification" else None
+    columns = find_columns(address, kinds, data.columns, delimiter=data.delimiter)
+    rows = read_rows(address, columns, data.columns, delimiter=data.delimiter)
+    for row in islice(rows, FIRST_ROWS):
+        if settings.task == "classification":
+            check_labelled(row, names)
+        else:
+            read_answers(row)
+
+
+def _label_names(settings: Settings) -> LabelNames | None:
+    """The names that labels must have; None if any, or if they are values to predict."""
+    checkpoint, trained = settings.model.checkpoint, None
+    # A hub id is left to the cluster.
+    if checkpoint and (storage.is_s3(checkpoint) or Path(checkpoint).is_dir()):
+        with suppress(storage.AccessDeniedError, storage.UnreachableError):  # from here
+            trained = checkpoint_labels(settings)
+    problem_type = settings.data.problem_type if trained is None else trained.problem_type
+    if problem_type == REGRESSION:
+        return None
+    return settings.data.label_names or (None if trained is None else trained.names)
+
+
 def run_of(address: str) -> str:
     """A run's name from its data: reviews for /somewhere/reviews.csv.gz."""
     name = ENDINGS.sub("", address.rstrip("/").rpartition("/")[2])
@@ -165,13 +208,32 @@ def run_of(address: str) -> str:
     return name or "finetune"
 
 
-def submit(address: str, words: Sequence[str]) -> tuple[JobSubmissionClient, str]:
-    """Submit the job; returns the client and the job's id."""
+def submit(address: str, words: Sequence[str], folder: str) -> tuple[JobSubmissionClient, str]:
+    """Submit the job; returns the client and the job's id.
+
+    ValueError if a job that was submitted here still trains the run.
+
+    Args:
+        folder: the run's.
+    """
     client = JobSubmissionClient(address)
+    check_not_running(client.list_jobs(), folder)
     # On this machine our own interpreter, regardless of PATH; elsewhere the image's.
     python = sys.executable if is_here(address) else "python"
     entrypoint = shlex.join([python, "-m", "jobs.finetune", *words])
-    return client, client.submit_job(entrypoint=entrypoint)
+    return client, client.submit_job(entrypoint=entrypoint, metadata={RUN_FOLDER: folder})
+
+
+def check_not_running(jobs: Iterable[JobDetails], folder: str) -> None:
+    """ValueError, naming the job, if one of them trains the run in a folder."""
+    for job in jobs:
+        same = (job.metadata or {}).get(RUN_FOLDER) == folder and job.submission_id is not None
+        if same and not job.status.is_terminal():
+            raise ValueError(
+                f"job {job.submission_id} is already training this run, {folder}; remedy: another "
+                f"--run NAME, or follow it: ray job logs --follow {job.submission_id}; or stop it: "
+                f"ray job stop {job.submission_id}"
+            )
 
 
 def follow(client: JobSubmissionClient, job: str) -> bool:

@@ -147,11 +147,13 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
         log.append(line)
         if "saved s3://gptj/reviews/checkpoint-" in line:
             break
-    assert "checkpoint-00000020" in log[-1], "".join(log)[-4000:]
+    assert "checkpoint-00000050" in log[-1], "".join(log)[-4000:]
     # A person is slow, and the training of a test is short: it is held until it is stopped.
     workers = training_workers(tmp_path)
     for worker in workers:
         worker.suspend()
+    again = terminal.run("gptj train --data reviews.csv", status=1)
+    assert f"job {job[1]} is already training this run, s3://gptj/reviews; remedy: " in again
     # Of Ray Train's clean-up, which looked for a cluster; a slow machine may show others.
     assert "PlacementGroupCleanerMonitor" not in "".join(log)
     assert re.search(r"GPTJForSequenceClassification of [\d,]{7} parameters", "".join(log))

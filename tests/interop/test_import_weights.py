@@ -170,7 +170,7 @@ def test_an_overflow_is_named_and_leaves_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ln_f\.weight has values up to 70000.*bfloat16"):
         import_weights(str(tmp_path / "large"), str(tmp_path / "bad"), dtype="float16")
     assert storage.list_files(str(tmp_path / "bad")) == []
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match="nothing is at"):
         GPTJForCausalLM.from_pretrained(str(tmp_path / "bad"))
 
 

@@ -64,5 +64,6 @@ def test_relative_links_resolve_from_every_page_address(service: str) -> None:
 
 def test_only_generation_has_the_playground(service: str) -> None:
     assert_error(httpx.get(f"{service}/classification"), 405, "does not take GET")
-    assert_error(httpx.get(f"{service}/question-answering/playground/main.js"), 404, "no GET")
+    reply = httpx.get(f"{service}/question-answering/playground/main.js")
+    assert_error(reply, 404, "no GET /question-answering/playground/main.js; /question-answering/d")
     assert httpx.get(f"{service}/classification/docs").status_code == 200

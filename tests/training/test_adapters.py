@@ -361,7 +361,7 @@ def test_training_on_top_of_an_adapter_is_refused(runs: dict[str, Settings]) -> 
             ["model.checkpoint=x", "adapter.quantization=nf4", "deepspeed.stage=3"],
             "adapter.quantization=nf4 and deepspeed.stage=3: .* set deepspeed.stage=2",
         ),
-        (["adapter.ranks=8"], r"adapter\.ranks: unknown setting; there are rank, alpha"),
+        (["adapter.ranks=8"], r"adapter\.ranks: unknown setting; did you mean adapter.rank"),
     ],
 )
 def test_impossible_settings_are_refused(words: list[str], named: str) -> None:
@@ -380,4 +380,4 @@ def test_settings_of_an_adapter_become_its_configuration() -> None:
     assert settings.adapter.lora(("score",)) == LoRAConfig(
         alpha=4, target_modules=("fc_out",), modules_to_save=("score",)
     )
-    assert re.search("rank: 8", settings.to_yaml())
+    assert re.search("alpha: 4", settings.to_yaml())

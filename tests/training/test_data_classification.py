@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptj import GPTJConfig, GPTJForSequenceClassification, GPTJTokenizer
 from gptj.data.classification import ClassificationData, LabelSet
 from gptj.data.examples import TOKENIZED_AT_ONCE
-from gptj.data.labels import read_labels
+from gptj.data.labels import check_label, read_labels
 from gptj.data.sources import DataError, Row, find_columns, read_rows
 from gptj.training.tasks import TASKS
 
@@ -309,13 +309,31 @@ def test_class_numbers_from_one_can_be_mapped(form: Any, tokenizer: GPTJTokenize
         assert "{1: World, 2: Sports, 3: Business, 4: Sci/Tech}" in str(error.value)
     trained = LabelSet.of(GPTJConfig(id2label=dict(enumerate(names)), problem_type=SINGLE))
     with pytest.raises(
-        DataError, match=r"begin with 0, not with 1; remedy: .*data.label_names={1: "
+        DataError, match=r"numbers count from 0; remedy: .*data.label_names={1: World, 2: "
     ):
         ClassificationData(form(*labels[1:3]), tokenizer, 32, trained)
     held_out = ClassificationData(form(*labels[1:3]), tokenizer, 32, trained.translated(given))
     assert held_out.targets.tolist() == [0, 1]
     with pytest.raises(ValueError, match="translates to 'Weather', which is not one of the labels"):
         trained.translated({"1": "Weather"})
+
+
+@pytest.mark.parametrize("form", [rows, cells])
+def test_a_row_with_a_number_beyond_the_names_says_how_to_map_it(form: Any) -> None:
+    """As it is read alone, before all labels are known."""
+    number = "4" if form is cells else 4
+    (row,) = form(number)
+    names = ["World", "Sports", "Business", "Sci/Tech"]
+    with pytest.raises(
+        DataError,
+        match=r"count from 0; remedy: .*label_names={1: World, 2: Sports, 3: Business, 4: Sci/Tech",
+    ):
+        check_label(row, names)
+    check_label(row, [*names, "Weather"])
+    with pytest.raises(DataError, match=r"Sci/Tech$"):
+        check_label(row, dict(zip("1235", names, strict=True)))
+    with pytest.raises(DataError, match=r"one of the labels 1, 2$"):
+        check_label(row, ["1", "2"])
 
 
 def test_evaluation_labels_are_read_like_the_training_data(tokenizer: GPTJTokenizer) -> None:

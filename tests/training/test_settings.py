@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from readme import blocks
 
 from gptj.training.deepspeed_config import deepspeed_config, learning_rate_share
@@ -38,15 +39,40 @@ def test_settings_survive_yaml_and_pickling_as_unset_fields(tmp_path: Path) -> N
     settings = read_settings(["task=classification", "data.label_names=[bad, good]", "epochs=2"])
     assert Settings(**settings.model_dump(exclude_unset=True)) == settings
     file = tmp_path / "again.yaml"
-    file.write_text(re.sub(".*(epochs|: '').*\n", "", Settings().to_yaml()))
+    file.write_text(re.sub(".*(epochs|: '').*\n", "", yaml.safe_dump(Settings().model_dump())))
     with pytest.raises(SettingsError, match="has no effect"):
         read_settings([str(file)])  # it sets everything, also what causal-lm does not use
+
+
+def test_settings_are_shown_without_the_defaults(tmp_path: Path) -> None:
+    words = [
+        *("storage=s3://bucket", "task=classification", "data.label_names=[bad, good]", "epochs=2"),
+        *("batch_size=16", "workers.count=[1, 2]"),
+    ]
+    assert read_settings(words).to_yaml().splitlines() == [
+        "run: finetune",
+        "task: classification",
+        "storage: s3://bucket",
+        "epochs: 2.0",
+        "data:",
+        "  label_names: [bad, good]",
+        "workers:",
+        "  count: [1, 2]",
+    ]
+    file = tmp_path / "shown.yaml"
+    file.write_text(read_settings(words).to_yaml())
+    assert read_settings([str(file)]) == read_settings(words)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lerning_rate=1"], "lerning_rate: unknown setting; there are run, storage"),
+        (["zzz=1"], "zzz: unknown setting; there are run, storage"),
+        (["epoch=3"], r"epoch: unknown setting; did you mean epochs\?"),
+        (["learning_rate=1e-4"], r"unknown setting; did you mean optimizer.learning_rate\?"),
+        (["lerning_rate=1"], r"unknown setting; did you mean optimizer.learning_rate\?"),
+        (["model.learning_rate=1"], r"unknown setting; did you mean optimizer.learning_rate\?"),
+        (["optimizer.epochs=1"], r"unknown setting; did you mean epochs\?"),
         (["optimizer.rate=1"], "optimizer.rate: unknown setting; .*learning_rate"),
         (["steps=many"], "steps: .* got 'many'"),
         (["steps=0"], "steps: .* got 0"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any
 import pytest
 import readme
 import yaml
+from ray.job_submission import JobDetails
 from ray.serve.schema import ServeDeploySchema
+from rich.console import Console
 from serving_models import SENTENCES, Models, make_models
 from typer.testing import CliRunner
 
@@ -29,8 +33,9 @@ from gptj.storage.errors import AccessDeniedError
 from gptj.training.settings import SettingsError, read_settings
 from gptj_cli.app import _of_this_terminal, app, main
 from gptj_cli.local import Local, Process, down, is_up
-from gptj_cli.serving import Options, configuration, curl, error_of, services
-from gptj_cli.training import run_of, task_of, words_of_run
+from gptj_cli.scores import rendered
+from gptj_cli.serving import Options, configuration, curl, error_of, pages, services
+from gptj_cli.training import check_not_running, run_of, task_of, words_of_run
 from gptj_local.s3 import LocalS3
 
 
@@ -172,6 +177,81 @@ def test_without_credentials_another_terminal_is_told_what_to_source(
     assert _of_this_terminal(refused) == ""
 
 
+def words_for(data: str, *words: str, **options: Any) -> list[str]:
+    given: dict[str, Any] = dict.fromkeys(("evaluation", "task", "model", "run"))
+    return words_of_run(words, **{**given, "data": data, "storage_address": "s3://b", **options})
+
+
+@pytest.mark.parametrize("task", [None, "classification"])
+def test_the_first_labels_are_checked_before_a_job_starts(
+    addresses: dict[str, str], tmp_path: Path, task: Any
+) -> None:
+    news = written(tmp_path / "news.csv", "text,label", *(f"news,{n}" for n in (3, 4, 2)))
+    listed = "data.label_names=[World, Sports, Business, Sci/Tech]"
+    with pytest.raises(DataError, match=r"row 2.*remedy: .*data.label_names={1: World, 2: Sports"):
+        words_for(news, listed, task=task)
+    mapped = "data.label_names={1: World, 2: Sports, 3: Business, 4: Sci/Tech}"
+    assert mapped in words_for(news, mapped, task=task)
+    with pytest.raises(DataError, match=r"news.csv, row 2"):
+        words_for(news, mapped.replace("4:", "5:"), task=task)
+    assert "data.bad_rows=skip" in words_for(news, listed, "data.bad_rows=skip", task=task)
+    assert words_for(news, listed, "data.problem_type=regression", task=task)
+    # A classifier's own labels: negative, neutral, positive.
+    trained = addresses["classification"]
+    with pytest.raises(DataError, match=r"'3' is not .*remedy: .*{1: negative, 2: neutral, 3: pos"):
+        words_for(news, model=trained, task=task)
+    with pytest.raises(SettingsError, match="has 3 labels"):
+        words_for(news, mapped, model=trained, task=task)
+    reviews = written(tmp_path / "reviews.csv", "text,label", "fine,positive", "bad,negative")
+    assert words_for(reviews, model=trained, task=task)
+    with pytest.raises(DataError, match=r"news.csv, row 1"):
+        words_for(reviews, model=trained, task=task, evaluation=news)
+
+
+def test_the_first_answers_are_checked_before_a_job_starts(tmp_path: Path) -> None:
+    row = {"question": "Who?", "context": "She did.", "answers": [{"text": "She"}]}
+    with pytest.raises(DataError, match=r"row 1, column 'answers'"):
+        words_for(written(tmp_path / "squad.jsonl", json.dumps(row)))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--epochs", "3"], "--epochs; settings are key=value: epochs=3"),
+        (["train", "--learning-rate=1e-4"], "key=value: optimizer.learning_rate=1e-4"),
+        (["train", "--epochs", "--detach"], "key=value: epochs=…"),
+        (["train", "--detatch"], "--detatch; did you mean --detach"),
+        (["evaluate", "MODEL", "DATA", "--limit", "3"], "key=value: limit=3"),
+        (["evaluate", "--limit=3", "MODEL", "DATA"], "key=value: limit=3"),
+        (["predict", "MODEL", "DATA", "--delimiter", ";"], "key=value: delimiter=;"),
+    ],
+)
+def test_settings_as_options_are_refused_with_their_form(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(words)
+
+
+def test_a_run_that_a_job_trains_is_not_submitted_again() -> None:
+    def job(status: str, folder: str) -> JobDetails:
+        return JobDetails(
+            type="SUBMISSION",
+            submission_id=f"raysubmit_{status}",
+            status=status,
+            entrypoint="python -m jobs.finetune",
+            metadata={"gptj_run_folder": folder},
+        )
+
+    old = [
+        job("SUCCEEDED", "s3://b/run"),
+        job("FAILED", "s3://b/run"),
+        job("STOPPED", "s3://b/run"),
+    ]
+    check_not_running([*old, job("RUNNING", "s3://b/other")], "s3://b/run")
+    for status in ("PENDING", "RUNNING"):
+        with pytest.raises(ValueError, match=f"ray job logs --follow raysubmit_{status}"):
+            check_not_running([*old, job(status, "s3://b/run")], "s3://b/run")
+
+
 def test_columns_of_a_given_task_are_checked_before_a_job_starts(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.csv", "review,stars", "good,5")
     with pytest.raises(DataError, match=r"no column 'text' and no column 'label'.*'review'"):
@@ -251,6 +331,41 @@ def test_without_a_cluster_the_remedy_is_named(
         main(["train", "--folder", str(tmp_path)])
 
 
+def test_the_storage_of_gptj_up_is_named_where_nothing_is_in_the_default_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GPTJ_STORAGE", raising=False)
+    with pytest.raises(SystemExit, match=r"nothing is at outputs$"):
+        main(["models", "ls"])
+    (tmp_path / ".gptj").mkdir()
+    (tmp_path / ".gptj" / "env").touch()
+    with pytest.raises(SystemExit, match=r"nothing is at outputs; .*source \.gptj/env$"):
+        main(["models", "ls"])
+    with pytest.raises(SystemExit, match=r"nothing is at elsewhere$"):
+        main(["models", "ls", "elsewhere"])
+
+
+def test_an_evaluation_is_shown_as_tables() -> None:
+    scores = {"precision": 0.5, "recall": 1.0, "f1": 0.667, "support": 2}
+    result = {
+        "checkpoint": "s3://a/model",
+        "accuracy": 0.66666,
+        "classes": {"bad": scores, "good [sic]": scores},
+        "labels": ["bad", "good [sic]"],
+        "confusion_matrix": [[2, 0], [1, 11]],
+    }
+    output = io.StringIO()
+    console = Console(file=output, width=100, color_system=None)
+    console.print(rendered(result))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert ["accuracy", "0.6667"] in lines
+    assert ["good", "[sic]", "0.500", "1.000", "0.667", "2"] in lines
+    assert ["good", "[sic]", "1", "11"] in lines
+    console.print(rendered({**result, "labels": ["a"] * 13}))
+    assert "a confusion matrix of 13 labels is in the output of --json" in output.getvalue()
+
+
 def test_predictions_of_each_head_row_by_row(
     addresses: dict[str, str], models: Models, tmp_path: Path
 ) -> None:
@@ -328,6 +443,8 @@ def test_the_checkpoints_determine_the_configuration(addresses: dict[str, str]) 
     for application in config["applications"]:
         (deployment,) = application["deployments"]
         assert deployment["ray_actor_options"]["num_gpus"] == 1
+    assert pages("http://x", routes["/"]) == {"API": "http://x/docs", "Playground": "http://x/"}
+    assert pages("http://x", routes["/classification"]) == {"API": "http://x/classification/docs"}
     both = services([addresses["classification"]] * 2, ["one", "two"])
     several = configuration(both, Options(min_replicas=3))["applications"]
     assert [each["route_prefix"] for each in several] == [
@@ -357,6 +474,15 @@ def test_a_chat_template_is_served_with_the_language_models(
         configuration(services([addresses["classification"]], []), Options(chat_template="dolly"))
 
 
+def test_a_classifier_of_pairs_is_queried_with_a_pair(models: Models, tmp_path: Path) -> None:
+    training = {"settings": {"data": {"columns": {"text": "_c1", "text_pair": "_c2"}}}}
+    address = str(tmp_path / "pairs")
+    models.classification.save_pretrained(address, tokenizer=models.tokenizer, training=training)
+    (service,) = services([address], [])
+    (application,) = configuration([service], Options())["applications"]
+    assert '"text_pair": ' in curl("http://x", application, pairs=service.pairs)
+
+
 def test_the_readmes_shortest_configuration_is_valid(addresses: dict[str, str]) -> None:
     """And `serve run` reads from it what `gptj serve` would write."""
     (block,) = readme.blocks("A model of your own", "yaml", "deployments/README.md")
@@ -372,8 +498,12 @@ def test_the_readmes_shortest_configuration_is_valid(addresses: dict[str, str]) 
 def test_checkpoints_that_cannot_be_served_are_refused_before_deploying(
     addresses: dict[str, str], s3: LocalS3
 ) -> None:
-    with pytest.raises(SystemExit, match=r"^error: .*s3://gptj/none/model.*$"):
-        main(["serve", "s3://gptj/none/model"])
+    for words in (["serve"], ["models", "show"], ["models", "verify"]):
+        with pytest.raises(
+            SystemExit,
+            match=r"^error: nothing is at s3://gptj/none/model; remedy: gptj models ls s3://gptj$",
+        ):
+            main([*words, "s3://gptj/none/model"])
     with pytest.raises(FileNotFoundError, match="not an existing folder"):
         services(["./none-such"], [])
     with pytest.raises(ValueError, match=r"two models would be named 'classification'.*--name"):
@@ -412,6 +542,36 @@ def test_model_folders_are_listed_shown_copied_verified_and_removed(
     assert not storage.list_files(copy)
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_is_removed(tmp_path: Path) -> None:
+    run_folder = tmp_path / "runs" / "wrong"
+    for name in ("lease/00000001.json", "data/train/unfinished/plan.json"):
+        (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_folder / name).write_text("{}")
+    assert "no models are at or below" in run("models", "ls", str(run_folder)).stdout
+    with pytest.raises(ValueError, match="neither a model folder"):
+        run("models", "rm", str(tmp_path / "runs"), "--yes", catch_exceptions=False)
+    (run_folder / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="neither a model folder"):
+        run("models", "rm", str(run_folder), "--yes", catch_exceptions=False)
+    (run_folder / "thesis.tex").unlink()
+    assert "deleted" in run("models", "rm", str(run_folder), "--yes").stdout
+    assert not run_folder.exists()
+
+
+def test_an_adapter_is_shown_with_its_base(addresses: dict[str, str], tmp_path: Path) -> None:
+    base = addresses["classification"]
+    peft = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "fc_in"]}
+    peft["base_model_name_or_path"] = base
+    shutil.copy(Path(base) / "config.json", tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(peft))
+    lines = run("models", "show", str(tmp_path)).stdout.splitlines()
+    assert ["base", base] in [line.split() for line in lines]
+    assert ["target_modules", "q_proj,", "fc_in"] in [line.split() for line in lines]
+    assert ["labels", "negative,", "neutral,", "positive"] in [line.split() for line in lines]
+    assert json.loads(run("models", "show", str(tmp_path), "--json").stdout)["rank"] == 4
+    assert "adapter" not in run("models", "show", base).stdout
+
+
 def test_a_damaged_folder_is_neither_copied_nor_verified(
     addresses: dict[str, str], tmp_path: Path
 ) -> None:
@@ -425,6 +585,14 @@ def test_a_damaged_folder_is_neither_copied_nor_verified(
         with pytest.raises(CheckpointError, match=r"model.safetensors was altered"):
             run(*words, catch_exceptions=False)
     assert not (copy / "manifest.json").exists()
+
+
+def test_a_second_up_prints_no_secrets(tmp_path: Path) -> None:
+    here = Process.of(os.getpid())
+    Local(here, {}, "http://s3", "http://ray", {"RAY_AUTH_TOKEN": "hidden"}).write(tmp_path)
+    shown = run("up", "--folder", str(tmp_path)).stdout
+    assert "Already running." in shown and f"source {tmp_path / 'env'}" in shown
+    assert "hidden" not in shown
 
 
 def test_down_stops_what_up_started_and_nothing_else(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def details(*replicas: str, status: str = "RUNNING", message: str = "") -> dict[
         "status": status,
         "message": message,
         "deployments": {"generation": deployment},
+        "deployed_app_config": {"args": {"checkpoint": "s3://gptj/reviews/model"}},
     }
     proxies = {"node": {"node_ip": "10.0.0.1", "status": "HEALTHY"}}
     return {"applications": {"generation": application}, "proxies": proxies}
@@ -98,6 +99,7 @@ def test_an_applications_numbers_are_its_replicas_totals() -> None:
     text = shown(found)
     assert re.search(r"^generation / +RUNNING 2/2 +6 +2 +10.0 +150 +30% +- ", text, re.MULTILINE)
     assert "one on 10.0.0.1" in text and "of the last 10 s" in text
+    assert re.search(r"^generation .*\n  s3://gptj/reviews/model *$", text, re.MULTILINE)
 
 
 def test_one_reading_has_no_rates_and_percentiles_since_the_start() -> None:

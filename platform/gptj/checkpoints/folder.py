@@ -18,7 +18,7 @@ from torch import Tensor
 from gptj import storage
 from gptj.checkpoints.cache import CheckpointCache, Lease
 from gptj.checkpoints.hub import locate
-from gptj.checkpoints.manifest import MANIFEST, Manifest, read_small, read_verified
+from gptj.checkpoints.manifest import MANIFEST, Manifest, nothing_at, read_small, read_verified
 from gptj.checkpoints.weights import KINDS, read_weights, weight_files
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
@@ -183,7 +183,8 @@ class ModelFolder:
                 raise storage.NotFoundError(f"{self.address} has no {CONFIG}")
             return self.read_object(CONFIG)
         except storage.NotFoundError as error:
-            storage.list_files(self.address)  # raises if the bucket is missing
+            if not storage.list_files(self.address):  # raises if the bucket is missing
+                raise storage.NotFoundError(nothing_at(self.address)) from error
             raise storage.NotFoundError(
                 f"{self.address} is not a model folder: it has no {CONFIG} (or was never finished)"
             ) from error

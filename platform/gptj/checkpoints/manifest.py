@@ -199,13 +199,22 @@ def verify(folder: str) -> Manifest:
     manifest = Manifest.read(folder)
     if manifest is None:
         if not storage.list_files(folder):  # raises if the bucket is missing
-            raise CheckpointError(f"{folder} has no {MANIFEST} and no other files")
+            raise CheckpointError(nothing_at(folder))
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it was never finished, or not written by this platform"
         )
     if problems := manifest.problems():
         raise CheckpointError("\n".join(problems))
     return manifest
+
+
+def nothing_at(address: str) -> str:
+    """The message for an address without files; its remedy lists the models nearby."""
+    above, _, name = address.rpartition("/")
+    if name == "model" and "/" in above.removeprefix("s3://"):  # a run's
+        above = above.rpartition("/")[0]
+    nearby = address if above in ("", "s3:/") else above
+    return f"nothing is at {address}; remedy: gptj models ls {nearby}"
 
 
 def read_small(address: str) -> bytes:

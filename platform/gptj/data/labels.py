@@ -143,9 +143,9 @@ def check_label(row: Row, names: LabelNames | None = None) -> None:
     for each in values:
         counts = not isinstance(names, Mapping) and _is_count(each, len(table))
         if _lookup(each, written) is None and not counts:  # type: ignore[arg-type]
-            raise row.error(
-                "label", f"{shown(each)} is not one of the labels {_some(tuple(table))}"
-            )
+            number = None if isinstance(names, Mapping) else _as_whole(each)
+            first = None if number is None else min(number, 1)
+            raise row.error("label", _is_no_label(each, tuple(table), first))
 
 
 def _is_count(value: Any, count: int) -> bool:
@@ -153,6 +153,13 @@ def _is_count(value: Any, count: int) -> bool:
     if isinstance(value, str):
         return bool(_WHOLE.fullmatch(value)) and 0 <= int(value) < max(count, 2)
     return _is_whole(value) and 0 <= value < max(count, 2)
+
+
+def _as_whole(value: Any) -> int | None:
+    """The whole number that a label is or, in CSV, is written as; None for any other label."""
+    if isinstance(value, str):
+        return int(value) if _WHOLE.fullmatch(value) else None
+    return int(value) if _is_whole(value) else None
 
 
 class DistinctLabels:
@@ -486,17 +493,29 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
     number = _lookup(value, known.written)
     if number is not None:
         return number
-    why = f"{shown(value)} is not one of the labels {_some(known.names)}"
-    if _is_whole(value) and not _has_numbers(known.names):
+    first = None
+    if _is_whole(value):
         first = min(int(each) for each in _values(all_labels) if _is_whole(each))
-        if first and not known.is_nameless:
-            why += (
-                f"; whole numbers are class numbers only if they begin with 0, not with "
-                f"{shown(first)}"
-            )
-        named = [f"{first + number}: {name}" for number, name in enumerate(known.names[:12])]
-        why += f"; remedy: say what they stand for, as in data.label_names={{{', '.join(named)}}}"
-    raise label.error(why)
+    raise label.error(_is_no_label(value, known.names, first))
+
+
+def _is_no_label(value: Any, names: Sequence[str], first: int | None) -> str:
+    """Why a value is refused, and the mapping that would name numbers.
+
+    Args:
+        first: the smallest number among the labels; None if this one is not a whole number.
+    """
+    why = f"{shown(value)} is not one of the labels {_some(names)}"
+    if first is None or _has_numbers(names):
+        return why
+    # A 0 is refused only where the labels are known to be names.
+    counted = "" if value in (0, "0") else "; whole numbers count from 0"
+    named = [f"{first + number}: {name}" for number, name in enumerate(names[:12])]
+    more = ", …" if len(names) > 12 else ""
+    return (
+        f"{why}{counted}; remedy: say what they stand for, as in "
+        f"data.label_names={{{', '.join(named)}{more}}}"
+    )
 
 
 def _how(labels: Sequence[_Label], found: LabelSet) -> str:

@@ -139,7 +139,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code
     if status == HTTPStatus.NOT_FOUND:
-        message, code = f"there is no {request.method} {request.url.path}", "unknown_url"
+        docs = f"{request.scope.get('root_path', '').rstrip('/')}/docs"
+        message = f"there is no {request.method} {request.url.path}; {docs} lists what there is"
+        code = "unknown_url"
     elif status == HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{request.url.path} does not take {request.method}"
         code = "method_not_allowed"

@@ -58,8 +58,8 @@ class Claim:
         newest = _newest(self.folder)
         if newest != self.generation:
             raise LeaseLostError(
-                f"the lease in {self.folder} was taken over by another holder (generation "
-                f"{newest}, ours was {self.generation})"
+                f"another process has taken over, according to {self.folder} (generation {newest}, "
+                f"ours was {self.generation}): this one must no longer write"
             )
 
 
@@ -104,7 +104,7 @@ class Lease:
             self.claim.check()
             self._write(replace(self._record, released=True))
         except (LeaseLostError, storage.StorageError) as error:
-            logger.warning("cannot release the lease: %s", error)
+            logger.warning("cannot record the end in %s: %s", self.claim.folder, error)
 
     def _acquire(self, folder: str) -> int:
         while True:
@@ -125,9 +125,10 @@ class Lease:
         if first is None or first.released or _is_dead(first):
             return
         logger.info(
-            "process %d on %s may hold the lease; waiting up to %.0f s for it to renew",
+            "process %d on %s may still be using %s; waiting up to %.0f s for a sign of life",
             first.process,
             first.host,
+            folder,
             self._term,
         )
         unchanged = 0.0  # seconds
@@ -153,7 +154,9 @@ class Lease:
                 logger.error("%s", error)
                 return
             except storage.StorageError as error:
-                logger.warning("cannot renew the lease: %s", error)
+                logger.warning(
+                    "cannot record in %s that this process runs: %s", self.claim.folder, error
+                )
 
     def _write(self, record: _Record) -> None:
         address = _address(self.claim.folder, self.claim.generation)

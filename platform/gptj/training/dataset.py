@@ -181,7 +181,7 @@ def _make(
     started = time.monotonic()
     # Unique per attempt: a killed one may have left a partial folder.
     suffix = f"{time.time_ns():x}"
-    task, labels = settings.task_definition, _checkpoint_labels(settings)
+    task, labels = settings.task_definition, checkpoint_labels(settings)
     found, rows = {}, 0
     columns: dict[str, list[str]] = {}
     for name, address in _addresses(settings).items():
@@ -219,7 +219,13 @@ def _make(
     unfinished.rename(folder / FINGERPRINTS)
 
 
-def _checkpoint_labels(settings: Settings) -> LabelSet | None:
+def checkpoint_labels(settings: Settings) -> LabelSet | None:
+    """The labels of the classifier that a run trains further, if it does.
+
+    Raises:
+        SettingsError: if the settings contradict them.
+        FileNotFoundError, CheckpointError: if there is no such checkpoint.
+    """
     checkpoint = settings.model.checkpoint
     if not checkpoint:
         return None

@@ -177,7 +177,8 @@ class _Upload(NamedTuple):
 
     name: str
     best: str | None  # the best checkpoint's name at that time
-    done: Future[None]  # this rank's part
+    waited: float  # seconds that it kept the steps waiting
+    done: Future[float]  # this rank's part; the seconds that it took
 
 
 class _Run:
@@ -639,20 +640,15 @@ class _Run:
         best = self.progress.best
         kept = None if best is None else _checkpoint_name(best["step"])
 
-        def upload() -> None:
+        def upload() -> float:
             with folder:
                 began = time.monotonic()
                 self.worker.report(point, path, name)
                 if self._log is not None and curve is not None:
                     self._log.publish(self.settings.folder, curve)
-                    logger.info(
-                        "uploaded %s in %s; it kept the steps waiting for %.1f s",
-                        name,
-                        duration(time.monotonic() - began),
-                        stolen,
-                    )
+                return time.monotonic() - began
 
-        self._upload = _Upload(name, kept, self._uploader.submit(upload))
+        self._upload = _Upload(name, kept, stolen, self._uploader.submit(upload))
 
     def _finish_upload(self) -> float:
         """Wait for all ranks' upload, if any; delete old checkpoints; return the seconds waited.
@@ -663,7 +659,7 @@ class _Run:
             return 0.0
         started = time.monotonic()
         upload, self._upload = self._upload, None
-        upload.done.result()
+        seconds = upload.done.result()
         dist.barrier()
         self._checkpoint_address = storage.join(self.settings.folder, upload.name)
         if self._log is not None:
@@ -672,7 +668,12 @@ class _Run:
             keep = self.settings.keep_checkpoints
             delete_old_checkpoints(self.settings.folder, keep, upload.best)
             self._trackers.publish()
-            logger.info("saved %s", self._checkpoint_address)
+            logger.info(
+                "saved %s in %s; it kept the steps waiting for %.1f s",
+                self._checkpoint_address,
+                duration(seconds),
+                upload.waited,
+            )
         return time.monotonic() - started
 
     def _peak_of_all(self) -> float:

@@ -6,6 +6,7 @@ keys, wrong types and contradictions raise a SettingsError before anything start
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -209,7 +210,11 @@ class Settings(Section):
         return total
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """The run's name and task, and what differs from the defaults."""
+        fields = {"run": self.run, "task": self.task, **self.model_dump(exclude_defaults=True)}
+        return yaml.safe_dump(
+            fields, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+        )
 
 
 # Settings that may change when a run resumes: its steps depend on them only by rounding (and, with
@@ -367,19 +372,55 @@ def _explain(error: ValidationError) -> str:
         key = ".".join(str(part) for part in each["loc"] if "[" not in str(part)) or "settings"
         message = each["msg"].removeprefix("Value error, ")
         if each["type"] == "extra_forbidden":
-            message = f"unknown setting; there are {', '.join(_names(each['loc'][:-1]))}"
+            meant = closest(key)
+            message = "unknown setting; " + (
+                f"did you mean {' or '.join(meant)}?"
+                if meant
+                else f"there are {', '.join(_names(each['loc'][:-1]))}"
+            )
         elif each["type"] != "value_error":
             message = f"{message}, got {each['input']!r}"
         lines.append(f"{key}: {message}")
     return "\n".join(lines)
 
 
+def closest(key: str) -> list[str]:
+    """The settings that an unknown dotted key may stand for: of the same name, or a similar one."""
+    path = key.split(".")
+    known = _keys(Settings)
+    if same := [each for each in known if each.split(".")[-1] == path[-1]]:
+        return same
+    beside = [each for each in known if each.split(".")[:-1] == path[:-1]]
+    for choices in (beside, known):
+        by_name: dict[str, list[str]] = {}
+        for each in choices:
+            by_name.setdefault(each.split(".")[-1], []).append(each)
+        if found := difflib.get_close_matches(path[-1], by_name, n=1, cutoff=0.75):
+            return by_name[found[0]]
+    return []
+
+
+def _keys(section: Any, prefix: str = "") -> list[str]:
+    """All dotted keys, of the sections themselves too."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if issubclass(inner := _inner(field.annotation), Section):
+            keys += _keys(inner, f"{prefix}{name}.")
+    return keys
+
+
 def _names(path: Sequence[str | int]) -> list[str]:
     section: Any = Settings
     for name in path:
-        annotation = section.model_fields[name].annotation
-        section = next((each for each in get_args(annotation) if each is not NoneType), annotation)
+        section = _inner(section.model_fields[name].annotation)
     return list(section.model_fields)
+
+
+def _inner(annotation: Any) -> type:
+    """The section of an annotation such as `AdapterSettings | None`; other types are any."""
+    inner = next((each for each in get_args(annotation) if each is not NoneType), annotation)
+    return inner if isinstance(inner, type) else object
 
 
 def _set_keys(section: Section, prefix: str = "") -> set[str]:

@@ -300,7 +300,8 @@ class Reply:
         headers = {} if retry is None else {"Retry-After": retry.decode("latin-1")}
         status = self.status
         if status == HTTPStatus.NOT_FOUND:
-            return NotFoundError(f"there is no {self._exchange.path:.200}", code="unknown_url")
+            message = f"there is no {self._exchange.path:.200}; /-/routes lists what there is"
+            return NotFoundError(message, code="unknown_url")
         if status == HTTPStatus.REQUEST_TIMEOUT:
             return self._exchange.timeout()
         if status == HTTPStatus.TOO_MANY_REQUESTS:
