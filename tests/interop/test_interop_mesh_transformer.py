@@ -86,11 +86,11 @@ def check_equal(address: str, model: GPTJForCausalLM, dtype: torch.dtype) -> Non
     ("shards", "kind", "dtype", "equal_biases"),
     [
         (8, "slim", "bf16", True),
-        (8, "full", "f32", True),
-        (4, "slim", "f16", True),
-        (3, "slim", "f32", False),
+        pytest.param(8, "full", "f32", True, marks=pytest.mark.slow),
+        pytest.param(4, "slim", "f16", True, marks=pytest.mark.slow),
+        pytest.param(3, "slim", "f32", False, marks=pytest.mark.slow),
         (2, "full", "bf16", False),
-        (1, "slim", "bf16", True),
+        pytest.param(1, "slim", "bf16", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_imports_to_the_logits_of_its_model(

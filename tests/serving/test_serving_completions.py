@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import httpx
@@ -317,12 +318,16 @@ def test_a_penalty_makes_another_token_the_likeliest(
     prompt = models.tokenizer.encode(PROMPTS[2])
     one, other = models.tokenizer.encode("Tx")
 
+    @cache
+    def logits(output: tuple[int, ...]) -> torch.Tensor:
+        return models.generation(torch.tensor([[*prompt, *output]])).logits[0, -1].detach()
+
     def expected(gap: int, penalties: dict[str, float]) -> list[int]:
         params = SamplingParams(logit_bias={one: 60.0, other: 60.0 - gap}, **penalties)
         output: list[int] = []
         for _ in range(12):
-            logits = models.generation(torch.tensor([[*prompt, *output]])).logits[0, -1].detach()
-            output.append(int(adjust(logits, params, prompt, output, []).argmax()))
+            adjusted = adjust(logits(tuple(output)).clone(), params, prompt, output, [])
+            output.append(int(adjusted.argmax()))
         return output
 
     gap = next(each for each in range(-15, 15) if expected(each, {}) != expected(each, penalty))

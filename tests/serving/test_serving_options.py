@@ -154,8 +154,12 @@ def test_remembered_origins_are_bounded_and_may_change() -> None:
     client.get("/full", headers=headers)
     assert "access-control-allow-origin" not in client.post("/full", headers=headers).headers
     allowed = True
-    for number in range(MAX_KNOWN + 9):
-        asyncio.run(_get(refusals, f"/{number}"))
+
+    async def get_many() -> None:
+        for number in range(MAX_KNOWN + 9):
+            await _get(refusals, f"/{number}")
+
+    asyncio.run(get_many())
     assert len(refusals._known) == MAX_KNOWN
 
 

@@ -32,6 +32,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 def test_data_sets_are_read_by_id_and_errors_are_clear(tmp_path: Path) -> None:
     """In one process: the hub's client reads its environment when it is imported."""
     addresses = [

@@ -16,6 +16,8 @@ from gptj.training.loader import Loader
 from gptj.training.settings import Settings
 from gptj_bench.data_memory import WORDS, write_rows
 
+pytestmark = pytest.mark.slow
+
 SHARD = 6_000  # characters
 
 
@@ -53,7 +55,6 @@ def peak(task: TaskName, folder: Path, rows: int, tokenizer: GPTJTokenizer) -> i
         tracemalloc.stop()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["causal-lm", "classification", "question-answering"])
 def test_memory_from_raw_rows_to_batches_does_not_grow_with_the_data(
     task: TaskName, tmp_path: Path, tokenizer: GPTJTokenizer

@@ -264,6 +264,7 @@ def test_flash_attention_is_only_used_where_supported(
     assert not uses_flash(here, width, dropout)
 
 
+@pytest.mark.slow
 def test_lines_of_a_play_fill_their_rows(shared_data: Path) -> None:
     lines = (shared_data / "tinyshakespeare.txt").read_text().splitlines()
     tokenizer = GPTJTokenizer.train(lines, 2048)

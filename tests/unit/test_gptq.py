@@ -102,7 +102,7 @@ def save(folder: Path, config: GPTJConfig = CONFIG) -> GPTJForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_models_outputs_change_less_than_by_nearest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool
 ) -> None:

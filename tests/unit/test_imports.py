@@ -65,15 +65,18 @@ def part_of(module: str) -> str:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """All of a module's nodes but those under `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            for other in node.orelse:
-                yield other
-                yield from statements(other)
-            continue
-        yield node
-        yield from statements(node)
+    """All of a module's statements but those under `if TYPE_CHECKING`."""
+    below = [tree]
+    while below:
+        for node in ast.iter_child_nodes(below.pop()):
+            if isinstance(node, ast.expr):
+                continue  # holds no statements
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                yield from node.orelse
+                below += node.orelse
+            else:
+                yield node
+                below.append(node)
 
 
 def imported(node: ast.AST, modules: set[str]) -> set[str]:

@@ -14,6 +14,8 @@ import pytest
 import gptj
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # What a build reads.
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "platform", "deployments", "jobs")
@@ -101,7 +103,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(wheel: Path) -> None:
     assert wheel.name == f"gptj_platform-{gptj.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -126,7 +127,6 @@ def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(whe
     assert "gptj/py.typed" in names
 
 
-@pytest.mark.slow
 def test_the_hugging_face_pages_examples_run_from_the_wheel(
     installed: Path, tmp_path: Path, gptj_tokenizer: GPTJTokenizer
 ) -> None:
