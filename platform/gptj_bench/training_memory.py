@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from gptj import GPTJConfig, GPTJForCausalLM
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.serialization.json_object import to_json
 from gptj.storage.local import make_folder
 from gptj.training.loop import Worker, train
@@ -120,7 +120,8 @@ def make_settings(folder: Path, fields: dict[str, Any], config: GPTJConfig) -> S
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "rotary_dim")
     model = dict(values.pop("model", {}))
     if "adapter" in values:
-        GPTJForCausalLM(config).save_pretrained(folder / "base")
+        tokenizer = GPTJTokenizer.train(["a base model"], vocab_size=300)
+        GPTJForCausalLM(config).save_pretrained(folder / "base", tokenizer=tokenizer)
         model["checkpoint"] = str(folder / "base")
     else:
         model["config"] = {name: shape[name] for name in names}

@@ -1060,9 +1060,9 @@ def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
         storage.write_bytes(str(manifest), b"{}")
     run.progress.best = {"step": 4, "score": 2.0, "metrics": {}, "kept": True}
     run._log, run._trackers = object(), Trackers([])
-    done: Future[None] = Future()
-    done.set_result(None)
-    run._upload = loop._Upload("checkpoint-00000003", "checkpoint-00000001", done)
+    done: Future[float] = Future()
+    done.set_result(0.0)
+    run._upload = loop._Upload("checkpoint-00000003", "checkpoint-00000001", 0.0, done)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     run._finish_upload()
     names = sorted(path.name for path in folder.iterdir())
