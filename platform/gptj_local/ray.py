@@ -78,7 +78,7 @@ class LocalRay:
         two minutes.
         """
         token = secrets.token_hex(32)
-        head, dashboard, agent, client, metrics = free_ports(5)
+        head, dashboard, agent, client, metrics, autoscaler, dashboards = free_ports(7)
         log = folder / "ray.log"
         # Ray's socket paths must stay under 107 bytes, which the user's folder may exceed.
         with tempfile.TemporaryDirectory(prefix="gptj-ray-") as sessions:
@@ -105,6 +105,10 @@ class LocalRay:
                 # Ray Train's own look-ups in its workers: without it they guess, and beside another
                 # cluster of this machine end in a traceback.
                 "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
+                # The autoscaler's and the dashboard's own metrics. At Ray's fixed ports only one
+                # cluster of a machine has them, and the others announce addresses that refuse.
+                "AUTOSCALER_METRIC_PORT": str(autoscaler),
+                "DASHBOARD_METRIC_PORT": str(dashboards),
                 **SERVE,
             }
             # The raylet may take half a minute to leave a cluster, which has only this node.
