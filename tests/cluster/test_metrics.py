@@ -351,7 +351,7 @@ def test_every_panel_of_the_dashboards_has_data_and_the_status_agrees(
     target = service.metrics.removeprefix("http://").removesuffix("/metrics")
     with prometheus(tmp_path, target, pod="local") as address:
         wanted = [*k8s_metrics.panels("serving"), *k8s_metrics.panels("engine")]
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while True:
             with httpx.Client(base_url=service.address, timeout=60) as client:
                 ask(client, 0)
