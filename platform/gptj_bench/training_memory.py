@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from gptj.training.loop import Worker, train
 from gptj.training.memory import known_config, plan_memory
 from gptj.training.settings import Settings
 from gptj.training.tokenizer import prepare_tokenizer
+from gptj_local.processes import HOST, free_ports
 
 CASES: dict[str, dict[str, Any]] = {
     "fp32, stage 0": {},
@@ -91,9 +91,7 @@ def measure(
     config = GPTJConfig(vocab_size=50400, n_positions=256, **shape)
     settings = make_settings(folder, fields, config)
     prepare_tokenizer(settings)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     spawn(_rank, (port, settings, folder), nprocs=settings.workers.most)
     peaks = [int((folder / f"peak-{n}").read_text()) for n in range(settings.workers.most)]
     plan = plan_memory(settings, known_config(settings), on_gpu=False)
@@ -130,7 +128,7 @@ def make_settings(folder: Path, fields: dict[str, Any], config: GPTJConfig) -> S
 
 def _rank(rank: int, port: int, settings: Settings, folder: Path) -> None:
     world = settings.workers.most
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(port), WORLD_SIZE=str(world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)

@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from gptj.serialization.json_object import to_json
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings
 from gptj_bench.machine import description
+from gptj_local.processes import HOST, free_ports
 from jobs import command_line
 
 PEER = Path(__file__).parent / "peers" / "train.py"
@@ -158,10 +158,8 @@ def measure(run: str, given: argparse.Namespace) -> dict[str, Any]:
                 **fields,
             }
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        (port,) = free_ports(1)
+        os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(port))
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         torch.distributed.init_process_group("gloo", rank=0, world_size=1)
         worker = Worker(0, 1, torch.device("cpu"), lambda metrics, path, name: None, watch=watch)

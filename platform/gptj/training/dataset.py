@@ -224,7 +224,8 @@ def checkpoint_labels(settings: Settings) -> LabelSet | None:
 
     Raises:
         SettingsError: if the settings contradict them.
-        FileNotFoundError, CheckpointError: if there is no such checkpoint.
+        FileNotFoundError: if the checkpoint does not exist.
+        CheckpointError: if it is damaged.
     """
     checkpoint = settings.model.checkpoint
     if not checkpoint:
