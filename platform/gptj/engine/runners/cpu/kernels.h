@@ -6,6 +6,8 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "vectors.h"
 
@@ -20,8 +22,35 @@ constexpr int64_t kMaxRows = 6;   // 12 accumulators of 16 registers, one vector
 constexpr int64_t kWideRows = 3;  // likewise, two vectors at a time
 #endif
 constexpr int64_t kAhead = 2048;  // prefetch distance of weights, in bytes
+// Words of a block that all passes multiply before the next ones, so that weights are read from a
+// core's first-level cache in all passes but the first: 8 KB a vector.
+constexpr int64_t kChunk = 128;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Unrolls loops before the compiler decides what to keep in registers: with `#pragma GCC unroll`,
+// arrays of sums stay in memory.
+#define GPTJ_INLINE inline __attribute__((always_inline))
+#define GPTJ_INLINE_LAMBDA __attribute__((always_inline))
+
+template <class F, int... I>
+GPTJ_INLINE void unrolled(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+
+// Calls f(0), ..., f(N - 1), with constants.
+template <int N, class F>
+GPTJ_INLINE void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
+}
+
+// Calls f(m, v) for all m < M and v < N, with constants.
+template <int M, int N, class F>
+GPTJ_INLINE void for_each(const F& f) {
+  unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
+    unrolled<N>([&](auto v) GPTJ_INLINE_LAMBDA { f(m, v); });
+  });
+}
 
 // Inputs per 32-bit word of weights.
 inline int64_t per_word(Kind kind) { return int64_t(1) << int(kind); }
@@ -112,7 +141,6 @@ struct Fp32 {
   static Sum zero() { return zeros(); }
   static Part part(Ints w, int) { return as_floats(w); }
   static Sum dot(Sum sum, Part w, uint32_t a) { return fma(w, as_floats(all_ints(int(a))), sum); }
-  static Sum dot_word(Sum sum, Ints w, uint32_t a) { return dot(sum, as_floats(w), a); }
 };
 
 // The lower or upper of a word's two bf16, as fp32.
@@ -130,15 +158,10 @@ struct Bf16 {
   static Sum dot(Sum sum, Part w, uint32_t a) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int(a)));
   }
-  static Sum dot_word(Sum sum, Ints w, uint32_t a) { return dot(sum, w, a); }
 #else
   using Part = Floats;
   static Part part(Ints w, int number) { return half(w, number); }
   static Sum dot(Sum sum, Part w, uint32_t a) { return fma(w, as_floats(all_ints(int(a))), sum); }
-  static Sum dot_word(Sum sum, Ints w, uint32_t a) {
-    const Ints x = all_ints(int(a));
-    return fma(half(w, 1), half(x, 1), fma(half(w, 0), half(x, 0), sum));
-  }
 #endif
 };
 
@@ -205,7 +228,7 @@ struct Pass {
 // cancels what was added to make weights unsigned.
 struct Activations {
   uint32_t* by_row;  // (rows, words)
-  uint32_t* turned;  // of each pass: (words, rows of the pass); for one row the same as by_row
+  uint32_t* turned;  // of each chunk and pass: (words of the chunk, rows of the pass)
   float* scales;     // (rows, groups)
   int32_t* sums;     // (rows, groups)
   int64_t rows;
@@ -291,15 +314,15 @@ inline void convert(Kind kind, const float* x, int64_t n, const Activations& a, 
   }
 }
 
-constexpr int64_t kTurned = 64;  // words of each row per work item
-
-// Interleaves some words of a pass's rows.
-inline void interleave(const Activations& a, int64_t pass_number, int64_t piece) {
+// Interleaves a chunk's words of a pass's rows. For one row there is nothing to do: its words are in
+// order.
+inline void interleave(const Activations& a, int64_t pass_number, int64_t chunk) {
   const Pass pass = Pass::number(pass_number, a.rows);
-  const uint32_t* from = a.by_row + pass.row * a.words;
-  uint32_t* to = a.turned + pass.row * a.words;
-  const int64_t end = std::min(a.words, (piece + 1) * kTurned);
-  for (int64_t i = piece * kTurned; i < end; ++i)
+  const int64_t each = kChunk * a.words / a.width;
+  const int64_t start = chunk * each, count = std::min(each, a.words - start);
+  const uint32_t* from = a.by_row + pass.row * a.words + start;
+  uint32_t* to = a.turned + start * a.rows + pass.row * count;
+  for (int64_t i = 0; i < count; ++i)
     for (int64_t m = 0; m < pass.count; ++m) to[i * pass.count + m] = from[m * a.words + i];
 }
 
@@ -323,154 +346,168 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-// Adds the products of words [from, to) of some vectors of a block with the M rows of a pass.
+// Adds the products of `count` words of some vectors of a block with the M rows of a pass.
 // Meanwhile it prefetches the weights needed next: `lines` per word, starting at `ahead`.
 template <class K, int M, int Vectors>
-inline void add_products(const char* weights, const uint32_t* words, int64_t from, int64_t to,
-                         const char* ahead, int lines, typename K::Sum (&sum)[M][Vectors]) {
-  for (int64_t i = from; i < to; ++i) {
+GPTJ_INLINE void add_products(const char* weights, const uint32_t* words, int64_t count,
+                              const char* ahead, int lines, typename K::Sum (&sum)[M][Vectors]) {
+  for (int64_t i = 0; i < count; ++i) {
     if (lines > 0) _mm_prefetch(ahead + i * lines * 64, _MM_HINT_T0);
     if (lines > 1) _mm_prefetch(ahead + i * lines * 64 + 64, _MM_HINT_T0);
     const uint32_t* x = words + i * K::kParts * M;
 #ifdef GPTJ_AVX512  // rows outside, so that vectors share a row's word
     typename K::Part parts[Vectors][K::kParts];
-    for (int v = 0; v < Vectors; ++v)
-      for (int p = 0; p < K::kParts; ++p)
+    unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
+      unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
         parts[v][p] = K::part(load_ints(weights + i * 128 + v * 64), p);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v)
-#pragma GCC unroll 2
-        for (int p = 0; p < K::kParts; ++p)
+      });
+    });
+    unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
+      unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
+        unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
           sum[m][v] = K::dot(sum[m][v], parts[v][p], x[p * M + m]);
+        });
+      });
+    });
 #else  // parts outside, so that few registers hold weights
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) {
-      const Ints w = load_ints(weights + i * 128 + v * 64);
-#pragma GCC unroll 2
-      for (int p = 0; p < K::kParts; ++p) {
-        const typename K::Part part = K::part(w, p);
-#pragma GCC unroll 6
-        for (int m = 0; m < M; ++m) sum[m][v] = K::dot(sum[m][v], part, x[p * M + m]);
-      }
-    }
+    unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
+      unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
+        const typename K::Part part = K::part(load_ints(weights + i * 128 + v * 64), p);
+        unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
+          sum[m][v] = K::dot(sum[m][v], part, x[p * M + m]);
+        });
+      });
+    });
 #endif
   }
 }
 
-// Adds the products of one group of quantized inputs, words [from, to).
+// Adds the products of `count` words of one group of quantized inputs.
 template <class K, int M, int Vectors>
-inline void add_group(const char* weights, const uint32_t* words, int64_t from, int64_t to,
-                      const char* ahead, int lines, Ints (&sum)[M][Vectors]) {
+GPTJ_INLINE void add_group(const char* weights, const uint32_t* words, int64_t count,
+                           const char* ahead, int lines, Ints (&sum)[M][Vectors]) {
 #ifndef GPTJ_DOT_INT8
   if constexpr (std::is_same_v<K, Int4>) {
-    for (int64_t i = from; i < to; i += K::kShort) {
+    for (int64_t i = 0; i < count; i += K::kShort) {
       typename K::Sum part[M][Vectors];
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < Vectors; ++v) part[m][v] = K::zero();
-      add_products<K, M, Vectors>(weights, words, i, i + K::kShort, ahead, lines, part);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < Vectors; ++v) sum[m][v] = add(sum[m][v], K::widened(part[m][v]));
+      for_each<M, Vectors>([&](auto m, auto v) GPTJ_INLINE_LAMBDA { part[m][v] = K::zero(); });
+      add_products<K, M, Vectors>(weights + i * 128, words + i * K::kParts * M, K::kShort,
+                                  ahead + i * lines * 64, lines, part);
+      for_each<M, Vectors>([&](auto m, auto v) GPTJ_INLINE_LAMBDA {
+        sum[m][v] = add(sum[m][v], K::widened(part[m][v]));
+      });
     }
     return;
   }
 #endif
-  add_products<K, M, Vectors>(weights, words, from, to, ahead, lines, sum);
+  add_products<K, M, Vectors>(weights, words, count, ahead, lines, sum);
 }
 
-// Products of some vectors of a block, from `vector` on, with the M rows of a pass: out[m][v].
+// Adds the products of words [from, to), of a chunk or of all, of some vectors of a block, from
+// `vector` on, with the M rows of a pass: out[m][v]. In int8 they still lack the columns' scales.
 template <class K, int M, int Vectors>
-inline void product(const Weights& w, int64_t block, int vector, const Activations& a, int64_t row,
-                    const char* ahead, int lines, Floats (&out)[M][Vectors]) {
-  const char* weights = static_cast<const char*>(w.data) + block * a.width * 128 + vector * 64;
-  const uint32_t* words = a.turned + row * a.words;
-  typename K::Sum sum[M][Vectors];
+GPTJ_INLINE void product(const Weights& w, int64_t block, int vector, int64_t from, int64_t to,
+                         const Activations& a, int64_t row, const char* ahead, int lines,
+                         Floats (&out)[M][Vectors]) {
+  const char* weights =
+      static_cast<const char*>(w.data) + (block * a.width + from) * 128 + vector * 64;
+  const uint32_t* words = a.turned + (from * a.rows + row * (to - from)) * K::kParts;
   if constexpr (std::is_same_v<K, Int8> || std::is_same_v<K, Int4>) {
     constexpr Kind kind = std::is_same_v<K, Int8> ? Kind::int8 : Kind::int4;
-    const int64_t each = group(kind) / per_word(kind);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < Vectors; ++v) out[m][v] = zeros();
-    for (int64_t g = 0; g < a.groups; ++g) {
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < Vectors; ++v)
-          sum[m][v] = all_ints(-K::kZero * a.sums[(row + m) * a.groups + g]);
-      add_group<K, M, Vectors>(weights, words, g * each, std::min(a.width, (g + 1) * each), ahead,
-                               lines, sum);
+    const int64_t most = group(kind) / per_word(kind);
+    for (int64_t i = 0; i < to - from; i += most) {
+      const int64_t g = (from + i) / most;
+      Ints sum[M][Vectors];
+      for_each<M, Vectors>([&](auto m, auto v) GPTJ_INLINE_LAMBDA {
+        sum[m][v] = all_ints(-K::kZero * a.sums[(row + m) * a.groups + g]);
+      });
+      add_group<K, M, Vectors>(weights + i * 128, words + i * K::kParts * M,
+                               std::min(most, to - from - i), ahead + i * lines * 64, lines, sum);
       Floats unit[Vectors];  // the value of one step of the weights, if groups have their own
       if constexpr (kind == Kind::int4)
-        for (int v = 0; v < Vectors; ++v)
+        unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
           unit[v] = load_bf16(
               w.group_scales + (block * a.groups + g) * kBlock + (vector + v) * 16, first(16));
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
+        });
+      for_each<M, Vectors>([&](auto m, auto v) GPTJ_INLINE_LAMBDA {
         const Floats scale = all(a.scales[(row + m) * a.groups + g]);
-        for (int v = 0; v < Vectors; ++v)
-          out[m][v] = fma(to_floats(sum[m][v]), kind == Kind::int4 ? mul(scale, unit[v]) : scale,
-                          out[m][v]);
-      }
+        out[m][v] = fma(to_floats(sum[m][v]), kind == Kind::int4 ? mul(scale, unit[v]) : scale,
+                        out[m][v]);
+      });
     }
-    if constexpr (kind == Kind::int8)
-      for (int v = 0; v < Vectors; ++v) {
-        const int64_t column = block * kBlock + (vector + v) * 16;
-        const Floats scale = load(w.scales + column, first(w.columns - column));
-#pragma GCC unroll 12
-        for (int m = 0; m < M; ++m) out[m][v] = mul(out[m][v], scale);
-      }
   } else {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < Vectors; ++v) sum[m][v] = K::zero();
-    add_products<K, M, Vectors>(weights, words, 0, a.width, ahead, lines, sum);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < Vectors; ++v) out[m][v] = sum[m][v];
+    add_products<K, M, Vectors>(weights, words, to - from, ahead, lines, out);
   }
 }
 
-// Calls done(row, column, values, mask) for each 16 columns of a block, with the bias added.
-template <class K, int M, class Done>
-inline void rows_of_block(const Weights& w, int64_t block, const Activations& a, int64_t row,
-                          const char* ahead, int lines, const Done& done) {
+// A pass over words [from, to) of a block, whose products are added to `sums` (rows, kBlock); the
+// first words' are stored there.
+template <class K, int M>
+inline void rows_of_block(const Weights& w, int64_t block, int64_t from, int64_t to,
+                          const Activations& a, int64_t row, const char* ahead, int lines,
+                          float* sums) {
   constexpr int Vectors = M <= kWideRows ? 2 : 1;
   for (int vector = 0; vector < 2; vector += Vectors) {
+    float* own = sums + row * kBlock + vector * 16;
     Floats out[M][Vectors];
-    product<K, M, Vectors>(w, block, vector, a, row, ahead, vector == 0 ? lines : 0, out);
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t column = block * kBlock + (vector + v) * 16;
-      const Mask mask = first(w.columns - column);
-      if (none(mask)) break;
-      const Floats bias = load(w.bias + column, mask);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) done(row + m, column, add(out[m][v], bias), mask);
+    for_each<M, Vectors>([&](auto m, auto v) GPTJ_INLINE_LAMBDA {
+      out[m][v] = from == 0 ? zeros() : load(own + m * kBlock + v * 16);
+    });
+    product<K, M, Vectors>(w, block, vector, from, to, a, row, ahead, vector == 0 ? lines : 0, out);
+    for_each<M, Vectors>([&](auto m, auto v) GPTJ_INLINE_LAMBDA {
+      store(own + m * kBlock + v * 16, out[m][v]);
+    });
+  }
+}
+
+// The products of all rows with one block, in passes: sums (rows, kBlock). A single pass prefetches
+// weights slightly ahead; several go through the block in chunks, of which the first two passes each
+// prefetch half of the next, so that memory stays busy while the processor computes from cache.
+template <class K>
+void block_sums(const Weights& w, int64_t block, const Activations& a, float* sums) {
+  const int64_t passes = Pass::passes(a.rows), most = passes == 1 ? a.width : kChunk;
+  for (int64_t from = 0; from < a.width; from += most) {
+    const int64_t to = std::min(a.width, from + most), bytes = (to - from) * 128;
+    const char* start = static_cast<const char*>(w.data) + (block * a.width + from) * 128;
+    for (int64_t number = 0; number < passes; ++number) {
+      const Pass pass = Pass::number(number, a.rows);
+      const int lines = passes == 1 ? 2 : number < 2 ? 1 : 0;
+      const char* ahead = passes == 1 ? start + kAhead : start + bytes + number * (bytes / 2);
+      switch (pass.count) {
+#define ROWS(M)                                                                    \
+  case M:                                                                          \
+    if constexpr (M <= kMaxRows)                                                   \
+      rows_of_block<K, M>(w, block, from, to, a, pass.row, ahead, lines, sums);    \
+    break;
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+        ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+#undef ROWS
+      }
     }
   }
 }
 
-// All rows of one block, in passes. A single pass prefetches weights slightly ahead; with several,
-// the first two each prefetch half of the next block, so that memory stays busy while the processor
-// computes from cache.
-template <class K, class Done>
+// Multiplies all rows with one block, and calls done(row, column, values, mask) for each 16 columns,
+// with the bias added.
+template <class Done>
 inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {
-  const int64_t passes = Pass::passes(a.rows), bytes = a.width * 128;
-  const char* start = static_cast<const char*>(w.data) + block * bytes;
-  for (int64_t number = 0; number < passes; ++number) {
-    const Pass pass = Pass::number(number, a.rows);
-    const int lines = passes == 1 ? 2 : number < 2 ? 1 : 0;
-    const char* ahead = passes == 1 ? start + kAhead : start + bytes + number * (bytes / 2);
-    switch (pass.count) {
-#define ROWS(M)                                                       \
-  case M:                                                             \
-    if constexpr (M <= kMaxRows)                                      \
-      rows_of_block<K, M>(w, block, a, pass.row, ahead, lines, done); \
-    break;
-      ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-      ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
-#undef ROWS
+  thread_local std::vector<float> sums;
+  if (int64_t(sums.size()) < a.rows * kBlock) sums.resize(size_t(a.rows * kBlock));
+  switch (Kind(w.kind)) {
+    case Kind::fp32: block_sums<Fp32>(w, block, a, sums.data()); break;
+    case Kind::bf16: block_sums<Bf16>(w, block, a, sums.data()); break;
+    case Kind::int8: block_sums<Int8>(w, block, a, sums.data()); break;
+    case Kind::int4: block_sums<Int4>(w, block, a, sums.data()); break;
+  }
+  for (int64_t column = block * kBlock; column < (block + 1) * kBlock; column += 16) {
+    const Mask mask = first(w.columns - column);
+    if (none(mask)) break;
+    const Floats bias = load(w.bias + column, mask);
+    const bool scaled = Kind(w.kind) == Kind::int8;
+    const Floats scale = scaled ? load(w.scales + column, mask) : all(1.0f);
+    for (int64_t row = 0; row < a.rows; ++row) {
+      const Floats y = load(&sums[size_t(row * kBlock + column % kBlock)]);
+      done(row, column, add(scaled ? mul(y, scale) : y, bias), mask);
     }
   }
 }

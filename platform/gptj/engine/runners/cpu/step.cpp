@@ -24,11 +24,12 @@
 namespace {
 
 constexpr int64_t kPage = 16;    // positions per page
-// Queries of a sequence that share one pass over keys and values: as many as registers allow.
+// Queries of a sequence that share one pass over keys and values, and sums of their scores and values
+// at a time: as many as registers allow.
 #ifdef GPTJ_AVX512
-constexpr int64_t kQueries = 4;
+constexpr int kQueries = 4, kScores = 4, kValues = 16;
 #else
-constexpr int64_t kQueries = 1;
+constexpr int kQueries = 6, kScores = 6, kValues = 6;
 #endif
 constexpr int64_t kMaxRank = 64;  // of an adapter
 constexpr int64_t kRanks = 8;     // rows of an adapter's A per work item
@@ -265,27 +266,17 @@ class Runner {
   void multiply2(int& part, const Weights& w, const Weights& second, int64_t more,
                  const Activations& a, const Done& done, const MoreDone& more_done) {
     if (a.rows > 1) {
-      const int64_t pieces = ceil_div(a.words, kTurned);
-      each(part, Pass::passes(a.rows) * pieces,
-           [&](int64_t i) { interleave(a, i / pieces, i % pieces); });
+      const int64_t chunks = ceil_div(a.width, kChunk);
+      each(part, Pass::passes(a.rows) * chunks,
+           [&](int64_t i) { interleave(a, i / chunks, i % chunks); });
     }
     const int64_t blocks = ceil_div(w.columns, kBlock);
     each(part, blocks + more, [&](int64_t block) {
       if (block < blocks)
-        dispatch(w, block, a, done);
+        block_product(w, block, a, done);
       else
-        dispatch(second, block - blocks, a, more_done);
+        block_product(second, block - blocks, a, more_done);
     });
-  }
-
-  template <class Done>
-  void dispatch(const Weights& w, int64_t block, const Activations& a, const Done& done) {
-    switch (Kind(w.kind)) {
-      case Kind::fp32: return block_product<Fp32>(w, block, a, done);
-      case Kind::bf16: return block_product<Bf16>(w, block, a, done);
-      case Kind::int8: return block_product<Int8>(w, block, a, done);
-      case Kind::int4: return block_product<Int4>(w, block, a, done);
-    }
   }
 
   const LoraLayer* adapter(int64_t token) const {
@@ -443,10 +434,11 @@ class Runner {
   void attend_in(int64_t layer, int64_t head, int32_t start, int32_t end, const int32_t* pages) {
     constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;  // elements of a word
     thread_local std::vector<float> rotated, scores;
-    thread_local std::vector<Element<K>> queries, key;
+    thread_local std::vector<Element<K>> key;
+    thread_local std::vector<uint32_t> words;
+    const Activations queries = query_rows<K>(words);
     fit(rotated, s_.head);
     fit(key, s_.head);
-    fit(queries, kQueries * s_.head);
     for (int32_t t = start; t < end; ++t) {
       const int32_t position = b_->positions[t];
       Element<K>* keys = page<K>(m_.keys, layer, pages[position / kPage], head);
@@ -460,21 +452,28 @@ class Runner {
                values + place * s_.head);
     }
     for (int32_t t = start; t < end; t += kQueries) {
-      const int64_t count = std::min<int64_t>(kQueries, end - t);
+      const int count = std::min<int>(kQueries, end - t);
       for (int64_t q = 0; q < count; ++q) {
         rotate(int32_t(t + q), 0, head, rotated.data());
-        to_cache<K>(rotated.data(), &queries[size_t(q * s_.head)]);
+        convert(kind_, rotated.data(), s_.head, queries, q);
       }
-      const auto* words = reinterpret_cast<const uint32_t*>(queries.data());
-      if (count == 1)
-        look<K, 1>(layer, head, t, pages, words, scores);
-      else if (count == 2)
-        look<K, 2>(layer, head, t, pages, words, scores);
-      else if (count == 3)
-        look<K, 3>(layer, head, t, pages, words, scores);
-      else
-        look<K, 4>(layer, head, t, pages, words, scores);
+      switch (count) {
+#define QUERIES(Q)                                                                      \
+  case Q:                                                                               \
+    if constexpr (Q <= kQueries) look<K, Q>(layer, head, t, pages, words.data(), scores); \
+    break;
+        QUERIES(1) QUERIES(2) QUERIES(3) QUERIES(4) QUERIES(5) QUERIES(6)
+#undef QUERIES
+      }
     }
+  }
+
+  // A head's queries as rows of activations, which keys multiply.
+  template <class K>
+  Activations query_rows(std::vector<uint32_t>& words) const {
+    const int64_t width = s_.head / per_word(kind_), count = width * K::kParts;
+    fit(words, kQueries * count);
+    return {words.data(), words.data(), nullptr, nullptr, kQueries, width, count, 0};
   }
 
   // A head's query or key of a token, with rotary embedding applied.
@@ -497,69 +496,72 @@ class Runner {
     const int64_t length = b_->positions[t] + Q;  // the last query's context
     const int64_t page_count = ceil_div(length, kPage), stride = page_count * kPage;
     fit(scores, Q * stride);
-    constexpr int P = 4 / Q > 0 ? 4 / Q : 1;  // pages at a time, for independent sums
+    constexpr int P = std::max(1, kScores / Q);  // pages at a time, for independent sums
     int64_t p = 0;
-    for (; p + P <= page_count; p += P) score<K, Q, P>(layer, head, p, pages, queries, stride, scores.data());
-    for (; p < page_count; ++p) score<K, Q, 1>(layer, head, p, pages, queries, stride, scores.data());
+    for (; p + P <= page_count; p += P)
+      score<K, Q, P>(layer, head, p, pages, queries, stride, scores.data());
+    for (; p < page_count; ++p)
+      score<K, Q, 1>(layer, head, p, pages, queries, stride, scores.data());
     float inverse[Q];
     for (int q = 0; q < Q; ++q)
       inverse[q] = softmax(&scores[size_t(q * stride)], length - (Q - 1 - q), stride);
     float* out[Q];
     for (int q = 0; q < Q; ++q)
       out[q] = &branches_[size_t((t + q) * (s_.width + s_.inner) + head * s_.head)];
-    for (int64_t k = 0; k < s_.head; k += 64) {
-      Floats sum[Q][4];
-      Mask mask[4];
-      for (int v = 0; v < 4; ++v) mask[v] = first(s_.head - k - 16 * v);
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) sum[q][0] = sum[q][1] = sum[q][2] = sum[q][3] = zeros();
+    constexpr int V = std::clamp(kValues / Q, 1, 4);  // vectors of a value at a time
+    for (int64_t k = 0; k < s_.head; k += 16 * V) {
+      Floats sum[Q][V];
+      Mask mask[V];
+      unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA { mask[v] = first(s_.head - k - 16 * v); });
+      for_each<Q, V>([&](auto q, auto v) GPTJ_INLINE_LAMBDA { sum[q][v] = zeros(); });
       const int64_t next = kPage * s_.head;  // elements to the next head's values
       for (int64_t position = 0; position < length; ++position) {
         const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
                           position % kPage * s_.head + k;
-        Floats value[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) value[v] = from_cache<K>(row + 16 * v, mask[v]);
-        for (int64_t i = 0; i < 64; i += kLine<K>) fetch(row + next + i);
-#pragma GCC unroll 4
-        for (int q = 0; q < Q; ++q) {
+        if (Q < kQueries)
+          for (int64_t i = 0; i < 16 * V; i += kLine<K>) fetch(row + next + i);
+        Floats value[V];
+        unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA {
+          value[v] = from_cache<K>(row + 16 * v, mask[v]);
+        });
+        unrolled<Q>([&](auto q) GPTJ_INLINE_LAMBDA {
           const Floats weight = all(scores[size_t(q * stride + position)]);
-#pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) sum[q][v] = fma(weight, value[v], sum[q][v]);
-        }
+          unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA {
+            sum[q][v] = fma(weight, value[v], sum[q][v]);
+          });
+        });
       }
-      for (int q = 0; q < Q; ++q)
-        for (int v = 0; v < 4; ++v)
-          store(out[q] + k + 16 * v, mask[v], mul(sum[q][v], all(inverse[q])));
+      for_each<Q, V>([&](auto q, auto v) GPTJ_INLINE_LAMBDA {
+        store(out[q] + k + 16 * v, mask[v], mul(sum[q][v], all(inverse[q])));
+      });
     }
   }
 
+  // The scores of P pages from p on.
   template <class K, int Q, int P>
   void score(int64_t layer, int64_t head, int64_t p, const int32_t* pages, const uint32_t* queries,
              int64_t stride, float* scores) {
     constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;
     const int64_t words = s_.head / kPair;
     const Element<K>* keys[P];
-    for (int i = 0; i < P; ++i) keys[i] = page<K>(m_.keys, layer, pages[p + i], head);
+    unrolled<P>([&](auto i) GPTJ_INLINE_LAMBDA {
+      keys[i] = page<K>(m_.keys, layer, pages[p + i], head);
+    });
     Floats sum[Q][P];
-    for (int q = 0; q < Q; ++q)
-      for (int i = 0; i < P; ++i) sum[q][i] = zeros();
-    for (int64_t w = 0; w < words; ++w) {
-      Ints key[P];
-#pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) {
-        key[i] = load_ints(keys[i] + w * kPage * kPair);
-        fetch(keys[i] + (words + w) * kPage * kPair);  // the next head's
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 4
-        for (int i = 0; i < P; ++i)
-          sum[q][i] = K::dot_word(sum[q][i], key[i], queries[q * words + w]);
-    }
-    for (int q = 0; q < Q; ++q)
-      for (int i = 0; i < P; ++i)
-        store(scores + q * stride + (p + i) * kPage, sum[q][i]);
+    for_each<Q, P>([&](auto q, auto i) GPTJ_INLINE_LAMBDA { sum[q][i] = zeros(); });
+    for (int64_t w = 0; w < words; ++w)
+      unrolled<P>([&](auto i) GPTJ_INLINE_LAMBDA {
+        if (Q < kQueries) fetch(keys[i] + (words + w) * kPage * kPair);  // the next head's
+        unrolled<K::kParts>([&](auto part) GPTJ_INLINE_LAMBDA {
+          const auto key = K::part(load_ints(keys[i] + w * kPage * kPair), part);
+          unrolled<Q>([&](auto q) GPTJ_INLINE_LAMBDA {
+            sum[q][i] = K::dot(sum[q][i], key, queries[(q * words + w) * K::kParts + part]);
+          });
+        });
+      });
+    for_each<Q, P>([&](auto q, auto i) GPTJ_INLINE_LAMBDA {
+      store(scores + q * stride + (p + i) * kPage, sum[q][i]);
+    });
   }
 
   // Turns scores into unnormalized weights; returns 1 / sum. Weights beyond `length` become 0,
