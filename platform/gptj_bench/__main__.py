@@ -75,6 +75,8 @@ PEERS = (
     ("vllm", "vllm", "float32"),
     ("ctranslate2", "hf", "int8"),
     ("transformers", "hf", "bfloat16"),
+    *(("openvino", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
+    *(("openvino-paged", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
 )
 PEER_SECONDS = 1800
 Row = dict[str, Any]
@@ -204,6 +206,9 @@ def decode(given: argparse.Namespace) -> list[Row]:
         if given.peers:
             for engine, environment, dtype in PEERS:
                 python = given.peers / environment / "bin" / "python"
+                if not python.exists():  # installed in part, on purpose
+                    _show({"engine": engine, "dtype": dtype, "not_installed": str(python)})
+                    continue
                 rows += [_show(row) for row in _peer(python, engine, dtype, given)]
     return rows
 
@@ -327,7 +332,7 @@ def summarized(rows: Sequence[Row]) -> list[Row]:
 def table(summary: Sequence[Row]) -> str:
     """A Markdown table with a row per engine and size."""
     names = ["engine", "dtype", "size", "tokens_per_s", "times_vllm", "share_of_memory_limit"]
-    names += ["ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "failed"]
+    names += ["first_token_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "failed"]
     used = [name for name in names if any(name in row for row in summary)]
     lines = [used, ["---"] * len(used)]
     lines += [[str(row.get(name, "")) for name in used] for row in summary]

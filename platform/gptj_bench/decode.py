@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class Decode:
             "threads": self.threads,
             "tokens": timing.tokens,
             "tokens_per_s": round(timing.tokens / timing.seconds, 1),
+            "first_token_s": round(timing.first_token_seconds, 3),
             # From the median time between tokens after all prompts are prefilled.
             "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
         }
@@ -152,6 +154,7 @@ def random_model(config: GPTJConfig, dtype: torch.dtype, device: str) -> GPTJFor
 class Timing:
     tokens: int
     seconds: float  # including prefill
+    first_token_seconds: float  # until all rows have theirs
     step_seconds: float
 
 
@@ -166,29 +169,33 @@ def generate(
 
     Raises a failed request's error.
     """
-    events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+    events: queue.SimpleQueue[tuple[float, int, Event]] = queue.SimpleQueue()
     params = params or SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
 
-    def note(event: Event) -> None:
-        events.put((time.perf_counter(), event))
+    def note(row: int, event: Event) -> None:
+        events.put((time.perf_counter(), row, event))
 
     start = time.perf_counter()
-    for prompt, adapter in zip(prompts, adapters or [None] * len(prompts), strict=True):
-        engine.submit(prompt, params, one_by_one(note), adapter)
+    for row, prompt in enumerate(prompts):
+        adapter = adapters[row] if adapters else None
+        engine.submit(prompt, params, one_by_one(partial(note, row)), adapter)
     running, tokens = len(prompts), 0
     moments: list[float] = []
+    first_tokens: dict[int, float] = {}
     while running:
-        moment, event = events.get()
+        moment, row, event = events.get()
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, TokenEvent):
             tokens += 1
+            first_tokens.setdefault(row, moment)
             if running == len(prompts):
                 moments.append(moment)
         running -= isinstance(event, Finished)
     seconds = time.perf_counter() - start
     # The last row's token of each step; by then steps have all rows.
     steps = moments[len(prompts) - 1 :: len(prompts)][-new_tokens:]
+    prefilled = max(first_tokens.values()) - start
     gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
     step = statistics.median(gaps[len(gaps) // 2 :]) if gaps else seconds
-    return Timing(tokens, seconds, step)
+    return Timing(tokens, seconds, prefilled, step)

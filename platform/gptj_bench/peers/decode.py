@@ -1,10 +1,12 @@
 """Another engine's tokens/s on the CPU, run in that engine's own environment.
 
-    decode.py vllm|ctranslate2|transformers MODEL --dtype bfloat16|float32|int8 --batch 1,8,16
+    decode.py vllm|ctranslate2|transformers|openvino|openvino-paged MODEL
+              --dtype bfloat16|float32|int8|int4 --batch 1,8,16
               [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
 
 Random prompts, greedy, ignoring eos, no prefix caching; prints one JSON object per batch size. It
-imports none of our code: the environment has only the engine.
+imports none of our code: the environment has only the engine. CTranslate2 and OpenVINO convert the
+model once, beside its folder.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 TEXT_IDS = 50000  # ids below this are text in GPT-J's vocabulary
@@ -97,7 +100,84 @@ def transformers(model: str, dtype: str, threads: int) -> Generate:
     return generate
 
 
-ENGINES = {"vllm": vllm, "ctranslate2": ctranslate2, "transformers": transformers}
+def openvino(model: str, dtype: str, threads: int, *, paged: bool) -> Generate:
+    """OpenVINO GenAI, by its pipeline with continuous batching or by the plain one."""
+    import numpy as np
+    import openvino_genai as genai
+    from openvino import Tensor
+
+    folder = _converted_to_openvino(model, dtype)
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+
+    def config(new_tokens: int) -> genai.GenerationConfig:
+        wanted = genai.GenerationConfig()
+        wanted.max_new_tokens = wanted.min_new_tokens = new_tokens
+        wanted.ignore_eos, wanted.do_sample = True, False
+        return wanted
+
+    if paged:
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size, scheduler.enable_prefix_caching = 2, False
+        scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 64, 2048
+        batching = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", settings)
+
+        def generate_paged(prompts: Prompts, new_tokens: int) -> int:
+            inputs = [Tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
+            outputs = batching.generate(inputs, [config(new_tokens)] * len(prompts))
+            return sum(len(output.m_generation_ids[0]) for output in outputs)
+
+        return generate_paged
+    pipeline = genai.LLMPipeline(folder, "CPU", ATTENTION_BACKEND="SDPA", **settings)
+
+    def generate(prompts: Prompts, new_tokens: int) -> int:
+        ids = np.array(prompts, dtype=np.int64)
+        inputs = genai.TokenizedInputs(Tensor(ids), Tensor(np.ones_like(ids)))
+        return sum(map(len, pipeline.generate(inputs, config(new_tokens)).tokens))
+
+    return generate
+
+
+def _converted_to_openvino(model: str, dtype: str) -> str:
+    """int4 as in OpenVINO's own conversion of 4-bit models: groups of 128 with zero points."""
+    folder = Path(f"{model.rstrip('/')}-openvino-{dtype}")
+    if folder.exists():
+        return str(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+    from transformers import AutoTokenizer
+
+    options = {
+        "int8": {"load_in_8bit": True},
+        "int4": {
+            "quantization_config": OVWeightQuantizationConfig(
+                bits=4, sym=False, group_size=128, ratio=1.0
+            )
+        },
+    }.get(dtype, {"load_in_8bit": False})
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    OVModelForCausalLM.from_pretrained(
+        model, export=True, compile=False, **options
+    ).save_pretrained(partial_folder)
+    tokenizers = convert_tokenizer(AutoTokenizer.from_pretrained(model), with_detokenizer=True)
+    for part, name in zip(tokenizers, ("tokenizer", "detokenizer"), strict=True):
+        openvino.save_model(part, partial_folder / f"openvino_{name}.xml")
+    partial_folder.rename(folder)
+    return str(folder)
+
+
+ENGINES: dict[str, Callable[[str, str, int], Generate]] = {
+    "vllm": vllm,
+    "ctranslate2": ctranslate2,
+    "transformers": transformers,
+    "openvino": partial(openvino, paged=False),
+    "openvino-paged": partial(openvino, paged=True),
+}
 
 
 def main() -> None:
@@ -120,10 +200,19 @@ def main() -> None:
         ]
         generate(prompts, WARM_UP_TOKENS)
         start = time.perf_counter()
+        generate(prompts, 1)
+        prefilled = time.perf_counter()
         tokens = generate(prompts, given.new_tokens)
-        seconds = time.perf_counter() - start
-        row = {"engine": given.engine, "dtype": given.dtype, "batch": batch, "tokens": tokens}
-        print(json.dumps({**row, "tokens_per_s": round(tokens / seconds, 1)}), flush=True)
+        seconds = time.perf_counter() - prefilled
+        row = {
+            "engine": given.engine,
+            "dtype": given.dtype,
+            "batch": batch,
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / seconds, 1),
+            "first_token_s": round(prefilled - start, 3),
+        }
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":  # vLLM's subprocesses import this file

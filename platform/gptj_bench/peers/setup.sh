@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs the engines that we compare ours with, in two environments: DIR/vllm and DIR/hf
-# (transformers and CTranslate2). Needs Python 3.11, unzip and PyPI: three minutes, 5 GB.
+# Installs the engines that we compare ours with, in three environments: DIR/vllm, DIR/hf
+# (transformers and CTranslate2) and DIR/ov (OpenVINO GenAI). Needs Python 3.11, unzip and PyPI: a few
+# minutes, 7 GB.
 set -euo pipefail
 dir=${1:?usage: setup.sh DIR}
 mkdir -p "$dir"
@@ -8,6 +9,13 @@ if [ ! -e "$dir/hf/installed" ]; then
   python3 -m venv "$dir/hf"
   "$dir/hf/bin/pip" install -q torch==2.13.0 transformers==5.23.0 ctranslate2==4.8.5
   touch "$dir/hf/installed"
+fi
+if [ ! -e "$dir/ov/installed" ]; then
+  python3 -m venv "$dir/ov"
+  # The newest transformers that optimum-intel supports.
+  "$dir/ov/bin/pip" install -q torch==2.13.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 \
+    openvino-tokenizers==2026.4.1.0 nncf==3.4.0 optimum-intel==2.2.0 transformers==5.5.4
+  touch "$dir/ov/installed"
 fi
 if [ ! -e "$dir/vllm/installed" ]; then
   python3 -m venv "$dir/vllm"
