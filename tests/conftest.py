@@ -67,6 +67,8 @@ LONGEST = (
     "test_constraints",
     "test_scheduler",
 )
+# What compares with PEFT, which takes seconds to import, but for the longest of them.
+WITH_PEFT = ("test_engine_adapters", "test_lora", "test_serving_adapters", "test_tracing")
 # What needs an S3 server, a program that takes a second or more to start.
 SERVER_FIXTURES = {"s3_server", "s3"}
 
@@ -126,16 +128,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests run in one process, as with xdist's own loadfile, and all of k8s/ in one.
+    """A file's tests run in one process, as with xdist's own loadfile.
 
-    They share the manifests that kubectl has built.
+    All of k8s/ run in one, which share the manifests that kubectl has built, and those of PEFT's
+    adapters, which share its import.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "k8s" if "tests/k8s/" in file else file
+            if "tests/k8s/" in file:
+                return "k8s"
+            return "PEFT" if Path(file).stem in WITH_PEFT else file
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 

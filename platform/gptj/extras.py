@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Package -> extra, as in pyproject.toml's optional-dependencies. The library itself requires all
@@ -25,6 +28,9 @@ EXTRA_OF = {
     **dict.fromkeys(("mlflow", "wandb"), "trackers"),
     **dict.fromkeys(("h5py", "msgpack", "zstandard"), "interop"),
 }
+# Package -> what it would import with it for a part that nothing here uses. DeepSpeed's autotuner
+# takes MLflow where it is installed, and with it pandas and FastAPI: seconds in each worker.
+UNUSED = {"deepspeed": ("mlflow",)}
 
 
 class MissingPackageError(ImportError):
@@ -62,9 +68,24 @@ class Extra:
 def require(name: str, purpose: str, package: str | None = None) -> Any:
     """Import a module; MissingPackageError if it or what it needs is not installed."""
     try:
-        return importlib.import_module(name)
+        with _without_unused(name.partition(".")[0]):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise missing(error, purpose, package) from error
+
+
+@contextmanager
+def _without_unused(package: str) -> Iterator[None]:
+    """Let the first import of a package find none of what it would only import in vain."""
+    unused = () if package in sys.modules else UNUSED.get(package, ())
+    hidden = [name for name in unused if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(hidden))  # importing what is None fails
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del modules[name]
 
 
 def check_installed(package: str, purpose: str, extra: str | None = None) -> None:

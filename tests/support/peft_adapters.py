@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 
@@ -17,6 +16,9 @@ from gptj.adapters.stored import put_adapter, read_adapter
 from gptj.checkpoints.folder import ModelFolder
 from gptj.engine.adapter_weights import lora_weights
 from gptj.engine.runners.lora import MAX_RANK, LoRAWeights
+from gptj.extras import Extra
+
+peft = Extra("peft", "adapters to compare ours with")  # takes seconds to import
 
 # Kinds of adapters: on some modules or all, of several ranks, with both scalings.
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ from test_training import (
     MODEL,
     RATES,
     STEPS,
+    NoPicture,
     losses,
     releasing,
     run_ranks,
@@ -32,7 +33,7 @@ from gptj.checkpoints.manifest import CheckpointError, verify
 from gptj.data.batches import BatchOrder
 from gptj.interop.merging import merge_adapter
 from gptj.model import HEAD_CLASSES
-from gptj.training import loop
+from gptj.training import loop, progress
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError, read_settings
@@ -83,6 +84,7 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     loop.deepspeed_config = releasing
+    progress.draw_curve = lambda history, run: NoPicture()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     for settings in runs:
 

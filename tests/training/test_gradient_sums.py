@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 from test_training import run_ranks, settings_of
 from torch import Tensor, nn
 
+from gptj.extras import Extra
 from gptj.training import deepspeed_config as plans
 from gptj.training.operators import guarded_builds
 from gptj.training.settings import Settings
+
+deepspeed = Extra("deepspeed", "training")
 
 MICRO_BATCHES = 320  # equal gradients: in bf16 their sum is stuck at 256 of them
 SIZE = 8

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,15 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.comm.torch import TorchBackend
-from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.distributed import HashStore
 from torch.utils import cpp_extension
 
+from gptj.extras import Extra
 from gptj.training import operators
-from gptj.training.operators import guarded_builds
+from gptj.training.operators import builders, guarded_builds
 
 FORK = multiprocessing.get_context("fork")
+# As training imports it: without what nothing uses.
+OpBuilder = builders.OpBuilder
+communication = Extra("deepspeed.comm.torch", "training", "deepspeed")
 
 
 class Small(OpBuilder):  # type: ignore[misc]
@@ -99,7 +102,7 @@ def test_communication_on_cpus_compiles_nothing(
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         with guarded_builds():
-            TorchBackend("gloo", timedelta(seconds=60), None)
+            communication.TorchBackend("gloo", timedelta(seconds=60), None)
     finally:
         torch.distributed.destroy_process_group()
     assert compiled == []
@@ -150,3 +153,18 @@ def test_a_live_build_is_waited_for(
             )
             small.load()
     assert holder in caplog.text
+
+
+def test_the_compiler_is_not_applied_to_what_training_does_not_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To DeepSpeed's Muon, as it is imported: that would import all of the compiler."""
+    muon = [name for name in sys.modules if name.startswith("deepspeed.runtime.zero.muon.")]
+    for name in muon:
+        monkeypatch.delitem(sys.modules, name)
+    applied: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda *given, **_: applied.append(given))
+    with guarded_builds():
+        pass
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
+    assert applied == []

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from test_training import (
     MODEL,
@@ -30,12 +29,15 @@ from test_training import (
 )
 
 from gptj import storage
+from gptj.extras import Extra
 from gptj.training import loop, progress
 from gptj.training.failures import UnrecoverableError
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.spikes import SpikeFilter, UpdateGate
 from gptj.training.state import latest_checkpoint, upload_state
+
+accelerator = Extra("deepspeed.accelerator", "training", "deepspeed")
 
 STEPS = 6
 SPIKE = 4  # the step whose gradients are a hundred times the usual
@@ -78,7 +80,8 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     progress.draw_curve = lambda history, run: NoPicture()
-    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and the same numbers
+    # Slow on a CPU, and the same numbers.
+    accelerator.get_accelerator().is_fp16_supported = lambda: True
     loss_of = loop._Run._loss
 
     def multiplied(self: Any, model: Any, data: Any, batch: Any) -> torch.Tensor:

@@ -9,16 +9,18 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
-import wandb
-from wandb.proto import wandb_internal_pb2
 
 from gptj import extras
 from gptj.training.failures import StoppedError
 from gptj.training.packages import check_packages
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.trackers import Trackers
+
+# Each takes a second to import, which not each process has to.
+mlflow = extras.Extra("mlflow", "these tests")
+wandb = extras.Extra("wandb", "these tests")
+messages = extras.Extra("wandb.proto.wandb_internal_pb2", "these tests", "wandb")
 
 POINTS: list[dict[str, float]] = [
     {"step": 1, "loss": 2.5, "mfu": 0.4, "gradient_norm": 1.5},
@@ -120,7 +122,7 @@ def test_an_offline_run_of_weights_and_biases_is_kept_in_the_runs_folder(
     logged: list[dict[str, Any]] = []
     names: set[tuple[str, str]] = set()
     for data in records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         record.ParseFromString(data)
         if record.HasField("run"):
             names.add((record.run.entity, record.run.project))

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import gptj
-from gptj.extras import EXTRA_OF
+from gptj import extras
+from gptj.extras import EXTRA_OF, Extra
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -238,3 +239,22 @@ except ImportError as error:
         "training needs the package deepspeed, which is not installed; remedy: "
         "pip install 'gptj-platform[train]'"
     )
+
+
+def test_what_a_package_would_import_in_vain_is_hidden_from_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MLflow, which DeepSpeed imports if it is there, and whose import takes seconds."""
+    (tmp_path / "outer.py").write_text(
+        "try:\n    import inner\nexcept ImportError:\n    inner = None\n"
+    )
+    (tmp_path / "inner.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(extras.UNUSED, "outer", ("inner",))
+    try:
+        assert Extra("outer", "a test").inner is None
+        assert "inner" not in sys.modules
+        assert extras.require("inner", "a test").__name__ == "inner"
+    finally:
+        for name in ("outer", "inner"):
+            sys.modules.pop(name, None)

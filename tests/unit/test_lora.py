@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -28,10 +27,13 @@ from gptj.adapters.stored import StoredAdapter, read_adapter
 from gptj.checkpoints.folder import ModelFolder
 from gptj.checkpoints.manifest import CheckpointError, verify
 from gptj.engine.backends import best_runner
+from gptj.extras import Extra
 from gptj.interop.merging import merge_adapter
 from gptj.model import GPTJPreTrainedModel
 from gptj.serialization.json_object import to_json
 from gptj.storage import AlreadyExistsError
+
+peft = Extra("peft", "adapters to compare ours with")  # takes seconds to import
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,

@@ -1,8 +1,8 @@
-"""Compile DeepSpeed's operators in one process per node, robust against killed builds.
+"""Compile what training uses of DeepSpeed, in one process per node, robust against killed builds.
 
 PyTorch marks a build by a file, `lock`, and waits forever for one left by a killed process. We
 guard it with a kernel lock, which is released when its holder dies. Operators that training does
-not use are not compiled.
+not use are not compiled, nor is DeepSpeed's optimizer Muon.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.utils import cpp_extension
 
 from gptj.extras import Extra, require
@@ -36,6 +37,7 @@ def guarded_builds() -> Iterator[None]:
     """
     jit_load = builders.OpBuilder.jit_load
     communication = require("deepspeed.comm.torch", "training", "deepspeed")
+    _import_muon()
 
     def guarded(self: Any, verbose: bool = True) -> Any:
         with building(self.name):
@@ -46,6 +48,19 @@ def guarded_builds() -> Iterator[None]:
         mock.patch.object(communication, "build_shm_op", return_value=None),
     ):
         yield
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without PyTorch's compiler, whose own import takes seconds.
+
+    DeepSpeed asks of each optimizer whether it is Muon, which none of ours is.
+    """
+
+    def uncompiled(model: Any = None, **options: Any) -> Any:
+        return uncompiled if model is None else model
+
+    with mock.patch.object(torch, "compile", uncompiled):
+        require("deepspeed.runtime.zero.muon.muon_optimizer", "training", "deepspeed")
 
 
 @contextmanager
