@@ -13,6 +13,7 @@ from deployments.ledger import cluster_ledger
 from deployments.loading import BatchArguments, loading_turn
 from deployments.logs import follow_serve
 from deployments.metrics import serve_metrics
+from gptj.serving.metrics import Recorder
 
 
 class BatchedService(Protocol):
@@ -28,7 +29,7 @@ class BatchedReplica(Generic[Service, Arguments]):
     """A service of a checkpoint, its HTTP application, and its health.
 
     Args:
-        load: makes the service on a device.
+        load: makes the service on a device, with a recorder of its metrics.
         new_app: makes the application of the service, `_alive`, the recorder, the ledger of limits
             and the HTTP options.
     """
@@ -36,12 +37,12 @@ class BatchedReplica(Generic[Service, Arguments]):
     def __init__(
         self,
         arguments: Arguments,
-        load: Callable[[Arguments, torch.device | None], Service],
+        load: Callable[[Arguments, torch.device | None, Recorder], Service],
         new_app: Callable[..., FastAPI],
     ) -> None:
         follow_serve()
         with loading_turn(arguments):
-            self._service = load(arguments, replica_device())
+            self._service = load(arguments, replica_device(), serve_metrics())
         self._new_app = new_app
         self._stalled_seconds = arguments.stalled_seconds
         self._http_options = arguments.http_options()

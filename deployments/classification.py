@@ -21,6 +21,7 @@ from deployments.loading import load
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForSequenceClassification
 from gptj.serving.classification import ClassificationService, classification_app
+from gptj.serving.metrics import Recorder
 
 
 @serve.deployment(name="classification")
@@ -30,11 +31,11 @@ class Classification(BatchedReplica[ClassificationService, Arguments]):
         super().__init__(arguments, load_service, classification_app)
 
 
-def load_service(arguments: Arguments, device: torch.device | None) -> ClassificationService:
+def load_service(
+    arguments: Arguments, device: torch.device | None, recorder: Recorder | None = None
+) -> ClassificationService:
     model, tokenizer = load(GPTJForSequenceClassification, arguments, device)
-    return ClassificationService(
-        model, tokenizer, max_batch=arguments.max_batch, max_queued=arguments.max_queued
-    )
+    return ClassificationService(model, tokenizer, arguments.batching(), recorder)
 
 
 def build(args: Arguments) -> Application:

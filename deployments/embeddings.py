@@ -22,6 +22,7 @@ from deployments.loading import BatchArguments, load, name_of
 from deployments.preflight import check_before_deploying
 from gptj import GPTJModel
 from gptj.serving.embeddings import EmbeddingsService, Pooling, embeddings_app
+from gptj.serving.metrics import Recorder
 
 
 class Arguments(BatchArguments):
@@ -41,16 +42,18 @@ class Embeddings(BatchedReplica[EmbeddingsService, Arguments]):
         super().__init__(arguments, load_service, embeddings_app)
 
 
-def load_service(arguments: Arguments, device: torch.device | None) -> EmbeddingsService:
+def load_service(
+    arguments: Arguments, device: torch.device | None, recorder: Recorder | None = None
+) -> EmbeddingsService:
     model, tokenizer = load(GPTJModel, arguments, device)
     return EmbeddingsService(
         model,
         tokenizer,
         arguments.model_name or name_of(arguments.checkpoint),
+        arguments.batching(),
+        recorder,
         pooling=arguments.pooling,
         normalize=arguments.normalize,
-        max_batch=arguments.max_batch,
-        max_queued=arguments.max_queued,
     )
 
 

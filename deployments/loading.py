@@ -18,9 +18,11 @@ from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
+from gptj.engine.backends import Quantization
 from gptj.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
+from gptj.serving.batched_rows import Batching
 from gptj.serving.middleware.cors import check_origin
 from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, MAX_BODY_BYTES
 from gptj.storage.addresses import normalized
@@ -93,6 +95,20 @@ class BatchArguments(Arguments):
     """`args` of a service that computes batches of whole rows."""
 
     max_batch: Annotated[int, Field(ge=1)] = 16  # rows per batch
+    # Tokens per batch; a longer row is a batch of its own. Default: 256 on a CPU; on a GPU what
+    # max_batch rows can have.
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU.
+    quantization: Quantization = "none"
+
+    def batching(self) -> Batching:
+        return Batching(
+            self.max_batch,
+            self.max_queued,
+            self.max_num_batched_tokens,
+            self.quantization,
+            release=True,  # one copy of the weights
+        )
 
 
 def loading_turn(arguments: Arguments) -> AbstractContextManager[None]:

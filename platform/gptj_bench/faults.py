@@ -1,16 +1,20 @@
 """Breaks parts of a running service and counts what its clients lose.
 
-    python -m gptj_bench.faults [--rounds 3] [--clients 16] [--faults replica,proxy] [--json OUT]
+    python -m gptj_bench.faults [--rounds 3] [--clients 16] [--faults replica,proxy]
+                                [--adapters 0] [--json OUT]
 
 Starts a Ray cluster on loopback with two replicas of a tiny random model, configured by
 k8s/base/serve.yaml, and clients that send requests continuously, half of them streaming. Requests
 are greedy and their texts known, so wrong answers are detected too. Then, in each round, each fault
 happens once. Prints a line per fault: the number of requests, their outcomes, and the durations.
+With --adapters the model has that many LoRA adapters, and clients take turns between it and them.
 
     replica, proxy, controller    SIGKILL
     hang, proxy-hang              SIGSTOP of a replica, or of the proxy
     worker                        a node with a replica, and everything on it, by SIGKILL at once;
                                   alone, on a cluster with one more node a round
+    head                          the only node and everything on it, Ray's state included, by
+                                  SIGKILL at once; then a new cluster and `serve run`
     upgrade, bad-upgrade,         `serve deploy` of another checkpoint, of a damaged one, and of the
     rollback                      first again
 """
@@ -29,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +79,8 @@ class Load:
     url: str
     clients: int
     key: str = "none"  # of the service, if it asks for one
-    _expected: dict[str, str] = field(default_factory=dict)
+    models: Sequence[str | None] = (None,)  # in requests; None: the service's own
+    _expected: dict[tuple[str, str | None], str] = field(default_factory=dict)
     _events: list[tuple[str, float, float]] = field(default_factory=list)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -82,9 +88,9 @@ class Load:
     async def begin(self) -> None:
         """Record the undisturbed texts, then start the clients."""
         async with self._client() as client:
-            for prompt in PROMPTS:
-                reply = await client.post(self.url, json=_body(prompt))
-                self._expected[prompt] = reply.raise_for_status().json()["choices"][0]["text"]
+            for asked in product(PROMPTS, self.models):
+                reply = await client.post(self.url, json=_body(*asked))
+                self._expected[asked] = reply.raise_for_status().json()["choices"][0]["text"]
         self._tasks = [asyncio.create_task(self._run(each)) for each in range(self.clients)]
 
     def _client(self) -> httpx.AsyncClient:
@@ -110,22 +116,24 @@ class Load:
 
     async def _run(self, number: int) -> None:
         stream = number % 2 == 1
-        prompt = PROMPTS[number % len(PROMPTS)]
+        prompt, turns = PROMPTS[number % len(PROMPTS)], cycle(self.models)
         async with self._client() as client:
             while not self._ended.is_set():
                 start = time.monotonic()
-                outcome = await self._ask(client, prompt, stream)
+                outcome = await self._ask(client, prompt, next(turns), stream)
                 self._events.append((outcome, start, time.monotonic()))
                 if outcome != ANSWERED:
                     await asyncio.sleep(0.05)
 
-    async def _ask(self, client: httpx.AsyncClient, prompt: str, stream: bool) -> str:
+    async def _ask(
+        self, client: httpx.AsyncClient, prompt: str, model: str | None, stream: bool
+    ) -> str:
         kind = "stream" if stream else "request"
         try:
             if stream:
-                text = await self._stream(client, prompt)
+                text = await self._stream(client, _body(prompt, model, stream=True))
             else:
-                reply = await client.post(self.url, json=_body(prompt))
+                reply = await client.post(self.url, json=_body(prompt, model))
                 text = _text(reply.status_code, reply.content)
         except httpx.ConnectError:
             return "refused connection"
@@ -135,11 +143,12 @@ class Load:
             return f"{kind} cut off"
         except Failed as error:
             return f"{kind}: {error}"
-        return ANSWERED if text == self._expected[prompt] else f"{kind} with another text"
+        same = text == self._expected[prompt, model]
+        return ANSWERED if same else f"{kind} with another text"
 
-    async def _stream(self, client: httpx.AsyncClient, prompt: str) -> str:
+    async def _stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> str:
         text, done = "", False
-        async with client.stream("POST", self.url, json=_body(prompt, stream=True)) as reply:
+        async with client.stream("POST", self.url, json=body) as reply:
             if reply.status_code != 200:
                 _text(reply.status_code, await reply.aread())
             async for line in reply.aiter_lines():
@@ -165,6 +174,8 @@ async def break_(service: LocalService, fault: str) -> float:
         ended = await kill(service, *FAULTS[fault])
     elif fault == "worker":
         ended = await lose_worker(service)
+    elif fault == "head":
+        ended = await lose_head(service)
     else:
         ended = await change(service, fault)
     return time.monotonic() - start if ended else float("inf")
@@ -194,6 +205,18 @@ async def lose_worker(service: LocalService) -> bool:
         return now.keys() != before.keys() and states == ["RUNNING"] * len(before)
 
     return await until(replaced)
+
+
+async def lose_head(service: LocalService) -> bool:
+    """Lose the cluster and start it again; returns whether all replicas answered in time."""
+    replicas = len(await asyncio.to_thread(service.processes, "ServeReplica"))
+    await asyncio.to_thread(service.lose_head)
+    await asyncio.to_thread(service.restart)
+
+    def restarted() -> bool:
+        return service.states() == ["RUNNING"] * replicas and service.answers()
+
+    return await until(restarted)
 
 
 async def change(service: LocalService, kind: str) -> bool:
@@ -227,7 +250,8 @@ async def until(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + REPLACED_SECONDS
     while time.monotonic() < deadline:
         await asyncio.sleep(0.1)
-        with contextlib.suppress(httpx.HTTPError):  # the dashboard or controller may be down itself
+        # The dashboard or the controller may be down itself, or know no application yet.
+        with contextlib.suppress(httpx.HTTPError, KeyError):
             if await asyncio.to_thread(condition):
                 return True
     return False
@@ -237,7 +261,8 @@ async def measure(
     service: LocalService, faults: Sequence[str], clients: int
 ) -> AsyncIterator[Result]:
     """Break each part in turn under load."""
-    load = Load(f"{service.url}/v1/completions", clients, service.key)
+    url, models = f"{service.url}/v1/completions", (None, *service.adapters)
+    load = Load(url, clients, service.key, models)
     await load.begin()
     try:
         for fault in faults:
@@ -269,11 +294,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--faults", default=",".join((*FAULTS, *CHANGES)), help="in this order")
+    parser.add_argument(
+        "--faults", default=",".join((*FAULTS, *CHANGES, "head")), help="in this order"
+    )
+    parser.add_argument("--adapters", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT", help="append a line a fault")
     arguments = parser.parse_args()
     faults = arguments.faults.split(",")
-    known = (*FAULTS, "worker", *CHANGES)
+    known = (*FAULTS, "worker", *CHANGES, "head")
     if unknown := set(faults) - set(known):
         parser.error(f"unknown fault {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if "worker" in faults and set(faults) != {"worker"}:
@@ -281,7 +309,7 @@ def main() -> None:
     workers = 2 + arguments.rounds if "worker" in faults else 0
     with (
         tempfile.TemporaryDirectory(prefix="gptj-faults-") as folder,
-        local_service(Path(folder), workers=workers) as service,
+        local_service(Path(folder), workers=workers, adapters=arguments.adapters) as service,
     ):
         asyncio.run(report(service, faults * arguments.rounds, arguments.clients, arguments.json))
 
@@ -297,8 +325,9 @@ async def report(
                 file.write(json.dumps(row) + "\n")
 
 
-def _body(prompt: str, *, stream: bool = False) -> dict[str, Any]:
+def _body(prompt: str, model: str | None = None, *, stream: bool = False) -> dict[str, Any]:
     return {
+        "model": model,
         "prompt": prompt,
         "max_tokens": MAX_TOKENS,
         "temperature": 0,

@@ -18,15 +18,20 @@ from subprocess import Popen
 from typing import Any
 
 import httpx
+import psutil
 import torch
 import yaml
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj.adapters.base import Base
+from gptj.adapters.config import LoRAConfig
+from gptj.adapters.lora import adapter_parameters, add_lora
 from gptj_local.processes import HOST, free_ports, kill_tree, running, tail
 from gptj_local.ray import LocalRay
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yaml"
 START_SECONDS = 240
+CPUS = 4  # of the only node, as Ray counts
 PROMPTS = ("The tower", "A river", "Anna wrote", "In the year", "Who", "x", "The book", "Paris")
 
 
@@ -42,6 +47,7 @@ class LocalService:
     workers: list[Popen[bytes]] = field(default_factory=list)  # nodes beside the head
     serving: str = ""  # the checkpoint that answers
     _versions: int = 0
+    _stack: ExitStack = field(default_factory=ExitStack)  # of what runs
 
     def __post_init__(self) -> None:
         self.serving = self.config["applications"][0]["args"]["checkpoint"]
@@ -98,6 +104,30 @@ class LocalService:
         deployments = self.application()["deployments"].values()
         return [replica["state"] for each in deployments for replica in each["replicas"]]
 
+    @property
+    def adapters(self) -> list[str]:
+        """The models' names in requests, besides the base model."""
+        return list(self.config["applications"][0]["args"].get("adapters", {}))
+
+    def lose_head(self) -> None:
+        """Kill the only node and everything on it at once, Ray's state included."""
+        kill_tree(psutil.Process(self.node.process_id))
+
+    def restart(self) -> None:
+        """Start another cluster and `serve run` on it; returns before it answers."""
+        self.node = self._stack.enter_context(LocalRay.start(self.folder, cpus=CPUS))
+        self.serving = self.config["applications"][0]["args"]["checkpoint"]
+        self.serve()
+
+    def serve(self) -> Popen[bytes]:
+        """Start `serve run` with the first configuration; its log is serve.log."""
+        path = self.folder / "serve.yaml"
+        path.write_text(yaml.safe_dump(self.config))
+        command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
+        environment = {**os.environ, **self.node.environment()}
+        log = self.folder / "serve.log"
+        return self._stack.enter_context(running(command, environment=environment, log=log))
+
     def lose_worker(self) -> None:
         """Kill a node and everything on it at once, as when its machine is lost."""
         kill_tree(self.workers.pop(0))
@@ -110,8 +140,8 @@ class LocalService:
         return {"Authorization": f"Bearer {self.node.token}"}
 
 
-def save_model(address: Path) -> None:
-    """A tiny language model with random weights."""
+def save_model(folder: Path, adapters: int) -> None:
+    """A tiny language model with random weights, and as many adapters of it."""
     tokenizer = GPTJTokenizer.train([*PROMPTS, "It runs past the tower, and nobody reads."], 300)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -125,17 +155,29 @@ def save_model(address: Path) -> None:
         "initializer_range": 0.3,
     }
     model = GPTJForCausalLM(GPTJConfig(vocab_size=len(tokenizer), **shape))
-    model.save_pretrained(address, tokenizer=tokenizer)
+    model.save_pretrained(folder / "model", tokenizer=tokenizer)
+    base = Base.at(str(folder / "model"))
+    for number in range(adapters):
+        model = GPTJForCausalLM.from_pretrained(str(folder / "model"))
+        add_lora(model, LoRAConfig(4))
+        with torch.no_grad():
+            for parameter in adapter_parameters(model).values():
+                parameter.normal_(std=0.3)
+        model.save_adapter(folder / f"adapter-{number}", base=base)
 
 
-def configuration(checkpoint: str, replicas: int, *, spread: bool) -> dict[str, Any]:
+def configuration(folder: Path, replicas: int, adapters: int, *, spread: bool) -> dict[str, Any]:
     """serve.yaml's generation with this many replicas; with `spread`, one per node."""
     config: dict[str, Any] = yaml.safe_load(SERVE_CONFIG.read_text())
     (port,) = free_ports(1)
     config["http_options"]["port"] = port
     config["applications"] = config["applications"][:1]
     (application,) = config["applications"]
-    application["args"] |= {"checkpoint": checkpoint, "dtype": "float32"}
+    application["args"] |= {"checkpoint": str(folder / "model"), "dtype": "float32"}
+    if adapters:
+        application["args"]["adapters"] = {
+            f"adapter-{number}": str(folder / f"adapter-{number}") for number in range(adapters)
+        }
     (deployment,) = application["deployments"]
     deployment.pop("autoscaling_config")
     deployment["num_replicas"] = replicas
@@ -149,32 +191,30 @@ def configuration(checkpoint: str, replicas: int, *, spread: bool) -> dict[str, 
 
 @contextmanager
 def local_service(
-    folder: Path, replicas: int = 2, key: str = "none", workers: int = 0
+    folder: Path, replicas: int = 2, key: str = "none", workers: int = 0, adapters: int = 0
 ) -> Iterator[LocalService]:
     """The service with serve.yaml's settings, during the block.
 
     Args:
         key: the clients' key, if the environment requires one.
         workers: nodes besides the head, which then runs no replicas; each runs at most one.
+        adapters: of the model, loaded at the start.
     """
-    save_model(folder / "model")
-    config = configuration(str(folder / "model"), replicas, spread=workers > 0)
-    path, log = folder / "serve.yaml", folder / "serve.log"
-    path.write_text(yaml.safe_dump(config))
+    save_model(folder, adapters)
+    config = configuration(folder, replicas, adapters, spread=workers > 0)
     with ExitStack() as stack:
-        cpus, more_nodes = (0, True) if workers else (4, False)
+        cpus, more_nodes = (0, True) if workers else (CPUS, False)
         node = stack.enter_context(LocalRay.start(folder, cpus=cpus, more_nodes=more_nodes))
         url = f"http://{HOST}:{config['http_options']['port']}"
-        found = LocalService(node, url, folder, config, key)
+        found = LocalService(node, url, folder, config, key, _stack=stack)
         for number in range(workers):
             worker = node.worker(folder / f"worker-{number}.log", cpus=1)
             found.workers.append(stack.enter_context(worker))
-        command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
-        environment = {**os.environ, **node.environment()}
-        process = stack.enter_context(running(command, environment=environment, log=log))
+        process = found.serve()
         deadline = time.monotonic() + START_SECONDS
         while len(found.processes("ServeReplica")) < replicas or not found.answers():
             if process.poll() is not None or time.monotonic() > deadline:
+                log = folder / "serve.log"
                 raise RuntimeError(f"the service does not start:\n{tail(log, 6000)}")
             time.sleep(0.5)
         yield found

@@ -1,10 +1,13 @@
 """Overload: what clients get if a service has more than it can take, and whether it stays healthy.
 
     python -m gptj_bench.overload [--clients 400,1200] [--seconds 30] [--patient]
+    python -m gptj_bench.overload --rates 400,800 [--seconds 30]
 
 Starts gptj_bench.local_service with one replica. Each client sends one request after another on
 its own connection, and retries at once after a refusal; with --patient it waits as long as
-`Retry-After` says. Another client polls /health. Prints a line for each number of clients.
+`Retry-After` says. With --rates so many requests a second arrive instead, however long earlier
+ones take. Another client polls /health. Prints a line for each number, with the CPU seconds of the
+proxy, the replica and this process.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import psutil
 
 from gptj_bench.local_service import PROMPTS, LocalService, local_service
 
@@ -43,6 +48,19 @@ class Outcome:
     refused: list[float] = field(default_factory=list)
     undeclared: int = 0  # refusals without our body, or without Retry-After
     health: Counter[int | str] = field(default_factory=Counter)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+
+    def note(self, reply: Reply, seconds: float) -> None:
+        self.statuses[reply.status] += 1
+        if reply.status == 200:
+            self.answered.append(seconds)
+            return
+        self.refused.append(seconds)
+        declared = b'"error"' in reply.body and "retry-after" in reply.headers
+        self.undeclared += not declared
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> Reply:
@@ -60,33 +78,58 @@ def request(method: str, path: str, body: bytes = b"") -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
+def content(number: int) -> bytes:
+    """A request; its prompt depends on its number."""
+    body = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    return request("POST", "/v1/completions", json.dumps(body).encode())
+
+
+async def attempt(
+    address: tuple[str, int], connection: Connection | None, content: bytes, outcome: Outcome
+) -> tuple[Connection | None, Reply | None]:
+    """One request, on an open connection if there is one; without a reply both are None."""
+    start = time.monotonic()
+    try:
+        connection = connection or await asyncio.open_connection(*address)
+        reply = await ask(*connection, content)
+    except (OSError, asyncio.IncompleteReadError) as error:
+        outcome.statuses[type(error).__name__] += 1
+        return None, None
+    outcome.note(reply, time.monotonic() - start)
+    return connection, reply
+
+
 async def client(
     number: int, address: tuple[str, int], end: float, outcome: Outcome, patient: bool
 ) -> None:
-    body = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": MAX_TOKENS, "ignore_eos": True}
-    content = request("POST", "/v1/completions", json.dumps(body).encode())
     connection = None
     while time.monotonic() < end:
-        start = time.monotonic()
-        try:
-            connection = connection or await asyncio.open_connection(*address)
-            reply = await ask(*connection, content)
-        except (OSError, asyncio.IncompleteReadError) as error:
-            outcome.statuses[type(error).__name__] += 1
-            connection = None
-            continue
-        seconds = time.monotonic() - start
-        outcome.statuses[reply.status] += 1
-        if reply.status == 200:
-            outcome.answered.append(seconds)
-            continue
-        outcome.refused.append(seconds)
-        declared = b'"error"' in reply.body and "retry-after" in reply.headers
-        outcome.undeclared += not declared
-        if patient:
+        connection, reply = await attempt(address, connection, content(number), outcome)
+        if patient and reply is not None and reply.status != 200:
             await asyncio.sleep(float(reply.headers.get("retry-after", "1")))
     if connection is not None:
         connection[1].close()
+
+
+async def arrivals(rate: float, address: tuple[str, int], end: float, outcome: Outcome) -> None:
+    """Requests at a rate, each on a connection that is idle, or a new one."""
+    idle: list[Connection] = []
+
+    async def one(number: int) -> None:
+        own = idle.pop() if idle else None
+        connection, _ = await attempt(address, own, content(number), outcome)
+        if connection is not None:
+            idle.append(connection)
+
+    start, number = time.monotonic(), 0
+    async with asyncio.TaskGroup() as tasks:
+        while (now := time.monotonic()) < end:
+            while number < (now - start) * rate:
+                tasks.create_task(one(number))
+                number += 1
+            await asyncio.sleep(0.001)
+    for _, writer in idle:
+        writer.close()
 
 
 async def watch_health(address: tuple[str, int], end: float, outcome: Outcome) -> None:
@@ -101,28 +144,47 @@ async def watch_health(address: tuple[str, int], end: float, outcome: Outcome) -
         await asyncio.sleep(HEALTH_SECONDS)
 
 
-async def measure(service: LocalService, clients: int, seconds: float, patient: bool) -> Outcome:
+async def measure(
+    service: LocalService, number: int, seconds: float, patient: bool, at_rate: bool
+) -> Outcome:
+    """With `number` clients; at_rate: with as many arrivals a second."""
     parts = urlsplit(service.url)
     assert parts.hostname
     assert parts.port
     address = parts.hostname, parts.port
     outcome = Outcome(seconds)
+    processes = {"client": psutil.Process()} | {
+        name: psutil.Process(next(iter(service.processes(actor).values())))
+        for name, actor in (("proxy", "ProxyActor"), ("replica", "ServeReplica"))
+    }
+    before = {name: cpu_seconds(process) for name, process in processes.items()}
     end = time.monotonic() + seconds
-    await asyncio.gather(
-        watch_health(address, end, outcome),
-        *(client(each, address, end, outcome, patient) for each in range(clients)),
-    )
+    if at_rate:
+        load = [arrivals(number, address, end, outcome)]
+    else:
+        load = [client(each, address, end, outcome, patient) for each in range(number)]
+    await asyncio.gather(watch_health(address, end, outcome), *load)
+    outcome.cpu_seconds = {
+        name: round(cpu_seconds(process) - before[name], 1) for name, process in processes.items()
+    }
     return outcome
 
 
-def line(clients: int, outcome: Outcome) -> str:
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def line(number: int, outcome: Outcome, at_rate: bool) -> str:
     rate = outcome.statuses[200] / outcome.seconds
+    unit = "requests/s" if at_rate else "clients"
     return (
-        f"{clients:5} clients: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s; "
+        f"{number:5} {unit}: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s; "
         f"{len(outcome.refused)} refused, p50 {_median(outcome.refused):.3f} s, "
+        f"p99 {_percentile(outcome.refused, 0.99):.3f} s, "
         f"longest {max(outcome.refused, default=0):.3f} s, "
         f"{outcome.undeclared} of them undeclared; statuses {dict(outcome.statuses)}; "
-        f"health {dict(outcome.health)}"
+        f"health {dict(outcome.health)}; CPU seconds {outcome.cpu_seconds}"
     )
 
 
@@ -131,6 +193,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", default="400,1200", help="numbers of clients, in turn")
+    parser.add_argument("--rates", help="requests a second, in turn, instead of clients")
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--patient", action="store_true", help="wait as Retry-After says")
     arguments = parser.parse_args()
@@ -138,13 +201,18 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="gptj-overload-") as folder,
         local_service(Path(folder), replicas=1) as service,
     ):
-        for clients in map(int, arguments.clients.split(",")):
-            outcome = asyncio.run(measure(service, clients, arguments.seconds, arguments.patient))
-            print(line(clients, outcome), flush=True)
+        at_rate = arguments.rates is not None
+        for number in map(int, (arguments.rates or arguments.clients).split(",")):
+            load = measure(service, number, arguments.seconds, arguments.patient, at_rate)
+            print(line(number, asyncio.run(load), at_rate), flush=True)
 
 
 def _median(values: list[float]) -> float:
     return statistics.median(values) if values else float("nan")
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * len(values))] if values else float("nan")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
         psutil.wait_procs(tree, timeout=5)
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
+def kill_tree(process: subprocess.Popen[bytes] | psutil.Process) -> None:
     """SIGKILL for it and all its descendants at once, as when a machine is lost."""
     tree = _tree(process)
     process.kill()
@@ -84,7 +84,7 @@ def tail(log: Path, characters: int = 2000) -> str:
     return log.read_text(errors="replace")[-characters:]
 
 
-def _tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def _tree(process: subprocess.Popen[bytes] | psutil.Process) -> list[psutil.Process]:
     try:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:

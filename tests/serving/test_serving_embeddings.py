@@ -20,6 +20,7 @@ from serving_models import CONTEXT, PROMPTS, SENTENCES, Models
 from torch import Tensor
 
 from gptj import GPTJModel
+from gptj.serving.batched_rows import Batching
 from gptj.serving.embeddings import EmbeddingsRequest, EmbeddingsService, Pooling, pooled
 
 pytest_plugins = ["serving_fixtures"]
@@ -71,10 +72,9 @@ def embedding(
         model,
         models.tokenizer,
         "embedder",
+        Batching(max_batch, 256),
         pooling=pooling,
         normalize=normalize,
-        max_batch=max_batch,
-        max_queued=256,
     )
     try:
         yield service
@@ -124,9 +124,9 @@ def test_poolings_equal_the_references(
 
 
 def test_sums_of_half_precision_do_not_overflow(models: Models) -> None:
-    hidden = torch.full((1, 2048, 4), 60.0, dtype=torch.float16)
-    found = pooled(hidden, torch.ones(1, 2048, dtype=torch.int64), "weighted_mean")
-    torch.testing.assert_close(found, torch.full((1, 4), 60.0))
+    hidden = torch.full((2048, 4), 60.0, dtype=torch.float16)
+    found = pooled(hidden, "weighted_mean")
+    torch.testing.assert_close(found, torch.full((4,), 60.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -142,20 +142,12 @@ def test_half_precision_stays_close(
     assert float(cosines.min()) > 0.999
 
 
-def test_inputs_are_batched_by_length_and_answered_in_order(models: Models) -> None:
+def test_inputs_are_answered_in_order(models: Models) -> None:
     rows = [models.tokenizer.encode(SENTENCES[0])[:length] for length in (9, 1, 8, 2, 7, 3, 9, 1)]
-    shapes: list[tuple[int, ...]] = []
-    transformer = models.generation.transformer
-    hook = transformer.register_forward_pre_hook(
-        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    with embedding(models, transformer, "mean", False, max_batch=2) as service:
+    with embedding(models, models.generation.transformer, "mean", False, max_batch=3) as service:
         found = embedded(service, rows)
         alone = torch.cat([embedded(service, [row]) for row in rows])
-    hook.remove()
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
-    together = [length for _, length in shapes[:-8]]
-    assert together == sorted(together) == [1, 3, 8, 9]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_serving_edge import BODY, Reply, request
 
 from gptj.serving.entry.admission import MAX_KNOWN, Admission, Gate
-from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
+from gptj.serving.entry.connections import UNSENT_BYTES, ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.event_stream import DivergedError, EventStream
 from gptj.serving.entry.failover import MAX_TRIES, Failover
 from gptj.serving.entry.request_ids import RequestIds
@@ -304,6 +305,7 @@ QUICK = ConnectionLimits(
     close_seconds=0.2,
     unfinished_per_address=20,
     grace_seconds=0.2,
+    unread_per_address=3,
 )
 
 
@@ -510,28 +512,97 @@ def test_a_slow_server_does_not_time_out_complete_requests() -> None:
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
 
 
-def test_an_unread_stream_is_cancelled() -> None:
-    cancelled = asyncio.Event()
+class Streams:
+    """Endless streams of some events a second, and how each ended: sent bytes, by its path."""
 
-    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, event_bytes: int, pause_seconds: float = 0.0) -> None:
+        self._event = b"data: " + b"x" * event_bytes + b"\n\n"
+        self._pause_seconds = pause_seconds
+        self.running: set[str] = set()
+        self.cancelled: dict[str, int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, sent = scope["path"], 0
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         assert (await receive())["type"] == "http.request"
-        waiting = asyncio.ensure_future(receive())
-        while not waiting.done():
-            event = b"data: " + b"x" * 65536 + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-            await asyncio.sleep(0)
-        if (await waiting)["type"] == "http.disconnect":
-            cancelled.set()
+        left = asyncio.ensure_future(receive())
+        self.running.add(path)
+        while not left.done():
+            await send({"type": "http.response.body", "body": self._event, "more_body": True})
+            sent += len(self._event)
+            await asyncio.sleep(self._pause_seconds)
+        if (await left)["type"] == "http.disconnect":
+            self.running.discard(path)
+            self.cancelled[path] = sent
 
-    entry = RequestIds(Edge(BodyLimit(Failover(endless))))
-    with listening(entry, LimitedProtocol.limited(QUICK)) as service, connect(service) as reader:
-        reader.sendall(request(b"GET", b"/"))
-        deadline = time.monotonic() + 20
-        while not cancelled.is_set():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+
+@contextmanager
+def streaming(streams: Streams, limits: ConnectionLimits) -> Iterator[str]:
+    entry = RequestIds(Edge(BodyLimit(Failover(streams))))
+    with listening(entry, LimitedProtocol.limited(limits)) as service:
+        yield service
+
+
+def connect_little(service: str) -> socket.socket:
+    """A connection of a client whose system buffers little."""
+    address = urlsplit(service)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((address.hostname, address.port))
+    connection.settimeout(20)
+    return connection
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("event_bytes", [250, 65536])
+def test_an_unread_stream_is_cancelled(event_bytes: int) -> None:
+    """Even if it is so short that the system's buffers could hold all of it."""
+    streams = Streams(event_bytes)
+    with streaming(streams, QUICK) as service, connect_little(service) as reader:
+        reader.sendall(request(b"GET", b"/one"))
+        until(lambda: "/one" in streams.cancelled)
+    assert streams.cancelled["/one"] < 2 * UNSENT_BYTES + 2 * event_bytes + 65536
+
+
+def test_unread_streams_of_an_address_are_bounded() -> None:
+    """The oldest ones beyond the bound end long before their time; one that is read goes on."""
+    patient = replace(QUICK, unread_seconds=60)
+    streams = Streams(event_bytes=250)
+    with streaming(streams, patient) as service, ExitStack() as stack:
+        reader = stack.enter_context(connect_little(service))
+        reader.sendall(request(b"GET", b"/read"))
+        assert reader.recv(65536)
+        for number in range(8):
+            connection = stack.enter_context(connect_little(service))
+            connection.sendall(request(b"GET", b"/%d" % number))
+            until(lambda number=number: f"/{number}" in streams.running)  # type: ignore[misc]
+        until(lambda: bool(reader.recv(65536)) and len(streams.cancelled) >= 5)
+        assert {f"/{number}" for number in range(5)} <= streams.cancelled.keys()
+        assert {"/read", "/6", "/7"} <= streams.running  # of which the first may count as well
+
+
+def test_a_large_reply_may_take_longer_than_unread_seconds() -> None:
+    """A client that reads on, slowly, gets all of it."""
+    size = 500_000
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await _plain((200, b"x" * size), send)
+
+    with listening(large, LimitedProtocol.limited(QUICK)) as service:
+        with connect_little(service) as reader:
+            reader.sendall(request(b"GET", b"/", b"Connection: close\r\n"))
+            got = 0
+            while received := reader.recv(2048):
+                got += len(received)
+                time.sleep(0.005)  # 1.2 seconds in all
+            assert got > size
 
 
 def test_waiting_bodies_take_bounded_memory(replicas: Replicas) -> None:

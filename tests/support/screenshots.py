@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 import torch
 from browser import chromium
 from playwright.sync_api import Page, expect, sync_playwright
-from serving_models import Models, make_models, served_in_process
+from serving_models import TEMPLATE, Models, make_models, served_in_process
 from torch import Tensor, nn
 
 from gptj import GPTJTokenizer
@@ -25,6 +26,10 @@ STORY = """In a shocking finding, scientists have discovered a herd of unicorns 
 remote valley of the Andes. Even more surprising was that the unicorns spoke perfect English, and \
 that they had kept a diary since the year 1632. The valley had natural fountains, and silver snow \
 on its peaks. In a shocking finding, scientists have shown that the river runs uphill in spring."""
+CHAT = {
+    "What have the scientists found?": "A herd of unicorns, in a remote valley of the Andes.",
+    "Do the unicorns speak?": "Yes, perfect English. They have kept a diary since 1632.",
+}
 FILMS = {
     "A fine film, from its first minute to its last.": 2,
     "A warm and clever film that nobody should miss.": 2,
@@ -51,14 +56,14 @@ def learn(parameters: list[nn.Parameter], loss: Callable[[], Tensor], steps: int
 
 def learned() -> Models:
     torch.set_num_threads(1)  # for tiny models more only wait for each other
-    models = make_models(texts=[STORY, *FILMS, CONTEXT, *QUESTIONS] * 3, vocab_size=600)
+    models = make_models(texts=[STORY, _chat(), *FILMS, CONTEXT, *QUESTIONS] * 3, vocab_size=700)
     tokenizer = models.tokenizer
-    story = torch.tensor([tokenizer.encode(STORY)])
+    written = [torch.tensor([tokenizer.encode(text)]) for text in (STORY, _chat())]
     language = models.generation
     learn(
         [each for name, each in language.named_parameters() if name != "lm_head.bias"],
-        lambda: language(story, labels=story).loss,
-        steps=40,
+        lambda: sum(language(ids, labels=ids).loss for ids in written),  # type: ignore[arg-type, return-value]
+        steps=60,
     )
     films = [torch.tensor([tokenizer.encode(text)]) for text in FILMS]
     judge = models.classification
@@ -80,6 +85,17 @@ def learned() -> Models:
         steps=16,
     )
     return models
+
+
+def _chat() -> str:
+    """The whole chat as the model sees it."""
+    turns = [("user", "assistant"), *CHAT.items()]
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns[1:]
+        for role, content in zip(turns[0], turn, strict=True)
+    ]
+    return jinja2.Template(TEMPLATE).render(messages=messages, add_generation_prompt=False) + ">"
 
 
 def _span(tokenizer: GPTJTokenizer, question: str, answer: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,6 +127,14 @@ def take(page: Page, folder: Path, scheme: str) -> None:
     ]
     page.locator(".token").nth(likely.index(min(likely))).hover()
     picture("generate")
+    page.click("#chat")
+    page.fill("#chat-temperature", "0")
+    for number, message in enumerate(CHAT, 1):
+        page.fill("#message", message)
+        page.click("#chat-panel [data-part=submit]")
+        expect(page.locator("#chat-panel .said").nth(2 * number - 1)).not_to_be_empty()
+        expect(page.locator("#chat-panel [data-part=status]")).to_contain_text("Done")
+    picture("chat")
     for tab, shown in (("classify", ".bars li"), ("ask", "mark")):
         page.click(f"#{tab}")
         page.click(f"#{tab}-panel [data-part=submit]")

@@ -31,6 +31,7 @@ from gptj.engine.runners.base import TorchRunner
 from gptj.engine.runners.lora import LoRALimits
 from gptj.engine.speculation import Speculation
 from gptj.serving.adapters import Adapters
+from gptj.serving.batched_rows import Batching
 from gptj.serving.chat.service import ChatService
 from gptj.serving.classification import ClassificationService, classification_app
 from gptj.serving.completions.app import generation_app
@@ -218,7 +219,7 @@ def served_with_adapters(models: Models, **settings: Any) -> Iterator[str]:
 @contextmanager
 def _classification(models: Models) -> Iterator[FastAPI]:
     service = ClassificationService(
-        models.classification, models.tokenizer, max_batch=16, max_queued=256
+        models.classification, models.tokenizer, Batching(max_batch=16, max_queued=256)
     )
     try:
         yield classification_app(service, lambda: service.alive(120))
@@ -229,7 +230,7 @@ def _classification(models: Models) -> Iterator[FastAPI]:
 @contextmanager
 def _question_answering(models: Models) -> Iterator[FastAPI]:
     service = QuestionAnsweringService(
-        models.question_answering, models.tokenizer, max_batch=16, max_queued=256
+        models.question_answering, models.tokenizer, Batching(max_batch=16, max_queued=256)
     )
     try:
         yield question_answering_app(service, lambda: service.alive(120))
@@ -240,7 +241,7 @@ def _question_answering(models: Models) -> Iterator[FastAPI]:
 @contextmanager
 def _embeddings(models: Models) -> Iterator[FastAPI]:
     service = EmbeddingsService(
-        models.generation.transformer, models.tokenizer, "embedder", max_batch=16, max_queued=256
+        models.generation.transformer, models.tokenizer, "embedder", Batching(16, 256)
     )
     try:
         yield embeddings_app(service, lambda: service.alive(120))

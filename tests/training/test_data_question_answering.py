@@ -24,6 +24,7 @@ from gptj.data.question_answering import (
 )
 from gptj.data.sources import DataError, Row, read_rows
 from gptj.data.words import Words
+from gptj.serving.batched_rows import Batching
 from gptj.serving.question_answering import QuestionAnsweringRequest, QuestionAnsweringService
 
 QUESTION = "Where does she live now?"
@@ -195,9 +196,7 @@ def test_white_space_around_a_question_is_stripped(space: str, tokenizer: GPTJTo
             vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8
         )
     ).eval()
-    service = QuestionAnsweringService(
-        model, tokenizer, window=64, stride=8, max_batch=4, max_queued=64
-    )
+    service = QuestionAnsweringService(model, tokenizer, Batching(4, 64), window=64, stride=8)
 
     def answer(question: str, **parameters: Any) -> Any:
         request = QuestionAnsweringRequest.model_validate(

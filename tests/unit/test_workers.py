@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import pytest
 
-from gptj.workers.batcher import Batcher
+from gptj.workers.batcher import Batcher, BatchTimes
 from gptj.workers.bounded_queue import BoundedQueue
 from gptj.workers.errors import ClosedError, QueueFullError
 
@@ -23,7 +24,7 @@ def test_a_queue_takes_all_or_none_and_is_fifo() -> None:
     assert not queue.remove("b")
     assert queue.take(["a", "b"]) == ["a"]
     queue.put_back(["a", "b", "x", "y"])  # beyond the limit: they had their turn
-    assert queue.pop(4) == ["a", "b", "x", "y"]
+    assert queue.take(queue.peek(4)) == ["a", "b", "x", "y"]
     assert queue.close() == ["c"]
     assert len(queue) == 0
     with pytest.raises(ClosedError):
@@ -61,6 +62,38 @@ def test_a_batcher_gives_each_caller_its_own_result_in_few_batches() -> None:
     assert [future.result(10) for future in more] == [100, 121]
     assert sizes == [1, 4, 4, 1]
     batcher.close()
+
+
+def test_a_batchs_cost_is_bounded_and_its_times_are_reported() -> None:
+    started, go_on = threading.Event(), threading.Event()
+    seen: list[tuple[list[str], BatchTimes]] = []
+
+    def lengths(items: Sequence[str]) -> list[int]:
+        started.set()
+        assert go_on.wait(10)
+        return list(map(len, items))
+
+    batcher: Batcher[str, int] = Batcher(
+        "lengths",
+        lengths,
+        max_batch=3,
+        max_queued=9,
+        cost=len,
+        max_cost=5,
+        observe=lambda items, times: seen.append((list(items), times)),
+    )
+    first = batcher.submit(["a"])
+    assert started.wait(10)
+    items = ["aa", "bbb", "c", "longest", "d", "e", "f", "g"]
+    futures = batcher.submit(items)
+    go_on.set()
+    assert [future.result(10) for future in first + futures] == [1, *map(len, items)]
+    batcher.close()
+    batches = [batch for batch, _ in seen]
+    assert batches == [["a"], ["aa", "bbb"], ["c"], ["longest"], ["d", "e", "f"], ["g"]]
+    for batch, times in seen:
+        assert len(times.queued) == len(batch)
+        assert min(*times.queued, times.computing, 0) == 0
 
 
 def test_a_batchers_error_reaches_only_that_batchs_callers() -> None:

@@ -17,6 +17,7 @@ from gptj.engine.runners.cuda.support import operations_for
 from gptj.engine.runners.lora import LoRALimits
 from gptj.int4 import is_int4
 from gptj.model import GPTJForCausalLM
+from gptj.pretrained import GPTJPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ def _cpu_runner(
     release: bool,
 ) -> Runner:
     try:
-        kind = _kind(model, quantization)
+        kind = kind_of(model, quantization)
         return CpuRunner(model, num_pages, kind, lora=lora, release=release)
     except UnsupportedError as error:
-        _fall_back(error, quantization)
+        fall_back(error, quantization)
         return TorchRunner(model, num_pages)
 
 
@@ -100,14 +101,15 @@ def _gpu_runner(
         operations = operations_for(model, lora)
         return CudaRunner(model, num_pages, operations, lora=lora, release=release)
     except UnsupportedError as error:
-        _fall_back(error, quantization)
+        fall_back(error, quantization)
         return TorchRunner(model, num_pages)
 
 
-def _fall_back(error: UnsupportedError, quantization: Quantization) -> None:
+def fall_back(error: UnsupportedError, quantization: Quantization) -> None:
+    """Log that PyTorch computes instead. UnsupportedError if it cannot, for quantized weights."""
     if quantization != "none":
         raise UnsupportedError(f"quantization={quantization} is not available: {error}") from error
-    logger.warning("generation runs on PyTorch, without our kernels: %s", error)
+    logger.warning("the model runs on PyTorch, without our kernels: %s", error)
 
 
 def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
@@ -122,7 +124,8 @@ def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
     return -(-cache // PAGE_SIZE)
 
 
-def _kind(model: GPTJForCausalLM, quantization: Quantization) -> Kind:
+def kind_of(model: GPTJPreTrainedModel, quantization: Quantization) -> Kind:
+    """The kernels' kind of weights. Raises UnsupportedError."""
     kind = KINDS.get(model.dtype) if quantization == "none" else quantization
     if kind is None:
         raise UnsupportedError(f"the kernels do not support {model.dtype}")

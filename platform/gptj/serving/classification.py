@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from gptj.data.examples import padded
 from gptj.model import GPTJForSequenceClassification
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
+from gptj.serving.batched_rows import BatchedRows, Batching
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError, check_length
 from gptj.serving.keys.account import reserve_tokens
@@ -28,9 +29,7 @@ from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
-from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
-from gptj.workers.batcher import Batcher
 
 MAX_INPUTS = 256
 TEXT = {"type": "string", "minLength": 1}
@@ -111,30 +110,22 @@ class LabelScore(BaseModel):
 
 
 class ClassificationService:
-    """Classifies the texts of concurrent requests together.
-
-    Args:
-        max_batch: most texts in a batch.
-        max_queued: most texts waiting.
-    """
+    """Classifies the texts of concurrent requests together."""
 
     def __init__(
         self,
         model: GPTJForSequenceClassification,
         tokenizer: GPTJTokenizer,
-        *,
-        max_batch: int,
-        max_queued: int,
+        batching: Batching,
+        recorder: Recorder | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-        self._max_inputs = min(MAX_INPUTS, max_queued)
-        self._batcher: Batcher[list[int], Tensor] = Batcher(
-            "classification", self._logits, max_batch=max_batch, max_queued=max_queued
+        self._max_inputs = min(MAX_INPUTS, batching.max_queued)
+        self._rows: BatchedRows[Tensor] = BatchedRows(
+            "classification", model, self._logits, batching, recorder, last_only=True
         )
-        for block in model.transformer.h:  # long batches report progress
-            block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def classify(self, request: ClassificationRequest) -> list[list[LabelScore]]:
         """Each text's labels, most likely first. Cancelling the call withdraws waiting texts.
@@ -155,15 +146,15 @@ class ClassificationService:
         # Long texts take a while: not on the event loop.
         ids = await asyncio.to_thread(self._encode, request.inputs, request.parameters.truncation)
         await reserve_tokens(sum(map(len, ids)))
-        logits = await results_of(self._batcher.submit(ids))
+        logits = await self._rows.results(ids)
         function = request.parameters.function_to_apply or self._function()
         return [self._labels(row, function, top_k) for row in logits]
 
     def alive(self, within_seconds: float) -> bool:
-        return self._batcher.alive(within_seconds)
+        return self._rows.alive(within_seconds)
 
     def close(self) -> None:
-        self._batcher.close()
+        self._rows.close()
 
     def _encode(self, inputs: Sequence[Input], truncation: bool) -> list[list[int]]:
         rows: list[list[int]] = []
@@ -190,12 +181,10 @@ class ClassificationService:
         remedy = "shorten the text, or set parameters.truncation"
         check_length(which, known, length, self._model.config.n_positions, remedy)
 
-    @torch.inference_mode()
-    def _logits(self, rows: Sequence[list[int]]) -> list[Tensor]:
-        """(C) of each row, in fp32 on the CPU."""
-        batch = {name: each.to(self._model.device) for name, each in padded(rows, 0).items()}
-        output = self._model(**batch, use_cache=False, return_dict=True)
-        return list(output.logits.float().cpu())
+    def _logits(self, states: list[Tensor]) -> list[Tensor]:
+        """(C) of each row, in fp32 on the CPU, from its last token's (1, D)."""
+        logits_BC = F.linear(torch.cat(states).float(), self._model.score.weight.float())
+        return list(logits_BC.cpu())
 
     def _function(self) -> Function:
         """Hugging Face's default."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -18,9 +18,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 from torch import Tensor
 
-from gptj.data.examples import padded
 from gptj.model import GPTJModel
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
+from gptj.serving.batched_rows import BatchedRows, Batching
 from gptj.serving.completions.schemas import as_prompts
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import InvalidRequestError, ModelError, NotFoundError, check_length
@@ -29,9 +29,7 @@ from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.requests import RequestModel, bounds, examples
-from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
-from gptj.workers.batcher import Batcher
 
 MAX_INPUTS = 2048  # OpenAI's
 TEXT = {"type": "string", "minLength": 1}
@@ -101,8 +99,6 @@ class EmbeddingsService:
     Args:
         model_name: in replies.
         normalize: scale vectors to unit length, so that dot products are cosines.
-        max_batch: most inputs in a batch.
-        max_queued: most inputs waiting.
     """
 
     def __init__(
@@ -110,11 +106,11 @@ class EmbeddingsService:
         model: GPTJModel,
         tokenizer: GPTJTokenizer,
         model_name: str,
+        batching: Batching,
+        recorder: Recorder | None = None,
         *,
         pooling: Pooling = "weighted_mean",
         normalize: bool = True,
-        max_batch: int,
-        max_queued: int,
     ) -> None:
         self.model_name = model_name
         self._model = model
@@ -122,12 +118,10 @@ class EmbeddingsService:
         self._vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
         self._pooling: Pooling = pooling
         self._normalize = normalize
-        self._max_inputs = min(MAX_INPUTS, max_queued)
-        self._batcher: Batcher[list[int], Tensor] = Batcher(
-            "embeddings", self._vectors, max_batch=max_batch, max_queued=max_queued
+        self._max_inputs = min(MAX_INPUTS, batching.max_queued)
+        self._rows: BatchedRows[Tensor] = BatchedRows(
+            "embeddings", model, self._vectors, batching, recorder, last_only=pooling == "last"
         )
-        for block in model.h:  # long batches report progress
-            block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def embed(self, request: EmbeddingsRequest) -> Embeddings:
         """Each input's vector, in order. Cancelling the call withdraws waiting inputs.
@@ -139,25 +133,22 @@ class EmbeddingsService:
         rows = await asyncio.to_thread(self._encode, request)
         tokens = sum(map(len, rows))
         await reserve_tokens(tokens)
-        # Sorted by length, batches need little padding.
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        found = await results_of(self._batcher.submit([rows[index] for index in order]))
-        if not all(bool(vector.isfinite().all()) for vector in found):
+        vectors = await self._rows.results(rows)
+        if not all(bool(vector.isfinite().all()) for vector in vectors):
             raise ModelError(
                 f"the model's output is not finite: its weights are damaged, or too large for "
                 f"{self._model.dtype}"
             )
-        vectors = dict(zip(order, found, strict=True))
         # A million numbers take a while: not on the event loop.
         data = await asyncio.to_thread(_data, vectors, request.encoding_format)
         usage = EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens)
         return Embeddings.model_construct(data=data, model=self.model_name, usage=usage)
 
     def alive(self, within_seconds: float) -> bool:
-        return self._batcher.alive(within_seconds)
+        return self._rows.alive(within_seconds)
 
     def close(self) -> None:
-        self._batcher.close()
+        self._rows.close()
 
     def _check(self, request: EmbeddingsRequest) -> None:
         """Raises APIError."""
@@ -216,32 +207,23 @@ class EmbeddingsService:
         remedy = "shorten it, or set truncate_prompt_tokens"
         check_length(which, known, length, self._model.config.n_positions, remedy)
 
-    @torch.inference_mode()
-    def _vectors(self, rows: Sequence[list[int]]) -> list[Tensor]:
-        """(D) of each row, in fp32 on the CPU."""
-        batch = {name: each.to(self._model.device) for name, each in padded(rows, 0).items()}
-        output = self._model(**batch, use_cache=False, return_dict=True)
-        vectors_BD = pooled(output.last_hidden_state, batch["attention_mask"], self._pooling)
+    def _vectors(self, states: list[Tensor]) -> list[Tensor]:
+        """(D) of each row's (W, D), in fp32 on the CPU."""
+        vectors_BD = torch.stack([pooled(each, self._pooling) for each in states])
         if self._normalize:
             vectors_BD = torch.nn.functional.normalize(vectors_BD, dim=-1)
         return list(vectors_BD.cpu())
 
 
-def pooled(hidden_BLD: Tensor, mask_BL: Tensor, pooling: Pooling) -> Tensor:
-    """Pool each row's hidden states to one vector: (B, D) fp32.
-
-    Args:
-        mask_BL: 1 for tokens and 0 for the padding on their right.
-    """
-    hidden_BLD = hidden_BLD.float()  # half precision cannot hold sums over thousands of tokens
+def pooled(hidden_LD: Tensor, pooling: Pooling) -> Tensor:
+    """Pool a row's hidden states to one vector: (D) fp32."""
+    hidden_LD = hidden_LD.float()  # half precision cannot hold sums over thousands of tokens
     if pooling == "last":
-        last_B = mask_BL.sum(dim=1) - 1
-        return hidden_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-    weights_BL = mask_BL.float()
-    if pooling == "weighted_mean":
-        weights_BL = weights_BL.cumsum(dim=1) * weights_BL
-    weights_BL = weights_BL / weights_BL.sum(dim=1, keepdim=True)
-    return torch.einsum("bld,bl->bd", hidden_BLD, weights_BL)
+        return hidden_LD[-1]
+    if pooling == "mean":
+        return hidden_LD.mean(dim=0)
+    weights_L = torch.arange(1.0, len(hidden_LD) + 1, device=hidden_LD.device)
+    return (weights_L / weights_L.sum()) @ hidden_LD
 
 
 def embeddings_app(
@@ -273,11 +255,11 @@ def embeddings_app(
 
 
 def _data(
-    vectors: Mapping[int, Tensor], encoding_format: Literal["float", "base64"]
+    vectors: Sequence[Tensor], encoding_format: Literal["float", "base64"]
 ) -> list[Embedding]:
     return [
-        Embedding(index=index, embedding=_encoded(vectors[index], encoding_format))
-        for index in range(len(vectors))
+        Embedding(index=index, embedding=_encoded(vector, encoding_format))
+        for index, vector in enumerate(vectors)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 MAX_LABELS = 200  # values of a label that clients choose
@@ -28,7 +29,7 @@ class Labels:
 
 
 class Recorder(Protocol):
-    """Records measurements; called on the event loop, so each call must be quick."""
+    """Records measurements; called on the event loop and on models' threads, so be quick."""
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request was answered, to the last byte; status 499 if the client left before."""
@@ -41,6 +42,9 @@ class Recorder(Protocol):
 
     def queued(self, seconds: float) -> None:
         """Time from a request to an output's first step."""
+
+    def batch(self, queued: Sequence[float], tokens: int, seconds: float) -> None:
+        """A batch of whole rows took `seconds`; each had waited so long for it."""
 
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
         """A request with a key has ended, or was refused for the key's limits."""
@@ -65,6 +69,8 @@ class NoRecorder:
     def token_gap(self, seconds: float) -> None: ...
 
     def queued(self, seconds: float) -> None: ...
+
+    def batch(self, queued: Sequence[float], tokens: int, seconds: float) -> None: ...
 
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None: ...
 

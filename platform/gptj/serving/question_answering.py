@@ -10,25 +10,23 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
-import torch
+import torch.nn.functional as F
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from gptj.data.examples import padded
 from gptj.data.question_answering import Window, best_spans, windows
 from gptj.data.words import Words
 from gptj.model import GPTJForQuestionAnswering
 from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
+from gptj.serving.batched_rows import BatchedRows, Batching
 from gptj.serving.errors import InvalidRequestError, ModelError
 from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
-from gptj.serving.results import results_of
 from gptj.tokenizer import GPTJTokenizer
-from gptj.workers.batcher import Batcher
 
 MAX_WINDOWS = 256  # of one request
 MAX_ANSWERS = 100
@@ -89,31 +87,28 @@ class QuestionAnsweringService:
     """Answers concurrent requests together, batching the windows of their contexts.
 
     Args:
+        batching: its rows are windows.
         window, stride: defaults in tokens, preferably those of training.
-        max_batch: most windows in a batch.
-        max_queued: most windows waiting.
     """
 
     def __init__(
         self,
         model: GPTJForQuestionAnswering,
         tokenizer: GPTJTokenizer,
+        batching: Batching,
+        recorder: Recorder | None = None,
         *,
         window: int = DEFAULT_WINDOW,
         stride: int = DEFAULT_STRIDE,
-        max_batch: int,
-        max_queued: int,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._window = min(window, model.config.n_positions)
         self._stride = stride
-        self._max_windows = min(MAX_WINDOWS, max_queued)
-        self._batcher: Batcher[list[int], tuple[Tensor, Tensor]] = Batcher(
-            "question-answering", self._logits, max_batch=max_batch, max_queued=max_queued
+        self._max_windows = min(MAX_WINDOWS, batching.max_queued)
+        self._rows: BatchedRows[tuple[Tensor, Tensor]] = BatchedRows(
+            "question-answering", model, self._logits, batching, recorder, last_only=False
         )
-        for block in model.transformer.h:  # long batches report progress
-            block.register_forward_hook(lambda *_: self._batcher.beat())
 
     async def answer(self, request: QuestionAnsweringRequest) -> Answer | list[Answer]:
         """The most likely span of the context, or a list of spans for top_k above 1.
@@ -123,15 +118,15 @@ class QuestionAnsweringService:
         # Long texts take a while: not on the event loop.
         parts = await asyncio.to_thread(self._windows, request)
         await reserve_tokens(sum(len(part.input_ids) for part in parts))
-        logits = await results_of(self._batcher.submit([part.input_ids for part in parts]))
+        logits = await self._rows.results([part.input_ids for part in parts])
         answers = await asyncio.to_thread(_answers, request, parts, logits)
         return answers if request.parameters.top_k > 1 else answers[0]
 
     def alive(self, within_seconds: float) -> bool:
-        return self._batcher.alive(within_seconds)
+        return self._rows.alive(within_seconds)
 
     def close(self) -> None:
-        self._batcher.close()
+        self._rows.close()
 
     def _windows(self, request: QuestionAnsweringRequest) -> list[Window]:
         parameters = request.parameters
@@ -182,16 +177,12 @@ class QuestionAnsweringService:
                 code="context_length_exceeded",
             )
 
-    @torch.inference_mode()
-    def _logits(self, rows: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
-        """Start and end logits, (L) each, of each row, in fp32 on the CPU."""
-        batch = {name: each.to(self._model.device) for name, each in padded(rows, 0).items()}
-        output = self._model(**batch, return_dict=True)
-        starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
-        return [
-            (start[: len(row)], end[: len(row)])
-            for row, start, end in zip(rows, starts, ends, strict=True)
-        ]
+    def _logits(self, states: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Start and end logits, (L) each, of each row's (L, D), in fp32 on the CPU."""
+        head = self._model.qa_outputs
+        weight, bias = head.weight.float(), head.bias.float()
+        logits = [F.linear(x_LD.float(), weight, bias).cpu() for x_LD in states]
+        return [(logits_L2[:, 0], logits_L2[:, 1]) for logits_L2 in logits]
 
 
 def question_answering_app(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -20,10 +21,19 @@ Result = TypeVar("Result")
 class _Entry(Generic[Item, Result]):
     item: Item
     future: Future[Result]
+    since: float = field(default_factory=time.monotonic)
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """Of one batch, in seconds."""
+
+    queued: list[float]  # of each item, until the batch began
+    computing: float
 
 
 class Batcher(Generic[Item, Result]):
@@ -33,6 +43,10 @@ class Batcher(Generic[Item, Result]):
         compute: returns one result for each item, in order.
         max_batch: most items in a batch.
         max_queued: most items waiting, besides the running batch.
+        cost: of an item.
+        max_cost: of a batch; an item above it is a batch of its own. None: no limit.
+        observe: called after each batch, on the worker's thread.
+        finish: called on that thread before it ends.
     """
 
     def __init__(
@@ -42,14 +56,21 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch: int,
         max_queued: int,
+        cost: Callable[[Item], int] = lambda item: 1,
+        max_cost: int | None = None,
+        observe: Callable[[Sequence[Item], BatchTimes], None] = lambda items, times: None,
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be 1 or more, got {max_batch}")
         self._compute = compute
         self._max_batch = max_batch
+        self._cost = cost
+        self._max_cost = max_cost
+        self._observe = observe
         self._queue: BoundedQueue[_Entry[Item, Result]] = BoundedQueue(max_queued)
         self._batch: list[_Entry[Item, Result]] = []
-        self._thread = WorkerThread(name, self._queue, self._step, self._fail)
+        self._thread = WorkerThread(name, self._queue, self._step, self._fail, finish=finish)
         self._thread.start()
 
     def submit(self, items: Sequence[Item]) -> list[Future[Result]]:
@@ -78,13 +99,27 @@ class Batcher(Generic[Item, Result]):
         self._thread.join()
 
     def _step(self) -> bool:
-        self._batch = self._queue.pop(self._max_batch)
+        self._batch = self._queue.take(list(self._next()))
         running = [each for each in self._batch if each.future.set_running_or_notify_cancel()]
         if running:
-            results = self._compute([entry.item for entry in running])
+            items = [entry.item for entry in running]
+            start = time.monotonic()
+            results = self._compute(items)
+            end = time.monotonic()
             for entry, result in zip(running, results, strict=True):
                 entry.future.set_result(result)
+            times = BatchTimes([start - entry.since for entry in running], end - start)
+            self._observe(items, times)
         return bool(self._batch)
+
+    def _next(self) -> Iterator[_Entry[Item, Result]]:
+        """The first waiting entries that make a batch."""
+        total = 0
+        for number, entry in enumerate(self._queue.peek(self._max_batch)):
+            total += self._cost(entry.item)
+            if number and self._max_cost is not None and total > self._max_cost:
+                return
+            yield entry
 
     def _fail(self, error: Exception) -> None:
         for entry in self._batch:

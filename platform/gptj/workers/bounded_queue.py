@@ -67,11 +67,6 @@ class BoundedQueue(Generic[Item]):
         with self._changed:
             return [item for item in items if self._remove(item)]
 
-    def pop(self, count: int) -> list[Item]:
-        """Remove and return the first `count` items at most."""
-        with self._changed:
-            return [self._items.popleft() for _ in range(min(count, len(self._items)))]
-
     def remove(self, item: Item) -> bool:
         """Remove an item; False if it is no longer in the queue."""
         with self._changed:

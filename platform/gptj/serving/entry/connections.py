@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with timeouts, a bound on half-sent requests, and fast rejections.
+"""uvicorn's HTTP connection with timeouts, bounds on slow clients, and fast rejections.
 
 uvicorn itself waits forever for the rest of a head or body, and for a client to read.
 """
@@ -6,6 +6,7 @@ uvicorn itself waits forever for the rest of a head or body, and for a client to
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
@@ -23,6 +24,9 @@ from gptj.serving.middleware.observing import HEADER as REQUEST_ID
 # Requests with these headers are left to the middleware, which interprets them.
 NOT_REFUSED_HERE = frozenset((b"expect", b"origin", b"upgrade", b"x-request-timeout-seconds"))
 READ_SECONDS = 0.01  # enough for the loop to poll its sockets again
+# Unsent bytes that the system holds for a connection, and then this process, before it counts as
+# unread. The system's default is megabytes: whole streams, which nobody may ever read.
+UNSENT_BYTES = 8192
 
 
 def error_bytes(error: APIError) -> bytes:
@@ -46,13 +50,16 @@ class ConnectionLimits:
 
     head_seconds: float = 20.0  # to send a request's head; the first counts from connecting
     body_seconds: float = 60.0  # to send its body
-    unread_seconds: float = 30.0  # for a client to read some of the pending reply
+    unread_seconds: float = 30.0  # for a client to read some of its reply, again and again
     close_seconds: float = 5.0  # to read the rest of it before the connection is cut
     # Half-sent requests. Beyond either bound the oldest are dropped, except those younger than
     # `grace_seconds`, which may be part of a burst of whole requests.
     unfinished: int = 4096
     unfinished_per_address: int = 512
     grace_seconds: float = 2.0
+    # Connections whose client does not read its reply; likewise.
+    unread: int = 512
+    unread_per_address: int = 64
 
 
 class Timer:
@@ -81,10 +88,13 @@ class Timer:
 
 
 @dataclass
-class Unfinished:
-    """The connections with a half-sent request, oldest first."""
+class Waiting:
+    """Connections that wait for their client, oldest first; too old ones of too many are ended."""
 
-    limits: ConnectionLimits
+    most: int
+    most_per_address: int
+    grace_seconds: float
+    end: Callable[[LimitedProtocol], None]
     _all: OrderedDict[LimitedProtocol, float] = field(default_factory=OrderedDict)
     _by_address: defaultdict[str, OrderedDict[LimitedProtocol, float]] = field(
         default_factory=lambda: defaultdict(OrderedDict)
@@ -99,12 +109,8 @@ class Unfinished:
             return
         address = self._by_address[connection.address]
         self._all[connection] = address[connection] = loop.time()
-        if not self._sweeping and (
-            len(address) > self.limits.unfinished_per_address
-            or len(self._all) > self.limits.unfinished
-        ):
-            self._sweeping = True
-            Timer(loop, self.limits.grace_seconds, self._sweep, loop)
+        if len(address) > self.most_per_address or len(self._all) > self.most:
+            self._sweep_later(loop)
 
     def discard(self, connection: LimitedProtocol) -> None:
         if self._all.pop(connection, None) is None:
@@ -114,19 +120,47 @@ class Unfinished:
         if not address:
             del self._by_address[connection.address]
 
+    def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._sweeping:
+            self._sweeping = True
+            Timer(loop, self.grace_seconds, self._sweep, loop)
+
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         self._sweeping = False
-        most = self.limits.unfinished_per_address
-        for address in list(self._by_address.values()):
-            self._give_up(list(address.items())[: max(0, len(address) - most)], loop.time())
-        self._give_up(
-            list(self._all.items())[: max(0, len(self._all) - self.limits.unfinished)], loop.time()
-        )
+        excess = [
+            *((list(each.items()), self.most_per_address) for each in self._by_address.values()),
+            (list(self._all.items()), self.most),
+        ]
+        for connections, most in excess:
+            if len(connections) > most:
+                self._end(connections[: len(connections) - most], loop.time())
+                self._sweep_later(loop)  # for those that were too young
 
-    def _give_up(self, oldest: Iterable[tuple[LimitedProtocol, float]], now: float) -> None:
+    def _end(self, oldest: Iterable[tuple[LimitedProtocol, float]], now: float) -> None:
         for connection, since in oldest:
-            if now - since >= self.limits.grace_seconds:
-                connection.give_up("too many requests are half sent, and this is the oldest")
+            if connection in self._all and now - since >= self.grace_seconds:
+                self.end(connection)
+
+
+def half_sent(limits: ConnectionLimits) -> Waiting:
+    """For connections with a half-sent request."""
+    reason = "too many requests are half sent, and this is the oldest"
+    return Waiting(
+        limits.unfinished,
+        limits.unfinished_per_address,
+        limits.grace_seconds,
+        lambda connection: connection.give_up(reason),
+    )
+
+
+def not_read(limits: ConnectionLimits) -> Waiting:
+    """For connections with a reply that is not read."""
+    return Waiting(
+        limits.unread,
+        limits.unread_per_address,
+        limits.grace_seconds,
+        lambda connection: connection.check_reading(),
+    )
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -138,17 +172,20 @@ class LimitedProtocol(HttpToolsProtocol):
 
     gate: Gate | None = None
     limits = ConnectionLimits()
-    unfinished = Unfinished(limits)  # of the process
+    unfinished = half_sent(limits)  # of the process, as is the next
+    unread = not_read(limits)
 
     @classmethod
     def limited(cls, limits: ConnectionLimits) -> type[LimitedProtocol]:
         """A subclass with its own limits and count."""
-        return type(cls.__name__, (cls,), {"limits": limits, "unfinished": Unfinished(limits)})
+        own = {"limits": limits, "unfinished": half_sent(limits), "unread": not_read(limits)}
+        return type(cls.__name__, (cls,), own)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: Timer | None = None  # of the arriving head or body
-        self._unread: Timer | None = None
+        self._reading: Timer | None = None  # while the client does not read
+        self._pending_bytes = 0  # of the reply, when that began
         self._phase = "head"
         self._refusing = False  # reject the current request once its body has arrived
 
@@ -159,11 +196,15 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)
+        connected = transport.get_extra_info("socket")
+        if connected is not None and connected.family in (socket.AF_INET, socket.AF_INET6):
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._await_rest("head", self.limits.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_arrived()
-        self._cancel_unread()
+        self._reads_on()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -218,12 +259,31 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._unread is None:
-            self._unread = Timer(self.loop, self.limits.unread_seconds, self._cut)
+        if self._reading is None:
+            self._await_reading()
 
     def resume_writing(self) -> None:
-        self._cancel_unread()
+        self._reads_on()
         super().resume_writing()
+
+    def check_reading(self) -> None:
+        """Cut the connection, unless its client has read some of the reply since the last check."""
+        self._reads_on()
+        if self.transport.get_write_buffer_size() < self._pending_bytes:
+            self._await_reading()
+        else:
+            self._cut()
+
+    def _await_reading(self) -> None:
+        self._pending_bytes = self.transport.get_write_buffer_size()
+        self._reading = Timer(self.loop, self.limits.unread_seconds, self.check_reading)
+        self.unread.add(self, self.loop)
+
+    def _reads_on(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        self.unread.discard(self)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -282,8 +342,3 @@ class LimitedProtocol(HttpToolsProtocol):
     def _cut(self) -> None:
         """Close now; the request's work is cancelled."""
         self.transport.abort()
-
-    def _cancel_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None

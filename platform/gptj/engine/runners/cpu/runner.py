@@ -24,7 +24,7 @@ from gptj.engine.runners.cpu.adapters import LANES, PackedAdapter, pack_adapter
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
 from gptj.int4 import GROUP_SIZE, Int4Linear, is_int4
-from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
+from gptj.model import GPTJBlock, GPTJForCausalLM, GPTJModel, Rotary
 
 LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
 
@@ -36,7 +36,8 @@ class CpuRunner:
     norms, softmax and logits are always fp32.
 
     Args:
-        model: in evaluation mode, on the CPU.
+        model: in evaluation mode, on the CPU. Of a GPTJModel, which has no head, a step returns
+            the final hidden states (W, D) instead of logits.
         num_pages: of the cache.
         kind: of the weights; int8 is symmetric with a scale per output, and also quantizes
             activations, with a scale per 128 inputs. int4 (see gptj.int4) quantizes activations to
@@ -54,7 +55,7 @@ class CpuRunner:
 
     def __init__(
         self,
-        model: GPTJForCausalLM,
+        model: GPTJForCausalLM | GPTJModel,
         num_pages: int,
         kind: Kind,
         *,
@@ -67,6 +68,7 @@ class CpuRunner:
         self.device = torch.device("cpu")
         self.num_pages = num_pages
         self._kind: Kind = kind
+        self._columns = config.vocab_size if isinstance(model, GPTJForCausalLM) else config.n_embd
         _check(model, kind, lora)
         self._adapters: dict[int, PackedAdapter] = {}  # by slot
         self._kept: list[Tensor] = []  # tensors the kernels hold pointers to
@@ -106,7 +108,7 @@ class CpuRunner:
         assert self._handle is not None, "closed"
         batch.check(self.config, self.page_size, self.num_pages)
         num_logits = len(batch.logits_indices)
-        logits = torch.empty(num_logits, self.config.vocab_size)
+        logits = torch.empty(num_logits, self._columns)
         adapters = None if batch.adapters_R is None else self._adapters_of(batch)
         step = library.Step(
             batch.ids_T.ctypes.data,
@@ -160,23 +162,27 @@ class CpuRunner:
             addresses[slots_T == slot] = ctypes.addressof(self._adapters[slot].layers)
         return addresses
 
-    def _packed(self, model: GPTJForCausalLM, release: bool) -> library.Model:
+    def _packed(self, model: GPTJForCausalLM | GPTJModel, release: bool) -> library.Model:
         """Pack all weights; with `release`, free each once packed."""
         config = self.config
+        body = model.transformer if isinstance(model, GPTJForCausalLM) else model
         let_go = _release if release else _keep_as_it_is
         spent = self._discard if release else _keep_rows
         stored = torch.float32 if self._kind == "fp32" else torch.bfloat16
         # The embedding is not packed: it stays mapped from its file if its dtype matches.
-        wte, lm_head = model.transformer.wte.weight.detach(), model.lm_head.weight.detach()
+        wte = body.wte.weight.detach()
         embedding_VD = wte.to(stored)
         embedding = self._keep(embedding_VD if release else embedding_VD.clone())
-        tied = wte.data_ptr() == lm_head.data_ptr()
-        head_kind: Kind = "int8" if self._kind == "int4" else self._kind
-        head_spent = _keep_rows if tied else spent
-        head = self._linear([model.lm_head], model.lm_head.bias, head_kind, head_spent)
-        let_go(model.lm_head, model.transformer.wte)
+        head = library.Weights()
+        if isinstance(model, GPTJForCausalLM):
+            lm_head = model.lm_head
+            tied = wte.data_ptr() == lm_head.weight.data_ptr()
+            head_kind: Kind = "int8" if self._kind == "int4" else self._kind
+            head = self._linear([lm_head], lm_head.bias, head_kind, _keep_rows if tied else spent)
+            let_go(lm_head)
+        let_go(body.wte)
         layers = (library.Layer * config.n_layer)()
-        for layer, block in zip(layers, model.transformer.h, strict=True):
+        for layer, block in zip(layers, body.h, strict=True):
             assert isinstance(block, GPTJBlock)
             attn, mlp = block.attn, block.mlp
             projections = (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -188,7 +194,7 @@ class CpuRunner:
             last = [attn.out_proj, mlp.fc_out]
             layer.out = self._linear(last, mlp.fc_out.bias, self._kind, spent, beside=True)
             let_go(block)
-        final_weight, final_bias = self._norm(model.transformer.ln_f)
+        final_weight, final_bias = self._norm(body.ln_f)
         let_go(model)
         rotary = Rotary.at(torch.arange(config.n_positions)[None], config)
         return library.Model(
@@ -248,7 +254,7 @@ class CpuRunner:
         return tensor.data_ptr()
 
 
-def _check(model: GPTJForCausalLM, kind: Kind, lora: LoRALimits | None) -> None:
+def _check(model: GPTJForCausalLM | GPTJModel, kind: Kind, lora: LoRALimits | None) -> None:
     config = model.config
     if is_int4(model) and kind != "int4":
         raise library.UnsupportedError(f"the model's weights are stored in int4, not in {kind}")

@@ -135,7 +135,7 @@ struct LoraLayer {
 struct Model {
   const void* embedding;           // (vocabulary, width)
   const float *final_weight, *final_bias;
-  Weights head;
+  Weights head;                    // without data: a step returns hidden states instead of logits
   const float *sines, *cosines;    // (positions, rotated / 2)
   void *keys, *values;             // (layers, pages, heads, 16 * head)
   const Layer* layers;
@@ -147,7 +147,7 @@ struct Step {
   const int32_t* page_table;       // (sequences, pages_per_row)
   const int32_t* logits_indices;   // (num_logits)
   int64_t tokens, sequences, pages_per_row, num_logits;
-  float* logits;                   // (num_logits, vocabulary)
+  float* logits;                   // (num_logits, vocabulary); hidden states: (num_logits, width)
   const LoraLayer* const* adapters;  // (tokens): each one's layers, or null; null if none has any
 };
 }
@@ -229,6 +229,13 @@ class Runner {
       });
       shrink(part, l, kOutProj, kFcOut);
       second_product(part, l, branches);
+    }
+    if (m_.head.data == nullptr) {
+      each(part, b_->num_logits, [&](int64_t i) {
+        layer_norm(&x_[size_t(b_->logits_indices[i] * s_.width)], m_.final_weight, m_.final_bias,
+                   s_.epsilon, s_.width, b_->logits + i * s_.width);
+      });
+      return;
     }
     const Activations last = activations(m_.head, b_->num_logits);
     each(part, b_->num_logits, [&](int64_t i) {

@@ -1,0 +1,99 @@
+"""Computes concurrent requests' rows together: token ids in, a head's results out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gptj.engine.backends import Quantization
+from gptj.engine.row_models import best_row_model, default_max_tokens
+from gptj.pretrained import GPTJPreTrainedModel
+from gptj.serving.metrics import NoRecorder, Recorder
+from gptj.serving.results import results_of
+from gptj.workers.batcher import Batcher, BatchTimes
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Limits of a service's batches, and how it keeps its weights."""
+
+    max_batch: int  # rows
+    max_queued: int  # rows waiting
+    # Tokens; a longer row is a batch of its own. Default: 256 on a CPU, and on a GPU what
+    # max_batch rows can have.
+    max_num_batched_tokens: int | None = None
+    quantization: Quantization = "none"
+    release: bool = False  # move the weights out of the model instead of copying them
+
+
+class BatchedRows(Generic[Result]):
+    """A model's body, and a head that reads its final hidden states.
+
+    A batch is as many waiting rows as the limits allow; the next begins as soon as it ends.
+
+    Args:
+        name: for logs.
+        head: called with each row's states (W, D), on the model's device; returns its result.
+        last_only: W is 1, a row's last token; otherwise a row's length.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: GPTJPreTrainedModel,
+        head: Callable[[list[Tensor]], Sequence[Result]],
+        batching: Batching,
+        recorder: Recorder | None = None,
+        *,
+        last_only: bool,
+    ) -> None:
+        self._head = head
+        self._last_only = last_only
+        self._recorder = recorder or NoRecorder()
+        limit = batching.max_num_batched_tokens or default_max_tokens(
+            model.device, batching.max_batch, model.config.n_positions
+        )
+        self._model = best_row_model(
+            model,
+            max_rows=batching.max_batch,
+            max_tokens=limit,
+            quantization=batching.quantization,
+            release=batching.release,
+            beat=lambda: self._batcher.beat(),  # long batches report progress
+        )
+        self._batcher: Batcher[list[int], Result] = Batcher(
+            name,
+            self._compute,
+            max_batch=batching.max_batch,
+            max_queued=batching.max_queued,
+            cost=len,
+            max_cost=limit,
+            observe=self._observe,
+            finish=self._model.close,
+        )
+
+    async def results(self, rows: Sequence[list[int]]) -> list[Result]:
+        """One for each row. Cancelling the call withdraws waiting rows.
+
+        Raises QueueFullError, ClosedError or ModelError.
+        """
+        return await results_of(self._batcher.submit(rows))
+
+    def alive(self, within_seconds: float) -> bool:
+        return self._batcher.alive(within_seconds)
+
+    def close(self) -> None:
+        self._batcher.close()
+
+    @torch.inference_mode()
+    def _compute(self, rows: Sequence[list[int]]) -> Sequence[Result]:
+        return self._head(self._model.hidden_states(rows, last_only=self._last_only))
+
+    def _observe(self, rows: Sequence[list[int]], times: BatchTimes) -> None:
+        self._recorder.batch(times.queued, sum(map(len, rows)), times.computing)
