@@ -53,11 +53,12 @@ from yaml import YAMLError
 
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
+from gptj.data.causal_lm import CausalLMData
 from gptj.data.labels import LabelSet
 from gptj.data.packing import Packing
 from gptj.data.prepared import Prepared
-from gptj.data.preparing import Plan, prepare
-from gptj.data.rows import Row
+from gptj.data.preparing import Plan, chunks, prepare
+from gptj.data.rows import DataError, Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serialization.yaml_value import parse_yaml
@@ -233,9 +234,7 @@ def make_data(
         labels = labels.translated(written)
     packing = settings.packing or training.get("packing", "concatenate")
     options = DataSettings(sequence_length=length, stride=stride, packing=packing)
-    data = read(settings, settings.data, task, tokenizer, options, labels)
-    if task.name == "causal-lm" and settings.limit is not None:
-        data = data.first(settings.limit)
+    data = read(settings, settings.data, task, tokenizer, options, labels, settings.limit)
     logger.info("%s", data.summary())
     return data
 
@@ -247,13 +246,19 @@ def read(
     tokenizer: GPTJTokenizer,
     options: DataSettings,
     labels: LabelSet | None = None,
+    limit: int | None = None,
 ) -> Any:
-    """The task's data set of prepared or raw data; raw data of any size go through the disk."""
+    """The task's data set of prepared or raw data; raw data of any size go through the disk.
+
+    Args:
+        limit: rows to read, or sequences of a language model, whose rows may be books; no more
+            than these and one shard's rows are held, and of raw data no more are read.
+    """
     prepared = Prepared.at(address)
-    if settings.limit is not None and task.name != "causal-lm":  # whose sequences are limited
+    if limit is not None and task.name != "causal-lm":
         if prepared is not None:
-            raise ValueError(f"limit={settings.limit} is for raw data, and {address} is prepared")
-        rows = islice(data_rows(settings, address, task), settings.limit)
+            raise ValueError(f"limit={limit} is for raw data, and {address} is prepared")
+        rows = islice(data_rows(settings, address, task), limit)
         return task.read(rows, tokenizer, options, labels)
     with scratch_folder() as scratch:
         if prepared is None:
@@ -265,11 +270,20 @@ def read(
                 delimiter=settings.delimiter,
                 task=task.name,
             )
+            if limit is not None:
+                parts = range(len(plan.parts))
+                rows_of = (chunk.rows for part in parts for chunk in chunks(plan, part))
+                length, packing = options.sequence_length, options.packing
+                data = CausalLMData.start_of(rows_of, tokenizer, length, packing, limit)
+                if not len(data):
+                    raise DataError(f"{address}: fewer than two tokens to learn from")
+                return data
             prepare(plan, str(scratch / "raw"), tokenizer)
             prepared = Prepared.at(str(scratch / "raw"))
             assert prepared is not None
         task.write(scratch / "data", prepared, tokenizer, options, labels)
-        return task.load(scratch / "data")  # mapped, and so there until it is let go
+        data = task.load(scratch / "data")  # mapped, and so there until it is let go
+        return data if limit is None else data.first(limit)
 
 
 def data_rows(settings: Settings, address: str, task: AnyTask) -> Iterator[Row]:

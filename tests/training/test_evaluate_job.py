@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gptj import (
     storage,
 )
 from gptj.data.causal_lm import CausalLMData
+from gptj.data.preparing import Plan
 from gptj.data.question_answering import QuestionAnsweringData
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
@@ -151,6 +153,31 @@ def test_a_limit_counts_the_sequences_of_a_text(tokenizer: GPTJTokenizer, tmp_pa
     part = measure(read_settings([*words, "limit=2"]))
     assert all_of_it["examples"] > 2
     assert (part["examples"], part["tokens"]) == (2, 30)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate", "none"])
+def test_a_limit_reads_no_more_of_a_text_than_it_needs(
+    packing: str, tokenizer: GPTJTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sequences as without it, of shards that are small here; the rest is never read."""
+    monkeypatch.setattr(Plan, "of", partial(Plan.of, chunk_characters=200))
+    rows = [{"text": text} for text in TEXTS]
+    raw = written(tmp_path / "data.jsonl", rows)
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text(Path(raw).read_text() + '{"text": 1}\n')
+    settings = read_settings(["model", raw, f"packing={packing}"])
+    options = DataSettings(sequence_length=16, packing=settings.packing)
+    whole, some, start = (
+        read(settings, data, TASKS["causal-lm"], tokenizer, options, limit=limit)
+        for data, limit in ((raw, None), (str(damaged), 9), (raw, 10**6))
+    )
+    assert len(whole) > len(some) == 9
+    for one, other in ((whole.first(9), some), (whole, start)):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.row_ends.tolist() == other.row_ends.tolist()
+        assert one.document_ends.tolist() == other.document_ends.tolist()
+    with pytest.raises(DataError, match="'text'"):
+        read(settings, str(damaged), TASKS["causal-lm"], tokenizer, options)
 
 
 def test_data_is_cut_as_in_training_by_default(tokenizer: GPTJTokenizer, tmp_path: Path) -> None:

@@ -106,6 +106,17 @@ def test_what_a_run_needs_to_resume_counts_too() -> None:
     assert "restoring" not in plan_memory(run_of(4), SIX, on_gpu=True).host
 
 
+def test_workers_that_share_nothing_copy_their_gradients_to_add_them_up() -> None:
+    """At stage 0 in fp32: at most half a thousand million at a time, and a worker alone none."""
+    whole = {"stage": 0, "precision": "fp32"}
+    alone, two = (
+        plan_memory(run_of(count, batch_size=count, deepspeed=whole), SIX, on_gpu=True).device
+        for count in (1, 2)
+    )
+    assert "update" not in alone
+    assert two["update"] == 4 * memory.REDUCED
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("gigabytes", [16, 24, 40, 80])

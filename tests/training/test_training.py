@@ -40,10 +40,14 @@ from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import (
     Progress,
     check_resumable,
+    checkpoint_name,
+    checkpoint_step,
     delete_old_checkpoints,
     delete_unfinished_checkpoints,
     is_complete,
     latest_checkpoint,
+    manifest_name,
+    rank_manifest,
     read_progress,
     upload_state,
 )
@@ -149,6 +153,8 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
         save_state(engine, *arguments)
         if engine.zero_optimization_stage() == 3:
             check_released(models[-1])
+        if engine.zero_optimization_stage() == 0:  # a worker alone does not copy its gradients
+            assert engine.enable_backward_allreduce == (world_size > 1)
 
     loop.save_state = checked_save
     draw_curve = progress.draw_curve
@@ -948,20 +954,48 @@ def test_a_tokenizer_is_retrained_until_a_checkpoint_depends_on_it(tmp_path: Pat
 
 
 def test_a_ranks_manifest_is_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that dies while it copies its shard leaves no checkpoint, nor does a second try."""
+    """One that dies while it copies its shard leaves no checkpoint."""
     folder, kept = tmp_path / "local", str(tmp_path / "run" / "checkpoint-00000001")
     for name in ("shard.safetensors", "manifest-00000-of-00001.json"):
         storage.write_bytes(str(folder / name), b"x")
-    upload_state(folder, kept, 0, 1)
-    assert latest_checkpoint(str(tmp_path / "run")) == kept
 
     def failing(path: Path, address: str) -> None:
         raise storage.UnreachableError(address)
 
-    monkeypatch.setattr(storage, "upload", failing)
-    with pytest.raises(storage.UnreachableError):
-        upload_state(folder, kept, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", failing)
+        with pytest.raises(storage.UnreachableError):
+            upload_state(folder, kept, 0, 1)
     assert latest_checkpoint(str(tmp_path / "run")) is None
+    upload_state(folder, kept, 0, 1)
+    assert latest_checkpoint(str(tmp_path / "run")) == kept
+
+
+def test_a_late_worker_of_an_earlier_attempt_alters_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray has given it up, but its node is only cut off: its upload goes on after the next's."""
+    monkeypatch.setattr(loop, "agree", lambda value: value)
+    settings = Settings(run="run", storage=str(tmp_path))
+    worker = Worker(0, 1, torch.device("cpu"), lambda *_: None)
+    (early, first), (late, second) = (loop._begin_attempt(settings, worker) for _ in range(2))
+    assert (first, second) == (1, 2)
+    late.fence()
+    with pytest.raises(LeaseLostError, match=r"run/attempts \(generation 2, ours was 1\)"):
+        early.fence()
+    addresses = []
+    for attempt in (second, first):  # each has the same step to save
+        local = tmp_path / str(attempt)
+        (local / "shard.safetensors").parent.mkdir()
+        (local / "shard.safetensors").write_text(str(attempt))
+        describe(str(local), ["shard.safetensors"]).write(manifest_name(0, 1))
+        addresses.append(storage.join(settings.folder, checkpoint_name(3, attempt)))
+        upload_state(local, addresses[-1], 0, 1)
+    assert latest_checkpoint(settings.folder) == latest_checkpoint(settings.folder, 3)
+    assert latest_checkpoint(settings.folder, 3) == addresses[0]
+    rank_manifest(addresses[0], 0, 1).check_files(["shard.safetensors"])
+    assert latest_checkpoint(settings.folder, 4) is None
+    assert [checkpoint_step(address) for address in addresses] == [3, 3]
 
 
 def test_whoever_lost_the_run_during_an_upload_finishes_no_checkpoint(tmp_path: Path) -> None:
@@ -1046,10 +1080,7 @@ def loop_run(folder: Path, **fields: Any) -> Any:
 def test_a_run_does_not_rewrite_the_checkpoint_it_resumed_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be the only one, and while it is written there would be none.
-
-    Told to stop at a step that is to be evaluated, the run resumes with that evaluation.
-    """
+    """Told to stop at a step that is to be evaluated, the run resumes with that evaluation."""
     run = loop_run(tmp_path, evaluate_every=2, keep_checkpoints=1, checkpoint_every=2)
     run.progress = Progress(step=2, unfinished=True, probe={})
     run._checkpoint_address = storage.join(run.settings.folder, "checkpoint-00000002")
@@ -1072,6 +1103,23 @@ def test_a_run_does_not_rewrite_the_checkpoint_it_resumed_from(
     assert saved == [4, 6]
 
 
+@pytest.mark.parametrize(("half", "warned"), [(1e11, True), (4e11, False)])
+def test_half_precision_that_a_cpu_is_slower_in_is_named(
+    half: float,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = loop_run(tmp_path, deepspeed={"precision": "bf16"})
+    run._log, run.worker = object(), Worker(0, 1, torch.device("cpu"), lambda *_: None)
+    peaks = {torch.bfloat16: half, torch.float32: 2e11}
+    monkeypatch.setattr(loop, "matrix_peak", lambda device, dtype: peaks[dtype])
+    assert run._peak_of_all() == half
+    named = "2.0 times as fast in fp32 as in bf16: deepspeed.precision=fp32" in caplog.text
+    assert named == warned
+
+
 def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1085,7 +1133,7 @@ def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
     run._log, run._trackers = object(), Trackers([])
     done: Future[float] = Future()
     done.set_result(0.0)
-    run._upload = loop._Upload("checkpoint-00000003", "checkpoint-00000001", 0.0, done)
+    run._upload = loop._Upload("checkpoint-00000003", 1, 0.0, done)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     run._finish_upload()
     names = sorted(path.name for path in folder.iterdir())

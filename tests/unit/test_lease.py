@@ -119,6 +119,25 @@ def test_an_outage_of_the_storage_is_not_its_holders_silence(
             Lease(folder, term=TERM)
 
 
+def test_a_storage_that_stays_slow_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a holder lives cannot be told from reads that take longer than it may be silent."""
+    elsewhere(monkeypatch)
+    folder, term, read = str(tmp_path / "lease"), 0.1, lease._read
+
+    def slow_read(*arguments: Any) -> Any:
+        time.sleep(0.6 * term)
+        return read(*arguments)
+
+    monkeypatch.setattr(Lease, "_renew", lambda self: None)
+    with Lease(folder, term=term) as first:
+        monkeypatch.setattr(lease, "_read", slow_read)
+        with pytest.raises(storage.StorageError, match="takes too long to read"):
+            Lease(folder, term=term)
+        first.claim.check()
+
+
 def test_one_of_many_successors_wins(folder: str) -> None:
     Lease(folder, term=TERM).release()
     won: list[Lease] = []

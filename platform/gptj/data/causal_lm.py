@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptj.data.arrays import Array, ArrayWriter, load_arrays, writing_arrays
-from gptj.data.documents import Mask, read_documents, windows
+from gptj.data.documents import Documents, Mask, read_documents, windows
 from gptj.data.examples import Ids, count_real_tokens, padded, padding_id
 from gptj.data.packing import WINDOW, Packed, Packing, pack
 from gptj.data.prepared import Prepared
@@ -61,11 +61,6 @@ class CausalLMData:
         sequence_length: int,
         packing: Packing = "concatenate",
     ) -> None:
-        _check_length(sequence_length)
-        self.sequence_length = sequence_length
-        self.packing = packing
-        self.vocabulary = len(tokenizer)
-        self._padding = padding_id(tokenizer)
         source = "the data"
 
         def noted() -> Iterator[Row]:
@@ -75,10 +70,52 @@ class CausalLMData:
                 yield row
 
         documents = windows(read_documents(noted(), tokenizer), WINDOW)
-        packed = Packed.joined(list(pack(documents, sequence_length, packing)))
-        if not len(packed.ids):
+        self._hold(documents, tokenizer, sequence_length, packing)
+        if not len(self.tokens):
             raise _nothing_in(source)
+
+    def _hold(
+        self,
+        windows: Iterable[Documents],
+        tokenizer: GPTJTokenizer,
+        sequence_length: int,
+        packing: Packing,
+        most: int | None = None,
+    ) -> None:
+        """Pack windows in memory, until there are `most` examples."""
+        _check_length(sequence_length)
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.vocabulary = len(tokenizer)
+        self._padding = padding_id(tokenizer)
+        parts: list[Packed] = []
+        examples = 0
+        for part in pack(windows, sequence_length, packing):
+            parts.append(part)
+            examples += len(part.row_ends) - 1
+            if most is not None and examples >= most:
+                break
+        packed = Packed.joined(parts)
         self.tokens, self.row_ends, self.document_ends, self.learned, self.cut = packed
+
+    @classmethod
+    def start_of(
+        cls,
+        chunks: Iterable[Sequence[Row]],
+        tokenizer: GPTJTokenizer,
+        sequence_length: int,
+        packing: Packing,
+        count: int,
+    ) -> CausalLMData:
+        """The first `count` examples of `write`'s, reading no more chunks than they need.
+
+        Args:
+            chunks: rows, those of a shard at a time (gptj.data.preparing.chunks).
+        """
+        self = cls.__new__(cls)
+        documents = (Documents.of(list(read_documents(rows, tokenizer))) for rows in chunks)
+        self._hold(documents, tokenizer, sequence_length, packing, count)
+        return self.first(count)
 
     @classmethod
     def write(

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TERM_SECONDS = 60.0
 RENEWALS = 6  # per term
+MOST_TERMS = 10  # of waiting for a storage that takes long to answer: longer than our retries
 
 
 class LeaseHeldError(Exception):
@@ -61,6 +62,20 @@ class Claim:
                 f"another process has taken over, according to {self.folder} (generation {newest}, "
                 f"ours was {self.generation}): this one must no longer write"
             )
+
+
+def take_over(folder: str) -> Claim:
+    """Claim a folder at once, whoever has it: `check` fails for all earlier claims.
+
+    Args:
+        folder: holds only such claims.
+    """
+    owner = secrets.token_hex(16)
+    while True:
+        try:
+            return Claim(folder, _write_next(folder, _newest(folder), {"owner": owner}), owner)
+        except storage.AlreadyExistsError:
+            continue  # another process was faster, and then we are later
 
 
 class Lease:
@@ -111,14 +126,10 @@ class Lease:
             newest = _newest(folder)
             if newest:
                 self._wait_until_free(folder, newest)
-            content = json.dumps(asdict(self._record)).encode()
             try:
-                storage.write_bytes(_address(folder, newest + 1), content, if_absent=True)
+                return _write_next(folder, newest, asdict(self._record))
             except storage.AlreadyExistsError:
                 continue  # another process was faster
-            for generation in range(1, newest):  # keep the newest, to tell a late holder it lost
-                storage.delete(_address(folder, generation))
-            return newest + 1
 
     def _wait_until_free(self, folder: str, generation: int) -> None:
         first = _read(folder, generation)
@@ -131,7 +142,7 @@ class Lease:
             folder,
             self._term,
         )
-        unchanged = 0.0  # seconds
+        began, unchanged = time.monotonic(), 0.0  # seconds
         while unchanged < self._term:
             since = time.monotonic()
             time.sleep(self._term / RENEWALS / 4)
@@ -141,6 +152,12 @@ class Lease:
             if now != first:
                 raise LeaseHeldError(f"process {now.process} on {now.host} is still running")
             took = time.monotonic() - since
+            if time.monotonic() - began > MOST_TERMS * self._term:
+                raise storage.StorageError(
+                    f"{folder} takes too long to read ({took:.0f} s the last time) to tell whether "
+                    f"process {first.process} on {first.host} still uses it; remedy: try again "
+                    f"when the storage answers faster"
+                )
             # A holder cannot renew while the storage is down: it gets a full term afterwards.
             unchanged = 0.0 if took > self._term / 2 else unchanged + took
 
@@ -165,6 +182,15 @@ class Lease:
 
 def _address(folder: str, generation: int) -> str:
     return storage.join(folder, f"{generation:08}.json")
+
+
+def _write_next(folder: str, newest: int, fields: dict[str, Any]) -> int:
+    """Create and return the next generation. AlreadyExistsError if another process was faster."""
+    address = _address(folder, newest + 1)
+    storage.write_bytes(address, json.dumps(fields).encode(), if_absent=True)
+    for generation in range(1, newest):  # keep the newest, to tell a late holder it lost
+        storage.delete(_address(folder, generation))
+    return newest + 1
 
 
 def _newest(folder: str) -> int:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,10 @@ from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder
 from gptj.devices import check_device
+from gptj.errors import CheckpointError
 from gptj.extras import Extra
 from gptj.pretrained import GPTJPreTrainedModel
+from gptj.storage.lease import take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
@@ -59,6 +61,8 @@ from gptj.training.state import (
     Progress,
     check_resumable,
     check_same_data,
+    checkpoint_name,
+    checkpoint_step,
     delete_old_checkpoints,
     delete_unfinished_checkpoints,
     is_complete,
@@ -68,6 +72,8 @@ from gptj.training.state import (
 from gptj.training.tasks import Data, Part
 from gptj.training.trackers import Trackers
 from gptj.training.weights import PRECISIONS, all_finite, build_model, export_model, undo_first_step
+
+ATTEMPTS = "attempts"  # in a run's folder, which attempt has it
 
 logger = logging.getLogger(__name__)
 deepspeed = Extra("deepspeed", "training")
@@ -119,8 +125,8 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     check_packages(settings)
     if agree(settings.model_folder if worker.rank == 0 and is_complete(settings) else None):
         return {}  # the run was killed just after its export
+    worker, attempt = _begin_attempt(settings, worker)
     if worker.rank == 0:  # the others wait below
-        worker.fence()
         delete_unfinished_checkpoints(settings.folder)
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
@@ -154,7 +160,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
                 settings.batch_size,
                 worker.world_size,
             )
-        run = _Run(settings, worker, progress, total, scratch, checkpoint, trackers)
+        run = _Run(settings, worker, attempt, progress, total, scratch, checkpoint, trackers)
         engine = run.start(config)
         if checkpoint is not None:
             run.load(engine, checkpoint)
@@ -172,11 +178,31 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
     return metrics
 
 
+def _begin_attempt(settings: Settings, worker: Worker) -> tuple[Worker, int]:
+    """Take the run over from earlier attempts, whose workers may still live on a lost node.
+
+    Returns:
+        the worker, whose `fence` on rank 0 also raises once another attempt has taken over, and
+        the attempt's number, from 1.
+    """
+    if worker.rank != 0:
+        return worker, int(agree(None) or 1)
+    outer = worker.fence
+    outer()
+    claim = take_over(storage.join(settings.folder, ATTEMPTS))
+
+    def fence() -> None:
+        outer()
+        claim.check()
+
+    return replace(worker, fence=fence), int(agree(str(claim.generation)) or 1)
+
+
 class _Upload(NamedTuple):
     """A checkpoint on its way to storage."""
 
     name: str
-    best: str | None  # the best checkpoint's name at that time
+    best: int | None  # the best evaluation's step at that time
     waited: float  # seconds that it kept the steps waiting
     done: Future[float]  # this rank's part; the seconds that it took
 
@@ -188,6 +214,7 @@ class _Run:
         self,
         settings: Settings,
         worker: Worker,
+        attempt: int,
         progress: Progress,
         total: int,
         scratch: Path,
@@ -197,6 +224,7 @@ class _Run:
         self.settings = settings
         self.task = settings.task_definition
         self.worker = worker
+        self.attempt = attempt
         self.progress = progress
         self.total = total
         self._scratch = scratch
@@ -270,6 +298,8 @@ class _Run:
         )
         if settings.deepspeed.stage == 0:
             undo_first_step(engine)
+            if worker.world_size == 1:  # it would copy all gradients, and back, to sum up one
+                engine.enable_backward_allreduce = False
         if settings.optimizer.skip_spikes is not None:
             self._gate = self._skipping_spikes(engine)
         # Dropout differs between ranks, but is reproducible from the seed.
@@ -340,12 +370,9 @@ class _Run:
         return self._return_to_best(engine) or metrics
 
     def _is_saved(self, step: int) -> bool:
-        """Whether the run resumed from this step's checkpoint, after a stop before its evaluation.
-
-        It must not be rewritten: it may be the only one, and would be incomplete meanwhile.
-        """
-        address = storage.join(self.settings.folder, _checkpoint_name(step))
-        return self._checkpoint_address == address
+        """Whether the newest checkpoint is this step's: the run resumed from it."""
+        newest = self._checkpoint_address
+        return newest is not None and checkpoint_step(newest) == step
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Record an evaluation; returns whether it is the run's best so far."""
@@ -383,7 +410,14 @@ class _Run:
             return None
         if self.settings.export == "last" or not best["kept"]:
             return None
-        address = storage.join(self.settings.folder, _checkpoint_name(best["step"]))
+        address = None  # perhaps an earlier attempt's
+        if self._log is not None:
+            address = latest_checkpoint(self.settings.folder, best["step"])
+        if (address := agree(address)) is None:
+            raise CheckpointError(
+                f"{self.settings.folder} has no checkpoint of step {best['step']}, the best one; "
+                f"remedy: export=last exports the last model"
+            )
         self.load(engine, address)
         if self._log is not None:
             logger.info(
@@ -410,9 +444,9 @@ class _Run:
             **provenance(),
         }
         if self._log is not None:  # the model comes last: once it is there, the run is complete
+            self.worker.fence()
             self._log.publish(self.settings.folder, self._log.snapshot())
             self._log.close()
-            self.worker.fence()
             if storage.exists(storage.join(address, MANIFEST)):
                 logger.info("replacing %s, exported before the run was extended", address)
             storage.delete(storage.join(address, MANIFEST))  # first: it marks the folder as a model
@@ -626,7 +660,7 @@ class _Run:
         """
         waited = self._finish_upload()
         started = time.monotonic()
-        name = _checkpoint_name(self.progress.step)
+        name = checkpoint_name(self.progress.step, self.attempt)
         folder = tempfile.TemporaryDirectory(dir=self._scratch)
         path = Path(folder.name) / name
         path.mkdir()
@@ -638,13 +672,14 @@ class _Run:
         curve = None if self._log is None else self._log.snapshot()
         stolen = waited + time.monotonic() - started
         best = self.progress.best
-        kept = None if best is None else _checkpoint_name(best["step"])
+        kept = None if best is None else best["step"]
 
         def upload() -> float:
             with folder:
                 began = time.monotonic()
                 self.worker.report(point, path, name)
                 if self._log is not None and curve is not None:
+                    self.worker.fence()
                     self._log.publish(self.settings.folder, curve)
                 return time.monotonic() - began
 
@@ -684,7 +719,20 @@ class _Run:
         peak = float(self._sum(torch.tensor([mine], dtype=torch.float64)))
         if self._log is not None:
             logger.info("matrix products reach %.3g TFLOP/s on all workers together", peak / 1e12)
+            if device.type == "cpu" and dtype != torch.float32 and known is None:
+                self._compare_with_fp32(mine)
         return peak
+
+    def _compare_with_fp32(self, half: float) -> None:
+        """Warn if this CPU computes slower in half precision: many have no instructions for it."""
+        full = matrix_peak(self.worker.device, torch.float32)
+        if full > half:
+            logger.warning(
+                "this CPU's matrix products are %.1f times as fast in fp32 as in %s: "
+                "deepspeed.precision=fp32 trains faster, if its memory suffices",
+                full / half,
+                self.settings.deepspeed.precision,
+            )
 
     def _gather(self, part: Part) -> list[Part]:
         parts: list[Any] = [None] * self.worker.world_size
@@ -728,10 +776,6 @@ def _trackers(settings: Settings, worker: Worker, scratch: Path) -> Trackers:
     if (message := agree(fault)) is not None:
         raise SettingsError(message)
     return trackers
-
-
-def _checkpoint_name(step: int) -> str:
-    return f"checkpoint-{step:08}"
 
 
 def _due(step: int, every: int | None) -> bool:

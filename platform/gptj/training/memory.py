@@ -46,6 +46,7 @@ MASTER = 4  # bytes of a trained weight in fp32
 MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # bytes of Adam's two moments per trained weight
 STORED_MOMENTS = 16  # bytes per weight while 8-bit moments are restored from a checkpoint
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered
+REDUCED = 500_000_000  # gradients that stage 0 adds up at a time
 CONTEXT = 1_200_000_000  # bytes that CUDA and NCCL take on each GPU
 PROCESS = 700_000_000  # bytes of a CPU worker: Python, PyTorch, DeepSpeed, Ray
 NODE_GPUS = 8
@@ -103,11 +104,14 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     accumulation = micro_batches(settings.batch_size, workers, settings.micro_batch_size)
     sums = sums_in_fp32(spread, accumulation)
     gradients = trained * (4 if sums else width) // (workers if stage >= 2 else 1)
-    # DeepSpeed's optimizer reads gradients in fp32: in a copy, unless they are.
-    copies = trained * 4 if masters and not (sums and stage == 2) else 0
-    copies = copies // (workers if stage else 1)
-    if stage == 3:  # one group of weights after the other
-        copies = min(copies, LIVE * 4)
+    # DeepSpeed's optimizer reads gradients in fp32: in a copy, unless they are. Stage 3 copies them
+    # into one tensor first, for one group of weights after the other.
+    copied = 4 if masters and not (sums and stage == 2) else 0  # bytes of each
+    if stage == 3 and width < 4 and not sums:
+        copied += width
+    copies = min(trained // (workers if stage else 1), LIVE if stage == 3 else trained) * copied
+    if stage == 0 and workers > 1:  # to add up all workers' gradients
+        copies = max(copies, min(trained, REDUCED) * width)
     if not on_gpu and settings.optimizer.moments == "8bit":  # its update needs temporary tensors
         copies += 5 * 4 * (trained // workers if stage else largest)
     bucket = BUCKET if on_gpu else min(trained, BUCKET)
@@ -124,9 +128,8 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
         gradients = gradients if stage == 1 else 0
     else:
         device["optimizer"] = optimizer
-    # Backward pass: a micro-batch's activations are freed as its gradients appear. On CPUs malloc
-    # mostly cannot reuse them for these.
-    together = accumulation > 1 or stage >= 2 or not on_gpu
+    # Backward pass: a micro-batch's activations are freed as its gradients appear.
+    together = accumulation > 1 or stage >= 2
     learning = body + head + gradients if together else max(body + head, gradients)
     updating = gradients + (0 if spread.offload_optimizer else copies)
     # A run that resumes reads moments in 8 bits with each number's scale, all in fp32.

@@ -5,12 +5,17 @@ moments (gptj.training.shards), the state of its random generators, and a manife
 adds `progress.json` with the step, settings, data fingerprints and metrics so far. The position in
 the data follows from the step, and the weights from the masters. Frozen weights are not included;
 they are read from their source. Any number of ranks can resume.
+
+Each attempt of a run, from its start or a resume to its end, writes folders of its own: a worker
+that Ray has given up, but that still runs on a node cut off from the cluster, alters none of
+another attempt's.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +33,7 @@ from gptj.training.settings import MAY_CHANGE, Settings, SettingsError, changed,
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)(-attempt-\d+)?")
 OLD = "zero/"  # where versions until 0.1 kept DeepSpeed's own files
 
 
@@ -68,15 +74,13 @@ def upload_state(
 ) -> None:
     """Upload this rank's files to the checkpoint's address, the manifest last.
 
-    A rank that dies meanwhile leaves no manifest, and so no checkpoint. A retry first deletes an
-    earlier attempt's manifest.
+    A rank that dies meanwhile leaves no manifest, and so no checkpoint.
 
     Args:
         fence: raises if another submission of the run has taken over, perhaps during an upload.
     """
     fence()
     manifest = manifest_name(rank, world_size)
-    storage.delete(storage.join(address, manifest))
     names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
     storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
     fence()
@@ -110,33 +114,51 @@ def read_progress(address: str) -> Progress:
     return progress
 
 
-def latest_checkpoint(folder: str) -> str | None:
-    """The address of the newest training checkpoint that all ranks have finished, if any."""
+def checkpoint_name(step: int, attempt: int = 1) -> str:
+    """A checkpoint's folder; ordered by step, then attempt."""
+    return f"checkpoint-{step:08}" + (f"-attempt-{attempt:04}" if attempt > 1 else "")
+
+
+def checkpoint_step(address: str) -> int:
+    """The step of a checkpoint, by its address or name."""
+    found = _CHECKPOINT.fullmatch(address.rpartition("/")[2])
+    assert found is not None, address
+    return int(found[1])
+
+
+def latest_checkpoint(folder: str, step: int | None = None) -> str | None:
+    """The address of the newest training checkpoint that all ranks have finished, if any.
+
+    Args:
+        step: only that of this step.
+    """
     finished = [name for name, complete in _checkpoints(folder).items() if complete]
+    if step is not None:
+        finished = [name for name in finished if checkpoint_step(name) == step]
     return storage.join(folder, max(finished)) if finished else None
 
 
-def delete_old_checkpoints(folder: str, keep: int, best: str | None = None) -> None:
+def delete_old_checkpoints(folder: str, keep: int, best: int | None = None) -> None:
     """Delete old checkpoints, complete or not, except the `keep` newest complete ones and the best.
 
     Failure to delete is only logged: the run does not depend on it.
+
+    Args:
+        best: its step.
     """
     try:
         checkpoints = _checkpoints(folder)
         kept = sorted(name for name, complete in checkpoints.items() if complete)[-keep:]
         for name in checkpoints:
-            if kept and name not in kept and name < kept[-1] and name != best:
+            old = bool(kept) and name not in kept and name < kept[-1]
+            if old and checkpoint_step(name) != best:
                 storage.delete_folder(storage.join(folder, name))
     except storage.StorageError as error:
         logger.warning("cannot delete an old checkpoint in %s: %s", folder, error)
 
 
 def delete_unfinished_checkpoints(folder: str) -> None:
-    """Delete incomplete checkpoints left by dead ranks; call before the ranks of a retry start.
-
-    A retry may save the same step: manifests of both attempts would then make the checkpoint look
-    complete while it mixes their shards.
-    """
+    """Delete incomplete checkpoints left by dead ranks; call before the ranks of a retry start."""
     for name, complete in _checkpoints(folder).items():
         if not complete:
             storage.delete_folder(storage.join(folder, name))
@@ -214,7 +236,7 @@ def _checkpoints(folder: str) -> dict[str, bool]:
     files: dict[str, list[str]] = {}
     for file in storage.list_files(folder):
         name, _, rest = file.name.partition("/")
-        if name.startswith("checkpoint-"):
+        if _CHECKPOINT.fullmatch(name):
             files.setdefault(name, []).append(rest)
     return {name: _writers(each) is not None for name, each in files.items()}
 
