@@ -126,7 +126,7 @@ def make_settings(folder: Path, fields: dict[str, Any], config: GPTJConfig) -> S
         "steps": 2,
         "batch_size": 2,
         "micro_batch_size": 2,
-        # Given, so that there is no evaluation, which would take most of the time.
+        # Set, or the sample would be evaluated too, which would take most of the time.
         "data": {"train": f"{TASKS[task].sample}/evaluation", "sequence_length": 256},
         "deepspeed": {"stage": 0},
         **fields,

