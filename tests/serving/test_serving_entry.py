@@ -45,10 +45,14 @@ class Replicas:
         self.dies: Dies = lambda number: None
         self.answers: Callable[[int], tuple[int, bytes] | None] = lambda number: None
         self.request_timeout_s: float | None = None
+        self.routes = (200, b'{"/v1": "text_generation"}')
         self.tries = 0
         self.replies: list[bytes] = []  # what each try wrote, sent on or not
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/-/routes":
+            await _plain(self.routes, send)
+            return
         number, self.tries = self.tries, self.tries + 1
         if (answer := self.answers(number)) is not None:
             await _plain(answer, send)
@@ -287,6 +291,17 @@ def test_serves_own_errors_have_our_body(
     if ours in (429, 503):
         assert reply.headers["retry-after"] == "7"
     assert replicas.tries == 1
+
+
+@pytest.mark.parametrize("routes", [(503, b"Route table is not populated yet."), (200, b"{}")])
+def test_until_an_application_is_deployed_a_client_is_told_to_retry(
+    replicas: Replicas, calm: str, monkeypatch: pytest.MonkeyPatch, routes: tuple[int, bytes]
+) -> None:
+    monkeypatch.setattr(replicas, "routes", routes)
+    replicas.answers = lambda number: (404, b"Path '/v1/completions' not found.")
+    reply = httpx.post(f"{calm}/v1/completions", content=BODY, timeout=30)
+    assert_error(reply, 503, "no application is deployed yet")
+    assert reply.headers["retry-after"]
 
 
 def test_a_time_limit_covers_all_tries_together(replicas: Replicas, calm: str) -> None:

@@ -89,7 +89,10 @@ def test_readers_are_measured_from_disk_and_s3_and_nothing_is_left(
     for row in runs:
         if row["from"] == "disk":
             share = row["cached_share"]
-            assert share > 0.9 if row["cache"] == "warm" else share < 0.1
+            if row["cache"] == "warm":
+                assert share > 0.9
+            elif processes:  # in one process, what a reader still maps stays cached
+                assert share < 0.1
     assert list(tmp_path.iterdir()) == []
     assert lines[-1].startswith("| s3, cached | warm |")
 

@@ -7,6 +7,7 @@ id and seed, and so the same answer. A stream continues where it stopped.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import time
@@ -164,6 +165,20 @@ class Exchange:
     async def send(self, message: Message) -> None:
         await self._send(message)
 
+    async def routed(self) -> bool:
+        """Whether Serve routes to any application, by its own `/-/routes`."""
+        path = "/-/routes"
+        scope = {**self._scope, "method": "GET", "path": path, "raw_path": path.encode()}
+        status, body = 0, b""
+
+        async def take(message: Message) -> None:
+            nonlocal status, body
+            status = message.get("status", status)
+            body += message.get("body", b"")
+
+        await self._app(scope, self._input(), take)
+        return status == HTTPStatus.OK and bool(json.loads(body))
+
     def timeout(self) -> APIError:
         limit = "its limit" if self._limit_seconds is None else f"{self._limit_seconds:g} seconds"
         return RequestTimeoutError(f"the request took more than {limit}")
@@ -276,7 +291,11 @@ class Reply:
         assert self._start is not None
         self.sent = True
         if self._from_serve():
-            await self._exchange.send_error(self.error())
+            error = self.error()
+            if self.status == HTTPStatus.NOT_FOUND and not await self._exchange.routed():
+                # After the head's restart, until Serve has deployed the applications again.
+                error = UnavailableError("no application is deployed yet: try again later")
+            await self._exchange.send_error(error)
             return
         current_entry().logged = True
         await self._exchange.send(self._start)
