@@ -15,6 +15,8 @@ if [ ! -e "$dir/ov/installed" ]; then
   # The newest transformers that optimum-intel supports.
   "$dir/ov/bin/pip" install -q torch==2.13.0 openvino==2026.4.1 openvino-genai==2026.4.1.0 \
     openvino-tokenizers==2026.4.1.0 nncf==3.4.0 optimum-intel==2.2.0 transformers==5.5.4
+  # A dependency of these whose wheel is not for this torch: transformers fails to import it.
+  "$dir/ov/bin/pip" uninstall -q -y torchvision
   touch "$dir/ov/installed"
 fi
 if [ ! -e "$dir/vllm/installed" ]; then

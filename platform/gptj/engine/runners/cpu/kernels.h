@@ -21,7 +21,9 @@ constexpr int64_t kWideRows = 12;  // rows for which a pass takes both vectors o
 constexpr int64_t kMaxRows = 6;   // 12 accumulators of 16 registers, one vector at a time
 constexpr int64_t kWideRows = 3;  // likewise, two vectors at a time
 #endif
-constexpr int64_t kAhead = 2048;  // prefetch distance of weights, in bytes
+// Prefetch distances of weights, in bytes: from memory to the second-level cache, whose prefetches
+// do not hold the first level's few miss buffers, and from there to the first.
+constexpr int64_t kFarAhead = 8192, kAhead = 2048;
 // Words of a block that all passes multiply before the next ones, so that weights are read from a
 // core's first-level cache in all passes but the first: 8 KB a vector.
 constexpr int64_t kChunk = 128;
@@ -347,13 +349,18 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
 }
 
 // Adds the products of `count` words of some vectors of a block with the M rows of a pass.
-// Meanwhile it prefetches the weights needed next: `lines` per word, starting at `ahead`.
+// Meanwhile it prefetches weights: of a single pass its own, further on (`lines` is 2 a word), of
+// several the next chunk's from `ahead` on (1 a word), or none.
 template <class K, int M, int Vectors>
 GPTJ_INLINE void add_products(const char* weights, const uint32_t* words, int64_t count,
                               const char* ahead, int lines, typename K::Sum (&sum)[M][Vectors]) {
   for (int64_t i = 0; i < count; ++i) {
-    if (lines > 0) _mm_prefetch(ahead + i * lines * 64, _MM_HINT_T0);
-    if (lines > 1) _mm_prefetch(ahead + i * lines * 64 + 64, _MM_HINT_T0);
+    if (lines == 1) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
+    if (lines == 2)
+      unrolled<2>([&](auto line) GPTJ_INLINE_LAMBDA {
+        _mm_prefetch(ahead + i * 128 + line * 64 + kFarAhead, _MM_HINT_T1);
+        _mm_prefetch(ahead + i * 128 + line * 64 + kAhead, _MM_HINT_T0);
+      });
     const uint32_t* x = words + i * K::kParts * M;
 #ifdef GPTJ_AVX512  // rows outside, so that vectors share a row's word
     typename K::Part parts[Vectors][K::kParts];
@@ -472,7 +479,7 @@ void block_sums(const Weights& w, int64_t block, const Activations& a, float* su
     for (int64_t number = 0; number < passes; ++number) {
       const Pass pass = Pass::number(number, a.rows);
       const int lines = passes == 1 ? 2 : number < 2 ? 1 : 0;
-      const char* ahead = passes == 1 ? start + kAhead : start + bytes + number * (bytes / 2);
+      const char* ahead = passes == 1 ? start : start + bytes + number * (bytes / 2);
       switch (pass.count) {
 #define ROWS(M)                                                                    \
   case M:                                                                          \
