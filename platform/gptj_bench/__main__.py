@@ -73,6 +73,7 @@ PEER_SCRIPT = Path(__file__).parent / "peers" / "decode.py"
 PEERS = (
     ("vllm", "vllm", "bfloat16"),
     ("vllm", "vllm", "float32"),
+    ("vllm", "vllm", "int8"),
     ("ctranslate2", "hf", "int8"),
     ("transformers", "hf", "bfloat16"),
     *(("openvino", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
