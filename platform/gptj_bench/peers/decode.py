@@ -56,7 +56,7 @@ def vllm(model: str, dtype: str, threads: int) -> Generate:
 
 
 def _converted_to_w8a8(model: str) -> str:
-    """Blocks' weights in int8 by column, activations in int8 by token: compressed-tensors' format."""
+    """Weights of blocks in int8 by column, activations by token, as compressed-tensors has them."""
     import torch
     from safetensors.torch import load_file, save_file
 
