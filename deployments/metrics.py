@@ -15,16 +15,6 @@ from gptj.serving.metrics import Labels
 LEAST_SECONDS, MOST_SECONDS, RATIO = 1e-3, 600.0, 1.15  # buckets fine enough for percentiles
 REPORT_SECONDS = 1.0
 
-GAUGES = (
-    "running",
-    "waiting",
-    "pages_used",
-    "pages_cached",
-    "pages_total",
-    "last_batch_size",
-    "adapters",
-)
-
 
 def boundaries() -> list[float]:
     """Histogram bucket bounds from a millisecond to ten minutes, each 15 % above the last."""
@@ -149,17 +139,14 @@ class EngineReporter:
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
         self._last: dict[str, int] = {}
-        names = [each.name for each in fields(EngineStats)]
-        self._gauges = {
-            name: metrics.Gauge(f"gptj_engine_{name}", f"The engine's {name} now.")
-            for name in names
-            if name in GAUGES
-        }
-        self._counters = {
-            name: metrics.Counter(f"gptj_engine_{name}", f"The engine's {name} since its start.")
-            for name in names
-            if name not in GAUGES
-        }
+        self._gauges: dict[str, metrics.Gauge] = {}
+        self._counters: dict[str, metrics.Counter] = {}
+        for each in fields(EngineStats):
+            name, description = f"gptj_engine_{each.name}", each.metadata["description"]
+            if each.metadata["gauge"]:
+                self._gauges[each.name] = metrics.Gauge(name, description)
+            else:
+                self._counters[each.name] = metrics.Counter(name, description)
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="engine-metrics", daemon=True).start()
 
