@@ -96,7 +96,8 @@ def test_the_proxy_logs_its_own_replies_and_counts_refusals_by_the_second(
             return  # as if the replica had died
         status = 404 if scope["path"] == "/nothing" else 200
         media = "text/plain" if status == 404 else "application/json"
-        await PlainTextResponse("{}", status, media_type=media)(scope, receive, send)
+        body = '{"/fine": "an application"}'  # as from /-/routes
+        await PlainTextResponse(body, status, media_type=media)(scope, receive, send)
 
     async def run() -> None:
         nonlocal now

@@ -56,7 +56,7 @@ def expected(weight: torch.Tensor, quantization: Quantization) -> np.ndarray[Any
 
 
 @KINDS
-@pytest.mark.parametrize("shape", [(48, 40), (3, 5), (64, 64)])
+@pytest.mark.parametrize("shape", [(48, 40), (3, 5), (64, 64), (96, 4), (32, 3)])
 def test_weights_are_rounded_to_the_nearest_values(
     quantization: Quantization, shape: tuple[int, int], device: torch.device
 ) -> None:
