@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "fp32, stage 3": {"deepspeed": {"stage": 3}},
     "16 rows": {"micro_batch_size": 16, "batch_size": 16},
-    "16 rows, recomputed": {
+    "16 rows, gradient checkpointing": {
         "micro_batch_size": 16,
         "batch_size": 16,
         "model": {"gradient_checkpointing": True},
