@@ -7,13 +7,14 @@ block; its `environment()` has the variables that boto3, pyarrow and our storage
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,13 @@ boto3 = Extra("boto3", "an S3 server on this machine")
 botocore = Extra("botocore", "an S3 server on this machine", "boto3")
 
 START_SECONDS = 60
+TRIES = 3  # with other ports, if another program took one before the server did
+# As its log says at its start, or later of one of its servers, without which it has no bucket.
+TAKEN = re.compile("Port allocation failed|listen tcp [^\n]*address already in use")
+
+
+class _PortTakenError(RuntimeError):
+    pass
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,22 @@ class LocalS3:
         server's log if it does not come up.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            for left in reversed(range(TRIES if again is None else 1)):
+                try:
+                    server = stack.enter_context(cls._started(folder, bucket, again))
+                    break
+                except _PortTakenError:
+                    if left == 0:
+                        raise
+            yield server
+
+    @classmethod
+    @contextmanager
+    def _started(cls, folder: Path, bucket: str, again: LocalS3 | None) -> Iterator[LocalS3]:
         log = folder / "weed.log"
+        log.touch()
+        written = log.stat().st_size
         if again is None:
             access_key, secret_key = secrets.token_hex(8), secrets.token_hex(20)
             ports = free_ports(len(_PORT_FLAGS))
@@ -91,7 +114,7 @@ class LocalS3:
             with running(command, environment=environment, log=log) as process:
                 endpoint = f"http://{HOST}:{ports[_PORT_FLAGS.index('s3.port')]}"
                 server = cls(endpoint, bucket, process.pid, tuple(ports), access_key, secret_key)
-                server._wait_until_up(process, log)
+                server._wait_until_up(process, log, written)
                 yield server
         finally:
             # SeaweedFS leaves its sockets behind, named by port in a folder of its choice.
@@ -99,7 +122,8 @@ class LocalS3:
                 for left_behind in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                     left_behind.unlink()
 
-    def _wait_until_up(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def _wait_until_up(self, process: subprocess.Popen[bytes], log: Path, written: int) -> None:
+        """`written`: the size of the log when the server was started."""
         client = boto3.client(
             "s3",
             endpoint_url=self.endpoint,
@@ -116,10 +140,11 @@ class LocalS3:
                 client.head_bucket(Bucket=self.bucket)
                 return
             except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
-                if process.poll() is None and time.monotonic() < deadline:
+                taken = TAKEN.search(log.read_bytes()[written:].decode(errors="replace"))
+                if not taken and process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.1)
                     continue
-                raise RuntimeError(
+                raise (_PortTakenError if taken else RuntimeError)(
                     f"the local S3 server did not come up at {self.endpoint} "
                     f"(exit status {process.poll()}); the end of {log}:\n{tail(log)}"
                 ) from error
