@@ -302,6 +302,15 @@ def test_until_an_application_is_deployed_a_client_is_told_to_retry(
     reply = httpx.post(f"{calm}/v1/completions", content=BODY, timeout=30)
     assert_error(reply, 503, "no application is deployed yet")
     assert reply.headers["retry-after"]
+    # A stream that has begun.
+    replicas.dies, replicas.tries = (lambda number: 4), 0
+    replicas.answers = lambda number: (
+        (404, b"Path '/v1/completions' not found.") if number else None
+    )
+    body = {"prompt": "x", "max_tokens": 12, "stream": True, "ignore_eos": True}
+    reply = httpx.post(f"{calm}/v1/completions", json=body, timeout=30)
+    *_, error, _, _ = reply.text.split("\n\n")
+    assert "no application is deployed yet" in json.loads(error[6:])["error"]["message"]
 
 
 def test_a_time_limit_covers_all_tries_together(replicas: Replicas, calm: str) -> None:

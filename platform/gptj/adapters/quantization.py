@@ -68,8 +68,8 @@ class QuantizedLinear(nn.Module):
             codes, size = self.weight_codes[:, None], shape[0] * shape[1]
             # With AVX-512, bitsandbytes 0.50.2 takes wrong scales if a block spans several rows.
             rows = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
-            found: Tensor = operations.dequantize_4bit(codes, scales, BLOCK, "nf4", rows, dtype)
-            weight = found.view(shape)
+            flat = operations.dequantize_4bit(codes, scales, BLOCK, "nf4", rows, dtype)
+            weight: Tensor = flat.view(shape)
         else:
             codes, values = self.weight_codes.view(shape), _int8_values(self.weight_codes.device)
             weight = operations.dequantize_blockwise(codes, scales, values, BLOCK, dtype)

@@ -111,7 +111,7 @@ class Exchange:
             if reply.diverged or self._expired():
                 break
             if number == MAX_TRIES and reply.complete:  # refused, after a stream had begun
-                await self._end_stream(reply.error())
+                await self._end_stream(await reply.error())
                 return
             if number < MAX_TRIES:
                 reason = "refused it" if reply.complete else "died"
@@ -291,11 +291,7 @@ class Reply:
         assert self._start is not None
         self.sent = True
         if self._from_serve():
-            error = self.error()
-            if self.status == HTTPStatus.NOT_FOUND and not await self._exchange.routed():
-                # After the head's restart, until Serve has deployed the applications again.
-                error = UnavailableError("no application is deployed yet: try again later")
-            await self._exchange.send_error(error)
+            await self._exchange.send_error(await self.error())
             return
         current_entry().logged = True
         await self._exchange.send(self._start)
@@ -313,12 +309,15 @@ class Reply:
         """Whether Serve itself answered: our services send no errors in plain text."""
         return (self.status or 0) >= 400 and self._type().startswith(b"text/plain")
 
-    def error(self) -> APIError:
+    async def error(self) -> APIError:
         """Our error for one of Serve's own replies."""
         retry = self._header(b"retry-after")
         headers = {} if retry is None else {"Retry-After": retry.decode("latin-1")}
         status = self.status
         if status == HTTPStatus.NOT_FOUND:
+            if not await self._exchange.routed():
+                # After the head's restart, until Serve has deployed the applications again.
+                return UnavailableError("no application is deployed yet: try again later")
             message = f"there is no {self._exchange.path:.200}; /-/routes lists what there is"
             return NotFoundError(message, code="unknown_url")
         if status == HTTPStatus.REQUEST_TIMEOUT:
