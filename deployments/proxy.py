@@ -1,5 +1,8 @@
 """Middlewares around routing in Serve's HTTP proxies: see gptj.serving.entry.
 
+With RAY_SERVE_ENABLE_HA_PROXY=1 they run in each replica's own server instead (see
+deployments/haproxy.py), where nothing can be retried elsewhere.
+
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
 manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
 connections forever, some errors are plain text, and clients can evade their keys' limits with their
@@ -8,6 +11,9 @@ own seed (x-gptj-seed).
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import uvicorn.config
 import uvicorn.protocols.http.auto as http
 from starlette.middleware import Middleware
@@ -15,7 +21,7 @@ from starlette.types import ASGIApp
 
 from deployments.logs import follow_serve
 from gptj.serving.entry.admission import Admission, Gate
-from gptj.serving.entry.connections import LimitedProtocol
+from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.refusals import ReadableRefusals
 from gptj.serving.entry.request_ids import RequestIds
@@ -29,8 +35,9 @@ def middlewares() -> list[Middleware]:
     # Like uvicorn's --ws none, for which Serve has no setting: a POST that offers a WebSocket
     # upgrade would never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
-    http.AutoHTTPProtocol = LimitedProtocol
-    LimitedProtocol.gate = gate = Gate()
+    protocol = LimitedProtocol.limited(connection_limits())
+    protocol.gate = gate = Gate()
+    http.AutoHTTPProtocol = protocol
     follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
@@ -41,6 +48,16 @@ def middlewares() -> list[Middleware]:
         Middleware(RequestIds),
         Middleware(ReadableRefusals),
     ]
+
+
+def connection_limits() -> ConnectionLimits:
+    """Of this process; behind HAProxy all connections come from its few addresses."""
+    limits = ConnectionLimits()
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        return limits
+    return replace(
+        limits, unfinished_per_address=limits.unfinished, unread_per_address=limits.unread
+    )
 
 
 def limit_seconds(app: ASGIApp) -> float | None:

@@ -11,6 +11,8 @@ With --adapters the model has that many LoRA adapters, and clients take turns be
 
     replica, proxy, controller    SIGKILL
     hang, proxy-hang              SIGSTOP of a replica, or of the proxy
+    haproxy, haproxy-hang,        SIGKILL and SIGSTOP of HAProxy, and SIGKILL of the actor that runs
+    haproxy-manager               it; only with RAY_SERVE_ENABLE_HA_PROXY=1 in the environment
     worker                        a node with a replica, and everything on it, by SIGKILL at once;
                                   alone, on a cluster with one more node a round
     head                          the only node and everything on it, Ray's state included, by
@@ -47,6 +49,12 @@ FAULTS = {  # the actor's class, and the signal to its process
     "controller": ("ServeController", signal.SIGKILL),
     "hang": ("ServeReplica", signal.SIGSTOP),
     "proxy-hang": ("ProxyActor", signal.SIGSTOP),
+}
+# With RAY_SERVE_ENABLE_HA_PROXY=1: HAProxy itself, and the actor that runs it.
+HAPROXY_FAULTS = {
+    "haproxy": signal.SIGKILL,
+    "haproxy-hang": signal.SIGSTOP,
+    "haproxy-manager": signal.SIGKILL,
 }
 CHANGES = ("upgrade", "bad-upgrade", "rollback")
 REPLACED_SECONDS = 180
@@ -172,6 +180,8 @@ async def break_(service: LocalService, fault: str) -> float:
     start = time.monotonic()
     if fault in FAULTS:
         ended = await kill(service, *FAULTS[fault])
+    elif fault in HAPROXY_FAULTS:
+        ended = await kill_haproxy(service, fault)
     elif fault == "worker":
         ended = await lose_worker(service)
     elif fault == "head":
@@ -190,6 +200,21 @@ async def kill(service: LocalService, actor: str, what: signal.Signals) -> bool:
     def replaced() -> bool:
         now = service.processes(actor)
         return now.get(victim) != before[victim] and len(now) >= len(before) and service.answers()
+
+    return await until(replaced)
+
+
+async def kill_haproxy(service: LocalService, fault: str) -> bool:
+    """Send HAProxy or its actor a signal; returns whether another answered in time."""
+    ((actor, manager),) = service.processes("HAProxyManager").items()
+    (program,) = service.haproxies()
+    victim = manager if fault == "haproxy-manager" else program.pid
+    os.kill(victim, HAPROXY_FAULTS[fault])
+
+    def replaced() -> bool:
+        managers = service.processes("HAProxyManager")
+        same = managers == {actor: manager} and program in service.haproxies()
+        return bool(managers) and not same and service.answers()
 
     return await until(replaced)
 
@@ -301,7 +326,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="append a line a fault")
     arguments = parser.parse_args()
     faults = arguments.faults.split(",")
-    known = (*FAULTS, "worker", *CHANGES, "head")
+    known = (*FAULTS, *HAPROXY_FAULTS, "worker", *CHANGES, "head")
     if unknown := set(faults) - set(known):
         parser.error(f"unknown fault {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if "worker" in faults and set(faults) != {"worker"}:

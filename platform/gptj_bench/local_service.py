@@ -61,6 +61,15 @@ class LocalService:
             if each["state"] == "ALIVE" and each["class_name"].startswith(actor)
         }
 
+    def haproxies(self) -> list[psutil.Process]:
+        """HAProxy's processes, which the nodes' managers started; none without it."""
+        managers = set(self.processes("HAProxyManager").values())
+        return [
+            each
+            for each in psutil.process_iter(["name", "ppid"])
+            if each.info["name"] == "haproxy" and each.info["ppid"] in managers
+        ]
+
     def answers(self) -> bool:
         """Whether /health answers."""
         try:

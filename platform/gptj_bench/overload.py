@@ -87,7 +87,10 @@ def content(number: int) -> bytes:
 async def attempt(
     address: tuple[str, int], connection: Connection | None, content: bytes, outcome: Outcome
 ) -> tuple[Connection | None, Reply | None]:
-    """One request, on an open connection if there is one; without a reply both are None."""
+    """One request, on an open connection if there is one.
+
+    Returns the connection, if it is still open, and the reply, if one came.
+    """
     start = time.monotonic()
     try:
         connection = connection or await asyncio.open_connection(*address)
@@ -96,6 +99,9 @@ async def attempt(
         outcome.statuses[type(error).__name__] += 1
         return None, None
     outcome.note(reply, time.monotonic() - start)
+    if reply.headers.get("connection", "").lower() == "close":
+        connection[1].close()
+        return None, reply
     return connection, reply
 
 
@@ -153,11 +159,12 @@ async def measure(
     assert parts.port
     address = parts.hostname, parts.port
     outcome = Outcome(seconds)
-    processes = {"client": psutil.Process()} | {
-        name: psutil.Process(next(iter(service.processes(actor).values())))
-        for name, actor in (("proxy", "ProxyActor"), ("replica", "ServeReplica"))
+    processes = {
+        "client": [psutil.Process()],
+        "proxy": [*_processes(service, "ProxyActor"), *service.haproxies()],
+        "replica": _processes(service, "ServeReplica"),
     }
-    before = {name: cpu_seconds(process) for name, process in processes.items()}
+    before = {each: cpu_seconds(each) for found in processes.values() for each in found}
     end = time.monotonic() + seconds
     if at_rate:
         load = [arrivals(number, address, end, outcome)]
@@ -165,9 +172,15 @@ async def measure(
         load = [client(each, address, end, outcome, patient) for each in range(number)]
     await asyncio.gather(watch_health(address, end, outcome), *load)
     outcome.cpu_seconds = {
-        name: round(cpu_seconds(process) - before[name], 1) for name, process in processes.items()
+        # Without HAProxy's predecessors, which end once their connections have.
+        name: round(sum(cpu_seconds(each) - before[each] for each in found if each.is_running()), 1)
+        for name, found in processes.items()
     }
     return outcome
+
+
+def _processes(service: LocalService, actor: str) -> list[psutil.Process]:
+    return [psutil.Process(each) for each in service.processes(actor).values()]
 
 
 def cpu_seconds(process: psutil.Process) -> float:

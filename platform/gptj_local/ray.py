@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SERVE = {  # of Serve, if it runs there: Ray's processes read these when they st
     # A dead proxy is replaced after three checks. Each is a call of a millisecond.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.1",
 }
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # "1": HAProxy in place of Serve's proxies
 # Ray's setting for clusters of one node, "0" by default on macOS and Windows: its servers, that of
 # metrics included, are on 127.0.0.1 alone, and clients look for them there. With "1" they are on
 # all interfaces, as other nodes need.
@@ -109,7 +111,7 @@ class LocalRay:
                 # cluster of a machine has them, and the others announce addresses that refuse.
                 "AUTOSCALER_METRIC_PORT": str(autoscaler),
                 "DASHBOARD_METRIC_PORT": str(dashboards),
-                **SERVE,
+                **_serve(environment),
             }
             # The raylet may take half a minute to leave a cluster, which has only this node.
             with running(command, environment=variables, log=log, grace_seconds=2) as process:
@@ -144,7 +146,12 @@ class LocalRay:
             f"--dashboard-agent-listen-port={agent}",
             f"--metrics-export-port={metrics}",
         ]
-        variables = {**environment, **self.environment(), "PATH": _path(environment), **SERVE}
+        variables = {
+            **environment,
+            **self.environment(),
+            "PATH": _path(environment),
+            **_serve(environment),
+        }
         with running(command, environment=variables, log=log, grace_seconds=2) as process:
             deadline = time.monotonic() + START_SECONDS
             while not self._has_more_than(before):
@@ -183,6 +190,28 @@ class LocalRay:
         )
         with urllib.request.urlopen(request, timeout=5) as reply:
             return json.load(reply)
+
+
+def _serve(environment: Mapping[str, str]) -> dict[str, str]:
+    """SERVE, and with HAProxy its program and ports: a machine's clusters would share Ray's."""
+    if environment.get(HAPROXY_SWITCH) != "1":
+        return SERVE
+    stats, metrics, fallback = free_ports(3)
+    return {
+        **SERVE,
+        HAPROXY_SWITCH: "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy_program()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+    }
+
+
+def _haproxy_program() -> Path:
+    deployments = find_spec("deployments")  # which takes seconds to import
+    assert deployments is not None
+    assert deployments.origin is not None
+    return Path(deployments.origin).with_name("haproxy.py")
 
 
 def _authentication(token: str) -> dict[str, str]:

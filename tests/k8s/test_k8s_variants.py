@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +28,7 @@ from gptj.engine import memory
 SIX_B = GPTJConfig.preset("6b")
 TEAM = K8S / "team"
 CARDS = {"gpu-16": 16, "gpu": 24, "gpu-40": 40, "gpu-80": 80}
-COMPONENTS = ("shared-cache", "incremental-upgrade", "spot")
+COMPONENTS = ("shared-cache", "incremental-upgrade", "haproxy", "spot")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,22 @@ def test_serve_accepts_variants(variant: tuple[str, list[Object]]) -> None:
     serve.test_serve_accepts_the_configuration_and_its_import_paths_exist(objects)
     if name != "incremental-upgrade":  # its clusters start with one worker, and grow
         serve.test_the_workers_fit_all_replicas_and_the_quota(objects)
+
+
+def test_haproxy_is_switched_on_and_its_program_is_in_the_image() -> None:
+    from gptj_local.ray import HAPROXY_SWITCH, SERVE
+
+    (environment,) = [
+        each["data"]
+        for each in of_kind(build("gpu+haproxy"), "ConfigMap")
+        if each["metadata"]["name"].startswith("environment")
+    ]
+    assert environment[HAPROXY_SWITCH] == "1"
+    assert {name: environment[name] for name in SERVE} == SERVE
+    copied = re.findall(r"^COPY (\w+) (/app/\S+)$", (K8S / "Dockerfile").read_text(), re.MULTILINE)
+    program = Path(environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    (source,) = [source for source, target in copied if Path(target) in program.parents]
+    assert os.access(K8S.parent / source / program.name, os.X_OK)
 
 
 @pytest.mark.parametrize("overlay", CARDS)

@@ -1,0 +1,235 @@
+"""The packaged HAProxy, with Ray's own configuration as we amend it, before small servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
+from serving_client import assert_error
+
+from deployments import haproxy, proxy
+from gptj.serving.entry.connections import ConnectionLimits
+from gptj_local.processes import HOST, free_ports, running, tail
+
+
+class Replica(ThreadingHTTPServer):
+    """Answers with its number, or dies: closes the connection instead."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__((HOST, 0), Handler)
+        self.number = number
+        self.dies = False
+        self.requests: list[str] = []  # the ids of those that came
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Connections that HAProxy cuts are expected."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Replica
+
+    def do_GET(self) -> None:
+        self._answer({"healthy": True})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.server.requests.append(self.headers["x-request-id"])
+        if self.server.dies:
+            self.close_connection = True
+            return
+        self._answer({"replica": self.server.number, "id": self.headers["x-request-id"]})
+
+    def _answer(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not to the test's output."""
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[Replica]]:
+    servers = [Replica(number) for number in range(2)]
+    for each in servers:
+        threading.Thread(target=each.serve_forever, daemon=True).start()
+    yield servers
+    for each in servers:
+        each.shutdown()
+        each.server_close()
+
+
+class Running:
+    """HAProxy on this machine."""
+
+    def __init__(self, folder: Path, replicas: list[Replica], seconds: float | None = None) -> None:
+        self.port, self.stats, self.metrics = free_ports(3)
+        self.folder = folder
+        self.api = HAProxyApi(
+            HAProxyConfig(
+                http_options=HTTPOptions(host=HOST, port=self.port),
+                is_head=True,
+                socket_path=str(folder / "admin.sock"),
+                server_state_base=str(folder),
+                server_state_file=str(folder / "state"),
+                stats_port=self.stats,
+                metrics_port=self.metrics,
+                metrics_enabled=False,
+            ),
+            config_file_path=str(folder / "haproxy.cfg"),
+        )
+        self.place(replicas)
+
+    def place(self, replicas: list[Replica]) -> None:
+        servers = [ServerConfig(f"r{each.number}", HOST, each.server_port) for each in replicas]
+        app = BackendConfig(name="app", path_prefix="/app", servers=servers, app_name="app")
+        self.api.set_backend_configs({"app": app} if servers else {})
+        self.api._generate_config_file_internal()
+
+    @contextmanager
+    def run(self) -> Iterator[str]:
+        path = haproxy.amend(self.folder / "haproxy.cfg")
+        log = self.folder / "haproxy.log"
+        command = [haproxy.packaged_program(), "-db", "-f", str(path)]
+        with running(command, environment=os.environ, log=log) as process:
+            deadline = time.monotonic() + 20
+            while True:
+                assert process.poll() is None and time.monotonic() < deadline, tail(log)
+                try:
+                    socket.create_connection((HOST, self.port)).close()
+                    break
+                except ConnectionError:
+                    time.sleep(0.02)
+            yield f"http://{HOST}:{self.port}"
+
+
+@pytest.fixture
+def run(tmp_path: Path, replicas: list[Replica]) -> Iterator[str]:
+    with Running(tmp_path, replicas).run() as url:
+        yield url
+
+
+def test_a_request_whose_replica_dies_is_sent_to_another_with_the_same_id(
+    run: str, replicas: list[Replica]
+) -> None:
+    replicas[0].dies = True
+    body = b'{"prompt": "' + b"x" * 20_000 + b'"}'
+    with httpx.Client() as client:
+        for _ in range(6):
+            reply = client.post(f"{run}/app/v1", content=body)
+            assert reply.json()["replica"] == 1
+    assert replicas[0].requests, "no try reached the replica that dies"
+    assert set(replicas[0].requests) <= set(replicas[1].requests)
+    assert len(set(replicas[1].requests)) == 6
+    own = httpx.post(f"{run}/app/v1", headers={"X-Request-ID": "mine"}, json={})
+    assert own.json()["id"] == "mine"
+
+
+def test_what_haproxy_answers_itself_has_our_body(run: str, replicas: list[Replica]) -> None:
+    assert_error(httpx.post(f"{run}/other", json={}), 404, "/-/routes")
+    with socket.create_connection((HOST, httpx.URL(run).port or 0)) as connection:
+        connection.sendall(b"POST /app HTTP/1.1\r\nHost\r\n\r\n")
+        assert parsed(connection).status_code == 400  # with HAProxy's fixed page
+    for each in replicas:
+        each.dies = True
+    reply = httpx.post(f"{run}/app/v1", json={})
+    assert_error(reply, 503, "no replica")
+    assert reply.headers["retry-after"] == "1"
+
+
+def test_before_applications_are_deployed_it_says_so(tmp_path: Path) -> None:
+    with Running(tmp_path, []).run() as url:
+        reply = httpx.post(f"{url}/v1/completions", json={})
+        assert_error(reply, 503, "no application is deployed yet")
+        assert reply.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("sent", ["head", "body"])
+def test_half_sent_requests_reach_no_replica_and_end(
+    sent: str, tmp_path: Path, replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haproxy, "REQUEST_SECONDS", 1)
+    head = b"POST /app HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
+    with Running(tmp_path, replicas).run() as url:
+        address = HOST, httpx.URL(url).port or 0
+        with socket.create_connection(address) as slow:
+            slow.sendall(head if sent == "head" else head + b"\r\nhalf")
+            assert httpx.post(f"{url}/app", json={}).status_code == 200
+            slow.settimeout(10)
+            reply = parsed(slow)
+            assert reply.status_code == 408
+            if sent == "body":
+                assert_error(reply, 408, "not sent to its end")
+    assert sum(len(each.requests) for each in replicas) == 1
+
+
+def test_only_this_machine_sees_the_statistics_and_only_we_the_socket(
+    tmp_path: Path, replicas: list[Replica]
+) -> None:
+    service = Running(tmp_path, replicas)
+    with service.run():
+        ours = {"haproxy"}
+        listening = {
+            each.laddr.port: each.laddr.ip
+            for process in psutil.process_iter(["name"])
+            if process.info["name"] in ours
+            for each in process.net_connections("tcp")
+            if each.status == psutil.CONN_LISTEN
+        }
+        ports = (service.port, service.stats, service.metrics)
+        assert [listening[port] for port in ports] == [HOST] * 3
+        assert stat.S_IMODE((tmp_path / "admin.sock").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace("option abortonclose", "no option abortonclose"),
+        lambda text: text.replace("bind *:", "bind :::"),
+        lambda text: text + "listen stats\n  bind *:1\n",
+    ],
+)
+def test_an_unknown_configuration_is_refused(
+    edit: Callable[[str], str], tmp_path: Path, replicas: list[Replica]
+) -> None:
+    path = Path(Running(tmp_path, replicas).api.config_file_path)
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(haproxy.UnknownConfigurationError, match="not supported"):
+        haproxy.amend(path)
+
+
+def test_haproxys_connections_share_the_bounds_of_all_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert proxy.connection_limits() == ConnectionLimits()
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    limits = proxy.connection_limits()
+    assert limits.unread_per_address == limits.unread == ConnectionLimits().unread
+    assert limits.unfinished_per_address == limits.unfinished == ConnectionLimits().unfinished
+
+
+def parsed(connection: socket.socket) -> httpx.Response:
+    """The reply on a raw connection that the server closes."""
+    content = b""
+    while received := connection.recv(65536):
+        content += received
+    head, _, body = content.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    return httpx.Response(int(first.split()[1]), headers=headers, content=body)
