@@ -133,6 +133,12 @@ def serve_metrics() -> ServeMetrics:
     return ServeMetrics()
 
 
+def refusal_counter() -> Callable[[int], None]:
+    """A metric to add to; for a proxy, whose own refusals no replica counts."""
+    counter = metrics.Counter("gptj_proxy_refusals", "Requests that a proxy refused itself.")
+    return counter.inc
+
+
 class EngineReporter:
     """Reports an engine's numbers every second, from its own thread."""
 

@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from deployments.logs import follow_serve
+from deployments.metrics import refusal_counter
 from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.failover import Failover
@@ -36,7 +37,7 @@ def middlewares() -> list[Middleware]:
     # upgrade would never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
     protocol = LimitedProtocol.limited(connection_limits())
-    protocol.gate = gate = Gate()
+    protocol.gate = gate = Gate(on_refusals=refusal_counter())
     http.AutoHTTPProtocol = protocol
     follow_serve()
     return [

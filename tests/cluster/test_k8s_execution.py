@@ -38,6 +38,7 @@ DEPLOY_SECONDS = 300
 METRICS_SECONDS = 30
 # What no request of this module brings about, and so is not exported yet.
 UNCOUNTED = (
+    "ray_gptj_proxy_refusals_total",
     "ray_gptj_engine_preemptions_total",
     "ray_gptj_engine_cancellations_total",
     "ray_gptj_engine_prefix_tokens_hit_total",

@@ -89,7 +89,7 @@ def test_refusals_and_other_services_have_their_line_too(
 def test_the_proxy_logs_its_own_replies_and_counts_refusals_by_the_second(
     log: pytest.LogCaptureFixture,
 ) -> None:
-    now = 0.0
+    now, reported = 0.0, list[int]()
 
     async def replica(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/gone":
@@ -101,15 +101,17 @@ def test_the_proxy_logs_its_own_replies_and_counts_refusals_by_the_second(
 
     async def run() -> None:
         nonlocal now
-        gate = Gate(clock=lambda: now)
+        gate = Gate(clock=lambda: now, on_refusals=reported.append)
         app = RequestIds(Admission(Failover(replica), gate))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
             for path in ("fine", "nothing"):
                 await client.get(f"http://x/{path}", headers={"X-Request-Id": path})
             gate._max_in_flight = 0
-            for second in (1.0, 1.1, 1.2, 2.5):
+            for second in (1.0, 1.1, 1.2, 2.5, 2.6):
                 now = second
                 assert (await client.get("http://x/full")).status_code == 429
+            gate._max_in_flight, now = 1, 4.0
+            await client.get("http://x/fine", headers={"X-Request-Id": "fine"})
 
     asyncio.run(run())
     assert of(log, "nothing")["status"] == 404  # Serve's own; a replica logs its answers itself
@@ -118,7 +120,9 @@ def test_the_proxy_logs_its_own_replies_and_counts_refusals_by_the_second(
     assert refused == [
         "the service is full: 1 requests refused",
         "the service is full: 3 requests refused",
+        "the service is full: 1 requests refused",
     ]
+    assert reported == [1, 3, 1]
 
 
 @pytest.mark.parametrize(

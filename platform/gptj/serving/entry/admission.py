@@ -20,7 +20,7 @@ from gptj.serving.middleware.limits import is_health
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 1.0  # between lines of the log that count refusals
+REPORT_SECONDS = 1.0  # between lines of the log that count refusals
 MAX_IN_FLIGHT = 2000  # requests in one proxy; below Serve's max_ongoing_requests, see serve.yaml
 FIRST_BOUND = 512  # of a route, until more is known
 GROWTH = 0.5  # of a route's bound, per answer while the bound is reached
@@ -51,21 +51,27 @@ class Bound:
 
 
 class Gate:
-    """Counts a proxy's requests in flight, by path, and tells whether there is room for more."""
+    """Counts a proxy's requests in flight, by path, and tells whether there is room for more.
+
+    Args:
+        on_refusals: told of the latest rejections' number, at most once in REPORT_SECONDS.
+    """
 
     def __init__(
         self,
         max_in_flight: int = MAX_IN_FLIGHT,
         first_bound: int = FIRST_BOUND,
         clock: Callable[[], float] = time.monotonic,
+        on_refusals: Callable[[int], None] = lambda number: None,
     ) -> None:
+        self._on_refusals = on_refusals
         self._max_in_flight = max_in_flight
         self._first_bound = first_bound
         self._clock = clock
         self._in_flight: Counter[str] = Counter()  # without zeros
         self._bounds: OrderedDict[str, Bound] = OrderedDict()  # least recently used first
-        self._refused = 0  # since the last log line
-        self._logged_at = float("-inf")
+        self._refused = 0  # since the last report
+        self._reported_at = float("-inf")
 
     def full(self, path: str) -> bool:
         bound = self._bounds.get(path)
@@ -85,13 +91,19 @@ class Gate:
             self._bound(path).note_answer(left)
         if not left:
             del self._in_flight[path]
+        self._report()
 
-    def log_refusal(self) -> None:
-        """Count a rejection, and log the count at most every LOG_SECONDS."""
+    def note_refusal(self) -> None:
+        """Count a rejection; together they are logged and reported."""
         self._refused += 1
-        if (now := self._clock()) - self._logged_at >= LOG_SECONDS:
+        self._report()
+
+    def _report(self) -> None:
+        now = self._clock()
+        if self._refused and now - self._reported_at >= REPORT_SECONDS:
             logger.warning("the service is full: %d requests refused", self._refused)
-            self._refused, self._logged_at = 0, now
+            self._on_refusals(self._refused)
+            self._refused, self._reported_at = 0, now
 
     def _bound(self, path: str) -> Bound:
         bound = self._bounds.setdefault(path, Bound(self._first_bound))
@@ -121,7 +133,7 @@ class Admission:
             path = f"OPTIONS {path}"
         if self._gate.full(path):
             current_entry().logged = True
-            self._gate.log_refusal()
+            self._gate.note_refusal()
             await error_response(FULL)(scope, receive, send)
             return
         status, refused = 0, False

@@ -254,7 +254,7 @@ class LimitedProtocol(HttpToolsProtocol):
             return False
         if not self.gate.full(path.decode("latin-1")):
             return False
-        self.gate.log_refusal()
+        self.gate.note_refusal()
         return True
 
     def pause_writing(self) -> None:
