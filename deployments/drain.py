@@ -22,7 +22,7 @@ from ray.util import get_node_ip_address
 from ray.util.state import list_actors, list_nodes
 from ray.util.state.exception import RayStateApiException
 
-SERVES = ("ServeReplica", "ProxyActor")  # actors that hold requests
+SERVES = ("ServeReplica", "ProxyActor", "HAProxyManager")  # actors that hold requests
 POLL_SECONDS = 2.0
 SILENCE_SECONDS = 60.0
 

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""HAProxy as our services need it: Ray starts this program instead of the packaged one.
+"""Amends Ray Serve's HAProxy configuration, then becomes the packaged HAProxy.
 
 With RAY_SERVE_ENABLE_HA_PROXY=1 Ray Serve runs HAProxy on each node in place of its own proxy.
-HAProxy sends requests straight to the replicas' own HTTP servers, which is faster than Serve's
-proxy; what that costs is in deployments/README.md. Ray writes its configuration. This program
-amends it and then becomes HAProxy:
+HAProxy forwards requests directly to the replicas' own HTTP servers, which is faster; what that
+costs is in deployments/README.md. Ray writes its configuration, to which this program adds:
 
-- Whole requests are read before a replica gets them, within a time limit: slow clients hold no
-  replica, and requests whose replica dies are sent to another one.
-- HAProxy's own errors have our body, and `Retry-After`, except for heads that it cannot read: that
-  page is fixed.
+- Requests are buffered, within a time limit, before a replica gets them: slow clients hold no
+  replica, and a request that fits the buffer is retried if its replica dies before answering.
+- HAProxy's own errors have our body, those for a lack of replicas `Retry-After` too. Malformed or
+  late heads get HAProxy's built-in page.
 - Only Ray's own user can open the administration socket, and only this machine sees the statistics.
 
 Set RAY_SERVE_HAPROXY_BINARY_PATH to this file's path. It needs nothing but the standard library and
@@ -26,12 +25,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn
 
-REQUEST_SECONDS = 20  # to send a request, or as much of a longer one as BUFFER_BYTES
-# Of a connection: a request that it cannot hold is not retried, and others hold one until answered.
+REQUEST_SECONDS = 20  # to send a request, or as much of a larger one as BUFFER_BYTES
+# Per connection. A larger request is not retried; a smaller one keeps its buffer until answered.
 # A prompt of GPT-J's 2,048 tokens takes up to 16 KB.
 BUFFER_BYTES = 32768
 RETRIES = 2  # after the first try; a request that kills replicas must not kill them all
-SUFFIX = ".amended"
+AMENDED = "# Amended by gptj-platform's deployments/haproxy.py.\n"
 
 
 class UnknownConfigurationError(Exception):
@@ -41,9 +40,8 @@ class UnknownConfigurationError(Exception):
 def main() -> NoReturn:
     arguments = sys.argv[1:]
     if "-f" in arguments:
-        place = arguments.index("-f") + 1
         try:
-            arguments[place] = str(amend(Path(arguments[place])))
+            amend(Path(arguments[arguments.index("-f") + 1]))
         except UnknownConfigurationError as error:
             sys.exit(f"{sys.argv[0]}: {error}")
     program = packaged_program()
@@ -58,18 +56,20 @@ def packaged_program() -> str:
     return str(get_haproxy_binary())
 
 
-def amend(path: Path) -> Path:
-    """Write it, amended, and HAProxy's error replies to Ray's folder; returns its path."""
+def amend(path: Path) -> None:
+    """Amend a configuration, and write HAProxy's error replies beside it.
+
+    In place, since Ray knows its processes by this path. Ray writes the file anew for each start.
+    """
     for status, content in ERROR_REPLIES.items():
         _error_file(path, status).write_bytes(content)
-    amended = path.with_name(path.name + SUFFIX)
-    amended.write_text(amended_text(path.read_text(), path))
-    return amended
+    text = path.read_text()
+    if not text.startswith(AMENDED):
+        path.write_text(AMENDED + amended(text, path))
 
 
-def amended_text(text: str, path: Path) -> str:
+def amended(text: str, path: Path) -> str:
     """Ray's configuration, as our services need it. Raises UnknownConfigurationError."""
-    host = _once(r"^frontend http_frontend\n +bind (\S+):\d+$", text)[1]
     error_files = "".join(
         f"    errorfile {status} {_error_file(path, status)}\n" for status in ERROR_REPLIES
     )
@@ -77,21 +77,18 @@ def amended_text(text: str, path: Path) -> str:
         (r"^( *stats socket \S+ mode )666 ", r"\g<1>600 "),
         (r"^( *tune\.bufsize )\d+$", rf"\g<1>{BUFFER_BYTES}"),
         (
-            r"^ *option abortonclose$",
-            "\\g<0>\n    option http-buffer-request\n    option http-ignore-probes\n"
-            f"    timeout http-request {REQUEST_SECONDS}s",
-        ),
-        (
             r"^( *retry-on )conn-failure$",
             rf"\g<1>conn-failure empty-response\n    retries {RETRIES}",
         ),
         (r"^(?: *errorfile 50[234] \S+\n){3}", error_files),
-        (r"^(frontend prometheus\n +bind )(?=:)", rf"\g<1>{host}"),
+        (r"^(frontend prometheus\n +bind )(?=:)", r"\g<1>127.0.0.1"),
         (r"^(listen stats\n +bind )\*", r"\g<1>127.0.0.1"),
-        # One id for all tries of a request, in the logs of all replicas.
         (
             r"^frontend http_frontend\n.*$",
-            "\\g<0>\n    http-request set-header x-request-id %[uuid] "
+            "\\g<0>\n    option http-buffer-request\n    option http-ignore-probes\n"
+            f"    timeout http-request {REQUEST_SECONDS}s\n"
+            # One id for all tries of a request, in the logs of all replicas.
+            "    http-request set-header x-request-id %[uuid] "
             "if !{ req.hdr(x-request-id) -m found }",
         ),
         (
@@ -100,20 +97,16 @@ def amended_text(text: str, path: Path) -> str:
         ),
     )
     for pattern, replacement in changes:
-        _once(pattern, text)
+        count = len(re.findall(pattern, text, re.MULTILINE))
+        if count != 1:
+            raise UnknownConfigurationError(
+                f"Ray's configuration of HAProxy has {count} places of the form {pattern!r}, and "
+                "should have one: this version of Ray, or a RAY_SERVE_HAPROXY_RETRY_ON "
+                "of your own, is not supported; remedy: the version in constraints.txt without "
+                "that variable, or unset RAY_SERVE_ENABLE_HA_PROXY"
+            )
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text
-
-
-def _once(pattern: str, text: str) -> re.Match[str]:
-    found = list(re.finditer(pattern, text, re.MULTILINE))
-    if len(found) != 1:
-        raise UnknownConfigurationError(
-            f"Ray's configuration of HAProxy has {len(found)} places of the form {pattern!r}, and "
-            "should have one: this version of Ray is not supported; remedy: the version in "
-            "constraints.txt, or no RAY_SERVE_ENABLE_HA_PROXY"
-        )
-    return found[0]
 
 
 def _body(message: str, kind: str, code: str | None) -> str:
@@ -132,16 +125,13 @@ def _reply(status: HTTPStatus, body: str, *lines: str) -> bytes:
     return "\r\n".join([*head, "", body]).encode()
 
 
-UNAVAILABLE = _reply(
-    HTTPStatus.SERVICE_UNAVAILABLE,
-    _body(
-        "the service has no replica for this request at the moment",
-        "server_error",
-        None,
-    ),
-    "retry-after: 1",
-)
-ERROR_REPLIES = {
+def _unavailable(message: str, code: str | None = None) -> bytes:
+    body = _body(message, "server_error", code)
+    return _reply(HTTPStatus.SERVICE_UNAVAILABLE, body, "retry-after: 1")
+
+
+_NO_REPLICA = _unavailable("the service has no replica for this request at the moment")
+ERROR_REPLIES = {  # by HAProxy's own status
     408: _reply(
         HTTPStatus.REQUEST_TIMEOUT,
         _body(
@@ -150,9 +140,11 @@ ERROR_REPLIES = {
             None,
         ),
     ),
-    502: UNAVAILABLE,
-    503: UNAVAILABLE,
-    504: UNAVAILABLE,
+    502: _unavailable(
+        "the replica died while it worked on this request: send it again", "replica_died"
+    ),
+    503: _NO_REPLICA,
+    504: _NO_REPLICA,
 }
 
 
@@ -162,7 +154,8 @@ def _error_file(path: Path, status: int) -> Path:
 
 def _no_route(text: str) -> str:
     """HAProxy's reply to paths of no application, from the status on."""
-    if re.search("^ *use_backend ", text, re.MULTILINE):
+    frontend = text.partition("\nfrontend http_frontend\n")[2].partition("\nbackend ")[0]
+    if re.search("^ *use_backend ", frontend, re.MULTILINE):
         message = "there is no such path; /-/routes lists what there is"
         status, body, headers = 404, _body(message, "not_found_error", "unknown_url"), ""
     else:  # Serve has not deployed them yet

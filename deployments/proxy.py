@@ -1,7 +1,7 @@
 """Middlewares around routing in Serve's HTTP proxies: see gptj.serving.entry.
 
 With RAY_SERVE_ENABLE_HA_PROXY=1 they run in each replica's own server instead (see
-deployments/haproxy.py), where nothing can be retried elsewhere.
+deployments/haproxy.py), where Failover cannot reach other replicas.
 
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
 manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
@@ -32,7 +32,10 @@ from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
 
 
 def middlewares() -> list[Middleware]:
-    """Called in each proxy's process, before its server starts. The last sees a request first."""
+    """The last sees a request first.
+
+    Called before a server starts: in each proxy's process, or each replica's behind HAProxy.
+    """
     # Like uvicorn's --ws none, for which Serve has no setting: a POST that offers a WebSocket
     # upgrade would never be answered.
     uvicorn.config.WS_PROTOCOLS["auto"] = None
@@ -62,11 +65,13 @@ def connection_limits() -> ConnectionLimits:
 
 
 def limit_seconds(app: ASGIApp) -> float | None:
-    """Serve's request_timeout_s, which only its proxy knows; `app` is one of its layers."""
+    """Serve's request_timeout_s, of which only its servers know; `app` is a layer of one."""
     layer: object | None = app
     while layer is not None:
-        if hasattr(layer, "request_timeout_s"):
-            seconds: float | None = layer.request_timeout_s
+        # A replica's innermost layer is one of its methods.
+        options = getattr(getattr(layer, "__self__", None), "_http_options", layer)
+        if hasattr(options, "request_timeout_s"):
+            seconds: float | None = options.request_timeout_s
             return seconds
         layer = getattr(layer, "_app", None)
     return None

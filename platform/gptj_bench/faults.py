@@ -40,8 +40,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from gptj_bench.local_service import PROMPTS, LocalService, local_service
+from gptj_local.ray import HAPROXY_SWITCH
 
 FAULTS = {  # the actor's class, and the signal to its process
     "replica": ("ServeReplica", signal.SIGKILL),
@@ -56,6 +58,7 @@ HAPROXY_FAULTS = {
     "haproxy-hang": signal.SIGSTOP,
     "haproxy-manager": signal.SIGKILL,
 }
+NOT_BEHIND_HAPROXY = ("proxy", "proxy-hang", "worker")  # nodes of one machine would share its port
 CHANGES = ("upgrade", "bad-upgrade", "rollback")
 REPLACED_SECONDS = 180
 QUIET_SECONDS = 4.0  # of load before and after a fault
@@ -207,7 +210,7 @@ async def kill(service: LocalService, actor: str, what: signal.Signals) -> bool:
 async def kill_haproxy(service: LocalService, fault: str) -> bool:
     """Send HAProxy or its actor a signal; returns whether another answered in time."""
     ((actor, manager),) = service.processes("HAProxyManager").items()
-    (program,) = service.haproxies()
+    program = max(service.haproxies(), key=psutil.Process.create_time)  # older ones are ending
     victim = manager if fault == "haproxy-manager" else program.pid
     os.kill(victim, HAPROXY_FAULTS[fault])
 
@@ -331,6 +334,11 @@ def main() -> None:
         parser.error(f"unknown fault {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if "worker" in faults and set(faults) != {"worker"}:
         parser.error("worker needs its own cluster: leave out the other faults")
+    haproxy = os.environ.get(HAPROXY_SWITCH) == "1"
+    if absent := set(faults) & set(() if haproxy else HAPROXY_FAULTS):
+        parser.error(f"{', '.join(sorted(absent))} needs {HAPROXY_SWITCH}=1 in the environment")
+    if absent := set(faults) & set(NOT_BEHIND_HAPROXY if haproxy else ()):
+        parser.error(f"{', '.join(sorted(absent))} cannot be had with {HAPROXY_SWITCH}=1")
     workers = 2 + arguments.rounds if "worker" in faults else 0
     with (
         tempfile.TemporaryDirectory(prefix="gptj-faults-") as folder,

@@ -172,7 +172,7 @@ async def measure(
         load = [client(each, address, end, outcome, patient) for each in range(number)]
     await asyncio.gather(watch_health(address, end, outcome), *load)
     outcome.cpu_seconds = {
-        # Without HAProxy's predecessors, which end once their connections have.
+        # A HAProxy that a reload replaced may have ended; its successor is not counted.
         name: round(sum(cpu_seconds(each) - before[each] for each in found if each.is_running()), 1)
         for name, found in processes.items()
     }

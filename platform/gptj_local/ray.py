@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from gptj_local.processes import HOST, free_ports, running, tail
@@ -32,7 +33,15 @@ SERVE = {  # of Serve, if it runs there: Ray's processes read these when they st
     # A dead proxy is replaced after three checks. Each is a call of a millisecond.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.1",
 }
-HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # "1": HAProxy in place of Serve's proxies
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+HAPROXY = {  # with HAProxy in place of Serve's proxies, besides deployments/haproxy.py
+    HAPROXY_SWITCH: "1",
+    # A HAProxy that a reload has replaced ends after this many seconds, whatever it still holds: as
+    # long as a request may take, see serve.yaml.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "610",
+    # For a client to read some of its reply.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
+}
 # Ray's setting for clusters of one node, "0" by default on macOS and Windows: its servers, that of
 # metrics included, are on 127.0.0.1 alone, and clients look for them there. With "1" they are on
 # all interfaces, as other nodes need.
@@ -111,7 +120,7 @@ class LocalRay:
                 # cluster of a machine has them, and the others announce addresses that refuse.
                 "AUTOSCALER_METRIC_PORT": str(autoscaler),
                 "DASHBOARD_METRIC_PORT": str(dashboards),
-                **_serve(environment),
+                **_serve(environment, Path(sessions)),
             }
             # The raylet may take half a minute to leave a cluster, which has only this node.
             with running(command, environment=variables, log=log, grace_seconds=2) as process:
@@ -150,7 +159,7 @@ class LocalRay:
             **environment,
             **self.environment(),
             "PATH": _path(environment),
-            **_serve(environment),
+            **_serve(environment, log.parent),
         }
         with running(command, environment=variables, log=log, grace_seconds=2) as process:
             deadline = time.monotonic() + START_SECONDS
@@ -192,26 +201,28 @@ class LocalRay:
             return json.load(reply)
 
 
-def _serve(environment: Mapping[str, str]) -> dict[str, str]:
-    """SERVE, and with HAProxy its program and ports: a machine's clusters would share Ray's."""
+def _serve(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """SERVE, and with HAProxy what it needs; `folder` gets a program that Ray can execute."""
     if environment.get(HAPROXY_SWITCH) != "1":
         return SERVE
+    deployments = find_spec("deployments")  # which takes seconds to import
+    assert deployments is not None
+    assert deployments.origin is not None
+    program = folder / "haproxy"
+    # The module itself is not executable where it was installed from a wheel.
+    module = Path(deployments.origin).with_name("haproxy.py")
+    program.write_text(f'#!/bin/sh\nexec {quote(sys.executable)} {quote(str(module))} "$@"\n')
+    program.chmod(0o700)
+    # Of Ray's ports a machine has only one each, and it may have several clusters.
     stats, metrics, fallback = free_ports(3)
     return {
         **SERVE,
-        HAPROXY_SWITCH: "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy_program()),
+        **HAPROXY,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program.resolve()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
     }
-
-
-def _haproxy_program() -> Path:
-    deployments = find_spec("deployments")  # which takes seconds to import
-    assert deployments is not None
-    assert deployments.origin is not None
-    return Path(deployments.origin).with_name("haproxy.py")
 
 
 def _authentication(token: str) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from serving_client import assert_error
 
+from deployments import drain
 from gptj_bench import faults
 from gptj_bench.faults import ANSWERED, measure
 from gptj_bench.local_service import LocalService, local_service
@@ -28,6 +30,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
 
 def test_serves_own_replies_have_our_body(service: LocalService) -> None:
     assert service.haproxies()
+    assert service.processes("HAProxyManager") and "HAProxyManager" in drain.SERVES
     url = f"{service.url}/v1/completions"
     headers = {"X-Request-Timeout-Seconds": "0.001"}
     reply = httpx.post(url, json={"prompt": "x"}, headers=headers, timeout=30)
@@ -50,3 +53,7 @@ def test_only_streams_end_when_a_replica_dies_and_haproxy_is_replaced(
 
     asyncio.run(results())
     assert service.answers()
+    deadline = time.monotonic() + 60
+    while len(service.haproxies()) > 1:  # those that reloads have replaced end
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

@@ -24,6 +24,7 @@ from gptj import (
     GPTJForSequenceClassification,
 )
 from gptj.engine import memory
+from gptj_local.ray import HAPROXY, SERVE
 
 SIX_B = GPTJConfig.preset("6b")
 TEAM = K8S / "team"
@@ -77,15 +78,13 @@ def test_serve_accepts_variants(variant: tuple[str, list[Object]]) -> None:
 
 
 def test_haproxy_is_switched_on_and_its_program_is_in_the_image() -> None:
-    from gptj_local.ray import HAPROXY_SWITCH, SERVE
-
     (environment,) = [
         each["data"]
         for each in of_kind(build("gpu+haproxy"), "ConfigMap")
         if each["metadata"]["name"].startswith("environment")
     ]
-    assert environment[HAPROXY_SWITCH] == "1"
-    assert {name: environment[name] for name in SERVE} == SERVE
+    ours = {**SERVE, **HAPROXY}
+    assert {name: environment[name] for name in ours} == ours
     copied = re.findall(r"^COPY (\w+) (/app/\S+)$", (K8S / "Dockerfile").read_text(), re.MULTILINE)
     program = Path(environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
     (source,) = [source for source, target in copied if Path(target) in program.parents]

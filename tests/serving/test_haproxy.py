@@ -6,19 +6,24 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-from ray.serve.config import HTTPOptions
+from ray.serve._private.replica import Replica as ServeReplica
+from ray.serve.config import HTTPOptions, gRPCOptions
 from serving_client import assert_error
+from starlette.types import ASGIApp
 
 from deployments import haproxy, proxy
 from gptj.serving.entry.connections import ConnectionLimits
@@ -32,6 +37,7 @@ class Replica(ThreadingHTTPServer):
         super().__init__((HOST, 0), Handler)
         self.number = number
         self.dies = False
+        self.pause = 0.0  # before each part of a reply
         self.requests: list[str] = []  # the ids of those that came
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -55,10 +61,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, content: object) -> None:
         body = json.dumps(content).encode()
+        if self.command == "POST":
+            time.sleep(self.server.pause)
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[:1])
+        if self.command == "POST":
+            time.sleep(self.server.pause)
+        self.wfile.write(body[1:])
 
     def log_message(self, format: str, *args: object) -> None:
         """Not to the test's output."""
@@ -78,19 +89,19 @@ def replicas() -> Iterator[list[Replica]]:
 class Running:
     """HAProxy on this machine."""
 
-    def __init__(self, folder: Path, replicas: list[Replica], seconds: float | None = None) -> None:
+    def __init__(self, folder: Path, replicas: list[Replica], **options: Any) -> None:
         self.port, self.stats, self.metrics = free_ports(3)
         self.folder = folder
         self.api = HAProxyApi(
             HAProxyConfig(
                 http_options=HTTPOptions(host=HOST, port=self.port),
-                is_head=True,
+                is_head=options.pop("is_head", True),
                 socket_path=str(folder / "admin.sock"),
                 server_state_base=str(folder),
                 server_state_file=str(folder / "state"),
                 stats_port=self.stats,
                 metrics_port=self.metrics,
-                metrics_enabled=False,
+                **options,
             ),
             config_file_path=str(folder / "haproxy.cfg"),
         )
@@ -98,16 +109,20 @@ class Running:
 
     def place(self, replicas: list[Replica]) -> None:
         servers = [ServerConfig(f"r{each.number}", HOST, each.server_port) for each in replicas]
-        app = BackendConfig(name="app", path_prefix="/app", servers=servers, app_name="app")
-        self.api.set_backend_configs({"app": app} if servers else {})
+        backends = {
+            name: BackendConfig(name, f"/{name}", servers=servers, app_name=name)
+            for name in ("app", "application")
+        }
+        self.api.set_backend_configs(backends if servers else {})
         self.api._generate_config_file_internal()
 
     @contextmanager
     def run(self) -> Iterator[str]:
-        path = haproxy.amend(self.folder / "haproxy.cfg")
         log = self.folder / "haproxy.log"
-        command = [haproxy.packaged_program(), "-db", "-f", str(path)]
-        with running(command, environment=os.environ, log=log) as process:
+        command = [haproxy.__file__, "-db", "-f", str(self.folder / "haproxy.cfg")]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        with running(command, environment={**os.environ, "PATH": path}, log=log) as process:
+            self.process = psutil.Process(process.pid)
             deadline = time.monotonic() + 20
             while True:
                 assert process.poll() is None and time.monotonic() < deadline, tail(log)
@@ -149,8 +164,9 @@ def test_what_haproxy_answers_itself_has_our_body(run: str, replicas: list[Repli
     for each in replicas:
         each.dies = True
     reply = httpx.post(f"{run}/app/v1", json={})
-    assert_error(reply, 503, "no replica")
+    assert_error(reply, 503, "died")
     assert reply.headers["retry-after"] == "1"
+    assert sum(len(each.requests) for each in replicas) == 1 + haproxy.RETRIES
 
 
 def test_before_applications_are_deployed_it_says_so(tmp_path: Path) -> None:
@@ -165,8 +181,10 @@ def test_half_sent_requests_reach_no_replica_and_end(
     sent: str, tmp_path: Path, replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(haproxy, "REQUEST_SECONDS", 1)
+    service = Running(tmp_path, replicas)
+    haproxy.amend(tmp_path / "haproxy.cfg")  # not again by the program
     head = b"POST /app HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n"
-    with Running(tmp_path, replicas).run() as url:
+    with service.run() as url:
         address = HOST, httpx.URL(url).port or 0
         with socket.create_connection(address) as slow:
             slow.sendall(head if sent == "head" else head + b"\r\nhalf")
@@ -184,23 +202,21 @@ def test_only_this_machine_sees_the_statistics_and_only_we_the_socket(
 ) -> None:
     service = Running(tmp_path, replicas)
     with service.run():
-        ours = {"haproxy"}
         listening = {
             each.laddr.port: each.laddr.ip
-            for process in psutil.process_iter(["name"])
-            if process.info["name"] in ours
-            for each in process.net_connections("tcp")
+            for each in service.process.net_connections("tcp")
             if each.status == psutil.CONN_LISTEN
         }
         ports = (service.port, service.stats, service.metrics)
         assert [listening[port] for port in ports] == [HOST] * 3
         assert stat.S_IMODE((tmp_path / "admin.sock").stat().st_mode) == 0o600
+        assert service.api.count_haproxy_processes() == 1  # Ray finds it, to end it after a reload
 
 
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda text: text.replace("option abortonclose", "no option abortonclose"),
+        lambda text: text.replace("retry-on conn-failure", "retry-on 503"),
         lambda text: text.replace("bind *:", "bind :::"),
         lambda text: text + "listen stats\n  bind *:1\n",
     ],
@@ -212,6 +228,56 @@ def test_an_unknown_configuration_is_refused(
     path.write_text(edit(path.read_text()))
     with pytest.raises(haproxy.UnknownConfigurationError, match="not supported"):
         haproxy.amend(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metrics_enabled": False},
+        {"pass_health_checks": False},  # of a draining node
+        {"enable_hap_optimization": False, "is_head": False},
+        {"grpc_options": gRPCOptions(port=9000, grpc_servicer_functions=["a.b"])},
+    ],
+    ids=str,
+)
+def test_haproxy_accepts_all_of_rays_configurations(
+    options: dict[str, Any], tmp_path: Path, replicas: list[Replica]
+) -> None:
+    for servers in (replicas, []):
+        path = Path(Running(tmp_path, servers, **options).api.config_file_path)
+        haproxy.amend(path)
+        haproxy.amend(path)  # does nothing more
+        command = [haproxy.packaged_program(), "-c", "-f", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("no application is deployed yet" in path.read_text()) == (not servers)
+
+
+def test_a_replica_may_be_silent_for_longer_than_a_client(
+    tmp_path: Path, replicas: list[Replica]
+) -> None:
+    """Before its reply and within it; the limit is for clients that read nothing."""
+    for each in replicas:
+        each.pause = 2.5
+    with Running(tmp_path, replicas, timeout_client_s=1).run() as url:
+        assert httpx.post(f"{url}/app", json={}, timeout=20).status_code == 200
+
+
+def test_a_replicas_server_knows_serves_time_limit() -> None:
+    """Clients may shorten it, and not extend it."""
+    replica = object.__new__(ServeReplica)
+    replica._http_options = HTTPOptions(request_timeout_s=7)
+    assert proxy.limit_seconds(Middle(replica._direct_ingress_asgi)) == 7  # type: ignore[arg-type]
+    replica._http_options = HTTPOptions()
+    assert proxy.limit_seconds(replica._direct_ingress_asgi) is None
+
+
+class Middle:
+    """As Ray's RequestIdMiddleware, between our layers and the replica."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
 
 def test_haproxys_connections_share_the_bounds_of_all_addresses(
