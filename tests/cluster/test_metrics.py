@@ -346,8 +346,11 @@ def test_every_panel_of_the_dashboards_has_data_and_the_status_agrees(
     service: Service, tmp_path: Path
 ) -> None:
     """By a real Prometheus, which is what Grafana asks."""
-    # Of which there are none here: errors, GPUs, preemptions, drafts.
-    quiet = ('status=~"5.."', "ray_node_gpus_", "engine_preemptions_total", "spec_decode")
+    # Of which there are none here: errors, full proxies, GPUs, preemptions, drafts.
+    quiet = (
+        *('status=~"5.."', "proxy_refusals", "ray_node_gpus_"),
+        *("engine_preemptions_total", "spec_decode"),
+    )
     target = service.metrics.removeprefix("http://").removesuffix("/metrics")
     with prometheus(tmp_path, target, pod="local") as address:
         wanted = [*k8s_metrics.panels("serving"), *k8s_metrics.panels("engine")]

@@ -196,6 +196,8 @@ def run_ranks(world_size: int, runs: list[Settings], main: Callable[..., None] =
 def begin(rank: int, main: Callable[..., None], *arguments: Any) -> None:
     """A rank, without what takes longer than such a run's steps."""
     gc.freeze()  # stage 3 collects garbage: not among the modules
+    # Fills new memory with NaN, which shows where it is used before anything is written to it.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     loop.matrix_peak = lambda device, dtype: 1e12
     main(rank, *arguments)
 

@@ -135,10 +135,20 @@ def all_finite(model: nn.Module) -> Tensor:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        part = getattr(parameter, "ds_tensor", parameter).detach()  # its shard, at stage 3
+        part = _own_part(parameter)
         if part.numel():
             extremes += torch.aminmax(part)  # NaN, if one is among them
     return torch.stack([each.float() for each in extremes]).isfinite().all()
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """The parameter, or at stage 3 this rank's shard, whose padding DeepSpeed leaves undefined."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    sharded: Any = parameter
+    start = sharded.ds_zero_partition_rank * sharded.partition_numel()
+    part: Tensor = sharded.ds_tensor.detach().view(-1)
+    return part[: max(0, sharded.ds_numel - start)]
 
 
 def export_model(
