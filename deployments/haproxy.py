@@ -156,7 +156,7 @@ def _no_route(text: str) -> str:
     """HAProxy's reply to paths of no application, from the status on."""
     frontend = text.partition("\nfrontend http_frontend\n")[2].partition("\nbackend ")[0]
     if re.search("^ *use_backend ", frontend, re.MULTILINE):
-        message = "there is no such path; /-/routes lists what there is"
+        message = "no application serves this path: see /-/routes"
         status, body, headers = 404, _body(message, "not_found_error", "unknown_url"), ""
     else:  # Serve has not deployed them yet
         message = "no application is deployed yet: try again later"

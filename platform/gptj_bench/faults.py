@@ -209,8 +209,9 @@ async def kill(service: LocalService, actor: str, what: signal.Signals) -> bool:
 
 async def kill_haproxy(service: LocalService, fault: str) -> bool:
     """Send HAProxy or its actor a signal; returns whether another answered in time."""
-    ((actor, manager),) = service.processes("HAProxyManager").items()
-    program = max(service.haproxies(), key=psutil.Process.create_time)  # older ones are ending
+    ((actor, manager),) = (await asyncio.to_thread(service.processes, "HAProxyManager")).items()
+    running = await asyncio.to_thread(service.haproxies)
+    program = max(running, key=psutil.Process.create_time)  # older ones are ending
     victim = manager if fault == "haproxy-manager" else program.pid
     os.kill(victim, HAPROXY_FAULTS[fault])
 

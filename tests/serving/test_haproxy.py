@@ -105,9 +105,6 @@ class Running:
             ),
             config_file_path=str(folder / "haproxy.cfg"),
         )
-        self.place(replicas)
-
-    def place(self, replicas: list[Replica]) -> None:
         servers = [ServerConfig(f"r{each.number}", HOST, each.server_port) for each in replicas]
         backends = {
             name: BackendConfig(name, f"/{name}", servers=servers, app_name=name)

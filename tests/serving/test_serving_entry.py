@@ -274,7 +274,7 @@ def test_if_every_replica_dies_the_client_is_told_to_retry(replicas: Replicas, c
 @pytest.mark.parametrize(
     ("status", "ours", "reason"),
     [
-        (404, 404, "there is no /v1/completions; /-/routes lists"),
+        (404, 404, "no application serves /v1/completions: see /-/routes"),
         (408, 408, "more than 30 seconds"),
         (429, 429, "full"),
         (500, 503, "no replica"),

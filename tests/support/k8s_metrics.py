@@ -21,17 +21,8 @@ MONITORING = Path(__file__).resolve().parents[2] / "k8s" / "components" / "monit
 # Words of PromQL in our expressions; every other word must be a metric or a label.
 FUNCTIONS = {
     *("sum", "avg", "max", "min", "count", "by", "without"),
-    *(
-        "rate",
-        "increase",
-        "changes",
-        "histogram_quantile",
-        "absent",
-        "unless",
-        "on",
-        "or",
-        "vector",
-    ),
+    *("rate", "increase", "changes", "histogram_quantile"),
+    *("absent", "unless", "on", "or", "vector"),
 }
 # What is not Ray's, with its labels: KubeRay's as in ray-operator/controllers/ray/metrics of 1.7.0
 # (ray_service_metrics.go:28, ray_job_metrics.go:31), those of pods as in kube-state-metrics'

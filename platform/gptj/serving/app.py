@@ -140,7 +140,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code
     if status == HTTPStatus.NOT_FOUND:
         docs = f"{request.scope.get('root_path', '').rstrip('/')}/docs"
-        message = f"there is no {request.method} {request.url.path}; {docs} lists what there is"
+        message = f"no route for {request.method} {request.url.path}: see {docs}"
         code = "unknown_url"
     elif status == HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{request.url.path} does not take {request.method}"

@@ -99,8 +99,7 @@ class Gate:
         self._report()
 
     def _report(self) -> None:
-        now = self._clock()
-        if self._refused and now - self._reported_at >= REPORT_SECONDS:
+        if self._refused and (now := self._clock()) - self._reported_at >= REPORT_SECONDS:
             logger.warning("the service is full: %d requests refused", self._refused)
             self._on_refusals(self._refused)
             self._refused, self._reported_at = 0, now

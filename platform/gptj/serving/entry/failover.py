@@ -318,7 +318,7 @@ class Reply:
             if not await self._exchange.routed():
                 # After the head's restart, until Serve has deployed the applications again.
                 return UnavailableError("no application is deployed yet: try again later")
-            message = f"there is no {self._exchange.path:.200}; /-/routes lists what there is"
+            message = f"no application serves {self._exchange.path:.200}: see /-/routes"
             return NotFoundError(message, code="unknown_url")
         if status == HTTPStatus.REQUEST_TIMEOUT:
             return self._exchange.timeout()
