@@ -85,7 +85,9 @@ class Layer:
         shape = (pages, self.config.n_head, PAGE, self.config.head_dim)
         self.cache = LayerCache(self.random(*shape), self.random(*shape))
         max_pages = self.config.n_positions // PAGE
-        self.maker = InputsMaker(torch.device(self.kind), max_pages, PAGE, pages - 1, 256)
+        self.maker = InputsMaker(
+            torch.device(self.kind), max_pages, PAGE, pages - 1, 256, self.operations.tile
+        )
         self.pages = pages
 
     def random(self, *shape: int) -> Tensor:

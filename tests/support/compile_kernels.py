@@ -72,7 +72,7 @@ class NoDriver:
         return 0
 
 
-def compiled(capability: int, processors: int, dtype: torch.dtype) -> list[Any]:
+def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.dtype) -> list[Any]:
     """All programs: what is tried out, what is measured, and then nothing new by any step."""
     programs: dict[str, Any] = {}  # by the hash of their source, its options and the target
 
@@ -87,7 +87,7 @@ def compiled(capability: int, processors: int, dtype: torch.dtype) -> list[Any]:
 
     KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
     triton.runtime.driver.set_active(NoDriver(capability))
-    operations = TritonOperations(CONFIG, dtype, processors)
+    operations = TritonOperations(CONFIG, dtype, processors, shared_memory)
     operations.try_out(CPU, LORA)
     tried = set(programs)
     steps(operations, dtype)
@@ -113,7 +113,7 @@ def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
     norm = Norm(vector, vector)
     table = torch.zeros(CONFIG.n_positions, CONFIG.rotated_dim // 2)
     adapted = AdaptedLayer.empty(CONFIG, LORA, dtype, Ranks.empty(LORA, CPU))
-    maker = InputsMaker(CPU, max_pages, PAGE_SIZE, pages - 1, SIZES[-1])
+    maker = InputsMaker(CPU, max_pages, PAGE_SIZE, pages - 1, SIZES[-1], operations.tile)
     numbers = torch.arange(37, dtype=torch.int32).numpy()
     query_start_loc = torch.tensor([0, 1, 37], dtype=torch.int32).numpy()
     tables = torch.zeros(2, max_pages, dtype=torch.int32).numpy()
@@ -160,7 +160,7 @@ def resources(program: Any, capability: int) -> tuple[int, int]:
 def main() -> None:
     cases = CASES + (MORE_CASES if "--all" in sys.argv[1:] else ())
     for gpu, capability, limit, processors, dtype in cases:
-        for program in compiled(capability, processors, dtype):
+        for program in compiled(capability, limit, processors, dtype):
             shared, threads = program.metadata.shared, 32 * program.metadata.num_warps
             registers, spilled = resources(program, capability)
             used = {"shared": shared, "threads": threads, "registers": registers}

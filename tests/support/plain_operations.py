@@ -24,6 +24,8 @@ class PlainOperations:
         dtype: of the matrix products' inputs.
     """
 
+    tile = 32
+
     def __init__(self, dtype: torch.dtype, epsilon: float) -> None:
         self._dtype = dtype
         self._epsilon = epsilon

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gptj.engine.runners.base import Ints, StepBatch
-from gptj.engine.runners.cuda.operations import TILE, Chunk, Inputs
+from gptj.engine.runners.cuda.operations import MAX_GROUP, Chunk, Inputs
 from gptj.engine.runners.lora import NONE
 
 Vector = TypeVar("Vector", Tensor, Ints)
 
 DRAFTED = 16  # most tokens of a sequence that are computed as decode rows
+ALONE = (1, 0)  # Inputs.groups_R2 of a sequence without a group
+LEAST_SHARED = 4  # pages that are worth a group: it costs two more splits
 ALIGNED = 4  # int32s: Triton specializes kernels for 16-byte alignment
 
 
@@ -44,12 +46,20 @@ class InputsMaker:
         max_pages: most pages of a sequence: the width of page tables.
         scratch: the page that padding writes to.
         max_decodes: the largest decode batch with static inputs, for CUDA graphs.
+        tile: see Operations.
     """
 
     def __init__(
-        self, device: torch.device, max_pages: int, page_size: int, scratch: int, max_decodes: int
+        self,
+        device: torch.device,
+        max_pages: int,
+        page_size: int,
+        scratch: int,
+        max_decodes: int,
+        tile: int,
     ) -> None:
         self._device = device
+        self._tile = tile
         self._max_pages = max_pages
         self._page_size = page_size
         self._scratch = scratch
@@ -60,23 +70,27 @@ class InputsMaker:
     def static(self, size: int) -> Inputs:
         """A decode step's inputs for that size, always at the same address."""
         views = self._decode_outline(size).views(self._static)
-        ids_T, positions_T, slots_T, adapters_T, page_table_RP = views
-        return Inputs(ids_T, positions_T, slots_T, page_table_RP, size, adapters_T=adapters_T)
+        ids_T, positions_T, slots_T, adapters_T, groups_R2, page_table_RP = views
+        return Inputs(
+            ids_T, positions_T, slots_T, page_table_RP, groups_R2, size, adapters_T=adapters_T
+        )
 
     def fill(self, batch: StepBatch, size: int) -> None:
         """Copy a decode batch into `static(size)`, padded with the scratch page."""
         count = len(batch.ids_T)
         outline = self._decode_outline(size)
         vector = self._vector(outline.size)
-        ids, positions, slots, adapters, tables = outline.views(vector.numpy())
+        ids, positions, slots, adapters, groups, tables = outline.views(vector.numpy())
         ids[count:], positions[count:] = 0, 0
         slots[count:] = self._scratch * self._page_size
         adapters[count:] = NONE
+        groups[count:] = ALONE
         tables[count:] = self._scratch
         ids[:count] = batch.ids_T
         positions[:count] = batch.positions_T
         adapters[:count] = NONE if batch.adapters_R is None else batch.adapters_R
         slots[:count] = self._slots(batch, np.arange(count))
+        groups[:count] = groups_of(batch.page_table_RP, batch.positions_T // self._page_size)
         self._fill_tables(tables[:count], batch)
         self._static[: outline.size].copy_(vector, non_blocking=True)
 
@@ -90,13 +104,14 @@ class InputsMaker:
             for row, (start, end) in enumerate(pairwise(batch.query_start_loc.tolist()))
             if row >= num_decodes
         )
-        tiles = [tile for chunk in chunks for tile in _tiles(chunk)]
+        tiles = [tile for chunk in chunks for tile in self._tiles(chunk)]
         outline = Outline(
             (tokens,),
             (tokens,),
             (tokens,),
             (tokens,),
             (rows, self._max_pages),
+            (rows, 2),
             (len(tiles), 4),
             batch.logits_indices.shape,
         )
@@ -107,16 +122,22 @@ class InputsMaker:
         parts[2][:] = self._slots(batch, np.repeat(np.arange(rows), lengths))
         parts[3][:] = batch.slots_T
         self._fill_tables(parts[4], batch)
+        parts[5][:num_decodes] = groups_of(
+            batch.page_table_RP[:num_decodes], batch.positions_T[:num_decodes] // self._page_size
+        )
+        parts[5][num_decodes:] = ALONE
         if tiles:
-            parts[5][:] = tiles
-        parts[6][:] = batch.logits_indices
+            parts[6][:] = tiles
+        parts[7][:] = batch.logits_indices
         sent = outline.views(vector.to(self._device, non_blocking=True))
-        ids_T, positions_T, slots_T, adapters_T, page_table_RP, tiles_N4, logits_indices_W = sent
+        ids_T, positions_T, slots_T, adapters_T, page_table_RP, groups_R2, *others = sent
+        tiles_N4, logits_indices_W = others
         return Inputs(
             ids_T,
             positions_T,
             slots_T,
             page_table_RP,
+            groups_R2,
             num_decodes,
             chunks,
             tiles_N4 if tiles else None,
@@ -125,7 +146,7 @@ class InputsMaker:
         )
 
     def _decode_outline(self, size: int) -> Outline:
-        return Outline((size,), (size,), (size,), (size,), (size, self._max_pages))
+        return Outline((size,), (size,), (size,), (size,), (size, 2), (size, self._max_pages))
 
     def _vector(self, size: int) -> Tensor:
         # PyTorch does not reuse pinned memory before the copy from it has completed.
@@ -140,6 +161,48 @@ class InputsMaker:
         used = min(batch.page_table_RP.shape[1], self._max_pages)
         page_table_RP[:, :used] = batch.page_table_RP[:, :used]
         page_table_RP[:, used:] = self._scratch
+
+    def _tiles(self, chunk: Chunk) -> list[tuple[int, int, int, int]]:
+        return [
+            (
+                chunk.row,
+                chunk.start + first,
+                min(self._tile, chunk.tokens - first),
+                chunk.position + first,
+            )
+            for first in range(0, chunk.tokens, self._tile)
+        ]
+
+
+def groups_of(page_table_RP: Ints, full_R: Ints) -> Ints:
+    """Inputs.groups_R2 (R, 2) of single tokens: beams, samples of a prompt, and common prefixes.
+
+    Args:
+        full_R: pages of each sequence that its token sees wholly.
+    """
+    rows = len(page_table_RP)
+    groups = np.empty((rows, 2), np.int32)
+    groups[:] = ALONE
+    equal = page_table_RP[1:] == page_table_RP[:-1]
+    if not equal[:, :LEAST_SHARED].all(axis=1).any():
+        return groups
+    # Pages that a sequence shares with the one before it.
+    common = np.where(equal.all(axis=1), equal.shape[1], equal.argmin(axis=1))
+    common = np.minimum(common, np.minimum(full_R[1:], full_R[:-1])).tolist()
+    first = 0
+    while first < rows:
+        count, shared = 1, 0
+        while first + count < rows and count < MAX_GROUP:
+            fewer = min(shared or rows * len(page_table_RP[0]), common[first + count - 1])
+            # A sequence with much less in common would take the others' shared pages apart.
+            if fewer < max(LEAST_SHARED, shared // 2):
+                break
+            count, shared = count + 1, fewer
+        if count > 1:
+            groups[first : first + count] = (0, shared)
+            groups[first, 0] = count
+        first += count
+    return groups
 
 
 def with_drafts_as_rows(batch: StepBatch) -> StepBatch:
@@ -173,15 +236,3 @@ def _repeated(adapters_R: Ints | None, lengths: Ints) -> Ints | None:
         return None
     rows = len(lengths)
     return np.concatenate((np.repeat(adapters_R[:rows], lengths), adapters_R[rows:]))
-
-
-def _tiles(chunk: Chunk) -> list[tuple[int, int, int, int]]:
-    return [
-        (
-            chunk.row,
-            chunk.start + first,
-            min(TILE, chunk.tokens - first),
-            chunk.position + first,
-        )
-        for first in range(0, chunk.tokens, TILE)
-    ]

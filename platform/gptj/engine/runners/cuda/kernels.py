@@ -103,15 +103,34 @@ def rope_and_cache(
 
 
 @triton.jit
+def attend(q, k, v, visible, scale, largest, total, weighted, MASKED: tl.constexpr):
+    """Attend to some more places: the sums of online softmax after them.
+
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(visible, scores, -float("inf"))
+    raised = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - raised[:, None])
+    shrink = tl.exp2(largest - raised)
+    total = total * shrink + tl.sum(weights, axis=1)
+    weighted = weighted * shrink[:, None]
+    weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
+    return raised, total, weighted
+
+
+@triton.jit
 def paged_decode_attention(
     queries,  # (R, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
     tables,  # (R, PAGES)
     positions,  # (R)
+    groups,  # (R, 2): Inputs.groups_R2
     attn_mlp,  # (R, ROW), of which HEADS * HEAD_DIM columns are written
-    sums,  # (R, HEADS, SPLITS, HEAD_DIM), fp32; unused with one split
-    scales,  # (R, HEADS, SPLITS, 2), fp32: the largest score, and the exponentials' sum
+    sums,  # (R, HEADS, SPLITS + 1, HEAD_DIM), fp32
+    scales,  # (R, HEADS, SPLITS + 1, 2), fp32: the largest score, and the exponentials' sum
     scale,  # of scores
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -120,81 +139,99 @@ def paged_decode_attention(
     PAGES: tl.constexpr,
     ROW: tl.constexpr,
     SPLITS: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program per token, head and split. Dao et al., "Flash-Decoding", 2023.
 
-    Decoding is bound by reading keys and values, so products need no tensor cores; the next pages
-    are loaded during the computation.
+    The first of a group's tokens attends for all of them to the pages that they share, which are
+    thus read once; the last split is each token's own part. Juravsky et al., "Hydragen", 2024.
+    Tensor cores need LINES rows, of which a token without a group leaves all but one empty:
+    decoding is bound by reading keys and values.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
+    tokens = tl.load(groups + row * 2)
+    shared = tl.load(groups + row * 2 + 1)
     context = tl.load(positions + row) + 1
     pages = (context + PAGE_SIZE - 1) // PAGE_SIZE
-    run = (pages + SPLITS - 1) // SPLITS
-    first = split * run
-    last = tl.minimum(first + run, pages)
-    dims = tl.arange(0, BLOCK_DIM)
-    inside = dims < HEAD_DIM
-    places = tl.arange(0, PAGE_SIZE)
-    within = places[:, None] * HEAD_DIM + dims[None, :]
-    query = queries + (row * HEADS + head) * HEAD_DIM
-    q = tl.load(query + dims, mask=inside, other=0.0).to(tl.float32) * scale
-    largest = -float("inf")
-    total = 0.0
-    weighted = tl.zeros([BLOCK_DIM], tl.float32)
-    for number in tl.range(first, last, num_stages=STAGES):
-        page = tl.load(tables + row * PAGES + number).to(tl.int64)
-        block = (page * HEADS + head) * (PAGE_SIZE * HEAD_DIM) + within
-        seen = number * PAGE_SIZE + places < context
-        # Memory beyond the context may hold anything, even NaN.
-        loaded = seen[:, None] & inside[None, :]
-        k = tl.load(keys + block, mask=loaded, other=0.0).to(tl.float32)
-        v = tl.load(values + block, mask=loaded, other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(q[None, :] * k, axis=1), -float("inf"))
-        raised = tl.maximum(largest, tl.max(scores, axis=0))
-        weights = tl.exp2(scores - raised)
-        shrink = tl.exp2(largest - raised)
-        total = total * shrink + tl.sum(weights, axis=0)
-        weighted = weighted * shrink + tl.sum(weights[:, None] * v, axis=0)
-        largest = raised
-    if SPLITS == 1:
-        target = attn_mlp + row * ROW + head * HEAD_DIM + dims
-        tl.store(target, (weighted / total).to(attn_mlp.dtype.element_ty), mask=inside)
+    if split == SPLITS:
+        tokens = tl.where(shared > 0, 1, 0)
+        first = shared
+        last = pages
     else:
-        index = (row * HEADS + head) * SPLITS + split
-        tl.store(sums + index * HEAD_DIM + dims, weighted, mask=inside)
-        tl.store(scales + index * 2, largest)
-        tl.store(scales + index * 2 + 1, total)
+        pages = tl.where(shared > 0, shared, pages)
+        run = (pages + SPLITS - 1) // SPLITS
+        first = tl.minimum(split * run, pages)
+        last = tl.minimum(first + run, pages)
+    if tokens > 0:
+        dims = tl.arange(0, BLOCK_DIM)
+        inside = dims < HEAD_DIM
+        lines = tl.arange(0, LINES)
+        real = (lines < tokens)[:, None] & inside[None, :]
+        query = queries + ((row + lines)[:, None] * HEADS + head) * HEAD_DIM + dims[None, :]
+        q = tl.load(query, mask=real, other=0.0)
+        largest = tl.full([LINES], -float("inf"), tl.float32)
+        total = tl.zeros([LINES], tl.float32)
+        weighted = tl.zeros([LINES, BLOCK_DIM], tl.float32)
+        end = tl.minimum(last * PAGE_SIZE, context)
+        for start in tl.range(first * PAGE_SIZE, end, BLOCK_PLACES, num_stages=STAGES):
+            places = start + tl.arange(0, BLOCK_PLACES)
+            # Memory beyond the context may hold anything, even NaN.
+            seen = places < end
+            page = tl.load(tables + row * PAGES + places // PAGE_SIZE, mask=seen, other=0)
+            slots = (page.to(tl.int64) * HEADS + head) * PAGE_SIZE + places % PAGE_SIZE
+            block = slots[:, None] * HEAD_DIM + dims[None, :]
+            loaded = seen[:, None] & inside[None, :]
+            k = tl.load(keys + block, mask=loaded, other=0.0)
+            v = tl.load(values + block, mask=loaded, other=0.0)
+            largest, total, weighted = attend(
+                q, k, v, seen[None, :], scale, largest, total, weighted, True
+            )
+        if (shared == 0) & (SPLITS == 1):
+            target = attn_mlp + (row + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
+            found = weighted / total[:, None]
+            tl.store(target, found.to(attn_mlp.dtype.element_ty), mask=real)
+        else:
+            index = ((row + lines) * HEADS + head) * (SPLITS + 1) + split
+            tl.store(sums + index[:, None] * HEAD_DIM + dims[None, :], weighted, mask=real)
+            tl.store(scales + index * 2, largest, mask=lines < tokens)
+            tl.store(scales + index * 2 + 1, total, mask=lines < tokens)
 
 
 @triton.jit
 def merge_splits(
-    sums,  # (R, HEADS, SPLITS, HEAD_DIM), fp32
-    scales,  # (R, HEADS, SPLITS, 2), fp32
+    sums,  # (R, HEADS, SPLITS + 1, HEAD_DIM), fp32
+    scales,  # (R, HEADS, SPLITS + 1, 2), fp32
+    groups,  # (R, 2)
     attn_mlp,  # (R, ROW)
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     ROW: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):
-    """One program per token and head: the weighted mean of its splits."""
+    """One program per token and head: the weighted mean of its splits, if it has several."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    index = (row * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
-    dims = tl.arange(0, BLOCK_DIM)
-    inside = dims < HEAD_DIM
-    largest = tl.load(scales + index * 2)
-    totals = tl.load(scales + index * 2 + 1)
-    weights = tl.exp2(largest - tl.max(largest, axis=0))  # 0 for a split without pages
-    parts = tl.load(
-        sums + index[:, None] * HEAD_DIM + dims[None, :], mask=inside[None, :], other=0.0
-    )
-    found = tl.sum(parts * weights[:, None], axis=0) / tl.sum(totals * weights, axis=0)
-    target = attn_mlp + row * ROW + head * HEAD_DIM + dims
-    tl.store(target, found.to(attn_mlp.dtype.element_ty), mask=inside)
+    splits = SPLITS + tl.where(tl.load(groups + row * 2 + 1) > 0, 1, 0)
+    if splits > 1:
+        numbers = tl.arange(0, BLOCK_SPLITS)
+        used = numbers < splits
+        index = (row * HEADS + head) * (SPLITS + 1) + numbers
+        dims = tl.arange(0, BLOCK_DIM)
+        inside = dims < HEAD_DIM
+        largest = tl.load(scales + index * 2, mask=used, other=-float("inf"))
+        totals = tl.load(scales + index * 2 + 1, mask=used, other=0.0)
+        weights = tl.exp2(largest - tl.max(largest, axis=0))  # 0 for a split without pages
+        places = sums + index[:, None] * HEAD_DIM + dims[None, :]
+        parts = tl.load(places, mask=used[:, None] & inside[None, :], other=0.0)
+        found = tl.sum(parts * weights[:, None], axis=0) / tl.sum(totals * weights, axis=0)
+        target = attn_mlp + row * ROW + head * HEAD_DIM + dims
+        tl.store(target, found.to(attn_mlp.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -216,9 +253,10 @@ def paged_prefill_attention(
     BLOCK_PLACES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per tile and head. Dao et al., "FlashAttention", 2022."""
-    tile = tiles + tl.program_id(0) * 4
-    head = tl.program_id(1)
+    """One program per head and tile. Dao et al., "FlashAttention", 2022."""
+    head = tl.program_id(0)
+    # The last tiles of a prompt see the most: they start first.
+    tile = tiles + (tl.num_programs(1) - 1 - tl.program_id(1)) * 4
     row = tl.load(tile).to(tl.int64)
     start = tl.load(tile + 1).to(tl.int64)
     tokens = tl.load(tile + 2)
@@ -233,7 +271,17 @@ def paged_prefill_attention(
     total = tl.zeros([TILE], tl.float32)
     weighted = tl.zeros([TILE, BLOCK_DIM], tl.float32)
     context = position + tokens
-    for first in tl.range(0, context, BLOCK_PLACES, num_stages=STAGES):
+    # All lines see all places of the first blocks, which need no masks.
+    border = position // BLOCK_PLACES * BLOCK_PLACES
+    for first in tl.range(0, border, BLOCK_PLACES, num_stages=STAGES):
+        places = first + tl.arange(0, BLOCK_PLACES)
+        pages = tl.load(tables + row * PAGES + places // PAGE_SIZE)
+        slots = (pages.to(tl.int64) * HEADS + head) * PAGE_SIZE + places % PAGE_SIZE
+        block = slots[:, None] * HEAD_DIM + dims[None, :]
+        k = tl.load(keys + block, mask=inside[None, :], other=0.0)
+        v = tl.load(values + block, mask=inside[None, :], other=0.0)
+        largest, total, weighted = attend(q, k, v, None, scale, largest, total, weighted, False)
+    for first in tl.range(border, context, BLOCK_PLACES, num_stages=STAGES):
         places = first + tl.arange(0, BLOCK_PLACES)
         seen = places < context
         pages = tl.load(tables + row * PAGES + places // PAGE_SIZE, mask=seen, other=0)
@@ -242,17 +290,9 @@ def paged_prefill_attention(
         loaded = seen[:, None] & inside[None, :]
         k = tl.load(keys + block, mask=loaded, other=0.0)
         v = tl.load(values + block, mask=loaded, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         # Lines beyond the tile's tokens see what its last token sees, and are not stored.
         visible = (places[None, :] <= position + lines[:, None]) & seen[None, :]
-        scores = tl.where(visible, scores, -float("inf"))
-        raised = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - raised[:, None])
-        shrink = tl.exp2(largest - raised)
-        total = total * shrink + tl.sum(weights, axis=1)
-        weighted = weighted * shrink[:, None]
-        weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
-        largest = raised
+        largest, total, weighted = attend(q, k, v, visible, scale, largest, total, weighted, True)
     target = attn_mlp + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
     found = (weighted / total[:, None]).to(attn_mlp.dtype.element_ty)
     tl.store(target, found, mask=real)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,21 +17,39 @@ from gptj.engine.runners.cuda import kernels
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
-from gptj.engine.runners.cuda.operations import TILE, Inputs, LayerCache
+from gptj.engine.runners.cuda.operations import MAX_GROUP, Inputs, LayerCache
 from gptj.engine.runners.cuda.tuned_linear import TunedLinear
 from gptj.engine.runners.cuda.weights import Norm, Weights
 from gptj.engine.runners.lora import NONE, LoRALimits
 from gptj.engine.runners.transfer import sent
 
 BLOCK_INNER = 1024
-# Context positions per iteration of prefill attention, and warps; limited by registers.
-CHUNK_BLOCKS = {2: (32, 4), 4: (16, 8)}  # by the dtype's bytes
 MAX_SPLITS = 32
 LORA_BLOCK_RANK, LORA_BLOCK_INPUTS = 8, 512
 LORA_BLOCK_COLUMNS, LORA_BLOCK_TERMS = 128, 16
-# Decode attention programs per multiprocessor: four are resident, and twice as many balance
-# contexts of different lengths.
-PROGRAMS = 8
+PROGRAMS = 4  # of decode attention per multiprocessor: as many as are resident
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """Block sizes of an attention kernel."""
+
+    tokens: int  # whose queries a program attends with: tensor cores need 16
+    places: int  # of their context, per iteration
+    stages: int  # of Triton's software pipeline: page numbers take as many as keys and values
+    warps: int
+
+
+# By the dtype's bytes. Of ten choices for fp16 on an H100, several read within 2 % of each other.
+DECODE_BLOCKS = {2: AttentionBlocks(MAX_GROUP, 16, 5, 2), 4: AttentionBlocks(MAX_GROUP, 16, 3, 4)}
+# Likewise, and by the shared memory that a program may have, in bytes. Hopper's matrix instructions
+# need 64 tokens.
+PREFILL_BLOCKS = (
+    (2, 220_000, AttentionBlocks(128, 64, 2, 8)),
+    (2, 0, AttentionBlocks(32, 32, 2, 4)),
+    (4, 0, AttentionBlocks(32, 16, 2, 8)),
+)
+LEAST_SHARED_MEMORY = 101_376  # of the GPUs that the kernels support
 
 
 class TritonOperations:
@@ -40,10 +58,24 @@ class TritonOperations:
     Args:
         dtype: of the matrix products' inputs.
         processors: the GPU's number of multiprocessors.
+        shared_memory: bytes of it that a program may have.
     """
 
-    def __init__(self, config: GPTJConfig, dtype: torch.dtype, processors: int) -> None:
+    def __init__(
+        self,
+        config: GPTJConfig,
+        dtype: torch.dtype,
+        processors: int,
+        shared_memory: int = LEAST_SHARED_MEMORY,
+    ) -> None:
         self._config = config
+        self._decode_blocks = DECODE_BLOCKS[dtype.itemsize]
+        self._prefill_blocks = next(
+            blocks
+            for bytes_each, least, blocks in PREFILL_BLOCKS
+            if bytes_each == dtype.itemsize and least <= shared_memory
+        )
+        self.tile = self._prefill_blocks.tokens
         self._dtype = dtype
         self._processors = processors
         self._tuned_linear = TunedLinear()
@@ -70,13 +102,14 @@ class TritonOperations:
         norm = Norm(vector, vector)
         table = zeros(config.n_positions, config.rotated_dim // 2, dtype=torch.float32)
         max_pages = -(-config.n_positions // PAGE_SIZE)
-        maker = InputsMaker(device, max_pages, PAGE_SIZE, 1, MAX_SIZE)
+        maker = InputsMaker(device, max_pages, PAGE_SIZE, 1, MAX_SIZE, self.tile)
         # The smallest decode batch of each number of splits, and a prefill chunk.
         sizes = {self.splits(size): size for size in reversed(SIZES)}.values()
         tile = torch.tensor([[0, 0, 1, 0]], dtype=torch.int32, device=device)
         chunk = replace(maker.static(1), num_decodes=0, tiles_N4=tile)
         for inputs in (*map(maker.static, sizes), chunk):
             tokens = len(inputs.ids_T)
+            inputs.groups_R2[:, 0] = 1
             x_TD, added_TD = (zeros(tokens, width, dtype=torch.float32) for _ in range(2))
             attn_mlp = zeros(tokens, width + inner)
             self.add_and_norm(x_TD, None, None, norm)
@@ -236,16 +269,18 @@ class TritonOperations:
         self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
         config, num_decodes = self._config, inputs.num_decodes
-        splits = self.splits(num_decodes)
-        shape = (num_decodes, config.n_head, splits)
+        blocks, splits = self._decode_blocks, self.splits(num_decodes)
+        # Of groups, each token's own part is one more split.
+        shape = (num_decodes, config.n_head, splits + 1)
         sums = torch.empty(*shape, config.head_dim, dtype=torch.float32, device=q_THK.device)
         scales = torch.empty(*shape, 2, dtype=torch.float32, device=q_THK.device)
-        kernels.paged_decode_attention[(num_decodes, config.n_head, splits)](
+        kernels.paged_decode_attention[(num_decodes, config.n_head, splits + 1)](
             q_THK,
             cache.keys,
             cache.values,
             inputs.page_table_RP,
             inputs.positions_T,
+            inputs.groups_R2,
             attn_mlp,
             sums,
             scales,
@@ -257,26 +292,29 @@ class TritonOperations:
             PAGES=inputs.page_table_RP.shape[1],
             ROW=self._row,
             SPLITS=splits,
-            STAGES=3,
+            LINES=blocks.tokens,
+            BLOCK_PLACES=blocks.places,
+            STAGES=blocks.stages,
+            num_warps=blocks.warps,
         )
-        if splits > 1:
-            kernels.merge_splits[(num_decodes, config.n_head)](
-                sums,
-                scales,
-                attn_mlp,
-                HEADS=config.n_head,
-                HEAD_DIM=config.head_dim,
-                BLOCK_DIM=self._block_dim,
-                ROW=self._row,
-                SPLITS=splits,
-            )
+        kernels.merge_splits[(num_decodes, config.n_head)](
+            sums,
+            scales,
+            inputs.groups_R2,
+            attn_mlp,
+            HEADS=config.n_head,
+            HEAD_DIM=config.head_dim,
+            BLOCK_DIM=self._block_dim,
+            ROW=self._row,
+            SPLITS=splits,
+            BLOCK_SPLITS=triton.next_power_of_2(splits + 1),
+        )
 
     def _prefill_attention(
         self, q_THK: Tensor, inputs: Inputs, tiles_N4: Tensor, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
-        config = self._config
-        places, warps = CHUNK_BLOCKS[self._dtype.itemsize]
-        kernels.paged_prefill_attention[(len(tiles_N4), config.n_head)](
+        config, blocks = self._config, self._prefill_blocks
+        kernels.paged_prefill_attention[(config.n_head, len(tiles_N4))](
             q_THK,
             cache.keys,
             cache.values,
@@ -290,8 +328,8 @@ class TritonOperations:
             PAGE_SIZE=cache.keys.shape[2],
             PAGES=inputs.page_table_RP.shape[1],
             ROW=self._row,
-            TILE=TILE,
-            BLOCK_PLACES=places,
-            STAGES=2,
-            num_warps=warps,
+            TILE=blocks.tokens,
+            BLOCK_PLACES=blocks.places,
+            STAGES=blocks.stages,
+            num_warps=blocks.warps,
         )

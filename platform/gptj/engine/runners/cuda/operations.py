@@ -17,7 +17,7 @@ from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.weights import Norm, Weights
 from gptj.engine.runners.lora import NONE
 
-TILE = 32  # query tokens of one program of prefill attention
+MAX_GROUP = 16  # most decoding tokens that read the pages they share together
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,12 @@ class Inputs:
     positions_T: Tensor
     slots_T: Tensor  # of keys and values: page * page size + offset
     page_table_RP: Tensor  # each sequence's pages, in order
+    # Of decoding sequences that share pages with those that follow: how many attend to them
+    # together, and to how many pages. Of the others of such a group: 0, and how many pages.
+    groups_R2: Tensor
     num_decodes: int
     chunks: tuple[Chunk, ...] = ()
-    tiles_N4: Tensor | None = None  # chunks in tiles of TILE tokens, each as Chunk
+    tiles_N4: Tensor | None = None  # chunks in tiles of `Operations.tile` tokens, each as Chunk
     adapters_T: Tensor | None = None  # slot of each token's adapter, or NONE
     logits_indices_W: Tensor | None = None  # the tokens to compute logits for; None: all
 
@@ -60,6 +63,8 @@ class LayerCache:
 
 class Operations(Protocol):
     """Sums, norms, rotary embedding and softmax are computed in fp32 and rounded once."""
+
+    tile: int  # query tokens of one program of prefill attention
 
     def prepare(self, weights: Weights) -> None:
         """Tune for these weights on a GPU; optional, before the first step."""

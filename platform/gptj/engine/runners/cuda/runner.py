@@ -87,7 +87,9 @@ class CudaRunner:
         self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._layer_caches = [LayerCache(*each) for each in self._cache.unbind(1)]
         max_pages = -(-config.n_positions // PAGE_SIZE)
-        self._inputs = InputsMaker(self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE)
+        self._inputs = InputsMaker(
+            self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE, self._operations.tile
+        )
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
                 # Capturing writes to page 0, which is still unused.

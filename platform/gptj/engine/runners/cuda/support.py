@@ -51,7 +51,10 @@ def operations_for(model: GPTJForCausalLM, lora: LoRALimits | None = None) -> Op
     except ImportError as error:
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
     operations: TritonOperations = new_operations(
-        config, model.dtype, properties.multi_processor_count
+        config,
+        model.dtype,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # of PyTorch's stub
     )
     with torch.cuda.device(device):
         try_out(operations, device, lora)
