@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -184,11 +185,22 @@ def _environment(
         environment[name] = str(folder / name.lower())
     if given.rehearse:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment |= _as_on_the_machine(environment["PYTHONPATH"])
     else:  # extensions that a rehearsal compiles are kept with those of other tests
         environment["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
     if not os.access(os.path.expanduser("~"), os.W_OK):
         environment["HOME"] = str(folder)
     return environment
+
+
+def _as_on_the_machine(pythonpath: str) -> dict[str, str]:
+    """Hides the packages that only this environment has."""
+    import machine  # needs `packaging`, which nothing else of the check does
+
+    return {
+        "PYTHONPATH": os.pathsep.join([str(HERE / "rehearsed"), pythonpath]),
+        "GPTJ_CHECK_HIDDEN": json.dumps(machine.hidden()),
+    }
 
 
 def _install(wheels: Path, site: Path, results: Results, log: IO[bytes]) -> None:

