@@ -112,6 +112,7 @@ class Check:
         self.rehearsal = bool(os.environ.get("GPTJ_CHECK_REHEARSE"))
         if not self.rehearsal and not torch.cuda.is_available():
             raise SystemExit("PyTorch finds no CUDA device; --rehearse runs the check without one")
+        self.part = part
         self.out = out
         self.results = Results(out, part)
         self.device: Device = Cpu() if self.rehearsal else Cuda()

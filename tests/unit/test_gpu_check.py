@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GPU = REPOSITORY / "tests" / "gpu"
@@ -23,8 +24,11 @@ import check  # noqa: E402
 import checking  # noqa: E402
 import report  # noqa: E402
 import sanitizer  # noqa: E402
+import suite  # noqa: E402
 import wheels  # noqa: E402
 from results import Results, Row, read  # noqa: E402
+
+from gptj.engine.runners.cuda import kernels  # noqa: E402
 
 # Programs that a machine without a GPU lacks, as far as the check looks at them.
 PROGRAMS = {
@@ -100,7 +104,8 @@ def test_each_figure_records_its_settings(
     assert the("prefill step")[0]["kernels"]
     assert the("host time")[0]["functions"]
     assert {row["variant"] for row in the("training")} >= {"stage 2, fp32", "LoRA"}
-    assert the("compute-sanitizer")[0]["sanitizer_errors"] == 0
+    assert {row["tool"] for row in the("compute-sanitizer")} == set(sanitizer.TOOLS)
+    assert [row["sanitizer_errors"] for row in the("compute-sanitizer")] == [0, 0]
     assert the("card")[0]["driver_version"] == "580.1"
 
 
@@ -245,8 +250,134 @@ def test_tests_selected_by_name_exist() -> None:
     """A renamed test must not drop out of the check, nor a slow one into it."""
     kernels = (REPOSITORY / "tests" / "engine" / "test_cuda_kernels.py").read_text()
     names = re.findall(r"^def (test_\w+)", kernels, re.MULTILINE)
-    for part in (sanitizer.TOO_SLOW, "copied_pages", "compile_for"):
+    for part in (sanitizer.TOO_SLOW, suite.REHEARSED, "compile_for"):
         assert any(part in name for name in names), part
+
+
+@pytest.mark.slow
+def test_the_suite_selects_the_gpus_cases_and_runs_kernels_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only")
+    each = checking.Check("suite", tmp_path)
+    ran = suite.run_tests(each, suite.FILES, suite.NAMES, 100)
+    lines = [line for line in ran.output.splitlines() if "::" in line]
+    files = list(dict.fromkeys(Path(line.partition("::")[0]).stem for line in lines))
+    assert files == list(suite.FILES)
+    assert len(lines) > 80
+    for case in (
+        *("test_runs_on_every_device[cuda]", "chunks[triton fp16-wide heads]", "alone[cuda-plain]"),
+        *("without_synchronizing[torch]", "exceed_fp16[cuda]", "[cuda-causal-lm-dtype0]"),
+    ):
+        assert any(line.endswith(case) for line in lines), case
+    assert not [line for line in lines if "[cpu" in line or "int4" in line]
+
+
+SUITE = """
+import pytest, time
+
+def test_good(): pass
+
+def test_wrong():
+    assert 1 + 1 == 3, "a sum"
+
+@pytest.fixture
+def broken(): raise OSError("no device")
+
+def test_without_its_fixture(broken): pass
+
+def test_skipped(): pytest.skip("not here")
+
+def test_hanging():
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xdist", [False, True])
+def test_failures_of_a_suite_that_runs_out_of_time_are_recorded(
+    xdist: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests" / "some").mkdir(parents=True)
+    (tmp_path / "tests" / "some" / "test_first.py").write_text(SUITE)
+    monkeypatch.setattr(suite, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(suite, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(suite, "WORKERS", 2)
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("suite", tmp_path)
+    each.rehearsal = not xdist
+    ran = suite.run_tests(each, ("test_first",), "test", 6)
+    assert (ran.exit_code, ran.right) == (None, False)
+    counts = {name: ran.row[name] for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
+    rows = [row for row in read(tmp_path) if row["what"] == "failed test"]
+    assert {row["test"].partition("::")[2] for row in rows} == {
+        *("test_wrong", "test_without_its_fixture")
+    }
+    (wrong,) = [row for row in rows if row["test"].endswith("test_wrong")]
+    assert wrong["message"].startswith("test_first.py:7: AssertionError: a sum")
+    assert (wrong["part"], wrong["right"]) == ("suite", False)
+    assert "no device" in str(ran.row["failed_tests"])
+
+
+@pytest.mark.slow
+def test_a_test_file_that_cannot_be_imported_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests" / "some").mkdir(parents=True)
+    (tmp_path / "tests" / "some" / "test_first.py").write_text("import no_such_module")
+    monkeypatch.setattr(suite, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    ran = suite.run_tests(checking.Check("suite", tmp_path), ("test_first",), "test", 60)
+    assert ran.right is False
+    (row,) = [row for row in read(tmp_path) if row["what"] == "failed test"]
+    assert "No module named 'no_such_module'" in row["message"]
+
+
+FMHA = "fmha_cutlassF_f32_aligned_32x128_gmem_sm80(PyTorchMemEffAttention::Params)+0xbce0"
+# As version 2025.3.1 writes them.
+RACES = """========= COMPUTE-SANITIZER
+.............========= Warning: Race reported between Write access at {0}
+=========     and Write access at {0} [4096 hazards]
+=========
+....................                                        [100%]
+33 passed, 7 deselected in 26.27s
+========= RACECHECK SUMMARY: {1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "errors", "races", "elsewhere"),
+    [
+        ("........= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0, [], 0),
+        ("========= ERROR SUMMARY: 1 error\n", 1, [], 0),
+        (RACES.format(FMHA, "16 hazards displayed (0 errors, 16 warnings)"), 0, [], 1),
+        (
+            RACES.format("lora_shrink+0x10", "1 hazard displayed (1 error, 0 warnings)"),
+            *(1, ["lora_shrink"], 0),
+        ),
+        ("No such file or directory", None, [], 0),
+    ],
+    ids=["memcheck", "an error", "PyTorch's race", "our race", "did not run"],
+)
+def test_the_sanitizers_findings_are_those_of_our_kernels(
+    output: str, errors: int | None, races: list[str], elsewhere: int
+) -> None:
+    assert sanitizer.findings(output) == {
+        "sanitizer_errors": errors,
+        "races": races,
+        "races_elsewhere": elsewhere,
+    }
+
+
+def test_our_kernels_are_not_taken_for_others() -> None:
+    names = [name for name, each in vars(kernels).items() if isinstance(each, KernelInterface)]
+    assert names
+    assert not [name for name in names if any(other in name for other in sanitizer.NOT_OURS)]
 
 
 def test_names_used_only_on_a_gpu_exist() -> None:
