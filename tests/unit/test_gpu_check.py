@@ -5,6 +5,7 @@ It runs as on the machine that it is for: without whatever is missing there.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GPU = REPOSITORY / "tests" / "gpu"
 sys.path.insert(0, str(GPU))
 
+import attention  # noqa: E402
 import check  # noqa: E402
 import checking  # noqa: E402
 import report  # noqa: E402
@@ -28,7 +30,7 @@ import suite  # noqa: E402
 import wheels  # noqa: E402
 from results import Results, Row, read  # noqa: E402
 
-from gptj.engine.runners.cuda import kernels  # noqa: E402
+from gptj.engine.runners.cuda import kernels, launch  # noqa: E402
 
 # Programs that a machine without a GPU lacks, as far as the check looks at them.
 PROGRAMS = {
@@ -100,7 +102,9 @@ def test_each_figure_records_its_settings(
     assert {row["when"] for row in the("pauses")} == {"alone", "with long prompts"}
     kinds = {row["kind"].split(",")[0] for row in the("product")}
     assert kinds == {"fp16", "fp8 by tensor", "fp8 by row"}
-    assert any("STAGES" in row["way"] for row in the("attention of single tokens"))
+    tuned = (*attention.TUNED_SINGLES[:1], *attention.LAUNCHED_SINGLES[:1])
+    ways = [row["way"] for row in the("attention of single tokens")]
+    assert [f"ours, {changes}" for changes in tuned] == [way for way in ways if "ours, " in way]
     assert the("prefill step")[0]["kernels"]
     assert the("host time")[0]["functions"]
     assert {row["variant"] for row in the("training")} >= {"stage 2, fp32", "LoRA"}
@@ -378,6 +382,55 @@ def test_our_kernels_are_not_taken_for_others() -> None:
     names = [name for name, each in vars(kernels).items() if isinstance(each, KernelInterface)]
     assert names
     assert not [name for name in names if any(other in name for other in sanitizer.NOT_OURS)]
+
+
+def test_constants_that_are_tried_exist() -> None:
+    """No rehearsal tries them all."""
+    for name, tried in (
+        (attention.DECODE_KERNEL, attention.TUNED_SINGLES),
+        (attention.PROMPT_KERNEL, attention.TUNED_CHUNKS),
+    ):
+        constants = {*inspect.signature(vars(kernels)[name].fn).parameters, *attention.OPTIONS}
+        for changes in tried:
+            assert set(changes) <= constants, (name, changes)
+    for changes in attention.LAUNCHED_SINGLES:
+        assert set(changes) <= set(vars(launch))
+
+
+@pytest.mark.slow
+def test_constants_that_change_nothing_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a kernel or its constant was renamed: all variants measured the same."""
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("operators", tmp_path)
+    layer = attention.Layer(each, 8)
+    attend = layer.attending(layer.inputs([1, 1], [20, 3]))
+    seen: list[dict[str, object]] = []
+    kernel = vars(kernels)[attention.DECODE_KERNEL]
+    launching, changes = kernel.run, attention.TUNED_SINGLES[0]
+
+    def run(*arguments: object, **names: object) -> object:
+        seen.append(names)
+        return launching(*arguments, **names)
+
+    monkeypatch.setattr(kernel, "run", run)
+    attend()
+    with attention.overriding(attention.DECODE_KERNEL, changes):
+        attend()
+    usual, changed = seen
+    assert changed == {**usual, **changes} != usual
+    with pytest.raises(LookupError, match="no kernel attend was launched"):
+        with attention.overriding("attend", changes):
+            attend()
+    with pytest.raises(LookupError, match=f"{attention.DECODE_KERNEL} has no DEPTH"):
+        with attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}):
+            attend()
+    monkeypatch.setattr(attention, "DECODE_KERNEL", "attend")
+    attention.decode(each, layer, 2, 20, tuned=True)
+    errors = [row for row in read(tmp_path) if "error" in row]
+    assert [row["way"] for row in errors] == [f"ours, {attention.TUNED_SINGLES[0]}"]
+    assert not any("ms" in row for row in errors)
 
 
 def test_names_used_only_on_a_gpu_exist() -> None:
