@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -166,6 +167,28 @@ def test_a_part_that_crashes_or_hangs_is_recorded_and_the_next_ones_run(
     assert [row["share"] for row in rows if row["what"] == "a figure"] == ["nan"]
     assert check.main([str(out), "--seconds", "0.5", "--only", "late"]) == 1
     assert [row["outcome"] for row in read(out) if row["what"] == "part"] == ["no time left"]
+
+
+def limits(names: Sequence[str], seconds: float, share: float) -> dict[str, float]:
+    """Of parts that take a share of what is usual."""
+    parts = [part for part in check.PARTS if part.name in names]
+    found = {}
+    for number, part in enumerate(parts):
+        found[part.name] = check.limit_of(part, parts[number + 1 :], seconds)
+        seconds -= min(found[part.name], share * part.usual)
+    return found
+
+
+def test_each_part_has_its_usual_time_and_slow_ones_leave_some_to_the_others() -> None:
+    """In all the eight minutes that it may take, and in less with some of the parts."""
+    usual = {part.name: part.usual for part in check.PARTS}
+    for share in (0.5, 1):
+        for name, limit in limits(list(usual), 470, share).items():
+            assert limit >= usual[name]
+    few = ("suite", "operators", "training", "sanitizer")
+    for name, limit in limits(few, 150, 2).items():  # each takes all that it gets
+        assert 0.6 * usual[name] < limit <= usual[name]
+    assert limits(few[:1], 150, 1) == {"suite": 110}
 
 
 @pytest.mark.slow
