@@ -163,7 +163,7 @@ def decode(check: Check, layer: Layer, count: int, context: int, *, tuned: bool)
     ) -> None:
         with check.attempt("attention of single tokens", way=way, **values):
             with changing:
-                timing = check.time(function, repeats=5)
+                timing = check.time(check.device.captured(function), repeats=5)
             rate = moved / timing["ms"] * 1e3
             share = rate / check.bandwidth
             check.add(
@@ -198,7 +198,7 @@ def prompt(check: Check, layer: Layer, tokens: int) -> None:
     ) -> None:
         with check.attempt("attention of a prompt", way=way, tokens=tokens):
             with changing:
-                timing = check.time(function, repeats=5)
+                timing = check.time(check.device.captured(function), repeats=5)
             rate = operations / timing["ms"] * 1e3
             check.add(
                 "attention of a prompt",

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -25,8 +25,10 @@ sys.path.insert(0, str(GPU))
 import attention  # noqa: E402
 import check  # noqa: E402
 import checking  # noqa: E402
+import models  # noqa: E402
 import report  # noqa: E402
 import sanitizer  # noqa: E402
+import steps  # noqa: E402
 import suite  # noqa: E402
 import wheels  # noqa: E402
 from results import Results, Row, read  # noqa: E402
@@ -456,6 +458,33 @@ def test_constants_that_change_nothing_are_an_error(
     assert not any("ms" in row for row in errors)
 
 
+@pytest.mark.slow
+def test_profiled_steps_decode_the_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts take several steps, so that sequences do not end together."""
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("steps", tmp_path)
+    runner = models.new_runner(each, models.new_model(each, each.config(), torch.float16), 64)
+    sizes: list[int] = []
+    found: list[int] = []
+    step = runner.step
+    runner.step = lambda batch: sizes.append(len(batch.ids_T)) or step(batch)
+
+    def traced(check: object, function: Callable[[], object], name: str) -> list[Row]:
+        before = len(sizes)
+        function()
+        found.extend(sizes[before:])
+        return []
+
+    monkeypatch.setattr(steps, "traced", traced)
+    steps.decoding(each, runner, 5)
+    runner.close()
+    assert any(size > 5 for size in sizes)  # prompts
+    assert set(found) == {5}
+    assert len(found) in (2, 3)  # one may be computed ahead
+
+
 def test_names_used_only_on_a_gpu_exist() -> None:
     """Lines that no rehearsal reaches, against PyTorch's names."""
     cuda = mock.create_autospec(torch.cuda)
@@ -473,7 +502,10 @@ def test_names_used_only_on_a_gpu_exist() -> None:
         assert device.memory()["peak_reserved_gb"] == 2
         device.reset_peak()
         device.empty()
-    assert len(calls) == 3
+        assert len(calls) == 3
+        device.captured(lambda: calls.append(1))()
+    assert len(calls) == 5  # once to compile, once to capture
+    assert cuda.CUDAGraph.return_value.replay.call_count == 1
 
 
 def test_a_measurements_error_is_recorded_and_ends_nothing(
