@@ -296,12 +296,16 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["torch", "plain"])
 def test_attention_uses_fused_kernels_without_synchronizing(kind: str) -> None:
-    """Also on a T4, which has PyTorch's alone. A step waits for no number of the device's."""
-    model = random_model()
+    """Also on a T4, which has PyTorch's alone. A step waits for no number of the device's.
+
+    With a mask and in fp32 a GPU takes another of the fused kernels than a CPU.
+    """
+    model = random_model().to(GPU)
     runner = TorchRunner(model, 8) if kind == "torch" else gpu_runner(model, 8, "plain")
     with Operators() as called:
         step(runner, (random_ids(20, 300), 0, [1, 2]), (random_ids(1, 300), 0, [3]))
-    assert called.attention == [SDPBackend.FLASH_ATTENTION] * 2 * model.config.n_layer
+    assert len(called.attention) == 2 * model.config.n_layer
+    assert SDPBackend.MATH not in called.attention
     assert not called.names & WAITING
     runner.close()
 
@@ -629,6 +633,6 @@ def test_runs_on_every_device(device: torch.device) -> None:
     ids = random_ids(LENGTH, 300)
     runner = best_runner(model, 64)
     (logits,) = step(runner, (ids, 0, [3, 2, 1, 0]))
-    expected = model(torch.from_numpy(ids.astype(np.int64))[None].to(device)).logits[0]
+    expected = model(torch.from_numpy(ids.astype(np.int64))[None].to(device)).logits[0].cpu()
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     runner.close()

@@ -6,8 +6,9 @@ alone is larger than all that may be carried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -29,8 +30,11 @@ from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 
 PAGE = 16
 SINGLES = ((64, 1024), (1, 1024), (64, 192), (256, 192), (8, 2048))  # sequences, context
+CYCLED_BYTES = 256 * 10**6  # five times an H100's cache
 CHUNKS = (2048, 512, 128)  # tokens of one prompt without a past
-TUNED_SINGLES = (
+# What is tried beside our own choice, each a compilation: a kernel, and its constants.
+DECODE_KERNEL, PROMPT_KERNEL = "paged_decode_attention", "paged_prefill_attention"
+TUNED_SINGLES: tuple[dict[str, int], ...] = (
     {"STAGES": 1},
     {"STAGES": 2},
     {"STAGES": 4},
@@ -41,8 +45,8 @@ TUNED_SINGLES = (
     {"STAGES": 4, "num_warps": 2},
 )
 TUNED = 2  # of SINGLES: each combination of constants is compiled, which takes a second
-PROGRAMS = (4, 16)  # a multiprocessor, beside our own choice
-TUNED_CHUNKS = (
+LAUNCHED_SINGLES: tuple[dict[str, int], ...] = ({"PROGRAMS": 4}, {"PROGRAMS": 16})  # of launch.py
+TUNED_CHUNKS: tuple[dict[str, int], ...] = (
     {"BLOCK_PLACES": 64, "num_warps": 8},
     {"BLOCK_PLACES": 64, "num_warps": 4},
     {"BLOCK_PLACES": 32, "num_warps": 8},
@@ -50,26 +54,41 @@ TUNED_CHUNKS = (
     {"STAGES": 1},
     {"STAGES": 3},
 )
+UNCHANGED: AbstractContextManager[Any] = nullcontext()
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of any kernel's launch
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 @contextmanager
-def overriding(**changes: int) -> Iterator[None]:
-    """Kernels are launched with some of their constants replaced."""
+def overriding(name: str, changes: Mapping[str, int]) -> Iterator[None]:
+    """A kernel is launched with some of its constants replaced.
+
+    LookupError if it has no such constant, or was not launched: then nothing has been tried.
+    """
     launching = KernelInterface.__getitem__
+    launches = 0
 
     def changed(kernel: Any, grid: object) -> Callable[..., object]:
         launch_kernel = launching(kernel, grid)
+        function = kernel
+        while hasattr(function, "fn"):
+            function = function.fn
+        if function.__name__ != name:
+            return launch_kernel
+        if unknown := set(changes) - {*inspect.signature(function).parameters, *OPTIONS}:
+            raise LookupError(f"{name} has no {', '.join(sorted(unknown))}")
 
         def call(*arguments: object, **names: object) -> object:
-            attends = str(getattr(kernel, "__name__", "")).startswith("attend")
-            ours = changes if attends else {}
-            return launch_kernel(*arguments, **{**names, **ours})
+            nonlocal launches
+            launches += 1
+            return launch_kernel(*arguments, **{**names, **changes})
 
         return call
 
     with mock.patch.object(KernelInterface, "__getitem__", changed):
         yield
+    if not launches:
+        raise LookupError(f"no kernel {name} was launched, so that {changes} changed nothing")
 
 
 class Layer:
@@ -93,13 +112,17 @@ class Layer:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.kind, dtype=torch.float32).half()
 
-    def inputs(self, lengths: list[int], contexts: list[int]) -> Inputs:
-        """The last `length` tokens of each context, whose pages lie scattered."""
+    def inputs(self, lengths: list[int], contexts: list[int], skipped: int = 0) -> Inputs:
+        """The last `length` tokens of each context, whose pages lie scattered.
+
+        Args:
+            skipped: pages, which other inputs use.
+        """
         counts = [-(-context // PAGE) for context in contexts]
         pages = np.random.default_rng(0).permutation(self.pages - 1)
         table = np.zeros((len(contexts), max(counts)), np.int32)
         for row, count in enumerate(counts):
-            table[row, :count] = np.resize(np.roll(pages, -row * count), count)
+            table[row, :count] = np.resize(np.roll(pages, -skipped - row * count), count)
         positions = [
             np.arange(context - length, context)
             for length, context in zip(lengths, contexts, strict=True)
@@ -136,38 +159,59 @@ def measure(check: Check) -> None:
 
 
 def decode(check: Check, layer: Layer, count: int, context: int, *, tuned: bool) -> None:
-    """Bound by reading keys and values once: shares are of the read bandwidth."""
+    """Bound by reading keys and values once: shares are of the read bandwidth.
+
+    Small ones would stay in the card's own cache from call to call: several take turns, as a
+    step's layers do, and a figure is of one.
+    """
     config = layer.config
-    function = layer.attending(layer.inputs([1] * count, [context] * count))
     moved = 2 * count * context * config.n_embd * 2
     values = {"rows": count, "context": context}
+    pages = count * -(-context // PAGE)
+    turns = max(1, min(check.pick(CYCLED_BYTES, 2 * moved) // moved, (layer.pages - 1) // pages))
+    functions = [
+        layer.attending(layer.inputs([1] * count, [context] * count, turn * pages))
+        for turn in range(turns)
+    ]
 
-    def add(way: str, function: Callable[[], object]) -> None:
+    def add(
+        way: str,
+        functions: Sequence[Callable[[], object]],
+        changing: AbstractContextManager[Any] = UNCHANGED,
+    ) -> None:
         with check.attempt("attention of single tokens", way=way, **values):
-            timing = check.time(function, repeats=5)
+            with changing:
+                timing = check.time(
+                    check.device.captured(lambda: [function() for function in functions]), repeats=5
+                )
+            for name in ("ms", "ms_least", "ms_most"):
+                timing[name] /= turns
             rate = moved / timing["ms"] * 1e3
             share = rate / check.bandwidth
             check.add(
                 "attention of single tokens",
                 way=way,
                 **values,
+                turns=turns,
                 gb_per_s=rate / 1e9,
                 share_of_read_bandwidth=share,
                 **timing,
             )
 
-    add("ours", function)
+    add("ours", functions)
     for changes in check.pick(TUNED_SINGLES, TUNED_SINGLES[:1]) if tuned else ():
         if not check.late("attention of single tokens", 4, way=str(changes), **values):
-            with overriding(**changes):
-                add(f"ours, {changes}", function)
-    for programs in check.pick(PROGRAMS, PROGRAMS[:1]) if tuned else ():
-        with mock.patch.object(launch, "PROGRAMS", programs):
-            add(f"ours, PROGRAMS={programs}", function)
+            add(f"ours, {changes}", functions, overriding(DECODE_KERNEL, changes))
+    for changes in check.pick(LAUNCHED_SINGLES, LAUNCHED_SINGLES[:1]) if tuned else ():
+        add(f"ours, {changes}", functions, mock.patch.dict(vars(launch), changes))
     heads, width = config.n_head, config.head_dim
     q = layer.random(count, heads, 1, width)
-    keys, others = (layer.random(count, heads, context, width) for _ in range(2))
-    add("PyTorch, contiguous", lambda: F.scaled_dot_product_attention(q, keys, others))
+
+    def contiguous() -> Callable[[], object]:
+        keys, others = (layer.random(count, heads, context, width) for _ in range(2))
+        return lambda: F.scaled_dot_product_attention(q, keys, others)
+
+    add("PyTorch, contiguous", [contiguous() for _ in range(turns)])
 
 
 def prompt(check: Check, layer: Layer, tokens: int) -> None:
@@ -176,9 +220,12 @@ def prompt(check: Check, layer: Layer, tokens: int) -> None:
     function = layer.attending(layer.inputs([tokens], [tokens]))
     operations = 2.0 * config.n_embd * tokens * (tokens + 1)
 
-    def add(way: str, function: Callable[[], object]) -> None:
+    def add(
+        way: str, function: Callable[[], object], changing: AbstractContextManager[Any] = UNCHANGED
+    ) -> None:
         with check.attempt("attention of a prompt", way=way, tokens=tokens):
-            timing = check.time(function, repeats=5)
+            with changing:
+                timing = check.time(check.device.captured(function), repeats=5)
             rate = operations / timing["ms"] * 1e3
             check.add(
                 "attention of a prompt",
@@ -192,8 +239,7 @@ def prompt(check: Check, layer: Layer, tokens: int) -> None:
     add("ours", function)
     for changes in check.pick(TUNED_CHUNKS, TUNED_CHUNKS[:1]):
         if not check.late("attention of a prompt", 4, way=str(changes), tokens=tokens):
-            with overriding(**changes):
-                add(f"ours, {changes}", function)
+            add(f"ours, {changes}", function, overriding(PROMPT_KERNEL, changes))
     q, k, v = (layer.random(1, config.n_head, tokens, config.head_dim) for _ in range(3))
 
     def theirs() -> Tensor:

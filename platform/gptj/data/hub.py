@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from httpx2 import HTTPError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -25,7 +24,11 @@ from huggingface_hub.hf_api import RepoFile
 from gptj import storage
 from gptj.data.formats import format_of
 from gptj.data.rows import DataError
+from gptj.extras import Extra
 from gptj.storage.addresses import HUB_DATA, split_hub_data
+
+# Only its errors are used: without it, everything but the hub works.
+httpx2 = Extra("httpx2", "reading data sets from the Hugging Face hub")
 
 _SPLITS = {"train": ("train", "training"), "other": ("test", "validation", "valid", "dev", "eval")}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -111,7 +114,7 @@ def _explaining(address: str) -> Iterator[None]:
         raise DataError(f"{address}: the data set has no such file or folder") from error
     except HFValidationError as error:
         raise DataError(f"{address}: {error}") from error
-    except (HTTPError, ConnectionError) as error:
+    except (httpx2.HTTPError, ConnectionError) as error:
         raise storage.UnreachableError(
             f"{address}: the Hugging Face hub does not answer ({error}); remedy: check the "
             f"network, HF_ENDPOINT and HF_HUB_OFFLINE, or copy the files to a folder or s3://bucket/key"
