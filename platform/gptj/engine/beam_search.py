@@ -7,6 +7,7 @@ until it ends. Beams share the prompt, so this is little more than it will use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from torch import Tensor
 from gptj.engine.page_pool import PagePool
 from gptj.engine.request import Request
 from gptj.engine.runners.base import Ints, PageCopy
+from gptj.engine.runners.transfer import sent
 from gptj.generation import Beams
 from gptj.sampling import adjust
 
@@ -158,22 +160,31 @@ def likeliest(
     logits_WV[:, banned] = -torch.inf
     logprobs_WV = logits_WV.log_softmax(dim=-1)
     row = 0
+    held: list[tuple[int, int]] = []  # rows, and stop ids that min_tokens holds back there
     for search, rows in searches:
+        request = search.request
         if _needs_adjusting(search):
-            request = search.request
-            for output in search.outputs[:rows]:
-                logprobs_WV[row] = adjust(
-                    logprobs_WV[row], request.params, request.tokens, output, list(request.stop_ids)
+            for number, output in enumerate(search.outputs[:rows], start=row):
+                logprobs_WV[number] = adjust(
+                    logprobs_WV[number],
+                    request.params,
+                    request.tokens,
+                    output,
+                    list(request.stop_ids),
                 )
-                row += 1
-        else:
-            row += rows
+        elif len(search.outputs[0]) < request.params.min_tokens:
+            held += product(range(row, row + rows), request.stop_ids)
+        row += rows
+    if held:
+        rows_N, ids_N = sent(np.array(held).T.copy(), logprobs_WV.device)
+        logprobs_WV[rows_N, ids_N] = -torch.inf
     count = max(search.candidates for search, _ in searches)
     top = logprobs_WV.topk(min(count, logprobs_WV.shape[-1]))
     return top.values.numpy(force=True), top.indices.numpy(force=True).astype(np.int32)
 
 
 def _needs_adjusting(search: BeamSearch) -> bool:
+    """Whether more than stop ids must be adjusted, row by row."""
     params = search.request.params
     return (
         params.repetition_penalty != 1
@@ -182,5 +193,4 @@ def _needs_adjusting(search: BeamSearch) -> bool:
         or bool(params.logit_bias)
         or params.allowed_token_ids is not None
         or bool(params.bad_words_ids)
-        or len(search.outputs[0]) < params.min_tokens
     )
