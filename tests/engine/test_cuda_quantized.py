@@ -237,7 +237,10 @@ def test_the_fastest_kernel_is_chosen_for_each_number_of_rows(
     chooser = QuantizedLinear(processors=1)
 
     def seconds(
-        multiply: Callable[[QuantizedMatrix], Tensor], weights: Sequence[QuantizedMatrix]
+        multiply: Callable[[QuantizedMatrix], Tensor],
+        weights: Sequence[QuantizedMatrix],
+        *,
+        in_graph: bool,
     ) -> float:
         (blocks,) = multiply.__defaults__  # type: ignore[attr-defined]
         tried.append(blocks)
@@ -264,7 +267,10 @@ def test_a_kernel_that_does_not_compile_is_not_chosen(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def seconds(
-        multiply: Callable[[QuantizedMatrix], Tensor], weights: Sequence[QuantizedMatrix]
+        multiply: Callable[[QuantizedMatrix], Tensor],
+        weights: Sequence[QuantizedMatrix],
+        *,
+        in_graph: bool,
     ) -> float:
         multiply(weights[0])
         return 1.0

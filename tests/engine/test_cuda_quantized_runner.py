@@ -125,7 +125,10 @@ def test_kernels_compute_a_step_of_one_row_and_of_some(
     asked: list[Blocks | None] = []
 
     def seconds(
-        multiply: Callable[[QuantizedMatrix], Tensor], weights: Sequence[QuantizedMatrix]
+        multiply: Callable[[QuantizedMatrix], Tensor],
+        weights: Sequence[QuantizedMatrix],
+        *,
+        in_graph: bool,
     ) -> float:
         (blocks,) = multiply.__defaults__  # type: ignore[attr-defined]
         return 2.0 if blocks is None else 1.0

@@ -47,6 +47,7 @@ PARTS = (
     Part("loading", 60),
     Part("correctness", 90),
     Part("speed", 110),
+    Part("quantized", 90, least=20),
     Part("steps", 40),  # a profile
     Part("suite", 60, least=20),  # the tests of the GPU's code
     Part("operators", 70, least=20),

@@ -16,8 +16,8 @@ from checking import Check, run
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Those with kernels first; of others what has a device in its name.
 FILES = (
-    *("test_cuda_kernels", "test_cuda_runner", "test_runner", "test_engine", "test_generation"),
-    *("test_model", "test_cache_size"),
+    *("test_cuda_kernels", "test_cuda_quantized", "test_cuda_runner", "test_runner"),
+    *("test_engine", "test_generation", "test_model", "test_cache_size"),
 )
 WORKERS = 8
 

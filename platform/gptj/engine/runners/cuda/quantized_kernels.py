@@ -208,27 +208,30 @@ def add_splits(
     tl.store(product + place, total.to(product.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["columns", "blocks"])
 def dequantize(
     words,  # (columns, blocks, WORDS), int32
     scales,  # (columns): fp32, or of each block two in bf16, as int32
     weight,  # (columns, inputs)
+    columns,
     inputs,
     blocks,
     BITS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """One program per column and BLOCK_WORDS of its words."""
-    column = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    """One program per BLOCK_COLUMNS columns and BLOCK_WORDS of their words."""
+    column = (tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS))[:, None]
+    number = (tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS))[None, :]
     block = number // WORDS
-    inside = block < blocks
+    real = column < columns
+    inside = real & (block < blocks)
     packed = tl.load(words + column * blocks * WORDS + number, mask=inside, other=0)
     PLANES: tl.constexpr = 32 // BITS
     if BITS == 4:
         pair = tl.load(scales + column * blocks + block, mask=inside, other=0)
     else:
-        scale = tl.load(scales + column) * 128
+        scale = tl.load(scales + column, mask=real, other=0.0) * 128
     for plane in tl.static_range(PLANES):
         if BITS == 4:
             scale = scale_of(pair, plane // 4) * 128

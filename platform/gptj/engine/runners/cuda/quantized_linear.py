@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ONE = 0x3F800000  # the bits of 1.0
 QUAD = 4  # words of 4 bytes that a thread loads together
-BLOCK_WORDS = 1024  # of the kernel that dequantizes
+BLOCK_WORDS, BLOCK_SIZE = 256, 1024  # of the kernel that dequantizes: words, of all columns
 BLOCK_SUM = 1024
 MOST_SPLITS = 16
 LEAST_BLOCKS = 4  # of a split
@@ -131,7 +131,7 @@ class QuantizedLinear:
                 return self.multiply_with(blocks, x, weight, wide=wide)
 
             try:
-                times[blocks] = _seconds(multiply, weights)
+                times[blocks] = _seconds(multiply, weights, in_graph=blocks is not None)
             except triton.TritonError as error:
                 logger.warning("int%d with %s is not available: %s", first.bits, blocks, error)
         best = min(times, key=lambda each: times[each])
@@ -151,15 +151,19 @@ class QuantizedLinear:
         """(columns, inputs), valid until the next call."""
         self.reserve([weight], dtype)
         dequantized = self._scratch[: weight.shape.numel()].view(weight.shape)
-        words = weight.blocks * WORDS
+        (columns, inputs), words = weight.shape, weight.blocks * WORDS
         block_words = min(BLOCK_WORDS, triton.next_power_of_2(words))
-        kernels.dequantize[(len(weight.words), triton.cdiv(words, block_words))](
+        block_columns = BLOCK_SIZE // block_words
+        grid = (triton.cdiv(columns, block_columns), triton.cdiv(words, block_words))
+        kernels.dequantize[grid](
             weight.words,
             _scales(weight),
             dequantized,
-            weight.inputs,
+            columns,
+            inputs,
             weight.blocks,
             BITS=weight.bits,
+            BLOCK_COLUMNS=block_columns,
             BLOCK_WORDS=block_words,
         )
         return dequantized
@@ -240,21 +244,36 @@ def _scales(weight: QuantizedMatrix) -> Tensor:
 
 
 def _seconds(
-    multiply: Callable[[QuantizedMatrix], Tensor], weights: Sequence[QuantizedMatrix]
+    multiply: Callable[[QuantizedMatrix], Tensor],
+    weights: Sequence[QuantizedMatrix],
+    *,
+    in_graph: bool,
 ) -> float:
-    """Mean time of one product, in a graph: a launch can take longer than the product."""
+    """Mean time of one product.
+
+    Args:
+        in_graph: as in a step, since our kernels can take less time than their launches. Not for
+            PyTorch's products, which would keep a workspace for the graph's stream.
+    """
     rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
-    multiply(weights[0])  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+    def multiply_all() -> None:
         for weight in weights:
             multiply(weight)
-    graph.replay()
+
+    multiply(weights[0])  # compiles
+    again: Callable[[], None] = multiply_all
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            multiply_all()
+        again = graph.replay
+        again()
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(rounds):
-        graph.replay()
+        again()
     end.record()
     end.synchronize()
     seconds: float = start.elapsed_time(end) / 1e3
