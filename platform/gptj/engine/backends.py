@@ -42,7 +42,7 @@ def best_runner(
         model: in evaluation mode, on its device.
         cache: its size in positions, rounded up to whole pages, or a share of memory.
         quantization: int8 and int4 store weights in 8 and 4 bits, whatever the model's dtype.
-            A model's 4-bit weights stay in 4 bits.
+            A model's 4-bit weights stay in 4 bits. On GPUs the dtype must be fp16 or bf16.
         lora: limits of the adapters to support.
         release: move the model's weights to the runner instead of copying them.
 
