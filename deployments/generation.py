@@ -62,8 +62,9 @@ class Arguments(LoadingArguments):
     # the checkpoint's own, if it has one.
     chat_template: str | None = None
     model_name: str | None = None  # what clients call it; default: by its address
-    # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU. int4 rounds to nearest; a
-    # folder made by jobs/quantize.py loses less, and stays in 4 bits without this setting.
+    # int8, int4: weights in 8 or 4 bits, for speed and memory; on a GPU with dtype float16 or
+    # bfloat16. int4 rounds to nearest; a folder made by jobs/quantize.py loses less, and stays in
+    # 4 bits without this setting.
     quantization: Quantization = "none"
     # Concurrent sequences, and new tokens per step, which bounds the time between tokens.
     # Default: 64 and 256 on a CPU; on a GPU as many sequences of 512 tokens as the cache holds, up

@@ -7,8 +7,8 @@ folders store it in the format `pack-quantized` of compressed-tensors, which vLL
 `weight_scale`, bf16 (outputs, inputs / 64); and `weight_shape`. All linear layers of the blocks are
 quantized; embedding, norms and heads are not.
 
-The engine's CPU kernels read the packed words. In PyTorch a layer dequantizes its weights for each
-product, which is slow, and the reference.
+The engine's kernels pack the same codes in layouts of their own. In PyTorch a layer dequantizes its
+weights for each product, which is slow, and the reference.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ class ElsewhereModel(GPTJForCausalLM):
 def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unsupported(model: GPTJForCausalLM, lora: LoRALimits | None) -> Operations:
+    def unsupported(model: GPTJForCausalLM, lora: LoRALimits | None, bits: object) -> Operations:
         raise UnsupportedError("Triton cannot be imported")
 
     plain = object()
@@ -252,7 +252,7 @@ def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
         assert choice.best_runner(model, 64) is plain
     assert "on PyTorch, without our kernels: Triton cannot be imported" in caplog.text
     for name in ("int8", "int4"):
-        reason = f"{name} is not available: the model is on cuda"
+        reason = f"{name} is not available: Triton cannot be imported"
         with pytest.raises(UnsupportedError, match=reason):
             choice.best_runner(model, 64, quantization=name)  # type: ignore[arg-type]
 

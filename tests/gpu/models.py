@@ -18,6 +18,7 @@ from gptj.engine.engine import Engine
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
+from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj_bench.decode import TEXT_IDS, random_model
 
@@ -35,13 +36,19 @@ def new_model(check: Check, config: GPTJConfig, dtype: torch.dtype) -> GPTJForCa
 
 
 def new_runner(
-    check: Check, model: GPTJForCausalLM, pages: int, *, interpreted: bool = False
+    check: Check,
+    model: GPTJForCausalLM,
+    pages: int,
+    *,
+    bits: Bits | None = None,
+    interpreted: bool = False,
 ) -> CudaRunner:
     """The runner that a deployment gets, which takes the model's weights.
 
     AssertionError if it is another one than that with our kernels: the log has the reason.
 
     Args:
+        bits: of quantized weights.
         interpreted: a rehearsal, too, has our kernels, and not the plain operations, which take
             a hundredth of the time.
     """
@@ -49,17 +56,19 @@ def new_runner(
         operations: Operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
         if interpreted:
             operations = TritonOperations(model.config, model.dtype, processors=1)
-        return CudaRunner(model, pages, operations, release=True)
-    runner = choice.best_runner(model, pages * CudaRunner.page_size, release=True)
+        return CudaRunner(model, pages, operations, bits=bits, release=True)
+    (quantization,) = (name for name, each in choice.BITS.items() if each == bits)
+    cache = pages * CudaRunner.page_size
+    runner = choice.best_runner(model, cache, quantization=quantization, release=True)
     assert isinstance(runner, CudaRunner), f"the model got a {type(runner).__name__}"
     return runner
 
 
-def plain_runner(model: GPTJForCausalLM, pages: int) -> CudaRunner:
+def plain_runner(model: GPTJForCausalLM, pages: int, *, bits: Bits | None = None) -> CudaRunner:
     """The same steps in PyTorch, without graphs."""
     operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
     with mock.patch("gptj.engine.runners.cuda.runner.Graphs", return_value=None):
-        return CudaRunner(model, pages, operations)
+        return CudaRunner(model, pages, operations, bits=bits)
 
 
 def new_engine(runner: CudaRunner, max_num_seqs: int, max_num_batched_tokens: int) -> Engine:

@@ -64,6 +64,16 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "quantized product",
+        "Products with quantized weights",
+        (
+            *("bits", "matrix", "rows", "kind", "ms", "gb_per_s", "share_of_read_bandwidth"),
+            "relative_error",
+        ),
+    ),
+    ("quantized steps", "Steps with quantized weights", ("bits", "step", "difference", "same")),
+    ("making a runner", "Making a runner", ("dtype", "seconds", "weights_gb")),
+    (
         "attention of single tokens",
         "Attention of single tokens",
         ("rows", "context", "way", "ms", "gb_per_s", "share_of_read_bandwidth", "missing"),
@@ -167,7 +177,7 @@ def _goals(by_what: dict[str, list[Row]]) -> list[str]:
     found = []
     for (what, case), goal in GOALS.items():
         rows = [row for row in by_what.get(what, []) if _case(row) == case and "error" not in row]
-        rows = [row for row in rows if row.get("engine", "gptj") == "gptj" and _figure(row)]
+        rows = [row for row in rows if _has_goal(row) and _figure(row)]
         best = max(rows, key=_figure, default=None)
         measured = "not measured" if best is None else f"{_figure(best):.4g}"
         settings = (
@@ -197,9 +207,11 @@ def _figure(row: Row) -> float:
 
 
 def _goal(row: Row) -> str:
-    if row.get("engine", "gptj") != "gptj":
-        return ""
-    return GOALS.get((row["what"], _case(row)), "")
+    return GOALS.get((row["what"], _case(row)), "") if _has_goal(row) else ""
+
+
+def _has_goal(row: Row) -> bool:
+    return row.get("engine", "gptj") == "gptj" and row.get("dtype", "fp16") == "fp16"
 
 
 def _correctness(rows: Sequence[Row]) -> list[str]:

@@ -78,7 +78,13 @@ def cache_room(check: Check, wanted: int) -> int:
     return min(wanted, int(free / cache_bytes_a_token(config, torch.float16)) // 16 * 16)
 
 
-def decode(check: Check, runner: CudaRunner, batch: int, max_num_batched_tokens: int) -> None:
+def decode(
+    check: Check,
+    runner: CudaRunner,
+    batch: int,
+    max_num_batched_tokens: int,
+    dtype: str = "fp16",
+) -> None:
     """All together from their prompts on; the median of some runs."""
     prompt, new = check.pick((PROMPT, NEW), (9, 4))
     engine = new_engine(runner, batch, max_num_batched_tokens)
@@ -96,7 +102,7 @@ def decode(check: Check, runner: CudaRunner, batch: int, max_num_batched_tokens:
     check.add(
         "decode",
         engine="gptj",
-        dtype="fp16",
+        dtype=dtype,
         batch=batch,
         prompt_tokens=prompt,
         new_tokens=new,

@@ -32,6 +32,14 @@ from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.lora import AdaptedLayer, Ranks
 from gptj.engine.runners.cuda.operations import LayerCache
+from gptj.engine.runners.cuda.quantized_linear import (
+    ROW_CANDIDATES,
+    ROWS_CANDIDATES,
+    multiply_rows,
+    splits_for,
+)
+from gptj.engine.runners.cuda.quantized_linear import multiply_row as multiply_quantized_row
+from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix
 from gptj.engine.runners.cuda.tuned_linear import CANDIDATES, multiply_row
 from gptj.engine.runners.cuda.weights import Norm
 from gptj.engine.runners.lora import LoRALimits
@@ -40,10 +48,11 @@ from gptj.engine.runners.lora import LoRALimits
 # Turing (7.5) is not among them: its GPUs get PyTorch's kernels.
 CASES = (
     ("L4", 89, 101376, 58, torch.float32),  # the largest numbers in the least shared memory
+    ("H100", 90, 232448, 132, torch.float16),  # with quantized weights
 )
 MORE_CASES = (
     ("A100", 80, 166912, 108, torch.bfloat16),
-    ("H100", 90, 232448, 132, torch.float16),
+    ("H100", 90, 232448, 132, torch.bfloat16),
     # Of one of these architectures, and with numbers of one of these sizes.
     ("A100", 80, 166912, 108, torch.float16),
     ("A10G", 86, 101376, 80, torch.float16),
@@ -88,7 +97,7 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
     KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
     triton.runtime.driver.set_active(NoDriver(capability))
     operations = TritonOperations(CONFIG, dtype, processors, shared_memory)
-    operations.try_out(CPU, LORA)
+    operations.try_out(CPU, LORA, None if dtype == torch.float32 else 4)
     tried = set(programs)
     steps(operations, dtype)
     new = [program.name for key, program in programs.items() if key not in tried]
@@ -100,7 +109,35 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
         for inputs, wide in products:
             row, weight = torch.zeros(1, inputs, dtype=dtype), torch.zeros(64, inputs, dtype=dtype)
             multiply_row(row, weight, blocks, wide=wide)
+    if dtype != torch.float32:
+        quantized_products(processors, dtype)
     return list(programs.values())
+
+
+def quantized_products(processors: int, dtype: torch.dtype) -> None:
+    """All candidates for the 6B's matrices in 8 and 4 bits, and the head's in 8."""
+    width, inner = CONFIG.n_embd, CONFIG.inner_dim
+    layers = ((3 * width + inner, width, False), (width, width + inner, True))
+    for bits, products in ((8, (*layers, (CONFIG.vocab_size, width, True))), (4, layers)):
+        for columns, inputs, wide in products:
+            weight = empty_matrix(bits, columns, inputs)
+            row = torch.zeros(1, inputs, dtype=dtype)
+            for row_blocks in ROW_CANDIDATES[bits]:
+                multiply_quantized_row(row, weight, row_blocks, wide=wide)
+            for rows, candidates in ROWS_CANDIDATES.items():
+                x_TC = torch.zeros(rows, inputs, dtype=dtype)
+                for blocks in candidates:
+                    splits = splits_for(rows, weight, blocks, processors)
+                    multiply_rows(x_TC, weight, blocks, splits, wide=wide)
+
+
+def empty_matrix(bits: Bits, columns: int, inputs: int) -> QuantizedMatrix:
+    blocks = inputs * bits // 512
+    words = torch.empty(columns, blocks, 16, dtype=torch.int32)
+    scales = torch.empty(columns)
+    if bits == 4:
+        scales = torch.empty(columns, 2 * blocks, dtype=torch.bfloat16)
+    return QuantizedMatrix(bits, words, scales, inputs)
 
 
 def steps(operations: TritonOperations, dtype: torch.dtype) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache
-from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
+from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
 from gptj.engine.runners.wide import multiply_wide
 from gptj.model import Rotary
@@ -33,7 +34,9 @@ class PlainOperations:
     def prepare(self, weights: Weights) -> None:
         """There is nothing to tune."""
 
-    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
+        if isinstance(weight, QuantizedMatrix):
+            weight = weight.dequantized(x_TC.dtype)
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def add_and_norm(

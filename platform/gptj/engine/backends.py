@@ -12,6 +12,7 @@ from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner, Runner, TorchRu
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.packing import Kind
 from gptj.engine.runners.cpu.runner import CpuRunner
+from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
 from gptj.engine.runners.lora import LoRALimits
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Quantization = Literal["none", "int8", "int4"]
 
+BITS: dict[Quantization, Bits | None] = {"none": None, "int8": 8, "int4": 4}
 KINDS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -40,7 +42,7 @@ def best_runner(
         model: in evaluation mode, on its device.
         cache: its size in positions, rounded up to whole pages, or a share of memory.
         quantization: int8 and int4 store weights in 8 and 4 bits, whatever the model's dtype.
-            A model's 4-bit weights stay in 4 bits.
+            A model's 4-bit weights stay in 4 bits. On GPUs the dtype must be fp16 or bf16.
         lora: limits of the adapters to support.
         release: move the model's weights to the runner instead of copying them.
 
@@ -94,12 +96,9 @@ def _gpu_runner(
     release: bool,
 ) -> ResizableRunner:
     try:
-        if quantization != "none":
-            raise UnsupportedError(
-                f"the model is on {model.device}, and only CPUs compute with quantized weights"
-            )
-        operations = operations_for(model, lora)
-        return CudaRunner(model, num_pages, operations, lora=lora, release=release)
+        bits = BITS[quantization]
+        operations = operations_for(model, lora, bits)
+        return CudaRunner(model, num_pages, operations, bits=bits, lora=lora, release=release)
     except UnsupportedError as error:
         fall_back(error, quantization)
         return TorchRunner(model, num_pages)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from gptj import int4
+from gptj.config import GPTJConfig
+from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.int4 import Int4Weight
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
@@ -143,6 +145,15 @@ def _pieces(weights: Sequence[Any], beside: bool) -> Iterator[list[Any]]:
                 rows = []
     if rows:
         yield rows
+
+
+def check_int4_widths(config: GPTJConfig) -> None:
+    """UnsupportedError unless each layer's inputs are whole groups."""
+    if config.n_embd % int4.GROUP_SIZE or config.inner_dim % int4.GROUP_SIZE:
+        raise UnsupportedError(
+            f"int4 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples of "
+            f"{int4.GROUP_SIZE}"
+        )
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

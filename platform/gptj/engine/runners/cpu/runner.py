@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from gptj.engine.runners.base import PageCopy, StepBatch
 from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.adapters import LANES, PackedAdapter, pack_adapter
-from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, pack
+from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, check_int4_widths, pack
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
-from gptj.int4 import GROUP_SIZE, Int4Linear, is_int4
+from gptj.int4 import Int4Linear, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, GPTJModel, Rotary
 
 LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
@@ -258,11 +258,8 @@ def _check(model: GPTJForCausalLM | GPTJModel, kind: Kind, lora: LoRALimits | No
     config = model.config
     if is_int4(model) and kind != "int4":
         raise library.UnsupportedError(f"the model's weights are stored in int4, not in {kind}")
-    if kind == "int4" and (config.n_embd % GROUP_SIZE or config.inner_dim % GROUP_SIZE):
-        raise library.UnsupportedError(
-            f"int4 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples of "
-            f"{GROUP_SIZE}"
-        )
+    if kind == "int4":
+        check_int4_widths(config)
     if lora is not None and (config.n_embd % LANES or config.inner_dim % LANES):
         raise library.UnsupportedError(
             f"adapters need n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples "

@@ -18,8 +18,10 @@ from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
 from gptj.engine.runners.cuda.operations import MAX_GROUP, Inputs, LayerCache
+from gptj.engine.runners.cuda.quantized_linear import QuantizedLinear
+from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
 from gptj.engine.runners.cuda.tuned_linear import TunedLinear
-from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.cuda.weights import HEAD_BITS, Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE, LoRALimits
 from gptj.engine.runners.transfer import sent
 
@@ -79,16 +81,19 @@ class TritonOperations:
         self._dtype = dtype
         self._processors = processors
         self._tuned_linear = TunedLinear()
+        self._quantized_linear = QuantizedLinear(processors)
         self._row = config.n_embd + config.inner_dim
         self._block_width = triton.next_power_of_2(config.n_embd)
         # Tensor cores need at least 16 terms.
         self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # the kernels use exp2
 
-    def try_out(self, device: torch.device, lora: LoRALimits | None = None) -> None:
+    def try_out(
+        self, device: torch.device, lora: LoRALimits | None = None, bits: Bits | None = None
+    ) -> None:
         """Launch all kernels as a step would, on a cache of two pages.
 
-        Except GEMV, since `prepare` skips failing candidates.
+        Except those for products that read all weights, since `prepare` skips failing candidates.
         """
         config = self._config
         width, inner = config.n_embd, config.inner_dim
@@ -127,14 +132,29 @@ class TritonOperations:
             self.add_lora(zeros(1, 3 * width + inner), zeros(1, width), adapted.qkv_fc_in, inputs)
             added_TD = zeros(1, width, dtype=torch.float32)
             self.add_lora(added_TD, zeros(1, width + inner), adapted.out_proj_fc_out, inputs)
+        if bits is not None:
+            for each in {bits, HEAD_BITS}:
+                for inputs_C in (width, width + inner):
+                    self.multiply(zeros(1, inputs_C), pack([zeros(1, inputs_C)], each))
         self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
 
     def prepare(self, weights: Weights) -> None:
-        self._tuned_linear.tune([layer.qkv_fc_in for layer in weights.layers])
-        self._tuned_linear.tune([layer.out_proj_fc_out for layer in weights.layers], wide=True)
-        self._tuned_linear.tune([weights.head_VD], wide=True)
+        products = (
+            ([weights.head_VD], True),  # first: it is the largest
+            ([layer.qkv_fc_in for layer in weights.layers], False),
+            ([layer.out_proj_fc_out for layer in weights.layers], True),
+        )
+        for matrices, wide in products:
+            quantized = [each for each in matrices if isinstance(each, QuantizedMatrix)]
+            if quantized:
+                self._quantized_linear.tune(quantized, self._dtype, wide=wide)
+            else:
+                plain = [each for each in matrices if isinstance(each, Tensor)]
+                self._tuned_linear.tune(plain, wide=wide)
 
-    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
+        if isinstance(weight, QuantizedMatrix):
+            return self._quantized_linear.multiply(x_TC, weight, wide=wide)
         return self._tuned_linear.multiply(x_TC, weight, wide=wide)
 
     def add_and_norm(

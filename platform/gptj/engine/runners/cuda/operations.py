@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cuda.lora import Adapted
-from gptj.engine.runners.cuda.weights import Norm, Weights
+from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
 
 MAX_GROUP = 16  # most decoding tokens that read the pages they share together
@@ -69,11 +69,11 @@ class Operations(Protocol):
     def prepare(self, weights: Weights) -> None:
         """Tune for these weights on a GPU; optional, before the first step."""
 
-    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
         """x (T, inputs) by weight (columns, inputs): (T, columns).
 
         Args:
-            wide: return fp32; otherwise round to the weight's dtype.
+            wide: return fp32; otherwise round to x's dtype.
         """
 
     def add_and_norm(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cpu.packing import check_int4_widths
 from gptj.engine.runners.cuda.operations import Operations
+from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM
@@ -22,11 +24,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
 
 
-def operations_for(model: GPTJForCausalLM, lora: LoRALimits | None = None) -> Operations:
+def operations_for(
+    model: GPTJForCausalLM, lora: LoRALimits | None = None, bits: Bits | None = None
+) -> Operations:
     """The kernels, after a trial run on the model's device.
 
     Args:
         lora: limits of the adapters to support, if any.
+        bits: of quantized weights.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
@@ -40,6 +45,13 @@ def operations_for(model: GPTJForCausalLM, lora: LoRALimits | None = None) -> Op
         )
     if model.dtype not in DTYPES:
         raise UnsupportedError(f"the kernels do not support {model.dtype}")
+    if bits is not None and model.dtype == torch.float32:
+        raise UnsupportedError(
+            "on GPUs quantized weights need a model in float16 or bfloat16, and this one is in "
+            "float32; remedy: dtype=bfloat16"
+        )
+    if bits == 4:
+        check_int4_widths(config)
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
@@ -57,13 +69,16 @@ def operations_for(model: GPTJForCausalLM, lora: LoRALimits | None = None) -> Op
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # of PyTorch's stub
     )
     with torch.cuda.device(device):
-        try_out(operations, device, lora)
+        try_out(operations, device, lora, bits)
         torch.cuda.synchronize()
     return operations
 
 
 def try_out(
-    operations: TritonOperations, device: torch.device, lora: LoRALimits | None = None
+    operations: TritonOperations,
+    device: torch.device,
+    lora: LoRALimits | None = None,
+    bits: Bits | None = None,
 ) -> None:
     """Run each kernel once, while we can still fall back to PyTorch.
 
@@ -76,7 +91,7 @@ def try_out(
     from triton import TritonError
 
     try:
-        operations.try_out(device, lora)
+        operations.try_out(device, lora, bits)
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error
