@@ -79,6 +79,8 @@ class InputsMaker:
         slots[:count] = self._slots(batch, np.arange(count))
         self._fill_tables(tables[:count], batch)
         self._static[: outline.size].copy_(vector, non_blocking=True)
+        if batch.device_ids is not None:
+            self._static[: len(batch.device_ids)].copy_(batch.device_ids)
 
     def of(self, batch: StepBatch) -> Inputs:
         """The inputs of any batch."""
@@ -112,6 +114,8 @@ class InputsMaker:
         parts[6][:] = batch.logits_indices
         sent = outline.views(vector.to(self._device, non_blocking=True))
         ids_T, positions_T, slots_T, adapters_T, page_table_RP, tiles_N4, logits_indices_W = sent
+        if batch.device_ids is not None:
+            ids_T[: len(batch.device_ids)].copy_(batch.device_ids)
         return Inputs(
             ids_T,
             positions_T,
