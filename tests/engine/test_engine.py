@@ -718,7 +718,7 @@ def test_a_failed_step_still_reports_requests_that_ended_in_it(
 
     gate = Gate()
     engine = Engine(WatchedRunner(model, 32, gate), eos_ids=[], max_num_seqs=8)
-    monkeypatch.setattr(engine._core._sampler, "sample", fail)
+    monkeypatch.setattr(engine._core._sampler, "launch", fail)
     first = submit(engine, PROMPTS[0], max_tokens=0)  # holds the engine in a step without sampling
     assert gate.reached.wait(SECONDS)
     scored = submit(engine, PROMPTS[0], max_tokens=0, prompt_logprobs=0)

@@ -320,13 +320,10 @@ def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
         chooser = sampler.Sampler([7], torch.device("cpu"), 9000)
         for key, params in enumerate((wide, narrow)):
             chooser.add(key, params, [1], [])
-        chooser._batch = sampler._Batch(
-            [0, 1], [chooser._states[0], chooser._states[1]], torch.device("cpu")
-        )
-        chooser._batch._candidates = first
+        chooser._states[0].candidates = first
         with torch.inference_mode(), Operators() as called:
             expected.append([chooser.sample(logits_RV.clone(), [0, 1]) for _ in range(20)])
-        assert chooser._batch._candidates > 8000  # 0.95 of nearly equal ones
+        assert chooser._states[0].candidates > 8000  # 0.95 of nearly equal ones
         assert not called.names & WAITING
     assert expected[0] == expected[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,15 +14,23 @@ from gptj.engine.beam_search import BeamSearch, Floats, likeliest
 from gptj.engine.decode_batch import Sequence
 from gptj.engine.events import BeamsFound, Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Request
-from gptj.engine.runners.base import Ints, Runner
+from gptj.engine.runners.base import Ints, Runner, StepBatch
 from gptj.engine.runners.transfer import sent
-from gptj.engine.sampler import Sampler, finite
+from gptj.engine.sampler import PendingOutput, Sampler, finite
 from gptj.engine.scheduler import Chunk, ScheduledStep, Scheduler
 from gptj.engine.speculation import Drafts
 
 logger = logging.getLogger(__name__)
 
 RequestEvent = tuple[Request, Event]
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose logits the device may still be computing."""
+
+    scheduled: ScheduledStep
+    logits_WV: Tensor
 
 
 class EngineCore:
@@ -47,18 +56,25 @@ class EngineCore:
         self._sampler = sampler
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=runner.device)
         self._events: list[RequestEvent] = []  # of the current step
+        self._launched: _Launched | None = None  # ahead, for the next call
 
     @torch.inference_mode()
     def step(self) -> list[RequestEvent]:
-        """Advance every running request by one step, and return what happened."""
-        scheduled = self._scheduler.schedule()
-        if scheduled is not None:
-            logits_WV = self._run(scheduled)
-            rows, searches = self._finish_prefill(scheduled, logits_WV)
-            if searches:
-                self._search(logits_WV, searches)
-            if rows:
-                self._sample(_select(logits_WV, rows), scheduled.drafts)
+        """Advance every running request by one step, and return what happened.
+
+        With an asynchronous runner, the device computes the next step meanwhile, if that can be
+        prepared before this one's tokens are known; the next call samples from its logits.
+        """
+        launched, self._launched = self._launched, None
+        if launched is None and (scheduled := self._scheduler.schedule()) is not None:
+            launched = self._launch(scheduled)
+        if launched is not None and (pending := self._sample(launched)) is not None:
+            drafts = launched.scheduled.drafts
+            try:
+                if self._runner.asynchronous and not drafts:
+                    self._launch_ahead(pending)
+            finally:  # should that fail, this step's tokens are reported first
+                self._collect(pending, drafts)
         return self._take_events()
 
     def cancel(self, request: Request) -> list[RequestEvent]:
@@ -68,20 +84,45 @@ class EngineCore:
 
     def abort(self, error: Exception) -> list[RequestEvent]:
         """Fail all running requests; also returns the failed step's events."""
+        self._launched = None
         for request in self._scheduler.reset():
             self._report(request, Failed(error))
         return self._take_events()
 
-    def _run(self, scheduled: ScheduledStep) -> Tensor:
+    def _launch(self, scheduled: ScheduledStep) -> _Launched:
         if scheduled.copies:
             self._runner.copy_pages(scheduled.copies)
-        keys = self._scheduler.decode_batch.keys
-        self._sampler.begin({keys[row]: draft for row, draft in scheduled.drafts.items()})
-        logits_WV = self._runner.step(scheduled.batch)
+        batch = self._scheduler.decode_batch
+        self._sampler.begin({batch.keys[row]: draft for row, draft in scheduled.drafts.items()})
+        batch.launch(np.arange(len(batch), dtype=np.int32))
+        return self._compute(scheduled, scheduled.batch)
+
+    def _launch_ahead(self, pending: PendingOutput) -> None:
+        """Launch the step after the one that is being sampled, if possible."""
+        batch = self._scheduler.decode_batch
+        rows = batch.continuing()
+        if (scheduled := self._scheduler.schedule_ahead(rows)) is not None:
+            ids_R = _select(pending.tokens_R, rows.tolist()) if len(rows) else None
+            batch.launch(rows)
+            self._launched = self._compute(scheduled, replace(scheduled.batch, device_ids=ids_R))
+
+    def _compute(self, scheduled: ScheduledStep, batch: StepBatch) -> _Launched:
+        logits_WV = self._runner.step(batch)
         self.steps += 1
-        self.last_batch_size = len(scheduled.batch.query_start_loc) - 1
+        self.last_batch_size = len(batch.query_start_loc) - 1
         self.tokens_in += sum(chunk.end - chunk.start for chunk in scheduled.chunks)
-        return logits_WV
+        return _Launched(scheduled, logits_WV)
+
+    def _sample(self, launched: _Launched) -> PendingOutput | None:
+        """Start to sample the next token of each row of the decode batch, unless it is empty."""
+        scheduled, logits_WV = launched.scheduled, launched.logits_WV
+        rows, searches = self._finish_prefill(scheduled, logits_WV)
+        if searches:
+            self._search(logits_WV, searches)
+        if not rows:
+            return None
+        keys = self._scheduler.decode_batch.keys
+        return self._sampler.launch(_select(logits_WV, rows), keys, scheduled.drafts)
 
     def _finish_prefill(
         self, scheduled: ScheduledStep, logits_WV: Tensor
@@ -91,12 +132,17 @@ class EngineCore:
         Returns the logits row of each decode row, and the logits rows of each search.
         """
         rows = list(range(scheduled.decoding))
+        if not scheduled.drafts:  # some may have ended since, and the others moved
+            batch = self._scheduler.decode_batch
+            rows = batch.launched[: len(batch)].tolist()
         searches: list[tuple[BeamSearch, list[int]]] = []
         row = scheduled.decoding
         for search in scheduled.searches:
             searches.append((search, list(range(row, row + search.width))))
             row += search.width
         for chunk in scheduled.chunks:
+            if not chunk.sequence.samples:  # all cancelled
+                continue
             if not self._finish_chunk(chunk, logits_WV):
                 continue
             sequence, row = chunk.sequence, chunk.logits[-1]
@@ -153,14 +199,14 @@ class EngineCore:
                 logger.exception("a request failed")
                 self._fail(request, error)
 
-    def _sample(self, logits_RV: Tensor, drafts: Drafts) -> None:
-        """Sample and report the next tokens of each row of the decode batch.
-
-        Args:
-            logits_RV: each row's logits, followed by those of its draft.
-        """
+    def _collect(self, pending: PendingOutput, drafts: Drafts) -> None:
+        """Wait for the next tokens of each row of the decode batch, and report them."""
         batch = self._scheduler.decode_batch
-        sampled = self._sampler.sample(logits_RV, batch.keys, drafts)
+        sampled = pending.result()
+        if pending.revised:
+            self._launched = None  # its ids were others
+        elif self._launched is not None:
+            self._sampler.begin({})
         ended: list[tuple[Request, Finished]] = []
         failed: list[tuple[Request, Exception]] = []
         damaged: list[Request] = []

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptj.engine.events import TokenEvent
 from gptj.engine.request import Request
+from gptj.engine.runners.base import Ints
 from gptj.engine.runners.lora import NONE
 
 
@@ -36,6 +37,9 @@ class Sequence:
 class DecodeBatch:
     """The next step's input of each decoding sequence: rows 0 to len - 1, in arbitrary order.
 
+    If a step is launched before the last one's tokens are known, this is still the last one's
+    input until they are.
+
     Args:
         max_pages: most pages of a sequence.
     """
@@ -45,6 +49,7 @@ class DecodeBatch:
         self.positions = np.zeros(max_rows, dtype=np.int32)
         self.page_table = np.zeros((max_rows, max_pages), dtype=np.int32)
         self.adapters = np.full(max_rows, NONE, dtype=np.int32)  # slots
+        self.launched = np.zeros(max_rows, dtype=np.int32)  # rows of the launched step
         self.sequences: list[Sequence] = []
         self.requests: list[Request] = []  # of each row
         self.keys: list[int] = []  # request numbers, per row
@@ -74,7 +79,13 @@ class DecodeBatch:
             self.requests[row] = self.requests[last]
             self.keys[row] = self.keys[last]
             self.sequences[row].row = row
-            for array in (self.ids, self.positions, self.page_table, self.adapters):
+            for array in (
+                self.ids,
+                self.positions,
+                self.page_table,
+                self.adapters,
+                self.launched,
+            ):
                 array[row] = array[last]
         self.sequences.pop()
         self.requests.pop()
@@ -90,6 +101,21 @@ class DecodeBatch:
         """Sequences whose next position starts a page."""
         rows = np.flatnonzero(self.positions[: len(self.sequences)] % self._page_size == 0)
         return [self.sequences[row] for row in rows]
+
+    def continuing(self) -> Ints:
+        """Rows whose requests do not reach their greatest length with their next token."""
+        return np.array(
+            [
+                row
+                for row, request in enumerate(self.requests)
+                if len(request.tokens) + 1 < request.max_length
+            ],
+            dtype=np.int32,
+        )
+
+    def launch(self, rows: Ints) -> None:
+        """Note that a step was launched with these rows, in this order."""
+        self.launched[rows] = np.arange(len(rows), dtype=np.int32)
 
     def set_last_page(self, sequence: Sequence) -> None:
         place = len(sequence.pages) - 1

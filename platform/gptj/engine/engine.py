@@ -3,6 +3,10 @@
 One thread runs one step after another. Requests join and leave at every step; each step decodes one
 token for every running sequence (several with speculation) and prefills a bounded number of prompt
 tokens. Equal prefixes, the samples of one prompt, and beams share pages of the KV cache.
+
+Async scheduling: a GPU need not wait for the host. While it computes a step, the host prepares and
+launches the next one, whose ids are the sampled tokens on the device, and only then waits for these
+tokens. Steps with beams, drafts, page copies or preemptions wait for the step before.
 """
 
 from __future__ import annotations

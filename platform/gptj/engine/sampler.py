@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,10 +20,11 @@ from torch import Tensor
 from gptj.engine.constraints.mask_threads import MaskThreads
 from gptj.engine.constraints.token_mask import TokenMask, Words, packed, unpacked
 from gptj.engine.events import TokenEvent
-from gptj.engine.runners.transfer import sent
+from gptj.engine.runners.transfer import Arrival, sent
 from gptj.sampling import SamplingParams
 
 Top = tuple[tuple[int, float], ...]
+Report = tuple[float, Top]  # a token's logprob, and the most likely ones
 CANDIDATES = 1024  # most likely tokens of a row to compute top_p on first
 FURTHER = 8  # factor by which to extend them if they do not suffice
 ROWS = 128  # of a prompt's logits to process together
@@ -117,13 +118,23 @@ class Sampler:
         keys: Sequence[int],
         drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
     ) -> SamplerOutput:
-        """Sample for each request, and append the tokens to its state.
+        """Sample for each request, and append the tokens to its state; see `launch`."""
+        return self.launch(logits_RV, keys, drafts).result()
+
+    def launch(
+        self,
+        logits_RV: Tensor,
+        keys: Sequence[int],
+        drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
+    ) -> PendingOutput:
+        """Start to sample for each request. The result, to be taken before the next launch, also
+        appends the tokens to its state.
 
         A request with a draft has a row of logits for its next token and one after each token of
         the draft. Rows yield tokens as long as the tokens before equal the draft's.
 
         Args:
-            logits_RV: fp32; modified in place.
+            logits_RV: fp32; modified in place, until the result.
             keys: of added requests, in row order.
             drafts: of some requests, by their index in `keys`.
         """
@@ -132,7 +143,7 @@ class Sampler:
         batch = self._plain_batch(keys)
         if drafts:
             batch = _Batch(list(keys), batch.requests, self._device, drafts)
-        finite_R = finite(logits_RV)
+        sums_R = _sums(logits_RV)
         logits_RV.index_fill_(1, self._banned, -torch.inf)
         logprobs_QV = None
         if batch.reporting:
@@ -144,30 +155,27 @@ class Sampler:
         if batch.masked:
             self._threads.wait()
             batch.mask(logits_RV)
-        likeliest_R = _argmax(logits_RV)
-        # The only synchronization with the device: all results come with the tokens.
-        while True:
-            found = [likeliest_R, finite_R.long()]
-            if batch.drawing:
-                drawn = (0, batch.drawing_rows)
-                tokens_D, unsure_D = batch.draw(logits_RV)
-                found[0] = likeliest_R.index_copy(*drawn, tokens_D)
-                found.append(torch.zeros_like(likeliest_R).index_copy(*drawn, unsure_D.long()))
-            tokens, sound, *unsure = torch.stack(found).tolist()
-            if not any(map(any, unsure)):
-                break
-            batch.look_further()
+        return PendingOutput(self._finish, batch, logits_RV, sums_R, logprobs_QV)
+
+    def _finish(
+        self,
+        batch: _Batch,
+        tokens: list[int],
+        sound: Sequence[bool],
+        reports: Sequence[Report],
+    ) -> SamplerOutput:
+        """Append the tokens to the requests' states.
+
+        Args:
+            sound: whether each row's logits are finite.
+            reports: of the rows that report logprobs.
+        """
         logprobs: list[float | None] = [None] * len(tokens)
         top: list[Top] = [()] * len(tokens)
-        if logprobs_QV is not None:
-            chosen = [tokens[row] for row in batch.reporting]
-            asked = [batch.states[row].params.logprobs or 0 for row in batch.reporting]
-            for row, report in zip(
-                batch.reporting, _reports(logprobs_QV, chosen, asked), strict=True
-            ):
-                logprobs[row], top[row] = report
+        for row, report in zip(batch.reporting, reports, strict=True):
+            logprobs[row], top[row] = report
         first = [sound[row] for row in batch.starts]
-        output = SamplerOutput(tokens, logprobs, top, first, [each == 1 for each in first], {}, {})
+        output = SamplerOutput(tokens, logprobs, top, list(map(int, first)), first, {}, {})
         for place in batch.undrafted:
             batch.requests[place].advance(tokens[batch.starts[place]])
         for place in batch.verified:
@@ -183,12 +191,12 @@ class Sampler:
         return self._batch
 
     def _verify(
-        self, batch: _Batch, place: int, sound: Sequence[int], output: SamplerOutput
+        self, batch: _Batch, place: int, sound: Sequence[bool], output: SamplerOutput
     ) -> None:
         """Append a request's tokens as far as its draft and mask allow.
 
         Args:
-            sound: whether each row's logits are finite, as 0 or 1.
+            sound: whether each row's logits are finite.
         """
         state, draft = batch.requests[place], batch.drafts.get(place, ())
         mask, changed, count = state.mask, False, 0
@@ -228,12 +236,76 @@ class Sampler:
         for start in range(0, len(following), ROWS):  # in parts, to bound memory
             tokens = following[start : start + ROWS]
             allowed = logits_LV[start : start + ROWS].index_fill(1, self._banned, -torch.inf)
-            reports = _reports(allowed.log_softmax(dim=-1), tokens, [count] * len(tokens))
+            chosen = sent(np.array(tokens, np.int64), allowed.device)
+            found = _likeliest(allowed.log_softmax(dim=-1), chosen, count)
+            reports = _reports(
+                tokens, [count] * len(tokens), *(each.numpy(force=True) for each in found)
+            )
             events += [
                 TokenEvent(token, logprob, top)
                 for token, (logprob, top) in zip(tokens, reports, strict=True)
             ]
         return events
+
+
+class PendingOutput:
+    """The output of a `launch`, which the device may still be computing.
+
+    Args:
+        finish: makes it from the batch, its tokens, whether each row's logits are finite, and the
+            reports of logprobs.
+        sums_R: of the logits, before any was masked.
+        logprobs_QV: of the rows that report them.
+    """
+
+    def __init__(
+        self,
+        finish: Callable[[_Batch, list[int], list[bool], list[Report]], SamplerOutput],
+        batch: _Batch,
+        logits_RV: Tensor,
+        sums_R: Tensor,
+        logprobs_QV: Tensor | None,
+    ) -> None:
+        self.revised = False  # the result has other tokens than `tokens_R` had at first
+        self._finish = finish
+        self._batch = batch
+        self._logprobs_QV = logprobs_QV
+        self._sums_R = sums_R
+        self._likeliest_R = _argmax(logits_RV)
+        self._uniform_D = batch.uniform() if batch.drawing else None
+        # To draw again; otherwise their memory is free once the device has sampled.
+        self._logits_RV = logits_RV if batch.restricts_p else None
+        self._arrival = self._draw(logits_RV)
+
+    def result(self) -> SamplerOutput:
+        """Wait for the tokens, and append them to the requests' states; call this once."""
+        batch = self._batch
+        tokens_R, sums_R, *rest = self._arrival.numbers()
+        while self._logits_RV is not None and (unsure_D := rest.pop(0)).any():
+            batch.look_further(unsure_D)
+            self.revised = True
+            self._arrival = self._draw(self._logits_RV)
+            tokens_R, sums_R, *rest = self._arrival.numbers()
+        tokens = tokens_R.tolist()
+        reports: list[Report] = []
+        if rest:
+            reports = _reports([tokens[row] for row in batch.reporting], batch.asked, *rest)
+        return self._finish(batch, tokens, np.isfinite(sums_R).tolist(), reports)
+
+    def _draw(self, logits_RV: Tensor) -> Arrival:
+        """Set `tokens_R`, and send the results to the host, together."""
+        batch = self._batch
+        self.tokens_R = self._likeliest_R
+        results = [self._sums_R]
+        if self._uniform_D is not None:
+            tokens_D, unsure_D = batch.draw(logits_RV, self._uniform_D)
+            self.tokens_R = self._likeliest_R.index_copy(0, batch.drawing_rows, tokens_D)
+            if batch.restricts_p:
+                results.append(unsure_D)
+        if self._logprobs_QV is not None:
+            chosen_Q = self.tokens_R[batch.reporting_rows]
+            results += _likeliest(self._logprobs_QV, chosen_Q, max(batch.asked))
+        return Arrival(self.tokens_R, *results)
 
 
 class _State:
@@ -252,6 +324,7 @@ class _State:
         self.draws = not params.greedy
         self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self.length = len(output_ids)  # of the output
+        self.candidates = CANDIDATES  # for top_p; see _Batch.look_further
         self.stop_ids = np.array(sorted(stop_ids), np.int64)
         self.repeats = params.repetition_penalty != 1
         self.counts = params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -389,17 +462,18 @@ class _Batch:
         self.adjusting = [row for row in rows if states[row].adjusts]
         self.drawing = [row for row in rows if states[row].draws]
         self.masked = [row for row in rows if states[row].mask is not None]
+        self.asked = [states[row].params.logprobs or 0 for row in self.reporting]
         self.reporting_rows = sent(np.array(self.reporting, np.int64), device)
         self.drawing_rows = sent(np.array(self.drawing, np.int64), device)
         self.repeats = _Entries()
         self.additions = _Entries()
-        self._candidates = CANDIDATES
         drawn = [states[row] for row in self.drawing]
+        self._drawn = drawn
         self._seeds = np.array([state.seed for state in drawn], np.uint64)
         params = [state.params for state in drawn]
         self._top_k = [each.top_k for each in params]
         self._temperatures = _column([each.temperature for each in params], device)
-        self._restricts_p = any(each.top_p < 1 for each in params)
+        self.restricts_p = any(each.top_p < 1 for each in params)
         self._top_p = _column([each.top_p for each in params], device)
         self._restricts_min_p = any(each.min_p > 0 for each in params)
         least = [math.log(each.min_p) if each.min_p > 0 else -math.inf for each in params]
@@ -433,8 +507,14 @@ class _Batch:
         excluded_CV = excluded(words_CW, logits_RV.shape[-1], logits_RV.device)
         logits_RV[rows_C] = logits_RV[rows_C].masked_fill(excluded_CV, -torch.inf)
 
-    def draw(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (D) of the rows that sample, by inverse transform sampling.
+    def uniform(self) -> Tensor:
+        """A number in [0, 1) for each row that draws, (D)."""
+        lengths = [self.states[row].length + len(self.before[row]) for row in self.drawing]
+        numbers = uniforms(self._seeds, np.array(lengths, np.uint64))
+        return sent(numbers, self.drawing_rows.device)
+
+    def draw(self, logits_RV: Tensor, uniform_D: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (D) of the rows that draw, by inverse transform sampling.
 
         Also whether top_p may keep more than the candidates, (D): if so, call `look_further` and
         draw again.
@@ -442,19 +522,24 @@ class _Batch:
         scores_DV, unsure_D = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
-        lengths = [self.states[row].length + len(self.before[row]) for row in self.drawing]
-        uniform = sent(uniforms(self._seeds, np.array(lengths, np.uint64)), logits_RV.device)
         # Below the total, and right of equal sums: tokens of probability 0 are never drawn.
         wanted_D1 = torch.minimum(
-            uniform[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
+            uniform_D[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
         )
         tokens_D = torch.searchsorted(sums_DV, wanted_D1, right=True)[:, 0]
         # Out of range if nothing is finite.
         return tokens_D.clamp(max=logits_RV.shape[-1] - 1), unsure_D
 
-    def look_further(self) -> None:
-        """Use more candidates for top_p until the rows change."""
-        self._candidates *= FURTHER
+    def look_further(self, unsure_D: npt.NDArray[np.bool_]) -> None:
+        """Use more candidates for top_p as long as these rows' requests run."""
+        states = [state for state, unsure in zip(self._drawn, unsure_D, strict=True) if unsure]
+        candidates = FURTHER * self._candidates
+        for state in states:
+            state.candidates = candidates
+
+    @property
+    def _candidates(self) -> int:
+        return max(state.candidates for state in self._drawn)
 
     def note_advanced(self) -> None:
         """Forget the rows that need no adjustment of their logits."""
@@ -475,7 +560,7 @@ class _Batch:
             free = sent(np.array([[k == 0] for k in limited]), scores_DV.device)
             least = values.gather(1, places).masked_fill(free, -torch.inf)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
-        if self._restricts_p:
+        if self.restricts_p:
             least, unsure_D = self._least_of_top_p(scores_DV)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
         if self._restricts_min_p:
@@ -513,11 +598,16 @@ def _is_masked(params: SamplingParams) -> bool:
 
 def finite(logits_RV: Tensor) -> Tensor:
     """Whether each row is finite, (R)."""
+    return _sums(logits_RV).isfinite()
+
+
+def _sums(logits_RV: Tensor) -> Tensor:
+    """The sum of each row, (R): finite if the row is."""
     # NaN and infinities propagate to the sum; sums of finite logits do not overflow.
     if logits_RV.device.type != "cpu":
-        return logits_RV.sum(dim=-1).isfinite()
+        return logits_RV.sum(dim=-1)
     with np.errstate(invalid="ignore", over="ignore"):
-        return torch.from_numpy(np.isfinite(logits_RV.numpy().sum(axis=-1)))
+        return torch.from_numpy(logits_RV.numpy().sum(axis=-1))
 
 
 def _argmax(logits_RV: Tensor) -> Tensor:
@@ -557,19 +647,23 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
     return sent(np.array(values, np.float32), device)[:, None]
 
 
+def _likeliest(logprobs_QV: Tensor, tokens_Q: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each row's logprob of its token, followed by the highest (Q, 1 + K), and their ids (Q, K)."""
+    best = logprobs_QV.topk(min(count, logprobs_QV.shape[-1]))
+    return torch.cat((logprobs_QV.gather(1, tokens_Q[:, None]), best.values), dim=1), best.indices
+
+
 def _reports(
-    logprobs_QV: Tensor, tokens: Sequence[int], counts: Sequence[int]
-) -> list[tuple[float, Top]]:
-    """Each row's logprob of its token, and its `count` most likely tokens."""
-    chosen = sent(np.array(tokens, np.int64), logprobs_QV.device)[:, None]
-    most = min(max(counts, default=0), logprobs_QV.shape[-1])
-    best = logprobs_QV.topk(most)
-    found = torch.cat((logprobs_QV.gather(1, chosen), best.values), dim=1).tolist()
-    own, values = [each[0] for each in found], [each[1:] for each in found]
-    ids = best.indices.tolist()
+    tokens: Sequence[int],
+    counts: Sequence[int],
+    logprobs: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int64],
+) -> list[Report]:
+    """Each row's logprob of its token, and its `count` most likely tokens, from `_likeliest`."""
     reports = []
-    for row, (token, logprob, count) in enumerate(zip(tokens, own, counts, strict=True)):
-        pairs = [p for p in zip(ids[row], values[row], strict=True) if p[1] > -math.inf][:count]
+    rows = zip(tokens, counts, logprobs.tolist(), ids.tolist(), strict=True)
+    for token, count, (logprob, *values), best in rows:
+        pairs = [pair for pair in zip(best, values, strict=True) if pair[1] > -math.inf][:count]
         if pairs and logprob == pairs[-1][1] and token not in dict(pairs):
             pairs[-1] = (token, logprob)  # among ties, show the sampled token
         # Among ties, the sampled token comes first.

@@ -115,8 +115,36 @@ class Scheduler:
         if not (decoding or beams or chunks):
             return None
         searches = list(self._searches)
-        batch = self._batch(drafts, searches, chunks)
+        batch = self._batch(slice(len(self.decode_batch)), 0, drafts, searches, chunks)
         return ScheduledStep(batch, copies, decoding, drafts, searches, chunks)
+
+    def schedule_ahead(self, rows: Ints) -> ScheduledStep | None:
+        """The step after the one whose tokens are being sampled; None if that is unknown so far.
+
+        It is if it has beams or drafts, if pages have to be copied or taken from a request, or if
+        all sequences end and nothing can be admitted.
+
+        Args:
+            rows: those of the decode batch that do not end for certain. Their ids are not known.
+        """
+        if self._searches or self._forked or self._speculator is not None:
+            return None
+        batch = self.decode_batch
+        growing = [
+            batch.sequences[row]
+            for row in rows[(batch.positions[rows] + 1) % self._page_size == 0]
+            if len(batch.sequences[row].tokens) == len(batch.sequences[row].pages) * self._page_size
+        ]
+        if len(growing) > self._pool.free:
+            return None
+        for sequence in growing:
+            self._grow(sequence)
+        budget = self._max_num_batched_tokens - len(rows)
+        chunks = self._chunks(budget, len(rows), ending=len(batch) - len(rows))
+        if not (len(rows) or chunks):
+            return None
+        step = self._batch(rows, 1, {}, [], chunks)
+        return ScheduledStep(step, [], len(rows), {}, [], chunks)
 
     def advance(self, drafts: Drafts, tokens: list[int], counts: list[int]) -> None:
         """Feed each row's last token next, after sampling `counts` tokens per row."""
@@ -223,17 +251,23 @@ class Scheduler:
                 self._preempt_newest()
             if sequence.row < 0:
                 continue
-            (page,) = self._pool.take(1)
             if full:
-                sequence.computed = place * self._page_size
-                self._register(sequence)
-                sequence.pages.append(page)
-            else:
-                copies.append(PageCopy(sequence.pages[-1], page, filled))
-                self._pool.release(sequence.pages[-1:])
-                sequence.pages[-1] = page
+                self._grow(sequence)
+                continue
+            (page,) = self._pool.take(1)
+            copies.append(PageCopy(sequence.pages[-1], page, filled))
+            self._pool.release(sequence.pages[-1:])
+            sequence.pages[-1] = page
             self.decode_batch.set_last_page(sequence)
         return copies
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Give a decoding sequence another page, since its last is full, or will be."""
+        (page,) = self._pool.take(1)
+        sequence.computed = len(sequence.pages) * self._page_size
+        self._register(sequence)
+        sequence.pages.append(page)
+        self.decode_batch.set_last_page(sequence)
 
     def _preempt_newest(self) -> None:
         newest = max(self.decode_batch.sequences + self._prefilling, key=lambda each: each.number)
@@ -289,11 +323,15 @@ class Scheduler:
                 self._pool.register(sequence.pages[place], digests[place])
             sequence.registered = full
 
-    def _chunks(self, budget: int, logits: int) -> list[Chunk]:
-        """Prefill `budget` tokens of prompts; their logits follow the first `logits` rows."""
+    def _chunks(self, budget: int, logits: int, ending: int = 0) -> list[Chunk]:
+        """Prefill `budget` tokens of prompts; their logits follow the first `logits` rows.
+
+        Args:
+            ending: see `_admit`.
+        """
         chunks: list[Chunk] = []
         waiting = iter(list(self._prefilling))
-        while budget > 0 and (sequence := next(waiting, None) or self._admit()):
+        while budget > 0 and (sequence := next(waiting, None) or self._admit(ending)):
             start = sequence.computed
             end = min(start + budget, len(sequence.tokens))
             num_logits = end - start if sequence.scores else int(end == len(sequence.tokens))
@@ -302,11 +340,15 @@ class Scheduler:
             logits += num_logits
         return chunks
 
-    def _admit(self) -> Sequence | None:
-        """Start the first waiting request, with all samples of its prompt, if it fits."""
-        while head := self._head(max(1, self.max_num_seqs - self.running)):
+    def _admit(self, ending: int) -> Sequence | None:
+        """Start the first waiting request, with all samples of its prompt, if it fits.
+
+        Args:
+            ending: running sequences that end before its step.
+        """
+        while head := self._head(max(1, self.max_num_seqs - self.running + ending)):
             first = head[0]
-            if first.width > self.max_num_seqs - self.running:
+            if first.width > self.max_num_seqs - self.running + ending:
                 return None
             whole = any(request.scores_prompt for request in head)
             known = [] if whole else self._known_pages(first)
@@ -369,28 +411,30 @@ class Scheduler:
         self._prefilling.append(sequence)
         return sequence
 
-    def _batch(self, drafts: Drafts, searches: list[BeamSearch], chunks: list[Chunk]) -> StepBatch:
-        rows, count = self.decode_batch, len(self.decode_batch)
+    def _batch(
+        self,
+        decoding: Ints | slice,
+        ahead: int,
+        drafts: Drafts,
+        searches: list[BeamSearch],
+        chunks: list[Chunk],
+    ) -> StepBatch:
+        """The step's input.
+
+        Args:
+            decoding: rows of the decode batch.
+            ahead: added to their positions.
+        """
+        rows = self.decode_batch
+        ids, positions = [rows.ids[decoding]], [rows.positions[decoding] + np.int32(ahead)]
+        adapters, tables = [rows.adapters[decoding]], [rows.page_table[decoding]]
+        end = count = len(ids[0])
         if not drafts and not searches and not chunks:
             each = self._counting[: count + 1]
             return StepBatch(
-                rows.ids[:count],
-                rows.positions[:count],
-                each,
-                rows.page_table[:count],
-                each[:count],
-                _used(rows.adapters[:count]),
+                ids[0], positions[0], each, tables[0], each[:count], _used(adapters[0])
             )
-        ids, positions = [rows.ids[:count]], [rows.positions[:count]]
-        adapters = np.concatenate(
-            [
-                rows.adapters[:count],
-                *(np.full(each.width, each.request.slot, np.int32) for each in searches),
-                np.array([chunk.sequence.samples[0].slot for chunk in chunks], np.int32),
-            ]
-        )
         query_start_loc, logits_indices = [self._counting[: count + 1]], [self._counting[:count]]
-        end = count
         if drafts:
             ids[0], positions[0], query_start_loc[0] = _with_drafts(ids[0], positions[0], drafts)
             end = len(ids[0])
@@ -398,18 +442,18 @@ class Scheduler:
         for search in searches:
             ids.append(search.ids)
             positions.append(np.full(search.width, search.position, dtype=np.int32))
-            rows.page_table[count : count + search.width] = (
-                search.table
-            )  # rows beyond the decoding ones
-            count += search.width
+            adapters.append(np.full(search.width, search.request.slot, dtype=np.int32))
+            tables.append(search.table)
             query_start_loc.append(self._counting[end + 1 : end + search.width + 1])
             logits_indices.append(self._counting[end : end + search.width])
             end += search.width
-        for chunk in chunks:
+        if chunks:
+            tables.append(np.zeros((len(chunks), rows.page_table.shape[1]), dtype=np.int32))
+        for row, chunk in enumerate(chunks):
             ids.append(np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int32))
             positions.append(np.arange(chunk.start, chunk.end, dtype=np.int32))
-            rows.page_table[count, : len(chunk.sequence.pages)] = chunk.sequence.pages
-            count += 1
+            adapters.append(np.array([chunk.sequence.samples[0].slot], dtype=np.int32))
+            tables[-1][row, : len(chunk.sequence.pages)] = chunk.sequence.pages
             end += chunk.end - chunk.start
             query_start_loc.append(np.array([end], dtype=np.int32))
             logits_indices.append(np.arange(end - len(chunk.logits), end, dtype=np.int32))
@@ -417,9 +461,9 @@ class Scheduler:
             np.concatenate(ids),
             np.concatenate(positions),
             np.concatenate(query_start_loc),
-            rows.page_table[:count],
+            np.concatenate(tables),
             np.concatenate(logits_indices),
-            _used(adapters),
+            _used(np.concatenate(adapters)),
         )
 
 

@@ -44,6 +44,8 @@ class StepBatch:
     page_table_RP: Ints  # each sequence's pages, in order; entries beyond its context are not read
     logits_indices: Ints  # (W): the tokens to return logits for, in this order
     adapters_R: Ints | None = None  # slot of each sequence's adapter, or NONE; None: no adapters
+    # On the device of an asynchronous runner: replaces the first ids_T, not known to the host yet.
+    device_ids: Tensor | None = None
 
     def slot(self, row: int) -> int:
         """The slot of a sequence's adapter."""
@@ -111,6 +113,7 @@ class Runner(Protocol):
     device: torch.device  # of the logits
     page_size: int  # positions of a page
     num_pages: int
+    asynchronous: bool  # whether `step` returns before its logits are computed
 
     def step(self, batch: StepBatch) -> Tensor:
         """Cache the tokens' keys and values, and return logits (W, V) in fp32.
@@ -146,6 +149,7 @@ class TorchRunner:
     """
 
     page_size = PAGE_SIZE
+    asynchronous = False
 
     def __init__(self, model: GPTJForCausalLM, num_pages: int) -> None:
         self.config = model.config

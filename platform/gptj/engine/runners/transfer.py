@@ -1,4 +1,4 @@
-"""Copies from the host to the device."""
+"""Copies between the host and the device."""
 
 from __future__ import annotations
 
@@ -18,3 +18,28 @@ def sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory().to(device, non_blocking=True)
     return tensor
+
+
+class Arrival:
+    """Tensors of one device on their way to the host."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            # Later work on the stream does not delay them.
+            self._tensors = [_pinned(tensor) for tensor in tensors]
+            self._event = torch.cuda.current_stream(tensors[0].device).record_event()
+        else:
+            self._tensors = list(tensors)
+
+    def numbers(self) -> list[npt.NDArray[Any]]:
+        """Wait until they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, complete once the stream gets there."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

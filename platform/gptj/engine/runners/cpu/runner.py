@@ -52,6 +52,7 @@ class CpuRunner:
     """
 
     page_size = 16
+    asynchronous = False
 
     def __init__(
         self,

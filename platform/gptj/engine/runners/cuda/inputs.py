@@ -93,6 +93,8 @@ class InputsMaker:
         groups[:count] = groups_of(batch.page_table_RP, batch.positions_T // self._page_size)
         self._fill_tables(tables[:count], batch)
         self._static[: outline.size].copy_(vector, non_blocking=True)
+        if batch.device_ids is not None:
+            self._static[: len(batch.device_ids)].copy_(batch.device_ids)
 
     def of(self, batch: StepBatch) -> Inputs:
         """The inputs of any batch."""
@@ -132,6 +134,8 @@ class InputsMaker:
         sent = outline.views(vector.to(self._device, non_blocking=True))
         ids_T, positions_T, slots_T, adapters_T, page_table_RP, groups_R2, *others = sent
         tiles_N4, logits_indices_W = others
+        if batch.device_ids is not None:
+            ids_T[: len(batch.device_ids)].copy_(batch.device_ids)
         return Inputs(
             ids_T,
             positions_T,

@@ -63,7 +63,7 @@ class CudaRunner:
         self.device = model.device
         self._operations = operations
         self._dtype = model.dtype
-        self._on_gpu = self.device.type == "cuda"
+        self._on_gpu = self.asynchronous = self.device.type == "cuda"
         self._weights = take(model, release=release, bits=bits)
         self.bytes_read = self._weights.bytes_read  # bytes of weights per step
         self._lora = None
