@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gptj.engine.runners.cuda import sampling
 from gptj.engine.runners.cuda.sampling import draw
+from gptj.engine.sampler import Sampler
+from gptj.sampling import SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +141,35 @@ def test_rows_that_are_not_finite_end_with_a_token_of_the_vocabulary(logit: floa
     uniforms = torch.tensor([0.5], dtype=torch.float64)
     (token,) = drawn(logits_RV, [0], [CASES["all"]], uniforms)
     assert 0 <= token < 300
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_sampler_draws_the_same_tokens_with_and_without_the_kernel() -> None:
+    """Beside greedy rows, with drafts, penalties and masks; but for rounding, as often as not."""
+    torch.manual_seed(4)
+    params = [
+        SamplingParams(seed=number, max_tokens=50, **wishes._asdict())
+        for number, wishes in enumerate(CASES.values())
+    ]
+    params[3:3] = [SamplingParams(temperature=0), SamplingParams(seed=9, repetition_penalty=2.0)]
+    params.append(SamplingParams(seed=10, allowed_token_ids=(3, 5, 299), logprobs=2))
+    samplers = [Sampler([7], DEVICE, 300, kernel) for kernel in (draw, None)]
+    for sampler in samplers:
+        for key, each in enumerate(params):
+            sampler.add(key, each, [1, 2], [])
+    for step in range(4):
+        logits_RV = 2 * torch.randn(len(params) + 2, 300, device=DEVICE)
+        drafts = {4: [8, 9]} if step == 2 else {}
+        if not drafts:
+            logits_RV = logits_RV[2:]
+        ours, theirs = (
+            sampler.sample(logits_RV.clone(), list(range(len(params))), drafts)
+            for sampler in samplers
+        )
+        assert ours.tokens == theirs.tokens
+        assert ours.counts == theirs.counts
+    for sampler in samplers:
+        sampler.close()
 
 
 def test_blocks_cover_gpt_js_vocabulary() -> None:

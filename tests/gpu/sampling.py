@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from checking import Check
 
+from gptj.engine.runners.cuda.sampling import draw
 from gptj.engine.sampler import Sampler
 from gptj.sampling import SamplingParams
 
@@ -38,7 +39,7 @@ def sample(check: Check, rows: int, spread: str, name: str) -> None:
     vocabulary, device = check.config().vocab_size, torch.device(check.device.kind)
     kept = torch.randn(rows, vocabulary, device=device) * SPREADS[spread]
     logits = kept.clone()
-    sampler = Sampler((), device, vocabulary)
+    sampler = Sampler((), device, vocabulary, draw if check.device.kind == "cuda" else None)
     keys = list(range(rows))
     for key in keys:
         params = SamplingParams(max_tokens=1000, seed=key, **SAMPLING[name])

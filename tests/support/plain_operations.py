@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptj.engine.runners.base import PageCopy
+from gptj.engine.runners.base import Draw, PageCopy
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
@@ -26,6 +26,7 @@ class PlainOperations:
     """
 
     tile = 32
+    draw: Draw | None = None
 
     def __init__(self, dtype: torch.dtype, epsilon: float) -> None:
         self._dtype = dtype

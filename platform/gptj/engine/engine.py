@@ -81,7 +81,9 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        self._sampler = sampler = Sampler(banned_ids, runner.device, runner.config.vocab_size)
+        self._sampler = sampler = Sampler(
+            banned_ids, runner.device, runner.config.vocab_size, runner.draw
+        )
         self._speculator = None
         if speculation is not None:
             self._speculator = Speculator(

@@ -36,7 +36,7 @@ def rehearse(runner: Runner, limits: Limits) -> None:
     All positions are in page 0, whose content is overwritten.
     """
     context, vocabulary = runner.config.n_positions, runner.config.vocab_size
-    sampler = Sampler((), runner.device, vocabulary)
+    sampler = Sampler((), runner.device, vocabulary, runner.draw)
     keys = list(range(limits.max_num_seqs))
     for key in keys:
         sampler.add(key, EVERY_PARAMETER, [0], [])

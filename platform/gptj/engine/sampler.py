@@ -20,6 +20,7 @@ from torch import Tensor
 from gptj.engine.constraints.mask_threads import MaskThreads
 from gptj.engine.constraints.token_mask import TokenMask, Words, packed, unpacked
 from gptj.engine.events import TokenEvent
+from gptj.engine.runners.base import Draw
 from gptj.engine.runners.transfer import Arrival, sent
 from gptj.sampling import SamplingParams
 
@@ -56,9 +57,16 @@ class Sampler:
     Args:
         banned_ids: masked to -inf in every request.
         vocab_size: columns of the logits.
+        draw: a kernel that draws tokens; None: PyTorch does.
     """
 
-    def __init__(self, banned_ids: Sequence[int], device: torch.device, vocab_size: int) -> None:
+    def __init__(
+        self,
+        banned_ids: Sequence[int],
+        device: torch.device,
+        vocab_size: int,
+        draw: Draw | None = None,
+    ) -> None:
         self.constrained_tokens = 0  # sampled under a grammar
         self._device = device
         self._vocab_size = vocab_size
@@ -67,7 +75,8 @@ class Sampler:
         self._banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
         self._states: dict[int, _State] = {}
         self._due: dict[int, TokenMask] = {}  # to compute, by request
-        self._batch = _Batch([], [], device)
+        self._kernel = draw
+        self._batch = _Batch([], [], device, draw)
 
     def add(
         self,
@@ -83,7 +92,7 @@ class Sampler:
             mask = TokenMask(params, self._free, stop_ids, output_ids)
             self._threads.start([mask])
         self._states[key] = _State(params, prompt_ids, stop_ids, output_ids, mask)
-        self._batch = _Batch([], [], self._device)
+        self._batch = _Batch([], [], self._device, self._kernel)
 
     @property
     def mask_wait_seconds(self) -> float:
@@ -142,7 +151,7 @@ class Sampler:
             self.begin({})
         batch = self._plain_batch(keys)
         if drafts:
-            batch = _Batch(list(keys), batch.requests, self._device, drafts)
+            batch = _Batch(list(keys), batch.requests, self._device, self._kernel, drafts)
         sums_R = _sums(logits_RV)
         logits_RV.index_fill_(1, self._banned, -torch.inf)
         logprobs_QV = None
@@ -187,7 +196,7 @@ class Sampler:
         """The batch without drafts, reused until the requests change."""
         if self._batch.keys != keys:
             states = [self._states[key] for key in keys]
-            self._batch = _Batch(list(keys), states, self._device)
+            self._batch = _Batch(list(keys), states, self._device, self._kernel)
         return self._batch
 
     def _verify(
@@ -274,7 +283,7 @@ class PendingOutput:
         self._likeliest_R = _argmax(logits_RV)
         self._uniform_D = batch.uniform() if batch.drawing else None
         # To draw again; otherwise their memory is free once the device has sampled.
-        self._logits_RV = logits_RV if batch.restricts_p else None
+        self._logits_RV = logits_RV if batch.may_be_unsure else None
         self._arrival = self._draw(logits_RV)
 
     def result(self) -> SamplerOutput:
@@ -300,7 +309,7 @@ class PendingOutput:
         if self._uniform_D is not None:
             tokens_D, unsure_D = batch.draw(logits_RV, self._uniform_D)
             self.tokens_R = self._likeliest_R.index_copy(0, batch.drawing_rows, tokens_D)
-            if batch.restricts_p:
+            if batch.may_be_unsure and unsure_D is not None:
                 results.append(unsure_D)
         if self._logprobs_QV is not None:
             chosen_Q = self.tokens_R[batch.reporting_rows]
@@ -430,6 +439,7 @@ class _Batch:
 
     Args:
         requests: their states.
+        kernel: see Sampler.
         drafts: by index in `requests`; a batch with drafts is used once.
     """
 
@@ -438,9 +448,11 @@ class _Batch:
         keys: list[int],
         requests: list[_State],
         device: torch.device,
+        kernel: Draw | None,
         drafts: Mapping[int, Sequence[int]] = NO_DRAFTS,
     ) -> None:
         self.keys = keys
+        self._kernel = kernel
         self.requests = requests
         self.drafts = drafts
         self.starts: list[int] = []  # each request's first row
@@ -473,11 +485,16 @@ class _Batch:
         params = [state.params for state in drawn]
         self._top_k = [each.top_k for each in params]
         self._temperatures = _column([each.temperature for each in params], device)
-        self.restricts_p = any(each.top_p < 1 for each in params)
+        self._restricts_p = any(each.top_p < 1 for each in params)
+        # Whether to look for more candidates, which the kernel does without.
+        self.may_be_unsure = self._restricts_p and kernel is None
         self._top_p = _column([each.top_p for each in params], device)
         self._restricts_min_p = any(each.min_p > 0 for each in params)
         least = [math.log(each.min_p) if each.min_p > 0 else -math.inf for each in params]
         self._log_min_p = _column(least, device)
+        if kernel is not None:
+            self._min_p = _column([each.min_p for each in params], device)
+            self._top_k_D = sent(np.array(self._top_k, np.int32), device)
 
     def adjust(self, logits_RV: Tensor) -> None:
         """Repetition penalties first, then everything additive."""
@@ -513,12 +530,16 @@ class _Batch:
         numbers = uniforms(self._seeds, np.array(lengths, np.uint64))
         return sent(numbers, self.drawing_rows.device)
 
-    def draw(self, logits_RV: Tensor, uniform_D: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits_RV: Tensor, uniform_D: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (D) of the rows that draw, by inverse transform sampling.
 
         Also whether top_p may keep more than the candidates, (D): if so, call `look_further` and
-        draw again.
+        draw again. None: it never does.
         """
+        if self._kernel is not None:
+            columns = (self._temperatures, self._top_k_D, self._top_p, self._min_p)
+            tokens_D = self._kernel(logits_RV, self.drawing_rows, *columns, uniform_D)
+            return tokens_D, None
         scores_DV, unsure_D = self._restrict(logits_RV[self.drawing_rows] / self._temperatures)
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
@@ -560,7 +581,7 @@ class _Batch:
             free = sent(np.array([[k == 0] for k in limited]), scores_DV.device)
             least = values.gather(1, places).masked_fill(free, -torch.inf)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
-        if self.restricts_p:
+        if self._restricts_p:
             least, unsure_D = self._least_of_top_p(scores_DV)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
         if self._restricts_min_p:

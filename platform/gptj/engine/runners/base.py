@@ -106,6 +106,21 @@ def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
         yield run
 
 
+class Draw(Protocol):
+    """Draws a token for each of some rows, as `cuda.sampling.draw` does."""
+
+    def __call__(
+        self,
+        logits_RV: Tensor,
+        rows_D: Tensor,
+        temperatures_D: Tensor,
+        top_k_D: Tensor,
+        top_p_D: Tensor,
+        min_p_D: Tensor,
+        uniforms_D: Tensor,
+    ) -> Tensor: ...
+
+
 class Runner(Protocol):
     """A model with a paged KV cache; not thread-safe."""
 
@@ -114,6 +129,7 @@ class Runner(Protocol):
     page_size: int  # positions of a page
     num_pages: int
     asynchronous: bool  # whether `step` returns before its logits are computed
+    draw: Draw | None  # samples from logits of `step`; None: PyTorch does
 
     def step(self, batch: StepBatch) -> Tensor:
         """Cache the tokens' keys and values, and return logits (W, V) in fp32.
@@ -150,6 +166,7 @@ class TorchRunner:
 
     page_size = PAGE_SIZE
     asynchronous = False
+    draw: Draw | None = None
 
     def __init__(self, model: GPTJForCausalLM, num_pages: int) -> None:
         self.config = model.config

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gptj.engine.runners.base import PageCopy, StepBatch
+from gptj.engine.runners.base import Draw, PageCopy, StepBatch
 from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.adapters import LANES, PackedAdapter, pack_adapter
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, check_int4_widths, pack
@@ -53,6 +53,7 @@ class CpuRunner:
 
     page_size = 16
     asynchronous = False
+    draw: Draw | None = None
 
     def __init__(
         self,

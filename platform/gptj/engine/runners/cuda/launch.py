@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from gptj.config import GPTJConfig
-from gptj.engine.runners.base import PAGE_SIZE, PageCopy
+from gptj.engine.runners.base import PAGE_SIZE, Draw, PageCopy
 from gptj.engine.runners.cuda import kernels
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
@@ -20,6 +20,7 @@ from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
 from gptj.engine.runners.cuda.operations import MAX_GROUP, Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_linear import QuantizedLinear
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
+from gptj.engine.runners.cuda.sampling import draw
 from gptj.engine.runners.cuda.tuned_linear import TunedLinear
 from gptj.engine.runners.cuda.weights import HEAD_BITS, Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE, LoRALimits
@@ -78,6 +79,7 @@ class TritonOperations:
             if bytes_each == dtype.itemsize and least <= shared_memory
         )
         self.tile = self._prefill_blocks.tokens
+        self.draw: Draw | None = draw
         self._dtype = dtype
         self._processors = processors
         self._tuned_linear = TunedLinear()
@@ -137,6 +139,9 @@ class TritonOperations:
                 for inputs_C in (width, width + inner):
                     self.multiply(zeros(1, inputs_C), pack([zeros(1, inputs_C)], each))
         self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
+        row, one = zeros(1, dtype=torch.int64), zeros(1, dtype=torch.float32) + 1
+        logits = zeros(1, config.vocab_size, dtype=torch.float32)
+        draw(logits, row, one, row.int(), one, one, one.double())
 
     def prepare(self, weights: Weights) -> None:
         products = (

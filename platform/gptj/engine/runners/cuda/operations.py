@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gptj.engine.runners.base import PageCopy
+from gptj.engine.runners.base import Draw, PageCopy
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
@@ -65,6 +65,7 @@ class Operations(Protocol):
     """Sums, norms, rotary embedding and softmax are computed in fp32 and rounded once."""
 
     tile: int  # query tokens of one program of prefill attention
+    draw: Draw | None
 
     def prepare(self, weights: Weights) -> None:
         """Tune for these weights on a GPU; optional, before the first step."""

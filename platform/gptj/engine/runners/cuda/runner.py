@@ -64,6 +64,7 @@ class CudaRunner:
         self._operations = operations
         self._dtype = model.dtype
         self._on_gpu = self.asynchronous = self.device.type == "cuda"
+        self.draw = operations.draw
         self._weights = take(model, release=release, bits=bits)
         self.bytes_read = self._weights.bytes_read  # bytes of weights per step
         self._lora = None
