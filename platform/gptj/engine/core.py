@@ -205,8 +205,6 @@ class EngineCore:
         sampled = pending.result()
         if pending.revised:
             self._launched = None  # its ids were others
-        elif self._launched is not None:
-            self._sampler.begin({})
         ended: list[tuple[Request, Finished]] = []
         failed: list[tuple[Request, Exception]] = []
         damaged: list[Request] = []
@@ -246,6 +244,8 @@ class EngineCore:
             self._fail(request, _not_finite(), damaged=True)
         for request, error in failed:
             self._fail(request, error)
+        if self._launched is not None:
+            self._sampler.begin({})
 
     def _search(self, logits_WV: Tensor, searches: list[tuple[BeamSearch, list[int]]]) -> None:
         """Extend each search's beams, given its logits rows."""
