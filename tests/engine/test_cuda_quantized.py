@@ -218,7 +218,7 @@ def test_splits_occupy_all_multiprocessors() -> None:
         scales = torch.empty(columns, inputs // 64, dtype=torch.bfloat16, device="meta")
         return splits_for(rows, QuantizedMatrix(4, words, scales, inputs), blocks, 132)
 
-    small, large = RowsBlocks(16, 64, 4, 4), RowsBlocks(64, 128, 8, 3)
+    small, large = RowsBlocks(16, 64, 4, 4, programs=3), RowsBlocks(64, 128, 8, 3, programs=3)
     assert splits(16, 28672, 4096, small) == 1
     assert splits(16, 4096, 20480, small) == 8
     assert splits(64, 28672, 4096, large) == 2

@@ -105,7 +105,8 @@ def _ways(
             if isinstance(blocks, RowBlocks):
                 name = f"{blocks.columns} columns, {blocks.quads} quads, {blocks.warps} warps"
             else:
-                name = f"{blocks.rows} x {blocks.columns}, {blocks.warps} warps, {blocks.stages}"
+                name = f"{blocks.rows} x {blocks.columns}, {blocks.warps} warps, "
+                name += f"{blocks.stages} stages, {blocks.programs} programs"
             yield name, partial(multiply, blocks=blocks)
 
 

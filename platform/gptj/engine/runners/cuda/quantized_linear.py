@@ -30,7 +30,6 @@ BLOCK_WORDS, BLOCK_SIZE = 256, 1024  # of the kernel that dequantizes: words, of
 BLOCK_SUM = 1024
 MOST_SPLITS = 16
 LEAST_BLOCKS = 4  # of a split
-PROGRAMS = 3  # GEMM programs per multiprocessor
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class RowsBlocks:
     columns: int
     warps: int
     stages: int
+    programs: int = 1  # at least, per multiprocessor; the inputs are split for it
 
 
 Blocks = RowBlocks | RowsBlocks
@@ -60,11 +60,20 @@ ROW_CANDIDATES: dict[Bits, tuple[RowBlocks, ...]] = {
 }
 # By the number of rows up to which they are used, and with which they are measured.
 ROWS_CANDIDATES: dict[int, tuple[RowsBlocks, ...]] = {
-    16: (RowsBlocks(16, 64, 4, 4), RowsBlocks(16, 128, 4, 4)),
-    32: (RowsBlocks(32, 64, 4, 4), RowsBlocks(32, 128, 4, 3)),
-    64: (RowsBlocks(64, 64, 4, 3), RowsBlocks(64, 128, 8, 3)),
-    128: (RowsBlocks(64, 128, 8, 3), RowsBlocks(128, 128, 8, 3)),
-    256: (RowsBlocks(64, 128, 8, 3), RowsBlocks(128, 128, 8, 3)),
+    16: (
+        *(RowsBlocks(16, 64, 4, 4, programs) for programs in (3, 6)),
+        *(RowsBlocks(16, 128, 4, 4, programs) for programs in (2, 4)),
+    ),
+    32: (
+        *(RowsBlocks(32, 64, 4, 4, programs) for programs in (3, 6)),
+        *(RowsBlocks(32, 128, 4, 3, programs) for programs in (2, 4)),
+    ),
+    64: (
+        *(RowsBlocks(64, 64, 4, 3, programs) for programs in (2, 4)),
+        *(RowsBlocks(64, 128, 8, 3, programs) for programs in (1, 2)),
+    ),
+    128: (RowsBlocks(64, 128, 8, 3, 2), RowsBlocks(128, 128, 8, 3, 1)),
+    256: (RowsBlocks(64, 128, 8, 3, 2), RowsBlocks(128, 128, 8, 3, 1)),
 }
 ROWS = (1, *ROWS_CANDIDATES)
 
@@ -198,7 +207,7 @@ def multiply_row(x_1C: Tensor, weight: QuantizedMatrix, blocks: RowBlocks, *, wi
 def splits_for(rows: int, weight: QuantizedMatrix, blocks: RowsBlocks, processors: int) -> int:
     """Number of parts of the inputs, a power of 2, to occupy all multiprocessors."""
     programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(len(weight.words), blocks.columns)
-    wanted: int = triton.next_power_of_2(triton.cdiv(PROGRAMS * processors, programs))
+    wanted: int = triton.next_power_of_2(triton.cdiv(blocks.programs * processors, programs))
     while wanted > 1 and wanted * LEAST_BLOCKS > weight.blocks:
         wanted //= 2
     return min(wanted, MOST_SPLITS)
