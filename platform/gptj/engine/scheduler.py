@@ -130,15 +130,11 @@ class Scheduler:
         if self._searches or self._forked or self._speculator is not None:
             return None
         batch = self.decode_batch
-        growing = [
-            batch.sequences[row]
-            for row in rows[(batch.positions[rows] + 1) % self._page_size == 0]
-            if len(batch.sequences[row].tokens) == len(batch.sequences[row].pages) * self._page_size
-        ]
+        growing = rows[(batch.positions[rows] + 1) % self._page_size == 0]
         if len(growing) > self._pool.free:
             return None
-        for sequence in growing:
-            self._grow(sequence)
+        for row in growing:
+            self._grow(batch.sequences[row])
         budget = self._max_num_batched_tokens - len(rows)
         chunks = self._chunks(budget, len(rows), ending=len(batch) - len(rows))
         if not (len(rows) or chunks):
