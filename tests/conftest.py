@@ -49,6 +49,7 @@ LONGEST = (
     "test_prepare_data_job",
     "test_gradient_sums",
     "test_cuda_kernels",
+    "test_cuda_quantized",
     "test_batch_inference_job",
     "test_runner",
     "test_metrics",

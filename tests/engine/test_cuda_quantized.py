@@ -34,8 +34,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # Of a product rounded once, relative to its largest number: 11 and 8 bits.
 TOLERANCES = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
-SUMS = 1e-5  # in fp32, in another order
-SHAPES = [(37, 64), (70, 320), (129, 1216)]
+SUMS = 1e-4  # in fp32, in another order, and truncated by tensor cores
+SHAPES = [(37, 64), (70, 320), (67, 704)]
 
 both = pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
 dtypes = pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def product(x_TC: Tensor, weight: QuantizedMatrix) -> Tensor:
 
 
 @both
-@pytest.mark.parametrize(("columns", "inputs"), [(5, 64), (600, 320), (3, 1216)])
+@pytest.mark.parametrize(("columns", "inputs"), [(5, 64), (600, 320), (3, 704)])
 def test_packed_weights_are_those_of_the_cpu(bits: Bits, columns: int, inputs: int) -> None:
     """Of several matrices, one after another or beside each other, in any number of pieces."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
-from gptj.int4 import Int4Linear, Int4Weight
+from gptj.int4 import Int4Linear, Int4Weight, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 Matrix = Tensor | QuantizedMatrix
@@ -68,6 +68,7 @@ def take(model: GPTJForCausalLM, *, release: bool, bits: Bits | None = None) -> 
         release: free each layer's weights in the model once copied, so that at most one layer is
             in memory twice; the model is unusable afterwards.
     """
+    assert bits == 4 or not is_int4(model), "4-bit weights stay in 4 bits"
     layers = []
     for block in model.transformer.h:
         assert isinstance(block, GPTJBlock)
