@@ -35,23 +35,18 @@ CHUNKS = (2048, 512, 128)  # tokens of one prompt without a past
 # What is tried beside our own choice, each a compilation: a kernel, and its constants.
 DECODE_KERNEL, PROMPT_KERNEL = "paged_decode_attention", "paged_prefill_attention"
 TUNED_SINGLES: tuple[dict[str, int], ...] = (
-    {"STAGES": 1},
-    {"STAGES": 2},
-    {"STAGES": 4},
-    {"num_warps": 1},
-    {"num_warps": 2},
-    {"num_warps": 8},
-    {"STAGES": 2, "num_warps": 2},
-    {"STAGES": 4, "num_warps": 2},
+    {"STAGES": 3},
+    {"STAGES": 7},
+    {"num_warps": 4},
+    {"BLOCK_PLACES": 32, "STAGES": 3, "num_warps": 4},
+    {"BLOCK_PLACES": 32, "num_warps": 4},
+    {"BLOCK_PLACES": 64, "STAGES": 3, "num_warps": 4},
 )
 TUNED = 2  # of SINGLES: each combination of constants is compiled, which takes a second
-LAUNCHED_SINGLES: tuple[dict[str, int], ...] = ({"PROGRAMS": 4}, {"PROGRAMS": 16})  # of launch.py
+LAUNCHED_SINGLES: tuple[dict[str, int], ...] = ({"PROGRAMS": 2}, {"PROGRAMS": 8})  # of launch.py
 TUNED_CHUNKS: tuple[dict[str, int], ...] = (
-    {"BLOCK_PLACES": 64, "num_warps": 8},
-    {"BLOCK_PLACES": 64, "num_warps": 4},
     {"BLOCK_PLACES": 32, "num_warps": 8},
-    {"BLOCK_PLACES": 16, "num_warps": 4},
-    {"STAGES": 1},
+    {"BLOCK_PLACES": 32, "STAGES": 3, "num_warps": 8},
     {"STAGES": 3},
 )
 UNCHANGED: AbstractContextManager[Any] = nullcontext()
@@ -97,10 +92,11 @@ class Layer:
     def __init__(self, check: Check, pages: int) -> None:
         self.config = check.config()
         self.kind = check.device.kind
-        processors = 1
+        self.operations = TritonOperations(self.config, torch.float16, processors=1)
         if not check.rehearsal:
-            processors = torch.cuda.get_device_properties(0).multi_processor_count
-        self.operations = TritonOperations(self.config, torch.float16, processors)
+            self.operations = TritonOperations.on(
+                torch.device("cuda", 0), self.config, torch.float16
+            )
         shape = (pages, self.config.n_head, PAGE, self.config.head_dim)
         self.cache = LayerCache(self.random(*shape), self.random(*shape))
         max_pages = self.config.n_positions // PAGE

@@ -9,7 +9,7 @@ from checking import Check, run
 
 
 def main(check: Check) -> None:
-    for measure in (products.measure, sampling.measure, attention.measure):
+    for measure in (sampling.measure, attention.measure, products.measure):
         with check.attempt(measure.__module__):
             measure(check)
 

@@ -1,4 +1,4 @@
-"""Part 5: weights in 8 and 4 bits: products by kernel, steps beside plain ones, decoding."""
+"""Part 5: weights in 8 and 4 bits: products by kernel, decoding, steps beside plain ones."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ DIFFERENCE = 0.03  # of logits, in their standard deviations: weights of the pla
 
 def main(check: Check) -> None:
     kinds: tuple[Bits, ...] = (4, 8)
-    for bits in kinds:
-        with check.attempt("quantized product", bits=bits):
-            products(check, bits)
-    for bits in kinds:
-        with check.attempt("quantized steps", bits=bits):
-            steps(check, bits)
     for each in (*kinds, None):
         name = "fp16" if each is None else f"int{each}"
         if not check.late("decode", 12, dtype=name):
             with check.attempt("decode", dtype=name):
                 decoding(check, each, name)
+    for bits in kinds:
+        with check.attempt("quantized steps", bits=bits):
+            steps(check, bits)
+    for bits in kinds:
+        with check.attempt("quantized product", bits=bits):
+            products(check, bits)
 
 
 def config_of(check: Check, layers: int) -> GPTJConfig:

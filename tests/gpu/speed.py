@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from checking import Check, run
@@ -32,6 +33,7 @@ MAX_NUM_BATCHED_TOKENS = (1024, 2048, 512)
 CHUNKED = (64, 256)  # batches whose prompts take several steps
 PROMPT, NEW = 128, 128
 PREFILLS = (128, 1024, 2048)
+SAMPLED: dict[str, dict[str, Any]] = {"top_p 0.95": {"temperature": 0.8, "top_p": 0.95}}
 BEAMS = 4
 # MLPerf's GPT-J has 30 to 128 new tokens, and prompts (CNN/DailyMail) of some 870 on the mean.
 MLPERF = SamplingParams(max_tokens=128, min_tokens=30)
@@ -47,6 +49,10 @@ def main(check: Check) -> None:
     max_num_batched_tokens, *others = check.pick(MAX_NUM_BATCHED_TOKENS, (16,))
     for batch in batches:
         _decode(check, runner, batch, max_num_batched_tokens)
+    for batch, sampling in itertools.product(check.pick((1, 64), (3,)), SAMPLED):
+        if not check.late("decode", 8, batch=batch, sampling=sampling):
+            with check.attempt("decode", batch=batch, sampling=sampling):
+                decode(check, runner, batch, max_num_batched_tokens, sampling=sampling)
     with check.attempt("prefill"):
         prefill(check, runner)
     if not check.late("beams", 15):
@@ -84,15 +90,19 @@ def decode(
     batch: int,
     max_num_batched_tokens: int,
     dtype: str = "fp16",
+    sampling: str = "greedy",
 ) -> None:
     """All together from their prompts on; the median of some runs."""
     prompt, new = check.pick((PROMPT, NEW), (9, 4))
     engine = new_engine(runner, batch, max_num_batched_tokens)
     try:
         asked = prompts(runner.config, [prompt] * batch)
+        params = None
+        if sampling != "greedy":
+            params = SamplingParams(max_tokens=new, ignore_eos=True, **SAMPLED[sampling])
         generate(engine, asked, check.pick(8, 2))  # warms up
         repeats = check.pick(3 if batch <= 64 else 2, 1)
-        runs: list[Timing] = [generate(engine, asked, new) for _ in range(repeats)]
+        runs: list[Timing] = [generate(engine, asked, new, params) for _ in range(repeats)]
     finally:
         engine.close()
     middle = sorted(runs, key=lambda each: each.seconds)[len(runs) // 2]
@@ -103,6 +113,7 @@ def decode(
         "decode",
         engine="gptj",
         dtype=dtype,
+        sampling=sampling,
         batch=batch,
         prompt_tokens=prompt,
         new_tokens=new,
@@ -142,7 +153,7 @@ def beams(check: Check, runner: CudaRunner) -> None:
     Random weights hardly ever choose eos, so that every search goes on to its end.
     """
     numbers = random.Random(0)
-    samples, running = check.pick((48, 256), (2, 8))
+    samples, running = check.pick((96, 256), (2, 8))
     lengths = [numbers.randint(*check.pick((340, 1400), (5, 30))) for _ in range(samples)]
     params, search = MLPERF, BeamParams(num_beams=BEAMS, early_stopping=True)
     if check.rehearsal:

@@ -28,7 +28,7 @@ FILES = (
 # Of the kernels and the GPU's runner all; of the others the GPU's cases. CPUs have their own tests.
 NAMES = "(test_cuda or [cuda or [triton or fused_kernels) and not [cpu"
 REHEARSED = "copied_pages"
-WORKERS = 8
+WORKERS = 10
 GRACE_SECONDS = 4  # for a summary, when the time is over
 
 
@@ -88,6 +88,7 @@ def run_tests(
             outcomes.OUTCOMES: str(found),
             outcomes.RESULTS: str(check.out),
             outcomes.PART: check.part,
+            "OMP_NUM_THREADS": "1",  # or all workers' threads are in each other's way
         }
         with log.open("wb") as file:  # a pipe would be waited for as long as anybody holds it
             process = subprocess.Popen(

@@ -90,6 +90,13 @@ class TritonOperations:
         self._block_dim = max(16, triton.next_power_of_2(config.head_dim))
         self._scale = math.log2(math.e) / math.sqrt(config.head_dim)  # the kernels use exp2
 
+    @classmethod
+    def on(cls, device: torch.device, config: GPTJConfig, dtype: torch.dtype) -> TritonOperations:
+        """The operations for a GPU, by its properties."""
+        properties = torch.cuda.get_device_properties(device)
+        shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls(config, dtype, properties.multi_processor_count, shared_memory)
+
     def try_out(
         self, device: torch.device, lora: LoRALimits | None = None, bits: Bits | None = None
     ) -> None:

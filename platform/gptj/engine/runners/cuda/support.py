@@ -59,15 +59,10 @@ def operations_for(
             f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
         )
     try:
-        new_operations = launch.TritonOperations
+        new_operations = launch.TritonOperations.on
     except ImportError as error:
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
-    operations: TritonOperations = new_operations(
-        config,
-        model.dtype,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # of PyTorch's stub
-    )
+    operations: TritonOperations = new_operations(device, config, model.dtype)
     with torch.cuda.device(device):
         try_out(operations, device, lora, bits)
         torch.cuda.synchronize()
