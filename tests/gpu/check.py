@@ -44,14 +44,14 @@ class Part:
 
 
 PARTS = (
-    Part("card", 30, usual=12),  # versions, bandwidth, matrix peak: what all shares are of
+    Part("card", 30, usual=11),  # versions, bandwidth, matrix peak: what all shares are of
     Part("loading", 60, usual=32),
     Part("correctness", 80, usual=38),
-    Part("speed", 110, usual=82),
-    Part("quantized", 90, usual=60),
+    Part("speed", 110, usual=60),
+    Part("quantized", 90, usual=50),
     Part("steps", 30, usual=13),  # a profile
     Part("suite", 110, usual=60),  # the tests of the GPU's code
-    Part("operators", 70, usual=50),
+    Part("operators", 70, usual=40),
     Part("stress", 40, usual=14),
     Part("training", 120, usual=70),
     Part("peers", 45, usual=38),

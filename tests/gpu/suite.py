@@ -82,7 +82,8 @@ def run_tests(
     with tempfile.TemporaryDirectory() as folder:
         log, found = Path(folder) / "log.txt", Path(folder) / "outcomes.jsonl"
         variables = {
-            **os.environ,
+            # A worker's are not its subprocess's.
+            **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")},
             **(environment or {}),
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             outcomes.OUTCOMES: str(found),
