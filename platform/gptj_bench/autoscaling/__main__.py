@@ -113,7 +113,7 @@ def read_service(path: Path, application: str, machine: Machine) -> Service:
             torch.device(machine.device),
             machine.cache_tokens,
             GPTJConfig().n_positions,
-            max_num_seqs=arguments.max_num_seqs,
+            max_num_seqs=arguments.max_num_seqs or machine.max_num_seqs,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
         )
         together, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
