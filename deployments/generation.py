@@ -38,7 +38,7 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.adapters.base import Base
 from gptj.chat import ChatTemplate, ChatTemplateError, read_template, template_of
 from gptj.engine.adapter_slots import AdapterSlots
-from gptj.engine.backends import Quantization, best_runner
+from gptj.engine.backends import Quantization, best_runner, freed_memory
 from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
@@ -151,9 +151,11 @@ class Arguments(LoadingArguments):
 def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Runner, Limits]:
     """The model with its cache, and a step's limits."""
     share = arguments.cache_share or DEFAULT_SHARES[model.device.type]
+    freed = freed_memory(model, arguments.quantization)
     limits = Limits.of(
         model.device,
-        arguments.cache_tokens or room(model.config, model.device, share, model.dtype.itemsize),
+        arguments.cache_tokens
+        or room(model.config, model.device, share, model.dtype.itemsize, freed),
         model.config.n_positions,
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,

@@ -12,9 +12,9 @@ GPTQ, which rounds weights so that the outputs on these rows change least; `--ro
 needs no data and loses more. The layers of the blocks are quantized, in groups of 64 weights with a
 scale each; embedding, norms and head stay as they are.
 
-`gptj serve`, the generation deployment and the library load OUTPUT as any other model, on a CPU,
-where its weights stay in 4 bits. Memory holds one block in fp32, four matrices of the square of the
-MLP's width and the rows' activations. Progress goes to standard error.
+`gptj serve`, the generation deployment and the library load OUTPUT as any other model, on a CPU or
+a GPU, where its weights stay in 4 bits. Memory holds one block in fp32, four matrices of the square
+of the MLP's width and the rows' activations. Progress goes to standard error.
 """
 
 from __future__ import annotations

@@ -144,15 +144,29 @@ def test_some_rows(
 
 @pytest.mark.slow
 @both
+@dtypes
 @pytest.mark.parametrize("rows", ROWS)
-def test_every_candidate(bits: Bits, rows: int) -> None:
+def test_every_candidate(bits: Bits, dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(0)
     weight = pack([random(131, 256)], bits)
-    x_TC = random(rows, 256, dtype=torch.float16)
+    x_TC = random(rows, 256, dtype=dtype)
     expected = product(x_TC, weight)
     chooser = QuantizedLinear(processors=1)
     for blocks in candidates(rows, bits):
         near(chooser.multiply_with(blocks, x_TC, weight, wide=True), expected, SUMS)
+
+
+@both
+@dtypes
+def test_no_rows_have_no_products(bits: Bits, dtype: torch.dtype) -> None:
+    """Of a step whose chunks do not end their prompts; with a kernel chosen for one row."""
+    weight = pack([random(7, 128)], bits)
+    chooser = QuantizedLinear(processors=1)
+    chooser._chosen[bits, weight.shape, 1] = ROW_CANDIDATES[bits][0]
+    for wide in (False, True):
+        none = chooser.multiply(random(3, 128, dtype=dtype)[:0], weight, wide=wide)
+        assert none.shape == (0, 7)
+        assert none.dtype == (torch.float32 if wide else dtype)
 
 
 @both
@@ -262,9 +276,10 @@ def test_the_fastest_kernel_is_chosen_for_each_number_of_rows(
     assert used == [fastest[0], fastest[1], fastest[1], fastest[2], None, None]
 
 
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("name", ["multiply_row", "multiply_rows"])
 def test_a_kernel_that_does_not_compile_is_not_chosen(
-    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def seconds(
         multiply: Callable[[QuantizedMatrix], Tensor],
@@ -278,7 +293,7 @@ def test_a_kernel_that_does_not_compile_is_not_chosen(
     weight = pack([random(7, 128)], 4)
     monkeypatch.setattr(quantized_linear, "_seconds", seconds)
     monkeypatch.setattr(quantized_linear, "ROWS", (1, 16))
-    monkeypatch.setattr(kernels, name, Broken(ERRORS[0]))
+    monkeypatch.setattr(kernels, name, Broken(error))
     chooser = QuantizedLinear(processors=1)
     chooser.tune([weight], torch.float16, wide=True)
     broken = ROW_CANDIDATES[4] if name == "multiply_row" else ROWS_CANDIDATES[16]

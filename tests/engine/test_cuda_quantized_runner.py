@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from gptj.engine.runners.cuda.quantized_linear import Blocks
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for, try_out
+from gptj.engine.runners.cuda.weights import freed_by_packing, take
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAPair, LoRAWeights
 
 CONFIG = GPTJConfig(
@@ -145,12 +147,31 @@ def test_kernels_compute_a_step_of_one_row_and_of_some(
         "multiply_with",
         lambda blocks, *others, **names: asked.append(blocks) or plain(blocks, *others, **names),
     )
+    none = replace(prompt(IDS[:20]), logits_indices=np.empty(0, np.int32))
+    assert runner.step(none).shape == (0, CONFIG.vocab_size)  # of a prompt that goes on
+    asked.clear()
     near(runner.step(prompt(IDS[:20])), expected[:20])
     if device.type == "cpu":  # without graphs
         assert len(asked) == 2 * CONFIG.n_layer + 1 and None not in asked
     near(runner.step(decode_batch(IDS[20:21], [20], PAGES)), expected[20:21])
     assert None not in asked
     runner.close()
+
+
+@both
+def test_packing_frees_the_difference_of_the_weights_sizes(bits: Bits) -> None:
+    model = random_model()
+    weights = [model.lm_head.weight]
+    for block in model.transformer.h:
+        weights += [getattr(parent, name).weight for parent, name in int4.block_linears(block)]
+    before = sum(weight.nbytes for weight in weights)
+    freed = freed_by_packing(model, bits)
+    packed = take(model, release=False, bits=bits)
+    matrices = [packed.head_VD]
+    for layer in packed.layers:
+        matrices += [layer.qkv_fc_in, layer.out_proj_fc_out]
+    assert freed == before - sum(matrix.nbytes for matrix in matrices)
+    assert choice.freed_memory(model, "int4") == 0  # on a CPU
 
 
 @both

@@ -144,6 +144,19 @@ def test_rows_that_are_not_finite_end_with_a_token_of_the_vocabulary(logit: floa
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_top_k_may_be_any_integer() -> None:
+    """More than an int32 holds would fail all requests of the step."""
+    sampler = Sampler([], DEVICE, 300, draw)
+    sampler.add(0, SamplingParams(seed=1, top_k=2**70), [1], [])
+    plain = Sampler([], DEVICE, 300)
+    plain.add(0, SamplingParams(seed=1), [1], [])
+    logits_RV = torch.randn(1, 300, device=DEVICE)
+    assert sampler.sample(logits_RV.clone(), [0]).tokens == plain.sample(logits_RV, [0]).tokens
+    for each in (sampler, plain):
+        each.close()
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_the_sampler_draws_the_same_tokens_with_and_without_the_kernel() -> None:
     """Beside greedy rows, with drafts, penalties and masks; but for rounding, as often as not."""
     torch.manual_seed(4)

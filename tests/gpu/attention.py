@@ -30,6 +30,7 @@ from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 
 PAGE = 16
 SINGLES = ((64, 1024), (1, 1024), (64, 192), (256, 192), (8, 2048))  # sequences, context
+GROUPED = (256, 4, 54, 930)  # beams: rows, rows of a prompt, pages that they share, context
 CYCLED_BYTES = 256 * 10**6  # five times an H100's cache
 CHUNKS = (2048, 512, 128)  # tokens of one prompt without a past
 # What is tried beside our own choice, each a compilation: a kernel, and its constants.
@@ -108,17 +109,27 @@ class Layer:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.kind, dtype=torch.float32).half()
 
-    def inputs(self, lengths: list[int], contexts: list[int], skipped: int = 0) -> Inputs:
+    def inputs(
+        self,
+        lengths: list[int],
+        contexts: list[int],
+        skipped: int = 0,
+        together: int = 1,
+        shared: int = 0,
+    ) -> Inputs:
         """The last `length` tokens of each context, whose pages lie scattered.
 
         Args:
             skipped: pages, which other inputs use.
+            together: rows that share their first pages.
+            shared: how many of them.
         """
         counts = [-(-context // PAGE) for context in contexts]
         pages = np.random.default_rng(0).permutation(self.pages - 1)
         table = np.zeros((len(contexts), max(counts)), np.int32)
         for row, count in enumerate(counts):
             table[row, :count] = np.resize(np.roll(pages, -skipped - row * count), count)
+            table[row, :shared] = table[row - row % together, :shared]
         positions = [
             np.arange(context - length, context)
             for length, context in zip(lengths, contexts, strict=True)
@@ -146,6 +157,8 @@ def measure(check: Check) -> None:
     for number, (count, context) in enumerate(check.pick(SINGLES, ((2, 20),))):
         with check.attempt("attention of single tokens", rows=count, context=context):
             decode(check, layer, count, context, tuned=number < TUNED)
+    with check.attempt("attention of groups"):
+        grouped(check, layer)
     for tokens in check.pick(CHUNKS, (20,)):
         with check.attempt("attention of a prompt", tokens=tokens):
             prompt(check, layer, tokens)
@@ -208,6 +221,27 @@ def decode(check: Check, layer: Layer, count: int, context: int, *, tuned: bool)
         return lambda: F.scaled_dot_product_attention(q, keys, others)
 
     add("PyTorch, contiguous", [contiguous() for _ in range(turns)])
+
+
+def grouped(check: Check, layer: Layer) -> None:
+    """Beams: pages that several share are to be read once."""
+    rows, together, shared, context = check.pick(GROUPED, (4, 2, 4, 70))
+    inputs = layer.inputs([1] * rows, [context] * rows, 0, together, shared)
+    alone = rows * (context - shared * PAGE)
+    read = 2 * (alone + rows // together * shared * PAGE) * layer.config.n_embd * 2
+    timing = check.time(layer.attending(inputs), repeats=5)
+    rate = read / timing["ms"] * 1e3
+    check.add(
+        "attention of groups",
+        rows=rows,
+        together=together,
+        shared_tokens=shared * PAGE,
+        context=context,
+        groups=int((inputs.groups_R2[:, 0] > 0).sum()),
+        gb_per_s=rate / 1e9,
+        share_of_read_bandwidth=rate / check.bandwidth,
+        **timing,
+    )
 
 
 def prompt(check: Check, layer: Layer, tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -151,6 +152,8 @@ def steps(check: Check, bits: Bits) -> None:
     batches = [("a prompt", one_chunk(ids, pages))]
     for count in rows:
         batches.append((f"{count} rows", _first_tokens(config, count)))
+    none = replace(batches[0][1], logits_indices=np.empty(0, np.int32))
+    check.add("quantized steps", bits=bits, step="no logits", right=not len(runner.step(none)))
     for what, batch in batches:
         found, expected = runner.step(batch), plain.step(batch)
         difference = float((found - expected).abs().max() / expected.std())

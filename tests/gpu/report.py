@@ -49,6 +49,11 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "attention of groups",
+        "Attention of beams",
+        ("rows", "together", "shared_tokens", "context", "groups", "ms", "share_of_read_bandwidth"),
+    ),
+    (
         "prefill",
         "Prefill",
         ("dtype", "tokens", "ms", "tokens_per_s", "tflops", "share_of_matrix_peak", "goal"),

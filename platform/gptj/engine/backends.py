@@ -15,6 +15,7 @@ from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.cuda.weights import freed_by_packing
 from gptj.engine.runners.lora import LoRALimits
 from gptj.int4 import is_int4
 from gptj.model import GPTJForCausalLM
@@ -71,6 +72,14 @@ def best_runner(
     if isinstance(cache, CacheShare):
         fit_cache(runner, cache, element_size)
     return runner
+
+
+def freed_memory(model: GPTJForCausalLM, quantization: Quantization) -> int:
+    """Bytes of the GPU's memory that `best_runner` frees by packing the weights; 0 on a CPU."""
+    bits = BITS[quantization]
+    if model.device.type == "cpu" or bits is None:
+        return 0
+    return freed_by_packing(model, bits)
 
 
 def _cpu_runner(

@@ -85,9 +85,16 @@ def tokens_within(
     return tokens
 
 
-def room(config: GPTJConfig, device: torch.device, share: float, element_size: int) -> int:
-    """Positions that fit in a share of the memory free now, in whole pages."""
-    return int(free_bytes(device) * share) // page_bytes(config, element_size) * PAGE_SIZE
+def room(
+    config: GPTJConfig, device: torch.device, share: float, element_size: int, freed: int = 0
+) -> int:
+    """Positions that fit in a share of the free memory, in whole pages.
+
+    Args:
+        freed: bytes that will be free besides those that are now.
+    """
+    free = free_bytes(device) + freed
+    return int(free * share) // page_bytes(config, element_size) * PAGE_SIZE
 
 
 def page_bytes(config: GPTJConfig, element_size: int) -> int:

@@ -68,8 +68,11 @@ class EngineCore:
         launched, self._launched = self._launched, None
         if launched is None and (scheduled := self._scheduler.schedule()) is not None:
             launched = self._launch(scheduled)
-        if launched is not None and (pending := self._sample(launched)) is not None:
-            drafts = launched.scheduled.drafts
+        if launched is None:
+            return self._take_events()
+        drafts, pending = launched.scheduled.drafts, self._sample(launched)
+        del launched  # its logits' memory is free for the next step
+        if pending is not None:
             try:
                 if self._runner.asynchronous and not drafts:
                     self._launch_ahead(pending)
@@ -94,7 +97,7 @@ class EngineCore:
             self._runner.copy_pages(scheduled.copies)
         batch = self._scheduler.decode_batch
         self._sampler.begin({batch.keys[row]: draft for row, draft in scheduled.drafts.items()})
-        batch.launch(np.arange(len(batch), dtype=np.int32))
+        batch.note_launched(np.arange(len(batch), dtype=np.int32))
         return self._compute(scheduled, scheduled.batch)
 
     def _launch_ahead(self, pending: PendingOutput) -> None:
@@ -103,7 +106,7 @@ class EngineCore:
         rows = batch.continuing()
         if (scheduled := self._scheduler.schedule_ahead(rows)) is not None:
             ids_R = _select(pending.tokens_R, rows.tolist()) if len(rows) else None
-            batch.launch(rows)
+            batch.note_launched(rows)
             self._launched = self._compute(scheduled, replace(scheduled.batch, device_ids=ids_R))
 
     def _compute(self, scheduled: ScheduledStep, batch: StepBatch) -> _Launched:
@@ -134,7 +137,7 @@ class EngineCore:
         rows = list(range(scheduled.decoding))
         if not scheduled.drafts:  # some may have ended since, and the others moved
             batch = self._scheduler.decode_batch
-            rows = batch.launched[: len(batch)].tolist()
+            rows = batch.launched_rows[: len(batch)].tolist()
         searches: list[tuple[BeamSearch, list[int]]] = []
         row = scheduled.decoding
         for search in scheduled.searches:
@@ -204,7 +207,7 @@ class EngineCore:
         batch = self._scheduler.decode_batch
         sampled = pending.result()
         if pending.revised:
-            self._launched = None  # its ids were others
+            self._launched = None  # it was computed with outdated ids
         ended: list[tuple[Request, Finished]] = []
         failed: list[tuple[Request, Exception]] = []
         damaged: list[Request] = []
@@ -244,6 +247,8 @@ class EngineCore:
             self._fail(request, _not_finite(), damaged=True)
         for request, error in failed:
             self._fail(request, error)
+        if not self._scheduler.running:
+            self._launched = None  # nobody is left in it
         if self._launched is not None:
             self._sampler.begin({})
 
@@ -299,8 +304,8 @@ def _not_finite() -> ArithmeticError:
     )
 
 
-def _select(logits_WV: Tensor, rows: list[int]) -> Tensor:
-    """These rows of the logits; a view if they are contiguous."""
+def _select(tensor: Tensor, rows: list[int]) -> Tensor:
+    """These rows of logits or ids; a view if they are contiguous."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
-        return logits_WV[rows[0] : rows[0] + len(rows)]
-    return logits_WV[sent(np.array(rows), logits_WV.device)]
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return tensor[sent(np.array(rows), tensor.device)]

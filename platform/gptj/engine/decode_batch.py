@@ -49,7 +49,8 @@ class DecodeBatch:
         self.positions = np.zeros(max_rows, dtype=np.int32)
         self.page_table = np.zeros((max_rows, max_pages), dtype=np.int32)
         self.adapters = np.full(max_rows, NONE, dtype=np.int32)  # slots
-        self.launched = np.zeros(max_rows, dtype=np.int32)  # rows of the launched step
+        # Of each row, its row of the launched step's logits.
+        self.launched_rows = np.zeros(max_rows, dtype=np.int32)
         self.sequences: list[Sequence] = []
         self.requests: list[Request] = []  # of each row
         self.keys: list[int] = []  # request numbers, per row
@@ -84,7 +85,7 @@ class DecodeBatch:
                 self.positions,
                 self.page_table,
                 self.adapters,
-                self.launched,
+                self.launched_rows,
             ):
                 array[row] = array[last]
         self.sequences.pop()
@@ -113,9 +114,9 @@ class DecodeBatch:
             dtype=np.int32,
         )
 
-    def launch(self, rows: Ints) -> None:
-        """Note that a step was launched with these rows, in this order."""
-        self.launched[rows] = np.arange(len(rows), dtype=np.int32)
+    def note_launched(self, rows: Ints) -> None:
+        """A step was launched with these rows, in this order."""
+        self.launched_rows[rows] = np.arange(len(rows), dtype=np.int32)
 
     def set_last_page(self, sequence: Sequence) -> None:
         place = len(sequence.pages) - 1

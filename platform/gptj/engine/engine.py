@@ -6,7 +6,8 @@ tokens. Equal prefixes, the samples of one prompt, and beams share pages of the 
 
 Async scheduling: a GPU need not wait for the host. While it computes a step, the host prepares and
 launches the next one, whose ids are the sampled tokens on the device, and only then waits for these
-tokens. Steps with beams, drafts, page copies or preemptions wait for the step before.
+tokens. Steps with beams, page copies or preemptions, and all steps of an engine with speculation,
+wait for the step before.
 """
 
 from __future__ import annotations

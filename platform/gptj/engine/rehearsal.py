@@ -42,8 +42,7 @@ def rehearse(runner: Runner, limits: Limits) -> None:
         sampler.add(key, EVERY_PARAMETER, [0], [])
     logits_RV = runner.step(_batch(runner, [1] * limits.max_num_seqs))
     sampler.sample(logits_RV.zero_(), keys)
-    if not runner.asynchronous:  # else the next step is computed while these may be needed again
-        del logits_RV
+    del logits_RV
     decoding = min(limits.max_num_seqs - 1, limits.max_num_batched_tokens - 1)
     left = limits.max_num_batched_tokens - decoding
     chunks = [min(context, left - start) for start in range(0, left, context)]

@@ -47,7 +47,10 @@ class Request:
         return b"" if self.adapter is None else self.adapter.digest
 
     def end(self) -> None:
-        """Mark as ended, once its last event exists and no later step computes it; idempotent."""
+        """Mark as ended, with its last event; idempotent.
+
+        No step that is launched from now on computes it.
+        """
         if not self.ended and self.adapter is not None:
             self.adapter.release()
         self.ended = True

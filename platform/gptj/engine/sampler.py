@@ -27,6 +27,7 @@ from gptj.sampling import SamplingParams
 Top = tuple[tuple[int, float], ...]
 Report = tuple[float, Top]  # a token's logprob, and the most likely ones
 CANDIDATES = 1024  # most likely tokens of a row to compute top_p on first
+MOST_TOP_K = 2**31 - 1  # as an int32: more than any vocabulary
 FURTHER = 8  # factor by which to extend them if they do not suffice
 ROWS = 128  # of a prompt's logits to process together
 NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
@@ -275,16 +276,17 @@ class PendingOutput:
         sums_R: Tensor,
         logprobs_QV: Tensor | None,
     ) -> None:
-        self.revised = False  # the result has other tokens than `tokens_R` had at first
+        self.revised = False  # whether tokens were drawn again: `tokens_R` at launch is outdated
         self._finish = finish
         self._batch = batch
         self._logprobs_QV = logprobs_QV
         self._sums_R = sums_R
         self._likeliest_R = _argmax(logits_RV)
         self._uniform_D = batch.uniform() if batch.drawing else None
-        # To draw again; otherwise their memory is free once the device has sampled.
-        self._logits_RV = logits_RV if batch.may_be_unsure else None
+        self._logits_RV = logits_RV if batch.may_be_unsure else None  # to draw again
         self._arrival = self._draw(logits_RV)
+        if not batch.may_be_unsure:
+            self._logprobs_QV = None
 
     def result(self) -> SamplerOutput:
         """Wait for the tokens, and append them to the requests' states; call this once."""
@@ -483,7 +485,7 @@ class _Batch:
         self._drawn = drawn
         self._seeds = np.array([state.seed for state in drawn], np.uint64)
         params = [state.params for state in drawn]
-        self._top_k = [each.top_k for each in params]
+        self._top_k = [min(each.top_k, MOST_TOP_K) for each in params]
         self._temperatures = _column([each.temperature for each in params], device)
         self._restricts_p = any(each.top_p < 1 for each in params)
         # Whether to look for more candidates, which the kernel does without.

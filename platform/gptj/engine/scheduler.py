@@ -119,10 +119,10 @@ class Scheduler:
         return ScheduledStep(batch, copies, decoding, drafts, searches, chunks)
 
     def schedule_ahead(self, rows: Ints) -> ScheduledStep | None:
-        """The step after the one whose tokens are being sampled; None if that is unknown so far.
+        """The step after the one whose tokens are being sampled; None if it must wait for them.
 
-        It is if it has beams or drafts, if pages have to be copied or taken from a request, or if
-        all sequences end and nothing can be admitted.
+        It must if it may have beams or drafts, or if pages have to be copied or taken from a
+        request. None, too, if all sequences end and nothing can be admitted.
 
         Args:
             rows: those of the decode batch that do not end for certain. Their ids are not known.

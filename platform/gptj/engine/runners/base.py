@@ -128,7 +128,9 @@ class Runner(Protocol):
     device: torch.device  # of the logits
     page_size: int  # positions of a page
     num_pages: int
-    asynchronous: bool  # whether `step` returns before its logits are computed
+    # Whether `step` returns before its logits are computed. The device executes steps, copies,
+    # loads and resets in the order of the calls: pages and slots may be reused by later ones.
+    asynchronous: bool
     draw: Draw | None  # samples from logits of `step`; None: PyTorch does
 
     def step(self, batch: StepBatch) -> Tensor:
@@ -142,7 +144,10 @@ class Runner(Protocol):
         """Make the copies in order."""
 
     def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
-        """Put an adapter into a slot that no sequence uses; any thread may call this."""
+        """Put an adapter into a slot that no sequence uses; any thread may call this.
+
+        A launched step may still read the slot: an asynchronous device loads after it.
+        """
 
     def reset(self) -> None:
         """Clear the cache, after a failed step."""

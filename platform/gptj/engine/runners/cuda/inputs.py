@@ -19,8 +19,8 @@ from gptj.engine.runners.lora import NONE
 Vector = TypeVar("Vector", Tensor, Ints)
 
 DRAFTED = 16  # most tokens of a sequence that are computed as decode rows
-ALONE = (1, 0)  # Inputs.groups_R2 of a sequence without a group
-LEAST_SHARED = 4  # pages that are worth a group: it costs two more splits
+ALONE = (0, 0)  # Inputs.groups_R2 of a sequence without a group
+LEAST_SHARED = 4  # pages that are worth a group: each of its tokens has one more split
 ALIGNED = 4  # int32s: Triton specializes kernels for 16-byte alignment
 
 
@@ -195,16 +195,16 @@ def groups_of(page_table_RP: Ints, full_R: Ints) -> Ints:
     common = np.minimum(common, np.minimum(full_R[1:], full_R[:-1])).tolist()
     first = 0
     while first < rows:
-        count, shared = 1, 0
+        count, shared = 1, common[first] if first < rows - 1 else 0
         while first + count < rows and count < MAX_GROUP:
-            fewer = min(shared or rows * len(page_table_RP[0]), common[first + count - 1])
-            # A sequence with much less in common would take the others' shared pages apart.
+            fewer = min(shared, common[first + count - 1])
+            # A sequence with much less in common would leave the others less to share.
             if fewer < max(LEAST_SHARED, shared // 2):
                 break
             count, shared = count + 1, fewer
         if count > 1:
-            groups[first : first + count] = (0, shared)
-            groups[first, 0] = count
+            groups[first : first + count] = (-1, shared)
+            groups[first, 0] = count - 1
         first += count
     return groups
 

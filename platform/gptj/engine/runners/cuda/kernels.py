@@ -153,7 +153,7 @@ def paged_decode_attention(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    tokens = tl.load(groups + row * 2)
+    tokens = tl.load(groups + row * 2) + 1
     shared = tl.load(groups + row * 2 + 1)
     context = tl.load(positions + row) + 1
     pages = (context + PAGE_SIZE - 1) // PAGE_SIZE

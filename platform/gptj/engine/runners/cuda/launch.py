@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ BLOCK_INNER = 1024
 MAX_SPLITS = 32
 LORA_BLOCK_RANK, LORA_BLOCK_INPUTS = 8, 512
 LORA_BLOCK_COLUMNS, LORA_BLOCK_TERMS = 128, 16
-PROGRAMS = 4  # of decode attention per multiprocessor: as many as are resident
+PROGRAMS = 4  # of decode attention per multiprocessor: as many as are resident on an H100 in fp16
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class AttentionBlocks:
 
 # By the dtype's bytes. Of ten choices for fp16 on an H100, several read within 2 % of each other.
 DECODE_BLOCKS = {2: AttentionBlocks(MAX_GROUP, 16, 5, 2), 4: AttentionBlocks(MAX_GROUP, 16, 3, 4)}
-# Likewise, and by the shared memory that a program may have, in bytes. Hopper's matrix instructions
-# need 64 tokens.
+# Likewise, for heads up to a width, and by the shared memory that a program may have, in bytes.
+# Hopper's matrix instructions need 64 tokens.
 PREFILL_BLOCKS = (
-    (2, 220_000, AttentionBlocks(128, 64, 2, 8)),
-    (2, 0, AttentionBlocks(32, 32, 2, 4)),
-    (4, 0, AttentionBlocks(32, 16, 2, 8)),
+    (2, 256, 220_000, AttentionBlocks(128, 64, 2, 8)),
+    (2, sys.maxsize, 0, AttentionBlocks(32, 32, 2, 4)),
+    (4, sys.maxsize, 0, AttentionBlocks(32, 16, 2, 8)),
 )
 LEAST_SHARED_MEMORY = 101_376  # of the GPUs that the kernels support
 
@@ -75,8 +76,8 @@ class TritonOperations:
         self._decode_blocks = DECODE_BLOCKS[dtype.itemsize]
         self._prefill_blocks = next(
             blocks
-            for bytes_each, least, blocks in PREFILL_BLOCKS
-            if bytes_each == dtype.itemsize and least <= shared_memory
+            for bytes_each, width, least, blocks in PREFILL_BLOCKS
+            if bytes_each == dtype.itemsize and config.head_dim <= width and least <= shared_memory
         )
         self.tile = self._prefill_blocks.tokens
         self.draw: Draw | None = draw
@@ -123,7 +124,6 @@ class TritonOperations:
         chunk = replace(maker.static(1), num_decodes=0, tiles_N4=tile)
         for inputs in (*map(maker.static, sizes), chunk):
             tokens = len(inputs.ids_T)
-            inputs.groups_R2[:, 0] = 1
             x_TD, added_TD = (zeros(tokens, width, dtype=torch.float32) for _ in range(2))
             attn_mlp = zeros(tokens, width + inner)
             self.add_and_norm(x_TD, None, None, norm)

@@ -43,8 +43,9 @@ class Inputs:
     positions_T: Tensor
     slots_T: Tensor  # of keys and values: page * page size + offset
     page_table_RP: Tensor  # each sequence's pages, in order
-    # Of decoding sequences that share pages with those that follow: how many attend to them
-    # together, and to how many pages. Of the others of such a group: 0, and how many pages.
+    # Decoding sequences that share pages form groups. Of the first of a group: for how many that
+    # follow it also attends, and to how many pages. Of the others: -1, and how many pages.
+    # Of a sequence without a group: 0, 0.
     groups_R2: Tensor
     num_decodes: int
     chunks: tuple[Chunk, ...] = ()

@@ -19,7 +19,11 @@ from torch import Tensor
 
 from gptj.engine.runners.cuda import quantized_kernels as kernels
 from gptj.engine.runners.cuda.quantized_matrix import WORDS, Bits, QuantizedMatrix
-from gptj.engine.runners.cuda.tuned_linear import MEASURED_BYTES, MOST_ROUNDS
+from gptj.engine.runners.cuda.tuned_linear import (
+    LAUNCH_ERRORS,
+    MEASURED_BYTES,
+    MOST_ROUNDS,
+)
 from gptj.engine.runners.wide import multiply_wide
 
 logger = logging.getLogger(__name__)
@@ -92,6 +96,9 @@ class QuantizedLinear:
 
     def multiply(self, x_TC: Tensor, weight: QuantizedMatrix, *, wide: bool = False) -> Tensor:
         """See Operations."""
+        if not len(x_TC):  # a step without logits: kernels would read its first row
+            dtype = torch.float32 if wide else x_TC.dtype
+            return x_TC.new_empty(0, len(weight.words), dtype=dtype)
         blocks = None
         if len(x_TC) <= ROWS[-1]:
             rows = ROWS[bisect_left(ROWS, len(x_TC))]
@@ -132,6 +139,7 @@ class QuantizedLinear:
         self, rows: int, weights: Sequence[QuantizedMatrix], dtype: torch.dtype, *, wide: bool
     ) -> None:
         first = weights[0]
+        self._chosen.pop((first.bits, first.shape, rows), None)
         x = torch.zeros(rows, first.inputs, dtype=dtype, device=first.words.device)
         times: dict[Blocks | None, float] = {}
         for blocks in (None, *candidates(rows, first.bits)):
@@ -141,7 +149,9 @@ class QuantizedLinear:
 
             try:
                 times[blocks] = _seconds(multiply, weights, in_graph=blocks is not None)
-            except triton.TritonError as error:
+            except torch.OutOfMemoryError:
+                raise
+            except LAUNCH_ERRORS as error:
                 logger.warning("int%d with %s is not available: %s", first.bits, blocks, error)
         best = min(times, key=lambda each: times[each])
         if best is not None:

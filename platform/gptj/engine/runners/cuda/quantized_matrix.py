@@ -66,6 +66,13 @@ class QuantizedMatrix:
         return inputs.to(dtype)
 
 
+def packed_bytes(columns: int, inputs: int, bits: Bits) -> int:
+    """Of a matrix, packed."""
+    blocks = -(-inputs // (WORDS * (32 // bits)))
+    scales = 4 * columns if bits == 8 else 2 * columns * blocks * GROUPS
+    return 4 * columns * blocks * WORDS + scales
+
+
 def pack(
     weights: Sequence[Tensor | Int4Weight], bits: Bits, *, beside: bool = False
 ) -> QuantizedMatrix:

@@ -141,6 +141,7 @@ class CudaRunner:
     def close(self) -> None:
         self._graphs = self._lora_graphs = self._lora = None
         del self._weights, self._cache, self._layer_caches, self._logits, self._inputs
+        del self._operations, self.draw
 
     def _step_decode(self, batch: StepBatch) -> Tensor:
         count = len(batch.ids_T)

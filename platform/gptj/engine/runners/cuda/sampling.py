@@ -7,6 +7,8 @@ Efficient and Customizable Attention Engine for LLM Inference Serving", 2025).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -34,27 +36,32 @@ def draw(
     Args:
         logits_RV: fp32, with contiguous rows; -inf for tokens that must not be drawn.
         rows_D: int64.
-        temperatures_D: fp32, above 0; likewise top_p in (0, 1] and min_p in [0, 1].
+        temperatures_D: (D) or (D, 1), contiguous, like all that follow; fp32, above 0.
+        top_p_D: fp32, in (0, 1].
+        min_p_D: fp32, in [0, 1].
         top_k_D: int32; 0 keeps all tokens.
         uniforms_D: fp64 in [0, 1).
     """
     count, size = len(rows_D), logits_RV.shape[-1]
     tokens_D = torch.empty(count, dtype=torch.int64, device=logits_RV.device)
     weights_DV = torch.empty(count, size, dtype=torch.float32, device=logits_RV.device)
-    sampling_kernels.draw[(count,)](
-        logits_RV,
-        rows_D,
-        temperatures_D,
-        top_k_D,
-        top_p_D,
-        min_p_D,
-        uniforms_D,
-        weights_DV,
-        tokens_D,
-        logits_RV.stride(0),
-        SIZE=size,
-        BLOCK=BLOCK,
-        DRAW_BLOCK=DRAW_BLOCK,
-        num_warps=WARPS,
-    )
+    # Triton launches kernels on the current device.
+    current = torch.cuda.device(logits_RV.device) if logits_RV.is_cuda else nullcontext()
+    with current:
+        sampling_kernels.draw[(count,)](
+            logits_RV,
+            rows_D,
+            temperatures_D,
+            top_k_D,
+            top_p_D,
+            min_p_D,
+            uniforms_D,
+            weights_DV,
+            tokens_D,
+            logits_RV.stride(0),
+            SIZE=size,
+            BLOCK=BLOCK,
+            DRAW_BLOCK=DRAW_BLOCK,
+            num_warps=WARPS,
+        )
     return tokens_D

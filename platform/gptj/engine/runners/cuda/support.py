@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +56,7 @@ def operations_for(
         raise UnsupportedError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
             f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
+            + ("; remedy: serve the model's original weights" if bits is not None else "")
         )
     try:
         new_operations = launch.TritonOperations.on
@@ -83,10 +83,10 @@ def try_out(
     Raises:
         UnsupportedError: naming what failed.
     """
-    from triton import TritonError
+    from gptj.engine.runners.cuda.tuned_linear import LAUNCH_ERRORS
 
     try:
         operations.try_out(device, lora, bits)
-    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+    except LAUNCH_ERRORS as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error

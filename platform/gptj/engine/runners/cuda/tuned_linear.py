@@ -7,6 +7,7 @@ So both are measured on the actual GPU and matrices.
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from gptj.engine.runners.wide import multiply_wide
 
 logger = logging.getLogger(__name__)
 
+# Of Triton, its passes, the assembler and C compiler, and a full or read-only cache folder.
+LAUNCH_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.CalledProcessError)
 MEASURED_BYTES = 4 * 2**30  # read per measurement: many times a GPU's cache
 MOST_ROUNDS = 20  # for small weights, which matter little
 
@@ -64,7 +67,9 @@ class TunedLinear:
 
             try:
                 times[blocks] = _seconds(multiply, weights)
-            except triton.TritonError as error:
+            except torch.OutOfMemoryError:
+                raise
+            except LAUNCH_ERRORS as error:
                 logger.warning("GEMV with %s is not available: %s", blocks, error)
         best = min(times, key=lambda each: times[each])
         if best is not None:

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
+from gptj.engine.runners.cuda.quantized_matrix import (
+    Bits,
+    QuantizedMatrix,
+    pack,
+    packed_bytes,
+)
 from gptj.int4 import Int4Linear, Int4Weight, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
@@ -57,6 +62,20 @@ class Weights:
             tensors += [*_tensors(layer.norm), layer.qkv_fc_in, layer.fc_in_bias_I]
             tensors += [layer.out_proj_fc_out, layer.fc_out_bias_D]
         return sum(tensor.nbytes for tensor in tensors)
+
+
+def freed_by_packing(model: GPTJForCausalLM, bits: Bits) -> int:
+    """Bytes less that quantized weights take than the model's, by their shapes."""
+    config = model.config
+    width, inner = config.n_embd, config.inner_dim
+    matrices = [(len(model.lm_head.weight), width, HEAD_BITS)]
+    if not is_int4(model):
+        layer = [(3 * width + inner, width, bits), (width, width + inner, bits)]
+        matrices += config.n_layer * layer
+    return sum(
+        columns * inputs * model.dtype.itemsize - packed_bytes(columns, inputs, each)
+        for columns, inputs, each in matrices
+    )
 
 
 @torch.inference_mode()
