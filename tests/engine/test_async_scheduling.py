@@ -7,13 +7,14 @@ host's copy of unknown ids is overwritten, and the order of calls is checked.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine_caller import Caller, assert_same, submit, tiny_model, tokens
+from engine_caller import Caller, assert_same, search, submit, submit_many, tiny_model, tokens
 from plain_operations import PlainOperations
 from torch import Tensor
 
@@ -176,6 +177,65 @@ def test_random_requests_get_the_same_events_as_without(
         else:
             assert_same(caller, expected[place])
     check_cached_pages(ours, model, list(map(sequence, prompts, callers)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pages", [64, 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_and_beams_among_others_get_the_same_events(
+    model: GPTJForCausalLM, seed: int, pages: int
+) -> None:
+    """They start in steps that wait for the last one's tokens."""
+    found: list[list[Caller]] = []
+    for asynchronous in (False, True):
+        rng = random.Random(seed)
+        ours = steps(model, pages if asynchronous else 64, asynchronous=asynchronous)
+        callers: list[Caller] = []
+        for _ in range(12):
+            prompt = random_prompt(rng)[:30]
+            params = random_params(rng, prompt)
+            kind = rng.choice(["one", "samples", "beams"])
+            if kind == "samples":
+                params.pop("prompt_logprobs", None)
+                samples = [{**params, "seed": sample} for sample in range(rng.randint(2, 4))]
+                callers += submit_many(ours.engine, prompt, *samples)
+            elif kind == "beams":
+                beams = BeamParams(rng.randint(2, 4))
+                callers.append(search(ours.engine, prompt, beams, max_tokens=rng.randint(1, 20)))
+            else:
+                callers.append(submit(ours.engine, prompt, **params))
+            for _ in range(rng.randint(0, 6)):
+                if asynchronous:
+                    ours.step()
+        ours.finish()
+        assert any(ours.runner.ahead) == asynchronous
+        assert ours.engine.stats().pages_used == 0
+        found.append(callers)
+    for caller, expected in zip(*reversed(found), strict=True):
+        assert_same(caller, expected)
+
+
+def test_logits_are_freed_before_the_next_step_is_launched(model: GPTJForCausalLM) -> None:
+    """And the last launched step, in which nobody is left, with the last request."""
+    ours = steps(model)
+    before: list[weakref.ref[Tensor]] = []
+    compute = ours.runner.step
+
+    def step(batch: StepBatch) -> Tensor:
+        assert all(logits() is None for logits in before)
+        logits_WV = compute(batch)
+        before.append(weakref.ref(logits_WV))
+        return logits_WV
+
+    ours.runner.step = step  # type: ignore[method-assign]
+    first = submit(ours.engine, tokens(5), max_tokens=9)
+    ours.finish()
+    assert len(before) > 5 and sum(ours.runner.ahead) > 3
+    (*_, last, _) = first.events
+    assert isinstance(last, TokenEvent)
+    submit(ours.engine, tokens(5), max_tokens=30, stop_token_ids=(last.token_id,))
+    ours.finish()
+    assert all(logits() is None for logits in before)
 
 
 @pytest.mark.slow

@@ -147,6 +147,8 @@ def _rounded(event: Event) -> tuple[Any, list[float]]:
         return [key for key, _ in parts], [number for _, numbers in parts for number in numbers]
     if isinstance(event, Failed):
         return str(event.error), []
+    if isinstance(event, BeamsFound):
+        return event.outputs, []
     if isinstance(event, TokenEvent):
         token, reason = event.token_id, None
     else:
