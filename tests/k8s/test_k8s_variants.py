@@ -102,7 +102,7 @@ def test_a_cards_settings_match_the_computed_ones(overlay: str) -> None:
     assert text["args"]["cache_tokens"] == fitting.cache_tokens
     assert text["args"]["max_num_seqs"] == fitting.max_num_seqs
     scaling = text["deployments"][0]["autoscaling_config"]
-    assert scaling["target_ongoing_requests"] == min(12, fitting.max_num_seqs // 3)
+    assert scaling["target_ongoing_requests"] == min(12, round(fitting.max_num_seqs / 4))
     assert text["deployments"][0]["ray_actor_options"]["num_gpus"] == 1
     for name, head, most in (
         ("classification", GPTJForSequenceClassification, 32),

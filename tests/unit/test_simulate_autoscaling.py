@@ -278,7 +278,7 @@ def test_a_services_limits_follow_from_the_machine() -> None:
     limits = {
         name: (each.max_num_seqs, each.max_num_batched_tokens) for name, each in found.items()
     }
-    assert limits == {"h100": (256, 1024), "a10g": (37, 256), "cpu-305m": (64, 256)}
+    assert limits == {"h100": (256, 1024), "a10g": (35, 256), "cpu-305m": (64, 256)}
 
 
 def test_combinations_are_complete() -> None:
