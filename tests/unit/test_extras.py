@@ -39,6 +39,10 @@ PARTS = {
     "gptj.engine.constraints.process": "llguidance",  # a process of its own
     "gptj.engine.runners.cuda.kernels": "triton",
     "gptj.engine.runners.cuda.launch": "triton",
+    "gptj.engine.runners.cuda.quantized_kernels": "triton",
+    "gptj.engine.runners.cuda.quantized_linear": "triton",
+    "gptj.engine.runners.cuda.sampling": "triton",
+    "gptj.engine.runners.cuda.sampling_kernels": "triton",
     "gptj.engine.runners.cuda.tuned_linear": "triton",
     "gptj.interop.hdf5_index": "h5py",  # a process of its own
 }

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from gptj.engine.runners.cuda.launch import TritonOperations
 
 launch = Extra("gptj.engine.runners.cuda.launch", "computing with our GPU kernels", "triton")
+tuned_linear = Extra(
+    "gptj.engine.runners.cuda.tuned_linear", "computing with our GPU kernels", "triton"
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
@@ -83,10 +86,8 @@ def try_out(
     Raises:
         UnsupportedError: naming what failed.
     """
-    from gptj.engine.runners.cuda.tuned_linear import LAUNCH_ERRORS
-
     try:
         operations.try_out(device, lora, bits)
-    except LAUNCH_ERRORS as error:
+    except tuned_linear.LAUNCH_ERRORS as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error
