@@ -142,11 +142,11 @@ def test_random_requests_get_the_same_events_as_without(
 ) -> None:
     rng = random.Random(seed)
     prompts = [random_prompt(rng) for _ in range(30)]
-    wishes = [random_params(rng, prompt) for prompt in prompts]
+    chosen = [random_params(rng, prompt) for prompt in prompts]
     reference = steps(model, asynchronous=False)
     expected = [
-        submit(reference.engine, prompt, **wish)
-        for prompt, wish in zip(prompts, wishes, strict=True)
+        submit(reference.engine, prompt, **each)
+        for prompt, each in zip(prompts, chosen, strict=True)
     ]
     reference.finish()
     assert not any(reference.runner.ahead)
@@ -158,7 +158,7 @@ def test_random_requests_get_the_same_events_as_without(
             for _ in range(rng.randint(1, 3)):
                 if len(callers) < len(prompts):
                     place = len(callers)
-                    callers.append(submit(ours.engine, prompts[place], **wishes[place]))
+                    callers.append(submit(ours.engine, prompts[place], **chosen[place]))
         if rng.random() < 0.05:
             place = rng.randrange(len(callers))
             if not callers[place].ended.is_set():
@@ -528,14 +528,14 @@ def test_top_p_that_keeps_more_tokens_than_it_looks_at_first_is_drawn_again(
 ) -> None:
     monkeypatch.setattr("gptj.engine.sampler.CANDIDATES", 2)
     monkeypatch.setattr("gptj.engine.sampler.FURTHER", 2)
-    wishes: list[dict[str, Any]] = [
+    chosen: list[dict[str, Any]] = [
         {"temperature": 1.5 + i, "top_p": 0.97, "seed": i, "max_tokens": 9 + i} for i in range(3)
     ]
-    wishes.append({"temperature": 1.0, "seed": 9, "min_tokens": 5, "stop_token_ids": (5, 6, 7)})
+    chosen.append({"temperature": 1.0, "seed": 9, "min_tokens": 5, "stop_token_ids": (5, 6, 7)})
     callers: list[list[Caller]] = []
     for asynchronous in (True, False):
         ours = steps(model, asynchronous=asynchronous)
-        callers.append([submit(ours.engine, tokens(4), **wish) for wish in wishes])
+        callers.append([submit(ours.engine, tokens(4), **each) for each in chosen])
         ours.finish()
         assert any(ours.runner.ahead) == asynchronous
     for found, expected in zip(*callers, strict=True):

@@ -424,7 +424,7 @@ def test_a_gemv_that_does_not_compile_falls_back_to_pytorch(
 
     it = setting("head width 10", torch.float32)
     weight, row = it.random(37, 100), it.random(1, 100)
-    monkeypatch.setattr(tuned_linear, "_seconds", seconds)
+    monkeypatch.setattr(tuned_linear, "seconds_of", seconds)
     monkeypatch.setattr(kernels, "multiply_row", Broken(error))
     chooser = tuned_linear.TunedLinear()
     chooser.tune([weight], wide=True)

@@ -260,7 +260,7 @@ def test_the_fastest_kernel_is_chosen_for_each_number_of_rows(
         tried.append(blocks)
         return 1.0 if blocks in fastest else 2.0
 
-    monkeypatch.setattr(quantized_linear, "_seconds", seconds)
+    monkeypatch.setattr(quantized_linear, "seconds_of", seconds)
     chooser.tune([weight], torch.float16, wide=True)
     assert set(tried) >= {None, *fastest}
     used = []
@@ -291,7 +291,7 @@ def test_a_kernel_that_does_not_compile_is_not_chosen(
         return 1.0
 
     weight = pack([random(7, 128)], 4)
-    monkeypatch.setattr(quantized_linear, "_seconds", seconds)
+    monkeypatch.setattr(quantized_linear, "seconds_of", seconds)
     monkeypatch.setattr(quantized_linear, "ROWS", (1, 16))
     monkeypatch.setattr(kernels, name, Broken(error))
     chooser = QuantizedLinear(processors=1)

@@ -135,7 +135,7 @@ def test_kernels_compute_a_step_of_one_row_and_of_some(
         (blocks,) = multiply.__defaults__  # type: ignore[attr-defined]
         return 2.0 if blocks is None else 1.0
 
-    monkeypatch.setattr(quantized_linear, "_seconds", seconds)
+    monkeypatch.setattr(quantized_linear, "seconds_of", seconds)
     model = random_model(device)
     expected = dequantized(model, bits)(torch.tensor([IDS])).logits[0]
     kernels = TritonOperations(CONFIG, torch.float16, processors=1)

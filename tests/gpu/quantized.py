@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gptj import GPTJConfig
 from gptj.engine.runners.base import StepBatch
-from gptj.engine.runners.cuda import quantized_linear
 from gptj.engine.runners.cuda.quantized_linear import (
     ROWS,
     Blocks,
@@ -27,6 +26,7 @@ from gptj.engine.runners.cuda.quantized_linear import (
 )
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
 from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.cuda.tuned_linear import seconds_of
 
 BATCHES = (1, 8, 64)
 MAX_NUM_BATCHED_TOKENS = 1024
@@ -124,7 +124,7 @@ def _time(
         seconds = check.time(lambda: multiply(weights[0]))["ms"] / 1e3
     else:
         ours = values["kind"] not in PYTORCH
-        seconds = quantized_linear._seconds(multiply, weights, in_graph=ours)
+        seconds = seconds_of(multiply, weights, in_graph=ours)
     read = weights[0].nbytes
     if values["kind"] == "fp16":
         read = 2 * weights[0].shape.numel()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,7 @@ from torch import Tensor
 
 from gptj.engine.runners.cuda import quantized_kernels as kernels
 from gptj.engine.runners.cuda.quantized_matrix import WORDS, Bits, QuantizedMatrix
-from gptj.engine.runners.cuda.tuned_linear import (
-    LAUNCH_ERRORS,
-    MEASURED_BYTES,
-    MOST_ROUNDS,
-)
+from gptj.engine.runners.cuda.tuned_linear import LAUNCH_ERRORS, seconds_of
 from gptj.engine.runners.wide import multiply_wide
 
 logger = logging.getLogger(__name__)
@@ -148,7 +144,7 @@ class QuantizedLinear:
                 return self.multiply_with(blocks, x, weight, wide=wide)
 
             try:
-                times[blocks] = _seconds(multiply, weights, in_graph=blocks is not None)
+                times[blocks] = seconds_of(multiply, weights, in_graph=blocks is not None)
             except torch.OutOfMemoryError:
                 raise
             except LAUNCH_ERRORS as error:
@@ -260,40 +256,3 @@ def multiply_rows(
 def _scales(weight: QuantizedMatrix) -> Tensor:
     """As the kernels read them: of int4 a block's two together."""
     return weight.scales if weight.bits == 8 else weight.scales.view(torch.int32)
-
-
-def _seconds(
-    multiply: Callable[[QuantizedMatrix], Tensor],
-    weights: Sequence[QuantizedMatrix],
-    *,
-    in_graph: bool,
-) -> float:
-    """Mean time of one product.
-
-    Args:
-        in_graph: as in a step, since our kernels can take less time than their launches. Not for
-            PyTorch's products, which would keep a workspace for the graph's stream.
-    """
-    rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
-
-    def multiply_all() -> None:
-        for weight in weights:
-            multiply(weight)
-
-    multiply(weights[0])  # compiles
-    again: Callable[[], None] = multiply_all
-    if in_graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            multiply_all()
-        again = graph.replay
-        again()
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(rounds):
-        again()
-    end.record()
-    end.synchronize()
-    seconds: float = start.elapsed_time(end) / 1e3
-    return seconds / (rounds * len(weights))

@@ -10,6 +10,7 @@ import logging
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,16 @@ logger = logging.getLogger(__name__)
 LAUNCH_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.CalledProcessError)
 MEASURED_BYTES = 4 * 2**30  # read per measurement: many times a GPU's cache
 MOST_ROUNDS = 20  # for small weights, which matter little
+
+
+class Stored(Protocol):
+    """A tensor, or a quantized matrix."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Weight = TypeVar("Weight", bound=Stored)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class TunedLinear:
         x = torch.zeros(1, first.shape[1], dtype=first.dtype, device=first.device)
         self._chosen.pop(first.shape, None)
         times: dict[Blocks | None, float] = {
-            None: _seconds(lambda weight: self.multiply(x, weight, wide=wide), weights)
+            None: seconds_of(lambda weight: self.multiply(x, weight, wide=wide), weights)
         }
         for blocks in CANDIDATES:
 
@@ -66,7 +77,7 @@ class TunedLinear:
                 return multiply_row(x, weight, blocks, wide=wide)
 
             try:
-                times[blocks] = _seconds(multiply, weights)
+                times[blocks] = seconds_of(multiply, weights)
             except torch.OutOfMemoryError:
                 raise
             except LAUNCH_ERRORS as error:
@@ -100,16 +111,34 @@ def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks, *, wide: bool) ->
     return product
 
 
-def _seconds(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> float:
-    """Mean time of one product."""
+def seconds_of(
+    multiply: Callable[[Weight], Tensor], weights: Sequence[Weight], *, in_graph: bool = False
+) -> float:
+    """Mean time of one product.
+
+    Args:
+        in_graph: as in a step, for kernels that can take less time than their launches. Not for
+            PyTorch's products, which would keep a workspace for the graph's stream.
+    """
     rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
+
+    def multiply_all() -> None:
+        for weight in weights:
+            multiply(weight)
+
     multiply(weights[0])  # compiles
+    again: Callable[[], None] = multiply_all
+    if in_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            multiply_all()
+        again = graph.replay
+        again()
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(rounds):
-        for weight in weights:
-            multiply(weight)
+        again()
     end.record()
     end.synchronize()
     seconds: float = start.elapsed_time(end) / 1e3
