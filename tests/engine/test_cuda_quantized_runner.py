@@ -29,10 +29,10 @@ from gptj.engine.runners.cuda import quantized_kernels, quantized_linear
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.quantized_linear import Blocks
-from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix
+from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for, try_out
-from gptj.engine.runners.cuda.weights import freed_by_packing, take
+from gptj.engine.runners.cuda.weights import BITS, Format, freed_by_packing, take
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAPair, LoRAWeights
 
 CONFIG = GPTJConfig(
@@ -43,7 +43,7 @@ IDS = tokens(40)
 # Largest difference of logits in their standard deviations: fp16's 11 bits.
 TOLERANCE = 0.01
 
-both = pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
+both = pytest.mark.parametrize("quantization", ["int8", "int4"])
 
 
 def random_model(device: torch.device | str = "cpu") -> GPTJForCausalLM:
@@ -55,12 +55,12 @@ def random_model(device: torch.device | str = "cpu") -> GPTJForCausalLM:
     return model.to(device, torch.float16).requires_grad_(False)
 
 
-def dequantized(model: GPTJForCausalLM, bits: Bits) -> GPTJForCausalLM:
+def dequantized(model: GPTJForCausalLM, quantization: Format) -> GPTJForCausalLM:
     """In fp32, on the CPU: layers in 8 bits, with a scale for each output, or in 4; heads in 8."""
     plain = copy.deepcopy(model).cpu().float()
     for block in plain.transformer.h:
         attn, mlp = block.attn, block.mlp
-        if bits == 8:
+        if quantization == "int8":
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.fc_in):
                 linear.weight.data = in_8_bits(linear.weight)
             outputs = (attn.out_proj.weight, mlp.fc_out.weight)  # which share scales
@@ -83,9 +83,9 @@ def plain_operations() -> PlainOperations:
     return PlainOperations(torch.float16, CONFIG.layer_norm_epsilon)
 
 
-def operations(device: torch.device, bits: Bits) -> Operations:
+def operations(device: torch.device, quantization: Format) -> Operations:
     if device.type == "cuda":
-        return operations_for(random_model(device), LoRALimits(), bits)
+        return operations_for(random_model(device), LoRALimits(), quantization)
     return plain_operations()
 
 
@@ -104,11 +104,15 @@ def near(logits: Tensor, expected: Tensor) -> None:
 
 
 @both
-def test_logits_are_those_of_the_dequantized_weights(device: torch.device, bits: Bits) -> None:
+def test_logits_are_those_of_the_dequantized_weights(
+    device: torch.device, quantization: Format
+) -> None:
     """Of a prompt, and of the tokens after it, one by one."""
     model = random_model(device)
-    expected = dequantized(model, bits)(torch.tensor([IDS])).logits[0]
-    runner = CudaRunner(model, 4, operations(device, bits), bits=bits, release=True)
+    expected = dequantized(model, quantization)(torch.tensor([IDS])).logits[0]
+    runner = CudaRunner(
+        model, 4, operations(device, quantization), quantization=quantization, release=True
+    )
     assert sum(parameter.numel() for parameter in model.parameters()) == 0
     near(runner.step(prompt(IDS[:30])), expected[:30])
     for position in range(30, 40):
@@ -120,7 +124,7 @@ def test_logits_are_those_of_the_dequantized_weights(device: torch.device, bits:
 @pytest.mark.slow
 @both
 def test_kernels_compute_a_step_of_one_row_and_of_some(
-    bits: Bits, monkeypatch: pytest.MonkeyPatch
+    quantization: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all products chosen as if the kernels were the fastest."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,9 +141,9 @@ def test_kernels_compute_a_step_of_one_row_and_of_some(
 
     monkeypatch.setattr(quantized_linear, "seconds_of", seconds)
     model = random_model(device)
-    expected = dequantized(model, bits)(torch.tensor([IDS])).logits[0]
+    expected = dequantized(model, quantization)(torch.tensor([IDS])).logits[0]
     kernels = TritonOperations(CONFIG, torch.float16, processors=1)
-    runner = CudaRunner(model, 4, kernels, bits=bits)
+    runner = CudaRunner(model, 4, kernels, quantization=quantization)
     kernels.prepare(runner._weights)
     plain = kernels._quantized_linear.multiply_with
     monkeypatch.setattr(
@@ -159,14 +163,14 @@ def test_kernels_compute_a_step_of_one_row_and_of_some(
 
 
 @both
-def test_packing_frees_the_difference_of_the_weights_sizes(bits: Bits) -> None:
+def test_packing_frees_the_difference_of_the_weights_sizes(quantization: Format) -> None:
     model = random_model()
     weights = [model.lm_head.weight]
     for block in model.transformer.h:
         weights += [getattr(parent, name).weight for parent, name in int4.block_linears(block)]
     before = sum(weight.nbytes for weight in weights)
-    freed = freed_by_packing(model, bits)
-    packed = take(model, release=False, bits=bits)
+    freed = freed_by_packing(model, quantization)
+    packed = take(model, release=False, quantization=quantization)
     matrices = [packed.head_VD]
     for layer in packed.layers:
         matrices += [layer.qkv_fc_in, layer.out_proj_fc_out]
@@ -175,11 +179,11 @@ def test_packing_frees_the_difference_of_the_weights_sizes(bits: Bits) -> None:
 
 
 @both
-def test_steps_read_packed_weights(bits: Bits) -> None:
-    runner = CudaRunner(random_model(), 4, plain_operations(), bits=bits)
+def test_steps_read_packed_weights(quantization: Format) -> None:
+    runner = CudaRunner(random_model(), 4, plain_operations(), quantization=quantization)
     size, inner = CONFIG.n_embd, CONFIG.inner_dim
     weights = CONFIG.n_layer * (4 * size * size + 2 * size * inner)
-    if bits == 8:
+    if quantization == "int8":
         packed = weights + CONFIG.n_layer * 4 * (4 * size + inner)
     else:  # q_proj and the like have 64 inputs, half a block
         packed = CONFIG.n_layer * (2 * (3 * size + inner) * 34 + size * (size + inner) * 34 // 64)
@@ -197,7 +201,7 @@ def test_4_bit_weights_are_served_as_they_were_loaded(device: torch.device) -> N
         if stored:
             int4.quantize_blocks(model.transformer.h)
             assert int4.is_int4(model)
-        runner = CudaRunner(model, 4, operations(device, 4), bits=4, release=True)
+        runner = CudaRunner(model, 4, operations(device, "int4"), quantization="int4", release=True)
         found.append(runner.step(prompt(IDS)))
         read.append(runner.bytes_read)
         runner.close()
@@ -208,17 +212,19 @@ def test_4_bit_weights_are_served_as_they_were_loaded(device: torch.device) -> N
 def test_a_tied_head_is_quantized_and_the_embedding_is_not(device: torch.device) -> None:
     model = random_model(device)
     model.lm_head.weight = model.transformer.wte.weight
-    expected = dequantized(model, 8)
+    expected = dequantized(model, "int8")
     expected.transformer.wte.weight = torch.nn.Parameter(model.transformer.wte.weight.cpu().float())
-    runner = CudaRunner(model, 4, operations(device, 8), bits=8, release=True)
+    runner = CudaRunner(model, 4, operations(device, "int8"), quantization="int8", release=True)
     near(runner.step(prompt(IDS)), expected(torch.tensor([IDS])).logits[0].detach())
     runner.close()
 
 
 @both
-def test_adapters_are_added_to_quantized_products(device: torch.device, bits: Bits) -> None:
+def test_adapters_are_added_to_quantized_products(
+    device: torch.device, quantization: Format
+) -> None:
     model = random_model(device)
-    plain = dequantized(model, bits)
+    plain = dequantized(model, quantization)
     layers = []
     for _ in range(CONFIG.n_layer):
         pairs = {}
@@ -227,7 +233,9 @@ def test_adapters_are_added_to_quantized_products(device: torch.device, bits: Bi
             pairs[module] = LoRAPair(0.1 * torch.randn(3, inputs), 0.1 * torch.randn(outputs, 3))
         layers.append(pairs)
     limits = LoRALimits(max_loras=2, max_lora_rank=4)
-    runner = CudaRunner(model, 4, operations(device, bits), bits=bits, lora=limits)
+    runner = CudaRunner(
+        model, 4, operations(device, quantization), quantization=quantization, lora=limits
+    )
     runner.load_adapter(1, LoRAWeights(3, tuple(layers), b""))
     near(runner.step(prompt(IDS, adapter=NONE)), plain(torch.tensor([IDS])).logits[0])
     for block, pairs in zip(plain.transformer.h, layers, strict=True):
@@ -240,23 +248,25 @@ def test_adapters_are_added_to_quantized_products(device: torch.device, bits: Bi
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_a_gpu_gets_a_runner_with_quantized_weights(
-    name: choice.Quantization, monkeypatch: pytest.MonkeyPatch
+    name: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With plain operations in place of a GPU's."""
     asked = []
 
-    def plain(model: GPTJForCausalLM, lora: LoRALimits | None, bits: Bits | None) -> Operations:
-        asked.append((lora, bits))
+    def plain(
+        model: GPTJForCausalLM, lora: LoRALimits | None, quantization: Format | None
+    ) -> Operations:
+        asked.append((lora, quantization))
         return plain_operations()
 
     monkeypatch.setattr(choice, "operations_for", plain)
     lora = LoRALimits()
     runner = choice._gpu_runner(random_model(), 4, name, lora, release=True)
-    assert asked == [(lora, choice.BITS[name])]
+    assert asked == [(lora, name)]
     assert isinstance(runner, CudaRunner)
     layer = runner._weights.layers[0]
     assert isinstance(layer.qkv_fc_in, QuantizedMatrix)
-    assert layer.qkv_fc_in.bits == choice.BITS[name]
+    assert layer.qkv_fc_in.bits == BITS[name]
     runner.close()
 
 
@@ -273,17 +283,17 @@ def test_a_models_own_4_bit_weights_stay_in_4_bits_on_a_gpu(
         choice.best_runner(model, 64, quantization="int8")
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_activations_must_be_in_16_bits(bits: Bits) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_activations_must_be_in_16_bits(quantization: Format) -> None:
     with pytest.raises(UnsupportedError, match=r"in float16 or bfloat16.*remedy: dtype=bfloat16"):
-        operations_for(ElsewhereModel(CONFIG), bits=bits)
+        operations_for(ElsewhereModel(CONFIG), quantization=quantization)
 
 
 def test_widths_that_are_not_whole_groups_are_refused() -> None:
     config = GPTJConfig(**{**CONFIG.to_dict(), "n_inner": 100})
     model = ElsewhereModel(config).half()
     with pytest.raises(UnsupportedError, match="n_inner=100 to be multiples of 64"):
-        operations_for(model, bits=4)
+        operations_for(model, quantization="int4")
 
 
 def test_dequantizing_is_tried_before_the_weights_are_released(
@@ -292,8 +302,8 @@ def test_dequantizing_is_tried_before_the_weights_are_released(
     """The other kernels are tried while they are measured, with this one in their place."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernels = TritonOperations(CONFIG, torch.float16, processors=1)
-    try_out(kernels, device, bits=4)
+    try_out(kernels, device, quantization="int4")
     monkeypatch.setattr(quantized_kernels, "dequantize", Broken(ERRORS[0]))
     try_out(kernels, device)
     with pytest.raises(UnsupportedError, match="OutOfResources"):
-        try_out(kernels, device, bits=4)
+        try_out(kernels, device, quantization="int4")

@@ -24,6 +24,7 @@ from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES, size_for
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.cuda.weights import Format
 from gptj.engine.runners.lora import LoRALimits
 
 PAGE = 16
@@ -241,7 +242,9 @@ class ElsewhereModel(GPTJForCausalLM):
 def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unsupported(model: GPTJForCausalLM, lora: LoRALimits | None, bits: object) -> Operations:
+    def unsupported(
+        model: GPTJForCausalLM, lora: LoRALimits | None, quantization: Format | None
+    ) -> Operations:
         raise UnsupportedError("Triton cannot be imported")
 
     plain = object()
@@ -251,7 +254,7 @@ def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     with caplog.at_level(logging.WARNING):
         assert choice.best_runner(model, 64) is plain
     assert "on PyTorch, without our kernels: Triton cannot be imported" in caplog.text
-    for name in ("int8", "int4"):
+    for name in ("int8", "int4", "fp8"):
         reason = f"{name} is not available: Triton cannot be imported"
         with pytest.raises(UnsupportedError, match=reason):
             choice.best_runner(model, 64, quantization=name)  # type: ignore[arg-type]

@@ -48,6 +48,7 @@ PARTS = (
     Part("loading", 60, usual=32),
     Part("correctness", 80, usual=38),
     Part("speed", 110, usual=60),
+    Part("fp8", 90, usual=50),
     Part("quantized", 90, usual=50),
     Part("steps", 30, usual=13),  # a profile
     Part("suite", 110, usual=60),  # the tests of the GPU's code

@@ -18,8 +18,8 @@ from gptj.engine.engine import Engine
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
-from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.cuda.weights import Format
 from gptj_bench.decode import TEXT_IDS, random_model
 
 SPREAD = 0.02  # of weights; norms and biases differ from 1 and 0 by five times as much
@@ -40,7 +40,7 @@ def new_runner(
     model: GPTJForCausalLM,
     pages: int,
     *,
-    bits: Bits | None = None,
+    quantization: Format | None = None,
     interpreted: bool = False,
 ) -> CudaRunner:
     """The runner that a deployment gets, which takes the model's weights.
@@ -48,7 +48,7 @@ def new_runner(
     AssertionError if it is another one than that with our kernels: the log has the reason.
 
     Args:
-        bits: of quantized weights.
+        quantization: of the weights.
         interpreted: a rehearsal, too, has our kernels, and not the plain operations, which take
             a hundredth of the time.
     """
@@ -56,19 +56,20 @@ def new_runner(
         operations: Operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
         if interpreted:
             operations = TritonOperations(model.config, model.dtype, processors=1)
-        return CudaRunner(model, pages, operations, bits=bits, release=True)
-    (quantization,) = (name for name, each in choice.BITS.items() if each == bits)
+        return CudaRunner(model, pages, operations, quantization=quantization, release=True)
     cache = pages * CudaRunner.page_size
-    runner = choice.best_runner(model, cache, quantization=quantization, release=True)
+    runner = choice.best_runner(model, cache, quantization=quantization or "none", release=True)
     assert isinstance(runner, CudaRunner), f"the model got a {type(runner).__name__}"
     return runner
 
 
-def plain_runner(model: GPTJForCausalLM, pages: int, *, bits: Bits | None = None) -> CudaRunner:
+def plain_runner(
+    model: GPTJForCausalLM, pages: int, *, quantization: Format | None = None
+) -> CudaRunner:
     """The same steps in PyTorch, without graphs."""
     operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
     with mock.patch("gptj.engine.runners.cuda.runner.Graphs", return_value=None):
-        return CudaRunner(model, pages, operations, bits=bits)
+        return CudaRunner(model, pages, operations, quantization=quantization)
 
 
 def new_engine(runner: CudaRunner, max_num_seqs: int, max_num_batched_tokens: int) -> Engine:

@@ -27,6 +27,7 @@ from gptj.engine.runners.cuda.quantized_linear import (
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.tuned_linear import seconds_of
+from gptj.engine.runners.cuda.weights import BITS, Format
 
 BATCHES = (1, 8, 64)
 MAX_NUM_BATCHED_TOKENS = 1024
@@ -37,16 +38,16 @@ DIFFERENCE = 0.03  # of logits, in their standard deviations: weights of the pla
 
 
 def main(check: Check) -> None:
-    kinds: tuple[Bits, ...] = (4, 8)
+    kinds: tuple[Format, ...] = ("int4", "int8")
     for each in (*kinds, None):
-        name = "fp16" if each is None else f"int{each}"
+        name = each or "fp16"
         if not check.late("decode", 12, dtype=name):
             with check.attempt("decode", dtype=name):
-                decoding(check, each, name)
-    for bits in kinds:
-        with check.attempt("quantized steps", bits=bits):
-            steps(check, bits)
-    for bits in kinds:
+                decoding(check, each, BATCHES)
+    for kind in kinds:
+        with check.attempt("quantized steps", kind=kind):
+            steps(check, kind)
+    for bits in BITS.values():
         with check.attempt("quantized product", bits=bits):
             products(check, bits)
 
@@ -139,27 +140,27 @@ def _time(
     )
 
 
-def steps(check: Check, bits: Bits) -> None:
+def steps(check: Check, kind: Format) -> None:
     """With two layers: a prompt, and as many rows as there are kernels for; by graphs and not."""
     config = config_of(check, 2)
     model = new_model(check, config, torch.float16)
     rows = check.pick((1, 2, 17, 64, 130), (1, 2))
-    plain = plain_runner(copy.deepcopy(model), max(rows), bits=bits)
-    runner = new_runner(check, model, max(rows), bits=bits, interpreted=True)
+    plain = plain_runner(copy.deepcopy(model), max(rows), quantization=kind)
+    runner = new_runner(check, model, max(rows), quantization=kind, interpreted=True)
     length = check.pick(300, 20)
     (ids,) = prompts(config, [length])
     pages = list(range(-(-length // CudaRunner.page_size)))
     batches = [("a prompt", one_chunk(ids, pages))]
     for count in rows:
-        batches.append((f"{count} rows", _first_tokens(config, count)))
+        batches.append((f"{count} rows", first_tokens(config, count)))
     none = replace(batches[0][1], logits_indices=np.empty(0, np.int32))
-    check.add("quantized steps", bits=bits, step="no logits", right=not len(runner.step(none)))
+    check.add("quantized steps", kind=kind, step="no logits", right=not len(runner.step(none)))
     for what, batch in batches:
         found, expected = runner.step(batch), plain.step(batch)
         difference = float((found - expected).abs().max() / expected.std())
         check.add(
             "quantized steps",
-            bits=bits,
+            kind=kind,
             step=what,
             difference=difference,
             same=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
@@ -169,7 +170,7 @@ def steps(check: Check, bits: Bits) -> None:
     plain.close()
 
 
-def _first_tokens(config: GPTJConfig, count: int) -> StepBatch:
+def first_tokens(config: GPTJConfig, count: int) -> StepBatch:
     """A decode step of sequences of one token, each with a page of its own."""
     (ids,) = prompts(config, [count], seed=1)
     numbers = np.arange(count + 1, dtype=np.int32)
@@ -182,13 +183,14 @@ def _first_tokens(config: GPTJConfig, count: int) -> StepBatch:
     )
 
 
-def decoding(check: Check, bits: Bits | None, name: str) -> None:
+def decoding(check: Check, kind: Format | None, wanted: Sequence[int]) -> None:
+    name = kind or "fp16"
     config = config_of(check, 28)
-    batches = check.pick(BATCHES, (1, 3))
+    batches = check.pick(wanted, (1, 3))
     model = new_model(check, config, torch.float16)
     check.device.reset_peak()
     pages = max(batches) * check.pick(18, 2)
-    seconds, runner = check.wall(lambda: new_runner(check, model, pages, bits=bits))
+    seconds, runner = check.wall(lambda: new_runner(check, model, pages, quantization=kind))
     check.add("memory", when=f"{name}: the runner is made", **check.device.memory())
     check.add("making a runner", dtype=name, seconds=seconds, weights_gb=runner.bytes_read / 1e9)
     try:

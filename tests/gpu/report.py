@@ -61,7 +61,10 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "beams",
         "Beams",
-        ("samples", "beams", "prompt_tokens", "new_tokens", "samples_per_s", "steps", "goal"),
+        (
+            *("dtype", "samples", "beams", "prompt_tokens", "new_tokens", "samples_per_s", "steps"),
+            "goal",
+        ),
     ),
     (
         "pauses",
@@ -84,7 +87,19 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "relative_error",
         ),
     ),
-    ("quantized steps", "Steps with quantized weights", ("bits", "step", "difference", "same")),
+    (
+        "fp8 product",
+        "Products in fp8, with quantizing the activations",
+        (
+            *("matrix", "rows", "kind", "ms", "gb_per_s", "share_of_read_bandwidth", "tflops"),
+            "relative_error",
+        ),
+    ),
+    (
+        "quantized steps",
+        "Steps with quantized weights",
+        ("kind", "step", "difference", "from_fp16", "same"),
+    ),
     ("making a runner", "Making a runner", ("dtype", "seconds", "weights_gb")),
     (
         "attention of single tokens",

@@ -128,7 +128,7 @@ def decode(
     )
 
 
-def prefill(check: Check, runner: CudaRunner) -> None:
+def prefill(check: Check, runner: CudaRunner, dtype: str = "fp16") -> None:
     """One prompt in one step, with logits after its last token."""
     config = runner.config
     for tokens in check.pick(PREFILLS, (8, 33)):
@@ -138,7 +138,7 @@ def prefill(check: Check, runner: CudaRunner) -> None:
         rate = prefill_operations(config, tokens) / timing["ms"] * 1e3
         check.add(
             "prefill",
-            dtype="fp16",
+            dtype=dtype,
             tokens=tokens,
             tokens_per_s=tokens / timing["ms"] * 1e3,
             tflops=rate / 1e12,
@@ -147,7 +147,7 @@ def prefill(check: Check, runner: CudaRunner) -> None:
         )
 
 
-def beams(check: Check, runner: CudaRunner) -> None:
+def beams(check: Check, runner: CudaRunner, dtype: str = "fp16") -> None:
     """MLPerf's offline form with random ids: all samples at once, four beams, 128 new tokens.
 
     Random weights hardly ever choose eos, so that every search goes on to its end.
@@ -177,7 +177,7 @@ def beams(check: Check, runner: CudaRunner) -> None:
         engine.close()
     check.add(
         "beams",
-        dtype="fp16",
+        dtype=dtype,
         samples=samples,
         beams=BEAMS,
         prompt_tokens=statistics.mean(lengths),

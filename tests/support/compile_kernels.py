@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from gptj import GPTJConfig
 from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch
+from gptj.engine.runners.cuda import fp8_linear
+from gptj.engine.runners.cuda.fp8 import quantize, quantized_rows
 from gptj.engine.runners.cuda.graphs import SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
@@ -40,6 +42,7 @@ from gptj.engine.runners.cuda.quantized_linear import (
 )
 from gptj.engine.runners.cuda.quantized_linear import multiply_row as multiply_quantized_row
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix
+from gptj.engine.runners.cuda.support import FP8_CAPABILITY
 from gptj.engine.runners.cuda.tuned_linear import CANDIDATES, multiply_row
 from gptj.engine.runners.cuda.weights import Norm
 from gptj.engine.runners.lora import LoRALimits
@@ -97,7 +100,10 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
     KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
     triton.runtime.driver.set_active(NoDriver(capability))
     operations = TritonOperations(CONFIG, dtype, processors, shared_memory)
-    operations.try_out(CPU, LORA, None if dtype == torch.float32 else 4)
+    operations.try_out(CPU, LORA, None if dtype == torch.float32 else "int4")
+    in_fp8 = dtype != torch.float32 and capability >= 10 * FP8_CAPABILITY[0] + FP8_CAPABILITY[1]
+    if in_fp8:
+        operations.try_out(CPU, None, "fp8")
     tried = set(programs)
     steps(operations, dtype)
     new = [program.name for key, program in programs.items() if key not in tried]
@@ -111,6 +117,8 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
             multiply_row(row, weight, blocks, wide=wide)
     if dtype != torch.float32:
         quantized_products(processors, dtype)
+    if in_fp8:
+        fp8_products(dtype)
     return list(programs.values())
 
 
@@ -129,6 +137,16 @@ def quantized_products(processors: int, dtype: torch.dtype) -> None:
                 for blocks in candidates:
                     splits = splits_for(rows, weight, blocks, processors)
                     multiply_rows(x_TC, weight, blocks, splits, wide=wide)
+
+
+def fp8_products(dtype: torch.dtype) -> None:
+    """All candidates of one row for the 6B's matrices."""
+    width, inner = CONFIG.n_embd, CONFIG.inner_dim
+    for inputs, wide in ((width, False), (width + inner, True)):
+        weight = quantize([torch.zeros(64, inputs)])
+        values, scale = quantized_rows(torch.zeros(1, inputs))
+        for blocks in fp8_linear.CANDIDATES:
+            fp8_linear.multiply_row(values, scale, weight, blocks, torch.float32 if wide else dtype)
 
 
 def empty_matrix(bits: Bits, columns: int, inputs: int) -> QuantizedMatrix:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.runners.base import Draw, PageCopy
+from gptj.engine.runners.cuda.fp8 import Fp8Matrix, quantized_rows
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
@@ -16,6 +17,12 @@ from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
 from gptj.engine.runners.wide import multiply_wide
 from gptj.model import Rotary
+
+
+def multiply_fp8(x_TC: Tensor, weight: Fp8Matrix) -> Tensor:
+    """Both quantized, computed in fp32."""
+    values, scales = quantized_rows(x_TC.float())
+    return F.linear(values.float(), weight.values.float()) * scales[:, None] * weight.scales
 
 
 class PlainOperations:
@@ -38,6 +45,9 @@ class PlainOperations:
     def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
         if isinstance(weight, QuantizedMatrix):
             weight = weight.dequantized(x_TC.dtype)
+        if isinstance(weight, Fp8Matrix):
+            product = multiply_fp8(x_TC, weight)
+            return product if wide else product.to(x_TC.dtype)
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def add_and_norm(

@@ -37,6 +37,8 @@ PARTS = {
     "gptj.storage.s3_client": "boto",
     "gptj.storage.s3_upload": "boto",
     "gptj.engine.constraints.process": "llguidance",  # a process of its own
+    "gptj.engine.runners.cuda.fp8_kernels": "triton",
+    "gptj.engine.runners.cuda.fp8_linear": "triton",
     "gptj.engine.runners.cuda.kernels": "triton",
     "gptj.engine.runners.cuda.launch": "triton",
     "gptj.engine.runners.cuda.quantized_kernels": "triton",

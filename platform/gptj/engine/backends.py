@@ -12,10 +12,9 @@ from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner, Runner, TorchRu
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.packing import Kind
 from gptj.engine.runners.cpu.runner import CpuRunner
-from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
-from gptj.engine.runners.cuda.weights import freed_by_packing
+from gptj.engine.runners.cuda.weights import Format, freed_by_packing
 from gptj.engine.runners.lora import LoRALimits
 from gptj.int4 import is_int4
 from gptj.model import GPTJForCausalLM
@@ -23,9 +22,8 @@ from gptj.pretrained import GPTJPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
-BITS: dict[Quantization, Bits | None] = {"none": None, "int8": 8, "int4": 4}
 KINDS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -43,22 +41,23 @@ def best_runner(
         model: in evaluation mode, on its device.
         cache: its size in positions, rounded up to whole pages, or a share of memory.
         quantization: int8 and int4 store weights in 8 and 4 bits, whatever the model's dtype.
-            A model's 4-bit weights stay in 4 bits. On GPUs the dtype must be fp16 or bf16.
+            A model's 4-bit weights stay in 4 bits. fp8, only on GPUs, also computes the layers'
+            products in 8 bits. On GPUs the dtype must be fp16 or bf16.
         lora: limits of the adapters to support.
         release: move the model's weights to the runner instead of copying them.
 
     Raises:
-        UnsupportedError: for int8 and int4 where the kernels cannot run.
+        UnsupportedError: for quantized weights where the kernels cannot run.
         ValueError: if the cache cannot hold one context, the model has an unmerged adapter that
-            the kernels would ignore, or int8 is requested for 4-bit weights.
+            the kernels would ignore, or int8 or fp8 is requested for 4-bit weights.
     """
     if model.adapter is not None:
         raise ValueError("the model's adapter must be merged first: gptj.adapters.lora.merge_lora")
     if is_int4(model):
-        if quantization == "int8":
+        if quantization in ("int8", "fp8"):
             raise ValueError(
-                "quantization=int8 needs the original weights, but the model's are in 4 bits; "
-                "remedy: leave quantization out, or load the original model"
+                f"quantization={quantization} needs the original weights, but the model's are in 4 "
+                f"bits; remedy: leave quantization out, or load the original model"
             )
         quantization = "int4"
     if not isinstance(cache, CacheShare) and cache < 1:
@@ -76,10 +75,9 @@ def best_runner(
 
 def freed_memory(model: GPTJForCausalLM, quantization: Quantization) -> int:
     """Bytes of the GPU's memory that `best_runner` frees by packing the weights; 0 on a CPU."""
-    bits = BITS[quantization]
-    if model.device.type == "cpu" or bits is None:
+    if model.device.type == "cpu" or quantization == "none":
         return 0
-    return freed_by_packing(model, bits)
+    return freed_by_packing(model, quantization)
 
 
 def _cpu_runner(
@@ -105,9 +103,11 @@ def _gpu_runner(
     release: bool,
 ) -> ResizableRunner:
     try:
-        bits = BITS[quantization]
-        operations = operations_for(model, lora, bits)
-        return CudaRunner(model, num_pages, operations, bits=bits, lora=lora, release=release)
+        format: Format | None = None if quantization == "none" else quantization
+        operations = operations_for(model, lora, format)
+        return CudaRunner(
+            model, num_pages, operations, quantization=format, lora=lora, release=release
+        )
     except UnsupportedError as error:
         fall_back(error, quantization)
         return TorchRunner(model, num_pages)
@@ -134,6 +134,8 @@ def _pages_on_cpu(model: GPTJForCausalLM, cache: int | CacheShare) -> int:
 
 def kind_of(model: GPTJPreTrainedModel, quantization: Quantization) -> Kind:
     """The kernels' kind of weights. Raises UnsupportedError."""
+    if quantization == "fp8":
+        raise UnsupportedError("it needs a GPU; remedy: quantization=int8")
     kind = KINDS.get(model.dtype) if quantization == "none" else quantization
     if kind is None:
         raise UnsupportedError(f"the kernels do not support {model.dtype}")

@@ -15,15 +15,17 @@ from torch import Tensor
 from gptj.config import GPTJConfig
 from gptj.engine.runners.base import PAGE_SIZE, Draw, PageCopy
 from gptj.engine.runners.cuda import kernels
+from gptj.engine.runners.cuda.fp8 import ALIGNMENT, Fp8Matrix, quantize
+from gptj.engine.runners.cuda.fp8_linear import Fp8Linear
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
 from gptj.engine.runners.cuda.operations import MAX_GROUP, Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_linear import QuantizedLinear
-from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
+from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix, pack
 from gptj.engine.runners.cuda.sampling import draw
 from gptj.engine.runners.cuda.tuned_linear import TunedLinear
-from gptj.engine.runners.cuda.weights import HEAD_BITS, Matrix, Norm, Weights
+from gptj.engine.runners.cuda.weights import BITS, HEAD_BITS, Format, Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE, LoRALimits
 from gptj.engine.runners.transfer import sent
 
@@ -85,6 +87,7 @@ class TritonOperations:
         self._processors = processors
         self._tuned_linear = TunedLinear()
         self._quantized_linear = QuantizedLinear(processors)
+        self._fp8_linear = Fp8Linear()
         self._row = config.n_embd + config.inner_dim
         self._block_width = triton.next_power_of_2(config.n_embd)
         # Tensor cores need at least 16 terms.
@@ -99,7 +102,10 @@ class TritonOperations:
         return cls(config, dtype, properties.multi_processor_count, shared_memory)
 
     def try_out(
-        self, device: torch.device, lora: LoRALimits | None = None, bits: Bits | None = None
+        self,
+        device: torch.device,
+        lora: LoRALimits | None = None,
+        quantization: Format | None = None,
     ) -> None:
         """Launch all kernels as a step would, on a cache of two pages.
 
@@ -141,10 +147,14 @@ class TritonOperations:
             self.add_lora(zeros(1, 3 * width + inner), zeros(1, width), adapted.qkv_fc_in, inputs)
             added_TD = zeros(1, width, dtype=torch.float32)
             self.add_lora(added_TD, zeros(1, width + inner), adapted.out_proj_fc_out, inputs)
-        if bits is not None:
-            for each in {bits, HEAD_BITS}:
-                for inputs_C in (width, width + inner):
-                    self.multiply(zeros(1, inputs_C), pack([zeros(1, inputs_C)], each))
+        for inputs_C in (width, width + inner):
+            if quantization == "fp8":
+                weight = quantize([zeros(ALIGNMENT, inputs_C)])
+                for wide in (False, True):
+                    self.multiply(zeros(1, inputs_C), weight, wide=wide)
+            elif quantization is not None:
+                for bits in {BITS[quantization], HEAD_BITS}:
+                    self.multiply(zeros(1, inputs_C), pack([zeros(1, inputs_C)], bits))
         self.copy_pages(cache, [PageCopy(0, 1, PAGE_SIZE)])
         row, one = zeros(1, dtype=torch.int64), zeros(1, dtype=torch.float32) + 1
         logits = zeros(1, config.vocab_size, dtype=torch.float32)
@@ -157,16 +167,18 @@ class TritonOperations:
             ([layer.out_proj_fc_out for layer in weights.layers], True),
         )
         for matrices, wide in products:
-            quantized = [each for each in matrices if isinstance(each, QuantizedMatrix)]
-            if quantized:
-                self._quantized_linear.tune(quantized, self._dtype, wide=wide)
-            else:
-                plain = [each for each in matrices if isinstance(each, Tensor)]
+            if packed := [each for each in matrices if isinstance(each, QuantizedMatrix)]:
+                self._quantized_linear.tune(packed, self._dtype, wide=wide)
+            if in_fp8 := [each for each in matrices if isinstance(each, Fp8Matrix)]:
+                self._fp8_linear.tune(in_fp8, self._dtype, wide=wide)
+            if plain := [each for each in matrices if isinstance(each, Tensor)]:
                 self._tuned_linear.tune(plain, wide=wide)
 
     def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
         if isinstance(weight, QuantizedMatrix):
             return self._quantized_linear.multiply(x_TC, weight, wide=wide)
+        if isinstance(weight, Fp8Matrix):
+            return self._fp8_linear.multiply(x_TC, weight, wide=wide)
         return self._tuned_linear.multiply(x_TC, weight, wide=wide)
 
     def add_and_norm(

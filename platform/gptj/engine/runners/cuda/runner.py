@@ -20,8 +20,7 @@ from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
 from gptj.engine.runners.cuda.inputs import InputsMaker, with_drafts_as_rows
 from gptj.engine.runners.cuda.lora import LoRASlots
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache, Operations
-from gptj.engine.runners.cuda.quantized_matrix import Bits
-from gptj.engine.runners.cuda.weights import take
+from gptj.engine.runners.cuda.weights import Format, take
 from gptj.engine.runners.lora import LoRALimits, LoRAWeights
 from gptj.engine.runners.wide import wide_sums
 from gptj.model import GPTJForCausalLM
@@ -33,15 +32,16 @@ class CudaRunner:
     Weights and cache have the model's dtype; the residual stream and its addends, norms, softmax
     and logits are fp32. On a CPU, in tests, there are no graphs.
 
-    Quantized weights are packed from the model's, on its device and layer by layer; activations
-    keep the model's dtype.
+    Quantized weights are made from the model's, on its device and layer by layer. Activations keep
+    the model's dtype, except the inputs of products in fp8.
 
     Args:
         model: in evaluation mode, on its device.
         num_pages: of the cache; one page is added for padding.
         operations: for the model's device and dtype.
-        bits: of the layers' weights: 8 with a scale per output, or 4 in groups (see gptj.int4),
-            with the head in 8; a model's own 4-bit weights keep their values. None: not quantized.
+        quantization: of the layers' weights: int8 with a scale per output, or int4 in groups (see
+            gptj.int4), with the head in int8; a model's own 4-bit weights keep their values. Or fp8
+            (see `fp8`), with the head as it is.
         lora: limits of the adapters to support.
         release: move the weights out of the model while fusing them, keeping one copy in memory;
             the model is unusable afterwards.
@@ -55,7 +55,7 @@ class CudaRunner:
         num_pages: int,
         operations: Operations,
         *,
-        bits: Bits | None = None,
+        quantization: Format | None = None,
         lora: LoRALimits | None = None,
         release: bool = False,
     ) -> None:
@@ -65,7 +65,7 @@ class CudaRunner:
         self._dtype = model.dtype
         self._on_gpu = self.asynchronous = self.device.type == "cuda"
         self.draw = operations.draw
-        self._weights = take(model, release=release, bits=bits)
+        self._weights = take(model, release=release, quantization=quantization)
         self.bytes_read = self._weights.bytes_read  # bytes of weights per step
         self._lora = None
         if lora is not None:

@@ -8,8 +8,9 @@ import torch
 
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.packing import check_int4_widths
+from gptj.engine.runners.cuda.fp8 import ALIGNMENT
 from gptj.engine.runners.cuda.operations import Operations
-from gptj.engine.runners.cuda.quantized_matrix import Bits
+from gptj.engine.runners.cuda.weights import Format
 from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import Extra
 from gptj.model import GPTJForCausalLM
@@ -24,16 +25,19 @@ tuned_linear = Extra(
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper: tensor cores for fp8
 
 
 def operations_for(
-    model: GPTJForCausalLM, lora: LoRALimits | None = None, bits: Bits | None = None
+    model: GPTJForCausalLM,
+    lora: LoRALimits | None = None,
+    quantization: Format | None = None,
 ) -> Operations:
     """The kernels, after a trial run on the model's device.
 
     Args:
         lora: limits of the adapters to support, if any.
-        bits: of quantized weights.
+        quantization: of the weights.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
@@ -47,19 +51,30 @@ def operations_for(
         )
     if model.dtype not in DTYPES:
         raise UnsupportedError(f"the kernels do not support {model.dtype}")
-    if bits is not None and model.dtype == torch.float32:
+    if quantization is not None and model.dtype == torch.float32:
         raise UnsupportedError(
             "on GPUs quantized weights need a model in float16 or bfloat16, and this one is in "
             "float32; remedy: dtype=bfloat16"
         )
-    if bits == 4:
+    if quantization == "int4":
         check_int4_widths(config)
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < LEAST_CAPABILITY:
+    if quantization == "fp8" and (config.n_embd % ALIGNMENT or config.inner_dim % ALIGNMENT):
         raise UnsupportedError(
-            f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
-            f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
-            + ("; remedy: serve the model's original weights" if bits is not None else "")
+            f"fp8 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples of "
+            f"{ALIGNMENT}"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    has = f"{properties.name} has compute capability {properties.major}.{properties.minor}"
+    if capability < LEAST_CAPABILITY:
+        raise UnsupportedError(
+            f"{has}, but the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
+            + ("; remedy: serve the model's original weights" if quantization is not None else "")
+        )
+    if quantization == "fp8" and capability < FP8_CAPABILITY:
+        raise UnsupportedError(
+            f"{has}, but fp8 needs {'.'.join(map(str, FP8_CAPABILITY))} or more; remedy: "
+            f"quantization=int8"
         )
     try:
         new_operations = launch.TritonOperations.on
@@ -67,7 +82,7 @@ def operations_for(
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
     operations: TritonOperations = new_operations(device, config, model.dtype)
     with torch.cuda.device(device):
-        try_out(operations, device, lora, bits)
+        try_out(operations, device, lora, quantization)
         torch.cuda.synchronize()
     return operations
 
@@ -76,7 +91,7 @@ def try_out(
     operations: TritonOperations,
     device: torch.device,
     lora: LoRALimits | None = None,
-    bits: Bits | None = None,
+    quantization: Format | None = None,
 ) -> None:
     """Run each kernel once, while we can still fall back to PyTorch.
 
@@ -87,7 +102,7 @@ def try_out(
         UnsupportedError: naming what failed.
     """
     try:
-        operations.try_out(device, lora, bits)
+        operations.try_out(device, lora, quantization)
     except tuned_linear.LAUNCH_ERRORS as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error

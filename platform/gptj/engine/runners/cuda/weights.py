@@ -1,18 +1,21 @@
 """A model's weights, fused into two matrices per layer for the GPU.
 
 In GPT-J's parallel block the four projections of the norm form one matrix product, and the two
-output projections another. With `bits` these are quantized, and so is the head, in 8 bits: the same
-matrices as in the CPU's runner. Shape suffixes: D width, I inner width of the MLP, V vocabulary.
+output projections another. These can be quantized: to integers, and with them the head to int8, as
+in the CPU's runner; or to fp8, without the head. Shape suffixes: D width, I inner width of the MLP,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gptj.engine.runners.cuda.fp8 import Fp8Matrix, fp8_bytes, quantize
 from gptj.engine.runners.cuda.quantized_matrix import (
     Bits,
     QuantizedMatrix,
@@ -22,9 +25,11 @@ from gptj.engine.runners.cuda.quantized_matrix import (
 from gptj.int4 import Int4Linear, Int4Weight, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
-Matrix = Tensor | QuantizedMatrix
+Matrix = Tensor | QuantizedMatrix | Fp8Matrix
+Format = Literal["int8", "int4", "fp8"]  # of quantized weights
 
-HEAD_BITS: Bits = 8  # of the head beside quantized layers
+BITS: dict[Format, Bits] = {"int8": 8, "int4": 4}
+HEAD_BITS: Bits = 8  # of the head beside layers of integers
 
 
 @dataclass(frozen=True)
@@ -64,34 +69,37 @@ class Weights:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def freed_by_packing(model: GPTJForCausalLM, bits: Bits) -> int:
+def freed_by_packing(model: GPTJForCausalLM, quantization: Format) -> int:
     """Bytes less that quantized weights take than the model's, by their shapes."""
     config = model.config
     width, inner = config.n_embd, config.inner_dim
+    shapes = [(3 * width + inner, width), (width, width + inner)] * config.n_layer
+    before = model.dtype.itemsize
+    if quantization == "fp8":
+        return sum(each[0] * each[1] * before - fp8_bytes(*each) for each in shapes)
     matrices = [(len(model.lm_head.weight), width, HEAD_BITS)]
     if not is_int4(model):
-        layer = [(3 * width + inner, width, bits), (width, width + inner, bits)]
-        matrices += config.n_layer * layer
+        matrices += [(*each, BITS[quantization]) for each in shapes]
     return sum(
-        columns * inputs * model.dtype.itemsize - packed_bytes(columns, inputs, each)
-        for columns, inputs, each in matrices
+        columns * inputs * before - packed_bytes(columns, inputs, bits)
+        for columns, inputs, bits in matrices
     )
 
 
 @torch.inference_mode()
-def take(model: GPTJForCausalLM, *, release: bool, bits: Bits | None = None) -> Weights:
+def take(model: GPTJForCausalLM, *, release: bool, quantization: Format | None = None) -> Weights:
     """Fuse the layers' weights; embedding and head, if not quantized, are the model's own tensors.
 
     Args:
-        bits: of quantized weights.
+        quantization: of the weights.
         release: free each layer's weights in the model once copied, so that at most one layer is
             in memory twice; the model is unusable afterwards.
     """
-    assert bits == 4 or not is_int4(model), "4-bit weights stay in 4 bits"
+    assert quantization == "int4" or not is_int4(model), "4-bit weights stay in 4 bits"
     layers = []
     for block in model.transformer.h:
         assert isinstance(block, GPTJBlock)
-        layers.append(_layer(block, bits))
+        layers.append(_layer(block, quantization))
         if release:
             _release(block)
             if model.device.type == "cuda":
@@ -104,7 +112,7 @@ def take(model: GPTJForCausalLM, *, release: bool, bits: Bits | None = None) -> 
         model.transformer.wte.weight.detach(),
         tuple(layers),
         _norm(model.transformer.ln_f),
-        head_VD if bits is None else pack([head_VD], HEAD_BITS),
+        pack([head_VD], HEAD_BITS) if quantization in BITS else head_VD,
         _copied(model.lm_head.bias),
         rotary.sin_BL1R[0, :, 0, ::2].contiguous(),
         rotary.cos_BL1R[0, :, 0, ::2].contiguous(),
@@ -114,22 +122,27 @@ def take(model: GPTJForCausalLM, *, release: bool, bits: Bits | None = None) -> 
     return weights
 
 
-def _layer(block: GPTJBlock, bits: Bits | None) -> Layer:
+def _layer(block: GPTJBlock, quantization: Format | None) -> Layer:
     attn, mlp = block.attn, block.mlp
     return Layer(
         _norm(block.ln_1),
-        _fused((attn.q_proj, attn.k_proj, attn.v_proj, mlp.fc_in), bits),
+        _fused((attn.q_proj, attn.k_proj, attn.v_proj, mlp.fc_in), quantization),
         _copied(mlp.fc_in.bias),
-        _fused((attn.out_proj, mlp.fc_out), bits, beside=True),
+        _fused((attn.out_proj, mlp.fc_out), quantization, beside=True),
         _copied(mlp.fc_out.bias),
     )
 
 
-def _fused(linears: Sequence[nn.Module], bits: Bits | None, *, beside: bool = False) -> Matrix:
+def _fused(
+    linears: Sequence[nn.Module], quantization: Format | None, *, beside: bool = False
+) -> Matrix:
     """One matrix of several: columns, or inputs if `beside`, one after another."""
-    if bits is None:
-        return torch.cat([linear.get_parameter("weight") for linear in linears], dim=int(beside))
-    return pack([_weight(linear) for linear in linears], bits, beside=beside)
+    if quantization in BITS:
+        return pack([_weight(each) for each in linears], BITS[quantization], beside=beside)
+    weights = [each.get_parameter("weight").detach() for each in linears]
+    if quantization == "fp8":
+        return quantize(weights, beside=beside)
+    return torch.cat(weights, dim=int(beside))
 
 
 def _weight(linear: nn.Module) -> Tensor | Int4Weight:

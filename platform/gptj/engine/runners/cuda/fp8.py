@@ -1,0 +1,72 @@
+"""Weights in fp8 for matrix products whose activations are fp8 too.
+
+Both are e4m3 (Micikevicius et al., "FP8 formats for deep learning", 2022), rounded to nearest after
+a division by a scale, with which the product is multiplied: one for each column of the weights, and
+one for each token, computed in every step. A token's numbers do not depend on others in its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # of FP8
+LEAST = 2.0**-100  # of the largest number of a row, so that zeros have a scale
+PIECE = 512  # columns quantized at a time, to save memory
+ALIGNMENT = 16  # of both widths of a matrix, for tensor cores
+
+
+@dataclass(frozen=True)
+class Fp8Matrix:
+    """A matrix (columns, inputs)."""
+
+    values: Tensor  # (columns, inputs), FP8
+    scales: Tensor  # (columns), fp32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """(columns, inputs), computed in fp32 and rounded once."""
+        return (self.values.float() * self.scales[:, None]).to(dtype)
+
+
+def fp8_bytes(columns: int, inputs: int) -> int:
+    """Of an Fp8Matrix."""
+    return columns * inputs + 4 * columns
+
+
+def quantize(weights: Sequence[Tensor], *, beside: bool = False) -> Fp8Matrix:
+    """Quantize weights (columns, inputs) into one matrix, on their device.
+
+    Args:
+        beside: concatenate along the inputs rather than the columns.
+    """
+    columns = len(weights[0]) if beside else sum(map(len, weights))
+    inputs = sum(each.shape[1] for each in weights) if beside else weights[0].shape[1]
+    device = weights[0].device
+    values = torch.empty(columns, inputs, dtype=FP8, device=device)
+    scales = torch.empty(columns, device=device)
+    start = 0
+    for together in [weights] if beside else [[each] for each in weights]:
+        for first in range(0, len(together[0]), PIECE):
+            rows = torch.cat([each[first : first + PIECE].float() for each in together], dim=1)
+            end = start + len(rows)
+            values[start:end], scales[start:end] = quantized_rows(rows)
+            start = end
+    return Fp8Matrix(values, scales)
+
+
+def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers in FP8 and the scale of each row, of rows in fp32."""
+    scales = rows.abs().amax(dim=1).clamp_min(LEAST) / LARGEST
+    return (rows / scales[:, None]).to(FP8), scales

@@ -1,0 +1,78 @@
+"""Kernels around products in fp8, launched by `fp8_linear`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST = tl.constexpr(448.0)  # of e4m3
+LEAST = tl.constexpr(2.0**-100)  # see fp8.LEAST
+
+
+@triton.jit
+def quantize_rows(
+    x,  # (T, inputs)
+    values,  # (T, inputs), e4m3
+    scales,  # (T), fp32
+    inputs,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """One program per token, which holds all its inputs."""
+    token = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, BLOCK_INPUTS)
+    inside = places < inputs
+    row = tl.load(x + token * inputs + places, mask=inside, other=0.0).to(tl.float32)
+    # NaN stays NaN, and infinity becomes it: infinity by infinity.
+    scale = tl.maximum(tl.max(tl.abs(row), axis=0), LEAST) / LARGEST
+    row = (row / scale).to(values.dtype.element_ty)
+    tl.store(values + token * inputs + places, row, mask=inside)
+    tl.store(scales + token, scale)
+
+
+@triton.jit
+def scale_product(
+    product,  # (T, columns), changed in place
+    rows,  # (T), fp32
+    scales,  # (columns), fp32
+    columns,
+    factor,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """One program per token and BLOCK_COLUMNS columns."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = column < columns
+    places = product + token * columns + column
+    found = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    found *= tl.load(scales + column, mask=inside, other=0.0) * (tl.load(rows + token) * factor)
+    tl.store(places, found.to(product.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply_row(
+    x,  # (INPUTS), e4m3
+    x_scale,  # (1), fp32
+    weight,  # (columns, INPUTS), e4m3
+    scales,  # (columns), fp32
+    product,  # (columns)
+    columns,
+    INPUTS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """GEMV, memory-bound: one program per BLOCK_COLUMNS columns."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inputs = tl.arange(0, BLOCK_INPUTS)
+    terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)
+    for first in tl.range(0, INPUTS, BLOCK_INPUTS):
+        place = first + inputs
+        within = place < INPUTS
+        loaded = (column < columns)[:, None] & within[None, :]
+        values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
+        weights = tl.load(
+            weight + column[:, None] * INPUTS + place[None, :], mask=loaded, other=0.0
+        )
+        terms += weights.to(tl.float32) * values[None, :]
+    found = tl.sum(terms, axis=1) * tl.load(x_scale)
+    found *= tl.load(scales + column, mask=column < columns, other=0.0)
+    tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)

@@ -1,0 +1,337 @@
+"""The GPU's products in fp8, against the same numbers multiplied in fp32.
+
+Without a GPU the kernels run in Triton's interpreter, and PyTorch's product on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton_interpreter
+from plain_operations import multiply_fp8
+from test_cuda_kernels import ERRORS, Broken
+from test_cuda_quantized_runner import (
+    CONFIG,
+    IDS,
+    PAGES,
+    plain_operations,
+    prompt,
+    random_model,
+)
+from test_cuda_runner import ElsewhereModel, decode_batch
+from torch import Tensor
+
+from gptj import GPTJConfig, int4
+from gptj.adapters.config import TARGET_MODULES
+from gptj.engine import backends as choice
+from gptj.engine.adapter_weights import shape_of
+from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cuda import fp8_linear
+from gptj.engine.runners.cuda.fp8 import FP8, LARGEST, Fp8Matrix, fp8_bytes, quantize
+from gptj.engine.runners.cuda.fp8_linear import (
+    CANDIDATES,
+    ROWS,
+    SCALINGS,
+    Blocks,
+    Fp8Linear,
+    Way,
+    multiply_row,
+    quantize_rows,
+)
+from gptj.engine.runners.cuda.launch import TritonOperations
+from gptj.engine.runners.cuda.operations import Operations
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.cuda.weights import freed_by_packing, take
+from gptj.engine.runners.lora import NONE, LoRALimits, LoRAPair, LoRAWeights
+
+triton_interpreter.repair()
+ON_GPU = torch.cuda.is_available()
+if ON_GPU and torch.cuda.get_device_capability() < (8, 9):
+    pytest.skip("the GPU has no fp8", allow_module_level=True)
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# Of a product, relative to its largest number: rounded once and, on tensor cores, summed with less
+# than fp32's bits.
+TOLERANCES = {torch.float16: 1.5e-3, torch.bfloat16: 5e-3, torch.float32: 1.5e-3}
+
+# Of logits: fp16's last bit decides between two neighbours in e4m3.
+FLIPS = 0.04
+
+dtypes = pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        pytest.param(
+            torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="not interpreted")
+        ),
+    ],
+    ids=["fp16", "bf16"],
+)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def near(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    difference = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    assert float(difference) < TOLERANCES[ours.dtype]
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_weights_are_the_nearest_numbers_with_a_scale_for_each_column() -> None:
+    weight = random(700, 48) * torch.logspace(-6, 3, 700, device=DEVICE)[:, None]
+    weight[3] = 0
+    found = quantize([weight[:650], weight[650:]])
+    assert found.values.dtype == FP8
+    assert found.shape == weight.shape
+    assert found.nbytes == fp8_bytes(700, 48)
+    torch.testing.assert_close(found.scales, weight.abs().amax(1) / LARGEST, rtol=1e-6, atol=1e-32)
+    # e4m3 has 4 significant bits: half a unit of the last one is 1/16 of the number's power of 2.
+    error = (found.dequantized(torch.float32) - weight).abs()
+    least = found.scales[:, None] * 2**-10  # half of the smallest number
+    assert bool((error <= torch.maximum(weight.abs() / 16, least)).all())
+    assert bool((found.dequantized(torch.float32)[3] == 0).all())
+
+
+def test_weights_beside_each_other_share_scales() -> None:
+    first, second = random(5, 32), 100 * random(5, 16)
+    found = quantize([first, second], beside=True)
+    whole = quantize([torch.cat([first, second], dim=1)])
+    assert torch.equal(found.values.float(), whole.values.float())
+    assert torch.equal(found.scales, whole.scales)
+
+
+@dtypes
+@pytest.mark.parametrize("inputs", [48, 64, 1000])
+def test_rows_are_quantized_each_by_itself(dtype: torch.dtype, inputs: int) -> None:
+    x = (
+        random(7, inputs)
+        * torch.tensor([1e-6, 1e-3, 1.0, 10.0, 100.0, 0.0, 1.0]).to(DEVICE)[:, None]
+    )
+    x = x.to(dtype)
+    values, scales = quantize_rows(x)
+    torch.testing.assert_close(scales, x.float().abs().amax(1) / LARGEST, rtol=1e-6, atol=1e-32)
+    # A quotient beside the border of two numbers may have been rounded to either.
+    expected = (x.float() / scales[:, None]).to(FP8).float()
+    step = torch.maximum(expected.abs() / 8, torch.tensor(2.0**-9))
+    assert bool(((values.float() - expected).abs() <= step).all())
+    assert float((values.float() != expected).float().mean()) < 0.01
+    one, scale = quantize_rows(x[4:5])
+    assert torch.equal(one.float(), values[4:5].float())
+    assert torch.equal(scale, scales[4:5])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_stay_visible(number: float) -> None:
+    """Else a broken activation would become a text that looks right."""
+    x = random(2, 64, dtype=torch.float16)
+    x[1, 5] = number
+    product = Fp8Linear().multiply(x, quantize([random(16, 64)]))
+    assert not bool(product[0].isnan().any())
+    assert bool(product[1].isnan().all())
+
+
+@dtypes
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_products_on_tensor_cores(dtype: torch.dtype, wide: bool, rows: int, scaling: Way) -> None:
+    if ON_GPU and scaling == "by row":
+        pytest.skip("cuBLAS may not have it, which `tune` finds out")
+    weight = quantize([random(3072, 4096) * torch.logspace(-3, 1, 3072, device=DEVICE)[:, None]])
+    x = (random(rows, 4096) * torch.logspace(-3, 1, rows, device=DEVICE)[:, None]).to(dtype)
+    ours = Fp8Linear().multiply_with(scaling, x, weight, wide=wide)
+    assert ours.dtype == (torch.float32 if wide else dtype)
+    theirs = multiply_fp8(x, weight)
+    for row in range(rows):
+        near(ours[row], theirs[row])
+
+
+@dtypes
+@pytest.mark.parametrize("blocks", CANDIDATES, ids=str)
+def test_one_row(dtype: torch.dtype, blocks: Blocks) -> None:
+    for columns, inputs in ((37, 64), (16, 4100)):
+        weight, x = quantize([random(columns, inputs)]), random(1, inputs, dtype=dtype)
+        values, scale = quantize_rows(x)
+        for wide in (False, True):
+            ours = multiply_row(values, scale, weight, blocks, torch.float32 if wide else dtype)
+            near(ours, multiply_fp8(x, weight))
+
+
+@dtypes
+@pytest.mark.parametrize("wide", [False, True])
+def test_no_rows_have_no_products(dtype: torch.dtype, wide: bool) -> None:
+    product = Fp8Linear().multiply(
+        random(0, 64, dtype=dtype), quantize([random(16, 64)]), wide=wide
+    )
+    assert product.shape == (0, 16)
+    assert product.dtype == (torch.float32 if wide else dtype)
+
+
+def test_the_largest_sums_fit_into_fp16() -> None:
+    """Of all numbers, if they are the largest: before scales are applied, and after."""
+    for inputs in (64, 4096, 20480):
+        weight = quantize([torch.full((16, inputs), 2.0, device=DEVICE)])
+        x = torch.full((2, inputs), 1.5, dtype=torch.float16, device=DEVICE)
+        near(Fp8Linear().multiply(x, weight), torch.full((2, 16), 3.0 * inputs, device=DEVICE))
+
+
+def test_sums_may_exceed_fp16_if_wide() -> None:
+    weight = quantize([torch.full((16, 4096), 200.0, device=DEVICE)])
+    x = torch.full((2, 4096), 200.0, dtype=torch.float16, device=DEVICE)
+    expected = torch.full((2, 16), 200.0 * 200 * 4096, device=DEVICE)
+    near(Fp8Linear().multiply(x, weight, wide=True), expected)
+
+
+def test_the_fastest_way_is_chosen_for_each_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = quantize([random(16, 64)])
+    fastest: tuple[Way, ...] = (CANDIDATES[1], "by row", "by matrix", "by row", "by row", "by row")
+    measured: list[int] = []
+
+    def seconds(
+        multiply: Callable[[Fp8Matrix], Tensor], weights: Sequence[Fp8Matrix], *, in_graph: bool
+    ) -> float:
+        (way,) = multiply.__defaults__  # type: ignore[attr-defined]
+        assert in_graph == isinstance(way, Blocks)
+        measured.append(len(weights))
+        return 1.0 if way == fastest[len(chooser._chosen)] else 2.0
+
+    monkeypatch.setattr(fp8_linear, "seconds_of", seconds)
+    chooser = Fp8Linear()
+    chooser.tune([weight, weight], torch.float16)
+    assert set(measured) == {2}
+    asked: list[Way] = []
+    monkeypatch.setattr(
+        chooser,
+        "multiply_with",
+        lambda way, x, weight, *, wide: asked.append(way),
+    )
+    for rows in (1, 2, 16, 17, 64, 65, 4097):
+        chooser.multiply(random(rows, 64, dtype=torch.float16), weight)
+    first, second, third, fourth, *_ = fastest
+    assert asked == [first, second, second, third, third, fourth, fastest[-1]]
+
+
+def test_steps_compute_in_fp8(device: torch.device) -> None:
+    """A prompt, and tokens after it, as plain operations do; near the weights' own logits."""
+    model = random_model(device)
+    expected = copy.deepcopy(model).cpu().float()(torch.tensor([IDS])).logits[0]
+    plain = CudaRunner(copy.deepcopy(model).cpu(), 4, plain_operations(), quantization="fp8")
+    operations: Operations
+    if device.type == "cuda":
+        operations = operations_for(model, None, "fp8")
+    else:
+        operations = TritonOperations(CONFIG, torch.float16, processors=1)
+    runner = CudaRunner(model, 4, operations, quantization="fp8", release=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 0
+    batches = [prompt(IDS[:20])]
+    batches += [decode_batch(IDS[at : at + 1], [at], PAGES) for at in range(20, 24)]
+    for batch, logits in zip(batches, (expected[:20], *expected[20:24]), strict=True):
+        ours, theirs = runner.step(batch).cpu(), plain.step(batch)
+        assert apart(ours, theirs) < FLIPS
+        assert apart(ours, logits) < 0.1
+    runner.close()
+    plain.close()
+
+
+def test_the_head_and_the_embedding_keep_their_dtype() -> None:
+    model = random_model()
+    before = sum(
+        getattr(parent, name).weight.nbytes
+        for block in model.transformer.h
+        for parent, name in int4.block_linears(block)
+    )
+    freed = freed_by_packing(model, "fp8")
+    weights = take(model, release=False, quantization="fp8")
+    after = 0
+    for layer in weights.layers:
+        assert isinstance(layer.qkv_fc_in, Fp8Matrix)
+        assert isinstance(layer.out_proj_fc_out, Fp8Matrix)
+        after += layer.qkv_fc_in.nbytes + layer.out_proj_fc_out.nbytes
+    assert freed == before - after
+    assert isinstance(weights.head_VD, Tensor)
+    assert weights.head_VD.dtype == weights.embedding_VD.dtype == torch.float16
+
+
+def test_adapters_are_added_to_products_in_fp8(device: torch.device) -> None:
+    """The adapters themselves are not in fp8."""
+    model = random_model(device)
+    layers = []
+    for _ in range(CONFIG.n_layer):
+        pairs = {}
+        for module in TARGET_MODULES:
+            outputs, inputs = shape_of(CONFIG, module)
+            pairs[module] = LoRAPair(0.1 * torch.randn(3, inputs), 0.1 * torch.randn(outputs, 3))
+        layers.append(pairs)
+    limits = LoRALimits(max_loras=2, max_lora_rank=4)
+    plain = CudaRunner(
+        copy.deepcopy(model).cpu(), 4, plain_operations(), quantization="fp8", lora=limits
+    )
+    kernels = TritonOperations(CONFIG, torch.float16, processors=1)
+    runner = CudaRunner(model, 4, kernels, quantization="fp8", lora=limits)
+    for each in (plain, runner):
+        each.load_adapter(1, LoRAWeights(3, tuple(layers), b""))
+    without = plain.step(prompt(IDS[:9], adapter=NONE))
+    expected = plain.step(prompt(IDS[:9], adapter=1))
+    assert apart(without, expected) > 0.2
+    ours = runner.step(prompt(IDS[:9], adapter=1)).cpu()
+    assert apart(ours, expected) < FLIPS
+    plain.close()
+    runner.close()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_weights_in_4_bits_cannot_become_more(quantization: choice.Quantization) -> None:
+    model = ElsewhereModel(CONFIG)
+    int4.quantize_blocks(model.transformer.h)
+    with pytest.raises(ValueError, match=f"{quantization} needs the original weights"):
+        choice.best_runner(model, 64, quantization=quantization)
+
+
+def test_a_cpu_has_no_fp8() -> None:
+    with pytest.raises(UnsupportedError, match=r"fp8 is not available: it needs a GPU.*int8"):
+        choice.best_runner(random_model(), 64, quantization="fp8")
+
+
+def test_widths_that_tensor_cores_cannot_multiply_are_refused() -> None:
+    config = GPTJConfig(**{**CONFIG.to_dict(), "n_inner": 100})
+    with pytest.raises(UnsupportedError, match="n_inner=100 to be multiples of 16"):
+        operations_for(ElsewhereModel(config).half(), quantization="fp8")
+
+
+def test_gpus_without_fp8_are_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere = SimpleNamespace(name="NVIDIA A100", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: ampere)
+    with pytest.raises(UnsupportedError, match=r"A100 has .* 8\.0, but fp8 needs 8\.9.*int8"):
+        operations_for(ElsewhereModel(CONFIG).half(), quantization="fp8")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda each: type(each).__name__)
+def test_a_way_that_fails_is_not_chosen(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_linear.kernels, "multiply_row", Broken(error))
+    monkeypatch.setattr(fp8_linear, "ROWS", ROWS[:1])
+    chooser = Fp8Linear()
+    times: list[float] = []
+
+    def seconds(
+        multiply: Callable[[Fp8Matrix], Tensor], weights: Sequence[Fp8Matrix], *, in_graph: bool
+    ) -> float:
+        multiply(weights[0])
+        times.append(0.0)
+        return 1.0
+
+    monkeypatch.setattr(fp8_linear, "seconds_of", seconds)
+    chooser.tune([quantize([random(16, 64)])], torch.float16)
+    assert len(times) == len(SCALINGS)

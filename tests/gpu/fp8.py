@@ -1,0 +1,183 @@
+"""Part 6: weights and activations in fp8: decoding, prefill, beams, products, steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from unittest import mock
+
+import torch
+import triton_interpreter
+from checking import Check, run
+from models import new_model, new_runner, one_chunk, plain_runner, prompts
+from plain_operations import multiply_fp8
+from quantized import L2_BYTES, first_tokens
+from speed import beams, decode, prefill
+from torch import Tensor
+
+from gptj.engine.runners.cuda.fp8 import Fp8Matrix, quantize
+from gptj.engine.runners.cuda.fp8_linear import (
+    CANDIDATES,
+    SCALINGS,
+    Fp8Linear,
+    Way,
+    quantize_rows,
+)
+from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.cuda.tuned_linear import seconds_of
+
+BATCHES = (64, 1, 256, 8)
+MAX_NUM_BATCHED_TOKENS = 2048
+ROWS = (1, 8, 64, 256, 2048)
+STEP_ROWS = (1, 2, 17, 64, 130)
+APART = (
+    0.03  # logits of other kernels, relative to their norm: fp16's last bit decides some numbers
+)
+SUMS = 0.004  # products, likewise: tensor cores keep fewer bits of a sum than fp32 has
+SCRATCH = 2.5e9  # bytes of the GPU that the cache leaves
+
+
+def main(check: Check) -> None:
+    triton_interpreter.repair()
+    with check.attempt("fp8 steps"):
+        steps(check)
+    with check.attempt("decode", dtype="fp8"):
+        speed(check)
+    with check.attempt("fp8 product"):
+        products(check)
+
+
+def speed(check: Check) -> None:
+    """With a cache of nearly all memory."""
+    config = check.config()
+    model = new_model(check, config, torch.float16)
+    seconds, runner = check.wall(lambda: new_runner(check, model, 64, quantization="fp8"))
+    check.add("making a runner", dtype="fp8", seconds=seconds, weights_gb=runner.bytes_read / 1e9)
+    check.add("memory", when="fp8: the runner is made", **check.device.memory())
+    pages = check.pick(160_000, 512) // runner.page_size
+    if not check.rehearsal:
+        bytes_each = 2 * config.n_layer * config.n_embd * 2 * runner.page_size
+        free = check.device.memory()["free_gb"] * 1e9 - 4 * SCRATCH
+        pages = min(pages, int(free / bytes_each))
+    runner.resize(pages)
+    tokens = check.pick(MAX_NUM_BATCHED_TOKENS, 16)
+    try:
+        for batch in check.pick(BATCHES, (1, 3)):
+            if not check.late("decode", 5, batch=batch, dtype="fp8"):
+                with check.attempt("decode", batch=batch, dtype="fp8"):
+                    decode(check, runner, batch, tokens, dtype="fp8")
+        with check.attempt("prefill", dtype="fp8"):
+            prefill(check, runner, dtype="fp8")
+        if not check.late("beams", 10, dtype="fp8"):
+            with check.attempt("beams", dtype="fp8"):
+                beams(check, runner, dtype="fp8")
+    finally:
+        runner.close()
+
+
+def steps(check: Check) -> None:
+    """With two layers: a prompt, and rows by graphs, beside plain operations in fp8."""
+    config = check.config(2)
+    model = new_model(check, config, torch.float16)
+    rows = check.pick(STEP_ROWS, (1, 2))
+    plain = plain_runner(copy.deepcopy(model), max(rows), quantization="fp8")
+    whole = plain_runner(copy.deepcopy(model), max(rows))
+    runner = new_runner(check, model, max(rows), quantization="fp8", interpreted=True)
+    (ids,) = prompts(config, [check.pick(300, 20)])
+    batches = [("a prompt", one_chunk(ids, range(-(-len(ids) // CudaRunner.page_size))))]
+    batches += [(f"{count} rows", first_tokens(config, count)) for count in rows]
+    for what, batch in batches:
+        found, expected, unquantized = (each.step(batch) for each in (runner, plain, whole))
+        difference = _apart(found, expected)
+        check.add(
+            "quantized steps",
+            kind="fp8",
+            step=what,
+            difference=difference,
+            from_fp16=_apart(found, unquantized),
+            same=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+            right=difference < APART,
+        )
+    for each in (runner, plain, whole):
+        each.close()
+
+
+def products(check: Check) -> None:
+    """All ways to multiply, for the 6B's matrices; and what quantizing the activations takes."""
+    config = check.config()
+    width, inner = config.n_embd, config.inner_dim
+    shapes = {"qkv_fc_in": (3 * width + inner, width), "out_proj_fc_out": (width, width + inner)}
+    for name, shape in shapes.items():
+        weight = quantize([torch.randn(shape, device=check.device.kind).mul_(0.02).half()])
+        copies = [weight] + [
+            Fp8Matrix(weight.values.clone(), weight.scales.clone())
+            for _ in range(check.pick(int(L2_BYTES // weight.nbytes), 0))
+        ]
+        part = Fp8Matrix(weight.values[:1024], weight.scales[:1024])
+        for rows in check.pick(ROWS, (1, 3)):
+            values = {"matrix": name, "rows": rows}
+            if check.late("fp8 product", 5, **values):
+                continue
+            x = torch.randn(rows, shape[1], device=check.device.kind).half()
+            expected = multiply_fp8(x, part)
+            wide = name == "out_proj_fc_out"
+            for kind, multiply in _ways(x, check.pick(SCALINGS, SCALINGS[:1]), wide):
+                with check.attempt("fp8 product", kind=kind, **values):
+                    _time(check, multiply, copies, expected, kind=kind, **values)
+            if not check.rehearsal:
+                seconds = seconds_of(lambda _, x=x: quantize_rows(x)[0], copies, in_graph=True)
+                check.add("fp8 product", kind="quantizing x", ms=seconds * 1e3, **values)
+
+
+def _ways(
+    x: Tensor, scalings: Sequence[Way], wide: bool
+) -> Iterator[tuple[str, Callable[[Fp8Matrix], Tensor]]]:
+    linear = Fp8Linear()
+    for way in (*scalings, *(CANDIDATES if len(x) == 1 else ())):
+        yield str(way), partial(_multiply, linear, way, x, wide)
+    yield "by matrix, fast sums", partial(_with_fast_sums, linear, x, wide)
+
+
+def _multiply(linear: Fp8Linear, way: Way, x: Tensor, wide: bool, weight: Fp8Matrix) -> Tensor:
+    return linear.multiply_with(way, x, weight, wide=wide)
+
+
+def _with_fast_sums(linear: Fp8Linear, x: Tensor, wide: bool, weight: Fp8Matrix) -> Tensor:
+    """Without moving partial sums of a few bits into fp32."""
+    fast = partial(torch._scaled_mm, use_fast_accum=True)
+    with mock.patch.object(torch, "_scaled_mm", fast):
+        return linear.multiply_with("by matrix", x, weight, wide=wide)
+
+
+def _time(
+    check: Check,
+    multiply: Callable[[Fp8Matrix], Tensor],
+    weights: Sequence[Fp8Matrix],
+    expected: Tensor,
+    **values: object,
+) -> None:
+    found = multiply(weights[0])[:, : expected.shape[1]].float()
+    error = _apart(found, expected)
+    if check.rehearsal:
+        seconds = check.time(lambda: multiply(weights[0]))["ms"] / 1e3
+    else:
+        seconds = seconds_of(multiply, weights, in_graph=True)
+    check.add(
+        "fp8 product",
+        **values,
+        ms=seconds * 1e3,
+        gb_per_s=weights[0].nbytes / seconds / 1e9,
+        share_of_read_bandwidth=weights[0].nbytes / seconds / check.bandwidth,
+        tflops=2.0 * len(found) * weights[0].shape.numel() / seconds / 1e12,
+        relative_error=error,
+        right=error < SUMS,
+    )
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+if __name__ == "__main__":
+    run(main)
