@@ -64,7 +64,8 @@ class Arguments(LoadingArguments):
     model_name: str | None = None  # what clients call it; default: by its address
     # int8, int4: weights in 8 or 4 bits, for speed and memory; on a GPU with dtype float16 or
     # bfloat16. int4 rounds to nearest; a folder made by jobs/quantize.py loses less, and stays in
-    # 4 bits without this setting.
+    # 4 bits without this setting. fp8: weights and activations of the layers' products, on GPUs of
+    # compute capability 8.9 or later (L4, H100).
     quantization: Quantization = "none"
     # Concurrent sequences, and new tokens per step, which bounds the time between tokens.
     # Default: 64 and 256 on a CPU; on a GPU as many sequences of 512 tokens as the cache holds, up
@@ -101,10 +102,10 @@ class Arguments(LoadingArguments):
         self.template(tokenizer)
 
     def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
-        if self.quantization == "int8" and is_quantized(config):
+        if self.quantization in ("int8", "fp8") and is_quantized(config):
             raise ValueError(
-                f"quantization=int8 needs the original weights, and those of {self.checkpoint} are "
-                f"in 4 bits; remedy: leave quantization out"
+                f"quantization={self.quantization} needs the original weights, and those of "
+                f"{self.checkpoint} are in 4 bits; remedy: leave quantization out"
             )
         for name, address in self.adapters.items():
             try:

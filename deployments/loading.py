@@ -18,7 +18,7 @@ from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
-from gptj.engine.backends import Quantization
+from gptj.engine.backends import IntQuantization
 from gptj.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
@@ -99,7 +99,7 @@ class BatchArguments(Arguments):
     # max_batch rows can have.
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     # int8, int4: weights in 8 or 4 bits, faster and smaller on a CPU.
-    quantization: Quantization = "none"
+    quantization: IntQuantization = "none"
 
     def batching(self) -> Batching:
         return Batching(

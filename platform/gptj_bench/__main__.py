@@ -1,6 +1,6 @@
 """Benchmark the engine and the service against the engines that users might choose instead.
 
-    python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8|int4
+    python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8|int4|fp8
                              [--batch 1,8,16] [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
                              [--repeats 1] [--peers DIR]
     python -m gptj_bench decode --preset 6b …  (random weights, made on the device)

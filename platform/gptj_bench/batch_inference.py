@@ -1,6 +1,6 @@
 """The throughput of jobs/batch_inference.py relative to the bare engine, on the same prompts.
 
-    python -m gptj_bench.batch_inference --model DIR --dtype bfloat16|float32|float16|int8|int4
+    python -m gptj_bench.batch_inference --model DIR --dtype bfloat16|float32|float16|int8|int4|fp8
                                          [--rows 256] [--prompt-tokens 64] [--new-tokens 64]
                                          [--max-num-seqs 16] [--repeats 3]
 

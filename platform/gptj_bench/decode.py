@@ -30,7 +30,7 @@ from gptj_bench.machine import gpu_read_bandwidth, read_bandwidth
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
-DTYPES = ("bfloat16", "float32", "float16", "int8", "int4")
+DTYPES = ("bfloat16", "float32", "float16", "int8", "int4", "fp8")
 TEXT_IDS = 50000  # ids below this are text in GPT-J's vocabulary
 
 
@@ -113,7 +113,7 @@ def load_runner(
     is_preset: bool = False,
     lora: LoRALimits | None = None,
 ) -> Runner:
-    """A model on the GPU, if there is one; int8 and int4 weights are quantized from bf16.
+    """A model on the GPU, if there is one; int8, int4 and fp8 weights are from bf16.
 
     Args:
         model: an address, or the name of a preset, which gets random weights.
@@ -134,7 +134,7 @@ def load_runner(
 
 def split_dtype(dtype: str) -> tuple[str, Quantization]:
     """The model's dtype and the weights' quantization, as `args` of the generation service."""
-    quantized: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
+    quantized: dict[str, Quantization] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
     if dtype in quantized:
         return "bfloat16", quantized[dtype]
     return dtype, "none"

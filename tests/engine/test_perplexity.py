@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_operations import PlainOperations
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.sources import read_rows
+from gptj.engine.engine import Engine
 from gptj.engine.runners.cpu import library
+from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.quantization.quantizer import Calibration, quantize_model
 from gptj.training.evaluation import evaluate
 from gptj.training.tasks import TASKS
 from gptj_bench.__main__ import main
+from gptj_bench.perplexity import score
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +84,26 @@ def test_dtypes_change_perplexity_by_less_than_half_a_percent_and_gptq_by_less_t
     assert math.isclose(by_dtype["float32"]["perplexity"], expected, rel_tol=1e-4)
     for dtype in ("bfloat16", "int8"):
         assert abs(by_dtype[dtype]["above_float32_percent"]) < 0.5, by_dtype[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_fp8_changes_perplexity_by_less_than_half_a_percent(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """By the GPU's runner with plain operations, whose products are of the same numbers."""
+    folder = str(tmp_path / "model")
+    data = trained(folder)
+    losses = []
+    for stored, quantization in ((torch.float32, None), (dtype, "fp8")):
+        model = GPTJForCausalLM.from_pretrained(folder, dtype=stored)
+        operations = PlainOperations(stored, model.config.layer_norm_epsilon)
+        runner = CudaRunner(model, 4, operations, quantization=quantization)
+        engine = Engine(runner, eos_ids=[], max_num_batched_tokens=512, max_queued=len(data))
+        try:
+            found = score(engine, [data[index].ids.tolist() for index in range(len(data))])
+        finally:
+            engine.close()
+            runner.close()
+        losses.append(sum(found) / len(found))
+    assert math.exp(losses[0]) < 100, "it has learned nothing: of no use to compare formats with"
+    assert abs(math.expm1(losses[1] - losses[0])) < 0.005

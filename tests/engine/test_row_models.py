@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from gptj import GPTJConfig, GPTJModel
-from gptj.engine.backends import Quantization
+from gptj.engine.backends import IntQuantization
 from gptj.engine.row_models import KernelRowModel, RowModel, TorchRowModel, best_row_model
 from gptj.engine.runners.cpu.library import UnsupportedError, level
 
@@ -97,7 +97,7 @@ def test_fewer_bits_stay_close(
     rows: list[list[int]],
     expected: list[Tensor],
     dtype: torch.dtype,
-    quantization: Quantization,
+    quantization: IntQuantization,
     least: float,
 ) -> None:
     """The cosine of each token's states and the reference's."""

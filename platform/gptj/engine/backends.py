@@ -22,7 +22,8 @@ from gptj.pretrained import GPTJPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-Quantization = Literal["none", "int8", "int4", "fp8"]
+IntQuantization = Literal["none", "int8", "int4"]
+Quantization = IntQuantization | Literal["fp8"]
 
 KINDS: dict[torch.dtype, Kind] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

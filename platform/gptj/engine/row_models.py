@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptj.engine.backends import Quantization, fall_back, kind_of
+from gptj.engine.backends import IntQuantization, fall_back, kind_of
 from gptj.engine.limits import CPU_MAX_NUM_BATCHED_TOKENS
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cpu.library import UnsupportedError
@@ -40,7 +40,7 @@ def best_row_model(
     *,
     max_rows: int,
     max_tokens: int,
-    quantization: Quantization = "none",
+    quantization: IntQuantization = "none",
     release: bool = False,
     beat: Callable[[], None] = lambda: None,
 ) -> RowModel:

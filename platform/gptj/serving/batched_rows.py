@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from gptj.engine.backends import Quantization
+from gptj.engine.backends import IntQuantization
 from gptj.engine.row_models import best_row_model, default_max_tokens
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.metrics import NoRecorder, Recorder
@@ -28,7 +28,7 @@ class Batching:
     # Tokens; a longer row is a batch of its own. Default: 256 on a CPU, and on a GPU what
     # max_batch rows can have.
     max_num_batched_tokens: int | None = None
-    quantization: Quantization = "none"
+    quantization: IntQuantization = "none"
     release: bool = False  # move the weights out of the model instead of copying them
 
 
