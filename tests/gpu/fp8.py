@@ -14,6 +14,7 @@ from models import new_model, new_runner, one_chunk, plain_runner, prompts
 from plain_operations import multiply_fp8
 from quantized import L2_BYTES, first_tokens
 from speed import beams, decode, prefill
+from steps import decoding
 from torch import Tensor
 
 from gptj.engine.runners.cuda.fp8 import Fp8Matrix, quantize
@@ -69,6 +70,8 @@ def speed(check: Check) -> None:
                     decode(check, runner, batch, tokens, dtype="fp8")
         with check.attempt("prefill", dtype="fp8"):
             prefill(check, runner, dtype="fp8")
+        with check.attempt("decode step", dtype="fp8"):
+            decoding(check, runner, check.pick(64, 3), dtype="fp8")
         if not check.late("beams", 10, dtype="fp8"):
             with check.attempt("beams", dtype="fp8"):
                 beams(check, runner, dtype="fp8")

@@ -64,7 +64,7 @@ class Gate:
         self.opened.wait(60)
 
 
-def decoding(check: Check, runner: CudaRunner, batch: int) -> None:
+def decoding(check: Check, runner: CudaRunner, batch: int, dtype: str = "fp16") -> None:
     """Some steps of the engine, sampling included, while all sequences decode.
 
     Those whose prompts were computed first have more tokens, so that the last one's count, and all
@@ -98,7 +98,7 @@ def decoding(check: Check, runner: CudaRunner, batch: int) -> None:
         for stream, prompt in enumerate(prompts(runner.config, [check.pick(128, 9)] * batch)):
             engine.submit(prompt, params, one_by_one(partial(note, stream)))
         begin.reached.wait(60)
-        trace = traced(check, go_on, f"decode-{batch}")
+        trace = traced(check, go_on, f"decode-{dtype}-{batch}")
         end.opened.set()
         for _ in range(batch):
             ended.acquire(timeout=60)
@@ -106,7 +106,7 @@ def decoding(check: Check, runner: CudaRunner, batch: int) -> None:
         for gate in gates.values():
             gate.opened.set()
         engine.close()
-    check.add("decode step", batch=batch, steps=steps, **summary(check, trace, steps))
+    check.add("decode step", dtype=dtype, batch=batch, steps=steps, **summary(check, trace, steps))
 
 
 def traced(check: Check, function: Callable[[], object], name: str) -> list[dict[str, Any]]:
