@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,13 +18,13 @@ from speed import beams, decode, prefill
 from steps import decoding
 from torch import Tensor
 
-from gptj.engine.runners.cuda.fp8 import Fp8Matrix, quantize
+from gptj.engine.runners.cuda.fp8 import Fp8Matrix, Product, parts_of, quantize
 from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
-    SCALINGS,
+    Blocks,
     Fp8Linear,
-    Way,
     quantize_rows,
+    scaled,
 )
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.tuned_linear import seconds_of
@@ -114,10 +115,10 @@ def products(check: Check) -> None:
     for name, shape in shapes.items():
         weight = quantize([torch.randn(shape, device=check.device.kind).mul_(0.02).half()])
         copies = [weight] + [
-            Fp8Matrix(weight.values.clone(), weight.scales.clone())
+            Fp8Matrix(weight.values.clone(), weight.product_scales.clone())
             for _ in range(check.pick(int(L2_BYTES // weight.nbytes), 0))
         ]
-        part = Fp8Matrix(weight.values[:1024], weight.scales[:1024])
+        part = Fp8Matrix(weight.values[:1024], weight.product_scales[:1024])
         for rows in check.pick(ROWS, (1, 3)):
             values = {"matrix": name, "rows": rows}
             if check.late("fp8 product", 5, **values):
@@ -125,7 +126,7 @@ def products(check: Check) -> None:
             x = torch.randn(rows, shape[1], device=check.device.kind).half()
             expected = multiply_fp8(x, part)
             wide = name == "out_proj_fc_out"
-            for kind, multiply in _ways(x, check.pick(SCALINGS, SCALINGS[:1]), wide):
+            for kind, multiply in _ways(x, wide):
                 with check.attempt("fp8 product", kind=kind, **values):
                     _time(check, multiply, copies, expected, kind=kind, **values)
             if not check.rehearsal:
@@ -138,39 +139,44 @@ def _quantize_instead(x: Tensor, weight: Fp8Matrix) -> Tensor:
     return values
 
 
-def _ways(
-    x: Tensor, scalings: Sequence[Way], wide: bool
-) -> Iterator[tuple[str, Callable[[Fp8Matrix], Tensor]]]:
+def _ways(x: Tensor, wide: bool) -> Iterator[tuple[str, Callable[[Fp8Matrix], Product]]]:
     linear = Fp8Linear()
-    for way in (*scalings, *(CANDIDATES if len(x) == 1 else ())):
-        yield str(way), partial(_multiply, linear, way, x, wide)
-    yield "by matrix, fast sums", partial(_with_fast_sums, linear, x, wide)
+    for blocks in (None, *(CANDIDATES if len(x) == 1 else ())):
+        name = "cuBLAS" if blocks is None else str(blocks)
+        yield name, partial(_multiply, linear, blocks, x, wide)
+    yield "cuBLAS, fast sums", partial(_with_fast_sums, linear, x, wide)
 
 
-def _multiply(linear: Fp8Linear, way: Way, x: Tensor, wide: bool, weight: Fp8Matrix) -> Tensor:
-    return linear.multiply_with(way, x, weight, wide=wide)
+def _multiply(
+    linear: Fp8Linear, blocks: Blocks | None, x: Tensor, wide: bool, weight: Fp8Matrix
+) -> Product:
+    return linear.multiply_with(blocks, x, weight, wide=wide)
 
 
-def _with_fast_sums(linear: Fp8Linear, x: Tensor, wide: bool, weight: Fp8Matrix) -> Tensor:
+def _with_fast_sums(linear: Fp8Linear, x: Tensor, wide: bool, weight: Fp8Matrix) -> Product:
     """Without moving partial sums of a few bits into fp32."""
-    fast = partial(torch._scaled_mm, use_fast_accum=True)
+    plain = torch._scaled_mm
+
+    def fast(*arguments: Any, **names: Any) -> Tensor:
+        return plain(*arguments, **{**names, "use_fast_accum": True})
+
     with mock.patch.object(torch, "_scaled_mm", fast):
-        return linear.multiply_with("by matrix", x, weight, wide=wide)
+        return linear.multiply_with(None, x, weight, wide=wide)
 
 
 def _time(
     check: Check,
-    multiply: Callable[[Fp8Matrix], Tensor],
+    multiply: Callable[[Fp8Matrix], Product],
     weights: Sequence[Fp8Matrix],
     expected: Tensor,
     **values: object,
 ) -> None:
-    found = multiply(weights[0])[:, : expected.shape[1]].float()
+    found = scaled(multiply(weights[0]))[:, : expected.shape[1]].float()
     error = _apart(found, expected)
     if check.rehearsal:
         seconds = check.time(lambda: multiply(weights[0]))["ms"] / 1e3
     else:
-        seconds = seconds_of(multiply, weights, in_graph=True)
+        seconds = seconds_of(lambda weight: parts_of(multiply(weight))[0], weights, in_graph=True)
     check.add(
         "fp8 product",
         **values,

@@ -144,9 +144,9 @@ def fp8_products(dtype: torch.dtype) -> None:
     width, inner = CONFIG.n_embd, CONFIG.inner_dim
     for inputs, wide in ((width, False), (width + inner, True)):
         weight = quantize([torch.zeros(64, inputs)])
-        values, scale = quantized_rows(torch.zeros(1, inputs))
+        values, _ = quantized_rows(torch.zeros(1, inputs))
         for blocks in fp8_linear.CANDIDATES:
-            fp8_linear.multiply_row(values, scale, weight, blocks, torch.float32 if wide else dtype)
+            fp8_linear.multiply_row(values, weight, blocks, torch.float32 if wide else dtype)
 
 
 def empty_matrix(bits: Bits, columns: int, inputs: int) -> QuantizedMatrix:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.runners.base import Draw, PageCopy
-from gptj.engine.runners.cuda.fp8 import Fp8Matrix, quantized_rows
+from gptj.engine.runners.cuda.fp8 import Fp8Matrix, Product, quantized_rows
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.operations import Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
@@ -51,9 +51,10 @@ class PlainOperations:
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def add_and_norm(
-        self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
+        self, x_TD: Tensor, added_TD: Product | None, bias_D: Tensor | None, norm: Norm
     ) -> Tensor:
         if added_TD is not None and bias_D is not None:
+            assert isinstance(added_TD, Tensor), "these operations apply scales at once"
             x_TD += added_TD
             x_TD += bias_D
         normed = F.layer_norm(x_TD, x_TD.shape[-1:], norm.weight_D, norm.bias_D, self._epsilon)
@@ -61,13 +62,14 @@ class PlainOperations:
 
     def rope_and_cache(
         self,
-        qkv_fc_in: Tensor,
+        qkv_fc_in: Product,
         bias_I: Tensor,
         rotary: tuple[Tensor, Tensor],
         inputs: Inputs,
         cache: LayerCache,
         attn_mlp: Tensor,
     ) -> Tensor:
+        assert isinstance(qkv_fc_in, Tensor), "these operations apply scales at once"
         heads, page_size, head_dim = cache.keys.shape[1:]
         width = heads * head_dim
         q, k, v = (
@@ -117,11 +119,13 @@ class PlainOperations:
             )
             joined_THK[tokens] = attended[0].transpose(0, 1)
 
-    def add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
+    def add_lora(self, y_TO: Product, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> Tensor:
+        assert isinstance(y_TO, Tensor), "these operations apply scales at once"
         assert inputs.adapters_T is not None
         for token, slot in enumerate(inputs.adapters_T.tolist()):
             if slot != NONE:
                 adapted.add(y_TO[token : token + 1], x_TI[token : token + 1], slot)
+        return y_TO
 
     def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
         for source, target, filled in copies:

@@ -3,6 +3,8 @@
 Both are e4m3 (Micikevicius et al., "FP8 formats for deep learning", 2022), rounded to nearest after
 a division by a scale, with which the product is multiplied: one for each column of the weights, and
 one for each token, computed in every step. A token's numbers do not depend on others in its step.
+
+Tensor cores multiply the numbers without these scales. Whatever reads a product applies them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class Fp8Matrix:
     """A matrix (columns, inputs)."""
 
     values: Tensor  # (columns, inputs), FP8
-    scales: Tensor  # (columns), fp32
+    product_scales: Tensor  # (columns), fp32: of products of the numbers with `factor`
 
     @property
     def shape(self) -> torch.Size:
@@ -33,11 +35,45 @@ class Fp8Matrix:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.product_scales.nbytes
+
+    @property
+    def factor(self) -> float:
+        """A power of 2 with which no sum of products of numbers exceeds fp16's largest number."""
+        return factor_for(self.values.shape[1])
+
+    @property
+    def scales(self) -> Tensor:
+        """Of the weights: (columns), fp32."""
+        return self.product_scales * self.factor
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """(columns, inputs), computed in fp32 and rounded once."""
         return (self.values.float() * self.scales[:, None]).to(dtype)
+
+
+def factor_for(inputs: int) -> float:
+    """See Fp8Matrix.factor."""
+    return 2.0 ** -(inputs.bit_length() + 2)
+
+
+@dataclass(frozen=True)
+class ScaledProduct:
+    """A product before its scales: values[t, c] * rows[t] * columns[c]."""
+
+    values: Tensor  # (T, columns)
+    rows: Tensor  # (T), fp32
+    columns: Tensor  # (columns), fp32
+
+
+Product = Tensor | ScaledProduct
+
+
+def parts_of(product: Product) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A product's numbers, and the scales of its rows and columns, if it has them."""
+    if isinstance(product, ScaledProduct):
+        return product.values, product.rows, product.columns
+    return product, None, None
 
 
 def fp8_bytes(columns: int, inputs: int) -> int:
@@ -63,7 +99,7 @@ def quantize(weights: Sequence[Tensor], *, beside: bool = False) -> Fp8Matrix:
             end = start + len(rows)
             values[start:end], scales[start:end] = quantized_rows(rows)
             start = end
-    return Fp8Matrix(values, scales)
+    return Fp8Matrix(values, scales / factor_for(inputs))
 
 
 def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

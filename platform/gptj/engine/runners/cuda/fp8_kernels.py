@@ -32,10 +32,9 @@ def quantize_rows(
 @triton.jit
 def scale_product(
     product,  # (T, columns), changed in place
-    rows,  # (T), fp32
-    scales,  # (columns), fp32
+    row_scales,  # (T), fp32
+    column_scales,  # (columns), fp32
     columns,
-    factor,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """One program per token and BLOCK_COLUMNS columns."""
@@ -43,24 +42,23 @@ def scale_product(
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < columns
     places = product + token * columns + column
-    found = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    found *= tl.load(scales + column, mask=inside, other=0.0) * (tl.load(rows + token) * factor)
+    found = tl.load(places, mask=inside, other=0.0).to(tl.float32) * tl.load(row_scales + token)
+    found *= tl.load(column_scales + column, mask=inside, other=0.0)
     tl.store(places, found.to(product.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def multiply_row(
     x,  # (INPUTS), e4m3
-    x_scale,  # (1), fp32
     weight,  # (columns, INPUTS), e4m3
-    scales,  # (columns), fp32
     product,  # (columns)
     columns,
+    factor,
     INPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """GEMV, memory-bound: one program per BLOCK_COLUMNS columns."""
+    """GEMV, memory-bound, before scales: one program per BLOCK_COLUMNS columns."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inputs = tl.arange(0, BLOCK_INPUTS)
     terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)
@@ -73,6 +71,5 @@ def multiply_row(
             weight + column[:, None] * INPUTS + place[None, :], mask=loaded, other=0.0
         )
         terms += weights.to(tl.float32) * values[None, :]
-    found = tl.sum(terms, axis=1) * tl.load(x_scale)
-    found *= tl.load(scales + column, mask=column < columns, other=0.0)
+    found = tl.sum(terms, axis=1) * factor
     tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)

@@ -15,6 +15,8 @@ import triton.language as tl
 def add_and_norm(
     x,  # (T, WIDTH), fp32, changed in place
     added,  # (T, WIDTH)
+    row_scales,  # (T) and
+    column_scales,  # (WIDTH), fp32, of `added`; or None
     added_bias,  # (WIDTH), fp32
     weight,  # (WIDTH), fp32
     bias,
@@ -30,7 +32,11 @@ def add_and_norm(
     places = tl.program_id(0).to(tl.int64) * WIDTH + columns
     row = tl.load(x + places, mask=inside, other=0.0)
     if ADDS:
-        row += tl.load(added + places, mask=inside, other=0.0).to(tl.float32)
+        more = tl.load(added + places, mask=inside, other=0.0).to(tl.float32)
+        if row_scales is not None:
+            more *= tl.load(row_scales + tl.program_id(0))
+            more *= tl.load(column_scales + columns, mask=inside, other=0.0)
+        row += more
         row += tl.load(added_bias + columns, mask=inside, other=0.0)
         tl.store(x + places, row, mask=inside)
     mean = tl.sum(row, axis=0) / WIDTH
@@ -45,6 +51,8 @@ def add_and_norm(
 @triton.jit
 def rope_and_cache(
     qkv_fc_in,  # (T, 3 * HEADS * HEAD_DIM + INNER)
+    row_scales,  # (T) and
+    column_scales,  # (3 * HEADS * HEAD_DIM + INNER), fp32, of qkv_fc_in; or None
     inner_bias,  # (INNER), fp32
     sines,  # (positions, ROTATED / 2), fp32
     cosines,
@@ -83,6 +91,16 @@ def rope_and_cache(
         k = tl.load(head + width + dims, mask=inside, other=0.0).to(tl.float32)
         k_beside = tl.load(head + width + (dims ^ 1), mask=turned, other=0.0).to(tl.float32)
         v = tl.load(head + 2 * width + dims, mask=inside, other=0.0)
+        if row_scales is not None:
+            row_scale = tl.load(row_scales + token)
+            scales = column_scales + part * HEAD_DIM
+            q *= row_scale * tl.load(scales + dims, mask=inside, other=0.0)
+            q_beside *= row_scale * tl.load(scales + (dims ^ 1), mask=turned, other=0.0)
+            scales += width
+            k *= row_scale * tl.load(scales + dims, mask=inside, other=0.0)
+            k_beside *= row_scale * tl.load(scales + (dims ^ 1), mask=turned, other=0.0)
+            scales += width
+            v = v.to(tl.float32) * row_scale * tl.load(scales + dims, mask=inside, other=0.0)
         q = (q * cosine + q_beside * signed).to(queries.dtype.element_ty)
         k = (k * cosine + k_beside * signed).to(keys.dtype.element_ty)
         tl.store(queries + token * width + part * HEAD_DIM + dims, q, mask=inside)
@@ -95,6 +113,9 @@ def rope_and_cache(
         columns = (part - HEADS) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
         within = columns < INNER
         x = tl.load(source + 3 * width + columns, mask=within, other=0.0).to(tl.float32)
+        if row_scales is not None:
+            x *= tl.load(row_scales + token)
+            x *= tl.load(column_scales + 3 * width + columns, mask=within, other=0.0)
         x += tl.load(inner_bias + columns, mask=within, other=0.0)
         # gelu_new: x / 2 * (1 + tanh(u)) is x * sigmoid(2 u).
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -15,8 +15,15 @@ from torch import Tensor
 from gptj.config import GPTJConfig
 from gptj.engine.runners.base import PAGE_SIZE, Draw, PageCopy
 from gptj.engine.runners.cuda import kernels
-from gptj.engine.runners.cuda.fp8 import ALIGNMENT, Fp8Matrix, quantize
-from gptj.engine.runners.cuda.fp8_linear import Fp8Linear
+from gptj.engine.runners.cuda.fp8 import (
+    ALIGNMENT,
+    Fp8Matrix,
+    Product,
+    ScaledProduct,
+    parts_of,
+    quantize,
+)
+from gptj.engine.runners.cuda.fp8_linear import Fp8Linear, scaled
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
@@ -133,8 +140,14 @@ class TritonOperations:
             x_TD, added_TD = (zeros(tokens, width, dtype=torch.float32) for _ in range(2))
             attn_mlp = zeros(tokens, width + inner)
             self.add_and_norm(x_TD, None, None, norm)
-            self.add_and_norm(x_TD, added_TD, vector, norm)
-            qkv_fc_in = zeros(tokens, 3 * width + inner)
+            qkv_fc_in: Product = zeros(tokens, 3 * width + inner)
+            more_TD: Product = added_TD
+            if quantization == "fp8":
+                rows = zeros(tokens, dtype=torch.float32)
+                more_TD = ScaledProduct(added_TD, rows, vector)
+                columns = zeros(3 * width + inner, dtype=torch.float32)
+                qkv_fc_in = ScaledProduct(zeros(tokens, 3 * width + inner), rows, columns)
+            self.add_and_norm(x_TD, more_TD, vector, norm)
             q_THK = self.rope_and_cache(
                 qkv_fc_in, inner_bias, (table, table), inputs, layer, attn_mlp
             )
@@ -151,7 +164,7 @@ class TritonOperations:
             if quantization == "fp8":
                 weight = quantize([zeros(ALIGNMENT, inputs_C)])
                 for wide in (False, True):
-                    self.multiply(zeros(1, inputs_C), weight, wide=wide)
+                    scaled(self.multiply(zeros(1, inputs_C), weight, wide=wide))
             elif quantization is not None:
                 for bits in {BITS[quantization], HEAD_BITS}:
                     self.multiply(zeros(1, inputs_C), pack([zeros(1, inputs_C)], bits))
@@ -174,7 +187,7 @@ class TritonOperations:
             if plain := [each for each in matrices if isinstance(each, Tensor)]:
                 self._tuned_linear.tune(plain, wide=wide)
 
-    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
+    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Product:
         if isinstance(weight, QuantizedMatrix):
             return self._quantized_linear.multiply(x_TC, weight, wide=wide)
         if isinstance(weight, Fp8Matrix):
@@ -182,12 +195,12 @@ class TritonOperations:
         return self._tuned_linear.multiply(x_TC, weight, wide=wide)
 
     def add_and_norm(
-        self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
+        self, x_TD: Tensor, added_TD: Product | None, bias_D: Tensor | None, norm: Norm
     ) -> Tensor:
         normed_TD = torch.empty(x_TD.shape, dtype=self._dtype, device=x_TD.device)
         kernels.add_and_norm[(len(x_TD),)](
             x_TD,
-            x_TD if added_TD is None else added_TD,
+            *parts_of(x_TD if added_TD is None else added_TD),
             norm.bias_D if bias_D is None else bias_D,
             norm.weight_D,
             norm.bias_D,
@@ -202,7 +215,7 @@ class TritonOperations:
 
     def rope_and_cache(
         self,
-        qkv_fc_in: Tensor,
+        qkv_fc_in: Product,
         bias_I: Tensor,
         rotary: tuple[Tensor, Tensor],
         inputs: Inputs,
@@ -210,11 +223,11 @@ class TritonOperations:
         attn_mlp: Tensor,
     ) -> Tensor:
         config = self._config
-        shape = (len(qkv_fc_in), config.n_head, config.head_dim)
-        q_THK = torch.empty(shape, dtype=self._dtype, device=qkv_fc_in.device)
+        shape = (len(attn_mlp), config.n_head, config.head_dim)
+        q_THK = torch.empty(shape, dtype=self._dtype, device=attn_mlp.device)
         programs = config.n_head + triton.cdiv(config.inner_dim, BLOCK_INNER)
-        kernels.rope_and_cache[(len(qkv_fc_in), programs)](
-            qkv_fc_in,
+        kernels.rope_and_cache[(len(attn_mlp), programs)](
+            *parts_of(qkv_fc_in),
             bias_I,
             *rotary,
             inputs.positions_T,
@@ -241,13 +254,15 @@ class TritonOperations:
         if inputs.tiles_N4 is not None:
             self._prefill_attention(q_THK, inputs, inputs.tiles_N4, cache, attn_mlp)
 
-    def add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
+    def add_lora(self, y_TO: Product, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> Tensor:
+        y_TO = scaled(y_TO)
         if inputs.num_decodes:
             self._add_lora(y_TO, x_TI, adapted, inputs)
         for chunk in inputs.chunks:
             if chunk.adapter != NONE:
                 tokens = slice(chunk.start, chunk.start + chunk.tokens)
                 adapted.add(y_TO[tokens], x_TI[tokens], chunk.adapter)
+        return y_TO
 
     def _add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
         """For decode rows, each of which may have a different adapter."""

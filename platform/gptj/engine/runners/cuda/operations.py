@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gptj.engine.runners.base import Draw, PageCopy
+from gptj.engine.runners.cuda.fp8 import Product
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
@@ -71,7 +72,7 @@ class Operations(Protocol):
     def prepare(self, weights: Weights) -> None:
         """Tune for these weights on a GPU; optional, before the first step."""
 
-    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Tensor:
+    def multiply(self, x_TC: Tensor, weight: Matrix, *, wide: bool = False) -> Product:
         """x (T, inputs) by weight (columns, inputs): (T, columns).
 
         Args:
@@ -79,7 +80,7 @@ class Operations(Protocol):
         """
 
     def add_and_norm(
-        self, x_TD: Tensor, added_TD: Tensor | None, bias_D: Tensor | None, norm: Norm
+        self, x_TD: Tensor, added_TD: Product | None, bias_D: Tensor | None, norm: Norm
     ) -> Tensor:
         """Add to the fp32 residual stream, in place, and return its layer norm.
 
@@ -90,7 +91,7 @@ class Operations(Protocol):
 
     def rope_and_cache(
         self,
-        qkv_fc_in: Tensor,
+        qkv_fc_in: Product,
         bias_I: Tensor,
         rotary: tuple[Tensor, Tensor],
         inputs: Inputs,
@@ -114,8 +115,8 @@ class Operations(Protocol):
     ) -> None:
         """Causal attention over each sequence's pages, into the first D columns of `attn_mlp`."""
 
-    def add_lora(self, y_TO: Tensor, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> None:
-        """Add the products of each token's adapter to `multiply`'s, in place.
+    def add_lora(self, y_TO: Product, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> Tensor:
+        """Add the products of each token's adapter to `multiply`'s, in place, and return the sum.
 
         Args:
             inputs: with adapters_T.

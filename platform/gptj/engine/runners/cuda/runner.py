@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch, independent
+from gptj.engine.runners.cuda.fp8 import Product
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
 from gptj.engine.runners.cuda.inputs import InputsMaker, with_drafts_as_rows
 from gptj.engine.runners.cuda.lora import LoRASlots
@@ -168,7 +169,7 @@ class CudaRunner:
         """Compute final hidden states (T, D), caching keys and values."""
         operations, weights = self._operations, self._weights
         x_TD = F.embedding(inputs.ids_T, weights.embedding_VD).float()
-        added_TD: Tensor | None = None
+        added_TD: Product | None = None
         bias_D: Tensor | None = None
         layers = zip(weights.layers, self._layer_caches, strict=True)
         for number, (layer, cache) in enumerate(layers):
@@ -176,7 +177,8 @@ class CudaRunner:
             attn_mlp = h_TD.new_empty(len(h_TD), layer.out_proj_fc_out.shape[1])
             qkv_fc_in = operations.multiply(h_TD, layer.qkv_fc_in)
             if lora is not None:
-                operations.add_lora(qkv_fc_in, h_TD, lora.layers[number].qkv_fc_in, inputs)
+                adapted = lora.layers[number].qkv_fc_in
+                qkv_fc_in = operations.add_lora(qkv_fc_in, h_TD, adapted, inputs)
             q_THK = operations.rope_and_cache(
                 qkv_fc_in,
                 layer.fc_in_bias_I,
@@ -189,13 +191,15 @@ class CudaRunner:
             added_TD = operations.multiply(attn_mlp, layer.out_proj_fc_out, wide=True)
             if lora is not None:
                 adapted = lora.layers[number].out_proj_fc_out
-                operations.add_lora(added_TD, attn_mlp, adapted, inputs)
+                added_TD = operations.add_lora(added_TD, attn_mlp, adapted, inputs)
             bias_D = layer.fc_out_bias_D
         return operations.add_and_norm(x_TD, added_TD, bias_D, weights.norm)
 
     def _head(self, h_WD: Tensor) -> Tensor:
         """Logits in fp32, before the bias."""
-        return self._operations.multiply(h_WD, self._weights.head_VD, wide=True)
+        logits_WV = self._operations.multiply(h_WD, self._weights.head_VD, wide=True)
+        assert isinstance(logits_WV, Tensor), "the head is not in fp8"
+        return logits_WV
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
