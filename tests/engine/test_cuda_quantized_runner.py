@@ -245,13 +245,15 @@ def test_a_gpu_gets_a_runner_with_quantized_weights(
     """With plain operations in place of a GPU's."""
     asked = []
 
-    def plain(model: GPTJForCausalLM, lora: LoRALimits | None, bits: Bits | None) -> Operations:
+    def plain(
+        model: GPTJForCausalLM, lora: LoRALimits | None, bits: Bits | None, cache_dtype: object
+    ) -> Operations:
         asked.append((lora, bits))
         return plain_operations()
 
     monkeypatch.setattr(choice, "operations_for", plain)
     lora = LoRALimits()
-    runner = choice._gpu_runner(random_model(), 4, name, lora, release=True)
+    runner = choice._gpu_runner(random_model(), 4, name, "auto", lora, release=True)
     assert asked == [(lora, choice.BITS[name])]
     assert isinstance(runner, CudaRunner)
     layer = runner._weights.layers[0]

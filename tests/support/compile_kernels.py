@@ -31,7 +31,7 @@ from gptj.engine.runners.cuda.graphs import SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.lora import AdaptedLayer, Ranks
-from gptj.engine.runners.cuda.operations import LayerCache
+from gptj.engine.runners.cuda.operations import FP8, Cache
 from gptj.engine.runners.cuda.quantized_linear import (
     ROW_CANDIDATES,
     ROWS_CANDIDATES,
@@ -97,9 +97,14 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
     KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
     triton.runtime.driver.set_active(NoDriver(capability))
     operations = TritonOperations(CONFIG, dtype, processors, shared_memory)
-    operations.try_out(CPU, LORA, None if dtype == torch.float32 else 4)
+    cache_dtypes = [dtype]
+    if dtype != torch.float32 and capability >= 89:
+        cache_dtypes.append(FP8)
+    for cache_dtype in cache_dtypes:
+        operations.try_out(CPU, LORA, None if dtype == torch.float32 else 4, cache_dtype)
     tried = set(programs)
-    steps(operations, dtype)
+    for cache_dtype in cache_dtypes:
+        steps(operations, dtype, cache_dtype)
     new = [program.name for key, program in programs.items() if key not in tried]
     if new:
         raise SystemExit(f"steps launch what was not tried out: {', '.join(new)}")
@@ -140,12 +145,12 @@ def empty_matrix(bits: Bits, columns: int, inputs: int) -> QuantizedMatrix:
     return QuantizedMatrix(bits, words, scales, inputs)
 
 
-def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
+def steps(operations: TritonOperations, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     """A layer of the steps that graphs record, of a mixed one, and copies of pages."""
     width, inner, pages = CONFIG.n_embd, CONFIG.inner_dim, 3
     max_pages = CONFIG.n_positions // PAGE_SIZE
-    cache = torch.zeros(2, 1, pages, CONFIG.n_head, PAGE_SIZE, CONFIG.head_dim, dtype=dtype)
-    layer = LayerCache(cache[0, 0], cache[1, 0])
+    cache = Cache.zeros(CONFIG, 1, pages, cache_dtype, CPU)
+    (layer,) = cache.layers()
     vector = torch.zeros(width)
     norm = Norm(vector, vector)
     table = torch.zeros(CONFIG.n_positions, CONFIG.rotated_dim // 2)

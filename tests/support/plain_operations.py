@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptj.engine.runners.base import Draw, PageCopy
 from gptj.engine.runners.cuda.lora import Adapted
-from gptj.engine.runners.cuda.operations import Inputs, LayerCache
+from gptj.engine.runners.cuda.operations import FP8, Cache, Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
 from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
@@ -71,8 +71,8 @@ class PlainOperations:
         turning = Rotary(*turns)
         q_THK, k_THK = turning.rotate(q[None])[0], turning.rotate(k[None])[0]
         pages_T, places_T = inputs.slots_T // page_size, inputs.slots_T % page_size
-        cache.keys[pages_T, :, places_T] = k_THK
-        cache.values[pages_T, :, places_T] = v
+        store(cache.keys, cache.key_scales, pages_T, places_T, k_THK)
+        store(cache.values, cache.value_scales, pages_T, places_T, v)
         attn_mlp[:, width:] = F.gelu(qkv_fc_in[:, 3 * width :].float() + bias_I, approximate="tanh")
         return q_THK
 
@@ -94,8 +94,8 @@ class PlainOperations:
             length = chunk.position + chunk.tokens
             pages = inputs.page_table_RP[chunk.row, : -(-length // page_size)]
             keys, values = (
-                part[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-                for part in (cache.keys, cache.values)
+                part.transpose(0, 1).flatten(1, 2)[:, :length]
+                for part in stored(cache, pages, q_THK.dtype)
             )
             places = torch.arange(length, device=q_THK.device)
             # PyTorch has fused kernels for four dimensions only.
@@ -113,9 +113,35 @@ class PlainOperations:
             if slot != NONE:
                 adapted.add(y_TO[token : token + 1], x_TI[token : token + 1], slot)
 
-    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
-        for source, target, filled in copies:
-            cache[:, :, target, :, :filled] = cache[:, :, source, :, :filled]
+    def copy_pages(self, cache: Cache, copies: Sequence[PageCopy]) -> None:
+        for part in (cache.numbers, cache.scales):
+            for source, target, filled in copies if part is not None else ():
+                part[:, :, target, :, :filled] = part[:, :, source, :, :filled]
+
+
+def store(
+    cached: Tensor, scales: Tensor | None, pages_T: Tensor, places_T: Tensor, x_THK: Tensor
+) -> None:
+    """Put tokens' keys or values in their places; in fp8 with scales."""
+    if scales is None:
+        cached[pages_T, :, places_T] = x_THK
+        return
+    scales_TH = x_THK.float().abs().amax(dim=-1).clamp(min=1e-30) / torch.finfo(FP8).max
+    scales[pages_T, :, places_T] = scales_TH
+    numbers_THK = (x_THK.float() / scales_TH[:, :, None]).to(FP8)
+    # PyTorch does not index numbers in fp8.
+    cached.view(torch.uint8)[pages_T, :, places_T] = numbers_THK.view(torch.uint8)
+
+
+def stored(cache: LayerCache, pages: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Keys and values of pages, each (pages, H, page size, K), without their scales."""
+    if cache.key_scales is None or cache.value_scales is None:
+        return [cache.keys[pages], cache.values[pages]]
+    pairs = ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
+    return [
+        (numbers.view(torch.uint8)[pages].view(FP8).float() * scales[pages][..., None]).to(dtype)
+        for numbers, scales in pairs
+    ]
 
 
 def _decode_attention(
@@ -126,10 +152,8 @@ def _decode_attention(
     visible_RS = places <= positions_R[:, None]
     # Memory beyond a context may hold anything, and NaN times 0 is NaN.
     keys, values = (
-        torch.where(
-            visible_RS[:, None, :, None], part[page_table_RP].transpose(1, 2).flatten(2, 3), 0
-        )
-        for part in (cache.keys, cache.values)
+        torch.where(visible_RS[:, None, :, None], part.transpose(1, 2).flatten(2, 3), 0)
+        for part in stored(cache, page_table_RP, q_RHK.dtype)
     )
     attended = F.scaled_dot_product_attention(
         q_RHK[:, :, None], keys, values, attn_mask=visible_RS[:, None, None]

@@ -8,7 +8,7 @@ import torch
 
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.packing import check_int4_widths
-from gptj.engine.runners.cuda.operations import Operations
+from gptj.engine.runners.cuda.operations import FP8, Operations
 from gptj.engine.runners.cuda.quantized_matrix import Bits
 from gptj.engine.runners.lora import LoRALimits
 from gptj.extras import Extra
@@ -24,16 +24,21 @@ tuned_linear = Extra(
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
+FP8_CAPABILITY = (8, 9)  # Ada, and Hopper: conversions from and to e4m3
 
 
 def operations_for(
-    model: GPTJForCausalLM, lora: LoRALimits | None = None, bits: Bits | None = None
+    model: GPTJForCausalLM,
+    lora: LoRALimits | None = None,
+    bits: Bits | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Operations:
     """The kernels, after a trial run on the model's device.
 
     Args:
         lora: limits of the adapters to support, if any.
         bits: of quantized weights.
+        cache_dtype: None: the model's.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
@@ -54,6 +59,8 @@ def operations_for(
         )
     if bits == 4:
         check_int4_widths(config)
+    if cache_dtype == FP8:
+        check_fp8(device, model.dtype)
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
@@ -67,9 +74,35 @@ def operations_for(
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
     operations: TritonOperations = new_operations(device, config, model.dtype)
     with torch.cuda.device(device):
-        try_out(operations, device, lora, bits)
+        try_out(operations, device, lora, bits, cache_dtype)
         torch.cuda.synchronize()
     return operations
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Check that a model's keys and values can be cached in fp8.
+
+    Args:
+        dtype: the model's.
+
+    Raises:
+        UnsupportedError: with the remedy.
+    """
+    remedy = "remedy: kv_cache_dtype=auto"
+    if device.type != "cuda":
+        raise UnsupportedError(f"fp8 needs a GPU, but the model is on {device}; {remedy}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedError(
+            f"fp8 needs a model in float16 or bfloat16, and this one is in "
+            f"{str(dtype).removeprefix('torch.')}; "
+            f"remedy: dtype=float16, or kv_cache_dtype=auto"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < FP8_CAPABILITY:
+        raise UnsupportedError(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
+            f"fp8 needs {'.'.join(map(str, FP8_CAPABILITY))} or more; {remedy}"
+        )
 
 
 def try_out(
@@ -77,6 +110,7 @@ def try_out(
     device: torch.device,
     lora: LoRALimits | None = None,
     bits: Bits | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Run each kernel once, while we can still fall back to PyTorch.
 
@@ -87,7 +121,7 @@ def try_out(
         UnsupportedError: naming what failed.
     """
     try:
-        operations.try_out(device, lora, bits)
+        operations.try_out(device, lora, bits, cache_dtype)
     except tuned_linear.LAUNCH_ERRORS as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error
