@@ -58,7 +58,8 @@ PREFILL_BLOCKS = (
     (2, sys.maxsize, 0, AttentionBlocks(32, 32, 2, 4)),
     (4, sys.maxsize, 0, AttentionBlocks(32, 16, 2, 8)),
 )
-FP8_PREFILL_PLACES = 32  # at most, of a cache in fp8: more spill registers
+# Of a cache in fp8, whose conversion takes registers: with more places or fewer stages they spill.
+FP8_PREFILL_PLACES, FP8_PREFILL_STAGES = 32, 3
 LEAST_SHARED_MEMORY = 101_376  # of the GPUs that the kernels support
 
 
@@ -361,7 +362,8 @@ class TritonOperations:
     ) -> None:
         config, blocks = self._config, self._prefill_blocks
         if cache.key_scales is not None:
-            blocks = replace(blocks, places=min(blocks.places, FP8_PREFILL_PLACES))
+            places = min(blocks.places, FP8_PREFILL_PLACES)
+            blocks = replace(blocks, places=places, stages=FP8_PREFILL_STAGES)
         kernels.paged_prefill_attention[(config.n_head, len(tiles_N4))](
             q_THK,
             cache.keys,
