@@ -94,8 +94,8 @@ class PlainOperations:
             length = chunk.position + chunk.tokens
             pages = inputs.page_table_RP[chunk.row, : -(-length // page_size)]
             keys, values = (
-                part.transpose(0, 1).flatten(1, 2)[:, :length]
-                for part in stored(cache, pages, q_THK.dtype)
+                stored(*pair, pages, q_THK.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
+                for pair in pairs(cache)
             )
             places = torch.arange(length, device=q_THK.device)
             # PyTorch has fused kernels for four dimensions only.
@@ -133,15 +133,17 @@ def store(
     cached.view(torch.uint8)[pages_T, :, places_T] = numbers_THK.view(torch.uint8)
 
 
-def stored(cache: LayerCache, pages: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Keys and values of pages, each (pages, H, page size, K), without their scales."""
-    if cache.key_scales is None or cache.value_scales is None:
-        return [cache.keys[pages], cache.values[pages]]
-    pairs = ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
-    return [
-        (numbers.view(torch.uint8)[pages].view(FP8).float() * scales[pages][..., None]).to(dtype)
-        for numbers, scales in pairs
-    ]
+def pairs(cache: LayerCache) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Keys and values with their scales."""
+    return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
+
+
+def stored(numbers: Tensor, scales: Tensor | None, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values of pages (pages, H, page size, K)."""
+    if scales is None:
+        return numbers[pages]
+    wide = numbers.view(torch.uint8)[pages].view(FP8).float()
+    return (wide * scales[pages][..., None]).to(dtype)
 
 
 def _decode_attention(
@@ -152,8 +154,12 @@ def _decode_attention(
     visible_RS = places <= positions_R[:, None]
     # Memory beyond a context may hold anything, and NaN times 0 is NaN.
     keys, values = (
-        torch.where(visible_RS[:, None, :, None], part.transpose(1, 2).flatten(2, 3), 0)
-        for part in stored(cache, page_table_RP, q_RHK.dtype)
+        torch.where(
+            visible_RS[:, None, :, None],
+            stored(*pair, page_table_RP, q_RHK.dtype).transpose(1, 2).flatten(2, 3),
+            0,
+        )
+        for pair in pairs(cache)
     )
     attended = F.scaled_dot_product_attention(
         q_RHK[:, :, None], keys, values, attn_mask=visible_RS[:, None, None]
