@@ -30,6 +30,7 @@ from gptj.engine.engine import Engine
 from gptj.engine.events import BeamParams
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cpu.library import UnsupportedError
+from gptj.engine.runners.cuda import launch
 from gptj.engine.runners.cuda.inputs import groups_of
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import FP8, Cache, Chunk, Inputs, LayerCache, Operations
@@ -101,12 +102,16 @@ def check_attention(it: Setting, cache: LayerCache, inputs: Inputs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processors", [1, 16], ids=["whole", "splits"])
+@pytest.mark.parametrize(
+    ("processors", "places"), [(1, 16), (16, 16), (1, 32)], ids=["whole", "splits", "two pages"]
+)
 @shapes
 def test_decode_attention_is_that_of_the_dequantized_cache(
-    shape: str, dtype: torch.dtype, processors: int
+    shape: str, dtype: torch.dtype, processors: int, places: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of a group, whose shared pages are read once."""
+    """Also of a group, whose shared pages are read once; by one or two pages at a time."""
+    blocks = replace(launch.DECODE_BLOCKS[1], places=places)
+    monkeypatch.setitem(launch.DECODE_BLOCKS, 1, blocks)
     it = setting(shape, dtype)
     it.triton = TritonOperations(it.config, dtype, processors * it.config.n_head // 2)
     inputs = decode_inputs([1, 15, 16, 17, 100, 70, 81, PAGES * PAGE])
