@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Self, cast
 
+import torch
 from fastapi import FastAPI
 from pydantic import AfterValidator, Field, model_validator
 from ray import serve
@@ -38,7 +39,14 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.adapters.base import Base
 from gptj.chat import ChatTemplate, ChatTemplateError, read_template, template_of
 from gptj.engine.adapter_slots import AdapterSlots
-from gptj.engine.backends import Quantization, best_runner, freed_memory
+from gptj.engine.backends import (
+    KVCacheDtype,
+    Quantization,
+    best_runner,
+    cache_dtype,
+    check_formats,
+    freed_memory,
+)
 from gptj.engine.cache_size import DEFAULT_SHARES, CacheShare, room
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
@@ -67,6 +75,10 @@ class Arguments(LoadingArguments):
     # 4 bits without this setting. fp8: weights and activations of the layers' products, on GPUs of
     # compute capability 8.9 or later (L4, H100).
     quantization: Quantization = "none"
+    # fp8: keys and values in 8 bits (e4m3) with a scale for each head of a token, which takes half
+    # the memory; on a GPU of compute capability 8.9 or later (L4, H100) with dtype float16 or
+    # bfloat16. auto: that of the weights.
+    kv_cache_dtype: KVCacheDtype = "auto"
     # Concurrent sequences, and new tokens per step, which bounds the time between tokens.
     # Default: 64 and 256 on a CPU; on a GPU as many sequences of 512 tokens as the cache holds, up
     # to 256, and four tokens for each, at least 256 (gptj.engine.limits).
@@ -113,6 +125,9 @@ class Arguments(LoadingArguments):
             except (ValueError, OSError) as error:
                 raise ValueError(f"the adapter {name!r} cannot be served: {error}") from error
 
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
+        check_formats(self.quantization, self.kv_cache_dtype, device, dtype)
+
     def lora_limits(self) -> LoRALimits | None:
         """None without adapters."""
         if not self.adapters and self.adapter_root is None:
@@ -153,10 +168,10 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
     """The model with its cache, and a step's limits."""
     share = arguments.cache_share or DEFAULT_SHARES[model.device.type]
     freed = freed_memory(model, arguments.quantization)
+    dtype = cache_dtype(arguments.kv_cache_dtype, model.dtype)
     limits = Limits.of(
         model.device,
-        arguments.cache_tokens
-        or room(model.config, model.device, share, model.dtype.itemsize, freed),
+        arguments.cache_tokens or room(model.config, model.device, share, dtype, freed),
         model.config.n_positions,
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
@@ -165,6 +180,7 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
         model,
         arguments.cache_tokens or CacheShare(share, limits),
         quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         lora=arguments.lora_limits(),
         release=True,  # one copy of the weights
     )

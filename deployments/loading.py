@@ -70,6 +70,13 @@ class Arguments(BaseModel):
     def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
         """Check an application's further inputs. Raises ValueError, FileNotFoundError."""
 
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Check an application's requirements of where it computes. Raises UnsupportedError.
+
+        Args:
+            dtype: of the weights.
+        """
+
     def check_tokenizer(self, tokenizer: GPTJTokenizer) -> None:
         """Check an application's further requirements of the tokenizer. Raises ValueError."""
 
@@ -140,11 +147,14 @@ def check(cls: type[GPTJPreTrainedModel], arguments: Arguments) -> None:
 def load(
     cls: type[Model], arguments: Arguments, device: torch.device | None = None
 ) -> tuple[Model, GPTJTokenizer]:
-    """The model, ready to compute, and its tokenizer. Raises what `check` does.
+    """The model, ready to compute, and its tokenizer.
+
+    Raises what `check` and `Arguments.check_device` do.
 
     Args:
         device: None: a GPU, if this process sees one.
     """
+    arguments.check_device(*_device_and_dtype(arguments, device))  # before any download
     with open_checkpoint(arguments) as folder:
         return load_from(folder, cls, arguments, device)
 
@@ -164,11 +174,18 @@ def load_from(
 ) -> tuple[Model, GPTJTokenizer]:
     """As `load`, from a checkpoint that is already open."""
     config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = best_dtype(device) if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    device, dtype = _device_and_dtype(arguments, device)
     model = cls.from_folder(folder, config=config, dtype=dtype, device=device)
     merge_lora(model)  # the adapter's, if the address is one
     return model, tokenizer
+
+
+def _device_and_dtype(
+    arguments: Arguments, device: torch.device | None
+) -> tuple[torch.device, torch.dtype]:
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = parse_dtype(None if arguments.dtype == "auto" else arguments.dtype)
+    return device, dtype or best_dtype(device)
 
 
 def _config_and_tokenizer(

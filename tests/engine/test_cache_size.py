@@ -27,7 +27,7 @@ PAGE = 2 * 2 * 16 * 64 * 2  # keys and values, 2 layers, 16 positions of width 6
 
 
 def tokens_of(free: int, share: float, most: int = 10**9) -> int:
-    return tokens_within(CONFIG, free, share=share, element_size=2, most=most)
+    return tokens_within(CONFIG, free, share=share, dtype=torch.float16, most=most)
 
 
 def test_the_cache_is_whole_pages_within_its_share() -> None:
@@ -46,7 +46,7 @@ def test_a_share_smaller_than_one_context_is_refused_with_the_remedy() -> None:
 
 def test_on_a_cpu_a_share_is_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    page = page_bytes(model.config, 4)
+    page = page_bytes(model.config, torch.float32)
     monkeypatch.setattr("gptj.engine.backends.free_bytes", lambda device: 100 * page)
     runner = best_runner(model, CacheShare(0.4, Limits(64, 256)))
     assert runner.num_pages == 40
@@ -104,7 +104,7 @@ def test_the_cache_takes_only_what_the_largest_steps_leave_free(
     monkeypatch.setattr(torch.cuda, "mem_get_info", card.mem_get_info)
     monkeypatch.setattr(torch.cuda, "empty_cache", card.empty_cache)
     limits = Limits(max_num_seqs=500, max_num_batched_tokens=1000)
-    page = page_bytes(model.config, 4)
+    page = page_bytes(model.config, torch.float32)
     with card:
         runner: ResizableRunner
         if kind == "plain":
@@ -113,7 +113,7 @@ def test_the_cache_takes_only_what_the_largest_steps_leave_free(
             operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
             runner = CudaRunner(model, 1, operations)
         before, _ = card.mem_get_info()
-        fit_cache(runner, CacheShare(0.95, limits), 4)
+        fit_cache(runner, CacheShare(0.95, limits), torch.float32)
         cache = runner.num_pages * page
         assert card.size * 0.3 < cache < before - 500_000  # less than without a measurement
         rehearse(runner, limits)

@@ -286,7 +286,9 @@ def test_weights_in_4_bits_cannot_become_more(quantization: choice.Quantization)
 
 
 def test_a_cpu_has_no_fp8() -> None:
-    with pytest.raises(UnsupportedError, match=r"fp8 is not available: it needs a GPU.*int8"):
+    with pytest.raises(
+        UnsupportedError, match=r"quantization=fp8 is not available: fp8 needs a GPU.*int8"
+    ):
         choice.best_runner(random_model(), 64, quantization="fp8")
 
 

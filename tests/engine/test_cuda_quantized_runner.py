@@ -254,14 +254,14 @@ def test_a_gpu_gets_a_runner_with_quantized_weights(
     asked = []
 
     def plain(
-        model: GPTJForCausalLM, lora: LoRALimits | None, quantization: Format | None
+        model: GPTJForCausalLM, lora: LoRALimits | None, quantization: Format, cache_dtype: object
     ) -> Operations:
         asked.append((lora, quantization))
         return plain_operations()
 
     monkeypatch.setattr(choice, "operations_for", plain)
     lora = LoRALimits()
-    runner = choice._gpu_runner(random_model(), 4, name, lora, release=True)
+    runner = choice._gpu_runner(random_model(), 4, name, "auto", lora, release=True)
     assert asked == [(lora, name)]
     assert isinstance(runner, CudaRunner)
     layer = runner._weights.layers[0]

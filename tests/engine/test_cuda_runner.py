@@ -24,8 +24,6 @@ from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES, size_for
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
-from gptj.engine.runners.cuda.weights import Format
-from gptj.engine.runners.lora import LoRALimits
 
 PAGE = 16
 
@@ -120,7 +118,7 @@ def test_padding_touches_no_page_but_the_scratch_page(device: torch.device) -> N
     runner = CudaRunner(model, 8, operations(model))
     runner._cache.zero_()
     runner.step(decode_batch([5, 6, 7], [0, 15, 17], [[2, 0], [5, 0], [1, 3]]))
-    written = runner._cache.ne(0).any(dim=(0, 1, 3, 5)).nonzero().tolist()  # (page, place)
+    written = runner._cache.numbers.ne(0).any(dim=(0, 1, 3, 5)).nonzero().tolist()  # (page, place)
     assert written == [[2, 0], [3, 1], [5, 15], [8, 0]]
     runner.close()
 
@@ -242,9 +240,7 @@ class ElsewhereModel(GPTJForCausalLM):
 def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unsupported(
-        model: GPTJForCausalLM, lora: LoRALimits | None, quantization: Format | None
-    ) -> Operations:
+    def unsupported(*arguments: object) -> Operations:
         raise UnsupportedError("Triton cannot be imported")
 
     plain = object()

@@ -619,7 +619,7 @@ def test_the_cache_has_whole_pages_and_at_least_the_requested_tokens() -> None:
     runner = best_runner(random_model(), 17)
     assert runner.num_pages == 2
     assert runner.page_size == PAGE
-    assert page_bytes(runner.config, 4) == 2 * 2 * 16 * 64 * 4
+    assert page_bytes(runner.config, torch.float32) == 2 * 2 * 16 * 64 * 4
     with pytest.raises(ValueError, match="cache_tokens must be 1 or more, got 0"):
         best_runner(random_model(), 0)
     runner.close()

@@ -24,9 +24,10 @@ from triton.runtime.jit import KernelInterface
 
 from gptj.engine.runners.base import PageCopy, StepBatch
 from gptj.engine.runners.cuda import launch
+from gptj.engine.runners.cuda.fp8 import FP8
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
-from gptj.engine.runners.cuda.operations import Inputs, LayerCache
+from gptj.engine.runners.cuda.operations import Cache, Inputs
 
 PAGE = 16
 SINGLES = ((64, 1024), (1, 1024), (64, 192), (256, 192), (8, 2048))  # sequences, context
@@ -44,6 +45,14 @@ TUNED_SINGLES: tuple[dict[str, int], ...] = (
     {"BLOCK_PLACES": 64, "STAGES": 3, "num_warps": 4},
 )
 TUNED = 2  # of SINGLES: each combination of constants is compiled, which takes a second
+# Of a cache in fp8, with the first of SINGLES: what compiles without spills.
+TUNED_FP8: tuple[dict[str, int], ...] = (
+    {"num_warps": 1},
+    {"STAGES": 7},
+    {"STAGES": 7, "num_warps": 1},
+    {"STAGES": 3},
+    {"BLOCK_PLACES": 64, "STAGES": 2, "num_warps": 4},
+)
 LAUNCHED_SINGLES: tuple[dict[str, int], ...] = ({"PROGRAMS": 2}, {"PROGRAMS": 8})  # of launch.py
 TUNED_CHUNKS: tuple[dict[str, int], ...] = (
     {"BLOCK_PLACES": 32, "num_warps": 8},
@@ -90,7 +99,7 @@ def overriding(name: str, changes: Mapping[str, int]) -> Iterator[None]:
 class Layer:
     """Random keys and values of one layer, and our operations on them."""
 
-    def __init__(self, check: Check, pages: int) -> None:
+    def __init__(self, check: Check, pages: int, dtype: torch.dtype = torch.float16) -> None:
         self.config = check.config()
         self.kind = check.device.kind
         self.operations = TritonOperations(self.config, torch.float16, processors=1)
@@ -99,7 +108,12 @@ class Layer:
                 torch.device("cuda", 0), self.config, torch.float16
             )
         shape = (pages, self.config.n_head, PAGE, self.config.head_dim)
-        self.cache = LayerCache(self.random(*shape), self.random(*shape))
+        cache = Cache.zeros(self.config, 1, pages, dtype, torch.device(self.kind))
+        for part in cache.numbers:
+            part.copy_(self.random(*shape))
+        (self.cache,) = cache.layers()
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.token_bytes = cache_bytes_a_token(self.config, dtype) // self.config.n_layer
         max_pages = self.config.n_positions // PAGE
         self.maker = InputsMaker(
             torch.device(self.kind), max_pages, PAGE, pages - 1, 256, self.operations.tile
@@ -156,26 +170,34 @@ def measure(check: Check) -> None:
     layer = Layer(check, check.pick(4096, 64) + 1)  # 1.1 GB: no cache holds it
     for number, (count, context) in enumerate(check.pick(SINGLES, ((2, 20),))):
         with check.attempt("attention of single tokens", rows=count, context=context):
-            decode(check, layer, count, context, tuned=number < TUNED)
+            tuned = check.pick(TUNED_SINGLES, TUNED_SINGLES[:1]) if number < TUNED else ()
+            decode(check, layer, count, context, tuned)
     with check.attempt("attention of groups"):
         grouped(check, layer)
     for tokens in check.pick(CHUNKS, (20,)):
         with check.attempt("attention of a prompt", tokens=tokens):
             prompt(check, layer, tokens)
     del layer
+    with check.attempt("attention to fp8"):
+        layer = Layer(check, check.pick(4096, 64) + 1, FP8)
+        decode(check, layer, *check.pick(SINGLES[0], (2, 20)), check.pick(TUNED_FP8, TUNED_FP8[:1]))
+        grouped(check, layer)
+        del layer
     with check.attempt("copies of pages"):
         copies(check)
 
 
-def decode(check: Check, layer: Layer, count: int, context: int, *, tuned: bool) -> None:
+def decode(
+    check: Check, layer: Layer, count: int, context: int, tuned: Sequence[dict[str, int]]
+) -> None:
     """Bound by reading keys and values once: shares are of the read bandwidth.
 
     Small ones would stay in the card's own cache from call to call: several take turns, as a
     step's layers do, and a figure is of one.
     """
     config = layer.config
-    moved = 2 * count * context * config.n_embd * 2
-    values = {"rows": count, "context": context}
+    moved = count * context * layer.token_bytes
+    values = {"cache": layer.dtype, "rows": count, "context": context}
     pages = count * -(-context // PAGE)
     turns = max(1, min(check.pick(CYCLED_BYTES, 2 * moved) // moved, (layer.pages - 1) // pages))
     functions = [
@@ -208,11 +230,13 @@ def decode(check: Check, layer: Layer, count: int, context: int, *, tuned: bool)
             )
 
     add("ours", functions)
-    for changes in check.pick(TUNED_SINGLES, TUNED_SINGLES[:1]) if tuned else ():
+    for changes in tuned:
         if not check.late("attention of single tokens", 4, way=str(changes), **values):
             add(f"ours, {changes}", functions, overriding(DECODE_KERNEL, changes))
     for changes in check.pick(LAUNCHED_SINGLES, LAUNCHED_SINGLES[:1]) if tuned else ():
         add(f"ours, {changes}", functions, mock.patch.dict(vars(launch), changes))
+    if layer.cache.key_scales is not None:
+        return
     heads, width = config.n_head, config.head_dim
     q = layer.random(count, heads, 1, width)
 
@@ -228,11 +252,12 @@ def grouped(check: Check, layer: Layer) -> None:
     rows, together, shared, context = check.pick(GROUPED, (4, 2, 4, 70))
     inputs = layer.inputs([1] * rows, [context] * rows, 0, together, shared)
     alone = rows * (context - shared * PAGE)
-    read = 2 * (alone + rows // together * shared * PAGE) * layer.config.n_embd * 2
+    read = (alone + rows // together * shared * PAGE) * layer.token_bytes
     timing = check.time(layer.attending(inputs), repeats=5)
     rate = read / timing["ms"] * 1e3
     check.add(
         "attention of groups",
+        cache=layer.dtype,
         rows=rows,
         together=together,
         shared_tokens=shared * PAGE,

@@ -1,4 +1,4 @@
-"""Part 6: weights and activations in fp8: decoding, prefill, beams, products, steps."""
+"""Part 6: weights, activations and cache in fp8: decoding, prefill, beams, products, steps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from speed import beams, decode, prefill
 from steps import decoding
 from torch import Tensor
 
+from gptj.engine.backends import KVCacheDtype
+from gptj.engine.cache_size import page_bytes
 from gptj.engine.runners.cuda.fp8 import Fp8Matrix, Product, parts_of, quantize
 from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
@@ -37,7 +39,9 @@ APART = (
     0.03  # logits of other kernels, relative to their norm: fp16's last bit decides some numbers
 )
 SUMS = 0.004  # products, likewise: tensor cores keep fewer bits of a sum than fp32 has
-SCRATCH = 2.5e9  # bytes of the GPU that the cache leaves
+LEFT_BYTES = 10e9  # of the GPU by the cache: graphs, logits and long steps
+MOST_TOKENS = 160_000  # of the cache
+WITH_CACHE = "fp8, and the cache"
 
 
 def main(check: Check) -> None:
@@ -45,37 +49,41 @@ def main(check: Check) -> None:
     with check.attempt("fp8 steps"):
         steps(check)
     with check.attempt("decode", dtype="fp8"):
-        speed(check)
+        speed(check, "auto")
+    with check.attempt("decode", dtype=WITH_CACHE):
+        speed(check, "fp8")
     with check.attempt("fp8 product"):
         products(check)
 
 
-def speed(check: Check) -> None:
+def speed(check: Check, kv_cache_dtype: KVCacheDtype) -> None:
     """With a cache of nearly all memory."""
     config = check.config()
+    dtype = "fp8" if kv_cache_dtype == "auto" else WITH_CACHE
     model = new_model(check, config, torch.float16)
-    seconds, runner = check.wall(lambda: new_runner(check, model, 64, quantization="fp8"))
-    check.add("making a runner", dtype="fp8", seconds=seconds, weights_gb=runner.bytes_read / 1e9)
-    check.add("memory", when="fp8: the runner is made", **check.device.memory())
-    pages = check.pick(160_000, 512) // runner.page_size
+    seconds, runner = check.wall(
+        lambda: new_runner(check, model, 64, quantization="fp8", kv_cache_dtype=kv_cache_dtype)
+    )
+    check.add("making a runner", dtype=dtype, seconds=seconds, weights_gb=runner.bytes_read / 1e9)
+    check.add("memory", when=f"{dtype}: the runner is made", **check.device.memory())
+    pages = check.pick(MOST_TOKENS, 512) // runner.page_size
     if not check.rehearsal:
-        bytes_each = 2 * config.n_layer * config.n_embd * 2 * runner.page_size
-        free = check.device.memory()["free_gb"] * 1e9 - 4 * SCRATCH
-        pages = min(pages, int(free / bytes_each))
+        free = check.device.memory()["free_gb"] * 1e9 - LEFT_BYTES
+        pages = min(pages, int(free / page_bytes(config, runner.cache_dtype)))
     runner.resize(pages)
     tokens = check.pick(MAX_NUM_BATCHED_TOKENS, 16)
     try:
         for batch in check.pick(BATCHES, (1, 3)):
-            if not check.late("decode", 5, batch=batch, dtype="fp8"):
-                with check.attempt("decode", batch=batch, dtype="fp8"):
-                    decode(check, runner, batch, tokens, dtype="fp8")
-        with check.attempt("prefill", dtype="fp8"):
-            prefill(check, runner, dtype="fp8")
-        with check.attempt("decode step", dtype="fp8"):
-            decoding(check, runner, check.pick(64, 3), dtype="fp8")
-        if not check.late("beams", 10, dtype="fp8"):
-            with check.attempt("beams", dtype="fp8"):
-                beams(check, runner, dtype="fp8")
+            if not check.late("decode", 5, batch=batch, dtype=dtype):
+                with check.attempt("decode", batch=batch, dtype=dtype):
+                    decode(check, runner, batch, tokens, dtype=dtype)
+        with check.attempt("prefill", dtype=dtype):
+            prefill(check, runner, dtype=dtype)
+        if not check.late("beams", 10, dtype=dtype):
+            with check.attempt("beams", dtype=dtype):
+                beams(check, runner, dtype=dtype)
+        with check.attempt("decode step", dtype=dtype):
+            decoding(check, runner, check.pick(64, 3), dtype=dtype)
     finally:
         runner.close()
 

@@ -13,9 +13,9 @@ from plain_operations import PlainOperations
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine import backends as choice
-from gptj.engine.cache_size import free_bytes, tokens_within
+from gptj.engine.cache_size import free_bytes, page_bytes, tokens_within
 from gptj.engine.engine import Engine
-from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.base import PAGE_SIZE, StepBatch
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.runner import CudaRunner
@@ -41,6 +41,7 @@ def new_runner(
     pages: int,
     *,
     quantization: Format | None = None,
+    kv_cache_dtype: choice.KVCacheDtype = "auto",
     interpreted: bool = False,
 ) -> CudaRunner:
     """The runner that a deployment gets, which takes the model's weights.
@@ -49,6 +50,7 @@ def new_runner(
 
     Args:
         quantization: of the weights.
+        kv_cache_dtype: fp8, or auto: the model's.
         interpreted: a rehearsal, too, has our kernels, and not the plain operations, which take
             a hundredth of the time.
     """
@@ -56,9 +58,22 @@ def new_runner(
         operations: Operations = PlainOperations(model.dtype, model.config.layer_norm_epsilon)
         if interpreted:
             operations = TritonOperations(model.config, model.dtype, processors=1)
-        return CudaRunner(model, pages, operations, quantization=quantization, release=True)
-    cache = pages * CudaRunner.page_size
-    runner = choice.best_runner(model, cache, quantization=quantization or "none", release=True)
+        dtype = choice.cache_dtype(kv_cache_dtype, model.dtype)
+        return CudaRunner(
+            model,
+            pages,
+            operations,
+            quantization=quantization,
+            cache_dtype=dtype,
+            release=True,
+        )
+    runner = choice.best_runner(
+        model,
+        pages * CudaRunner.page_size,
+        quantization=quantization or "none",
+        kv_cache_dtype=kv_cache_dtype,
+        release=True,
+    )
     assert isinstance(runner, CudaRunner), f"the model got a {type(runner).__name__}"
     return runner
 
@@ -109,7 +124,7 @@ def cache_tokens(check: Check, model: GPTJForCausalLM, share: float, sequences: 
             config,
             free_bytes(model.device),
             share=share,
-            element_size=model.dtype.itemsize,
+            dtype=model.dtype,
             most=sequences * config.n_positions,
         ),
         128,
@@ -117,8 +132,8 @@ def cache_tokens(check: Check, model: GPTJForCausalLM, share: float, sequences: 
 
 
 def cache_bytes_a_token(config: GPTJConfig, dtype: torch.dtype) -> int:
-    """Keys and values of a position, in all layers."""
-    return 2 * config.n_layer * config.n_embd * dtype.itemsize
+    """Keys and values of a position, in all layers; in fp8 with their scales."""
+    return page_bytes(config, dtype) // PAGE_SIZE
 
 
 def matrix_parameters(config: GPTJConfig) -> int:

@@ -51,7 +51,10 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "attention of groups",
         "Attention of beams",
-        ("rows", "together", "shared_tokens", "context", "groups", "ms", "share_of_read_bandwidth"),
+        (
+            *("cache", "rows", "together", "shared_tokens", "context", "groups", "ms"),
+            "share_of_read_bandwidth",
+        ),
     ),
     (
         "prefill",
@@ -104,7 +107,7 @@ TABLES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "attention of single tokens",
         "Attention of single tokens",
-        ("rows", "context", "way", "ms", "gb_per_s", "share_of_read_bandwidth", "missing"),
+        ("cache", "rows", "context", "way", "ms", "gb_per_s", "share_of_read_bandwidth", "missing"),
     ),
     (
         "attention of a prompt",

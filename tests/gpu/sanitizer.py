@@ -9,7 +9,7 @@ from checking import Check, run
 from results import Row
 from suite import GRACE_SECONDS, REHEARSED, judged, run_tests
 
-FILES = ("test_cuda_kernels", "test_cuda_sampling", "test_cuda_quantized")
+FILES = ("test_cuda_kernels", "test_cuda_fp8", "test_cuda_sampling", "test_cuda_quantized")
 # Tests of hundreds of launches, each of which is instrumented.
 TOO_SLOW = "gemv or every_candidate or vocabulary or probabilities"
 # Kernels of PyTorch and its libraries, which warn of races in their own shared memory: no argument

@@ -108,7 +108,7 @@ def decode(
     middle = sorted(runs, key=lambda each: each.seconds)[len(runs) // 2]
     step = statistics.median(each.step_seconds for each in runs)
     context = prompt + 3 * new // 4  # on the mean of the steps that the median step is one of
-    seen = batch * context * cache_bytes_a_token(runner.config, torch.float16)
+    seen = batch * context * cache_bytes_a_token(runner.config, runner.cache_dtype)
     check.add(
         "decode",
         engine="gptj",

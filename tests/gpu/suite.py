@@ -22,8 +22,14 @@ REPOSITORY = HERE.parents[1]
 # The most important first: they run in this order.
 FILES = (
     *("test_cuda_kernels", "test_cuda_quantized", "test_cuda_sampling", "test_cuda_runner"),
-    *("test_cuda_quantized_runner", "test_runner", "test_engine", "test_cache_size"),
-    *("test_model", "test_generation"),
+    *(
+        "test_cuda_quantized_runner",
+        "test_cuda_fp8",
+        "test_cuda_fp8_cache",
+        "test_runner",
+        "test_engine",
+    ),
+    *("test_cache_size", "test_model", "test_generation"),
 )
 # Of the kernels and the GPU's runner all; of the others the GPU's cases. CPUs have their own tests.
 NAMES = "(test_cuda or [cuda or [triton or fused_kernels) and not [cpu"

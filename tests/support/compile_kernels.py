@@ -28,12 +28,12 @@ from triton.runtime.jit import JITFunction, KernelInterface
 from gptj import GPTJConfig
 from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch
 from gptj.engine.runners.cuda import fp8_linear
-from gptj.engine.runners.cuda.fp8 import quantize, quantized_rows
+from gptj.engine.runners.cuda.fp8 import FP8, quantize, quantized_rows
 from gptj.engine.runners.cuda.graphs import SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.lora import AdaptedLayer, Ranks
-from gptj.engine.runners.cuda.operations import LayerCache
+from gptj.engine.runners.cuda.operations import Cache
 from gptj.engine.runners.cuda.quantized_linear import (
     ROW_CANDIDATES,
     ROWS_CANDIDATES,
@@ -42,9 +42,8 @@ from gptj.engine.runners.cuda.quantized_linear import (
 )
 from gptj.engine.runners.cuda.quantized_linear import multiply_row as multiply_quantized_row
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix
-from gptj.engine.runners.cuda.support import FP8_CAPABILITY
 from gptj.engine.runners.cuda.tuned_linear import CANDIDATES, multiply_row
-from gptj.engine.runners.cuda.weights import Norm
+from gptj.engine.runners.cuda.weights import Format, Norm
 from gptj.engine.runners.lora import LoRALimits
 
 # GPU, compute capability, shared memory that a block may have, multiprocessors, dtype.
@@ -100,12 +99,17 @@ def compiled(capability: int, shared_memory: int, processors: int, dtype: torch.
     KernelInterface.__getitem__ = instead_of_launching  # type: ignore[method-assign]
     triton.runtime.driver.set_active(NoDriver(capability))
     operations = TritonOperations(CONFIG, dtype, processors, shared_memory)
-    operations.try_out(CPU, LORA, None if dtype == torch.float32 else "int4")
-    in_fp8 = dtype != torch.float32 and capability >= 10 * FP8_CAPABILITY[0] + FP8_CAPABILITY[1]
+    cache_dtypes = [dtype]
+    in_fp8 = dtype != torch.float32 and capability >= 89
     if in_fp8:
+        cache_dtypes.append(FP8)
         operations.try_out(CPU, None, "fp8")
+    for cache_dtype in cache_dtypes:
+        integers: Format | None = None if dtype == torch.float32 else "int4"
+        operations.try_out(CPU, LORA, integers, cache_dtype)
     tried = set(programs)
-    steps(operations, dtype)
+    for cache_dtype in cache_dtypes:
+        steps(operations, dtype, cache_dtype)
     new = [program.name for key, program in programs.items() if key not in tried]
     if new:
         raise SystemExit(f"steps launch what was not tried out: {', '.join(new)}")
@@ -158,12 +162,12 @@ def empty_matrix(bits: Bits, columns: int, inputs: int) -> QuantizedMatrix:
     return QuantizedMatrix(bits, words, scales, inputs)
 
 
-def steps(operations: TritonOperations, dtype: torch.dtype) -> None:
+def steps(operations: TritonOperations, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     """A layer of the steps that graphs record, of a mixed one, and copies of pages."""
     width, inner, pages = CONFIG.n_embd, CONFIG.inner_dim, 3
     max_pages = CONFIG.n_positions // PAGE_SIZE
-    cache = torch.zeros(2, 1, pages, CONFIG.n_head, PAGE_SIZE, CONFIG.head_dim, dtype=dtype)
-    layer = LayerCache(cache[0, 0], cache[1, 0])
+    cache = Cache.zeros(CONFIG, 1, pages, cache_dtype, CPU)
+    (layer,) = cache.layers()
     vector = torch.zeros(width)
     norm = Norm(vector, vector)
     table = torch.zeros(CONFIG.n_positions, CONFIG.rotated_dim // 2)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.runners.base import Draw, PageCopy
-from gptj.engine.runners.cuda.fp8 import Fp8Matrix, Product, quantized_rows
+from gptj.engine.runners.cuda.fp8 import FP8, Fp8Matrix, Product, quantized_rows
 from gptj.engine.runners.cuda.lora import Adapted
-from gptj.engine.runners.cuda.operations import Inputs, LayerCache
+from gptj.engine.runners.cuda.operations import Cache, Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
 from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
@@ -46,8 +47,8 @@ class PlainOperations:
         if isinstance(weight, QuantizedMatrix):
             weight = weight.dequantized(x_TC.dtype)
         if isinstance(weight, Fp8Matrix):
-            product = multiply_fp8(x_TC, weight)
-            return product if wide else product.to(x_TC.dtype)
+            in_fp32 = multiply_fp8(x_TC, weight)
+            return in_fp32 if wide else in_fp32.to(x_TC.dtype)
         return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def add_and_norm(
@@ -83,8 +84,8 @@ class PlainOperations:
         turning = Rotary(*turns)
         q_THK, k_THK = turning.rotate(q[None])[0], turning.rotate(k[None])[0]
         pages_T, places_T = inputs.slots_T // page_size, inputs.slots_T % page_size
-        cache.keys[pages_T, :, places_T] = k_THK
-        cache.values[pages_T, :, places_T] = v
+        store(cache.keys, cache.key_scales, pages_T, places_T, k_THK)
+        store(cache.values, cache.value_scales, pages_T, places_T, v)
         attn_mlp[:, width:] = F.gelu(qkv_fc_in[:, 3 * width :].float() + bias_I, approximate="tanh")
         return q_THK
 
@@ -106,8 +107,8 @@ class PlainOperations:
             length = chunk.position + chunk.tokens
             pages = inputs.page_table_RP[chunk.row, : -(-length // page_size)]
             keys, values = (
-                part[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-                for part in (cache.keys, cache.values)
+                stored(*pair, pages, q_THK.dtype).transpose(0, 1).flatten(1, 2)[:, :length]
+                for pair in pairs(cache)
             )
             places = torch.arange(length, device=q_THK.device)
             # PyTorch has fused kernels for four dimensions only.
@@ -127,9 +128,37 @@ class PlainOperations:
                 adapted.add(y_TO[token : token + 1], x_TI[token : token + 1], slot)
         return y_TO
 
-    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
-        for source, target, filled in copies:
-            cache[:, :, target, :, :filled] = cache[:, :, source, :, :filled]
+    def copy_pages(self, cache: Cache, copies: Sequence[PageCopy]) -> None:
+        parts = [part for part in (cache.numbers, cache.scales) if part is not None]
+        for part, (source, target, filled) in product(parts, copies):
+            part[:, :, target, :, :filled] = part[:, :, source, :, :filled]
+
+
+def store(
+    cached: Tensor, scales: Tensor | None, pages_T: Tensor, places_T: Tensor, x_THK: Tensor
+) -> None:
+    """Put tokens' keys or values in their places; in fp8 with scales."""
+    if scales is None:
+        cached[pages_T, :, places_T] = x_THK
+        return
+    scales_TH = x_THK.float().abs().amax(dim=-1).clamp(min=1e-30) / torch.finfo(FP8).max
+    scales[pages_T, :, places_T] = scales_TH
+    numbers_THK = (x_THK.float() / scales_TH[:, :, None]).to(FP8)
+    # PyTorch does not index numbers in fp8.
+    cached.view(torch.uint8)[pages_T, :, places_T] = numbers_THK.view(torch.uint8)
+
+
+def pairs(cache: LayerCache) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Keys and values with their scales."""
+    return (cache.keys, cache.key_scales), (cache.values, cache.value_scales)
+
+
+def stored(numbers: Tensor, scales: Tensor | None, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values of pages (pages, H, page size, K)."""
+    if scales is None:
+        return numbers[pages]
+    wide = numbers.view(torch.uint8)[pages].view(FP8).float()
+    return (wide * scales[pages][..., None]).to(dtype)
 
 
 def _decode_attention(
@@ -141,9 +170,11 @@ def _decode_attention(
     # Memory beyond a context may hold anything, and NaN times 0 is NaN.
     keys, values = (
         torch.where(
-            visible_RS[:, None, :, None], part[page_table_RP].transpose(1, 2).flatten(2, 3), 0
+            visible_RS[:, None, :, None],
+            stored(*pair, page_table_RP, q_RHK.dtype).transpose(1, 2).flatten(2, 3),
+            0,
         )
-        for part in (cache.keys, cache.values)
+        for pair in pairs(cache)
     )
     attended = F.scaled_dot_product_attention(
         q_RHK[:, :, None], keys, values, attn_mask=visible_RS[:, None, None]

@@ -17,6 +17,7 @@ from gptj.config import GPTJConfig
 from gptj.engine.limits import Limits
 from gptj.engine.rehearsal import rehearse
 from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner
+from gptj.engine.runners.cuda.fp8 import FP8
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,12 @@ class CacheShare:
     limits: Limits  # of the steps, which also need GPU memory
 
 
-def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> None:
+def fit_cache(runner: ResizableRunner, size: CacheShare, dtype: torch.dtype) -> None:
     """Give a GPU's runner the largest cache that fits.
 
     Args:
         runner: with the smallest possible cache.
-        element_size: bytes per number in the cache.
+        dtype: of its cache.
 
     Raises:
         ValueError: see `tokens_within`.
@@ -48,32 +49,30 @@ def fit_cache(runner: ResizableRunner, size: CacheShare, element_size: int) -> N
     rehearse(runner, size.limits)
     free, _ = torch.cuda.mem_get_info(runner.device)
     most = size.limits.max_num_seqs * runner.config.n_positions
-    tokens = tokens_within(
-        runner.config, free, share=size.share, element_size=element_size, most=most
-    )
+    tokens = tokens_within(runner.config, free, share=size.share, dtype=dtype, most=most)
     runner.resize(-(-tokens // PAGE_SIZE))
     logger.info(
         "the largest steps take %.2f GB; the cache holds %d tokens in %.2f of the other %.2f GB",
         (before - free) / 1e9,
         tokens,
-        runner.num_pages * page_bytes(runner.config, element_size) / 1e9,
+        runner.num_pages * page_bytes(runner.config, dtype) / 1e9,
         free / 1e9,
     )
 
 
 def tokens_within(
-    config: GPTJConfig, free: int, *, share: float, element_size: int, most: int
+    config: GPTJConfig, free: int, *, share: float, dtype: torch.dtype, most: int
 ) -> int:
     """Positions that fit in a share of `free` bytes, in whole pages and at most `most`.
 
     Args:
-        element_size: bytes per number in the cache.
+        dtype: of the cache.
         most: positions that all running requests together can use.
 
     Raises:
         ValueError: if one request with a full context does not fit.
     """
-    page = page_bytes(config, element_size)
+    page = page_bytes(config, dtype)
     tokens = min(int(free * share / page) * PAGE_SIZE, most)
     if tokens < min(config.n_positions, most):
         needed = -(-min(config.n_positions, most) // PAGE_SIZE) * page
@@ -86,20 +85,27 @@ def tokens_within(
 
 
 def room(
-    config: GPTJConfig, device: torch.device, share: float, element_size: int, freed: int = 0
+    config: GPTJConfig, device: torch.device, share: float, dtype: torch.dtype, freed: int = 0
 ) -> int:
     """Positions that fit in a share of the free memory, in whole pages.
 
     Args:
+        dtype: of the cache.
         freed: bytes that will be free besides those that are now.
     """
     free = free_bytes(device) + freed
-    return int(free * share) // page_bytes(config, element_size) * PAGE_SIZE
+    return int(free * share) // page_bytes(config, dtype) * PAGE_SIZE
 
 
-def page_bytes(config: GPTJConfig, element_size: int) -> int:
-    """Bytes of a page of the cache: keys and values of PAGE_SIZE positions in all layers."""
-    return 2 * config.n_layer * PAGE_SIZE * config.n_embd * element_size
+def page_bytes(config: GPTJConfig, dtype: torch.dtype) -> int:
+    """Bytes of a page of the cache: keys and values of PAGE_SIZE positions in all layers.
+
+    In fp8 with a scale in fp32 for each head of either.
+    """
+    token = config.n_embd * dtype.itemsize
+    if dtype == FP8:
+        token += config.n_head * torch.float32.itemsize
+    return 2 * config.n_layer * PAGE_SIZE * token
 
 
 def free_bytes(device: torch.device) -> int:

@@ -82,7 +82,9 @@ def generation(config: GPTJConfig, card_bytes: float) -> Generation:
     weights = weight_bytes(GPTJForCausalLM, config)
     left = card_bytes - CONTEXT_BYTES - STEP_BYTES - weights
     _, most = GPU_MAX_NUM_SEQS
-    tokens = min(int(left // page_bytes(config, 2)) * PAGE_SIZE, most * config.n_positions)
+    tokens = min(
+        int(left // page_bytes(config, torch.float16)) * PAGE_SIZE, most * config.n_positions
+    )
     if tokens < config.n_positions:
         raise ValueError(
             f"{card_bytes / 1e9:.1f} GB hold weights of {weights / 1e9:.1f} GB and a cache of "

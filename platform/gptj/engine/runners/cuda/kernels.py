@@ -2,7 +2,8 @@
 
 Sums, norms, rotary embedding and softmax are in fp32. Exponentials use exp2, with scores scaled
 accordingly. Names in capitals are compile-time constants; BLOCK_… is the next power of two, as
-Triton's ranges require.
+Triton's ranges require. A cache in fp8 (e4m3) has scales; of other caches they are None, and what
+is compiled does without them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def add_and_norm(
 
 
 @triton.jit
+def fp8_scale(x):
+    """The scale with which the largest of x (N) becomes e4m3's largest number; never 0."""
+    return tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30) / 448
+
+
+@triton.jit
 def rope_and_cache(
     qkv_fc_in,  # (T, 3 * HEADS * HEAD_DIM + INNER)
     row_scales,  # (T) and
@@ -61,6 +68,8 @@ def rope_and_cache(
     queries,  # (T, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
+    key_scales,  # (pages, HEADS, PAGE_SIZE), fp32, or None
+    value_scales,
     attn_mlp,  # (T, HEADS * HEAD_DIM + INNER)
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -102,13 +111,22 @@ def rope_and_cache(
             scales += width
             v = v.to(tl.float32) * row_scale * tl.load(scales + dims, mask=inside, other=0.0)
         q = (q * cosine + q_beside * signed).to(queries.dtype.element_ty)
-        k = (k * cosine + k_beside * signed).to(keys.dtype.element_ty)
+        k = k * cosine + k_beside * signed
         tl.store(queries + token * width + part * HEAD_DIM + dims, q, mask=inside)
         slot = tl.load(slots + token)
         page = (slot // PAGE_SIZE).to(tl.int64)
-        place = ((page * HEADS + part) * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM
-        tl.store(keys + place + dims, k, mask=inside)
-        tl.store(values + place + dims, v, mask=inside)
+        place = (page * HEADS + part) * PAGE_SIZE + slot % PAGE_SIZE
+        if key_scales is not None:
+            v = v.to(tl.float32)
+            k_scale = fp8_scale(k)
+            v_scale = fp8_scale(v)
+            k /= k_scale
+            v /= v_scale
+            tl.store(key_scales + place, k_scale)
+            tl.store(value_scales + place, v_scale)
+        place *= HEAD_DIM
+        tl.store(keys + place + dims, k.to(keys.dtype.element_ty), mask=inside)
+        tl.store(values + place + dims, v.to(values.dtype.element_ty), mask=inside)
     else:
         columns = (part - HEADS) * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
         within = columns < INNER
@@ -142,10 +160,49 @@ def attend(q, k, v, visible, scale, largest, total, weighted, MASKED: tl.constex
 
 
 @triton.jit
+def attend_fp8(
+    q,
+    k,
+    v,
+    k_scales,
+    v_scales,
+    visible,
+    scale,
+    largest,
+    total,
+    heaviest,
+    weighted,
+    MASKED: tl.constexpr,
+):
+    """As `attend`, to keys and values in fp8, all of which q's dtype has.
+
+    Scales are factors of scores and weights. The weights of v are relative to a line's `heaviest`,
+    so that in fp16 they are at most 1, and only those that do not count underflow.
+    """
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * k_scales[None, :]
+    if MASKED:
+        scores = tl.where(visible, scores, -float("inf"))
+    raised = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - raised[:, None])
+    shrink = tl.exp2(largest - raised)
+    total = total * shrink + tl.sum(weights, axis=1)
+    weights *= v_scales[None, :]
+    kept = heaviest * shrink
+    heaviest = tl.maximum(kept, tl.max(weights, axis=1))
+    inverse = 1 / heaviest
+    weighted *= (kept * inverse)[:, None]
+    weights *= inverse[:, None]
+    weighted = tl.dot(weights.to(q.dtype), v.to(q.dtype), weighted, input_precision="ieee")
+    return raised, total, heaviest, weighted
+
+
+@triton.jit
 def paged_decode_attention(
     queries,  # (R, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
+    key_scales,  # (pages, HEADS, PAGE_SIZE), fp32, or None
+    value_scales,
     tables,  # (R, PAGES)
     positions,  # (R)
     groups,  # (R, 2): Inputs.groups_R2
@@ -197,20 +254,49 @@ def paged_decode_attention(
         largest = tl.full([LINES], -float("inf"), tl.float32)
         total = tl.zeros([LINES], tl.float32)
         weighted = tl.zeros([LINES, BLOCK_DIM], tl.float32)
+        if key_scales is not None:
+            heaviest = tl.zeros([LINES], tl.float32)
         end = tl.minimum(last * PAGE_SIZE, context)
         for start in tl.range(first * PAGE_SIZE, end, BLOCK_PLACES, num_stages=STAGES):
             places = start + tl.arange(0, BLOCK_PLACES)
             # Memory beyond the context may hold anything, even NaN.
             seen = places < end
-            page = tl.load(tables + row * PAGES + places // PAGE_SIZE, mask=seen, other=0)
-            slots = (page.to(tl.int64) * HEADS + head) * PAGE_SIZE + places % PAGE_SIZE
+            if key_scales is not None and BLOCK_PLACES == PAGE_SIZE:
+                # Half the bytes leave half the time for instructions: addresses take few with one
+                # page's number for all places.
+                page = tl.load(tables + row * PAGES + start // PAGE_SIZE)
+                slots = (page.to(tl.int64) * HEADS + head) * PAGE_SIZE + tl.arange(0, PAGE_SIZE)
+            else:
+                page = tl.load(tables + row * PAGES + places // PAGE_SIZE, mask=seen, other=0)
+                slots = (page.to(tl.int64) * HEADS + head) * PAGE_SIZE + places % PAGE_SIZE
             block = slots[:, None] * HEAD_DIM + dims[None, :]
             loaded = seen[:, None] & inside[None, :]
             k = tl.load(keys + block, mask=loaded, other=0.0)
             v = tl.load(values + block, mask=loaded, other=0.0)
-            largest, total, weighted = attend(
-                q, k, v, seen[None, :], scale, largest, total, weighted, True
-            )
+            visible = seen[None, :]
+            if key_scales is None:
+                largest, total, weighted = attend(
+                    q, k, v, visible, scale, largest, total, weighted, True
+                )
+            else:
+                k_scales = tl.load(key_scales + slots, mask=seen, other=0.0)
+                v_scales = tl.load(value_scales + slots, mask=seen, other=0.0)
+                largest, total, heaviest, weighted = attend_fp8(
+                    q,
+                    k,
+                    v,
+                    k_scales,
+                    v_scales,
+                    visible,
+                    scale,
+                    largest,
+                    total,
+                    heaviest,
+                    weighted,
+                    True,
+                )
+        if key_scales is not None:
+            weighted *= heaviest[:, None]
         if (shared == 0) & (SPLITS == 1):
             target = attn_mlp + (row + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
             found = weighted / total[:, None]
@@ -260,6 +346,8 @@ def paged_prefill_attention(
     queries,  # (T, HEADS, HEAD_DIM)
     keys,  # (pages, HEADS, PAGE_SIZE, HEAD_DIM)
     values,
+    key_scales,  # (pages, HEADS, PAGE_SIZE), fp32, or None
+    value_scales,
     tables,  # (R, PAGES)
     tiles,  # (N, 4): row, first token, tokens, position of the first
     attn_mlp,  # (T, ROW)
@@ -291,6 +379,8 @@ def paged_prefill_attention(
     largest = tl.full([TILE], -float("inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     weighted = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+    if key_scales is not None:
+        heaviest = tl.zeros([TILE], tl.float32)
     context = position + tokens
     # All lines see all places of the first blocks, which need no masks.
     border = position // BLOCK_PLACES * BLOCK_PLACES
@@ -301,7 +391,25 @@ def paged_prefill_attention(
         block = slots[:, None] * HEAD_DIM + dims[None, :]
         k = tl.load(keys + block, mask=inside[None, :], other=0.0)
         v = tl.load(values + block, mask=inside[None, :], other=0.0)
-        largest, total, weighted = attend(q, k, v, None, scale, largest, total, weighted, False)
+        if key_scales is None:
+            largest, total, weighted = attend(q, k, v, None, scale, largest, total, weighted, False)
+        else:
+            k_scales = tl.load(key_scales + slots)
+            v_scales = tl.load(value_scales + slots)
+            largest, total, heaviest, weighted = attend_fp8(
+                q,
+                k,
+                v,
+                k_scales,
+                v_scales,
+                None,
+                scale,
+                largest,
+                total,
+                heaviest,
+                weighted,
+                False,
+            )
     for first in tl.range(border, context, BLOCK_PLACES, num_stages=STAGES):
         places = first + tl.arange(0, BLOCK_PLACES)
         seen = places < context
@@ -313,7 +421,29 @@ def paged_prefill_attention(
         v = tl.load(values + block, mask=loaded, other=0.0)
         # Lines beyond the tile's tokens see what its last token sees, and are not stored.
         visible = (places[None, :] <= position + lines[:, None]) & seen[None, :]
-        largest, total, weighted = attend(q, k, v, visible, scale, largest, total, weighted, True)
+        if key_scales is None:
+            largest, total, weighted = attend(
+                q, k, v, visible, scale, largest, total, weighted, True
+            )
+        else:
+            k_scales = tl.load(key_scales + slots, mask=seen, other=0.0)
+            v_scales = tl.load(value_scales + slots, mask=seen, other=0.0)
+            largest, total, heaviest, weighted = attend_fp8(
+                q,
+                k,
+                v,
+                k_scales,
+                v_scales,
+                visible,
+                scale,
+                largest,
+                total,
+                heaviest,
+                weighted,
+                True,
+            )
+    if key_scales is not None:
+        weighted *= heaviest[:, None]
     target = attn_mlp + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
     found = (weighted / total[:, None]).to(attn_mlp.dtype.element_ty)
     tl.store(target, found, mask=real)
@@ -322,6 +452,7 @@ def paged_prefill_attention(
 @triton.jit(do_not_specialize=["pages"])
 def copy_pages(
     cache,  # (keys and values of the layers, pages, HEADS, PAGE_SIZE, HEAD_DIM)
+    cache_scales,  # (keys and values of the layers, pages, HEADS, PAGE_SIZE), fp32, or None
     copies,  # (N, 3): from page, to page, filled places
     pages,
     HEADS: tl.constexpr,
@@ -333,10 +464,17 @@ def copy_pages(
     copy = copies + tl.program_id(0).to(tl.int64) * 3
     part = tl.program_id(1).to(tl.int64) * pages
     head = tl.program_id(2)
-    source = ((part + tl.load(copy)) * HEADS + head) * (PAGE_SIZE * HEAD_DIM)
-    target = ((part + tl.load(copy + 1)) * HEADS + head) * (PAGE_SIZE * HEAD_DIM)
+    source = ((part + tl.load(copy)) * HEADS + head) * PAGE_SIZE
+    target = ((part + tl.load(copy + 1)) * HEADS + head) * PAGE_SIZE
+    count = tl.load(copy + 2)
+    if cache_scales is not None:
+        places = tl.arange(0, PAGE_SIZE)
+        scales = tl.load(cache_scales + source + places, mask=places < count)
+        tl.store(cache_scales + target + places, scales, mask=places < count)
+    source *= HEAD_DIM
+    target *= HEAD_DIM
     numbers = tl.arange(0, BLOCK)
-    filled = numbers < tl.load(copy + 2) * HEAD_DIM
+    filled = numbers < count * HEAD_DIM
     tl.store(cache + target + numbers, tl.load(cache + source + numbers, mask=filled), mask=filled)
 
 

@@ -27,7 +27,7 @@ from gptj.engine.runners.cuda.fp8_linear import Fp8Linear, scaled
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
-from gptj.engine.runners.cuda.operations import MAX_GROUP, Inputs, LayerCache
+from gptj.engine.runners.cuda.operations import MAX_GROUP, Cache, Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_linear import QuantizedLinear
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix, pack
 from gptj.engine.runners.cuda.sampling import draw
@@ -53,8 +53,13 @@ class AttentionBlocks:
     warps: int
 
 
-# By the dtype's bytes. Of ten choices for fp16 on an H100, several read within 2 % of each other.
-DECODE_BLOCKS = {2: AttentionBlocks(MAX_GROUP, 16, 5, 2), 4: AttentionBlocks(MAX_GROUP, 16, 3, 4)}
+# By the cache's bytes per number. Of ten choices for fp16 on an H100, several read within 2 % of
+# each other; those for fp8 have not been compared yet.
+DECODE_BLOCKS = {
+    1: AttentionBlocks(MAX_GROUP, 16, 5, 2),
+    2: AttentionBlocks(MAX_GROUP, 16, 5, 2),
+    4: AttentionBlocks(MAX_GROUP, 16, 3, 4),
+}
 # Likewise, for heads up to a width, and by the shared memory that a program may have, in bytes.
 # Hopper's matrix instructions need 64 tokens.
 PREFILL_BLOCKS = (
@@ -62,6 +67,8 @@ PREFILL_BLOCKS = (
     (2, sys.maxsize, 0, AttentionBlocks(32, 32, 2, 4)),
     (4, sys.maxsize, 0, AttentionBlocks(32, 16, 2, 8)),
 )
+# Of a cache in fp8, whose conversion takes registers: with more places or fewer stages they spill.
+FP8_PREFILL_PLACES, FP8_PREFILL_STAGES = 32, 3
 LEAST_SHARED_MEMORY = 101_376  # of the GPUs that the kernels support
 
 
@@ -82,7 +89,6 @@ class TritonOperations:
         shared_memory: int = LEAST_SHARED_MEMORY,
     ) -> None:
         self._config = config
-        self._decode_blocks = DECODE_BLOCKS[dtype.itemsize]
         self._prefill_blocks = next(
             blocks
             for bytes_each, width, least, blocks in PREFILL_BLOCKS
@@ -113,6 +119,7 @@ class TritonOperations:
         device: torch.device,
         lora: LoRALimits | None = None,
         quantization: Format | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """Launch all kernels as a step would, on a cache of two pages.
 
@@ -124,8 +131,8 @@ class TritonOperations:
         def zeros(*shape: int, dtype: torch.dtype = self._dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        cache = zeros(2, 1, 2, config.n_head, PAGE_SIZE, config.head_dim)
-        layer = LayerCache(cache[0, 0], cache[1, 0])
+        cache = Cache.zeros(config, 1, 2, cache_dtype or self._dtype, device)
+        (layer,) = cache.layers()
         vector, inner_bias = zeros(width, dtype=torch.float32), zeros(inner, dtype=torch.float32)
         norm = Norm(vector, vector)
         table = zeros(config.n_positions, config.rotated_dim // 2, dtype=torch.float32)
@@ -235,6 +242,8 @@ class TritonOperations:
             q_THK,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             attn_mlp,
             HEADS=config.n_head,
             HEAD_DIM=config.head_dim,
@@ -303,12 +312,13 @@ class TritonOperations:
             BLOCK_TERMS=block_terms,
         )
 
-    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
-        heads, page_size, head_dim = cache.shape[3:]
-        kernels.copy_pages[(len(copies), cache[:, :, 0, 0, 0, 0].numel(), heads)](
-            cache,
-            sent(np.array(copies, np.int32), cache.device),
-            cache.shape[2],
+    def copy_pages(self, cache: Cache, copies: Sequence[PageCopy]) -> None:
+        parts, layers, pages, heads, page_size, head_dim = cache.numbers.shape
+        kernels.copy_pages[(len(copies), parts * layers, heads)](
+            cache.numbers,
+            cache.scales,
+            sent(np.array(copies, np.int32), cache.numbers.device),
+            pages,
             HEADS=heads,
             HEAD_DIM=head_dim,
             PAGE_SIZE=page_size,
@@ -328,7 +338,7 @@ class TritonOperations:
         self, q_THK: Tensor, inputs: Inputs, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
         config, num_decodes = self._config, inputs.num_decodes
-        blocks, splits = self._decode_blocks, self.splits(num_decodes)
+        blocks, splits = DECODE_BLOCKS[cache.keys.dtype.itemsize], self.splits(num_decodes)
         # Of groups, each token's own part is one more split.
         shape = (num_decodes, config.n_head, splits + 1)
         sums = torch.empty(*shape, config.head_dim, dtype=torch.float32, device=q_THK.device)
@@ -337,6 +347,8 @@ class TritonOperations:
             q_THK,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             inputs.page_table_RP,
             inputs.positions_T,
             inputs.groups_R2,
@@ -373,10 +385,15 @@ class TritonOperations:
         self, q_THK: Tensor, inputs: Inputs, tiles_N4: Tensor, cache: LayerCache, attn_mlp: Tensor
     ) -> None:
         config, blocks = self._config, self._prefill_blocks
+        if cache.key_scales is not None:
+            places = min(blocks.places, FP8_PREFILL_PLACES)
+            blocks = replace(blocks, places=places, stages=FP8_PREFILL_STAGES)
         kernels.paged_prefill_attention[(config.n_head, len(tiles_N4))](
             q_THK,
             cache.keys,
             cache.values,
+            cache.key_scales,
+            cache.value_scales,
             inputs.page_table_RP,
             tiles_N4,
             attn_mlp,

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from gptj.engine.runners.base import Draw, PageCopy
-from gptj.engine.runners.cuda.fp8 import Product
+from gptj.config import GPTJConfig
+from gptj.engine.runners.base import PAGE_SIZE, Draw, PageCopy
+from gptj.engine.runners.cuda.fp8 import FP8, Product
 from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE
@@ -57,10 +59,52 @@ class Inputs:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of a layer, both (pages, H, page size, K)."""
+    """Keys and values of a layer, both (pages, H, page size, K).
+
+    In fp8 (e4m3) each head of a token has a scale, its largest number / 448: both fp32 (pages, H,
+    page size).
+    """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers, with one address for each as long as it lives."""
+
+    numbers: Tensor  # (2, layers, pages, H, page size, K)
+    # Of numbers in fp8: fp32 (2, layers, pages, H, page size). Attention divides by the largest,
+    # so that none is 0, not even of unused places.
+    scales: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, config: GPTJConfig, layers: int, pages: int, dtype: torch.dtype, device: torch.device
+    ) -> Cache:
+        """A cache of zeros.
+
+        Args:
+            dtype: FP8, or that of the queries.
+        """
+        shape = (2, layers, pages, config.n_head, PAGE_SIZE)
+        numbers = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
+        scales = None
+        if dtype == FP8:
+            scales = torch.ones(shape, dtype=torch.float32, device=device)
+        return cls(numbers, scales)
+
+    def zero_(self) -> None:
+        self.numbers.zero_()
+        if self.scales is not None:
+            self.scales.fill_(1)
+
+    def layers(self) -> list[LayerCache]:
+        parts = [each for each in (self.numbers, self.scales) if each is not None]
+        by_layer = zip(*(part.unbind(1) for part in parts), strict=True)
+        return [LayerCache(*(part for pair in layer for part in pair)) for layer in by_layer]
 
 
 class Operations(Protocol):
@@ -122,10 +166,9 @@ class Operations(Protocol):
             inputs: with adapters_T.
         """
 
-    def copy_pages(self, cache: Tensor, copies: Sequence[PageCopy]) -> None:
+    def copy_pages(self, cache: Cache, copies: Sequence[PageCopy]) -> None:
         """Copy pages in all layers, in any order.
 
         Args:
-            cache: (2, layers, pages, H, page size, K).
             copies: independent: none reads or writes a page that another writes.
         """

@@ -20,7 +20,7 @@ from gptj.engine.runners.cuda.fp8 import Product
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
 from gptj.engine.runners.cuda.inputs import InputsMaker, with_drafts_as_rows
 from gptj.engine.runners.cuda.lora import LoRASlots
-from gptj.engine.runners.cuda.operations import Inputs, LayerCache, Operations
+from gptj.engine.runners.cuda.operations import Cache, Inputs, LayerCache, Operations
 from gptj.engine.runners.cuda.weights import Format, take
 from gptj.engine.runners.lora import LoRALimits, LoRAWeights
 from gptj.engine.runners.wide import wide_sums
@@ -30,8 +30,8 @@ from gptj.model import GPTJForCausalLM
 class CudaRunner:
     """The model's weights, fused into two matrices per layer, and a paged KV cache.
 
-    Weights and cache have the model's dtype; the residual stream and its addends, norms, softmax
-    and logits are fp32. On a CPU, in tests, there are no graphs.
+    Weights and cache have the model's dtype, the cache optionally fp8; the residual stream and its
+    addends, norms, softmax and logits are fp32. On a CPU, in tests, there are no graphs.
 
     Quantized weights are made from the model's, on its device and layer by layer. Activations keep
     the model's dtype, except the inputs of products in fp8.
@@ -43,6 +43,7 @@ class CudaRunner:
         quantization: of the layers' weights: int8 with a scale per output, or int4 in groups (see
             gptj.int4), with the head in int8; a model's own 4-bit weights keep their values. Or fp8
             (see `fp8`), with the head as it is.
+        cache_dtype: torch.float8_e4m3fn, or None: the model's.
         lora: limits of the adapters to support.
         release: move the weights out of the model while fusing them, keeping one copy in memory;
             the model is unusable afterwards.
@@ -57,6 +58,7 @@ class CudaRunner:
         operations: Operations,
         *,
         quantization: Format | None = None,
+        cache_dtype: torch.dtype | None = None,
         lora: LoRALimits | None = None,
         release: bool = False,
     ) -> None:
@@ -64,6 +66,7 @@ class CudaRunner:
         self.device = model.device
         self._operations = operations
         self._dtype = model.dtype
+        self.cache_dtype = cache_dtype or model.dtype
         self._on_gpu = self.asynchronous = self.device.type == "cuda"
         self.draw = operations.draw
         self._weights = take(model, release=release, quantization=quantization)
@@ -89,12 +92,11 @@ class CudaRunner:
         self._graphs: Graphs | None = None
         self._lora_graphs: Graphs | None = None  # of steps with adapters
         self._layer_caches: list[LayerCache] = []
-        self._cache = torch.empty(0)
+        self._cache = self._new_cache(0)  # free the old one first
         if self._on_gpu:
             torch.cuda.empty_cache()
-        shape = (2, config.n_layer, num_pages + 1, config.n_head, PAGE_SIZE, config.head_dim)
-        self._cache = torch.zeros(shape, dtype=self._dtype, device=self.device)
-        self._layer_caches = [LayerCache(*each) for each in self._cache.unbind(1)]
+        self._cache = self._new_cache(num_pages + 1)
+        self._layer_caches = self._cache.layers()
         max_pages = -(-config.n_positions // PAGE_SIZE)
         self._inputs = InputsMaker(
             self.device, max_pages, PAGE_SIZE, num_pages, MAX_SIZE, self._operations.tile
@@ -106,6 +108,10 @@ class CudaRunner:
                 if self._lora is not None:
                     step = partial(self._compute_decode, lora=self._lora)
                     self._lora_graphs = Graphs(step, self._stream)
+
+    def _new_cache(self, pages: int) -> Cache:
+        layers = self.config.n_layer
+        return Cache.zeros(self.config, layers, pages, self.cache_dtype, self.device)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.packing import check_int4_widths
-from gptj.engine.runners.cuda.fp8 import ALIGNMENT
+from gptj.engine.runners.cuda.fp8 import ALIGNMENT, FP8
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.weights import Format
 from gptj.engine.runners.lora import LoRALimits
@@ -25,19 +25,21 @@ tuned_linear = Extra(
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
-FP8_CAPABILITY = (8, 9)  # Ada and Hopper: tensor cores for fp8
+FP8_CAPABILITY = (8, 9)  # Ada and Hopper: tensor cores for e4m3, and conversions
 
 
 def operations_for(
     model: GPTJForCausalLM,
     lora: LoRALimits | None = None,
     quantization: Format | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Operations:
     """The kernels, after a trial run on the model's device.
 
     Args:
         lora: limits of the adapters to support, if any.
         quantization: of the weights.
+        cache_dtype: None: the model's.
 
     Raises:
         UnsupportedError: if the GPU or the model is not supported, or Triton does not work.
@@ -63,18 +65,16 @@ def operations_for(
             f"fp8 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples of "
             f"{ALIGNMENT}"
         )
+    if quantization == "fp8":
+        check_fp8(device, model.dtype, "quantization=int8")
+    if cache_dtype == FP8:
+        check_fp8(device, model.dtype, "kv_cache_dtype=auto")
     properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    has = f"{properties.name} has compute capability {properties.major}.{properties.minor}"
-    if capability < LEAST_CAPABILITY:
+    if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
-            f"{has}, but the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
+            f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
             + ("; remedy: serve the model's original weights" if quantization is not None else "")
-        )
-    if quantization == "fp8" and capability < FP8_CAPABILITY:
-        raise UnsupportedError(
-            f"{has}, but fp8 needs {'.'.join(map(str, FP8_CAPABILITY))} or more; remedy: "
-            f"quantization=int8"
         )
     try:
         new_operations = launch.TritonOperations.on
@@ -82,9 +82,34 @@ def operations_for(
         raise UnsupportedError(f"Triton cannot be imported: {error}") from error
     operations: TritonOperations = new_operations(device, config, model.dtype)
     with torch.cuda.device(device):
-        try_out(operations, device, lora, quantization)
+        try_out(operations, device, lora, quantization, cache_dtype)
         torch.cuda.synchronize()
     return operations
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype, instead: str) -> None:
+    """Check that a device computes with fp8.
+
+    Args:
+        dtype: the model's.
+        instead: a setting that works there.
+
+    Raises:
+        UnsupportedError: with the remedy.
+    """
+    if device.type != "cuda":
+        raise UnsupportedError(f"fp8 needs a GPU, but the model is on {device}; remedy: {instead}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedError(
+            f"fp8 needs a model in float16 or bfloat16, and this one is in "
+            f"{str(dtype).removeprefix('torch.')}; remedy: dtype=float16, or {instead}"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < FP8_CAPABILITY:
+        raise UnsupportedError(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
+            f"fp8 needs {'.'.join(map(str, FP8_CAPABILITY))} or more; remedy: {instead}"
+        )
 
 
 def try_out(
@@ -92,6 +117,7 @@ def try_out(
     device: torch.device,
     lora: LoRALimits | None = None,
     quantization: Format | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Run each kernel once, while we can still fall back to PyTorch.
 
@@ -102,7 +128,7 @@ def try_out(
         UnsupportedError: naming what failed.
     """
     try:
-        operations.try_out(device, lora, quantization)
+        operations.try_out(device, lora, quantization, cache_dtype)
     except tuned_linear.LAUNCH_ERRORS as error:
         kind = type(error).__name__
         raise UnsupportedError(f"Triton cannot compile for {device}: {kind}: {error}") from error
