@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import attention
 import torch
 import triton_interpreter
 from checking import Check, run
@@ -52,6 +53,8 @@ def main(check: Check) -> None:
         speed(check, "auto")
     with check.attempt("decode", dtype=WITH_CACHE):
         speed(check, "fp8")
+    with check.attempt("attention to fp8"):
+        attention.measure_fp8(check)
     with check.attempt("fp8 product"):
         products(check)
 
