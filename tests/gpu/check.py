@@ -44,19 +44,19 @@ class Part:
 
 
 PARTS = (
-    Part("card", 30, usual=11),  # versions, bandwidth, matrix peak: what all shares are of
+    Part("card", 30, usual=12),  # versions, bandwidth, matrix peak: what all shares are of
     Part("loading", 60, usual=32),
     Part("correctness", 80, usual=38),
-    Part("speed", 110, usual=60),
-    Part("fp8", 110, usual=85),
-    Part("quantized", 90, usual=50),
-    Part("steps", 30, usual=13),  # a profile
-    Part("suite", 110, usual=60),  # the tests of the GPU's code
-    Part("operators", 70, usual=40),
-    Part("stress", 40, usual=14),
-    Part("training", 120, usual=70),
-    Part("peers", 45, usual=38),
-    Part("sanitizer", 60, usual=35),
+    Part("speed", 110, usual=56),
+    Part("fp8", 110, usual=70),
+    Part("quantized", 90, usual=45),
+    Part("steps", 30, usual=16),  # a profile
+    Part("suite", 110, usual=55),  # the tests of the GPU's code
+    Part("operators", 70, usual=25),
+    Part("stress", 40, usual=10),
+    Part("training", 120, usual=45),
+    Part("peers", 45, usual=36),
+    Part("sanitizer", 60, usual=30),
 )
 
 

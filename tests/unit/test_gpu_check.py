@@ -27,6 +27,7 @@ sys.path.insert(0, str(GPU))
 import attention  # noqa: E402
 import check  # noqa: E402
 import checking  # noqa: E402
+import fp8  # noqa: E402
 import models  # noqa: E402
 import outcomes  # noqa: E402
 import report  # noqa: E402
@@ -103,12 +104,15 @@ def test_each_figure_records_its_settings(
         assert row["share_of_matrix_peak"] > 0
         assert row["tokens"]
         assert row["repeats"]
-    (beams,) = the("beams")
-    assert (beams["beams"], beams["samples_per_s"] > 0) == (4, True)
+    assert [row["dtype"] for row in the("beams")] == ["fp16", "fp8", fp8.WITH_CACHE]
+    for row in the("beams"):
+        assert (row["beams"], row["samples_per_s"] > 0) == (4, True)
     assert {row["when"] for row in the("pauses")} == {"alone", "with long prompts"}
     kinds = {row["kind"].split(",")[0] for row in the("product")}
-    assert kinds == {"fp16", "fp8 by tensor", "fp8 by row"}
-    tuned = (*attention.TUNED_SINGLES[:1], *attention.LAUNCHED_SINGLES[:1])
+    assert kinds == {"fp16"}
+    assert {row["kind"] for row in the("fp8 product")} > {"cuBLAS", "cuBLAS, fast sums"}
+    launched = attention.LAUNCHED_SINGLES[0]
+    tuned = [attention.TUNED_FP8[0], launched, attention.TUNED_SINGLES[0], launched]
     ways = [row["way"] for row in the("attention of single tokens")]
     assert [f"ours, {changes}" for changes in tuned] == [way for way in ways if "ours, " in way]
     assert the("prefill step")[0]["kernels"]
