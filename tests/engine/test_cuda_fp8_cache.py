@@ -21,8 +21,6 @@ from test_cuda_runner import ElsewhereModel, decode_batch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from deployments.generation import Arguments, new_engine_runner
-from deployments.loading import load
 from gptj import GPTJForCausalLM
 from gptj.engine import backends as choice
 from gptj.engine.cache_size import page_bytes
@@ -344,7 +342,7 @@ def test_a_page_takes_a_byte_per_number_and_a_scale_per_head() -> None:
 
 
 def test_a_gpu_gets_a_runner_with_an_fp8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With plain operations in place of a GPU's, and as the deployment asks for it."""
+    """With plain operations in place of a GPU's."""
     asked: list[object] = []
 
     def plain(model: object, lora: object, bits: object, cache_dtype: object) -> Operations:
@@ -357,24 +355,11 @@ def test_a_gpu_gets_a_runner_with_an_fp8_cache(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [FP8] and runner.cache_dtype == FP8
     runner.close()
 
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "deployments.generation.best_runner", lambda *model, **names: given.update(names)
-    )
-    arguments = Arguments(checkpoint="/no/such/folder", kv_cache_dtype="fp8", cache_tokens=64)
-    new_engine_runner(random_model(), arguments)
-    assert given["kv_cache_dtype"] == "fp8"
 
-
-def test_a_cpu_is_refused_before_anything_is_loaded() -> None:
-    arguments = Arguments(checkpoint="/no/such/folder", kv_cache_dtype="fp8")
+def test_a_model_on_a_cpu_is_refused() -> None:
     reason = "kv_cache_dtype=fp8 is not available: fp8 needs a GPU.* remedy: kv_cache_dtype=auto"
     with pytest.raises(UnsupportedError, match=reason):
-        load(GPTJForCausalLM, arguments, torch.device("cpu"))
-    with pytest.raises(UnsupportedError, match=reason):
         choice.best_runner(random_model(), 64, kv_cache_dtype="fp8")
-    with pytest.raises(ValueError, match="Input should be 'auto' or 'fp8'"):
-        Arguments(checkpoint="/no/such/folder", kv_cache_dtype="int8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -402,12 +387,6 @@ def test_gpus_and_models_without_fp8_are_refused(
         operations_for(model, cache_dtype=FP8)
     with pytest.raises(UnsupportedError, match=f"kv_cache_dtype=fp8 is not available: .*{reason}"):
         choice.best_runner(model, 64, kv_cache_dtype="fp8")
-    name = str(dtype).removeprefix("torch.")
-    arguments = Arguments.model_validate(
-        {"checkpoint": "/no/such/folder", "kv_cache_dtype": "fp8", "dtype": name}
-    )
-    with pytest.raises(UnsupportedError, match=reason):
-        load(GPTJForCausalLM, arguments, torch.device("cuda"))
 
 
 def test_without_kernels_an_fp8_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
