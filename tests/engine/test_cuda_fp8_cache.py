@@ -343,7 +343,7 @@ def test_a_gpu_gets_a_runner_with_an_fp8_cache(monkeypatch: pytest.MonkeyPatch) 
     runner.close()
 
 
-def test_a_cpu_is_refused() -> None:
+def test_a_model_on_a_cpu_is_refused() -> None:
     reason = "kv_cache_dtype=fp8 is not available: fp8 needs a GPU.* remedy: kv_cache_dtype=auto"
     with pytest.raises(UnsupportedError, match=reason):
         choice.best_runner(random_model(), 64, kv_cache_dtype="fp8")

@@ -112,7 +112,7 @@ class Layer:
         for part in cache.numbers:
             part.copy_(self.random(*shape))
         (self.cache,) = cache.layers()
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = "fp8" if dtype == FP8 else "fp16"
         self.token_bytes = cache_bytes_a_token(self.config, dtype) // self.config.n_layer
         max_pages = self.config.n_positions // PAGE
         self.maker = InputsMaker(

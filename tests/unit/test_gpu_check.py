@@ -111,10 +111,13 @@ def test_each_figure_records_its_settings(
     kinds = {row["kind"].split(",")[0] for row in the("product")}
     assert kinds == {"fp16"}
     assert {row["kind"] for row in the("fp8 product")} > {"cuBLAS", "cuBLAS, fast sums"}
-    launched = attention.LAUNCHED_SINGLES[0]
-    tuned = [attention.TUNED_FP8[0], launched, attention.TUNED_SINGLES[0], launched]
-    ways = [row["way"] for row in the("attention of single tokens")]
-    assert [f"ours, {changes}" for changes in tuned] == [way for way in ways if "ours, " in way]
+    ways = [(row["cache"], row["way"]) for row in the("attention of single tokens")]
+    assert [each for each in ways if "ours, " in each[1]] == [
+        (cache, f"ours, {changes}")
+        for cache, tuned in (("fp8", attention.TUNED_FP8), ("fp16", attention.TUNED_SINGLES))
+        for changes in (*tuned[:1], *attention.LAUNCHED_SINGLES[:1])
+    ]
+    assert {row["cache"] for row in the("attention of groups")} == {"fp16", "fp8"}
     assert the("prefill step")[0]["kernels"]
     assert the("host time")[0]["functions"]
     assert {row["variant"] for row in the("training")} >= {"stage 2, fp32", "LoRA"}
@@ -438,7 +441,7 @@ def test_our_kernels_are_not_taken_for_others() -> None:
 def test_constants_that_are_tried_exist() -> None:
     """No rehearsal tries them all."""
     for name, tried in (
-        (attention.DECODE_KERNEL, attention.TUNED_SINGLES),
+        (attention.DECODE_KERNEL, (*attention.TUNED_SINGLES, *attention.TUNED_FP8)),
         (attention.PROMPT_KERNEL, attention.TUNED_CHUNKS),
     ):
         constants = {*inspect.signature(vars(kernels)[name].fn).parameters, *attention.OPTIONS}
@@ -478,7 +481,7 @@ def test_constants_that_change_nothing_are_an_error(
         with attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}):
             attend()
     monkeypatch.setattr(attention, "DECODE_KERNEL", "attend")
-    attention.decode(each, layer, 2, 20, tuned=True)
+    attention.decode(each, layer, 2, 20, attention.TUNED_SINGLES[:1])
     errors = [row for row in read(tmp_path) if "error" in row]
     assert [row["way"] for row in errors] == [f"ours, {attention.TUNED_SINGLES[0]}"]
     assert not any("ms" in row for row in errors)
