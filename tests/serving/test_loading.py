@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
@@ -15,14 +13,12 @@ from serving_models import Models
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.generation import Arguments as GenerationArguments
-from deployments.generation import new_engine_runner
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
 from gptj import GPTJForCausalLM, GPTJModel
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
 from gptj.checkpoints.manifest import CheckpointError
-from gptj.engine.runners.cpu.library import UnsupportedError
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -143,53 +139,3 @@ def test_deprecated_arguments_work_with_a_warning(
 def test_a_deprecated_argument_of_another_application_is_refused() -> None:
     with pytest.raises(ValidationError, match="max_running"):
         BatchArguments.model_validate({"checkpoint": "model", "max_running": 7})
-
-
-def test_an_fp8_cache_is_asked_of_the_runner(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "deployments.generation.best_runner", lambda *model, **names: given.update(names)
-    )
-    arguments = {"checkpoint": "/no/such/folder", "kv_cache_dtype": "fp8", "cache_tokens": 64}
-    new_engine_runner(models.generation, GenerationArguments.model_validate(arguments))
-    assert given["kv_cache_dtype"] == "fp8"
-    with pytest.raises(ValidationError, match="Input should be 'auto' or 'fp8'"):
-        GenerationArguments.model_validate({**arguments, "kv_cache_dtype": "int8"})
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "capability", "reason"),
-    [
-        ("cpu", "auto", (9, 0), "fp8 needs a GPU, but the model is on cpu; remedy"),
-        (
-            "cuda",
-            "float32",
-            (9, 0),
-            "fp8 needs a model in float16 or bfloat16.* in float32; remedy",
-        ),
-        (
-            "cuda",
-            "auto",
-            (8, 6),
-            "A10 has compute capability 8.6, but fp8 needs 8.9 or more; remedy",
-        ),
-    ],
-)
-def test_an_fp8_cache_is_refused_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    dtype: str,
-    capability: tuple[int, int],
-    reason: str,
-) -> None:
-    """The checkpoint is not even looked for."""
-    major, minor = capability
-    properties = SimpleNamespace(name="A10", major=major, minor=minor)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    arguments = GenerationArguments.model_validate(
-        {"checkpoint": "/no/such/folder", "kv_cache_dtype": "fp8", "dtype": dtype}
-    )
-    with pytest.raises(UnsupportedError, match=f"kv_cache_dtype=fp8 is not available: {reason}"):
-        load(GPTJForCausalLM, arguments, torch.device(device))
