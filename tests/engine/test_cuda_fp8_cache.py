@@ -40,7 +40,7 @@ triton_interpreter.repair()
 if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
     pytest.skip("this GPU does not convert to fp8", allow_module_level=True)
 # Of an output's largest number: the rounding of attention's weights to 11 and 8 bits.
-TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Triton's interpreter has no products in bf16.
 OTHER = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 shapes = pytest.mark.parametrize(
@@ -127,8 +127,6 @@ def test_prefill_attention_is_that_of_the_dequantized_cache(shape: str, dtype: t
         chunks=tuple(chunks),
         tiles_N4=numbers(tiles),
     )
-    if max(positions) >= PAGES * PAGE:  # of tiles of 128 tokens
-        inputs.page_table_RP.resize_(3, 2 * PAGES).copy_(numbers([[*range(16)]] * 3))
     check_attention(it, random_cache(it), inputs)
 
 
