@@ -10,6 +10,7 @@ import cProfile
 import gzip
 import json
 import pstats
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def decoding(check: Check, runner: CudaRunner, batch: int, dtype: str = "fp16") 
         for stream, prompt in enumerate(prompts(runner.config, [check.pick(128, 9)] * batch)):
             engine.submit(prompt, params, one_by_one(partial(note, stream)))
         begin.reached.wait(60)
-        trace = traced(check, go_on, f"decode-{dtype}-{batch}")
+        trace = traced(check, go_on, re.sub(r"\W+", "-", f"decode-{dtype}-{batch}"))
         end.opened.set()
         for _ in range(batch):
             ended.acquire(timeout=60)

@@ -46,7 +46,7 @@ def test_a_cpu_is_refused_before_anything_is_read(setting: str, remedy: str) -> 
 @pytest.mark.parametrize(
     ("dtype", "capability", "reason"),
     [
-        ("float32", (9, 0), "this one is in float32; remedy: dtype=float16, or {remedy}"),
+        ("float32", (9, 0), "this one is in float32; remedy: dtype=float16"),
         ("float16", (8, 6), "A10 has compute capability 8.6, but fp8 needs 8.9 .*: {remedy}"),
     ],
 )
@@ -64,6 +64,16 @@ def test_a_gpu_or_dtype_without_fp8_is_refused_before_anything_is_read(
     given = arguments(**{setting: "fp8"}, dtype=dtype)
     with pytest.raises(UnsupportedError, match=reason.format(remedy=f"{setting}={remedy}")):
         load(GPTJForCausalLM, given, torch.device("cuda"))
+
+
+def test_a_remedy_works_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 needs 16 bits as well, and a GPU for our kernels."""
+    turing = SimpleNamespace(name="T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: turing)
+    for dtype, reason in (("float32", "dtype=float16$"), ("float16", "leave quantization out$")):
+        with pytest.raises(UnsupportedError, match=reason):
+            given = arguments(quantization="fp8", dtype=dtype)
+            load(GPTJForCausalLM, given, torch.device("cuda"))
 
 
 def test_a_format_that_is_unknown_is_refused() -> None:

@@ -97,12 +97,12 @@ def check_formats(
     """
     if quantization == "fp8":
         try:
-            check_fp8(device, dtype, "quantization=int8")
+            check_fp8(device, dtype, "quantization")
         except UnsupportedError as error:
             fall_back(error, quantization)
     if kv_cache_dtype == "fp8":
         try:
-            check_fp8(device, dtype, "kv_cache_dtype=auto")
+            check_fp8(device, dtype, "kv_cache_dtype")
         except UnsupportedError as error:
             fall_back(error, kv_cache_dtype=kv_cache_dtype)
 

@@ -2,7 +2,8 @@
 
 Both are e4m3 (Micikevicius et al., "FP8 formats for deep learning", 2022), rounded to nearest after
 a division by a scale, with which the product is multiplied: one for each column of the weights, and
-one for each token, computed in every step. A token's numbers do not depend on others in its step.
+one for each token, computed in every step, so that a token's numbers do not depend on its step's
+others.
 
 Tensor cores multiply the numbers without these scales. Whatever reads a product applies them.
 """
@@ -104,5 +105,6 @@ def quantize(weights: Sequence[Tensor], *, beside: bool = False) -> Fp8Matrix:
 
 def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers in FP8 and the scale of each row, of rows in fp32."""
-    scales = rows.abs().amax(dim=1).clamp_min(LEAST) / LARGEST
+    largest = rows.abs().amax(dim=1).clamp_min(LEAST)
+    scales = largest / torch.full_like(largest, LARGEST)  # by a number PyTorch divides inexactly
     return (rows / scales[:, None]).to(FP8), scales

@@ -77,8 +77,11 @@ class CudaRunner:
         self._logits = torch.zeros(MAX_SIZE, config.vocab_size, device=self.device)
         if self._on_gpu:
             with torch.inference_mode(), self._computing():
-                operations.prepare(self._weights)
                 self._stream = torch.cuda.Stream(self.device)
+                self._stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self._stream):
+                    operations.prepare(self._weights)
+                torch.cuda.current_stream().wait_stream(self._stream)
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:

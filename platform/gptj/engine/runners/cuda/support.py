@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -66,9 +66,9 @@ def operations_for(
             f"{ALIGNMENT}"
         )
     if quantization == "fp8":
-        check_fp8(device, model.dtype, "quantization=int8")
+        check_fp8(device, model.dtype, "quantization")
     if cache_dtype == FP8:
-        check_fp8(device, model.dtype, "kv_cache_dtype=auto")
+        check_fp8(device, model.dtype, "kv_cache_dtype")
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
@@ -87,25 +87,34 @@ def operations_for(
     return operations
 
 
-def check_fp8(device: torch.device, dtype: torch.dtype, instead: str) -> None:
+def check_fp8(
+    device: torch.device, dtype: torch.dtype, setting: Literal["quantization", "kv_cache_dtype"]
+) -> None:
     """Check that a device computes with fp8.
 
     Args:
         dtype: the model's.
-        instead: a setting that works there.
+        setting: which asks for it.
 
     Raises:
         UnsupportedError: with the remedy.
     """
+    instead = {"quantization": "quantization=int8", "kv_cache_dtype": "kv_cache_dtype=auto"}[
+        setting
+    ]
     if device.type != "cuda":
         raise UnsupportedError(f"fp8 needs a GPU, but the model is on {device}; remedy: {instead}")
     if dtype not in (torch.float16, torch.bfloat16):
+        others = "" if setting == "quantization" else f", or {instead}"  # int8 needs the same
         raise UnsupportedError(
             f"fp8 needs a model in float16 or bfloat16, and this one is in "
-            f"{str(dtype).removeprefix('torch.')}; remedy: dtype=float16, or {instead}"
+            f"{str(dtype).removeprefix('torch.')}; remedy: dtype=float16{others}"
         )
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < FP8_CAPABILITY:
+    capability = (properties.major, properties.minor)
+    if capability < FP8_CAPABILITY:
+        if setting == "quantization" and capability < LEAST_CAPABILITY:
+            instead = "leave quantization out"
         raise UnsupportedError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
             f"fp8 needs {'.'.join(map(str, FP8_CAPABILITY))} or more; remedy: {instead}"

@@ -117,8 +117,9 @@ def seconds_of(
     """Mean time of one product.
 
     Args:
-        in_graph: as in a step, for kernels that can take less time than their launches. Not for
-            PyTorch's products, which would keep a workspace for the graph's stream.
+        in_graph: as in a step, for products that can take less time than their launches. On the
+            current stream, unless that is the default one, which cannot be captured; cuBLAS keeps
+            a workspace for each stream.
     """
     rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
 
@@ -129,8 +130,14 @@ def seconds_of(
     multiply(weights[0])  # compiles
     again: Callable[[], None] = multiply_all
     if in_graph:
+        stream = torch.cuda.current_stream()
+        if stream == torch.cuda.default_stream():
+            stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            multiply(weights[0])  # allocates a workspace, if there is none
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             multiply_all()
         again = graph.replay
         again()
