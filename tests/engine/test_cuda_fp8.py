@@ -31,7 +31,15 @@ from gptj.engine import backends as choice
 from gptj.engine.adapter_weights import shape_of
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import fp8_linear
-from gptj.engine.runners.cuda.fp8 import FP8, LARGEST, Fp8Matrix, ScaledProduct, fp8_bytes, quantize
+from gptj.engine.runners.cuda.fp8 import (
+    FP8,
+    Fp8Matrix,
+    ScaledProduct,
+    fp8_bytes,
+    quantize,
+    quantized_rows,
+    scales_for,
+)
 from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
     Blocks,
@@ -52,9 +60,9 @@ ON_GPU = torch.cuda.is_available()
 if ON_GPU and torch.cuda.get_device_capability() < (8, 9):
     pytest.skip("the GPU has no fp8", allow_module_level=True)
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-# Of a product, relative to its largest number: rounded once and, on tensor cores, summed with less
-# than fp32's bits.
-TOLERANCES = {torch.float16: 1.5e-3, torch.bfloat16: 5e-3, torch.float32: 1.5e-3}
+# Of a product, relative to its largest number: rounded before its scales and after them to 11 or 8
+# bits; on tensor cores summed with less than fp32's.
+TOLERANCES = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3, torch.float32: 1e-3}
 
 # Of logits: fp16's last bit decides between two neighbours in e4m3.
 FLIPS = 0.04
@@ -85,6 +93,19 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
+def test_scales_are_the_least_powers_of_2_that_bring_numbers_into_range() -> None:
+    numbers = torch.tensor(
+        [0.0, 2.0**-120, 1e-6, 447, 448, 448.01, 896, 1e30, torch.inf, torch.nan]
+    )
+    expected = [2.0**-108, 2.0**-108, 2.0**-28, 1, 1, 2, 2, 2.0**91, torch.nan, torch.nan]
+    torch.testing.assert_close(
+        scales_for(numbers), torch.tensor(expected), rtol=0, atol=0, equal_nan=True
+    )
+    ours = torch.cat([quantize_rows(each[None, None].to(DEVICE))[1] for each in numbers[:-1]])
+    assert torch.equal(ours.nan_to_num(), scales_for(numbers[:-1]).nan_to_num().to(DEVICE))
+
+
 def test_weights_are_the_nearest_numbers_with_a_scale_for_each_column() -> None:
     weight = random(700, 48) * torch.logspace(-6, 3, 700, device=DEVICE)[:, None]
     weight[3] = 0
@@ -92,7 +113,7 @@ def test_weights_are_the_nearest_numbers_with_a_scale_for_each_column() -> None:
     assert found.values.dtype == FP8
     assert found.shape == weight.shape
     assert found.nbytes == fp8_bytes(700, 48)
-    torch.testing.assert_close(found.scales, weight.abs().amax(1) / LARGEST, rtol=1e-6, atol=1e-32)
+    assert torch.equal(found.scales, scales_for(weight.abs().amax(1)))
     # e4m3 has 4 significant bits: half a unit of the last one is 1/16 of the number's power of 2.
     error = (found.dequantized(torch.float32) - weight).abs()
     least = found.scales[:, None] * 2**-10  # half of the smallest number
@@ -117,12 +138,9 @@ def test_rows_are_quantized_each_by_itself(dtype: torch.dtype, inputs: int) -> N
     )
     x = x.to(dtype)
     values, scales = quantize_rows(x)
-    torch.testing.assert_close(scales, x.float().abs().amax(1) / LARGEST, rtol=1e-6, atol=1e-32)
-    # A quotient beside the border of two numbers may have been rounded to either.
-    expected = (x.float() / scales[:, None]).to(FP8).float()
-    step = torch.maximum(expected.abs() / 8, torch.tensor(2.0**-9))
-    assert bool(((values.float() - expected).abs() <= step).all())
-    assert float((values.float() != expected).float().mean()) < 0.01
+    expected, expected_scales = quantized_rows(x.float())
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(values.float(), expected.float())
     one, scale = quantize_rows(x[4:5])
     assert torch.equal(one.float(), values[4:5].float())
     assert torch.equal(scale, scales[4:5])
@@ -167,18 +185,18 @@ def test_one_row(dtype: torch.dtype, blocks: Blocks) -> None:
 def test_the_largest_sums_fit_into_fp16() -> None:
     """Of all numbers, if they are the largest: before scales are applied, and after."""
     for inputs in (64, 4096, 20480):
-        weight = quantize([torch.full((16, inputs), 2.0, device=DEVICE)])
-        x = torch.full((2, inputs), 1.5, dtype=torch.float16, device=DEVICE)
+        weight = quantize([torch.full((16, inputs), 1.75, device=DEVICE)])
+        x = torch.full((2, inputs), 1.75, dtype=torch.float16, device=DEVICE)
         near(
             scaled(Fp8Linear().multiply(x, weight)),
-            torch.full((2, 16), 3.0 * inputs, device=DEVICE),
+            torch.full((2, 16), 1.75**2 * inputs, device=DEVICE),
         )
 
 
 def test_sums_may_exceed_fp16_if_wide() -> None:
-    weight = quantize([torch.full((16, 4096), 200.0, device=DEVICE)])
-    x = torch.full((2, 4096), 200.0, dtype=torch.float16, device=DEVICE)
-    expected = torch.full((2, 16), 200.0 * 200 * 4096, device=DEVICE)
+    weight = quantize([torch.full((16, 4096), 192.0, device=DEVICE)])
+    x = torch.full((2, 4096), 192.0, dtype=torch.float16, device=DEVICE)
+    expected = torch.full((2, 16), 192.0 * 192 * 4096, device=DEVICE)
     near(scaled(Fp8Linear().multiply(x, weight, wide=True)), expected)
 
 

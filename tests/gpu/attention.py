@@ -47,11 +47,10 @@ TUNED_SINGLES: tuple[dict[str, int], ...] = (
 TUNED = 2  # of SINGLES: each combination of constants is compiled, which takes a second
 # Of a cache in fp8, with the first of SINGLES: what compiles without spills.
 TUNED_FP8: tuple[dict[str, int], ...] = (
-    {"num_warps": 1},
-    {"STAGES": 7},
-    {"STAGES": 7, "num_warps": 1},
+    {"num_warps": 2},
+    {"STAGES": 4},
+    {"STAGES": 6},
     {"STAGES": 3},
-    {"BLOCK_PLACES": 64, "STAGES": 2, "num_warps": 4},
 )
 LAUNCHED_SINGLES: tuple[dict[str, int], ...] = ({"PROGRAMS": 2}, {"PROGRAMS": 8})  # of launch.py
 TUNED_CHUNKS: tuple[dict[str, int], ...] = (

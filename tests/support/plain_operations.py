@@ -141,9 +141,7 @@ def store(
     if scales is None:
         cached[pages_T, :, places_T] = x_THK
         return
-    scales_TH = x_THK.float().abs().amax(dim=-1).clamp(min=1e-30) / torch.finfo(FP8).max
-    scales[pages_T, :, places_T] = scales_TH
-    numbers_THK = (x_THK.float() / scales_TH[:, :, None]).to(FP8)
+    numbers_THK, scales[pages_T, :, places_T] = quantized_rows(x_THK.float())
     # PyTorch does not index numbers in fp8.
     cached.view(torch.uint8)[pages_T, :, places_T] = numbers_THK.view(torch.uint8)
 

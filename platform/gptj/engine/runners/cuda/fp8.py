@@ -3,7 +3,8 @@
 Both are e4m3 (Micikevicius et al., "FP8 formats for deep learning", 2022), rounded to nearest after
 a division by a scale, with which the product is multiplied: one for each column of the weights, and
 one for each token, computed in every step, so that a token's numbers do not depend on its step's
-others.
+others. Scales are powers of 2: divisions are exact and cost what a multiplication does, and floats
+lose no precision by them.
 
 Tensor cores multiply the numbers without these scales. Whatever reads a product applies them.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of FP8
-LEAST = 2.0**-100  # of the largest number of a row, so that zeros have a scale
+LEAST = 2.0**-100  # is taken for the largest number of a row that is smaller, such as of zeros
 PIECE = 512  # columns quantized at a time, to save memory
 ALIGNMENT = 16  # of both widths of a matrix, for tensor cores
 
@@ -104,7 +105,17 @@ def quantize(weights: Sequence[Tensor], *, beside: bool = False) -> Fp8Matrix:
 
 
 def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers in FP8 and the scale of each row, of rows in fp32."""
-    largest = rows.abs().amax(dim=1).clamp_min(LEAST)
-    scales = largest / torch.full_like(largest, LARGEST)  # by a number PyTorch divides inexactly
-    return (rows / scales[:, None]).to(FP8), scales
+    """Numbers in FP8 and the scale of each row, of rows (..., N) in fp32."""
+    scales = scales_for(rows.abs().amax(dim=-1))
+    return (rows / scales[..., None]).to(FP8), scales
+
+
+def scales_for(largest: Tensor) -> Tensor:
+    """The least powers of 2 by which these numbers, in fp32, are at most LARGEST.
+
+    NaN for infinity, which conversions may take for e4m3's largest number.
+    """
+    significands, exponents = torch.frexp(largest.clamp_min(LEAST))  # in [0.5, 1)
+    exponents += (significands > LARGEST / 512).int() - 9
+    scales = torch.ldexp(torch.ones_like(largest), exponents)
+    return torch.where(largest.isfinite(), scales, torch.nan)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(448.0)  # of e4m3
-LEAST = tl.constexpr(2.0**-100)  # see fp8.LEAST
+from gptj.engine.runners.cuda.kernels import fp8_scale
 
 
 @triton.jit
@@ -22,10 +21,8 @@ def quantize_rows(
     places = tl.arange(0, BLOCK_INPUTS)
     inside = places < inputs
     row = tl.load(x + token * inputs + places, mask=inside, other=0.0).to(tl.float32)
-    # Exact divisions: many quotients lie between two numbers of e4m3, if the scale has few bits.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(row), axis=0), LEAST), LARGEST)
-    # NaN stays NaN, and infinity becomes it: infinity by infinity.
-    row = tl.div_rn(row, scale).to(values.dtype.element_ty)
+    scale, inverse = fp8_scale(row)
+    row = (row * inverse).to(values.dtype.element_ty)
     tl.store(values + token * inputs + places, row, mask=inside)
     tl.store(scales + token, scale)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FP8_LEAST = tl.constexpr(2.0**-100)  # see fp8.LEAST
+
 
 @triton.jit
 def add_and_norm(
@@ -51,8 +53,14 @@ def add_and_norm(
 
 @triton.jit
 def fp8_scale(x):
-    """The scale with which the largest of x (N) becomes e4m3's largest number; never 0."""
-    return tl.maximum(tl.max(tl.abs(x), axis=0), 1e-30) / 448
+    """The scale of x (N), and its inverse: see `fp8.scales_for`."""
+    largest = tl.max(tl.abs(x), axis=0)
+    # The exponents' bits, plus one if the significand exceeds that of 448, minus its 8.
+    bits = tl.maximum(largest, FP8_LEAST).to(tl.int32, bitcast=True)
+    exponent = ((bits + 0x1FFFFF) >> 23) - 8
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.where(largest < float("inf"), scale, float("nan")), inverse
 
 
 @triton.jit
@@ -118,10 +126,10 @@ def rope_and_cache(
         place = (page * HEADS + part) * PAGE_SIZE + slot % PAGE_SIZE
         if key_scales is not None:
             v = v.to(tl.float32)
-            k_scale = fp8_scale(k)
-            v_scale = fp8_scale(v)
-            k /= k_scale
-            v /= v_scale
+            k_scale, k_inverse = fp8_scale(k)
+            v_scale, v_inverse = fp8_scale(v)
+            k *= k_inverse
+            v *= v_inverse
             tl.store(key_scales + place, k_scale)
             tl.store(value_scales + place, v_scale)
         place *= HEAD_DIM

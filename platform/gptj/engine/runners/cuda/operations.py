@@ -61,8 +61,8 @@ class Inputs:
 class LayerCache:
     """Keys and values of a layer, both (pages, H, page size, K).
 
-    In fp8 (e4m3) each head of a token has a scale, its largest number / 448: both fp32 (pages, H,
-    page size).
+    In fp8 (e4m3) each head of a token has a scale (`fp8.scales_for`): both fp32 (pages, H, page
+    size).
     """
 
     keys: Tensor
