@@ -39,4 +39,6 @@ def test_a_steps_flops_equal_pytorchs_count(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_peak_is_plausible(dtype: torch.dtype, device: torch.device) -> None:
+    state = torch.random.get_rng_state()
     assert 1e7 < matrix_peak(device, dtype) < 1e17
+    assert torch.equal(torch.random.get_rng_state(), state)  # of a training that goes on from it
