@@ -154,7 +154,10 @@ PLAIN = (
     *("a step fails", "greedy text equals generate in fp32"),
 )
 # Of a profile, with a table of their own parts.
-PROFILES = (("decode step", "kernels"), ("prefill step", "kernels"), ("host time", "functions"))
+PROFILES = (
+    *(("decode step", "kernels"), ("beam step", "kernels"), ("prefill step", "kernels")),
+    ("host time", "functions"),
+)
 
 
 def main() -> None:

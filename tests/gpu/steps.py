@@ -17,18 +17,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from checking import Check, run
 from models import new_engine, new_model, new_runner, one_chunk, prompts
 from torch.profiler import ProfilerActivity, profile
 
-from gptj.engine.events import Event, Finished, TokenEvent, one_by_one
+from gptj.engine.events import BeamParams, Event, Finished, TokenEvent, one_by_one
+from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import generate
 
 BATCHES = (1, 64)
+BEAMS = 4
 STEPS = 12  # that are profiled
 FIRST = 4  # tokens of a sequence that are not
 LINES = 15  # of a table
@@ -37,13 +40,15 @@ TRACE_BYTES = 4 * 2**20  # compressed; larger ones are left out
 
 def main(check: Check) -> None:
     model = new_model(check, check.config(), torch.float16)
-    runner = new_runner(check, model, check.pick(64 * 16, 64))
+    runner = new_runner(check, model, check.pick(BEAMS * 64 * 12, 64))
     prompt = check.pick(1024, 20)
     (ids,) = prompts(runner.config, [prompt])
     batch = one_chunk(ids, range(-(-prompt // runner.page_size)))
     for batch_size in check.pick(BATCHES, (1, 3)):
         with check.attempt("decode step", batch=batch_size):
             decoding(check, runner, batch_size)
+    with check.attempt("beam step"):
+        searching(check, runner)
     with check.attempt("prefill step"):
         runner.step(batch)
         trace = traced(check, lambda: [runner.step(batch) for _ in range(3)], "prefill")
@@ -108,6 +113,51 @@ def decoding(check: Check, runner: CudaRunner, batch: int, dtype: str = "fp16") 
             gate.opened.set()
         engine.close()
     check.add("decode step", dtype=dtype, batch=batch, steps=steps, **summary(check, trace, steps))
+
+
+def searching(check: Check, runner: CudaRunner) -> None:
+    """Some steps of beam search, which are not launched ahead, with all prompts computed."""
+    samples, prompt = check.pick((64, 128), (2, 9))
+    first, steps = check.pick((12, STEPS), (4, 2))
+    gates = {first: Gate(), first + steps: Gate()}
+    begin, end = gates.values()
+    plain, calls = runner.step, 0
+
+    def step(batch: StepBatch) -> torch.Tensor:  # in the engine's thread, which a gate holds
+        nonlocal calls
+        calls += 1
+        if calls in gates:
+            gates[calls].pass_through()
+        return plain(batch)
+
+    def go_on() -> None:
+        begin.opened.set()
+        end.reached.wait(60)
+
+    params = SamplingParams(max_tokens=first + steps + 4, min_tokens=first + steps + 4)
+    ended = threading.Semaphore(0)
+
+    def note(event: Event) -> None:
+        if isinstance(event, Finished):
+            ended.release()
+
+    engine = new_engine(runner, BEAMS * samples, check.pick(2048, 32))
+    try:
+        with mock.patch.object(runner, "step", step):
+            for each in prompts(runner.config, [prompt] * samples):
+                engine.beam_search(each, params, BeamParams(num_beams=BEAMS), one_by_one(note))
+            begin.reached.wait(60)
+            trace = traced(check, go_on, "beams")
+            end.opened.set()
+            for _ in range(samples):
+                ended.acquire(timeout=60)
+    finally:
+        for gate in gates.values():
+            gate.opened.set()
+        engine.close()
+    check.add(
+        "beam step", samples=samples, beams=BEAMS, steps=steps, **summary(check, trace, steps)
+    )
 
 
 def traced(check: Check, function: Callable[[], object], name: str) -> list[dict[str, Any]]:
