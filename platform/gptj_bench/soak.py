@@ -4,7 +4,8 @@
 
 Starts gptj_bench.local_service with one replica. Clients send requests continuously, half of them
 streaming, and others disconnect in the middle of a stream. Every few seconds the memory and open
-files of the replica and the proxy are read. At the end, once idle, no page of the cache may be in
+files of the replica and the proxy are read; with RAY_SERVE_ENABLE_HA_PROXY=1 those of HAProxy and of
+the actor that runs it. At the end, once idle, no page of the cache may be in
 use, no request lost, no more files open than after the first fifth of the time, and no process more
 than a tenth (or 48 MB) larger than it was then. Otherwise exits with 1.
 """
@@ -28,7 +29,7 @@ from gptj_bench.faults import ANSWERED, Load, Result
 from gptj_bench.local_service import PROMPTS, LocalService, local_service
 from gptj_local.processes import HOST
 
-ACTORS = ("ServeReplica", "ProxyActor")
+ACTORS = ("ServeReplica", "ProxyActor", "HAProxyManager")  # the last one only with HAProxy
 SAMPLE_SECONDS = 2.0
 WARM_SHARE = 0.2  # of the time: caches fill, threads and pools start
 GROWTH, GROWTH_BYTES = 1.1, 48 * 2**20
@@ -87,6 +88,13 @@ class Soak:
         return found
 
 
+def watched(service: LocalService) -> dict[str, Process]:
+    """The replica, and what stands between it and the clients."""
+    numbers = {actor: list(service.processes(actor).values()) for actor in ACTORS}
+    numbers["haproxy"] = [each.pid for each in service.haproxies()]
+    return {name: Process(found[0]) for name, found in numbers.items() if found}
+
+
 async def leaver(service: LocalService, ended: asyncio.Event) -> int:
     """Start streams and abandon each after some chunks; returns their number."""
     count = 0
@@ -106,7 +114,7 @@ async def leaver(service: LocalService, ended: asyncio.Event) -> int:
 
 async def soak(service: LocalService, seconds: float, clients: int) -> Soak:
     """Load the service for `seconds`."""
-    processes = {actor: Process(next(iter(service.processes(actor).values()))) for actor in ACTORS}
+    processes = watched(service)
     load = Load(f"{service.url}/v1/completions", clients, service.key)
     since = time.monotonic()
     await load.begin()
