@@ -172,7 +172,7 @@ def load_from(
     arguments: Arguments,
     device: torch.device | None = None,
 ) -> tuple[Model, GPTJTokenizer]:
-    """As `load`, from a checkpoint that is already open."""
+    """As `load`, from a checkpoint that is already open, and without `check_device`."""
     config, tokenizer = _config_and_tokenizer(cls, folder, arguments)
     device, dtype = _device_and_dtype(arguments, device)
     model = cls.from_folder(folder, config=config, dtype=dtype, device=device)

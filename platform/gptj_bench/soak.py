@@ -4,10 +4,10 @@
 
 Starts gptj_bench.local_service with one replica. Clients send requests continuously, half of them
 streaming, and others disconnect in the middle of a stream. Every few seconds the memory and open
-files of the replica and the proxy are read; with RAY_SERVE_ENABLE_HA_PROXY=1 those of HAProxy and of
-the actor that runs it. At the end, once idle, no page of the cache may be in
-use, no request lost, no more files open than after the first fifth of the time, and no process more
-than a tenth (or 48 MB) larger than it was then. Otherwise exits with 1.
+files of the replica and the proxy are read; with RAY_SERVE_ENABLE_HA_PROXY=1 also those of HAProxy
+and of the actor that runs it. At the end, once idle, no page of the cache may be in use, no request
+lost, no more files open than after the first fifth of the time, and no process more than a tenth
+(or 48 MB) larger than it was then. Otherwise exits with 1.
 """
 
 from __future__ import annotations

@@ -312,8 +312,8 @@ def check_cached_pages(ours: Steps, model: GPTJForCausalLM, sequences: list[list
         )
         # One chunk, instead of decode steps, sums in another order.
         torch.testing.assert_close(
-            ours.runner._cache.numbers[:, :, pages],
-            reference._cache.numbers[:, :, : len(pages)],
+            ours.runner._cache.data[:, :, pages],
+            reference._cache.data[:, :, : len(pages)],
             rtol=0,
             atol=1e-4,
         )
@@ -502,7 +502,7 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_pages_are_forgotten(
     for _ in range(3):
         ours.step()
     page = ours.engine._scheduler.decode_batch.sequences[0].pages[0]
-    ours.runner._cache.numbers[:, :, page] = torch.nan
+    ours.runner._cache.data[:, :, page] = torch.nan
     ours.finish()
     assert "not finite" in str(broken.error)
     assert len(sound.ids) == 9

@@ -34,7 +34,7 @@ from gptj.engine.runners.cuda import fp8_linear
 from gptj.engine.runners.cuda.fp8 import (
     FP8,
     Fp8Matrix,
-    ScaledProduct,
+    UnscaledProduct,
     fp8_bytes,
     quantize,
     quantized_rows,
@@ -44,9 +44,9 @@ from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
     Blocks,
     Fp8Linear,
+    apply_scales,
     multiply_row,
     quantize_rows,
-    scaled,
 )
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
@@ -148,11 +148,11 @@ def test_rows_are_quantized_each_by_itself(dtype: torch.dtype, inputs: int) -> N
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_numbers_that_are_none_stay_visible(number: float) -> None:
+def test_nan_and_infinity_make_a_whole_row_nan(number: float) -> None:
     """Else a broken activation would become a text that looks right."""
     x = random(2, 64, dtype=torch.float16)
     x[1, 5] = number
-    product = scaled(Fp8Linear().multiply(x, quantize([random(16, 64)])))
+    product = apply_scales(Fp8Linear().multiply(x, quantize([random(16, 64)])))
     assert not bool(product[0].isnan().any())
     assert bool(product[1].isnan().all())
 
@@ -160,10 +160,10 @@ def test_numbers_that_are_none_stay_visible(number: float) -> None:
 @dtypes
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 33])
-def test_products_on_tensor_cores(dtype: torch.dtype, wide: bool, rows: int) -> None:
+def test_products_equal_those_in_fp32(dtype: torch.dtype, wide: bool, rows: int) -> None:
     weight = quantize([random(3072, 4096) * torch.logspace(-3, 1, 3072, device=DEVICE)[:, None]])
     x = (random(rows, 4096) * torch.logspace(-3, 1, rows, device=DEVICE)[:, None]).to(dtype)
-    ours = scaled(Fp8Linear().multiply(x, weight, wide=wide))
+    ours = apply_scales(Fp8Linear().multiply(x, weight, wide=wide))
     assert ours.dtype == (torch.float32 if wide else dtype)
     theirs = multiply_fp8(x, weight)
     for row in range(rows):
@@ -172,13 +172,15 @@ def test_products_on_tensor_cores(dtype: torch.dtype, wide: bool, rows: int) -> 
 
 @dtypes
 @pytest.mark.parametrize("blocks", CANDIDATES, ids=str)
-def test_one_row(dtype: torch.dtype, blocks: Blocks) -> None:
+def test_the_kernel_for_one_row_equals_the_product_in_fp32(
+    dtype: torch.dtype, blocks: Blocks
+) -> None:
     for columns, inputs in ((37, 64), (16, 4100)):
         weight, x = quantize([random(columns, inputs)]), random(1, inputs, dtype=dtype)
         values, scales = quantize_rows(x)
         for wide in (False, True):
             ours = multiply_row(values, weight, blocks, torch.float32 if wide else dtype)
-            ours = scaled(ScaledProduct(ours, scales, weight.product_scales))
+            ours = apply_scales(UnscaledProduct(ours, scales, weight.product_scales))
             near(ours, multiply_fp8(x, weight))
 
 
@@ -188,7 +190,7 @@ def test_the_largest_sums_fit_into_fp16() -> None:
         weight = quantize([torch.full((16, inputs), 1.75, device=DEVICE)])
         x = torch.full((2, inputs), 1.75, dtype=torch.float16, device=DEVICE)
         near(
-            scaled(Fp8Linear().multiply(x, weight)),
+            apply_scales(Fp8Linear().multiply(x, weight)),
             torch.full((2, 16), 1.75**2 * inputs, device=DEVICE),
         )
 
@@ -197,7 +199,7 @@ def test_sums_may_exceed_fp16_if_wide() -> None:
     weight = quantize([torch.full((16, 4096), 192.0, device=DEVICE)])
     x = torch.full((2, 4096), 192.0, dtype=torch.float16, device=DEVICE)
     expected = torch.full((2, 16), 192.0 * 192 * 4096, device=DEVICE)
-    near(scaled(Fp8Linear().multiply(x, weight, wide=True)), expected)
+    near(apply_scales(Fp8Linear().multiply(x, weight, wide=True)), expected)
 
 
 @pytest.mark.parametrize("fastest", [None, CANDIDATES[2]], ids=str)
@@ -244,7 +246,7 @@ def test_steps_compute_in_fp8(device: torch.device) -> None:
     for batch, logits in zip(batches, (expected[:20], *expected[20:24]), strict=True):
         ours, theirs = runner.step(batch).cpu(), plain.step(batch)
         assert apart(ours, theirs) < FLIPS
-        assert apart(ours, logits) < 0.1
+        assert 0.01 < apart(ours, logits) < 0.1  # fp16 is closer
     runner.close()
     plain.close()
 
@@ -296,7 +298,7 @@ def test_adapters_are_added_to_products_in_fp8(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
-def test_weights_in_4_bits_cannot_become_more(quantization: choice.Quantization) -> None:
+def test_int4_weights_are_not_quantized_again(quantization: choice.Quantization) -> None:
     model = ElsewhereModel(CONFIG)
     int4.quantize_blocks(model.transformer.h)
     with pytest.raises(ValueError, match=f"{quantization} needs the original weights"):

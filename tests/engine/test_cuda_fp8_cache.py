@@ -237,11 +237,11 @@ def test_copied_pages_have_their_scales(shape: str, dtype: torch.dtype) -> None:
         torch.manual_seed(1)
         cache = Cache.zeros(it.config, 3, 7, FP8, DEVICE)
         assert cache.scales is not None
-        cache.numbers.view(torch.uint8).copy_(torch.randint(0, 127, cache.numbers.shape))
+        cache.data.view(torch.uint8).copy_(torch.randint(0, 127, cache.data.shape))
         cache.scales.copy_(torch.rand(cache.scales.shape))
         before = cache.scales.clone()
         operations.copy_pages(cache, [PageCopy(1, 2, filled=5), PageCopy(3, 4, filled=PAGE)])
-        results.append((cache.numbers.view(torch.uint8), cache.scales))
+        results.append((cache.data.view(torch.uint8), cache.scales))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(cache.scales[:, :, 2, :, :5], before[:, :, 1, :, :5])
@@ -294,7 +294,7 @@ def test_rows_decode_from_a_copied_page_as_from_its_source(device: torch.device)
     runner.close()
 
 
-def test_beams_and_cached_prefixes_share_pages(device: torch.device) -> None:
+def test_texts_are_equal_with_and_without_prefix_caching(device: torch.device) -> None:
     """Texts do not depend on whether a prefix was computed or found in the cache."""
     model = tiny_model(device=device).half()
     asked, found = tokens(40), []
@@ -321,9 +321,9 @@ def test_a_page_takes_a_byte_per_number_and_a_scale_per_head() -> None:
     assert cache.scales is not None
     page = page_bytes(CONFIG, FP8)
     assert page == 2 * 2 * 16 * (64 + 4 * 4)  # keys and values, layers, positions, width, heads
-    assert cache.numbers.nbytes + cache.scales.nbytes == 10 * page
+    assert cache.data.nbytes + cache.scales.nbytes == 10 * page
     runner.resize(3)
-    assert runner._cache.numbers.nbytes == 4 * 2 * 2 * 16 * 64
+    assert runner._cache.data.nbytes == 4 * 2 * 2 * 16 * 64
     runner.close()
 
 
@@ -380,6 +380,8 @@ def test_without_kernels_an_fp8_cache_is_refused(monkeypatch: pytest.MonkeyPatch
         raise UnsupportedError("Triton cannot be imported")
 
     monkeypatch.setattr(choice, "operations_for", unsupported)
+    hopper = SimpleNamespace(name="H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
     model = ElsewhereModel(CONFIG).half()
     reason = "quantization=int8 with kv_cache_dtype=fp8 is not available: Triton cannot be imported"
     with pytest.raises(UnsupportedError, match=reason):

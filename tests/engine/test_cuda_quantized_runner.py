@@ -26,6 +26,7 @@ from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cpu import packing
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import quantized_kernels, quantized_linear
+from gptj.engine.runners.cuda.fp8 import Fp8Matrix
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.quantized_linear import Blocks
@@ -246,7 +247,7 @@ def test_adapters_are_added_to_quantized_products(
     runner.close()
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_gpu_gets_a_runner_with_quantized_weights(
     name: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,8 +266,11 @@ def test_a_gpu_gets_a_runner_with_quantized_weights(
     assert asked == [(lora, name)]
     assert isinstance(runner, CudaRunner)
     layer = runner._weights.layers[0]
-    assert isinstance(layer.qkv_fc_in, QuantizedMatrix)
-    assert layer.qkv_fc_in.bits == BITS[name]
+    if name == "fp8":
+        assert isinstance(layer.qkv_fc_in, Fp8Matrix)
+    else:
+        assert isinstance(layer.qkv_fc_in, QuantizedMatrix)
+        assert layer.qkv_fc_in.bits == BITS[name]
     runner.close()
 
 
@@ -285,7 +289,7 @@ def test_a_models_own_4_bit_weights_stay_in_4_bits_on_a_gpu(
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_activations_must_be_in_16_bits(quantization: Format) -> None:
-    with pytest.raises(UnsupportedError, match=r"in float16 or bfloat16.*remedy: dtype=bfloat16"):
+    with pytest.raises(UnsupportedError, match=r"in float16 or bfloat16.*remedy: dtype=b?float16"):
         operations_for(ElsewhereModel(CONFIG), quantization=quantization)
 
 

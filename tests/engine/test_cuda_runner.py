@@ -118,7 +118,7 @@ def test_padding_touches_no_page_but_the_scratch_page(device: torch.device) -> N
     runner = CudaRunner(model, 8, operations(model))
     runner._cache.zero_()
     runner.step(decode_batch([5, 6, 7], [0, 15, 17], [[2, 0], [5, 0], [1, 3]]))
-    written = runner._cache.numbers.ne(0).any(dim=(0, 1, 3, 5)).nonzero().tolist()  # (page, place)
+    written = runner._cache.data.ne(0).any(dim=(0, 1, 3, 5)).nonzero().tolist()  # (page, place)
     assert written == [[2, 0], [3, 1], [5, 15], [8, 0]]
     runner.close()
 
@@ -250,6 +250,9 @@ def test_without_kernels_a_gpu_uses_pytorch_and_logs_why(
     with caplog.at_level(logging.WARNING):
         assert choice.best_runner(model, 64) is plain
     assert "on PyTorch, without our kernels: Triton cannot be imported" in caplog.text
+    hopper = SimpleNamespace(name="H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    model = model.half()
     for name in ("int8", "int4", "fp8"):
         reason = f"{name} is not available: Triton cannot be imported"
         with pytest.raises(UnsupportedError, match=reason):

@@ -240,7 +240,7 @@ def test_unused_slots_of_a_page_do_not_matter(make: Callable[..., Case]) -> None
     (clean,) = step(case.runner, (ids[:20], 0, [1, 2]))
     wte = case.model.transformer.wte.weight
     if isinstance(case.runner, CudaRunner):
-        case.runner._cache.numbers[:, :, 1:3] = torch.nan
+        case.runner._cache.data[:, :, 1:3] = torch.nan
     elif isinstance(case.runner, CpuRunner):
         case.runner._cache[:, :, 1:3] = torch.nan
     else:

@@ -1,4 +1,4 @@
-"""Part 6: the attention kernels with their tunables beside PyTorch's attention; copies of pages.
+"""The attention kernels with their tunables beside PyTorch's attention; copies of pages.
 
 PyTorch's sees contiguous keys and values, ours scattered pages. FlashInfer is left out: its wheel
 alone is larger than all that may be carried.
@@ -108,7 +108,7 @@ class Layer:
             )
         shape = (pages, self.config.n_head, PAGE, self.config.head_dim)
         cache = Cache.zeros(self.config, 1, pages, dtype, torch.device(self.kind))
-        for part in cache.numbers:
+        for part in cache.data:
             part.copy_(self.random(*shape))
         (self.cache,) = cache.layers()
         self.dtype = "fp8" if dtype == FP8 else "fp16"

@@ -1,4 +1,4 @@
-"""Part 1: versions and compilers; the read bandwidth and the matrix peak that shares are of."""
+"""Versions and compilers; the read bandwidth and the matrix peak that shares are of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part 3: steps at 6B's widths with two layers, against the model in fp32 and plain PyTorch.
+"""Steps at 6B's widths with two layers, against the model in fp32 and plain PyTorch.
 
 One sequence as long as the context is computed by the model in fp32. Whatever a step computes is a
 part of it: a row that decodes at position p has the sequence's first p tokens before it. Rows share
@@ -97,7 +97,7 @@ class Paged:
 
     def poison(self, batch: StepBatch) -> Tensor:
         """NaN in all places that the rows of a decoding batch do not see; the cache before."""
-        cache = self.runner._cache.numbers  # (2, layers, pages, heads, page size, width)
+        cache = self.runner._cache.data  # (2, layers, pages, heads, page size, width)
         before = cache.clone()
         seen = torch.zeros(cache.shape[2], PAGE, dtype=torch.bool)
         for position, table in zip(batch.positions_T.tolist(), batch.page_table_RP, strict=True):
@@ -151,7 +151,7 @@ def _steps(check: Check, model: GPTJForCausalLM, known: Known, name: str) -> Non
             right=torch.equal(poisoned, logits),
             not_finite=int((~poisoned.isfinite()).sum()),
         )
-        runner._cache.numbers.copy_(before)
+        runner._cache.data.copy_(before)
         del before, poisoned
     for count in check.pick((1, 17, 64), (1,)):
         parts, tables = _mixed(paged, count)

@@ -1,4 +1,4 @@
-"""Part 6: weights, activations and cache in fp8: decoding, prefill, beams, products, steps."""
+"""Weights, activations and cache in fp8: decoding, prefill, beams, products, steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
     Blocks,
     Fp8Linear,
+    apply_scales,
     quantize_rows,
-    scaled,
 )
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.tuned_linear import seconds_of
@@ -40,7 +40,7 @@ APART = 0.04  # logits, relative to their norm: fp16's last bit decides some num
 SUMS = 0.004  # products, likewise: tensor cores keep fewer bits of a sum than fp32 has
 LEFT_BYTES = 10e9  # of the GPU by the cache: graphs, logits and long steps
 MOST_TOKENS = 160_000  # of the cache
-WITH_CACHE = "fp8, and the cache"
+WITH_CACHE = "fp8, fp8 KV cache"
 
 
 def main(check: Check) -> None:
@@ -180,7 +180,7 @@ def _time(
     expected: Tensor,
     **values: object,
 ) -> None:
-    found = scaled(multiply(weights[0]))[:, : expected.shape[1]].float()
+    found = apply_scales(multiply(weights[0]))[:, : expected.shape[1]].float()
     error = _apart(found, expected)
     if check.rehearsal:
         seconds = check.time(lambda: multiply(weights[0]))["ms"] / 1e3

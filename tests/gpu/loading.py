@@ -1,4 +1,4 @@
-"""Part 2: a random 6B in fp16 made on the card: seconds to load and capture, and memory."""
+"""A random 6B in fp16 made on the card: seconds to load and capture, and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj_bench.decode import generate, random_model
 
-SHARE = 0.9  # of free memory, a deployment's default for the cache
+SHARE = 0.9  # of free memory, less than a deployment's 0.95
 FILE_LAYERS = 4  # of the model that goes through files
 
 

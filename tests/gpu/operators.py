@@ -1,4 +1,4 @@
-"""Part 6: what a step is made of, one by one: products, sampling, attention, copies of pages."""
+"""What a step is made of, one by one: products, sampling, attention, copies of pages."""
 
 from __future__ import annotations
 

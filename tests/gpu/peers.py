@@ -1,4 +1,4 @@
-"""Part 9: transformers' GPT-J on the same card: the same decode rows, by its `generate`."""
+"""Transformers' GPT-J on the same card: the same decode rows, by its `generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part 6: matrix products of the model's shapes, in fp16, for 1 to 2,048 rows."""
+"""Matrix products of the model's shapes, in fp16, for 1 to 2,048 rows."""
 
 from __future__ import annotations
 

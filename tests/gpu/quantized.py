@@ -1,4 +1,4 @@
-"""Part 5: weights in 8 and 4 bits: products by kernel, decoding, steps beside plain ones."""
+"""Weights in 8 and 4 bits: products by kernel, decoding, steps beside plain ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(check: Check) -> None:
         name = each or "fp16"
         if not check.late("decode", 12, dtype=name):
             with check.attempt("decode", dtype=name):
-                decoding(check, each, BATCHES)
+                decoding(check, each)
     for kind in kinds:
         with check.attempt("quantized steps", kind=kind):
             steps(check, kind)
@@ -183,10 +183,10 @@ def first_tokens(config: GPTJConfig, count: int) -> StepBatch:
     )
 
 
-def decoding(check: Check, kind: Format | None, wanted: Sequence[int]) -> None:
+def decoding(check: Check, kind: Format | None) -> None:
     name = kind or "fp16"
     config = config_of(check, 28)
-    batches = check.pick(wanted, (1, 3))
+    batches = check.pick(BATCHES, (1, 3))
     model = new_model(check, config, torch.float16)
     check.device.reset_peak()
     pages = max(batches) * check.pick(18, 2)

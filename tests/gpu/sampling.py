@@ -1,4 +1,4 @@
-"""Part 6: choosing tokens, beside the products before it: greedy, top_k, top_p, penalties."""
+"""Choosing tokens, beside the products before it: greedy, top_k, top_p, penalties."""
 
 from __future__ import annotations
 

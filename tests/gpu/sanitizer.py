@@ -1,4 +1,4 @@
-"""Part 9, the end: compute-sanitizer over the kernels' tests, if there is one."""
+"""Compute-sanitizer over the kernels' tests, if there is one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from checking import Check, run
 from results import Row
 from suite import GRACE_SECONDS, REHEARSED, judged, run_tests
 
-FILES = ("test_cuda_kernels", "test_cuda_fp8", "test_cuda_sampling", "test_cuda_quantized")
+FILES = (
+    *("test_cuda_kernels", "test_cuda_fp8", "test_cuda_fp8_cache"),
+    *("test_cuda_sampling", "test_cuda_quantized"),
+)
 # Tests of hundreds of launches, each of which is instrumented; and of runners, whose graphs cannot
 # be captured without PyTorch's own pieces of memory.
-LEFT_OUT = "gemv or every_candidate or vocabulary or probabilities or steps_compute or adapters_are"
+LEFT_OUT = (
+    "every_candidate or vocabulary or probabilities or steps_compute or adapters_are or runner"
+    " or rows_decode or prefix_caching or takes_a_byte or gemv"
+)
 # Kernels of PyTorch and its libraries, which warn of races in their own shared memory: no argument
 # of ours can cause one, while an access out of bounds can be ours in any kernel.
 NOT_OURS = ("fmha", "cutlass", "cublas", "gemm", "at::")

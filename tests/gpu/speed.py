@@ -1,4 +1,4 @@
-"""Part 4: tokens a second of a 6B in fp16: decode, prefill, time between tokens, four beams."""
+"""Tokens a second of a 6B in fp16: decode, prefill, time between tokens, four beams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part 5: where the time of a step goes: kernels, idle GPU, and the host's Python.
+"""Where the time of a step goes: kernels, idle GPU, and the host's Python.
 
 From PyTorch's profiler, which records a replayed graph's kernels one by one. Its traces are kept
 beside the results (chrome://tracing opens them).

@@ -1,4 +1,4 @@
-"""Part 7: 64 threads that take tokens; nearly all memory for the cache; a step that fails."""
+"""64 threads that take tokens; nearly all memory for the cache; a step that fails."""
 
 from __future__ import annotations
 

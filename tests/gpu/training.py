@@ -1,4 +1,4 @@
-"""Part 8: training by DeepSpeed on one GPU against the CPU; one 6B layer; memory."""
+"""Training by DeepSpeed on one GPU against the CPU; one 6B layer; memory."""
 
 from __future__ import annotations
 

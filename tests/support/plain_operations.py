@@ -129,7 +129,7 @@ class PlainOperations:
         return y_TO
 
     def copy_pages(self, cache: Cache, copies: Sequence[PageCopy]) -> None:
-        parts = [part for part in (cache.numbers, cache.scales) if part is not None]
+        parts = [part for part in (cache.data, cache.scales) if part is not None]
         for part, (source, target, filled) in product(parts, copies):
             part[:, :, target, :, :filled] = part[:, :, source, :, :filled]
 

@@ -39,6 +39,12 @@ def test_a_steps_flops_equal_pytorchs_count(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_peak_is_plausible(dtype: torch.dtype, device: torch.device) -> None:
-    state = torch.random.get_rng_state()
     assert 1e7 < matrix_peak(device, dtype) < 1e17
-    assert torch.equal(torch.random.get_rng_state(), state)  # of a training that goes on from it
+
+
+def test_measuring_the_peak_leaves_the_global_generators_alone(device: torch.device) -> None:
+    """A training goes on from them."""
+    generators = torch.cuda if device.type == "cuda" else torch.random
+    state = generators.get_rng_state()
+    matrix_peak(device, torch.float32)
+    assert torch.equal(generators.get_rng_state(), state)

@@ -65,10 +65,10 @@ def best_runner(
                 f"bits; remedy: leave quantization out, or load the original model"
             )
         quantization = "int4"
+    check_formats(quantization, kv_cache_dtype, model.device, model.dtype)
     if not isinstance(cache, CacheShare) and cache < 1:
         raise ValueError(f"cache_tokens must be 1 or more, got {cache}")
     if model.device.type == "cpu":
-        check_formats(quantization, kv_cache_dtype, model.device, model.dtype)
         return _cpu_runner(model, _pages_on_cpu(model, cache), quantization, lora, release)
     # With a share, start with one page and measure everything else first.
     num_pages = 1 if isinstance(cache, CacheShare) else -(-cache // PAGE_SIZE)

@@ -44,8 +44,8 @@ class StepFlops:
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Best FLOP/s of square matrix products, measured for SECONDS.
 
-    Of random numbers: a GPU needs less power for equal ones, and multiplies them faster (an H100
-    890 instead of 730 TFLOP/s). They are not drawn from the global generators.
+    Of random numbers: equal ones take less power, so that a GPU runs faster than real data allow
+    (an H100: 885 instead of 732 TFLOP/s). They are not drawn from the global generators.
     """
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     numbers = torch.Generator(device).manual_seed(0)

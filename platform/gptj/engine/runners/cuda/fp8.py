@@ -1,10 +1,10 @@
 """Weights in fp8 for matrix products whose activations are fp8 too.
 
 Both are e4m3 (Micikevicius et al., "FP8 formats for deep learning", 2022), rounded to nearest after
-a division by a scale, with which the product is multiplied: one for each column of the weights, and
-one for each token, computed in every step, so that a token's numbers do not depend on its step's
-others. Scales are powers of 2: divisions are exact and cost what a multiplication does, and floats
-lose no precision by them.
+a division by a scale, with which the product is multiplied: static ones of the weights' columns
+(per channel), and dynamic ones of the tokens, which do not depend on the other tokens of a step.
+Scales are powers of 2, so that a division is an exact multiplication by the inverse, and loses none
+of a float's precision.
 
 Tensor cores multiply the numbers without these scales. Whatever reads a product applies them.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of FP8
-LEAST = 2.0**-100  # is taken for the largest number of a row that is smaller, such as of zeros
+LEAST = 2.0**-100  # lower bound of a row's largest magnitude, so that a row of zeros has a scale
 PIECE = 512  # columns quantized at a time, to save memory
 ALIGNMENT = 16  # of both widths of a matrix, for tensor cores
 
@@ -60,21 +60,21 @@ def factor_for(inputs: int) -> float:
 
 
 @dataclass(frozen=True)
-class ScaledProduct:
-    """A product before its scales: values[t, c] * rows[t] * columns[c]."""
+class UnscaledProduct:
+    """A product before its scales: values[t, c] * row_scales[t] * column_scales[c]."""
 
     values: Tensor  # (T, columns)
-    rows: Tensor  # (T), fp32
-    columns: Tensor  # (columns), fp32
+    row_scales: Tensor  # (T), fp32
+    column_scales: Tensor  # (columns), fp32
 
 
-Product = Tensor | ScaledProduct
+Product = Tensor | UnscaledProduct
 
 
 def parts_of(product: Product) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A product's numbers, and the scales of its rows and columns, if it has them."""
-    if isinstance(product, ScaledProduct):
-        return product.values, product.rows, product.columns
+    if isinstance(product, UnscaledProduct):
+        return product.values, product.row_scales, product.column_scales
     return product, None, None
 
 
@@ -115,7 +115,7 @@ def scales_for(largest: Tensor) -> Tensor:
 
     NaN for infinity, which conversions may take for e4m3's largest number.
     """
-    significands, exponents = torch.frexp(largest.clamp_min(LEAST))  # in [0.5, 1)
+    significands, exponents = torch.frexp(largest.clamp_min(LEAST))  # of 448: 0.875 and 9
     exponents += (significands > LARGEST / 512).int() - 9
     scales = torch.ldexp(torch.ones_like(largest), exponents)
     return torch.where(largest.isfinite(), scales, torch.nan)

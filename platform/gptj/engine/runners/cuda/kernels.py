@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FP8_LEAST = tl.constexpr(2.0**-100)  # see fp8.LEAST
+from gptj.engine.runners.cuda.fp8 import LEAST
+
+FP8_LEAST = tl.constexpr(LEAST)
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def add_and_norm(
 def fp8_scale(x):
     """The scale of x (N), and its inverse: see `fp8.scales_for`."""
     largest = tl.max(tl.abs(x), axis=0)
-    # The exponents' bits, plus one if the significand exceeds that of 448, minus its 8.
+    # The biased exponent, plus 1 if the significand exceeds 448's (1.75), minus 448's exponent, 8.
     bits = tl.maximum(largest, FP8_LEAST).to(tl.int32, bitcast=True)
     exponent = ((bits + 0x1FFFFF) >> 23) - 8
     scale = (exponent << 23).to(tl.float32, bitcast=True)
@@ -178,14 +180,15 @@ def attend_fp8(
     scale,
     largest,
     total,
-    heaviest,
+    max_weight,
     weighted,
     MASKED: tl.constexpr,
 ):
-    """As `attend`, to keys and values in fp8, all of which q's dtype has.
+    """As `attend`, for keys and values in fp8, whose values q's dtype represents exactly.
 
-    Scales are factors of scores and weights. The weights of v are relative to a line's `heaviest`,
-    so that in fp16 they are at most 1, and only those that do not count underflow.
+    Scores are multiplied by the keys' scales, and softmax weights by the values'. The latter are
+    relative to a line's `max_weight`, so that in fp16 they are at most 1, and only negligible ones
+    underflow.
     """
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * k_scales[None, :]
     if MASKED:
@@ -195,13 +198,13 @@ def attend_fp8(
     shrink = tl.exp2(largest - raised)
     total = total * shrink + tl.sum(weights, axis=1)
     weights *= v_scales[None, :]
-    kept = heaviest * shrink
-    heaviest = tl.maximum(kept, tl.max(weights, axis=1))
-    inverse = 1 / heaviest
+    kept = max_weight * shrink
+    max_weight = tl.maximum(kept, tl.max(weights, axis=1))
+    inverse = 1 / max_weight
     weighted *= (kept * inverse)[:, None]
     weights *= inverse[:, None]
     weighted = tl.dot(weights.to(q.dtype), v.to(q.dtype), weighted, input_precision="ieee")
-    return raised, total, heaviest, weighted
+    return raised, total, max_weight, weighted
 
 
 @triton.jit
@@ -263,7 +266,7 @@ def paged_decode_attention(
         total = tl.zeros([LINES], tl.float32)
         weighted = tl.zeros([LINES, BLOCK_DIM], tl.float32)
         if key_scales is not None:
-            heaviest = tl.zeros([LINES], tl.float32)
+            max_weight = tl.zeros([LINES], tl.float32)
         end = tl.minimum(last * PAGE_SIZE, context)
         for start in tl.range(first * PAGE_SIZE, end, BLOCK_PLACES, num_stages=STAGES):
             places = start + tl.arange(0, BLOCK_PLACES)
@@ -289,7 +292,7 @@ def paged_decode_attention(
             else:
                 k_scales = tl.load(key_scales + slots, mask=seen, other=0.0)
                 v_scales = tl.load(value_scales + slots, mask=seen, other=0.0)
-                largest, total, heaviest, weighted = attend_fp8(
+                largest, total, max_weight, weighted = attend_fp8(
                     q,
                     k,
                     v,
@@ -299,12 +302,12 @@ def paged_decode_attention(
                     scale,
                     largest,
                     total,
-                    heaviest,
+                    max_weight,
                     weighted,
                     True,
                 )
         if key_scales is not None:
-            weighted *= heaviest[:, None]
+            weighted *= max_weight[:, None]
         if (shared == 0) & (SPLITS == 1):
             target = attn_mlp + (row + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
             found = weighted / total[:, None]
@@ -388,7 +391,7 @@ def paged_prefill_attention(
     total = tl.zeros([TILE], tl.float32)
     weighted = tl.zeros([TILE, BLOCK_DIM], tl.float32)
     if key_scales is not None:
-        heaviest = tl.zeros([TILE], tl.float32)
+        max_weight = tl.zeros([TILE], tl.float32)
     context = position + tokens
     # All lines see all places of the first blocks, which need no masks.
     border = position // BLOCK_PLACES * BLOCK_PLACES
@@ -404,7 +407,7 @@ def paged_prefill_attention(
         else:
             k_scales = tl.load(key_scales + slots)
             v_scales = tl.load(value_scales + slots)
-            largest, total, heaviest, weighted = attend_fp8(
+            largest, total, max_weight, weighted = attend_fp8(
                 q,
                 k,
                 v,
@@ -414,7 +417,7 @@ def paged_prefill_attention(
                 scale,
                 largest,
                 total,
-                heaviest,
+                max_weight,
                 weighted,
                 False,
             )
@@ -436,7 +439,7 @@ def paged_prefill_attention(
         else:
             k_scales = tl.load(key_scales + slots, mask=seen, other=0.0)
             v_scales = tl.load(value_scales + slots, mask=seen, other=0.0)
-            largest, total, heaviest, weighted = attend_fp8(
+            largest, total, max_weight, weighted = attend_fp8(
                 q,
                 k,
                 v,
@@ -446,12 +449,12 @@ def paged_prefill_attention(
                 scale,
                 largest,
                 total,
-                heaviest,
+                max_weight,
                 weighted,
                 True,
             )
     if key_scales is not None:
-        weighted *= heaviest[:, None]
+        weighted *= max_weight[:, None]
     target = attn_mlp + (start + lines)[:, None] * ROW + head * HEAD_DIM + dims[None, :]
     found = (weighted / total[:, None]).to(attn_mlp.dtype.element_ty)
     tl.store(target, found, mask=real)

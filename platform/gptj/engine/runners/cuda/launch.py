@@ -19,11 +19,11 @@ from gptj.engine.runners.cuda.fp8 import (
     ALIGNMENT,
     Fp8Matrix,
     Product,
-    ScaledProduct,
+    UnscaledProduct,
     parts_of,
     quantize,
 )
-from gptj.engine.runners.cuda.fp8_linear import Fp8Linear, scaled
+from gptj.engine.runners.cuda.fp8_linear import Fp8Linear, apply_scales
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, SIZES
 from gptj.engine.runners.cuda.inputs import InputsMaker
 from gptj.engine.runners.cuda.lora import Adapted, AdaptedLayer, Ranks
@@ -151,9 +151,9 @@ class TritonOperations:
             more_TD: Product = added_TD
             if quantization == "fp8":
                 rows = zeros(tokens, dtype=torch.float32)
-                more_TD = ScaledProduct(added_TD, rows, vector)
+                more_TD = UnscaledProduct(added_TD, rows, vector)
                 columns = zeros(3 * width + inner, dtype=torch.float32)
-                qkv_fc_in = ScaledProduct(zeros(tokens, 3 * width + inner), rows, columns)
+                qkv_fc_in = UnscaledProduct(zeros(tokens, 3 * width + inner), rows, columns)
             self.add_and_norm(x_TD, more_TD, vector, norm)
             q_THK = self.rope_and_cache(
                 qkv_fc_in, inner_bias, (table, table), inputs, layer, attn_mlp
@@ -171,7 +171,7 @@ class TritonOperations:
             if quantization == "fp8":
                 weight = quantize([zeros(ALIGNMENT, inputs_C)])
                 for wide in (False, True):
-                    scaled(self.multiply(zeros(1, inputs_C), weight, wide=wide))
+                    apply_scales(self.multiply(zeros(1, inputs_C), weight, wide=wide))
             elif quantization is not None:
                 for bits in {BITS[quantization], HEAD_BITS}:
                     self.multiply(zeros(1, inputs_C), pack([zeros(1, inputs_C)], bits))
@@ -264,7 +264,7 @@ class TritonOperations:
             self._prefill_attention(q_THK, inputs, inputs.tiles_N4, cache, attn_mlp)
 
     def add_lora(self, y_TO: Product, x_TI: Tensor, adapted: Adapted, inputs: Inputs) -> Tensor:
-        y_TO = scaled(y_TO)
+        y_TO = apply_scales(y_TO)
         if inputs.num_decodes:
             self._add_lora(y_TO, x_TI, adapted, inputs)
         for chunk in inputs.chunks:
@@ -313,11 +313,11 @@ class TritonOperations:
         )
 
     def copy_pages(self, cache: Cache, copies: Sequence[PageCopy]) -> None:
-        parts, layers, pages, heads, page_size, head_dim = cache.numbers.shape
+        parts, layers, pages, heads, page_size, head_dim = cache.data.shape
         kernels.copy_pages[(len(copies), parts * layers, heads)](
-            cache.numbers,
+            cache.data,
             cache.scales,
-            sent(np.array(copies, np.int32), cache.numbers.device),
+            sent(np.array(copies, np.int32), cache.data.device),
             pages,
             HEADS=heads,
             HEAD_DIM=head_dim,

@@ -75,8 +75,8 @@ class LayerCache:
 class Cache:
     """Keys and values of all layers, with one address for each as long as it lives."""
 
-    numbers: Tensor  # (2, layers, pages, H, page size, K)
-    # Of numbers in fp8: fp32 (2, layers, pages, H, page size). Attention divides by the largest,
+    data: Tensor  # (2, layers, pages, H, page size, K)
+    # Of data in fp8: fp32 (2, layers, pages, H, page size). Attention divides by the largest,
     # so that none is 0, not even of unused places.
     scales: Tensor | None
 
@@ -90,19 +90,19 @@ class Cache:
             dtype: FP8, or that of the queries.
         """
         shape = (2, layers, pages, config.n_head, PAGE_SIZE)
-        numbers = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
+        data = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
         scales = None
         if dtype == FP8:
             scales = torch.ones(shape, dtype=torch.float32, device=device)
-        return cls(numbers, scales)
+        return cls(data, scales)
 
     def zero_(self) -> None:
-        self.numbers.zero_()
+        self.data.zero_()
         if self.scales is not None:
             self.scales.fill_(1)
 
     def layers(self) -> list[LayerCache]:
-        parts = [each for each in (self.numbers, self.scales) if each is not None]
+        parts = [each for each in (self.data, self.scales) if each is not None]
         by_layer = zip(*(part.unbind(1) for part in parts), strict=True)
         return [LayerCache(*(part for pair in layer for part in pair)) for layer in by_layer]
 

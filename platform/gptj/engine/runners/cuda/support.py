@@ -53,6 +53,15 @@ def operations_for(
         )
     if model.dtype not in DTYPES:
         raise UnsupportedError(f"the kernels do not support {model.dtype}")
+    if quantization == "fp8":
+        if config.n_embd % ALIGNMENT or config.inner_dim % ALIGNMENT:
+            raise UnsupportedError(
+                f"fp8 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples "
+                f"of {ALIGNMENT}"
+            )
+        check_fp8(device, model.dtype, "quantization")
+    if cache_dtype == FP8:
+        check_fp8(device, model.dtype, "kv_cache_dtype")
     if quantization is not None and model.dtype == torch.float32:
         raise UnsupportedError(
             "on GPUs quantized weights need a model in float16 or bfloat16, and this one is in "
@@ -60,15 +69,6 @@ def operations_for(
         )
     if quantization == "int4":
         check_int4_widths(config)
-    if quantization == "fp8" and (config.n_embd % ALIGNMENT or config.inner_dim % ALIGNMENT):
-        raise UnsupportedError(
-            f"fp8 needs n_embd={config.n_embd} and n_inner={config.inner_dim} to be multiples of "
-            f"{ALIGNMENT}"
-        )
-    if quantization == "fp8":
-        check_fp8(device, model.dtype, "quantization")
-    if cache_dtype == FP8:
-        check_fp8(device, model.dtype, "kv_cache_dtype")
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < LEAST_CAPABILITY:
         raise UnsupportedError(
