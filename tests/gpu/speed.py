@@ -153,7 +153,7 @@ def beams(check: Check, runner: CudaRunner, dtype: str = "fp16") -> None:
     Random weights hardly ever choose eos, so that every search goes on to its end.
     """
     numbers = random.Random(0)
-    samples, running = check.pick((96, 256), (2, 8))
+    samples, running = check.pick((128, 256), (2, 8))  # two rounds of 64 searches
     lengths = [numbers.randint(*check.pick((340, 1400), (5, 30))) for _ in range(samples)]
     params, search = MLPERF, BeamParams(num_beams=BEAMS, early_stopping=True)
     if check.rehearsal:
