@@ -229,6 +229,7 @@ def test_the_fastest_way_is_chosen_for_one_row(
     assert asked == [fastest, None, None]
 
 
+@pytest.mark.slow
 def test_steps_compute_in_fp8(device: torch.device) -> None:
     """A prompt, and tokens after it, as plain operations do; near the weights' own logits."""
     model = random_model(device)
@@ -270,6 +271,7 @@ def test_the_head_and_the_embedding_keep_their_dtype() -> None:
     assert weights.head_VD.dtype == weights.embedding_VD.dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_adapters_are_added_to_products_in_fp8(device: torch.device) -> None:
     """The adapters themselves are not in fp8."""
     model = random_model(device)

@@ -251,6 +251,7 @@ def test_haproxy_accepts_all_of_rays_configurations(
         assert ("no application is deployed yet" in path.read_text()) == (not servers)
 
 
+@pytest.mark.slow
 def test_a_replica_may_be_silent_for_longer_than_a_client(
     tmp_path: Path, replicas: list[Replica]
 ) -> None:

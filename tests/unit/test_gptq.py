@@ -102,7 +102,8 @@ def save(folder: Path, config: GPTJConfig = CONFIG) -> GPTJForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_models_outputs_change_less_than_by_nearest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_models_outputs_change_less_than_by_nearest(
     assert "block 2 of 2: " in caplog.text and "relative error" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_no_model(tmp_path: Path) -> None:
     """Here at the second block, when a part of the folder is written."""
     model = save(tmp_path / "model")
