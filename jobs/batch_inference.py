@@ -80,7 +80,7 @@ from gptj.data.answers import CHUNK_ROWS, Chunk, Entry, Index, Plan, Record, beg
 from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
-from gptj.extras import missing
+from gptj.extras import MissingPackageError, missing
 from gptj.serialization.yaml_value import parse_yaml
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
@@ -101,6 +101,8 @@ try:
     import ray
     import ray.data
     from ray.exceptions import RayError
+
+    from jobs.ray_errors import reason
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/batch_inference.py", extra="train") from error
 
@@ -159,7 +161,10 @@ def main(words: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
     except RayError as error:
-        sys.exit(f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray: {error}")
+        sys.exit(
+            f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray: "
+            f"{reason(error).rstrip('.')}. What is answered is kept: the same command continues"
+        )
     answered = index.rows - index.failed
     logger.info("%d rows: %d answers, %d errors", index.rows, answered, index.failed)
 
@@ -392,8 +397,11 @@ class Worker:
         try:
             service = InProcessService.load(task.service, task.arguments, replica_device())
             self._answerer = Answerer(service, task, ray.get(plan), folder)
-        except (ValueError, OSError) as error:
-            self._answerer = str(error)
+        except (ValueError, OSError, RuntimeError, MissingPackageError) as error:
+            # RuntimeError: the device lacks something, such as fp8 or memory.
+            self._answerer = f"the model cannot be loaded: {error}"
+            if isinstance(error, FileNotFoundError) and "://" not in task.arguments.checkpoint:
+                self._answerer += "; remedy: s3://…, or a folder that all nodes can reach"
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _pickled([await self._done(pickle.loads(each)) for each in batch["chunk"]])

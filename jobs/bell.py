@@ -9,11 +9,19 @@ import ray
 
 @ray.remote(num_cpus=0)
 class Bell:
-    """Rung once; waiters get the reason."""
+    """Rung once; waiters get the reason.
 
-    def __init__(self) -> None:
+    Args:
+        owner: the process that trains, in words.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
         self._rung = asyncio.Event()
         self._reason = ""
+
+    async def owner(self) -> str:
+        return self._owner
 
     async def ring(self, reason: str) -> None:
         self._reason = reason

@@ -69,6 +69,7 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+    from jobs.holding import hold
     from jobs.memory import check_memory
     from jobs.preparing import write_shards
     from jobs.ray_errors import reason
@@ -97,6 +98,7 @@ def main() -> None:
             return
         check_address()
         ray.init(logging_level=logging.WARNING)
+        bell = hold(settings.run, settings.folder)
         on_gpu = check_workers(settings)
     except (ValueError, OSError) as error:  # users' errors need no traceback
         sys.exit(f"error: {error}")
@@ -112,12 +114,17 @@ def main() -> None:
         )
     submission = uuid.uuid4().hex
     with lease, shared_scratch_folder(f"data-{submission}") as shared:
-        fine_tune(settings, on_gpu, lease.claim, submission, shared)
+        fine_tune(settings, on_gpu, lease.claim, submission, shared, bell)
     print(f"The model is complete: {settings.model_folder}", flush=True)
 
 
 def fine_tune(
-    settings: Settings, on_gpu: bool, claim: Claim, submission: str, shared: Path
+    settings: Settings,
+    on_gpu: bool,
+    claim: Claim,
+    submission: str,
+    shared: Path,
+    bell: ActorHandle[Any],
 ) -> None:
     """Check the inputs and train. SystemExit with an error message.
 
@@ -125,6 +132,7 @@ def fine_tune(
         claim: to the run's folder, so that no other job trains it.
         submission: names `shared`, the folder with the tokenized data, which workers on this node
             also read.
+        bell: rung if the job is told to stop.
     """
     try:
         config, longest, prepared = check_inputs(settings, shared)
@@ -133,8 +141,7 @@ def fine_tune(
     except (ValueError, OSError, UnrecoverableError) as error:
         sys.exit(f"error: {error}")
     try:
-        with OnSigterm() as stopping:
-            bell = stopping.bell
+        with OnSigterm(bell):
             build_trainer(settings, on_gpu, claim, submission, prepared, shared, bell).fit()
     except TrainingFailedError as error:
         if isinstance(_last_cause(error), StoppedError):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 
 def reason(error: RayError) -> str:
-    """Of a task's own error its last line, after the traceback; of others the first one."""
+    """Of an error in a task or an actor's constructor the last line, after the traceback.
+
+    Of others the first one.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if isinstance(error, RayTaskError) else lines[0]
+    ours = isinstance(error, RayTaskError) or (
+        isinstance(error, RayActorError) and error.actor_init_failed
+    )
+    return lines[-1] if ours else lines[0]

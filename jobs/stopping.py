@@ -16,9 +16,6 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.context import get_train_context
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from jobs.bell import Bell
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +30,8 @@ class OnSigterm:
     handler ends the driver.
     """
 
-    def __init__(self) -> None:
-        # On the driver's node: on another it would end with that node.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.bell: ActorHandle[Any] = Bell.options(  # type: ignore[attr-defined]
-            scheduling_strategy=here
-        ).remote()
+    def __init__(self, bell: ActorHandle[Any]) -> None:
+        self.bell = bell
         self._asked = False
 
     def __enter__(self) -> OnSigterm:

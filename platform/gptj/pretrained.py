@@ -13,6 +13,7 @@ from gptj import int4
 from gptj.adapters.base import Base, digest_of
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters
+from gptj.adapters.quantization import QuantizedLinear
 from gptj.adapters.stored import put_adapter, read_adapter
 from gptj.checkpoints.folder import ADAPTER_FILES, CONFIG, ModelFolder
 from gptj.checkpoints.hub import upload
@@ -422,7 +423,17 @@ class GPTJPreTrainedModel(nn.Module):
         """Tie the tensors named by the configuration; none in the base model."""
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        """Quantized weights, which are frozen, count as the weights that they stand for."""
+        layers = [m for m in self.modules() if isinstance(m, int4.Int4Linear | QuantizedLinear)]
+        # Without LoRA's, which are in submodules.
+        stored = {
+            p for layer in layers for p in layer.parameters(recurse=False) if p is not layer.bias
+        }
+        numbers = [p for p in self.parameters() if p not in stored]
+        count = sum(p.numel() for p in numbers if p.requires_grad or not only_trainable)
+        if only_trainable:
+            return count
+        return count + sum(layer.in_features * layer.out_features for layer in layers)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only each block's input for the backward pass and recompute the rest."""

@@ -8,7 +8,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from gptj.training.dataset import checkpoint_labels
 from gptj.training.settings import Settings, read_settings
 from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
+from jobs.holding import holding_jobs
 
 # Most columns first: question-answering data may also have a text or label.
 BY_COLUMNS: tuple[TaskName, ...] = ("question-answering", "classification", "causal-lm")
@@ -211,29 +212,43 @@ def run_of(address: str) -> str:
 def submit(address: str, words: Sequence[str], folder: str) -> tuple[JobSubmissionClient, str]:
     """Submit the job; returns the client and the job's id.
 
-    ValueError if a job that was submitted here still trains the run.
+    ValueError if another job of the cluster still trains the run, however it was started.
 
     Args:
         folder: the run's.
     """
     client = JobSubmissionClient(address)
-    check_not_running(client.list_jobs(), folder)
+    check_not_running(client.list_jobs(), folder, holding_jobs(address, folder))
     # On this machine our own interpreter, regardless of PATH; elsewhere the image's.
     python = sys.executable if is_here(address) else "python"
     entrypoint = shlex.join([python, "-m", "jobs.finetune", *words])
     return client, client.submit_job(entrypoint=entrypoint, metadata={RUN_FOLDER: folder})
 
 
-def check_not_running(jobs: Iterable[JobDetails], folder: str) -> None:
-    """ValueError, naming the job, if one of them trains the run in a folder."""
+def check_not_running(
+    jobs: Iterable[JobDetails], folder: str, holding: Collection[str] = ()
+) -> None:
+    """ValueError, naming the job, if one of them trains the run in a folder.
+
+    Args:
+        holding: Ray's ids of jobs that do; those that `gptj train` has submitted say so themselves.
+    """
     for job in jobs:
-        same = (job.metadata or {}).get(RUN_FOLDER) == folder and job.submission_id is not None
-        if same and not job.status.is_terminal():
+        same = (job.metadata or {}).get(RUN_FOLDER) == folder or job.job_id in holding
+        if not same or job.status.is_terminal():
+            continue
+        if job.submission_id is not None:
             raise ValueError(
                 f"job {job.submission_id} is already training this run, {folder}; remedy: another "
                 f"--run NAME, or follow it: ray job logs --follow {job.submission_id}; or stop it: "
                 f"ray job stop {job.submission_id}"
             )
+        driver = job.driver_info
+        where = "" if driver is None else f" {driver.pid} on {driver.node_ip_address}"
+        raise ValueError(
+            f"the process{where}, job {job.job_id}, is already training this run, {folder}; "
+            f"remedy: another --run NAME, or stop that process"
+        )
 
 
 def follow(client: JobSubmissionClient, job: str) -> bool:

@@ -112,3 +112,47 @@ def test_each_row_has_one_answer_despite_killed_processes(
     assert sorted(line["n"] for line in found["errors"]) == [0, 30, 60]
     for line in found["output"]:
         assert line["completion"] and line["finish_reason"] == "length"
+
+
+def test_a_model_that_workers_cannot_load_ends_the_job_in_one_line(
+    cluster: dict[str, str], s3: LocalS3, models: Models
+) -> None:
+    models.with_unused_ids().save_pretrained(MODEL, tokenizer=models.tokenizer)
+    storage.write_bytes(f"{DATA}/0.jsonl", b'{"text": "Anna", "n": 0}\n')
+    words = command("s3://gptj/batch-unloadable", "device=cpu", "args.quantization=fp8")
+    done = subprocess.run(words, env=cluster, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    everything = done.stdout + done.stderr
+    assert "Traceback" not in everything
+    assert everything.splitlines()[-1] == (
+        "error: the model cannot be loaded: quantization=fp8 is not available: fp8 needs a GPU, "
+        "but the model is on cpu; remedy: quantization=int8"
+    )
+
+
+@pytest.mark.parametrize("fails", ["constructor", "task"])
+def test_an_error_in_an_actor_is_reported_by_its_last_line(
+    cluster: dict[str, str], fails: str
+) -> None:
+    program = f"""
+import ray
+from jobs.ray_errors import reason
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def __init__(self):
+        if {fails!r} == "constructor":
+            raise TypeError("of the constructor")
+
+    def work(self):
+        raise TypeError("of the task")
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+try:
+    ray.get(Actor.remote().work.remote())
+except ray.exceptions.RayError as error:
+    print(reason(error))
+"""
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=cluster, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == [f"TypeError: of the {fails}"], done.stderr

@@ -289,6 +289,42 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: P
         time.sleep(0.05)
 
 
+def test_a_run_that_another_job_trains_is_refused_at_once(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    """Also where the other one has taken the room; neither job was submitted by gptj train."""
+    words = [*TINY, "run=held", "storage=s3://gptj", "steps=100000", "checkpoint_every=50000"]
+    submission = f"held-{os.getpid()}"
+    submit = [RAY, "job", "submit", "--submission-id", submission, "--no-wait", "--"]
+    program = str(ROOT / "jobs" / "finetune.py")
+    subprocess.run([*submit, program, *words], env=cluster, check=True, capture_output=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not storage.list_files("s3://gptj/held/lease"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        before = {file.name for file in storage.list_files("s3://gptj/held/lease")}
+        refused = direct(cluster, *words, "workers.count=4")
+        assert refused.returncode == 1
+        assert re.search(
+            rf"error: the run 'held' is already being trained: process \d+ on \S+ "
+            rf"\(job {submission}\) is still running\. .* or choose another run=$",
+            refused.stderr.strip(),
+        ), refused.stderr
+        assert {file.name for file in storage.list_files("s3://gptj/held/lease")} == before
+        train = [sys.executable, "-m", "gptj_cli", "train", *words]
+        again = subprocess.run(train, env=cluster, cwd=tmp_path, capture_output=True, text=True)
+        assert again.returncode == 1
+        assert f"error: job {submission} is already training this run" in again.stderr
+        assert f"or stop it: ray job stop {submission}" in again.stderr
+    finally:
+        stop = [RAY, "job", "stop", submission]
+        subprocess.run(stop, env=cluster, check=True, capture_output=True)
+    # It has let go: only what is wrong with the settings is said.
+    done = direct(cluster, *words, "workers.count=9", "batch_size=9", "micro_batch_size=1")
+    assert "needs 9 CPUs, but the cluster has 4" in done.stderr
+
+
 def test_a_single_workers_error_ends_the_run_with_one_clear_message(
     damaged: subprocess.CompletedProcess[str],
 ) -> None:

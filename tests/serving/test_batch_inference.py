@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import pickle
+import shutil
 import struct
 from collections.abc import Mapping
 from contextlib import closing
@@ -26,7 +28,16 @@ from gptj.data.answers import Index, Plan, Record, begin, chunks, finish
 from gptj.data.rows import DataError
 from gptj.serving.errors import UnavailableError
 from jobs import batch_inference
-from jobs.batch_inference import Answerer, check_custom_ids, main, planned, read_settings
+from jobs.batch_inference import (
+    Answerer,
+    Task,
+    Worker,
+    _pickled,
+    check_custom_ids,
+    main,
+    planned,
+    read_settings,
+)
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -373,6 +384,33 @@ def test_errors_are_reported_before_a_model_is_loaded(
     data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
     with pytest.raises(ValueError, match=reason):
         planned(read_settings([addresses["generation"], data, output, *words]))
+
+
+def worker_reply(task: Task, plan: Plan, output: str) -> Record | str:
+    """What a worker makes of the first chunk, as the job's main process receives it."""
+    worker = Worker(task, plan, output)
+    (reply,) = asyncio.run(worker(_pickled([next(chunks(plan, 0))])))["chunk"]
+    found: Record | str = pickle.loads(reply)
+    return found
+
+
+def test_a_worker_reports_in_one_line_why_it_cannot_load_the_model(
+    addresses: Mapping[str, str], tmp_path: Path, output: str
+) -> None:
+    """The main process can check neither the device nor the files of another node."""
+    data = written(tmp_path / "rows.jsonl", [{"text": "x"}])
+    elsewhere = str(shutil.copytree(addresses["generation"], tmp_path / "elsewhere"))
+    found = planned(read_settings([elsewhere, data, output]))
+    shutil.rmtree(elsewhere)
+    reply = worker_reply(*found, output)
+    assert isinstance(reply, str)
+    assert reply.startswith(f"the model cannot be loaded: {elsewhere!r} is not an existing folder")
+    assert reply.endswith("; remedy: s3://…, or a folder that all nodes can reach")
+    words = [addresses["generation"], data, output, "args.quantization=fp8"]
+    assert worker_reply(*planned(read_settings(words)), output) == (
+        "the model cannot be loaded: quantization=fp8 is not available: fp8 needs a GPU, but the "
+        "model is on cpu; remedy: quantization=int8"
+    )
 
 
 def test_the_job_has_help_and_reports_errors(

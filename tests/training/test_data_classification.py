@@ -357,6 +357,52 @@ def test_evaluation_labels_are_read_like_the_training_data(tokenizer: GPTJTokeni
 NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
+@pytest.mark.parametrize("form", [rows, cells])
+def test_numbers_without_a_0_are_not_silently_indices_of_a_model_without_names(
+    form: Any, tokenizer: GPTJTokenizer
+) -> None:
+    """Shifted by one if they count from 1, and without the last class all would be in range."""
+    trained = LabelSet.of(GPTJConfig(num_labels=4, problem_type=SINGLE))
+    one_two_three = form(*((str(n) for n in (3, 1, 2)) if form is cells else (3, 1, 2)))
+    with pytest.raises(DataError) as error:
+        ClassificationData(one_two_three, tokenizer, 32, trained)
+    for remedy in (
+        "data.label_names={0: LABEL_0, 1: LABEL_1, 2: LABEL_2, 3: LABEL_3} or ",
+        "data.label_names={1: LABEL_0, 2: LABEL_1, 3: LABEL_2, 4: LABEL_3}",
+    ):
+        assert "whole numbers from 1 to 3, without 0" in str(error.value)
+        assert remedy in str(error.value)
+    for first, targets in ((0, [3, 1, 2]), (1, [2, 0, 1])):
+        written = trained.translated({str(n + first): f"LABEL_{n}" for n in range(4)})
+        data = ClassificationData(one_two_three, tokenizer, 32, written)
+        assert data.targets.tolist() == targets
+
+
+def test_lists_of_numbers_without_a_0_are_not_silently_indices_either(
+    tokenizer: GPTJTokenizer,
+) -> None:
+    trained = LabelSet.of(GPTJConfig(num_labels=4, problem_type=MULTI))
+    with pytest.raises(DataError, match="whole numbers from 1 to 3, without 0"):
+        ClassificationData(rows([1, 2], [3]), tokenizer, 32, trained)
+
+
+def test_names_that_a_model_without_names_does_not_know_have_a_remedy(
+    tokenizer: GPTJTokenizer,
+) -> None:
+    trained = LabelSet.of(GPTJConfig(num_labels=2, problem_type=SINGLE))
+    with pytest.raises(
+        DataError,
+        match=r"'good' is not one of the labels LABEL_0, LABEL_1.*labels \(bad, good\) stand for, "
+        r"as in data.label_names={NAME: LABEL_0, …}",
+    ):
+        ClassificationData(rows("good", "bad"), tokenizer, 32, trained)
+    with pytest.raises(DataError, match=r"labels stand for, as in data.label_names={NAME: "):
+        check_label(rows("good")[0], trained.names)
+    written = trained.translated({"bad": "LABEL_0", "good": "LABEL_1"})
+    data = ClassificationData(rows("good", "bad"), tokenizer, 32, written)
+    assert data.targets.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("problem_type", [None, MULTI])
 @pytest.mark.parametrize("label_names", [None, ["a", "b", "c"], ["0", "1", "2"]])
 @pytest.mark.parametrize("kind", [int, float, bool])

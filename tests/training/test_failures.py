@@ -209,11 +209,11 @@ def test_a_controller_that_was_killed_is_said_to_be(
     counted: list[str] = []
     monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (None, 9, {}))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: True)
-    monkeypatch.setattr(finetune, "OnSigterm", lambda: nullcontext(SimpleNamespace(bell=None)))
+    monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: SimpleNamespace(fit=fit))
     monkeypatch.setattr(finetune, "count_failure", counted.append)
     with pytest.raises(SystemExit, match=r"controller has ended: .* the same command resumes"):
-        finetune.fine_tune(Settings(run="r"), False, Claim("", 1, ""), "submission", tmp_path)
+        finetune.fine_tune(Settings(run="r"), False, Claim("", 1, ""), "submission", tmp_path, None)
     assert counted == ["r"]
 
 

@@ -212,13 +212,13 @@ def test_a_run_that_has_fitted_before_resumes(
     cluster(monkeypatch, 4, get=lambda asked, timeout: GB)
     monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024, {}))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: fitted)
-    monkeypatch.setattr(finetune, "OnSigterm", lambda: nullcontext(SimpleNamespace(bell=None)))
+    monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
     trainer = SimpleNamespace(fit=lambda: trained.append(True))
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: trainer)
     settings = run_of(4, storage=str(tmp_path))
     refused = pytest.raises(SystemExit, match="the run does not fit")
     with nullcontext() if fitted else refused:
-        finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path)
+        finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path, None)
     assert bool(trained) == fitted
 
 

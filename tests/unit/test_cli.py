@@ -252,6 +252,32 @@ def test_a_run_that_a_job_trains_is_not_submitted_again() -> None:
             check_not_running([*old, job(status, "s3://b/run")], "s3://b/run")
 
 
+@pytest.mark.parametrize(
+    ("submission", "message"),
+    [
+        ("raysubmit_1", "job raysubmit_1 is already .*; or stop it: ray job stop raysubmit_1"),
+        (None, "the process 42 on 10.0.0.1, job 03000000, is already .*, or stop that process"),
+    ],
+)
+def test_a_run_that_gptj_train_has_not_submitted_is_not_submitted_again(
+    submission: str | None, message: str
+) -> None:
+    def job(status: str) -> JobDetails:
+        return JobDetails(
+            type="SUBMISSION" if submission else "DRIVER",
+            submission_id=submission,
+            job_id="03000000",
+            status=status,
+            entrypoint="python jobs/finetune.py run=run",
+            driver_info={"id": "03000000", "node_ip_address": "10.0.0.1", "pid": "42"},
+        )
+
+    check_not_running([job("RUNNING")], "s3://b/run", {"04000000"})
+    check_not_running([job("SUCCEEDED")], "s3://b/run", {"03000000"})
+    with pytest.raises(ValueError, match=message):
+        check_not_running([job("RUNNING")], "s3://b/run", {"03000000"})
+
+
 def test_columns_of_a_given_task_are_checked_before_a_job_starts(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.csv", "review,stars", "good,5")
     with pytest.raises(DataError, match=r"no column 'text' and no column 'label'.*'review'"):

@@ -53,6 +53,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return plain, quantized
 
 
+def test_parameters_are_counted_as_the_weights_that_the_words_stand_for(
+    folders: tuple[str, str],
+) -> None:
+    plain, quantized = map(GPTJForCausalLM.from_pretrained, folders)
+    assert quantized.num_parameters() == plain.num_parameters()
+    linears = sum(p.numel() for p in plain.transformer.h.parameters() if p.dim() == 2)
+    trainable = plain.num_parameters() - linears
+    assert quantized.num_parameters(only_trainable=True) == trainable
+
+
 def altered(folder: str, target: Path, **quantization: Any) -> str:
     """The folder with other fields in its quantization_config, without a manifest."""
     target.mkdir()

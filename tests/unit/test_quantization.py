@@ -146,6 +146,16 @@ def test_weights_take_the_documented_memory(quantization: Quantization) -> None:
         assert count_weights(layer) == 256 * 128 + 128
 
 
+@KINDS
+def test_parameters_are_counted_as_the_weights_that_the_codes_stand_for(
+    quantization: Quantization,
+) -> None:
+    quantized, plain = pair(quantization, SOME, torch.device("cpu"), torch.float32)
+    assert quantized.num_parameters() == plain.num_parameters() == count_weights(quantized)
+    trained = plain.num_parameters(only_trainable=True)
+    assert quantized.num_parameters(only_trainable=True) == trained
+
+
 def test_an_adapter_is_not_merged_into_quantized_weights() -> None:
     model, _ = pair("int8", SOME, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match=r"quantized weights; remedy: .*jobs/merge_adapter\.py"):

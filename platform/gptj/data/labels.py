@@ -402,6 +402,7 @@ def _found(labels: Sequence[_Label], known: _Known, problem_type: str) -> LabelS
             names = _class_numbers(labels, values)
         table = _by_name(names)
     if not known.decided and _are_class_numbers(values, names):
+        _refuse_two_readings(labels, values, names)
         table = {**table, **{str(number): number for number in range(len(names))}}
     return _label_set(labels, names, problem_type, table, multi_hot=False)
 
@@ -413,6 +414,28 @@ def _are_class_numbers(values: Sequence[Any], names: tuple[str, ...]) -> bool:
     # Numbers counted from 1 could be in range too; a 0 rules that out.
     unmistakable = min(values) == 0 or all(isinstance(value, bool) for value in values)
     return unmistakable or names == _numbered_names(len(names))
+
+
+def _refuse_two_readings(
+    labels: Sequence[_Label], values: Sequence[Any], names: tuple[str, ...]
+) -> None:
+    """DataError for numbers from 1 on, unless of one class: indices, or counted from 1.
+
+    Counted from 1, data without the last class would otherwise be silently shifted.
+    """
+    numbers = sorted(set(map(int, values)))
+    if len(numbers) > 1 and numbers[0] == 1 and numbers[-1] < len(names):
+        raise labels[0].error(
+            f"whole numbers from 1 to {numbers[-1]}, without 0, can count the labels "
+            f"{_some(names)} from 0 or from 1; remedy: say which, "
+            f"data.label_names={_mapping(names, 0)} or data.label_names={_mapping(names, 1)}"
+        )
+
+
+def _mapping(names: Sequence[str], first: int) -> str:
+    """A mapping for data.label_names, from numbers counted from `first`."""
+    named = [f"{first + number}: {name}" for number, name in enumerate(names[:12])]
+    return f"{{{', '.join(named)}{', …' if len(names) > 12 else ''}}}"
 
 
 def _label_set(
@@ -496,26 +519,34 @@ def _class_number(label: _Label, value: Any, known: LabelSet, all_labels: Sequen
     first = None
     if _is_whole(value):
         first = min(int(each) for each in _values(all_labels) if _is_whole(each))
-    raise label.error(_is_no_label(value, known.names, first))
+    there = sorted({str(each) for each in _values(all_labels)})
+    raise label.error(_is_no_label(value, known.names, first, there))
 
 
-def _is_no_label(value: Any, names: Sequence[str], first: int | None) -> str:
-    """Why a value is refused, and the mapping that would name numbers.
+def _is_no_label(
+    value: Any, names: Sequence[str], first: int | None, there: Sequence[str] = ()
+) -> str:
+    """Why a value is refused, and the mapping that would name numbers, or default names.
 
     Args:
         first: the smallest number among the labels; None if this one is not a whole number.
+        there: the data's labels, as far as known.
     """
     why = f"{shown(value)} is not one of the labels {_some(names)}"
-    if first is None or _has_numbers(names):
-        return why
-    # A 0 is refused only where the labels are known to be names.
-    counted = "" if value in (0, "0") else "; whole numbers count from 0"
-    named = [f"{first + number}: {name}" for number, name in enumerate(names[:12])]
-    more = ", …" if len(names) > 12 else ""
-    return (
-        f"{why}{counted}; remedy: say what they stand for, as in "
-        f"data.label_names={{{', '.join(named)}{more}}}"
-    )
+    if first is not None and not _has_numbers(names):
+        # A 0 is refused only where the labels are known to be names.
+        counted = "" if value in (0, "0") else "; whole numbers count from 0"
+        return (
+            f"{why}{counted}; remedy: say what they stand for, as in "
+            f"data.label_names={_mapping(names, first)}"
+        )
+    if tuple(names) == _numbered_names(len(names)):
+        those = f" ({_some(there)})" if there else ""
+        return (
+            f"{why}, the names of a model without any; remedy: say which of them the data's "
+            f"labels{those} stand for, as in data.label_names={{NAME: {names[0]}, …}}"
+        )
+    return why
 
 
 def _how(labels: Sequence[_Label], found: LabelSet) -> str:

@@ -1,0 +1,81 @@
+"""Holds a run on its cluster, so that another job that would train it ends at once.
+
+The run's lease in its folder is what protects it, also from other clusters. But a job comes to the
+lease only when there is room for its workers, and may need a minute to tell whether it is held.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorAlreadyExistsError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_actors
+
+from gptj.training.settings import SettingsError
+from jobs.bell import Bell
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "gptj-runs"  # of the actors, each named after its run's folder
+ANSWER_SECONDS = 5.0
+DEAD_SECONDS = 60.0  # Ray needs half of it to find that a node is dead, and with it a holder
+SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job's driver
+
+
+def hold(run: str, folder: str) -> ActorHandle[Any]:
+    """The run's bell, which ends with this driver, or when there is no handle to it any more.
+
+    SettingsError, naming the holder, if another driver of the cluster has it.
+    """
+    # On the driver's node: on another it would end with that node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    named = Bell.options(  # type: ignore[attr-defined]
+        name=folder, namespace=NAMESPACE, scheduling_strategy=here
+    )
+    deadline = time.monotonic() + DEAD_SECONDS
+    while True:
+        try:
+            bell: ActorHandle[Any] = named.remote(_this_process())
+            return bell
+        except ActorAlreadyExistsError:
+            owner = _owner(folder)
+        if owner is not None or time.monotonic() > deadline:
+            raise SettingsError(
+                f"the run {run!r} is already being trained: {owner or 'another process'} is still "
+                f"running. Wait for it to end, stop it, or choose another run="
+            )
+        time.sleep(0.2)
+
+
+def _owner(folder: str) -> str | None:
+    """Who holds a run; None if the holder has gone, is starting, or is on a node that is lost."""
+    try:
+        holder = ray.get_actor(folder, namespace=NAMESPACE)
+        return str(ray.get(holder.owner.remote(), timeout=ANSWER_SECONDS))
+    except (ValueError, RayError) as error:
+        logger.debug("the holder of %s does not answer: %s", folder, error)
+        return None
+
+
+def holding_jobs(address: str, folder: str) -> set[str]:
+    """Ray's ids of jobs that hold the run in a folder, on the cluster of a dashboard."""
+    actors = list_actors(
+        address=address,
+        filters=[("ray_namespace", "=", NAMESPACE), ("name", "=", folder), ("state", "=", "ALIVE")],
+    )
+    return {actor.job_id for actor in actors}
+
+
+def _this_process() -> str:
+    process = f"process {os.getpid()} on {socket.gethostname()}"
+    metadata = json.loads(os.environ.get(SUBMISSION, "{}")).get("metadata") or {}
+    job = metadata.get("job_submission_id")
+    return f"{process} (job {job})" if job else process
