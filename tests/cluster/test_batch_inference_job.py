@@ -39,9 +39,9 @@ def cluster(
         yield {**environment, **node.environment()}
 
 
-def command(output: str, *words: str) -> list[str]:
+def command(output: str, *words: str, model: str = MODEL, data: str = DATA) -> list[str]:
     fixed = ["parameters.temperature=0", "parameters.ignore_eos=true", "chunk_rows=5", "keep=n"]
-    return [sys.executable, PROGRAM, MODEL, DATA, output, *fixed, "args.dtype=float32", *words]
+    return [sys.executable, PROGRAM, model, data, output, *fixed, "args.dtype=float32", *words]
 
 
 def records(output: str) -> int:
@@ -117,9 +117,12 @@ def test_each_row_has_one_answer_despite_killed_processes(
 def test_a_model_that_workers_cannot_load_ends_the_job_in_one_line(
     cluster: dict[str, str], s3: LocalS3, models: Models
 ) -> None:
-    models.with_unused_ids().save_pretrained(MODEL, tokenizer=models.tokenizer)
-    storage.write_bytes(f"{DATA}/0.jsonl", b'{"text": "Anna", "n": 0}\n')
-    words = command("s3://gptj/batch-unloadable", "device=cpu", "args.quantization=fp8")
+    folder = "s3://gptj/batch-unloadable"
+    model, data = f"{folder}/model", f"{folder}/rows"
+    models.with_unused_ids().save_pretrained(model, tokenizer=models.tokenizer)
+    storage.write_bytes(f"{data}/0.jsonl", b'{"text": "Anna", "n": 0}\n')
+    settings = ("device=cpu", "args.quantization=fp8")
+    words = command(f"{folder}/output", *settings, model=model, data=data)
     done = subprocess.run(words, env=cluster, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     everything = done.stdout + done.stderr
