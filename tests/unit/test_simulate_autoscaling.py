@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,7 +22,13 @@ from gptj_bench.autoscaling.autoscaler import Autoscaler, Clock, simulated_time
 from gptj_bench.autoscaling.machines import KV_6B, MACHINES, WEIGHTS_6B, Machine
 from gptj_bench.autoscaling.replica import Request, RowsReplica, TokensReplica
 from gptj_bench.autoscaling.report import first_tokens, summary
-from gptj_bench.autoscaling.simulation import CONTROL_SECONDS, Outcome, Service, simulate
+from gptj_bench.autoscaling.simulation import (
+    CONTROL_SECONDS,
+    Outcome,
+    Service,
+    Signal,
+    simulate,
+)
 from gptj_bench.autoscaling.traffic import Arrivals, Traffic, arrivals
 
 SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yaml"
@@ -57,6 +63,7 @@ SERVICE = Service(
     max_num_batched_tokens=256,
 )
 FIXED = SERVICE.autoscaling | {"max_replicas": 1}
+SIGNALS = get_args(Signal)  # requests, tokens
 calls: list[float] = []
 
 
@@ -205,6 +212,22 @@ def test_a_steady_load_scales_as_ray_documents() -> None:
     assert history == [1] * (reported + 10 - 1) + [3] * (40 - reported - 10 + 1)
 
 
+def test_tokens_as_the_signal_count_a_request_by_its_context() -> None:
+    """Of equal requests they count what requests do; of longer ones more, at the same rate."""
+    same = [targets(simulate(SERVICE, MACHINE, burst(1500), signal=each)) for each in SIGNALS]
+    assert same[0] == same[1]
+    assert max(same[0]) > 1
+    prompts = np.concatenate([np.full(600, 100), np.full(600, 2000)])
+    mixed = Arrivals(np.arange(1, 1201) * 0.1, prompts, np.full(1200, 50))
+    by_requests, by_tokens = (
+        simulate(SERVICE, MACHINE, mixed, signal=each).moments for each in SIGNALS
+    )
+    end = mixed.times[-1]
+    assert max(each.target for each in by_tokens if each.time < end) > max(
+        each.target for each in by_requests if each.time < end
+    )
+
+
 def test_a_simulation_restores_real_time() -> None:
     simulate(SERVICE, MACHINE, even(1.0, 3))
     assert autoscaling_state.time is time
@@ -252,6 +275,11 @@ def test_traffic_has_the_requested_mean_a_daily_curve_and_bursts() -> None:
     per_minute = [np.bincount((day.times // 60).astype(int)) for day in (calm, bursty)]
     assert per_minute[1].max() > 1.5 * per_minute[0].max()
     assert (bursty.prompts + bursty.outputs <= 2048).all()
+    longer = arrivals(Traffic(requests_per_s=5, bursts_per_day=24, burst_prompts=4))
+    assert (longer.times == bursty.times).all()
+    grown = longer.prompts > 2 * bursty.prompts
+    assert 0.01 < grown.mean() < 0.5
+    assert (longer.prompts[~grown] <= 2 * bursty.prompts[~grown]).all()
     assert bursty.outputs.min() >= 1
 
 

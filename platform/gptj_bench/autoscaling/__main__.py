@@ -2,12 +2,16 @@
 
     python -m gptj_bench.autoscaling k8s/base/serve.yaml [--application generation] [--machine h100]
         [--node-seconds 0] [--requests-per-s 8] [--hours 24] [--seed 0] [--set max_replicas=8]
-        [--set target_ongoing_requests=16,32,48 …] [--plot day.png]
+        [--set target_ongoing_requests=16,32,48 …] [--signal requests] [--burst-prompts 1]
+        [--plot day.png]
 
 The autoscaler is Ray Serve's own; replicas are simulated at the rates of `--machine` (see
 machines.py for the rates and their basis). Generation replicas decode one token per sequence and
 step; the others compute batches of whole rows: `--prompt-tokens` is a row's length, and the time to
 first token is the reply's. `--node-seconds` is the time to provision a machine for a new replica.
+`--signal tokens` counts requests by their tokens, as a policy of ours could: a request that has, on
+the mean of its life, twice as many in the cache as others counts twice. `--burst-prompts` makes the
+prompts of bursts longer.
 `--set` overrides a setting of `autoscaling_config`; with several comma-separated values, every
 combination is simulated on the same requests.
 
@@ -24,7 +28,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -36,7 +40,7 @@ from gptj.engine.limits import Limits
 from gptj.serialization.json_object import to_json
 from gptj_bench.autoscaling.machines import MACHINES, Machine
 from gptj_bench.autoscaling.report import Row, intervals, plot, summary, table
-from gptj_bench.autoscaling.simulation import Service, simulate
+from gptj_bench.autoscaling.simulation import Service, Signal, simulate
 from gptj_bench.autoscaling.traffic import Traffic, arrivals
 from jobs import command_line
 
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=Traffic.hours)
     parser.add_argument("--seed", type=int, default=Traffic.seed)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE[,VALUE…]")
+    parser.add_argument("--signal", choices=get_args(Signal), default="requests")
+    parser.add_argument("--burst-prompts", type=float, default=Traffic.burst_prompts)
     parser.add_argument("--plot", type=command_line.folder)
     given = parser.parse_args(arguments)
     try:
@@ -63,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             requests_per_s=given.requests_per_s,
             prompt_tokens=given.prompt_tokens,
             new_tokens=given.new_tokens,
+            burst_prompts=given.burst_prompts,
             hours=given.hours,
             seed=given.seed,
         )
@@ -73,14 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.plot and len(changes) > 1:
         parser.error("--plot draws one day: give one value for each --set")
     _show({"machine": asdict(machine), "start_seconds": round(machine.start_seconds, 1)})
-    _show({"traffic": asdict(traffic)})
+    _show({"traffic": asdict(traffic), "signal": given.signal})
     requests = arrivals(traffic)
     if service.max_num_batched_tokens is None:  # the whole reply is computed at once
         requests = replace(requests, outputs=np.ones_like(requests.outputs))
     rows = []
     for change in changes:
         settings = service.autoscaling | change
-        outcome = simulate(replace(service, autoscaling=settings), machine, requests, given.seed)
+        changed = replace(service, autoscaling=settings)
+        outcome = simulate(changed, machine, requests, given.seed, signal=given.signal)
         rows.append(change | summary(outcome))
         _show({"settings": settings, **summary(outcome)})
         if len(changes) == 1:

@@ -1,4 +1,4 @@
-"""Ray Serve's own autoscaler on a simulated clock: ongoing requests in, number of replicas out.
+"""Ray Serve's own autoscaler on a simulated clock: ongoing work in, number of replicas out.
 
 It calls the same classes and functions as Ray's controller and proxies and reimplements none of the
 policy. They are private, so this file only works with the Ray version that pyproject.toml pins.
@@ -83,31 +83,32 @@ class Autoscaler:
         initial = config.min_replicas if config.initial_replicas is None else 0
         self.target = self._state.register(info, initial)  # desired number of replicas
 
-    def observe(self, running: Mapping[int, int], queued: int) -> None:
+    def observe(self, running: Mapping[int, float], queued: float) -> None:
         """Record the proxy's requests and, when due, report them.
 
         Args:
-            running: ongoing requests by replica number, for replicas that accept requests.
-            queued: requests not assigned to a replica.
+            running: ongoing requests, or work in their place, by replica number, for replicas that
+                accept requests.
+            queued: of requests not assigned to a replica.
         """
         now = self._clock.now
         if now >= self._next_record:
             self._next_record += self._record_every
             points: dict[Hashable, float] = {QUEUED: queued}
-            points.update({replica: float(count) for replica, count in running.items()})
+            points.update({replica: float(load) for replica, load in running.items()})
             self._points.add_metrics_point(points, now)
         if now >= self._next_push:
             self._next_push += self._push_every
             self._points.prune_keys_and_compact_data(now - self._look_back)
             self._state.record_request_metrics_for_handle(self._report(running))
 
-    def decide(self, running: Mapping[int, int]) -> int:
+    def decide(self, running: Mapping[int, float]) -> int:
         """The new desired number of replicas, by Ray's policy."""
         self._state.update_running_replica_ids([self._id(number) for number in running])
         self.target = self._state.get_decision_num_replicas(self.target)
         return self.target
 
-    def _report(self, running: Mapping[int, int]) -> HandleMetricReport:
+    def _report(self, running: Mapping[int, float]) -> HandleMetricReport:
         series = {number: self._points.data.get(number, []) for number in running}
         return HandleMetricReport(
             deployment_id=self._deployment,

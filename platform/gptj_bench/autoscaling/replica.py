@@ -44,6 +44,7 @@ class Prompt:
 class Replica(Protocol):
     number: int
     ongoing: int  # assigned and not ended
+    tokens: float  # that these have in the cache, on the mean, or wait to have computed
     due: float  # time of its next event, if nothing arrives before
 
     def add(self, now: float, request: Request) -> None: ...
@@ -58,6 +59,7 @@ class RowsReplica:
     def __init__(self, number: int, machine: Machine, max_batch: int) -> None:
         self.number = number
         self.ongoing = 0
+        self.tokens = 0.0
         self.due = inf
         self._machine = machine
         self._max_batch = max_batch
@@ -66,6 +68,7 @@ class RowsReplica:
 
     def add(self, now: float, request: Request) -> None:
         self.ongoing += 1
+        self.tokens += request.prompt
         self._waiting.append(request)
         if self.due == inf:
             self._begin(now)
@@ -75,6 +78,7 @@ class RowsReplica:
         for request in ended:
             request.first = request.end = now
         self.ongoing -= len(ended)
+        self.tokens -= sum(request.prompt for request in ended)
         self._begin(now)
         return ended
 
@@ -100,6 +104,7 @@ class TokensReplica:
             )
         self.number = number
         self.ongoing = 0
+        self.tokens = 0.0
         self.due = inf
         self._machine = machine
         self._max_num_seqs = max_num_seqs
@@ -123,6 +128,7 @@ class TokensReplica:
             )
         self._advance(now)
         self.ongoing += 1
+        self.tokens += mean_context(request)
         self._waiting.append(request)
         if self._step_end == inf:
             self._plan()
@@ -132,10 +138,11 @@ class TokensReplica:
         ended = self._finish_step() if now >= self._step_end else []
         while self._decoding and self._decoding[0][0] - self._progress <= ROUNDING:
             request = heapq.heappop(self._decoding)[2]
-            self._context -= _mean_context(request)
+            self._context -= mean_context(request)
             ended.append(request)
         for request in ended:
             request.end = now
+            self.tokens -= mean_context(request)
             self._reserved -= request.prompt + request.output
         self.ongoing -= len(ended)
         self._plan()
@@ -156,7 +163,7 @@ class TokensReplica:
             else:
                 last = self._progress + request.output - 1
                 heapq.heappush(self._decoding, (last, request.number, request))
-                self._context += _mean_context(request)
+                self._context += mean_context(request)
         return ended
 
     def _advance(self, now: float) -> None:
@@ -200,5 +207,5 @@ class TokensReplica:
         return rows < self._max_num_seqs and needed <= self._machine.cache_tokens
 
 
-def _mean_context(request: Request) -> float:
+def mean_context(request: Request) -> float:
     return request.prompt + request.output / 2

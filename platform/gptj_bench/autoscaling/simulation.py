@@ -14,12 +14,20 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 from gptj_bench.autoscaling.autoscaler import Autoscaler, Clock, simulated_time
 from gptj_bench.autoscaling.machines import Machine
-from gptj_bench.autoscaling.replica import Replica, Request, RowsReplica, TokensReplica
+from gptj_bench.autoscaling.replica import (
+    Replica,
+    Request,
+    RowsReplica,
+    TokensReplica,
+    mean_context,
+)
 from gptj_bench.autoscaling.traffic import Arrivals
+
+Signal = Literal["requests", "tokens"]
 
 CONTROL_SECONDS = 1.0  # Ray's controller decides ten times as often, on reports every 10 s
 
@@ -61,16 +69,34 @@ class Outcome:
     replica_seconds: float = 0.0  # from order to end, as billed
 
 
-def simulate(service: Service, machine: Machine, arrivals: Arrivals, seed: int = 0) -> Outcome:
-    """Run all requests to completion. Deterministic."""
+def simulate(
+    service: Service,
+    machine: Machine,
+    arrivals: Arrivals,
+    seed: int = 0,
+    *,
+    signal: Signal = "requests",
+) -> Outcome:
+    """Run all requests to completion. Deterministic.
+
+    Args:
+        signal: what the autoscaler counts: requests, as Serve does, or their tokens, as a policy of
+            ours could, in units of a mean request's.
+    """
     clock = Clock()
     with simulated_time(clock):
-        return _Simulation(service, machine, arrivals, seed, clock).run()
+        return _Simulation(service, machine, arrivals, seed, clock, signal).run()
 
 
 class _Simulation:
     def __init__(
-        self, service: Service, machine: Machine, arrivals: Arrivals, seed: int, clock: Clock
+        self,
+        service: Service,
+        machine: Machine,
+        arrivals: Arrivals,
+        seed: int,
+        clock: Clock,
+        signal: Signal,
     ) -> None:
         self._service = service
         self._machine = machine
@@ -90,6 +116,10 @@ class _Simulation:
                 )
             ]
         )
+        self._unit: float | None = None  # tokens that count as a request
+        if signal == "tokens":
+            requests = self._outcome.requests
+            self._unit = sum(map(mean_context, requests)) / len(requests)
         self._queue: deque[Request] = deque()  # in the proxy
         self._starting: deque[tuple[float, float]] = deque()  # (ready, ordered)
         self._running: list[Replica] = []  # oldest first
@@ -174,9 +204,14 @@ class _Simulation:
             self._give(replica, self._queue.popleft())
 
     def _control(self) -> None:
-        counts = {replica.number: replica.ongoing for replica in self._running}
-        self._autoscaler.observe(counts, len(self._queue))
-        target = self._autoscaler.decide(counts)
+        if self._unit is None:
+            loads = {replica.number: float(replica.ongoing) for replica in self._running}
+            queued = float(len(self._queue))
+        else:
+            loads = {replica.number: replica.tokens / self._unit for replica in self._running}
+            queued = sum(map(mean_context, self._queue)) / self._unit
+        self._autoscaler.observe(loads, queued)
+        target = self._autoscaler.decide(loads)
         now = self._clock.now
         while len(self._running) + len(self._starting) < target:
             self._starting.append((now + self._machine.start_seconds, now))

@@ -21,6 +21,7 @@ class Traffic:
     bursts_per_day: float = 24.0
     burst_factors: tuple[float, float] = (2.0, 4.0)  # uniform multiple of the curve
     burst_seconds: float = 300.0  # mean of an exponential distribution
+    burst_prompts: float = 1.0  # how many times as long prompts are in bursts
     prompt_tokens: float = 256.0  # the median
     new_tokens: float = 192.0  # the median
     spread: float = 0.7  # sigma of both logarithms
@@ -28,7 +29,8 @@ class Traffic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_s", "hours", "burst_seconds", "prompt_tokens", "new_tokens"):
+        positive = ("requests_per_s", "hours", "burst_seconds", "prompt_tokens", "new_tokens")
+        for name in (*positive, "burst_prompts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.daily_swing < 1:
@@ -52,7 +54,7 @@ class Arrivals:
 def arrivals(traffic: Traffic) -> Arrivals:
     """Sample arrivals; deterministic for the same traffic and seed."""
     random = np.random.default_rng(traffic.seed)
-    rates = request_rates(traffic, random)
+    rates, bursts = request_rates(traffic, random)
     counts = random.poisson(rates)
     seconds = np.repeat(np.arange(len(rates)), counts)
     times = np.sort(seconds + random.random(len(seconds)))
@@ -60,13 +62,16 @@ def arrivals(traffic: Traffic) -> Arrivals:
         np.exp(random.normal(np.log(median), traffic.spread, len(times)))
         for median in (traffic.prompt_tokens, traffic.new_tokens)
     ]
+    sizes[0][bursts[seconds]] *= traffic.burst_prompts
     prompts = np.clip(sizes[0], 1, traffic.context - 1).astype(np.int64)
     outputs = np.clip(sizes[1], 1, traffic.context - prompts).astype(np.int64)
     return Arrivals(times, prompts, outputs)
 
 
-def request_rates(traffic: Traffic, random: np.random.Generator) -> NDArray[np.float64]:
-    """Requests per second, for each second."""
+def request_rates(
+    traffic: Traffic, random: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Requests per second, and whether there is a burst, for each second."""
     seconds = np.arange(round(traffic.hours * 3600), dtype=np.float64)
     curve = 1 - traffic.daily_swing * np.cos(2 * np.pi * (seconds - QUIETEST) / DAY)
     factors = np.ones_like(seconds)
@@ -77,4 +82,4 @@ def request_rates(traffic: Traffic, random: np.random.Generator) -> NDArray[np.f
         factors[inside] = np.maximum(factors[inside], random.uniform(*traffic.burst_factors))
     rates = curve * factors
     scaled: NDArray[np.float64] = rates * (traffic.requests_per_s / rates.mean())
-    return scaled
+    return scaled, factors > 1
