@@ -39,7 +39,7 @@ from pathlib import Path
 import psutil
 
 from gptj import storage
-from gptj_local.processes import HOST, kill_tree, tail
+from gptj_local.processes import HOST, descendants, kill_tree, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
 
@@ -137,11 +137,7 @@ class Cluster:
     def kill(self, name: str, *, of_head: bool = True) -> None:
         """SIGKILL to one process of the head, or of the oldest node, by its name."""
         parent = self.head.process_id if of_head else self._nodes[0][1].pid
-        found = [
-            process
-            for process in psutil.Process(parent).children(recursive=True)
-            if name in process.name() or name in " ".join(process.cmdline()[:1])
-        ]
+        found = descendants(parent, name)
         if not found:
             raise RuntimeError(f"there is no process {name}")
         found[-1].kill()

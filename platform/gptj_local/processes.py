@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -89,3 +89,13 @@ def _tree(process: subprocess.Popen[bytes] | psutil.Process) -> list[psutil.Proc
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def descendants(process_id: int, word: str) -> list[psutil.Process]:
+    """Processes below a process with a word in their name or title; not those that just end."""
+    found = []
+    for each in psutil.Process(process_id).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if word in each.name() or word in " ".join(each.cmdline()[:1]):
+                found.append(each)
+    return found

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import httpx
 import k8s_metrics
-import psutil
 import pytest
 import torch
 from faulty_s3 import Fault, FaultyS3, Reply, Request
@@ -27,7 +26,7 @@ from gptj.checkpoints.manifest import verify
 from gptj.training.progress import HISTORY
 from gptj.training.state import checkpoint_step, latest_checkpoint
 from gptj_bench.training_faults import RESUMED
-from gptj_local.processes import HOST, running, tail
+from gptj_local.processes import HOST, descendants, running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
 
@@ -85,11 +84,7 @@ def losses(run: str) -> dict[int, float]:
 
 def kill_a_worker(node: LocalRay) -> None:
     """SIGKILL, to one process of a training that has begun on this cluster."""
-    workers = [
-        process
-        for process in psutil.Process(node.process_id).children(recursive=True)
-        if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline())
-    ]
+    workers = descendants(node.process_id, "RayTrainWorker")
     assert len(workers) == 2, "the training's workers are not there"
     workers[-1].kill()
 

@@ -18,7 +18,7 @@ import pytest
 import readme
 
 from gptj.data import samples
-from gptj_local.processes import free_ports
+from gptj_local.processes import descendants, free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -89,11 +89,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
 def training_workers(folder: Path) -> list[psutil.Process]:
     """The processes that train, on the cluster that `gptj up` started in a folder."""
     ray = json.loads((folder / ".gptj/up.json").read_text())["parts"]["Ray"]
-    found = [
-        process
-        for process in psutil.Process(ray["number"]).children(recursive=True)
-        if "RayTrainWorker" in process.name() or "RayTrainWorker" in "".join(process.cmdline())
-    ]
+    found = descendants(ray["number"], "RayTrainWorker")
     assert found
     return found
 

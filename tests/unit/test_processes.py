@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from gptj_local import ray as local_ray
-from gptj_local.processes import free_ports, running, tail
+from gptj_local.processes import descendants, free_ports, running, tail
 from gptj_local.ray import LocalRay
 
 # A parent that ignores SIGTERM and leaves a child in another session, as a crashed server would.
@@ -49,6 +50,24 @@ def test_a_program_is_ended_when_the_block_raises(tmp_path: Path) -> None:
         with running(command, environment=os.environ, log=tmp_path / "log") as process:
             raise ZeroDivisionError
     assert process.poll() is not None
+
+
+def test_descendants_are_found_although_others_end_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster starts and ends processes all the time: some are gone when their name is read."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    gone = psutil.Process(ended.pid)
+    ended.wait()
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with running(command, environment=os.environ, log=tmp_path / "log") as process:
+        there = psutil.Process(process.pid)
+        monkeypatch.setattr(
+            psutil.Process, "children", lambda parent, recursive=False: [gone, there]
+        )
+        assert descendants(os.getpid(), "python") == [there]
+        assert descendants(os.getpid(), "no such word") == []
+        monkeypatch.undo()
 
 
 def test_free_ports_differ() -> None:
