@@ -31,7 +31,7 @@ SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job's dr
 
 
 def hold(run: str, folder: str) -> ActorHandle[Any]:
-    """The run's bell, which ends with this driver, or when there is no handle to it any more.
+    """The run's bell: an actor that ends with this driver, or once no handle to it is left.
 
     SettingsError, naming the holder, if another driver of the cluster has it.
     """

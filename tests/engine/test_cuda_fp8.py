@@ -14,23 +14,23 @@ import torch
 import triton_interpreter
 from plain_operations import multiply_fp8
 from test_cuda_kernels import ERRORS, Broken
+from test_cuda_quantized import dtypes, random
 from test_cuda_quantized_runner import (
     CONFIG,
     IDS,
     PAGES,
     plain_operations,
     prompt,
+    random_adapter,
     random_model,
 )
 from test_cuda_runner import ElsewhereModel, decode_batch
 from torch import Tensor
 
 from gptj import GPTJConfig, int4
-from gptj.adapters.config import TARGET_MODULES
 from gptj.engine import backends as choice
-from gptj.engine.adapter_weights import shape_of
 from gptj.engine.runners.cpu.library import UnsupportedError
-from gptj.engine.runners.cuda import fp8_linear
+from gptj.engine.runners.cuda import fp8_linear, kernels
 from gptj.engine.runners.cuda.fp8 import (
     FP8,
     Fp8Matrix,
@@ -42,18 +42,17 @@ from gptj.engine.runners.cuda.fp8 import (
 )
 from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
-    Blocks,
     Fp8Linear,
     apply_scales,
-    multiply_row,
     quantize_rows,
 )
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.cuda.tuned_linear import Blocks, multiply_row
 from gptj.engine.runners.cuda.weights import freed_by_packing, take
-from gptj.engine.runners.lora import NONE, LoRALimits, LoRAPair, LoRAWeights
+from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
 
 triton_interpreter.repair()
 ON_GPU = torch.cuda.is_available()
@@ -66,21 +65,6 @@ TOLERANCES = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3, torch.float32: 1e-3}
 
 # Of logits: fp16's last bit decides between two neighbours in e4m3.
 FLIPS = 0.04
-
-dtypes = pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float16,
-        pytest.param(
-            torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="not interpreted")
-        ),
-    ],
-    ids=["fp16", "bf16"],
-)
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(DEVICE, dtype)
 
 
 def near(ours: Tensor, theirs: Tensor) -> None:
@@ -179,7 +163,9 @@ def test_the_kernel_for_one_row_equals_the_product_in_fp32(
         weight, x = quantize([random(columns, inputs)]), random(1, inputs, dtype=dtype)
         values, scales = quantize_rows(x)
         for wide in (False, True):
-            ours = multiply_row(values, weight, blocks, torch.float32 if wide else dtype)
+            ours = multiply_row(
+                values, weight.values, blocks, wide=wide, dtype=dtype, factor=weight.factor
+            )
             ours = apply_scales(UnscaledProduct(ours, scales, weight.product_scales))
             near(ours, multiply_fp8(x, weight))
 
@@ -275,21 +261,15 @@ def test_the_head_and_the_embedding_keep_their_dtype() -> None:
 def test_adapters_are_added_to_products_in_fp8(device: torch.device) -> None:
     """The adapters themselves are not in fp8."""
     model = random_model(device)
-    layers = []
-    for _ in range(CONFIG.n_layer):
-        pairs = {}
-        for module in TARGET_MODULES:
-            outputs, inputs = shape_of(CONFIG, module)
-            pairs[module] = LoRAPair(0.1 * torch.randn(3, inputs), 0.1 * torch.randn(outputs, 3))
-        layers.append(pairs)
+    layers = random_adapter()
     limits = LoRALimits(max_loras=2, max_lora_rank=4)
     plain = CudaRunner(
         copy.deepcopy(model).cpu(), 4, plain_operations(), quantization="fp8", lora=limits
     )
-    kernels = TritonOperations(CONFIG, torch.float16, processors=1)
-    runner = CudaRunner(model, 4, kernels, quantization="fp8", lora=limits)
+    operations = TritonOperations(CONFIG, torch.float16, processors=1)
+    runner = CudaRunner(model, 4, operations, quantization="fp8", lora=limits)
     for each in (plain, runner):
-        each.load_adapter(1, LoRAWeights(3, tuple(layers), b""))
+        each.load_adapter(1, LoRAWeights(3, layers, b""))
     without = plain.step(prompt(IDS[:9], adapter=NONE))
     expected = plain.step(prompt(IDS[:9], adapter=1))
     assert apart(without, expected) > 0.2
@@ -331,7 +311,7 @@ def test_gpus_without_fp8_are_refused_with_a_remedy(monkeypatch: pytest.MonkeyPa
 def test_a_kernel_that_fails_is_not_chosen(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fp8_linear.kernels, "multiply_row", Broken(error))
+    monkeypatch.setattr(kernels, "multiply_row", Broken(error))
     times: list[float] = []
 
     def seconds(

@@ -90,6 +90,18 @@ def operations(device: torch.device, quantization: Format) -> Operations:
     return plain_operations()
 
 
+def random_adapter() -> tuple[dict[str, LoRAPair], ...]:
+    """Of rank 3, on all modules of each layer."""
+    shapes = {module: shape_of(CONFIG, module) for module in TARGET_MODULES}
+    return tuple(
+        {
+            module: LoRAPair(0.1 * torch.randn(3, inputs), 0.1 * torch.randn(outputs, 3))
+            for module, (outputs, inputs) in shapes.items()
+        }
+        for _ in range(CONFIG.n_layer)
+    )
+
+
 def prompt(ids: list[int], adapter: int | None = None) -> StepBatch:
     """A step of one sequence, with logits after each token."""
     count = len(ids)
@@ -226,18 +238,12 @@ def test_adapters_are_added_to_quantized_products(
 ) -> None:
     model = random_model(device)
     plain = dequantized(model, quantization)
-    layers = []
-    for _ in range(CONFIG.n_layer):
-        pairs = {}
-        for module in TARGET_MODULES:
-            outputs, inputs = shape_of(CONFIG, module)
-            pairs[module] = LoRAPair(0.1 * torch.randn(3, inputs), 0.1 * torch.randn(outputs, 3))
-        layers.append(pairs)
+    layers = random_adapter()
     limits = LoRALimits(max_loras=2, max_lora_rank=4)
     runner = CudaRunner(
         model, 4, operations(device, quantization), quantization=quantization, lora=limits
     )
-    runner.load_adapter(1, LoRAWeights(3, tuple(layers), b""))
+    runner.load_adapter(1, LoRAWeights(3, layers, b""))
     near(runner.step(prompt(IDS, adapter=NONE)), plain(torch.tensor([IDS])).logits[0])
     for block, pairs in zip(plain.transformer.h, layers, strict=True):
         for parent, name in int4.block_linears(block):

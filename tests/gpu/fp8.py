@@ -24,13 +24,12 @@ from gptj.engine.cache_size import page_bytes
 from gptj.engine.runners.cuda.fp8 import Fp8Matrix, Product, parts_of, quantize
 from gptj.engine.runners.cuda.fp8_linear import (
     CANDIDATES,
-    Blocks,
     Fp8Linear,
     apply_scales,
     quantize_rows,
 )
 from gptj.engine.runners.cuda.runner import CudaRunner
-from gptj.engine.runners.cuda.tuned_linear import seconds_of
+from gptj.engine.runners.cuda.tuned_linear import Blocks, seconds_of
 
 BATCHES = (64, 1, 256, 8)
 MAX_NUM_BATCHED_TOKENS = 2048

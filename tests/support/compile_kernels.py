@@ -150,7 +150,9 @@ def fp8_products(dtype: torch.dtype) -> None:
         weight = quantize([torch.zeros(64, inputs)])
         values, _ = quantized_rows(torch.zeros(1, inputs))
         for blocks in fp8_linear.CANDIDATES:
-            fp8_linear.multiply_row(values, weight, blocks, torch.float32 if wide else dtype)
+            multiply_row(
+                values, weight.values, blocks, wide=wide, dtype=dtype, factor=weight.factor
+            )
 
 
 def empty_matrix(bits: Bits, columns: int, inputs: int) -> QuantizedMatrix:

@@ -43,7 +43,7 @@ def test_a_matrix_peak_is_plausible(dtype: torch.dtype, device: torch.device) ->
 
 
 def test_measuring_the_peak_leaves_the_global_generators_alone(device: torch.device) -> None:
-    """A training goes on from them."""
+    """Training continues from their state."""
     generators = torch.cuda if device.type == "cuda" else torch.random
     state = generators.get_rng_state()
     matrix_peak(device, torch.float32)

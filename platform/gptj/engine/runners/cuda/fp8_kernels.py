@@ -43,31 +43,3 @@ def scale_product(
     found = tl.load(places, mask=inside, other=0.0).to(tl.float32) * tl.load(row_scales + token)
     found *= tl.load(column_scales + column, mask=inside, other=0.0)
     tl.store(places, found.to(product.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def multiply_row(
-    x,  # (INPUTS), e4m3
-    weight,  # (columns, INPUTS), e4m3
-    product,  # (columns)
-    columns,
-    factor,
-    INPUTS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_INPUTS: tl.constexpr,
-):
-    """GEMV, memory-bound, before scales: one program per BLOCK_COLUMNS columns."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inputs = tl.arange(0, BLOCK_INPUTS)
-    terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)
-    for first in tl.range(0, INPUTS, BLOCK_INPUTS):
-        place = first + inputs
-        within = place < INPUTS
-        loaded = (column < columns)[:, None] & within[None, :]
-        values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
-        weights = tl.load(
-            weight + column[:, None] * INPUTS + place[None, :], mask=loaded, other=0.0
-        )
-        terms += weights.to(tl.float32) * values[None, :]
-    found = tl.sum(terms, axis=1) * factor
-    tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,21 +15,12 @@ from torch import Tensor
 
 from gptj.engine.runners.cuda import fp8_kernels as kernels
 from gptj.engine.runners.cuda.fp8 import FP8, Fp8Matrix, Product, UnscaledProduct
-from gptj.engine.runners.cuda.tuned_linear import LAUNCH_ERRORS, seconds_of
+from gptj.engine.runners.cuda.tuned_linear import LAUNCH_ERRORS, Blocks, multiply_row, seconds_of
 
 logger = logging.getLogger(__name__)
 
 BLOCK_COLUMNS = 2048  # of the kernel that scales a product
 WIDE_ROW = 8192  # numbers, from which on a program that quantizes them has more warps
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Block sizes of the GEMV kernel."""
-
-    columns: int
-    inputs: int
-    warps: int
 
 
 # Of GPT-J-6B's matrices on an H100 the first and the last are the fastest.
@@ -54,9 +44,15 @@ class Fp8Linear:
     ) -> UnscaledProduct:
         """Args: blocks: of the kernel; None for cuBLAS."""
         values, scales = quantize_rows(x_TC)
-        dtype = torch.float32 if wide else x_TC.dtype
         if blocks is not None:
-            product = multiply_row(values, weight, blocks, dtype)
+            product = multiply_row(
+                values,
+                weight.values,
+                blocks,
+                wide=wide,
+                dtype=x_TC.dtype,
+                factor=weight.factor,
+            )
         else:
             # Fast accumulation keeps fewer bits: on an H100 it errs up to 28 times as much.
             product = torch._scaled_mm(
@@ -64,7 +60,7 @@ class Fp8Linear:
                 weight.values.t(),
                 scale_a=self._constant(weight.factor, x_TC.device),
                 scale_b=self._constant(1.0, x_TC.device),
-                out_dtype=dtype,
+                out_dtype=torch.float32 if wide else x_TC.dtype,
                 use_fast_accum=False,
             )
         return UnscaledProduct(product, scales, weight.product_scales)
@@ -124,26 +120,6 @@ def quantize_rows(x_TC: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=16 if inputs > WIDE_ROW else 8,
     )
     return values, scales
-
-
-def multiply_row(
-    values_1C: Tensor, weight: Fp8Matrix, blocks: Blocks, dtype: torch.dtype
-) -> Tensor:
-    """Before scales, as of UnscaledProduct."""
-    columns, inputs = weight.shape
-    product = torch.empty(1, columns, dtype=dtype, device=values_1C.device)
-    kernels.multiply_row[(triton.cdiv(columns, blocks.columns),)](
-        values_1C,
-        weight.values,
-        product,
-        columns,
-        weight.factor,
-        INPUTS=inputs,
-        BLOCK_COLUMNS=blocks.columns,
-        BLOCK_INPUTS=blocks.inputs,
-        num_warps=blocks.warps,
-    )
-    return product
 
 
 def apply_scales(product: Product) -> Tensor:

@@ -498,8 +498,9 @@ def multiply_row(
     INPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
-    """GEMV, memory-bound: one program per BLOCK_COLUMNS columns."""
+    """GEMV, memory-bound, times FACTOR: one program per BLOCK_COLUMNS columns."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inputs = tl.arange(0, BLOCK_INPUTS)
     terms = tl.zeros([BLOCK_COLUMNS, BLOCK_INPUTS], tl.float32)
@@ -512,7 +513,7 @@ def multiply_row(
             weight + column[:, None] * INPUTS + place[None, :], mask=loaded, other=0.0
         )
         terms += weights.to(tl.float32) * values[None, :]
-    found = tl.sum(terms, axis=1)
+    found = tl.sum(terms, axis=1) * FACTOR
     tl.store(product + column, found.to(product.dtype.element_ty), mask=column < columns)
 
 

@@ -94,9 +94,22 @@ class TunedLinear:
         )
 
 
-def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks, *, wide: bool) -> Tensor:
+def multiply_row(
+    x_1C: Tensor,
+    weight: Tensor,
+    blocks: Blocks,
+    *,
+    wide: bool,
+    dtype: torch.dtype | None = None,
+    factor: float = 1.0,
+) -> Tensor:
+    """The product by the GEMV kernel, times `factor`, a power of 2.
+
+    Args:
+        wide: return fp32; otherwise `dtype`, or x's.
+    """
     columns, inputs = weight.shape
-    dtype = torch.float32 if wide else x_1C.dtype
+    dtype = torch.float32 if wide else dtype or x_1C.dtype
     product = torch.empty(1, columns, dtype=dtype, device=x_1C.device)
     kernels.multiply_row[(triton.cdiv(columns, blocks.columns),)](
         x_1C,
@@ -106,6 +119,7 @@ def multiply_row(x_1C: Tensor, weight: Tensor, blocks: Blocks, *, wide: bool) ->
         INPUTS=inputs,
         BLOCK_COLUMNS=blocks.columns,
         BLOCK_INPUTS=blocks.inputs,
+        FACTOR=factor,
         num_warps=blocks.warps,
     )
     return product
