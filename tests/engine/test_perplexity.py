@@ -28,8 +28,10 @@ TRAIN, TEXT = "sample://documentation", "sample://documentation/evaluation"
 STEPS = 120
 
 
-def trained(folder: str) -> CausalLMData:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CausalLMData]:
     """A small model that has learned our sample text, saved; and other text to measure with."""
+    folder = str(tmp_path_factory.mktemp("trained") / "model")
     rows = list(read_rows(TRAIN, ["text"]))
     tokenizer = GPTJTokenizer.train([row.text("text") for row in rows], vocab_size=512)
     torch.manual_seed(0)
@@ -52,11 +54,11 @@ def trained(folder: str) -> CausalLMData:
         optimizer.step()
         optimizer.zero_grad()
     model.eval().save_pretrained(folder, tokenizer=tokenizer)
-    return CausalLMData(read_rows(TEXT, ["text"]), tokenizer, config.n_positions)
+    return folder, CausalLMData(read_rows(TEXT, ["text"]), tokenizer, config.n_positions)
 
 
 def test_dtypes_change_perplexity_by_less_than_half_a_percent_and_gptq_by_less_than_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[str, CausalLMData], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the command, whose fp32 row is what evaluation computes without the engine.
 
@@ -66,8 +68,7 @@ def test_dtypes_change_perplexity_by_less_than_half_a_percent_and_gptq_by_less_t
         library.load()
     except library.UnsupportedError as error:
         pytest.skip(f"int8 needs our kernels: {error}")
-    folder = str(tmp_path / "model")
-    data = trained(folder)
+    folder, data = trained
     model = GPTJForCausalLM.from_pretrained(folder).eval()
     expected = evaluate(TASKS["causal-lm"], model, data, batch_size=8, device="cpu")["perplexity"]
     assert expected < 100, "it has learned nothing: of no use to compare formats with"
@@ -86,10 +87,11 @@ def test_dtypes_change_perplexity_by_less_than_half_a_percent_and_gptq_by_less_t
         assert abs(by_dtype[dtype]["above_float32_percent"]) < 0.5, by_dtype[dtype]
 
 
-def test_fp8_changes_perplexity_by_less_than_half_a_percent(tmp_path: Path) -> None:
+def test_fp8_changes_perplexity_by_less_than_half_a_percent(
+    trained: tuple[str, CausalLMData],
+) -> None:
     """By the GPU's runner with plain operations, whose products are of the same numbers."""
-    folder = str(tmp_path / "model")
-    data = trained(folder)
+    folder, data = trained
     prompts = [data[index].ids.tolist() for index in range(len(data))]
     losses = []
     formats = ((torch.float32, None), (torch.float16, "fp8"), (torch.bfloat16, "fp8"))

@@ -190,7 +190,7 @@ class Check:
     ) -> dict[str, Any]:
         """Milliseconds of a call: the median over `repeats` of the mean of `calls`."""
         if self.rehearsal:
-            warm_up, repeats, calls = 1, 2, 1
+            warm_up, repeats, calls = 0, 1, 1
         for _ in range(warm_up):
             function()
         self.device.synchronize()

@@ -178,7 +178,7 @@ def test_all_conversions_hold_a_few_tensors_in_memory(
     write_source("pickle", tmp_path / "tiny", n_embd=128, n_layer=1)
     jobs = [["import_weights.py", str(tmp_path / "tiny"), str(tmp_path / "ours-tiny")]]
     for kind in ("safetensors", "pickle", "mesh", "tensorflow", "flax"):
-        specs = write_source(kind, tmp_path / kind, n_embd=512, n_layer=28)
+        specs = write_source(kind, tmp_path / kind, n_embd=512, n_layer=18)
         words = [str(tmp_path / kind), str(tmp_path / f"ours-{kind}"), "--dtype", "bfloat16"]
         config = str(tmp_path / kind / "config.json")
         jobs.append(["import_weights.py", *words, "--config", config])
@@ -190,6 +190,6 @@ def test_all_conversions_hold_a_few_tensors_in_memory(
     jobs.append(["merge_adapter.py", *words, "--dtype", "float32"])
     total, largest = sum(spec.size for spec in specs), max(spec.size for spec in specs)
     budget = 3 * largest + 50 * MB
-    assert total > 3 * budget
+    assert total > 2 * budget
     for words, (before, peak) in list(zip(jobs, measure(*jobs), strict=True))[1:]:
         assert peak - before < budget, f"{words}: {(peak - before) / MB:.0f} MB"
