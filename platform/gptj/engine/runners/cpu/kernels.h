@@ -498,13 +498,14 @@ void block_sums(const Weights& w, int64_t block, const Activations& a, float* su
 // with the bias added.
 template <class Done>
 inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {
-  thread_local std::vector<float> sums;
-  if (int64_t(sums.size()) < a.rows * kBlock) sums.resize(size_t(a.rows * kBlock));
+  thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < a.rows * kBlock) buffer.resize(size_t(a.rows * kBlock));
+  float* const sums = buffer.data();  // read once: each use of a thread's own variable is a call
   switch (Kind(w.kind)) {
-    case Kind::fp32: block_sums<Fp32>(w, block, a, sums.data()); break;
-    case Kind::bf16: block_sums<Bf16>(w, block, a, sums.data()); break;
-    case Kind::int8: block_sums<Int8>(w, block, a, sums.data()); break;
-    case Kind::int4: block_sums<Int4>(w, block, a, sums.data()); break;
+    case Kind::fp32: block_sums<Fp32>(w, block, a, sums); break;
+    case Kind::bf16: block_sums<Bf16>(w, block, a, sums); break;
+    case Kind::int8: block_sums<Int8>(w, block, a, sums); break;
+    case Kind::int4: block_sums<Int4>(w, block, a, sums); break;
   }
   for (int64_t column = block * kBlock; column < (block + 1) * kBlock; column += 16) {
     const Mask mask = first(w.columns - column);
@@ -513,7 +514,7 @@ inline void block_product(const Weights& w, int64_t block, const Activations& a,
     const bool scaled = Kind(w.kind) == Kind::int8;
     const Floats scale = scaled ? load(w.scales + column, mask) : all(1.0f);
     for (int64_t row = 0; row < a.rows; ++row) {
-      const Floats y = load(&sums[size_t(row * kBlock + column % kBlock)]);
+      const Floats y = load(sums + row * kBlock + column % kBlock);
       done(row, column, add(scaled ? mul(y, scale) : y, bias), mask);
     }
   }

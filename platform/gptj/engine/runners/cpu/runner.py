@@ -132,12 +132,14 @@ class CpuRunner:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         head, per_word = self.config.head_dim, 4 // self._cache.itemsize
         keys, values = self._cache  # (layers, pages, heads, page_size * head)
-        # As step.cpp stores them: a word of the head of all positions, then its next word.
+        # As step.cpp stores them: of keys, a word of the head of all positions, then its next word;
+        # of values, a word of the positions, which may also hold the one after the last.
         keys = keys.view(*keys.shape[:3], head // per_word, self.page_size, per_word)
-        values = values.view(*values.shape[:3], self.page_size, head)
+        values = values.view(*values.shape[:3], self.page_size // per_word, per_word * head)
         for source, target, filled in copies:
             keys[:, target, :, :, :filled] = keys[:, source, :, :, :filled]
-            values[:, target, :, :filled] = values[:, source, :, :filled]
+            words = -(-filled // per_word)
+            values[:, target, :, :words] = values[:, source, :, :words]
 
     def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
         self._adapters[slot] = pack_adapter(weights)

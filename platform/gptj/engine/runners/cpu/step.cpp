@@ -4,8 +4,9 @@
 // A step is one parallel run. Threads take work items from shared counters, so that a descheduled
 // thread does not delay the others, and meet at a barrier after each part.
 //
-// A page holds 16 positions of a layer: for each head the keys as (words of the head, 16), one
-// vector for one word of all positions, and the values as (16, head).
+// A page holds 16 positions of a layer, in words of one fp32 or two bf16: for each head the keys as
+// (words of the head, 16), one vector for one word of all positions, and the values as (words of the
+// positions, head).
 
 #include "kernels.h"
 
@@ -24,12 +25,12 @@
 namespace {
 
 constexpr int64_t kPage = 16;    // positions per page
-// Queries of a sequence that share one pass over keys and values, and sums of their scores and values
-// at a time: as many as registers allow.
+// Queries of a sequence that share one pass over keys and values (or fewer, where fewer are left), and
+// sums of their scores and values at a time: as many as registers allow.
 #ifdef GPTJ_AVX512
-constexpr int kQueries = 4, kScores = 4, kValues = 16;
+constexpr int kQueries = 12, kMoreQueries = 8, kScores = 8, kValues = 24;
 #else
-constexpr int kQueries = 6, kScores = 6, kValues = 6;
+constexpr int kQueries = 6, kMoreQueries = 5, kScores = 6, kValues = 6;
 #endif
 constexpr int64_t kMaxRank = 64;  // of an adapter
 constexpr int64_t kRanks = 8;     // rows of an adapter's A per work item
@@ -405,24 +406,40 @@ class Runner {
   template <class K>
   using Element = std::conditional_t<std::is_same_v<K, Fp32>, float, uint16_t>;
 
-  // Converts to the cache's type.
+  // Elements of the cache in a word.
   template <class K>
-  void to_cache(const float* x, Element<K>* y) const {
-    for (int64_t i = 0; i < s_.head; i += 16) {
-      const Mask mask = first(s_.head - i);
-      if constexpr (std::is_same_v<K, Fp32>) store(y + i, mask, load(x + i, mask));
-      else store_bf16(y + i, mask, load(x + i, mask));
+  static constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;
+
+  // Caches a head's key at a place of its page.
+  template <class K>
+  void cache_key(const float* x, int64_t place, Element<K>* keys, std::vector<Element<K>>& row) const {
+    fit(row, s_.head);
+    for (int64_t k = 0; k < s_.head; k += 16) {
+      const Mask mask = first(s_.head - k);
+      if constexpr (std::is_same_v<K, Fp32>) store(row.data() + k, mask, load(x + k, mask));
+      else store_bf16(row.data() + k, mask, load(x + k, mask));
+    }
+    for (int64_t w = 0; w < s_.head / kPair<K>; ++w)
+      std::memcpy(keys + (w * kPage + place) * kPair<K>, row.data() + w * kPair<K>, 4);
+  }
+
+  // Caches a head's value. The position after it, if of the same word, becomes 0: it is multiplied
+  // by 0 until it is written, and must not be NaN.
+  template <class K>
+  void cache_value(const float* x, int64_t place, Element<K>* values) const {
+    auto* words = reinterpret_cast<float*>(values + place / kPair<K> * s_.head * kPair<K>);
+    for (int64_t k = 0; k < s_.head; k += 16) {
+      const Mask mask = first(s_.head - k);
+      Floats word = load(x + k, mask);
+      if constexpr (std::is_same_v<K, Bf16>) {
+        const Ints bits = as_ints(round_bf16(word));
+        word = as_floats(place % 2 == 0
+                             ? right<16>(bits)
+                             : either(bits, both(as_ints(load(words + k, mask)), all_ints(0xffff))));
+      }
+      store(words + k, mask, word);
     }
   }
-
-  template <class K>
-  static Floats from_cache(const Element<K>* p, Mask mask) {
-    if constexpr (std::is_same_v<K, Fp32>) return load(p, mask);
-    else return load_bf16(p, mask);
-  }
-
-  template <class K>
-  static constexpr int64_t kLine = 64 / sizeof(Element<K>);  // elements of a line of the cache
 
   // A thread takes heads in order, which are adjacent in a page: the next head's data is prefetched
   // while this one computes.
@@ -439,40 +456,39 @@ class Runner {
 
   template <class K>
   void attend_in(int64_t layer, int64_t head, int32_t start, int32_t end, const int32_t* pages) {
-    constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;  // elements of a word
-    thread_local std::vector<float> rotated, scores;
+    thread_local std::vector<float> rotated, scores, weights;
     thread_local std::vector<Element<K>> key;
     thread_local std::vector<uint32_t> words;
     const Activations queries = query_rows<K>(words);
     fit(rotated, s_.head);
-    fit(key, s_.head);
     for (int32_t t = start; t < end; ++t) {
       const int32_t position = b_->positions[t];
       Element<K>* keys = page<K>(m_.keys, layer, pages[position / kPage], head);
       Element<K>* values = page<K>(m_.values, layer, pages[position / kPage], head);
       const int64_t place = position % kPage;
       rotate(t, s_.width, head, rotated.data());
-      to_cache<K>(rotated.data(), key.data());
-      for (int64_t k = 0; k < s_.head; ++k)
-        keys[(k / kPair * kPage + place) * kPair + k % kPair] = key[size_t(k)];
-      to_cache<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)],
-               values + place * s_.head);
+      cache_key<K>(rotated.data(), place, keys, key);
+      cache_value<K>(&qkv_[size_t(t * 3 * s_.width + 2 * s_.width + head * s_.head)], place, values);
     }
-    for (int32_t t = start; t < end; t += kQueries) {
-      const int count = std::min<int>(kQueries, end - t);
+    for (int32_t t = start; t < end;) {
+      const int count = queries_of(end - t);
       for (int64_t q = 0; q < count; ++q) {
         rotate(int32_t(t + q), 0, head, rotated.data());
         convert(kind_, rotated.data(), s_.head, queries, q);
       }
       switch (count) {
-#define QUERIES(Q)                                                                      \
-  case Q:                                                                               \
-    if constexpr (Q <= kQueries) look<K, Q>(layer, head, t, pages, words.data(), scores); \
-    break;
-        QUERIES(1) QUERIES(2) QUERIES(3) QUERIES(4) QUERIES(5) QUERIES(6)
+#define QUERIES(Q) \
+  case Q: look<K, Q>(layer, head, t, pages, words.data(), scores, weights); break;
+        QUERIES(1) QUERIES(2) QUERIES(3) QUERIES(4) QUERIES(kMoreQueries) QUERIES(kQueries)
 #undef QUERIES
       }
+      t += count;
     }
+  }
+
+  // How many of the next queries share a pass: few numbers, since each is compiled on its own.
+  static int queries_of(int32_t left) {
+    return left >= kQueries ? kQueries : left >= kMoreQueries ? kMoreQueries : std::min(left, 4);
   }
 
   // A head's queries as rows of activations, which keys multiply.
@@ -499,19 +515,24 @@ class Runner {
   // then their softmax, then the values: each query's own sums in the order of positions.
   template <class K, int Q>
   void look(int64_t layer, int64_t head, int32_t t, const int32_t* pages, const uint32_t* queries,
-            std::vector<float>& scores) {
+            std::vector<float>& score_buffer, std::vector<float>& weight_buffer) {
     const int64_t length = b_->positions[t] + Q;  // the last query's context
-    const int64_t page_count = ceil_div(length, kPage), stride = page_count * kPage;
-    fit(scores, Q * stride);
+    const int64_t page_count = ceil_div(length, kPage);
+    const int64_t stride = (page_count + 1) * kPage;  // never a power of 2, whose rows share sets
+    fit(score_buffer, Q * stride);
+    fit(weight_buffer, Q * page_count * kPage);
+    // Read once: each use of a thread's own variable is a call.
+    float *const scores = score_buffer.data(), *const weights = weight_buffer.data();
     constexpr int P = std::max(1, kScores / Q);  // pages at a time, for independent sums
     int64_t p = 0;
     for (; p + P <= page_count; p += P)
-      score<K, Q, P>(layer, head, p, pages, queries, stride, scores.data());
+      score<K, Q, P>(layer, head, p, pages, queries, stride, scores);
     for (; p < page_count; ++p)
-      score<K, Q, 1>(layer, head, p, pages, queries, stride, scores.data());
+      score<K, Q, 1>(layer, head, p, pages, queries, stride, scores);
     float inverse[Q];
     for (int q = 0; q < Q; ++q)
-      inverse[q] = softmax(&scores[size_t(q * stride)], length - (Q - 1 - q), stride);
+      inverse[q] = softmax<K, Q>(scores + q * stride, length - (Q - 1 - q),
+                                 page_count * kPage, weights + q);
     float* out[Q];
     for (int q = 0; q < Q; ++q)
       out[q] = &branches_[size_t((t + q) * (s_.width + s_.inner) + head * s_.head)];
@@ -522,19 +543,22 @@ class Runner {
       unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA { mask[v] = first(s_.head - k - 16 * v); });
       for_each<Q, V>([&](auto q, auto v) GPTJ_INLINE_LAMBDA { sum[q][v] = zeros(); });
       const int64_t next = kPage * s_.head;  // elements to the next head's values
-      for (int64_t position = 0; position < length; ++position) {
-        const auto* row = page<K>(m_.values, layer, pages[position / kPage], head) +
-                          position % kPage * s_.head + k;
+      for (int64_t i = 0; i < ceil_div(length, kPair<K>); ++i) {
+        constexpr int64_t kWords = kPage / kPair<K>;  // of a page's positions
+        const auto* row = page<K>(m_.values, layer, pages[i / kWords], head) +
+                          (i % kWords * s_.head + k) * kPair<K>;
         if (Q < kQueries)
-          for (int64_t i = 0; i < 16 * V; i += kLine<K>) fetch(row + next + i);
-        Floats value[V];
+          unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA { fetch(row + next + 16 * v * kPair<K>); });
         unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA {
-          value[v] = from_cache<K>(row + 16 * v, mask[v]);
-        });
-        unrolled<Q>([&](auto q) GPTJ_INLINE_LAMBDA {
-          const Floats weight = all(scores[size_t(q * stride + position)]);
-          unrolled<V>([&](auto v) GPTJ_INLINE_LAMBDA {
-            sum[q][v] = fma(weight, value[v], sum[q][v]);
+          const auto* from = reinterpret_cast<const float*>(row + 16 * v * kPair<K>);
+          const Ints word = as_ints(load(from, mask[v]));
+          unrolled<K::kParts>([&](auto part) GPTJ_INLINE_LAMBDA {
+            const auto value = K::part(word, part);
+            unrolled<Q>([&](auto q) GPTJ_INLINE_LAMBDA {
+              uint32_t weight;
+              std::memcpy(&weight, weights + (i * K::kParts + part) * Q + q, 4);
+              sum[q][v] = K::dot(sum[q][v], value, weight);
+            });
           });
         });
       }
@@ -548,8 +572,7 @@ class Runner {
   template <class K, int Q, int P>
   void score(int64_t layer, int64_t head, int64_t p, const int32_t* pages, const uint32_t* queries,
              int64_t stride, float* scores) {
-    constexpr int64_t kPair = std::is_same_v<K, Fp32> ? 1 : 2;
-    const int64_t words = s_.head / kPair;
+    const int64_t words = s_.head / kPair<K>;
     const Element<K>* keys[P];
     unrolled<P>([&](auto i) GPTJ_INLINE_LAMBDA {
       keys[i] = page<K>(m_.keys, layer, pages[p + i], head);
@@ -558,9 +581,9 @@ class Runner {
     for_each<Q, P>([&](auto q, auto i) GPTJ_INLINE_LAMBDA { sum[q][i] = zeros(); });
     for (int64_t w = 0; w < words; ++w)
       unrolled<P>([&](auto i) GPTJ_INLINE_LAMBDA {
-        if (Q < kQueries) fetch(keys[i] + (words + w) * kPage * kPair);  // the next head's
+        if (Q < kQueries) fetch(keys[i] + (words + w) * kPage * kPair<K>);  // the next head's
         unrolled<K::kParts>([&](auto part) GPTJ_INLINE_LAMBDA {
-          const auto key = K::part(load_ints(keys[i] + w * kPage * kPair), part);
+          const auto key = K::part(load_ints(keys[i] + w * kPage * kPair<K>), part);
           unrolled<Q>([&](auto q) GPTJ_INLINE_LAMBDA {
             sum[q][i] = K::dot(sum[q][i], key, queries[(q * words + w) * K::kParts + part]);
           });
@@ -571,21 +594,31 @@ class Runner {
     });
   }
 
-  // Turns scores into unnormalized weights; returns 1 / sum. Weights beyond `length` become 0,
-  // whatever the unused slots of a page hold.
-  float softmax(float* scores, int64_t length, int64_t stride) const {
+  // Turns scores of a query into unnormalized weights, in the words that `K::dot` takes, each Q
+  // after the last; returns 1 / sum. Weights beyond `length` become 0, whatever the unused slots of
+  // a page hold.
+  template <class K, int Q>
+  float softmax(float* scores, int64_t length, int64_t count, float* weights) const {
     const Floats scale = all(1.0f / std::sqrt(float(s_.head)));
     const Floats least = all(-INFINITY);
     Floats most = least;
     for (int64_t i = 0; i < length; i += 16)
       most = max(most, load_or(least, first(length - i), scores + i));
     const Floats top = all(max_of(most));
+    constexpr int64_t kWords = 16 / kPair<K> * K::kParts;  // of 16 positions
     Floats total = zeros();
-    for (int64_t i = 0; i < stride; i += 16) {
+    for (int64_t i = 0; i < count; i += 16) {
       const Floats e =
           keep(first(length - i), exp(mul(sub(load(scores + i), top), scale)));
       total = add(total, e);
-      store(scores + i, e);
+      float words[16];
+      if constexpr (std::is_same_v<K, Fp32>)
+        store(words, e);
+      else if constexpr (K::kParts == 1)
+        store_bf16(reinterpret_cast<uint16_t*>(words), first(16), e);
+      else
+        store(words, round_bf16(e));
+      for (int64_t k = 0; k < kWords; ++k) weights[(i / 16 * kWords + k) * Q] = words[k];
     }
     return 1.0f / sum_of(total);
   }
