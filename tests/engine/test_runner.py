@@ -211,16 +211,17 @@ def test_sequences_in_a_step_are_independent(make: Callable[..., Case]) -> None:
 
 
 @pytest.mark.slow
-def test_a_copied_page_is_independent(make: Callable[..., Case]) -> None:
+@pytest.mark.parametrize("filled", [4, 5])  # the second ends within a word of two positions
+def test_a_copied_page_is_independent(make: Callable[..., Case], filled: int) -> None:
     case = make()
-    ids = random_ids(LENGTH, 300)
-    step(case.runner, (ids[:20], 0, [1, 2]))
+    ids, start = random_ids(LENGTH, 300), 16 + filled
+    step(case.runner, (ids[:start], 0, [1, 2]))
     with torch.inference_mode():
-        case.runner.copy_pages([PageCopy(2, 9, filled=4)])
+        case.runner.copy_pages([PageCopy(2, 9, filled)])
     other = random_ids(10, 300, 5)
-    step(case.runner, (other, 20, [1, 2]))  # overwrites what follows in page 2, not in page 9
-    (rest,) = step(case.runner, (ids[20:30], 20, [1, 9]))
-    assert float((rest - reference(case.model, ids[:30])[20:]).abs().max()) < 2 * case.tolerance
+    step(case.runner, (other, start, [1, 2]))  # overwrites what follows in page 2, not in page 9
+    (rest,) = step(case.runner, (ids[start:30], start, [1, 9]))
+    assert float((rest - reference(case.model, ids[:30])[start:]).abs().max()) < 2 * case.tolerance
 
 
 @pytest.mark.slow
@@ -233,11 +234,12 @@ def test_a_reset_cache_works(make: Callable[..., Case]) -> None:
 
 
 @pytest.mark.slow
-def test_unused_slots_of_a_page_do_not_matter(make: Callable[..., Case]) -> None:
+@pytest.mark.parametrize("length", [20, 19])
+def test_unused_slots_of_a_page_do_not_matter(make: Callable[..., Case], length: int) -> None:
     """A page may have been another request's, whose output was not finite."""
     case = make()
-    ids = random_ids(LENGTH, 300)
-    (clean,) = step(case.runner, (ids[:20], 0, [1, 2]))
+    ids = random_ids(length, 300)
+    (clean,) = step(case.runner, (ids, 0, [1, 2]))
     wte = case.model.transformer.wte.weight
     if isinstance(case.runner, CudaRunner):
         case.runner._cache.data[:, :, 1:3] = torch.nan
@@ -248,7 +250,7 @@ def test_unused_slots_of_a_page_do_not_matter(make: Callable[..., Case]) -> None
         assert wte.isfinite().all()
         case.runner._keys[:, 1:3] = torch.nan
         case.runner._values[:, 1:3] = torch.nan
-    (again,) = step(case.runner, (ids[:20], 0, [1, 2]))
+    (again,) = step(case.runner, (ids, 0, [1, 2]))
     assert torch.equal(clean, again)
 
 
@@ -347,6 +349,9 @@ def test_kernels_are_bitwise_independent_of_batch_and_chunks(kind: str) -> None:
     (whole,) = step(runner, (ids, 0, [0, 1, 2]))
     one_by_one = [step(runner, (ids[i : i + 1], i, [3, 4, 5]))[0] for i in range(40)]
     assert torch.equal(whole, torch.cat(one_by_one))
+    ends = (0, 11, 19, 22, 24, 29, 40)  # any number of queries may be left
+    chunks = [step(runner, (ids[i:j], i, [3, 4, 5]))[0] for i, j in itertools.pairwise(ends)]
+    assert torch.equal(whole, torch.cat(chunks))
     for others in (1, 7, 12, 13, 30):
         beside = [(random_ids(3, 300, other), 0, [20 + other]) for other in range(others)]
         assert torch.equal(whole, step(runner, *beside, (ids, 0, [6, 7, 8]))[-1]), others
