@@ -35,6 +35,7 @@ PARTS = {
     "gptj.storage.retries": "boto",
     "gptj.storage.s3": "boto",
     "gptj.storage.s3_client": "boto",
+    "gptj.storage.s3_clock": "boto",
     "gptj.storage.s3_upload": "boto",
     "gptj.engine.constraints.process": "llguidance",  # a process of its own
     "gptj.engine.runners.cuda.fp8_kernels": "triton",

@@ -23,6 +23,8 @@ from botocore.exceptions import (
 )
 from botocore.parsers import ResponseParserError
 
+from gptj.storage.s3_clock import ServerClock
+
 FIRST_TRIES = 4  # for a server that has not answered yet
 PATIENCE_SECONDS = 5 * 60  # for one that has, from a request's first failure
 FIRST_PAUSE_SECONDS = 0.5
@@ -51,6 +53,7 @@ class Retries:
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
+        self.clock = ServerClock()
         self.patient = False  # whether the server has answered
         self._lock = threading.Lock()
         self._logged = 0.0
@@ -64,13 +67,15 @@ class Retries:
         **_: Any,
     ) -> float | None:
         """Handler of botocore's needs-retry event: seconds until the next attempt, or None."""
+        context = {} if request_dict is None else request_dict["context"]
+        if response is not None and self.clock.corrects(response, context):
+            return 0.0
         reason, damaged = _reason(response, caught_exception)
         if reason is None:
             self.patient = self.patient or response is not None
             return None
         if damaged and attempts >= FIRST_TRIES:
             return None
-        context = {} if request_dict is None else request_dict["context"]
         return self.pause(attempts, context.setdefault("gptj_failed", time.monotonic()), reason)
 
     def pause(self, attempts: int, first_failure: float, reason: str) -> float | None:

@@ -79,6 +79,7 @@ def _client_for(
         raise StorageError(f"{error}; remedy: correct AWS_ENDPOINT_URL") from error
     retries = Retries(client.meta.endpoint_url)
     client.meta.events.register("needs-retry.s3", retries.needs_retry)  # type: ignore[arg-type]
+    retries.clock.register(client.meta.events)
     return client, retries
 
 
@@ -149,6 +150,11 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
         return StorageError(
             f"{place}: bucket {bucket!r} is in another region ({message or code}); remedy: set "
             f"AWS_REGION to the bucket's, and AWS_ENDPOINT_URL only for servers other than AWS"
+        )
+    if code == "RequestTimeTooSkewed":
+        return StorageError(
+            f"{place}: the clocks of this machine and of {endpoint()} differ by too much; remedy: "
+            f"set them, as by NTP"
         )
     if code in _OUT_OF_RANGE:
         return StorageError(f"{place} is truncated: it is shorter than it should be")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -180,7 +181,7 @@ def _make(
 ) -> None:
     started = time.monotonic()
     # Unique per attempt: a killed one may have left a partial folder.
-    suffix = f"{time.time_ns():x}"
+    suffix = secrets.token_hex(8)
     task, labels = settings.task_definition, checkpoint_labels(settings)
     found, rows = {}, 0
     columns: dict[str, list[str]] = {}
