@@ -1,12 +1,13 @@
 """Kills parts of a running training and says what was lost.
 
-    python -m gptj_bench.training_faults [--faults worker,controller,…] [--json OUT] [--logs DIR]
+    python -m gptj_bench.training_faults [--hosts] [--faults worker,…] [--json OUT] [--logs DIR]
 
-Starts S3 and a Ray cluster of two nodes on loopback. For each fault a tiny model trains with
-dropout until the fault comes, between two checkpoints, and a few steps beyond; a run that ends is
-submitted again. An undisturbed run then takes as many steps. A line a fault: the steps that were
-computed twice, the longest time without a new step, and how far losses are from the undisturbed
-run's.
+Starts S3 and a Ray cluster of two nodes, on loopback or, with `--hosts`, each on a host of its own
+(gptj_local.hosts), whose further faults are gptj_bench.host_faults. For each fault a tiny model
+trains with dropout until the fault comes, between two checkpoints, and a few steps beyond; a run
+that ends is submitted again. An undisturbed run then takes as many steps. A line a fault: the steps
+that were computed twice, the longest time without a new step, and how far losses are from the
+undisturbed run's.
 
 | fault | what happens |
 |---|---|
@@ -23,36 +24,29 @@ run's.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from gptj import storage
-from gptj_local.processes import HOST, descendants, kill_tree, tail
-from gptj_local.ray import LocalRay
-from gptj_local.s3 import LocalS3
+from gptj.errors import CheckpointError
+from gptj.training.state import rank_manifest, read_progress
+from gptj_bench import host_faults
+from gptj_bench.training_cluster import DEADLINE_SECONDS, GRACE_SECONDS, MORE, Cluster, Run
+from gptj_local.hosts import Network, enter_namespaces, obstacle
+from gptj_local.processes import tail
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "finetune.py"
-RAY = str(Path(sys.executable).parent / "ray")
 EVERY = 10  # steps between checkpoints
 AT = 25  # the step after which a fault comes
-MORE = 12  # steps that a run takes after it
 ENDLESS = 100_000
 AWAY_SECONDS = 120.0  # of S3
-GRACE_SECONDS = 45  # of a node
-DEADLINE_SECONDS = 600.0
-STOPPED = 128 + signal.SIGTERM
+ON_HOSTS = ("raylet", "raylets")  # of loopback's faults, those that are others between hosts
 SETTINGS = (
     "storage=s3://gptj",
     f"checkpoint_every={EVERY}",
@@ -67,9 +61,6 @@ SETTINGS = (
 FIXED = ("workers.count=2", "model.config.resid_pdrop=0.1")
 # Which numbers dropout drops depends on the number of workers.
 ELASTIC = ("workers.count=[1,3]",)
-NODE_CPUS = 3
-STEP = re.compile(r"step (\d+) of \d+ \| loss")
-RESUMED = re.compile(r"resuming after step (\d+) of \d+ on (\d+) workers")
 
 
 @dataclass(frozen=True)
@@ -84,216 +75,26 @@ class Result:
 
     def line(self) -> str:
         return (
-            f"{self.fault:10} {self.repeated:3} steps again, {self.seconds:6.1f} s without a new "
+            f"{self.fault:12} {self.repeated:3} steps again, {self.seconds:6.1f} s without a new "
             f"step, submitted {self.submissions} times; {'; '.join(self.notes)}"
         )
-
-
-class Cluster:
-    """S3, a head, and further nodes for as long as they are wanted."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._stack = ExitStack()
-        self._s3_stack = ExitStack()
-        self._nodes: list[tuple[ExitStack, subprocess.Popen[bytes]]] = []
-        self._count = 0
-        self.s3 = self._s3_stack.enter_context(LocalS3.start(folder / "s3"))
-        os.environ |= self.s3.environment()
-        self.head: LocalRay
-
-    def start(self) -> None:
-        self._count += 1
-        folder = self.folder / f"head-{self._count}"
-        folder.mkdir()
-        environment = dict(os.environ)
-        self.head = self._stack.enter_context(
-            LocalRay.start(folder, cpus=NODE_CPUS, environment=environment, more_nodes=True)
-        )
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, **self.head.environment()}
-
-    def add_node(self) -> None:
-        self._count += 1
-        stack = ExitStack()
-        log = self.folder / f"node-{self._count}.log"
-        self._nodes.append((stack, stack.enter_context(self.head.worker(log, cpus=NODE_CPUS))))
-
-    def nodes(self, count: int) -> None:
-        """Let there be so many nodes beside the head."""
-        while len(self._nodes) > count:
-            self.lose_node()
-        while len(self._nodes) < count:
-            self.add_node()
-
-    def lose_node(self) -> None:
-        """SIGKILL to all processes of the oldest node, as when a machine is lost."""
-        stack, process = self._nodes.pop(0)
-        kill_tree(process)
-        stack.close()
-
-    def kill(self, name: str, *, of_head: bool = True) -> None:
-        """SIGKILL to one process of the head, or of the oldest node, by its name."""
-        parent = self.head.process_id if of_head else self._nodes[0][1].pid
-        found = descendants(parent, name)
-        if not found:
-            raise RuntimeError(f"there is no process {name}")
-        found[-1].kill()
-
-    def drain_node(self) -> None:
-        """Ray's notice that the one node beside the head goes away."""
-        listed = self._ray("list", "nodes", "--format=json", "--filter=state=ALIVE")
-        nodes = json.loads(listed[listed.index("[") :])
-        (other,) = (node["node_id"] for node in nodes if not node["is_head_node"])
-        self._ray(
-            *("drain-node", f"--address={HOST}:{self.head.port}", f"--node-id={other}"),
-            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
-            f"--deadline-remaining-seconds={GRACE_SECONDS}",
-        )
-
-    def _ray(self, *words: str) -> str:
-        done = subprocess.run([RAY, *words], env=self.environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"ray {' '.join(words)}: {done.stderr[-2000:]}")
-        return done.stdout
-
-    def stall_s3(self, stalled: bool) -> None:
-        process = psutil.Process(self.s3.process_id)
-        for each in [process, *process.children(recursive=True)]:
-            each.suspend() if stalled else each.resume()
-
-    def end_s3(self) -> None:
-        self._s3_stack.close()
-
-    def restart_s3(self) -> None:
-        self.s3 = self._s3_stack.enter_context(LocalS3.start(self.folder / "s3", again=self.s3))
-
-    def close_ray(self) -> None:
-        for stack, _ in self._nodes:
-            stack.close()
-        self._nodes.clear()
-        self._stack.close()
-
-    def close(self) -> None:
-        self.close_ray()
-        self._s3_stack.close()
-
-
-@dataclass
-class Run:
-    """A training, submitted again whenever it ends, and watched."""
-
-    cluster: Cluster
-    name: str
-    settings: Sequence[str]
-    log: Path
-    submissions: int = 0
-    furthest: int = 0  # step
-    resumed: list[int] = field(default_factory=list)  # on how many workers, each time
-    saved: int = 0  # checkpoints
-    repeated: int = 0  # steps
-    longest_pause: float = 0.0  # in seconds, since a fault has come
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._position = 0  # in the log
-        self._seen: set[str] = set()
-        self._since: float | None = None  # the last new step, once a fault has come
-        self.submit()
-
-    def submit(self) -> None:
-        command = [sys.executable, str(JOB), f"run={self.name}", *self.settings]
-        with self.log.open("ab") as output:
-            self.job = subprocess.Popen(
-                command, env=self.cluster.environment, stdout=output, stderr=output
-            )
-        self.submissions += 1
-
-    def begin_fault(self) -> None:
-        self._since = time.monotonic()
-
-    def look(self) -> None:
-        """See what is new, and submit the run again if it has ended."""
-        before = self.furthest
-        for line in self._new_lines():
-            if found := STEP.search(line):
-                self.furthest = max(self.furthest, int(found[1]))
-            elif found := RESUMED.search(line):
-                self.resumed.append(int(found[2]))
-                self.repeated += self.furthest - int(found[1])
-            elif "saved s3://" in line:
-                self.saved += 1
-        now = time.monotonic()
-        if self.furthest > before and self._since is not None:
-            self.longest_pause = max(self.longest_pause, now - self._since)
-            self._since = now
-        if self.job.poll() is not None:
-            if self.submissions == 5:
-                raise RuntimeError(f"the run {self.name} does not go on: {tail(self.log, 4000)}")
-            self.notes.append(f"its job ended with status {self.job.returncode}")
-            self.submit()
-
-    def _new_lines(self) -> list[str]:
-        with self.log.open(errors="replace") as file:
-            file.seek(self._position)
-            text = file.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._position += len(whole.encode())
-        # Both nodes forward what they find in the log folder that they share on one machine; lines
-        # have their time, in milliseconds.
-        lines = [line for line in dict.fromkeys(whole.splitlines()) if line not in self._seen]
-        self._seen.update(lines)
-        return lines
-
-    def wait(self, there: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
-        self.look()
-        while not there():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name}: no {what}: {tail(self.log, 4000)}")
-            time.sleep(0.2)
-            self.look()
-
-    def go_on(self, since: int) -> None:
-        """Wait for some steps beyond one."""
-        self.wait(lambda: self.furthest >= since + MORE, f"step {since + MORE}")
-
-    def go_on_resumed(self) -> None:
-        self.wait(lambda: bool(self.resumed), "resumed run")
-        self.go_on(self.furthest)
-
-    def watch(self, seconds: float) -> None:
-        """Let it run."""
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            time.sleep(0.2)
-            self.look()
-
-    def end(self) -> int:
-        """SIGTERM: it saves and stops; the last step."""
-        self.job.send_signal(signal.SIGTERM)
-        if self.job.wait(DEADLINE_SECONDS) != STOPPED:
-            raise RuntimeError(f"the run {self.name} does not stop: {tail(self.log, 4000)}")
-        stopped = re.findall(r"stopped after step (\d+) of", self.log.read_text())
-        return int(stopped[-1])
 
 
 def measure(cluster: Cluster, fault: str) -> Result:
     """Train with one fault, and stop some steps later."""
     elastic = fault == "elastic"
+    cluster.with_clocks(fault in host_faults.CLOCKS)
     cluster.nodes(2 if elastic else 1)
     settings = (*SETTINGS, *(ELASTIC if elastic else FIXED), f"steps={ENDLESS}")
     run = Run(cluster, fault, settings, cluster.folder / f"{fault}.log")
     try:
         run.wait(lambda: run.furthest >= AT, f"step {AT}")
         run.begin_fault()
-        _FAULTS[fault](cluster, run)
+        (_FAULTS | host_faults.FAULTS)[fault](cluster, run)
         steps = run.end()
+        run.notes.append(checkpoints(f"s3://gptj/{fault}"))
     finally:
-        run.job.kill()
-        run.job.wait()
+        run.kill()
     pause = run.longest_pause
     return Result(
         fault, run.repeated, pause, run.submissions, steps, notes=tuple(dict.fromkeys(run.notes))
@@ -311,7 +112,7 @@ def _controller(cluster: Cluster, run: Run) -> None:
 
 
 def _driver(cluster: Cluster, run: Run) -> None:
-    run.job.kill()
+    run.kill()
     run.go_on_resumed()
 
 
@@ -346,7 +147,7 @@ def _drain(cluster: Cluster, run: Run) -> None:
 
 
 def _sigterm(cluster: Cluster, run: Run) -> None:
-    run.job.terminate()
+    run.terminate()
     run.go_on_resumed()
 
 
@@ -356,7 +157,7 @@ def _s3_stalled(cluster: Cluster, run: Run) -> None:
         run.watch(AWAY_SECONDS)
     finally:
         cluster.stall_s3(False)
-    _go_on_with_s3(run)
+    run.go_on_saving()
 
 
 def _s3_down(cluster: Cluster, run: Run) -> None:
@@ -365,15 +166,7 @@ def _s3_down(cluster: Cluster, run: Run) -> None:
         run.watch(AWAY_SECONDS)
     finally:
         cluster.restart_s3()  # also for the faults that follow
-    _go_on_with_s3(run)
-
-
-def _go_on_with_s3(run: Run) -> None:
-    """Until checkpoints are saved again."""
-    saved, back = run.saved, time.monotonic()
-    run.wait(lambda: run.saved > saved + 1, "checkpoint")
-    run.notes.append(f"two checkpoints saved {time.monotonic() - back:.0f} s after S3 was back")
-    run.go_on(run.furthest)
+    run.go_on_saving()
 
 
 def _elastic(cluster: Cluster, run: Run) -> None:
@@ -425,9 +218,28 @@ def off(run: str, expected: dict[int, float], steps: int) -> float:
     return max(abs(found[step] - expected[step]) for step in range(1, steps + 1))
 
 
+def checkpoints(folder: str) -> str:
+    """How many a run has, all of whose files have been read and are whole. Raises RuntimeError."""
+    names = {file.name.partition("/")[0] for file in storage.list_files(folder)}
+    found = sorted(name for name in names if name.startswith("checkpoint-"))
+    for name in found:
+        address = storage.join(folder, name)
+        try:
+            world_size = read_progress(address).world_size
+            for rank in range(world_size):
+                manifest = rank_manifest(address, rank, world_size)
+                for file in manifest.files:
+                    content = storage.read_bytes(storage.join(address, file))
+                    digest = hashlib.sha256(content).hexdigest()
+                    manifest.check_content(file, len(content), digest)
+        except CheckpointError as error:
+            raise RuntimeError(f"a checkpoint is damaged: {error}") from error
+    return f"{len(found)} checkpoints, all complete"
+
+
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    found = Cluster(folder)
+def cluster(folder: Path, network: Network | None = None) -> Iterator[Cluster]:
+    found = Cluster(folder, network)
     try:
         found.start()
         yield found
@@ -439,20 +251,29 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", default=",".join(_FAULTS), help="in this order")
+    parser.add_argument("--hosts", action="store_true", help="each node on a host of its own")
+    parser.add_argument("--faults", help="in this order; default: all that such nodes can have")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append a line a fault")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="a new one, to be kept")
     arguments = parser.parse_args(words)
-    faults = arguments.faults.split(",")
-    if unknown := set(faults) - set(_FAULTS):
-        parser.error(f"unknown fault {', '.join(sorted(unknown))}: {', '.join(_FAULTS)}")
+    possible = (*host_faults.FAULTS, *(_FAULTS if arguments.faults else ON_HOSTS))
+    if not arguments.hosts:
+        possible = tuple(_FAULTS)
+    faults = arguments.faults.split(",") if arguments.faults else possible
+    if unknown := set(faults) - set(possible):
+        parser.error(f"unknown fault {', '.join(sorted(unknown))}: {', '.join(possible)}")
+    if arguments.hosts:
+        if why := obstacle(clocks=not host_faults.CLOCKS.isdisjoint(faults)):
+            sys.exit(f"error: {why}")
+        enter_namespaces()
     with ExitStack() as stack:
         folder = arguments.logs
         if folder is None:
             named = tempfile.TemporaryDirectory(prefix="gptj-faults-")
             folder = Path(stack.enter_context(named))
         folder.mkdir(parents=True, exist_ok=True)
-        both = stack.enter_context(cluster(folder.absolute()))
+        network = stack.enter_context(Network.start()) if arguments.hosts else None
+        both = stack.enter_context(cluster(folder.absolute(), network))
         results: list[Result] = []
         failed: list[str] = []
         for fault in faults:
@@ -460,7 +281,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 results.append(measure(both, fault))
             except RuntimeError as error:  # the others are compared nonetheless
                 failed.append(fault)
-                print(f"{fault:10} has no result: {error}", flush=True)
+                print(f"{fault:12} has no result: {error}", flush=True)
                 continue
             print(results[-1].line(), flush=True)
         for elastic in (False, True):
@@ -474,7 +295,7 @@ def main(words: Sequence[str] | None = None) -> None:
             for result in of_kind:
                 difference = off(result.fault, expected, result.steps)
                 print(
-                    f"{result.fault:10} {result.steps} steps, losses off by at most "
+                    f"{result.fault:12} {result.steps} steps, losses off by at most "
                     f"{difference:.1e}",
                     flush=True,
                 )

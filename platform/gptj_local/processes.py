@@ -6,11 +6,29 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where programs run: on this machine and its loopback, or on one of gptj_local.hosts."""
+
+    address: str = HOST
+    prefix: tuple[str, ...] = ()  # of a command
+    environment: Mapping[str, str] = field(default_factory=dict)  # what its programs need
+    temporary: Path | None = None  # where it has files of its own; None: as usual
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """What runs a command there."""
+        return [*self.prefix, *words]
+
+
+LOOPBACK = Host()
 
 
 @contextmanager
@@ -65,6 +83,12 @@ def kill_tree(process: subprocess.Popen[bytes] | psutil.Process) -> None:
     for each in tree:
         if each.is_running():
             each.kill()
+
+
+def within(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """The program itself, of a process that has entered another host to run it."""
+    outer = psutil.Process(process.pid)
+    return outer.children()[0] if outer.name() == "nsenter" else outer
 
 
 def free_ports(count: int) -> list[int]:

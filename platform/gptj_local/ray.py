@@ -23,7 +23,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from gptj_local.processes import HOST, free_ports, running, tail
+from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running, tail
 
 START_SECONDS = 120
 SERVE = {  # of Serve, if it runs there: Ray's processes read these when they start
@@ -57,17 +57,18 @@ class LocalRay:
     logs: Path  # Ray's and Serve's; gone with the node
     token: str = field(repr=False)  # required by every call to the cluster
     more_nodes: bool = False  # whether others can join
+    address: str = HOST
 
     @property
     def dashboard(self) -> str:
-        return f"http://{HOST}:{self.dashboard_port}"
+        return f"http://{self.address}:{self.dashboard_port}"
 
     def environment(self) -> dict[str, str]:
         """The variables that make Ray's commands and `ray.init()` use this cluster."""
         return {
             **_authentication(self.token),
             CLUSTER_VARIABLE: str(int(self.more_nodes)),
-            "RAY_ADDRESS": f"{HOST}:{self.port}",
+            "RAY_ADDRESS": f"{self.address}:{self.port}",
             "RAY_API_SERVER_ADDRESS": self.dashboard,
             "RAY_DASHBOARD_ADDRESS": self.dashboard,  # for serve deploy, status and shutdown
         }
@@ -81,25 +82,28 @@ class LocalRay:
         cpus: int,
         environment: Mapping[str, str] = os.environ,
         more_nodes: bool = False,
+        host: Host = LOOPBACK,
     ) -> Iterator[LocalRay]:
         """Run a head node with `cpus` logical CPUs whose workers see `environment`.
 
-        With `more_nodes` others can join (`worker`), and Ray listens on all interfaces. Its log is
-        `folder`/ray.log. Raises RuntimeError with the end of that log if it does not come up within
-        two minutes.
+        With `more_nodes` others can join (`worker`), and Ray listens on all interfaces of `host`.
+        Its log is `folder`/ray.log. Raises RuntimeError with the end of that log if it does not
+        come up within two minutes.
         """
         token = secrets.token_hex(32)
         head, dashboard, agent, client, metrics, autoscaler, dashboards = free_ports(7)
         log = folder / "ray.log"
         # Ray's socket paths must stay under 107 bytes, which the user's folder may exceed.
-        with tempfile.TemporaryDirectory(prefix="gptj-ray-") as sessions:
+        prefix = "gptj-ray-" if host.temporary is None else "ray-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=host.temporary) as sessions:
             command = [
                 str(Path(sys.executable).parent / "ray"),
                 "start",
                 "--head",
                 "--block",
+                *_node_address(host),
                 f"--port={head}",
-                "--dashboard-host=" + HOST,
+                "--dashboard-host=" + host.address,
                 f"--dashboard-port={dashboard}",
                 f"--dashboard-agent-listen-port={agent}",
                 f"--ray-client-server-port={client}",
@@ -110,12 +114,13 @@ class LocalRay:
             ]
             variables = {
                 **environment,
+                **host.environment,
                 **_authentication(token),
                 CLUSTER_VARIABLE: str(int(more_nodes)),
                 "PATH": _path(environment),
                 # Ray Train's own look-ups in its workers: without it they guess, and beside another
                 # cluster of this machine end in a traceback.
-                "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
+                "RAY_API_SERVER_ADDRESS": f"http://{host.address}:{dashboard}",
                 # The autoscaler's and the dashboard's own metrics. At Ray's fixed ports only one
                 # cluster of a machine has them, and the others announce addresses that refuse.
                 "AUTOSCALER_METRIC_PORT": str(autoscaler),
@@ -123,9 +128,17 @@ class LocalRay:
                 **_serve(environment, Path(sessions)),
             }
             # The raylet may take half a minute to leave a cluster, which has only this node.
-            with running(command, environment=variables, log=log, grace_seconds=2) as process:
+            with running(
+                host.command(command), environment=variables, log=log, grace_seconds=2
+            ) as process:
                 logs = Path(sessions) / "session_latest" / "logs"
-                node = cls(head, dashboard, metrics, process.pid, logs, token, more_nodes)
+                node = cls(
+                    *(head, dashboard, metrics, process.pid),
+                    logs=logs,
+                    token=token,
+                    more_nodes=more_nodes,
+                    address=host.address,
+                )
                 deadline = time.monotonic() + START_SECONDS
                 while not node._answers():
                     if process.poll() is not None or time.monotonic() > deadline:
@@ -138,7 +151,12 @@ class LocalRay:
 
     @contextmanager
     def worker(
-        self, log: Path, *, cpus: int, environment: Mapping[str, str] = os.environ
+        self,
+        log: Path,
+        *,
+        cpus: int,
+        environment: Mapping[str, str] = os.environ,
+        host: Host = LOOPBACK,
     ) -> Iterator[subprocess.Popen[bytes]]:
         """One more node for the length of the block, whose workers see `environment`.
 
@@ -151,17 +169,21 @@ class LocalRay:
         agent, metrics = free_ports(2)
         command = [
             *(str(Path(sys.executable).parent / "ray"), "start", "--block"),
-            *(f"--address={HOST}:{self.port}", f"--num-cpus={cpus}"),
+            *(f"--address={self.address}:{self.port}", f"--num-cpus={cpus}"),
+            *_node_address(host),
             f"--dashboard-agent-listen-port={agent}",
             f"--metrics-export-port={metrics}",
         ]
         variables = {
             **environment,
+            **host.environment,
             **self.environment(),
             "PATH": _path(environment),
             **_serve(environment, log.parent),
         }
-        with running(command, environment=variables, log=log, grace_seconds=2) as process:
+        with running(
+            host.command(command), environment=variables, log=log, grace_seconds=2
+        ) as process:
             deadline = time.monotonic() + START_SECONDS
             while not self._has_more_than(before):
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -199,6 +221,11 @@ class LocalRay:
         )
         with urllib.request.urlopen(request, timeout=5) as reply:
             return json.load(reply)
+
+
+def _node_address(host: Host) -> list[str]:
+    """For Ray, which finds a machine's address by itself."""
+    return [] if host is LOOPBACK else [f"--node-ip-address={host.address}"]
 
 
 def _serve(environment: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptj.extras import Extra
-from gptj_local.processes import HOST, free_ports, running, tail
+from gptj_local.processes import LOOPBACK, Host, free_ports, running, tail
 
 boto3 = Extra("boto3", "an S3 server on this machine")
 botocore = Extra("botocore", "an S3 server on this machine", "boto3")
@@ -36,7 +36,7 @@ class _PortTakenError(RuntimeError):
 
 @dataclass(frozen=True)
 class LocalS3:
-    endpoint: str  # http://127.0.0.1:PORT
+    endpoint: str  # http://127.0.0.1:PORT, or another host's address
     bucket: str  # exists once the server is up
     process_id: int
     ports: tuple[int, ...]
@@ -58,12 +58,18 @@ class LocalS3:
     @classmethod
     @contextmanager
     def start(
-        cls, folder: Path, bucket: str = "gptj", *, again: LocalS3 | None = None
+        cls,
+        folder: Path,
+        bucket: str = "gptj",
+        *,
+        again: LocalS3 | None = None,
+        host: Host = LOOPBACK,
     ) -> Iterator[LocalS3]:
         """Run a server on loopback only, with its files in `folder`.
 
         Args:
             again: a server that has ended, whose ports and key the new one gets.
+            host: runs it instead, on its address only.
 
         Raises FileNotFoundError if SeaweedFS is not installed, RuntimeError with the end of the
         server's log if it does not come up.
@@ -72,7 +78,7 @@ class LocalS3:
         with ExitStack() as stack:
             for left in reversed(range(TRIES if again is None else 1)):
                 try:
-                    server = stack.enter_context(cls._started(folder, bucket, again))
+                    server = stack.enter_context(cls._started(folder, bucket, again, host))
                     break
                 except _PortTakenError:
                     if left == 0:
@@ -81,7 +87,9 @@ class LocalS3:
 
     @classmethod
     @contextmanager
-    def _started(cls, folder: Path, bucket: str, again: LocalS3 | None) -> Iterator[LocalS3]:
+    def _started(
+        cls, folder: Path, bucket: str, again: LocalS3 | None, host: Host
+    ) -> Iterator[LocalS3]:
         log = folder / "weed.log"
         log.touch()
         written = log.stat().st_size
@@ -96,8 +104,8 @@ class LocalS3:
             "-logtostderr=true",
             "mini",
             f"-dir={folder}",
-            f"-ip={HOST}",
-            f"-ip.bind={HOST}",
+            f"-ip={host.address}",
+            f"-ip.bind={host.address}",
             f"-bucket={bucket}",
             "-admin.ui=false",
             "-master.telemetry=false",
@@ -106,13 +114,14 @@ class LocalS3:
         ]
         environment = {
             **os.environ,
+            **host.environment,
             "AWS_ACCESS_KEY_ID": access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key,
             "TMPDIR": str(folder),  # for its logs and sockets
         }
         try:
-            with running(command, environment=environment, log=log) as process:
-                endpoint = f"http://{HOST}:{ports[_PORT_FLAGS.index('s3.port')]}"
+            with running(host.command(command), environment=environment, log=log) as process:
+                endpoint = f"http://{host.address}:{ports[_PORT_FLAGS.index('s3.port')]}"
                 server = cls(endpoint, bucket, process.pid, tuple(ports), access_key, secret_key)
                 server._wait_until_up(process, log, written)
                 yield server

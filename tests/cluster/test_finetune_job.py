@@ -25,7 +25,7 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.checkpoints.manifest import verify
 from gptj.training.progress import HISTORY
 from gptj.training.state import checkpoint_step, latest_checkpoint
-from gptj_bench.training_faults import RESUMED
+from gptj_bench.training_cluster import RESUMED
 from gptj_local.processes import HOST, descendants, running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3

@@ -11,7 +11,7 @@ import pytest
 from gptj import storage
 from gptj.training.progress import TENSORBOARD, ProgressLog, draw_curve
 from gptj.training.state import Progress
-from gptj_bench.training_faults import STEP
+from gptj_bench.training_cluster import STEP
 
 
 def test_the_curve_shows_the_runs_name_and_the_tasks_metric() -> None:

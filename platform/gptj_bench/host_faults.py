@@ -1,0 +1,147 @@
+"""Faults of a training whose nodes are on hosts of their own, for gptj_bench.training_faults.
+
+| fault | what happens |
+|---|---|
+| `link-cut` | the second node's link is down for 20 s, in which Ray does not give the node up |
+| `link-lost` | it is down for 90 s: Ray gives the node up, and then it is back |
+| `link-half` | for 90 s head and second node lose what they send each other; both reach S3 |
+| `s3-link` | S3's link is down for 60 s: requests are neither answered nor refused |
+| `commit-cut` | the second node's link is down for 90 s from the middle of a checkpoint's upload |
+| `clock-ahead`, `clock-behind` | the second node's wall clock jumps by an hour |
+| `head-ahead`, `head-behind` | the head's does, where driver, controller and Ray's GCS run |
+
+What a cut link loses, it loses without a sign: no connection is refused or reset. Where Ray's node
+has ended, it is started again, as a supervisor does. Clocks are set by a preloaded library
+(gptj_local/clock.c), since a time namespace has only monotonic clocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from gptj import storage
+from gptj_bench.training_cluster import MORE, Cluster, Run
+
+CUT_SECONDS = 20.0  # shorter than Ray takes to give a node up
+LOST_SECONDS = 90.0  # longer
+S3_SECONDS = 60.0
+HOUR = 3600.0
+SLOW_KILOBITS = 1000  # a second, to S3: a checkpoint takes some seconds
+
+
+def _link_cut(cluster: Cluster, run: Run) -> None:
+    _cut(cluster, run, CUT_SECONDS)
+    _go_on(cluster, run)
+
+
+def _link_lost(cluster: Cluster, run: Run) -> None:
+    _cut(cluster, run, LOST_SECONDS)
+    _resumed(cluster, run)
+
+
+def _cut(cluster: Cluster, run: Run, seconds: float) -> None:
+    host = cluster.node_host
+    cluster.network.cut(host)
+    run.watch(seconds)
+    cluster.network.mend(host)
+
+
+def _link_half(cluster: Cluster, run: Run) -> None:
+    head, node = cluster.head_host, cluster.node_host
+    assert head is not None
+    cluster.network.part(head, node)
+    run.watch(LOST_SECONDS)
+    cluster.network.rejoin(head, node)
+    _resumed(cluster, run)
+
+
+def _s3_link(cluster: Cluster, run: Run) -> None:
+    host = cluster.s3_host
+    assert host is not None
+    cluster.network.cut(host)
+    run.watch(S3_SECONDS)
+    cluster.network.mend(host)
+    run.go_on_saving()
+
+
+def _commit_cut(cluster: Cluster, run: Run) -> None:
+    host = cluster.s3_host
+    assert host is not None
+    before = _files(run)
+    cluster.network.throttle(host, SLOW_KILOBITS)
+    run.wait(lambda: bool(_uploading(run, before)), "upload")
+    name = _uploading(run, before)
+    cluster.network.cut(cluster.node_host)
+    cluster.network.unthrottle(host)
+    run.watch(LOST_SECONDS)
+    cluster.network.mend(cluster.node_host)
+    _resumed(cluster, run)
+    run.notes.append(f"cut while {name} was uploaded")
+
+
+def _files(run: Run) -> set[str]:
+    return {file.name for file in storage.list_files(f"s3://gptj/{run.name}")}
+
+
+def _uploading(run: Run, before: set[str]) -> str:
+    """The checkpoint of which some files are there, but no rank has finished; else empty."""
+    new = {name for name in _files(run) - before if name.startswith("checkpoint-")}
+    if not new or any("/manifest-" in name for name in new):
+        return ""
+    return min(new).partition("/")[0]
+
+
+def _clock(cluster: Cluster, run: Run, *, of_head: bool, ahead: float) -> None:
+    host = cluster.head_host if of_head else cluster.node_host
+    assert host is not None
+    host.set_clock(ahead)
+    saved = run.saved
+    _go_on(cluster, run)
+    run.wait(lambda: run.saved > saved + 1, "checkpoint")
+    # A resume reads S3, the lease and Ray's state with that clock.
+    cluster.kill("RayTrainWorker")
+    _resumed(cluster, run)
+    run.notes.append("a worker was killed after the jump")
+    host.set_clock(0)
+    _go_on(cluster, run)
+
+
+def _resumed(cluster: Cluster, run: Run) -> None:
+    """Wait until the run has resumed, and some steps more."""
+    back = time.monotonic()
+    _supervised(cluster, run, lambda: bool(run.resumed), "resumed run")
+    run.notes.append(f"resumed {time.monotonic() - back:.0f} s later")
+    _go_on(cluster, run)
+
+
+def _go_on(cluster: Cluster, run: Run) -> None:
+    """Wait for some steps more."""
+    step = run.furthest + MORE
+    _supervised(cluster, run, lambda: run.furthest >= step, f"step {step}")
+
+
+def _supervised(cluster: Cluster, run: Run, there: Callable[[], bool], what: str) -> None:
+    """Wait; Ray's node is started again if it ends meanwhile."""
+
+    def look() -> bool:
+        if cluster.revive_node():
+            run.notes.append("Ray's second node ended, and was started again")
+        return there()
+
+    run.wait(look, what)
+
+
+FAULTS: dict[str, Callable[[Cluster, Run], None]] = {
+    "link-cut": _link_cut,
+    "link-lost": _link_lost,
+    "link-half": _link_half,
+    "s3-link": _s3_link,
+    "commit-cut": _commit_cut,
+    "clock-ahead": partial(_clock, of_head=False, ahead=HOUR),
+    "clock-behind": partial(_clock, of_head=False, ahead=-HOUR),
+    "head-ahead": partial(_clock, of_head=True, ahead=HOUR),
+    "head-behind": partial(_clock, of_head=True, ahead=-HOUR),
+}
+CLOCKS = frozenset({"clock-ahead", "clock-behind", "head-ahead", "head-behind"})
