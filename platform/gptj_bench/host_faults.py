@@ -18,11 +18,13 @@ has ended, it is started again, as a supervisor does. Clocks are set by a preloa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from gptj import storage
 from gptj_bench.training_cluster import MORE, Cluster, Run
+from gptj_local.hosts import NamespaceHost
 
 CUT_SECONDS = 20.0  # shorter than Ray takes to give a node up
 LOST_SECONDS = 90.0  # longer
@@ -32,65 +34,74 @@ SLOW_KILOBITS = 1000  # a second, to S3: a checkpoint takes some seconds
 
 
 def _link_cut(cluster: Cluster, run: Run) -> None:
-    _cut(cluster, run, CUT_SECONDS)
+    with _cut(cluster, cluster.node_host):
+        run.watch(CUT_SECONDS)
     _go_on(cluster, run)
 
 
 def _link_lost(cluster: Cluster, run: Run) -> None:
-    _cut(cluster, run, LOST_SECONDS)
+    with _cut(cluster, cluster.node_host):
+        run.watch(LOST_SECONDS)
     _resumed(cluster, run)
-
-
-def _cut(cluster: Cluster, run: Run, seconds: float) -> None:
-    host = cluster.node_host
-    cluster.network.cut(host)
-    run.watch(seconds)
-    cluster.network.mend(host)
 
 
 def _link_half(cluster: Cluster, run: Run) -> None:
     head, node = cluster.head_host, cluster.node_host
     assert head is not None
     cluster.network.part(head, node)
-    run.watch(LOST_SECONDS)
-    cluster.network.rejoin(head, node)
+    try:
+        run.watch(LOST_SECONDS)
+    finally:
+        cluster.network.rejoin(head, node)
     _resumed(cluster, run)
 
 
 def _s3_link(cluster: Cluster, run: Run) -> None:
-    host = cluster.s3_host
-    assert host is not None
-    cluster.network.cut(host)
-    run.watch(S3_SECONDS)
-    cluster.network.mend(host)
+    assert cluster.s3_host is not None
+    with _cut(cluster, cluster.s3_host):
+        run.watch(S3_SECONDS)
     run.go_on_saving()
 
 
 def _commit_cut(cluster: Cluster, run: Run) -> None:
-    host = cluster.s3_host
-    assert host is not None
+    assert cluster.s3_host is not None
     before = _files(run)
-    cluster.network.throttle(host, SLOW_KILOBITS)
-    run.wait(lambda: bool(_uploading(run, before)), "upload")
-    name = _uploading(run, before)
-    cluster.network.cut(cluster.node_host)
-    cluster.network.unthrottle(host)
-    run.watch(LOST_SECONDS)
-    cluster.network.mend(cluster.node_host)
+    found: list[str] = []
+
+    def begun() -> bool:
+        found.extend(_uploading(_files(run) - before))
+        return bool(found)
+
+    cluster.network.throttle(cluster.s3_host, SLOW_KILOBITS)
+    try:
+        run.wait(begun, "upload")
+    finally:
+        cluster.network.unthrottle(cluster.s3_host)
+    with _cut(cluster, cluster.node_host):
+        run.watch(LOST_SECONDS)
     _resumed(cluster, run)
-    run.notes.append(f"cut while {name} was uploaded")
+    run.notes.append(f"cut while {found[0]} was uploaded")
+
+
+@contextmanager
+def _cut(cluster: Cluster, host: NamespaceHost) -> Iterator[None]:
+    """Its link is down for the block, and up for the faults that follow."""
+    cluster.network.cut(host)
+    try:
+        yield
+    finally:
+        cluster.network.mend(host)
 
 
 def _files(run: Run) -> set[str]:
     return {file.name for file in storage.list_files(f"s3://gptj/{run.name}")}
 
 
-def _uploading(run: Run, before: set[str]) -> str:
-    """The checkpoint of which some files are there, but no rank has finished; else empty."""
-    new = {name for name in _files(run) - before if name.startswith("checkpoint-")}
-    if not new or any("/manifest-" in name for name in new):
-        return ""
-    return min(new).partition("/")[0]
+def _uploading(files: set[str]) -> set[str]:
+    """Checkpoints of which some files are there, but no rank has finished."""
+    new = {name for name in files if name.startswith("checkpoint-")}
+    done = {name.partition("/")[0] for name in new if "/manifest-" in name}
+    return {name.partition("/")[0] for name in new} - done
 
 
 def _clock(cluster: Cluster, run: Run, *, of_head: bool, ahead: float) -> None:
@@ -98,13 +109,16 @@ def _clock(cluster: Cluster, run: Run, *, of_head: bool, ahead: float) -> None:
     assert host is not None
     host.set_clock(ahead)
     saved = run.saved
-    _go_on(cluster, run)
-    run.wait(lambda: run.saved > saved + 1, "checkpoint")
-    # A resume reads S3, the lease and Ray's state with that clock.
-    cluster.kill("RayTrainWorker")
-    _resumed(cluster, run)
-    run.notes.append("a worker was killed after the jump")
-    host.set_clock(0)
+    try:
+        _go_on(cluster, run)
+        run.wait(lambda: run.saved > saved + 1, "checkpoint")
+        run.notes.append(f"{run.longest_pause:.1f} s without a new step after the jump")
+        # A resume reads S3, the lease and Ray's state with that clock.
+        cluster.kill("RayTrainWorker")
+        _resumed(cluster, run)
+        run.notes.append("a worker was killed after the jump")
+    finally:
+        host.set_clock(0)
     _go_on(cluster, run)
 
 
