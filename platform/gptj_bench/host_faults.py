@@ -7,8 +7,10 @@
 | `link-half` | for 90 s head and second node lose what they send each other; both reach S3 |
 | `s3-link` | S3's link is down for 60 s: requests are neither answered nor refused |
 | `commit-cut` | the second node's link is down for 90 s from the middle of a checkpoint's upload |
-| `clock-ahead`, `clock-behind` | the second node's wall clock jumps by an hour |
-| `head-ahead`, `head-behind` | the head's does, where driver, controller and Ray's GCS run |
+| `clock-ahead` | the second node's wall clock jumps an hour ahead; later a worker is killed |
+| `clock-behind` | it jumps an hour back; later the node's raylet is killed |
+| `head-ahead` | as `clock-ahead`, but the head's, where driver, controller and GCS are |
+| `head-behind` | the head's clock jumps an hour back |
 
 What a cut link loses, it loses without a sign: no connection is refused or reset. Where Ray's node
 has ended, it is started again, as a supervisor does. Clocks are set by a preloaded library
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from gptj import storage
@@ -72,12 +74,11 @@ def _commit_cut(cluster: Cluster, run: Run) -> None:
         found.extend(_uploading(_files(run) - before))
         return bool(found)
 
-    cluster.network.throttle(cluster.s3_host, SLOW_KILOBITS)
-    try:
+    with ExitStack() as links:
+        cluster.network.throttle(cluster.s3_host, SLOW_KILOBITS)
+        links.callback(cluster.network.unthrottle, cluster.s3_host)
         run.wait(begun, "upload")
-    finally:
-        cluster.network.unthrottle(cluster.s3_host)
-    with _cut(cluster, cluster.node_host):
+        links.enter_context(_cut(cluster, cluster.node_host))
         run.watch(LOST_SECONDS)
     _resumed(cluster, run)
     run.notes.append(f"cut while {found[0]} was uploaded")
@@ -104,22 +105,32 @@ def _uploading(files: set[str]) -> set[str]:
     return {name.partition("/")[0] for name in new} - done
 
 
-def _clock(cluster: Cluster, run: Run, *, of_head: bool, ahead: float) -> None:
+def _clock_ahead(cluster: Cluster, run: Run, *, of_head: bool) -> None:
+    _jump(cluster, run, of_head, HOUR)
+    # Those that follow it read S3, the lease and Ray's state with that clock.
+    cluster.kill("RayTrainWorker")
+    _resumed(cluster, run)
+    run.notes.append("a worker was killed after the jump")
+
+
+def _clock_behind(cluster: Cluster, run: Run, *, of_head: bool) -> None:
+    _jump(cluster, run, of_head, -HOUR)
+    if of_head:
+        return
+    # Ray's timers on that node wait an hour, and it starts no workers until it is started again.
+    cluster.kill("raylet", of_head=False)
+    _resumed(cluster, run)
+
+
+def _jump(cluster: Cluster, run: Run, of_head: bool, ahead: float) -> None:
+    """Let a clock jump, and the run go on."""
     host = cluster.head_host if of_head else cluster.node_host
     assert host is not None
     host.set_clock(ahead)
     saved = run.saved
-    try:
-        _go_on(cluster, run)
-        run.wait(lambda: run.saved > saved + 1, "checkpoint")
-        run.notes.append(f"{run.longest_pause:.1f} s without a new step after the jump")
-        # A resume reads S3, the lease and Ray's state with that clock.
-        cluster.kill("RayTrainWorker")
-        _resumed(cluster, run)
-        run.notes.append("a worker was killed after the jump")
-    finally:
-        host.set_clock(0)
     _go_on(cluster, run)
+    run.wait(lambda: run.saved > saved + 1, "checkpoint")
+    run.notes.append(f"{run.longest_pause:.1f} s without a new step after the jump")
 
 
 def _resumed(cluster: Cluster, run: Run) -> None:
@@ -153,9 +164,9 @@ FAULTS: dict[str, Callable[[Cluster, Run], None]] = {
     "link-half": _link_half,
     "s3-link": _s3_link,
     "commit-cut": _commit_cut,
-    "clock-ahead": partial(_clock, of_head=False, ahead=HOUR),
-    "clock-behind": partial(_clock, of_head=False, ahead=-HOUR),
-    "head-ahead": partial(_clock, of_head=True, ahead=HOUR),
-    "head-behind": partial(_clock, of_head=True, ahead=-HOUR),
+    "clock-ahead": partial(_clock_ahead, of_head=False),
+    "clock-behind": partial(_clock_behind, of_head=False),
+    "head-ahead": partial(_clock_ahead, of_head=True),
+    "head-behind": partial(_clock_behind, of_head=True),
 }
 CLOCKS = frozenset({"clock-ahead", "clock-behind", "head-ahead", "head-behind"})

@@ -66,8 +66,8 @@ class Cluster:
         return None if self._network is None else self._network.host(clock=self._clocks)
 
     def with_clocks(self, wanted: bool) -> None:
-        """Start again, if need be, on hosts whose clocks can be set, or as usual."""
-        if wanted != self._clocks:
+        """Have hosts whose clocks can be set, with the right time, or hosts as usual."""
+        if wanted or self._clocks:
             self.close_ray()
             self._clocks = wanted
             self.start()
