@@ -124,9 +124,9 @@ class Network:
     def start(cls) -> Iterator[Network]:
         """In a program that has entered its namespaces; its hosts' files last for the block."""
         assert ENTERED in os.environ
-        # Ray's sockets are in it, whose paths must be short.
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptj-", dir="/tmp"))
+            # Ray's sockets are in it, whose paths must be short.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptj-"))
             network = cls(Path(folder))
             stack.callback(network._close)
             yield network

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,10 +86,11 @@ with Network.start() as network:
 
 
 @pytest.fixture
-def mark() -> str:
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of what a test starts; skips where there can be no hosts."""
     if why := obstacle(clocks=True):
         pytest.skip(why)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # SIGKILL leaves files
     return secrets.token_hex(8)
 
 
