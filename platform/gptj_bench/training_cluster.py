@@ -31,6 +31,7 @@ MORE = 12  # steps that a run takes after a fault
 NODE_CPUS = 3
 GRACE_SECONDS = 45  # of a node that Ray is told to drain
 DEADLINE_SECONDS = 600.0
+STARTS = 3  # of a node: Ray gives up after half a minute, which is short on a busy machine
 STOPPED = 128 + signal.SIGTERM
 STEP = re.compile(r"step (\d+) of \d+ \| loss")
 RESUMED = re.compile(r"resuming after step (\d+) of \d+ on (\d+) workers")
@@ -116,12 +117,19 @@ class Cluster:
         self._start_node(self._host())
 
     def _start_node(self, host: NamespaceHost | None) -> None:
-        self._count += 1
-        stack = ExitStack()
-        log = self.folder / f"node-{self._count}.log"
         on: Host = host or LOOPBACK
-        process = stack.enter_context(self.head.worker(log, cpus=NODE_CPUS, host=on))
-        self._nodes.append(_Node(stack, process, host))
+        for left in reversed(range(STARTS)):
+            self._count += 1
+            stack = ExitStack()
+            log = self.folder / f"node-{self._count}.log"
+            try:
+                process = stack.enter_context(self.head.worker(log, cpus=NODE_CPUS, host=on))
+            except RuntimeError:
+                if left == 0:
+                    raise
+                continue
+            self._nodes.append(_Node(stack, process, host))
+            return
 
     def revive_node(self) -> bool:
         """Start Ray on the oldest node's host again if it has ended, as a supervisor does."""
