@@ -8,7 +8,7 @@
 | `s3-link` | S3's link is down for 60 s: requests are neither answered nor refused |
 | `commit-cut` | the second node's link is down for 90 s from the middle of a checkpoint's upload |
 | `clock-ahead` | the second node's wall clock jumps an hour ahead; later a worker is killed |
-| `clock-behind` | it jumps an hour back; later the node's raylet is killed |
+| `clock-behind` | it jumps an hour back; later a worker is killed, and then the node's raylet |
 | `head-ahead` | as `clock-ahead`, but the head's, where driver, controller and GCS are |
 | `head-behind` | the head's clock jumps an hour back |
 
@@ -31,6 +31,7 @@ from gptj_local.hosts import NamespaceHost
 CUT_SECONDS = 20.0  # shorter than Ray takes to give a node up
 LOST_SECONDS = 90.0  # longer
 S3_SECONDS = 60.0
+BEHIND_SECONDS = 75.0  # Ray Train waits a minute for workers, and tries again
 HOUR = 3600.0
 SLOW_KILOBITS = 1000  # a second, to S3: a checkpoint takes some seconds
 
@@ -117,8 +118,12 @@ def _clock_behind(cluster: Cluster, run: Run, *, of_head: bool) -> None:
     _jump(cluster, run, of_head, -HOUR)
     if of_head:
         return
-    # Ray's timers on that node wait an hour, and it starts no workers until it is started again.
-    cluster.kill("raylet", of_head=False)
+    cluster.kill("RayTrainWorker")
+    run.watch(BEHIND_SECONDS)
+    if not run.resumed:
+        # Ray's timers on that node wait an hour, and it reports nothing until it is started again.
+        run.notes.append(f"no workers within {BEHIND_SECONDS:.0f} s after one was killed")
+        cluster.kill("raylet", of_head=False)
     _resumed(cluster, run)
 
 
