@@ -22,6 +22,7 @@ import logging
 import os
 import uuid
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -351,9 +352,9 @@ def work(config: dict[str, Any]) -> None:
         storage.be_patient()
     context = ray.train.get_context()
 
-    def keep(metrics: dict[str, float], folder: Path, name: str) -> None:
+    def keep(metrics: dict[str, float], folder: Path, name: str, fence: Callable[[], None]) -> None:
         address = storage.join(settings.folder, name)
-        upload_state(folder, address, worker.rank, worker.world_size, worker.fence)
+        upload_state(folder, address, worker.rank, worker.world_size, fence)
 
     notices = Notices(config["bell"])
     metrics = TrainingMetrics(settings.run)

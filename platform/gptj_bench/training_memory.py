@@ -152,7 +152,7 @@ def _rank(rank: int, port: int, settings: Settings, folder: Path, default_malloc
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     Path("/proc/self/clear_refs").write_text("5")
-    train(settings, Worker(rank, world, torch.device("cpu"), lambda metrics, path, name: None))
+    train(settings, Worker(rank, world, torch.device("cpu"), lambda *_: None))
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in status if line.startswith("VmHWM"))
     (folder / f"peak-{rank}").write_text(str(int(peak.split()[1]) * 1024))

@@ -162,7 +162,7 @@ def measure(run: str, given: argparse.Namespace) -> dict[str, Any]:
         os.environ.update(MASTER_ADDR=HOST, MASTER_PORT=str(port))
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-        worker = Worker(0, 1, torch.device("cpu"), lambda metrics, path, name: None, watch=watch)
+        worker = Worker(0, 1, torch.device("cpu"), lambda *_: None, watch=watch)
         with contextlib.suppress(_DoneError):
             train(settings, worker)
         seconds = time.perf_counter() - began

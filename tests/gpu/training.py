@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,10 @@ def compare(
     device = torch.device(check.device.kind, 0) if not check.rehearsal else torch.device("cpu")
     losses: list[float] = []
 
-    def report(metrics: dict[str, float], folder: Path, name: str) -> None:
-        upload_state(folder, storage.join(settings.folder, name), 0, 1)
+    def report(
+        metrics: dict[str, float], folder: Path, name: str, fence: Callable[[], None]
+    ) -> None:
+        upload_state(folder, storage.join(settings.folder, name), 0, 1, fence)
 
     def watch(point: dict[str, float]) -> None:
         if "loss" in point:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,13 @@ def rank_main(rank: int, world: int, port: int, runs: list[Settings]) -> None:
     for settings in runs:
 
         def report(
-            metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
+            metrics: dict[str, float],
+            folder: Path,
+            name: str,
+            fence: Callable[[], None],
+            settings: Settings = settings,
         ) -> None:
-            upload_state(folder, storage.join(settings.folder, name), rank, world)
+            upload_state(folder, storage.join(settings.folder, name), rank, world, fence)
 
         train(settings, Worker(rank, world, torch.device("cpu"), report))
     torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,9 +98,13 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
         tempfile.tempdir = str(disk if disk.exists() else usual_folder)
 
         def report(
-            metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
+            metrics: dict[str, float],
+            folder: Path,
+            name: str,
+            fence: Callable[[], None],
+            settings: Settings = settings,
         ) -> None:
-            upload_state(folder, storage.join(settings.folder, name), rank, world_size)
+            upload_state(folder, storage.join(settings.folder, name), rank, world_size, fence)
 
         try:
             train(settings, Worker(rank, world_size, torch.device("cpu"), report))

@@ -15,6 +15,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,9 +165,13 @@ def rank_main(rank: int, world_size: int, port: int, runs: list[Settings]) -> No
         progress.draw_curve = draw_curve if pictured else lambda history, run: NoPicture()
 
         def report(
-            metrics: dict[str, float], folder: Path, name: str, settings: Settings = settings
+            metrics: dict[str, float],
+            folder: Path,
+            name: str,
+            fence: Callable[[], None],
+            settings: Settings = settings,
         ) -> None:
-            upload_state(folder, storage.join(settings.folder, name), rank, world_size)
+            upload_state(folder, storage.join(settings.folder, name), rank, world_size, fence)
 
         def stop(settings: Settings = settings) -> str | None:
             """One rank alone is told, and only the first time."""
@@ -998,6 +1003,43 @@ def test_a_late_worker_of_an_earlier_attempt_alters_no_checkpoint(
     rank_manifest(addresses[0], 0, 1).check_files(["shard.safetensors"])
     assert latest_checkpoint(settings.folder, 4) is None
     assert [checkpoint_step(address) for address in addresses] == [3, 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_upload_of_an_earlier_attempt_does_not_complete_what_the_next_has_deleted(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any rank: else it would look complete, and lack the files that were there already."""
+    said: list[str | None] = []  # by rank 0
+
+    def agree(value: str | None) -> str | None:
+        said.append(value if value is not None else said[-1])
+        return said[-1]
+
+    monkeypatch.setattr(loop, "agree", agree)
+    settings = Settings(run="run", storage=str(tmp_path))
+    first = Worker(0, 2, torch.device("cpu"), lambda *_: None)
+    workers = [loop._begin_attempt(settings, replace(first, rank=each))[0] for each in (0, 1)]
+    local = tmp_path / "local"
+    for name in ("progress.json", "shard.safetensors"):
+        storage.write_bytes(str(local / name), b"x")
+    describe(str(local), ["progress.json", "shard.safetensors"]).write(manifest_name(rank, 2))
+    address = storage.join(settings.folder, checkpoint_name(3))
+    storage.upload(local / "progress.json", storage.join(address, "progress.json"))
+    upload = storage.upload
+
+    def slow(path: Path, to: str) -> None:
+        """The next attempt begins meanwhile."""
+        if path.name == "shard.safetensors":
+            loop._begin_attempt(settings, first)
+            delete_unfinished_checkpoints(settings.folder)
+        upload(path, to)
+
+    monkeypatch.setattr(storage, "upload", slow)
+    with pytest.raises(LeaseLostError):
+        upload_state(local, address, rank, 2, workers[rank].fence)
+    names = {file.name for file in storage.list_files(address)}
+    assert not any(name.startswith("manifest") for name in names)
 
 
 def test_whoever_lost_the_run_during_an_upload_finishes_no_checkpoint(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ reduces the gradients; a step's data depends only on the step's number and the s
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import tempfile
@@ -32,7 +33,7 @@ from gptj.devices import check_device
 from gptj.errors import CheckpointError
 from gptj.extras import Extra
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.storage.lease import take_over
+from gptj.storage.lease import Claim, take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
@@ -89,12 +90,12 @@ class Worker:
     rank: int
     world_size: int
     device: torch.device
-    # Stores metrics and a finished local checkpoint folder under a name; called from a thread,
-    # equally often on every rank.
-    report: Callable[[dict[str, float], Path, str], None]
+    # Stores metrics and a finished local checkpoint folder under a name, unless the last argument
+    # raises: then another attempt has the run. Called from a thread, equally often on every rank.
+    report: Callable[[dict[str, float], Path, str, Callable[[], None]], None]
     # Receives each point of the run's history as it is logged; only rank 0 calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
-    # Raises if another submission of the run has taken over; rank 0 calls it before it writes.
+    # Raises if another submission of the run has taken over; called before a rank writes.
     fence: Callable[[], None] = lambda: None
     # Returns the reason if the run should stop; ranks may learn it at different times.
     stop: Callable[[], str | None] = lambda: None
@@ -182,20 +183,20 @@ def _begin_attempt(settings: Settings, worker: Worker) -> tuple[Worker, int]:
     """Take the run over from earlier attempts, whose workers may still live on a lost node.
 
     Returns:
-        the worker, whose `fence` on rank 0 also raises once another attempt has taken over, and
-        the attempt's number, from 1.
+        the worker, whose `fence` also raises once another attempt has taken over, and the attempt's
+        number, from 1.
     """
-    if worker.rank != 0:
-        return worker, int(agree(None) or 1)
-    outer = worker.fence
-    outer()
-    claim = take_over(storage.join(settings.folder, ATTEMPTS))
+    outer, taken = worker.fence, None
+    if worker.rank == 0:
+        outer()
+        taken = json.dumps(asdict(take_over(storage.join(settings.folder, ATTEMPTS))))
+    claim = Claim(**json.loads(agree(taken) or ""))
 
     def fence() -> None:
         outer()
         claim.check()
 
-    return replace(worker, fence=fence), int(agree(str(claim.generation)) or 1)
+    return replace(worker, fence=fence), claim.generation
 
 
 class _Upload(NamedTuple):
@@ -677,7 +678,7 @@ class _Run:
         def upload() -> float:
             with folder:
                 began = time.monotonic()
-                self.worker.report(point, path, name)
+                self.worker.report(point, path, name, self.worker.fence)
                 if self._log is not None and curve is not None:
                     self.worker.fence()
                     self._log.publish(self.settings.folder, curve)
