@@ -14,7 +14,8 @@ from marked_processes import MARK, marked
 
 from gptj_local.hosts import obstacle
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+# Nightly: minutes, most of which training takes to show that it goes on.
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1000)]
 
 
 def test_a_cut_link_to_a_node_costs_only_time(tmp_path: Path) -> None:
