@@ -287,6 +287,10 @@ class Generation:
             self._services.adapters,
         )
 
+    def record_replica_metadata(self) -> dict[str, str]:
+        """For deployments.prefix_router."""
+        return {"model": self._card.id}
+
     async def check_health(self) -> None:
         """For Serve, which replaces a replica whose engine hangs or has stopped."""
         if not self._alive():

@@ -5,17 +5,20 @@ deployments/haproxy.py), where Failover cannot reach other replicas.
 
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
 manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
-connections forever, some errors are plain text, and clients can evade their keys' limits with their
-own seed (x-gptj-seed).
+connections forever, some errors are plain text, clients can evade their keys' limits with their
+own seed (x-gptj-seed), and deployments.prefix_router knows no prompts.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import replace
 
+import ray
 import uvicorn.config
 import uvicorn.protocols.http.auto as http
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
@@ -24,11 +27,14 @@ from deployments.metrics import refusal_counter
 from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.failover import Failover
+from gptj.serving.entry.prefix_keys import PrefixKeys
 from gptj.serving.entry.refusals import ReadableRefusals
 from gptj.serving.entry.request_ids import RequestIds
 from gptj.serving.entry.tracing import Tracing
 from gptj.serving.middleware.edge import Edge
 from gptj.serving.middleware.limits import LARGEST_BODY_BYTES, BodyLimit
+
+SECRET, NAMESPACE = b"prefix-keys-secret", b"gptj"
 
 
 def middlewares() -> list[Middleware]:
@@ -45,6 +51,7 @@ def middlewares() -> list[Middleware]:
     follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
+        *([] if _behind_haproxy() else [Middleware(PrefixKeys, secret=cluster_secret())]),
         Middleware(Admission, gate=gate),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
@@ -57,11 +64,24 @@ def middlewares() -> list[Middleware]:
 def connection_limits() -> ConnectionLimits:
     """Of this process; behind HAProxy all connections come from its few addresses."""
     limits = ConnectionLimits()
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+    if not _behind_haproxy():
         return limits
     return replace(
         limits, unfinished_per_address=limits.unfinished, unread_per_address=limits.unread
     )
+
+
+def _behind_haproxy() -> bool:
+    """Whether this is a replica, to which HAProxy has already routed the request."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def cluster_secret() -> bytes:
+    """The same in all proxies of the cluster, so that they agree where a new prompt goes."""
+    if not ray.is_initialized():
+        return secrets.token_bytes(32)
+    _internal_kv_put(SECRET, secrets.token_bytes(32), overwrite=False, namespace=NAMESPACE)
+    return _internal_kv_get(SECRET, namespace=NAMESPACE)
 
 
 def limit_seconds(app: ASGIApp) -> float | None:
