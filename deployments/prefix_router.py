@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -28,7 +28,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from gptj.serving.entry.prefix_keys import BLOCK_CHARACTERS, model_key
 
-MAX_KEYS = 2**15  # about 10 MB; the blocks of a million tokens
+MAX_KEYS = 2**15  # about 6 MB; the blocks of a million tokens
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class PrefixTable:
         while len(self._holders) > self._max_keys:
             self._holders.popitem(last=False)
 
-    def keep(self, replicas: Collection[ReplicaID]) -> None:
-        """Forget all other replicas."""
+    def forget(self, replicas: set[ReplicaID]) -> None:
         for key, holders in list(self._holders.items()):
-            left = tuple(each for each in holders if each in replicas)
-            if not left:
-                del self._holders[key]
-            elif len(left) < len(holders):
+            if replicas.isdisjoint(holders):
+                continue
+            if left := tuple(each for each in holders if each not in replicas):
                 self._holders[key] = left
+            else:
+                del self._holders[key]
 
 
 class PrefixRouter(RequestRouter):  # which gives a replica to the very request it was chosen for
@@ -144,19 +144,19 @@ class PrefixRouter(RequestRouter):  # which gives a replica to the very request 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         before = set(self.curr_replicas)
         super().update_replicas(replicas)
-        if before - self.curr_replicas.keys():
-            self._table.keep(self.curr_replicas.keys())
+        if gone := before - self.curr_replicas.keys():
+            self._table.forget(gone)
         names = (each.replica_metadata.get("model") for each in replicas)
         self._base_models = {model_key(name) for name in names if name is not None}
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
-        self._table.keep(self.curr_replicas.keys())
+        self._table.forget({replica_id})
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         """It cannot be reached, but may live: do not insist on it."""
         super().on_replica_actor_unavailable(replica_id)
-        self._table.keep(self.curr_replicas.keys() - {replica_id})
+        self._table.forget({replica_id})
 
 
 def _two_of(replicas: Sequence[RunningReplica], key: str) -> list[RunningReplica]:

@@ -77,10 +77,10 @@ class LocalService:
         except httpx.HTTPError:
             return False
 
-    def application(self) -> dict[str, Any]:
+    def application(self, name: str = "generation") -> dict[str, Any]:
         """The application's status in Serve."""
         found: dict[str, Any] = self._get("/api/serve/applications/")
-        return dict(found["applications"]["generation"])
+        return dict(found["applications"][name])
 
     def new_version(self, *, damaged: bool = False) -> str:
         """A copy of the model at a new address; a damaged one lacks half of the weights."""
@@ -108,9 +108,9 @@ class LocalService:
         """The checkpoint that was deployed last, successfully or not."""
         return str(self.application()["deployed_app_config"]["args"]["checkpoint"])
 
-    def states(self) -> list[str]:
+    def states(self, application: str = "generation") -> list[str]:
         """The replicas' states; empty while a new version is being built."""
-        deployments = self.application()["deployments"].values()
+        deployments = self.application(application)["deployments"].values()
         return [replica["state"] for each in deployments for replica in each["replicas"]]
 
     @property
@@ -149,8 +149,8 @@ class LocalService:
         return {"Authorization": f"Bearer {self.node.token}"}
 
 
-def save_model(folder: Path, adapters: int) -> None:
-    """A tiny language model with random weights, and as many adapters of it."""
+def save_model(folder: Path, adapters: int, **larger: int) -> None:
+    """A language model with random weights, tiny unless `larger`, and as many adapters of it."""
     tokenizer = GPTJTokenizer.train([*PROMPTS, "It runs past the tower, and nobody reads."], 300)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -162,6 +162,7 @@ def save_model(folder: Path, adapters: int) -> None:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "initializer_range": 0.3,
+        **larger,
     }
     model = GPTJForCausalLM(GPTJConfig(vocab_size=len(tokenizer), **shape))
     model.save_pretrained(folder / "model", tokenizer=tokenizer)

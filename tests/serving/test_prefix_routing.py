@@ -198,7 +198,8 @@ def test_the_table_forgets_replicas() -> None:
     table = PrefixTable()
     table.add(["1", "12"], A)
     table.add(["1"], B)
-    table.keep({B, C})
+    table.add(["2"], A)
+    table.forget({A, C})
     assert table.known(["1", "12"]) == {B: 1}
     assert len(table) == 1
 

@@ -44,22 +44,19 @@ class PrefixKeys:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = without_session(scope["headers"])
-        if scope["method"] == "POST" and scope["path"].rstrip("/").endswith(ROUTES):
-            first: Message | None = await receive()
-            assert first is not None
-            body = first.get("body", b"")
-            if len(body) <= MAX_PARSED_BYTES and (keys := keys_of(body, self._secret)):
-                headers.append((SESSION, keys.encode()))
-            rest = receive
+        scope = {**scope, "headers": without_session(scope["headers"])}
+        if scope["method"] != "POST" or not scope["path"].rstrip("/").endswith(ROUTES):
+            await self._app(scope, receive, send)
+            return
+        pending = [await receive()]
+        body = pending[0].get("body", b"")
+        if len(body) <= MAX_PARSED_BYTES and (keys := keys_of(body, self._secret)):
+            scope["headers"].append((SESSION, keys.encode()))
 
-            async def replay() -> Message:
-                nonlocal first
-                message, first = first, None
-                return await rest() if message is None else message
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
 
-            receive = replay
-        await self._app({**scope, "headers": headers}, receive, send)
+        await self._app(scope, replay, send)
 
 
 def without_session(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
