@@ -253,11 +253,8 @@ def serving(folder: Path, layers: int, width: int) -> Iterator[Service]:
         "stalled_seconds": 120,
     }
     default = copy.deepcopy(ours) | {"name": "default", "route_prefix": "/default"}
-    default["deployments"][0].pop("request_router_config", None)
+    del default["deployments"][0]["request_router_config"]
     ours |= {"name": "prefix", "route_prefix": "/prefix"}
-    ours["deployments"][0]["request_router_config"] = {
-        "request_router_class": "deployments.prefix_router.PrefixRouter"
-    }
     config["applications"] = [default, ours]
     environment = {**os.environ, "RAY_metrics_report_interval_ms": "1000"}
     with ExitStack() as stack:

@@ -59,9 +59,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     config = configuration(folder, replicas=2, adapters=ADAPTERS, spread=False)
     (application,) = config["applications"]
     application["args"]["cache_tokens"] = 16384
-    application["deployments"][0]["request_router_config"] = {
-        "request_router_class": "deployments.prefix_router.PrefixRouter"
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         with serving(config, folder) as (address, node):

@@ -18,7 +18,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SESSION = b"x-session-id"  # Serve's default, which it reads with either dashes or underscores
+# Unless RAY_SERVE_SESSION_ID_HEADER_KEY names another. Serve also reads it with underscores.
+SESSION = b"x-session-id"
 BLOCK_CHARACTERS = 128  # about 32 tokens: two pages of the cache
 BLOCK_IDS = 32
 MAX_BLOCKS = 64  # about GPT-J's context
