@@ -92,7 +92,9 @@ class PrefixTable:
                 del self._holders[key]
 
 
-class PrefixRouter(RequestRouter):  # which gives a replica to the very request it was chosen for
+class PrefixRouter(RequestRouter):
+    """Without FIFOMixin, which would give a replica to another request than it was chosen for."""
+
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Serve with request_router_kwargs. TypeError or ValueError for wrong ones."""
         self._weights = Weights(**kwargs)
@@ -139,7 +141,8 @@ class PrefixRouter(RequestRouter):  # which gives a replica to the very request 
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         """Called once a replica has accepted a request."""
-        self._table.add(self._keys(pending_request)[1], replica_id)
+        if replica_id in self.curr_replicas:  # it may have died since
+            self._table.add(self._keys(pending_request)[1], replica_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         before = set(self.curr_replicas)

@@ -385,6 +385,9 @@ def test_replicas_that_are_gone_are_forgotten() -> None:
             getattr(routing.router, lose)(gone)
             assert len(routing.router._table) == 0
             if lose != "on_replica_actor_unavailable":
+                late = RequestMetadata("x", "x", session_id=".late")
+                routing.router.on_request_routed(PendingRequest([], {}, late), home, None)
+                assert len(routing.router._table) == 0
                 assert await routing.answered(prompt=LONG) == left.unique_id
         routing.router.update_replicas([Replica(A), Replica(C)])
         assert await routing.answered(prompt=LONG) in "ac"
