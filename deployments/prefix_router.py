@@ -11,15 +11,17 @@ prompt's beginnings; the router remembers which replicas were sent which. A requ
 replica with the longest known beginning, unless that is busier than the least busy one by more than
 the beginning is worth: one request for each `characters_per_request` of it, and `adapter_requests`
 for the adapter. Others go to the less busy of two replicas: one by the hash of their first key, so
-that proxies agree without talking to each other, and a random one. Serve's preference for replicas
-on the proxy's own node is not followed: a hop costs less than computing a prompt.
+that proxies agree without talking to each other, and a random one. A beginning that more than one
+replica's share of all requests have, such as a system prompt, does not count: all replicas soon
+have it, and one of them would get all chats. Serve's preference for replicas on the proxy's own
+node is not followed: a hop costs less than computing a prompt.
 """
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -28,7 +30,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from gptj.serving.entry.prefix_keys import BLOCK_CHARACTERS, model_key
 
-MAX_KEYS = 2**15  # about 6 MB; the blocks of a million tokens
+MAX_KEYS = 2**15  # about 10 MB; the blocks of a million tokens
+PRIOR = 16  # requests
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Weights:
         return text + self.adapter_requests * adapter
 
 
+@dataclass(slots=True)
+class Entry:
+    """What is known of a key."""
+
+    born: int  # the number of requests before its first
+    uses: int = 0  # requests with it
+    holders: tuple[ReplicaID, ...] = ()
+
+
 class PrefixTable:
     """Which replicas were sent which beginnings, by key.
 
@@ -57,39 +69,51 @@ class PrefixTable:
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self._max_keys = max_keys
-        self._holders: OrderedDict[str, tuple[ReplicaID, ...]] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._requests = 0
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return len(self._entries)
 
     def known(self, keys: Sequence[str]) -> dict[ReplicaID, int]:
         """How many of the first keys each replica was sent; without those that know none."""
         found: dict[ReplicaID, int] = {}
         for number, key in enumerate(keys, 1):
-            holders = self._holders.get(key)
-            if not holders:
+            entry = self._entries.get(key)
+            if entry is None:
                 break
-            for replica in holders:
+            for replica in entry.holders:
                 found[replica] = number
         return found
 
+    def common(self, keys: Sequence[str], share: float) -> int:
+        """How many of the first keys more than this share of requests have had since their first.
+
+        A key counts only after some requests, as if PRIOR others had come before it.
+        """
+        for number, key in enumerate(keys):
+            entry = self._entries.get(key)
+            if entry is None or entry.uses <= share * (self._requests - entry.born + PRIOR):
+                return number
+        return len(keys)
+
     def add(self, keys: Sequence[str], replica: ReplicaID) -> None:
         for key in reversed(keys):
-            holders = self._holders.setdefault(key, ())
-            if replica not in holders:
-                self._holders[key] = (*holders, replica)
-            self._holders.move_to_end(key)
-        while len(self._holders) > self._max_keys:
-            self._holders.popitem(last=False)
+            entry = self._entries.setdefault(key, Entry(self._requests))
+            entry.uses += 1
+            if replica not in entry.holders:
+                entry.holders = (*entry.holders, replica)
+            self._entries.move_to_end(key)
+        self._requests += 1
+        while len(self._entries) > self._max_keys:
+            self._entries.popitem(last=False)
 
     def forget(self, replicas: set[ReplicaID]) -> None:
-        for key, holders in list(self._holders.items()):
-            if replicas.isdisjoint(holders):
-                continue
-            if left := tuple(each for each in holders if each not in replicas):
-                self._holders[key] = left
-            else:
-                del self._holders[key]
+        for key, entry in list(self._entries.items()):
+            if not replicas.isdisjoint(entry.holders):
+                entry.holders = tuple(each for each in entry.holders if each not in replicas)
+                if not entry.holders:
+                    del self._entries[key]
 
 
 class PrefixRouter(RequestRouter):
@@ -111,22 +135,25 @@ class PrefixRouter(RequestRouter):
             return [_two_of(candidate_replicas, "")]
         pending_request.routing_context.should_backoff = True
         adapter, keys = self._keys(pending_request)
-        two = _two_of(candidate_replicas, keys[0] if keys else "")
-        best = self._best(candidate_replicas, self._table.known(keys), bool(adapter))
+        # What so many requests have, all replicas shall have: one would get too many.
+        common = self._table.common(keys, 1 / max(1, len(candidate_replicas)))
+        two = _two_of(candidate_replicas, keys[common] if common < len(keys) else "")
+        best = self._best(candidate_replicas, keys, common, bool(adapter))
         return [two] if best is None else [[best], two]
 
     def _best(
-        self, candidates: Sequence[RunningReplica], known: Mapping[ReplicaID, int], adapter: bool
+        self, candidates: Sequence[RunningReplica], keys: Sequence[str], common: int, adapter: bool
     ) -> RunningReplica | None:
-        """The replica whose knowledge outweighs its load most, if it does."""
-        if not known:
-            return None
+        """The replica whose knowledge beyond the common keys outweighs its load most, if any's."""
+        known = self._table.known(keys)
+        own_adapter = adapter and not common  # rather than all replicas'
+        first = max(common, adapter)  # the first key of text that counts
         loads = [self.replica_queue_len_cache.get(each.replica_id) or 0 for each in candidates]
         best, most = None, float(-min(loads))
         for replica, load in zip(candidates, loads, strict=True):
-            if (number := known.get(replica.replica_id)) is None:
+            if (number := known.get(replica.replica_id, 0)) <= common:
                 continue
-            left = self._weights.worth(number - adapter, adapter=adapter) - load
+            left = self._weights.worth(number - first, adapter=own_adapter) - load
             if left >= most:
                 best, most = replica, left
         return best

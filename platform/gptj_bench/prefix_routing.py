@@ -8,7 +8,7 @@ two replicas, and sends both the same requests in turns, one workload after the 
 
 - shared: 16 prefixes of 1,000 characters, each of five requests in random order. A replica's cache
   holds ten of them, so only both replicas together hold all.
-- chats: 12 conversations of four turns, after a common system prompt of 200 characters.
+- chats: 30 conversations of three turns, after a common system prompt of 200 characters.
 - adapters: 8 adapters with five requests each; a replica has room for four at a time.
 - unshared: prompts that have nothing in common, for what the router costs.
 
@@ -51,7 +51,7 @@ REPLICAS = 2
 ADAPTERS, MAX_LORAS = 8, 4
 NEW_TOKENS = 16
 PREFIXES, PREFIX_CHARACTERS, REQUESTS = 16, 1000, 5
-CONVERSATIONS, TURNS, SYSTEM_CHARACTERS = 12, 4, 200
+CONVERSATIONS, TURNS, SYSTEM_CHARACTERS = 30, 3, 200
 UNSHARED = 64
 CACHE_TOKENS = 10 * PREFIX_CHARACTERS  # a random character is a token
 CONTEXT = 2048

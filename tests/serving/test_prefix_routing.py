@@ -194,6 +194,19 @@ def test_the_table_is_bounded_and_forgets_ends_before_beginnings() -> None:
     assert len(table) == 4
 
 
+def test_the_table_knows_what_is_common() -> None:
+    table = PrefixTable()
+    for number in range(100):
+        table.add(["1", f"1{number}"], A)
+        table.add([f"{number}x"], A)
+    assert table.common(["1", "199"], 0.4) == 1
+    assert table.common(["1", "199"], 0.5) == 0
+    assert table.common(["2"], 0.0) == 0
+    fresh = PrefixTable()
+    fresh.add(["1"], A)
+    assert fresh.common(["1"], 0.5) == 0  # one request says little
+
+
 def test_the_table_forgets_replicas() -> None:
     table = PrefixTable()
     table.add(["1", "12"], A)
@@ -310,6 +323,27 @@ def test_a_short_common_beginning_does_not_unbalance() -> None:
         system = LONG[:BLOCK_CHARACTERS]
         found = Counter([await routing.ask(prompt=system + f"{n}" * 900) for n in range(40)])
         assert abs(found["a"] - found["b"]) <= 1
+
+    routed(test)
+
+
+@pytest.mark.parametrize("model", [None, "p"])
+def test_a_system_prompt_does_not_bring_all_chats_to_one_replica(model: str | None) -> None:
+    """Even if no replica is busy: each keeps the chats that it has, and new ones are spread."""
+
+    async def test() -> None:
+        routing, other = Routing(A, B), Routing(B, A)
+        system = {"role": "system", "content": LONG[:1000]}
+        for _ in range(20):
+            for each in (routing, other):
+                await each.answered(model=model, messages=[system, user("Hello")])
+        chats = [[system, user(f"{n} " * 200)] for n in range(40)]
+        homes = [await routing.answered(model=model, messages=chat) for chat in chats]
+        assert 8 <= homes.count("a") <= 32
+        assert homes == [await other.answered(model=model, messages=chat) for chat in chats]
+        for chat, home in zip(chats, homes, strict=True):
+            later = [*chat, {"role": "assistant", "content": LONG}, user("And then?")]
+            assert await routing.answered(model=model, messages=later) == home
 
     routed(test)
 
