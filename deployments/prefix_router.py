@@ -30,7 +30,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from gptj.serving.entry.prefix_keys import BLOCK_CHARACTERS, model_key
 
-MAX_KEYS = 2**15  # about 10 MB; the blocks of a million tokens
+MAX_KEYS = 2**15  # about 8 MB; the blocks of a million tokens
 PRIOR = 16  # requests
 
 
@@ -58,7 +58,7 @@ class Entry:
 
     born: int  # the number of requests before its first
     uses: int = 0  # requests with it
-    holders: tuple[ReplicaID, ...] = ()
+    holders: tuple[str, ...] = ()  # replicas' unique ids, which compare faster than ReplicaIDs
 
 
 class PrefixTable:
@@ -75,9 +75,9 @@ class PrefixTable:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def known(self, keys: Sequence[str]) -> dict[ReplicaID, int]:
+    def known(self, keys: Sequence[str]) -> dict[str, int]:
         """How many of the first keys each replica was sent; without those that know none."""
-        found: dict[ReplicaID, int] = {}
+        found: dict[str, int] = {}
         for number, key in enumerate(keys, 1):
             entry = self._entries.get(key)
             if entry is None:
@@ -97,7 +97,7 @@ class PrefixTable:
                 return number
         return len(keys)
 
-    def add(self, keys: Sequence[str], replica: ReplicaID) -> None:
+    def add(self, keys: Sequence[str], replica: str) -> None:
         for key in reversed(keys):
             entry = self._entries.setdefault(key, Entry(self._requests))
             entry.uses += 1
@@ -108,12 +108,14 @@ class PrefixTable:
         while len(self._entries) > self._max_keys:
             self._entries.popitem(last=False)
 
-    def forget(self, replicas: set[ReplicaID]) -> None:
-        for key, entry in list(self._entries.items()):
-            if not replicas.isdisjoint(entry.holders):
-                entry.holders = tuple(each for each in entry.holders if each not in replicas)
-                if not entry.holders:
-                    del self._entries[key]
+    def forget(self, replicas: set[str]) -> None:
+        for key in list(self._entries):
+            entry = self._entries[key]
+            if replicas.isdisjoint(entry.holders):
+                continue
+            entry.holders = tuple(each for each in entry.holders if each not in replicas)
+            if not entry.holders:
+                del self._entries[key]
 
 
 class PrefixRouter(RequestRouter):
@@ -151,7 +153,7 @@ class PrefixRouter(RequestRouter):
         loads = [self.replica_queue_len_cache.get(each.replica_id) or 0 for each in candidates]
         best, most = None, float(-min(loads))
         for replica, load in zip(candidates, loads, strict=True):
-            if (number := known.get(replica.replica_id, 0)) <= common:
+            if (number := known.get(replica.replica_id.unique_id, 0)) <= common:
                 continue
             left = self._weights.worth(number - first, adapter=own_adapter) - load
             if left >= most:
@@ -169,24 +171,24 @@ class PrefixRouter(RequestRouter):
     ) -> None:
         """Called once a replica has accepted a request."""
         if replica_id in self.curr_replicas:  # it may have died since
-            self._table.add(self._keys(pending_request)[1], replica_id)
+            self._table.add(self._keys(pending_request)[1], replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         before = set(self.curr_replicas)
         super().update_replicas(replicas)
         if gone := before - self.curr_replicas.keys():
-            self._table.forget(gone)
+            self._table.forget({each.unique_id for each in gone})
         names = (each.replica_metadata.get("model") for each in replicas)
         self._base_models = {model_key(name) for name in names if name is not None}
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
-        self._table.forget({replica_id})
+        self._table.forget({replica_id.unique_id})
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         """It cannot be reached, but may live: do not insist on it."""
         super().on_replica_actor_unavailable(replica_id)
-        self._table.forget({replica_id})
+        self._table.forget({replica_id.unique_id})
 
 
 def _two_of(replicas: Sequence[RunningReplica], key: str) -> list[RunningReplica]:
