@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import uvicorn
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
-from ray.serve.request_router import PendingRequest, ReplicaID
+from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
@@ -221,6 +223,8 @@ class Replica:
     """What Serve's router knows of one."""
 
     max_ongoing_requests = 4000
+    node_id = availability_zone = None
+    multiplexed_model_ids = frozenset[str]()
 
     def __init__(self, id_: ReplicaID, model: str | None = "base") -> None:
         self.replica_id = id_
@@ -233,10 +237,16 @@ class Replica:
 class Routing:
     """Serve's own routing with our router: requests in, replicas' names out."""
 
-    def __init__(self, *ids: ReplicaID, model: str | None = "base", **options: int) -> None:
-        self.router = PrefixRouter(
-            DeploymentID("generation", "generation"),
-            DeploymentHandleSource.UNKNOWN,
+    def __init__(
+        self,
+        *ids: ReplicaID,
+        model: str | None = "base",
+        router: type[RequestRouter] = PrefixRouter,
+        **options: int,
+    ) -> None:
+        self.router: Any = router(
+            deployment_id=DeploymentID("generation", "generation"),
+            handle_source=DeploymentHandleSource.UNKNOWN,
             use_replica_queue_len_cache=True,
         )
         self.router.initialize_state(**options)
@@ -359,6 +369,40 @@ def test_unknown_prompts_are_balanced() -> None:
             routing.load(name, 0)
         short = Counter([await routing.answered(prompt="x") for _ in range(60)])
         assert len(short) == 3
+
+    routed(test)
+
+
+def test_unknown_prompts_take_as_long_as_behind_serves_router() -> None:
+    """Simulated: 16 clients, and three replicas that share their time among their requests."""
+
+    async def mean_seconds(router: type[RequestRouter]) -> float:
+        routing, work = Routing(A, B, C, router=router), random.Random(0)
+        random.seed(0)
+        active: dict[str, list[list[float]]] = {"a": [], "b": [], "c": []}  # work left, start
+        now, times = 0.0, []
+        while len(times) < 2000:
+            while sum(map(len, active.values())) < 16:
+                name = await routing.ask(prompt=f"{routing.number} " * 100)
+                active[name].append([work.expovariate(1), now])
+            step, name = min(
+                (len(each) * min(each)[0], name) for name, each in active.items() if each
+            )
+            now += step
+            for each in active.values():
+                for request in each:
+                    request[0] -= step / len(each)
+            ended = min(active[name])
+            active[name].remove(ended)
+            times.append(now - ended[1])
+            routing.end(name)
+        return sum(times) / len(times)
+
+    async def test() -> None:
+        ours, theirs = [
+            await mean_seconds(each) for each in (PrefixRouter, PowerOfTwoChoicesRequestRouter)
+        ]
+        assert ours == pytest.approx(theirs, rel=0.02)
 
     routed(test)
 
