@@ -1,4 +1,4 @@
-"""Routes requests that begin alike, or use the same adapter, to the replica that has computed them.
+"""Routes requests with a common prefix, or the same adapter, to the replica that has it cached.
 
 In a deployment's options:
 
@@ -6,37 +6,37 @@ In a deployment's options:
       request_router_class: deployments.prefix_router.PrefixRouter
       request_router_kwargs: { characters_per_request: 256, adapter_requests: 4 }
 
-The layer in Serve's proxy (gptj.serving.entry.prefix_keys) gives each request the keys of its
-prompt's beginnings; the router remembers which replicas were sent which. A request goes to the
-replica with the longest known beginning, unless that is busier than the least busy one by more than
-the beginning is worth: one request for each `characters_per_request` of it, and `adapter_requests`
-for the adapter. Others go to the less busy of two replicas: one by the hash of their first key, so
-that proxies agree without talking to each other, and a random one. A beginning that more than one
-replica's share of all requests have, such as a system prompt, does not count: all replicas soon
-have it, and one of them would get all chats. Serve's preference for replicas on the proxy's own
-node is not followed: a hop costs less than computing a prompt.
+The layer in Serve's proxy (gptj.serving.entry.prefix_keys) gives each request the hashes of its
+prompt's prefixes; the router remembers which replicas were sent which. A replica's score is what it
+has (1 for each `characters_per_request` of the longest known prefix, `adapter_requests` for the
+adapter) less its requests in progress. The highest score wins, unless the least busy replica, whose
+load alone counts, scores higher. Other requests go to the less busy of two replicas: one chosen by
+the hash of their first key, so that proxies agree without communicating, and a random one. With N
+replicas, a prefix of more than 2/N of all requests, or half of them, such as a system prompt, does
+not count: all replicas soon have it, and one of them would get all chats. Serve's preference for
+replicas on the proxy's own node does not apply: a hop costs less than computing a prompt.
 """
 
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from gptj.serving.entry.prefix_keys import BLOCK_CHARACTERS, model_key
+from gptj.serving.entry.prefix_keys import BLOCK_CHARACTERS, MAX_CHARACTERS, model_key
 
 MAX_KEYS = 2**15  # about 8 MB; the blocks of a million tokens
-PRIOR = 16  # requests
+PRIOR = 16  # requests that a new key is assumed to be absent from, see PrefixTable.common
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a replica's knowledge is worth, in requests that it may have more than another."""
+    """How many requests more than the least busy replica one with the prefix may have."""
 
     characters_per_request: int = 256
     adapter_requests: int = 4
@@ -45,7 +45,7 @@ class Weights:
         for name, least in (("characters_per_request", 1), ("adapter_requests", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def worth(self, blocks: int, *, adapter: bool) -> float:
         text = blocks * BLOCK_CHARACTERS / self.characters_per_request
@@ -70,6 +70,7 @@ class PrefixTable:
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         self._max_keys = max_keys
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._held: Counter[str] = Counter()  # entries by replica
         self._requests = 0
 
     def __len__(self) -> int:
@@ -87,9 +88,9 @@ class PrefixTable:
         return found
 
     def common(self, keys: Sequence[str], share: float) -> int:
-        """How many of the first keys more than this share of requests have had since their first.
+        """How many of the first keys are in more than this share of the requests since their first.
 
-        A key counts only after some requests, as if PRIOR others had come before it.
+        PRIOR more requests without the key are assumed, so that a new key is not common at once.
         """
         for number, key in enumerate(keys):
             entry = self._entries.get(key)
@@ -98,17 +99,24 @@ class PrefixTable:
         return len(keys)
 
     def add(self, keys: Sequence[str], replica: str) -> None:
+        if not keys:
+            return  # not a prompt, such as a probe of /health
         for key in reversed(keys):
             entry = self._entries.setdefault(key, Entry(self._requests))
             entry.uses += 1
             if replica not in entry.holders:
                 entry.holders = (*entry.holders, replica)
+                self._held[replica] += 1
             self._entries.move_to_end(key)
         self._requests += 1
         while len(self._entries) > self._max_keys:
-            self._entries.popitem(last=False)
+            _, oldest = self._entries.popitem(last=False)
+            self._held.subtract(oldest.holders)
 
     def forget(self, replicas: set[str]) -> None:
+        """Quick for replicas that hold nothing: a lost one may be reported often."""
+        if not sum(self._held.pop(each, 0) for each in replicas):
+            return
         for key in list(self._entries):
             entry = self._entries[key]
             if replicas.isdisjoint(entry.holders):
@@ -119,7 +127,7 @@ class PrefixTable:
 
 
 class PrefixRouter(RequestRouter):
-    """Without FIFOMixin, which would give a replica to another request than it was chosen for."""
+    """Without FIFOMixin, which would assign the chosen replica to the oldest waiting request."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Serve with request_router_kwargs. TypeError or ValueError for wrong ones."""
@@ -137,32 +145,55 @@ class PrefixRouter(RequestRouter):
             return [_two_of(candidate_replicas, "")]
         pending_request.routing_context.should_backoff = True
         adapter, keys = self._keys(pending_request)
-        # What so many requests have, all replicas shall have: one would get too many.
-        common = self._table.common(keys, 1 / max(1, len(candidate_replicas)))
-        two = _two_of(candidate_replicas, keys[common] if common < len(keys) else "")
-        best = self._best(candidate_replicas, keys, common, bool(adapter))
+        text = keys[1:] if adapter else keys
+        # All replicas should have a prefix this common: one alone would get too many requests.
+        common = self._table.common(text, min(0.5, 2 / max(1, len(candidate_replicas))))
+        worths = self._worths(candidate_replicas, keys, common, bool(adapter))
+        two = _two_of(candidate_replicas, adapter or next(iter(text[common:]), ""))
+        if not worths:
+            return [two]
+        # Serve forgets a load after ten seconds, and then prefers a replica whose load it knows.
+        if unknown := [each for each in {*worths, *two} if self._load(each) is None]:
+            await self._probe_queue_lens(unknown, 0)
+        best = self._best(candidate_replicas, worths)
         return [two] if best is None else [[best], two]
 
-    def _best(
+    def _worths(
         self, candidates: Sequence[RunningReplica], keys: Sequence[str], common: int, adapter: bool
-    ) -> RunningReplica | None:
-        """The replica whose knowledge beyond the common keys outweighs its load most, if any's."""
+    ) -> dict[RunningReplica, float]:
+        """What the replicas have that counts."""
         known = self._table.known(keys)
-        own_adapter = adapter and not common  # rather than all replicas'
-        first = max(common, adapter)  # the first key of text that counts
-        loads = [self.replica_queue_len_cache.get(each.replica_id) or 0 for each in candidates]
-        best, most = None, float(-min(loads))
-        for replica, load in zip(candidates, loads, strict=True):
-            if (number := known.get(replica.replica_id.unique_id, 0)) <= common:
+        found = {}
+        for replica in candidates:
+            number = known.get(replica.replica_id.unique_id, 0)
+            blocks = max(0, number - adapter - common)
+            if worth := self._weights.worth(blocks, adapter=adapter and number > 0):
+                found[replica] = worth
+        return found
+
+    def _best(
+        self, candidates: Sequence[RunningReplica], worths: Mapping[RunningReplica, float]
+    ) -> RunningReplica | None:
+        """The replica whose worth exceeds its load most, if it is not too busy for that."""
+        best, most = None, float(-min(self._load(each) or 0 for each in candidates))
+        for replica, worth in worths.items():
+            load = self._load(replica)
+            if load is None or load >= replica.max_ongoing_requests:
                 continue
-            left = self._weights.worth(number - first, adapter=own_adapter) - load
-            if left >= most:
-                best, most = replica, left
+            if worth - load >= most:
+                best, most = replica, worth - load
         return best
 
+    def _load(self, replica: RunningReplica) -> int | None:
+        """Its requests in progress, as far as this proxy knows."""
+        return self.replica_queue_len_cache.get(replica.replica_id)
+
     def _keys(self, request: PendingRequest) -> tuple[str, list[str]]:
-        """The adapter's key, or empty; the keys of ever longer beginnings, the adapter's first."""
-        model, *blocks = request.metadata.session_id.split(".")
+        """The adapter's key, or empty; the keys of ever longer prefixes, the adapter's first."""
+        session = request.metadata.session_id
+        if len(session) > MAX_CHARACTERS:
+            return "", []  # not ours
+        model, *blocks = session.split(".")
         adapter = "" if model in self._base_models else model
         return adapter, [*([adapter] if adapter else ()), *(adapter + block for block in blocks)]
 

@@ -6,7 +6,7 @@ deployments/haproxy.py), where Failover cannot reach other replicas.
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy:middlewares where Ray starts (the
 manifests and `make serve` do). Without it, requests are lost when a replica dies, slow clients hold
 connections forever, some errors are plain text, clients can evade their keys' limits with their
-own seed (x-gptj-seed), and deployments.prefix_router knows no prompts.
+own seed (x-gptj-seed), and deployments.prefix_router cannot recognize prompts.
 """
 
 from __future__ import annotations

@@ -124,13 +124,16 @@ def test_unusual_texts_are_no_error() -> None:
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
-    sessions = [value for name, value in request.headers.items() if "session" in name]
+    names = ("session", "multiplexed")
+    sessions = [
+        value for name, value in request.headers.items() if any(each in name for each in names)
+    ]
     await JSONResponse([sessions, len(await request.body())])(scope, receive, send)
 
 
 def test_a_clients_own_session_is_replaced() -> None:
     client = TestClient(PrefixKeys(echo, SECRET))
-    own = {"X-Session-Id": "mine", "x_session_id": "mine too"}
+    own = {"X-Session-Id": "mine", "x_session_id": "mine too", "serve_multiplexed_model_id": "m"}
     body = json.dumps({"prompt": LONG}).encode()
     found = keys_of(body, SECRET)
     for route in ("/v1/completions", "/other/v1/chat/completions/"):
@@ -217,6 +220,19 @@ def test_the_table_forgets_replicas() -> None:
     table.forget({"a", "c"})
     assert table.known(["1", "12"]) == {"b": 1}
     assert len(table) == 1
+    table.add(["1"], "a")
+    table.forget({"a"})
+    assert table.known(["1"]) == {"b": 1}
+
+
+def test_requests_without_keys_do_not_change_what_is_common() -> None:
+    """Such as probes: a system prompt is common by its share of prompts."""
+    table = PrefixTable()
+    for number in range(60):
+        table.add(["1", f"1{number}"], "a")
+        for _ in range(5):
+            table.add([], "a")
+    assert table.common(["1"], 0.5) == 1
 
 
 class Replica:
@@ -227,11 +243,12 @@ class Replica:
     multiplexed_model_ids = frozenset[str]()
 
     def __init__(self, id_: ReplicaID, model: str | None = "base") -> None:
+        self.requests = 0  # that it tells when asked
         self.replica_id = id_
         self.replica_metadata = {} if model is None else {"model": model}
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
-        return 0
+        return self.requests
 
 
 class Routing:
@@ -337,8 +354,7 @@ def test_a_short_common_beginning_does_not_unbalance() -> None:
     routed(test)
 
 
-@pytest.mark.parametrize("model", [None, "p"])
-def test_a_system_prompt_does_not_bring_all_chats_to_one_replica(model: str | None) -> None:
+def test_a_system_prompt_does_not_bring_all_chats_to_one_replica() -> None:
     """Even if no replica is busy: each keeps the chats that it has, and new ones are spread."""
 
     async def test() -> None:
@@ -346,14 +362,14 @@ def test_a_system_prompt_does_not_bring_all_chats_to_one_replica(model: str | No
         system = {"role": "system", "content": LONG[:1000]}
         for _ in range(20):
             for each in (routing, other):
-                await each.answered(model=model, messages=[system, user("Hello")])
+                await each.answered(messages=[system, user("Hello")])
         chats = [[system, user(f"{n} " * 200)] for n in range(40)]
-        homes = [await routing.answered(model=model, messages=chat) for chat in chats]
+        homes = [await routing.answered(messages=chat) for chat in chats]
         assert 8 <= homes.count("a") <= 32
-        assert homes == [await other.answered(model=model, messages=chat) for chat in chats]
+        assert homes == [await other.answered(messages=chat) for chat in chats]
         for chat, home in zip(chats, homes, strict=True):
             later = [*chat, {"role": "assistant", "content": LONG}, user("And then?")]
-            assert await routing.answered(model=model, messages=later) == home
+            assert await routing.answered(messages=later) == home
 
     routed(test)
 
@@ -436,6 +452,51 @@ def test_an_adapters_requests_stay_together_but_not_the_base_models() -> None:
         home = await routing.answered(model="p", prompt="x")
         routing.load(home, 5)
         assert await routing.answered(model="p", prompt="x") != home
+
+    routed(test)
+
+
+def test_adapters_have_homes_however_many_replicas_there_are() -> None:
+    """Also where an adapter has a large share of all requests: each is loaded a few times only."""
+
+    async def test() -> None:
+        names = [f"{number:x}" for number in range(12)]
+        routing = Routing(*map(replica_id, names))
+        loaded: dict[str, list[str]] = {name: [] for name in names}  # the last used last
+        loads = 0
+        numbers = random.Random(0)
+        for _ in range(600):
+            adapter = f"adapter-{numbers.randrange(8)}"
+            home = loaded[await routing.answered(model=adapter, prompt="x")]
+            loads += adapter not in home
+            home[:] = [*[each for each in home if each != adapter][-3:], adapter]
+        assert loads <= 16
+
+    routed(test)
+
+
+def test_a_load_that_serve_has_forgotten_is_asked_for() -> None:
+    """A busy replica is not taken for an idle one, although it has the prefix."""
+
+    async def test() -> None:
+        routing = Routing(A, B)
+        home = await routing.answered(prompt=LONG)
+        replicas = routing.router.curr_replicas.values()
+        for requests, expected in ((0, home), (300, {"a": "b", "b": "a"}[home])):
+            for replica in replicas:
+                replica.requests = requests if replica.replica_id.unique_id == home else 0
+                routing.router.replica_queue_len_cache.invalidate_key(replica.replica_id)
+            assert await routing.answered(prompt=LONG[:700]) == expected
+
+    routed(test)
+
+
+def test_a_full_replica_is_not_insisted_on() -> None:
+    async def test() -> None:
+        routing = Routing(A, B, characters_per_request=1)
+        home = await routing.answered(prompt=LONG)
+        routing.load(home, Replica.max_ongoing_requests)
+        assert await routing.answered(prompt=LONG) != home
 
     routed(test)
 

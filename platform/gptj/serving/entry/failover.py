@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.access_log import current_entry, printable
 from gptj.serving.entry.event_stream import DivergedError, EventStream, error_events
-from gptj.serving.entry.prefix_keys import without_session
+from gptj.serving.entry.prefix_keys import without_routing
 from gptj.serving.errors import (
     APIError,
     InvalidRequestError,
@@ -203,7 +203,7 @@ class Exchange:
         """A copy of the scope, since Serve modifies it."""
         headers = list(self._headers)
         if number > 1:
-            headers = without_session(headers)  # which would choose the same replica again
+            headers = without_routing(headers)  # which would choose the same replica again
         if number > 1 and self._limit_seconds is not None:
             left = f"{max(0.001, self._limit_seconds - self._elapsed()):.3f}".encode()
             headers = [each for each in headers if each[0] != TIMEOUT] + [(TIMEOUT, left)]

@@ -1,9 +1,9 @@
-"""Hashes of a prompt's beginnings, by which a router finds the replica that has computed them.
+"""Hashes of a prompt's prefixes, by which a router finds the replica that has them cached.
 
 Replicas cache the prompts that they have computed. A request that generates text gets the header
 X-Session-Id, whose value Serve's proxy hands to its router (see deployments.prefix_router):
-`model.key.key…`, where a key is the hash of the prompt up to the end of one of its blocks. Prompts
-that begin alike have their first keys in common, and each turn of a chat extends the last one's.
+`model.key.key…`, where a key is the hash of the prompt up to the end of a block. Prompts with a
+common prefix share their first keys, and each turn of a chat extends the last one's.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Unless RAY_SERVE_SESSION_ID_HEADER_KEY names another. Serve also reads it with underscores.
 SESSION = b"x-session-id"
+# A client's would have Serve's router keep each request: only its own router for models drops them.
+MULTIPLEXED = b"serve-multiplexed-model-id"
 BLOCK_CHARACTERS = 128  # about 32 tokens: two pages of the cache
 BLOCK_IDS = 32
 MAX_BLOCKS = 64  # about GPT-J's context
 MAX_PARSED_BYTES = 2**16  # parsing takes at most about a millisecond; larger bodies have no keys
 HASH_BYTES = 6  # eight characters in base64
+MAX_CHARACTERS = 9 * (MAX_BLOCKS + 1)  # of all keys and the points between them
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 
 
 class PrefixKeys:
-    """Middleware: replaces the client's X-Session-Id by a prompt's keys.
+    """Middleware: replaces the client's X-Session-Id by a prompt's keys, and drops its model id.
 
     Expects the whole body in one message.
 
     Args:
-        secret: makes keys useless to those who guess prompts; the same in proxies that shall agree.
+        secret: keeps keys from revealing guessed prompts; must be the same in all proxies that are
+            to agree.
     """
 
     def __init__(self, app: ASGIApp, secret: bytes) -> None:
@@ -45,7 +49,7 @@ class PrefixKeys:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = {**scope, "headers": without_session(scope["headers"])}
+        scope = {**scope, "headers": without_routing(scope["headers"])}
         if scope["method"] != "POST" or not scope["path"].rstrip("/").endswith(ROUTES):
             await self._app(scope, receive, send)
             return
@@ -60,8 +64,10 @@ class PrefixKeys:
         await self._app(scope, replay, send)
 
 
-def without_session(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [each for each in headers if each[0].replace(b"_", b"-") != SESSION]
+def without_routing(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Without those that Serve's routers read."""
+    routing = (SESSION, MULTIPLEXED)
+    return [each for each in headers if each[0].replace(b"_", b"-") not in routing]
 
 
 def keys_of(body: bytes, secret: bytes) -> str:
