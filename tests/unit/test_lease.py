@@ -15,7 +15,7 @@ import pytest
 
 from gptj import storage
 from gptj.storage import lease
-from gptj.storage.lease import Lease, LeaseHeldError, LeaseLostError
+from gptj.storage.lease import Lease, LeaseHeldError, LeaseLostError, take_over
 
 FORK = multiprocessing.get_context("fork")
 TERM = 1.2  # seconds
@@ -88,6 +88,19 @@ def test_a_stalled_holder_finds_the_lease_lost(
         second.claim.check()
         with pytest.raises(LeaseLostError):
             stalled.claim.check()
+
+
+def test_only_a_later_claim_or_none_at_all_ends_a_claim(folder: str) -> None:
+    """A node may list a shared folder late, so that its own attempt's claim is not there yet."""
+    first, second = take_over(folder), take_over(folder)
+    with pytest.raises(LeaseLostError):
+        first.check()
+    second.check()
+    storage.delete(f"{folder}/00000002.json")
+    second.check()
+    storage.delete_folder(folder)
+    with pytest.raises(LeaseLostError):
+        second.check()
 
 
 def test_an_outage_of_the_storage_is_not_its_holders_silence(

@@ -55,9 +55,12 @@ class Claim:
     owner: str
 
     def check(self) -> None:
-        """LeaseLostError if another process has taken over."""
+        """LeaseLostError if another process has taken over, or the claims have been removed.
+
+        A node may see a shared folder's new files late: an older generation proves nothing.
+        """
         newest = _newest(self.folder)
-        if newest != self.generation:
+        if newest > self.generation or newest == 0:
             raise LeaseLostError(
                 f"another process has taken over, according to {self.folder} (generation {newest}, "
                 f"ours was {self.generation}): this one must no longer write"

@@ -154,7 +154,7 @@ def _explained(error: ClientError, bucket: str, key: str) -> StorageError:
     if code == "RequestTimeTooSkewed":
         return StorageError(
             f"{place}: the clocks of this machine and of {endpoint()} differ by too much; remedy: "
-            f"set them, as by NTP"
+            f"set them, for example with NTP"
         )
     if code in _OUT_OF_RANGE:
         return StorageError(f"{place} is truncated: it is shorter than it should be")

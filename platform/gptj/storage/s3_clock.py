@@ -19,6 +19,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.hooks import BaseEventHooks
 
 TOLERANCE_SECONDS = 5 * 60  # below the servers' 15 minutes; above what a slow request takes
+SKEWED, UNSAID = "RequestTimeTooSkewed", "403"  # codes of errors; a HEAD's reply has none
 SIGNATURE = "s3v4"  # boto3's
 CORRECTED = "gptj-s3v4"  # ours
 
@@ -40,13 +41,18 @@ class ServerClock:
     ) -> bool:
         """Whether a request was refused because of its time; the next attempt has the right one.
 
-        A refused HEAD does not say why it was, so the times themselves are compared.
+        A refused HEAD does not say why it was, so the times themselves are compared. If another
+        time was of no help, the server's Date was wrong, or the refusal had another reason.
 
         Args:
             context: the request's, in which botocore keeps the time that it was signed with.
         """
         reply = response[1].get("ResponseMetadata", {})
-        if reply.get("HTTPStatusCode") != 403 or context.get("gptj_clock_corrected"):
+        code = response[1].get("Error", {}).get("Code")
+        if reply.get("HTTPStatusCode") != 403 or code not in (SKEWED, UNSAID):
+            return False
+        if "gptj_clock_before" in context:  # it was corrected once
+            self.ahead = context["gptj_clock_before"]
             return False
         server = _date(reply.get("HTTPHeaders", {}).get("date", ""))
         signed = context.get("timestamp")
@@ -55,11 +61,11 @@ class ServerClock:
         signed_at = datetime.strptime(signed, SIGV4_TIMESTAMP).replace(tzinfo=UTC)
         if abs((server - signed_at).total_seconds()) < TOLERANCE_SECONDS:
             return False
-        context["gptj_clock_corrected"] = True  # once for a request
+        context["gptj_clock_before"] = self.ahead
         self.ahead = server.timestamp() - time.time()
         logger.warning(
             "this machine's clock and the S3 server's differ by %.0f s: requests are signed with "
-            "the server's time; remedy: set the clocks, as by NTP",
+            "the server's time; remedy: set the clocks, for example with NTP",
             abs(self.ahead),
         )
         return True
@@ -86,7 +92,9 @@ AUTH_TYPE_MAPS[CORRECTED] = _CorrectedAuth
 
 
 def _date(header: str) -> datetime | None:
+    """None without a valid date and its zone."""
     try:
-        return parsedate_to_datetime(header)
+        found = parsedate_to_datetime(header)
     except ValueError:
         return None
+    return found if found.tzinfo is not None else None
