@@ -2,8 +2,8 @@
 
 | fault | what happens |
 |---|---|
-| `link-cut` | the second node's link is down for 20 s, in which Ray does not give the node up |
-| `link-lost` | it is down for 90 s: Ray gives the node up, and then it is back |
+| `link-cut` | the second node's link is down for 20 s, too short for Ray to declare the node dead |
+| `link-lost` | it is down for 90 s: Ray declares the node dead before it is back |
 | `link-half` | for 90 s head and second node lose what they send each other; both reach S3 |
 | `s3-link` | S3's link is down for 60 s: requests are neither answered nor refused |
 | `commit-cut` | the second node's link is down for 90 s from the middle of a checkpoint's upload |
@@ -12,9 +12,9 @@
 | `head-ahead` | as `clock-ahead`, but the head's, where driver, controller and GCS are |
 | `head-behind` | the head's clock jumps an hour back |
 
-What a cut link loses, it loses without a sign: no connection is refused or reset. Where Ray's node
-has ended, it is started again, as a supervisor does. Clocks are set by a preloaded library
-(gptj_local/clock.c), since a time namespace has only monotonic clocks.
+A cut link drops packets silently: no connection is refused or reset. If Ray ends on a node, it is
+restarted, as a supervisor would do. Clocks are set by a preloaded library (gptj_local/clock.c),
+since time namespaces can offset only the monotonic and boot-time clocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptj import storage
 from gptj_bench.training_cluster import MORE, Cluster, Run
 from gptj_local.hosts import NamespaceHost
 
-CUT_SECONDS = 20.0  # shorter than Ray takes to give a node up
+CUT_SECONDS = 20.0  # shorter than Ray takes to declare a node dead
 LOST_SECONDS = 90.0  # longer
 S3_SECONDS = 60.0
 BEHIND_SECONDS = 75.0  # Ray Train waits a minute for workers, and tries again
@@ -87,7 +87,7 @@ def _commit_cut(cluster: Cluster, run: Run) -> None:
 
 @contextmanager
 def _cut(cluster: Cluster, host: NamespaceHost) -> Iterator[None]:
-    """Its link is down for the block, and up for the faults that follow."""
+    """The host's link is down during the block, and up for later faults, even after an error."""
     cluster.network.cut(host)
     try:
         yield
@@ -108,7 +108,7 @@ def _uploading(files: set[str]) -> set[str]:
 
 def _clock_ahead(cluster: Cluster, run: Run, *, of_head: bool) -> None:
     _jump(cluster, run, of_head, HOUR)
-    # Those that follow it read S3, the lease and Ray's state with that clock.
+    # The workers that replace it read S3, the lease and Ray's state under that clock.
     cluster.kill("RayTrainWorker")
     _resumed(cluster, run)
     run.notes.append("a worker was killed after the jump")

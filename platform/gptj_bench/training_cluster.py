@@ -1,4 +1,4 @@
-"""A tiny training that is watched and submitted again whenever it ends, and the cluster it runs on.
+"""A tiny training run, watched and resubmitted whenever it ends, and the cluster it runs on.
 
 The cluster's nodes are all on loopback, or each on a host of its own (gptj_local.hosts).
 """
@@ -67,7 +67,7 @@ class Cluster:
         return None if self._network is None else self._network.host(clock=self._clocks)
 
     def with_clocks(self, wanted: bool) -> None:
-        """Have hosts whose clocks can be set, with the right time, or hosts as usual."""
+        """Restart Ray on hosts whose clocks can be set, or on ordinary ones; clocks start right."""
         if wanted or self._clocks:
             self.close_ray()
             self._clocks = wanted
@@ -194,7 +194,9 @@ class Cluster:
         self._s3_stack.close()
 
     def restart_s3(self) -> None:
-        self.s3 = self._s3_stack.enter_context(LocalS3.start(self.folder / "s3", again=self.s3))
+        self.s3 = self._s3_stack.enter_context(
+            LocalS3.start(self.folder / "s3", again=self.s3, host=self.s3_host or LOOPBACK)
+        )
 
     def close_ray(self) -> None:
         while self._nodes:
@@ -208,7 +210,7 @@ class Cluster:
 
 @dataclass
 class Run:
-    """A training, submitted again whenever it ends, and watched."""
+    """A training run, watched and resubmitted whenever it ends."""
 
     cluster: Cluster
     name: str

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +34,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from gptj import storage
 from gptj.errors import CheckpointError
@@ -46,7 +49,7 @@ EVERY = 10  # steps between checkpoints
 AT = 25  # the step after which a fault comes
 ENDLESS = 100_000
 AWAY_SECONDS = 120.0  # of S3
-ON_HOSTS = ("raylet", "raylets")  # of loopback's faults, those that are others between hosts
+ON_HOSTS = ("raylet", "raylets")  # faults on loopback that --hosts runs too by default
 SETTINGS = (
     "storage=s3://gptj",
     f"checkpoint_every={EVERY}",
@@ -252,7 +255,9 @@ def main(words: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hosts", action="store_true", help="each node on a host of its own")
-    parser.add_argument("--faults", help="in this order; default: all that such nodes can have")
+    parser.add_argument(
+        "--faults", help="in this order; default: all; with --hosts those of hosts, and of raylets"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="append a line a fault")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="a new one, to be kept")
     arguments = parser.parse_args(words)
@@ -279,7 +284,8 @@ def main(words: Sequence[str] | None = None) -> None:
         for fault in faults:
             try:
                 results.append(measure(both, fault))
-            except RuntimeError as error:  # the others are compared nonetheless
+            # The others are compared nonetheless.
+            except (RuntimeError, OSError, subprocess.TimeoutExpired, psutil.Error) as error:
                 failed.append(fault)
                 print(f"{fault:12} has no result: {error}", flush=True)
                 continue

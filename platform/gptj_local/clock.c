@@ -1,8 +1,8 @@
-/* Preloaded into a program: its wall clock is off by as much as a file says, in nanoseconds.
+/* Preloaded into a program: shifts its wall clock by the nanoseconds that a file contains.
 
-   GPTJ_CLOCK names the file, eight bytes in this machine's order, which may change at any time. The
-   monotonic clock and pauses stay as they are. A wait until a time of day is converted to the
-   kernel's clock when it begins, so that it lasts as long as it was meant to. */
+   GPTJ_CLOCK names the file: eight bytes in native byte order, which may change at any time.
+   Monotonic clocks and sleeps are unaffected. A wait until a time of day is converted to the
+   kernel's clock when it begins, so it lasts as long as intended. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -74,7 +74,7 @@ time_t time(time_t *now) {
     return found.tv_sec;
 }
 
-/* Conditions that wait by the monotonic clock have small times: only a time of day is decades. */
+/* A deadline on the monotonic clock is seconds since boot: only a time of day exceeds 10^9. */
 static int is_time_of_day(const struct timespec *when) { return when->tv_sec > 1000000000; }
 
 int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex,

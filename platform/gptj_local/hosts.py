@@ -2,13 +2,14 @@
 
     enter_namespaces()                   # first: the program starts again in its own
     with Network.start() as network:
-        head, node = network.host("head"), network.host("node", clock=True)
+        head, node = network.host(), network.host(clock=True)
         subprocess.run(head.command(["ray", "start", …]), env={**os.environ, **head.environment})
         network.cut(node)
 
 A host is a set of Linux namespaces, joined to the others by a virtual link and a bridge, which are
-in the program's own network namespace. All of it vanishes with the program, however that ends. No
-host reaches anything but the others and the program, and /tmp apart they share its files.
+in the program's own network namespace. Namespaces and processes vanish with the program, however it
+ends; after SIGKILL its temporary folder stays. Hosts reach only each other and the program. They
+share its files, but each has a temporary folder of its own (TMPDIR).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from pathlib import Path
 
 from gptj_local.processes import Host
 
-ENTERED = "GPTJ_IN_NAMESPACES"  # in a program's environment, once it is
+ENTERED = "GPTJ_IN_NAMESPACES"  # set in the environment of a program that is in its namespaces
 SUBNET = "198.18.0"  # reserved for benchmarks (RFC 2544), and here only in our namespaces
 OWN = 254  # the program's last byte
-MOST = 200  # hosts
+MOST = 200  # every host's number is below this
 BRIDGE = "hosts"
 LINK = "eth0"
 NOBODY = "02:00:00:00:ff:ff"
@@ -57,7 +58,7 @@ def obstacle(*, clocks: bool = False) -> str | None:
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         return (
-            f"no network namespaces can be made ({said}); remedy: run it as root, in a container "
+            f"cannot create network namespaces ({said}); remedy: run it as root, in a container "
             f"with the capabilities SYS_ADMIN and NET_ADMIN"
         )
     return None
@@ -81,7 +82,7 @@ def _unshare() -> list[str]:
 
 @dataclass(frozen=True)
 class NamespaceHost(Host):
-    """One of a network's hosts; its first process ends with it, and all others then too."""
+    """One of a network's hosts. When its first process, `init`, ends, the kernel kills all."""
 
     number: int = 0
     init: subprocess.Popen[str] | None = field(default=None, repr=False)
@@ -201,14 +202,14 @@ class Network:
         return host
 
     def cut(self, host: NamespaceHost) -> None:
-        """Take its link down: what is sent to it, or by it, is lost without a sign."""
+        """Take its link down: packets to and from it are silently dropped."""
         _run("ip", "link", "set", host.port, "down")
 
     def mend(self, host: NamespaceHost) -> None:
         _run("ip", "link", "set", host.port, "up")
 
     def part(self, one: NamespaceHost, other: NamespaceHost) -> None:
-        """Lose what these two send each other; each still reaches all others."""
+        """Drop all packets between these two; both still reach all others."""
         _set_neighbour(one.prefix, LINK, other.number, NOBODY)
         _set_neighbour(other.prefix, LINK, one.number, NOBODY)
 
@@ -216,7 +217,7 @@ class Network:
         self._acquaint(one, other)
 
     def throttle(self, host: NamespaceHost, kilobits: int) -> None:
-        """Let it receive no more than that a second."""
+        """Limit the rate at which it receives."""
         limit = ("tbf", "rate", f"{kilobits}kbit", "burst", "16kb", "latency", "300ms")
         _run("tc", "qdisc", "add", "dev", host.port, "root", *limit)
 
