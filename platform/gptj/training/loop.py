@@ -90,8 +90,9 @@ class Worker:
     rank: int
     world_size: int
     device: torch.device
-    # Stores metrics and a finished local checkpoint folder under a name, unless the last argument
-    # raises: then another attempt has the run. Called from a thread, equally often on every rank.
+    # Stores metrics and a finished local checkpoint folder under a name, unless the last argument,
+    # the fence, raises because another attempt has taken over. Called from a thread, equally often
+    # on every rank.
     report: Callable[[dict[str, float], Path, str, Callable[[], None]], None]
     # Receives each point of the run's history as it is logged; only rank 0 calls it.
     watch: Callable[[dict[str, float]], None] = lambda point: None
