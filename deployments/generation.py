@@ -27,7 +27,9 @@ from fastapi import FastAPI
 from pydantic import AfterValidator, Field, model_validator
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.config import RequestRouterConfig
 
+from deployments import haproxy
 from deployments.device import replica_device
 from deployments.ledger import cluster_ledger
 from deployments.loading import Arguments as LoadingArguments
@@ -187,6 +189,9 @@ def new_engine_runner(model: GPTJForCausalLM, arguments: Arguments) -> tuple[Run
     return runner, limits
 
 
+ROUTER = "deployments.prefix_router.PrefixRouter"
+
+
 @dataclass(frozen=True)
 class Services:
     """The services for a model and its adapters."""
@@ -303,4 +308,7 @@ class Generation:
 def build(args: Arguments) -> Application:
     check_before_deploying(GPTJForCausalLM, args)
     deployment = cast(Deployment, Generation)  # which the decorator's types do not say
+    if not haproxy.enabled():  # which routes by itself: Serve refuses another router
+        router = RequestRouterConfig(request_router_class=ROUTER)
+        deployment = deployment.options(request_router_config=router)
     return deployment.bind(args)

@@ -37,6 +37,11 @@ class UnknownConfigurationError(Exception):
     """Ray's configuration is not what this version amends."""
 
 
+def enabled() -> bool:
+    """Whether this Ray cluster has HAProxy in place of Serve's proxies."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
 def main() -> NoReturn:
     arguments = sys.argv[1:]
     if "-f" in arguments:

@@ -1,6 +1,6 @@
 """Routes requests with a common prefix, or the same adapter, to the replica that has it cached.
 
-In a deployment's options:
+Generation has it (see deployments.generation.build). In a deployment's options:
 
     request_router_config:
       request_router_class: deployments.prefix_router.PrefixRouter

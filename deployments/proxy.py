@@ -11,7 +11,6 @@ own seed (x-gptj-seed), and deployments.prefix_router cannot recognize prompts.
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import replace
 
@@ -22,6 +21,7 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
+from deployments import haproxy
 from deployments.logs import follow_serve
 from deployments.metrics import refusal_counter
 from gptj.serving.entry.admission import Admission, Gate
@@ -51,7 +51,7 @@ def middlewares() -> list[Middleware]:
     follow_serve()
     return [
         Middleware(Failover, limit_seconds=limit_seconds),
-        *([] if _behind_haproxy() else [Middleware(PrefixKeys, secret=cluster_secret())]),
+        *([] if haproxy.enabled() else [Middleware(PrefixKeys, secret=cluster_secret())]),
         Middleware(Admission, gate=gate),  # after the body: half-sent requests are not in flight
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
@@ -64,16 +64,11 @@ def middlewares() -> list[Middleware]:
 def connection_limits() -> ConnectionLimits:
     """Of this process; behind HAProxy all connections come from its few addresses."""
     limits = ConnectionLimits()
-    if not _behind_haproxy():
+    if not haproxy.enabled():
         return limits
     return replace(
         limits, unfinished_per_address=limits.unfinished, unread_per_address=limits.unread
     )
-
-
-def _behind_haproxy() -> bool:
-    """Whether this is a replica, to which HAProxy has already routed the request."""
-    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
 
 
 def cluster_secret() -> bytes:

@@ -39,6 +39,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from ray.serve._private.constants import DEFAULT_REQUEST_ROUTER_PATH
 
 from gptj.serving.entry.prefix_keys import keys_of
 from gptj_bench import machine
@@ -253,7 +254,9 @@ def serving(folder: Path, layers: int, width: int) -> Iterator[Service]:
         "stalled_seconds": 120,
     }
     default = copy.deepcopy(ours) | {"name": "default", "route_prefix": "/default"}
-    del default["deployments"][0]["request_router_config"]
+    default["deployments"][0]["request_router_config"] = {
+        "request_router_class": DEFAULT_REQUEST_ROUTER_PATH
+    }
     ours |= {"name": "prefix", "route_prefix": "/prefix"}
     config["applications"] = [default, ours]
     environment = {**os.environ, "RAY_metrics_report_interval_ms": "1000"}

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
-from deployments import proxy
+from deployments import generation, proxy
 from deployments.prefix_router import PrefixRouter, PrefixTable
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.prefix_keys import (
@@ -170,6 +170,20 @@ def test_the_layer_is_in_serves_proxy_but_not_behind_haproxy(
     assert PrefixKeys in {each.cls for each in proxy.middlewares()}
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     assert PrefixKeys not in {each.cls for each in proxy.middlewares()}
+
+
+@pytest.mark.parametrize("haproxy", [False, True])
+def test_generation_has_the_router_but_not_behind_haproxy(
+    haproxy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HAProxy routes by itself: with any other router Serve would refuse the application."""
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", str(int(haproxy)))
+    monkeypatch.setattr(generation, "check_before_deploying", lambda *_: None)
+    application: Any = generation.build(generation.Arguments(checkpoint="somewhere"))
+    config = application._bound_deployment._deployment_config.request_router_config
+    assert config.is_default_request_router() == haproxy
+    if not haproxy:
+        assert config.get_request_router_class() is PrefixRouter
 
 
 def replica_id(name: str) -> ReplicaID:
