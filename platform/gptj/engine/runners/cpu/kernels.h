@@ -348,12 +348,47 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
+// Adds the products of one word of some vectors of a block with the M rows of a pass.
+template <class K, int M, int Vectors>
+GPTJ_INLINE void add_word(const char* weights, const uint32_t* x,
+                          typename K::Sum (&sum)[M][Vectors]) {
+#ifdef GPTJ_AVX512  // rows outside, so that vectors share a row's word
+  typename K::Part parts[Vectors][K::kParts];
+  unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
+    unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
+      parts[v][p] = K::part(load_ints(weights + v * 64), p);
+    });
+  });
+  unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
+    unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
+      unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
+        sum[m][v] = K::dot(sum[m][v], parts[v][p], x[p * M + m]);
+      });
+    });
+  });
+#else  // parts outside, so that few registers hold weights
+  unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
+    unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
+      const typename K::Part part = K::part(load_ints(weights + v * 64), p);
+      unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
+        sum[m][v] = K::dot(sum[m][v], part, x[p * M + m]);
+      });
+    });
+  });
+#endif
+}
+
 // Adds the products of `count` words of some vectors of a block with the M rows of a pass.
 // Meanwhile it prefetches weights: of a single pass its own, further on (`lines` is 2 a word), of
 // several the next chunk's from `ahead` on (1 a word), or none.
 template <class K, int M, int Vectors>
 GPTJ_INLINE void add_products(const char* weights, const uint32_t* words, int64_t count,
                               const char* ahead, int lines, typename K::Sum (&sum)[M][Vectors]) {
+  if (M == kMaxRows && lines == 0) {  // nearly all passes over many rows: a loop without branches
+    for (int64_t i = 0; i < count; ++i)
+      add_word<K, M, Vectors>(weights + i * 128, words + i * K::kParts * M, sum);
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     if (lines == 1) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
     if (lines == 2)
@@ -361,31 +396,7 @@ GPTJ_INLINE void add_products(const char* weights, const uint32_t* words, int64_
         _mm_prefetch(ahead + i * 128 + line * 64 + kFarAhead, _MM_HINT_T1);
         _mm_prefetch(ahead + i * 128 + line * 64 + kAhead, _MM_HINT_T0);
       });
-    const uint32_t* x = words + i * K::kParts * M;
-#ifdef GPTJ_AVX512  // rows outside, so that vectors share a row's word
-    typename K::Part parts[Vectors][K::kParts];
-    unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
-      unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
-        parts[v][p] = K::part(load_ints(weights + i * 128 + v * 64), p);
-      });
-    });
-    unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
-      unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
-        unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
-          sum[m][v] = K::dot(sum[m][v], parts[v][p], x[p * M + m]);
-        });
-      });
-    });
-#else  // parts outside, so that few registers hold weights
-    unrolled<Vectors>([&](auto v) GPTJ_INLINE_LAMBDA {
-      unrolled<K::kParts>([&](auto p) GPTJ_INLINE_LAMBDA {
-        const typename K::Part part = K::part(load_ints(weights + i * 128 + v * 64), p);
-        unrolled<M>([&](auto m) GPTJ_INLINE_LAMBDA {
-          sum[m][v] = K::dot(sum[m][v], part, x[p * M + m]);
-        });
-      });
-    });
-#endif
+    add_word<K, M, Vectors>(weights + i * 128, words + i * K::kParts * M, sum);
   }
 }
 
@@ -500,7 +511,7 @@ template <class Done>
 inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {
   thread_local std::vector<float> buffer;
   if (int64_t(buffer.size()) < a.rows * kBlock) buffer.resize(size_t(a.rows * kBlock));
-  float* const sums = buffer.data();  // read once: each use of a thread's own variable is a call
+  float* const sums = buffer.data();  // read once: each access to a thread_local variable is a function call
   switch (Kind(w.kind)) {
     case Kind::fp32: block_sums<Fp32>(w, block, a, sums); break;
     case Kind::bf16: block_sums<Bf16>(w, block, a, sums); break;

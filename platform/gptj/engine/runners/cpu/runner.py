@@ -132,8 +132,8 @@ class CpuRunner:
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         head, per_word = self.config.head_dim, 4 // self._cache.itemsize
         keys, values = self._cache  # (layers, pages, heads, page_size * head)
-        # As step.cpp stores them: of keys, a word of the head of all positions, then its next word;
-        # of values, a word of the positions, which may also hold the one after the last.
+        # As step.cpp stores them: keys as (words of the head, positions), values as (words of the
+        # positions, head); the last word of values may also hold the position after `filled`.
         keys = keys.view(*keys.shape[:3], head // per_word, self.page_size, per_word)
         values = values.view(*values.shape[:3], self.page_size // per_word, per_word * head)
         for source, target, filled in copies:
@@ -201,13 +201,14 @@ class CpuRunner:
         final_weight, final_bias = self._norm(body.ln_f)
         let_go(model)
         rotary = Rotary.at(torch.arange(config.n_positions)[None], config)
+        signs = torch.tensor([-1.0, 1.0]).repeat(rotary.sin_BL1R.shape[-1] // 2)
         return library.Model(
             embedding,
             final_weight,
             final_bias,
             head,
-            self._keep(rotary.sin_BL1R[0, :, 0, ::2].contiguous()),
-            self._keep(rotary.cos_BL1R[0, :, 0, ::2].contiguous()),
+            self._keep(rotary.sin_BL1R[0, :, 0] * signs),
+            self._keep(rotary.cos_BL1R[0, :, 0].contiguous()),
             None,
             None,
             layers,

@@ -137,7 +137,7 @@ struct Model {
   const void* embedding;           // (vocabulary, width)
   const float *final_weight, *final_bias;
   Weights head;                    // without data: a step returns hidden states instead of logits
-  const float *sines, *cosines;    // (positions, rotated / 2)
+  const float *sines, *cosines;    // (positions, rotated): of each pair -sine, sine; cosine, cosine
   void *keys, *values;             // (layers, pages, heads, 16 * head)
   const Layer* layers;
 };
@@ -486,7 +486,7 @@ class Runner {
     }
   }
 
-  // How many of the next queries share a pass: few numbers, since each is compiled on its own.
+  // How many of the next queries share a pass: one of a few counts, since each is compiled.
   static int queries_of(int32_t left) {
     return left >= kQueries ? kQueries : left >= kMoreQueries ? kMoreQueries : std::min(left, 4);
   }
@@ -502,11 +502,13 @@ class Runner {
   // A head's query or key of a token, with rotary embedding applied.
   void rotate(int32_t t, int64_t offset, int64_t head, float* y) const {
     const float* x = &qkv_[size_t(t * 3 * s_.width + offset + head * s_.head)];
-    const float* sines = m_.sines + b_->positions[t] * (s_.rotated / 2);
-    const float* cosines = m_.cosines + b_->positions[t] * (s_.rotated / 2);
-    for (int64_t i = 0; i < s_.rotated / 2; ++i) {
-      y[2 * i] = x[2 * i] * cosines[i] - x[2 * i + 1] * sines[i];
-      y[2 * i + 1] = x[2 * i + 1] * cosines[i] + x[2 * i] * sines[i];
+    const float* sines = m_.sines + b_->positions[t] * s_.rotated;
+    const float* cosines = m_.cosines + b_->positions[t] * s_.rotated;
+    for (int64_t i = 0; i < s_.rotated; i += 16) {
+      const Mask mask = first(s_.rotated - i);
+      const Floats own = load(x + i, mask);
+      const Floats along = mul(own, load(cosines + i, mask));
+      store(y + i, mask, fma(swapped(own), load(sines + i, mask), along));
     }
     std::memcpy(y + s_.rotated, x + s_.rotated, size_t(s_.head - s_.rotated) * 4);
   }
@@ -518,10 +520,10 @@ class Runner {
             std::vector<float>& score_buffer, std::vector<float>& weight_buffer) {
     const int64_t length = b_->positions[t] + Q;  // the last query's context
     const int64_t page_count = ceil_div(length, kPage);
-    const int64_t stride = (page_count + 1) * kPage;  // never a power of 2, whose rows share sets
+    const int64_t stride = (page_count | 1) * kPage;  // odd in lines of cache, to use all its sets
     fit(score_buffer, Q * stride);
     fit(weight_buffer, Q * page_count * kPage);
-    // Read once: each use of a thread's own variable is a call.
+    // Read once: each access to a thread_local variable is a function call.
     float *const scores = score_buffer.data(), *const weights = weight_buffer.data();
     constexpr int P = std::max(1, kScores / Q);  // pages at a time, for independent sums
     int64_t p = 0;
@@ -594,9 +596,8 @@ class Runner {
     });
   }
 
-  // Turns scores of a query into unnormalized weights, in the words that `K::dot` takes, each Q
-  // after the last; returns 1 / sum. Weights beyond `length` become 0, whatever the unused slots of
-  // a page hold.
+  // Turns a query's scores into unnormalized weights, as words that `K::dot` takes, Q apart; returns
+  // 1 / sum. Weights beyond `length` become 0, whatever a page's unused slots hold.
   template <class K, int Q>
   float softmax(float* scores, int64_t length, int64_t count, float* weights) const {
     const Floats scale = all(1.0f / std::sqrt(float(s_.head)));

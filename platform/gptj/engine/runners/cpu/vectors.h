@@ -47,6 +47,7 @@ inline void store_upper(uint16_t* p, Mask mask, Ints x) {
 }
 inline __m128i to_bytes(Ints x) { return _mm512_cvtepi32_epi8(x); }
 inline Floats keep(Mask mask, Floats x) { return _mm512_maskz_mov_ps(mask, x); }  // else 0
+inline Floats swapped(Floats x) { return _mm512_permute_ps(x, 0xb1); }  // in pairs of lanes
 
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -168,6 +169,9 @@ inline __m128i to_bytes(Ints x) {
 inline Floats keep(Mask mask, Floats x) {
   const Floats lanes = as_floats(lanes_of(mask));
   return {_mm256_and_ps(x.low, lanes.low), _mm256_and_ps(x.high, lanes.high)};
+}
+inline Floats swapped(Floats x) {
+  return {_mm256_permute_ps(x.low, 0xb1), _mm256_permute_ps(x.high, 0xb1)};
 }
 
 #define BOTH(f, a, b) {f((a).low, (b).low), f((a).high, (b).high)}
