@@ -309,6 +309,6 @@ def build(args: Arguments) -> Application:
     check_before_deploying(GPTJForCausalLM, args)
     deployment = cast(Deployment, Generation)  # which the decorator's types do not say
     if not haproxy.enabled():  # which routes by itself: Serve refuses another router
-        router = RequestRouterConfig(request_router_class=ROUTER)
+        router = RequestRouterConfig.model_validate({"request_router_class": ROUTER})
         deployment = deployment.options(request_router_config=router)
     return deployment.bind(args)
