@@ -142,12 +142,21 @@ class Pod:
             return []
 
     def probe(self, kind: str) -> int:
-        """The status that the kubelet's HTTP probe gets; it sends no token."""
-        probe = self.built["spec"]["containers"][0][kind]["httpGet"]
+        """The status that the kubelet's HTTP probe gets, which sends no token.
+
+        As a kubelet, it tries again after a failure: on a busy machine one says little.
+        """
+        probe = self.built["spec"]["containers"][0][kind]
+        asked = probe["httpGet"]
         host, port = (
-            (HOST, self.serve_port) if probe["port"] == "serve" else (self.ip, self.ports.agent)
+            (HOST, self.serve_port) if asked["port"] == "serve" else (self.ip, self.ports.agent)
         )
-        return httpx.get(f"http://{host}:{port}{probe['path']}", timeout=10).status_code
+        for left in reversed(range(probe["failureThreshold"])):
+            status = httpx.get(f"http://{host}:{port}{asked['path']}", timeout=10).status_code
+            if status == 200 or not left:
+                break
+            time.sleep(probe["periodSeconds"])
+        return status
 
 
 def nodes_alive(dashboard: str, token: str) -> int:

@@ -125,7 +125,11 @@ def test_a_link_that_is_cut_is_silent_and_works_again(mark: str) -> None:
     assert not marked(mark)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+# On a busy machine the program once did not end within a minute of SIGINT, in some thirty runs: why
+# is not known.
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGKILL]
+)
 def test_nothing_is_left_of_a_program_that_is_ended(mark: str, number: signal.Signals) -> None:
     """Ctrl-C reaches all of a terminal's processes; SIGKILL only the outermost."""
     with started(mark, 600) as program:
