@@ -161,7 +161,7 @@ class Cluster:
         parent = self.head.process_id if of_head else self._nodes[0].process.pid
         found = descendants(parent, name)
         if not found:
-            raise RuntimeError(f"there is no process {name}")
+            raise RuntimeError(f"no process named {name} is running")
         found[-1].kill()
 
     def drain_node(self) -> None:

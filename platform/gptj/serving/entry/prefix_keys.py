@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Unless RAY_SERVE_SESSION_ID_HEADER_KEY names another. Serve also reads it with underscores.
 SESSION = b"x-session-id"
-# A client's would have Serve's router keep each request: only its own router for models drops them.
+# With a client's, Serve's base router would keep every request in memory.
 MULTIPLEXED = b"serve-multiplexed-model-id"
 BLOCK_CHARACTERS = 128  # about 32 tokens: two pages of the cache
 BLOCK_IDS = 32
@@ -88,7 +88,7 @@ def keys_of(body: bytes, secret: bytes) -> str:
 
 
 def model_key(name: str) -> str:
-    """Of a model's name, which is no secret."""
+    """The hash of a model's name, which is not secret."""
     return _printable(blake2b(_encoded(name), digest_size=HASH_BYTES).digest())
 
 

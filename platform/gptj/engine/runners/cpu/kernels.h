@@ -511,7 +511,8 @@ template <class Done>
 inline void block_product(const Weights& w, int64_t block, const Activations& a, const Done& done) {
   thread_local std::vector<float> buffer;
   if (int64_t(buffer.size()) < a.rows * kBlock) buffer.resize(size_t(a.rows * kBlock));
-  float* const sums = buffer.data();  // read once: each access to a thread_local variable is a function call
+  // Read once: each access to a thread_local variable is a function call.
+  float* const sums = buffer.data();
   switch (Kind(w.kind)) {
     case Kind::fp32: block_sums<Fp32>(w, block, a, sums); break;
     case Kind::bf16: block_sums<Bf16>(w, block, a, sums); break;
