@@ -199,7 +199,11 @@ class WandbTracker(Tracker):
             storage.upload(file, storage.join(self._address, file.parent.name, file.name))
 
     def close(self, ending: Ending) -> None:
-        self._run.finish(exit_code=int(ending == "failed"))
+        code = int(ending == "failed")
+        self._run.finish(exit_code=code)
+        # finish() does not wait until the service has written an offline run's file: of a short
+        # run, not even the first record may be there. This waits for the service to end.
+        wandb.teardown(exit_code=code)
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
