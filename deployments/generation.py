@@ -244,6 +244,7 @@ def start_services(
         banned_ids=vocabulary.unused_ids,
         max_num_seqs=limits.max_num_seqs,
         max_queued=arguments.max_queued,
+        max_queue_seconds=arguments.max_queue_seconds,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         prefix_caching=arguments.prefix_caching,
         speculation=arguments.speculation,

@@ -54,6 +54,8 @@ class Arguments(BaseModel):
     # page cache. This bounds the memory that replicas need only while loading.
     loads_at_once: Annotated[int, Field(ge=1)] = 1
     max_queued: Annotated[int, Field(ge=1)] = 256  # waiting rows; beyond it clients get 429
+    # Longest that a row may be expected to wait, by the recent pace; beyond it clients get 429.
+    max_queue_seconds: Annotated[float, Field(gt=0)] | None = None
     # A replica that makes no step for so long while there is work is replaced.
     stalled_seconds: Annotated[float, Field(gt=0)] = 120
 
@@ -115,6 +117,7 @@ class BatchArguments(Arguments):
             self.max_num_batched_tokens,
             self.quantization,
             release=True,  # one copy of the weights
+            max_queue_seconds=self.max_queue_seconds,
         )
 
 

@@ -10,11 +10,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -33,6 +34,8 @@ SERVE_CONFIG = Path(__file__).resolve().parents[2] / "k8s" / "base" / "serve.yam
 START_SECONDS = 240
 CPUS = 4  # of the only node, as Ray counts
 PROMPTS = ("The tower", "A river", "Anna wrote", "In the year", "Who", "x", "The book", "Paris")
+
+NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -176,14 +179,25 @@ def save_model(folder: Path, adapters: int, **larger: int) -> None:
         model.save_adapter(folder / f"adapter-{number}", base=base)
 
 
-def configuration(folder: Path, replicas: int, adapters: int, *, spread: bool) -> dict[str, Any]:
+def configuration(
+    folder: Path,
+    replicas: int,
+    adapters: int,
+    *,
+    spread: bool,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+) -> dict[str, Any]:
     """serve.yaml's generation with this many replicas; with `spread`, one per node."""
     config: dict[str, Any] = yaml.safe_load(SERVE_CONFIG.read_text())
     (port,) = free_ports(1)
     config["http_options"]["port"] = port
     config["applications"] = config["applications"][:1]
     (application,) = config["applications"]
-    application["args"] |= {"checkpoint": str(folder / "model"), "dtype": "float32"}
+    application["args"] |= {
+        "checkpoint": str(folder / "model"),
+        "dtype": "float32",
+        **arguments,
+    }
     if adapters:
         application["args"]["adapters"] = {
             f"adapter-{number}": str(folder / f"adapter-{number}") for number in range(adapters)
@@ -201,7 +215,12 @@ def configuration(folder: Path, replicas: int, adapters: int, *, spread: bool) -
 
 @contextmanager
 def local_service(
-    folder: Path, replicas: int = 2, key: str = "none", workers: int = 0, adapters: int = 0
+    folder: Path,
+    replicas: int = 2,
+    key: str = "none",
+    workers: int = 0,
+    adapters: int = 0,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> Iterator[LocalService]:
     """The service with serve.yaml's settings, during the block.
 
@@ -209,9 +228,10 @@ def local_service(
         key: the clients' key, if the environment requires one.
         workers: nodes besides the head, which then runs no replicas; each runs at most one.
         adapters: of the model, loaded at the start.
+        arguments: more of the application's `args`.
     """
     save_model(folder, adapters)
-    config = configuration(folder, replicas, adapters, spread=workers > 0)
+    config = configuration(folder, replicas, adapters, spread=workers > 0, arguments=arguments)
     with ExitStack() as stack:
         cpus, more_nodes = (0, True) if workers else (CPUS, False)
         node = stack.enter_context(LocalRay.start(folder, cpus=cpus, more_nodes=more_nodes))

@@ -1,13 +1,13 @@
 """Overload: what clients get if a service has more than it can take, and whether it stays healthy.
 
     python -m gptj_bench.overload [--clients 400,1200] [--seconds 30] [--patient]
-    python -m gptj_bench.overload --rates 400,800 [--seconds 30]
+    python -m gptj_bench.overload --rates 400,800 [--seconds 30] [--max-queue-seconds 0.2]
 
 Starts gptj_bench.local_service with one replica. Each client sends one request after another on
 its own connection, and retries at once after a refusal; with --patient it waits as long as
 `Retry-After` says. With --rates so many requests a second arrive instead, however long earlier
-ones take. Another client polls /health. Prints a line for each number, with the CPU seconds of the
-proxy, the replica and this process.
+ones take. --max-queue-seconds is the application's setting. Another client polls /health. Prints a
+line for each number, with the CPU seconds of the proxy, the replica and this process.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def line(number: int, outcome: Outcome, at_rate: bool) -> str:
     rate = outcome.statuses[200] / outcome.seconds
     unit = "requests/s" if at_rate else "clients"
     return (
-        f"{number:5} {unit}: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s; "
+        f"{number:5} {unit}: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s, "
+        f"p99 {_percentile(outcome.answered, 0.99):.3f} s; "
         f"{len(outcome.refused)} refused, p50 {_median(outcome.refused):.3f} s, "
         f"p99 {_percentile(outcome.refused, 0.99):.3f} s, "
         f"longest {max(outcome.refused, default=0):.3f} s, "
@@ -209,10 +210,12 @@ def main() -> None:
     parser.add_argument("--rates", help="requests a second, in turn, instead of clients")
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--patient", action="store_true", help="wait as Retry-After says")
+    parser.add_argument("--max-queue-seconds", type=float, help="the application's setting")
     arguments = parser.parse_args()
+    setting = {"max_queue_seconds": arguments.max_queue_seconds}
     with (
         tempfile.TemporaryDirectory(prefix="gptj-overload-") as folder,
-        local_service(Path(folder), replicas=1) as service,
+        local_service(Path(folder), replicas=1, arguments=setting) as service,
     ):
         at_rate = arguments.rates is not None
         for number in map(int, (arguments.rates or arguments.clients).split(",")):

@@ -607,6 +607,26 @@ def test_a_full_queue_refuses_all_or_nothing_and_recovers(
     engine.close()
 
 
+def test_a_request_that_would_wait_too_long_is_refused(model: GPTJForCausalLM) -> None:
+    gate = Gate()
+    runner = WatchedRunner(model, 32, gate)
+    engine = Engine(runner, eos_ids=[EOS], max_num_seqs=1, max_queue_seconds=0.05)
+    held(engine, gate)
+    waiting = [submit(engine, PROMPTS[0]) for _ in range(3)]
+    time.sleep(0.2)
+    gate.open()
+    for caller in waiting:
+        caller.wait()
+    gate.again()
+    held(engine, gate)
+    last = submit(engine, PROMPTS[0])  # nobody waits before it
+    with pytest.raises(QueueFullError, match=r"wait for about .* more than the limit of 0\.05 s"):
+        submit(engine, PROMPTS[0])
+    gate.open()
+    last.wait()
+    engine.close()
+
+
 @pytest.mark.slow
 def test_the_engine_is_alive_unless_it_hangs_or_has_ended(
     model: GPTJForCausalLM,

@@ -209,6 +209,11 @@ class Gate:
     def open(self) -> None:
         self._opened.set()
 
+    def again(self) -> None:
+        """Close it for the next steps; the engine must be idle."""
+        self.reached.clear()
+        self._opened.clear()
+
 
 def held(engine: Engine, gate: Gate, prompt: Sequence[int] = (5,)) -> Caller:
     """Submit a request, and return when the engine is at its first step."""

@@ -32,6 +32,66 @@ def test_a_queue_takes_all_or_none_and_is_fifo() -> None:
     queue.wait(60)  # returns at once
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def serve(queue: BoundedQueue[object], clock: Clock, number: int, seconds: float) -> None:
+    """So many turns, each after so many seconds."""
+    for _ in range(number):
+        clock.now += seconds
+        assert queue.take(queue.peek(1))
+
+
+def test_a_queue_refuses_items_that_would_wait_too_long_at_the_recent_pace() -> None:
+    clock = Clock()
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock)
+    queue.put([object() for _ in range(60)])  # nothing is known yet
+    serve(queue, clock, 40, 0.1)
+    with pytest.raises(
+        QueueFullError, match=r"20 requests .* wait for about 2\.1 s, more than .* 2 s: try again"
+    ):
+        queue.put([object()])
+    serve(queue, clock, 2, 0.1)
+    queue.put([object()])  # the 19th
+    serve(queue, clock, 19, 0.05)  # twice as fast
+    queue.put([object() for _ in range(22)])
+    serve(queue, clock, 22, 0.05)
+    queue.put([object() for _ in range(35)])
+    with pytest.raises(QueueFullError, match="35 requests"):
+        queue.put([object() for _ in range(10)])
+
+
+def test_a_queue_recovers_from_a_long_stop() -> None:
+    """An empty queue takes any item, by which it learns the new pace."""
+    clock = Clock()
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock)
+    queue.put([object()])
+    serve(queue, clock, 1, 10)
+    for _ in range(100):
+        queue.put([object()])
+        serve(queue, clock, 1, 0.01)
+    queue.put([object() for _ in range(50)])
+    queue.put([object()])
+
+
+def test_only_turns_set_a_queues_pace() -> None:
+    clock = Clock()
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock)
+    first, second, _ = items = [object() for _ in range(3)]
+    queue.put(items)
+    clock.now += 1
+    assert queue.take([first]) == [first]
+    clock.now += 100
+    assert queue.remove(second)  # it gave up
+    queue.put_back([first])
+    assert queue.take([first]) == [first]  # its second turn
+    queue.put([object()])  # the second to wait: 2 s expected
+
+
 @pytest.mark.parametrize(("max_batch", "max_queued"), [(0, 1), (1, 0)])
 def test_a_batcher_needs_room(max_batch: int, max_queued: int) -> None:
     with pytest.raises(ValueError, match="must be 1 or more, got 0"):

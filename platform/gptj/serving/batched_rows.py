@@ -30,6 +30,7 @@ class Batching:
     max_num_batched_tokens: int | None = None
     quantization: IntQuantization = "none"
     release: bool = False  # move the weights out of the model instead of copying them
+    max_queue_seconds: float | None = None  # longest that a row may be expected to wait
 
 
 class BatchedRows(Generic[Result]):
@@ -72,6 +73,7 @@ class BatchedRows(Generic[Result]):
             self._compute,
             max_batch=batching.max_batch,
             max_queued=batching.max_queued,
+            max_queue_seconds=batching.max_queue_seconds,
             cost=len,
             max_cost=limit,
             observe=self._observe,

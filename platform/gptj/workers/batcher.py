@@ -43,6 +43,7 @@ class Batcher(Generic[Item, Result]):
         compute: returns one result for each item, in order.
         max_batch: most items in a batch.
         max_queued: most items waiting, besides the running batch.
+        max_queue_seconds: longest that an item may be expected to wait; None: no limit.
         cost: of an item.
         max_cost: of a batch; an item above it is a batch of its own. None: no limit.
         observe: called after each batch, on the worker's thread.
@@ -56,6 +57,7 @@ class Batcher(Generic[Item, Result]):
         *,
         max_batch: int,
         max_queued: int,
+        max_queue_seconds: float | None = None,
         cost: Callable[[Item], int] = lambda item: 1,
         max_cost: int | None = None,
         observe: Callable[[Sequence[Item], BatchTimes], None] = lambda items, times: None,
@@ -68,7 +70,9 @@ class Batcher(Generic[Item, Result]):
         self._cost = cost
         self._max_cost = max_cost
         self._observe = observe
-        self._queue: BoundedQueue[_Entry[Item, Result]] = BoundedQueue(max_queued)
+        self._queue: BoundedQueue[_Entry[Item, Result]] = BoundedQueue(
+            max_queued, max_queue_seconds
+        )
         self._batch: list[_Entry[Item, Result]] = []
         self._thread = WorkerThread(name, self._queue, self._step, self._fail, finish=finish)
         self._thread.start()

@@ -1,10 +1,11 @@
-"""A bounded FIFO queue whose waiting items can be withdrawn."""
+"""A FIFO queue, bounded in length and waiting time, whose waiting items can be withdrawn."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -12,19 +13,50 @@ from gptj.workers.errors import ClosedError, QueueFullError
 
 Item = TypeVar("Item")
 
+MEMORY = 32.0  # items by which the pace is known: earlier ones count less and less
+
+
+class Pace:
+    """How long an item waits per item before it, itself included: a mean of recent items."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._turns = 0.0
+
+    def note(self, seconds: float, turns: int) -> None:
+        """An item waited so long for its turn, the `turns`-th of those waiting when it came."""
+        keep = max(0.0, 1.0 - turns / MEMORY)
+        self._seconds = keep * self._seconds + seconds
+        self._turns = keep * self._turns + turns
+
+    def expected(self, turns: int) -> float:
+        """Seconds until the `turns`-th turn from now; 0 if nothing is known."""
+        return turns * self._seconds / self._turns if self._turns else 0.0
+
 
 class BoundedQueue(Generic[Item]):
-    """Thread-safe; the lock is never held while a model computes.
+    """Thread-safe; the lock is never held while a model computes. Items are told apart by identity.
 
     Args:
         max_queued: most items that may wait.
+        max_seconds: longest that an item may be expected to wait, by the recent pace; None: no
+            limit. An empty queue takes any item.
     """
 
-    def __init__(self, max_queued: int) -> None:
+    def __init__(
+        self,
+        max_queued: int,
+        max_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if max_queued < 1:
             raise ValueError(f"max_queued must be 1 or more, got {max_queued}")
         self.max_queued = max_queued
+        self._max_seconds = max_seconds
+        self._clock = clock
+        self._pace = Pace()
         self._items: deque[Item] = deque()
+        self._arrivals: dict[int, tuple[float, int]] = {}  # by id(): the time, and the turn
         self._closed = False
         self._changed = threading.Condition()
 
@@ -49,6 +81,17 @@ class BoundedQueue(Generic[Item]):
                     f"{waiting} requests are already waiting, and {len(items)} more would exceed "
                     f"the limit of {self.max_queued}: try again later"
                 )
+            if self._max_seconds is not None and waiting:
+                expected = self._pace.expected(waiting + len(items))
+                if expected > self._max_seconds:
+                    raise QueueFullError(
+                        f"{waiting} requests are already waiting, and another would wait for about "
+                        f"{expected:.1f} s, more than the limit of {self._max_seconds:g} s: try "
+                        "again later"
+                    )
+            now = self._clock()
+            for turn, item in enumerate(items, waiting + 1):
+                self._arrivals[id(item)] = now, turn
             self._items.extend(items)
             self._changed.notify()
 
@@ -63,9 +106,17 @@ class BoundedQueue(Generic[Item]):
             return list(islice(self._items, count))
 
     def take(self, items: Iterable[Item]) -> list[Item]:
-        """Remove and return those of the items that are still in the queue."""
+        """Remove and return those of the items that are still in the queue: it is their turn."""
         with self._changed:
-            return [item for item in items if self._remove(item)]
+            now = self._clock()
+            taken = []
+            for item in items:
+                arrival = self._arrivals.get(id(item))
+                if self._remove(item):
+                    taken.append(item)
+                    if arrival is not None:  # not put back
+                        self._pace.note(now - arrival[0], arrival[1])
+            return taken
 
     def remove(self, item: Item) -> bool:
         """Remove an item; False if it is no longer in the queue."""
@@ -84,6 +135,7 @@ class BoundedQueue(Generic[Item]):
             self._closed = True
             left = list(self._items)
             self._items.clear()
+            self._arrivals.clear()
             self._changed.notify()
         return left
 
@@ -92,4 +144,5 @@ class BoundedQueue(Generic[Item]):
             self._items.remove(item)
         except ValueError:
             return False
+        self._arrivals.pop(id(item), None)
         return True
