@@ -7,8 +7,11 @@ costs is in deployments/README.md. Ray writes its configuration, to which this p
 
 - Requests are buffered, within a time limit, before a replica gets them: slow clients hold no
   replica, and a request that fits the buffer is retried if its replica dies before answering.
-- HAProxy's own errors have our body, those for a lack of replicas `Retry-After` too. Malformed or
-  late heads get HAProxy's built-in page.
+- What full replicas would refuse, HAProxy refuses itself, at a small fraction of the cost: clients
+  that retry at once do not slow down the others. As gptj.serving.entry.admission, it learns from
+  the replicas' refusals how many requests fit.
+- HAProxy's own errors have our body, those for a lack of room `Retry-After` too. Malformed or late
+  heads get HAProxy's built-in page.
 - Only Ray's own user can open the administration socket, and only this machine sees the statistics.
 
 Set RAY_SERVE_HAPROXY_BINARY_PATH to this file's path. It needs nothing but the standard library and
@@ -29,6 +32,11 @@ REQUEST_SECONDS = 20  # to send a request, or as much of a larger one as BUFFER_
 # Per connection. A larger request is not retried; a smaller one keeps its buffer until answered.
 # A prompt of GPT-J's 2,048 tokens takes up to 16 KB.
 BUFFER_BYTES = 32768
+FIRST_BOUND = 512  # requests in flight per replica, until more is known, as in Serve's proxy
+RETRY_SECONDS = 1  # for a refused client to wait
+# A connection that does not wait has its next refusals after this time, which costs HAProxy less
+# than refusing at once, again and again.
+DELAY_MILLISECONDS = 250
 RETRIES = 2  # after the first try; a request that kills replicas must not kill them all
 AMENDED = "# Amended by gptj-platform's deployments/haproxy.py.\n"
 
@@ -111,7 +119,85 @@ def amended(text: str, path: Path) -> str:
                 "that variable, or unset RAY_SERVE_ENABLE_HA_PROXY"
             )
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+    applications = _applications(text)
+    if not applications and _has_routes(text):
+        raise UnknownConfigurationError(
+            "Ray's configuration of HAProxy has no backend of a known form: this version of Ray is "
+            "not supported; remedy: the version in constraints.txt, or unset "
+            "RAY_SERVE_ENABLE_HA_PROXY"
+        )
+    for name, replicas in applications:
+        first = f"    set-var proc.{_bound(name)} int({FIRST_BOUND * max(1, replicas)})\n"
+        text = text.replace("\ndefaults\n", f"\n{first}defaults\n", 1)
+        text = text.replace(f"\nbackend {name}\n", f"\nbackend {name}\n{_learning(name)}", 1)
+    if applications:
+        names = [name for name, _ in applications]
+        text = re.sub("^ *use_backend ", rf"{_refusing(names)}\g<0>", text, count=1, flags=re.M)
     return text
+
+
+def _applications(text: str) -> list[tuple[str, int]]:
+    """The backends that serve HTTP applications, each with its number of replicas."""
+    found = []
+    for section in re.split(r"^(?=backend |frontend |listen )", text, flags=re.MULTILINE):
+        head, _, rest = section.partition("\n")
+        serves = head.startswith("backend ") and "\n    http-reuse always\n" in section
+        if serves and "\n    option tcp-check\n" not in section:  # which is gRPC's
+            servers = re.findall(r"^ *server (?!.* backup$)", rest, re.MULTILINE)
+            found.append((head.removeprefix("backend "), len(servers)))
+    return found
+
+
+def _bound(name: str) -> str:
+    """The variable that holds how many requests fit into an application's replicas."""
+    return f"gptj_bound_{re.sub('[^a-zA-Z0-9_.]', '_', name)}"
+
+
+def _refusing(names: list[str]) -> str:
+    """Rules of the frontend: refuse what does not fit, as admission.Admission does.
+
+    A connection whose last refusal was within RETRY_SECONDS has not waited as told to.
+    """
+    body = _body("the service is full: try again later", "rate_limit_error", None)
+    reply = (
+        f"status 429 content-type application/json string '{body}' hdr retry-after {RETRY_SECONDS} "
+        "hdr x-request-id %[var(txn.gptj_id)] if { var(txn.gptj_full) -m found }"
+    )
+    lines = [f"timeout tarpit {DELAY_MILLISECONDS}ms"]
+    for name in names:  # the longest prefix first
+        here = f"var(txn.gptj_app) -m str {name}"
+        lines += [
+            f"http-request set-var(txn.gptj_app) str({name}) "
+            f"if is_{name} !{{ var(txn.gptj_app) -m found }}",
+            "http-request set-var(txn.gptj_full) bool(true) if METH_POST !{ path_end /health } "
+            f"{{ {here} }} {{ be_conn({name}),sub(proc.{_bound(name)}) ge 0 }}",
+        ]
+    lines += [
+        "http-request set-log-level debug if { var(txn.gptj_full) -m found }",
+        "http-request set-var(txn.gptj_id) req.hdr(x-request-id)",  # gone when a reply is written
+        f"http-request tarpit {reply} {{ date,sub(sess.gptj_refused) lt {RETRY_SECONDS} }}",
+        "http-request set-var(sess.gptj_refused) date if { var(txn.gptj_full) -m found }",
+        f"http-request return {reply}",
+    ]
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _learning(name: str) -> str:
+    """Rules of an application's backend: how many requests fit, as admission.Bound has it.
+
+    The bound falls to the number in flight when a replica refuses, unless it fell within a second:
+    simultaneous refusals arrive one by one. It grows by one with half of the answers while it is
+    reached. One key's limits (x-ratelimit-scope) say nothing about the replicas.
+    """
+    bound = _bound(name)
+    refused = "if { status 429 } !{ res.hdr(x-ratelimit-scope) -m found } !lately"
+    return f"""\
+    acl lately date,sub(proc.{bound}_at) le 1
+    http-response set-var(proc.{bound}) be_conn {refused}
+    http-response set-var(proc.{bound}_at) date {refused}
+    http-response set-var(proc.{bound}) var(proc.{bound}),add(1) \
+if {{ status 200 }} {{ be_conn,sub(proc.{bound}) ge 0 }} {{ rand(2) eq 0 }}
+"""
 
 
 def _body(message: str, kind: str, code: str | None) -> str:
@@ -157,13 +243,18 @@ def _error_file(path: Path, status: int) -> Path:
     return path.with_name(f"gptj-{status}.http")
 
 
+def _has_routes(text: str) -> bool:
+    """Whether Serve has deployed any application."""
+    frontend = text.partition("\nfrontend http_frontend\n")[2].partition("\nbackend ")[0]
+    return re.search("^ *use_backend ", frontend, re.MULTILINE) is not None
+
+
 def _no_route(text: str) -> str:
     """HAProxy's reply to paths of no application, from the status on."""
-    frontend = text.partition("\nfrontend http_frontend\n")[2].partition("\nbackend ")[0]
-    if re.search("^ *use_backend ", frontend, re.MULTILINE):
+    if _has_routes(text):
         message = "no application serves this path: see /-/routes"
         status, body, headers = 404, _body(message, "not_found_error", "unknown_url"), ""
-    else:  # Serve has not deployed them yet
+    else:
         message = "no application is deployed yet: try again later"
         status, body = 503, _body(message, "server_error", None)
         headers = " hdr retry-after 1"

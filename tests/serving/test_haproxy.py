@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -39,6 +41,10 @@ class Replica(ThreadingHTTPServer):
         self.dies = False
         self.pause = 0.0  # before each part of a reply
         self.requests: list[str] = []  # the ids of those that came
+        self.room = 1000  # requests that it takes at once
+        self.refusal: dict[str, str] = {"retry-after": "1"}  # its headers
+        self.busy = 0
+        self.lock = threading.Lock()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Connections that HAProxy cuts are expected."""
@@ -57,17 +63,31 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.dies:
             self.close_connection = True
             return
-        self._answer({"replica": self.server.number, "id": self.headers["x-request-id"]})
+        with self.server.lock:
+            self.server.busy += 1
+            busy = self.server.busy
+        full = busy > self.server.room
+        self._answer(
+            {"replica": self.server.number, "id": self.headers["x-request-id"]},
+            429 if full else 200,
+            self.server.refusal if full else {},
+        )
+        with self.server.lock:
+            self.server.busy -= 1
 
-    def _answer(self, content: object) -> None:
+    def _answer(
+        self, content: object, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         body = json.dumps(content).encode()
-        if self.command == "POST":
+        if self.command == "POST" and status == 200:
             time.sleep(self.server.pause)
-        self.send_response(200)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[:1])
-        if self.command == "POST":
+        if self.command == "POST" and status == 200:
             time.sleep(self.server.pause)
         self.wfile.write(body[1:])
 
@@ -166,6 +186,66 @@ def test_what_haproxy_answers_itself_has_our_body(run: str, replicas: list[Repli
     assert sum(len(each.requests) for each in replicas) == 1 + haproxy.RETRIES
 
 
+def burst(url: str, number: int) -> list[httpx.Response]:
+    """So many requests at once."""
+    with httpx.Client(limits=httpx.Limits(max_connections=None), timeout=30) as client:
+        with ThreadPoolExecutor(number) as threads:
+            calls = [
+                threads.submit(client.post, url, json={}, headers={"X-Request-ID": f"r{each}"})
+                for each in range(number)
+            ]
+            return [each.result() for each in calls]
+
+
+def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
+    tmp_path: Path, replicas: list[Replica]
+) -> None:
+    for each in replicas:
+        each.room, each.pause = 4, 0.3
+    with Running(tmp_path, replicas).run() as url:
+        first = burst(f"{url}/app/v1", 40)  # the first refusals are the replicas'
+        assert sum(len(each.requests) for each in replicas) > 8
+        for each in replicas:
+            each.requests.clear()
+        second = burst(f"{url}/app/v1", 40)
+        arrived = sum(len(each.requests) for each in replicas)
+        assert httpx.get(f"{url}/app/health").status_code == 200
+        # The other application's room is not known.
+        other = burst(f"{url}/application/v1", 40)
+    for replies in (first, second, other):
+        assert {each.status_code for each in replies} == {200, 429}
+    assert arrived < 30, f"{arrived} of 40 reached a replica"
+    own = [each for each in second if each.status_code == 429 and "server" not in each.headers]
+    assert len(own) == 40 - arrived
+    for each in own:
+        assert_error(each, 429, "full")
+        assert each.headers["retry-after"] == "1"
+        assert each.headers["x-request-id"] == each.request.headers["x-request-id"]
+
+
+def test_the_bound_grows_while_nothing_is_refused(tmp_path: Path, replicas: list[Replica]) -> None:
+    for each in replicas:
+        each.room, each.pause = 2, 0.02
+    with Running(tmp_path, replicas).run() as url:
+        burst(f"{url}/app/v1", 40)
+        for each in replicas:
+            each.room = 1000
+        deadline = time.monotonic() + 30
+        while any(each.status_code == 429 for each in burst(f"{url}/app/v1", 30)):
+            assert time.monotonic() < deadline, "30 requests at once are still refused"
+
+
+def test_one_keys_limit_does_not_close_the_service_to_others(
+    tmp_path: Path, replicas: list[Replica]
+) -> None:
+    for each in replicas:
+        each.room, each.pause, each.refusal = 1, 0.2, {"x-ratelimit-scope": "key"}
+    with Running(tmp_path, replicas).run() as url:
+        for _ in range(2):
+            burst(f"{url}/app/v1", 20)
+    assert sum(len(each.requests) for each in replicas) == 40
+
+
 def test_before_applications_are_deployed_it_says_so(tmp_path: Path) -> None:
     with Running(tmp_path, []).run() as url:
         reply = httpx.post(f"{url}/v1/completions", json={})
@@ -219,6 +299,7 @@ def test_only_this_machine_sees_the_statistics_and_only_we_the_socket(
         lambda text: text.replace("retry-on conn-failure", "retry-on 503"),
         lambda text: text.replace("bind *:", "bind :::"),
         lambda text: text + "listen stats\n  bind *:1\n",
+        lambda text: text.replace("http-reuse always", "http-reuse safe"),
     ],
 )
 def test_an_unknown_configuration_is_refused(

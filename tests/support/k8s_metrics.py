@@ -21,7 +21,7 @@ MONITORING = Path(__file__).resolve().parents[2] / "k8s" / "components" / "monit
 # Words of PromQL in our expressions; every other word must be a metric or a label.
 FUNCTIONS = {
     *("sum", "avg", "max", "min", "count", "by", "without"),
-    *("rate", "increase", "changes", "histogram_quantile"),
+    *("rate", "increase", "changes", "histogram_quantile", "clamp_min"),
     *("absent", "unless", "on", "or", "vector"),
 }
 # What is not Ray's, with its labels: KubeRay's as in ray-operator/controllers/ray/metrics of 1.7.0
