@@ -62,12 +62,15 @@ def middlewares() -> list[Middleware]:
 
 
 def connection_limits() -> ConnectionLimits:
-    """Of this process; behind HAProxy all connections come from its few addresses."""
+    """Of this process; HAProxy's connections carry requests of any clients, from few addresses."""
     limits = ConnectionLimits()
     if not haproxy.enabled():
         return limits
     return replace(
-        limits, unfinished_per_address=limits.unfinished, unread_per_address=limits.unread
+        limits,
+        unfinished_per_address=limits.unfinished,
+        unread_per_address=limits.unread,
+        impatient_seconds=0,
     )
 
 

@@ -370,6 +370,7 @@ def test_haproxys_connections_share_the_bounds_of_all_addresses(
     limits = proxy.connection_limits()
     assert limits.unread_per_address == limits.unread == ConnectionLimits().unread
     assert limits.unfinished_per_address == limits.unfinished == ConnectionLimits().unfinished
+    assert limits.impatient_seconds == 0
 
 
 def parsed(connection: socket.socket) -> httpx.Response:

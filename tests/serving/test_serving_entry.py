@@ -495,6 +495,35 @@ def test_refusals_on_the_connection_follow_http(full: tuple[str, Gate]) -> None:
     assert exchange(service, one[:-3]).status_code == 408
 
 
+def test_a_connection_that_retries_at_once_waits_for_its_next_refusal(replicas: Replicas) -> None:
+    gate = Gate(first_bound=1)
+    gate.enter("/v1/completions")
+    protocol = LimitedProtocol.limited(ConnectionLimits(impatient_seconds=60))
+    protocol.gate = gate
+    entry = Edge(BodyLimit(Admission(Failover(replicas), gate)))
+    one = request(b"POST", b"/v1/completions", b"", BODY) + BODY
+    with listening(RequestIds(entry), protocol) as service:
+        impatient, left, last = (connect(service) for _ in range(3))
+        for each in (impatient, left, last):
+            each.sendall(one)
+            assert each.recv(65536).startswith(b"HTTP/1.1 429")
+            each.sendall(one)
+        impatient.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            impatient.recv(65536)
+        left.close()
+        other = request(b"POST", b"/v1/completions", b"Connection: close\r\n", BODY)
+        assert exchange(service, other, BODY).status_code == 429
+        # A later request does not overtake the refusal, whether it is valid or not.
+        impatient.settimeout(20)
+        impatient.sendall(b"nonsense\r\n\r\n")
+        with impatient:
+            content = b"".join(iter(lambda: impatient.recv(65536), b""))
+        assert re.findall(rb"HTTP/1\.1 (\d+)", content) == [b"429", b"400"]
+    with last:  # nor is it lost when the server ends
+        assert last.recv(65536).startswith(b"HTTP/1.1 429")
+
+
 def test_unread_refusals_do_not_pile_up(replicas: Replicas) -> None:
     """A client that only sends fills no memory with its replies."""
     gate = Gate(first_bound=1)

@@ -24,6 +24,7 @@ from gptj.serving.middleware.observing import HEADER as REQUEST_ID
 # Requests with these headers are left to the middleware, which interprets them.
 NOT_REFUSED_HERE = frozenset((b"expect", b"origin", b"upgrade", b"x-request-timeout-seconds"))
 READ_SECONDS = 0.01  # enough for the loop to poll its sockets again
+WAIT_SECONDS = 1.0  # what Retry-After tells a refused client, see OverloadedError
 # Unsent bytes that the system holds for a connection, and then this process, before it counts as
 # unread. The system's default is megabytes: whole streams, which nobody may ever read.
 UNSENT_BYTES = 8192
@@ -60,6 +61,9 @@ class ConnectionLimits:
     # Connections whose client does not read its reply; likewise.
     unread: int = 512
     unread_per_address: int = 64
+    # Before a connection's next refusal, if its client did not wait as Retry-After says: to refuse
+    # at once, again and again, takes time from answers. 0: none.
+    impatient_seconds: float = 0.25
 
 
 class Timer:
@@ -188,6 +192,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._pending_bytes = 0  # of the reply, when that began
         self._phase = "head"
         self._refusing = False  # reject the current request once its body has arrived
+        self._refused_at = float("-inf")
+        self._pending: tuple[bytes, bool, asyncio.TimerHandle] | None = None  # a refusal
 
     @property
     def address(self) -> str:
@@ -205,9 +211,17 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_arrived()
         self._reads_on()
+        if self._pending is not None:
+            self._pending[-1].cancel()
+            self._pending = None
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        self._refuse_now()
+        super().shutdown()
+
     def on_message_begin(self) -> None:
+        self._refuse_now()
         super().on_message_begin()
         self._await_rest("head", self.limits.head_seconds)
 
@@ -233,7 +247,23 @@ class LimitedProtocol(HttpToolsProtocol):
         own = [(REQUEST_ID, id_), *([] if keeps else [(b"connection", b"close")])]
         lines = [*self.server_state.default_headers, *own]
         head = b"".join(b"%b: %b\r\n" % line for line in lines)
-        self.transport.write(b"".join([STATUS_LINE[429], head, REFUSAL]))
+        reply = b"".join([STATUS_LINE[429], head, REFUSAL])
+        now = self.loop.time()
+        impatient = now - self._refused_at < WAIT_SECONDS
+        self._refused_at = now
+        seconds = self.limits.impatient_seconds if impatient else 0.0
+        self._pending = reply, keeps, self.loop.call_later(seconds, self._refuse_now)
+        if not seconds:
+            self._refuse_now()
+
+    def _refuse_now(self) -> None:
+        """Send the pending refusal, if any: replies have the order of their requests."""
+        if self._pending is None:
+            return
+        reply, keeps, timer = self._pending
+        timer.cancel()
+        self._pending = None
+        self.transport.write(reply)
         if keeps:
             self.on_response_complete()
         else:
@@ -290,6 +320,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cut_later()
 
     def send_400_response(self, msg: str) -> None:
+        self._refuse_now()
         error = InvalidRequestError(
             "this is not a valid HTTP/1.1 request: check its first line, headers and framing",
             code="invalid_http",
