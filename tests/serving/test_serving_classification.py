@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,7 +16,10 @@ from serving_client import CLASSIFICATION, assert_error
 from serving_models import PROMPTS, SENTENCES, SHORT_CONTEXT, Models
 from tokenizers import Encoding
 
+from deployments.loading import BatchArguments
+from gptj.serving.classification import ClassificationService
 from gptj.tokenizer import rows
+from gptj.workers.errors import QueueFullError
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -127,3 +132,27 @@ def test_two_long_texts_only_make_the_rows_that_are_used(
     body = {"inputs": {"text": long, "text_pair": long}, "parameters": {"truncation": True}}
     assert httpx.post(service + CLASSIFICATION, json=body, timeout=60).status_code == 200
     assert made == 1
+
+
+def test_rows_that_would_wait_longer_than_the_setting_are_refused(models: Models) -> None:
+    arguments = BatchArguments(
+        checkpoint="model", max_batch=1, max_queued=5000, max_queue_seconds=1e-4
+    )
+    batching = replace(arguments.batching(), release=False)
+    service = ClassificationService(models.classification, models.tokenizer, batching)
+
+    async def refusal() -> str:
+        first = asyncio.create_task(service._rows.results([[5]] * 2000))
+        while not first.done():
+            await asyncio.sleep(0.001)  # until the pace is known
+            try:
+                await service._rows.results([[5]])
+            except QueueFullError as error:
+                first.cancel()
+                return str(error)
+        return "none"
+
+    try:
+        assert "more than the limit of 0.0001 s" in asyncio.run(refusal())
+    finally:
+        service.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -39,57 +40,129 @@ class Clock:
         return self.now
 
 
-def serve(queue: BoundedQueue[object], clock: Clock, number: int, seconds: float) -> None:
-    """So many turns, each after so many seconds."""
-    for _ in range(number):
+def take(queue: BoundedQueue[object], clock: Clock, seconds: float, count: int, turns: int) -> None:
+    """So many turns of `count` items, each after so many seconds."""
+    for _ in range(turns):
         clock.now += seconds
-        assert queue.take(queue.peek(1))
+        for item in queue.peek(count):
+            assert queue.take([item]) == [item]
+        queue.end_turn()
+
+
+def objects(number: int) -> list[object]:
+    return [object() for _ in range(number)]
 
 
 def test_a_queue_refuses_items_that_would_wait_too_long_at_the_recent_pace() -> None:
     clock = Clock()
-    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock)
-    queue.put([object() for _ in range(60)])  # nothing is known yet
-    serve(queue, clock, 40, 0.1)
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock=clock)
+    queue.put(objects(60))  # nothing is known yet
+    take(queue, clock, 0.1, 1, turns=40)
     with pytest.raises(
         QueueFullError, match=r"20 requests .* wait for about 2\.1 s, more than .* 2 s: try again"
-    ):
-        queue.put([object()])
-    serve(queue, clock, 2, 0.1)
-    queue.put([object()])  # the 19th
-    serve(queue, clock, 19, 0.05)  # twice as fast
-    queue.put([object() for _ in range(22)])
-    serve(queue, clock, 22, 0.05)
-    queue.put([object() for _ in range(35)])
-    with pytest.raises(QueueFullError, match="35 requests"):
-        queue.put([object() for _ in range(10)])
+    ) as refused:
+        queue.put(objects(1))
+    assert refused.value.for_one
+    take(queue, clock, 0.1, 1, turns=2)
+    queue.put(objects(1))  # the 19th
+    take(queue, clock, 0.1, 2, turns=9)  # twice as fast
+    queue.put(objects(60))
+    take(queue, clock, 0.1, 2, turns=9)
+    with pytest.raises(QueueFullError, match=r"43 requests .* about 2\.8 s"):
+        queue.put(objects(1))
 
 
-def test_a_queue_recovers_from_a_long_stop() -> None:
-    """An empty queue takes any item, by which it learns the new pace."""
+def test_what_fits_at_once_is_not_refused_for_the_pace_before() -> None:
+    clock, room = Clock(), [0]
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, lambda: room[0], clock)
+    queue.put(objects(30))
+    take(queue, clock, 1.0, 1, turns=29)
+    with pytest.raises(QueueFullError):
+        for _ in range(3):
+            queue.put(objects(1))
+    take(queue, clock, 1.0, 3, turns=1)
+    room[0] = 20
+    for _ in range(22):  # two of which wait for room, 2 s
+        queue.put(objects(1))
+    with pytest.raises(QueueFullError, match=r"22 requests .* about 2\.9 s"):
+        queue.put(objects(1))
+
+
+def test_only_time_without_room_counts_for_a_queues_pace() -> None:
     clock = Clock()
-    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock)
-    queue.put([object()])
-    serve(queue, clock, 1, 10)
-    for _ in range(100):
-        queue.put([object()])
-        serve(queue, clock, 1, 0.01)
-    queue.put([object() for _ in range(50)])
-    queue.put([object()])
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, lambda: 8, clock)
+    for _ in range(50):
+        queue.put(objects(2))
+        take(queue, clock, 10.0, 8, turns=1)  # at once, after a long batch
+    for _ in range(60):
+        queue.put(objects(1))  # nothing is known
+    assert len(queue) == 60
 
 
-def test_only_turns_set_a_queues_pace() -> None:
+def test_items_that_gave_up_or_were_put_back_do_not_stop_a_queue() -> None:
     clock = Clock()
-    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock)
-    first, second, _ = items = [object() for _ in range(3)]
-    queue.put(items)
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, clock=clock)
+    first, second, third = objects(3)
+    queue.put([first, second, third])
     clock.now += 1
     assert queue.take([first]) == [first]
+    queue.end_turn()
     clock.now += 100
-    assert queue.remove(second)  # it gave up
+    assert queue.remove(second)
+    assert queue.remove(third)
+    queue.put([second])
+    queue.put([third])  # the last turn took 1 s
     queue.put_back([first])
-    assert queue.take([first]) == [first]  # its second turn
-    queue.put([object()])  # the second to wait: 2 s expected
+    clock.now += 1
+    assert queue.take([first, second, third]) == [first, second, third]
+    queue.end_turn()
+    assert len(queue) == 0
+
+
+def test_a_request_of_many_items_is_refused_for_its_size() -> None:
+    queue: BoundedQueue[object] = BoundedQueue(3)
+    queue.put(objects(1))
+    with pytest.raises(QueueFullError) as refused:
+        queue.put(objects(3))
+    assert not refused.value.for_one
+
+
+def closed_loop(clients: int, limit: float | None) -> tuple[int, float]:
+    """Clients of batches of 32 that take a second each and that retry a second later.
+
+    Returns the answers in a hundred batches, and the longest time from arrival to batch.
+    """
+    clock, chance = Clock(), random.Random(0)
+    queue: BoundedQueue[list[float]] = BoundedQueue(1000, limit, lambda: 32, clock)
+    arrivals = [chance.random() for _ in range(clients)]
+    answers, longest, end = 0, 0.0, 0.0
+    while clock.now < 100:
+        end += 1.0  # of the running batch
+        for client, arrival in sorted(enumerate(arrivals), key=lambda each: each[1]):
+            if arrival < end:
+                clock.now = arrival
+                try:
+                    queue.put([[arrival, client]])
+                    arrivals[client] = float("inf")
+                except QueueFullError:
+                    arrivals[client] = arrival + 1 + 0.1 * chance.random()
+        clock.now = end
+        batch = queue.take(queue.peek(32))
+        queue.end_turn()
+        answers += len(batch)
+        for arrival, client in batch:
+            if arrival > 20:  # the pace is known
+                longest = max(longest, end - arrival)
+            arrivals[int(client)] = end + 1 + 0.1 * chance.random()
+    return answers, longest
+
+
+@pytest.mark.parametrize(("clients", "limit"), [(20, 1.2), (32, 0.5), (64, 0.5), (200, 1.0)])
+def test_a_time_limit_does_not_make_batches_small(clients: int, limit: float) -> None:
+    without, _ = closed_loop(clients, None)
+    answers, longest = closed_loop(clients, limit)
+    assert answers >= 0.7 * without
+    assert longest < 2 + limit
 
 
 @pytest.mark.parametrize(("max_batch", "max_queued"), [(0, 1), (1, 0)])

@@ -49,7 +49,8 @@ class Engine:
         max_num_seqs: most running sequences; each beam is one. The defaults of this and
             max_num_batched_tokens depend on the runner's device: see Limits.
         max_queued: most waiting requests.
-        max_queue_seconds: longest that a request may be expected to wait; None: no limit.
+        max_queue_seconds: longest that a request may be expected to wait for those before it; None:
+            no limit.
         max_num_batched_tokens: most new tokens in a step, at least max_num_seqs. Longer prompts are
             prefilled in several steps.
         prefix_caching: whether to keep unused pages for prompts with the same prefix.
@@ -75,7 +76,11 @@ class Engine:
         self.eos_ids = tuple(eos_ids)
         self._runner = runner
         self._adapters = adapters
-        self._queue: BoundedQueue[Request] = BoundedQueue(max_queued, max_queue_seconds)
+        self._queue: BoundedQueue[Request] = BoundedQueue(
+            max_queued,
+            max_queue_seconds,
+            room=lambda: self._scheduler.max_num_seqs - self._scheduler.running,
+        )
         self._pool = PagePool(runner.num_pages, caching=prefix_caching)
         limits = Limits.of(
             runner.device,

@@ -334,6 +334,7 @@ class Scheduler:
             chunks.append(Chunk(sequence, start, end, range(logits, logits + num_logits)))
             budget -= end - start
             logits += num_logits
+        self._queue.end_turn()
         return chunks
 
     def _admit(self, ending: int) -> Sequence | None:

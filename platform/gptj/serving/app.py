@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gptj.serving.errors import (
+    SCOPE,
     APIError,
     InvalidRequestError,
     ModelError,
@@ -122,7 +123,10 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_queue_full(request: Request, error: Exception) -> Response:
-    return error_response(OverloadedError(str(error)))
+    assert isinstance(error, QueueFullError)
+    # The scope tells that other requests may still fit.
+    headers = {} if error.for_one else {SCOPE: "request"}
+    return error_response(OverloadedError(str(error), headers=headers))
 
 
 async def _on_closed(request: Request, error: Exception) -> Response:

@@ -43,7 +43,8 @@ class Batcher(Generic[Item, Result]):
         compute: returns one result for each item, in order.
         max_batch: most items in a batch.
         max_queued: most items waiting, besides the running batch.
-        max_queue_seconds: longest that an item may be expected to wait; None: no limit.
+        max_queue_seconds: longest that an item may be expected to wait for others, besides the
+            running batch and the next; None: no limit.
         cost: of an item.
         max_cost: of a batch; an item above it is a batch of its own. None: no limit.
         observe: called after each batch, on the worker's thread.
@@ -71,7 +72,7 @@ class Batcher(Generic[Item, Result]):
         self._max_cost = max_cost
         self._observe = observe
         self._queue: BoundedQueue[_Entry[Item, Result]] = BoundedQueue(
-            max_queued, max_queue_seconds
+            max_queued, max_queue_seconds, room=lambda: max_batch
         )
         self._batch: list[_Entry[Item, Result]] = []
         self._thread = WorkerThread(name, self._queue, self._step, self._fail, finish=finish)
@@ -104,6 +105,7 @@ class Batcher(Generic[Item, Result]):
 
     def _step(self) -> bool:
         self._batch = self._queue.take(list(self._next()))
+        self._queue.end_turn()
         running = [each for each in self._batch if each.future.set_running_or_notify_cancel()]
         if running:
             items = [entry.item for entry in running]

@@ -17,46 +17,50 @@ MEMORY = 32.0  # items by which the pace is known: earlier ones count less and l
 
 
 class Pace:
-    """How long an item waits per item before it, itself included: a mean of recent items."""
+    """Seconds per item while items wait for room: a mean of recent turns."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._turns = 0.0
+        self._items = 0.0
 
-    def note(self, seconds: float, turns: int) -> None:
-        """An item waited so long for its turn, the `turns`-th of those waiting when it came."""
-        keep = max(0.0, 1.0 - turns / MEMORY)
+    def note(self, seconds: float, items: int) -> None:
+        """So many items had their turn, after so long without any."""
+        keep = max(0.0, 1.0 - items / MEMORY)
         self._seconds = keep * self._seconds + seconds
-        self._turns = keep * self._turns + turns
+        self._items = keep * self._items + items
 
-    def expected(self, turns: int) -> float:
-        """Seconds until the `turns`-th turn from now; 0 if nothing is known."""
-        return turns * self._seconds / self._turns if self._turns else 0.0
+    def expected(self, items: int) -> float:
+        """Seconds until so many items have had their turn; 0 if nothing is known."""
+        return max(0, items) * self._seconds / self._items if self._items else 0.0
 
 
 class BoundedQueue(Generic[Item]):
-    """Thread-safe; the lock is never held while a model computes. Items are told apart by identity.
+    """Thread-safe; the lock is never held while a model computes.
 
     Args:
         max_queued: most items that may wait.
-        max_seconds: longest that an item may be expected to wait, by the recent pace; None: no
-            limit. An empty queue takes any item.
+        max_seconds: longest that an item may be expected to wait for others before it, by the
+            recent pace; None: no limit. An empty queue takes any item.
+        room: returns how many items could be taken at once; consulted while none waits for room.
     """
 
     def __init__(
         self,
         max_queued: int,
         max_seconds: float | None = None,
+        room: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_queued < 1:
             raise ValueError(f"max_queued must be 1 or more, got {max_queued}")
         self.max_queued = max_queued
         self._max_seconds = max_seconds
+        self._room = room
         self._clock = clock
         self._pace = Pace()
+        self._full_since: float | None = None  # the last turn's end, if there was no room for all
+        self._taken = 0  # in the present turn
         self._items: deque[Item] = deque()
-        self._arrivals: dict[int, tuple[float, int]] = {}  # by id(): the time, and the turn
         self._closed = False
         self._changed = threading.Condition()
 
@@ -79,21 +83,27 @@ class BoundedQueue(Generic[Item]):
             if waiting + len(items) > self.max_queued:
                 raise QueueFullError(
                     f"{waiting} requests are already waiting, and {len(items)} more would exceed "
-                    f"the limit of {self.max_queued}: try again later"
+                    f"the limit of {self.max_queued}: try again later",
+                    for_one=waiting >= self.max_queued,
                 )
-            if self._max_seconds is not None and waiting:
-                expected = self._pace.expected(waiting + len(items))
-                if expected > self._max_seconds:
-                    raise QueueFullError(
-                        f"{waiting} requests are already waiting, and another would wait for about "
-                        f"{expected:.1f} s, more than the limit of {self._max_seconds:g} s: try "
-                        "again later"
-                    )
-            now = self._clock()
-            for turn, item in enumerate(items, waiting + 1):
-                self._arrivals[id(item)] = now, turn
+            if self._max_seconds is not None:
+                self._check_wait(waiting, self._max_seconds)
             self._items.extend(items)
             self._changed.notify()
+
+    def _check_wait(self, waiting: int, limit: float) -> None:
+        """For the next item; those put with it may wait longer."""
+        room = 0 if self._full_since is not None else self._room()
+        if not waiting:
+            if room < 1:
+                self._full_since = self._clock()
+            return
+        expected = self._pace.expected(waiting + 1 - room)
+        if expected > limit:
+            raise QueueFullError(
+                f"{waiting} requests are already waiting, and another would wait for about "
+                f"{expected:.1f} s, more than the limit of {limit:g} s: try again later"
+            )
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Prepend previously taken items, in this order, regardless of the limit."""
@@ -106,22 +116,34 @@ class BoundedQueue(Generic[Item]):
             return list(islice(self._items, count))
 
     def take(self, items: Iterable[Item]) -> list[Item]:
-        """Remove and return those of the items that are still in the queue: it is their turn."""
+        """Remove and return those of the items that are still in the queue: it is their turn.
+
+        After one or several calls the caller must call `end_turn`.
+        """
+        with self._changed:
+            taken = [item for item in items if self._remove(item)]
+            self._taken += len(taken)
+            return taken
+
+    def end_turn(self) -> None:
+        """Nothing more is taken for this step or batch: there is no room for what still waits."""
         with self._changed:
             now = self._clock()
-            taken = []
-            for item in items:
-                arrival = self._arrivals.get(id(item))
-                if self._remove(item):
-                    taken.append(item)
-                    if arrival is not None:  # not put back
-                        self._pace.note(now - arrival[0], arrival[1])
-            return taken
+            if self._taken and self._full_since is not None:
+                self._pace.note(now - self._full_since, self._taken)
+            if not self._items:
+                self._full_since = None
+            elif self._taken or self._full_since is None:
+                self._full_since = now
+            self._taken = 0
 
     def remove(self, item: Item) -> bool:
         """Remove an item; False if it is no longer in the queue."""
         with self._changed:
-            return self._remove(item)
+            removed = self._remove(item)
+            if not self._items:
+                self._full_since = None
+            return removed
 
     def wait(self, seconds: float) -> None:
         """Block until there is an item or the queue is closed, at most `seconds`."""
@@ -135,7 +157,6 @@ class BoundedQueue(Generic[Item]):
             self._closed = True
             left = list(self._items)
             self._items.clear()
-            self._arrivals.clear()
             self._changed.notify()
         return left
 
@@ -144,5 +165,4 @@ class BoundedQueue(Generic[Item]):
             self._items.remove(item)
         except ValueError:
             return False
-        self._arrivals.pop(id(item), None)
         return True

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class QueueFullError(RuntimeError):
-    """The queue is full: try again later."""
+    """The queue is full: try again later.
+
+    Attributes:
+        for_one: even for a single item; otherwise only for as many as were put at once.
+    """
+
+    def __init__(self, message: str, *, for_one: bool = True) -> None:
+        super().__init__(message)
+        self.for_one = for_one
 
 
 class ClosedError(RuntimeError):
