@@ -7,9 +7,8 @@ costs is in deployments/README.md. Ray writes its configuration, to which this p
 
 - Requests are buffered, within a time limit, before a replica gets them: slow clients hold no
   replica, and a request that fits the buffer is retried if its replica dies before answering.
-- What full replicas would refuse, HAProxy refuses itself, at a small fraction of the cost: clients
-  that retry at once do not slow down the others. As gptj.serving.entry.admission, it learns from
-  the replicas' refusals how many requests fit.
+- HAProxy itself refuses what full replicas would refuse, at a small fraction of the cost. Like
+  gptj.serving.entry.admission it learns from the replicas' refusals how many requests fit.
 - HAProxy's own errors have our body, those for a lack of room `Retry-After` too. Malformed or late
   heads get HAProxy's built-in page.
 - Only Ray's own user can open the administration socket, and only this machine sees the statistics.
@@ -24,6 +23,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn
@@ -37,6 +38,8 @@ RETRY_SECONDS = 1  # for a refused client to wait
 # A connection that does not wait has its next refusals after this time, which costs HAProxy less
 # than refusing at once, again and again.
 DELAY_MILLISECONDS = 250
+LIGHT = "/health /tokenize /detokenize"  # paths that need no room in the model's queue
+ROUTED = "-via-ingress-request-router"  # in the name of Ray's second backend of an application
 RETRIES = 2  # after the first try; a request that kills replicas must not kill them all
 AMENDED = "# Amended by gptj-platform's deployments/haproxy.py.\n"
 
@@ -120,84 +123,103 @@ def amended(text: str, path: Path) -> str:
             )
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     applications = _applications(text)
-    if not applications and _has_routes(text):
+    if not applications and _has_routes(text) and ROUTED not in text:
         raise UnknownConfigurationError(
             "Ray's configuration of HAProxy has no backend of a known form: this version of Ray is "
             "not supported; remedy: the version in constraints.txt, or unset "
             "RAY_SERVE_ENABLE_HA_PROXY"
         )
-    for name, replicas in applications:
-        first = f"    set-var proc.{_bound(name)} int({FIRST_BOUND * max(1, replicas)})\n"
-        text = text.replace("\ndefaults\n", f"\n{first}defaults\n", 1)
-        text = text.replace(f"\nbackend {name}\n", f"\nbackend {name}\n{_learning(name)}", 1)
+    for name, application in applications.items():
+        text = text.replace("\ndefaults\n", f"\n{application.first_bound()}defaults\n", 1)
+        text = text.replace(f"\nbackend {name}\n", f"\nbackend {name}\n{application.learning()}", 1)
     if applications:
-        names = [name for name, _ in applications]
-        text = re.sub("^ *use_backend ", rf"{_refusing(names)}\g<0>", text, count=1, flags=re.M)
+        rules = _refusing(applications)
+        text = re.sub("^ *use_backend ", lambda found: rules + found[0], text, count=1, flags=re.M)
     return text
 
 
-def _applications(text: str) -> list[tuple[str, int]]:
-    """The backends that serve HTTP applications, each with its number of replicas."""
-    found = []
-    for section in re.split(r"^(?=backend |frontend |listen )", text, flags=re.MULTILINE):
-        head, _, rest = section.partition("\n")
-        serves = head.startswith("backend ") and "\n    http-reuse always\n" in section
-        if serves and "\n    option tcp-check\n" not in section:  # which is gRPC's
-            servers = re.findall(r"^ *server (?!.* backup$)", rest, re.MULTILINE)
-            found.append((head.removeprefix("backend "), len(servers)))
+@dataclass(frozen=True)
+class Application:
+    """The backend of a Serve application, and how many requests fit into its replicas.
+
+    HAProxy has one bound for all of an application's replicas and paths that need the model, where
+    admission.Gate has one for each path. It begins anew with each of Ray's changes to the replicas.
+    """
+
+    bound: str  # the variable with the bound
+    replicas: int
+
+    def first_bound(self) -> str:
+        """Of the global section."""
+        return f"    set-var proc.{self.bound} int({FIRST_BOUND * max(1, self.replicas)})\n"
+
+    def learning(self) -> str:
+        """Rules of the backend, as admission.Bound has them.
+
+        The bound falls to the number in flight when a replica refuses, unless it fell within a
+        second: simultaneous refusals arrive one by one. It grows by one with half of the answers
+        while it is reached. Refusals with a scope, such as one key's limits, say nothing about it.
+        """
+        needs_model = "{ var(txn.gptj_model) -m found }"
+        refused = f"if {needs_model} {{ status 429 }} !scoped !lately"
+        return f"""\
+    acl scoped res.hdr(x-ratelimit-scope) -m found
+    acl lately date(0,ms),sub(proc.{self.bound}_at) lt 1000
+    http-response set-var(proc.{self.bound}) be_conn,sub(1) {refused} {{ be_conn gt 1 }}
+    http-response set-var(proc.{self.bound}_at) date(0,ms) {refused}
+    http-response set-var(proc.{self.bound}) var(proc.{self.bound}),add(1) \
+if {needs_model} {{ status 200 }} {{ be_conn,sub(proc.{self.bound}) ge 0 }} {{ rand(2) eq 0 }}
+"""
+
+
+def _applications(text: str) -> dict[str, Application]:
+    """By their backends' names, in the order of their rules in the frontend.
+
+    Without those whose requests a router of the ingress distributes: they have two backends.
+    """
+    found: dict[str, Application] = {}
+    for name in re.findall(r"^ *use_backend (\S+) if is_\1$", text, re.MULTILINE):
+        section = text.partition(f"\nbackend {name}\n")[2].partition("\nbackend ")[0]
+        if f"\nbackend {name}{ROUTED}\n" not in text and "\n    option tcp-check\n" not in section:
+            servers = re.findall(r"^ *server (?!.* backup$)", section, re.MULTILINE)
+            found[name] = Application(f"gptj_bound_{len(found)}", len(servers))
     return found
 
 
-def _bound(name: str) -> str:
-    """The variable that holds how many requests fit into an application's replicas."""
-    return f"gptj_bound_{re.sub('[^a-zA-Z0-9_.]', '_', name)}"
-
-
-def _refusing(names: list[str]) -> str:
-    """Rules of the frontend: refuse what does not fit, as admission.Admission does.
+def _refusing(applications: Mapping[str, Application]) -> str:
+    """Rules of the frontend: refuse what does not fit.
 
     A connection whose last refusal was within RETRY_SECONDS has not waited as told to.
     """
     body = _body("the service is full: try again later", "rate_limit_error", None)
+    full = "if { var(txn.gptj_full) -m found }"
     reply = (
         f"status 429 content-type application/json string '{body}' hdr retry-after {RETRY_SECONDS} "
-        "hdr x-request-id %[var(txn.gptj_id)] if { var(txn.gptj_full) -m found }"
+        "hdr x-request-id %[var(txn.gptj_id)]"
     )
     lines = [f"timeout tarpit {DELAY_MILLISECONDS}ms"]
-    for name in names:  # the longest prefix first
-        here = f"var(txn.gptj_app) -m str {name}"
+    lines.append(
+        f"http-request set-var(txn.gptj_model) bool(true) if METH_POST !{{ path_end {LIGHT} }}"
+    )
+    for name, application in applications.items():  # the longest prefix first
         lines += [
             f"http-request set-var(txn.gptj_app) str({name}) "
             f"if is_{name} !{{ var(txn.gptj_app) -m found }}",
-            "http-request set-var(txn.gptj_full) bool(true) if METH_POST !{ path_end /health } "
-            f"{{ {here} }} {{ be_conn({name}),sub(proc.{_bound(name)}) ge 0 }}",
+            "http-request set-var(txn.gptj_full) bool(true) "
+            f"if {{ var(txn.gptj_model) -m found }} {{ var(txn.gptj_app) -m str {name} }} "
+            f"{{ be_conn({name}),sub(proc.{application.bound}) ge 0 }}",
         ]
     lines += [
-        "http-request set-log-level debug if { var(txn.gptj_full) -m found }",
-        "http-request set-var(txn.gptj_id) req.hdr(x-request-id)",  # gone when a reply is written
-        f"http-request tarpit {reply} {{ date,sub(sess.gptj_refused) lt {RETRY_SECONDS} }}",
-        "http-request set-var(sess.gptj_refused) date if { var(txn.gptj_full) -m found }",
-        f"http-request return {reply}",
+        f"http-request set-log-level debug {full}",
+        # Gone when a reply is written.
+        f"http-request set-var(txn.gptj_id) req.fhdr(x-request-id) {full}",
+        f"http-request set-var(txn.gptj_early) bool(true) {full} "
+        f"{{ date(0,ms),sub(sess.gptj_refused) lt {1000 * RETRY_SECONDS} }}",
+        f"http-request set-var(sess.gptj_refused) date(0,ms) {full}",
+        f"http-request tarpit {reply} if {{ var(txn.gptj_early) -m found }}",
+        f"http-request return {reply} {full}",
     ]
     return "".join(f"    {line}\n" for line in lines)
-
-
-def _learning(name: str) -> str:
-    """Rules of an application's backend: how many requests fit, as admission.Bound has it.
-
-    The bound falls to the number in flight when a replica refuses, unless it fell within a second:
-    simultaneous refusals arrive one by one. It grows by one with half of the answers while it is
-    reached. One key's limits (x-ratelimit-scope) say nothing about the replicas.
-    """
-    bound = _bound(name)
-    refused = "if { status 429 } !{ res.hdr(x-ratelimit-scope) -m found } !lately"
-    return f"""\
-    acl lately date,sub(proc.{bound}_at) le 1
-    http-response set-var(proc.{bound}) be_conn {refused}
-    http-response set-var(proc.{bound}_at) date {refused}
-    http-response set-var(proc.{bound}) var(proc.{bound}),add(1) \
-if {{ status 200 }} {{ be_conn,sub(proc.{bound}) ge 0 }} {{ rand(2) eq 0 }}
-"""
 
 
 def _body(message: str, kind: str, code: str | None) -> str:

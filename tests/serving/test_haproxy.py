@@ -106,10 +106,21 @@ def replicas() -> Iterator[list[Replica]]:
         each.server_close()
 
 
+PREFIXES = MappingProxyType({"app": "/app", "application": "/application"})
+
+
 class Running:
     """HAProxy on this machine."""
 
-    def __init__(self, folder: Path, replicas: list[Replica], **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        replicas: list[Replica],
+        *,
+        prefixes: Mapping[str, str] = PREFIXES,
+        routed: bool = False,
+        **options: Any,
+    ) -> None:
         self.port, self.stats, self.metrics = free_ports(3)
         self.folder = folder
         self.api = HAProxyApi(
@@ -125,10 +136,12 @@ class Running:
             ),
             config_file_path=str(folder / "haproxy.cfg"),
         )
+        router = ServerConfig("router", HOST, 1)
+        routing = {"ingress_request_router_servers": [router]} if routed else {}
         servers = [ServerConfig(f"r{each.number}", HOST, each.server_port) for each in replicas]
         backends = {
-            name: BackendConfig(name, f"/{name}", servers=servers, app_name=name)
-            for name in ("app", "application")
+            name: BackendConfig(name, prefix, servers=servers, app_name=name, **routing)
+            for name, prefix in prefixes.items()
         }
         self.api.set_backend_configs(backends if servers else {})
         self.api._generate_config_file_internal()
@@ -197,30 +210,71 @@ def burst(url: str, number: int) -> list[httpx.Response]:
             return [each.result() for each in calls]
 
 
-def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
-    tmp_path: Path, replicas: list[Replica]
-) -> None:
+@contextmanager
+def full(url: str, replicas: list[Replica]) -> Iterator[None]:
+    """The replicas hold all that they take, and HAProxy has learned that, during the block."""
     for each in replicas:
-        each.room, each.pause = 4, 0.3
-    with Running(tmp_path, replicas).run() as url:
-        first = burst(f"{url}/app/v1", 40)  # the first refusals are the replicas'
-        assert sum(len(each.requests) for each in replicas) > 8
+        each.room, each.pause = 4, 2.0
+    with ThreadPoolExecutor(8) as threads:
+        held = [threads.submit(httpx.post, f"{url}/v1", json={}, timeout=30) for _ in range(8)]
+        deadline = time.monotonic() + 20
+        while sum(each.busy for each in replicas) < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert httpx.post(f"{url}/v1", json={}).headers["server"], "a replica's refusal"
         for each in replicas:
             each.requests.clear()
-        second = burst(f"{url}/app/v1", 40)
-        arrived = sum(len(each.requests) for each in replicas)
-        assert httpx.get(f"{url}/app/health").status_code == 200
-        # The other application's room is not known.
-        other = burst(f"{url}/application/v1", 40)
-    for replies in (first, second, other):
-        assert {each.status_code for each in replies} == {200, 429}
-    assert arrived < 30, f"{arrived} of 40 reached a replica"
-    own = [each for each in second if each.status_code == 429 and "server" not in each.headers]
-    assert len(own) == 40 - arrived
-    for each in own:
+        yield
+        assert [each.result().status_code for each in held] == [200] * 8
+
+
+def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
+    run: str, replicas: list[Replica]
+) -> None:
+    with full(f"{run}/app", replicas):
+        replies = burst(f"{run}/app/v1", 20)
+        assert not any(each.requests for each in replicas)
+        for path in ("health", "tokenize"):  # need no room
+            assert httpx.post(f"{run}/app/{path}", json={}).headers["server"]
+        assert httpx.get(f"{run}/app/v1/models").status_code == 200
+        assert httpx.options(f"{run}/app/v1").status_code == 501  # of the replica
+        # Of the other application nothing is known yet.
+        assert httpx.post(f"{run}/application/v1", json={}).headers["server"]
+    for each in replies:
         assert_error(each, 429, "full")
         assert each.headers["retry-after"] == "1"
         assert each.headers["x-request-id"] == each.request.headers["x-request-id"]
+
+
+def test_a_connection_that_retries_at_once_waits_for_its_next_refusal(
+    tmp_path: Path, replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haproxy, "DELAY_MILLISECONDS", 60_000)
+    service = Running(tmp_path, replicas)
+    haproxy.amend(tmp_path / "haproxy.cfg")  # not again by the program
+    with service.run() as url, full(f"{url}/app", replicas), httpx.Client() as client:
+        assert client.post(f"{url}/app/v1", json={}).status_code == 429
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{url}/app/v1", json={}, timeout=0.5)
+        assert httpx.post(f"{url}/app/v1", json={}).status_code == 429  # another connection
+        with httpx.Client() as patient:
+            for _ in range(2):
+                assert patient.post(f"{url}/app/v1", json={}, timeout=1).status_code == 429
+                time.sleep(1.01)
+
+
+@pytest.mark.parametrize("nested", ["app", "other"])
+def test_the_longest_prefix_has_its_own_bound(
+    nested: str, tmp_path: Path, replicas: list[Replica]
+) -> None:
+    """As serve.yaml's applications: one of them is at /, and so a prefix of all others."""
+    prefixes = {"app": "/app", "root": "/"}
+    with Running(tmp_path, replicas, prefixes=prefixes).run() as url:
+        with full(f"{url}/{nested}", replicas):
+            same = httpx.post(f"{url}/{nested}/v1", json={})
+            assert same.status_code == 429 and "server" not in same.headers
+            other = "other" if nested == "app" else "app"
+            assert httpx.post(f"{url}/{other}/v1", json={}).headers["server"]
 
 
 def test_the_bound_grows_while_nothing_is_refused(tmp_path: Path, replicas: list[Replica]) -> None:
@@ -299,7 +353,7 @@ def test_only_this_machine_sees_the_statistics_and_only_we_the_socket(
         lambda text: text.replace("retry-on conn-failure", "retry-on 503"),
         lambda text: text.replace("bind *:", "bind :::"),
         lambda text: text + "listen stats\n  bind *:1\n",
-        lambda text: text.replace("http-reuse always", "http-reuse safe"),
+        lambda text: text.replace(" if is_app", " if is_this_app"),
     ],
 )
 def test_an_unknown_configuration_is_refused(
@@ -319,6 +373,8 @@ def test_an_unknown_configuration_is_refused(
         {"pass_health_checks": False},  # of a draining node
         {"enable_hap_optimization": False, "is_head": False},
         {"grpc_options": gRPCOptions(port=9000, grpc_servicer_functions=["a.b"])},
+        {"prefixes": {"http-a-b": "/a-b", "http-a_b": "/a_b"}},
+        {"routed": True},  # by the application's own router
     ],
     ids=str,
 )
