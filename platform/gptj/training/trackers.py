@@ -200,10 +200,13 @@ class WandbTracker(Tracker):
 
     def close(self, ending: Ending) -> None:
         code = int(ending == "failed")
-        self._run.finish(exit_code=code)
-        # finish() does not wait until the service has written an offline run's file: of a short
-        # run, not even the first record may be there. This waits for the service to end.
-        wandb.teardown(exit_code=code)
+        try:
+            self._run.finish(exit_code=code)
+        finally:
+            # finish() does not wait until the service has written an offline run's file: of a short
+            # run, not even the first record may be there. This ends the service, which no other run
+            # of a training process uses, and waits for it.
+            wandb.teardown(exit_code=code)
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
