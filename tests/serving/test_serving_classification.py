@@ -142,14 +142,15 @@ def test_rows_that_would_wait_longer_than_the_setting_are_refused(models: Models
     service = ClassificationService(models.classification, models.tokenizer, batching)
 
     async def refusal() -> str:
+        await service._rows.results([[5]] * 50)  # by which the pace is known
         first = asyncio.create_task(service._rows.results([[5]] * 2000))
-        while not first.done():
-            await asyncio.sleep(0.001)  # until the pace is known
-            try:
-                await service._rows.results([[5]])
-            except QueueFullError as error:
-                first.cancel()
-                return str(error)
+        await asyncio.sleep(0)  # until they are queued
+        try:
+            await service._rows.results([[5]])
+        except QueueFullError as error:
+            return str(error)
+        finally:
+            first.cancel()
         return "none"
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -74,7 +75,7 @@ def test_a_queue_refuses_items_that_would_wait_too_long_at_the_recent_pace() -> 
 
 def test_what_fits_at_once_is_not_refused_for_the_pace_before() -> None:
     clock, room = Clock(), [0]
-    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, lambda: room[0], clock)
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, room=lambda: room[0], clock=clock)
     queue.put(objects(30))
     take(queue, clock, 1.0, 1, turns=29)
     with pytest.raises(QueueFullError):
@@ -90,7 +91,7 @@ def test_what_fits_at_once_is_not_refused_for_the_pace_before() -> None:
 
 def test_only_time_without_room_counts_for_a_queues_pace() -> None:
     clock = Clock()
-    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, lambda: 8, clock)
+    queue: BoundedQueue[object] = BoundedQueue(100, 2.0, room=lambda: 8, clock=clock)
     for _ in range(50):
         queue.put(objects(2))
         take(queue, clock, 10.0, 8, turns=1)  # at once, after a long batch
@@ -120,11 +121,36 @@ def test_items_that_gave_up_or_were_put_back_do_not_stop_a_queue() -> None:
 
 
 def test_a_request_of_many_items_is_refused_for_its_size() -> None:
-    queue: BoundedQueue[object] = BoundedQueue(3)
-    queue.put(objects(1))
-    with pytest.raises(QueueFullError) as refused:
-        queue.put(objects(3))
-    assert not refused.value.for_one
+    queue: BoundedQueue[object] = BoundedQueue(64)
+    for waiting, for_one in ((0, False), (31, False), (32, True), (60, True)):
+        queue.put(objects(waiting - len(queue)))
+        with pytest.raises(QueueFullError) as refused:
+            queue.put(objects(65 - waiting))
+        assert refused.value.for_one == for_one
+
+
+def test_answers_that_end_together_set_the_pace_together() -> None:
+    """All slots are free every 10 s, and filled by 16 in each of the next steps."""
+    clock, chance, slots = Clock(), random.Random(0), 256
+    queue: BoundedQueue[float] = BoundedQueue(1024, 2.0, together=slots, clock=clock)
+    waits: list[float] = []
+    free, refused, end = slots, 0, 10.0
+    for step in range(3000):
+        for _ in range(round(80 * 0.04)):  # more than twice what fits
+            try:
+                queue.put([clock.now + 0.01 * chance.random()])
+            except QueueFullError:
+                refused += 1
+        if clock.now >= end:
+            free, end = slots, clock.now + 10
+        taken = queue.take(queue.peek(min(free, 16)))
+        queue.end_turn()
+        free -= len(taken)
+        if step > 1000:
+            waits += [clock.now - each for each in taken]
+        clock.now += 0.04
+    assert refused
+    assert statistics.median(waits) < 10 and max(waits) < 2 + 10 + 2
 
 
 def closed_loop(clients: int, limit: float | None) -> tuple[int, float]:
@@ -133,7 +159,9 @@ def closed_loop(clients: int, limit: float | None) -> tuple[int, float]:
     Returns the answers in a hundred batches, and the longest time from arrival to batch.
     """
     clock, chance = Clock(), random.Random(0)
-    queue: BoundedQueue[list[float]] = BoundedQueue(1000, limit, lambda: 32, clock)
+    queue: BoundedQueue[list[float]] = BoundedQueue(
+        1000, limit, at_once=32, together=32, clock=clock
+    )
     arrivals = [chance.random() for _ in range(clients)]
     answers, longest, end = 0, 0.0, 0.0
     while clock.now < 100:
@@ -155,6 +183,26 @@ def closed_loop(clients: int, limit: float | None) -> tuple[int, float]:
                 longest = max(longest, end - arrival)
             arrivals[int(client)] = end + 1 + 0.1 * chance.random()
     return answers, longest
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.5, 0.9, 1.2])
+def test_a_load_below_the_capacity_is_hardly_refused(limit: float) -> None:
+    """30 arrivals a second, and batches of 32 that take a second."""
+    clock, chance = Clock(), random.Random(0)
+    queue: BoundedQueue[object] = BoundedQueue(1000, limit, at_once=32, together=32, clock=clock)
+    arrivals = refused = 0
+    for end in range(1, 200):
+        while (arrival := clock.now + chance.expovariate(30)) < end:
+            clock.now = arrival
+            arrivals += 1
+            try:
+                queue.put(objects(1))
+            except QueueFullError:
+                refused += 1
+        clock.now = end
+        queue.take(queue.peek(32))
+        queue.end_turn()
+    assert refused < 0.03 * arrivals
 
 
 @pytest.mark.parametrize(("clients", "limit"), [(20, 1.2), (32, 0.5), (64, 0.5), (200, 1.0)])

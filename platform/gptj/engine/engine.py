@@ -76,11 +76,6 @@ class Engine:
         self.eos_ids = tuple(eos_ids)
         self._runner = runner
         self._adapters = adapters
-        self._queue: BoundedQueue[Request] = BoundedQueue(
-            max_queued,
-            max_queue_seconds,
-            room=lambda: self._scheduler.max_num_seqs - self._scheduler.running,
-        )
         self._pool = PagePool(runner.num_pages, caching=prefix_caching)
         limits = Limits.of(
             runner.device,
@@ -88,6 +83,12 @@ class Engine:
             self.context_length,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+        )
+        self._queue: BoundedQueue[Request] = BoundedQueue(
+            max_queued,
+            max_queue_seconds,
+            room=lambda: self._scheduler.max_num_seqs - self._scheduler.running,
+            together=limits.max_num_seqs,
         )
         self._sampler = sampler = Sampler(
             banned_ids, runner.device, runner.config.vocab_size, runner.draw

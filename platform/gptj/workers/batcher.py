@@ -72,7 +72,7 @@ class Batcher(Generic[Item, Result]):
         self._max_cost = max_cost
         self._observe = observe
         self._queue: BoundedQueue[_Entry[Item, Result]] = BoundedQueue(
-            max_queued, max_queue_seconds, room=lambda: max_batch
+            max_queued, max_queue_seconds, at_once=max_batch, together=max_batch
         )
         self._batch: list[_Entry[Item, Result]] = []
         self._thread = WorkerThread(name, self._queue, self._step, self._fail, finish=finish)

@@ -13,19 +13,21 @@ from gptj.workers.errors import ClosedError, QueueFullError
 
 Item = TypeVar("Item")
 
-MEMORY = 32.0  # items by which the pace is known: earlier ones count less and less
+MEMORY = 32  # items, at least, by which the pace is known: earlier ones count less and less
+TURNS = 8  # by which it is known how many items a turn takes
 
 
 class Pace:
-    """Seconds per item while items wait for room: a mean of recent turns."""
+    """Seconds per item while items wait for room: a mean of the last `memory` items."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
         self._seconds = 0.0
         self._items = 0.0
 
     def note(self, seconds: float, items: int) -> None:
         """So many items had their turn, after so long without any."""
-        keep = max(0.0, 1.0 - items / MEMORY)
+        keep = max(0.0, 1.0 - items / self._memory)
         self._seconds = keep * self._seconds + seconds
         self._items = keep * self._items + items
 
@@ -41,14 +43,19 @@ class BoundedQueue(Generic[Item]):
         max_queued: most items that may wait.
         max_seconds: longest that an item may be expected to wait for others before it, by the
             recent pace; None: no limit. An empty queue takes any item.
+        at_once: most items that a turn takes, however many are running: the next turn's do not
+            count as waiting for others. 0: as many as `room`.
         room: returns how many items could be taken at once; consulted while none waits for room.
+        together: most items that may end, and so make room, at the same time.
     """
 
     def __init__(
         self,
         max_queued: int,
         max_seconds: float | None = None,
+        at_once: int = 0,
         room: Callable[[], int] = lambda: 0,
+        together: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_queued < 1:
@@ -57,7 +64,8 @@ class BoundedQueue(Generic[Item]):
         self._max_seconds = max_seconds
         self._room = room
         self._clock = clock
-        self._pace = Pace()
+        self._pace = Pace(max(MEMORY, together))
+        self._at_once = self._usual_turn = float(at_once)
         self._full_since: float | None = None  # the last turn's end, if there was no room for all
         self._taken = 0  # in the present turn
         self._items: deque[Item] = deque()
@@ -84,7 +92,7 @@ class BoundedQueue(Generic[Item]):
                 raise QueueFullError(
                     f"{waiting} requests are already waiting, and {len(items)} more would exceed "
                     f"the limit of {self.max_queued}: try again later",
-                    for_one=waiting >= self.max_queued,
+                    for_one=waiting >= self.max_queued // 2,
                 )
             if self._max_seconds is not None:
                 self._check_wait(waiting, self._max_seconds)
@@ -95,10 +103,10 @@ class BoundedQueue(Generic[Item]):
         """For the next item; those put with it may wait longer."""
         room = 0 if self._full_since is not None else self._room()
         if not waiting:
-            if room < 1:
+            if room < 1 and not self._at_once:
                 self._full_since = self._clock()
             return
-        expected = self._pace.expected(waiting + 1 - room)
+        expected = self._pace.expected(waiting + 1 - max(room, round(self._usual_turn)))
         if expected > limit:
             raise QueueFullError(
                 f"{waiting} requests are already waiting, and another would wait for about "
@@ -128,13 +136,19 @@ class BoundedQueue(Generic[Item]):
     def end_turn(self) -> None:
         """Nothing more is taken for this step or batch: there is no room for what still waits."""
         with self._changed:
-            now = self._clock()
-            if self._taken and self._full_since is not None:
-                self._pace.note(now - self._full_since, self._taken)
+            now, taken = self._clock(), self._taken
+            if taken and self._full_since is not None:
+                seconds = now - self._full_since
+                # A turn that takes all might have taken more.
+                if self._items or seconds < self._pace.expected(taken):
+                    self._pace.note(seconds, taken)
             if not self._items:
                 self._full_since = None
-            elif self._taken or self._full_since is None:
+            elif taken or self._full_since is None:
                 self._full_since = now
+            if taken and self._items:
+                usual = self._usual_turn + (taken - self._usual_turn) / TURNS
+                self._usual_turn = min(usual, self._at_once)
             self._taken = 0
 
     def remove(self, item: Item) -> bool:
