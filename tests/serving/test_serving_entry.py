@@ -23,6 +23,7 @@ from serving_models import Models, applications, mounted
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_serving_edge import BODY, Reply, request
 
+from gptj.serving.entry import connections
 from gptj.serving.entry.admission import MAX_KNOWN, Admission, Gate
 from gptj.serving.entry.connections import UNSENT_BYTES, ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.event_stream import DivergedError, EventStream
@@ -495,33 +496,83 @@ def test_refusals_on_the_connection_follow_http(full: tuple[str, Gate]) -> None:
     assert exchange(service, one[:-3]).status_code == 408
 
 
-def test_a_connection_that_retries_at_once_waits_for_its_next_refusal(replicas: Replicas) -> None:
+async def two_seconds(scope: Scope, receive: Receive, send: Send) -> None:
+    await asyncio.sleep(2)
+    await _plain((200, b"answer"), send)
+
+
+@contextmanager
+def strict() -> Iterator[str]:
+    """A full service that refuses those who retry at once after a minute."""
     gate = Gate(first_bound=1)
     gate.enter("/v1/completions")
     protocol = LimitedProtocol.limited(ConnectionLimits(impatient_seconds=60))
     protocol.gate = gate
-    entry = Edge(BodyLimit(Admission(Failover(replicas), gate)))
-    one = request(b"POST", b"/v1/completions", b"", BODY) + BODY
-    with listening(RequestIds(entry), protocol) as service:
-        impatient, left, last = (connect(service) for _ in range(3))
-        for each in (impatient, left, last):
-            each.sendall(one)
-            assert each.recv(65536).startswith(b"HTTP/1.1 429")
-            each.sendall(one)
-        impatient.settimeout(0.3)
+    with listening(RequestIds(two_seconds), protocol, keep_alive_seconds=1) as service:
+        yield service
+
+
+REFUSED = request(b"POST", b"/v1/completions", b"", BODY) + BODY
+
+
+@contextmanager
+def impatient(service: str) -> Iterator[socket.socket]:
+    """A connection that has been refused, and has sent its request again."""
+    with connect(service) as connection:
+        connection.sendall(REFUSED)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 429")
+        connection.sendall(REFUSED)
+        yield connection
+
+
+def rest(connection: socket.socket) -> list[bytes]:
+    """The statuses of all that comes until the connection ends."""
+    content = b"".join(iter(lambda: connection.recv(65536), b""))
+    return re.findall(rb"HTTP/1\.1 (\d+)", content)
+
+
+def test_a_connection_that_retries_at_once_waits_for_its_next_refusal() -> None:
+    with strict() as service, impatient(service) as connection:
+        connection.settimeout(0.3)
         with pytest.raises(TimeoutError):
-            impatient.recv(65536)
-        left.close()
+            connection.recv(65536)
         other = request(b"POST", b"/v1/completions", b"Connection: close\r\n", BODY)
         assert exchange(service, other, BODY).status_code == 429
-        # A later request does not overtake the refusal, whether it is valid or not.
-        impatient.settimeout(20)
-        impatient.sendall(b"nonsense\r\n\r\n")
-        with impatient:
-            content = b"".join(iter(lambda: impatient.recv(65536), b""))
-        assert re.findall(rb"HTTP/1\.1 (\d+)", content) == [b"429", b"400"]
-    with last:  # nor is it lost when the server ends
-        assert last.recv(65536).startswith(b"HTTP/1.1 429")
+
+
+def test_a_connection_that_waits_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "WAIT_SECONDS", 0.2)
+    with strict() as service, connect(service) as connection:
+        for _ in range(3):
+            connection.sendall(REFUSED)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 429")
+            time.sleep(0.3)
+
+
+def test_a_pending_refusal_precedes_what_comes_after_it() -> None:
+    with strict() as service:
+        with impatient(service) as connection:
+            connection.sendall(b"nonsense\r\n\r\n")
+            assert rest(connection) == [b"429", b"400"]
+        with impatient(service) as connection:  # which says that nothing more comes
+            connection.shutdown(socket.SHUT_WR)
+            assert rest(connection) == [b"429"]
+        with impatient(service):
+            pass  # the client leaves
+
+
+def test_a_pending_refusal_is_sent_when_the_server_ends() -> None:
+    with ExitStack() as stack:
+        with strict() as service:
+            connection = stack.enter_context(impatient(service))
+        assert rest(connection) == [b"429"]
+
+
+def test_a_request_after_a_pending_refusal_has_its_time() -> None:
+    """Not only as long as an idle connection may stay open."""
+    with strict() as service, impatient(service) as connection:
+        connection.sendall(request(b"GET", b"/slow", b"Connection: close\r\n"))
+        assert rest(connection) == [b"429", b"200"]
 
 
 def test_unread_refusals_do_not_pile_up(replicas: Replicas) -> None:

@@ -17,12 +17,21 @@ from gptj_local.processes import HOST, free_ports
 
 @contextmanager
 def listening(
-    app: ASGIApp, protocol: type[asyncio.Protocol] | Literal["auto"] = "auto"
+    app: ASGIApp,
+    protocol: type[asyncio.Protocol] | Literal["auto"] = "auto",
+    keep_alive_seconds: int = 5,
 ) -> Iterator[str]:
     """Its address, for the length of the block."""
     (port,) = free_ports(1)
     config = uvicorn.Config(
-        app, HOST, port, log_level="critical", lifespan="off", ws="none", http=protocol
+        app,
+        HOST,
+        port,
+        log_level="critical",
+        lifespan="off",
+        ws="none",
+        http=protocol,
+        timeout_keep_alive=keep_alive_seconds,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

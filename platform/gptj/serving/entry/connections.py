@@ -220,8 +220,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse_now()
         super().shutdown()
 
+    def eof_received(self) -> None:
+        self._refuse_now()
+
     def on_message_begin(self) -> None:
         self._refuse_now()
+        self._unset_keepalive_if_required()  # which the refusal may have begun
         super().on_message_begin()
         self._await_rest("head", self.limits.head_seconds)
 
