@@ -122,8 +122,9 @@ def amended(text: str, path: Path) -> str:
                 "that variable, or unset RAY_SERVE_ENABLE_HA_PROXY"
             )
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-    applications = _applications(text)
-    if not applications and _has_routes(text) and ROUTED not in text:
+    names = _names(text)
+    applications = _applications(text, names)
+    if not names and _has_routes(text):
         raise UnknownConfigurationError(
             "Ray's configuration of HAProxy has no backend of a known form: this version of Ray is "
             "not supported; remedy: the version in constraints.txt, or unset "
@@ -133,7 +134,7 @@ def amended(text: str, path: Path) -> str:
         text = text.replace("\ndefaults\n", f"\n{application.first_bound()}defaults\n", 1)
         text = text.replace(f"\nbackend {name}\n", f"\nbackend {name}\n{application.learning()}", 1)
     if applications:
-        rules = _refusing(applications)
+        rules = _refusing(names, applications)
         text = re.sub("^ *use_backend ", lambda found: rules + found[0], text, count=1, flags=re.M)
     return text
 
@@ -172,24 +173,28 @@ if {needs_model} {{ status 200 }} {{ be_conn,sub(proc.{self.bound}) ge 0 }} {{ r
 """
 
 
-def _applications(text: str) -> dict[str, Application]:
-    """By their backends' names, in the order of their rules in the frontend.
+def _names(text: str) -> list[str]:
+    """Of the applications' backends, in the order of their rules in the frontend."""
+    return re.findall(r"^ *use_backend (\S+) if is_\1$", _frontend(text), re.MULTILINE)
 
-    Without those whose requests a router of the ingress distributes: they have two backends.
-    """
+
+def _applications(text: str, names: list[str]) -> dict[str, Application]:
+    """Those with one backend; with a router of their own they have two, and keep Ray's rules."""
     found: dict[str, Application] = {}
-    for name in re.findall(r"^ *use_backend (\S+) if is_\1$", text, re.MULTILINE):
-        section = text.partition(f"\nbackend {name}\n")[2].partition("\nbackend ")[0]
-        if f"\nbackend {name}{ROUTED}\n" not in text and "\n    option tcp-check\n" not in section:
+    for name in names:
+        if f"\nbackend {name}{ROUTED}\n" not in text:
+            section = text.partition(f"\nbackend {name}\n")[2].partition("\nbackend ")[0]
             servers = re.findall(r"^ *server (?!.* backup$)", section, re.MULTILINE)
             found[name] = Application(f"gptj_bound_{len(found)}", len(servers))
     return found
 
 
-def _refusing(applications: Mapping[str, Application]) -> str:
+def _refusing(names: list[str], applications: Mapping[str, Application]) -> str:
     """Rules of the frontend: refuse what does not fit.
 
-    A connection whose last refusal was within RETRY_SECONDS has not waited as told to.
+    Not requests of web pages, which could not read HAProxy's reply: the replicas know which pages
+    may (see gptj.serving.middleware.cors). A connection whose last refusal was within RETRY_SECONDS
+    has not waited as told to.
     """
     body = _body("the service is full: try again later", "rate_limit_error", None)
     full = "if { var(txn.gptj_full) -m found }"
@@ -197,19 +202,21 @@ def _refusing(applications: Mapping[str, Application]) -> str:
         f"status 429 content-type application/json string '{body}' hdr retry-after {RETRY_SECONDS} "
         "hdr x-request-id %[var(txn.gptj_id)]"
     )
-    lines = [f"timeout tarpit {DELAY_MILLISECONDS}ms"]
-    lines.append(
-        f"http-request set-var(txn.gptj_model) bool(true) if METH_POST !{{ path_end {LIGHT} }}"
-    )
-    for name, application in applications.items():  # the longest prefix first
-        lines += [
+    lines = [
+        f"timeout tarpit {DELAY_MILLISECONDS}ms",
+        "http-request set-var(txn.gptj_model) bool(true) "
+        f"if METH_POST !{{ path_end {LIGHT} }} !{{ req.hdr(origin) -m found }}",
+        *(  # the longest prefix first
             f"http-request set-var(txn.gptj_app) str({name}) "
-            f"if is_{name} !{{ var(txn.gptj_app) -m found }}",
+            f"if is_{name} !{{ var(txn.gptj_app) -m found }}"
+            for name in names
+        ),
+        *(
             "http-request set-var(txn.gptj_full) bool(true) "
             f"if {{ var(txn.gptj_model) -m found }} {{ var(txn.gptj_app) -m str {name} }} "
-            f"{{ be_conn({name}),sub(proc.{application.bound}) ge 0 }}",
-        ]
-    lines += [
+            f"{{ be_conn({name}),sub(proc.{application.bound}) ge 0 }}"
+            for name, application in applications.items()
+        ),
         f"http-request set-log-level debug {full}",
         # Gone when a reply is written.
         f"http-request set-var(txn.gptj_id) req.fhdr(x-request-id) {full}",
@@ -267,8 +274,11 @@ def _error_file(path: Path, status: int) -> Path:
 
 def _has_routes(text: str) -> bool:
     """Whether Serve has deployed any application."""
-    frontend = text.partition("\nfrontend http_frontend\n")[2].partition("\nbackend ")[0]
-    return re.search("^ *use_backend ", frontend, re.MULTILINE) is not None
+    return re.search("^ *use_backend ", _frontend(text), re.MULTILINE) is not None
+
+
+def _frontend(text: str) -> str:
+    return text.partition("\nfrontend http_frontend\n")[2].partition("\nbackend ")[0]
 
 
 def _no_route(text: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,6 +43,8 @@ class Replica(ThreadingHTTPServer):
         self.pause = 0.0  # before each part of a reply
         self.requests: list[str] = []  # the ids of those that came
         self.room = 1000  # requests that it takes at once
+        self.answering = threading.Event()  # otherwise it holds the requests that it took
+        self.answering.set()
         self.refusal: dict[str, str] = {"retry-after": "1"}  # its headers
         self.busy = 0
         self.lock = threading.Lock()
@@ -67,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.busy += 1
             busy = self.server.busy
         full = busy > self.server.room
+        if not full:
+            assert self.server.answering.wait(60)
         self._answer(
             {"replica": self.server.number, "id": self.headers["x-request-id"]},
             429 if full else 200,
@@ -118,7 +123,7 @@ class Running:
         replicas: list[Replica],
         *,
         prefixes: Mapping[str, str] = PREFIXES,
-        routed: bool = False,
+        routed: Container[str] = (),
         **options: Any,
     ) -> None:
         self.port, self.stats, self.metrics = free_ports(3)
@@ -137,10 +142,18 @@ class Running:
             config_file_path=str(folder / "haproxy.cfg"),
         )
         router = ServerConfig("router", HOST, 1)
-        routing = {"ingress_request_router_servers": [router]} if routed else {}
-        servers = [ServerConfig(f"r{each.number}", HOST, each.server_port) for each in replicas]
+        servers = [
+            ServerConfig(f"r{each.number}", HOST, each.server_port, f"replica-{each.number}")
+            for each in replicas
+        ]
         backends = {
-            name: BackendConfig(name, prefix, servers=servers, app_name=name, **routing)
+            name: BackendConfig(
+                name,
+                prefix,
+                servers=servers,
+                app_name=name,
+                ingress_request_router_servers=[router] if name in routed else [],
+            )
             for name, prefix in prefixes.items()
         }
         self.api.set_backend_configs(backends if servers else {})
@@ -212,20 +225,29 @@ def burst(url: str, number: int) -> list[httpx.Response]:
 
 @contextmanager
 def full(url: str, replicas: list[Replica]) -> Iterator[None]:
-    """The replicas hold all that they take, and HAProxy has learned that, during the block."""
+    """The replicas hold all that they take, eight requests, and HAProxy has learned that."""
     for each in replicas:
-        each.room, each.pause = 4, 2.0
+        each.room = 4
+        each.answering.clear()
     with ThreadPoolExecutor(8) as threads:
-        held = [threads.submit(httpx.post, f"{url}/v1", json={}, timeout=30) for _ in range(8)]
-        deadline = time.monotonic() + 20
-        while sum(each.busy for each in replicas) < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert httpx.post(f"{url}/v1", json={}).headers["server"], "a replica's refusal"
-        for each in replicas:
-            each.requests.clear()
-        yield
+        held = [threads.submit(httpx.post, f"{url}/v1", json={}, timeout=60) for _ in range(8)]
+        try:
+            deadline = time.monotonic() + 20
+            while sum(each.busy for each in replicas) < 8:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert httpx.post(f"{url}/v1", json={}).headers["server"], "a replica's refusal"
+            for each in replicas:
+                each.requests.clear()
+            yield
+        finally:
+            for each in replicas:
+                each.answering.set()
         assert [each.result().status_code for each in held] == [200] * 8
+
+
+def by_haproxy(reply: httpx.Response) -> bool:
+    return "server" not in reply.headers
 
 
 def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
@@ -238,6 +260,9 @@ def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
             assert httpx.post(f"{run}/app/{path}", json={}).headers["server"]
         assert httpx.get(f"{run}/app/v1/models").status_code == 200
         assert httpx.options(f"{run}/app/v1").status_code == 501  # of the replica
+        # A web page can read only the replicas' refusals.
+        page = httpx.post(f"{run}/app/v1", json={}, headers={"Origin": "https://a.example"})
+        assert page.status_code == 429 and not by_haproxy(page)
         # Of the other application nothing is known yet.
         assert httpx.post(f"{run}/application/v1", json={}).headers["server"]
     for each in replies:
@@ -259,7 +284,8 @@ def test_a_connection_that_retries_at_once_waits_for_its_next_refusal(
         assert httpx.post(f"{url}/app/v1", json={}).status_code == 429  # another connection
         with httpx.Client() as patient:
             for _ in range(2):
-                assert patient.post(f"{url}/app/v1", json={}, timeout=1).status_code == 429
+                reply = patient.post(f"{url}/app/v1", json={}, timeout=20)
+                assert reply.status_code == 429 and by_haproxy(reply)
                 time.sleep(1.01)
 
 
@@ -272,21 +298,33 @@ def test_the_longest_prefix_has_its_own_bound(
     with Running(tmp_path, replicas, prefixes=prefixes).run() as url:
         with full(f"{url}/{nested}", replicas):
             same = httpx.post(f"{url}/{nested}/v1", json={})
-            assert same.status_code == 429 and "server" not in same.headers
+            assert same.status_code == 429 and by_haproxy(same)
             other = "other" if nested == "app" else "app"
-            assert httpx.post(f"{url}/{other}/v1", json={}).headers["server"]
+            assert not by_haproxy(httpx.post(f"{url}/{other}/v1", json={}))
 
 
-def test_the_bound_grows_while_nothing_is_refused(tmp_path: Path, replicas: list[Replica]) -> None:
+def test_an_application_with_a_router_of_its_own_is_not_refused_for_another(
+    tmp_path: Path, replicas: list[Replica]
+) -> None:
+    path = Path(
+        Running(
+            tmp_path, replicas, prefixes={"app": "/app", "root": "/"}, routed={"app"}
+        ).api.config_file_path
+    )
+    haproxy.amend(path)
+    rules = re.findall(r"set-var\(txn\.gptj_(app|full)\) (\S+) .*", path.read_text())
+    assert rules == [("app", "str(app)"), ("app", "str(root)"), ("full", "bool(true)")]
+    assert "var(txn.gptj_app) -m str root }" in path.read_text()
+
+
+def test_the_bound_grows_while_nothing_is_refused(run: str, replicas: list[Replica]) -> None:
+    with full(f"{run}/app", replicas):
+        assert by_haproxy(httpx.post(f"{run}/app/v1", json={}))
     for each in replicas:
-        each.room, each.pause = 2, 0.02
-    with Running(tmp_path, replicas).run() as url:
-        burst(f"{url}/app/v1", 40)
-        for each in replicas:
-            each.room = 1000
-        deadline = time.monotonic() + 30
-        while any(each.status_code == 429 for each in burst(f"{url}/app/v1", 30)):
-            assert time.monotonic() < deadline, "30 requests at once are still refused"
+        each.room, each.pause = 1000, 0.02
+    deadline = time.monotonic() + 60
+    while any(each.status_code == 429 for each in burst(f"{run}/app/v1", 12)):
+        assert time.monotonic() < deadline, "12 requests at once are still refused"
 
 
 def test_one_keys_limit_does_not_close_the_service_to_others(
@@ -374,7 +412,8 @@ def test_an_unknown_configuration_is_refused(
         {"enable_hap_optimization": False, "is_head": False},
         {"grpc_options": gRPCOptions(port=9000, grpc_servicer_functions=["a.b"])},
         {"prefixes": {"http-a-b": "/a-b", "http-a_b": "/a_b"}},
-        {"routed": True},  # by the application's own router
+        {"routed": ("app", "application")},  # by routers of their own
+        {"routed": ("app",)},
     ],
     ids=str,
 )
