@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
 def replicas() -> Iterator[list[Replica]]:
     servers = [Replica(number) for number in range(2)]
     for each in servers:
-        threading.Thread(target=each.serve_forever, daemon=True).start()
+        threading.Thread(target=each.serve_forever, args=(0.02,), daemon=True).start()
     yield servers
     for each in servers:
         each.shutdown()
@@ -271,6 +271,7 @@ def test_what_full_replicas_refuse_haproxy_refuses_from_then_on(
         assert each.headers["x-request-id"] == each.request.headers["x-request-id"]
 
 
+@pytest.mark.slow
 def test_a_connection_that_retries_at_once_waits_for_its_next_refusal(
     tmp_path: Path, replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:

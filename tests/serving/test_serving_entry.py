@@ -540,6 +540,7 @@ def test_a_connection_that_retries_at_once_waits_for_its_next_refusal() -> None:
         assert exchange(service, other, BODY).status_code == 429
 
 
+@pytest.mark.slow
 def test_a_connection_that_waits_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "WAIT_SECONDS", 0.2)
     with strict() as service, connect(service) as connection:
@@ -568,6 +569,7 @@ def test_a_pending_refusal_is_sent_when_the_server_ends() -> None:
         assert rest(connection) == [b"429"]
 
 
+@pytest.mark.slow
 def test_a_request_after_a_pending_refusal_has_its_time() -> None:
     """Not only as long as an idle connection may stay open."""
     with strict() as service, impatient(service) as connection:
