@@ -35,8 +35,8 @@ REQUEST_SECONDS = 20  # to send a request, or as much of a larger one as BUFFER_
 BUFFER_BYTES = 32768
 FIRST_BOUND = 512  # requests in flight per replica, until more is known, as in Serve's proxy
 RETRY_SECONDS = 1  # for a refused client to wait
-# A connection that does not wait has its next refusals after this time, which costs HAProxy less
-# than refusing at once, again and again.
+# A connection that does not wait gets its next refusals after this time: refusing at once, again
+# and again, costs HAProxy more.
 DELAY_MILLISECONDS = 250
 LIGHT = "/health /tokenize /detokenize"  # paths that need no room in the model's queue
 ROUTED = "-via-ingress-request-router"  # in the name of Ray's second backend of an application
@@ -144,7 +144,7 @@ class Application:
     """The backend of a Serve application, and how many requests fit into its replicas.
 
     HAProxy has one bound for all of an application's replicas and paths that need the model, where
-    admission.Gate has one for each path. It begins anew with each of Ray's changes to the replicas.
+    admission.Gate has one for each path. It is learned anew after each change of the replicas.
     """
 
     bound: str  # the variable with the bound

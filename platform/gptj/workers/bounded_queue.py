@@ -134,7 +134,7 @@ class BoundedQueue(Generic[Item]):
             return taken
 
     def end_turn(self) -> None:
-        """Nothing more is taken for this step or batch: there is no room for what still waits."""
+        """No more items are taken this turn; those that are left wait for room."""
         with self._changed:
             now, taken = self._clock(), self._taken
             if taken and self._full_since is not None:
