@@ -52,10 +52,7 @@ serve: environment
 # Our engine; with PEERS=DIR, made by platform/gptj_bench/peers/setup.sh, other engines as well.
 bench: environment
 	test -e .bench/model/manifest.json || $(BIN)/python -m gptj_bench model .bench/model
-	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype bfloat16 $(BESIDE)
-	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype int8
-	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype int4
-	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype float32
+	$(BIN)/python -m gptj_bench decode --model .bench/model --dtype bfloat16,int8,int4,float32 $(BESIDE)
 	$(BIN)/python -m gptj_bench serve --model .bench/model --dtype bfloat16 $(BESIDE)
 BESIDE = $(if $(PEERS),--peers $(abspath $(PEERS)))
 

@@ -1,8 +1,8 @@
 """Benchmark the engine and the service against the engines that users might choose instead.
 
-    python -m gptj_bench decode --model DIR --dtype bfloat16|float32|float16|int8|int4|fp8
+    python -m gptj_bench decode --model DIR --dtype bfloat16,float32,float16,int8,int4,fp8
                              [--batch 1,8,16] [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
-                             [--repeats 1] [--peers DIR]
+                             [--repeats 1] [--peers DIR] [--least-gb-per-s 0]
     python -m gptj_bench decode --preset 6b …  (random weights, made on the device)
     python -m gptj_bench serve  --model DIR --dtype … [--concurrency 1,8,32] [--rounds 2]
                              [--prompt-tokens 64] [--new-tokens 48] [--repeats 1] [--peers DIR]
@@ -23,8 +23,10 @@
     python -m gptj_bench model DIR
 
 Prints JSON lines: the machine and settings first, then measurements, then medians over the repeats
-and their ratios to vLLM's; at the end a table. With --peers, a folder with the environments that
-peers/setup.sh makes, other engines alternate with ours, one at a time.
+and our ratio to the best other engine of that dtype; at the end a table. With --peers, a folder
+with the environments that peers/setup.sh makes, other engines alternate with ours, one at a time.
+A measurement of `decode` on a CPU is repeated while it is disturbed, see pace.py; with
+--least-gb-per-s it waits until memory gives that much.
 `model` writes a random GPT-J of 305 M parameters with GPT-2's vocabulary (from a development
 dependency) to measure with. `perplexity` measures the cost of the engine's dtypes on a text, in
 rows as long as the model's context; int4 is rounded to nearest, and --quantized adds the folder
@@ -39,10 +41,8 @@ load_weights.py), from S3 with and without the node's checkpoint cache, and dele
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -60,7 +60,7 @@ from gptj.engine.runners.base import PAGE_SIZE, Runner
 from gptj.engine.runners.lora import LoRALimits
 from gptj.serialization.json_object import to_json
 from gptj_bench import adapters, grammar, load_weights, machine, mlperf
-from gptj_bench.decode import DTYPES, TEXT_IDS, Decode, load_runner, split_dtype
+from gptj_bench.decode import DTYPES, OURS, TEXT_IDS, Decode, load_runner, split_dtype
 from gptj_bench.http_load import Load
 from gptj_bench.perplexity import Perplexity
 from gptj_bench.serve import MODEL_NAME, ours, vllm
@@ -68,18 +68,6 @@ from gptj_bench.speculation import SpeculationBenchmark
 from gptj_bench.vocabulary import gpt2_tokenizer
 from jobs import command_line
 
-PEER_SCRIPT = Path(__file__).parent / "peers" / "decode.py"
-# Each with its environment and supported dtypes.
-PEERS = (
-    ("vllm", "vllm", "bfloat16"),
-    ("vllm", "vllm", "float32"),
-    ("vllm", "vllm", "int8"),
-    ("ctranslate2", "hf", "int8"),
-    ("transformers", "hf", "bfloat16"),
-    *(("openvino", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
-    *(("openvino-paged", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
-)
-PEER_SECONDS = 1800
 Row = dict[str, Any]
 
 
@@ -91,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default_batch, new in (("decode", "1,8,16", 64), ("serve", "1,8,32", 48)):
         command = commands.add_parser(name)
         command.add_argument("--model", type=command_line.address, required=name == "serve")
-        command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+        if name == "decode":
+            command.add_argument("--dtype", default=("bfloat16",), type=_dtypes)
+        else:
+            command.add_argument("--dtype", default="bfloat16", choices=DTYPES)
         sizes = "--batch" if name == "decode" else "--concurrency"
         command.add_argument(sizes, default=default_batch, type=_numbers, dest="sizes")
         command.add_argument("--prompt-tokens", type=int, default=64)
@@ -101,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "decode":
             command.add_argument("--preset", choices=PRESETS)  # random weights
             command.add_argument("--threads", type=int, default=os.cpu_count())
+            command.add_argument("--least-gb-per-s", type=float, default=0.0)
         else:
             command.add_argument("--rounds", type=int, default=2)
     command = commands.add_parser("grammar")
@@ -193,25 +185,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def decode(given: argparse.Namespace) -> list[Row]:
-    rows = []
-    for _ in range(given.repeats):
-        settings = (given.prompt_tokens, given.new_tokens, given.threads)
-        ours_ = Decode(
-            given.model or given.preset,
-            given.dtype,
-            tuple(given.sizes),
-            *settings,
-            is_preset=given.preset is not None,
-        )
-        rows += [_show(row) for row in ours_.run()]
-        if given.peers:
-            for engine, environment, dtype in PEERS:
-                python = given.peers / environment / "bin" / "python"
-                if not python.exists():  # installed in part, on purpose
-                    _show({"engine": engine, "dtype": dtype, "not_installed": str(python)})
-                    continue
-                rows += [_show(row) for row in _peer(python, engine, dtype, given)]
-    return rows
+    benchmark = Decode(
+        given.model or given.preset,
+        given.dtype,
+        tuple(given.sizes),
+        given.prompt_tokens,
+        given.new_tokens,
+        given.threads,
+        given.repeats,
+        given.preset is not None,
+        given.peers,
+        given.least_gb_per_s,
+    )
+    rows = [_show(row) for row in benchmark.run()]
+    return [row for row in rows if "tokens_per_s" in row]
 
 
 def serve(given: argparse.Namespace) -> list[Row]:
@@ -222,7 +209,7 @@ def serve(given: argparse.Namespace) -> list[Row]:
     for _ in range(given.repeats):
         with tempfile.TemporaryDirectory(prefix="gptj-benchmark-") as name:
             folder = Path(name)
-            rows += _loaded("gptj", given.dtype, ours(given.model, arguments, folder), given)
+            rows += _loaded(OURS, given.dtype, ours(given.model, arguments, folder), given)
             if given.peers:
                 python = given.peers / "vllm" / "bin" / "python"
                 rows += _loaded("vllm", "bfloat16", vllm(given.model, python, folder), given)
@@ -294,19 +281,11 @@ def _loaded(
             yield _show({"engine": engine, "dtype": dtype, **load.run(concurrency)})
 
 
-def _peer(python: Path, engine: str, dtype: str, given: argparse.Namespace) -> list[Row]:
-    """Another engine's measurements, run in its own environment."""
-    command = [str(python), str(PEER_SCRIPT), engine, given.model, f"--dtype={dtype}"]
-    command += [f"--batch={','.join(map(str, given.sizes))}", f"--threads={given.threads}"]
-    command += [f"--prompt-tokens={given.prompt_tokens}", f"--new-tokens={given.new_tokens}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PEER_SECONDS)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-
-
 def summarized(rows: Sequence[Row]) -> list[Row]:
-    """Medians over repeats, and the ratio to vLLM's bf16 tokens/s at the same size."""
+    """Medians over repeats, and our tokens/s by those of the best other engine of that dtype.
+
+    The ratio is the median of the repeats', in each of which engines were measured in turn.
+    """
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         size = row["batch"] if "batch" in row else row["concurrency"]
@@ -319,21 +298,30 @@ def summarized(rows: Sequence[Row]) -> list[Row]:
             if all(isinstance(row.get(name), int | float) for row in each)
         }
         summary.append({**numbers, "engine": engine, "dtype": dtype, "size": size})
-    theirs = {
-        row["size"]: row["tokens_per_s"]
-        for row in summary
-        if (row["engine"], row["dtype"]) == ("vllm", "bfloat16")
-    }
-    for row in summary:
-        if row["size"] in theirs:
-            row["times_vllm"] = round(row["tokens_per_s"] / theirs[row["size"]], 2)
+        disturbed = sum("disturbed" in row for row in each)
+        if disturbed:
+            summary[-1]["disturbed"] = f"{disturbed} of {len(each)}"
+        others = [
+            group
+            for (other, its_dtype, its_size), group in groups.items()
+            if (its_dtype, its_size) == (dtype, size) and other != OURS
+        ]
+        if engine == OURS and others:
+            summary[-1]["times_best_peer"] = round(
+                statistics.median(
+                    row["tokens_per_s"] / max(other["tokens_per_s"] for other in beside)
+                    for row, *beside in zip(each, *others, strict=True)
+                ),
+                2,
+            )
     return summary
 
 
 def table(summary: Sequence[Row]) -> str:
     """A Markdown table with a row per engine and size."""
-    names = ["engine", "dtype", "size", "tokens_per_s", "times_vllm", "share_of_memory_limit"]
+    names = ["engine", "dtype", "size", "tokens_per_s", "times_best_peer", "share_of_memory_limit"]
     names += ["first_token_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "failed"]
+    names += ["read_gb_per_s", "disturbed"]
     used = [name for name in names if any(name in row for row in summary)]
     lines = [used, ["---"] * len(used)]
     lines += [[str(row.get(name, "")) for name in used] for row in summary]

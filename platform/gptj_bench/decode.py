@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -26,83 +29,133 @@ from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.lora import LoRALimits
 from gptj.int4 import is_int4
 from gptj.sampling import SamplingParams
-from gptj_bench.machine import gpu_read_bandwidth, read_bandwidth
+from gptj_bench.machine import gpu_read_bandwidth
+from gptj_bench.pace import PaceProbe, Row, undisturbed
+from gptj_bench.peer import Peer
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
+OURS = "gptj"
 DTYPES = ("bfloat16", "float32", "float16", "int8", "int4", "fp8")
 TEXT_IDS = 50000  # ids below this are text in GPT-J's vocabulary
+# Other engines, each with its environment and a dtype that it supports.
+PEERS = (
+    ("vllm", "vllm", "bfloat16"),
+    ("vllm", "vllm", "float32"),
+    ("vllm", "vllm", "int8"),
+    ("ctranslate2", "hf", "int8"),
+    ("transformers", "hf", "bfloat16"),
+    *(("openvino", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
+    *(("openvino-paged", "ov", dtype) for dtype in ("bfloat16", "int8", "int4")),
+)
 
 
 @dataclass(frozen=True)
 class Decode:
     model: str  # an address, or the name of a preset
-    dtype: str  # one of DTYPES
+    dtypes: tuple[str, ...]  # of DTYPES
     batches: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
     threads: int
+    repeats: int
     is_preset: bool = False  # with random weights, created on the device
+    peers: Path | None = None  # environments by peers/setup.sh
+    least_gb_per_s: float = 0.0
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """One measurement per batch size; the first also has the limit set by memory bandwidth."""
+    def run(self) -> Iterator[Row]:
+        """Measurements of our engine and of peers, in turn, for each dtype and batch size."""
         torch.set_num_threads(self.threads)
-        before = self._bandwidth()
+        probe = PaceProbe(self.threads)
+        for dtype in self.dtypes:
+            with ExitStack() as stack:
+                engines: list[OurEngine | Peer] = [stack.enter_context(closing(self._ours(dtype)))]
+                for engine, environment, its_dtype in PEERS if self.peers else ():
+                    if its_dtype != dtype:
+                        continue
+                    python = cast("Path", self.peers) / environment / "bin" / "python"
+                    if not python.exists():  # installed in part, on purpose
+                        yield {"engine": engine, "dtype": dtype, "not_installed": str(python)}
+                        continue
+                    peer = Peer(python, engine, dtype, self._peer_options())
+                    engines.append(stack.enter_context(closing(peer)))
+                for batch, _, each in itertools.product(self.batches, range(self.repeats), engines):
+                    yield self._measured(each, batch, probe)
+
+    def _ours(self, dtype: str) -> OurEngine:
         most = max(self.batches)
-        cache_tokens = most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS)
-        runner = load_runner(
-            self.model, self.dtype, lambda _: cache_tokens, is_preset=self.is_preset
-        )
-        engine = Engine(
+        tokens = most * (self.prompt_tokens + self.new_tokens + SPARE_TOKENS)
+        runner = load_runner(self.model, dtype, lambda _: tokens, is_preset=self.is_preset)
+        return OurEngine(runner, dtype, most, self.prompt_tokens, self.new_tokens)
+
+    def _peer_options(self) -> list[str]:
+        return [
+            self.model,
+            f"--threads={self.threads}",
+            f"--prompt-tokens={self.prompt_tokens}",
+            f"--new-tokens={self.new_tokens}",
+        ]
+
+    def _measured(self, engine: OurEngine | Peer, batch: int, probe: PaceProbe) -> Row:
+        measure = partial(engine.measure, batch)
+        if torch.cuda.is_available():  # whose work no other program on the processor disturbs
+            row, bandwidth = measure(), gpu_read_bandwidth() / 1e9
+        else:
+            row = undisturbed(measure, probe, engine.processes, self.least_gb_per_s)
+            bandwidth = row["read_gb_per_s"]
+        if "weights_mb_a_step" in row:
+            steps = row["decode_tokens_per_s"] / batch
+            share = row["weights_mb_a_step"] * steps / 1e3 / bandwidth
+            row["share_of_memory_limit"] = round(share, 3)
+        return row
+
+
+class OurEngine:
+    """Our engine, measured in this process."""
+
+    def __init__(
+        self, runner: Runner, dtype: str, most: int, prompt_tokens: int, new_tokens: int
+    ) -> None:
+        self.engine, self.dtype = OURS, dtype
+        self.processes = [os.getpid()]
+        self._runner = runner
+        self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
+        self._warm: set[int] = set()
+        self._engine = Engine(
             runner,
             eos_ids=[],
             max_num_seqs=most,
             max_num_batched_tokens=max(512, most),
             prefix_caching=False,
         )
-        results = []
-        try:
-            for batch in self.batches:
-                results.append(self._measure(engine, batch, runner.config.vocab_size))
-        finally:
-            engine.close()
-            runner.close()
-        bandwidth = max(before, self._bandwidth())
-        for result in results:
-            if isinstance(runner, CpuRunner | CudaRunner):
-                steps = result["decode_tokens_per_s"] / result["batch"]
-                share = runner.bytes_read * steps / bandwidth
-                result |= {
-                    "weights_mb_a_step": round(runner.bytes_read / 1e6, 1),
-                    "read_gb_per_s": round(bandwidth / 1e9, 1),
-                    "share_of_memory_limit": round(share, 3),
-                }
-            yield result
 
-    def _bandwidth(self) -> float:
-        return gpu_read_bandwidth() if torch.cuda.is_available() else read_bandwidth(self.threads)
-
-    def _measure(self, engine: Engine, batch: int, vocabulary: int) -> dict[str, Any]:
-        numbers = random.Random(0)
-        below = min(TEXT_IDS, vocabulary)
+    def measure(self, batch: int) -> Row:
+        numbers = random.Random(batch)
+        below = min(TEXT_IDS, self._runner.config.vocab_size)
         prompts = [
-            [numbers.randrange(below) for _ in range(self.prompt_tokens)] for _ in range(batch)
+            [numbers.randrange(below) for _ in range(self._prompt_tokens)] for _ in range(batch)
         ]
-        generate(engine, prompts, WARM_UP_TOKENS)
-        timing = generate(engine, prompts, self.new_tokens)
-        return {
-            "engine": "gptj",
+        if batch not in self._warm:
+            generate(self._engine, prompts, WARM_UP_TOKENS)
+            self._warm.add(batch)
+        timing = generate(self._engine, prompts, self._new_tokens)
+        row: Row = {
+            "engine": self.engine,
             "dtype": self.dtype,
             "batch": batch,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "threads": self.threads,
             "tokens": timing.tokens,
             "tokens_per_s": round(timing.tokens / timing.seconds, 1),
             "first_token_s": round(timing.first_token_seconds, 3),
             # From the median time between tokens after all prompts are prefilled.
             "decode_tokens_per_s": round(batch / timing.step_seconds, 1),
         }
+        if isinstance(self._runner, CpuRunner | CudaRunner):
+            row["weights_mb_a_step"] = round(self._runner.bytes_read / 1e6, 1)
+        return row
+
+    def close(self) -> None:
+        self._engine.close()
+        self._runner.close()
 
 
 def load_runner(

@@ -1,17 +1,14 @@
-"""The machine of a measurement: processor, memory, versions and memory read bandwidth."""
+"""The machine of a measurement: processor, memory, versions, and how fast a GPU reads."""
 
 from __future__ import annotations
 
 import os
 import platform
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from gptj.engine.runners.cpu import library
 
 BYTES = 2**30  # read at a time: far larger than any cache
 TIMES = 5
@@ -34,23 +31,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def read_bandwidth(threads: int) -> float:
-    """Best bytes/s at which this many threads read memory; NaN without AVX2."""
-    try:
-        kernels = library.load()
-    except library.UnsupportedError:
-        return float("nan")
-    memory = torch.empty(BYTES, dtype=torch.uint8)
-    kernels.gptj_prefer_large_pages(memory.data_ptr(), BYTES)
-    memory.fill_(1)
-    best = 0.0
-    for _ in range(TIMES):
-        start = time.perf_counter()
-        kernels.gptj_read(memory.data_ptr(), BYTES, threads)
-        best = max(best, BYTES / (time.perf_counter() - start))
-    return best
 
 
 def gpu_read_bandwidth() -> float:

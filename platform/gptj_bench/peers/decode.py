@@ -1,12 +1,13 @@
 """Another engine's tokens/s on the CPU, run in that engine's own environment.
 
     decode.py vllm|ctranslate2|transformers|openvino|openvino-paged MODEL
-              --dtype bfloat16|float32|int8|int4 --batch 1,8,16
+              --dtype bfloat16|float32|int8|int4
               [--prompt-tokens 64] [--new-tokens 64] [--threads 2]
 
-Random prompts, greedy, ignoring eos, no prefix caching; prints one JSON object per batch size. It
-imports none of our code: the environment has only the engine. CTranslate2, OpenVINO and, for int8,
-vLLM get a converted model, which is written once beside the model's folder.
+Random prompts, greedy, ignoring eos, no prefix caching. Prints a JSON object once the model is
+loaded, and then one for each batch size that it reads, one a line, from its input. It imports none
+of our code: the environment has only the engine. CTranslate2, OpenVINO and, for int8, vLLM get a
+converted model, which is written once beside the model's folder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -234,18 +236,22 @@ def main() -> None:
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model")
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--batch", required=True)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     generate = ENGINES[given.engine](given.model, given.dtype, given.threads)
-    numbers = random.Random(0)
-    for batch in map(int, given.batch.split(",")):
+    print(json.dumps({"loaded": given.engine}), flush=True)
+    warm: set[int] = set()
+    for line in sys.stdin:
+        batch = int(line)
+        numbers = random.Random(batch)
         prompts = [
             [numbers.randrange(TEXT_IDS) for _ in range(given.prompt_tokens)] for _ in range(batch)
         ]
-        generate(prompts, WARM_UP_TOKENS)
+        if batch not in warm:
+            generate(prompts, WARM_UP_TOKENS)
+            warm.add(batch)
         start = time.perf_counter()
         generate(prompts, 1)
         prefilled = time.perf_counter()
