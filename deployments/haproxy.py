@@ -5,8 +5,9 @@ With RAY_SERVE_ENABLE_HA_PROXY=1 Ray Serve runs HAProxy on each node in place of
 HAProxy forwards requests directly to the replicas' own HTTP servers, which is faster; what that
 costs is in deployments/README.md. Ray writes its configuration, to which this program adds:
 
-- Requests are buffered, within a time limit, before a replica gets them: slow clients hold no
-  replica, and a request that fits the buffer is retried if its replica dies before answering.
+- Requests are buffered, within a time limit, before a replica gets them. One that fits the buffer
+  is retried if its replica dies before answering; what of a larger one is not sent in time holds a
+  connection of its replica, which limits them, but takes no other request's place.
 - HAProxy itself refuses what full replicas would refuse, at a small fraction of the cost. Like
   gptj.serving.entry.admission it learns from the replicas' refusals how many requests fit.
 - HAProxy's own errors have our body, those for a lack of room `Retry-After` too. Malformed or late
@@ -38,6 +39,7 @@ RETRY_SECONDS = 1  # for a refused client to wait
 # A connection that does not wait gets its next refusals after this time: refusing at once, again
 # and again, costs HAProxy more.
 DELAY_MILLISECONDS = 250
+PARTIAL = "gptj_partial"  # a table: requests whose body did not arrive whole, by application
 LIGHT = "/health /tokenize /detokenize"  # paths that need no room in the model's queue
 ROUTED = "-via-ingress-request-router"  # in the name of Ray's second backend of an application
 RETRIES = 2  # after the first try; a request that kills replicas must not kill them all
@@ -134,6 +136,8 @@ def amended(text: str, path: Path) -> str:
         text = text.replace("\ndefaults\n", f"\n{application.first_bound()}defaults\n", 1)
         text = text.replace(f"\nbackend {name}\n", f"\nbackend {name}\n{application.learning()}", 1)
     if applications:
+        table = "stick-table type string len 256 size 1k expire 1h store conn_cur"
+        text += f"\nbackend {PARTIAL}\n    {table}\n"
         rules = _refusing(names, applications)
         text = re.sub("^ *use_backend ", lambda found: rules + found[0], text, count=1, flags=re.M)
     return text
@@ -162,14 +166,16 @@ class Application:
         while it is reached. Refusals with a scope, such as one key's limits, say nothing about it.
         """
         needs_model = "{ var(txn.gptj_model) -m found }"
+        in_flight = "be_conn,sub(txn.gptj_partial)"
         refused = f"if {needs_model} {{ status 429 }} !scoped !lately"
         return f"""\
     acl scoped res.hdr(x-ratelimit-scope) -m found
     acl lately date(0,ms),sub(proc.{self.bound}_at) lt 1000
-    http-response set-var(proc.{self.bound}) be_conn,sub(1) {refused} {{ be_conn gt 1 }}
+    http-response set-var(proc.{self.bound}) {in_flight},sub(1) {refused} \
+{{ {in_flight} gt 1 }}
     http-response set-var(proc.{self.bound}_at) date(0,ms) {refused}
     http-response set-var(proc.{self.bound}) var(proc.{self.bound}),add(1) \
-if {needs_model} {{ status 200 }} {{ be_conn,sub(proc.{self.bound}) ge 0 }} {{ rand(2) eq 0 }}
+if {needs_model} {{ status 200 }} {{ {in_flight},sub(proc.{self.bound}) ge 0 }} {{ rand(2) eq 0 }}
 """
 
 
@@ -193,7 +199,9 @@ def _refusing(names: list[str], applications: Mapping[str, Application]) -> str:
     """Rules of the frontend: refuse what does not fit.
 
     Not requests of web pages, which could not read HAProxy's reply: the replicas know which pages
-    may (see gptj.serving.middleware.cors). A connection whose last refusal was within RETRY_SECONDS
+    may (see gptj.serving.middleware.cors). And not requests that are larger than the buffer or
+    chunked: they may be half sent for long, so they neither fill the service nor are refused for
+    it, except by the replicas. A connection whose last refusal was within RETRY_SECONDS
     has not waited as told to.
     """
     body = _body("the service is full: try again later", "rate_limit_error", None)
@@ -204,19 +212,26 @@ def _refusing(names: list[str], applications: Mapping[str, Application]) -> str:
     )
     lines = [
         f"timeout tarpit {DELAY_MILLISECONDS}ms",
-        "http-request set-var(txn.gptj_model) bool(true) "
-        f"if METH_POST !{{ path_end {LIGHT} }} !{{ req.hdr(origin) -m found }}",
+        "http-request set-var(txn.gptj_arrived) req.body_len",
+        "acl gptj_partial req.hdr(transfer-encoding) -m found",
+        "acl gptj_partial req.body_size,sub(txn.gptj_arrived) gt 0",
+        "http-request set-var(txn.gptj_model) bool(true) if METH_POST "
+        f"!gptj_partial !{{ path_end {LIGHT} }} !{{ req.hdr(origin) -m found }}",
         *(  # the longest prefix first
             f"http-request set-var(txn.gptj_app) str({name}) "
             f"if is_{name} !{{ var(txn.gptj_app) -m found }}"
             for name in names
         ),
+        f"http-request set-var(txn.gptj_partial) var(txn.gptj_app),table_conn_cur({PARTIAL}) "
+        "if { var(txn.gptj_app) -m found }",
         *(
             "http-request set-var(txn.gptj_full) bool(true) "
             f"if {{ var(txn.gptj_model) -m found }} {{ var(txn.gptj_app) -m str {name} }} "
-            f"{{ be_conn({name}),sub(proc.{application.bound}) ge 0 }}"
+            f"{{ be_conn({name}),sub(txn.gptj_partial),sub(proc.{application.bound}) ge 0 }}"
             for name, application in applications.items()
         ),
+        f"http-request track-sc0 var(txn.gptj_app) table {PARTIAL} "
+        "if gptj_partial { var(txn.gptj_app) -m found }",
         f"http-request set-log-level debug {full}",
         # Gone when a reply is written.
         f"http-request set-var(txn.gptj_id) req.fhdr(x-request-id) {full}",

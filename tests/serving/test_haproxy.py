@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -344,6 +344,36 @@ def test_before_applications_are_deployed_it_says_so(tmp_path: Path) -> None:
         reply = httpx.post(f"{url}/v1/completions", json={})
         assert_error(reply, 503, "no application is deployed yet")
         assert reply.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("head", "body"), [(b"", b"x" * 50_000), (b"X: " + b"x" * 20_000 + b"\r\n", b"x" * 13_000)]
+)
+def test_half_sent_large_requests_take_no_others_place(
+    head: bytes,
+    body: bytes,
+    tmp_path: Path,
+    replicas: list[Replica],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They do not fit the buffer, and so reach a replica before their end."""
+    monkeypatch.setattr(haproxy, "FIRST_BOUND", 5)
+    service = Running(tmp_path, replicas)
+    haproxy.amend(tmp_path / "haproxy.cfg")  # not again by the program
+    start = b"POST /app HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n" + head + b"\r\n" + body
+    with service.run() as url, ExitStack() as stack:
+        address = HOST, httpx.URL(url).port or 0
+        for _ in range(20):
+            slow = stack.enter_context(socket.create_connection(address))
+            slow.sendall(start)
+        time.sleep(0.3)
+        assert httpx.post(f"{url}/app", json={}).status_code == 200
+        large = httpx.post(f"{url}/app", json={"prompt": "x" * 100_000})
+        assert large.status_code == 200
+        slow.sendall(b"x" * (60_000 - len(body)))
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+        with full(f"{url}/app", replicas):  # the bound is learned, and kept, beside them
+            assert by_haproxy(httpx.post(f"{url}/app", json={}))
 
 
 @pytest.mark.parametrize("sent", ["head", "body"])

@@ -413,6 +413,83 @@ def test_invalid_http_gets_a_declared_error_at_once(address: str, content: bytes
     assert time.monotonic() - started < LimitedProtocol.limits.head_seconds / 2
 
 
+LARGE = b"x" * 70_000
+MANY = b"".join(b"x-%d: 1\r\n" % number for number in range(200))
+CHUNKED = request(b"POST", b"/v1/completions", b"Transfer-Encoding: chunked\r\n")[:-2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        request(b"GET", b"/health?" + LARGE),
+        request(b"GET", b"/health", b"X: " + LARGE + b"\r\n"),
+        request(b"GET", b"/health", MANY),
+        CHUNKED + b"\r\n0\r\n" + MANY + b"\r\n",
+    ],
+    ids=["target", "field", "fields", "trailers"],
+)
+def test_a_large_head_is_refused(address: str, content: bytes) -> None:
+    reply = exchange(address, content)
+    assert_error(reply, 431, "65536 bytes")  # type: ignore[arg-type]
+    assert reply.headers["x-request-id"] and reply.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"GET /",
+        b"GET /health HTTP/1.1\r\n",
+        b"GET /health HTTP/1.1\r\nX: ",
+        CHUNKED + b"\r\n0\r\nX: ",
+        CHUNKED + b"\r\n1;",
+    ],
+    ids=["method", "target", "name", "field", "trailer", "chunk extension"],
+)
+def test_a_line_without_an_end_takes_no_memory(address: str, start: bytes) -> None:
+    with connect(address) as connection:
+        connection.sendall(start)
+        with pytest.raises(ConnectionError):  # the server is gone, with what it has not read
+            for _ in range(1000):
+                connection.sendall(LARGE)
+
+
+def test_a_head_below_the_limits_is_served_whatever_its_pieces(address: str) -> None:
+    fields = b"".join(b"x-%d: %b\r\n" % (number, b"y" * 490) for number in range(120))
+    content = request(b"GET", b"/health", fields + b"Connection: close\r\n")
+    pieces = [content[at : at + 1000] for at in range(0, len(content), 1000)]
+    assert exchange(address, *pieces).status_code == 200
+    chunks = b"1\r\nx\r\n" * 20_000  # far more framing than body
+    reply = exchange(
+        address,
+        request(
+            b"POST",
+            b"/v1/completions",
+            b"Transfer-Encoding: chunked\r\nConnection: close\r\n",
+        ),
+        chunks + b"0\r\n\r\n",
+    )
+    assert_error(reply, 400, "JSON")  # type: ignore[arg-type]
+
+
+async def unfinished(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"part", "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@pytest.mark.parametrize("next_", [b"nonsense\r\n\r\n", request(b"GET", b"/", MANY)])
+def test_an_error_is_never_sent_within_another_reply(next_: bytes) -> None:
+    with listening(unfinished, LimitedProtocol) as service, connect(service) as connection:
+        connection.sendall(request(b"GET", b"/stream"))
+        content = b""
+        while b"part" not in content:
+            content += connection.recv(65536)
+        connection.sendall(next_)
+        assert connection.recv(65536) == b""
+
+
 def test_half_sent_requests_do_not_block_others(replicas: Replicas) -> None:
     """And the oldest connection of an address with too many is dropped first."""
     limits = ConnectionLimits(unfinished_per_address=100, grace_seconds=0.1)

@@ -20,6 +20,7 @@ DESCRIPTIONS = {
     408: "The request was not sent completely in time, or took longer than the service allows.",
     413: "The body is too large.",
     422: "A field is missing, unknown or of a wrong type. `param` names it.",
+    431: "The first line and headers are too large.",
     429: "The queue is full, or the key's limit is reached (`x-ratelimit-scope: key`): try again "
     "after `Retry-After` seconds.",
     500: "The model failed on this request.",
@@ -48,6 +49,13 @@ EXAMPLES = {
         None,
     ),
     422: ("n: Input should be a valid integer, got 'x'", "invalid_request_error", "n", None),
+    431: (
+        "the request's first line and headers are larger than 65536 bytes or have more than 128 "
+        "fields",
+        "invalid_request_error",
+        None,
+        None,
+    ),
     429: ("1024 requests wait already: try again later", "rate_limit_error", None, None),
     500: ("the model's output is not finite", "server_error", None, None),
     503: ("the model makes no progress", "server_error", None, None),
@@ -115,8 +123,8 @@ def _complete(operation: dict[str, Any], guarded: bool, is_open: bool) -> None:
     """Add the statuses of middleware, and the key."""
     responses = operation["responses"]
     responses.pop("422", None)
-    # 400: headers that cannot be read. 408, 429 and 503: by the proxy, see gptj.serving.entry.
-    statuses = [400, 408, 503] if is_open else [400, 401, 403, 408, 429, 503]
+    # 400: headers that cannot be read. 408, 429, 431 and 503: by the proxy, see gptj.serving.entry.
+    statuses = [400, 408, 431, 503] if is_open else [400, 401, 403, 408, 429, 431, 503]
     if "requestBody" in operation:
         statuses += [413, 422]
     responses.update({str(status): _error(status) for status in statuses})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import uuid
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
@@ -18,7 +19,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gptj.serialization.json_object import to_json
 from gptj.serving.entry.admission import FULL, Gate
-from gptj.serving.errors import APIError, InvalidRequestError, RequestTimeoutError
+from gptj.serving.errors import (
+    APIError,
+    HeadTooLargeError,
+    InvalidRequestError,
+    RequestTimeoutError,
+)
 from gptj.serving.middleware.observing import HEADER as REQUEST_ID
 
 # Requests with these headers are left to the middleware, which interprets them.
@@ -49,6 +55,9 @@ REFUSAL = error_bytes(FULL)
 class ConnectionLimits:
     """Limits of one server process."""
 
+    # Of a request's head, the first line and trailers included: as much as other servers take.
+    head_bytes: int = 65_536
+    head_fields: int = 128
     head_seconds: float = 20.0  # to send a request's head; the first counts from connecting
     body_seconds: float = 60.0  # to send its body
     unread_seconds: float = 30.0  # for a client to read some of its reply, again and again
@@ -191,6 +200,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._reading: Timer | None = None  # while the client does not read
         self._pending_bytes = 0  # of the reply, when that began
         self._phase = "head"
+        self._head_bytes = self._head_fields = 0  # parsed
+        self._unparsed_bytes = 0  # received since the last that was parsed, at least
         self._refusing = False  # reject the current request once its body has arrived
         self._refused_at = float("-inf")
         self._pending: tuple[bytes, bool, asyncio.TimerHandle] | None = None  # a refusal
@@ -223,19 +234,53 @@ class LimitedProtocol(HttpToolsProtocol):
     def eof_received(self) -> None:
         self._refuse_now()
 
+    def data_received(self, data: bytes) -> None:
+        self._unparsed_bytes += len(data)
+        super().data_received(data)
+        if self._deadline is not None and self._unparsed_bytes > self.limits.head_bytes:
+            self._fail(self._head_too_large())  # a line without an end
+
     def on_message_begin(self) -> None:
         self._refuse_now()
         self._unset_keepalive_if_required()  # which the refusal may have begun
         super().on_message_begin()
+        self._head_bytes = self._head_fields = self._unparsed_bytes = 0
         self._await_rest("head", self.limits.head_seconds)
 
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._head_fields += 1
+        self._count(len(name) + len(value))
+
+    def on_chunk_header(self) -> None:
+        self._unparsed_bytes = 0
+
+    def _count(self, size: int) -> None:
+        """Raises HeadTooLargeError, upon which the parser stops: see send_400_response."""
+        self._unparsed_bytes = 0
+        self._head_bytes += size
+        if self._head_bytes > self.limits.head_bytes or self._head_fields > self.limits.head_fields:
+            raise self._head_too_large()
+
+    def _head_too_large(self) -> HeadTooLargeError:
+        return HeadTooLargeError(
+            f"the request's first line and headers are larger than {self.limits.head_bytes} bytes "
+            f"or have more than {self.limits.head_fields} fields"
+        )
+
     def on_headers_complete(self) -> None:
+        self._unparsed_bytes = 0
         self._await_rest("body", self.limits.body_seconds)
         self._refusing = self._is_refused()
         if not self._refusing:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._unparsed_bytes = 0
         if not self._refusing:
             super().on_body(body)
 
@@ -245,10 +290,8 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_message_complete()
             return
         self._refusing = False
-        given = next((value for name, value in self.headers if name == REQUEST_ID), None)
-        id_ = given if given is not None and given.isascii() else str(uuid.uuid4()).encode()
         keeps = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        own = [(REQUEST_ID, id_), *([] if keeps else [(b"connection", b"close")])]
+        own = [(REQUEST_ID, self._request_id()), *([] if keeps else [(b"connection", b"close")])]
         lines = [*self.server_state.default_headers, *own]
         head = b"".join(b"%b: %b\r\n" % line for line in lines)
         reply = b"".join([STATUS_LINE[429], head, REFUSAL])
@@ -324,12 +367,24 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cut_later()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse_now()
+        raised = sys.exception()
+        if raised is not None and isinstance(raised.__context__, HeadTooLargeError):
+            self._fail(raised.__context__)
+            return
         error = InvalidRequestError(
             "this is not a valid HTTP/1.1 request: check its first line, headers and framing",
             code="invalid_http",
         )
-        self._refuse(error)
+        self._fail(error)
+
+    def _fail(self, error: APIError) -> None:
+        """Answer what cannot be parsed, and close: where the next request begins is unknown."""
+        self._refuse_now()
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self._cut()  # an error in the middle of another reply would look like a part of it
+        else:
+            self._refuse(error)
 
     def give_up(self, reason: str) -> None:
         """End a half-sent request."""
@@ -361,9 +416,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self.unfinished.discard(self)
 
     def _refuse(self, error: APIError) -> None:
-        head = [STATUS_LINE[error.status], b"connection: close\r\n"]
+        id_ = b"%b: %b\r\n" % (REQUEST_ID, self._request_id())
+        head = [STATUS_LINE[error.status], id_, b"connection: close\r\n"]
         self.transport.write(b"".join([*head, error_bytes(error)]))
         self._close()
+
+    def _request_id(self) -> bytes:
+        """The client's, if its head came so far; otherwise a new one."""
+        headers = getattr(self, "headers", ())  # set once a request begins
+        given = next((value for name, value in headers if name == REQUEST_ID), None)
+        return given if given is not None and given.isascii() else str(uuid.uuid4()).encode()
 
     def _close(self) -> None:
         """Close once the client has read the pending reply, or after close_seconds."""
