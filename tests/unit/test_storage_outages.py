@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ import pytest
 from faulty_s3 import Fault, FaultyS3, Reply, Request
 
 from gptj import storage
+from gptj.checkpoints.manifest import FolderWriter, verify
 from gptj.storage import retries
+from gptj.storage import s3_upload as storage_s3
 from gptj_local.s3 import LocalS3
 
 PARTS = 2 * storage.PART_BYTES + 12_345
@@ -253,3 +256,104 @@ def test_the_next_run_cleans_up_after_dead_writers(
     storage.delete_unfinished(str(tmp_path))
     storage.delete_unfinished(str(tmp_path / "absent"))
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a"]
+
+
+class TakenOverError(Exception):
+    """Of a fence: another process has the folder now."""
+
+
+@dataclass
+class Rival:
+    """Another process, which takes over while a request of ours is on its way."""
+
+    folder: str
+    taken: bool = False
+
+    def fence(self) -> None:
+        if self.taken:
+            raise TakenOverError
+
+    def finish(self, names: Iterable[str]) -> None:
+        self.taken = True
+        with FolderWriter(self.folder) as writer:
+            for name in names:
+                writer.write(name, b"good")
+
+
+@pytest.mark.parametrize("fate", ["lost on the way", "arrives late", "arrives, reply lost"])
+@pytest.mark.parametrize("size", [4, storage_s3.WRITE_PART_BYTES + 1], ids=["small", "parts"])
+@pytest.mark.parametrize("leftover", [False, True], ids=["new", "leftover"])
+def test_a_writer_whose_request_stalls_never_alters_a_finished_folder(
+    fate: str, size: int, leftover: bool, faulty: FaultyS3, folder: str
+) -> None:
+    """The request that publishes a file, which may be tried again for minutes."""
+    rival, stalled = Rival(folder), []
+    if leftover:
+        storage.write_bytes(f"{folder}/weights", b"of a writer that died")
+
+    def publishes(request: Request) -> bool:
+        if "weights" not in request.path:
+            return False
+        return (
+            "uploadId" in request.path
+            if request.method == "POST"
+            else (request.method == "PUT" and "uploadId" not in request.path)
+        )
+
+    def stall(request: Request) -> Fault:
+        if stalled or not publishes(request):
+            return None
+        stalled.append(request)
+        rival.finish(["weights", "config.json"])
+        return {"lost on the way": Reply(503), "arrives, reply lost": "lost"}.get(fate)
+
+    faulty.fault = stall
+    with (
+        pytest.raises((TakenOverError, storage.AlreadyExistsError)),
+        FolderWriter(folder, fence=rival.fence) as late,
+    ):
+        with late.open("weights", size) as file:
+            file.write(b"l" * size)
+        late.write("config.json", b"late")
+    assert stalled
+    verify(folder)
+    assert storage.read_bytes(f"{folder}/weights") == b"good"
+
+
+@pytest.mark.parametrize("delete", [storage.delete, storage.delete_folder])
+def test_a_fenced_process_deletes_nothing_after_another_took_over(
+    delete: Callable[[str], None], faulty: FaultyS3, folder: str
+) -> None:
+    rival, stalled = Rival(folder), []
+    storage.write_bytes(f"{folder}/weights", b"of a writer that died")
+
+    def stall(request: Request) -> Fault:
+        if stalled or not (request.method == "DELETE" or "?delete" in request.path):
+            return None
+        stalled.append(request)
+        rival.finish(["weights"])
+        return Reply(503)
+
+    faulty.fault = stall
+    address = folder if delete is storage.delete_folder else f"{folder}/weights"
+    with pytest.raises(TakenOverError), storage.fenced(folder, rival.fence):
+        delete(address)
+    assert stalled
+    verify(folder)
+    delete(address)  # no longer fenced
+
+
+def test_a_fence_lets_its_holder_outlast_an_outage(faulty: FaultyS3, folder: str) -> None:
+    """Though the fence itself needs S3."""
+    checks = []
+
+    def fence() -> None:
+        checks.append(storage.list_files(folder))
+
+    left = times(faulty, OUTAGE, lambda request: request.method in ("PUT", "POST"))
+    with FolderWriter(folder, fence=fence) as writer:
+        writer.write("a", b"a")
+        with writer.open("b", PARTS) as file:
+            file.write(bytes(PARTS))
+    assert not left and len(checks) > len(OUTAGE)
+    verify(folder)

@@ -14,7 +14,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from reprlib import repr as shown
 from typing import IO, Any
@@ -248,7 +248,8 @@ class FolderWriter:
     file, if the folder has a manifest: finished folders never change.
 
     Args:
-        fence: called before each file is published; raises if this process may no longer write.
+        fence: called before each file is published, and before a request to S3 is tried again;
+            raises if this process may no longer write.
     """
 
     def __init__(
@@ -257,9 +258,13 @@ class FolderWriter:
         self.folder = normalized(folder)
         self._fence = fence
         self._files: dict[str, FileRecord] = {}
+        self._leftovers: set[str] = set()  # of a writer that died
+        self._open = ExitStack()
 
     def __enter__(self) -> FolderWriter:
         self._check()
+        self._leftovers = {file.name for file in storage.list_files(self.folder)}
+        self._open.enter_context(storage.fenced(self.folder, self._fence))
         return self
 
     def _check(self) -> None:
@@ -272,23 +277,32 @@ class FolderWriter:
             )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._fence()
-            Manifest(self.folder, self._files).write()
+        with self._open:
+            if kind is None:
+                self._fence()
+                Manifest(self.folder, self._files).write()
+
+    def _make_room(self, name: str) -> None:
+        """Delete a leftover: files are only created, so that another writer's stay as they are."""
+        self._check()
+        if name in self._leftovers:
+            storage.delete(storage.join(self.folder, name))
+            self._leftovers.remove(name)
 
     def write(self, name: str, content: bytes) -> None:
-        self._check()
-        storage.write_bytes(storage.join(self.folder, name), content)
+        self._make_room(name)
+        storage.write_bytes(storage.join(self.folder, name), content, if_absent=True)
         self._files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
     @contextmanager
     def open(self, name: str, size: int) -> Iterator[HashingFile]:
         """A file of `size` bytes to write sequentially; hashed as it is written."""
-        with storage.open_write(storage.join(self.folder, name), expected_size=size) as file:
+        address = storage.join(self.folder, name)
+        with storage.open_write(address, expected_size=size, if_absent=True) as file:
             hashing = HashingFile(file)
             yield hashing
             assert hashing.size == size, f"{name}: {hashing.size} bytes written of {size} planned"
-            self._check()
+            self._make_room(name)
         self._files[name] = FileRecord(hashing.size, hashing.hash.hexdigest())
 
 

@@ -24,7 +24,8 @@ class APIError(Exception):
     PermissionDeniedError (403): another application's key. NotFoundError (404): unknown model.
     RequestTimeoutError (408). BodyTooLargeError (413). WrongShapeError (422): missing or unknown
     fields, or wrong types. OverloadedError (429): try again later. RateLimitError (429): over the
-    key's limits. HeadTooLargeError (431). ModelError (500): our fault. UnavailableError (503): try again elsewhere or later.
+    key's limits. HeadTooLargeError (431). ModelError (500): our fault. UnavailableError (503): try
+    again elsewhere or later.
 
     Args:
         message: for the client, with the value and the remedy.

@@ -8,8 +8,8 @@ through outages (gptj.storage.retries). Writes are atomic on both kinds of stora
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -50,6 +50,7 @@ __all__ = [
     "download",
     "download_folder",
     "exists",
+    "fenced",
     "for_each",
     "is_s3",
     "join",
@@ -155,16 +156,18 @@ def write_bytes(address: str, content: bytes, *, if_absent: bool = False) -> Non
 
 
 def open_write(
-    address: str, *, expected_size: int | None = None
+    address: str, *, expected_size: int | None = None, if_absent: bool = False
 ) -> AbstractContextManager[IO[bytes]]:
     """A file to write sequentially; it appears when the block ends without an error.
+
+    With `if_absent`, the block's end raises AlreadyExistsError if there is one by then.
 
     To S3 it is uploaded in parts while it is written: memory holds a few parts, and no disk is
     needed. `expected_size` (bytes) makes the parts large enough for a file of more than 80 GB.
     """
     if is_s3(address):
-        return _s3.open_write(address, expected_size)
-    return local.open_write(address, if_absent=False)
+        return _s3.open_write(address, expected_size, if_absent=if_absent)
+    return local.open_write(address, if_absent=if_absent)
 
 
 def download(address: str, path: str | Path) -> None:
@@ -229,6 +232,21 @@ def be_patient() -> None:
     workers of a run whose storage was already checked at submission.
     """
     _s3_client.retry_policy().patient = True
+
+
+@contextmanager
+def fenced(address: str, fence: Callable[[], None]) -> Iterator[None]:
+    """Call `fence` before requests that change something on S3 are tried again.
+
+    It raises if this process may no longer write: a request may be retried for minutes, in which
+    others take over. The caller checks the fence before the first try. Holds for all requests of
+    this process, if the address is on S3.
+    """
+    if not is_s3(address):
+        yield
+        return
+    with _s3_client.retry_policy().fenced(fence):
+        yield
 
 
 def check_writable(address: str) -> None:

@@ -12,8 +12,11 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from botocore.awsrequest import AWSRequest
 from botocore.exceptions import (
     ConnectionError,
     HTTPClientError,
@@ -57,6 +60,30 @@ class Retries:
         self.patient = False  # whether the server has answered
         self._lock = threading.Lock()
         self._logged = 0.0
+        self._fence: Callable[[], None] | None = None
+        self._checking = threading.local()  # the fence itself sends requests
+
+    @contextmanager
+    def fenced(self, fence: Callable[[], None]) -> Iterator[None]:
+        """See storage.fenced; an inner fence replaces an outer one."""
+        before, self._fence = self._fence, fence
+        try:
+            yield
+        finally:
+            self._fence = before
+
+    def check_fence(self, request: AWSRequest, **_: Any) -> None:
+        """Handler of botocore's request-created event, which precedes every try."""
+        fence = self._fence
+        retried = "gptj_failed" in request.context
+        if fence is None or not retried or request.method in ("GET", "HEAD"):
+            return
+        if not getattr(self._checking, "now", False):
+            self._checking.now = True
+            try:
+                fence()
+            finally:
+                self._checking.now = False
 
     def needs_retry(
         self,

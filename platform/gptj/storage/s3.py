@@ -38,13 +38,13 @@ from gptj.storage.s3_client import (
     is_out_of_range,
     no_bucket,
     retry_policy,
-    was_retried,
 )
 from gptj.storage.s3_upload import (
     MAX_PARTS,
     WRITE_PART_BYTES,
     MultipartUpload,
     StreamingUpload,
+    put_once,
     upload_file,
 )
 
@@ -151,30 +151,13 @@ def open_read(address: str, buffer_bytes: int) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(address: str, content: bytes, *, if_absent: bool) -> None:
-    bucket, key = split_s3(address)
-    condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
-    try:
-        with explaining(bucket, key):
-            client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
-    except AlreadyExistsError as error:
-        retried = was_retried(error.__cause__, "PreconditionFailed", "412")
-        if not retried or not _has_content(address, content):
-            raise
-
-
-def _has_content(address: str, content: bytes) -> bool:
-    found = memoryview(bytearray(len(content)))
-    if size(address) != len(content):
-        return False
-    if content:
-        read_scattered(address, 0, [found])
-    return found == content
+    put_once(address, content, if_absent=if_absent)
 
 
 @contextmanager
-def open_write(address: str, expected_size: int | None) -> Iterator[IO[bytes]]:
+def open_write(address: str, expected_size: int | None, *, if_absent: bool) -> Iterator[IO[bytes]]:
     part_bytes = max(WRITE_PART_BYTES, -(-(expected_size or 0) // MAX_PARTS))
-    upload = StreamingUpload(address, part_bytes)
+    upload = StreamingUpload(address, part_bytes, if_absent=if_absent)
     try:
         yield upload  # type: ignore[misc]  # callers only need write()
     except BaseException:

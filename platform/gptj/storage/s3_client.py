@@ -79,6 +79,7 @@ def _client_for(
         raise StorageError(f"{error}; remedy: correct AWS_ENDPOINT_URL") from error
     retries = Retries(client.meta.endpoint_url)
     client.meta.events.register("needs-retry.s3", retries.needs_retry)  # type: ignore[arg-type]
+    client.meta.events.register("request-created.s3", retries.check_fence)
     retries.clock.register(client.meta.events)
     return client, retries
 

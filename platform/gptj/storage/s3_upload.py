@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from s3transfer.utils import ReadFileChunk
 
 from gptj.storage.addresses import split_s3
-from gptj.storage.errors import NotFoundError, StorageError
+from gptj.storage.errors import AlreadyExistsError, NotFoundError, StorageError
 from gptj.storage.parallel import PARALLEL, for_each
 from gptj.storage.s3_client import client, explaining, was_retried
 
@@ -27,11 +27,40 @@ MAX_PARTS = 10_000  # S3's limit
 logger = logging.getLogger(__name__)
 
 
+# After a retry: an earlier try succeeded, or another writer did.
+_PERHAPS_DONE = ("NoSuchUpload", "PreconditionFailed", "412")
+
+
+def condition(if_absent: bool) -> dict[str, Any]:
+    """The arguments of a request that writes."""
+    return {"IfNoneMatch": "*"} if if_absent else {}
+
+
+def put_once(address: str, content: bytes, *, if_absent: bool) -> None:
+    """Write an object in one request; a try that succeeded unseen counts as ours."""
+    bucket, key = split_s3(address)
+    try:
+        with explaining(bucket, key):
+            client().put_object(Bucket=bucket, Key=key, Body=content, **condition(if_absent))
+    except AlreadyExistsError as error:
+        if not was_retried(error.__cause__, *_PERHAPS_DONE) or not _has_content(
+            bucket, key, content
+        ):
+            raise
+
+
+def _has_content(bucket: str, key: str, content: bytes) -> bool:
+    with explaining(bucket, key):
+        found = client().get_object(Bucket=bucket, Key=key)
+        return found["ContentLength"] == len(content) and found["Body"].read() == content
+
+
 class MultipartUpload:
     """A multipart upload in progress: parts in any order, then `complete` or `abort`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, if_absent: bool = False) -> None:
         self._address = address
+        self._condition = condition(if_absent)
         self._bucket, self._key = split_s3(address)
         self._lock = Lock()
         self._size = 0  # bytes sent
@@ -67,9 +96,10 @@ class MultipartUpload:
                     Key=self._key,
                     UploadId=self._upload_id,
                     MultipartUpload={"Parts": parts},
+                    **self._condition,
                 )
         except StorageError as error:
-            if not was_retried(error.__cause__, "NoSuchUpload") or not self._is_there(parts):
+            if not was_retried(error.__cause__, *_PERHAPS_DONE) or not self._is_there(parts):
                 raise
 
     def _is_there(self, parts: Sequence[Part]) -> bool:
@@ -121,8 +151,8 @@ def upload_file(path: Path, address: str, size: int, part_bytes: int) -> None:
 class StreamingUpload:
     """A sequential writer whose parts are uploaded by background threads."""
 
-    def __init__(self, address: str, part_bytes: int) -> None:
-        self._address = address
+    def __init__(self, address: str, part_bytes: int, *, if_absent: bool = False) -> None:
+        self._address, self._if_absent = address, if_absent
         self._part_bytes = part_bytes
         self._buffer = bytearray()
         self._upload: MultipartUpload | None = None
@@ -143,9 +173,7 @@ class StreamingUpload:
     def finish(self) -> None:
         try:
             if self._upload is None:  # it fits in one request
-                bucket, key = split_s3(self._address)
-                with explaining(bucket, key):
-                    client().put_object(Bucket=bucket, Key=key, Body=bytes(self._buffer))
+                put_once(self._address, bytes(self._buffer), if_absent=self._if_absent)
                 return
             if self._buffer:
                 self._send(bytes(self._buffer))
@@ -164,7 +192,7 @@ class StreamingUpload:
 
     def _send(self, part: bytes) -> None:
         if self._upload is None:
-            self._upload = MultipartUpload(self._address)
+            self._upload = MultipartUpload(self._address, if_absent=self._if_absent)
         waiting = [future for future in self._parts if not future.done()]
         if len(waiting) >= PARALLEL // 4:  # bound the memory
             wait(waiting, return_when=FIRST_COMPLETED)

@@ -449,10 +449,7 @@ class _Run:
             self.worker.fence()
             self._log.publish(self.settings.folder, self._log.snapshot())
             self._log.close()
-            if storage.exists(storage.join(address, MANIFEST)):
-                logger.info("replacing %s, exported before the run was extended", address)
-            storage.delete(storage.join(address, MANIFEST))  # first: it marks the folder as a model
-            storage.delete_folder(address)
+            self._delete_export(address)
         export_model(
             model,
             address,
@@ -465,6 +462,20 @@ class _Run:
         )
         if self._log is not None:
             logger.info("wrote %s in %s", address, duration(time.monotonic() - started))
+
+    def _delete_export(self, address: str) -> None:
+        """Delete what an earlier attempt exported, before the run was extended, or in part.
+
+        Never what a later attempt has exported, hence the fences: see storage.fenced.
+        """
+        with storage.fenced(address, self.worker.fence):
+            manifest = storage.join(address, MANIFEST)
+            if storage.exists(manifest):
+                logger.info("replacing %s, exported before the run was extended", address)
+            self.worker.fence()
+            storage.delete(manifest)  # first: it marks the folder as a model
+            self.worker.fence()
+            storage.delete_folder(address)
 
     def _step(self, engine: Any, data: Data, loader: Loader) -> None:
         """Run one optimizer step; this rank computes its share of the global batch."""
