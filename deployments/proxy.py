@@ -25,6 +25,7 @@ from deployments import haproxy
 from deployments.logs import follow_serve
 from deployments.metrics import refusal_counter
 from gptj.serving.entry.admission import Admission, Gate
+from gptj.serving.entry.backstop import Backstop
 from gptj.serving.entry.connections import ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.prefix_keys import PrefixKeys
@@ -56,6 +57,7 @@ def middlewares() -> list[Middleware]:
         Middleware(BodyLimit, max_bytes=LARGEST_BODY_BYTES),  # each application has its own
         Middleware(Edge),
         Middleware(Tracing),
+        Middleware(Backstop),
         Middleware(RequestIds),
         Middleware(ReadableRefusals),
     ]

@@ -25,6 +25,7 @@ from test_serving_edge import BODY, Reply, request
 
 from gptj.serving.entry import connections
 from gptj.serving.entry.admission import MAX_KNOWN, Admission, Gate
+from gptj.serving.entry.backstop import Backstop
 from gptj.serving.entry.connections import UNSENT_BYTES, ConnectionLimits, LimitedProtocol
 from gptj.serving.entry.event_stream import DivergedError, EventStream
 from gptj.serving.entry.failover import MAX_TRIES, Failover
@@ -470,6 +471,31 @@ def test_a_head_below_the_limits_is_served_whatever_its_pieces(address: str) -> 
         chunks + b"0\r\n\r\n",
     )
     assert_error(reply, 400, "JSON")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("after", ["nothing", "a stream's beginning", "another beginning"])
+def test_an_error_of_ours_is_never_plain_text(after: str) -> None:
+    async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+        if after != "nothing":
+            kind = b"text/event-stream" if "stream" in after else b"application/json"
+            headers = [(b"Content-Type", kind)]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        raise ZeroDivisionError("ours")
+
+    with listening(RequestIds(Backstop(breaks)), LimitedProtocol) as service:
+        if after == "another beginning":
+            with pytest.raises(httpx.RemoteProtocolError):
+                httpx.get(service)
+            return
+        reply = httpx.get(service)
+        assert reply.headers["x-request-id"]
+        if after == "nothing":
+            assert_error(reply, 500, "see its log")
+        else:
+            first, error, done, _ = reply.text.split("\n\n")
+            assert (first, done) == ("data: 1", "data: [DONE]")
+            assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
 async def unfinished(scope: Scope, receive: Receive, send: Send) -> None:
