@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +19,8 @@ from http_server import listening
 from playwright.sync_api import Locator, Page, Route, expect
 from serving_client import complete
 from serving_models import KEY, mounted
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 from gptj.serving.app import add_health, new_app
 from gptj.serving.pages import playground
@@ -129,6 +133,35 @@ def test_a_stream_is_shown_live_and_can_be_stopped(open_page: Open, service: str
     assert generate(page, prompt="The tower", max_tokens="3")
 
 
+@contextmanager
+def scripted(
+    stream: Callable[[], AsyncIterator[bytes]],
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a service with this stream, and the bodies of its requests."""
+    bodies: list[dict[str, Any]] = []
+    app = new_app("generation", pages=playground())
+    add_health(app, lambda: True, "never")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"data": [{"id": name, "chat_template": True} for name in ("a-model", "loaded")]}
+
+    @app.post("/v1/completions")
+    @app.post("/v1/chat/completions")
+    async def answer(request: Request) -> StreamingResponse:
+        bodies.append(await request.json())
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    with listening(app) as address:
+        yield address, bodies
+
+
+def event(text: str) -> bytes:
+    """A chunk of a completion, and of a chat."""
+    choice = {"index": 0, "text": text, "delta": {"content": text}, "finish_reason": None}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+
+
 def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
     open_page: Open, service: str
 ) -> None:
@@ -191,6 +224,26 @@ def test_a_chat_continues_turn_by_turn(open_page: Open, service: str) -> None:
     expect(page.locator("#message")).to_be_focused()
     fill(page, **{"chat-max_tokens": "9"})
     assert len(say(page, "x")) == 2
+
+
+def test_a_new_chat_forgets_a_reply_being_written(open_page: Open) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield event("An answer")
+        if len(bodies) == 1:
+            await asyncio.sleep(60)  # until the client has left
+        yield b"data: [DONE]\n\n"
+
+    with scripted(stream) as (address, bodies):
+        page = open_page(f"{address}/#chat", refused=("404",))
+        part(page, "chat", "submit").click()
+        expect(page.locator(".said").last).to_have_text("An answer")
+        part(page, "chat", "clear").click()
+        expect(part(page, "chat", "submit")).to_have_attribute("aria-disabled", "false")
+        expect(page.locator("#message")).to_have_value("")  # it was sent
+        expect(part(page, "chat", "result")).to_be_hidden()
+        expect(part(page, "chat", "error")).to_be_hidden()
+        assert say(page, "Anew") == ["Anew", "An answer"]
+    assert [each["content"] for each in bodies[-1]["messages"]] == ["Anew"]
 
 
 def test_a_model_without_a_template_has_no_chat_tab(open_page: Open) -> None:

@@ -46,6 +46,7 @@ class Chat {
 
   async #say(fields, signal) {
     const status = this.form.part("status");
+    const turns = this.turns; // another list, once "New chat" is pressed
     const user = this.#show("user", fields.message);
     const reply = this.#show("assistant", "");
     this.form.part("result").hidden = false;
@@ -61,7 +62,7 @@ class Chat {
         reply.lastChild.textContent = content;
       }
     } catch (error) {
-      if (error.name !== "AbortError") {
+      if (error.name !== "AbortError" && this.turns === turns) {
         status.textContent = "";
         user.remove();
         reply.remove();
@@ -70,10 +71,13 @@ class Chat {
       }
       reason = "user";
     }
-    this.turns.push({ role: "user", content: fields.message }, { role: "assistant", content });
-    this.form.form.elements.message.value = "";
+    const { message } = this.form.form.elements;
+    if (message.value === fields.message) message.value = ""; // else the next is being written
+    if (this.turns === turns) {
+      turns.push({ role: "user", content: fields.message }, { role: "assistant", content });
+      status.textContent = ENDS[reason] ?? "Done.";
+    }
     this.form.form.dispatchEvent(new Event("input")); // update the code sample, which includes the turns
-    status.textContent = ENDS[reason] ?? "Done.";
   }
 
   #show(role, content) {
