@@ -162,6 +162,44 @@ def event(text: str) -> bytes:
     return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
 
 
+async def loses_its_connection() -> AsyncIterator[bytes]:
+    yield event("visible")
+    await asyncio.sleep(0.1)
+    raise ConnectionError("its machine is gone")
+
+
+async def lacks_its_end() -> AsyncIterator[bytes]:
+    yield event("visible")
+
+
+async def ends_in_an_error() -> AsyncIterator[bytes]:
+    yield event("visible")
+    yield b'data: {"error": {"message": "the replica died", "param": null}}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (loses_its_connection, "The connection was lost"),
+        (lacks_its_end, "The stream ended early"),
+        (ends_in_an_error, "the replica died"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_not_called_none(
+    open_page: Open, stream: Callable[[], AsyncIterator[bytes]], reason: str
+) -> None:
+    with scripted(stream) as (address, _):
+        page = open_page(address, refused=("404", "net::ERR_INCOMPLETE_CHUNKED_ENCODING"))
+        for tab in ("generate", "chat"):
+            page.click(f"#{tab}")
+            part(page, tab, "submit").click()
+            error = part(page, tab, "error")
+            expect(error.locator("strong")).to_have_text("The answer was interrupted.")
+            expect(error).to_contain_text(reason)
+        assert text(part(page, "generate", "tokens")).endswith("visible")
+        expect(part(page, "generate", "status")).to_contain_text("Interrupted.")
+
+
 def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
     open_page: Open, service: str
 ) -> None:

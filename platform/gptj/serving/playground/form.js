@@ -171,6 +171,7 @@ function read(field) {
 }
 
 function titleOf(error, field) {
+  if (error.broken) return "The answer was interrupted.";
   if (error.status === 0) return "No answer.";
   if (field) return `“${field.labels[0].textContent}” is wrong.`;
   if (error.status === 404) return "Not found.";
