@@ -163,6 +163,7 @@ export class Form {
 function read(field) {
   if (field.type === "checkbox") return field.checked ? true : undefined;
   const value = field.value;
+  if (field.list) return value.trim() || field.placeholder || undefined; // what it shows
   if (field.tagName === "TEXTAREA" || field.name.startsWith("inputs")) return value;
   if (value === "" && !field.validity.badInput) return undefined;
   if (field.type !== "number") return value;
