@@ -274,6 +274,33 @@ def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
     expect(shown).to_be_hidden()
 
 
+def test_alternatives_stay_under_the_pointer_and_close_on_escape(open_page: Open) -> None:
+    """WCAG 1.4.13: content on hover or focus is hoverable, dismissible and persistent."""
+    page = open_page()
+    generate(page, prompt="The tower", temperature="0", max_tokens="40")
+    shown = part(page, "generate", "alternatives")
+    token = page.locator(".token:not(:empty)").first
+    token.hover()
+    expect(shown).to_be_visible()
+    (start, end) = (token.bounding_box(), shown.bounding_box())
+    assert start and end
+    page.mouse.move(end["x"] + 5, start["y"] + start["height"] - 1)
+    page.mouse.move(end["x"] + 5, end["y"] + end["height"] / 2, steps=40)
+    expect(shown).to_be_visible()
+    expect(token).to_have_class("token current")
+    page.mouse.down()  # the tokens lose the focus, if they have it
+    page.mouse.up()
+    expect(shown).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(shown).to_be_hidden()
+    part(page, "generate", "tokens").focus()
+    page.keyboard.press("ArrowRight")
+    expect(shown).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(shown).to_be_hidden()
+    expect(part(page, "generate", "tokens")).to_be_focused()
+
+
 def say(page: Page, message: str) -> list[str]:
     """All turns of the chat, when the message is answered."""
     page.fill("#message", message)
