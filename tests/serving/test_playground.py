@@ -354,6 +354,35 @@ def test_a_new_chat_forgets_a_reply_being_written(open_page: Open) -> None:
     assert [each["content"] for each in bodies[-1]["messages"]] == ["Anew"]
 
 
+# What a screen reader announces of a live region: additions outside of what is hidden from it.
+LISTENER = """() => {
+  window.heard = [];
+  const log = document.querySelector("[role=log]");
+  new MutationObserver((changes) => {
+    for (const { addedNodes } of changes)
+      for (const node of addedNodes)
+        if (!(node.closest ? node : node.parentElement)?.closest("[aria-hidden=true]"))
+          window.heard.push(node.textContent);
+  }).observe(log, { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_a_screen_reader_hears_each_turn_once_when_it_is_complete(open_page: Open) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        for word in ("One", " two", " three"):
+            yield event(word)
+            await asyncio.sleep(0.1)
+        yield b"data: [DONE]\n\n"
+
+    with scripted(stream) as (address, _):
+        page = open_page(f"{address}/#chat", refused=("404",))
+        page.evaluate(LISTENER)
+        for message in ("Hello", "Again"):
+            say(page, message)
+    whole = "ModelOne two three"
+    assert page.evaluate("heard") == ["YouHello", whole, "YouAgain", whole]
+
+
 def test_a_model_without_a_template_has_no_chat_tab(open_page: Open) -> None:
     page = open_page("/guarded/#chat", refused=("401", "404"))
     page.fill("#key", KEY)

@@ -49,6 +49,8 @@ class Chat {
     const turns = this.turns; // another list, once "New chat" is pressed
     const user = this.#show("user", fields.message);
     const reply = this.#show("assistant", "");
+    // Hidden until complete: screen readers would announce each token.
+    reply.setAttribute("aria-hidden", "true");
     this.form.part("result").hidden = false;
     status.textContent = "Answering …";
     let content = "";
@@ -75,6 +77,8 @@ class Chat {
     if (message.value === fields.message) message.value = ""; // else the next is being written
     if (this.turns === turns) {
       turns.push({ role: "user", content: fields.message }, { role: "assistant", content });
+      reply.remove();
+      this.#show("assistant", content); // an addition to the log, which is announced
       status.textContent = ENDS[reason] ?? "Done.";
     }
     this.form.form.dispatchEvent(new Event("input")); // update the code sample, which includes the turns
