@@ -429,6 +429,12 @@ def test_half_sent_requests_time_out(hasty: str, part: bytes) -> None:
     reply = exchange(hasty, part)
     assert_error(reply, 408, "was not sent to its end: its ")  # type: ignore[arg-type]
     assert reply.headers["connection"] == "close"
+    assert reply.headers["x-request-id"]
+
+
+def test_a_request_whose_body_is_late_gets_its_id_back(hasty: str) -> None:
+    head = request(b"POST", b"/v1/completions", b"X-Request-Id: an-id\r\n", BODY)
+    assert exchange(hasty, head).headers["x-request-id"] == "an-id"
 
 
 def test_an_idle_connection_is_closed(hasty: str) -> None:
@@ -465,6 +471,7 @@ def test_invalid_http_gets_a_declared_error_at_once(address: str, content: bytes
     started = time.monotonic()
     reply = exchange(address, content)
     assert_error(reply, 400, "not a valid HTTP/1.1 request")  # type: ignore[arg-type]
+    assert reply.headers["x-request-id"]
     assert time.monotonic() - started < LimitedProtocol.limits.head_seconds / 2
 
 
