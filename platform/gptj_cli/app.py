@@ -335,6 +335,13 @@ def serve(
         print(f"\n{serving.curl(base, application, pairs=service.pairs)}")
         for what, page in serving.pages(base, application).items():
             print(f"{what:<11} {page}")
+    if unguarded := serving.open_to_all(host, base, config):
+        print(
+            f"\nwarning: everyone who can reach port {port} of this machine can use "
+            f"{', '.join(unguarded)}; remedy: leave out --host {host}, or require keys: gptj down, "
+            f"export GPTJ_API_KEYS=…, gptj up",
+            file=sys.stderr,
+        )
 
 
 @app.command()

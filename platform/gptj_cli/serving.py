@@ -15,6 +15,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,26 @@ def wait_until_healthy(url: str, seconds: float = 60) -> None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{url} does not answer: {error}") from error
             time.sleep(0.2)
+
+
+def open_to_all(host: str, base: str, config: dict[str, Any]) -> list[str]:
+    """The applications that other machines can use without a key, by name."""
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return []
+    return [
+        application["name"]
+        for application in config["applications"]
+        if not _needs_key(f"{base}{application['route_prefix'].rstrip('/')}/v1/models")
+    ]
+
+
+def _needs_key(url: str) -> bool:
+    """Whether a GET without a key is refused; an application need not have the route."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code == HTTPStatus.UNAUTHORIZED
 
 
 def pages(base: str, application: dict[str, Any]) -> dict[str, str]:

@@ -34,8 +34,8 @@ NAMES = (
     *(RUNNING, WAITING, ONGOING, TOKENS, PAGES_USED, PAGES_TOTAL),
     *(REQUESTS, FIRST_TOKEN, LATENCY),
 )
-# Routes that do not run the model.
-OTHER_ROUTES = ("/health", "unknown", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info")
+# Routes that run the model, below their application's prefix. Others, such as pages, do not count.
+WORK_ROUTES = frozenset(("/", "/v1/completions", "/v1/chat/completions"))
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,13 @@ def status(now: Reading, before: Reading) -> Status:
     metrics = Metrics(now.samples, before.samples, seconds)
     applications = []
     for name, each in sorted(now.details["applications"].items()):
+        prefix = each["route_prefix"] or ""
         replicas = [
             Replica(
                 replica["replica_id"],
                 replica["state"],
                 replica["node_ip"] or "",
-                metrics.numbers([replica["replica_id"]]),
+                metrics.numbers([replica["replica_id"]], prefix),
             )
             for deployment in each["deployments"].values()
             for replica in deployment["replicas"]
@@ -216,11 +217,11 @@ def status(now: Reading, before: Reading) -> Status:
         applications.append(
             Application(
                 name,
-                each["route_prefix"] or "",
+                prefix,
                 each["status"],
                 each["message"],
                 sum(d.get("target_num_replicas") or 0 for d in each["deployments"].values()),
-                metrics.numbers([replica.id for replica in replicas]),
+                metrics.numbers([replica.id for replica in replicas], prefix),
                 replicas,
                 _arguments(each).get("checkpoint"),
             )
@@ -240,45 +241,45 @@ class Metrics:
         self._now, self._before = _by_replica(now), _by_replica(before)
         self._seconds = seconds
 
-    def numbers(self, replicas: Sequence[str]) -> Numbers:
-        """The total of these replicas."""
+    def numbers(self, replicas: Sequence[str], prefix: str) -> Numbers:
+        """The total of these replicas, whose application has this prefix."""
         running = self._sum(RUNNING, replicas)
         return Numbers(
             _whole(self._sum(ONGOING, replicas) if running is None else running),
             _whole(self._sum(WAITING, replicas)),
-            self._rate(REQUESTS, replicas),
-            self._rate(TOKENS, replicas),
+            self._rate(REQUESTS, replicas, prefix),
+            self._rate(TOKENS, replicas, prefix),
             _whole(self._sum(PAGES_USED, replicas)),
             _whole(self._sum(PAGES_TOTAL, replicas)),
-            self._percentiles(FIRST_TOKEN, replicas),
-            self._percentiles(LATENCY, replicas),
+            self._percentiles(FIRST_TOKEN, replicas, prefix),
+            self._percentiles(LATENCY, replicas, prefix),
         )
 
     def _sum(self, name: str, replicas: Sequence[str]) -> float | None:
         values = [each.value for id_ in replicas for each in self._now.get((id_, name), ())]
         return sum(values) if values else None
 
-    def _rate(self, name: str, replicas: Sequence[str]) -> float | None:
+    def _rate(self, name: str, replicas: Sequence[str], prefix: str) -> float | None:
         if not self._seconds:
             return None
         total = known = 0.0
         found = False
         for replica in replicas:
-            now = [each for each in self._now.get((replica, name), ()) if _works(each)]
+            now = [each for each in self._now.get((replica, name), ()) if _works(each, prefix)]
             found |= bool(now)
             total += sum(each.value for each in now)
             before = self._before.get((replica, name), ())
-            known += sum(each.value for each in before if _works(each))
+            known += sum(each.value for each in before if _works(each, prefix))
         return (total - known) / self._seconds if found else None
 
-    def _percentiles(self, name: str, replicas: Sequence[str]) -> Percentiles | None:
+    def _percentiles(self, name: str, replicas: Sequence[str], prefix: str) -> Percentiles | None:
         """Between the readings, or since the start if nothing was counted between them."""
         total: defaultdict[float, float] = defaultdict(float)
         recent: defaultdict[float, float] = defaultdict(float)
         for replica in replicas:
             for sign, samples in ((1, self._now), (-1, self._before)):
                 for each in samples.get((replica, name), ()):
-                    if _works(each):
+                    if _works(each, prefix):
                         bound = float(each.labels["le"])
                         recent[bound] += sign * each.value
                         total[bound] += max(sign, 0) * each.value
@@ -310,8 +311,10 @@ def _by_replica(samples: Iterable[Sample]) -> dict[tuple[str, str], list[Sample]
     return dict(found)
 
 
-def _works(sample: Sample) -> bool:
-    return not sample.labels.get("route", "").endswith(OTHER_ROUTES)
+def _works(sample: Sample, prefix: str) -> bool:
+    """Whether it is of a route that runs the model, or of all the model's work."""
+    route = sample.labels.get("route")
+    return route is None or (route.removeprefix(prefix.rstrip("/")) or "/") in WORK_ROUTES
 
 
 def _whole(value: float | None) -> int | None:

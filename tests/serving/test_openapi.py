@@ -20,6 +20,8 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 from serving_models import Models, applications, make_models
 
+from gptj.serving.keys.ledger import Limits, Standing, headers
+
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 
@@ -147,6 +149,30 @@ def test_the_examples_are_answered(documents: dict[str, Any], prefix: str) -> No
                 assert reply.status_code == 200, (example, reply.text)
             examples += 1
     assert examples >= 2
+
+
+def test_documents_declare_the_headers_and_statuses_that_every_operation_has(
+    models: Models,
+) -> None:
+    whole = Standing("requests", 1.0, 0, 0, 1.0, 1.0, 0)
+    limits = headers(Limits(requests=1, tokens=1, concurrent=1), whole).keys() - {"retry-after"}
+    with applications(models) as apps:
+        documents = [app.openapi() for app in apps.values()]
+    for document in documents:
+        defined = document["components"]["headers"]
+        assert defined.keys() == {"X-Request-Id", *limits}
+        for operations in document["paths"].values():
+            for method, operation in operations.items():
+                responses = operation["responses"]
+                assert {"400", "408", "431", "500", "503"} <= responses.keys()
+                for status, response in responses.items():
+                    declared = response["headers"]
+                    assert declared["X-Request-Id"] == {"$ref": "#/components/headers/X-Request-Id"}
+                    if method == "post" and status in ("200", "400", "429", "500", "503"):
+                        assert limits <= declared.keys()
+                    if status in ("429", "503"):
+                        assert "Retry-After" in declared
+                    assert ("x-ratelimit-scope" in declared) == (status == "429")
 
 
 def test_documents_declare_key_authentication(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +19,8 @@ from http_server import listening
 from playwright.sync_api import Locator, Page, Route, expect
 from serving_client import complete
 from serving_models import KEY, mounted
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 
 from gptj.serving.app import add_health, new_app
 from gptj.serving.pages import playground
@@ -129,6 +133,116 @@ def test_a_stream_is_shown_live_and_can_be_stopped(open_page: Open, service: str
     assert generate(page, prompt="The tower", max_tokens="3")
 
 
+@contextmanager
+def scripted(
+    stream: Callable[[], AsyncIterator[bytes]],
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a service with this stream, and the bodies of its requests."""
+    bodies: list[dict[str, Any]] = []
+    app = new_app("generation", pages=playground())
+    add_health(app, lambda: True, "never")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"data": [{"id": name, "chat_template": True} for name in ("a-model", "loaded")]}
+
+    @app.post("/v1/completions")
+    @app.post("/v1/chat/completions")
+    async def answer(request: Request) -> StreamingResponse:
+        bodies.append(await request.json())
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    with listening(app) as address:
+        yield address, bodies
+
+
+def event(text: str) -> bytes:
+    """A chunk of a completion, and of a chat."""
+    choice = {"index": 0, "text": text, "delta": {"content": text}, "finish_reason": None}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+
+
+async def loses_its_connection() -> AsyncIterator[bytes]:
+    yield event("visible")
+    await asyncio.sleep(0.1)
+    raise ConnectionError("its machine is gone")
+
+
+async def lacks_its_end() -> AsyncIterator[bytes]:
+    yield event("visible")
+
+
+async def ends_in_an_error() -> AsyncIterator[bytes]:
+    yield event("visible")
+    yield b'data: {"error": {"message": "the replica died", "param": null}}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (loses_its_connection, "The connection was lost"),
+        (lacks_its_end, "The stream ended early"),
+        (ends_in_an_error, "the replica died"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_not_called_none(
+    open_page: Open, stream: Callable[[], AsyncIterator[bytes]], reason: str
+) -> None:
+    with scripted(stream) as (address, _):
+        page = open_page(address, refused=("404", "net::ERR_INCOMPLETE_CHUNKED_ENCODING"))
+        for tab in ("generate", "chat"):
+            page.click(f"#{tab}")
+            part(page, tab, "submit").click()
+            error = part(page, tab, "error")
+            expect(error.locator("strong")).to_have_text("The answer was interrupted.")
+            expect(error).to_contain_text(reason)
+        assert text(part(page, "generate", "tokens")).endswith("visible")
+        expect(part(page, "generate", "status")).to_contain_text("Interrupted.")
+
+
+def test_any_adapter_can_be_chosen_by_its_name(open_page: Open) -> None:
+    """The service lists only those that the replica which answers has in memory."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield event("text") + b"data: [DONE]\n\n"
+
+    def send(tab: str, typed: str) -> Any:
+        field = page.get_by_role("combobox", name="Model").locator("visible=true")
+        field.focus()
+        page.keyboard.press("Control+A")
+        page.keyboard.press("Delete")
+        page.keyboard.type(typed)
+        code = part(page, tab, "code")
+        expect(code.locator("pre").nth(0)).to_contain_text(f'"model":"{typed or "a-model"}"')
+        expect(code.locator("pre").nth(1)).to_contain_text(f'model="{typed or "a-model"}"')
+        page.keyboard.press("Control+Enter")
+        expect(part(page, tab, "status")).to_contain_text("Done")
+        return bodies[-1]["model"]
+
+    with scripted(stream) as (address, bodies):
+        page = open_page(address, refused=("404",))
+        for tab in ("generate", "chat"):
+            page.click(f"#{tab}")
+            page.click(f"#{tab}-panel summary")
+            suggested = page.locator(f"#{tab}-panel datalist option")
+            names = suggested.evaluate_all("all => all.map(({ value }) => value)")
+            assert names == ["a-model", "loaded"]
+            assert send(tab, "team/not-loaded") == "team/not-loaded"
+            if tab == "chat":
+                page.fill("#message", "again")
+            assert send(tab, "") == "a-model"
+
+
+def test_a_model_that_does_not_exist_is_an_error_at_its_field(open_page: Open) -> None:
+    page = open_page(refused=("404",))
+    fill(page, model="team/nothing", max_tokens="3")
+    part(page, "generate", "submit").click()
+    expect(part(page, "generate", "error")).to_contain_text("team/nothing")
+    expect(page.locator("#model")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#model")).to_be_focused()
+    assert generate(page, prompt="The tower", model="generation")
+
+
 def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
     open_page: Open, service: str
 ) -> None:
@@ -158,6 +272,33 @@ def test_alternatives_are_shown_on_hover_and_by_the_arrow_keys(
         )
     page.keyboard.press("Tab")
     expect(shown).to_be_hidden()
+
+
+def test_alternatives_stay_under_the_pointer_and_close_on_escape(open_page: Open) -> None:
+    """WCAG 1.4.13: content on hover or focus is hoverable, dismissible and persistent."""
+    page = open_page()
+    generate(page, prompt="The tower", temperature="0", max_tokens="40")
+    shown = part(page, "generate", "alternatives")
+    token = page.locator(".token:not(:empty)").first
+    token.hover()
+    expect(shown).to_be_visible()
+    (start, end) = (token.bounding_box(), shown.bounding_box())
+    assert start and end
+    page.mouse.move(end["x"] + 5, start["y"] + start["height"] - 1)
+    page.mouse.move(end["x"] + 5, end["y"] + end["height"] / 2, steps=40)
+    expect(shown).to_be_visible()
+    expect(token).to_have_class("token current")
+    page.mouse.down()  # the tokens lose the focus, if they have it
+    page.mouse.up()
+    expect(shown).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(shown).to_be_hidden()
+    part(page, "generate", "tokens").focus()
+    page.keyboard.press("ArrowRight")
+    expect(shown).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(shown).to_be_hidden()
+    expect(part(page, "generate", "tokens")).to_be_focused()
 
 
 def say(page: Page, message: str) -> list[str]:
@@ -191,6 +332,55 @@ def test_a_chat_continues_turn_by_turn(open_page: Open, service: str) -> None:
     expect(page.locator("#message")).to_be_focused()
     fill(page, **{"chat-max_tokens": "9"})
     assert len(say(page, "x")) == 2
+
+
+def test_a_new_chat_forgets_a_reply_being_written(open_page: Open) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield event("An answer")
+        if len(bodies) == 1:
+            await asyncio.sleep(60)  # until the client has left
+        yield b"data: [DONE]\n\n"
+
+    with scripted(stream) as (address, bodies):
+        page = open_page(f"{address}/#chat", refused=("404",))
+        part(page, "chat", "submit").click()
+        expect(page.locator(".said").last).to_have_text("An answer")
+        part(page, "chat", "clear").click()
+        expect(part(page, "chat", "submit")).to_have_attribute("aria-disabled", "false")
+        expect(page.locator("#message")).to_have_value("")  # it was sent
+        expect(part(page, "chat", "result")).to_be_hidden()
+        expect(part(page, "chat", "error")).to_be_hidden()
+        assert say(page, "Anew") == ["Anew", "An answer"]
+    assert [each["content"] for each in bodies[-1]["messages"]] == ["Anew"]
+
+
+# What a screen reader announces of a live region: additions outside of what is hidden from it.
+LISTENER = """() => {
+  window.heard = [];
+  const log = document.querySelector("[role=log]");
+  new MutationObserver((changes) => {
+    for (const { addedNodes } of changes)
+      for (const node of addedNodes)
+        if (!(node.closest ? node : node.parentElement)?.closest("[aria-hidden=true]"))
+          window.heard.push(node.textContent);
+  }).observe(log, { subtree: true, childList: true, characterData: true });
+}"""
+
+
+def test_a_screen_reader_hears_each_turn_once_when_it_is_complete(open_page: Open) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        for word in ("One", " two", " three"):
+            yield event(word)
+            await asyncio.sleep(0.1)
+        yield b"data: [DONE]\n\n"
+
+    with scripted(stream) as (address, _):
+        page = open_page(f"{address}/#chat", refused=("404",))
+        page.evaluate(LISTENER)
+        for message in ("Hello", "Again"):
+            say(page, message)
+    whole = "ModelOne two three"
+    assert page.evaluate("heard") == ["YouHello", whole, "YouAgain", whole]
 
 
 def test_a_model_without_a_template_has_no_chat_tab(open_page: Open) -> None:
@@ -320,7 +510,7 @@ def test_a_key_is_requested_and_kept_only_in_this_tab(open_page: Open) -> None:
     page.fill("#key", KEY)
     page.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
-    expect(page.locator("#model")).to_have_value("org/guarded")
+    expect(page.locator("#model")).to_have_attribute("placeholder", "org/guarded")
     assert generate(page, prompt="The tower", max_tokens="3")
     stored = page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]")
     assert stored == [[KEY], 0, ""]
@@ -329,7 +519,7 @@ def test_a_key_is_requested_and_kept_only_in_this_tab(open_page: Open) -> None:
     expect(code).to_contain_text("$GPTJ_API_KEY")
     assert KEY not in page.content()
     page.reload()
-    expect(page.locator("#model")).to_have_value("org/guarded")
+    expect(page.locator("#model")).to_have_attribute("placeholder", "org/guarded")
     page.click("#key-button")
     page.click("#key-forget")
     assert page.evaluate("sessionStorage.length") == 0
@@ -371,11 +561,11 @@ def test_late_refusals_leave_a_key_being_typed_and_one_in_use(open_page: Open) -
     release_third(page)
     expect(page.locator("#key")).to_have_value(KEY)
     page.keyboard.press("Enter")
-    expect(page.locator("#model")).to_have_value("org/guarded")
+    expect(page.locator("#model")).to_have_attribute("placeholder", "org/guarded")
 
     page = open_held()
     page.keyboard.press("Enter")
-    expect(page.locator("#model")).to_have_value("org/guarded")
+    expect(page.locator("#model")).to_have_attribute("placeholder", "org/guarded")
     release_third(page)
     expect(page.get_by_role("dialog")).to_be_hidden()
 
@@ -384,7 +574,7 @@ def test_a_busy_service_is_retried_after_its_retry_after(open_page: Open, servic
     page = open_page("/guarded/", refused=("401", "404", "429"))
     page.fill("#key", KEY)
     page.keyboard.press("Enter")
-    expect(page.locator("#model")).to_have_value("org/guarded")
+    expect(page.locator("#model")).to_have_attribute("placeholder", "org/guarded")
     page.fill("#max_tokens", "3")
     error = part(page, "generate", "error")
     with full(service):
@@ -437,7 +627,7 @@ def test_a_tab_without_an_application_says_so_until_it_answers(open_page: Open) 
 
 def test_everything_can_be_done_by_keyboard(open_page: Open) -> None:
     page = open_page()
-    expect(page.locator("#model")).to_have_value("generation")
+    expect(page.locator("#model")).to_have_attribute("placeholder", "generation")
     for _ in range(3):  # past the link and the key
         page.keyboard.press("Tab")
     expect(page.locator("#generate")).to_be_focused()
@@ -510,10 +700,10 @@ def test_the_code_examples_do_what_the_form_does(open_page: Open, tab: str) -> N
     places = {"generate": "prompt", "chat": "message", "classify": "inputs", "ask": "context"}
     page.fill(f"#{places[tab]}", awkward)
     if tab == "chat":
-        expect(page.locator("#chat-model")).to_have_value("generation")
+        expect(page.locator("#chat-model")).to_have_attribute("placeholder", "generation")
         fill(page, **{"chat-temperature": "0", "chat-max_tokens": "5"})
     if tab == "generate":
-        expect(page.locator("#model")).to_have_value("generation")
+        expect(page.locator("#model")).to_have_attribute("placeholder", "generation")
         fill(page, temperature="0", max_tokens="5", repetition_penalty="1.1")
         page.uncheck("#logprobs")
     page.click(f"#{tab}-panel summary")

@@ -23,7 +23,7 @@ from serving_models import Models, applications, mounted
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_serving_edge import BODY, Reply, request
 
-from gptj.serving.entry import connections
+from gptj.serving.entry import connections, event_stream
 from gptj.serving.entry.admission import MAX_KNOWN, Admission, Gate
 from gptj.serving.entry.backstop import Backstop
 from gptj.serving.entry.connections import UNSENT_BYTES, ConnectionLimits, LimitedProtocol
@@ -238,6 +238,61 @@ def test_other_applications_streams_pass_unchanged(parts: list[bytes]) -> None:
     assert not sent[-1].get("more_body", False)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("\n", "\n"), ("\r\n", "\r\n"), ("\r", "\r"), ("\r\n", "\n"), ("\n", "\r")],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+def test_an_event_is_sent_on_as_soon_as_it_is_complete(first: str, second: str, size: int) -> None:
+    """Whatever ends its lines, and wherever the stream is cut."""
+    end = first + second
+    text = "".join(f"event: x{first}data: {number}{end}" for number in range(3)).encode()
+    stream = EventStream()
+    received = sent = b""
+    for start in range(0, len(text), size):
+        part = text[start : start + size]
+        received += part
+        sent += stream.feed(part)
+        assert received.startswith(sent)
+        whole = received.rpartition(end.encode())
+        assert len(sent) >= len(whole[0] + whole[1])
+    assert sent == text
+    assert stream.finish() == b""
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+def test_the_end_of_a_stream_is_recognized_by_any_end_of_line(end: bytes) -> None:
+    stream = EventStream()
+    assert stream.feed(b"data: [DONE]" + end) == b"data: [DONE]" + end
+    assert stream.done
+
+
+def test_an_event_without_an_end_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "MAX_EVENT_BYTES", 1000)
+    stream = EventStream()
+    parts = [b"data: " + b"x" * 500, b"x" * 700, b"\r", b"\n\r\n", b"data: the next\n\n"]
+    held = 0
+    sent = b""
+    for part in parts:
+        sent += stream.feed(part)
+        held = max(held, len(stream._partial))
+    assert sent == b"".join(parts)
+    assert held <= 1000
+    stream.restart()
+    with pytest.raises(DivergedError):
+        stream.feed(b"x" * 1001)
+
+
+def test_another_applications_events_are_not_repeated_by_a_retry() -> None:
+    for event in (b"data: a text\n\n", b"event: x\r\ndata: {}\r\n\r\n", b'data: "error"\n\n'):
+        stream = EventStream()
+        assert stream.feed(event) == event
+        stream.restart()
+        assert stream.feed(b": a comment\n\n") == b": a comment\n\n"
+        with pytest.raises(DivergedError):
+            stream.feed(event)
+
+
 def test_chat_streams_resume_too() -> None:
     def event(**delta: Any) -> bytes:
         chunk = {"id": "a", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
@@ -375,6 +430,12 @@ def test_half_sent_requests_time_out(hasty: str, part: bytes) -> None:
     reply = exchange(hasty, part)
     assert_error(reply, 408, "was not sent to its end: its ")  # type: ignore[arg-type]
     assert reply.headers["connection"] == "close"
+    assert reply.headers["x-request-id"]
+
+
+def test_a_request_whose_body_is_late_gets_its_id_back(hasty: str) -> None:
+    head = request(b"POST", b"/v1/completions", b"X-Request-Id: an-id\r\n", BODY)
+    assert exchange(hasty, head).headers["x-request-id"] == "an-id"
 
 
 def test_an_idle_connection_is_closed(hasty: str) -> None:
@@ -411,6 +472,7 @@ def test_invalid_http_gets_a_declared_error_at_once(address: str, content: bytes
     started = time.monotonic()
     reply = exchange(address, content)
     assert_error(reply, 400, "not a valid HTTP/1.1 request")  # type: ignore[arg-type]
+    assert reply.headers["x-request-id"]
     assert time.monotonic() - started < LimitedProtocol.limits.head_seconds / 2
 
 

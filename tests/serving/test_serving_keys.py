@@ -33,7 +33,14 @@ from gptj.serving.app import new_app
 from gptj.serving.keys import keyring
 from gptj.serving.keys.account import Account, reserve_tokens
 from gptj.serving.keys.keyring import Key, Keys, digest
-from gptj.serving.keys.ledger import WINDOW_SECONDS, Counts, Limits, LocalLedger, Standing
+from gptj.serving.keys.ledger import (
+    WINDOW_SECONDS,
+    Counts,
+    Limits,
+    LocalLedger,
+    Standing,
+    headers,
+)
 from gptj.serving.metrics import NoRecorder
 from gptj.workers.errors import QueueFullError
 
@@ -109,6 +116,7 @@ def test_keys_come_and_go_without_a_restart(guarded: str, file: KeyFile) -> None
         (yaml.safe_dump({"keys": [entry("a", requests_per_minute=0)]}), "requests_per_minute"),
         (yaml.safe_dump({"keys": [entry("a"), entry("a")]}), "several keys named a"),
         ("a-secret-put-here", "valid dictionary"),
+        ("", "valid dictionary"),
     ],
 )
 def test_an_invalid_file_changes_nothing_and_is_not_logged(
@@ -211,17 +219,34 @@ def test_concurrent_requests_of_a_key_are_limited(guarded: str, file: KeyFile) -
     long = {**BODY, "max_tokens": 1500, "stream": True}
     headers = {"Authorization": "Bearer two"}
     url = f"{guarded}/v1/completions"
+    limit, left = (f"x-ratelimit-{each}-concurrent-requests" for each in ("limit", "remaining"))
     with ExitStack() as stack:
-        for _ in range(2):
+        for number in (1, 2):
             stream = stack.enter_context(
                 httpx.stream("POST", url, json=long, headers=headers, timeout=60)
             )
             assert stream.status_code == 200
-        assert_error(ask(guarded, "two"), 429, "2 requests at a time")
+            assert stream.headers[limit] == "2" and stream.headers[left] == str(2 - number)
+        refused = ask(guarded, "two")
+        assert_error(refused, 429, "2 requests at a time")
+        assert refused.headers[limit] == "2" and refused.headers[left] == "0"
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["x-ratelimit-scope"] == "key"
     deadline = time.monotonic() + 30  # those whose client has left do not run any more
     while ask(guarded, "two").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_an_older_ledgers_standing_has_no_headers_of_concurrency() -> None:
+    """The actor lives on when replicas are replaced, and does not know what is new."""
+    standing = object.__new__(Standing)
+    known = vars(Standing(remaining_requests=1))
+    vars(standing).update({name: known[name] for name in known if name != "remaining_concurrent"})
+    found = headers(Limits(requests=2, concurrent=2), standing)
+    assert found.keys() == {
+        f"x-ratelimit-{each}-requests" for each in ("limit", "remaining", "reset")
+    }
 
 
 def test_the_limit_holds_in_every_sliding_minute() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from serving_models import CONTEXT, PROMPTS, SENTENCES, UNUSED, Models
+from serving_models import CONTEXT, PROMPTS, SENTENCES, UNUSED, Models, applications
 
 from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.pages import docs, playground
+from gptj_cli.status import WORK_ROUTES
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -64,3 +66,19 @@ def test_each_service_describes_its_routes(service: str) -> None:
         body = schema["paths"][route]["post"]["requestBody"]["content"]["application/json"]
         name = body["schema"]["$ref"].rpartition("/")[2]
         assert field in schema["components"]["schemas"][name]["properties"]
+
+
+# Routes that do not run the model: `gptj status` does not count them.
+OTHER_ROUTES = {
+    *("/health", "/openapi.json", "/v1/models", "/v1/models/{model_id}"),
+    *("/tokenize", "/detokenize", "/tokenizer_info"),
+}
+
+
+def test_gptj_status_counts_the_routes_that_run_the_model(models: Models) -> None:
+    """A new route is to be listed here or there."""
+    with applications(models) as apps:
+        routes = {route.path_format for app in apps.values() for route in app.routes}  # type: ignore[attr-defined]
+    assert routes == WORK_ROUTES | OTHER_ROUTES
+    pages = {page.path_format for page in [*playground().values(), *docs().values()]}
+    assert pages.isdisjoint(WORK_ROUTES)

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import readme
 import yaml
+from http_server import listening
 from ray.job_submission import JobDetails
 from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
-from serving_models import SENTENCES, Models, make_models
+from serving_models import SENTENCES, Models, make_models, mounted
 from typer.testing import CliRunner
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
@@ -29,8 +30,10 @@ from gptj.data.labels import read_labels
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
 from gptj.errors import CheckpointError
+from gptj.serving.app import add_health, new_app
 from gptj.storage.errors import AccessDeniedError
 from gptj.training.settings import SettingsError, read_settings
+from gptj_cli import cluster, serving
 from gptj_cli.app import _of_this_terminal, app, main
 from gptj_cli.local import Local, Process, down, is_up
 from gptj_cli.scores import rendered
@@ -492,6 +495,37 @@ def test_the_checkpoints_determine_the_configuration(addresses: dict[str, str]) 
         "/two/classification",
     ]
     assert several[0]["deployments"][0]["autoscaling_config"]["max_replicas"] == 3
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"),
+    [("0.0.0.0", None, True), ("0.0.0.0", "a-key", False), ("127.0.0.1", None, False)],
+)
+def test_a_service_that_everyone_can_use_has_a_warning(
+    addresses: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    keys: str | None,
+    warned: bool,
+) -> None:
+    """It is the services that tell: their keys are those of `gptj up`'s environment."""
+    if keys is not None:
+        monkeypatch.setenv("GPTJ_API_KEYS", keys)
+    apps = {prefix: new_app(prefix) for prefix in ("/", "/classification")}
+    for each in apps.values():
+        add_health(each, lambda: True, "")
+    monkeypatch.delenv("GPTJ_API_KEYS", raising=False)
+    monkeypatch.setattr(cluster, "dashboard_address", lambda folder: "http://nowhere")
+    monkeypatch.setattr(serving, "has_gpus", lambda dashboard: False)
+    monkeypatch.setattr(serving, "deploy", lambda dashboard, config: [])
+    with listening(mounted(apps)) as address:
+        port = address.rpartition(":")[2]
+        models = [addresses["generation"], addresses["classification"]]
+        result = run("serve", *models, "--host", host, "--port", port)
+    assert result.exit_code == 0, result.output
+    warning = f"everyone who can reach port {port} of this machine can use generation, classif"
+    assert (warning in result.stderr) == warned
+    assert ("remedy: leave out --host" in result.stderr) == warned
 
 
 def test_a_chat_template_is_served_with_the_language_models(

@@ -19,17 +19,33 @@ from gptj_cli.app import app, main
 from gptj_cli.status import Percentiles, Reading, Status, parsed, status
 from gptj_cli.status_table import rendered
 
+# Of pages, probes, and what does not run the model.
+OTHERS = [
+    *("/playground", "/playground/main.js", "/docs", "/docs/start.js", "/openapi.json", "unknown"),
+    *("/health", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/tokenizer_info"),
+]
 
-def export(replica: str, *, requests: int, tokens: int, used: int, slow: int = 0) -> str:
+
+def export(
+    replica: str,
+    *,
+    requests: int,
+    tokens: int,
+    used: int,
+    slow: int = 0,
+    prefix: str = "",
+    work: str = "/v1/completions",
+) -> str:
     """As Ray exports a replica's metrics: half its requests take 0.1 s, the slow ones 2 s."""
     own = f'application="generation",deployment="generation",replica="{replica}"'
-    route = 'route="/v1/completions"'
+    route = f'route="{(prefix + work).rstrip("/") or "/"}"'
     quick = requests - slow
+    others = [f'{own},route="{each if each == "unknown" else prefix + each}"' for each in OTHERS]
     return "\n".join(
         [
             "# TYPE ray_gptj_requests_total counter",
             f'ray_gptj_requests_total{{{own},{route},status="200"}} {requests}',
-            f'ray_gptj_requests_total{{{own},route="/health",status="200"}} 1000',
+            *(f'ray_gptj_requests_total{{{each},status="200"}} {9 * requests}' for each in others),
             f"ray_gptj_engine_running{{{own}}} 3",
             f"ray_gptj_engine_waiting{{{own}}} 1",
             f"ray_gptj_engine_tokens_out_total{{{own}}} {tokens}",
@@ -38,13 +54,19 @@ def export(replica: str, *, requests: int, tokens: int, used: int, slow: int = 0
             f'ray_gptj_request_seconds_bucket{{{own},{route},le="0.1"}} {quick}',
             f'ray_gptj_request_seconds_bucket{{{own},{route},le="2.0"}} {requests}',
             f'ray_gptj_request_seconds_bucket{{{own},{route},le="+Inf"}} {requests}',
-            f'ray_gptj_request_seconds_bucket{{{own},route="/health",le="+Inf"}} 1000',
+            *(
+                f'ray_gptj_request_seconds_bucket{{{each},le="{bound}"}} {9 * requests}'
+                for each in others
+                for bound in ("0.1", "2.0", "+Inf")
+            ),
             "something_else 1",
         ]
     )
 
 
-def details(*replicas: str, status: str = "RUNNING", message: str = "") -> dict[str, Any]:
+def details(
+    *replicas: str, status: str = "RUNNING", message: str = "", prefix: str = "/"
+) -> dict[str, Any]:
     """As the dashboard describes Serve."""
     found = [
         {"replica_id": each, "state": "RUNNING", "node_ip": f"10.0.0.{number}"}
@@ -52,7 +74,7 @@ def details(*replicas: str, status: str = "RUNNING", message: str = "") -> dict[
     ]
     deployment = {"replicas": found, "target_num_replicas": 2}
     application = {
-        "route_prefix": "/",
+        "route_prefix": prefix,
         "status": status,
         "message": message,
         "deployments": {"generation": deployment},
@@ -100,6 +122,19 @@ def test_an_applications_numbers_are_its_replicas_totals() -> None:
     assert re.search(r"^generation / +RUNNING 2/2 +6 +2 +10.0 +150 +30% +- ", text, re.MULTILINE)
     assert "one on 10.0.0.1" in text and "of the last 10 s" in text
     assert re.search(r"^generation .*\n  s3://gptj/reviews/model *$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("prefix", ["/", "/own/classification"])
+@pytest.mark.parametrize("work", ["/", "/v1/completions", "/v1/chat/completions"])
+def test_only_requests_that_run_the_model_are_counted(prefix: str, work: str) -> None:
+    where: dict[str, Any] = {"prefix": prefix.rstrip("/"), "work": work}
+    before, now = (
+        reading(seconds, export("one", requests=requests, tokens=0, used=0, **where), prefix=prefix)
+        for seconds, requests in ((0.0, 10), (10.0, 60))
+    )
+    one = status(now, before).applications[0].numbers
+    assert one.requests_per_second == 5
+    assert one.request_seconds == pytest.approx(Percentiles(0.05, 0.099))
 
 
 def test_one_reading_has_no_rates_and_percentiles_since_the_start() -> None:

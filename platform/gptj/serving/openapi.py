@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from gptj.serving.errors import SCOPE
 from gptj.serving.middleware.keys import OPEN_PATHS
 from gptj.serving.requests import ONLY_NULL
 
@@ -23,7 +24,7 @@ DESCRIPTIONS = {
     431: "The first line and headers are too large.",
     429: "The queue is full, or the key's limit is reached (`x-ratelimit-scope: key`): try again "
     "after `Retry-After` seconds.",
-    500: "The model failed on this request.",
+    500: "The model, or the service itself, failed on this request.",
     503: "Not ready, or about to stop: try again after `Retry-After` seconds.",
 }
 EXAMPLES = {
@@ -62,9 +63,37 @@ EXAMPLES = {
 }
 HEADERS = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}}},
-    429: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    429: {
+        "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."},
+        SCOPE: {
+            "schema": {"enum": ["key", "request", "adapters", "grammars"]},
+            "description": "What is full, if not the whole service.",
+        },
+    },
     503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
 }
+REQUEST_ID = {
+    "X-Request-Id": {
+        "schema": {"type": "string"},
+        "description": "The request's id in the log: the client's, if it sent one.",
+    }
+}
+COUNT = {"type": "integer", "minimum": 0}
+TIME = {"type": "string", "examples": ["1.500s"]}
+LIMITS = {  # of a key: see gptj.serving.keys.ledger
+    f"x-ratelimit-{name}": {"schema": schema, "description": description}
+    for name, schema, description in (
+        ("limit-requests", COUNT, "The key's requests a minute, if they are limited."),
+        ("remaining-requests", COUNT, "How many of them are left."),
+        ("reset-requests", TIME, "Until all of them are."),
+        ("limit-tokens", COUNT, "The key's tokens a minute, if they are limited."),
+        ("remaining-tokens", COUNT, "How many of them are left."),
+        ("reset-tokens", TIME, "Until all of them are."),
+        ("limit-concurrent-requests", COUNT, "The key's requests at a time, if they are limited."),
+        ("remaining-concurrent-requests", COUNT, "How many more may run now."),
+    )
+}
+WITHOUT_LIMITS = {"401", "408", "431"}  # refused before the key's limits are known
 KEY = {"bearer": {"type": "http", "scheme": "bearer", "description": "One of GPTJ_API_KEYS."}}
 
 
@@ -99,6 +128,7 @@ def describe(app: FastAPI, *, guarded: bool, open_bodies: bool = False) -> None:
             whole = get_openapi(title=app.title, version=app.version, routes=app.routes)
             components = whole.setdefault("components", {})
             components["securitySchemes"] = KEY
+            components["headers"] = REQUEST_ID | LIMITS
             # FastAPI's own error schemas, which are never used here.
             schemas = components.setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
@@ -111,8 +141,9 @@ def describe(app: FastAPI, *, guarded: bool, open_bodies: bool = False) -> None:
             detail = ErrorReply.model_json_schema(ref_template=template)
             schemas.update(detail.pop("$defs"), ErrorReply=detail)
             for path, operations in whole["paths"].items():
-                for operation in operations.values():
+                for method, operation in operations.items():
                     _complete(operation, guarded, is_open=path in OPEN_PATHS)
+                    _add_headers(operation["responses"], counted=method == "post")
             app.openapi_schema = whole
         return app.openapi_schema
 
@@ -124,13 +155,23 @@ def _complete(operation: dict[str, Any], guarded: bool, is_open: bool) -> None:
     responses = operation["responses"]
     responses.pop("422", None)
     # 400: headers that cannot be read. 408, 429, 431 and 503: by the proxy, see gptj.serving.entry.
-    statuses = [400, 408, 431, 503] if is_open else [400, 401, 403, 408, 429, 431, 503]
+    statuses = [400, 408, 431, 500, 503]
+    if not is_open:
+        statuses += [401, 403, 429]
     if "requestBody" in operation:
         statuses += [413, 422]
     responses.update({str(status): _error(status) for status in statuses})
     operation["responses"] = dict(sorted(responses.items()))
     # The empty alternative means that no key is required.
     operation["security"] = [] if is_open else [{"bearer": []}] if guarded else [{"bearer": []}, {}]
+
+
+def _add_headers(responses: dict[str, Any], counted: bool) -> None:
+    """Add those common to all responses, and those of the key's limits to requests they count."""
+    for status, response in responses.items():
+        common = [*REQUEST_ID, *(LIMITS if counted and status not in WITHOUT_LIMITS else ())]
+        references = {name: {"$ref": f"#/components/headers/{name}"} for name in common}
+        response["headers"] = references | response.get("headers", {})
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SWAGGER_UI = ("swagger-ui-bundle.js", "swagger-ui.css")
 
 @dataclass(frozen=True)
 class Page:
-    path_format: str  # like a route's, for the metrics
+    path_format: str  # its route in metrics, where `/` is an application's work
     content: bytes
     media_type: str
 
@@ -69,11 +69,11 @@ def docs() -> dict[str, Page]:
 
 
 def playground() -> dict[str, Page]:
-    """`/` and its assets below `/playground`."""
+    """`/`, in metrics `/playground`, and its assets below that."""
     folder = files("gptj.serving") / "playground"
     sources = {f"/playground/{file.name}": file for file in folder.iterdir()}
-    sources["/"] = sources.pop("/playground/index.html")
-    return {path: _page(path, source) for path, source in sources.items()}
+    page = _page("/playground", sources.pop("/playground/index.html"))
+    return {"/": page, **{path: _page(path, source) for path, source in sources.items()}}
 
 
 def _page(path: str, source: Traversable) -> Page:
@@ -89,27 +89,27 @@ class Pages:
         self._pages = pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        page = None
+        page, path = None, ""
         if scope["type"] == "http" and scope["method"] == "GET":
-            page = self._pages.get(route_path(scope))
+            path = route_path(scope)
+            page = self._pages.get(path)
         if page is None:
             await self._app(scope, receive, send)
             return
         scope["route"] = page
-        elsewhere = _canonical(scope, page)
+        elsewhere = _canonical(scope, is_folder=path == "/")
         response = page.response(scope)
         if elsewhere is not None:
             response = Response(status_code=307, headers={"Location": elsewhere})
         await response(scope, receive, send)
 
 
-def _canonical(scope: Scope, page: Page) -> str | None:
+def _canonical(scope: Scope, *, is_folder: bool) -> str | None:
     """The redirect that makes a page's relative links work, if needed: only `/` ends in a slash.
 
     It is relative, since neither the scheme nor a prefix stripped by a proxy is known.
     """
     raw = scope.get("raw_path", b"").decode("latin-1")
-    is_folder = page.path_format == "/"
     if not raw or raw.endswith("/") == is_folder:
         return None
     name = raw.rstrip("/").rpartition("/")[2]

@@ -7,6 +7,7 @@ client already has is skipped.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from gptj.serving.errors import APIError
 
 DONE = b"data: [DONE]\n\n"
+# Ours end in two \n; other applications' lines may end in \r\n or \r. Atomic: no \r\n is two ends.
+EVENT_END = re.compile(rb"(?>\r\n|\n|\r){2}")
+MAX_EVENT_BYTES = 2**24  # of other applications; ours are smaller
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "content")  # in logprobs
 
 
@@ -47,16 +51,35 @@ class EventStream:
     _usage_sent: bool = False
     _comparable: bool = True
     _partial: bytes = b""
+    _after_cr: bool = False  # the last event ended in \r, whose \n may follow
 
     def restart(self) -> None:
         self._again = {}
         self._resuming = True
         self._partial = b""
+        self._after_cr = False
 
     def feed(self, data: bytes) -> bytes:
         """The events to send; raises DivergedError."""
-        *events, self._partial = (self._partial + data).split(b"\n\n")
-        return b"".join(self._event(event + b"\n\n") for event in events)
+        if not data:
+            return b""
+        sent: list[bytes] = []
+        if self._after_cr and data.startswith(b"\n"):
+            sent.append(b"\n")
+            data = data[1:]
+        pending = self._partial + data
+        start = 0
+        # Before its last two bytes, the known part has no end of an event.
+        for end in EVENT_END.finditer(pending, max(0, len(self._partial) - 2)):
+            sent.append(self._event(pending[start : end.end()]))
+            start = end.end()
+        self._partial = pending[start:]
+        self._after_cr = 0 < start == len(pending) and pending.endswith(b"\r")
+        if len(self._partial) > MAX_EVENT_BYTES:
+            self._comparable = False
+            sent.append(self._uncompared(self._partial))
+            self._partial = b""
+        return b"".join(sent)
 
     def finish(self) -> bytes:
         """The bytes after the last complete event; none in our own replies."""
@@ -64,15 +87,17 @@ class EventStream:
         return b"" if self._resuming else rest
 
     def _event(self, event: bytes) -> bytes:
-        if event == DONE:
+        lines = event.strip(b"\r\n")
+        if lines == b"data: [DONE]":
             self.done = True
             return event
-        if not event.startswith(b"data: {"):
-            return event  # a comment, say
-        if not self._comparable:
+        if all(line[:1] in (b":", b"") for line in lines.splitlines()):
+            return event  # a comment
+        if not self._comparable or not lines.startswith(b"data: {"):
+            self._comparable = False
             return self._uncompared(event)
         try:
-            chunk = json.loads(event.removeprefix(b"data: "))
+            chunk = json.loads(lines.removeprefix(b"data: "))
             if "error" in chunk:
                 return event
             if not self._resuming:

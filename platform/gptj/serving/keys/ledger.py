@@ -36,6 +36,7 @@ class Standing:
     remaining_tokens: int | None = None
     reset_requests: float = 0.0  # seconds until the whole limit is free again
     reset_tokens: float = 0.0
+    remaining_concurrent: int | None = None  # also None from an actor of an older version
 
 
 class Ledger(Protocol):
@@ -173,6 +174,7 @@ class Counts:
             _left(limits.tokens, use.tokens.total),
             use.requests.reset_seconds(now),
             use.tokens.reset_seconds(now),
+            _left(limits.concurrent, len(use.running)),
         )
 
 
@@ -193,8 +195,12 @@ class LocalLedger:
 
 
 def headers(limits: Limits, standing: Standing) -> dict[str, str]:
-    """OpenAI's x-ratelimit headers for the limits that the key has."""
+    """OpenAI's x-ratelimit headers for the key's limits; for concurrency similar ones."""
     found: dict[str, str] = {}
+    if limits.concurrent is not None and standing.remaining_concurrent is not None:
+        # When the next one ends is unknown, so there is no reset.
+        found["x-ratelimit-limit-concurrent-requests"] = str(limits.concurrent)
+        found["x-ratelimit-remaining-concurrent-requests"] = str(standing.remaining_concurrent)
     for kind, limit, remaining, reset in (
         ("requests", limits.requests, standing.remaining_requests, standing.reset_requests),
         ("tokens", limits.tokens, standing.remaining_tokens, standing.reset_tokens),

@@ -46,8 +46,11 @@ class Chat {
 
   async #say(fields, signal) {
     const status = this.form.part("status");
+    const turns = this.turns; // another list, once "New chat" is pressed
     const user = this.#show("user", fields.message);
     const reply = this.#show("assistant", "");
+    // Hidden until complete: screen readers would announce each token.
+    reply.setAttribute("aria-hidden", "true");
     this.form.part("result").hidden = false;
     status.textContent = "Answering …";
     let content = "";
@@ -61,7 +64,7 @@ class Chat {
         reply.lastChild.textContent = content;
       }
     } catch (error) {
-      if (error.name !== "AbortError") {
+      if (error.name !== "AbortError" && this.turns === turns) {
         status.textContent = "";
         user.remove();
         reply.remove();
@@ -70,10 +73,15 @@ class Chat {
       }
       reason = "user";
     }
-    this.turns.push({ role: "user", content: fields.message }, { role: "assistant", content });
-    this.form.form.elements.message.value = "";
+    const { message } = this.form.form.elements;
+    if (message.value === fields.message) message.value = ""; // else the next is being written
+    if (this.turns === turns) {
+      turns.push({ role: "user", content: fields.message }, { role: "assistant", content });
+      reply.remove();
+      this.#show("assistant", content); // an addition to the log, which is announced
+      status.textContent = ENDS[reason] ?? "Done.";
+    }
     this.form.form.dispatchEvent(new Event("input")); // update the code sample, which includes the turns
-    status.textContent = ENDS[reason] ?? "Done.";
   }
 
   #show(role, content) {

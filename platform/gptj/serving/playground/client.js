@@ -7,11 +7,16 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-/** A failed request: `status` is 0 without an answer, `field` names the invalid field. */
+/**
+ * A failed request: `status` is 0 without an answer, `broken` says that one began but has no end,
+ * `field` names the invalid field.
+ */
 export class RequestError extends Error {
-  constructor(message, { status = 0, field = null, retryAfter = null, key = null } = {}) {
+  constructor(message, options = {}) {
+    const { status = 0, broken = false, field = null, retryAfter = null, key = null } = options;
     super(message);
     this.status = status;
+    this.broken = broken;
     this.field = field;
     this.retryAfter = retryAfter; // seconds
     this.key = key; // as it was sent
@@ -46,12 +51,13 @@ export async function request(path, { body, signal } = {}) {
 /** The chunks of a server-sent stream as objects. Throws RequestError, also for error events. */
 export async function* events(path, { body, signal }) {
   const reply = await request(path, { body, signal });
+  const broken = (message, field = null) => new RequestError(message, { broken: true, field });
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
-      if (done) throw new RequestError("The stream ended early: the service may have stopped.");
+      if (done) throw broken("The stream ended early: the service may have stopped.");
       pending += value;
       const parts = pending.split("\n\n");
       pending = parts.pop();
@@ -59,12 +65,13 @@ export async function* events(path, { body, signal }) {
         const data = part.replace(/^data: /, "");
         if (data === "[DONE]") return;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new RequestError(chunk.error.message, { field: chunk.error.param });
+        if (chunk.error) throw broken(chunk.error.message, chunk.error.param);
         yield chunk;
       }
     }
   } catch (error) {
-    throw error instanceof RequestError ? error : interrupted(error);
+    if (error instanceof RequestError || error.name === "AbortError") throw error;
+    throw broken("The connection was lost: the service, or the network, may be down.");
   } finally {
     reader.cancel().catch(() => {}); // it may already have failed, as reported above
   }

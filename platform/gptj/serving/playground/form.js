@@ -163,6 +163,7 @@ export class Form {
 function read(field) {
   if (field.type === "checkbox") return field.checked ? true : undefined;
   const value = field.value;
+  if (field.list) return value.trim() || field.placeholder || undefined; // what it shows
   if (field.tagName === "TEXTAREA" || field.name.startsWith("inputs")) return value;
   if (value === "" && !field.validity.badInput) return undefined;
   if (field.type !== "number") return value;
@@ -171,6 +172,7 @@ function read(field) {
 }
 
 function titleOf(error, field) {
+  if (error.broken) return "The answer was interrupted.";
   if (error.status === 0) return "No answer.";
   if (field) return `“${field.labels[0].textContent}” is wrong.`;
   if (error.status === 404) return "Not found.";

@@ -85,8 +85,10 @@ class Tokens {
     this.alternatives = alternatives;
     box.addEventListener("pointerover", ({ target }) => this.#show(target));
     box.addEventListener("click", ({ target }) => this.#show(target));
-    box.addEventListener("pointerleave", () => this.#hide());
-    box.addEventListener("blur", () => this.#hide());
+    // Around both, so that the pointer can move from a token to its alternatives.
+    box.parentElement.addEventListener("pointerleave", () => this.#hide());
+    box.addEventListener("blur", () => this.alternatives.matches(":hover") || this.#hide());
+    document.addEventListener("keydown", ({ key }) => key === "Escape" && this.#hide());
     box.addEventListener("keydown", (event) => this.#move(event));
   }
 
@@ -162,13 +164,13 @@ class Tokens {
     this.#place(token);
   }
 
-  /** Below the token, and within the page. */
+  /** Directly below the token, so that the pointer crosses no other, and within the page. */
   #place(token) {
     const around = this.alternatives.parentElement.getBoundingClientRect();
     const [at] = token.getClientRects();
     const room = around.width - this.alternatives.offsetWidth;
     this.alternatives.style.left = `${Math.max(0, Math.min(at.left - around.left, room))}px`;
-    this.alternatives.style.top = `${at.bottom - around.top + 4}px`;
+    this.alternatives.style.top = `${at.bottom - around.top}px`;
   }
 
   #hide() {

@@ -1,14 +1,13 @@
-// The names of /v1/models as a form's choice.
+// A form's model: the names of /v1/models as suggestions, or any other that is typed.
 
 import { request } from "./client.js";
 import { element } from "./form.js";
 
-/** Without a key it may have to wait for one. Throws RequestError. */
+/** Suggest the names, and use the first, the base model, if none is entered. Throws RequestError. */
 export async function showModels(form) {
   const models = (await (await request("v1/models")).json()).data;
-  const choice = form.form.elements.model;
-  const chosen = choice.value;
-  choice.replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
-  if (models.some(({ id }) => id === chosen)) choice.value = chosen;
+  const field = form.form.elements.model;
+  field.list.replaceChildren(...models.map(({ id }) => element("option", { value: id })));
+  field.placeholder = models[0]?.id ?? "";
   form.form.dispatchEvent(new Event("input")); // the code names the model
 }
