@@ -185,6 +185,19 @@ class Settings(Section):
     @property
     def train_data(self) -> str:
         return self.data.train or self.task_definition.sample
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All that the run reads or writes."""
+        found = (
+            self.storage,
+            self.train_data,
+            self.evaluation_data,
+            self.model.checkpoint,
+            self.tokenizer.address,
+            self.tokenizer.chat_template,
+        )
+        return tuple(each for each in found if each)
+
 
     @property
     def evaluation_data(self) -> str | None:
