@@ -142,7 +142,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
-        _trackers(settings, worker, scratch) as trackers,
+        _trackers(settings, worker, scratch, resumes=checkpoint is not None) as trackers,
     ):
         tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
@@ -767,12 +767,12 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
     return norm
 
 
-def _trackers(settings: Settings, worker: Worker, scratch: Path) -> Trackers:
+def _trackers(settings: Settings, worker: Worker, scratch: Path, *, resumes: bool) -> Trackers:
     """Open the trackers on rank 0. Raises SettingsError on all ranks."""
     trackers, fault = Trackers([]), None
     if worker.rank == 0:
         try:
-            trackers = Trackers.open(settings, scratch)
+            trackers = Trackers.open(settings, scratch, resumes=resumes)
         except SettingsError as error:
             fault = str(error)
     if (message := agree(fault)) is not None:
