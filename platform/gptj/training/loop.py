@@ -471,10 +471,12 @@ class _Run:
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
-        (batches, counted, items, tokens, room), waited = loader.next()
+        (batches, counted, items, tokens, pairs, room), waited = loader.next()
         told = worker.stop() is not None
-        counts = torch.tensor([items, tokens, room, told], dtype=torch.float64)
-        all_items, all_tokens, all_room, stops = self._sum(counts).tolist()
+        # Each rank's wait has a place of its own in the sum, for the longest of them.
+        waits = [waited if rank == worker.rank else 0.0 for rank in range(worker.world_size)]
+        counts = torch.tensor([items, tokens, pairs, room, told, *waits], dtype=torch.float64)
+        all_items, all_tokens, all_pairs, all_room, stops, *waits = self._sum(counts).tolist()
         self._stopping = stops > 0
         if not all_items:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
@@ -514,8 +516,8 @@ class _Run:
                 int(all_tokens),
                 int(all_room),
                 seconds,
-                waited,
-                flops=self._flops.count(int(all_tokens), all_room / settings.batch_size),
+                max(waits),
+                flops=self._flops.count(int(all_tokens), int(all_pairs)),
                 peak=self._peak,
                 memory=peak_memory(worker.device),
             )

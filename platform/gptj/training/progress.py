@@ -85,7 +85,7 @@ class ProgressLog:
         Args:
             tokens: of the global batch, without padding.
             room: of the global batch, with padding.
-            waited: seconds, of `seconds`, spent waiting for this rank's batches.
+            waited: seconds, of `seconds`, spent waiting for the batches of the slowest rank.
             flops: model FLOPs of the step.
             peak: FLOP/s of all workers' matrix products; 0: unknown.
             memory: this worker's peak so far, in bytes.
