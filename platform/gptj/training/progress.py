@@ -152,7 +152,16 @@ class ProgressLog:
         return list(self.progress.history)
 
     def publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Update the history, TensorBoard's files and the curve in the run's folder."""
+        """Update the history, TensorBoard's files and the curve in the run's folder.
+
+        Errors are only logged: the checkpoint has the history, and the next one publishes it again.
+        """
+        try:
+            self._publish(address, history)
+        except Exception as error:  # whatever storage, TensorBoard or matplotlib raise
+            logger.warning("the curve in %s is not up to date: %s", address, error)
+
+    def _publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
         self._board.flush()
         with tempfile.TemporaryDirectory(dir=self._folder) as still:
             # A snapshot, since TensorBoard's file may grow during the upload.
