@@ -42,6 +42,7 @@ from gptj.training.deepspeed_config import (
     deepspeed_config,
     learning_rate_share,
     parameter_groups,
+    sums_in_bf16,
 )
 from gptj.training.engine_state import load_state, save_state
 from gptj.training.evaluation import evaluate
@@ -282,6 +283,7 @@ class _Run:
         if worker.rank == 0:
             name, size = self.task.head.__name__, count_weights(model)
             logger.info("%s of %s parameters", name, f"{size:,}")
+            self._warn_of_sums(plan["gradient_accumulation_steps"])
         self._flops = StepFlops(model, config)
         self._peak = self._peak_of_all()
         if settings.model.gradient_checkpointing:
@@ -307,6 +309,15 @@ class _Run:
         # Dropout differs between ranks, but is reproducible from the seed.
         torch.manual_seed(settings.seed + 1 + worker.rank)
         return engine
+
+    def _warn_of_sums(self, micro_batches: int) -> None:
+        if sums_in_bf16(self.settings.deepspeed, micro_batches):
+            logger.warning(
+                "the gradients of a step's %d micro-batches are added up in bf16, with 8 bits: "
+                "deepspeed.stage=2 without deepspeed.offload_optimizer, or deepspeed.stage=3, adds "
+                "them up in fp32",
+                micro_batches,
+            )
 
     def steps(
         self, engine: Any, train_data: Data, evaluation_data: Data | None
