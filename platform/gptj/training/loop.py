@@ -206,7 +206,7 @@ class _Upload(NamedTuple):
 
     name: str
     best: int | None  # the best evaluation's step at that time
-    waited: float  # seconds that it kept the steps waiting
+    stolen: float  # seconds that the steps waited for it until its upload began
     done: Future[float]  # this rank's part; the seconds that it took
 
 
@@ -374,7 +374,6 @@ class _Run:
             keep = best and settings.export == "best"
             due = last or keep or _due(progress.step, settings.checkpoint_every)
             if due and not self._is_saved(progress.step):
-                self._check_weights(engine)
                 self._checkpoint(engine, metrics)
         self._finish_upload()
         if not metrics:  # the run was killed just before its export
@@ -402,7 +401,6 @@ class _Run:
         """Save a checkpoint and raise StoppedError, on all ranks."""
         reasons: list[Any] = [None] * self.worker.world_size
         dist.all_gather_object(reasons, self.worker.stop())
-        self._check_weights(engine)
         self._checkpoint(engine, {})
         self._finish_upload()
         reason = next(reason for reason in reasons if reason is not None)
@@ -669,11 +667,14 @@ class _Run:
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
-        """Write this rank's part to its scratch folder and upload it in a thread.
+        """Check the weights, write this rank's part to its scratch folder, upload it in a thread.
 
         Training continues meanwhile. The checkpoint is complete once all manifests are uploaded.
         """
-        waited = self._finish_upload()
+        started = time.monotonic()
+        self._check_weights(engine)
+        checked = time.monotonic() - started
+        self._finish_upload()
         started = time.monotonic()
         name = checkpoint_name(self.progress.step, self.attempt)
         folder = tempfile.TemporaryDirectory(dir=self._scratch)
@@ -685,7 +686,7 @@ class _Run:
             self.worker.fence()
         point = {"step": self.progress.step, **metrics}
         curve = None if self._log is None else self._log.snapshot()
-        stolen = waited + time.monotonic() - started
+        stolen = checked + time.monotonic() - started
         best = self.progress.best
         kept = None if best is None else best["step"]
 
@@ -700,13 +701,13 @@ class _Run:
 
         self._upload = _Upload(name, kept, stolen, self._uploader.submit(upload))
 
-    def _finish_upload(self) -> float:
-        """Wait for all ranks' upload, if any; delete old checkpoints; return the seconds waited.
+    def _finish_upload(self) -> None:
+        """Wait for all ranks' upload, if any, and delete old checkpoints.
 
         Raises what an upload raised.
         """
         if self._upload is None:
-            return 0.0
+            return
         started = time.monotonic()
         upload, self._upload = self._upload, None
         seconds = upload.done.result()
@@ -722,9 +723,8 @@ class _Run:
                 "saved %s in %s; it kept the steps waiting for %.1f s",
                 self._checkpoint_address,
                 duration(seconds),
-                upload.waited,
+                upload.stolen + time.monotonic() - started,
             )
-        return time.monotonic() - started
 
     def _peak_of_all(self) -> float:
         """Total FLOP/s of all workers' matrix products, measured simultaneously."""
