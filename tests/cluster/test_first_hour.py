@@ -156,11 +156,15 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal.run(next_command("gptj curves"))
     assert (tmp_path / "curves/reviews/loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "curves/reviews/tensorboard").iterdir())
-    terminal.run(next_command("ray job stop").replace("JOB", job[1]))
+    stopping = terminal.start(next_command("ray job stop").replace("JOB", job[1]))
+    for line in followed.stdout:
+        if "SIGTERM: the training ends after this step" in line:
+            break
     for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.resume()
-    followed.communicate(timeout=60)
+        worker.resume()
+    stopped = followed.communicate(timeout=100)[0]  # until Ray would kill it
+    assert re.search(r"checkpoint-\d+ is saved, and the same command resumes", stopped), stopped
+    assert "was stopped" in stopping.communicate(timeout=60)[0]
     printed = terminal.run(next_command("gptj train --data reviews.csv"))
     assert "resuming after step" in printed
     assert "gptj serve s3://gptj/reviews/model" in printed
