@@ -18,6 +18,7 @@ from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
+from gptj.devices import cpu_computes_bf16
 from gptj.engine.backends import IntQuantization
 from gptj.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
@@ -220,9 +221,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     """The dtype of `dtype: auto`: see Arguments."""
     if device.type == "cuda":
         return torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_computes_bf16() else torch.float32
 
 
 def name_of(address: str) -> str:

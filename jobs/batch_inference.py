@@ -382,8 +382,10 @@ def _records(
 def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, Any]]:
     """A part's chunks, the records of those already answered, or an error message."""
     try:
+        found: Plan = ray.get(plan)
+        storage.be_patient((found.address, folder))  # which the driver has reached
         for part in batch["part"]:
-            for chunk in chunks(ray.get(plan), int(part)):
+            for chunk in chunks(found, int(part)):
                 yield _pickled([Record.find(folder, chunk) or chunk])
     except (ValueError, OSError) as error:
         yield _pickled([str(error)])
@@ -395,6 +397,7 @@ class Worker:
     def __init__(self, task: Task, plan: Any, folder: str) -> None:
         self._answerer: Answerer | str
         try:
+            storage.be_patient((task.arguments.checkpoint, folder))
             service = InProcessService.load(task.service, task.arguments, replica_device())
             self._answerer = Answerer(service, task, ray.get(plan), folder)
         except (ValueError, OSError, RuntimeError, MissingPackageError) as error:

@@ -297,7 +297,8 @@ def _prepare(settings: Settings, plan: Plan, folder: str, tokenizer: GPTJTokeniz
         preparing.prepare(plan, folder, tokenizer)
     elif preparing.begin(plan, folder) is None:
         load = partial(_run_tokenizer, settings.model_dump_json(exclude_unset=True))
-        preparing.finish(plan, folder, write_shards(plan, folder, load, None), tokenizer)
+        shards = write_shards(plan, folder, load, None, settings.addresses)
+        preparing.finish(plan, folder, shards, tokenizer)
 
 
 @lru_cache(maxsize=1)
@@ -348,8 +349,7 @@ def work(config: dict[str, Any]) -> None:
     """Run one worker. UnrecoverableError if a retry would fail the same way."""
     _log_to_stdout()
     settings = Settings(**config["settings"])
-    if storage.is_s3(settings.storage):
-        storage.be_patient()
+    storage.be_patient(settings.addresses)
     context = ray.train.get_context()
 
     def keep(metrics: dict[str, float], folder: Path, name: str, fence: Callable[[], None]) -> None:

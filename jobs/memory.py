@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 import torch
 
 from gptj.config import GPTJConfig
+from gptj.devices import cpu_computes_bf16
 from gptj.training.memory import (
     as_long_as,
     certain_bytes,
@@ -23,6 +27,7 @@ from gptj.training.settings import Settings, SettingsError
 logger = logging.getLogger("finetune")
 
 GPU_SECONDS = 60.0
+LASTING = ("weights", "optimizer", "gradients")  # of host memory, for the whole run
 MARGIN = 0.15  # predictions may be this much too high: a run that might fit is not refused
 
 
@@ -37,25 +42,58 @@ def check_memory(settings: Settings, config: GPTJConfig, on_gpu: bool, longest: 
     """
     settings = as_long_as(settings, longest)
     if on_gpu:
-        if (memory := gpu_memory(settings.workers.autoscaling)) is not None:
-            check_gpu_memory(settings, config, memory)
+        if (gpu := find_gpu(settings.workers.autoscaling)) is not None:
+            host = None if settings.workers.autoscaling else roomiest_host()
+            check_gpu_memory(settings, config, gpu, host)
     elif not settings.workers.autoscaling and sum(node["Alive"] for node in ray.nodes()) == 1:
         check_machine_memory(settings, config, machine_memory())
 
 
-def check_gpu_memory(settings: Settings, config: GPTJConfig, memory: int) -> None:
-    """SettingsError if a worker clearly needs more than a GPU's `memory`, in bytes."""
-    plan = plan_memory(settings, config, on_gpu=True)
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.device.items())
-    needed = f"{plan.device_bytes / 1e9:.1f} GB of each GPU's {memory / 1e9:.1f} GB ({parts})"
-    if fits(plan, settings.workers.fewest, memory):
+@dataclass(frozen=True)
+class Gpu:
+    """One of the cluster's GPUs, which are usually alike."""
+
+    memory: int  # bytes
+    bf16: bool  # whether it computes in it
+
+
+@dataclass(frozen=True)
+class Host:
+    """A node with GPUs."""
+
+    memory: int  # bytes that were free when Ray started
+    gpus: int
+
+
+def check_gpu_memory(
+    settings: Settings, config: GPTJConfig, gpu: Gpu, host: Host | None = None
+) -> None:
+    """SettingsError if workers clearly need more than a GPU's memory, or than their host's.
+
+    Args:
+        host: None: its memory is unknown.
+    """
+    plan, workers = plan_memory(settings, config, on_gpu=True), settings.workers.fewest
+    needed = _needed(plan.device, f"of each GPU's {gpu.memory / 1e9:.1f} GB")
+    too_much = plan.device_bytes * (1 - MARGIN) > gpu.memory
+    room: dict[str, Any] = {}
+    if host is not None:
+        room = {"host_memory": host.memory, "node_gpus": host.gpus}
+        local = min(workers, host.gpus)
+        if plan.host_bytes * local > host.memory:
+            has = f"for each of {local} workers on a host with {host.memory / 1e9:.1f} GB"
+            needed += f", and {_needed(plan.host, has)}"
+        # Without what is freed again, such as the weights that each worker loads.
+        lasting = sum(plan.host.get(name, 0) for name in LASTING)
+        too_much = too_much or lasting * local * (1 - MARGIN) > host.memory
+    if fits(plan, workers, gpu.memory, **room):
         logger.info("the run will need about %s", needed)
         return
-    if plan.device_bytes * (1 - MARGIN) <= memory:
+    if not too_much:
         logger.warning("the run may not fit: it would need about %s", needed)
         return
     found = []
-    for change in fitting(settings, config, gpu_memory=memory):
+    for change in fitting(settings, config, gpu_memory=gpu.memory, bf16=gpu.bf16, **room):
         less = plan_memory(changed(settings, change), config, on_gpu=True)
         found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
     raise SettingsError(
@@ -68,21 +106,41 @@ def check_machine_memory(settings: Settings, config: GPTJConfig, memory: int) ->
     """SettingsError if weights, gradients and optimizer alone are more than a machine's memory."""
     needed = certain_bytes(settings, config)
     if needed > memory:
+        half = changed(settings, {"deepspeed.precision": "bf16"})
+        helps = cpu_computes_bf16() and certain_bytes(half, config) < needed
+        bf16 = "deepspeed.precision=bf16, " if helps else ""
         raise SettingsError(
             f"the run does not fit: the weights, gradients and optimizer of "
             f"workers.count={settings.workers.count} workers need {needed / 1e9:.1f} GB together, "
             f"but the machine has {memory / 1e9:.1f} GB: choose a smaller model, an adapter "
-            f"(adapter={{}}), deepspeed.precision=bf16, deepspeed.stage=3, or fewer workers"
+            f"(adapter={{}}), {bf16}deepspeed.stage=3, or fewer workers"
         )
 
 
-def gpu_memory(autoscaling: bool) -> int | None:
-    """Bytes of one of the cluster's GPUs, which are usually alike; None if none can be queried."""
+def _needed(parts: Mapping[str, int], room: str) -> str:
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return f"{sum(parts.values()) / 1e9:.1f} GB {room} ({sizes})"
+
+
+def roomiest_host() -> Host | None:
+    """The node with the most memory for each of its GPUs; None if there is none yet."""
+    hosts = []
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        if has.get("GPU", 0) >= 1:
+            # Ray takes its object store from the memory, but a training hardly uses it.
+            size = has["memory"] + has["object_store_memory"]
+            hosts.append(Host(int(size), int(has["GPU"])))
+    return max(hosts, key=lambda host: host.memory / host.gpus, default=None)
+
+
+def find_gpu(autoscaling: bool) -> Gpu | None:
+    """One of the cluster's GPUs; None if none can be queried."""
     if autoscaling and not ray.cluster_resources().get("GPU"):
         return None
-    asked = ray.remote(num_gpus=1)(_gpu_memory).remote()
+    asked = ray.remote(num_gpus=1)(_gpu).remote()
     try:
-        found: int = ray.get(asked, timeout=GPU_SECONDS)
+        found: Gpu = ray.get(asked, timeout=GPU_SECONDS)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(asked, force=True)  # otherwise it would take a GPU from the workers
         logger.warning(
@@ -93,8 +151,9 @@ def gpu_memory(autoscaling: bool) -> int | None:
     return found
 
 
-def _gpu_memory() -> int:
-    return int(torch.cuda.get_device_properties(0).total_memory)
+def _gpu() -> Gpu:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Gpu(int(memory), torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def machine_memory() -> int:

@@ -163,7 +163,7 @@ def prepare(settings: Settings) -> Index:
         return done
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
-    shards = write_shards(plan, folder, load, settings.workers)
+    shards = write_shards(plan, folder, load, settings.workers, (plan.address, folder, address))
     return finish(plan, folder, shards, tokenizer)
 
 

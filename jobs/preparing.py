@@ -14,6 +14,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
+from gptj import storage
 from gptj.data.prepared import Shard, tokenizer_digest
 from gptj.data.preparing import Plan, chunks, write_shard
 from gptj.data.rows import DataError
@@ -26,9 +27,16 @@ logger = logging.getLogger("preparing")
 
 
 def write_shards(
-    plan: Plan, folder: str, load: Callable[[], GPTJTokenizer], workers: int | None
+    plan: Plan,
+    folder: str,
+    load: Callable[[], GPTJTokenizer],
+    workers: int | None,
+    addresses: Sequence[str],
 ) -> Iterator[Shard]:
     """Shards as they are written, in any order; Ray Data throttles readers that are too fast.
+
+    Args:
+        addresses: all that the plan, the folder and `load` read or write.
 
     Raises:
         DataError: for a bad row, or any other error of `write_shard`.
@@ -47,9 +55,11 @@ def write_shards(
     # Reading waits for I/O and needs less CPU than tokenizing. Different numbers also keep Ray Data
     # from fusing the two into one task. A single CPU must have room for both.
     cpu = 1 if ray.cluster_resources().get("CPU", 0) >= 2 else 0.5
-    read = parts.map_batches(partial(_read, plan=shared), batch_size=1, num_cpus=cpu / 2)
+    read = parts.map_batches(
+        partial(_read, plan=shared, addresses=addresses), batch_size=1, num_cpus=cpu / 2
+    )
     written = read.map_batches(
-        partial(_write, plan=shared, folder=folder, load=load),
+        partial(_write, plan=shared, folder=folder, load=load, addresses=addresses),
         batch_size=1,
         num_cpus=cpu,
         compute=ray.data.TaskPoolStrategy(workers),
@@ -80,9 +90,10 @@ def _rows(written: ray.data.Dataset) -> Iterator[dict[str, Any]]:
 # wrap them in its own traceback, without the error's type.
 
 
-def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
+def _read(batch: dict[str, Any], plan: Any, addresses: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A part's chunks, or an error message."""
     try:
+        storage.be_patient(addresses)  # this process is new, but the driver has listed the files
         for part in batch["part"]:
             for chunk in chunks(ray.get(plan), int(part)):
                 yield {"chunk": _pickled([chunk])}
@@ -91,11 +102,16 @@ def _read(batch: dict[str, Any], plan: Any) -> Iterator[dict[str, Any]]:
 
 
 def _write(
-    batch: dict[str, Any], plan: Any, folder: str, load: Callable[[], GPTJTokenizer]
+    batch: dict[str, Any],
+    plan: Any,
+    folder: str,
+    load: Callable[[], GPTJTokenizer],
+    addresses: Sequence[str],
 ) -> dict[str, Any]:
     """The shards of some chunks, or an error message."""
     found: list[Shard | str] = []
     try:
+        storage.be_patient(addresses)
         plan, tokenizer = ray.get(plan), load()
         if tokenizer_digest(tokenizer) != plan.tokenizer:
             raise DataError(

@@ -18,7 +18,7 @@ NUMBERS = {
     "tokens_per_second": "Tokens trained on by all workers since the previous point.",
     "useful_tokens": "Tokens as a share of all computed with padding, since the previous point.",
     "skipped_steps": "Steps without an update so far: fp16 overflows and loss spikes.",
-    "waiting_for_data": "The share of the steps' time spent waiting for batches.",
+    "waiting_for_data": "The share of the steps' time that the slowest worker waited for batches.",
     "mfu": "Model FLOP/s as a share of the workers' peak matrix-multiply throughput.",
     "memory_bytes": "The first worker's peak memory: its GPU's, or else the process's.",
     "evaluation_loss": "The loss on the evaluation data.",

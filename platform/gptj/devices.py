@@ -33,6 +33,12 @@ def check_device(device: torch.device | str) -> None:
         )
 
 
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; without them it is slower than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def runs_on(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
     """Whether code for these architectures runs on a GPU of this compute capability.
 

@@ -279,6 +279,8 @@ def _resolved(words: list[str], settings: Settings) -> list[str]:
         "data.evaluation": settings.data.evaluation,
         "model.checkpoint": settings.model.checkpoint,
         "tokenizer.address": settings.tokenizer.address,
+        "tokenizer.chat_template": settings.tokenizer.chat_template,
+        "tracking.mlflow": settings.tracking.mlflow,
     }
     given = [word.partition("=")[0] for word in words]
     kept = [word for word, key in zip(words, given, strict=True) if key not in values]

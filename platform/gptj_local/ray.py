@@ -26,6 +26,10 @@ from typing import Any
 from gptj_local.processes import HOST, LOOPBACK, Host, free_ports, running, tail
 
 START_SECONDS = 120
+JOBS = {  # of submitted jobs
+    # For a training's last step and checkpoint. By default `ray job stop` kills it after 3 seconds.
+    "RAY_JOB_STOP_WAIT_TIME_S": "120",
+}
 SERVE = {  # of Serve, if it runs there: Ray's processes read these when they start
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares",
     # A replica that hangs does not end gracefully: its requests would wait for that.
@@ -113,6 +117,7 @@ class LocalRay:
                 "--disable-usage-stats",
             ]
             variables = {
+                **JOBS,
                 **environment,
                 **host.environment,
                 **_authentication(token),

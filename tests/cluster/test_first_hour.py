@@ -114,17 +114,21 @@ def listening(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.timeout(1200)  # three trainings, and some twenty programs that start
+@pytest.mark.timeout(1200)  # four trainings, and some twenty programs that start
 def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal: Terminal, tmp_path: Path
 ) -> None:
-    """Each command is the README's own; one that is new there has to be played here too."""
+    """Each command is the README's own; one that is new there has to be played here too.
+
+    Those of an adapter, in jobs/README.md, continue it.
+    """
     (port,) = free_ports(1)
     path = iter(readme.commands("Your own data"))
+    adapter = iter(readme.commands("LoRA", "jobs/README.md"))
 
-    def next_command(begins: str) -> str:
+    def next_command(begins: str, path: Iterator[str] = path) -> str:
         command = next(path)
-        assert command.startswith(begins), f"the README goes on with {command}"
+        assert command.startswith(begins), f"the page goes on with {command}"
         if begins == "gptj serve":
             command += f" --port {port}"
         return command.replace(":8000", f":{port}")
@@ -156,11 +160,15 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     terminal.run(next_command("gptj curves"))
     assert (tmp_path / "curves/reviews/loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((tmp_path / "curves/reviews/tensorboard").iterdir())
-    terminal.run(next_command("ray job stop").replace("JOB", job[1]))
+    stopping = terminal.start(next_command("ray job stop").replace("JOB", job[1]))
+    for line in followed.stdout:
+        if "SIGTERM: the training ends after this step" in line:
+            break
     for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.resume()
-    followed.communicate(timeout=60)
+        worker.resume()
+    stopped = followed.communicate(timeout=100)[0]  # until Ray would kill it
+    assert re.search(r"checkpoint-\d+ is saved, and the same command resumes", stopped), stopped
+    assert "was stopped" in stopping.communicate(timeout=60)[0]
     printed = terminal.run(next_command("gptj train --data reviews.csv"))
     assert "resuming after step" in printed
     assert "gptj serve s3://gptj/reviews/model" in printed
@@ -182,6 +190,13 @@ def test_the_readmes_path_leads_from_a_file_to_a_service_and_its_update(
     assert len(json.loads(terminal.run(ask))) == 1
     listed = terminal.run(next_command("gptj models ls"))
     assert "s3://gptj/reviews/model" in listed and "s3://gptj/more/model" in listed
+
+    adapted = terminal.run(next_command("gptj train --data more.csv", adapter))
+    assert "gptj serve s3://gptj/lora/model" in adapted
+    served = terminal.run(next_command("gptj serve", adapter))
+    assert "lora from s3://gptj/lora/model" in served
+    assert len(json.loads(terminal.run(ask))) == 1
+    assert next(adapter, None) is None
 
     assert listening(tmp_path) == {"127.0.0.1"}
     processes = json.loads((tmp_path / ".gptj/up.json").read_text())["parts"]

@@ -91,6 +91,20 @@ def test_haproxy_is_switched_on_and_its_program_is_in_the_image() -> None:
     assert os.access(K8S.parent / source / program.name, os.X_OK)
 
 
+@pytest.mark.parametrize("overlay", ["gpu", "local"])
+def test_a_training_that_is_told_to_stop_has_the_time_for_a_checkpoint(overlay: str) -> None:
+    """Ray kills it after three seconds by default, and Kubernetes a worker after its grace."""
+    objects = build(overlay)
+    (job,) = of_kind(objects, "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    (source,) = head["envFrom"]
+    environment = named(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
+    (worker,) = cluster["workerGroupSpecs"]
+    grace = worker["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert 60 <= int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) < grace
+
+
 @pytest.mark.parametrize("overlay", CARDS)
 def test_a_cards_settings_match_the_computed_ones(overlay: str) -> None:
     card = memory.CARDS[CARDS[overlay]]

@@ -22,7 +22,7 @@ def blocks(title: str, language: str, page: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", section(title, page), re.M | re.S)
 
 
-def commands(title: str) -> list[str]:
+def commands(title: str, page: str = README) -> list[str]:
     """The lines of a section's shell blocks, without their comments."""
-    lines = "".join(blocks(title, "sh")).splitlines()
+    lines = "".join(blocks(title, "sh", page)).splitlines()
     return [line.partition("  #")[0].strip() for line in lines]

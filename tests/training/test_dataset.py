@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from shutil import _ntuple_diskusage as usage  # type: ignore[attr-defined]
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from gptj import GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.rows import DataError
-from gptj.training import dataset
+from gptj.training import dataset, room
 from gptj.training.dataset import node_data
+from gptj.training.failures import DiskFullError
 from gptj.training.settings import Settings, SettingsError
 from tests.support.task_data import make_data
 
@@ -139,6 +141,47 @@ def test_the_next_process_tokenizes_if_the_first_is_killed(
     settings = settings_of(tmp_path, "causal-lm")
     found = node_data(settings, tokenizer, tmp_path)
     assert len(found.train) == len(make_data(settings, tokenizer).train)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_examples_are_written_only_where_there_is_room(
+    task: str, tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said to be needed is what they take, without offsets and labels."""
+    settings = settings_of(tmp_path, task)
+    needed: list[int] = []
+
+    def checked(address: str, size: int, *given: Any) -> None:
+        needed.append(size)
+        room.check_room_for(address, size, *given)
+
+    monkeypatch.setattr(dataset, "check_room_for", checked)
+    node_data(settings, tokenizer, tmp_path)
+    for name, size in zip(("train", "evaluation"), needed, strict=True):
+        (folder,) = tmp_path.glob(f"{name}-*")
+        assert 0.1 < size / sum(file.stat().st_size for file in folder.iterdir()) < 1
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage(10**9, 0, needed[0] - 1))
+    with pytest.raises(
+        DiskFullError,
+        match=r"no room for the examples of .*train\.jsonl: \S+ GB are needed there, and \S+ GB "
+        r"are free; remedy: .* the data's tokens, four bytes each",
+    ):
+        node_data(settings, tokenizer, tmp_path / "other")
+
+
+def test_truncated_texts_need_no_room_for_what_is_left_out(
+    tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(dataset, "check_room_for", lambda _, size, *__: needed.append(size))
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": WORDS * 50, "completion": " so"}) + "\n"
+    )
+    data = {"train": str(tmp_path / "rows.jsonl"), "sequence_length": 32}
+    node_data(Settings(storage=str(tmp_path), data=data), tokenizer, tmp_path)  # type: ignore[arg-type]
+    assert needed == [32 * (4 + 1)]  # with its mask
 
 
 def test_a_bad_row_is_named_to_each_process(tmp_path: Path, tokenizer: GPTJTokenizer) -> None:

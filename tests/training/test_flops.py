@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gptj import GPTJConfig, GPTJForCausalLM
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
 from gptj.adapters.quantization import quantize_blocks
+from gptj.data.causal_lm import CausalLMData
+from gptj.data.examples import count_pairs
+from gptj.data.rows import Row
 from gptj.training.flops import StepFlops, matrix_peak
 
 SHAPE = {"vocab_size": 500, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}
@@ -35,6 +38,22 @@ def test_a_steps_flops_equal_pytorchs_count(kind: str) -> None:
     assert found == pytest.approx(products, rel=0.03 if kind == "full" else 0.12)
     attention = StepFlops(model, config).count(1, LENGTH) - StepFlops(model, config).count(1, 0)
     assert attention == 12 * 3 * 64 * LENGTH
+
+
+def test_documents_that_share_a_row_attend_only_to_themselves() -> None:
+    """However they are packed, attention takes what each takes alone; padding takes nothing."""
+    texts = ["old cat " * n for n in (1, 2, 3, 5, 8, 13)]
+    tokenizer = GPTJTokenizer.train(texts, 260)
+    counts: dict[str, int] = {}
+    for packing in ("none", "best_fit", "concatenate"):
+        rows = [Row({"text": text}, "here", n) for n, text in enumerate(texts)]
+        data = CausalLMData(rows, tokenizer, 200, packing)
+        batch = data.collate([data[index] for index in range(len(data))])
+        assert ("cu_seqlens" in batch) == (packing == "best_fit")
+        counts[packing] = count_pairs(batch)
+    lengths = [len(tokenizer(text).input_ids) + 1 for text in texts]  # each with its eos
+    assert counts["none"] == counts["best_fit"] == sum(length**2 for length in lengths)
+    assert counts["concatenate"] > 2 * counts["none"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

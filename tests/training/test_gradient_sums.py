@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gptj.extras import Extra
 from gptj.training import deepspeed_config as plans
+from gptj.training.loop import _Run
 from gptj.training.operators import guarded_builds
 from gptj.training.settings import Settings
 
@@ -75,6 +76,34 @@ def test_micro_batches_add_up_however_many_there_are(tmp_path: Path) -> None:
         assert float((tmp_path / f"{settings.run}.norm").read_text()) == pytest.approx(
             SIZE, rel=1e-2
         )
+
+
+@pytest.mark.parametrize(
+    ("spread", "batch_size", "warned"),
+    [
+        ({"stage": 0}, 8, True),
+        ({"stage": 1}, 8, True),
+        ({"stage": 2, "offload_optimizer": True}, 8, True),
+        ({"stage": 2}, 8, False),
+        ({"stage": 3, "offload_optimizer": True}, 8, False),
+        ({"stage": 0}, 2, False),  # of a single micro-batch
+        ({"stage": 0, "precision": "fp32"}, 8, False),
+    ],
+)
+def test_sums_in_bf16_are_warned_of(
+    spread: dict[str, Any], batch_size: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(
+        batch_size=batch_size,
+        micro_batch_size=2,
+        deepspeed={"precision": "bf16", **spread},  # type: ignore[arg-type]
+    )
+    run = _Run.__new__(_Run)
+    run.settings = settings
+    plan = plans.deepspeed_config(settings, "cuda", 1)
+    run._warn_of_sums(plan["gradient_accumulation_steps"])
+    remedy = "4 micro-batches are added up in bf16, with 8 bits: deepspeed.stage=2 without"
+    assert (remedy in caplog.text) == warned
 
 
 def test_sums_in_fp32_are_where_deepspeed_has_them() -> None:

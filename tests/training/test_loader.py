@@ -35,7 +35,8 @@ class Numbers:
         if -1 in examples:
             raise ValueError("no example")
         self.made.append((threading.current_thread().name, examples))
-        return {"input_ids": torch.tensor([examples])}
+        ids = torch.tensor([examples])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
         return batch["input_ids"].numel()
@@ -94,6 +95,7 @@ def test_only_the_next_steps_batches_are_prefetched() -> None:
         for step in range(3):
             found, waited = batches.next()
             assert (found.items, found.tokens, found.room) == (8, 8, 8)
+            assert found.pairs == 4 * 2**2  # a micro-batch is one row of two
             assert waited >= 0
             assert len(data.made) <= 4 * min(3, step + 2)
     assert len(data.made) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -30,10 +31,17 @@ from gptj.training.memory import (
     words,
 )
 from gptj.training.sections import AdapterSettings
-from gptj.training.settings import Settings, SettingsError
+from gptj.training.settings import Settings, SettingsError, read_settings
 from jobs import finetune
 from jobs import memory as job_memory
-from jobs.memory import check_gpu_memory, check_machine_memory, check_memory
+from jobs.memory import (
+    Gpu,
+    Host,
+    check_gpu_memory,
+    check_machine_memory,
+    check_memory,
+    roomiest_host,
+)
 
 GB = 10**9
 SIX = GPTJConfig.preset("6b")
@@ -135,18 +143,72 @@ def test_suggested_settings_fit(gigabytes: int, count: int) -> None:
 def test_a_run_that_cannot_fit_is_refused_with_settings_that_fit() -> None:
     settings = run_of(4)
     with pytest.raises(SettingsError) as refused:
-        check_gpu_memory(settings, SIX, 24 * GB)
+        check_gpu_memory(settings, SIX, Gpu(24 * GB, bf16=True))
     message = str(refused.value)
     assert re.search(
         r"it would need about \d+\.\d GB of each GPU's 24\.0 GB \(weights 3\.03, ", message
     )
     assert "deepspeed.offload_optimizer=true" in message
-    check_gpu_memory(run_of(8), SIX, 80 * GB)
+    check_gpu_memory(run_of(8), SIX, Gpu(80 * GB, bf16=True))
     needed = plan_memory(settings, SIX, on_gpu=True).device_bytes
-    check_gpu_memory(settings, SIX, int(0.9 * needed))  # which may do
+    check_gpu_memory(settings, SIX, Gpu(int(0.9 * needed), bf16=True))  # which may do
     longest = run_of(1, data={"sequence_length": 2048})
     with pytest.raises(SettingsError, match="It needs more GPUs"):
-        check_gpu_memory(longest, SIX, 2 * GB)
+        check_gpu_memory(longest, SIX, Gpu(2 * GB, bf16=True))
+
+
+@pytest.mark.slow
+def test_a_run_that_its_hosts_cannot_hold_is_refused_with_settings_that_fit() -> None:
+    """Offloading moves the optimizer's state, of 72.6 GB and a copy of gradients, to the host."""
+    settings = run_of(4, deepspeed={"offload_optimizer": True})
+    gpu = Gpu(40 * GB, bf16=True)
+    check_gpu_memory(settings, SIX, gpu, Host(400 * GB, gpus=8))
+    check_gpu_memory(settings, SIX, gpu, Host(100 * GB, gpus=2))  # two workers on each
+    with pytest.raises(SettingsError) as refused:
+        check_gpu_memory(settings, SIX, gpu, Host(64 * GB, gpus=8))
+    message = str(refused.value)
+    assert re.search(r"for each of 4 workers on a host with 64\.0 GB \(.*optimizer \d\d", message)
+    assert "offload" not in message.partition("These settings fit")[2]
+    # Which is so for loading alone, and might do.
+    check_gpu_memory(run_of(4), SIX, gpu, Host(40 * GB, gpus=8))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_bf16_is_suggested_where_fp32_is_what_does_not_fit(bf16: bool) -> None:
+    settings = run_of(1, adapter={}, deepspeed={"stage": 2, "precision": "fp32"})
+    with pytest.raises(SettingsError) as refused:
+        check_gpu_memory(settings, SIX, Gpu(20 * GB, bf16))
+    assert ("deepspeed.precision=" in str(refused.value)) == bf16
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_bf16_is_suggested_on_cpus_that_compute_in_it(
+    computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_memory, "cpu_computes_bf16", lambda: computes)
+    settings = run_of(1, adapter={}, deepspeed={"stage": 2, "precision": "fp32"})
+    with pytest.raises(SettingsError) as refused:
+        check_machine_memory(settings, SIX, 16 * GB)
+    assert ("deepspeed.precision=bf16" in str(refused.value)) == computes
+    whole = run_of(1, deepspeed={"stage": 0, "precision": "fp32"})  # 16 bytes a weight in both
+    with pytest.raises(SettingsError, match="choose a smaller model") as refused:
+        check_machine_memory(whole, SIX, 16 * GB)
+    assert "bf16" not in str(refused.value)
+
+
+def test_a_clusters_roomiest_host_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its memory for each GPU, with the part that Ray's object store may take."""
+    has = {"memory": 100.0 * GB, "object_store_memory": 20.0 * GB}
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "memory": 900.0 * GB}},
+        {"Alive": True, "Resources": {"GPU": 4.0, **has}},
+        {"Alive": True, "Resources": {"GPU": 2.0, **has}},
+        {"Alive": False, "Resources": {"GPU": 1.0, **has}},
+    ]
+    cluster(monkeypatch, 6, nodes=lambda: nodes)
+    assert roomiest_host() == Host(120 * GB, gpus=2)
+    cluster(monkeypatch)
+    assert roomiest_host() is None
 
 
 def test_on_a_cpu_only_runs_that_certainly_do_not_fit_are_refused() -> None:
@@ -163,7 +225,7 @@ def test_on_a_cpu_only_runs_that_certainly_do_not_fit_are_refused() -> None:
 def cluster(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **functions: Any) -> None:
     """One node, as jobs.memory sees it."""
     ray = {
-        "nodes": lambda: [{"Alive": True}, {"Alive": False}],
+        "nodes": lambda: [{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {}}],
         "cluster_resources": lambda: {"CPU": 2.0, **({"GPU": float(gpus)} if gpus else {})},
         "remote": lambda **_: lambda function: SimpleNamespace(remote=lambda: function),
         "cancel": lambda *_, **__: None,
@@ -198,7 +260,7 @@ def test_nothing_is_refused_if_gpus_do_not_answer(monkeypatch: pytest.MonkeyPatc
     cluster(monkeypatch, 1, get=late, cancel=lambda asked, force: cancelled.append(asked))
     check_memory(run_of(4), SIX, True, 1024)
     assert cancelled
-    cluster(monkeypatch, 1, get=lambda asked, timeout: 24 * GB)
+    cluster(monkeypatch, 1, get=lambda asked, timeout: Gpu(24 * GB, bf16=True))
     with pytest.raises(SettingsError, match="does not fit"):
         check_memory(run_of(4), SIX, True, 1024)
 
@@ -209,7 +271,7 @@ def test_a_run_that_has_fitted_before_resumes(
 ) -> None:
     """Whatever is predicted."""
     trained = []
-    cluster(monkeypatch, 4, get=lambda asked, timeout: GB)
+    cluster(monkeypatch, 4, get=lambda asked, timeout: Gpu(GB, bf16=True))
     monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (SIX, 1024, {}))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: fitted)
     monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
@@ -225,7 +287,7 @@ def test_a_run_that_has_fitted_before_resumes(
 @pytest.mark.slow
 def test_memory_is_computed_for_the_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short texts are not padded to data.sequence_length, and take no memory for it."""
-    cluster(monkeypatch, 8, get=lambda asked, timeout: 40 * GB)
+    cluster(monkeypatch, 8, get=lambda asked, timeout: Gpu(40 * GB, bf16=True))
     settings = run_of(8, micro_batch_size=16, batch_size=128, data={"sequence_length": 2048})
     with pytest.raises(SettingsError, match="does not fit"):
         check_memory(settings, SIX, True, 2048)
@@ -238,11 +300,33 @@ def test_memory_is_computed_for_the_longest_row(monkeypatch: pytest.MonkeyPatch)
 
 def test_suggestions_are_written_as_command_line_settings() -> None:
     change = {"model.gradient_checkpointing": True, "micro_batch_size": 1, "adapter": {}}
-    assert words(change) == "model.gradient_checkpointing=true micro_batch_size=1 adapter={}"
+    assert words(change) == "model.gradient_checkpointing=true micro_batch_size=1 'adapter={}'"
     settings = changed(run_of(2, micro_batch_size=4), change)
     assert settings.model.gradient_checkpointing
     assert settings.model.checkpoint == memory.PUBLISHED
     assert settings.adapter == AdapterSettings()
+
+
+@pytest.mark.parametrize("adapter", [None, {}])
+def test_suggestions_can_be_pasted_into_a_shell(
+    adapter: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Each is one word to the shell, and means the change."""
+    given = {"micro_batch_size": 4, "deepspeed": {"stage": 1, "precision": "fp32"}}
+    settings = run_of(2, **given, **({} if adapter is None else {"adapter": adapter}))
+    (tmp_path / "run.yaml").write_text(settings.to_yaml())
+    for change in memory._changes(settings, bf16=True):
+        read = read_settings([str(tmp_path / "run.yaml"), *shlex.split(words(change))])
+        assert read.model_dump() == changed(settings, change).model_dump()
+    nested = words({"adapter": {"quantization": "nf4"}})
+    printed = subprocess.run(["bash", "-c", f"echo {nested}"], capture_output=True, text=True)
+    assert printed.stdout == 'adapter={"quantization": "nf4"}\n'
+
+
+def test_host_memory_without_gpus_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model=tiny", "--host-memory=64"])
+    assert "give --gpu-memory too" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -64,6 +64,23 @@ def test_new_points_do_not_change_files_during_their_upload(
     assert own.stat().st_size > file.stat().st_size > 0
 
 
+@pytest.mark.parametrize("failing", ["upload_folder", "write_bytes", "upload"])
+def test_a_curve_that_cannot_be_written_costs_a_warning(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the checkpoint that was saved just before."""
+
+    def refuse(*_: object) -> None:
+        raise storage.UnreachableError("no answer from S3")
+
+    log = ProgressLog(Progress(step=1), tmp_path / "local", 9, 1, lambda point: None)
+    log.evaluation({"loss": 2.0})
+    monkeypatch.setattr(storage, failing, refuse)
+    log.publish(str(tmp_path / "run"), log.snapshot())
+    log.close()
+    assert f"the curve in {tmp_path}/run is not up to date: no answer from S3" in caplog.text
+
+
 def test_the_line_of_a_step_is_what_the_program_of_faults_waits_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -224,6 +224,32 @@ def test_relative_addresses_become_absolute_and_others_stay(tmp_path: Path) -> N
     assert settings.model.checkpoint == "EleutherAI/gpt-j-6B"
 
 
+@pytest.mark.parametrize(
+    ("uri", "resolved"),
+    [
+        ("mlruns", "{here}/mlruns"),
+        ("./a/../mlruns", "{here}/mlruns"),
+        ("~/mlruns", "{home}/mlruns"),
+        ("/srv/mlruns", "/srv/mlruns"),
+        ("file:mlruns", "file://{here}/mlruns"),
+        ("file:./my%20runs", "file://{here}/my%20runs"),
+        ("file:///srv/mlruns", "file:///srv/mlruns"),
+        ("sqlite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("sqlite:///db/mlflow.db?timeout=9", "sqlite:///{here}/db/mlflow.db?timeout=9"),
+        ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
+        *((same, same) for same in ("http://mlflow:5000", "https://m", "databricks", "uc:me")),
+        *((same, same) for same in ("databricks://me", "postgresql://u@h/mlflow")),
+    ],
+)
+def test_the_trackers_relative_paths_become_absolute(
+    uri: str, resolved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers run in another folder, and each would have a tracker's files of its own."""
+    monkeypatch.chdir(tmp_path)
+    found = read_settings([f"tracking.mlflow={uri}"]).resolved().tracking.mlflow
+    assert found == resolved.format(here=tmp_path, home=Path.home())
+
+
 def test_only_changes_of_the_result_keep_a_run_from_resuming() -> None:
     before = read_settings(["steps=5", "log_every=1"]).model_dump(mode="json")
     after = read_settings(["steps=4", "log_every=9", "workers.max_failures=0"])

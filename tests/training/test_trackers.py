@@ -6,12 +6,15 @@ import logging
 import struct
 from collections.abc import Iterator
 from concurrent.futures import wait
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gptj import extras
+from gptj.training import loop, trackers
 from gptj.training.failures import StoppedError
 from gptj.training.packages import check_packages
 from gptj.training.settings import Settings, SettingsError, read_settings
@@ -150,6 +153,37 @@ def test_a_tracker_without_credentials_is_refused_with_the_librarys_message(
         opened(settings_of(tmp_path, wandb="gptj"), tmp_path / "scratch")
     with pytest.raises(SettingsError, match=r"tracking\.mlflow=nothing:///x: "):
         opened(settings_of(tmp_path, mlflow="nothing:///x"), tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_tracker_that_is_down_as_a_run_resumes_costs_a_warning(
+    tmp_path: Path,
+    file_store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A worker's restart does not end the run, and the other tracker goes on."""
+    monkeypatch.setattr(trackers, "WandbTracker", refuse)
+    settings = settings_of(tmp_path, mlflow=file_store, wandb="team/gptj")
+    with pytest.raises(SettingsError, match=r"tracking\.wandb=team/gptj: the server is gone"):
+        Trackers.open(settings, tmp_path)
+    with caplog.at_level(logging.WARNING, "gptj.training.trackers"):
+        with Trackers.open(settings, tmp_path, resumes=True) as found:
+            found.point(POINTS[0])
+    assert [type(each).__name__ for each in found._trackers] == ["MLflowTracker"]
+    assert "without tracking.wandb=team/gptj until the next restart: the server" in caplog.text
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_only_a_run_without_a_checkpoint_needs_its_trackers(
+    resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "MLflowTracker", refuse)
+    monkeypatch.setattr(loop, "agree", lambda value: value)
+    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse)
+    settings = settings_of(tmp_path, mlflow="http://mlflow")
+    with nullcontext() if resumes else pytest.raises(SettingsError):
+        loop._trackers(settings, worker, tmp_path, resumes=resumes)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,6 +37,7 @@ from gptj.training import loop, progress
 from gptj.training.deepspeed_config import deepspeed_config
 from gptj.training.evaluation import evaluate
 from gptj.training.failures import UnrecoverableError
+from gptj.training.loader import StepBatches
 from gptj.training.loop import Worker, train
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError
@@ -1182,6 +1185,69 @@ def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
     run._finish_upload()
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["checkpoint-00000001", "checkpoint-00000003"]
+
+
+def test_all_that_a_checkpoint_takes_from_the_steps_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The check of the weights, the files' writing, and the wait for the upload, the last too."""
+    seconds, now = {"check": 1.0, "save": 20.0, "upload": 300.0}, [0.0]
+
+    def spend(what: str) -> Callable[..., None]:
+        def spent(*_: Any) -> None:
+            now[0] += seconds[what]
+
+        return spent
+
+    class Uploader:
+        """Begins when it is waited for."""
+
+        def submit(self, upload: Callable[[], float]) -> Any:
+            return SimpleNamespace(result=upload)
+
+    run = loop_run(tmp_path)
+    run.worker = Worker(0, 1, torch.device("cpu"), spend("upload"))
+    run.attempt, run._scratch, run._part_bytes = 1, tmp_path, None
+    run._uploader, run._trackers = Uploader(), Trackers([])
+    run._log = SimpleNamespace(snapshot=list, publish=lambda *_: None)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop, "save_state", spend("save"))
+    monkeypatch.setattr(run, "_check_weights", spend("check"))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    caplog.set_level(logging.INFO)
+    run._checkpoint(None, {})
+    run._checkpoint(None, {})
+    run._finish_upload()
+    waits = [message for message in caplog.messages if "kept the steps waiting" in message]
+    assert [message.partition("waiting for ")[2] for message in waits] == ["321.0 s"] * 2
+
+
+def test_a_step_waits_for_the_slowest_ranks_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 logs the wait of whichever rank it was; it costs no further reduction."""
+    run = loop_run(tmp_path)
+    run.worker = Worker(0, 3, torch.device("cpu"), lambda *_: None)
+    logged: list[Any] = []
+    run._log = SimpleNamespace(step=lambda *given, **_: logged.append(given))
+    run._flops, run._peak, run._gate = SimpleNamespace(count=lambda *_: 0.0), 0.0, None
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}], _global_grad_norm=1.0)
+    engine = SimpleNamespace(train=lambda: None, optimizer=optimizer)
+    loader = SimpleNamespace(next=lambda: (StepBatches([], 0, 8, 8, 8, 8), 0.25))
+    reduced: list[Any] = []
+
+    def add_others(counts: torch.Tensor) -> torch.Tensor:
+        reduced.append(counts)
+        others = torch.zeros_like(counts)
+        if len(counts) > 1:
+            others[-2], others[-1] = 7.5, 0.5
+        return counts + others
+
+    monkeypatch.setattr(run, "_sum", add_others)
+    run._step(engine, None, loader)
+    ((*_, waited),) = logged
+    assert waited == 7.5
+    assert len(reduced) == 2  # counts and loss
 
 
 def test_a_checkpoint_of_an_older_version_is_refused_by_name(tmp_path: Path) -> None:

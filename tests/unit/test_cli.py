@@ -341,8 +341,10 @@ def test_a_job_gets_absolute_paths_and_the_users_words(
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "a #1.csv", "text,label", "good,yes")
     written(tmp_path / "settings.yaml", "run: mine", "epochs: 2")
+    written(tmp_path / "chat.jinja", "{{ messages }}")
+    relative = ["tokenizer.chat_template=chat.jinja", "tracking.mlflow=mlruns"]
     words = words_of_run(
-        ["settings.yaml", "steps=7", "optimizer.learning_rate=1e-4"],
+        ["settings.yaml", "steps=7", "optimizer.learning_rate=1e-4", *relative],
         data="a #1.csv",
         evaluation=None,
         task=None,
@@ -354,6 +356,8 @@ def test_a_job_gets_absolute_paths_and_the_users_words(
     assert {"steps=7", "optimizer.learning_rate=1e-4", "task=classification"} < {*words}
     assert f'data.train="{tmp_path}/a #1.csv"' in words
     assert f"storage={tmp_path}/outputs" in words
+    assert f"tokenizer.chat_template={tmp_path}/chat.jinja" in words
+    assert f"tracking.mlflow={tmp_path}/mlruns" in words
     assert not any(word.startswith("run=") for word in words), "the file names it"
     with pytest.raises(SettingsError, match="unknown setting"):
         words_of_run(

@@ -99,7 +99,7 @@ def test_a_server_that_never_answered_fails_fast(
         with pytest.raises(storage.UnreachableError, match="remedy: check the network"):
             storage.write_bytes(f"{folder}/a", b"a")
         assert len(proxy.requests) == retries.FIRST_TRIES
-        storage.be_patient()
+        storage.be_patient([folder])
         times(proxy, ["reset"] * 9, lambda request: True)
         storage.write_bytes(f"{folder}/a", b"a")
 

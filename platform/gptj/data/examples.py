@@ -83,6 +83,17 @@ def count_real_tokens(batch: dict[str, Tensor]) -> int:
     return int(batch["attention_mask"].sum())
 
 
+def count_pairs(batch: dict[str, Tensor]) -> int:
+    """The sum of the squared lengths of a batch's documents, without padding."""
+    mask = batch["attention_mask"]
+    if "cu_seqlens" in batch:  # padding counts as a document there
+        before = torch.cat([torch.zeros(1, dtype=torch.long), mask.flatten().cumsum(0)])
+        lengths = before[batch["cu_seqlens"].long()].diff()
+    else:
+        lengths = mask.sum(dim=1)
+    return int((lengths**2).sum())
+
+
 def groups(items: Iterable[Item], size: int = TOKENIZED_AT_ONCE) -> Iterator[list[Item]]:
     """The items in lists of `size`; the last may be shorter."""
     iterator = iter(items)

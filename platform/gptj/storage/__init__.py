@@ -225,13 +225,17 @@ def delete_unfinished(folder: str) -> None:
         local.delete_unfinished(folder)
 
 
-def be_patient() -> None:
+def be_patient(addresses: Iterable[str]) -> None:
     """Retry for minutes if S3 does not answer, even on the first request.
 
     By default only a server that has already answered this process gets that long. Meant for
-    workers of a run whose storage was already checked at submission.
+    processes of a job whose driver has already reached S3.
+
+    Args:
+        addresses: all that this process reads or writes; if none is on S3, nothing changes.
     """
-    _s3_client.retry_policy().patient = True
+    if any(address.startswith("s3://") for address in addresses):
+        _s3_client.retry_policy().patient = True
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gptj import storage
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
-from gptj.data.prepared import Prepared
+from gptj.data.prepared import Index, Prepared
 from gptj.data.preparing import (
     CHUNK_CHARACTERS,
     Plan,
@@ -33,13 +33,15 @@ from gptj.data.rows import DataError, Row, refuse_row
 from gptj.data.split import Split
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
-from gptj.training.failures import naming_full_disk
+from gptj.training.failures import EXAMPLES_REMEDY, naming_full_disk
 from gptj.training.fingerprint import Fingerprint
+from gptj.training.room import check_room_for
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.tasks import Data
 
 logger = logging.getLogger(__name__)
 
+TOKEN_BYTES = 4
 LOCK = "tokenizing.lock"
 FINGERPRINTS = "fingerprints.json"  # written last
 
@@ -115,7 +117,7 @@ def node_data(
     with FileLock(folder / LOCK) as lock:
         lock.take()
         if not (folder / FINGERPRINTS).exists():
-            with naming_full_disk(folder):
+            with naming_full_disk(folder, remedy=EXAMPLES_REMEDY):
                 _make(settings, tokenizer, folder, prepared or {})
     task = settings.task_definition
     found = json.loads((folder / FINGERPRINTS).read_text())
@@ -201,7 +203,10 @@ def _make(
                 f"{', '.join(columns[name])}: evaluate on the same kind of rows as in training"
             )
         target = folder / f"{name}-{suffix}"
-        task.write(target, source, tokenizer, settings.data, labels)
+        needed = _example_bytes(settings, source.index)
+        check_room_for(f"the examples of {address}", needed, folder, EXAMPLES_REMEDY)
+        with naming_full_disk(folder, needed, EXAMPLES_REMEDY):
+            task.write(target, source, tokenizer, settings.data, labels)
         labels = task.load(target).labels
         fingerprint = Fingerprint(source.index.rows, source.digest)
         found[name] = {"folder": target.name, "fingerprint": asdict(fingerprint)}
@@ -218,6 +223,15 @@ def _make(
     unfinished = folder / f"{FINGERPRINTS}.{suffix}"
     unfinished.write_text(json.dumps(found))
     unfinished.rename(folder / FINGERPRINTS)
+
+
+def _example_bytes(settings: Settings, index: Index) -> int:
+    """At least the bytes of prepared data's examples: token ids, and masks of what is learned."""
+    data, tokens = settings.data, index.tokens
+    masked = settings.task == "causal-lm" and index.learned < tokens
+    if settings.task == "classification" or (masked and data.packing != "concatenate"):
+        tokens = min(tokens, index.rows * data.sequence_length)  # longer ones are truncated
+    return tokens * (TOKEN_BYTES + masked)
 
 
 def checkpoint_labels(settings: Settings) -> LabelSet | None:

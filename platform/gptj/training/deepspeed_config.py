@@ -84,6 +84,12 @@ def sums_in_fp32(spread: DeepSpeedSettings, micro_batches: int) -> bool:
     return spread.stage == 3 or (spread.stage == 2 and not spread.offload_optimizer)
 
 
+def sums_in_bf16(spread: DeepSpeedSettings, micro_batches: int) -> bool:
+    """Whether the gradients of a step's micro-batches are added up in bf16."""
+    several = spread.precision == "bf16" and micro_batches > 1
+    return several and not sums_in_fp32(spread, micro_batches)
+
+
 def clips_gradients(spread: DeepSpeedSettings) -> bool:
     """Whether DeepSpeed clips; in fp32 at stage 0 it discards the norm, so the loop clips."""
     return spread.stage > 0 or spread.precision != "fp32"

@@ -20,6 +20,14 @@ from gptj.training.settings import SettingsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 8 * 2**20
+DISK_REMEDY = (
+    "remedy: free space there, or set TMPDIR for the workers to a folder with room for each "
+    "worker's part of a checkpoint"
+)
+EXAMPLES_REMEDY = (
+    "remedy: free space there, or set TMPDIR on each node to a folder with room for the data's "
+    "tokens, four bytes each"
+)
 
 
 class UnrecoverableError(Exception):
@@ -74,7 +82,9 @@ def unrecoverable(error: BaseException) -> str | None:
 
 
 @contextmanager
-def naming_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]:
+def naming_full_disk(
+    folder: Path, needed: int | None = None, remedy: str = DISK_REMEDY
+) -> Iterator[None]:
     """Raise DiskFullError if the block fails because the disk of `folder` is full.
 
     PyTorch's writers only report a broken stream, so this probes the disk itself.
@@ -94,14 +104,8 @@ def naming_full_disk(folder: Path, needed: int | None = None) -> Iterator[None]:
         raise DiskFullError(
             f"the disk of {folder}, {gigabytes(usage.total)} in all, is full{wanted}"
             f"{' and' if wanted else ':'} {gigabytes(usage.free + written)} are available; "
-            f"{DISK_REMEDY}"
+            f"{remedy}"
         ) from error
-
-
-DISK_REMEDY = (
-    "remedy: free space there, or set TMPDIR for the workers to a folder with room for each "
-    "worker's part of a checkpoint"
-)
 
 
 def gigabytes(size: int) -> str:

@@ -22,7 +22,8 @@ class StepFlops:
     """FLOPs of a model's forward and backward passes.
 
     Per token, each matrix weight takes 2 in the forward pass, 2 for its input's gradient and, if
-    trained, 2 for its own. Attention takes 12 * layers * length * width, as in PaLM.
+    trained, 2 for its own. Attention takes 12 * layers * length * width, as in PaLM, where the
+    length is the document's: documents that share a row do not attend to each other.
     """
 
     def __init__(self, model: nn.Module, config: GPTJConfig) -> None:
@@ -36,9 +37,13 @@ class StepFlops:
                 size = getattr(weight, "ds_numel", weight.numel())
                 self._weights += (6 if weight.requires_grad else 4) * size
 
-    def count(self, tokens: int, length: float) -> float:
-        """FLOPs for `tokens` tokens in rows of `length`."""
-        return tokens * (self._weights + self._attention * length)
+    def count(self, tokens: int, pairs: int) -> float:
+        """FLOPs for `tokens` tokens.
+
+        Args:
+            pairs: the sum of the documents' squared lengths.
+        """
+        return tokens * self._weights + pairs * self._attention
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gptj.data.batches import BatchOrder, share
+from gptj.data.examples import count_pairs
 from gptj.training.tasks import Data
 
 
@@ -25,6 +26,7 @@ class StepBatches(NamedTuple):
     counted: int  # leading batches that count; any others only keep in step with other ranks
     items: int  # the loss averages over these
     tokens: int  # without padding
+    pairs: int  # of tokens of a document: the sum of the documents' squared lengths
     room: int  # tokens including padding
 
 
@@ -97,5 +99,6 @@ class Loader:
             len(counted),
             sum(data.count_items(batch) for batch in counted),
             sum(data.count_tokens(batch) for batch in counted),
+            sum(count_pairs(batch) for batch in counted),
             sum(batch["input_ids"].numel() for batch in batches),
         )

@@ -42,6 +42,7 @@ from gptj.training.deepspeed_config import (
     deepspeed_config,
     learning_rate_share,
     parameter_groups,
+    sums_in_bf16,
 )
 from gptj.training.engine_state import load_state, save_state
 from gptj.training.evaluation import evaluate
@@ -142,7 +143,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
-        _trackers(settings, worker, scratch) as trackers,
+        _trackers(settings, worker, scratch, resumes=checkpoint is not None) as trackers,
     ):
         tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
@@ -205,7 +206,7 @@ class _Upload(NamedTuple):
 
     name: str
     best: int | None  # the best evaluation's step at that time
-    waited: float  # seconds that it kept the steps waiting
+    stolen: float  # seconds that the steps waited for it until its upload began
     done: Future[float]  # this rank's part; the seconds that it took
 
 
@@ -282,6 +283,7 @@ class _Run:
         if worker.rank == 0:
             name, size = self.task.head.__name__, count_weights(model)
             logger.info("%s of %s parameters", name, f"{size:,}")
+            self._warn_of_sums(plan["gradient_accumulation_steps"])
         self._flops = StepFlops(model, config)
         self._peak = self._peak_of_all()
         if settings.model.gradient_checkpointing:
@@ -307,6 +309,15 @@ class _Run:
         # Dropout differs between ranks, but is reproducible from the seed.
         torch.manual_seed(settings.seed + 1 + worker.rank)
         return engine
+
+    def _warn_of_sums(self, micro_batches: int) -> None:
+        if sums_in_bf16(self.settings.deepspeed, micro_batches):
+            logger.warning(
+                "the gradients of a step's %d micro-batches are added up in bf16, with 8 bits: "
+                "deepspeed.stage=2 without deepspeed.offload_optimizer, or deepspeed.stage=3, adds "
+                "them up in fp32",
+                micro_batches,
+            )
 
     def steps(
         self, engine: Any, train_data: Data, evaluation_data: Data | None
@@ -363,7 +374,6 @@ class _Run:
             keep = best and settings.export == "best"
             due = last or keep or _due(progress.step, settings.checkpoint_every)
             if due and not self._is_saved(progress.step):
-                self._check_weights(engine)
                 self._checkpoint(engine, metrics)
         self._finish_upload()
         if not metrics:  # the run was killed just before its export
@@ -391,7 +401,6 @@ class _Run:
         """Save a checkpoint and raise StoppedError, on all ranks."""
         reasons: list[Any] = [None] * self.worker.world_size
         dist.all_gather_object(reasons, self.worker.stop())
-        self._check_weights(engine)
         self._checkpoint(engine, {})
         self._finish_upload()
         reason = next(reason for reason in reasons if reason is not None)
@@ -482,10 +491,12 @@ class _Run:
         settings, worker = self.settings, self.worker
         started = time.monotonic()
         engine.train()
-        (batches, counted, items, tokens, room), waited = loader.next()
+        (batches, counted, items, tokens, pairs, room), waited = loader.next()
         told = worker.stop() is not None
-        counts = torch.tensor([items, tokens, room, told], dtype=torch.float64)
-        all_items, all_tokens, all_room, stops = self._sum(counts).tolist()
+        # Each rank's wait has a place of its own in the sum, for the longest of them.
+        waits = [waited if rank == worker.rank else 0.0 for rank in range(worker.world_size)]
+        counts = torch.tensor([items, tokens, pairs, room, told, *waits], dtype=torch.float64)
+        all_items, all_tokens, all_pairs, all_room, stops, *waits = self._sum(counts).tolist()
         self._stopping = stops > 0
         if not all_items:
             raise SettingsError(f"step {self.progress.step + 1} has nothing to learn from")
@@ -525,8 +536,8 @@ class _Run:
                 int(all_tokens),
                 int(all_room),
                 seconds,
-                waited,
-                flops=self._flops.count(int(all_tokens), all_room / settings.batch_size),
+                max(waits),
+                flops=self._flops.count(int(all_tokens), int(all_pairs)),
                 peak=self._peak,
                 memory=peak_memory(worker.device),
             )
@@ -667,11 +678,14 @@ class _Run:
         return float(self._sum(loss if self.worker.rank == 0 else torch.zeros_like(loss)))
 
     def _checkpoint(self, engine: Any, metrics: dict[str, float]) -> None:
-        """Write this rank's part to its scratch folder and upload it in a thread.
+        """Check the weights, write this rank's part to its scratch folder, upload it in a thread.
 
         Training continues meanwhile. The checkpoint is complete once all manifests are uploaded.
         """
-        waited = self._finish_upload()
+        started = time.monotonic()
+        self._check_weights(engine)
+        checked = time.monotonic() - started
+        self._finish_upload()
         started = time.monotonic()
         name = checkpoint_name(self.progress.step, self.attempt)
         folder = tempfile.TemporaryDirectory(dir=self._scratch)
@@ -683,7 +697,7 @@ class _Run:
             self.worker.fence()
         point = {"step": self.progress.step, **metrics}
         curve = None if self._log is None else self._log.snapshot()
-        stolen = waited + time.monotonic() - started
+        stolen = checked + time.monotonic() - started
         best = self.progress.best
         kept = None if best is None else best["step"]
 
@@ -698,13 +712,13 @@ class _Run:
 
         self._upload = _Upload(name, kept, stolen, self._uploader.submit(upload))
 
-    def _finish_upload(self) -> float:
-        """Wait for all ranks' upload, if any; delete old checkpoints; return the seconds waited.
+    def _finish_upload(self) -> None:
+        """Wait for all ranks' upload, if any, and delete old checkpoints.
 
         Raises what an upload raised.
         """
         if self._upload is None:
-            return 0.0
+            return
         started = time.monotonic()
         upload, self._upload = self._upload, None
         seconds = upload.done.result()
@@ -720,9 +734,8 @@ class _Run:
                 "saved %s in %s; it kept the steps waiting for %.1f s",
                 self._checkpoint_address,
                 duration(seconds),
-                upload.waited,
+                upload.stolen + time.monotonic() - started,
             )
-        return time.monotonic() - started
 
     def _peak_of_all(self) -> float:
         """Total FLOP/s of all workers' matrix products, measured simultaneously."""
@@ -778,12 +791,12 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
     return norm
 
 
-def _trackers(settings: Settings, worker: Worker, scratch: Path) -> Trackers:
+def _trackers(settings: Settings, worker: Worker, scratch: Path, *, resumes: bool) -> Trackers:
     """Open the trackers on rank 0. Raises SettingsError on all ranks."""
     trackers, fault = Trackers([]), None
     if worker.rank == 0:
         try:
-            trackers = Trackers.open(settings, scratch)
+            trackers = Trackers.open(settings, scratch, resumes=resumes)
         except SettingsError as error:
             fault = str(error)
     if (message := agree(fault)) is not None:

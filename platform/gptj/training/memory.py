@@ -4,7 +4,8 @@
                                    [SETTINGS.yaml] [key=value …]
 
 Prints the parts and, if the run does not fit, settings with which it would. `--gpu-memory` and
-`--host-memory` (of a node with up to 8 GPUs) are in GB; without the first, the run is on CPUs.
+`--host-memory` (of a node with up to 8 GPUs) are in GB; without the first, the run is on CPUs, and
+the second is refused.
 
 DeepSpeed's state is computed from the number of weights; activations are measured by running
 blocks of the model on PyTorch's meta device, whose tensors have shapes but no data.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,6 +181,8 @@ def fitting(
     *,
     gpu_memory: float,
     host_memory: float | None = None,
+    node_gpus: int = NODE_GPUS,
+    bf16: bool = True,
     limit: int = 3,
 ) -> list[dict[str, Any]]:
     """Changes of settings, as {key: value}, that make a run fit; cheapest first.
@@ -186,13 +190,15 @@ def fitting(
     Args:
         gpu_memory: of each GPU, in bytes.
         host_memory: of a node, in bytes; None: unlimited.
+        node_gpus: of a node.
+        bf16: whether the GPUs compute in it.
     """
     found: list[dict[str, Any]] = []
-    for change in _changes(settings):
+    for change in _changes(settings, bf16):
         if any(each.items() <= change.items() for each in found):
             continue  # a smaller change suffices
         plan = plan_memory(changed(settings, change), config, on_gpu=True)
-        if fits(plan, settings.workers.fewest, gpu_memory, host_memory):
+        if fits(plan, settings.workers.fewest, gpu_memory, host_memory, node_gpus):
             found.append(change)
             if len(found) == limit:
                 break
@@ -209,9 +215,15 @@ def as_long_as(settings: Settings, longest: int) -> Settings:
     return changed(settings, {"data.sequence_length": length})
 
 
-def fits(plan: MemoryPlan, gpus: int, gpu_memory: float, host_memory: float | None = None) -> bool:
-    """Whether a run fits, with SPARE of the GPU's memory left; nodes have up to NODE_GPUS."""
-    local = min(gpus, NODE_GPUS)
+def fits(
+    plan: MemoryPlan,
+    gpus: int,
+    gpu_memory: float,
+    host_memory: float | None = None,
+    node_gpus: int = NODE_GPUS,
+) -> bool:
+    """Whether a run fits, with SPARE of the GPU's memory left; nodes have up to `node_gpus`."""
+    local = min(gpus, node_gpus)
     roomy = host_memory is None or plan.host_bytes * local <= host_memory
     return roomy and plan.device_bytes <= gpu_memory * (1 - SPARE)
 
@@ -230,11 +242,11 @@ def changed(settings: Settings, change: Mapping[str, Any]) -> Settings:
 
 
 def words(change: Mapping[str, Any]) -> str:
-    """The change in command-line syntax."""
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
+    """The change in command-line syntax, as a shell takes it."""
+    return shlex.join(f"{key}={json.dumps(value)}" for key, value in change.items())
 
 
-def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
+def _changes(settings: Settings, bf16: bool) -> Iterator[dict[str, Any]]:
     """All changes that may save memory, ordered by cost: time, host memory, then quality."""
     sizes = [settings.micro_batch_size]
     while sizes[-1] > 1 and sizes[-1] % 2 == 0:
@@ -258,13 +270,16 @@ def _changes(settings: Settings) -> Iterator[dict[str, Any]]:
     recomputes: list[dict[str, Any]] = [{}]
     if not settings.model.gradient_checkpointing:
         recomputes.append({"model.gradient_checkpointing": True})
+    precisions: list[dict[str, Any]] = [{}]
+    if bf16 and settings.deepspeed.precision == "fp32":  # GPUs are also faster in it
+        precisions.append({"deepspeed.precision": "bf16"})
     stages = [{}, *({"deepspeed.stage": s} for s in (2, 3) if s > settings.deepspeed.stage)]
     if settings.workers.fewest == 1 and settings.deepspeed.stage < 3:
         stages = [{}, {"deepspeed.stage": 3}]
-    for adapter, moment, offload, size, stage, recompute in itertools.product(
-        adapters, moments, offloads, sizes, stages, recomputes
+    for adapter, moment, offload, size, stage, recompute, precision in itertools.product(
+        adapters, moments, offloads, sizes, stages, recomputes, precisions
     ):
-        change = {**recompute, **stage, **offload, **moment, **adapter}
+        change = {**precision, **recompute, **stage, **offload, **moment, **adapter}
         if size != settings.micro_batch_size:
             change["micro_batch_size"] = size
         now = change.get("deepspeed.stage", settings.deepspeed.stage)
@@ -447,6 +462,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", help="SETTINGS.yaml key=value …")
     given = parser.parse_intermixed_args(arguments)
     on_gpu = given.gpu_memory is not None
+    if given.host_memory is not None and not on_gpu:
+        parser.error(
+            "--host-memory is checked for runs on GPUs: give --gpu-memory too; a run on CPUs needs "
+            "what is printed without either, for each worker"
+        )
     given_words = list(given.settings)
     if given.gpus is not None:
         given_words.append(f"workers.count={given.gpus}")

@@ -85,7 +85,7 @@ class ProgressLog:
         Args:
             tokens: of the global batch, without padding.
             room: of the global batch, with padding.
-            waited: seconds, of `seconds`, spent waiting for this rank's batches.
+            waited: seconds, of `seconds`, spent waiting for the batches of the slowest rank.
             flops: model FLOPs of the step.
             peak: FLOP/s of all workers' matrix products; 0: unknown.
             memory: this worker's peak so far, in bytes.
@@ -152,7 +152,16 @@ class ProgressLog:
         return list(self.progress.history)
 
     def publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Update the history, TensorBoard's files and the curve in the run's folder."""
+        """Update the history, TensorBoard's files and the curve in the run's folder.
+
+        Errors are only logged: the checkpoint has the history, and the next one publishes it again.
+        """
+        try:
+            self._publish(address, history)
+        except Exception as error:  # whatever storage, TensorBoard or matplotlib raise
+            logger.warning("the curve in %s is not up to date: %s", address, error)
+
+    def _publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
         self._board.flush()
         with tempfile.TemporaryDirectory(dir=self._folder) as still:
             # A snapshot, since TensorBoard's file may grow during the upload.

@@ -82,13 +82,13 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
             )
 
 
-def check_room_for(address: str, size: int, folder: Path) -> None:
+def check_room_for(address: str, size: int, folder: Path, remedy: str = DISK_REMEDY) -> None:
     """DiskFullError if a local folder lacks the room for a file of so many bytes."""
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:
         raise DiskFullError(
             f"the disk of {folder} has no room for {address}: {gigabytes(size)} are needed there, "
-            f"and {gigabytes(usage.free)} are free; {DISK_REMEDY}"
+            f"and {gigabytes(usage.free)} are free; {remedy}"
         )
 
 

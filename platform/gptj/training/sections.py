@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from functools import partial
 from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -204,10 +207,28 @@ class AdapterSettings(Section):
         return LoRAConfig(**self.model_dump(exclude={"quantization"}), modules_to_save=heads)
 
 
+_SQLITE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)(?P<query>.*)")
+
+
+def absolute_tracking_uri(uri: str) -> str:
+    """MLflow's tracking URI, with a relative path made absolute: of a folder, or of SQLite's file.
+
+    Servers' addresses, and those of Databricks, stay.
+    """
+    if (database := _SQLITE.fullmatch(uri)) is not None:
+        path = os.path.abspath(database["path"])
+        return f"{database['scheme']}{path}{database['query']}"
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return f"file://{os.path.normpath(f'{quote(os.getcwd())}/{uri[5:]}')}"
+    if urlsplit(uri).scheme or uri in ("databricks", "uc"):
+        return uri
+    return os.path.abspath(os.path.expanduser(uri))
+
+
 class TrackingSettings(Section):
     """Experiment trackers besides TensorBoard (gptj.training.trackers)."""
 
-    # MLflow's tracking URI, such as http://mlflow:5000; None: nowhere.
+    # MLflow's tracking URI, such as http://mlflow:5000, or a folder; None: nowhere.
     mlflow: Annotated[str, Field(min_length=1)] | None = None
     # Weights & Biases' PROJECT or ENTITY/PROJECT; WANDB_MODE=offline keeps it in the run's folder.
     wandb: Annotated[str, Field(pattern=r"^([^/]+/)?[^/]+$")] | None = None

@@ -31,6 +31,7 @@ from gptj.training.sections import (
     TokenizerSettings,
     TrackingSettings,
     WorkerSettings,
+    absolute_tracking_uri,
 )
 from gptj.training.tasks import TASKS, AnyTask, TaskName
 
@@ -134,6 +135,8 @@ class Settings(Section):
                 # A path that does not exist may be a hub id; if not, its reader reports that.
                 if section == "data" or Path(value).exists():
                     fields[section][key] = absolute(value, samples=section == "data")
+        if uri := fields.get("tracking", {}).get("mlflow"):
+            fields["tracking"]["mlflow"] = absolute_tracking_uri(uri)
         return Settings(**fields)
 
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
@@ -181,6 +184,19 @@ class Settings(Section):
     def model_folder(self) -> str:
         """Where the finished model is."""
         return storage.join(self.folder, "model")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All that the run reads or writes."""
+        found = (
+            self.storage,
+            self.train_data,
+            self.evaluation_data,
+            self.model.checkpoint,
+            self.tokenizer.address,
+            self.tokenizer.chat_template,
+        )
+        return tuple(each for each in found if each)
 
     @property
     def train_data(self) -> str:

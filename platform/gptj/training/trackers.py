@@ -62,8 +62,16 @@ class Trackers:
         self._trackers = trackers
 
     @classmethod
-    def open(cls, settings: Settings, scratch: Path) -> Trackers:
-        """Open the settings' trackers. SettingsError, with the library's message, if one fails."""
+    def open(cls, settings: Settings, scratch: Path, *, resumes: bool = False) -> Trackers:
+        """Open the settings' trackers.
+
+        Args:
+            resumes: whether the run has a checkpoint. Then a tracker that fails, as its server may
+                be down, costs a warning rather than the run.
+
+        Raises:
+            SettingsError: with the library's message, if one fails.
+        """
         found: list[Tracker] = []
         kinds: list[tuple[str, str | None, Callable[[Settings, Path], Tracker]]] = [
             ("mlflow", settings.tracking.mlflow, MLflowTracker),
@@ -75,6 +83,14 @@ class Trackers:
             try:
                 found.append(kind(settings, scratch))
             except Exception as error:  # both libraries pass on any error of their transports
+                if resumes:
+                    logger.warning(
+                        "going on without tracking.%s=%s until the next restart: %s",
+                        name,
+                        given,
+                        error,
+                    )
+                    continue
                 for each in found:
                     each.close("failed")
                 raise SettingsError(f"tracking.{name}={given}: {error}") from error
