@@ -60,7 +60,6 @@ from pydantic import (
     Field,
     ValidationError,
 )
-from yaml import YAMLError
 
 from deployments.device import replica_device
 from deployments.in_process import (
@@ -81,12 +80,11 @@ from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
 from gptj.extras import MissingPackageError, missing
-from gptj.serialization.yaml_value import parse_yaml
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.workers.errors import QueueFullError
-from jobs.key_value import checked
+from jobs.key_value import checked, parsed_yaml
 from jobs.row_requests import (
     BATCH,
     FIELDS,
@@ -184,19 +182,12 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields[section][name] = text
         elif section in SECTIONS and name:
-            fields[section][name] = _parsed(word, text)
+            fields[section][name] = parsed_yaml(word, text)
         elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
-            fields[section] = text if section == "delimiter" else _parsed(word, text)
+            fields[section] = text if section == "delimiter" else parsed_yaml(word, text)
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
-
-
-def _parsed(word: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except YAMLError as error:
-        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -485,7 +476,7 @@ class Answerer:
                     await asyncio.sleep(RETRY_SECONDS)
                 except UnavailableError as error:  # no row's fault
                     if not self._service.alive(STALLED_SECONDS):
-                        raise RuntimeError(f"the model can work no more: {error}") from error
+                        raise RuntimeError(f"the model has stopped working: {error}") from error
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"after {UNAVAILABLE_SECONDS:g} s: {error}") from error
                     await asyncio.sleep(UNAVAILABLE_PAUSE_SECONDS)

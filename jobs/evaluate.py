@@ -49,7 +49,6 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
-from yaml import YAMLError
 
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
@@ -61,7 +60,6 @@ from gptj.data.preparing import Plan, chunks, prepare
 from gptj.data.rows import DataError, Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -71,7 +69,7 @@ from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
 from jobs import command_line
-from jobs.key_value import checked
+from jobs.key_value import checked, parsed_yaml
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens; a quarter of shorter windows
@@ -125,17 +123,10 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields["columns"][name] = text
         elif key in Settings.model_fields and key not in ("checkpoint", "data", "columns"):
             is_yaml = key in ("batch_size", "sequence_length", "stride", "limit", "label_names")
-            fields[key] = _parsed(word, text) if is_yaml else text
+            fields[key] = parsed_yaml(word, text) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
-
-
-def _parsed(word: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except YAMLError as error:
-        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 def measure(settings: Settings) -> dict[str, Any]:
