@@ -33,7 +33,7 @@ SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job's dr
 def hold(run: str, folder: str) -> ActorHandle[Any]:
     """The run's bell: an actor that ends with this driver, or once no handle to it is left.
 
-    SettingsError, naming the holder, if another driver of the cluster has it.
+    SettingsError, naming the holder, if another driver on the cluster holds the run.
     """
     # On the driver's node: on another it would end with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -83,7 +83,7 @@ def pytest_collection() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     # Two cores: more threads than that only wait for each other, also those of tests side by side.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    # An example's time says how busy the machine is, and nothing of the code.
+    # No deadlines for Hypothesis: they would measure the machine's load, not the code.
     if importlib.util.find_spec("hypothesis") is not None:
         import hypothesis
 
