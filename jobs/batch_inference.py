@@ -4,7 +4,7 @@
     ray job submit -- jobs/batch_inference.py CHECKPOINT INPUT OUTPUT [key=value …]
 
 CHECKPOINT is a folder, s3://… or a hub id. INPUT is Parquet, JSON, CSV or text (also .gz, .zst): a
-file, folder or pattern, local or s3://…, or sample://NAME. What a row needs follows from the head:
+file, folder or pattern, local or s3://…, or sample://NAME. The model's head determines the columns:
 `text`, `prompt` or `messages` (language models); `text`, perhaps `text_pair` (classifiers);
 `question` and `context`; `text` (embeddings). OUTPUT, a new folder that all nodes can reach, gets
 JSON lines in the rows' order, `output-*.jsonl`: each row's `file`, `row` (from 1) and answer.
@@ -106,11 +106,11 @@ except ModuleNotFoundError as error:
 
 PROGRESS_SECONDS = 10
 CHUNKS_AT_ONCE = 4  # per worker: the next ones start before the last rows of one are answered
-AHEAD = 4  # rows in a model's queue, for each in a step
+AHEAD = 4  # rows in progress or queued, for each row of a step
 MAX_RETRIES = 5  # of a chunk whose worker died: its rows may be the reason
 MAX_QUEUED = 2**20  # outputs; the number of concurrent rows bounds them
 RETRY_SECONDS = 0.05
-UNAVAILABLE_SECONDS = 600.0  # for which a row is asked again: storage with an adapter may be down
+UNAVAILABLE_SECONDS = 600.0  # of retrying a row: the storage of its adapter may be down
 UNAVAILABLE_PAUSE_SECONDS = 1.0
 STALLED_SECONDS = 600.0
 
@@ -160,8 +160,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except RayError as error:
         sys.exit(
-            f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray: "
-            f"{reason(error).rstrip('.')}. What is answered is kept: the same command continues"
+            f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray failed: "
+            f"{reason(error).rstrip('.')}. Finished answers are kept: rerun the command to resume"
         )
     answered = index.rows - index.failed
     logger.info("%d rows: %d answers, %d errors", index.rows, answered, index.failed)

@@ -12,7 +12,7 @@ error. Keys, with their defaults:
     batch_size=8            rows per batch
     sequence_length=…       tokens of a row; default: as in training, or else the whole context
     stride=…                question answering: tokens that windows share; default: as in training
-    packing=…               language modelling: best_fit (documents alone), concatenate, none;
+    packing=…               language modelling: best_fit (documents apart), concatenate, none;
                             default: as in training, or else concatenate
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
@@ -239,11 +239,11 @@ def read(
     labels: LabelSet | None = None,
     limit: int | None = None,
 ) -> Any:
-    """The task's data set of prepared or raw data; raw data of any size go through the disk.
+    """The task's data set of prepared or raw data; raw data of any size is prepared on disk.
 
     Args:
-        limit: rows to read, or sequences of a language model, whose rows may be books; no more
-            than these and one shard's rows are held, and of raw data no more are read.
+        limit: most rows to read or, for a language model, sequences, since a row may be a book.
+            Memory holds these and one shard's rows, and no more raw data is read.
     """
     prepared = Prepared.at(address)
     if limit is not None and task.name != "causal-lm":
@@ -273,7 +273,7 @@ def read(
             prepared = Prepared.at(str(scratch / "raw"))
             assert prepared is not None
         task.write(scratch / "data", prepared, tokenizer, options, labels)
-        data = task.load(scratch / "data")  # mapped, and so there until it is let go
+        data = task.load(scratch / "data")  # mapped: still readable once the folder is deleted
         return data if limit is None else data.first(limit)
 
 

@@ -1,7 +1,7 @@
 """Holds a run on its cluster, so that another job that would train it ends at once.
 
-The run's lease in its folder is what protects it, also from other clusters. But a job comes to the
-lease only when there is room for its workers, and may need a minute to tell whether it is held.
+The run's lease in its folder is what protects it, also from other clusters. But a job reaches
+the lease only once there is room for its workers, and may need a minute to tell whether it is held.
 """
 
 from __future__ import annotations

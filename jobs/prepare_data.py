@@ -18,8 +18,8 @@ Keys, with their defaults:
                             default: the tokenizer's
     columns.NAME=…          our column's name in the data, such as columns.text=review
     label_names=…           classification: all labels, as [World, Sports], or the data's value
-                            for each, as {1: World, 2: Sports}; rows with others are bad; default: a
-                            run finds them
+                            for each, as {1: World, 2: Sports}; rows with other labels are bad;
+                            default: a run finds them
     delimiter=…             of CSV; default: the one in the header
     bad_rows=refuse         or skip: leave out unusable rows; the index counts and
                             names them
