@@ -186,7 +186,7 @@ def test_answers_are_to_the_rows_that_the_files_have(
     Path(data).write_text(content)
     assert run(*words) == index
     Path(data).write_text(content.replace("Anna", "Otto"))
-    with pytest.raises(DataError, match="has the answers to other rows"):
+    with pytest.raises(DataError, match="was made from other rows"):
         run(*words)
 
 
