@@ -2,12 +2,12 @@
 
     python -m deployments.drain [--seconds 1240] [--node ID]
 
-It tells Ray that the node will be gone in so many seconds. Serve then starts the node's replicas
-elsewhere. Those here take requests until their successors do, but at most until a deployment's
-`graceful_shutdown_timeout_s` before the deadline, and stop, with the node's proxy, once their last
-requests are answered. The command ends when they have stopped, at the deadline, or when the head
-has been silent for a minute (because the whole cluster is stopping, say). The cluster is that of
-RAY_ADDRESS.
+It tells Ray that the node will shut down in `--seconds` seconds. Serve then starts the node's
+replicas elsewhere. Those here take requests until their successors do, but at most until a
+deployment's `graceful_shutdown_timeout_s` before the deadline, and stop, with the node's proxy,
+once their last requests are answered. The command ends when they have stopped, at the deadline, or
+when the head has been silent for a minute (because the whole cluster is stopping, say). The cluster
+is that of RAY_ADDRESS.
 """
 
 from __future__ import annotations

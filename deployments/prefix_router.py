@@ -1,20 +1,21 @@
 """Routes requests with a common prefix, or the same adapter, to the replica that has it cached.
 
-Generation has it (see deployments.generation.build). In a deployment's options:
+The generation deployment uses it (see deployments.generation.build). In a deployment's options:
 
     request_router_config:
       request_router_class: deployments.prefix_router.PrefixRouter
       request_router_kwargs: { characters_per_request: 256, adapter_requests: 4 }
 
 The layer in Serve's proxy (gptj.serving.entry.prefix_keys) gives each request the hashes of its
-prompt's prefixes; the router remembers which replicas were sent which. A replica's score is what it
-has (1 for each `characters_per_request` of the longest known prefix, `adapter_requests` for the
-adapter) less its requests in progress. The highest score wins, unless the least busy replica, whose
-load alone counts, scores higher. Other requests go to the less busy of two replicas: one chosen by
-the hash of their first key, so that proxies agree without communicating, and a random one. With N
-replicas, a prefix of more than 2/N of all requests, or half of them, such as a system prompt, does
-not count: all replicas soon have it, and one of them would get all chats. Serve's preference for
-replicas on the proxy's own node does not apply: a hop costs less than computing a prompt.
+prompt's prefixes; the router remembers which ones each replica has been sent. A replica's score is
+what it has (1 for each `characters_per_request` of the longest known prefix, `adapter_requests` for
+the adapter) less its requests in progress. The highest score wins, unless the least busy replica,
+whose load alone counts, scores higher. Other requests go to the less busy of two replicas: one
+chosen by the hash of their first key, so that proxies agree without communicating, and a random
+one. With N replicas, a prefix of more than 2/N of all requests, or half of them, such as a system
+prompt, does not count: all replicas soon have it, and one of them would get all chats. Serve's
+preference for replicas on the proxy's own node does not apply: a hop costs less than computing a
+prompt.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Entry:
 
 
 class PrefixTable:
-    """Which replicas were sent which beginnings, by key.
+    """Which prefixes each replica has been sent, by key.
 
     The least recently used key is forgotten first, and a prompt's last key before its first.
     """
@@ -77,7 +78,7 @@ class PrefixTable:
         return len(self._entries)
 
     def known(self, keys: Sequence[str]) -> dict[str, int]:
-        """How many of the first keys each replica was sent; without those that know none."""
+        """How many of the first keys each replica has been sent; replicas sent none are omitted."""
         found: dict[str, int] = {}
         for number, key in enumerate(keys, 1):
             entry = self._entries.get(key)
@@ -217,7 +218,7 @@ class PrefixRouter(RequestRouter):
         self._table.forget({replica_id.unique_id})
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
-        """It cannot be reached, but may live: do not insist on it."""
+        """Unreachable, but possibly alive: stop preferring it."""
         super().on_replica_actor_unavailable(replica_id)
         self._table.forget({replica_id.unique_id})
 

@@ -4,7 +4,7 @@
     ray job submit -- jobs/batch_inference.py CHECKPOINT INPUT OUTPUT [key=value …]
 
 CHECKPOINT is a folder, s3://… or a hub id. INPUT is Parquet, JSON, CSV or text (also .gz, .zst): a
-file, folder or pattern, local or s3://…, or sample://NAME. What a row needs follows from the head:
+file, folder or pattern, local or s3://…, or sample://NAME. The model's head determines the columns:
 `text`, `prompt` or `messages` (language models); `text`, perhaps `text_pair` (classifiers);
 `question` and `context`; `text` (embeddings). OUTPUT, a new folder that all nodes can reach, gets
 JSON lines in the rows' order, `output-*.jsonl`: each row's `file`, `row` (from 1) and answer.
@@ -60,7 +60,6 @@ from pydantic import (
     Field,
     ValidationError,
 )
-from yaml import YAMLError
 
 from deployments.device import replica_device
 from deployments.in_process import (
@@ -81,12 +80,11 @@ from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
 from gptj.extras import MissingPackageError, missing
-from gptj.serialization.yaml_value import parse_yaml
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.workers.errors import QueueFullError
-from jobs.key_value import checked
+from jobs.key_value import checked, parsed_yaml
 from jobs.row_requests import (
     BATCH,
     FIELDS,
@@ -108,11 +106,11 @@ except ModuleNotFoundError as error:
 
 PROGRESS_SECONDS = 10
 CHUNKS_AT_ONCE = 4  # per worker: the next ones start before the last rows of one are answered
-AHEAD = 4  # rows in a model's queue, for each in a step
+AHEAD = 4  # rows in progress or queued, for each row of a step
 MAX_RETRIES = 5  # of a chunk whose worker died: its rows may be the reason
 MAX_QUEUED = 2**20  # outputs; the number of concurrent rows bounds them
 RETRY_SECONDS = 0.05
-UNAVAILABLE_SECONDS = 600.0  # for which a row is asked again: storage with an adapter may be down
+UNAVAILABLE_SECONDS = 600.0  # of retrying a row: the storage of its adapter may be down
 UNAVAILABLE_PAUSE_SECONDS = 1.0
 STALLED_SECONDS = 600.0
 
@@ -162,8 +160,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except RayError as error:
         sys.exit(
-            f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray: "
-            f"{reason(error).rstrip('.')}. What is answered is kept: the same command continues"
+            f"error: workers died {1 + MAX_RETRIES} times on the same rows, or Ray failed: "
+            f"{reason(error).rstrip('.')}. Finished answers are kept: rerun the command to resume"
         )
     answered = index.rows - index.failed
     logger.info("%d rows: %d answers, %d errors", index.rows, answered, index.failed)
@@ -184,19 +182,12 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields[section][name] = text
         elif section in SECTIONS and name:
-            fields[section][name] = _parsed(word, text)
+            fields[section][name] = parsed_yaml(word, text)
         elif not name and section in Settings.model_fields.keys() - {*PLACES, *SECTIONS}:
-            fields[section] = text if section == "delimiter" else _parsed(word, text)
+            fields[section] = text if section == "delimiter" else parsed_yaml(word, text)
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
-
-
-def _parsed(word: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except YAMLError as error:
-        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -488,7 +479,7 @@ class Answerer:
                     await asyncio.sleep(RETRY_SECONDS)
                 except UnavailableError as error:  # no row's fault
                     if not self._service.alive(STALLED_SECONDS):
-                        raise RuntimeError(f"the model can work no more: {error}") from error
+                        raise RuntimeError(f"the model has stopped working: {error}") from error
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"after {UNAVAILABLE_SECONDS:g} s: {error}") from error
                     await asyncio.sleep(UNAVAILABLE_PAUSE_SECONDS)

@@ -1,4 +1,4 @@
-"""An actor that tells a training's workers to stop; its process imports nothing else of ours."""
+"""An actor that tells a training's workers to stop; its process imports no other module of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of command-line arguments, whose errors say what is wrong and the remedy; logging."""
+"""Types of command-line arguments, whose errors say what is wrong; logging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def address(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A positive whole number."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")

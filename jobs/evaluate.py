@@ -12,7 +12,7 @@ error. Keys, with their defaults:
     batch_size=8            rows per batch
     sequence_length=…       tokens of a row; default: as in training, or else the whole context
     stride=…                question answering: tokens that windows share; default: as in training
-    packing=…               language modelling: best_fit (documents alone), concatenate, none;
+    packing=…               language modelling: best_fit (documents apart), concatenate, none;
                             default: as in training, or else concatenate
     columns.NAME=…          our column's name in the data, such as columns.text=review
     delimiter=…             of CSV; default: the one in the header
@@ -49,7 +49,6 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
-from yaml import YAMLError
 
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig, parse_dtype
@@ -61,7 +60,6 @@ from gptj.data.preparing import Plan, chunks, prepare
 from gptj.data.rows import DataError, Row
 from gptj.data.sources import find_columns, read_rows
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import normalized
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -71,7 +69,7 @@ from gptj.training.sections import DataSettings, Delimiter
 from gptj.training.tasks import TASKS, AnyTask
 from gptj.training.tasks.causal_lm import unigram_perplexity
 from jobs import command_line
-from jobs.key_value import checked
+from jobs.key_value import checked, parsed_yaml
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens; a quarter of shorter windows
@@ -125,17 +123,10 @@ def read_settings(words: Sequence[str]) -> Settings:
             fields["columns"][name] = text
         elif key in Settings.model_fields and key not in ("checkpoint", "data", "columns"):
             is_yaml = key in ("batch_size", "sequence_length", "stride", "limit", "label_names")
-            fields[key] = _parsed(word, text) if is_yaml else text
+            fields[key] = parsed_yaml(word, text) if is_yaml else text
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     return checked(Settings, fields)
-
-
-def _parsed(word: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except YAMLError as error:
-        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -248,11 +239,11 @@ def read(
     labels: LabelSet | None = None,
     limit: int | None = None,
 ) -> Any:
-    """The task's data set of prepared or raw data; raw data of any size go through the disk.
+    """The task's data set of prepared or raw data; raw data of any size is prepared on disk.
 
     Args:
-        limit: rows to read, or sequences of a language model, whose rows may be books; no more
-            than these and one shard's rows are held, and of raw data no more are read.
+        limit: most rows to read or, for a language model, sequences, since a row may be a book.
+            Memory holds these and one shard's rows, and no more raw data is read.
     """
     prepared = Prepared.at(address)
     if limit is not None and task.name != "causal-lm":
@@ -282,7 +273,7 @@ def read(
             prepared = Prepared.at(str(scratch / "raw"))
             assert prepared is not None
         task.write(scratch / "data", prepared, tokenizer, options, labels)
-        data = task.load(scratch / "data")  # mapped, and so there until it is let go
+        data = task.load(scratch / "data")  # mapped: still readable once the folder is deleted
         return data if limit is None else data.first(limit)
 
 

@@ -52,7 +52,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--shard-bytes",
         type=command_line.positive,
         default=SHARD_BYTES,
-        help="of the weights in one file, at most; default: %(default)s",
+        help="most bytes of weights in one file; default: %(default)s",
     )
     return parser.parse_args(words)
 

@@ -1,7 +1,7 @@
 """Holds a run on its cluster, so that another job that would train it ends at once.
 
-The run's lease in its folder is what protects it, also from other clusters. But a job comes to the
-lease only when there is room for its workers, and may need a minute to tell whether it is held.
+The run's lease in its folder is what protects it, also from other clusters. But a job reaches
+the lease only once there is room for its workers, and may need a minute to tell whether it is held.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUBMISSION = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in a submitted job's dr
 def hold(run: str, folder: str) -> ActorHandle[Any]:
     """The run's bell: an actor that ends with this driver, or once no handle to it is left.
 
-    SettingsError, naming the holder, if another driver of the cluster has it.
+    SettingsError, naming the holder, if another driver on the cluster holds the run.
     """
     # On the driver's node: on another it would end with that node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from gptj.serialization.yaml_value import parse_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -16,6 +19,14 @@ def help_if_asked(words: Sequence[str], text: str | None) -> None:
     if "--help" in words or "-h" in words:
         print((text or "").strip())
         sys.exit(0)
+
+
+def parsed_yaml(word: str, text: str) -> Any:
+    """The YAML value of `text`, from the `word` key=text; ValueError with the word if invalid."""
+    try:
+        return parse_yaml(text)
+    except YAMLError as error:
+        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 def checked(cls: type[Settings], fields: Mapping[str, Any]) -> Settings:

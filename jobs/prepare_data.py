@@ -18,8 +18,8 @@ Keys, with their defaults:
                             default: the tokenizer's
     columns.NAME=…          our column's name in the data, such as columns.text=review
     label_names=…           classification: all labels, as [World, Sports], or the data's value
-                            for each, as {1: World, 2: Sports}; rows with others are bad; default: a
-                            run finds them
+                            for each, as {1: World, 2: Sports}; rows with other labels are bad;
+                            default: a run finds them
     delimiter=…             of CSV; default: the one in the header
     bad_rows=refuse         or skip: leave out unusable rows; the index counts and
                             names them
@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from yaml import YAMLError
 
 from gptj import storage
 from gptj.chat import read_template
@@ -51,11 +50,10 @@ from gptj.data.prepared import Index
 from gptj.data.preparing import CHUNK_CHARACTERS, Plan, begin, finish, tokenizer_at
 from gptj.data.shards import TaskName
 from gptj.extras import missing
-from gptj.serialization.yaml_value import parse_yaml
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.training.tasks import TASKS
-from jobs.key_value import checked
+from jobs.key_value import checked, parsed_yaml
 
 try:
     import ray
@@ -113,7 +111,7 @@ def read_settings(words: Sequence[str]) -> Settings:
         if section == "columns" and name:
             fields["columns"][name] = value
         elif not name and section in Settings.model_fields.keys() - {"data", "destination"}:
-            fields[section] = _parsed(word, value) if section == "label_names" else value
+            fields[section] = parsed_yaml(word, value) if section == "label_names" else value
         else:
             raise ValueError(f"{word}: unknown key\n{__doc__}")
     if "tokenizer" not in fields:
@@ -128,13 +126,6 @@ def read_settings(words: Sequence[str]) -> Settings:
             f"{', '.join(known)}"
         )
     return settings
-
-
-def _parsed(word: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except YAMLError as error:
-        raise ValueError(f"{word:.200}: the value is not valid YAML: {error}") from error
 
 
 def prepare(settings: Settings) -> Index:

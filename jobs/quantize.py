@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""Quantize a language model's weights to 4 bits: a model folder of a third of the size.
+"""Quantize a language model's weights to 4 bits: a model folder a third the size.
 
     jobs/quantize.py CHECKPOINT OUTPUT --data DATA [--rows 256] [--sequence-length 512] …
     jobs/quantize.py CHECKPOINT OUTPUT --rounding nearest
 
 CHECKPOINT is a model: a folder, local or `s3://…`, or an id on the Hugging Face hub. OUTPUT is a
-new folder, local or `s3://…`; it is printed when it is complete, and before that nothing takes it
-for a model. DATA is text like what the model will read: Parquet, JSON, CSV or text with the column
+new folder, local or `s3://…`; it is printed when it is complete; until then it does not count as a
+model. DATA is text like what the model will read: Parquet, JSON, CSV or text with the column
 `text`, a file, folder or pattern, local or `s3://…`, or `sample://NAME`. Its first rows calibrate
 GPTQ, which rounds weights so that the outputs on these rows change least; `--rounding nearest`
 needs no data and loses more. The layers of the blocks are quantized, in groups of 64 weights with a
 scale each; embedding, norms and head stay as they are.
 
 `gptj serve`, the generation deployment and the library load OUTPUT as any other model, on a CPU or
-a GPU, where its weights stay in 4 bits. Memory holds one block in fp32, four matrices of the square
-of the MLP's width and the rows' activations. Progress goes to standard error.
+a GPU, where its weights stay in 4 bits. Memory holds one block in fp32, four square matrices of the
+MLP's width and the rows' activations. Progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("output", type=command_line.address)
     parser.add_argument("--data", type=command_line.data_address, help="text for GPTQ")
     parser.add_argument(
-        "--rows", type=command_line.positive, default=256, help="of text; default: %(default)s"
+        "--rows", type=command_line.positive, default=256, help="rows of text; default: %(default)s"
     )
     parser.add_argument(
         "--sequence-length",
@@ -81,7 +81,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         "--shard-bytes",
         type=command_line.positive,
         default=SHARD_BYTES,
-        help="of the weights in one file, at most; default: %(default)s",
+        help="most bytes of weights in one file; default: %(default)s",
     )
     given = parser.parse_args(words)
     if given.rounding == "gptq" and given.data is None:

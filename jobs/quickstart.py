@@ -96,7 +96,7 @@ def main() -> None:
         "--keep-serving", action="store_true", help="leave the services up until Ctrl-C"
     )
     arguments = parser.parse_args()
-    # A plain `kill` ends us like Ctrl-C: through the blocks that stop what they started.
+    # A plain `kill` ends the program like Ctrl-C: everything it started is stopped.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:

@@ -1,4 +1,4 @@
-"""What Ray raises, in one line."""
+"""Ray's errors, in one line each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 
 def reason(error: RayError) -> str:
-    """Of an error in a task or an actor's constructor the last line, after the traceback.
+    """The line that says what went wrong.
 
-    Of others the first one.
+    It is the last, after the traceback, if a task or an actor's constructor failed, else the first.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     ours = isinstance(error, RayTaskError) or (

@@ -1,4 +1,4 @@
-"""Waits for a cluster to have room for a training, and says what holds it if not."""
+"""Waits until a cluster has room for a training, or says what occupies it."""
 
 from __future__ import annotations
 

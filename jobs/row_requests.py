@@ -31,7 +31,7 @@ KINDS: Mapping[ServiceName, tuple[tuple[str, ...], ...]] = {
     "question-answering": (("question", "context"),),
     "embeddings": (("text",),),
 }
-# Fields of result lines, which kept columns must not be named like.
+# Fields of result lines, whose names kept columns must not have.
 FIELDS = frozenset(
     {"file", "row", "error", "completion", "finish_reason", "stop_reason", "choices", "labels"}
     | {"logprobs", "prompt_logprobs", "token_ids", "prompt_token_ids"}

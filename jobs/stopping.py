@@ -1,6 +1,6 @@
 """Stops a training early and resumably: if its job is told to stop, or Ray preempts a node.
 
-The driver tells the workers through an actor, and each worker knows before its next step.
+The driver tells the workers through an actor, and each worker learns of it before its next step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 logger = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # the exit status of a program ended by SIGTERM
-PREEMPTED = "Ray takes a node away"
+PREEMPTED = "Ray is about to preempt a node"
 
 
 class OnSigterm:

@@ -16,7 +16,7 @@ NUMBERS = {
     "learning_rate": "The learning rate of the last step.",
     "gradient_norm": "The gradient's norm at the last step, before clipping.",
     "tokens_per_second": "Tokens trained on by all workers since the previous point.",
-    "useful_tokens": "Tokens as a share of all computed with padding, since the previous point.",
+    "useful_tokens": "The share of computed tokens that are not padding, since the previous point.",
     "skipped_steps": "Steps without an update so far: fp16 overflows and loss spikes.",
     "waiting_for_data": "The share of the steps' time that the slowest worker waited for batches.",
     "mfu": "Model FLOP/s as a share of the workers' peak matrix-multiply throughput.",
@@ -27,7 +27,7 @@ REPEAT_SECONDS = 5.0  # Ray forgets numbers that are not set again
 
 
 class TrainingMetrics:
-    """Exports a run's metrics during a `with` block, in the process that has them."""
+    """Exports a run's metrics during a `with` block, in the process that records them."""
 
     def __init__(self, run: str) -> None:
         self._gauges = {

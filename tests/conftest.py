@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from gptj import GPTJTokenizer
     from gptj_local.s3 import LocalS3
 
-# What a fixture alone needs, it imports: a GPU's tests run where little else is installed, and
-# xdist's controller, which runs none, needs no torch.
+# A fixture imports what only it needs: the GPU's tests run where little else is installed, and
+# xdist's controller, which runs no tests, needs no torch.
 
-# Where Python is told to write no bytecode, as in containers, each of the tests' hundreds of
-# programs would compile all modules of ours again.
+# Where Python is told to write no bytecode, as in containers, each of the hundreds of programs that
+# tests start would compile all our modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# No test reaches for a hub on the internet.
+# No test may contact a hub on the internet.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# Side by side with the others, those that take minutes begin first, the longest of them foremost.
+# When tests run in parallel, these modules, which take minutes, start first, longest first.
 LONGEST = (
     "test_finetune_job",
     "test_first_hour",
@@ -68,9 +68,9 @@ LONGEST = (
     "test_constraints",
     "test_scheduler",
 )
-# What compares with PEFT, which takes seconds to import, but for the longest of them.
+# Tests that compare with PEFT, which takes seconds to import, except the longest of them.
 WITH_PEFT = ("test_engine_adapters", "test_lora", "test_serving_adapters", "test_tracing")
-# What needs an S3 server, a program that takes a second or more to start.
+# Fixtures that need an S3 server, which takes a second or more to start.
 SERVER_FIXTURES = {"s3_server", "s3"}
 
 
@@ -81,15 +81,15 @@ def pytest_collection() -> None:
     # Without a GPU, Triton's kernels run in its interpreter, which it decides when imported.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Two cores: more threads than that only wait for each other, also those of tests side by side.
+    # Two cores: more threads, also those of parallel tests, would only wait for each other.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    # An example's time says how busy the machine is, and nothing of the code.
+    # No deadlines for Hypothesis: they would measure the machine's load, not the code.
     if importlib.util.find_spec("hypothesis") is not None:
         import hypothesis
 
         hypothesis.settings.register_profile("no deadline", deadline=None)
         hypothesis.settings.load_profile("no deadline")
-    # Modules and tests are never garbage: looking for it there takes a fifth of the collection.
+    # Modules and tests are never garbage; searching them takes a fifth of the collection's time.
     gc.disable()
 
 
@@ -119,7 +119,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`make quick` does not import modules of which it runs nothing."""
+    """Under `make quick`, skip modules whose tests are all slow, without importing them."""
     quick = "not slow" in config.getoption("markexpr", "")
     if not quick or not collection_path.name.startswith("test_"):
         return None

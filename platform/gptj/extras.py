@@ -76,7 +76,7 @@ def require(name: str, purpose: str, package: str | None = None) -> Any:
 
 @contextmanager
 def _without_unused(package: str) -> Iterator[None]:
-    """Let the first import of a package find none of what it would only import in vain."""
+    """Hide modules that a package would import but nothing here uses."""
     unused = () if package in sys.modules else UNUSED.get(package, ())
     hidden = [name for name in unused if name not in sys.modules]
     modules: dict[str, Any] = sys.modules

@@ -28,8 +28,8 @@ except ModuleNotFoundError as error:
 
 FOLDER = Path(".gptj")
 OUTPUTS = "outputs"
-# Of commands that take key=value: an unknown option is one of their words, and is refused with that
-# form as the remedy.
+# For commands that take key=value: an unknown option arrives as one of their words, and is refused
+# with that form as the remedy.
 WITH_SETTINGS = {"ignore_unknown_options": True}
 REFRESH_SECONDS = 2.0  # of `gptj status`
 
@@ -86,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _of_this_terminal(error: Exception) -> str:
-    """A remedy where S3's credentials are missing: `gptj up` has some, for terminals to source."""
+    """The remedy if S3's credentials are missing: to source those that `gptj up` exports."""
     from gptj.storage.errors import AccessDeniedError
 
     if isinstance(error, AccessDeniedError) and "AWS_ACCESS_KEY_ID" not in os.environ:
@@ -143,7 +143,7 @@ def up(
     started = local.up(folder, cpus or local.default_cpus())
     found = local.read(folder)
     if found is None:
-        raise RuntimeError(f"it has just ended; see {folder / local.LOG}")
+        raise RuntimeError(f"S3 and Ray ended right after they started; see {folder / local.LOG}")
     exports = folder / local.EXPORTS
     print(exports.read_text() if started else "Already running.")
     print(f"S3         {found['s3']}, files in {folder / 's3'}")
@@ -240,12 +240,12 @@ def train(
 def evaluate(
     context: typer.Context,
     address: Address,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="As jobs/evaluate.py reads it.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="As for jobs/evaluate.py.")],
     words: Annotated[
         list[str] | None, typer.Argument(metavar="SETTINGS", help="key=value …")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object, as without a terminal.")
+        bool, typer.Option("--json", help="One JSON object; the default without a terminal.")
     ] = False,
 ) -> None:
     """Evaluate a checkpoint on data, on this machine without a cluster: jobs/evaluate.py."""
@@ -354,8 +354,8 @@ def status(
         float,
         typer.Option(
             min=0,
-            help="How long --once and --json measure rates; 0: none, and percentiles since the "
-            "start. Ray reports every 10 seconds.",
+            help="How long --once and --json measure rates; 0: no rates, and percentiles since "
+            "the start. Ray reports every 10 seconds.",
         ),
     ] = 10,
     prometheus: Annotated[

@@ -71,7 +71,7 @@ def describe(address: str) -> dict[str, Any]:
     result: dict[str, Any] = {
         "address": address,
         **_adapter(address),
-        "head": ", ".join(config.architectures or ["not said"]),
+        "head": ", ".join(config.architectures or ["not recorded"]),
         "layers": config.n_layer,
         "width": config.n_embd,
         "heads": config.n_head,
@@ -81,7 +81,7 @@ def describe(address: str) -> dict[str, Any]:
         "labels": list(config.id2label.values()) if "Sequence" in str(config.architectures) else [],
         "files": len(manifest.files) if manifest else None,
         "bytes": manifest.size if manifest else None,
-        "manifest": "there" if manifest else "none: it was not written by this platform",
+        "manifest": "present" if manifest else "none: not written by this platform",
     }
     if storage.exists(storage.join(address, TRAINING)):
         training = parse_object(
@@ -106,7 +106,7 @@ def _adapter(address: str) -> dict[str, Any]:
         config, _ = read_config(folder)
         return {
             "adapter": "LoRA",
-            "base": Base.of(folder).address if Base.named_in(folder) else "not said",
+            "base": Base.of(folder).address if Base.named_in(folder) else "not recorded",
             "rank": config.rank,
             "alpha": config.alpha,
             "target_modules": list(config.target_modules),

@@ -14,7 +14,7 @@ SCORES = ("precision", "recall", "f1")
 
 
 def rendered(result: Mapping[str, Any]) -> RenderableType:
-    """The metrics; of a classifier scores by label, and a confusion matrix unless too wide."""
+    """The metrics; for a classifier, scores by label, and a confusion matrix if not too wide."""
     parts: list[RenderableType] = [_metrics(result)]
     if classes := result.get("classes"):
         parts += ["", _by_label(classes)]

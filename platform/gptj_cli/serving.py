@@ -61,7 +61,7 @@ class Service:
     checkpoint: str
     head: str  # class name; for embeddings the base model's, whatever the checkpoint's head
     name: str  # the model's
-    pairs: bool = False  # a classifier of pairs of texts, as far as its folder says
+    pairs: bool = False  # whether its folder says that it classifies pairs of texts
 
     @property
     def kind(self) -> str:
@@ -108,7 +108,7 @@ def services(
 
 
 def _reads_pairs(checkpoint: str) -> bool:
-    """Whether a classifier was trained on pairs, by a renamed column: others are not recorded."""
+    """Whether a classifier was trained on pairs; recorded only if the column was renamed."""
     with ModelFolder.open(checkpoint) as folder:
         return "text_pair" in (folder.read_training_data().get("columns") or {})
 
@@ -251,7 +251,7 @@ def curl(base: str, application: dict[str, Any], *, pairs: bool = False) -> str:
     """An example curl command for a service.
 
     Args:
-        pairs: of a classifier of pairs of texts.
+        pairs: whether a classifier takes pairs of texts.
     """
     route = application["route_prefix"].rstrip("/")
     kind = _kind(application)

@@ -22,7 +22,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 ANSWER_SECONDS = 5.0
 TARGETS_PATH = "/api/prometheus/sd"
-# Of what Serve and the deployments export, see deployments.metrics.
+# Metrics that Serve and the deployments export, see deployments.metrics.
 RUNNING, WAITING = "ray_gptj_engine_running", "ray_gptj_engine_waiting"
 ONGOING = "ray_serve_replica_processing_queries"  # of services without our engine
 TOKENS = "ray_gptj_engine_tokens_out_total"
@@ -100,7 +100,7 @@ class Application:
     target_replicas: int
     numbers: Numbers
     replicas: list[Replica] = field(default_factory=list)
-    checkpoint: str | None = None  # None: not said in the configuration
+    checkpoint: str | None = None  # None: not in the configuration
 
 
 @dataclass

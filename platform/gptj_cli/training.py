@@ -53,8 +53,8 @@ def words_of_run(
 
     Raises:
         SettingsError: for invalid settings.
-        DataError, StorageError: if the data cannot be read, or its columns are not the task's or
-            no task's.
+        DataError, StorageError: if the data cannot be read, or its columns do not fit the task, or
+            any task if none is given.
     """
     said = list(words)
     if said and "=" not in said[0]:
@@ -76,7 +76,7 @@ def words_of_run(
     if data is not None and "run" not in given:
         said.append(f"run={run_of(data)}")
     settings = read_settings(said).resolved()
-    # Before a job has started; what only the cluster can read, it checks.
+    # Before a job starts; the cluster checks what only it can read.
     if task is not None and data is not None and Path(data).is_file():
         skip_bad = settings.data.bad_rows == "skip"
         check_columns(data, task, settings.data.columns, settings.data.delimiter, skip_bad)
@@ -96,7 +96,7 @@ def given_keys(words: Sequence[str]) -> set[str]:
 
 
 def task_of(address: str, words: Sequence[str]) -> TaskName:
-    """The task that matches the data's columns, as named by `data.columns.…`.
+    """The task that matches the data's columns, as mapped by `data.columns.…`.
 
     DataError, which lists the columns, if none does.
     """
@@ -125,7 +125,7 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
         else:
             if kind == ("text",) and isinstance(missing, MissingColumnError) and missing.there[1:]:
                 print(
-                    f"A language model, since no column is said to be the label: there are "
+                    "No label column is given, so this trains a language model; the columns are "
                     f"{', '.join(map(repr, missing.there)):.400}. For a classifier: "
                     "data.columns.label=NAME",
                     file=sys.stderr,
@@ -139,9 +139,8 @@ def task_of(address: str, words: Sequence[str]) -> TaskName:
         for task in reversed(BY_COLUMNS)
     )
     raise DataError(
-        f"{address}: the columns {listed(missing)} are those of no task ({tasks}); remedy: say "
-        "which they are, as in data.columns.text=NAME data.columns.label=NAME, with quotes around "
-        "names that have spaces"
+        f"{address}: no task takes the columns {listed(missing)} ({tasks}); remedy: map them, as "
+        "in data.columns.text=NAME data.columns.label=NAME; quote names that have spaces"
     )
 
 
@@ -154,7 +153,7 @@ def check_columns(
 ) -> tuple[str, ...]:
     """The columns of the data's first row, by our names.
 
-    DataError, which lists them, if they are not those of the task.
+    DataError, which lists them, if they do not fit the task.
 
     Args:
         skip_bad: look at the first readable row.
@@ -172,7 +171,7 @@ def check_columns(
 
 
 def check_first_rows(address: str, settings: Settings) -> None:
-    """DataError if one of the first rows has a label or an answer that the job would refuse.
+    """DataError if one of the first rows has a label or answer that the job would refuse.
 
     SettingsError if the labels' names contradict the checkpoint's.
     """
@@ -190,7 +189,7 @@ def check_first_rows(address: str, settings: Settings) -> None:
 
 
 def _label_names(settings: Settings) -> LabelNames | None:
-    """The names that labels must have; None if any, or if they are values to predict."""
+    """The allowed label names; None if any are, or if labels are values to predict."""
     checkpoint, trained = settings.model.checkpoint, None
     # A hub id is left to the cluster.
     if checkpoint and (storage.is_s3(checkpoint) or Path(checkpoint).is_dir()):
@@ -212,7 +211,7 @@ def run_of(address: str) -> str:
 def submit(address: str, words: Sequence[str], folder: str) -> tuple[JobSubmissionClient, str]:
     """Submit the job; returns the client and the job's id.
 
-    ValueError if another job of the cluster still trains the run, however it was started.
+    ValueError if another job on the cluster is training the run, however it was started.
 
     Args:
         folder: the run's.
@@ -228,10 +227,10 @@ def submit(address: str, words: Sequence[str], folder: str) -> tuple[JobSubmissi
 def check_not_running(
     jobs: Iterable[JobDetails], folder: str, holding: Collection[str] = ()
 ) -> None:
-    """ValueError, naming the job, if one of them trains the run in a folder.
+    """ValueError, naming the job, if one of them trains the run in `folder`.
 
     Args:
-        holding: Ray's ids of jobs that do; those that `gptj train` has submitted say so themselves.
+        holding: Ray's ids of jobs that train it, besides those that `gptj train` submitted.
     """
     for job in jobs:
         same = (job.metadata or {}).get(RUN_FOLDER) == folder or job.job_id in holding
@@ -253,10 +252,8 @@ def check_not_running(
 
 def follow(client: JobSubmissionClient, job: str) -> bool:
     """Print the job's log until it ends; returns whether it succeeded."""
-
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(
-        logging.WARNING
-    )  # "WebSocket closed"
+    # At INFO it reports "WebSocket closed".
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
 
     async def lines() -> None:
         async for part in client.tail_job_logs(job):

@@ -73,7 +73,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             yield service
 
 
-def test_a_beginning_is_computed_once(service: Service) -> None:
+def test_a_shared_prefix_is_computed_once(service: Service) -> None:
     """By the replica that the first request chose, whichever it was; and both were chosen."""
     asked, hit = (service.read(f"engine_prefix_tokens_{kind}") for kind in ("asked", "hit"))
     base = httpx.get(f"{service.address}/v1/models", timeout=30).json()["data"][0]["id"]

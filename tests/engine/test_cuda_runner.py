@@ -62,10 +62,10 @@ def test_a_sampled_output_does_not_depend_on_the_batch(device: torch.device) -> 
     model = tiny_model(device=device)
     runner = CudaRunner(model, 64, operations(model))
     engine = Engine(runner, eos_ids=[], max_num_seqs=8)
-    wish = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3, "logprobs": 2}
-    wish |= {"presence_penalty": 0.5, "logit_bias": {7: 1.0}}
-    expected = submit(engine, [4, 5, 6], **wish).ids
-    callers = [submit(engine, [4, 5, 6], **wish), *(submit(engine, [i, 9]) for i in range(6))]
+    params = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3, "logprobs": 2}
+    params |= {"presence_penalty": 0.5, "logit_bias": {7: 1.0}}
+    expected = submit(engine, [4, 5, 6], **params).ids
+    callers = [submit(engine, [4, 5, 6], **params), *(submit(engine, [i, 9]) for i in range(6))]
     assert callers[0].ids == expected
     for i, caller in enumerate(callers[1:]):
         assert caller.ids == alone(model, [i, 9], eos_token_id=[])

@@ -136,22 +136,22 @@ def on_the_cpu(settings: Settings) -> list[float]:
         add_lora(model, settings.adapter.lora())
     model.train()
     total = settings.total_steps(len(data))
-    wishes = settings.optimizer
+    chosen = settings.optimizer
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, wishes.weight_decay),
-        lr=wishes.learning_rate,
-        betas=(wishes.beta1, wishes.beta2),
-        eps=wishes.epsilon,
+        parameter_groups(model, chosen.weight_decay),
+        lr=chosen.learning_rate,
+        betas=(chosen.beta1, chosen.beta2),
+        eps=chosen.epsilon,
     )
     order = BatchOrder(len(data), settings.batch_size, settings.seed)
     losses = []
     for step in range(total):
         for group in optimizer.param_groups:
-            group["lr"] = wishes.learning_rate * learning_rate_share(wishes, step, total)
+            group["lr"] = chosen.learning_rate * learning_rate_share(chosen, step, total)
         batch = data.collate([data[i] for i in order.indices(step)])
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), wishes.gradient_clipping)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -73,6 +73,8 @@ OPERATIONS = [
     ("/v1/embeddings", "POST", "/"),
     ("/v1/embeddings", "GET", "/health"),
 ]
+# The models' names by application.
+SERVED = {"/": {"generation"}, "/v1/embeddings": {"embedder"}}
 
 
 def ask(document: Any, method: str, path: str, mode: GenerationMode) -> list[tuple[Case, Any]]:
@@ -108,7 +110,9 @@ def test_no_valid_request_is_refused(
             assert REASONS.search(f"{error['code']} {error['message']}"), (case.body, error)
         else:
             assert reply.status_code in (200, 404), (case.body, reply.text)
-            assert reply.status_code == 200 or "/{" in path or isinstance(case.body["model"], str)
+            if reply.status_code == 404:
+                name = case.path_parameters["model_id"] if "/{" in path else case.body["model"]
+                assert name not in SERVED[prefix], (name, reply.text)
     if "/{" not in path:
         assert any(reply.status_code == 200 for _, reply in asked)
 

@@ -511,7 +511,7 @@ def test_a_deployments_runner_has_room_for_adapters(models: Models, made: dict[s
     runner.close()
 
 
-def test_metrics_tell_only_so_many_adapters_apart() -> None:
+def test_adapter_label_values_are_capped() -> None:
     labels = Labels(2)
     assert [labels.of(name) for name in "abcad"] == ["a", "b", "other", "a", "other"]
 

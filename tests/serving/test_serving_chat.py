@@ -74,14 +74,20 @@ def test_a_reply_is_the_completion_of_the_rendered_messages(
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + len(ids)
 
 
-def test_a_reply_can_be_sent_back_as_received(client: openai.OpenAI) -> None:
-    messages: list[Any] = [USER]
-    for _ in range(2):
-        reply = client.chat.completions.create(
-            model="generation", messages=messages, max_tokens=6, seed=1
-        )
-        messages += [reply.choices[0].message, {"role": "user", "content": "And then?"}]
-    assert reply.usage is not None and reply.usage.prompt_tokens > 20
+def test_a_reply_can_be_sent_back_as_received(client: openai.OpenAI, models: Models) -> None:
+    """The second prompt is the template's of all three messages, with the reply's text."""
+    first = client.chat.completions.create(
+        model="generation", messages=[USER], max_tokens=6, seed=1
+    )
+    message, question = first.choices[0].message, {"role": "user", "content": "And then?"}
+    messages: list[Any] = [USER, message, question]
+    second = client.chat.completions.create(
+        model="generation", messages=messages, max_tokens=6, seed=1
+    )
+    text = {"role": "assistant", "content": message.content}
+    prompt = prompt_of([USER, text, question])
+    assert second.usage is not None
+    assert second.usage.prompt_tokens == len(models.tokenizer.encode(prompt))
 
 
 def test_max_tokens_defaults_to_the_rest_of_the_context(service: str, models: Models) -> None:

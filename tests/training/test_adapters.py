@@ -160,8 +160,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     run_ranks(WORLD, order, rank_main)
     again = {}
     for name in [name for name in found if name.startswith("dropout-")]:
-        wishes = found[name].model_dump(exclude_unset=True)
-        again[f"again-{name}"] = Settings(**{**wishes, "run": f"again-{name}"})
+        fields = found[name].model_dump(exclude_unset=True)
+        again[f"again-{name}"] = Settings(**{**fields, "run": f"again-{name}"})
         folder_again = Path(again[f"again-{name}"].folder)
         shutil.copytree(halfway(found[name]), folder_again / Path(halfway(found[name])).name)
     run_ranks(WORLD, list(again.values()), rank_main)
@@ -304,8 +304,8 @@ def test_the_result_is_an_adapters_folder_that_evaluates_and_merges(
             data = f"sample://{words[settings.task]}/evaluation"
         results = []
         for checkpoint in (settings.model_folder, str(tmp_path / name)):
-            wishes = evaluate_job.read_settings([checkpoint, data, "limit=20"])
-            results.append(evaluate_job.measure(wishes))
+            request = evaluate_job.read_settings([checkpoint, data, "limit=20"])
+            results.append(evaluate_job.measure(request))
         for key in results[0].keys() - {"checkpoint", "seconds"}:
             adapted, merged = results[0][key], results[1][key]
             if isinstance(merged, float):

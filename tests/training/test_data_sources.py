@@ -155,10 +155,10 @@ def test_errors_name_columns_as_in_the_file(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, row 3: must be a JSON object"),
         ("b.json", b'[\n{"text": "a"}\n', "b.json, row 2: expected ',' of the array, got ''"),
-        ("b.json", b'["a"]', "b.json, row 1: must be a JSON object: one in each line, or an arr"),
+        ("b.json", b'["a"]', "b.json, row 1: must be a JSON object, one per line or in an arr"),
         ("b.json", b'{"text": "a"}, {"text": "b"}', "b.json, row 1: must be .*Extra data"),
         ("b.json", b'[{"text": "a"}, {"text" "b"}]', "row 2: must be .* got .*Expecting ':'"),
-        ("b.json", b'[{"text": "a"}] {"text": "b"}', "row 2: is beyond the array"),
+        ("b.json", b'[{"text": "a"}] {"text": "b"}', "row 2: follows the end of the array"),
         ("b.json", b'[{"text": "a"} {"text": "b"}]', "row 2: expected ',' of the array"),
         ("b.json", b'[{"text": "a"},]', "row 2: must be a JSON object"),
         ("b.json", b"[]", "b.json has no rows"),

@@ -110,7 +110,7 @@ def test_every_part_has_a_layer(arrows: dict[str, set[str]]) -> None:
     assert {part_of(module) for module in MODULES} == set(HEIGHT)
 
 
-def test_no_part_imports_one_beside_or_above_it(arrows: dict[str, set[str]]) -> None:
+def test_imports_only_point_down(arrows: dict[str, set[str]]) -> None:
     wrong = sorted(
         f"{module} imports {other}"
         for module, others in arrows.items()

@@ -158,10 +158,10 @@ def test_we_load_a_trained_adapter_of_peft(
     """After two of PEFT's own training steps, heads included."""
     fields = {"num_labels": 3} if cls is GPTJForSequenceClassification else {}
     model = HEADS[cls].from_pretrained(base, dtype=torch.float32, **fields)
-    wishes = peft.LoraConfig(
+    lora = peft.LoraConfig(
         r=4, lora_alpha=6, task_type=TASKS[cls], target_modules=["q_proj", "out_proj", "fc_out"]
     )
-    model = peft.get_peft_model(model, wishes).train()
+    model = peft.get_peft_model(model, lora).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         scores(model).square().mean().backward()
@@ -257,8 +257,8 @@ def test_merging_computes_the_same(
 def test_pefts_adapter_merges_as_peft_merges_it(base: Path, tmp_path: Path) -> None:
     """One that names neither task nor base, in one of the dtypes."""
     model = transformers.GPTJForCausalLM.from_pretrained(base, dtype=torch.float32)
-    wishes = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(model, wishes).eval()
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(model, lora).eval()
     model.save_pretrained(tmp_path / "adapter")
     config = tmp_path / "adapter/adapter_config.json"
     fields = json.loads(config.read_text())

@@ -109,6 +109,7 @@ def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(whe
     for folder, package in (
         ("platform/gptj", "gptj"),
         ("platform/gptj_bench", "gptj_bench"),
+        ("platform/gptj_cli", "gptj_cli"),
         ("platform/gptj_local", "gptj_local"),
         ("deployments", "deployments"),
         ("jobs", "jobs"),
@@ -116,15 +117,38 @@ def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(whe
         for path in (ROOT / folder).rglob("*.py"):
             if (path.parent / "__init__.py").exists():
                 assert f"{package}/{path.relative_to(ROOT / folder)}" in names
-    kernels = ROOT / "platform" / "gptj" / "engine" / "runners" / "cpu"
-    sources = [path.name for path in kernels.iterdir() if path.suffix in (".cpp", ".h")]
-    assert sources
-    assert {f"gptj/engine/runners/cpu/{name}" for name in sources} <= names
-    for folder in ("playground", "docs"):
-        pages = list((ROOT / "platform/gptj/serving" / folder).iterdir())
-        assert pages
-        assert {f"gptj/serving/{folder}/{path.name}" for path in pages if path.is_file()} <= names
+    data = (
+        ("gptj/engine/runners/cpu", (".cpp", ".h")),
+        ("gptj/chat/ready", (".jinja",)),
+        ("gptj/serving/playground", (".html", ".js", ".css", ".svg")),
+        ("gptj/serving/docs", (".html", ".js")),
+        ("gptj_local", (".c",)),
+    )
+    for folder, suffixes in data:
+        files = [path for path in (ROOT / "platform" / folder).iterdir() if path.is_file()]
+        kept = {path.name for path in files if path.suffix in suffixes}
+        assert {Path(name).suffix for name in kept} == set(suffixes)
+        assert {path.name for path in files if path.suffix not in (".py", ".so")} == kept
+        assert {f"{folder}/{name}" for name in kept} <= names
     assert "gptj/py.typed" in names
+
+
+def test_the_cpu_kernels_are_built_from_the_wheels_sources(installed: Path, tmp_path: Path) -> None:
+    """With an empty cache of builds, so that no other copy's is loaded."""
+    program = (
+        "from gptj.engine.runners.cpu import library; print(library.load()._name, library.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    built, module = map(Path, done.stdout.split())
+    assert built.parent == tmp_path / "cache" / "gptj" and built.exists()
+    assert module == installed / "gptj/engine/runners/cpu/library.py"
 
 
 def test_the_hugging_face_pages_examples_run_from_the_wheel(

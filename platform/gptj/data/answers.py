@@ -199,7 +199,7 @@ def _check_current(index: Index, plan: Plan, folder: str) -> None:
     )
     if _source(found) != index.source:
         raise DataError(
-            f"{folder} has the answers to other rows than {plan.address} has now: choose another "
+            f"{folder} was made from other rows than {plan.address} has now: choose another "
             f"folder, or delete this one"
         )
 

@@ -233,7 +233,7 @@ class CausalLMData:
         rows = f"{len(self.tokens)} tokens in {len(self)} rows of {self.sequence_length}"
         if self.packing != "concatenate":
             rows = f"{len(self.document_ends) - 1} documents, {rows}"
-        rows += f", {self.useful_share:.1%} of their room"
+        rows += f", {self.useful_share:.1%} full"
         if self.learned is not None:
             rows += f"; {int(self.learned.sum())} of them are learned"
         if self.cut:

@@ -54,8 +54,8 @@ class ClassificationExample(NamedTuple):
 class ClassificationData:
     """Texts or pairs of texts, cut to `max_length` tokens, and their labels.
 
-    A pair is concatenated without a separator, like Hugging Face's GPT-J tokenizer does. Too long a
-    pair is cut at the end of its longer text first.
+    A pair is concatenated without a separator, like Hugging Face's GPT-J tokenizer does. A pair
+    that is too long loses the end of its longer text first.
 
     A row's `label` is a name or a class index (single_label_classification); a list of them, which
     may be empty, or a list of a 0 or 1 per label (multi_label_classification); or a number or a

@@ -19,9 +19,8 @@ from gptj.data.records import (
 )
 from gptj.data.rows import shown
 
-CHUNK = 2**20  # characters of an array that are read at a time, at least
-
-AT_ONCE = 2**26  # bytes of an object over several lines that does not begin as SQuAD's files do
+CHUNK = 2**20  # fewest characters of an array that are read at a time
+AT_ONCE = 2**26  # most bytes of a multi-line object that does not begin like SQuAD's files
 
 _BOM = b"\xef\xbb\xbf"
 # {"version": "v2.0", "data": [{"title": "…", "paragraphs": …
@@ -36,12 +35,12 @@ def read_json(
 ) -> Iterator[Record]:
     """The wanted columns of each record.
 
-    Records are numbered by their lines, by their place in an array, or as SQuAD's questions come.
-    All are read as they are asked for: memory holds a line, an element, or an article of SQuAD's.
+    Records are numbered by line, by position in an array, or by question in SQuAD's file. They are
+    read lazily: memory holds one line, one element, or one of SQuAD's articles.
 
     Args:
-        on_bad: takes the error of a line that is then left out, or of an array's object that lacks
-            a column; other errors are raised.
+        on_bad: receives the error of a line, or of an array's object that lacks a column, which is
+            then skipped; other errors are raised.
     """
     peeked = file.peek(512)  # type: ignore[attr-defined]  # all of our files are buffered
     start = peeked.removeprefix(_BOM).lstrip()
@@ -132,13 +131,13 @@ def _elements(
         values.record += 1
         yield from _checked(value, text, number, wanted, on_bad)
     if values.peek():
-        raise BadRecordError(values.record, f"is beyond the array: {shown(values.rest())}")
+        raise BadRecordError(values.record, f"follows the end of the array: {shown(values.rest())}")
 
 
 def _checked(
     value: Any, text: str, number: int, wanted: Sequence[str], on_bad: OnBadRecord
 ) -> Iterator[Record]:
-    """The record, unless it is bad."""
+    """Yield the record, or pass its error to `on_bad`."""
     try:
         fields = _fields(value, text, number, wanted)
     except (BadRecordError, MissingColumnsError) as error:
@@ -151,7 +150,7 @@ class _Values:
     """Parses a JSON text incrementally; memory holds the largest value.
 
     Attributes:
-        record: the number of the record that comes next, for errors.
+        record: the next record's number, for errors.
     """
 
     def __init__(self, reader: io.TextIOWrapper) -> None:
@@ -198,7 +197,7 @@ class _Values:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
             except json.JSONDecodeError as error:
-                # What is only cut off goes wrong where the buffer ends, or is an open string.
+                # An incomplete value fails at the end of the buffer, or as an open string.
                 at_border = error.pos > len(self._buffer) - 16
                 if self._at_end or not (error.msg.startswith("Unterminated") or at_border):
                     raise _not_an_object(self.record, self.rest(), error) from error
@@ -207,7 +206,7 @@ class _Values:
             except ValueError as error:
                 raise _not_an_object(self.record, self.rest(), error) from error
             else:
-                # A number may continue: after "1", "1." or "1e-", too.
+                # A number may continue, even after "1." or "1e-".
                 left = len(self._buffer) - end
                 if left > 2 or self._at_end or not isinstance(value, int | float):
                     break
@@ -222,7 +221,7 @@ class _Values:
 
 
 def _fields(value: Any, text: str, number: int, wanted: Sequence[str]) -> dict[str, Any]:
-    """The wanted columns of a record, which `text` is the JSON of."""
+    """The wanted columns of a record; `text` is its JSON."""
     if not isinstance(value, dict):
         raise _not_an_object(number, text)
     if any(text.count(f'"{name}"') > 1 for name in wanted):
@@ -240,7 +239,7 @@ def _wanted(value: dict[str, Any], number: int, wanted: Sequence[str]) -> dict[s
 
 
 def _check_unique(text: str, number: int, wanted: Sequence[str]) -> None:
-    """BadRecordError if an object has a wanted key twice, of which json takes the last."""
+    """BadRecordError if an object repeats a wanted key; json would keep only the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -274,21 +273,21 @@ def _not_an_object(number: int, text: str, error: Exception | None = None) -> Ba
     why = "" if error is None else f" ({getattr(error, 'msg', error)})"
     return BadRecordError(
         number,
-        f"must be a JSON object: one in each line, or an array of them; got {shown(text)}{why}",
+        f"must be a JSON object, one per line or in an array; got {shown(text)}{why}",
     )
 
 
 def _too_large(number: int) -> BadRecordError:
     return BadRecordError(
         number,
-        f"is an object of more than {AT_ONCE >> 20} MiB over several lines; remedy: an object in "
-        f"each line, or SQuAD's own form, which begins with version or data, and in it each "
-        f"article with title and paragraphs, or paragraphs",
+        f"is an object of more than {AT_ONCE >> 20} MiB over several lines; remedy: one object "
+        f"per line, or SQuAD's own format, which begins with version or data, and whose articles "
+        f"begin with title or paragraphs",
     )
 
 
 def _is_line(rest: bytes) -> bool:
-    """Whether it begins with a whole JSON object in a line."""
+    """Whether its first line is a whole JSON object."""
     try:
         return isinstance(parse_json(rest.partition(b"\n")[0].decode()), dict)
     except ValueError:
@@ -296,7 +295,7 @@ def _is_line(rest: bytes) -> bool:
 
 
 def _as_squad(start: str, rest: bytes) -> dict[str, Any] | None:
-    """A file's first line, which is unfinished, and its rest as SQuAD's object, if they are."""
+    """SQuAD's object from a file's unfinished first line and the rest; None if it is not one."""
     try:
         value = parse_json(start + "\n" + rest.decode())
     except ValueError:  # the first line's own error says more
@@ -337,7 +336,7 @@ def _read_squad(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Record]:
 
 
 def _squad(document: dict[str, Any], wanted: Sequence[str], first: int = 1) -> Iterator[Record]:
-    """A row for each question of SQuAD's articles and paragraphs, numbered from `first` on."""
+    """A row for each question of SQuAD's articles and paragraphs, numbered from `first`."""
     number = first - 1
     for article in document["data"]:
         if not isinstance(article, dict) or not isinstance(article.get("paragraphs"), list):

@@ -165,9 +165,9 @@ def _as_whole(value: Any) -> int | None:
 class DistinctLabels:
     """Keeps the rows of a stream that are informative about the labels' notation.
 
-    `read_labels` decides the same by `rows` as by all of them: each distinct label is kept once.
-    Beyond MOST_LABELS, labels must be measured values or sets of labels, and only those with a new
-    element or length are kept.
+    `read_labels` infers the same from `rows` as from the whole stream. Each distinct label is kept
+    once. Beyond MOST_LABELS, labels must be measured values or sets of labels, and only those with
+    a new element or length are kept.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,9 @@ class DistinctLabels:
             return
         if len(self.rows) == 2 * MOST_LABELS:
             raise row.error(
-                "label", f"is one of more than {len(self.rows)} names or class numbers: not a label"
+                "label",
+                f"is one of more than {len(self.rows)} distinct names or class numbers, too many "
+                f"for labels",
             )
         self._seen |= new
         self.rows.append(row)
@@ -419,9 +421,9 @@ def _are_class_numbers(values: Sequence[Any], names: tuple[str, ...]) -> bool:
 def _refuse_two_readings(
     labels: Sequence[_Label], values: Sequence[Any], names: tuple[str, ...]
 ) -> None:
-    """DataError for numbers from 1 on, unless of one class: indices, or counted from 1.
+    """DataError for several numbers from 1 up: class indices, or classes counted from 1.
 
-    Counted from 1, data without the last class would otherwise be silently shifted.
+    Data counted from 1 that lacks the last class would otherwise be silently shifted.
     """
     numbers = sorted(set(map(int, values)))
     if len(numbers) > 1 and numbers[0] == 1 and numbers[-1] < len(names):

@@ -91,7 +91,7 @@ def room(
 
     Args:
         dtype: of the cache.
-        freed: bytes that will be free besides those that are now.
+        freed: bytes that packing the weights will additionally free.
     """
     free = free_bytes(device) + freed
     return int(free * share) // page_bytes(config, dtype) * PAGE_SIZE

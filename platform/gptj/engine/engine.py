@@ -25,7 +25,7 @@ from gptj.engine.core import EngineCore, RequestEvent
 from gptj.engine.events import BeamParams, Event, Failed, Finished, OnEvents
 from gptj.engine.limits import Limits
 from gptj.engine.page_pool import PagePool
-from gptj.engine.request import Request, Ticket
+from gptj.engine.request import Request, Ticket, check_ids
 from gptj.engine.runners.base import Runner
 from gptj.engine.sampler import Sampler
 from gptj.engine.scheduler import Scheduler
@@ -305,12 +305,7 @@ class Engine:
             raise
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        vocabulary = self._runner.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocabulary:
-                raise ValueError(
-                    f"{name}: {token} is not a token id of this model, which has {vocabulary}"
-                )
+        check_ids(name, ids, self._runner.config.vocab_size)
 
     def _checked(self, prompt_ids: Sequence[int]) -> list[int]:
         if not prompt_ids:

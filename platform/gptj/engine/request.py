@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from gptj.engine.adapter_slots import Adapter
 from gptj.engine.events import BeamParams, OnEvents
 from gptj.engine.runners.lora import NONE
 from gptj.sampling import SamplingParams
+
+
+def check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
+    """ValueError, naming the field, if a token id is not in a vocabulary of this size."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{name}: {token} is not a token id of this model, which has {vocabulary}"
+            )
 
 
 @dataclass(eq=False)

@@ -76,7 +76,7 @@ def best_row_model(
 
 
 def default_max_tokens(device: torch.device, max_rows: int, context_length: int) -> int:
-    """Of a batch: on a CPU as of the engine's step, on a GPU no less than `max_rows` can have."""
+    """Default token limit of a batch: the engine's on a CPU; on a GPU, `max_rows` full contexts."""
     if device.type == "cpu":
         return CPU_MAX_NUM_BATCHED_TOKENS
     return max_rows * context_length

@@ -10,10 +10,10 @@ OTHER = "other"
 
 
 class Labels:
-    """Values of a label, of which the first so many are told apart: Prometheus keeps them all.
+    """Label values, capped at a maximum: Prometheus never drops a series.
 
     Args:
-        most: how many; all others are `other`.
+        most: the maximum; later values are reported as `other`.
     """
 
     def __init__(self, most: int = MAX_LABELS) -> None:
@@ -44,7 +44,7 @@ class Recorder(Protocol):
         """Time from a request to an output's first step."""
 
     def batch(self, queued: Sequence[float], tokens: int, seconds: float) -> None:
-        """A batch of whole rows took `seconds`; each had waited so long for it."""
+        """A batch of whole rows took `seconds`, after each row had waited `queued` seconds."""
 
     def key_use(self, key: str, tokens: int, *, refused: bool) -> None:
         """A request with a key has ended, or was refused for the key's limits."""

@@ -13,8 +13,8 @@ from gptj.workers.errors import ClosedError, QueueFullError
 
 Item = TypeVar("Item")
 
-MEMORY = 32  # items, at least, by which the pace is known: earlier ones count less and less
-TURNS = 8  # by which it is known how many items a turn takes
+MEMORY = 32  # items that the pace averages over, at least; older ones weigh less and less
+TURNS = 8  # turns that the usual number of items per turn averages over
 
 
 class Pace:
@@ -26,13 +26,13 @@ class Pace:
         self._items = 0.0
 
     def note(self, seconds: float, items: int) -> None:
-        """So many items had their turn, after so long without any."""
+        """Record that `items` were taken, `seconds` after the previous turn."""
         keep = max(0.0, 1.0 - items / self._memory)
         self._seconds = keep * self._seconds + seconds
         self._items = keep * self._items + items
 
     def expected(self, items: int) -> float:
-        """Seconds until so many items have had their turn; 0 if nothing is known."""
+        """Seconds until `items` more have been taken; 0 if nothing is known."""
         return max(0, items) * self._seconds / self._items if self._items else 0.0
 
 
@@ -43,9 +43,9 @@ class BoundedQueue(Generic[Item]):
         max_queued: most items that may wait.
         max_seconds: longest that an item may be expected to wait for others before it, by the
             recent pace; None: no limit. An empty queue takes any item.
-        at_once: most items that a turn takes, however many are running: the next turn's do not
-            count as waiting for others. 0: as many as `room`.
-        room: returns how many items could be taken at once; consulted while none waits for room.
+        at_once: most items that a turn takes, however many are running; items of the next turn do
+            not count as waiting for others. 0: as many as `room`.
+        room: returns how many items could be taken now; called only while no item waits for room.
         together: most items that may end, and so make room, at the same time.
     """
 
@@ -100,7 +100,7 @@ class BoundedQueue(Generic[Item]):
             self._changed.notify()
 
     def _check_wait(self, waiting: int, limit: float) -> None:
-        """For the next item; those put with it may wait longer."""
+        """QueueFullError if the next item would wait too long; any put with it may wait longer."""
         room = 0 if self._full_since is not None else self._room()
         if not waiting:
             if room < 1 and not self._at_once:

@@ -7,8 +7,8 @@ class QueueFullError(RuntimeError):
     """The queue is full: try again later.
 
     Attributes:
-        for_one: probably even for a single item; otherwise half of the queue is empty, and only as
-            many as were put at once do not fit.
+        for_one: whether a single item would probably be refused too; otherwise half of the queue is
+            empty, and only the number put at once does not fit.
     """
 
     def __init__(self, message: str, *, for_one: bool = True) -> None:

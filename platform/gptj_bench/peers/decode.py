@@ -49,9 +49,9 @@ def vllm(model: str, dtype: str, threads: int) -> Generate:
     engine = LLM(model, dtype=dtype, max_model_len=2048, enable_prefix_caching=False)
 
     def generate(prompts: Prompts, new_tokens: int) -> int:
-        wishes = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = engine.generate(inputs, wishes, use_tqdm=False)
+        outputs = engine.generate(inputs, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     return generate

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptj.engine.constraints.compiler import CompiledGrammar
+from gptj.engine.request import check_ids
 from gptj.sampling import SamplingParams
 from gptj.serving.completions.detokenizer import unfinished
 from gptj.serving.completions.generation_request import GenerationRequest, Prompt
@@ -146,13 +147,10 @@ class PromptResolver:
         return self._tokenizer.bos_token
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        known = len(self._tokenizer)
-        for token in ids:
-            if not 0 <= token < known:
-                raise InvalidRequestError(
-                    f"{name}: {token} is not a token id of this model, which has {known}",
-                    param=name,
-                )
+        try:
+            check_ids(name, ids, len(self._tokenizer))
+        except ValueError as error:
+            raise InvalidRequestError(str(error), param=name) from error
 
     def _max_tokens(self, request: GenerationRequest, length: int) -> int:
         """Most new tokens after a prompt of `length` tokens, which fits the context."""
