@@ -1,11 +1,11 @@
 """The program `gptj`: its commands, their arguments and output.
 
-The commands' work is in this package's other modules, imported only when needed so that help is
-instant.
+The commands' work is in other modules, imported on first use so that help is instant.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
 import json
@@ -17,14 +17,49 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from gptj.extras import missing
+from gptj.extras import Extra, missing
 
 try:
     import typer
 except ModuleNotFoundError as error:
     raise missing(error, "the program gptj") from error
+
+if TYPE_CHECKING:
+    import yaml
+    from rich import console as rich_console
+    from rich import live as rich_live
+
+    from gptj import storage as stored
+    from gptj.checkpoints import manifest as manifests
+    from gptj.storage import addresses as spellings
+    from gptj.storage import errors as storage_errors
+    from gptj.training import progress
+    from gptj.training import settings as training_settings
+    from gptj_cli import cluster, local, predicting, scores, serving, status_table, training
+    from gptj_cli import models as folders
+    from gptj_cli import status as watching
+    from jobs import command_line
+    from jobs import evaluate as evaluation_job
+else:
+    NEEDS = "the program gptj"
+    yaml = Extra("yaml", NEEDS, "pyyaml")
+    rich_console, rich_live = Extra("rich.console", NEEDS), Extra("rich.live", NEEDS)
+    stored = Extra("gptj.storage", NEEDS)
+    manifests = Extra("gptj.checkpoints.manifest", NEEDS)
+    spellings = Extra("gptj.storage.addresses", NEEDS)
+    storage_errors = Extra("gptj.storage.errors", NEEDS)
+    progress = Extra("gptj.training.progress", NEEDS)
+    training_settings = Extra("gptj.training.settings", NEEDS)
+    cluster, local = Extra("gptj_cli.cluster", NEEDS), Extra("gptj_cli.local", NEEDS)
+    predicting, scores = Extra("gptj_cli.predicting", NEEDS), Extra("gptj_cli.scores", NEEDS)
+    serving, training = Extra("gptj_cli.serving", NEEDS), Extra("gptj_cli.training", NEEDS)
+    folders = Extra("gptj_cli.models", NEEDS)
+    status_table = Extra("gptj_cli.status_table", NEEDS)
+    watching = Extra("gptj_cli.status", NEEDS)
+    command_line = Extra("jobs.command_line", NEEDS)
+    evaluation_job = Extra("jobs.evaluate", NEEDS)
 
 FOLDER = Path(".gptj")
 OUTPUTS = "outputs"
@@ -87,18 +122,17 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _of_this_terminal(error: Exception) -> str:
     """The remedy if S3's credentials are missing: to source those that `gptj up` exports."""
-    from gptj.storage.errors import AccessDeniedError
-
-    if isinstance(error, AccessDeniedError) and "AWS_ACCESS_KEY_ID" not in os.environ:
+    if (
+        isinstance(error, storage_errors.AccessDeniedError)
+        and "AWS_ACCESS_KEY_ID" not in os.environ
+    ):
         return _sourcing()
     return ""
 
 
 def _sourcing() -> str:
     """The remedy for a terminal without the exports of `gptj up`, if there are any."""
-    from gptj_cli.local import EXPORTS
-
-    exports = FOLDER / EXPORTS
+    exports = FOLDER / local.EXPORTS
     return f"; for the storage of gptj up: source {exports}" if exports.exists() else ""
 
 
@@ -138,8 +172,6 @@ def up(
 
     Both listen on loopback only and ask for credentials, which `FOLDER/env` exports.
     """
-    from gptj_cli import local
-
     started = local.up(folder, cpus or local.default_cpus())
     found = local.read(folder)
     if found is None:
@@ -156,8 +188,6 @@ def up(
 @app.command()
 def down(folder: Folder = FOLDER) -> None:
     """Stop what `gptj up` started, and nothing else. Data are kept."""
-    from gptj_cli import local
-
     if local.down(folder):
         print(f"Stopped S3 and Ray; data and logs are kept in {folder}.")
     else:
@@ -202,10 +232,7 @@ def train(
     Settings are those of jobs/finetune.py, whose --help says where they are listed. Rerunning the
     command resumes from the last checkpoint. Ctrl-C stops following, not the job.
     """
-    from gptj.training.settings import closest, read_settings
-    from gptj_cli import cluster, training
-
-    _refuse_options(words or [], context, closest)
+    _refuse_options(words or [], context, training_settings.closest)
     said = training.words_of_run(
         words or [],
         data=data,
@@ -215,7 +242,7 @@ def train(
         run=run,
         storage_address=storage,
     )
-    settings = read_settings(said)
+    settings = training_settings.read_settings(said)
     address = cluster.dashboard_address(folder)
     client, job = training.submit(address, said, settings.folder)
     print(f"{settings.task} on {settings.train_data}: run {settings.run}, job {job}", flush=True)
@@ -249,20 +276,14 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a checkpoint on data, on this machine without a cluster: jobs/evaluate.py."""
-    from rich.console import Console
-
-    from gptj_cli.scores import rendered
-    from jobs import command_line
-    from jobs import evaluate as job
-
     _refuse_options([address, data, *(words or [])], context)
     command_line.log_to_stderr("evaluate")
-    result = job.measure(job.read_settings([address, data, *(words or [])]))
-    console = Console()
+    result = evaluation_job.measure(evaluation_job.read_settings([address, data, *(words or [])]))
+    console = rich_console.Console()
     if as_json or not console.is_terminal:
         print(json.dumps(result, allow_nan=False))
     else:
-        console.print(rendered(result))
+        console.print(scores.rendered(result))
 
 
 @app.command()
@@ -306,10 +327,6 @@ def serve(
     Returns once all of them answer. The same command with another checkpoint replaces the served
     one without downtime. `serve shutdown -y` or `gptj down` stops it.
     """
-    import yaml
-
-    from gptj_cli import cluster, serving
-
     found = serving.services(addresses, name or [], embeddings)
     dashboard = None if show and device != Device.AUTO else cluster.dashboard_address(folder)
     gpus = dashboard is not None and device != Device.CPU and serving.has_gpus(dashboard)
@@ -371,19 +388,12 @@ def status(
 
     The table is refreshed until Ctrl-C.
     """
-    from rich.console import Console
-    from rich.live import Live
-
-    from gptj_cli import cluster
-    from gptj_cli.status import Watcher
-    from gptj_cli.status_table import rendered
-
     dashboard = cluster.dashboard_address(folder)
-    watcher = Watcher(dashboard, prometheus)
+    watcher = watching.Watcher(dashboard, prometheus)
     found = watcher.read()
     if not found.applications:
         raise ValueError(f"{dashboard} serves nothing; remedy: gptj serve ADDRESS")
-    console = Console()
+    console = rich_console.Console()
     if once or as_json or not console.is_terminal:
         if seconds:
             time.sleep(seconds)
@@ -392,11 +402,13 @@ def status(
             print(json.dumps(asdict(found)))
         else:
             # A pipe has no width, and rich would wrap at 80 characters.
-            plain = Console(color_system=None, width=console.width if console.is_terminal else 200)
-            plain.print(rendered(found))
+            plain = rich_console.Console(
+                color_system=None, width=console.width if console.is_terminal else 200
+            )
+            plain.print(status_table.rendered(found))
         return
     with (
-        Live(rendered(found), console=console, screen=True) as live,
+        rich_live.Live(status_table.rendered(found), console=console, screen=True) as live,
         contextlib.suppress(KeyboardInterrupt),
     ):
         while True:
@@ -405,7 +417,7 @@ def status(
                 found = watcher.read()
             except OSError as error:  # it may come back: the last table stays
                 found.problems = [str(error)]
-            live.update(rendered(found))
+            live.update(status_table.rendered(found))
 
 
 @app.command(context_settings=WITH_SETTINGS)
@@ -435,10 +447,6 @@ def predict(
     context. Results are JSON lines in row order; a row that cannot be answered gets an error there,
     and the exit status is 1.
     """
-    import asyncio
-
-    from gptj_cli import predicting
-
     _refuse_options([address, file, *(words or [])], context)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     columns, delimiter = _reading(words or [])
@@ -473,31 +481,26 @@ def curves(
     ] = None,
 ) -> None:
     """Fetch a run's curves, even while it runs: loss.png, history.jsonl, TensorBoard's files."""
-    from gptj import storage
-    from gptj.training.progress import CURVE, HISTORY, TENSORBOARD
-
     target = folder or Path("curves") / address.rstrip("/").rpartition("/")[2]
-    if not (files := storage.list_files(address)):
-        raise storage.NotFoundError(f"nothing is at {address}: name a run's folder, STORAGE/RUN")
+    if not (files := stored.list_files(address)):
+        raise stored.NotFoundError(f"nothing is at {address}: name a run's folder, STORAGE/RUN")
     names = [file.name for file in files]
-    wanted = [n for n in names if n in (CURVE, HISTORY) or n.startswith(f"{TENSORBOARD}/")]
+    curve, history, tensorboard = progress.CURVE, progress.HISTORY, progress.TENSORBOARD
+    wanted = [n for n in names if n in (curve, history) or n.startswith(f"{tensorboard}/")]
     if not wanted:
         raise ValueError(
             f"{address} has no curves yet: they are written with a run's first checkpoint"
         )
-    storage.download_folder(address, target, wanted)
-    print(f"{target / CURVE}\n{target / HISTORY}\ntensorboard --logdir {target / TENSORBOARD}")
+    stored.download_folder(address, target, wanted)
+    print(f"{target / curve}\n{target / history}\ntensorboard --logdir {target / tensorboard}")
 
 
 @app.command()
 @models.command()
 def verify(address: Address) -> None:
     """Read a model folder and check each file against its manifest."""
-    from gptj.checkpoints.manifest import verify as verified
-    from gptj.storage.addresses import normalized
-
-    address = normalized(address)
-    manifest = verified(address)
+    address = spellings.normalized(address)
+    manifest = manifests.verify(address)
     print(f"{address}: good: {len(manifest.files)} files, {_bytes(manifest.size)}")
 
 
@@ -509,12 +512,9 @@ def list_models(
     ] = OUTPUTS,
 ) -> None:
     """List the model folders at and below an address."""
-    from gptj import storage
-    from gptj_cli import models as folders
-
     try:
         found = folders.folders(address)
-    except storage.NotFoundError as error:
+    except stored.NotFoundError as error:
         unset = address == OUTPUTS and "GPTJ_STORAGE" not in os.environ
         raise ValueError(f"{error}{_sourcing() if unset else ''}") from error
     if not found:
@@ -530,8 +530,6 @@ def show_model(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a model is and how it was trained."""
-    from gptj_cli import models as folders
-
     found = folders.describe(address)
     print(json.dumps(found, ensure_ascii=False) if as_json else folders.shown(found))
 
@@ -542,8 +540,6 @@ def copy_model(
     destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="A new folder.")],
 ) -> None:
     """Copy a model folder, local or s3://…, and verify the copy."""
-    from gptj_cli import models as folders
-
     manifest = folders.copy(source, destination)
     print(f"{manifest.folder}: good: {len(manifest.files)} files, {_bytes(manifest.size)}")
 
@@ -559,8 +555,6 @@ def remove_model(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a model folder, or a run's folder with its checkpoints."""
-    from gptj_cli import models as folders
-
     files = folders.removable(address)
     size = _bytes(sum(file.size for file in files))
     if not yes:
