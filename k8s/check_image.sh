@@ -123,7 +123,7 @@ follow() { # INSTRUCTION REST: one line of the Dockerfile
         ENV)
           local value=${rest#*=}
           value=${value#\"}
-          environment[${rest%%=*}]=${value%\"}
+          environment[${rest%%=*}]=$(substitute "${value%\"}")
           ;;
         WORKDIR) folder=$rest; mkdir -p "$tree$folder" ;;
         USER) user=$rest ;;

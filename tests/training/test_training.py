@@ -10,13 +10,14 @@ import gc
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ import yaml
 from safetensors.torch import load_file
 
 from gptj import GPTJConfig, GPTJForCausalLM, storage
+from gptj.adapters.base import Base
 from gptj.checkpoints.manifest import Manifest, describe, verify
 from gptj.data.batches import BatchOrder
 from gptj.errors import CheckpointError
@@ -604,6 +606,9 @@ def test_a_language_model_becomes_a_classifier_with_named_labels(
     before = GPTJForCausalLM.from_pretrained(settings.model.checkpoint)
     distance = (model.transformer.wte.weight - before.transformer.wte.weight).abs().max()
     assert 0 < distance < 0.05  # two steps away from it, and not from new weights
+    training = json.loads(Path(settings.model_folder, "training.json").read_text())
+    assert training["checkpoint"] == asdict(Base.at(settings.model.checkpoint))
+    assert training["checkpoint"]["digest"]
     assert losses(settings)[0] == pytest.approx(1.0986, abs=0.1)  # ln 3
 
 
@@ -613,6 +618,8 @@ def test_two_ranks_learn_to_answer_questions_at_stage_3(continued: dict[str, Set
     verify(settings.model_folder)
     training = json.loads(Path(settings.model_folder, "training.json").read_text())
     assert training["metrics"].keys() == {"loss", "exact_match", "f1"}
+    assert training["checkpoint"] is None
+    assert (training["workers"], training["device"]) == (2, platform.machine())
     assert losses(settings)[1] < losses(settings)[0]
     GPTJForQuestionAnswering.from_pretrained(settings.model_folder)
 

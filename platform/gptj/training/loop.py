@@ -55,7 +55,7 @@ from gptj.training.optimizer import own_optimizer
 from gptj.training.packages import check_packages
 from gptj.training.probe import Probe
 from gptj.training.progress import ProgressLog, duration, peak_memory
-from gptj.training.provenance import provenance
+from gptj.training.provenance import hardware, provenance
 from gptj.training.room import check_room, checkpoint_bytes
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.spikes import SpikeFilter, UpdateGate
@@ -148,9 +148,10 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
-        elif settings.adapter is not None:
+        elif settings.model.checkpoint:
             found = Base.at(settings.model.checkpoint, settings.model.revision or None)
-            progress.base = asdict(found)
+            progress.start = asdict(found)
+            progress.base = progress.start if settings.adapter is not None else None
         progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
         config = make_config(settings, tokenizer, data.train.labels)
         total = settings.total_steps(len(data.train))
@@ -452,6 +453,9 @@ class _Run:
             "metrics": metrics,
             "data": self.progress.data,
             "history": self.progress.history,
+            "checkpoint": self.progress.start,
+            "workers": self.worker.world_size,
+            **hardware(self.worker.device),
             **provenance(),
         }
         if self._log is not None:  # the model comes last: once it is there, the run is complete

@@ -46,6 +46,7 @@ class Progress:
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # a Fingerprint of each data set
     base: dict[str, Any] | None = None  # an adapter's base model, as it was at the beginning
+    start: dict[str, Any] | None = None  # the checkpoint that training began from, as a Base
     # Logged points, by step; non-finite values are stored as null.
     history: list[dict[str, float | None]] = field(default_factory=list)
     unlogged: list[float] = field(default_factory=list)  # losses of the steps since the last point
