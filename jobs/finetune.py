@@ -243,8 +243,8 @@ def check_workers(settings: Settings) -> bool:
 def workers_to_start(settings: Settings, on_gpu: bool) -> int:
     """How many workers Ray Train will want: of elastic ones as many as all nodes could hold.
 
-    It goes by what nodes have, also where others use it (ElasticScalingPolicy), and would wait for
-    that for ever: so we wait, and say who has it.
+    Its ElasticScalingPolicy counts each node's total resources, even those in use, and would wait
+    for them forever: so we wait for them first, and name the holder.
     """
     workers = settings.workers
     room = 0
