@@ -15,8 +15,9 @@ import openai
 import pydantic
 import pytest
 from serving_client import complete, greedy, streamed, text_of
-from serving_models import Models
+from serving_models import Models, served_with_adapters
 
+from gptj.chat import READY, ChatTemplate, read_template
 from gptj.serving.completions.constraints import ConstraintFields
 from gptj.serving.errors import SCOPE, OverloadedError
 from gptj.serving.metrics import NoRecorder
@@ -124,6 +125,30 @@ def test_a_stop_string_ends_an_output_before_its_grammar(service: str) -> None:
         service, prompt="The", structured_outputs={"regex": "abc-def-ghi"}, stop=["-g"]
     )["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("abc-def", "stop")
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_templates_stop_strings_do_not_cut_structured_output(models: Models, name: str) -> None:
+    template = read_template(name)
+    stops = ChatTemplate(template).stop
+    assert stops
+    schema = {"const": f"see {''.join(stops)} of it"}
+    named = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    regex = "<" + "".join(map(re.escape, stops)) + ">"
+    body = {"messages": [{"role": "user", "content": "Where?"}], "max_tokens": 400}
+    with served_with_adapters(models, template=template) as service:
+
+        def choice(**fields: Any) -> dict[str, Any]:
+            reply = httpx.post(f"{service}/v1/chat/completions", json={**body, **fields})
+            return reply.json()["choices"][0]
+
+        whole = choice(response_format=named)
+        assert json.loads(whole["message"]["content"]) == schema["const"]
+        assert (whole["finish_reason"], whole["stop_reason"]) == ("stop", None)
+        assert choice(structured_outputs={"regex": regex})["message"]["content"].endswith(">")
+        cut = choice(response_format=named, stop="of")
+        assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", "of")
+        assert cut["message"]["content"].endswith(" ")
 
 
 def test_requests_with_and_without_constraints_run_side_by_side(

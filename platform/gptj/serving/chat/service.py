@@ -74,8 +74,9 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         return await super().stream(self._with_stops(request))
 
     def _with_stops(self, request: ChatRequest) -> ChatRequest:
-        """The request with the template's stop strings."""
-        return request.ending_at(self._template_of(request).stop)
+        """The request with the template's stop strings, which may be inside a required format."""
+        stop = self._template_of(request).stop
+        return request if request.has_grammar else request.ending_at(stop)
 
     def _template_of(self, request: ChatRequest) -> ChatTemplate:
         """The adapter's own, if it has one. Raises InvalidRequestError if there is none."""

@@ -97,6 +97,12 @@ class ConstraintFields(RequestModel):
         bounds(items={"type": "integer", "minimum": 0}, minItems=1, maxItems=MAX_ALLOWED_TOKENS),
     ] = None
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether an output has to follow a format."""
+        form = self.response_format
+        return self.structured_outputs is not None or (form is not None and form.type != "text")
+
     def check_constraints(self, beams: bool) -> None:
         """Raises InvalidRequestError for contradictions and exceeded limits."""
         field, grammar = self._grammar()
