@@ -242,7 +242,22 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ),
     ({"tools": [TOOL]}, 400, "tools: this service does not call tools", "tools"),
     ({"functions": [TOOL]}, 400, "does not call tools", "functions"),
-    ({"tool_choice": "required"}, 422, "tool_choice", "tool_choice"),
+    *(
+        ({field: choice}, 400, f"{field}: this service does not call tools", field)
+        for field, choice in (
+            ("tool_choice", "required"),
+            ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+            ("tool_choice", {"type": "allowed_tools", "allowed_tools": {}}),
+            ("function_call", {"name": "f"}),
+            ("function_call", "f"),
+        )
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}]},
+        400,
+        "does not call tools",
+        "messages[1]",
+    ),
     ({"messages": [USER, USER]}, 400, "roles must alternate", "messages"),
     ({"max_tokens": 0}, 400, "max_tokens must be 1 or more", "max_tokens"),
     ({"max_tokens": None, "max_completion_tokens": -1}, 400, "1 or more, got -1",

@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from gptj.chat import ChatTemplate
 from gptj.serving.completions.generation_request import invalid
-from gptj.serving.requests import RequestModel, bounds, checked_text
+from gptj.serving.requests import ONLY_NULL, RequestModel, bounds, checked_text
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -57,10 +57,12 @@ class ChatMessage(RequestModel):
     refusal: str | None = None  # as in our replies; ignored
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
+    function_call: Annotated[Any, bounds(**ONLY_NULL)] = None
 
     def check(self, place: str) -> None:
         """Raises InvalidRequestError for what this model cannot do; `place` names the message."""
-        if self.tool_calls or self.tool_call_id or self.role in ("tool", "function"):
+        calls = self.tool_calls or self.tool_call_id or self.function_call is not None
+        if calls or self.role in ("tool", "function"):
             raise invalid(place, f"{place}: {NO_TOOLS}")
         if self.content is None or self.content == []:
             raise invalid(f"{place}.content", f"{place}: the message needs content")

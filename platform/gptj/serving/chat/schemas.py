@@ -55,7 +55,9 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
     tools: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     functions: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] | None = None  # no effect without tools
+    # No effect without tools.
+    tool_choice: Annotated[Any, bounds(enum=["none", "auto"])] = None
+    function_call: Annotated[Any, bounds(enum=["none", "auto"])] = None  # its former name
     parallel_tool_calls: bool | None = None  # no effect without tools
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] = False  # nothing is kept
@@ -87,6 +89,9 @@ class ChatRequest(GenerationRequest):
     def check(self) -> None:
         for name in ("tools", "functions"):
             if getattr(self, name):
+                raise invalid(name, f"{name}: {NO_TOOLS}")
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in (None, "none", "auto"):
                 raise invalid(name, f"{name}: {NO_TOOLS}")
         if not self.messages:
             raise invalid("messages", "messages must have at least one message")
