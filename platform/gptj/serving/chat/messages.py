@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from gptj.chat import ChatTemplate
 from gptj.serving.completions.generation_request import invalid
-from gptj.serving.requests import ONLY_NULL, RequestModel, bounds, checked_text
+from gptj.serving.requests import ONLY_NULL, RequestModel, bounds, checked_text, given_fields
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -25,12 +25,15 @@ def as_content(value: Any) -> Content:
         isinstance(part, dict) and isinstance(part.get("type"), str) for part in value
     ):
         raise ValueError('must be a string or a list of {"type": "text", "text": …}')
-    for part in value:
-        if part["type"] == "text":
-            if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-                raise ValueError("a text part must have a text, and nothing else")
-            checked_text(part["text"])
-    return value
+    return [_as_part(part) if part["type"] == "text" else part for part in value]
+
+
+def _as_part(value: dict[str, Any]) -> dict[str, Any]:
+    part = given_fields(value, ("type", "text"))
+    if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+        raise ValueError("a text part must have a text, and nothing else")
+    checked_text(part["text"])
+    return part
 
 
 def as_name(value: Any) -> str:
@@ -43,7 +46,7 @@ _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
-    "additionalProperties": False,
+    "additionalProperties": ONLY_NULL,
 }
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
 
