@@ -84,6 +84,28 @@ def test_a_reply_can_be_sent_back_as_received(client: openai.OpenAI) -> None:
     assert reply.usage is not None and reply.usage.prompt_tokens > 20
 
 
+def test_histories_of_openais_replies_are_accepted(service: str) -> None:
+    answer = {"role": "assistant", "content": "Anna"}
+    saved = {"annotations": [], "refusal": None, "audio": None, "function_call": None}
+    for calls in (None, []):
+        messages = [USER, {**answer, **saved, "tool_calls": calls}, USER]
+        expected = chat(service, messages=[USER, answer, USER])["choices"]
+        assert chat(service, messages=messages)["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metadata": {"job": "7"}, "service_tier": "auto", "store": False},
+        {"prompt_cache_key": "a", "safety_identifier": "b", "user": "c"},
+        {"echo": False, "add_special_tokens": False, "documents": None, "chat_template": None},
+        {"priority": 0, "tools": None, "tool_choice": None, "function_call": "none"},
+    ],
+)
+def test_fields_without_effect_are_accepted(service: str, fields: dict[str, Any]) -> None:
+    assert chat(service, **fields)["choices"] == chat(service)["choices"]
+
+
 def test_max_tokens_defaults_to_the_rest_of_the_context(service: str, models: Models) -> None:
     eos = str(models.tokenizer.eos_token_id)
     fields = {"max_tokens": None, "logit_bias": {eos: 100}, "min_tokens": 30, "temperature": 0}
@@ -279,6 +301,9 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "another"}, 404, "does not exist", "model"),
     ({"use_beam_search": True, "stream": True}, 400, "does not work with stream", "stream"),
     ({"store": True}, 422, "store", "store"),
+    ({"echo": True}, 422, "echo", "echo"),
+    ({"priority": 1}, 422, "priority", "priority"),
+    ({"reasoning_effort": "high"}, 422, "unknown field", "reasoning_effort"),
     ({"modalities": ["audio"]}, 422, "modalities", None),
 ]  # fmt: skip
 

@@ -57,7 +57,9 @@ class ChatMessage(RequestModel):
     content: Annotated[Content | None, PlainValidator(as_content), WithJsonSchema(_CONTENT)] = None
     # The speaker's, for templates that show it.
     name: Annotated[str | None, PlainValidator(as_name), WithJsonSchema({"type": "string"})] = None
-    refusal: str | None = None  # as in our replies; ignored
+    # As in OpenAI's replies, and ours; ignored.
+    refusal: str | None = None
+    annotations: list[Any] = Field(default_factory=list)
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
     function_call: Annotated[Any, bounds(**ONLY_NULL)] = None

@@ -61,6 +61,12 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None  # no effect without tools
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] = False  # nothing is kept
+    # Ignored: they concern OpenAI's own storage, prices, caches and abuse checks.
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    echo: Literal[False] = False  # vLLM's
 
     _template_stops: tuple[str, ...] = PrivateAttr(default=())
 

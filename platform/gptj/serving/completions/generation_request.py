@@ -97,6 +97,9 @@ class GenerationRequest(ConstraintFields):
     ] = Field(default_factory=dict)
     seed: int | None = None
     user: str = ""  # ignored
+    # vLLM's. No effect: GPT-J's tokenizer adds none, and requests have no priorities.
+    add_special_tokens: bool = False
+    priority: Literal[0] = 0
 
     top_k: Annotated[int, bounds(minimum=-1)] = 0  # only the k most likely tokens; 0 or -1: all
     # Relative to the most likely token's probability.
