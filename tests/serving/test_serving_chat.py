@@ -234,9 +234,13 @@ def test_token_ids_are_there_if_requested(service: str, models: Models) -> None:
     assert reply["prompt_token_ids"] == prompt
     assert reply["choices"][0]["token_ids"] == new
     chunks = streamed(service, return_token_ids=True)
-    assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
+    assert chunks[0]["prompt_token_ids"] == prompt  # where a whole reply has them
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == new
-    assert all("prompt_token_ids" not in chunk["choices"][0] for chunk in chunks[1:])
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+    assert not any("prompt_token_ids" in chunk["choices"][0] for chunk in chunks)
+    several = streamed(service, return_token_ids=True, n=2)
+    firsts = [chunk for chunk in several if "role" in chunk["choices"][0]["delta"]]
+    assert [chunk["prompt_token_ids"] for chunk in firsts] == [prompt, prompt]
     plain = chat(service)
     assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
 

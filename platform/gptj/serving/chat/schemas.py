@@ -178,7 +178,6 @@ class Delta(BaseModel):
 
 class ChunkChoice(ReplyChoice):
     delta: Delta
-    prompt_token_ids: TokenIds = None  # in an output's first chunk
 
 
 class ChatChunk(BaseModel):
@@ -190,3 +189,4 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: TokenIds = None  # in an output's first chunk

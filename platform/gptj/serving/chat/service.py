@@ -113,6 +113,9 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     def _first_chunk(self, request: ChatRequest) -> ChatChunk:
         return ChatChunk(model=self._model_of(request), choices=[])
 
+    def _first_fields(self, request: ChatRequest, output: Output) -> dict[str, Any]:
+        return {"prompt_token_ids": output.prompt.ids} if request.return_token_ids else {}
+
     def _choice(self, request: ChatRequest, output: Output, piece: Piece, index: int) -> ChatChoice:
         return ChatChoice(
             index=index,
@@ -126,7 +129,6 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         return ChunkChoice(
             index=output.index,
             delta=Delta(role="assistant" if first else None, content=piece.text),
-            prompt_token_ids=output.prompt.ids if first and request.return_token_ids else None,
             **self._shared(request, piece),
         )
 

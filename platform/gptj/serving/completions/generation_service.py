@@ -109,6 +109,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
     def _first_chunk(self, request: Request) -> Chunk:
         """A chunk without choices, as a template for the others."""
 
+    def _first_fields(self, request: Request, output: Output) -> dict[str, Any]:
+        """Further fields of an output's first chunk."""
+        return {}
+
     async def complete(self, request: Request) -> Reply:
         """The whole reply. Cancelling the call cancels the work.
 
@@ -188,14 +192,16 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         async with aclosing(run.pieces()) as pieces:
             async for index, piece in pieces:
                 output = run.outputs[index]
+                fields: dict[str, Any] = {}
                 if index in begun:
                     choice = self._delta(request, output, piece, False)
                 else:
                     # Logprobs of a long prompt take a while: not on the event loop.
                     choice = await asyncio.to_thread(self._delta, request, output, piece, True)
+                    fields = self._first_fields(request, output)
                     begun.add(index)
                 usage = run.usage() if options.continuous_usage_stats else None
-                yield whole.model_copy(update={"choices": [choice], "usage": usage})
+                yield whole.model_copy(update={"choices": [choice], "usage": usage, **fields})
         if options.include_usage:
             yield whole.model_copy(update={"usage": run.usage()})
 
