@@ -451,6 +451,32 @@ def test_a_refused_grammar_is_retried_later(
     assert (len(compiler._compiled), len(compiler._refused)) == (known[0] + 1, known[1] - 1)
 
 
+DATA = {"a": [1, {"b": []}], "c": {}}
+LAYOUTS = {
+    "compact": json.dumps(DATA, separators=(",", ":")),
+    "spaces": json.dumps(DATA),
+    "indented by four": json.dumps(DATA, indent=4),
+    "indented by tabs": json.dumps(DATA, indent="\t"),
+    "of Windows": json.dumps(DATA, indent=2).replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_json_may_be_laid_out_as_usual_or_compactly(
+    compiler: GrammarCompiler, tokenizer: GPTJTokenizer, compact: bool
+) -> None:
+    compiled = compiler.compile(Grammar.of_json_object(compact=compact))
+
+    def accepts(text: str) -> bool:
+        matcher, ids = compiled.matcher(), tokenizer.encode(text)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    accepted = {name for name, text in LAYOUTS.items() if accepts(text)}
+    assert accepted == ({"compact"} if compact else LAYOUTS.keys())
+    for blanks in ("  ", "\n\n", " \n", "\n" + 21 * " "):
+        assert not accepts(f'{{"a":{blanks}1}}')
+
+
 def multiples(number: int) -> Grammar:
     """A schema that keeps the library busy for longer than allowed."""
     return Grammar.of_json_schema({"type": "integer", "multipleOf": 99999989 + number})

@@ -83,6 +83,16 @@ def test_structured_outputs_take_a_schema_as_an_object_or_as_text(
     assert reply["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"])
 
 
+def test_json_may_be_without_whitespace(service: str, models: Models) -> None:
+    """A model that prefers blanks writes none."""
+    bias = {str(models.tokenizer.encode(each)[0]): 100 for each in (" ", "\n")}
+    for wanted in ({"json": SCHEMA}, {"json_object": True, "json": None}):
+        wanted = {**wanted, "disable_any_whitespace": True}
+        fields = {"prompt": "The", "max_tokens": 60, "structured_outputs": wanted}
+        (choice,) = complete(service, **fields, logit_bias=bias)["choices"]
+        assert choice["text"].startswith('{"') or choice["text"] == "{}"
+
+
 def test_json_objects_and_plain_text(service: str, models: Models) -> None:
     for wanted in (
         {"response_format": {"type": "json_object"}},

@@ -44,8 +44,14 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Models not tuned for JSON may generate whitespace forever where it is allowed.
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\r\n]{0,32}", "lenient": False}
+# Models not tuned for JSON may generate whitespace forever where it is allowed. So between JSON's
+# tokens there is what json.dumps writes: nothing, a space, or a new line with its indentation, up
+# to five levels by four spaces (ten by two); llama.cpp has the same bound.
+JSON_OPTIONS: dict[str, Any] = {
+    "whitespace_pattern": r"(?: |\r?\n[ \t]{0,20})?",
+    "lenient": False,
+}
+COMPACT_JSON_OPTIONS: dict[str, Any] = {"whitespace_flexible": False, "lenient": False}
 
 llguidance = Extra("llguidance", "constrained output")
 
@@ -258,6 +264,7 @@ class GrammarCompiler:
             "eos_ids": eos_ids,
             "limits": LIMITS,
             "json_options": JSON_OPTIONS,
+            "compact_json_options": COMPACT_JSON_OPTIONS,
             "mask_seconds": MASK_SECONDS,
         }
         ready = Ready(tokenizer, Trial(settings), Trial(settings))

@@ -78,7 +78,8 @@ def _try(
     tokenizer: Any, setup: dict[str, Any], task: dict[str, Any], reply: dict[str, Any]
 ) -> None:
     try:
-        grammar = _grammar(task["kind"], task["source"], setup["json_options"])
+        options = setup["compact_json_options" if task["compact"] else "json_options"]
+        grammar = _grammar(task["kind"], task["source"], options)
         limits = llguidance.LLParserLimits(**setup["limits"])
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         error = matcher.get_error() or _probe(matcher, setup["mask_seconds"])

@@ -54,6 +54,7 @@ class Trial:
         task = {
             "kind": grammar.kind,
             "source": grammar.source,
+            "compact": grammar.compact,
             "cpu_seconds": cpu_seconds,
             "seconds": WALL_SECONDS,
         }
