@@ -12,7 +12,7 @@ import openai
 import pytest
 import yaml
 from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, text_of
-from serving_models import KEY, PROMPTS, TEMPLATE, Models
+from serving_models import KEY, PROMPTS, TEMPLATE, Models, served_with_adapters
 
 from gptj.chat import ChatTemplate
 from gptj.serving.chat.schemas import ChatRequest
@@ -245,6 +245,40 @@ def test_token_ids_are_there_if_requested(service: str, models: Models) -> None:
     assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
 
 
+def test_the_final_message_is_continued(service: str, models: Models) -> None:
+    begun = {"role": "assistant", "content": "Anna wrote "}
+    prompt = f"{prompt_of([USER])} Anna wrote "
+    expected = complete(service, prompt=prompt, max_tokens=12)["choices"][0]["text"]
+    for content in (begun["content"], [{"type": "text", "text": begun["content"]}]):
+        for more in ({}, {"add_generation_prompt": False}):
+            messages = [USER, {**begun, "content": content}]
+            reply = chat(service, messages=messages, continue_final_message=True, **more)
+            assert reply["choices"][0]["message"]["content"] == expected
+            body = {"messages": messages, "continue_final_message": True, **more}
+            tokens = httpx.post(f"{service}/tokenize", json=body).json()["tokens"]
+            assert tokens == models.tokenizer.encode(prompt)
+
+
+def test_chats_are_tokenized_as_they_are_answered(service: str, models: Models) -> None:
+    for fields, begins in (({}, True), ({"add_generation_prompt": False}, False)):
+        text = ChatTemplate(TEMPLATE).render(CHAT, add_generation_prompt=begins)
+        reply = httpx.post(f"{service}/tokenize", json={"messages": CHAT, **fields}).json()
+        assert reply["tokens"] == models.tokenizer.encode(text)
+        assert reply["count"] == chat(service, messages=CHAT, **fields)["usage"]["prompt_tokens"]
+    for body in ({}, {"prompt": "x", "messages": CHAT}):
+        reply = httpx.post(f"{service}/tokenize", json=body)
+        assert_error(reply, 400, "needs either prompt or messages")
+
+
+def test_a_templates_variables_can_be_set(models: Models) -> None:
+    template = "{{ mood or 'calm' }}{% for m in messages %}: {{ m.content }}{% endfor %}"
+    with served_with_adapters(models, template=template) as service:
+        for kwargs, text in (({}, "calm"), ({"mood": "glad"}, "glad"), ({"mood": None}, "calm")):
+            body = {"messages": [USER], "chat_template_kwargs": kwargs}
+            reply = httpx.post(f"{service}/tokenize", json=body).json()
+            assert reply["tokens"] == models.tokenizer.encode(f"{text}: {USER['content']}")
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
 WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
@@ -305,6 +339,23 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "another"}, 404, "does not exist", "model"),
     ({"use_beam_search": True, "stream": True}, 400, "does not work with stream", "stream"),
     ({"store": True}, 422, "store", "store"),
+    ({"continue_final_message": True}, 400, "needs a last message of the assistant", None),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "does not work with add_generation_prompt",
+        "continue_final_message",
+    ),
+    *(
+        ({"chat_template_kwargs": kwargs}, 400, reason, "chat_template_kwargs")
+        for kwargs, reason in (
+            ({"messages": []}, "must not have 'messages'"),
+            ({"_generation_start": "x"}, "must not have '_generation"),
+            ({"x": "a" * 2**14}, "characters in total"),
+            ({f"x{number}": 1 for number in range(33)}, "may have 32 fields"),
+            ({"x": "\ud800"}, "surrogate"),
+        )
+    ),
     ({"echo": True}, 422, "echo", "echo"),
     ({"priority": 1}, 422, "priority", "priority"),
     ({"reasoning_effort": "high"}, 422, "unknown field", "reasoning_effort"),
@@ -317,7 +368,7 @@ def test_invalid_requests_get_a_status_and_the_reason(
     service: str, fields: dict[str, Any], status: int, reason: str, param: str | None
 ) -> None:
     body = {"messages": [USER], "max_tokens": 12, **fields}
-    reply = httpx.post(service + CHATS, json=body, timeout=30)
+    reply = httpx.post(service + CHATS, content=json.dumps(body), timeout=30)
     assert_error(reply, status, reason)
     if param is not None:
         assert reply.json()["error"]["param"] == param

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from gptj.chat import ChatTemplate
+from gptj.chat import ChatTemplate, ChatTemplateError
 from gptj.serving.completions.generation_request import invalid
-from gptj.serving.requests import ONLY_NULL, RequestModel, bounds, checked_text, given_fields
+from gptj.serving.errors import InvalidRequestError
+from gptj.serving.requests import (
+    ONLY_NULL,
+    RequestModel,
+    bounds,
+    checked_text,
+    examples,
+    given_fields,
+)
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+# chat_template_kwargs may not set these: they are fields of their own, or not supported.
+RESERVED = frozenset(
+    {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
+    | {"chat_template", "tokenize"}
+)
+MAX_VARIABLES = 32
+MAX_VARIABLE_CHARACTERS = 2**14  # of their JSON
 
 NO_TOOLS = "this service does not call tools: leave them out"
 
@@ -51,7 +68,14 @@ _PART = {
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
 
 
+def _requiring_content(schema: dict[str, Any]) -> None:
+    schema["required"] = [*schema["required"], "content"]
+    examples({"role": "user", "content": "Where do penguins live?"})(schema)
+
+
 class ChatMessage(RequestModel):
+    model_config = ConfigDict(json_schema_extra=_requiring_content)
+
     role: Annotated[Role, bounds(enum=["system", "developer", "user", "assistant"])]
     # Required, except in assistants' messages with tool calls, which are refused.
     content: Annotated[Content | None, PlainValidator(as_content), WithJsonSchema(_CONTENT)] = None
@@ -77,6 +101,65 @@ class ChatMessage(RequestModel):
                     f"{place}.content",
                     f"{place}: this model reads only text, not a part of type {part['type']!r:.40}",
                 )
+
+
+class TemplateFields(RequestModel):
+    """How messages become a prompt, as in vLLM."""
+
+    add_generation_prompt: bool | None = None  # begin a reply; default: unless one is continued
+    continue_final_message: bool = False  # the last message is the assistant's, and goes on
+    chat_template_kwargs: Annotated[dict[str, Any], bounds(maxProperties=MAX_VARIABLES)] = Field(
+        default_factory=dict
+    )  # further variables of the template
+
+    def check_template_fields(self, messages: Sequence[ChatMessage]) -> None:
+        """Raises InvalidRequestError."""
+        if not messages:
+            raise invalid("messages", "messages must have at least one message")
+        for number, message in enumerate(messages):
+            message.check(f"messages[{number}]")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise invalid(
+                    "continue_final_message",
+                    "continue_final_message does not work with add_generation_prompt: leave one "
+                    "out",
+                )
+            if messages[-1].role != "assistant":
+                raise invalid(
+                    "continue_final_message",
+                    "continue_final_message needs a last message of the assistant",
+                )
+        name = "chat_template_kwargs"
+        given = self.chat_template_kwargs
+        for reserved in given:
+            if reserved in RESERVED or reserved.startswith("_"):
+                raise invalid(name, f"{name} must not have {reserved!r:.40}")
+        try:
+            size = len(checked_text(json.dumps(given, ensure_ascii=False)))
+        except (ValueError, RecursionError) as error:
+            raise invalid(name, f"{name}: {error}") from error
+        if len(given) > MAX_VARIABLES or size > MAX_VARIABLE_CHARACTERS:
+            raise invalid(
+                name,
+                f"{name} may have {MAX_VARIABLES} fields of {MAX_VARIABLE_CHARACTERS} characters "
+                f"in total, got {len(given)} of {size}",
+            )
+
+    def rendered(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> str:
+        """Checked messages as a prompt. Raises InvalidRequestError if the template rejects them."""
+        begins = self.add_generation_prompt
+        try:
+            return template.render(
+                for_template(template, messages),
+                add_generation_prompt=not self.continue_final_message if begins is None else begins,
+                continue_final_message=self.continue_final_message,
+                variables=self.chat_template_kwargs,
+            )
+        except ChatTemplateError as error:
+            raise InvalidRequestError(
+                str(error), param="messages", code="chat_template_error"
+            ) from error
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from gptj.serving.chat.messages import NO_TOOLS, ChatMessage
+from gptj.serving.chat.messages import NO_TOOLS, ChatMessage, TemplateFields
 from gptj.serving.completions.generation_request import (
     MAX_LOGPROBS,
     GenerationRequest,
@@ -22,7 +22,7 @@ from gptj.serving.requests import bounds, examples
 HELLO = [{"role": "user", "content": "Where do penguins live?"}]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateFields):
     """OpenAI's fields and common extensions."""
 
     model_config = ConfigDict(
@@ -99,10 +99,7 @@ class ChatRequest(GenerationRequest):
         for name in ("tool_choice", "function_call"):
             if getattr(self, name) not in (None, "none", "auto"):
                 raise invalid(name, f"{name}: {NO_TOOLS}")
-        if not self.messages:
-            raise invalid("messages", "messages must have at least one message")
-        for number, message in enumerate(self.messages):
-            message.check(f"messages[{number}]")
+        self.check_template_fields(self.messages)
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise invalid(
