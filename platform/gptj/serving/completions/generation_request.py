@@ -316,7 +316,12 @@ def invalid(param: str | None, message: str) -> InvalidRequestError:
     return InvalidRequestError(message, param=param)
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0  # found in the prefix cache
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int  # of all outputs, including those that best_of discards
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = Field(default_factory=PromptTokensDetails)

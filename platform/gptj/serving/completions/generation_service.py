@@ -17,6 +17,7 @@ from starlette.types import Send
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound
+from gptj.engine.request import Ticket
 from gptj.serving.access_log import current_entry
 from gptj.serving.completions.generation_request import (
     GenerationRequest,
@@ -231,14 +232,14 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 search.cancel()
         choices: list[Any] = []
         new_tokens = 0
-        for prompt, beams in zip(prompts, found, strict=True):
+        for prompt, (beams, _) in zip(prompts, found, strict=True):
             for ids in beams.outputs:
                 new_tokens += len(ids)
                 text = text_stream(self._tokenizer, request, prompt)
                 output = Output(len(choices), prompt, None, text)
                 piece = self._beam(request, prompt, ids)
                 choices.append(self._choice(request, output, piece, output.index))
-        usage = usage_of(prompts, new_tokens)
+        usage = usage_of(prompts, new_tokens, [ticket for _, ticket in found])
         trace.end(usage, [choice.finish_reason for choice in choices])
         entry = current_entry()
         entry.prompt_tokens, entry.completion_tokens = usage.prompt_tokens, new_tokens
@@ -246,7 +247,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             account.tokens = usage.total_tokens
         return self._reply(request, choices, usage, prompts if request.return_token_ids else [])
 
-    async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
+    async def _search(self, request: Request, prompt: ResolvedPrompt) -> tuple[BeamsFound, Ticket]:
         events = self._events()
         (params,) = prompt.params
         try:
@@ -264,7 +265,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             raise failure(event)
         if ticket.queued_seconds is not None:
             self._recorder.queued(ticket.queued_seconds)
-        return event
+        return event, ticket
 
     def _beam(self, request: Request, prompt: ResolvedPrompt, ids: Sequence[int]) -> Piece:
         """A beam as the only piece of an output."""
