@@ -20,9 +20,11 @@ from ray.serve import Application, Deployment
 from deployments.batched import BatchedReplica
 from deployments.loading import BatchArguments, load, name_of
 from deployments.preflight import check_before_deploying
-from gptj import GPTJModel
+from gptj import GPTJConfig, GPTJModel, GPTJTokenizer
+from gptj.checkpoints.folder import CONFIG, ModelFolder
 from gptj.serving.embeddings import EmbeddingsService, Pooling, embeddings_app
 from gptj.serving.metrics import Recorder
+from gptj.serving.sentence_transformers import FILES, pooling_of
 
 
 class Arguments(BatchArguments):
@@ -30,9 +32,26 @@ class Arguments(BatchArguments):
 
     model_name: str | None = None  # what clients call it; default: by its address
     # Over a text's hidden states: all (mean), the last, or all weighted by their position, as the
-    # public GPT-J embedding models (SGPT) are trained. It must match the model's training.
-    pooling: Pooling = "weighted_mean"
+    # public GPT-J embedding models (SGPT) are trained. Default: a sentence-transformers folder's
+    # own, from which it must not differ, and otherwise weighted_mean.
+    pooling: Pooling | None = None
     normalize: bool = True  # vectors of length 1, like OpenAI's: their dot products are cosines
+
+    def check_others(self, config: GPTJConfig, tokenizer: GPTJTokenizer) -> None:
+        self.model_pooling()
+
+    def model_pooling(self) -> Pooling:
+        """Raises ValueError if the folder's pooling is not supported, or differs from `pooling`."""
+        with ModelFolder.open(
+            self.checkpoint, revision=self.revision, files=(CONFIG, *FILES)
+        ) as folder:
+            own = pooling_of(folder)
+        if None not in (own, self.pooling) and own != self.pooling:
+            raise ValueError(
+                f"pooling={self.pooling} contradicts {self.checkpoint}, trained with {own}: "
+                f"leave it out"
+            )
+        return self.pooling or own or "weighted_mean"
 
 
 @serve.deployment(name="embeddings")
@@ -45,6 +64,7 @@ class Embeddings(BatchedReplica[EmbeddingsService, Arguments]):
 def load_service(
     arguments: Arguments, device: torch.device | None, recorder: Recorder | None = None
 ) -> EmbeddingsService:
+    pooling = arguments.model_pooling()
     model, tokenizer = load(GPTJModel, arguments, device)
     return EmbeddingsService(
         model,
@@ -52,7 +72,7 @@ def load_service(
         arguments.model_name or name_of(arguments.checkpoint),
         arguments.batching(),
         recorder,
-        pooling=arguments.pooling,
+        pooling=pooling,
         normalize=arguments.normalize,
     )
 

@@ -251,6 +251,8 @@ def start_services(
         adapters=slots,
     )
     grammars = GrammarCompiler(tokenizer, engine.vocab_size, engine.eos_ids)
+    # Now: later it would pause running streams, since it holds the GIL.
+    grammars.prepare()
     parts = (engine, tokenizer, vocabulary, arguments.name, recorder, grammars)
     return Services(
         engine, grammars, CompletionService(*parts), ChatService(*parts, template), adapters

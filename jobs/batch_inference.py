@@ -11,7 +11,7 @@ JSON lines in the rows' order, `output-*.jsonl`: each row's `file`, `row` (from 
 Rows that cannot be answered are in `errors-*.jsonl`, with the reason. `index.json` counts both;
 the manifest comes last. The same command, submitted again, continues where it stopped.
 
-INPUT may also be OpenAI's batch file (`custom_id`, `url`, `body`; /v1/completions,
+INPUT may also be OpenAI's batch file (`custom_id`, `method`, `url`, `body`; /v1/completions,
 /v1/chat/completions or /v1/embeddings): OUTPUT then gets its result files, `output.jsonl` and
 `errors.jsonl`.
 Keys, with their defaults:
@@ -89,6 +89,7 @@ from jobs.row_requests import (
     BATCH,
     FIELDS,
     KINDS,
+    METHOD,
     check_parameters,
     fields_of,
     request_of,
@@ -239,7 +240,7 @@ def planned(settings: Settings) -> tuple[Task, Plan]:
     # From the first readable row; unreadable ones become errors of their own.
     columns = find_columns(
         address,
-        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH)],
+        [(*kind, *settings.keep) for kind in (*KINDS[service], BATCH, (*BATCH, METHOD))],
         settings.columns,
         delimiter=settings.delimiter,
         skip_bad=True,
@@ -458,6 +459,8 @@ class Answerer:
         try:
             line["custom_id"] = entry.row.text("custom_id")
             url = entry.row.text("url")
+            if (method := entry.row.values.get(METHOD, "POST")) != "POST":
+                raise entry.row.error(METHOD, f"must be POST, got {shown(method)}")
         except DataError as error:
             return False, {**line, "response": None, "error": _no_request(str(error))}
         response = {"status_code": 200, "request_id": f"req_{number}"}

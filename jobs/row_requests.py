@@ -23,6 +23,7 @@ from gptj.serving.errors import APIError
 from jobs.evaluate import task_of
 
 BATCH = ("custom_id", "url", "body")  # OpenAI's batch files
+METHOD = "method"  # which they should have, too
 # Our names of the columns that each service reads, for each kind of rows: training's, without the
 # targets.
 KINDS: Mapping[ServiceName, tuple[tuple[str, ...], ...]] = {

@@ -7,6 +7,7 @@ import gc
 import json
 import re
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -32,7 +33,9 @@ from gptj.engine.events import BeamParams, Finished, TokenEvent
 from gptj.engine.runners.base import TorchRunner
 from gptj.engine.sampler import Sampler, excluded
 from gptj.engine.speculation import Speculation
+from gptj.extras import MissingPackageError
 from gptj.sampling import SamplingParams, adjust
+from gptj.workers.errors import ClosedError, QueueFullError
 
 TEXTS = ['{"name": "Ann", "age": 31}', "[1, 2.5, true]", "the quick brown fox\n"] * 4
 UNUSED = 5  # rows of the embedding without a token
@@ -440,12 +443,129 @@ def test_a_refused_grammar_is_retried_later(
     for _ in range(2):
         with pytest.raises(GrammarError, match="backreferences"):
             compiler.compile(bad)
-    known = len(compiler._cache)
+    known = len(compiler._compiled), len(compiler._refused)
     monkeypatch.setattr(compiler_module, "REFUSED_SECONDS", 0.0)
     assert compiler.compile(grammar) is compiler.compile(grammar)
     with pytest.raises(GrammarError, match="backreferences"):
         compiler.compile(bad)
-    assert len(compiler._cache) == known
+    assert (len(compiler._compiled), len(compiler._refused)) == (known[0] + 1, known[1] - 1)
+
+
+DATA = {"a": [1, {"b": []}], "c": {}}
+LAYOUTS = {
+    "compact": json.dumps(DATA, separators=(",", ":")),
+    "spaces": json.dumps(DATA),
+    "indented by four": json.dumps(DATA, indent=4),
+    "indented by tabs": json.dumps(DATA, indent="\t"),
+    "of Windows": json.dumps(DATA, indent=2).replace("\n", "\r\n"),
+}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_json_may_be_laid_out_as_usual_or_compactly(
+    compiler: GrammarCompiler, tokenizer: GPTJTokenizer, compact: bool
+) -> None:
+    compiled = compiler.compile(Grammar.of_json_object(compact=compact))
+
+    def accepts(text: str) -> bool:
+        matcher, ids = compiled.matcher(), tokenizer.encode(text)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    accepted = {name for name, text in LAYOUTS.items() if accepts(text)}
+    assert accepted == ({"compact"} if compact else LAYOUTS.keys())
+    for blanks in ("  ", "\n\n", " \n", "\n" + 21 * " "):
+        assert not accepts(f'{{"a":{blanks}1}}')
+
+
+def multiples(number: int) -> Grammar:
+    """A schema that keeps the library busy for longer than allowed."""
+    return Grammar.of_json_schema({"type": "integer", "multipleOf": 99999989 + number})
+
+
+@pytest.mark.slow
+def test_slow_grammars_delay_only_one_another(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_module, "MAX_SLOW", 2)
+    slow = [compiler.submit(multiples(number)) for number in range(1, 4)]
+    quick = [compiler.submit(Grammar.of_regex(f"[a-z]{{{length}}}")) for length in (31, 32)]
+    for future in quick:
+        assert future.result(60)
+    # The third one has been turned away, since two slow ones were waiting.
+    assert [future.done() for future in slow] == [False, False, True]
+    with pytest.raises(QueueFullError, match="2 grammars are waiting"):
+        slow[2].result()
+    assert not compiler.knows(multiples(3))
+    for future in slow[:2]:
+        with pytest.raises(GrammarError, match="more than 3 seconds"):
+            future.result(60)
+    assert compiler.knows(multiples(1))
+
+
+def test_refused_grammars_evict_no_compiled_ones(
+    tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_module, "MAX_CACHED", 2)
+    monkeypatch.setattr(compiler_module, "MAX_REFUSED", 3)
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), eos_of(tokenizer))
+    try:
+        good = [Grammar.of_regex(f"a{{{count}}}") for count in (3, 4)]
+        compiled = [compiler.compile(each) for each in good]
+        bad = [Grammar.of_regex(f"(a{{{count}}})\\1") for count in range(1, 6)]
+        for each in bad:
+            with pytest.raises(GrammarError):
+                compiler.compile(each)
+        assert [compiler.compile(each) for each in good] == compiled
+        assert [compiler.knows(each) for each in bad] == [False, False, True, True, True]
+        compiler.compile(Grammar.of_regex("b"))
+        assert [compiler.knows(each) for each in good] == [False, True]
+    finally:
+        compiler.close()
+
+
+def test_closing_ends_the_wait_for_grammars(tokenizer: GPTJTokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), eos_of(tokenizer))
+    compiler.prepare()
+    waiting = [compiler.submit(multiples(number)) for number in range(3)]
+    compiler.close()
+    for future in waiting:
+        assert isinstance(future.exception(10), ClosedError | QueueFullError | GrammarError)
+    with pytest.raises(ClosedError):
+        compiler.submit(multiples(4))
+
+
+def test_a_prepared_compiler_builds_nothing_more(
+    tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), eos_of(tokenizer))
+    compiler.prepare()
+    monkeypatch.setattr(compiler_module, "_text_only", None)
+    monkeypatch.setattr(trial_module.subprocess, "Popen", None)
+    try:
+        assert compiler.compile(Grammar.of_regex("[a-z]"))
+    finally:
+        compiler.close()
+
+
+def test_preparing_never_fails(
+    tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without llguidance, or if the process does not start: only formats are affected."""
+    grammar = Grammar.of_regex("[a-z]")
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), eos_of(tokenizer))
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "llguidance", None)
+        compiler.prepare()
+        with pytest.raises(MissingPackageError, match="llguidance"):
+            compiler.compile(grammar)
+    with monkeypatch.context() as broken:
+        broken.setattr(trial_module, "PROGRAM", "nothing.py")
+        compiler.prepare()
+        assert "did not start" in caplog.text
+    try:
+        assert compiler.compile(grammar)
+    finally:
+        compiler.close()
 
 
 @pytest.mark.slow
@@ -462,7 +582,7 @@ def test_killed_processes_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) 
     trial = Trial({})  # the process needs settings
     for _ in range(2):
         with pytest.raises(RuntimeError, match="did not start"):
-            trial.run(Grammar.of_regex("a"))
+            trial.run(Grammar.of_regex("a"), 1)
     gc.collect()
     assert [process() for process in started] == [None, None]
 

@@ -287,6 +287,7 @@ def test_openais_batch_file_gives_openais_result_files(
         {"custom_id": "i", "method": "POST", "url": COMPLETIONS, "body": []},
         request("j", "/v1/images", prompt="x"),
         request("k", COMPLETIONS, **GREEDY, prompt="x", stream=True),
+        {**request("l", COMPLETIONS, **GREEDY, prompt="x"), "method": "GET"},
         request(5, COMPLETIONS, **GREEDY, prompt="x"),
     ]
     data = written(tmp_path / "batch.jsonl", [*requests, "no JSON"])
@@ -294,15 +295,15 @@ def test_openais_batch_file_gives_openais_result_files(
     template.write_text(TEMPLATE)
     words = [f"args.chat_template={template}", "chunk_rows=5", FP32]
     index = run(addresses["generation"], data, output, *words)
-    assert index is not None and (index.rows, index.failed) == (13, 10)
+    assert index is not None and (index.rows, index.failed) == (14, 11)
     verify(output)
     assert {path.name for path in Path(output).iterdir()} == {
         "output.jsonl", "errors.jsonl", "index.json", "manifest.json",
     }  # fmt: skip
     found, errors = lines(output, "output"), lines(output, "errors")
     assert [each["custom_id"] for each in found] == ["a", "b", "c"]
-    assert [each["custom_id"] for each in errors] == [*"defghijk", None, None]
-    assert len({each["id"] for each in found + errors}) == 13
+    assert [each["custom_id"] for each in errors] == [*"defghijkl", None, None]
+    assert len({each["id"] for each in found + errors}) == 14
     for each in found:
         assert each.keys() == {"id", "custom_id", "response", "error"}
         assert each["error"] is None and each["response"]["status_code"] == 200
@@ -326,8 +327,10 @@ def test_openais_batch_file_gives_openais_result_files(
             assert response["body"] == theirs
     assert by_id["j"]["response"]["status_code"] == 404
     assert "stream=true" in by_id["k"]["response"]["body"]["error"]["message"]
+    assert by_id["l"]["response"] is None
+    assert "must be POST, got 'GET'" in by_id["l"]["error"]["message"]
     assert "must be text, got 5" in errors[-2]["error"]["message"]
-    assert errors[-1]["response"] is None and "row 13" in errors[-1]["error"]["message"]
+    assert errors[-1]["response"] is None and "row 14" in errors[-1]["error"]["message"]
 
     data = written(tmp_path / "unknown.jsonl", [requests[4]])
     ignored = run(addresses["generation"], data, str(tmp_path / "7"), "args.unknown_fields=ignore")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 from serving_models import Models
 
 from deployments.embeddings import Arguments as EmbeddingsArguments
+from deployments.embeddings import load_service as load_embeddings
 from deployments.generation import Arguments as GenerationArguments
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
 from gptj import GPTJForCausalLM, GPTJModel
@@ -46,6 +49,54 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
+WEIGHTED = {"pooling_mode_mean_tokens": False, "pooling_mode_weightedmean_tokens": True}
+
+
+def sentence_transformer(folder: Path, config: dict[str, Any], *more: str) -> None:
+    """Make a model's folder one of sentence-transformers."""
+    paths = {"Transformer": "", "Pooling": "1_Pooling", **{each: each for each in more}}
+    modules = [
+        {"idx": number, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(paths.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text(json.dumps(config))
+
+
+def test_a_sentence_transformers_folder_says_how_to_pool(models: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    models.generation.save_pretrained(folder, tokenizer=models.tokenizer)
+
+    def pooling(**fields: Any) -> str:
+        arguments = EmbeddingsArguments(checkpoint=str(folder), dtype="float32", **fields)
+        check(GPTJModel, arguments)
+        service = load_embeddings(arguments, torch.device("cpu"))
+        service.close()
+        return service._pooling
+
+    assert (pooling(), pooling(pooling="last")) == ("weighted_mean", "last")
+    for config, expected in (
+        (MEAN, "mean"),
+        (WEIGHTED, "weighted_mean"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+    ):
+        sentence_transformer(folder, config, "Normalize")
+        assert pooling() == pooling(pooling=expected) == expected
+        other = "last" if expected == "mean" else "mean"
+        with pytest.raises(
+            ValueError, match=f"pooling={other} contradicts .* trained with {expected}"
+        ):
+            pooling(pooling=other)
+    sentence_transformer(folder, {"pooling_mode_cls_token": True})
+    with pytest.raises(ValueError, match="pools by pooling_mode_cls_token"):
+        pooling()
+    sentence_transformer(folder, MEAN, "Dense")
+    with pytest.raises(ValueError, match="a module Dense"):
+        pooling()
 
 
 def test_a_checkpoint_with_any_head_serves_embeddings(models: Models, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import openai
 import pytest
 import yaml
 from serving_client import CHATS, COMPLETIONS, assert_error, complete, greedy, text_of
-from serving_models import KEY, PROMPTS, TEMPLATE, Models
+from serving_models import KEY, PROMPTS, TEMPLATE, Models, served_with_adapters
 
 from gptj.chat import ChatTemplate
 from gptj.serving.chat.schemas import ChatRequest
@@ -90,6 +90,28 @@ def test_a_reply_can_be_sent_back_as_received(client: openai.OpenAI, models: Mod
     assert second.usage.prompt_tokens == len(models.tokenizer.encode(prompt))
 
 
+def test_histories_of_openais_replies_are_accepted(service: str) -> None:
+    answer = {"role": "assistant", "content": "Anna"}
+    saved = {"annotations": [], "refusal": None, "audio": None, "function_call": None}
+    for calls in (None, []):
+        messages = [USER, {**answer, **saved, "tool_calls": calls}, USER]
+        expected = chat(service, messages=[USER, answer, USER])["choices"]
+        assert chat(service, messages=messages)["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metadata": {"job": "7"}, "service_tier": "auto", "store": False},
+        {"prompt_cache_key": "a", "safety_identifier": "b", "user": "c"},
+        {"echo": False, "add_special_tokens": False, "documents": None, "chat_template": None},
+        {"priority": 0, "tools": None, "tool_choice": None, "function_call": "none"},
+    ],
+)
+def test_fields_without_effect_are_accepted(service: str, fields: dict[str, Any]) -> None:
+    assert chat(service, **fields)["choices"] == chat(service)["choices"]
+
+
 def test_max_tokens_defaults_to_the_rest_of_the_context(service: str, models: Models) -> None:
     eos = str(models.tokenizer.eos_token_id)
     fields = {"max_tokens": None, "logit_bias": {eos: 100}, "min_tokens": 30, "temperature": 0}
@@ -139,7 +161,9 @@ def test_a_streams_chunks_add_up_to_the_reply(client: openai.OpenAI, service: st
     assert texts == [choice.message.content for choice in whole.choices]
     assert texts[0] != texts[1]
     assert reasons == [choice.finish_reason for choice in whole.choices]
-    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    usage = chunks[-1].usage
+    assert chunks[-1].choices == [] and usage is not None and whole.usage is not None
+    assert usage.total_tokens == whole.usage.total_tokens
 
 
 def test_the_clients_stream_helper_collects_the_reply(client: openai.OpenAI) -> None:
@@ -208,7 +232,7 @@ def test_content_parts_and_the_developer_role_are_accepted(service: str) -> None
     for role in ("system", "developer"):
         reply = chat(service, messages=[{"role": role, "content": parts}, USER])
         assert reply["choices"] == expected["choices"]
-        assert reply["usage"] == expected["usage"]
+        assert reply["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
 
 
 def test_token_ids_are_there_if_requested(service: str, models: Models) -> None:
@@ -218,11 +242,49 @@ def test_token_ids_are_there_if_requested(service: str, models: Models) -> None:
     assert reply["prompt_token_ids"] == prompt
     assert reply["choices"][0]["token_ids"] == new
     chunks = streamed(service, return_token_ids=True)
-    assert chunks[0]["choices"][0]["prompt_token_ids"] == prompt
+    assert chunks[0]["prompt_token_ids"] == prompt  # where a whole reply has them
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == new
-    assert all("prompt_token_ids" not in chunk["choices"][0] for chunk in chunks[1:])
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+    assert not any("prompt_token_ids" in chunk["choices"][0] for chunk in chunks)
+    several = streamed(service, return_token_ids=True, n=2)
+    firsts = [chunk for chunk in several if "role" in chunk["choices"][0]["delta"]]
+    assert [chunk["prompt_token_ids"] for chunk in firsts] == [prompt, prompt]
     plain = chat(service)
     assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
+
+
+def test_the_final_message_is_continued(service: str, models: Models) -> None:
+    begun = {"role": "assistant", "content": "Anna wrote "}
+    prompt = f"{prompt_of([USER])} Anna wrote "
+    expected = complete(service, prompt=prompt, max_tokens=12)["choices"][0]["text"]
+    for content in (begun["content"], [{"type": "text", "text": begun["content"]}]):
+        for more in ({}, {"add_generation_prompt": False}):
+            messages = [USER, {**begun, "content": content}]
+            reply = chat(service, messages=messages, continue_final_message=True, **more)
+            assert reply["choices"][0]["message"]["content"] == expected
+            body = {"messages": messages, "continue_final_message": True, **more}
+            tokens = httpx.post(f"{service}/tokenize", json=body).json()["tokens"]
+            assert tokens == models.tokenizer.encode(prompt)
+
+
+def test_chats_are_tokenized_as_they_are_answered(service: str, models: Models) -> None:
+    for fields, begins in (({}, True), ({"add_generation_prompt": False}, False)):
+        text = ChatTemplate(TEMPLATE).render(CHAT, add_generation_prompt=begins)
+        reply = httpx.post(f"{service}/tokenize", json={"messages": CHAT, **fields}).json()
+        assert reply["tokens"] == models.tokenizer.encode(text)
+        assert reply["count"] == chat(service, messages=CHAT, **fields)["usage"]["prompt_tokens"]
+    for body in ({}, {"prompt": "x", "messages": CHAT}):
+        reply = httpx.post(f"{service}/tokenize", json=body)
+        assert_error(reply, 400, "needs either prompt or messages")
+
+
+def test_a_templates_variables_can_be_set(models: Models) -> None:
+    template = "{{ mood or 'calm' }}{% for m in messages %}: {{ m.content }}{% endfor %}"
+    with served_with_adapters(models, template=template) as service:
+        for kwargs, text in (({}, "calm"), ({"mood": "glad"}, "glad"), ({"mood": None}, "calm")):
+            body = {"messages": [USER], "chat_template_kwargs": kwargs}
+            reply = httpx.post(f"{service}/tokenize", json=body).json()
+            assert reply["tokens"] == models.tokenizer.encode(f"{text}: {USER['content']}")
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
@@ -248,7 +310,22 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ),
     ({"tools": [TOOL]}, 400, "tools: this service does not call tools", "tools"),
     ({"functions": [TOOL]}, 400, "does not call tools", "functions"),
-    ({"tool_choice": "required"}, 422, "tool_choice", "tool_choice"),
+    *(
+        ({field: choice}, 400, f"{field}: this service does not call tools", field)
+        for field, choice in (
+            ("tool_choice", "required"),
+            ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+            ("tool_choice", {"type": "allowed_tools", "allowed_tools": {}}),
+            ("function_call", {"name": "f"}),
+            ("function_call", "f"),
+        )
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}}]},
+        400,
+        "does not call tools",
+        "messages[1]",
+    ),
     ({"messages": [USER, USER]}, 400, "roles must alternate", "messages"),
     ({"max_tokens": 0}, 400, "max_tokens must be 1 or more", "max_tokens"),
     ({"max_tokens": None, "max_completion_tokens": -1}, 400, "1 or more, got -1",
@@ -270,6 +347,26 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "another"}, 404, "does not exist", "model"),
     ({"use_beam_search": True, "stream": True}, 400, "does not work with stream", "stream"),
     ({"store": True}, 422, "store", "store"),
+    ({"continue_final_message": True}, 400, "needs a last message of the assistant", None),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        400,
+        "does not work with add_generation_prompt",
+        "continue_final_message",
+    ),
+    *(
+        ({"chat_template_kwargs": kwargs}, 400, reason, "chat_template_kwargs")
+        for kwargs, reason in (
+            ({"messages": []}, "must not have 'messages'"),
+            ({"_generation_start": "x"}, "must not have '_generation"),
+            ({"x": "a" * 2**14}, "characters in total"),
+            ({f"x{number}": 1 for number in range(33)}, "may have 32 fields"),
+            ({"x": "\ud800"}, "surrogate"),
+        )
+    ),
+    ({"echo": True}, 422, "echo", "echo"),
+    ({"priority": 1}, 422, "priority", "priority"),
+    ({"reasoning_effort": "high"}, 422, "unknown field", "reasoning_effort"),
     ({"modalities": ["audio"]}, 422, "modalities", None),
 ]  # fmt: skip
 
@@ -279,7 +376,7 @@ def test_invalid_requests_get_a_status_and_the_reason(
     service: str, fields: dict[str, Any], status: int, reason: str, param: str | None
 ) -> None:
     body = {"messages": [USER], "max_tokens": 12, **fields}
-    reply = httpx.post(service + CHATS, json=body, timeout=30)
+    reply = httpx.post(service + CHATS, content=json.dumps(body), timeout=30)
     assert_error(reply, status, reason)
     if param is not None:
         assert reply.json()["error"]["param"] == param

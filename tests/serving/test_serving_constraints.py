@@ -15,8 +15,9 @@ import openai
 import pydantic
 import pytest
 from serving_client import complete, greedy, streamed, text_of
-from serving_models import Models
+from serving_models import Models, served_with_adapters
 
+from gptj.chat import READY, ChatTemplate, read_template
 from gptj.serving.completions.constraints import ConstraintFields
 from gptj.serving.errors import SCOPE, OverloadedError
 from gptj.serving.metrics import NoRecorder
@@ -82,6 +83,16 @@ def test_structured_outputs_take_a_schema_as_an_object_or_as_text(
     assert reply["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"])
 
 
+def test_json_may_be_without_whitespace(service: str, models: Models) -> None:
+    """A model that prefers blanks writes none."""
+    bias = {str(models.tokenizer.encode(each)[0]): 100 for each in (" ", "\n")}
+    for wanted in ({"json": SCHEMA}, {"json_object": True, "json": None}):
+        wanted = {**wanted, "disable_any_whitespace": True}
+        fields = {"prompt": "The", "max_tokens": 60, "structured_outputs": wanted}
+        (choice,) = complete(service, **fields, logit_bias=bias)["choices"]
+        assert choice["text"].startswith('{"') or choice["text"] == "{}"
+
+
 def test_json_objects_and_plain_text(service: str, models: Models) -> None:
     for wanted in (
         {"response_format": {"type": "json_object"}},
@@ -124,6 +135,30 @@ def test_a_stop_string_ends_an_output_before_its_grammar(service: str) -> None:
         service, prompt="The", structured_outputs={"regex": "abc-def-ghi"}, stop=["-g"]
     )["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("abc-def", "stop")
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_templates_stop_strings_do_not_cut_structured_output(models: Models, name: str) -> None:
+    template = read_template(name)
+    stops = ChatTemplate(template).stop
+    assert stops
+    schema = {"const": f"see {''.join(stops)} of it"}
+    named = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    regex = "<" + "".join(map(re.escape, stops)) + ">"
+    body = {"messages": [{"role": "user", "content": "Where?"}], "max_tokens": 400}
+    with served_with_adapters(models, template=template) as service:
+
+        def choice(**fields: Any) -> dict[str, Any]:
+            reply = httpx.post(f"{service}/v1/chat/completions", json={**body, **fields})
+            return reply.json()["choices"][0]
+
+        whole = choice(response_format=named)
+        assert json.loads(whole["message"]["content"]) == schema["const"]
+        assert (whole["finish_reason"], whole["stop_reason"]) == ("stop", None)
+        assert choice(structured_outputs={"regex": regex})["message"]["content"].endswith(">")
+        cut = choice(response_format=named, stop="of")
+        assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", "of")
+        assert cut["message"]["content"].endswith(" ")
 
 
 def test_requests_with_and_without_constraints_run_side_by_side(

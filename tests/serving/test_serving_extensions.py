@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -170,3 +171,29 @@ def test_a_stream_is_closed_at_once_when_its_client_has_left() -> None:
         assert closed == ["chunks"]
 
     asyncio.run(run())
+
+
+def test_usage_counts_cached_prompt_tokens(service: str, models: Models) -> None:
+    """All full pages but that of the last token, which is always computed."""
+    text = "cached? " + " ".join(str(number) for number in range(40))
+
+    def cached(usage: dict[str, Any], prompts: int = 1) -> bool:
+        count = usage["prompt_tokens"] // prompts
+        found = usage["prompt_tokens_details"]["cached_tokens"]
+        assert found in (0, (count - 1) // 16 * 16 * prompts), usage
+        return found > 0
+
+    fields: dict[str, Any] = {"prompt": text, "max_tokens": 2}
+    assert not cached(complete(service, **fields)["usage"])
+    assert cached(complete(service, **fields)["usage"])
+    assert cached(complete(service, **fields, n=3)["usage"])
+    assert cached(complete(service, **fields, use_beam_search=True, n=2)["usage"])
+    assert cached(complete(service, **{**fields, "prompt": [text, text]})["usage"], 2)
+    body = {**fields, "stream": True, "stream_options": {"include_usage": True}}
+    lines = httpx.post(f"{service}/v1/completions", json=body).text.split("\n\n")
+    assert cached(json.loads(lines[-3].removeprefix("data: "))["usage"])
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+    usages = [
+        httpx.post(f"{service}/v1/chat/completions", json=chat).json()["usage"] for _ in range(2)
+    ]
+    assert [cached(usage) for usage in usages] == [False, True]

@@ -45,6 +45,7 @@ def test_echo_with_logprobs_scores_the_prompt(service: str, models: Models) -> N
         "prompt_tokens": len(ids),
         "completion_tokens": 0,
         "total_tokens": len(ids),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -25,6 +25,8 @@ from gptj.engine.constraints.grammar import Grammar
 from gptj.engine.speculation import Speculation
 from gptj.serving import requests
 from gptj.serving.app import HTTPOptions, new_app
+from gptj.serving.chat.messages import ChatMessage
+from gptj.serving.classification import ClassificationRequest
 from gptj.serving.completions.constraints import ResponseFormat, StructuredOutputs
 from gptj.serving.entry.admission import Admission, Gate
 from gptj.serving.entry.refusals import MAX_KNOWN, ReadableRefusals
@@ -244,6 +246,33 @@ def test_fields_with_aliases_are_not_unknown() -> None:
         form = ResponseFormat.model_validate({"type": "json_schema", "json_schema": named})
         outputs = StructuredOutputs.model_validate({"json": {"type": "object"}, "other": 1})
     assert form.grammar() == outputs.grammar() == Grammar.of_json_object()
+
+
+PART = {"type": "text", "text": "x"}
+CACHED = {"cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "known", "more"),
+    [
+        (ChatMessage, {"role": "user", "content": [PART]}, [{**PART, **CACHED}]),
+        (ClassificationRequest, {"inputs": {"text": "x"}}, {"text": "x", "other": 1}),
+        (ClassificationRequest, {"inputs": [{"text": "x"}]}, [{"text": "x", "other": 1}]),
+    ],
+)
+def test_unknown_fields_within_values_are_like_others(
+    body: type[RequestModel], known: dict[str, Any], more: Any
+) -> None:
+    field = list(known)[-1]
+    expected = body.model_validate(known)
+    with pytest.raises(pydantic.ValidationError):
+        body.model_validate({**known, field: more})
+    with ignoring_unknown_fields():
+        assert body.model_validate({**known, field: more}) == expected
+    nulls = json.loads(
+        json.dumps(more).replace('{"type": "ephemeral"}', "null").replace("1", "null")
+    )
+    assert body.model_validate({**known, field: nulls}) == expected
 
 
 def test_unknown_fields_are_refused_otherwise() -> None:

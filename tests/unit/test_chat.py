@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.base import Base
@@ -345,3 +346,19 @@ def test_tokens_that_change_the_text_are_refused(tmp_path: Path) -> None:
     tokenizer = GPTJTokenizer.from_pretrained(tmp_path)
     with pytest.raises(ChatTemplateError, match="changes the chat's text"):
         encode_chat(tokenizer, ChatTemplate(PLAIN), [USER, ASSISTANT])
+
+
+@pytest.mark.parametrize("name", READY)
+@pytest.mark.parametrize("content", ["Anna", " Anna wrote ", "x\n"])
+def test_continuing_a_message_equals_transformers(name: str, content: str) -> None:
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": content}]
+    plain = read_template(name)
+    for source in (plain, plain.replace("message.content", "message.content | trim")):
+        ours = ChatTemplate(source, {"eos_token": "<eos>"})
+        (theirs,), _ = render_jinja_template(
+            [chat], chat_template=source, continue_final_message=True, eos_token="<eos>"
+        )
+        assert ours.render(chat, continue_final_message=True) == theirs
+    silent = ChatTemplate("{{ messages[0].content }}")
+    with pytest.raises(ChatTemplateError, match="omits the message"):
+        silent.render(chat, continue_final_message=True)

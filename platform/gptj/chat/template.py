@@ -25,6 +25,9 @@ Message = Mapping[str, Any]  # role, content, and any other fields that a templa
 # Variable for strings that end replies, besides eos: {% set stop = ["### End"] %}.
 STOP = "stop"
 
+# Marks the end of a message to continue; trimming it drops the blank, as in transformers.
+_OPEN_END = "\ue000CONTINUED\ue000 "
+
 # Errors that a template's code can raise; anything else is our bug.
 _FAILURES = (
     TemplateError,
@@ -100,6 +103,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a chat.
@@ -107,11 +111,20 @@ class ChatTemplate:
         Args:
             messages: fields that are None are treated as missing.
             add_generation_prompt: end with the beginning of the assistant's reply.
+            continue_final_message: end with the last message's content, so that it goes on.
             variables: of the template, besides messages and special tokens.
 
         Raises:
             ChatTemplateError: if the template rejects the messages, or fails on them.
         """
+        if continue_final_message:
+            *before, last = messages
+            text = self.render([*before, _with_open_end(last)], variables=variables)
+            end = text.rfind(_OPEN_END.strip())
+            if end < 0:
+                raise ChatTemplateError("the chat template omits the message to be continued")
+            kept = text[:end]
+            return kept if text.startswith(_OPEN_END, end) else kept.rstrip()
         given = {
             **self._special_tokens,
             "tools": None,
@@ -157,6 +170,16 @@ class ChatTemplate:
             return text in self.render([{"role": "user", "content": content}])
         except ChatTemplateError:
             return False
+
+
+def _with_open_end(message: Message) -> Message:
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + _OPEN_END}
+    *before, last = content or [{}]
+    if not isinstance(last.get("text"), str):
+        raise ChatTemplateError("the message to be continued does not end with a text")
+    return {**message, "content": [*before, {**last, "text": last["text"] + _OPEN_END}]}
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Request:
     group: int | None = None  # shared by samples of one prompt until they decode
     submitted: float = field(default_factory=time.monotonic)  # seconds
     started: float | None = None  # its first step
+    cached: int = 0  # tokens of the prompt that its first step found in the prefix cache
     digests: list[bytes] = field(default_factory=list)  # of the tokens' full pages so far
     scored: bool = False  # whether its prompt logprobs have been reported
     ended: bool = False  # its last event has been created
@@ -82,6 +83,11 @@ class Ticket:
         """From submission to the request's first step; None before that."""
         request = self._request
         return None if request.started is None else request.started - request.submitted
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found in the prefix cache."""
+        return self._request.cached
 
     def cancel(self) -> None:
         """End the request: now if waiting, at the next step if running; no-op if ended."""

@@ -404,7 +404,9 @@ class Scheduler:
         for request in samples:
             self._places[request] = sequence
             self.running += request.width
-            request.started = request.started or now
+            if request.started is None:  # not preempted
+                request.started = now
+                request.cached = sequence.computed
         self._prefilling.append(sequence)
         return sequence
 

@@ -28,7 +28,14 @@ from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
-from gptj.serving.requests import RequestModel, bounds, checked_text, examples
+from gptj.serving.requests import (
+    ONLY_NULL,
+    RequestModel,
+    bounds,
+    checked_text,
+    examples,
+    given_fields,
+)
 from gptj.tokenizer import GPTJTokenizer
 
 MAX_INPUTS = 256
@@ -40,7 +47,7 @@ INPUT = {
             "type": "object",
             "properties": {"text": TEXT, "text_pair": {"anyOf": [TEXT, {"type": "null"}]}},
             "required": ["text"],
-            "additionalProperties": False,
+            "additionalProperties": ONLY_NULL,
         },
     ]
 }
@@ -65,10 +72,11 @@ def as_inputs(value: Any) -> list[Input]:
 def _as_input(value: Any) -> Input:
     if isinstance(value, str):
         return Input(checked_text(value))
-    if isinstance(value, dict) and "text" in value and not value.keys() - {"text", "text_pair"}:
-        text, pair = value["text"], value.get("text_pair")
-        if isinstance(text, str) and (pair is None or isinstance(pair, str)):
-            return Input(checked_text(text), None if pair is None else checked_text(pair))
+    if isinstance(value, dict):
+        given = given_fields(value, ("text", "text_pair"))
+        texts = {name: checked_text(each) for name, each in given.items() if isinstance(each, str)}
+        if texts.keys() == given.keys() and {"text"} <= texts.keys() <= {"text", "text_pair"}:
+            return Input(**texts)
     raise ValueError('must be a string, {"text": …, "text_pair": …}, or a list of these')
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -90,13 +90,9 @@ class RequestModel(BaseModel):
     def _without_nulls(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        given = {name: value for name, value in fields.items() if value is not None}
-        if _ignored.get():
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            if unknown := given.keys() - known:
-                _warn_of(unknown)
-                given = {name: given[name] for name in given if name in known}
-        return given
+        return given_fields(
+            fields, {field.alias or name for name, field in cls.model_fields.items()}
+        )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -114,6 +110,15 @@ class RequestModel(BaseModel):
                 if isinstance(each, list):
                     left.append(each)
         return whole[0]
+
+
+def given_fields(fields: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """An object's fields without nulls and, within `ignoring_unknown_fields`, unknown ones."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if _ignored.get() and (unknown := {name for name in given if name not in known}):
+        _warn_of(unknown)
+        given = {name: value for name, value in given.items() if name in known}
+    return given
 
 
 def checked_text(text: str) -> str:

@@ -7,23 +7,40 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from gptj.chat import ChatTemplate
+from gptj.serving.chat.messages import ChatMessage, TemplateFields
 from gptj.serving.errors import InvalidRequestError
 from gptj.serving.requests import RequestModel, bounds, checked_text, examples
 from gptj.tokenizer import GPTJTokenizer
 
 
-class TokenizeRequest(RequestModel):
-    model_config = ConfigDict(json_schema_extra=examples({"prompt": "In a shocking finding"}))
+class TokenizeRequest(TemplateFields):
+    """Of a text, or of a chat's prompt."""
 
-    prompt: str
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"prompt": "In a shocking finding"},
+            {"messages": [{"role": "user", "content": "Where do penguins live?"}]},
+        )
+    )
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage] | None, bounds(minItems=1)] = None
     model: str | None = None
     add_special_tokens: bool = True  # no effect: GPT-J's tokenizer adds none
     return_token_strs: bool = False
 
     @field_validator("prompt")
     @classmethod
-    def _is_text(cls, prompt: str) -> str:
-        return checked_text(prompt)
+    def _is_text(cls, prompt: str | None) -> str | None:
+        return None if prompt is None else checked_text(prompt)
+
+    def check(self) -> None:
+        """Raises InvalidRequestError."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("/tokenize needs either prompt or messages", param="prompt")
+        if self.messages is not None:
+            self.check_template_fields(self.messages)
 
 
 class TokenizeReply(BaseModel):
@@ -45,9 +62,17 @@ class DetokenizeReply(BaseModel):
 
 
 def tokenize(
-    tokenizer: GPTJTokenizer, request: TokenizeRequest, max_model_len: int
+    tokenizer: GPTJTokenizer,
+    request: TokenizeRequest,
+    max_model_len: int,
+    template: ChatTemplate | None,
 ) -> TokenizeReply:
-    ids = tokenizer.encode(request.prompt)
+    """Args: template: of the messages, if there are any."""
+    text = request.prompt or ""
+    if request.messages is not None:
+        assert template is not None
+        text = request.rendered(template, request.messages)
+    ids = tokenizer.encode(text)
     return TokenizeReply(
         count=len(ids),
         max_model_len=max_model_len,

@@ -6,25 +6,33 @@ Each is first tried in a separate process (process.py); if that crashes or hangs
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from gptj.engine.constraints.grammar import Grammar, GrammarError
-from gptj.engine.constraints.trial import Trial
-from gptj.extras import Extra
+from gptj.engine.constraints.trial import TimeoutGrammarError, Trial
+from gptj.extras import Extra, MissingPackageError
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError, QueueFullError
 
-MAX_CACHED = 64  # grammars, compiled or rejected
+logger = logging.getLogger(__name__)
+
+MAX_CACHED = 64  # compiled grammars
+MAX_REFUSED = 1024  # remembered rejections
 # Rejected grammars are retried after this: the machine may have been busy or out of memory.
 REFUSED_SECONDS = 600.0
 MAX_WAITING = 32  # grammars waiting to be compiled
-CPU_SECONDS = 3  # to compile one
+MAX_SLOW = 8  # of those that take longer than QUICK_SECONDS
+# Of CPU time. Usual grammars take hundredths of a second, so that many bad ones delay them little.
+QUICK_SECONDS = 0.25
+CPU_SECONDS = 3  # of CPU time, to compile a grammar
 MASK_SECONDS = 0.05  # CPU time for one token's mask
 # Stricter than llguidance's defaults, since a mask delays other requests.
 LIMITS: dict[str, Any] = {
@@ -36,8 +44,14 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-# Models not tuned for JSON may generate whitespace forever where it is allowed.
-JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \t\r\n]{0,32}", "lenient": False}
+# Models not tuned for JSON may generate whitespace forever where it is allowed. So between JSON's
+# tokens there is what json.dumps writes: nothing, a space, or a new line with its indentation, up
+# to five levels by four spaces (ten by two); llama.cpp has the same bound.
+JSON_OPTIONS: dict[str, Any] = {
+    "whitespace_pattern": r"(?: |\r?\n[ \t]{0,20})?",
+    "lenient": False,
+}
+COMPACT_JSON_OPTIONS: dict[str, Any] = {"whitespace_flexible": False, "lenient": False}
 
 llguidance = Extra("llguidance", "constrained output")
 
@@ -70,6 +84,9 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Thread-safe.
 
+    Grammars that take longer than QUICK_SECONDS move to a lane of their own, so that others need
+    not wait for them.
+
     Args:
         rows: of the model's embedding, possibly more than the tokenizer has ids.
         eos_ids: ids that end an output, possibly none.
@@ -80,12 +97,29 @@ class GrammarCompiler:
         self._rows = rows
         self._eos_ids = tuple(eos_ids)
         self._lock = threading.Lock()
-        self._cache: OrderedDict[bytes, Future[CompiledGrammar]] = OrderedDict()
-        self._refused: dict[bytes, float] = {}  # when, by keys of the cache
-        self._waiting = 0
+        self._compiled: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
+        # When and why. Apart from the others: refused sources, of which one client may send any
+        # number, must not evict good ones.
+        self._refused: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+        self._pending: dict[bytes, Future[CompiledGrammar]] = {}
+        self._slow: set[bytes] = set()  # of the pending
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, "grammars")  # idle threads end with the interpreter
-        self._ready: tuple[Trial, Any] | None = None  # with llguidance's tokenizer
+        # Idle threads end with the interpreter.
+        self._quick_lane = ThreadPoolExecutor(1, "grammars")
+        self._slow_lane = ThreadPoolExecutor(1, "slow grammars")
+        self._ready: Ready | None = None
+
+    def prepare(self) -> None:
+        """Do what the first grammar would wait for; it takes a second for GPT-J's vocabulary.
+
+        Never fails: without llguidance there is nothing to prepare, and other causes may pass.
+        """
+        try:
+            self._quick_lane.submit(self._prepared).result()
+        except MissingPackageError:
+            logger.info("llguidance is not installed: requests with a format will be refused")
+        except RuntimeError as error:
+            logger.warning("the first request with a format will have to wait: %s", error)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Wait until it is compiled.
@@ -97,76 +131,116 @@ class GrammarCompiler:
         return self.submit(grammar).result()
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """Like compile, without waiting. Raises QueueFullError and ClosedError immediately."""
+        """Like compile, without waiting. Raises QueueFullError and ClosedError immediately.
+
+        The future has a QueueFullError if the grammar turns out to be slow, and too many of these
+        wait already.
+        """
         key = grammar.key
+        future: Future[CompiledGrammar] = Future()
+        future.set_running_or_notify_cancel()  # others may wait for it too
         with self._lock:
             if self._closed:
                 raise ClosedError("the grammar compiler was closed")
-            if time.monotonic() - self._refused.get(key, math.inf) >= REFUSED_SECONDS:
-                self._drop(key)
-            known = self._cache.get(key)
-            if known is not None:
-                self._cache.move_to_end(key)
-                return known
-            if self._waiting >= MAX_WAITING:
-                raise QueueFullError(
-                    f"{self._waiting} grammars are waiting to be compiled, which is the limit: "
-                    f"try again later"
-                )
-            self._waiting += 1
-            future = self._cache[key] = self._thread.submit(self._compile, grammar, key)
-            while len(self._cache) > MAX_CACHED:
-                self._drop(next(iter(self._cache)))
-        # Outside the lock: a finished future calls back immediately.
-        future.add_done_callback(lambda done: self._note(key, done))
+            if (refusal := self._refusal(key)) is not None:
+                future.set_exception(GrammarError(refusal))
+                return future
+            if (compiled := self._compiled.get(key)) is not None:
+                self._compiled.move_to_end(key)
+                future.set_result(compiled)
+                return future
+            if (pending := self._pending.get(key)) is not None:
+                return pending
+            if len(self._pending) - len(self._slow) >= MAX_WAITING:
+                raise _too_many(MAX_WAITING)
+            self._pending[key] = future
+            self._quick_lane.submit(self._try_quickly, grammar, key)
         return future
 
     def forget(self, key: bytes) -> None:
         """Recompile a grammar for the next request."""
         with self._lock:
-            self._drop(key)
+            self._compiled.pop(key, None)
 
     def refuse(self, key: bytes, reason: str) -> None:
         """Reject a grammar for REFUSED_SECONDS."""
-        refused: Future[CompiledGrammar] = Future()
-        refused.set_exception(GrammarError(reason))
         with self._lock:
-            self._cache[key] = refused
-            self._refused[key] = time.monotonic()
+            self._compiled.pop(key, None)
+            self._refused[key] = time.monotonic(), reason
+            self._refused.move_to_end(key)
+            if len(self._refused) > MAX_REFUSED:
+                self._refused.popitem(last=False)
 
     def knows(self, grammar: Grammar) -> bool:
-        """Whether it is already compiled, or being compiled."""
+        """Whether it is already compiled or refused, or being compiled."""
+        key = grammar.key
         with self._lock:
-            return grammar.key in self._cache
+            return key in self._compiled or key in self._pending or self._refusal(key) is not None
 
     def close(self) -> None:
-        """Reject new grammars, and end the trial process after its current one."""
+        """Reject new grammars, and end the trial processes after their current ones."""
         with self._lock:
             self._closed = True
-        self._thread.shutdown(cancel_futures=True)
+        for lane in (self._quick_lane, self._slow_lane):
+            lane.shutdown(cancel_futures=True)
+        for key in list(self._pending):
+            self._finish(key, ClosedError("the grammar compiler was closed"))
         if self._ready is not None:
-            self._ready[0].close()
+            self._ready.quick.close()
+            self._ready.slow.close()
 
-    def _note(self, key: bytes, done: Future[CompiledGrammar]) -> None:
-        """Cache rejections for a while; other failures are not the grammar's fault."""
-        with self._lock:
-            self._waiting -= 1
-            if self._cache.get(key) is not done:
-                return
-            error = None if done.cancelled() else done.exception()
-            if isinstance(error, GrammarError):
-                self._refused[key] = time.monotonic()
-            elif done.cancelled() or error is not None:
-                self._drop(key)
-
-    def _drop(self, key: bytes) -> None:
-        """Call with the lock held."""
-        self._cache.pop(key, None)
+    def _refusal(self, key: bytes) -> str | None:
+        """Why it was refused, if recently. Call with the lock held."""
+        when, reason = self._refused.get(key, (-math.inf, ""))
+        if time.monotonic() - when < REFUSED_SECONDS:
+            return reason
         self._refused.pop(key, None)
+        return None
 
-    def _compile(self, grammar: Grammar, key: bytes) -> CompiledGrammar:
-        trial, tokenizer = self._ready = self._ready or self._prepare()
-        text = trial.run(grammar)
+    def _try_quickly(self, grammar: Grammar, key: bytes) -> None:
+        """Compile, or move a slow grammar to its lane; on the quick lane's thread."""
+        try:
+            self._finish(key, self._compile(grammar, key, self._prepared().quick, QUICK_SECONDS))
+        except TimeoutGrammarError:
+            with self._lock:
+                moves = len(self._slow) < MAX_SLOW and not self._closed
+                if moves:
+                    self._slow.add(key)
+                    self._slow_lane.submit(self._try_slowly, grammar, key)
+            if not moves:
+                self._finish(key, _too_many(MAX_SLOW))
+        except BaseException as error:  # Rust panics are not Exceptions
+            self._finish(key, error)
+
+    def _try_slowly(self, grammar: Grammar, key: bytes) -> None:
+        """On the slow lane's thread."""
+        try:
+            self._finish(key, self._compile(grammar, key, self._prepared().slow, CPU_SECONDS))
+        except BaseException as error:  # Rust panics are not Exceptions
+            self._finish(key, error)
+
+    def _finish(self, key: bytes, result: CompiledGrammar | BaseException) -> None:
+        """Report a result. Rejections are remembered; others are not the grammar's fault."""
+        if isinstance(result, GrammarError):
+            self.refuse(key, str(result))
+        with self._lock:
+            future = self._pending.pop(key)
+            self._slow.discard(key)
+            if isinstance(result, CompiledGrammar):
+                self._compiled[key] = result
+                if len(self._compiled) > MAX_CACHED:
+                    self._compiled.popitem(last=False)
+        # Outside the lock: callbacks run immediately.
+        if isinstance(result, CompiledGrammar):
+            future.set_result(result)
+        else:
+            future.set_exception(result)
+
+    def _compile(
+        self, grammar: Grammar, key: bytes, trial: Trial, cpu_seconds: float
+    ) -> CompiledGrammar:
+        text = trial.run(grammar, cpu_seconds)
+        tokenizer = self._prepared().tokenizer
         limits = llguidance.LLParserLimits(**LIMITS)
         matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
         if matcher.is_error():  # although the trial succeeded
@@ -174,30 +248,44 @@ class GrammarCompiler:
         words = -(-tokenizer.vocab_size // 32)
         return CompiledGrammar(matcher, words, self._eos_ids, self, key)
 
-    def _prepare(self) -> tuple[Trial, Any]:
-        """Takes a second for GPT-J's vocabulary."""
+    def _prepared(self) -> Ready:
+        """First called on the quick lane's thread."""
+        if self._ready is not None:
+            return self._ready
         rows = max(self._rows, len(self._tokenizer), *(each + 1 for each in self._eos_ids), 0)
         # Without eos, use an id beyond the model's: outputs end only with their grammar.
         eos_ids = list(self._eos_ids) or [rows]
         rows = max(rows, *(each + 1 for each in eos_ids))
+        content = _text_only(self._tokenizer, rows, eos_ids)
+        tokenizer = llguidance.LLTokenizer(content, n_vocab=rows, eos_token=eos_ids)
         settings = {
-            "tokenizer": _text_only(self._tokenizer, rows, eos_ids),
+            "tokenizer": content,
             "n_vocab": rows,
             "eos_ids": eos_ids,
+            "limits": LIMITS,
+            "json_options": JSON_OPTIONS,
+            "compact_json_options": COMPACT_JSON_OPTIONS,
+            "mask_seconds": MASK_SECONDS,
         }
-        tokenizer = llguidance.LLTokenizer(
-            settings["tokenizer"], n_vocab=settings["n_vocab"], eos_token=settings["eos_ids"]
-        )
-        trial = Trial(
-            {
-                **settings,
-                "limits": LIMITS,
-                "json_options": JSON_OPTIONS,
-                "cpu_seconds": CPU_SECONDS,
-                "mask_seconds": MASK_SECONDS,
-            }
-        )
-        return trial, tokenizer
+        ready = Ready(tokenizer, Trial(settings), Trial(settings))
+        ready.quick.start()
+        self._ready = ready
+        return ready
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What compiling needs: llguidance's tokenizer, and each lane's process."""
+
+    tokenizer: Any
+    quick: Trial
+    slow: Trial  # started when needed
+
+
+def _too_many(count: int) -> QueueFullError:
+    return QueueFullError(
+        f"{count} grammars are waiting to be compiled, which is the limit: try again later"
+    )
 
 
 def _text_only(tokenizer: GPTJTokenizer, rows: int, eos_ids: Sequence[int]) -> str:

@@ -32,10 +32,12 @@ class Grammar:
         kind: `json`: a JSON Schema; `regex`: of the whole output, in the syntax of Rust's regex
             crate without look-around and backreferences; `grammar`: context-free, in llguidance's
             variant of Lark or llama.cpp's GBNF.
+        compact: whether JSON has no whitespace between its tokens.
     """
 
     kind: Kind
     source: str
+    compact: bool = False
 
     def __post_init__(self) -> None:
         if len(self.source) > MAX_CHARACTERS:
@@ -44,7 +46,7 @@ class Grammar:
             )
 
     @classmethod
-    def of_json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
+    def of_json_schema(cls, schema: Mapping[str, Any] | str, *, compact: bool = False) -> Grammar:
         """JSON that is valid under a schema, given as an object or as JSON text."""
         if isinstance(schema, str):
             if len(schema) > MAX_CHARACTERS:
@@ -58,12 +60,13 @@ class Grammar:
         _check_depth(schema)
         if "x-guidance" in schema:
             raise GrammarError("x-guidance, options of the grammar's compiler, is not supported")
-        return cls("json", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+        source = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+        return cls("json", source, compact)
 
     @classmethod
-    def of_json_object(cls) -> Grammar:
+    def of_json_object(cls, *, compact: bool = False) -> Grammar:
         """Any JSON object."""
-        return cls.of_json_schema({"type": "object"})
+        return cls.of_json_schema({"type": "object"}, compact=compact)
 
     @classmethod
     def of_regex(cls, pattern: str) -> Grammar:
@@ -97,7 +100,8 @@ class Grammar:
     @property
     def key(self) -> bytes:
         """A digest of its content."""
-        return hashlib.sha256(f"{self.kind}:{self.source}".encode(errors="surrogatepass")).digest()
+        content = f"{self.kind}:{self.compact}:{self.source}"
+        return hashlib.sha256(content.encode(errors="surrogatepass")).digest()
 
 
 def _check_depth(schema: Mapping[str, Any]) -> None:

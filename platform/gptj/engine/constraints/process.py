@@ -1,17 +1,20 @@
 """A program that tries grammars in a separate process, which its parent can kill.
 
-The compiler is a Rust library: some inputs overflow its stack or keep it busy for hours. The
-protocol is one JSON object per line: first the settings in, `{}` out; then for each grammar in,
-llguidance's form of it or an error out. A grammar passes if it compiles within limits on stack,
-memory and time, and masks of some random outputs are fast.
+The compiler is a Rust library: some inputs overflow its stack or keep it busy for hours. So each
+is tried in a fork, which is cheap to lose. The protocol is one JSON object per line: first the
+settings in, `{}` out; then for each grammar in, llguidance's form of it, an error, or the fork's
+exit status out. A grammar passes if it compiles within limits on stack, memory and time, and masks
+of some random outputs are fast.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import random
 import resource
+import select
+import signal
 import sys
 import threading
 import time
@@ -34,15 +37,7 @@ def main() -> None:
     threading.stack_size(STACK)
     print("{}", flush=True)
     for line in sys.stdin:
-        # Ends the process even if the parent does not kill it.
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = math.ceil(used.ru_utime + used.ru_stime) + setup["cpu_seconds"]
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
-        reply: dict[str, str] = {}
-        thread = threading.Thread(target=_try, args=(tokenizer, setup, json.loads(line), reply))
-        thread.start()
-        thread.join()
+        reply = _in_fork(tokenizer, setup, json.loads(line))
         print(json.dumps(reply), flush=True)
 
 
@@ -53,11 +48,38 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, most))
 
 
+def _in_fork(tokenizer: Any, setup: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # The parent's parent must see the end of these when the parent dies.
+        os.close(0)
+        os.close(1)
+        # Counts CPU time, and ends the process even if nobody kills it.
+        signal.setitimer(signal.ITIMER_PROF, task["cpu_seconds"])
+        reply: dict[str, Any] = {}
+        thread = threading.Thread(target=_try, args=(tokenizer, setup, task, reply))
+        thread.start()
+        thread.join()
+        with open(writer, "w") as file:
+            json.dump(reply, file)
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        if not select.select([file], [], [], task["seconds"])[0]:
+            os.kill(child, signal.SIGKILL)
+        content = file.read()
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return {"status": code} if code else json.loads(content)
+
+
 def _try(
-    tokenizer: Any, setup: dict[str, Any], task: dict[str, str], reply: dict[str, str]
+    tokenizer: Any, setup: dict[str, Any], task: dict[str, Any], reply: dict[str, Any]
 ) -> None:
     try:
-        grammar = _grammar(task["kind"], task["source"], setup["json_options"])
+        options = setup["compact_json_options" if task["compact"] else "json_options"]
+        grammar = _grammar(task["kind"], task["source"], options)
         limits = llguidance.LLParserLimits(**setup["limits"])
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         error = matcher.get_error() or _probe(matcher, setup["mask_seconds"])

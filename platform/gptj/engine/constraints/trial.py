@@ -1,4 +1,4 @@
-"""The process that tries grammars: started when needed, killed when it hangs."""
+"""A process that tries grammars: started when needed, killed when it hangs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from gptj.engine.constraints.grammar import Grammar, GrammarError
 PROGRAM = Path(__file__).with_name("process.py")
 START_SECONDS = 60  # to import the library and read the tokenizer, on a busy machine
 WALL_SECONDS = 20  # for one grammar; far above its CPU limit, for busy machines
+TIMED_OUT = (-9, -27)  # exit statuses of a try: SIGKILL after WALL_SECONDS, or SIGPROF
 MAX_ERROR = 500  # characters
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR")
+
+
+class TimeoutGrammarError(GrammarError):
+    """A grammar takes more than the allowed time to compile."""
 
 
 class Trial:
@@ -35,18 +40,33 @@ class Trial:
         self._ending: Any = None  # finalizer that ends the process
         self._unread = b""
 
-    def run(self, grammar: Grammar) -> str:
-        """The grammar in llguidance's form, ready to compile. Raises GrammarError."""
+    def start(self) -> None:
+        """Start the process, which `run` does otherwise. Raises RuntimeError."""
+        if self._process is None:
+            self._start()
+
+    def run(self, grammar: Grammar, cpu_seconds: float) -> str:
+        """The grammar in llguidance's form, ready to compile.
+
+        Raises GrammarError, or TimeoutGrammarError if it takes more CPU time, or WALL_SECONDS.
+        """
         process = self._process or self._start()
-        task = {"kind": grammar.kind, "source": grammar.source}
-        reply = self._ask(process, task, WALL_SECONDS)
+        task = {
+            "kind": grammar.kind,
+            "source": grammar.source,
+            "compact": grammar.compact,
+            "cpu_seconds": cpu_seconds,
+            "seconds": WALL_SECONDS,
+        }
+        reply = self._ask(process, task, WALL_SECONDS + START_SECONDS)
         if reply is None:
             status = self._kill()
-            if status in (-9, -24):  # SIGKILL, ours, or SIGXCPU, the kernel's
-                raise GrammarError(
-                    f"it takes more than {self._settings['cpu_seconds']} seconds to compile: "
-                    f"simplify it"
-                )
+            raise RuntimeError(f"the process that compiles grammars has ended: status {status}")
+        if reply.get("status") in TIMED_OUT:
+            raise TimeoutGrammarError(
+                f"it takes more than {cpu_seconds} seconds to compile: simplify it"
+            )
+        if "status" in reply:
             raise GrammarError("it is nested too deeply, or too large, to be compiled: simplify it")
         if "error" in reply:
             raise GrammarError(f"it cannot be compiled: {_readable(reply['error'])}")

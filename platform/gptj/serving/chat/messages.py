@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from gptj.chat import ChatTemplate
+from gptj.chat import ChatTemplate, ChatTemplateError
 from gptj.serving.completions.generation_request import invalid
-from gptj.serving.requests import RequestModel, bounds, checked_text
+from gptj.serving.errors import InvalidRequestError
+from gptj.serving.requests import (
+    ONLY_NULL,
+    RequestModel,
+    bounds,
+    checked_text,
+    examples,
+    given_fields,
+)
 
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+# chat_template_kwargs may not set these: they are fields of their own, or not supported.
+RESERVED = frozenset(
+    {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
+    | {"chat_template", "tokenize"}
+)
+MAX_VARIABLES = 32
+MAX_VARIABLE_CHARACTERS = 2**14  # of their JSON
 
 NO_TOOLS = "this service does not call tools: leave them out"
 
@@ -25,12 +42,15 @@ def as_content(value: Any) -> Content:
         isinstance(part, dict) and isinstance(part.get("type"), str) for part in value
     ):
         raise ValueError('must be a string or a list of {"type": "text", "text": …}')
-    for part in value:
-        if part["type"] == "text":
-            if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-                raise ValueError("a text part must have a text, and nothing else")
-            checked_text(part["text"])
-    return value
+    return [_as_part(part) if part["type"] == "text" else part for part in value]
+
+
+def _as_part(value: dict[str, Any]) -> dict[str, Any]:
+    part = given_fields(value, ("type", "text"))
+    if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+        raise ValueError("a text part must have a text, and nothing else")
+    checked_text(part["text"])
+    return part
 
 
 def as_name(value: Any) -> str:
@@ -43,24 +63,35 @@ _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
-    "additionalProperties": False,
+    "additionalProperties": ONLY_NULL,
 }
 _CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}
 
 
+def _requiring_content(schema: dict[str, Any]) -> None:
+    schema["required"] = [*schema["required"], "content"]
+    examples({"role": "user", "content": "Where do penguins live?"})(schema)
+
+
 class ChatMessage(RequestModel):
+    model_config = ConfigDict(json_schema_extra=_requiring_content)
+
     role: Annotated[Role, bounds(enum=["system", "developer", "user", "assistant"])]
     # Required, except in assistants' messages with tool calls, which are refused.
     content: Annotated[Content | None, PlainValidator(as_content), WithJsonSchema(_CONTENT)] = None
     # The speaker's, for templates that show it.
     name: Annotated[str | None, PlainValidator(as_name), WithJsonSchema({"type": "string"})] = None
-    refusal: str | None = None  # as in our replies; ignored
+    # As in OpenAI's replies, and ours; ignored.
+    refusal: str | None = None
+    annotations: list[Any] = Field(default_factory=list)
     tool_calls: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     tool_call_id: Annotated[str | None, bounds(maxLength=0)] = None
+    function_call: Annotated[Any, bounds(**ONLY_NULL)] = None
 
     def check(self, place: str) -> None:
         """Raises InvalidRequestError for what this model cannot do; `place` names the message."""
-        if self.tool_calls or self.tool_call_id or self.role in ("tool", "function"):
+        calls = self.tool_calls or self.tool_call_id or self.function_call is not None
+        if calls or self.role in ("tool", "function"):
             raise invalid(place, f"{place}: {NO_TOOLS}")
         if self.content is None or self.content == []:
             raise invalid(f"{place}.content", f"{place}: the message needs content")
@@ -70,6 +101,65 @@ class ChatMessage(RequestModel):
                     f"{place}.content",
                     f"{place}: this model reads only text, not a part of type {part['type']!r:.40}",
                 )
+
+
+class TemplateFields(RequestModel):
+    """How messages become a prompt, as in vLLM."""
+
+    add_generation_prompt: bool | None = None  # begin a reply; default: unless one is continued
+    continue_final_message: bool = False  # the last message is the assistant's, and goes on
+    chat_template_kwargs: Annotated[dict[str, Any], bounds(maxProperties=MAX_VARIABLES)] = Field(
+        default_factory=dict
+    )  # further variables of the template
+
+    def check_template_fields(self, messages: Sequence[ChatMessage]) -> None:
+        """Raises InvalidRequestError."""
+        if not messages:
+            raise invalid("messages", "messages must have at least one message")
+        for number, message in enumerate(messages):
+            message.check(f"messages[{number}]")
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise invalid(
+                    "continue_final_message",
+                    "continue_final_message does not work with add_generation_prompt: leave one "
+                    "out",
+                )
+            if messages[-1].role != "assistant":
+                raise invalid(
+                    "continue_final_message",
+                    "continue_final_message needs a last message of the assistant",
+                )
+        name = "chat_template_kwargs"
+        given = self.chat_template_kwargs
+        for reserved in given:
+            if reserved in RESERVED or reserved.startswith("_"):
+                raise invalid(name, f"{name} must not have {reserved!r:.40}")
+        try:
+            size = len(checked_text(json.dumps(given, ensure_ascii=False)))
+        except (ValueError, RecursionError) as error:
+            raise invalid(name, f"{name}: {error}") from error
+        if len(given) > MAX_VARIABLES or size > MAX_VARIABLE_CHARACTERS:
+            raise invalid(
+                name,
+                f"{name} may have {MAX_VARIABLES} fields of {MAX_VARIABLE_CHARACTERS} characters "
+                f"in total, got {len(given)} of {size}",
+            )
+
+    def rendered(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> str:
+        """Checked messages as a prompt. Raises InvalidRequestError if the template rejects them."""
+        begins = self.add_generation_prompt
+        try:
+            return template.render(
+                for_template(template, messages),
+                add_generation_prompt=not self.continue_final_message if begins is None else begins,
+                continue_final_message=self.continue_final_message,
+                variables=self.chat_template_kwargs,
+            )
+        except ChatTemplateError as error:
+            raise InvalidRequestError(
+                str(error), param="messages", code="chat_template_error"
+            ) from error
 
 
 def for_template(template: ChatTemplate, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

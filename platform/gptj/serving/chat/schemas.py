@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from gptj.serving.chat.messages import NO_TOOLS, ChatMessage
+from gptj.serving.chat.messages import NO_TOOLS, ChatMessage, TemplateFields
 from gptj.serving.completions.generation_request import (
     MAX_LOGPROBS,
     GenerationRequest,
@@ -22,7 +22,7 @@ from gptj.serving.requests import bounds, examples
 HELLO = [{"role": "user", "content": "Where do penguins live?"}]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateFields):
     """OpenAI's fields and common extensions."""
 
     model_config = ConfigDict(
@@ -55,10 +55,18 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int | None, bounds(minimum=0, maximum=MAX_LOGPROBS)] = None
     tools: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
     functions: Annotated[list[Any], bounds(maxItems=0)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] | None = None  # no effect without tools
+    # No effect without tools.
+    tool_choice: Annotated[Any, bounds(enum=["none", "auto"])] = None
+    function_call: Annotated[Any, bounds(enum=["none", "auto"])] = None  # its former name
     parallel_tool_calls: bool | None = None  # no effect without tools
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] = False  # nothing is kept
+    # Ignored: they concern OpenAI's own storage, prices, caches and abuse checks.
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    echo: Literal[False] = False  # vLLM's
 
     _template_stops: tuple[str, ...] = PrivateAttr(default=())
 
@@ -88,10 +96,10 @@ class ChatRequest(GenerationRequest):
         for name in ("tools", "functions"):
             if getattr(self, name):
                 raise invalid(name, f"{name}: {NO_TOOLS}")
-        if not self.messages:
-            raise invalid("messages", "messages must have at least one message")
-        for number, message in enumerate(self.messages):
-            message.check(f"messages[{number}]")
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in (None, "none", "auto"):
+                raise invalid(name, f"{name}: {NO_TOOLS}")
+        self.check_template_fields(self.messages)
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise invalid(
@@ -167,7 +175,6 @@ class Delta(BaseModel):
 
 class ChunkChoice(ReplyChoice):
     delta: Delta
-    prompt_token_ids: TokenIds = None  # in an output's first chunk
 
 
 class ChatChunk(BaseModel):
@@ -179,3 +186,4 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: TokenIds = None  # in an output's first chunk

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from gptj.chat import ChatTemplate, ChatTemplateError
+from gptj.chat import ChatTemplate
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import TokenEvent
-from gptj.serving.chat.messages import for_template
+from gptj.serving.adapters import ServedAdapter
 from gptj.serving.chat.schemas import (
     ChatChoice,
     ChatChunk,
@@ -74,26 +74,23 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         return await super().stream(self._with_stops(request))
 
     def _with_stops(self, request: ChatRequest) -> ChatRequest:
-        """The request with the template's stop strings."""
-        return request.ending_at(self._template_of(request).stop)
+        """The request with the template's stop strings, which may be inside a required format."""
+        stop = self._template_of(request).stop
+        return request if request.has_grammar else request.ending_at(stop)
 
     def _template_of(self, request: ChatRequest) -> ChatTemplate:
+        return self.template_of(request.adapter)
+
+    def template_of(self, adapter: ServedAdapter | None) -> ChatTemplate:
         """The adapter's own, if it has one. Raises InvalidRequestError if there is none."""
-        own = None if request.adapter is None else request.adapter.template
+        own = None if adapter is None else adapter.template
         template = own or self._template
         if template is None:
             raise InvalidRequestError(NO_TEMPLATE, code="no_chat_template")
         return template
 
     def _prompts(self, request: ChatRequest) -> Sequence[Prompt] | None:
-        template = self._template_of(request)
-        messages = for_template(template, request.messages)
-        try:
-            return [template.render(messages, add_generation_prompt=True)]
-        except ChatTemplateError as error:
-            raise InvalidRequestError(
-                str(error), param="messages", code="chat_template_error"
-            ) from error
+        return [request.rendered(self._template_of(request), request.messages)]
 
     def _reply(
         self,
@@ -112,6 +109,9 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
     def _first_chunk(self, request: ChatRequest) -> ChatChunk:
         return ChatChunk(model=self._model_of(request), choices=[])
 
+    def _first_fields(self, request: ChatRequest, output: Output) -> dict[str, Any]:
+        return {"prompt_token_ids": output.prompt.ids} if request.return_token_ids else {}
+
     def _choice(self, request: ChatRequest, output: Output, piece: Piece, index: int) -> ChatChoice:
         return ChatChoice(
             index=index,
@@ -125,7 +125,6 @@ class ChatService(GenerationService[ChatRequest, ChatCompletion, ChatChunk]):
         return ChunkChoice(
             index=output.index,
             delta=Delta(role="assistant" if first else None, content=piece.text),
-            prompt_token_ids=output.prompt.ids if first and request.return_token_ids else None,
             **self._shared(request, piece),
         )
 

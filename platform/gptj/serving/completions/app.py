@@ -185,11 +185,17 @@ def generation_app(
             raise unknown_model(name)
         return card_of(await adapters.describe(name))
 
-    @app.post("/tokenize", response_model_exclude_none=True, responses=errors(404))
+    @app.post("/tokenize", response_model_exclude_none=True, responses=errors(404, 429, 503))
     async def tokenize_text(request: TokenizeRequest) -> TokenizeReply:
-        """A text as token ids."""
-        check_name(request.model)
-        return await asyncio.to_thread(tokenize, tokenizer, request, card.max_model_len)
+        """A text, or a chat's prompt, as token ids."""
+        request.check()
+        template = None
+        if request.messages is None:
+            check_name(request.model)
+        else:
+            async with adapter_of(request.model) as adapter:
+                template = chats.template_of(adapter)
+        return await asyncio.to_thread(tokenize, tokenizer, request, card.max_model_len, template)
 
     @app.post("/detokenize", responses=errors(404))
     async def detokenize_ids(request: DetokenizeRequest) -> DetokenizeReply:

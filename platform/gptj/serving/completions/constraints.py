@@ -63,6 +63,7 @@ class StructuredOutputs(RequestModel):
     ] = None
     # In Lark's syntax as llguidance has it, or in GBNF.
     grammar_: Annotated[str | None, bounds(**_TEXT), Field(alias="grammar")] = None
+    disable_any_whitespace: bool = False  # between JSON's tokens
 
     def grammar(self) -> Grammar | None:
         """Raises GrammarError."""
@@ -72,14 +73,14 @@ class StructuredOutputs(RequestModel):
                 "exactly one of json, json_object, regex, choice and grammar must be given"
             )
         if self.json_ is not None:
-            return Grammar.of_json_schema(self.json_)
+            return Grammar.of_json_schema(self.json_, compact=self.disable_any_whitespace)
         if self.regex is not None:
             return Grammar.of_regex(self.regex)
         if self.choice is not None:
             return Grammar.of_choices(self.choice)
         if self.grammar_ is not None:
             return Grammar.of_grammar(self.grammar_)
-        return Grammar.of_json_object()
+        return Grammar.of_json_object(compact=self.disable_any_whitespace)
 
 
 class ConstraintFields(RequestModel):
@@ -96,6 +97,12 @@ class ConstraintFields(RequestModel):
         list[int] | None,
         bounds(items={"type": "integer", "minimum": 0}, minItems=1, maxItems=MAX_ALLOWED_TOKENS),
     ] = None
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether an output has to follow a format."""
+        form = self.response_format
+        return self.structured_outputs is not None or (form is not None and form.type != "text")
 
     def check_constraints(self, beams: bool) -> None:
         """Raises InvalidRequestError for contradictions and exceeded limits."""

@@ -97,6 +97,9 @@ class GenerationRequest(ConstraintFields):
     ] = Field(default_factory=dict)
     seed: int | None = None
     user: str = ""  # ignored
+    # vLLM's. No effect: GPT-J's tokenizer adds none, and requests have no priorities.
+    add_special_tokens: bool = False
+    priority: Literal[0] = 0
 
     top_k: Annotated[int, bounds(minimum=-1)] = 0  # only the k most likely tokens; 0 or -1: all
     # Relative to the most likely token's probability.
@@ -313,7 +316,12 @@ def invalid(param: str | None, message: str) -> InvalidRequestError:
     return InvalidRequestError(message, param=param)
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0  # found in the prefix cache
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int  # of all outputs, including those that best_of discards
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = Field(default_factory=PromptTokensDetails)

@@ -17,6 +17,7 @@ from starlette.types import Send
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound
+from gptj.engine.request import Ticket
 from gptj.serving.access_log import current_entry
 from gptj.serving.completions.generation_request import (
     GenerationRequest,
@@ -109,6 +110,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
     def _first_chunk(self, request: Request) -> Chunk:
         """A chunk without choices, as a template for the others."""
 
+    def _first_fields(self, request: Request, output: Output) -> dict[str, Any]:
+        """Further fields of an output's first chunk."""
+        return {}
+
     async def complete(self, request: Request) -> Reply:
         """The whole reply. Cancelling the call cancels the work.
 
@@ -188,14 +193,16 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         async with aclosing(run.pieces()) as pieces:
             async for index, piece in pieces:
                 output = run.outputs[index]
+                fields: dict[str, Any] = {}
                 if index in begun:
                     choice = self._delta(request, output, piece, False)
                 else:
                     # Logprobs of a long prompt take a while: not on the event loop.
                     choice = await asyncio.to_thread(self._delta, request, output, piece, True)
+                    fields = self._first_fields(request, output)
                     begun.add(index)
                 usage = run.usage() if options.continuous_usage_stats else None
-                yield whole.model_copy(update={"choices": [choice], "usage": usage})
+                yield whole.model_copy(update={"choices": [choice], "usage": usage, **fields})
         if options.include_usage:
             yield whole.model_copy(update={"usage": run.usage()})
 
@@ -225,14 +232,14 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 search.cancel()
         choices: list[Any] = []
         new_tokens = 0
-        for prompt, beams in zip(prompts, found, strict=True):
+        for prompt, (beams, _) in zip(prompts, found, strict=True):
             for ids in beams.outputs:
                 new_tokens += len(ids)
                 text = text_stream(self._tokenizer, request, prompt)
                 output = Output(len(choices), prompt, None, text)
                 piece = self._beam(request, prompt, ids)
                 choices.append(self._choice(request, output, piece, output.index))
-        usage = usage_of(prompts, new_tokens)
+        usage = usage_of(prompts, new_tokens, [ticket for _, ticket in found])
         trace.end(usage, [choice.finish_reason for choice in choices])
         entry = current_entry()
         entry.prompt_tokens, entry.completion_tokens = usage.prompt_tokens, new_tokens
@@ -240,7 +247,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             account.tokens = usage.total_tokens
         return self._reply(request, choices, usage, prompts if request.return_token_ids else [])
 
-    async def _search(self, request: Request, prompt: ResolvedPrompt) -> BeamsFound:
+    async def _search(self, request: Request, prompt: ResolvedPrompt) -> tuple[BeamsFound, Ticket]:
         events = self._events()
         (params,) = prompt.params
         try:
@@ -258,7 +265,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
             raise failure(event)
         if ticket.queued_seconds is not None:
             self._recorder.queued(ticket.queued_seconds)
-        return event
+        return event, ticket
 
     def _beam(self, request: Request, prompt: ResolvedPrompt, ids: Sequence[int]) -> Piece:
         """A beam as the only piece of an output."""

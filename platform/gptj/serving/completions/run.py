@@ -14,7 +14,11 @@ from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEve
 from gptj.engine.request import Ticket
 from gptj.serving.access_log import Entry, current_entry
 from gptj.serving.completions.detokenizer import TextStream
-from gptj.serving.completions.generation_request import GenerationRequest, Usage
+from gptj.serving.completions.generation_request import (
+    GenerationRequest,
+    PromptTokensDetails,
+    Usage,
+)
 from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
 from gptj.serving.keys.account import current_account
@@ -187,7 +191,9 @@ class CompletionRun:
         return piece
 
     def usage(self) -> Usage:
-        return usage_of(self._prompts, sum(output.new_tokens for output in self.outputs))
+        # A prompt's samples share what its first one has found.
+        firsts = self._events.tickets[:: self._request.candidates]
+        return usage_of(self._prompts, sum(output.new_tokens for output in self.outputs), firsts)
 
     def _submit(self, outputs: Sequence[Output]) -> None:
         """Submit one prompt's outputs."""
@@ -342,12 +348,18 @@ def stop_reason(
     return last
 
 
-def usage_of(prompts: Sequence[ResolvedPrompt], new_tokens: int) -> Usage:
+def usage_of(
+    prompts: Sequence[ResolvedPrompt], new_tokens: int, tickets: Sequence[Ticket] = ()
+) -> Usage:
+    """Args: tickets: one for each prompt that has been submitted."""
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=new_tokens,
         total_tokens=prompt_tokens + new_tokens,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(ticket.cached_tokens for ticket in tickets)
+        ),
     )
 
 
