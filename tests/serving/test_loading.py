@@ -16,12 +16,14 @@ from serving_models import Models
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.embeddings import load_service as load_embeddings
 from deployments.generation import Arguments as GenerationArguments
+from deployments.in_process import InProcessService
 from deployments.loading import Arguments, BatchArguments, check, load, name_of
 from gptj import GPTJForCausalLM, GPTJModel
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
 from gptj.checkpoints.manifest import CheckpointError
+from gptj.engine.constraints.compiler import GrammarCompiler
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -49,6 +51,18 @@ def test_another_heads_checkpoint_and_unknown_arguments_are_refused(
         load(GPTJForCausalLM, Arguments(checkpoint=address))
     with pytest.raises(ValidationError, match="max_batches"):
         Arguments.model_validate({"checkpoint": address, "max_batches": 3})
+
+
+def test_formats_are_prepared_before_generation_is_ready(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first request with one it would hold the GIL, and pause running streams."""
+    models.generation.save_pretrained(tmp_path / "model", tokenizer=models.tokenizer)
+    prepared: list[GrammarCompiler] = []
+    monkeypatch.setattr(GrammarCompiler, "prepare", lambda self: prepared.append(self))
+    arguments = GenerationArguments(checkpoint=str(tmp_path / "model"), dtype="float32")
+    InProcessService.load("generation", arguments, torch.device("cpu")).close()
+    assert len(prepared) == 1
 
 
 MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}
