@@ -6,8 +6,8 @@ HAProxy forwards requests directly to the replicas' own HTTP servers, which is f
 costs is in deployments/README.md. Ray writes its configuration, to which this program adds:
 
 - Requests are buffered, within a time limit, before a replica gets them. One that fits the buffer
-  is retried if its replica dies before answering; what of a larger one is not sent in time holds a
-  connection of its replica, which limits them, but takes no other request's place.
+  is retried if its replica dies before answering. A larger one that arrives slowly occupies a
+  connection to its replica, but no place in the queue.
 - HAProxy itself refuses what full replicas would refuse, at a small fraction of the cost. Like
   gptj.serving.entry.admission it learns from the replicas' refusals how many requests fit.
 - HAProxy's own errors have our body, those for a lack of room `Retry-After` too. Malformed or late

@@ -31,7 +31,7 @@ from gptj.int4 import is_int4
 from gptj.sampling import SamplingParams
 from gptj_bench.machine import gpu_read_bandwidth
 from gptj_bench.pace import PaceProbe, Row, undisturbed
-from gptj_bench.peer import Peer
+from gptj_bench.peer import Peer, PeerError
 
 WARM_UP_TOKENS = 4
 SPARE_TOKENS = 16
@@ -67,6 +67,8 @@ class Decode:
         """Measurements of our engine and of peers, in turn, for each dtype and batch size."""
         torch.set_num_threads(self.threads)
         probe = PaceProbe(self.threads)
+        if self.least_gb_per_s and not probe().read_gb_per_s:
+            raise ValueError("--least-gb-per-s needs a processor with AVX2 to measure it")
         for dtype in self.dtypes:
             with ExitStack() as stack:
                 engines: list[OurEngine | Peer] = [stack.enter_context(closing(self._ours(dtype)))]
@@ -77,7 +79,11 @@ class Decode:
                     if not python.exists():  # installed in part, on purpose
                         yield {"engine": engine, "dtype": dtype, "not_installed": str(python)}
                         continue
-                    peer = Peer(python, engine, dtype, self._peer_options())
+                    try:
+                        peer = Peer(python, engine, dtype, self._peer_options())
+                    except PeerError as error:
+                        yield {"engine": engine, "dtype": dtype, "failed": str(error)}
+                        continue
                     engines.append(stack.enter_context(closing(peer)))
                 for batch, _, each in itertools.product(self.batches, range(self.repeats), engines):
                     yield self._measured(each, batch, probe)
@@ -103,7 +109,7 @@ class Decode:
         else:
             row = undisturbed(measure, probe, engine.processes, self.least_gb_per_s)
             bandwidth = row["read_gb_per_s"]
-        if "weights_mb_a_step" in row:
+        if "weights_mb_a_step" in row and bandwidth:
             steps = row["decode_tokens_per_s"] / batch
             share = row["weights_mb_a_step"] * steps / 1e3 / bandwidth
             row["share_of_memory_limit"] = round(share, 3)

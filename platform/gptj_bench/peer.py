@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,11 @@ class Peer:
             stderr=self._errors,
             text=True,
         )
-        self._answer(lambda: None)
+        try:
+            self._answer(lambda: None)
+        except PeerError:
+            self.close()
+            raise
 
     @property
     def processes(self) -> list[int]:
@@ -52,9 +57,10 @@ class Peer:
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
         self._process.kill()
         self._process.wait()
+        with suppress(BrokenPipeError):  # closing flushes what it has not read
+            self._process.stdin.close()
         self._process.stdout.close()
         self._errors.close()
 

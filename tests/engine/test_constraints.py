@@ -13,9 +13,11 @@ import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import jsonschema
 import numpy as np
+import psutil
 import pytest
 import torch
 from engine_caller import Caller, assert_same, search, submit, submit_many
@@ -496,6 +498,8 @@ def test_slow_grammars_delay_only_one_another(
     with pytest.raises(QueueFullError, match="2 grammars are waiting"):
         slow[2].result()
     assert not compiler.knows(multiples(3))
+    with pytest.raises(QueueFullError, match="2 grammars are waiting"):
+        compiler.submit(multiples(3))  # at once: it takes no more of the others' time
     for future in slow[:2]:
         with pytest.raises(GrammarError, match="more than 3 seconds"):
             future.result(60)
@@ -528,8 +532,9 @@ def test_closing_ends_the_wait_for_grammars(tokenizer: GPTJTokenizer) -> None:
     compiler.prepare()
     waiting = [compiler.submit(multiples(number)) for number in range(3)]
     compiler.close()
-    for future in waiting:
-        assert isinstance(future.exception(10), ClosedError | QueueFullError | GrammarError)
+    ends = [future.exception(10) for future in waiting]
+    assert isinstance(ends[-1], ClosedError)
+    assert all(isinstance(end, ClosedError | GrammarError) for end in ends)
     with pytest.raises(ClosedError):
         compiler.submit(multiples(4))
 
@@ -559,6 +564,11 @@ def test_preparing_never_fails(
         with pytest.raises(MissingPackageError, match="llguidance"):
             compiler.compile(grammar)
     with monkeypatch.context() as broken:
+        no_memory = OSError(12, "Cannot allocate memory")
+        broken.setattr(trial_module.subprocess, "Popen", Mock(side_effect=no_memory))
+        compiler.prepare()
+        assert "Cannot allocate memory" in caplog.text
+    with monkeypatch.context() as broken:
         broken.setattr(trial_module, "PROGRAM", "nothing.py")
         compiler.prepare()
         assert "did not start" in caplog.text
@@ -566,6 +576,28 @@ def test_preparing_never_fails(
         assert compiler.compile(grammar)
     finally:
         compiler.close()
+
+
+def test_a_grammar_is_not_blamed_for_a_killed_process(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as by the system, for lack of memory."""
+    monkeypatch.setattr(compiler_module, "QUICK_SECONDS", 3)  # time to find it
+    compiler.prepare()
+    assert compiler._ready is not None
+    process = compiler._ready.quick._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert compiler.compile(Grammar.of_regex("killed before"))
+    parent = psutil.Process(compiler._ready.quick._process.pid)  # type: ignore[union-attr]
+    future = compiler.submit(multiples(7))
+    while not (tries := parent.children()):
+        assert not future.done()
+    tries[0].kill()
+    with pytest.raises(RuntimeError, match="status -9"):
+        future.result(10)
+    assert not compiler.knows(multiples(7))
 
 
 @pytest.mark.slow

@@ -347,7 +347,7 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "another"}, 404, "does not exist", "model"),
     ({"use_beam_search": True, "stream": True}, 400, "does not work with stream", "stream"),
     ({"store": True}, 422, "store", "store"),
-    ({"continue_final_message": True}, 400, "needs a last message of the assistant", None),
+    ({"continue_final_message": True}, 400, "the role assistant", None),
     (
         {"continue_final_message": True, "add_generation_prompt": True},
         400,
@@ -357,8 +357,9 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     *(
         ({"chat_template_kwargs": kwargs}, 400, reason, "chat_template_kwargs")
         for kwargs, reason in (
-            ({"messages": []}, "must not have 'messages'"),
-            ({"_generation_start": "x"}, "must not have '_generation"),
+            ({"messages": []}, "must not set 'messages'"),
+            ({"raise_exception": "x"}, "must not set 'raise_exception'"),
+            ({"_generation_start": "x"}, "must not set '_generation"),
             ({"x": "a" * 2**14}, "characters in total"),
             ({f"x{number}": 1 for number in range(33)}, "may have 32 fields"),
             ({"x": "\ud800"}, "surrogate"),

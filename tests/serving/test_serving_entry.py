@@ -488,8 +488,9 @@ CHUNKED = request(b"POST", b"/v1/completions", b"Transfer-Encoding: chunked\r\n"
         request(b"GET", b"/health", b"X: " + LARGE + b"\r\n"),
         request(b"GET", b"/health", MANY),
         CHUNKED + b"\r\n0\r\n" + MANY + b"\r\n",
+        b"\r\n" * 35_000,
     ],
-    ids=["target", "field", "fields", "trailers"],
+    ids=["target", "field", "fields", "trailers", "blank lines"],
 )
 def test_a_large_head_is_refused(address: str, content: bytes) -> None:
     reply = exchange(address, content)
@@ -500,14 +501,13 @@ def test_a_large_head_is_refused(address: str, content: bytes) -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        b"",
         b"GET /",
         b"GET /health HTTP/1.1\r\n",
         b"GET /health HTTP/1.1\r\nX: ",
         CHUNKED + b"\r\n0\r\nX: ",
         CHUNKED + b"\r\n1;",
     ],
-    ids=["method", "target", "name", "field", "trailer", "chunk extension"],
+    ids=["target", "name", "field", "trailer", "chunk extension"],
 )
 def test_a_line_without_an_end_takes_no_memory(address: str, start: bytes) -> None:
     with connect(address) as connection:
@@ -560,21 +560,78 @@ def test_an_error_of_ours_is_never_plain_text(after: str) -> None:
             assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
-async def unfinished(scope: Scope, receive: Receive, send: Send) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": []})
+async def slow_stream(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = [(b"content-length", b"8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"part", "more_body": True})
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await asyncio.sleep(0.5 if scope["path"] == "/stream" else 0)
+    await send({"type": "http.response.body", "body": b"part"})
 
 
-@pytest.mark.parametrize("next_", [b"nonsense\r\n\r\n", request(b"GET", b"/", MANY)])
-def test_an_error_is_never_sent_within_another_reply(next_: bytes) -> None:
-    with listening(unfinished, LimitedProtocol) as service, connect(service) as connection:
-        connection.sendall(request(b"GET", b"/stream"))
+STREAM, NEXT = request(b"GET", b"/stream"), request(b"GET", b"/next")
+
+
+@pytest.mark.parametrize("between", [b"", NEXT, NEXT + NEXT], ids=["alone", "next", "two"])
+@pytest.mark.parametrize(
+    ("bad", "status"),
+    [
+        (b"nonsense\r\n\r\n", b"400"),
+        (request(b"GET", b"/", MANY), b"431"),
+        (b"GET /half", b"408"),
+        (request(b"POST", b"/half", b"", BODY), b"408"),
+        (request(b"POST", b"/x", b"Transfer-Encoding: chunked\r\n") + b"xyz\r\n", b"400"),
+    ],
+    ids=["nonsense", "large", "half a head", "half a body", "bad chunk"],
+)
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_errors_wait_for_the_replies_to_earlier_requests(
+    between: bytes, bad: bytes, status: bytes, apart: bool
+) -> None:
+    """Within another reply an error would look like a part of it."""
+    limits = ConnectionLimits(head_seconds=0.2, body_seconds=0.2)
+    protocol = LimitedProtocol.limited(limits)
+    with listening(slow_stream, protocol) as service, connect(service) as connection:
         content = b""
-        while b"part" not in content:
+        if apart:
+            connection.sendall(STREAM)
+            while b"part" not in content:
+                content += connection.recv(65536)
+            connection.sendall(between + bad)
+        else:
+            connection.sendall(STREAM + between + bad)
+        content += b"".join(iter(lambda: connection.recv(65536), b""))
+    whole = 1 + between.count(b"/next")
+    statuses = re.findall(rb"HTTP/1\.1 (\d+)", content)
+    assert statuses == [b"200"] * whole + [status], content
+    assert content.count(b"\r\n\r\npartpart") == whole
+
+
+def test_a_client_that_leaves_is_noticed_behind_a_pipelined_request() -> None:
+    left: list[str] = []
+
+    async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.append(scope["path"])
+
+    with listening(waits, LimitedProtocol) as service:
+        with connect(service) as connection:
+            connection.sendall(STREAM + NEXT)
+            time.sleep(0.2)
+        until(lambda: left == ["/stream"])
+
+
+def test_blank_lines_do_not_keep_a_connection_open() -> None:
+    protocol = LimitedProtocol.limited(ConnectionLimits(head_seconds=0.3))
+    with (
+        listening(slow_stream, protocol, keep_alive_seconds=60) as service,
+        connect(service) as connection,
+    ):
+        connection.sendall(NEXT)
+        content = b""
+        while not content.endswith(b"partpart"):
             content += connection.recv(65536)
-        connection.sendall(next_)
+        connection.sendall(b"\r\n")
         assert connection.recv(65536) == b""
 
 

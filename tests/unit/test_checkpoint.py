@@ -551,3 +551,18 @@ def test_a_fenced_writer_writes_nothing_more(tmp_path: Path) -> None:
         late.write("first", b"1")
         late.write("second", b"2")
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["first"]
+
+
+def test_of_two_writers_only_one_may_finish_a_folder(tmp_path: Path) -> None:
+    """The second took the first one's files for a dead writer's."""
+    address = str(tmp_path / "model")
+    with (
+        pytest.raises(storage.AlreadyExistsError, match="has changed weights"),
+        FolderWriter(address) as first,
+    ):
+        first.write("weights", b"first's")
+        second = FolderWriter(address).__enter__()
+        second.write("weights", b"second's")
+    second.__exit__(None)
+    verify(address)
+    assert (tmp_path / "model" / "weights").read_bytes() == b"second's"

@@ -279,14 +279,26 @@ class FolderWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._open:
             if kind is None:
+                self._check_others()
                 self._fence()
                 Manifest(self.folder, self._files).write()
 
+    def _check_others(self) -> None:
+        """Raise if another writer, which took ours for dead, has replaced or deleted a file."""
+        found = {file.name: file.size for file in storage.list_files(self.folder)}
+        for name, record in self._files.items():
+            if found.get(name) != record.size:
+                raise storage.AlreadyExistsError(
+                    f"another process writes to {self.folder} too, and has changed {name}: let it "
+                    f"finish, or write to another address"
+                )
+
     def _make_room(self, name: str) -> None:
-        """Delete a leftover: files are only created, so that another writer's stay as they are."""
+        """Delete a leftover: what others write from now on stays, since files are only created."""
         self._check()
         if name in self._leftovers:
-            storage.delete(storage.join(self.folder, name))
+            with storage.fenced(self.folder, self._check):
+                storage.delete(storage.join(self.folder, name))
             self._leftovers.remove(name)
 
     def write(self, name: str, content: bytes) -> None:

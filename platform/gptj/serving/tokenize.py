@@ -41,6 +41,10 @@ class TokenizeRequest(TemplateFields):
             raise InvalidRequestError("/tokenize needs either prompt or messages", param="prompt")
         if self.messages is not None:
             self.check_template_fields(self.messages)
+            return
+        for name in TemplateFields.model_fields:
+            if getattr(self, name):
+                raise InvalidRequestError(f"{name} needs messages", param=name)
 
 
 class TokenizeReply(BaseModel):

@@ -253,7 +253,7 @@ def check_writable(folder: str) -> None:
                 f"overwrite a finished checkpoint; {OTHER_SERVER}"
             )
         in_parts = probe + "-in-parts"
-        upload = MultipartUpload(in_parts)
+        upload = MultipartUpload(in_parts, if_absent=True)
         written.append(in_parts)
         upload.complete([upload.send(1, b"new")])
     except BaseException:

@@ -459,8 +459,7 @@ class _Run:
             **provenance(),
         }
         if self._log is not None:  # the model comes last: once it is there, the run is complete
-            self.worker.fence()
-            self._log.publish(self.settings.folder, self._log.snapshot())
+            self._log.publish(self.settings.folder, self._log.snapshot(), self.worker.fence)
             self._log.close()
             self._delete_export(address)
         export_model(
@@ -710,8 +709,7 @@ class _Run:
                 began = time.monotonic()
                 self.worker.report(point, path, name, self.worker.fence)
                 if self._log is not None and curve is not None:
-                    self.worker.fence()
-                    self._log.publish(self.settings.folder, curve)
+                    self._log.publish(self.settings.folder, curve, self.worker.fence)
                 return time.monotonic() - began
 
         self._upload = _Upload(name, kept, stolen, self._uploader.submit(upload))

@@ -17,6 +17,7 @@ import torch
 from gptj import storage
 from gptj.extras import Extra
 from gptj.serialization.json_object import to_json
+from gptj.storage.lease import LeaseLostError
 from gptj.training.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -151,13 +152,25 @@ class ProgressLog:
         """The history so far, for another thread to publish."""
         return list(self.progress.history)
 
-    def publish(self, address: str, history: Sequence[Mapping[str, float | None]]) -> None:
+    def publish(
+        self,
+        address: str,
+        history: Sequence[Mapping[str, float | None]],
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         """Update the history, TensorBoard's files and the curve in the run's folder.
 
-        Errors are only logged: the checkpoint has the history, and the next one publishes it again.
+        Errors are only logged: the checkpoint has the history, and so has the model at the end.
+
+        Args:
+            fence: raises LeaseLostError, which is passed on: see storage.fenced.
         """
+        fence()
         try:
-            self._publish(address, history)
+            with storage.fenced(address, fence):
+                self._publish(address, history)
+        except LeaseLostError:
+            raise
         except Exception as error:  # whatever storage, TensorBoard or matplotlib raise
             logger.warning("the curve in %s is not up to date: %s", address, error)
 

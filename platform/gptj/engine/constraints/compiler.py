@@ -30,8 +30,9 @@ MAX_REFUSED = 1024  # remembered rejections
 REFUSED_SECONDS = 600.0
 MAX_WAITING = 32  # grammars waiting to be compiled
 MAX_SLOW = 8  # of those that take longer than QUICK_SECONDS
-# Of CPU time. Usual grammars take hundredths of a second, so that many bad ones delay them little.
-QUICK_SECONDS = 0.25
+# Of CPU time: usual grammars take milliseconds, an enum of 10,000 texts 0.05 s.
+QUICK_SECONDS = 0.15
+MAX_KNOWN_SLOW = 4096  # remembered, so that retries take no more time of the quick lane
 CPU_SECONDS = 3  # of CPU time, to compile a grammar
 MASK_SECONDS = 0.05  # CPU time for one token's mask
 # Stricter than llguidance's defaults, since a mask delays other requests.
@@ -84,8 +85,8 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Thread-safe.
 
-    Grammars that take longer than QUICK_SECONDS move to a lane of their own, so that others need
-    not wait for them.
+    A grammar that takes longer than QUICK_SECONDS moves to a lane of its own, and so delays others
+    by no more than that.
 
     Args:
         rows: of the model's embedding, possibly more than the tokenizer has ids.
@@ -103,6 +104,7 @@ class GrammarCompiler:
         self._refused: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
         self._pending: dict[bytes, Future[CompiledGrammar]] = {}
         self._slow: set[bytes] = set()  # of the pending
+        self._known_slow: OrderedDict[bytes, None] = OrderedDict()
         self._closed = False
         # Idle threads end with the interpreter.
         self._quick_lane = ThreadPoolExecutor(1, "grammars")
@@ -118,7 +120,7 @@ class GrammarCompiler:
             self._quick_lane.submit(self._prepared).result()
         except MissingPackageError:
             logger.info("llguidance is not installed: requests with a format will be refused")
-        except RuntimeError as error:
+        except Exception as error:
             logger.warning("the first request with a format will have to wait: %s", error)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
@@ -151,11 +153,22 @@ class GrammarCompiler:
                 return future
             if (pending := self._pending.get(key)) is not None:
                 return pending
+            if key in self._known_slow:
+                if len(self._slow) >= MAX_SLOW:
+                    raise _too_many(MAX_SLOW)
+                self._pending[key] = future
+                self._move(grammar, key)
+                return future
             if len(self._pending) - len(self._slow) >= MAX_WAITING:
                 raise _too_many(MAX_WAITING)
             self._pending[key] = future
             self._quick_lane.submit(self._try_quickly, grammar, key)
         return future
+
+    def _move(self, grammar: Grammar, key: bytes) -> None:
+        """To the slow lane. Call with the lock held."""
+        self._slow.add(key)
+        self._slow_lane.submit(self._try_slowly, grammar, key)
 
     def forget(self, key: bytes) -> None:
         """Recompile a grammar for the next request."""
@@ -203,10 +216,12 @@ class GrammarCompiler:
             self._finish(key, self._compile(grammar, key, self._prepared().quick, QUICK_SECONDS))
         except TimeoutGrammarError:
             with self._lock:
+                self._known_slow[key] = None
+                if len(self._known_slow) > MAX_KNOWN_SLOW:
+                    self._known_slow.popitem(last=False)
                 moves = len(self._slow) < MAX_SLOW and not self._closed
                 if moves:
-                    self._slow.add(key)
-                    self._slow_lane.submit(self._try_slowly, grammar, key)
+                    self._move(grammar, key)
             if not moves:
                 self._finish(key, _too_many(MAX_SLOW))
         except BaseException as error:  # Rust panics are not Exceptions

@@ -2,9 +2,9 @@
 
 The compiler is a Rust library: some inputs overflow its stack or keep it busy for hours. So each
 is tried in a fork, which is cheap to lose. The protocol is one JSON object per line: first the
-settings in, `{}` out; then for each grammar in, llguidance's form of it, an error, or the fork's
-exit status out. A grammar passes if it compiles within limits on stack, memory and time, and masks
-of some random outputs are fast.
+settings in, `{}` out; then for each grammar in, llguidance's form of it, an error, that its time
+is up, or the fork's exit status out. A grammar passes if it compiles within limits on stack, memory
+and time, and masks of some random outputs are fast.
 """
 
 from __future__ import annotations
@@ -65,12 +65,16 @@ def _in_fork(tokenizer: Any, setup: dict[str, Any], task: dict[str, Any]) -> dic
             json.dump(reply, file)
         os._exit(0)
     os.close(writer)
+    killed = False
     with open(reader) as file:
         if not select.select([file], [], [], task["seconds"])[0]:
             os.kill(child, signal.SIGKILL)
+            killed = True
         content = file.read()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
+    if killed or code == -signal.SIGPROF:
+        return {"timeout": True}
     return {"status": code} if code else json.loads(content)
 
 

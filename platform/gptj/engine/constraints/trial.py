@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,11 @@ from gptj.engine.constraints.grammar import Grammar, GrammarError
 PROGRAM = Path(__file__).with_name("process.py")
 START_SECONDS = 60  # to import the library and read the tokenizer, on a busy machine
 WALL_SECONDS = 20  # for one grammar; far above its CPU limit, for busy machines
-TIMED_OUT = (-9, -27)  # exit statuses of a try: SIGKILL after WALL_SECONDS, or SIGPROF
+# How a process ends that overflows its stack, or has no more memory. By anything else, such as the
+# system's SIGKILL for lack of memory, the grammar is not to blame.
+CRASHES = frozenset(
+    -each for each in (signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
+)
 MAX_ERROR = 500  # characters
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR")
 
@@ -48,8 +53,11 @@ class Trial:
     def run(self, grammar: Grammar, cpu_seconds: float) -> str:
         """The grammar in llguidance's form, ready to compile.
 
-        Raises GrammarError, or TimeoutGrammarError if it takes more CPU time, or WALL_SECONDS.
+        Raises GrammarError, TimeoutGrammarError if it takes more CPU time, or WALL_SECONDS, and
+        RuntimeError if something else ended the try.
         """
+        if self._process is not None and self._process.poll() is not None:
+            self._kill()  # somebody else did
         process = self._process or self._start()
         task = {
             "kind": grammar.kind,
@@ -62,10 +70,12 @@ class Trial:
         if reply is None:
             status = self._kill()
             raise RuntimeError(f"the process that compiles grammars has ended: status {status}")
-        if reply.get("status") in TIMED_OUT:
+        if "timeout" in reply:
             raise TimeoutGrammarError(
                 f"it takes more than {cpu_seconds} seconds to compile: simplify it"
             )
+        if reply.get("status", 0) not in (0, *CRASHES):
+            raise RuntimeError(f"compiling a grammar ended with status {reply['status']}")
         if "status" in reply:
             raise GrammarError("it is nested too deeply, or too large, to be compiled: simplify it")
         if "error" in reply:

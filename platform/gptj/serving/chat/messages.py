@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from gptj.chat import ChatTemplate, ChatTemplateError
+from gptj.chat.environment import new_environment
 from gptj.serving.completions.generation_request import invalid
 from gptj.serving.errors import InvalidRequestError
 from gptj.serving.requests import (
@@ -23,10 +24,11 @@ from gptj.serving.requests import (
 Content = str | list[dict[str, Any]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
-# chat_template_kwargs may not set these: they are fields of their own, or not supported.
+# chat_template_kwargs may not set these: they are fields of their own, not supported, or what
+# templates call.
 RESERVED = frozenset(
     {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
-    | {"chat_template", "tokenize"}
+    | {"chat_template", "tokenize", "stop", *new_environment().globals}
 )
 MAX_VARIABLES = 32
 MAX_VARIABLE_CHARACTERS = 2**14  # of their JSON
@@ -128,13 +130,13 @@ class TemplateFields(RequestModel):
             if messages[-1].role != "assistant":
                 raise invalid(
                     "continue_final_message",
-                    "continue_final_message needs a last message of the assistant",
+                    "continue_final_message needs the last message to have the role assistant",
                 )
         name = "chat_template_kwargs"
         given = self.chat_template_kwargs
         for reserved in given:
             if reserved in RESERVED or reserved.startswith("_"):
-                raise invalid(name, f"{name} must not have {reserved!r:.40}")
+                raise invalid(name, f"{name} must not set {reserved!r:.40}")
         try:
             size = len(checked_text(json.dumps(given, ensure_ascii=False)))
         except (ValueError, RecursionError) as error:

@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from gptj.serialization.json_object import to_json
 from gptj.serving.entry.admission import FULL, Gate
@@ -201,7 +206,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._pending_bytes = 0  # of the reply, when that began
         self._phase = "head"
         self._head_bytes = self._head_fields = 0  # parsed
-        self._unparsed_bytes = 0  # received since the last that was parsed, at least
+        # Received since the parser last reported something (a lower bound).
+        self._unparsed_bytes = 0
+        self._running: RequestResponseCycle | None = None  # `cycle` may be one that waits for it
+        self._failure: APIError | None = None  # to send after the replies to earlier requests
         self._refusing = False  # reject the current request once its body has arrived
         self._refused_at = float("-inf")
         self._pending: tuple[bytes, bool, asyncio.TimerHandle] | None = None  # a refusal
@@ -220,6 +228,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._await_rest("head", self.limits.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._request_arrived()
         self._reads_on()
         if self._pending is not None:
@@ -235,10 +247,38 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse_now()
 
     def data_received(self, data: bytes) -> None:
+        if self._failure is not None:
+            return
         self._unparsed_bytes += len(data)
         super().data_received(data)
-        if self._deadline is not None and self._unparsed_bytes > self.limits.head_bytes:
-            self._fail(self._head_too_large())  # a line without an end
+        if self._deadline is not None:
+            if self._unparsed_bytes > self.limits.head_bytes:
+                self._fail(self._head_too_large())  # a line without an end
+        elif self._is_idle():  # after blank lines, which end the time that it may stay open
+            self.url = b""
+            self._await_rest("head", self.limits.head_seconds)
+
+    def _is_idle(self) -> bool:
+        return not (
+            self._answering()
+            or self._pending is not None
+            or self.pipeline
+            or self.timeout_keep_alive_task is not None
+            or self.transport.is_closing()
+        )
+
+    def _answering(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        if self._failure is None or self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+        else:
+            self._refuse(self._failure)
 
     def on_message_begin(self) -> None:
         self._refuse_now()
@@ -378,28 +418,34 @@ class LimitedProtocol(HttpToolsProtocol):
         self._fail(error)
 
     def _fail(self, error: APIError) -> None:
-        """Answer what cannot be parsed, and close: where the next request begins is unknown."""
+        """Answer what cannot be read in its turn, and close: where the next begins is unknown."""
+        self._request_arrived()
         self._refuse_now()
-        cycle = self.cycle
-        if cycle is not None and cycle.response_started and not cycle.response_complete:
-            self._cut()  # an error in the middle of another reply would look like a part of it
-        else:
+        if not self._answering():
             self._refuse(error)
+        elif self._running is self.cycle and self.cycle.more_body:  # it is this request's body
+            if self.cycle.response_started:
+                self._cut()
+            else:
+                self._refuse(error)
+        else:
+            if self.pipeline and self.cycle.more_body:
+                self.pipeline.popleft()  # this request, whose body never arrives
+            self._failure = error
+            self.flow.pause_reading()
 
     def give_up(self, reason: str) -> None:
         """End a half-sent request."""
         self._request_arrived()
         if self.transport.is_closing():
             return
-        responding = self.cycle is not None and self.cycle.response_started
-        if responding and not self.cycle.response_complete:
-            self._cut()
-        elif responding and self._phase == "body":
+        answered = self.cycle is not None and self.cycle.response_complete
+        if self._phase == "body" and answered and self.cycle.more_body:
             self._close()  # already answered
         elif self._phase == "head" and not getattr(self, "url", b""):
             self._close()  # nothing was sent, so there is nothing to answer
         else:
-            self._refuse(RequestTimeoutError(f"the request was not sent to its end: {reason}"))
+            self._fail(RequestTimeoutError(f"the request was not sent to its end: {reason}"))
 
     def _await_rest(self, phase: str, seconds: float) -> None:
         self._phase = phase
@@ -423,9 +469,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _request_id(self) -> bytes:
         """The client's, if its head came so far; otherwise a new one."""
-        headers = getattr(self, "headers", ())  # set once a request begins
-        given = next((value for name, value in headers if name == REQUEST_ID), None)
-        return given if given is not None and given.isascii() else str(uuid.uuid4()).encode()
+        headers = self.headers or []  # None before the first request
+        given = next((value for name, value in headers if name == REQUEST_ID), b"")
+        return given if given and given.isascii() else str(uuid.uuid4()).encode()
 
     def _close(self) -> None:
         """Close once the client has read the pending reply, or after close_seconds."""

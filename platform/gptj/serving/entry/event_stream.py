@@ -137,7 +137,10 @@ class EventStream:
                 return None
             self._usage_sent = True
             return {**chunk, **self._head}
+        begun = all(choice["index"] in self._sent for choice in choices)
         rest = [new for choice in choices for new in self._rest_of(choice)]
+        if begun:
+            chunk = {name: value for name, value in chunk.items() if name != "prompt_token_ids"}
         return {**chunk, **self._head, "choices": rest} if rest else None
 
     def _rest_of(self, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
