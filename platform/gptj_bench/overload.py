@@ -1,13 +1,15 @@
 """Overload: what clients get if a service has more than it can take, and whether it stays healthy.
 
-    python -m gptj_bench.overload [--clients 400,1200] [--seconds 30] [--patient]
+    python -m gptj_bench.overload [--clients 400,1200] [--seconds 30] [--patient] [--stream]
     python -m gptj_bench.overload --rates 400,800 [--seconds 30] [--max-queue-seconds 0.2]
 
 Starts gptj_bench.local_service with one replica. Each client sends one request after another on
 its own connection, and retries at once after a refusal; with --patient it waits as long as
 `Retry-After` says. With --rates so many requests a second arrive instead, however long earlier
-ones take. --max-queue-seconds is the application's setting. Another client polls /health. Prints a
-line for each number, with the CPU seconds of the proxy, the replica and this process.
+ones take. With --stream answers are streamed, and the time to their first token is reported.
+--max-queue-seconds is the application's setting. Another client polls /health. Prints a line for
+each number, with the CPU seconds and the memory's growth of the proxy and the replica. A few
+clients, before all and five seconds after each number, show whether the service recovers.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from gptj_bench.local_service import PROMPTS, LocalService, local_service
 
 MAX_TOKENS = 32
 HEALTH_SECONDS = 0.5  # between its requests
+CALM_CLIENTS, CALM_SECONDS = 16, 10.0  # before and after an overload
+RECOVERY_SECONDS = 5.0  # to be as fast as before
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Reply:
     status: int
     headers: dict[str, str]
     body: bytes
+    first_token: float | None = None  # time.monotonic
 
 
 @dataclass
@@ -45,19 +50,32 @@ class Outcome:
     seconds: float
     statuses: Counter[int | str] = field(default_factory=Counter)
     answered: list[float] = field(default_factory=list)  # seconds each
+    first_tokens: list[float] = field(default_factory=list)  # seconds until each stream's
     refused: list[float] = field(default_factory=list)
     undeclared: int = 0  # refusals without our body, or without Retry-After
     health: Counter[int | str] = field(default_factory=Counter)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
+    growth_mb: dict[str, float] = field(default_factory=dict)  # at most, of memory in use
 
-    def note(self, reply: Reply, seconds: float) -> None:
+    def note(self, reply: Reply, start: float) -> None:
         self.statuses[reply.status] += 1
+        seconds = time.monotonic() - start
         if reply.status == 200:
             self.answered.append(seconds)
+            if reply.first_token is not None:
+                self.first_tokens.append(reply.first_token - start)
             return
         self.refused.append(seconds)
         declared = b'"error"' in reply.body and "retry-after" in reply.headers
         self.undeclared += not declared
+
+
+@dataclass(frozen=True)
+class Load:
+    number: int  # of clients; at_rate: of requests that arrive a second
+    at_rate: bool = False
+    patient: bool = False
+    stream: bool = False
 
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -69,8 +87,17 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     pairs = (line.split(": ", 1) for line in head[1:] if line)
     headers = {name.lower(): value for name, value in pairs}
-    body = await reader.readexactly(int(headers.get("content-length", "0")))
-    return Reply(int(head[0].split()[1]), headers, body)
+    status = int(head[0].split()[1])
+    if headers.get("transfer-encoding") != "chunked":
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        return Reply(status, headers, body)
+    body, first = b"", None
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        body += await reader.readexactly(size)
+        first = first or time.monotonic()
+        await reader.readexactly(2)
+    await reader.readexactly(2)
+    return Reply(status, headers, body, first)
 
 
 def request(method: str, path: str, body: bytes = b"") -> bytes:
@@ -78,9 +105,10 @@ def request(method: str, path: str, body: bytes = b"") -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def content(number: int) -> bytes:
+def content(number: int, stream: bool) -> bytes:
     """A request; its prompt depends on its number."""
-    body = {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    prompt = PROMPTS[number % len(PROMPTS)]
+    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": stream}
     return request("POST", "/v1/completions", json.dumps(body).encode())
 
 
@@ -98,7 +126,7 @@ async def attempt(
     except (OSError, asyncio.IncompleteReadError) as error:
         outcome.statuses[type(error).__name__] += 1
         return None, None
-    outcome.note(reply, time.monotonic() - start)
+    outcome.note(reply, start)
     if reply.headers.get("connection", "").lower() == "close":
         connection[1].close()
         return None, reply
@@ -106,24 +134,25 @@ async def attempt(
 
 
 async def client(
-    number: int, address: tuple[str, int], end: float, outcome: Outcome, patient: bool
+    number: int, address: tuple[str, int], end: float, outcome: Outcome, load: Load
 ) -> None:
-    connection = None
+    connection, body = None, content(number, load.stream)
     while time.monotonic() < end:
-        connection, reply = await attempt(address, connection, content(number), outcome)
-        if patient and reply is not None and reply.status != 200:
+        connection, reply = await attempt(address, connection, body, outcome)
+        if load.patient and reply is not None and reply.status != 200:
             await asyncio.sleep(float(reply.headers.get("retry-after", "1")))
     if connection is not None:
         connection[1].close()
 
 
-async def arrivals(rate: float, address: tuple[str, int], end: float, outcome: Outcome) -> None:
+async def arrivals(address: tuple[str, int], end: float, outcome: Outcome, load: Load) -> None:
     """Requests at a rate, each on a connection that is idle, or a new one."""
+    rate = load.number
     idle: list[Connection] = []
 
     async def one(number: int) -> None:
         own = idle.pop() if idle else None
-        connection, _ = await attempt(address, own, content(number), outcome)
+        connection, _ = await attempt(address, own, content(number, load.stream), outcome)
         if connection is not None:
             idle.append(connection)
 
@@ -150,10 +179,18 @@ async def watch_health(address: tuple[str, int], end: float, outcome: Outcome) -
         await asyncio.sleep(HEALTH_SECONDS)
 
 
-async def measure(
-    service: LocalService, number: int, seconds: float, patient: bool, at_rate: bool
-) -> Outcome:
-    """With `number` clients; at_rate: with as many arrivals a second."""
+async def watch_memory(
+    processes: dict[str, list[psutil.Process]], end: float, outcome: Outcome
+) -> None:
+    before = {name: memory_mb(found) for name, found in processes.items()}
+    while time.monotonic() < end:
+        for name, found in processes.items():
+            growth = round(memory_mb(found) - before[name], 1)
+            outcome.growth_mb[name] = max(outcome.growth_mb.get(name, 0.0), growth)
+        await asyncio.sleep(HEALTH_SECONDS)
+
+
+async def measure(service: LocalService, load: Load, seconds: float) -> Outcome:
     parts = urlsplit(service.url)
     assert parts.hostname
     assert parts.port
@@ -166,11 +203,13 @@ async def measure(
     }
     before = {each: cpu_seconds(each) for found in processes.values() for each in found}
     end = time.monotonic() + seconds
-    if at_rate:
-        load = [arrivals(number, address, end, outcome)]
+    if load.at_rate:
+        work = [arrivals(address, end, outcome, load)]
     else:
-        load = [client(each, address, end, outcome, patient) for each in range(number)]
-    await asyncio.gather(watch_health(address, end, outcome), *load)
+        work = [client(each, address, end, outcome, load) for each in range(load.number)]
+    served = {name: found for name, found in processes.items() if name != "client"}
+    watchers = (watch_health(address, end, outcome), watch_memory(served, end, outcome))
+    await asyncio.gather(*watchers, *work)
     outcome.cpu_seconds = {
         # A HAProxy that a reload replaced may have ended; its successor is not counted.
         name: round(sum(cpu_seconds(each) - before[each] for each in found if each.is_running()), 1)
@@ -188,17 +227,27 @@ def cpu_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def line(number: int, outcome: Outcome, at_rate: bool) -> str:
+def memory_mb(processes: list[psutil.Process]) -> float:
+    """A HAProxy that a reload replaced may have ended."""
+    return sum(each.memory_info().rss for each in processes if each.is_running()) / 1e6
+
+
+def line(load: Load, outcome: Outcome) -> str:
     rate = outcome.statuses[200] / outcome.seconds
-    unit = "requests/s" if at_rate else "clients"
+    unit = "requests/s" if load.at_rate else "clients"
+    first = (
+        f"first token p50 {_median(outcome.first_tokens):.3f} s, "
+        f"p99 {_percentile(outcome.first_tokens, 0.99):.3f} s; "
+    )
     return (
-        f"{number:5} {unit}: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s, "
-        f"p99 {_percentile(outcome.answered, 0.99):.3f} s; "
+        f"{load.number:5} {unit}: {rate:6.1f} answers/s, p50 {_median(outcome.answered):.3f} s, "
+        f"p99 {_percentile(outcome.answered, 0.99):.3f} s; {first if load.stream else ''}"
         f"{len(outcome.refused)} refused, p50 {_median(outcome.refused):.3f} s, "
         f"p99 {_percentile(outcome.refused, 0.99):.3f} s, "
         f"longest {max(outcome.refused, default=0):.3f} s, "
         f"{outcome.undeclared} of them undeclared; statuses {dict(outcome.statuses)}; "
-        f"health {dict(outcome.health)}; CPU seconds {outcome.cpu_seconds}"
+        f"health {dict(outcome.health)}; CPU seconds {outcome.cpu_seconds}; "
+        f"memory grew by {outcome.growth_mb} MB"
     )
 
 
@@ -210,6 +259,7 @@ def main() -> None:
     parser.add_argument("--rates", help="requests a second, in turn, instead of clients")
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--patient", action="store_true", help="wait as Retry-After says")
+    parser.add_argument("--stream", action="store_true", help="stream the answers")
     parser.add_argument("--max-queue-seconds", type=float, help="the application's setting")
     arguments = parser.parse_args()
     setting = {"max_queue_seconds": arguments.max_queue_seconds}
@@ -217,10 +267,16 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="gptj-overload-") as folder,
         local_service(Path(folder), replicas=1, arguments=setting) as service,
     ):
+        calm = Load(CALM_CLIENTS, stream=arguments.stream)
+        asyncio.run(measure(service, calm, CALM_SECONDS))  # warm
+        print("before:", line(calm, asyncio.run(measure(service, calm, CALM_SECONDS))), flush=True)
         at_rate = arguments.rates is not None
         for number in map(int, (arguments.rates or arguments.clients).split(",")):
-            load = measure(service, number, arguments.seconds, arguments.patient, at_rate)
-            print(line(number, asyncio.run(load), at_rate), flush=True)
+            load = Load(number, at_rate, arguments.patient, arguments.stream)
+            print(line(load, asyncio.run(measure(service, load, arguments.seconds))), flush=True)
+            time.sleep(RECOVERY_SECONDS)
+            after = asyncio.run(measure(service, calm, CALM_SECONDS))
+            print("after:", line(calm, after), flush=True)
 
 
 def _median(values: list[float]) -> float:

@@ -25,6 +25,7 @@ from gptj.storage.errors import (
 )
 from gptj.storage.listing import FileInfo
 from gptj.storage.parallel import PARALLEL, PART_BYTES, for_each
+from gptj.storage.protocol import Storage
 
 if TYPE_CHECKING:
     from gptj.storage import s3 as _s3
@@ -70,14 +71,18 @@ __all__ = [
 ]
 
 
+def _of(address: str) -> Storage:
+    return _s3 if is_s3(address) else local
+
+
 def exists(address: str) -> bool:
     """Whether there is a file at the address."""
-    return _s3.exists(address) if is_s3(address) else local.exists(address)
+    return _of(address).exists(address)
 
 
 def size(address: str) -> int:
     """A file's size in bytes; NotFoundError if it does not exist."""
-    return _s3.size(address) if is_s3(address) else local.size(address)
+    return _of(address).size(address)
 
 
 def stat(address: str) -> FileInfo:
@@ -85,7 +90,7 @@ def stat(address: str) -> FileInfo:
 
     Its `name` is its base name.
     """
-    return _s3.stat(address) if is_s3(address) else local.stat(address)
+    return _of(address).stat(address)
 
 
 def list_files(folder: str) -> list[FileInfo]:
@@ -93,7 +98,7 @@ def list_files(folder: str) -> list[FileInfo]:
 
     NotFoundError if the bucket does not exist. Files still being written are not listed.
     """
-    return _s3.list_files(folder) if is_s3(folder) else local.list_files(folder)
+    return _of(folder).list_files(folder)
 
 
 def read_bytes(address: str, start: int = 0, length: int | None = None) -> bytes:
@@ -113,9 +118,7 @@ def read_start(address: str, length: int) -> tuple[bytes, int]:
 
     NotFoundError if there is no such file.
     """
-    if is_s3(address):
-        return _s3.read_start(address, length)
-    return local.read_start(address, length)
+    return _of(address).read_start(address, length)
 
 
 def read_into(address: str, start: int, target: memoryview) -> None:
@@ -123,15 +126,15 @@ def read_into(address: str, start: int, target: memoryview) -> None:
 
     StorageError if the file ends before `target` is full.
     """
-    (_s3 if is_s3(address) else local).read_into(address, start, target)
+    _of(address).read_into(address, start, target)
 
 
 def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
-    """Fill several buffers in order from an S3 object, starting at byte `start`, in one request.
+    """Fill several buffers in order from a file, starting at byte `start`; on S3 in one request.
 
-    StorageError if the object ends before all are full.
+    StorageError if the file ends before all are full.
     """
-    _s3.read_scattered(address, start, targets)
+    _of(address).read_scattered(address, start, targets)
 
 
 def open_read(
@@ -141,18 +144,12 @@ def open_read(
 
     `buffer_bytes` is the smallest piece: use a small one for random access.
     """
-    if is_s3(address):
-        return _s3.open_read(address, buffer_bytes)
-    return local.open_read(address)
+    return _of(address).open_read(address, buffer_bytes)
 
 
 def write_bytes(address: str, content: bytes, *, if_absent: bool = False) -> None:
     """Write a whole file; with `if_absent`, AlreadyExistsError if there already is one."""
-    if is_s3(address):
-        _s3.write_bytes(address, content, if_absent=if_absent)
-        return
-    with local.open_write(address, if_absent=if_absent) as file:
-        file.write(content)
+    _of(address).write_bytes(address, content, if_absent=if_absent)
 
 
 def open_write(
@@ -165,24 +162,19 @@ def open_write(
     To S3 it is uploaded in parts while it is written: memory holds a few parts, and no disk is
     needed. `expected_size` (bytes) makes the parts large enough for a file of more than 80 GB.
     """
-    if is_s3(address):
-        return _s3.open_write(address, expected_size, if_absent=if_absent)
-    return local.open_write(address, if_absent=if_absent)
+    return _of(address).open_write(address, expected_size, if_absent=if_absent)
 
 
 def download(address: str, path: str | Path) -> None:
     """Copy a file to a local path, in parallel parts, creating the path's parent folders."""
-    copy = _s3.download if is_s3(address) else local.copy  # check the address before mkdir
+    storage = _of(address)  # checks the address before a folder is made
     local.make_folder(Path(path).parent)
-    copy(address, Path(path))
+    storage.download(address, Path(path))
 
 
 def upload(path: str | Path, address: str) -> None:
     """Copy a local file to an address, in parallel parts."""
-    if is_s3(address):
-        _s3.upload(Path(path), address)
-    else:
-        download(str(path), address)
+    _of(address).upload(Path(path), address)
 
 
 def download_folder(
@@ -206,12 +198,12 @@ def upload_folder(path: str | Path, address: str) -> list[FileInfo]:
 
 def delete(address: str) -> None:
     """Delete a file, if it exists."""
-    (_s3 if is_s3(address) else local).delete(address)
+    _of(address).delete(address)
 
 
 def delete_folder(address: str) -> None:
     """Delete all files below an address, if there are any."""
-    (_s3 if is_s3(address) else local).delete_folder(address)
+    _of(address).delete_folder(address)
 
 
 def delete_unfinished(folder: str) -> None:
@@ -219,10 +211,7 @@ def delete_unfinished(folder: str) -> None:
 
     Only for a folder that nobody else is writing to.
     """
-    if is_s3(folder):
-        _s3.abort_uploads(folder)
-    else:
-        local.delete_unfinished(folder)
+    _of(folder).delete_unfinished(folder)
 
 
 def be_patient(addresses: Iterable[str]) -> None:
@@ -259,4 +248,4 @@ def check_writable(address: str) -> None:
     Call at the start, to detect a missing bucket, another user's folder or a server without the
     required features early. Raises StorageError.
     """
-    (_s3 if is_s3(address) else local).check_writable(address)
+    _of(address).check_writable(address)

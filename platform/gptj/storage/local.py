@@ -7,7 +7,7 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -73,14 +73,28 @@ def read_into(address: str, start: int, target: memoryview) -> None:
             filled += count
 
 
+def read_scattered(address: str, start: int, targets: Sequence[memoryview]) -> None:
+    for target in targets:
+        read_into(address, start, target)
+        start += len(target)
+
+
 @contextmanager
-def open_read(address: str) -> Iterator[IO[bytes]]:
+def open_read(address: str, buffer_bytes: int = 0) -> Iterator[IO[bytes]]:
+    """The file system reads ahead by itself."""
     with explaining(address), local_path(address).open("rb") as file:
         yield file
 
 
+def write_bytes(address: str, content: bytes, *, if_absent: bool) -> None:
+    with open_write(address, if_absent=if_absent) as file:
+        file.write(content)
+
+
 @contextmanager
-def open_write(address: str, *, if_absent: bool) -> Iterator[IO[bytes]]:
+def open_write(
+    address: str, expected_size: int | None = None, *, if_absent: bool
+) -> Iterator[IO[bytes]]:
     """Write to a temporary file beside the path; sync and move it there at the end."""
     path = local_path(address)
     with explaining(address):
@@ -100,9 +114,15 @@ def open_write(address: str, *, if_absent: bool) -> Iterator[IO[bytes]]:
         _sync_folder(path.parent)
 
 
-def copy(address: str, path: Path) -> None:
+def download(address: str, path: Path) -> None:
+    """Copy a file to another path."""
     with open_read(address) as source, open_write(str(path), if_absent=False) as target:
         shutil.copyfileobj(source, target, COPY_BYTES)
+
+
+def upload(path: Path, address: str) -> None:
+    make_folder(local_path(address).parent)
+    download(str(path), local_path(address))
 
 
 def delete(address: str) -> None:

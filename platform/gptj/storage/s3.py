@@ -207,7 +207,7 @@ def delete_folder(address: str) -> None:
     _delete_keys(bucket, [file.address.removeprefix(prefix) for file in list_files(address)])
 
 
-def abort_uploads(folder: str) -> None:
+def delete_unfinished(folder: str) -> None:
     """Abort unfinished multipart uploads into a folder, to free their storage.
 
     Only warns if these credentials may not: nothing depends on it.
