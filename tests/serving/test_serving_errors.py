@@ -259,8 +259,8 @@ def test_a_huge_integer_is_refused_in_every_field(
         for name, field in model.model_fields.items():
             for value in (*HUGE, {"1": HUGEST}, "TOO LONG"):
                 is_dict = isinstance(value, dict)
-                if name == "metadata" and is_dict:
-                    continue  # has no effect, whatever is in it
+                if is_dict and field.annotation == dict[str, Any]:
+                    continue  # values are the caller's, such as a template's variables
                 fields = copy.deepcopy(body)
                 inner = fields
                 for part in path:
@@ -271,8 +271,8 @@ def test_a_huge_integer_is_refused_in_every_field(
                 if value == "TOO LONG":
                     assert_error(reply, 400, "JSON")
                     continue
-                if is_dict and field.annotation in (Any, dict[str, Any]):
-                    assert reply.status_code in (400, 422)
+                if is_dict and field.annotation is Any:
+                    assert_error(reply, 400, "")
                     continue
                 reason = "at most 1024 bits" if value in HUGE else ""
                 assert_error(reply, 422, reason)
