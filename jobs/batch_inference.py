@@ -459,7 +459,7 @@ class Answerer:
         try:
             line["custom_id"] = entry.row.text("custom_id")
             url = entry.row.text("url")
-            if (method := entry.row.values.get(METHOD, "POST")) != "POST":
+            if (method := entry.row.values.get(METHOD) or "POST") != "POST":
                 raise entry.row.error(METHOD, f"must be POST, got {shown(method)}")
         except DataError as error:
             return False, {**line, "response": None, "error": _no_request(str(error))}

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,7 +28,6 @@ from gptj.training.settings import Settings, SettingsError
 logger = logging.getLogger("finetune")
 
 GPU_SECONDS = 60.0
-LASTING = ("weights", "optimizer", "gradients")  # of host memory, for the whole run
 MARGIN = 0.15  # predictions may be this much too high: a run that might fit is not refused
 
 
@@ -68,7 +68,9 @@ class Host:
 def check_gpu_memory(
     settings: Settings, config: GPTJConfig, gpu: Gpu, host: Host | None = None
 ) -> None:
-    """SettingsError if workers clearly need more than a GPU's memory, or than their host's.
+    """SettingsError if workers clearly need more than a GPU's memory.
+
+    More than their host's is only a warning: Ray says how much was free when it started.
 
     Args:
         host: None: its memory is unknown.
@@ -83,9 +85,6 @@ def check_gpu_memory(
         if plan.host_bytes * local > host.memory:
             has = f"for each of {local} workers on a host with {host.memory / 1e9:.1f} GB"
             needed += f", and {_needed(plan.host, has)}"
-        # Without what is freed again, such as the weights that each worker loads.
-        lasting = sum(plan.host.get(name, 0) for name in LASTING)
-        too_much = too_much or lasting * local * (1 - MARGIN) > host.memory
     if fits(plan, workers, gpu.memory, **room):
         logger.info("the run will need about %s", needed)
         return
@@ -93,7 +92,8 @@ def check_gpu_memory(
         logger.warning("the run may not fit: it would need about %s", needed)
         return
     found = []
-    for change in fitting(settings, config, gpu_memory=gpu.memory, bf16=gpu.bf16, **room):
+    fitting_gpus = partial(fitting, settings, config, gpu_memory=gpu.memory, bf16=gpu.bf16)
+    for change in fitting_gpus(**room) or fitting_gpus():
         less = plan_memory(changed(settings, change), config, on_gpu=True)
         found.append(f"{words(change)} ({less.device_bytes / 1e9:.1f} GB)")
     raise SettingsError(
@@ -127,9 +127,9 @@ def roomiest_host() -> Host | None:
     hosts = []
     for node in ray.nodes():
         has = node["Resources"] if node["Alive"] else {}
-        if has.get("GPU", 0) >= 1:
+        if has.get("GPU", 0) >= 1 and "memory" in has:
             # Ray takes its object store from the memory, but a training hardly uses it.
-            size = has["memory"] + has["object_store_memory"]
+            size = has.get("memory", 0) + has.get("object_store_memory", 0)
             hosts.append(Host(int(size), int(has["GPU"])))
     return max(hosts, key=lambda host: host.memory / host.gpus, default=None)
 

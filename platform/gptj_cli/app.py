@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from gptj.extras import Extra, missing
+from gptj.extras import Extra, MissingPackageError, missing
 
 try:
     import typer
@@ -116,7 +116,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run a command; errors that a user can fix print one line, without a traceback."""
     try:
         app(args=words)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MissingPackageError) as error:
         sys.exit(f"error: {error}{_of_this_terminal(error)}")
 
 

@@ -205,7 +205,7 @@ def _make(
         target = folder / f"{name}-{suffix}"
         needed = _example_bytes(settings, source.index)
         check_room_for(f"the examples of {address}", needed, folder, EXAMPLES_REMEDY)
-        with naming_full_disk(folder, needed, EXAMPLES_REMEDY):
+        with naming_full_disk(folder, remedy=EXAMPLES_REMEDY):
             task.write(target, source, tokenizer, settings.data, labels)
         labels = task.load(target).labels
         fingerprint = Fingerprint(source.index.rows, source.digest)

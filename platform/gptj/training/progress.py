@@ -165,8 +165,8 @@ class ProgressLog:
         Args:
             fence: raises LeaseLostError, which is passed on: see storage.fenced.
         """
-        fence()
         try:
+            fence()
             with storage.fenced(address, fence):
                 self._publish(address, history)
         except LeaseLostError:
