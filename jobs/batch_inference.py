@@ -375,7 +375,7 @@ def _read(batch: dict[str, Any], plan: Any, folder: str) -> Iterator[dict[str, A
     """A part's chunks, the records of those already answered, or an error message."""
     try:
         found: Plan = ray.get(plan)
-        storage.be_patient((found.address, folder))  # which the driver has reached
+        storage.be_patient((found.address, folder))  # the driver has already reached S3
         for part in batch["part"]:
             for chunk in chunks(found, int(part)):
                 yield _pickled([Record.find(folder, chunk) or chunk])

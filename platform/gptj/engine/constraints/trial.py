@@ -57,7 +57,7 @@ class Trial:
         RuntimeError if something else ended the try.
         """
         if self._process is not None and self._process.poll() is not None:
-            self._kill()  # somebody else did
+            self._kill()  # it was killed from outside
         process = self._process or self._start()
         task = {
             "kind": grammar.kind,
