@@ -572,6 +572,7 @@ async def slow_stream(scope: Scope, receive: Receive, send: Send) -> None:
 STREAM, NEXT = request(b"GET", b"/stream"), request(b"GET", b"/next")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", [b"", NEXT, NEXT + NEXT], ids=["alone", "next", "two"])
 @pytest.mark.parametrize(
     ("bad", "status"),
