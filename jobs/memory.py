@@ -129,7 +129,7 @@ def roomiest_host() -> Host | None:
         has = node["Resources"] if node["Alive"] else {}
         if has.get("GPU", 0) >= 1 and "memory" in has:
             # Ray takes its object store from the memory, but a training hardly uses it.
-            size = has.get("memory", 0) + has.get("object_store_memory", 0)
+            size = has["memory"] + has.get("object_store_memory", 0)
             hosts.append(Host(int(size), int(has["GPU"])))
     return max(hosts, key=lambda host: host.memory / host.gpus, default=None)
 

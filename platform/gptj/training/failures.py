@@ -26,7 +26,7 @@ DISK_REMEDY = (
 )
 EXAMPLES_REMEDY = (
     "remedy: free space there, or set TMPDIR on each node to a folder with room for the data's "
-    "tokens, four bytes each"
+    "tokens, four or five bytes each"
 )
 
 

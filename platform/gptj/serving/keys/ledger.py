@@ -198,7 +198,7 @@ def headers(limits: Limits, standing: Standing) -> dict[str, str]:
     """OpenAI's x-ratelimit headers for the key's limits; for concurrency similar ones."""
     found: dict[str, str] = {}
     if limits.concurrent is not None and standing.remaining_concurrent is not None:
-        # When the next one ends is unknown, so there is no reset.
+        # No reset: nobody knows when a running request will finish.
         found["x-ratelimit-limit-concurrent-requests"] = str(limits.concurrent)
         found["x-ratelimit-remaining-concurrent-requests"] = str(standing.remaining_concurrent)
     for kind, limit, remaining, reset in (
