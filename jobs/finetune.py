@@ -36,7 +36,7 @@ from gptj.config import GPTJConfig
 from gptj.data import preparing
 from gptj.data.preparing import Plan
 from gptj.extras import missing
-from gptj.storage.lease import Claim, Lease, LeaseHeldError
+from gptj.storage.lease import Claim, Lease, LeaseHeldError, LeaseLostError
 from gptj.storage.scratch import shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.dataset import node_data, prepare_run_data
@@ -70,6 +70,7 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+    from jobs.attempts import NumberAttempts, this_attempt
     from jobs.holding import hold
     from jobs.memory import check_memory
     from jobs.preparing import write_shards
@@ -136,10 +137,12 @@ def fine_tune(
         bell: rung if the job is told to stop.
     """
     try:
-        config, longest, prepared = check_inputs(settings, shared)
+        claim.check()
+        with storage.fenced(settings.folder, claim.check):
+            config, longest, prepared = check_inputs(settings, shared)
         if not _has_fitted(settings):
             check_memory(settings, config, on_gpu, longest)
-    except (ValueError, OSError, UnrecoverableError) as error:
+    except (ValueError, OSError, UnrecoverableError, LeaseLostError) as error:
         sys.exit(f"error: {error}")
     try:
         with OnSigterm(bell):
@@ -340,7 +343,7 @@ def build_trainer(
             name=settings.run,
             storage_path=str(shared / "ray"),
             failure_config=FailureConfig(max_failures=settings.workers.max_failures),
-            callbacks=[EndAtOnce()],  # type: ignore[list-item]  # Train's callbacks, not Tune's
+            callbacks=[EndAtOnce(), NumberAttempts()],  # type: ignore[list-item]  # Train's, not Tune's
         ),
     )
 
@@ -358,13 +361,16 @@ def work(config: dict[str, Any]) -> None:
 
     notices = Notices(config["bell"])
     metrics = TrainingMetrics(settings.run)
+    claim = Claim(**config["claim"])
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
         report=keep,
         watch=metrics.point,
-        fence=Claim(**config["claim"]).check,
+        fence=claim.check,
+        fencing_token=(claim.generation, this_attempt()),
+        restarted=this_attempt() > 1,
         stop=notices.reason,
         submission=config["submission"],
         prepared=config["prepared"],

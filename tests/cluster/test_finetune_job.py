@@ -208,6 +208,10 @@ def test_a_run_resumes_after_its_worker_or_job_is_killed(
     assert resumed is not None, tail(log, 4000)
     assert 4 <= int(resumed[1]) < 40
     assert resumed[2] == "2"
+    # The submission's number, then the attempt's: the order in which the workers were started.
+    claims = storage.list_files("s3://gptj/killed/attempts")
+    tokens = [json.loads(storage.read_bytes(claim.address))["token"] for claim in claims]
+    assert tokens == [[1, 1], [1, 2]]
 
     faults = itertools.cycle(["reset", Reply(503, "SlowDown"), "lost", Reply(500, "InternalError")])
     log = tmp_path / "second"

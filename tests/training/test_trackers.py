@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 import struct
+import threading
 from collections.abc import Iterator
 from concurrent.futures import wait
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from gptj.training.failures import StoppedError
 from gptj.training.packages import check_packages
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.trackers import Trackers
+from gptj_local.processes import HOST
 
 # Each takes a second to import, which not each process has to.
 mlflow = extras.Extra("mlflow", "these tests")
@@ -163,27 +167,99 @@ def test_a_tracker_that_is_down_as_a_run_resumes_costs_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A worker's restart does not end the run, and the other tracker goes on."""
-    monkeypatch.setattr(trackers, "WandbTracker", refuse)
+    monkeypatch.setattr(trackers.WandbTracker, "__init__", refuse)
     settings = settings_of(tmp_path, mlflow=file_store, wandb="team/gptj")
     with pytest.raises(SettingsError, match=r"tracking\.wandb=team/gptj: the server is gone"):
         Trackers.open(settings, tmp_path)
+    before = {"mlflow": file_store, "wandb": "team/gptj"}
     with caplog.at_level(logging.WARNING, "gptj.training.trackers"):
-        with Trackers.open(settings, tmp_path, resumes=True) as found:
+        with Trackers.open(settings, tmp_path, before=before) as found:
             found.point(POINTS[0])
     assert [type(each).__name__ for each in found._trackers] == ["MLflowTracker"]
     assert "without tracking.wandb=team/gptj until the next restart: the server" in caplog.text
 
 
-@pytest.mark.parametrize("resumes", [False, True])
-def test_only_a_run_without_a_checkpoint_needs_its_trackers(
-    resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def down(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an MLflow server that is not there."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server((HOST, 0)) as server:
+        port = server.getsockname()[1]
+    return f"http://{HOST}:{port}"
+
+
+@pytest.mark.parametrize(
+    ("before", "restarted", "refused"),
+    [
+        (None, False, True),  # a new run
+        ({}, False, True),  # the setting is new, or has changed: it may be mistyped
+        ({"mlflow": "http://mlflow"}, False, True),
+        ({"mlflow": "the same"}, False, False),
+        (None, True, False),  # of a submission that has begun
+    ],
+)
+def test_a_tracker_that_is_down_ends_a_run_only_if_it_never_worked(
+    before: dict[str, str] | None,
+    restarted: bool,
+    refused: bool,
+    down: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trackers, "MLflowTracker", refuse)
     monkeypatch.setattr(loop, "agree", lambda value: value)
-    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse)
-    settings = settings_of(tmp_path, mlflow="http://mlflow")
-    with nullcontext() if resumes else pytest.raises(SettingsError):
-        loop._trackers(settings, worker, tmp_path, resumes=resumes)
+    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse, restarted=restarted)
+    settings = settings_of(tmp_path, mlflow=down)
+    if before == {"mlflow": "the same"}:
+        before = {"mlflow": down}
+    with pytest.raises(SettingsError, match=down) if refused else nullcontext():
+        loop._trackers(settings, worker, tmp_path, before)
+
+
+@pytest.mark.parametrize(("status", "refused"), [(401, True), (404, True), (503, False)])
+def test_a_resumed_run_needs_the_trackers_consent_but_not_its_presence(
+    status: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials are given anew to each submission, and can be wrong."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+    with HTTPServer((HOST, 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = settings_of(tmp_path, mlflow=f"http://{HOST}:{server.server_port}")
+        before = {"mlflow": settings.tracking.mlflow}
+        try:
+            with pytest.raises(SettingsError, match=str(status)) if refused else nullcontext():
+                Trackers.open(settings, tmp_path, before=before)
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("mlflow:5000", "has no scheme; remedy: http://mlflow:5000 or https://mlflow:5000"),
+        ("127.0.0.1:5000", "has no scheme; remedy: http://127.0.0.1:5000"),
+        ("[::1]:5000/prefix", r"has no scheme; remedy: http://\[::1\]:5000/prefix"),
+        ("my_host.example.com:80", "has no scheme"),
+        ("http:/mlflow:5000", "names no host; remedy: as in http://mlflow:5000"),
+        ("https://", "names no host"),
+    ],
+)
+def test_a_server_without_scheme_or_host_is_refused(uri: str, message: str) -> None:
+    """MLflow would take it for a folder, or name neither the setting nor the remedy."""
+    with pytest.raises(SettingsError, match=rf"tracking\.mlflow.*{message}"):
+        read_settings([f"tracking.mlflow='{uri}'"])
+
+
+def test_other_addresses_of_mlflow_are_accepted() -> None:
+    for uri in (
+        *("http://mlflow:5000", "./mlflow:5000", "mlruns", "databricks", "databricks://work"),
+        *("sqlite:///a.db", "postgresql+psycopg2://u:p@db:5432/mlflow", "file:runs"),
+    ):
+        assert read_settings([f"tracking.mlflow={uri}"]).tracking.mlflow == uri
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -246,5 +322,6 @@ def test_a_missing_package_is_named_before_the_run_begins(
 def test_a_project_may_have_an_entity() -> None:
     for name in ("gptj", "team/gptj"):
         assert read_settings([f"tracking.wandb={name}"]).tracking.wandb == name
-    with pytest.raises(SettingsError, match=r"tracking\.wandb"):
-        read_settings(["tracking.wandb=a/b/c"])
+    for wrong in ("a/b/c", "https://wandb.ai", "a:b", "a" * 129):
+        with pytest.raises(SettingsError, match=r"tracking\.wandb"):
+            read_settings([f"tracking.wandb={wrong}"])

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import boto3
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -1015,6 +1017,51 @@ def test_a_late_worker_of_an_earlier_attempt_alters_no_checkpoint(
     assert [checkpoint_step(address) for address in addresses] == [3, 3]
 
 
+def test_a_delayed_attempt_does_not_take_the_run_from_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers were slow to start: Ray has given them up, and started others since."""
+    monkeypatch.setattr(loop, "agree", lambda value: value)
+    settings = Settings(run="run", storage=str(tmp_path))
+    delayed, live = (
+        Worker(0, 1, torch.device("cpu"), lambda *_: None, fencing_token=(1, number))
+        for number in (1, 2)
+    )
+    live, _ = loop._begin_attempt(settings, live)
+    with pytest.raises(LeaseLostError, match="started later has already taken over"):
+        loop._begin_attempt(settings, delayed)
+    live.fence()
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_an_attempt_discards_what_dead_ones_were_uploading(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A later one may live; and others write elsewhere in the run's folder."""
+    earlier = ["checkpoint-00000004/shard.safetensors", "checkpoint-00000005-attempt-0002/shard"]
+    others = ["checkpoint-00000005-attempt-0003/shard", "data/train/shard", "model/shard"]
+    folder = str(tmp_path)
+    if kind == "s3":
+        request.getfixturevalue("s3")
+        client, folder = boto3.Session().client("s3"), f"s3://gptj/{secrets.token_hex(4)}"
+        bucket, key = storage.split_s3(folder)
+        for name in (*earlier, *others):
+            client.create_multipart_upload(Bucket=bucket, Key=f"{key}/{name}")
+    else:
+        for name in (*earlier, *others):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{name}.1a2b3c4d.unfinished").write_bytes(b"half")
+    delete_unfinished_checkpoints(folder, 2)
+    if kind == "s3":
+        uploads = client.list_multipart_uploads(Bucket=bucket, Prefix=f"{key}/")["Uploads"]
+        left = [upload["Key"].removeprefix(f"{key}/") for upload in uploads]
+    else:
+        suffix = ".1a2b3c4d.unfinished"
+        paths = tmp_path.rglob(f"*{suffix}")
+        left = [path.relative_to(tmp_path).as_posix().removesuffix(suffix) for path in paths]
+    assert sorted(left) == others
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_upload_of_an_earlier_attempt_does_not_complete_what_the_next_has_deleted(
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1042,7 +1089,7 @@ def test_an_upload_of_an_earlier_attempt_does_not_complete_what_the_next_has_del
         """The next attempt begins meanwhile."""
         if path.name == "shard.safetensors":
             loop._begin_attempt(settings, first)
-            delete_unfinished_checkpoints(settings.folder)
+            delete_unfinished_checkpoints(settings.folder, 2)
         upload(path, to)
 
     monkeypatch.setattr(storage, "upload", slow)
@@ -1114,7 +1161,7 @@ def test_shards_of_dead_ranks_do_not_join_the_next_checkpoint(tmp_path: Path) ->
         storage.write_bytes(str(left / file), b"{}")
     storage.write_bytes(str(kept / "manifest-00000-of-00001.json"), b"{}")
     storage.write_bytes(str(tmp_path / "data" / "train" / "index.json"), b"{}")
-    delete_unfinished_checkpoints(str(tmp_path))
+    delete_unfinished_checkpoints(str(tmp_path), 1)
     storage.write_bytes(str(left / "manifest-00000-of-00002.json"), b"{}")
     assert latest_checkpoint(str(tmp_path)) == str(kept)
     assert (tmp_path / "data" / "train" / "index.json").exists()
@@ -1185,6 +1232,13 @@ def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
         storage.write_bytes(str(manifest), b"{}")
     run.progress.best = {"step": 4, "score": 2.0, "metrics": {}, "kept": True}
     run._log, run._trackers = object(), Trackers([])
+    lost = False
+
+    def fence() -> None:
+        if lost:
+            raise LeaseLostError("taken over")
+
+    run.worker = Worker(0, 1, torch.device("cpu"), lambda *_: None, fence=fence)
     done: Future[float] = Future()
     done.set_result(0.0)
     run._upload = loop._Upload("checkpoint-00000003", 1, 0.0, done)
@@ -1192,6 +1246,11 @@ def test_the_best_checkpoint_is_kept_until_a_better_one_is_saved(
     run._finish_upload()
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["checkpoint-00000001", "checkpoint-00000003"]
+    lost = True  # and whoever has the run now may be resuming from any of them
+    run._upload = loop._Upload("checkpoint-00000003", None, 0.0, done)
+    with pytest.raises(LeaseLostError):
+        run._finish_upload()
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_all_that_a_checkpoint_takes_from_the_steps_is_logged(

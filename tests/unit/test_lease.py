@@ -90,6 +90,19 @@ def test_a_stalled_holder_finds_the_lease_lost(
             stalled.claim.check()
 
 
+def test_a_late_process_does_not_take_over_from_one_started_later(folder: str) -> None:
+    """The token says which was started later, whenever they get to claim the folder."""
+    storage.write_bytes(f"{folder}/00000001.json", b'{"owner": "of a version without tokens"}')
+    first, third = take_over(folder, (1, 2)), take_over(folder, (2, 1))
+    for late in ((), (1, 2), (1, 3), (2, 0)):
+        with pytest.raises(LeaseLostError, match=r"started later .* token \(2, 1\), ours is \("):
+            take_over(folder, late)
+    third.check()
+    with pytest.raises(LeaseLostError):
+        first.check()
+    take_over(folder, (2, 2)).check()
+
+
 def test_only_a_later_claim_or_none_at_all_ends_a_claim(folder: str) -> None:
     """A node may list a shared folder late, so that its own attempt's claim is not there yet."""
     first, second = take_over(folder), take_over(folder)

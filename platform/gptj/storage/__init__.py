@@ -206,12 +206,13 @@ def delete_folder(address: str) -> None:
     _of(address).delete_folder(address)
 
 
-def delete_unfinished(folder: str) -> None:
+def delete_unfinished(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> None:
     """Delete the unlisted leftovers of writers that were killed.
 
-    Only for a folder that nobody else is writing to.
+    Args:
+        chosen: which files, by their names relative to the folder; nobody may be writing them.
     """
-    _of(folder).delete_unfinished(folder)
+    _of(folder).delete_unfinished(folder, chosen)
 
 
 def be_patient(addresses: Iterable[str]) -> None:

@@ -67,18 +67,34 @@ class Claim:
             )
 
 
-def take_over(folder: str) -> Claim:
+def take_over(folder: str, token: tuple[int, ...] = ()) -> Claim:
     """Claim a folder at once, whoever has it: `check` fails for all earlier claims.
 
     Args:
         folder: holds only such claims.
+        token: a fencing token: never takes over from a claim with a larger one, however late this
+            process is.
+
+    Raises:
+        LeaseLostError: if a claim has a larger token.
     """
     owner = secrets.token_hex(16)
     while True:
+        newest = _newest(folder)
+        larger = _token(folder, newest) if newest else ()
+        if larger is None:
+            continue  # deleted by a newer claim
+        if larger > token:
+            raise LeaseLostError(
+                f"a process that was started later has already taken over, according to {folder} "
+                f"(generation {newest}, with the token {larger}, ours is {token}): this one must "
+                f"no longer write"
+            )
         try:
-            return Claim(folder, _write_next(folder, _newest(folder), {"owner": owner}), owner)
+            fields = {"owner": owner, "token": token}
+            return Claim(folder, _write_next(folder, newest, fields), owner)
         except storage.AlreadyExistsError:
-            continue  # another process was faster, and then we are later
+            continue  # another process was faster
 
 
 class Lease:
@@ -203,11 +219,22 @@ def _newest(folder: str) -> int:
 
 
 def _read(folder: str, generation: int) -> _Record | None:
+    fields = _read_fields(folder, generation)
+    return None if fields is None else _Record(**fields)
+
+
+def _token(folder: str, generation: int) -> tuple[int, ...] | None:
+    """A claim's fencing token; None if there is no such claim."""
+    fields = _read_fields(folder, generation)
+    return None if fields is None else tuple(fields.get("token", ()))  # versions before had none
+
+
+def _read_fields(folder: str, generation: int) -> dict[str, Any] | None:
     try:
         fields: dict[str, Any] = json.loads(storage.read_bytes(_address(folder, generation)))
     except storage.NotFoundError:
         return None
-    return _Record(**fields)
+    return fields
 
 
 def _is_dead(record: _Record) -> bool:

@@ -7,7 +7,7 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -136,10 +136,13 @@ def delete_folder(address: str) -> None:
             shutil.rmtree(local_path(address))
 
 
-def delete_unfinished(folder: str) -> None:
+def delete_unfinished(folder: str, chosen: Callable[[str], bool]) -> None:
     """Delete temporary files below a folder, left by writers that were killed."""
-    for path in local_path(folder).rglob(f"*{_UNFINISHED}"):
-        delete(str(path))
+    root = local_path(folder)
+    for path in root.rglob(f"*{_UNFINISHED}"):
+        written = path.with_name(path.name.removesuffix(_UNFINISHED).rpartition(".")[0])
+        if chosen(written.relative_to(root).as_posix()):
+            delete(str(path))
 
 
 def check_writable(folder: str) -> None:

@@ -5,7 +5,7 @@ gptj.storage documents the functions, and chooses the module by the address.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol
@@ -44,6 +44,6 @@ class Storage(Protocol):
 
     def delete_folder(self, address: str) -> None: ...
 
-    def delete_unfinished(self, folder: str) -> None: ...
+    def delete_unfinished(self, folder: str, chosen: Callable[[str], bool]) -> None: ...
 
     def check_writable(self, folder: str) -> None: ...

@@ -207,7 +207,7 @@ def delete_folder(address: str) -> None:
     _delete_keys(bucket, [file.address.removeprefix(prefix) for file in list_files(address)])
 
 
-def delete_unfinished(folder: str) -> None:
+def delete_unfinished(folder: str, chosen: Callable[[str], bool]) -> None:
     """Abort unfinished multipart uploads into a folder, to free their storage.
 
     Only warns if these credentials may not: nothing depends on it.
@@ -219,6 +219,8 @@ def delete_unfinished(folder: str) -> None:
             pages = client().get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=bucket, Prefix=prefix):
                 for upload in page.get("Uploads", []):
+                    if not chosen(upload["Key"].removeprefix(prefix)):
+                        continue
                     logger.info(
                         "aborting an unfinished upload of s3://%s/%s", bucket, upload["Key"]
                     )

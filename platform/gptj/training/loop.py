@@ -99,6 +99,11 @@ class Worker:
     watch: Callable[[dict[str, float]], None] = lambda point: None
     # Raises if another submission of the run has taken over; called before a rank writes.
     fence: Callable[[], None] = lambda: None
+    # Orders the run's attempts by when they were started, rather than by when they get to run: an
+    # earlier one that was delayed does not take the run from a later one.
+    fencing_token: tuple[int, ...] = ()
+    # Whether this submission's workers were started before: its settings have been accepted.
+    restarted: bool = False
     # Returns the reason if the run should stop; ranks may learn it at different times.
     stop: Callable[[], str | None] = lambda: None
     # Names the tokenized data that a node's processes share; None: rank 0 generates a name.
@@ -130,11 +135,13 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         return {}  # the run was killed just after its export
     worker, attempt = _begin_attempt(settings, worker)
     if worker.rank == 0:  # the others wait below
-        delete_unfinished_checkpoints(settings.folder)
+        delete_unfinished_checkpoints(settings.folder, attempt)
     checkpoint = agree(latest_checkpoint(settings.folder) if worker.rank == 0 else None)
     progress = Progress(world_size=worker.world_size, settings=settings.model_dump(mode="json"))
+    tracking: dict[str, Any] | None = None
     if checkpoint is not None:
         progress = check_resumable(settings, checkpoint)
+        tracking = progress.settings.get("tracking", {})
         progress.settings = settings.model_dump(mode="json")
         progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
@@ -143,7 +150,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
-        _trackers(settings, worker, scratch, resumes=checkpoint is not None) as trackers,
+        _trackers(settings, worker, scratch, tracking) as trackers,
     ):
         tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
@@ -188,11 +195,15 @@ def _begin_attempt(settings: Settings, worker: Worker) -> tuple[Worker, int]:
     Returns:
         the worker, whose `fence` also raises once another attempt has taken over, and the attempt's
         number, from 1.
+
+    Raises:
+        LeaseLostError: if an attempt that was started later already has the run.
     """
     outer, taken = worker.fence, None
     if worker.rank == 0:
         outer()
-        taken = json.dumps(asdict(take_over(storage.join(settings.folder, ATTEMPTS))))
+        claims = storage.join(settings.folder, ATTEMPTS)
+        taken = json.dumps(asdict(take_over(claims, worker.fencing_token)))
     claim = Claim(**json.loads(agree(taken) or ""))
 
     def fence() -> None:
@@ -488,6 +499,7 @@ class _Run:
             storage.delete(manifest)  # first: it marks the folder as a model
             self.worker.fence()
             storage.delete_folder(address)
+            storage.delete_unfinished(address)
 
     def _step(self, engine: Any, data: Data, loader: Loader) -> None:
         """Run one optimizer step; this rank computes its share of the global batch."""
@@ -727,6 +739,7 @@ class _Run:
         dist.barrier()
         self._checkpoint_address = storage.join(self.settings.folder, upload.name)
         if self._log is not None:
+            self.worker.fence()  # another attempt may be resuming from an old one
             # Not progress.best: a better one since then is unsaved, and a resumed run would need
             # the older.
             keep = self.settings.keep_checkpoints
@@ -793,12 +806,18 @@ def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
     return norm
 
 
-def _trackers(settings: Settings, worker: Worker, scratch: Path, *, resumes: bool) -> Trackers:
-    """Open the trackers on rank 0. Raises SettingsError on all ranks."""
+def _trackers(
+    settings: Settings, worker: Worker, scratch: Path, before: Mapping[str, Any] | None
+) -> Trackers:
+    """Open the trackers on rank 0. Raises SettingsError on all ranks.
+
+    Args:
+        before: see Trackers.open.
+    """
     trackers, fault = Trackers([]), None
     if worker.rank == 0:
         try:
-            trackers = Trackers.open(settings, scratch, resumes=resumes)
+            trackers = Trackers.open(settings, scratch, before=before, restarted=worker.restarted)
         except SettingsError as error:
             fault = str(error)
     if (message := agree(fault)) is not None:

@@ -207,6 +207,7 @@ class AdapterSettings(Section):
         return LoRAConfig(**self.model_dump(exclude={"quantization"}), modules_to_save=heads)
 
 
+_HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:]+\]):\d+(/.*)?")
 _SQLITE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)(?P<query>.*)")
 
 
@@ -225,13 +226,25 @@ def absolute_tracking_uri(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri))
 
 
+def _tracking_uri(uri: str) -> str:
+    if _HOST_AND_PORT.fullmatch(uri):  # to MLflow a folder, or an unknown scheme
+        raise ValueError(
+            f"{uri!r} has no scheme; remedy: http://{uri} or https://{uri} for a server, ./{uri} "
+            f"for a folder"
+        )
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and not parts.hostname:
+        raise ValueError(f"{uri!r} names no host; remedy: as in {parts.scheme}://mlflow:5000")
+    return uri
+
+
 class TrackingSettings(Section):
     """Experiment trackers besides TensorBoard (gptj.training.trackers)."""
 
     # MLflow's tracking URI, such as http://mlflow:5000, or a folder; None: nowhere.
-    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    mlflow: Annotated[str, Field(min_length=1), AfterValidator(_tracking_uri)] | None = None
     # Weights & Biases' PROJECT or ENTITY/PROJECT; WANDB_MODE=offline keeps it in the run's folder.
-    wandb: Annotated[str, Field(pattern=r"^([^/]+/)?[^/]+$")] | None = None
+    wandb: Annotated[str, Field(pattern=r"^([^/]+/)?[^/\\#?%:]{1,128}$")] | None = None
 
 
 class WorkerSettings(Section):

@@ -33,7 +33,7 @@ from gptj.training.settings import MAY_CHANGE, Settings, SettingsError, changed,
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)(-attempt-\d+)?")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)(?:-attempt-(\d+))?")
 OLD = "zero/"  # where versions until 0.1 kept DeepSpeed's own files
 
 
@@ -158,11 +158,20 @@ def delete_old_checkpoints(folder: str, keep: int, best: int | None = None) -> N
         logger.warning("cannot delete an old checkpoint in %s: %s", folder, error)
 
 
-def delete_unfinished_checkpoints(folder: str) -> None:
-    """Delete incomplete checkpoints left by dead ranks; call before the ranks of a retry start."""
+def delete_unfinished_checkpoints(folder: str, attempt: int) -> None:
+    """Delete what dead ranks left of incomplete checkpoints, and abort their uploads.
+
+    Call when an attempt begins. Those of later attempts stay: this one may have been overtaken.
+    """
+
+    def is_ours(name: str) -> bool:
+        found = _CHECKPOINT.fullmatch(name.partition("/")[0])
+        return found is not None and int(found[2] or 1) <= attempt
+
     for name, complete in _checkpoints(folder).items():
-        if not complete:
+        if not complete and is_ours(name):
             storage.delete_folder(storage.join(folder, name))
+    storage.delete_unfinished(folder, is_ours)
 
 
 def check_resumable(settings: Settings, address: str) -> Progress:

@@ -51,6 +51,12 @@ class Tracker(ABC):
     @abstractmethod
     def close(self, ending: Ending) -> None: ...
 
+    @staticmethod
+    @abstractmethod
+    def is_refusal(error: Exception) -> bool:
+        """Whether opening failed because of the address or the credentials: trying later is no
+        use."""
+
 
 class Trackers:
     """All of a run's trackers; a context manager.
@@ -62,18 +68,28 @@ class Trackers:
         self._trackers = trackers
 
     @classmethod
-    def open(cls, settings: Settings, scratch: Path, *, resumes: bool = False) -> Trackers:
+    def open(
+        cls,
+        settings: Settings,
+        scratch: Path,
+        *,
+        before: Mapping[str, Any] | None = None,
+        restarted: bool = False,
+    ) -> Trackers:
         """Open the settings' trackers.
 
+        One that has worked for this run before may be down now: it costs a warning, not the run.
+
         Args:
-            resumes: whether the run has a checkpoint. Then a tracker that fails, as its server may
-                be down, costs a warning rather than the run.
+            before: settings.tracking of the checkpoint that the run resumes from, if any.
+            restarted: whether this is a restart with unchanged settings, which nobody watches.
 
         Raises:
-            SettingsError: with the library's message, if one fails.
+            SettingsError: with the library's message, if another one fails, or one refuses the
+                address or the credentials.
         """
         found: list[Tracker] = []
-        kinds: list[tuple[str, str | None, Callable[[Settings, Path], Tracker]]] = [
+        kinds: list[tuple[str, str | None, type[MLflowTracker] | type[WandbTracker]]] = [
             ("mlflow", settings.tracking.mlflow, MLflowTracker),
             ("wandb", settings.tracking.wandb, WandbTracker),
         ]
@@ -83,7 +99,8 @@ class Trackers:
             try:
                 found.append(kind(settings, scratch))
             except Exception as error:  # both libraries pass on any error of their transports
-                if resumes:
+                known = before is not None and before.get(name) == given
+                if restarted or (known and not kind.is_refusal(error)):
                     logger.warning(
                         "going on without tracking.%s=%s until the next restart: %s",
                         name,
@@ -93,7 +110,10 @@ class Trackers:
                     continue
                 for each in found:
                     each.close("failed")
-                raise SettingsError(f"tracking.{name}={given}: {error}") from error
+                raise SettingsError(
+                    f"tracking.{name}={given}: {error}; remedy: correct it or the credentials in "
+                    f"the workers' environment, or leave it out"
+                ) from error
         return cls(found)
 
     def __enter__(self) -> Trackers:
@@ -184,6 +204,13 @@ class MLflowTracker(Tracker):
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
+    @staticmethod
+    def is_refusal(error: Exception) -> bool:
+        """If the server, or the library before it asked one, reports a client error of HTTP."""
+        if not isinstance(error, mlflow.exceptions.MlflowException):
+            return False
+        return 400 <= int(error.get_http_status_code()) < 500
+
 
 class WandbTracker(Tracker):
     """Logs to a W&B project. Offline runs are copied to the run's folder."""
@@ -223,6 +250,10 @@ class WandbTracker(Tracker):
             # run, not even the first record may be there. This ends the service, which no other run
             # of a training process uses, and waits for it.
             wandb.teardown(exit_code=code)
+
+    @staticmethod
+    def is_refusal(error: Exception) -> bool:
+        return isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError))
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
