@@ -271,6 +271,7 @@ def check_inputs(settings: Settings, shared: Path) -> tuple[GPTJConfig, int, dic
     checkpoint = latest_checkpoint(settings.folder)
     if checkpoint is not None:
         progress = check_resumable(settings, checkpoint)
+        settings = settings.pinned((progress.start or {}).get("commit"))
     logger.info("reading the data")
     tokenizer = prepare_tokenizer(settings)
     prepared = prepare_run_data(settings, tokenizer, checkpoint, partial(_prepare, settings))

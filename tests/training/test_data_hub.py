@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.data.hub import check_one_split
 from gptj.data.rows import DataError
 from gptj.storage.addresses import AddressError, normalized, split_hub_data
+from gptj.tokenizer import GPTJTokenizer
 from gptj_local.processes import free_ports
-from tests.unit.test_hub import GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
+from tests.unit.test_hub import BRANCHES, GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
 
 DATA = f"hf://datasets/{REPOSITORY}"
 
@@ -91,6 +94,62 @@ except Exception as error:
     (port,) = free_ports(1)
     (unreachable,) = client.run(f"http://127.0.0.1:{port}", asked)
     assert unreachable.startswith(f"UnreachableError {DATA}: the Hugging Face hub does not answer")
+
+
+@pytest.mark.slow
+def test_a_runs_record_names_the_commits_that_it_read_and_it_resumes_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Branches move: here the model's, and it has other weights, before the run resumes."""
+    config = GPTJConfig(vocab_size=280, n_positions=16, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    tokenizer = GPTJTokenizer.train(["a text to learn from"], 280)
+    versions = {}
+    for commit in (OLD, MAIN):
+        folder = tmp_path / commit
+        model = GPTJForCausalLM(config)
+        model.save_pretrained(str(folder), tokenizer=tokenizer)
+        versions[commit] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        versions[commit]["rows.jsonl"] = lines("a text", "to learn", "from")
+    (port,) = free_ports(1)
+    program = f"""
+import os, torch
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", RANK="0", LOCAL_RANK="0")
+os.environ |= dict(WORLD_SIZE="1")
+from gptj import storage
+from gptj.training import loop
+from gptj.training.settings import Settings
+from gptj.training.state import upload_state
+loop.matrix_peak = lambda device, dtype: 1e12
+settings = Settings(
+    run="run", storage={str(tmp_path)!r}, steps=int(os.environ["STEPS"]), batch_size=2,
+    model=dict(checkpoint={REPOSITORY!r}, revision="old"), adapter={{}},
+    data=dict(train="{DATA}@main/rows.jsonl", sequence_length=16),
+)
+def report(metrics, folder, name, fence):
+    upload_state(folder, storage.join(settings.folder, name), 0, 1, fence)
+torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+loop.train(settings, loop.Worker(0, 1, torch.device("cpu"), report))
+"""
+
+    def train(steps: int) -> dict[str, Any]:
+        monkeypatch.setenv("STEPS", str(steps))
+        client.run(hub.endpoint, program)
+        training: dict[str, Any] = json.loads((tmp_path / "run/model/training.json").read_text())
+        return training
+
+    with serving(Hub(versions)) as hub:
+        client = Client(tmp_path / "cache")
+        trained = train(1)
+        assert trained["checkpoint"]["revision"] == "old"
+        assert trained["checkpoint"]["commit"] == OLD
+        assert trained["data"]["train"]["commit"] == MAIN
+        assert trained["settings"]["model"]["revision"] == "old"
+        base = json.loads((tmp_path / "run/model/base.json").read_text())
+        assert base["commit"] == OLD
+        monkeypatch.setitem(BRANCHES, "old", MAIN)
+        extended = train(2)
+        assert extended["steps"] == 2
+        assert extended["checkpoint"] == trained["checkpoint"]
 
 
 def test_addresses_of_the_hub() -> None:

@@ -25,17 +25,19 @@ class Base:
         address: a folder, an `s3://` address or a hub id.
         revision: branch, tag or commit of a hub id.
         digest: of its manifest (Manifest.digest); None if there is none, or it is unknown.
+        commit: of a hub id, what the revision stood for; None if that is unknown.
     """
 
     address: str
     revision: str | None = None
     digest: str | None = None
+    commit: str | None = None
 
     @classmethod
     def at(cls, address: str, revision: str | None = None) -> Base:
         """The model currently at an address. FileNotFoundError if there is none."""
         with ModelFolder.open(address, revision=revision, files=()) as folder:
-            return cls(address, revision, digest_of(folder))
+            return cls(address, revision, digest_of(folder), folder.commit)
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Base:
@@ -63,7 +65,8 @@ class Base:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"address": self.address, "revision": self.revision, "digest": self.digest}
+        found = {"address": self.address, "revision": self.revision, "digest": self.digest}
+        return found if self.commit is None else {**found, "commit": self.commit}
 
     def check(self, adapter: str, found: Base) -> None:
         """CheckpointError if `found` is not the model that the adapter was trained on."""

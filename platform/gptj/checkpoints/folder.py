@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptj import storage
 from gptj.checkpoints.cache import CheckpointCache, Lease
-from gptj.checkpoints.hub import locate
+from gptj.checkpoints.hub import commit_of, locate
 from gptj.checkpoints.manifest import MANIFEST, Manifest, nothing_at, read_small, read_verified
 from gptj.checkpoints.weights import KINDS, read_weights, weight_files
 from gptj.errors import CheckpointError
@@ -136,6 +136,11 @@ class ModelFolder:
     def __contains__(self, name: str) -> bool:
         """Whether the folder has a file, by its manifest or, without one, its listing."""
         return (self.manifest is not None and name in self.manifest.files) or name in self._listed
+
+    @property
+    def commit(self) -> str | None:
+        """Of a hub id, the commit that its revision stands for."""
+        return commit_of(self.address) if self._from_hub else None
 
     @property
     def is_adapter(self) -> bool:

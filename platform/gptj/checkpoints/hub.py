@@ -20,6 +20,7 @@ errors = Extra("huggingface_hub.errors", "the Hugging Face hub", "huggingface_hu
 httpx2 = Extra("httpx2", "the Hugging Face hub")
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_SNAPSHOT = re.compile(r".*/snapshots/([0-9a-f]{40})")
 
 
 def locate(
@@ -82,6 +83,12 @@ def locate(
             f"{address!r} is not an existing folder or an s3:// address, and could not be "
             f"downloaded as a hub id: {error}"
         ) from error
+
+
+def commit_of(folder: str) -> str | None:
+    """The commit whose files `locate` has downloaded to a folder; None if that is unknown."""
+    found = _SNAPSHOT.fullmatch(Path(folder).as_posix())
+    return None if found is None else found[1]
 
 
 def upload(

@@ -22,7 +22,7 @@ from gptj.data.rows import DataError, Row, refuse_row
 from gptj.data.shards import TaskName, from_parquet
 from gptj.errors import CheckpointError
 from gptj.serialization.json_object import parse_object
-from gptj.storage.addresses import HUB_DATA, SAMPLE
+from gptj.storage.addresses import HUB_DATA, SAMPLE, split_hub_data
 from gptj.tokenizer import GPTJTokenizer
 
 if TYPE_CHECKING:
@@ -112,6 +112,13 @@ class Prepared:
     def source(self) -> str:
         """The address of the raw data."""
         return str(self.index.settings.get("address", self.address))
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the hub's data set that it was made from, if it was."""
+        parts = self.index.settings.get("parts") or [[""]]
+        file = parts[0][0]
+        return split_hub_data(file)[1] if file.startswith(HUB_DATA) else None
 
     @property
     def label_names(self) -> LabelNames | None:

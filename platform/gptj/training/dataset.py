@@ -54,6 +54,7 @@ class TaskData(NamedTuple):
     train: Data
     evaluation: Data | None
     fingerprints: dict[str, Fingerprint]  # by name: "train", "evaluation"
+    commits: dict[str, str]  # of those that are on the hub, by name
 
 
 def prepare_run_data(
@@ -125,6 +126,7 @@ def node_data(
         task.load(folder / found["train"]["folder"]),
         task.load(folder / found["evaluation"]["folder"]) if "evaluation" in found else None,
         {name: Fingerprint(**each["fingerprint"]) for name, each in found.items()},
+        {name: each["commit"] for name, each in found.items() if each["commit"] is not None},
     )
 
 
@@ -209,7 +211,11 @@ def _make(
             task.write(target, source, tokenizer, settings.data, labels)
         labels = task.load(target).labels
         fingerprint = Fingerprint(source.index.rows, source.digest)
-        found[name] = {"folder": target.name, "fingerprint": asdict(fingerprint)}
+        found[name] = {
+            "folder": target.name,
+            "fingerprint": asdict(fingerprint),
+            "commit": source.commit,
+        }
         rows += source.index.rows
         if source.index.skipped:
             logger.warning(

@@ -152,15 +152,19 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         guarded_builds(),
         _trackers(settings, worker, scratch, tracking) as trackers,
     ):
-        tokenizer, data = read_alike(settings, worker.world_size, shared, worker.prepared)
+        # Its branch may have moved since the run began.
+        pinned = settings.pinned((progress.start or {}).get("commit"))
+        tokenizer, data = read_alike(pinned, worker.world_size, shared, worker.prepared)
         if checkpoint is not None:
             check_same_data(settings, checkpoint, progress, data.fingerprints)
         elif settings.model.checkpoint:
             found = Base.at(settings.model.checkpoint, settings.model.revision or None)
+            found = replace(found, commit=agree(found.commit))
+            pinned = settings.pinned(found.commit)
             progress.start = asdict(found)
             progress.base = progress.start if settings.adapter is not None else None
         progress.data = {name: asdict(each) for name, each in data.fingerprints.items()}
-        config = make_config(settings, tokenizer, data.train.labels)
+        config = make_config(pinned, tokenizer, data.train.labels)
         total = settings.total_steps(len(data.train))
         if progress.step == 0 and worker.rank == 0:
             logger.info(
@@ -172,7 +176,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
                 worker.world_size,
             )
         run = _Run(settings, worker, attempt, progress, total, scratch, checkpoint, trackers)
-        engine = run.start(config)
+        engine = run.start(config, pinned)
         if checkpoint is not None:
             run.load(engine, checkpoint)
             if worker.rank == 0:
@@ -185,7 +189,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         if progress.step < total:
             run.check_room(engine.module)
         metrics = run.steps(engine, data.train, data.evaluation)
-        run.export(engine.module, tokenizer, metrics)
+        run.export(engine.module, tokenizer, metrics, data.commits)
     return metrics
 
 
@@ -285,13 +289,17 @@ class _Run:
         self._part_bytes = part
         check_room(self._scratch, self.settings.folder, part)
 
-    def start(self, config: GPTJConfig) -> Any:
-        """DeepSpeed's engine with the model."""
+    def start(self, config: GPTJConfig, pinned: Settings) -> Any:
+        """DeepSpeed's engine with the model.
+
+        Args:
+            pinned: the settings, with the commit of the model's checkpoint.
+        """
         settings, worker = self.settings, self.worker
         # DeepSpeed needs the process group before it shards a new model.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         plan = deepspeed_config(settings, worker.device.type, worker.world_size)
-        model = build_model(self.task.head, config, settings, plan, worker.rank, worker.device)
+        model = build_model(self.task.head, config, pinned, plan, worker.rank, worker.device)
         if worker.rank == 0:
             name, size = self.task.head.__name__, count_weights(model)
             logger.info("%s of %s parameters", name, f"{size:,}")
@@ -452,9 +460,17 @@ class _Run:
         return metrics
 
     def export(
-        self, model: GPTJPreTrainedModel, tokenizer: GPTJTokenizer, metrics: dict[str, float]
+        self,
+        model: GPTJPreTrainedModel,
+        tokenizer: GPTJTokenizer,
+        metrics: dict[str, float],
+        commits: Mapping[str, str],
     ) -> None:
-        """Write the model folder; all ranks together."""
+        """Write the model folder; all ranks together.
+
+        Args:
+            commits: see TaskData.
+        """
         started = time.monotonic()
         address = self.settings.model_folder
         training = {
@@ -462,7 +478,10 @@ class _Run:
             "steps": self.progress.step,
             "best": self.progress.best,
             "metrics": metrics,
-            "data": self.progress.data,
+            "data": {
+                name: {**fields, "commit": commits.get(name)}
+                for name, fields in self.progress.data.items()
+            },
             "history": self.progress.history,
             "checkpoint": self.progress.start,
             "workers": self.worker.world_size,

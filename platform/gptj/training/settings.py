@@ -139,6 +139,13 @@ class Settings(Section):
             fields["tracking"]["mlflow"] = absolute_tracking_uri(uri)
         return Settings(**fields)
 
+    def pinned(self, commit: str | None) -> Settings:
+        """With the model's checkpoint read at a commit of the hub, if one is given."""
+        if commit is None:
+            return self
+        model = self.model.model_copy(update={"revision": commit})
+        return self.model_copy(update={"model": model})
+
     def _without_effect(self) -> Iterator[tuple[str, str, str]]:
         """Keys without effect given the other settings: (key, remedy, reason)."""
         if self.evaluation_data is None:
