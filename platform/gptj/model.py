@@ -344,7 +344,13 @@ def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> A
     visible = (torch.arange(total, device=x_BLD.device)[None, :] <= rows)[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask.to(x_BLD.device, torch.bool)[:, None, None, :]
-    blind_rows = torch.is_grad_enabled() and not bool(visible.any(dim=-1).all())
+    # The first query sees the fewest positions. Asked of the mask, which may be on the host: a
+    # question to a GPU waits for it.
+    blind_rows = (
+        torch.is_grad_enabled()
+        and attention_mask is not None
+        and not bool(attention_mask[:, : past + 1].bool().any(dim=1).all())
+    )
     return AttentionBias(_hidden(visible, x_BLD.dtype), is_causal=False, blind_rows=blind_rows)
 
 

@@ -37,7 +37,7 @@ from gptj.data.examples import PAD_MULTIPLE
 from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET, sums_in_fp32
-from gptj.training.optimizer import MOMENT_BYTES
+from gptj.training.optimizer import MOMENT_BYTES, STORED_MOMENT_BYTES
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tasks import TASKS, TaskName
@@ -45,8 +45,6 @@ from gptj.training.tasks import TASKS, TaskName
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASTER = 4  # bytes of a trained weight in fp32
-MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # bytes of Adam's two moments per trained weight
-STORED_MOMENTS = 16  # bytes per weight while 8-bit moments are restored from a checkpoint
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered
 REDUCED = 500_000_000  # gradients that stage 0 adds up at a time
 CONTEXT = 1_200_000_000  # bytes that CUDA and NCCL take on each GPU
@@ -87,7 +85,7 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     width, stage = WIDTHS[spread.precision], spread.stage
     counts = _count(settings.task, config, settings.adapter)
     total, trained, largest = counts.numbers, counts.trained, counts.largest
-    moments = MOMENTS[settings.optimizer.moments]
+    moments = MOMENT_BYTES[settings.optimizer.moments]
     rows = settings.micro_batch_size
     body, head = _activations(
         settings.task,
@@ -137,7 +135,7 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     # A run that resumes reads moments in 8 bits with each number's scale, all in fp32.
     restoring = 0
     if settings.optimizer.moments == "8bit":
-        restoring = trained * STORED_MOMENTS // (workers if stage else 1)
+        restoring = trained * STORED_MOMENT_BYTES["8bit"] // (workers if stage else 1)
     if not on_gpu and restoring > max(learning, updating):
         device["restoring"] = restoring
     elif learning >= updating:
@@ -169,7 +167,7 @@ def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
     counts = _count(settings.task, config, settings.adapter)
     trained = counts.trained
     weights = counts.bytes(width) * (1 if spread.stage == 3 else workers)
-    state = MOMENTS[settings.optimizer.moments] + (0 if spread.precision == "fp32" else MASTER)
+    state = MOMENT_BYTES[settings.optimizer.moments] + (0 if spread.precision == "fp32" else MASTER)
     optimizer = int(trained * state) * (1 if spread.stage else workers)
     gradients = trained * width * (1 if spread.stage >= 2 else workers)
     return weights + optimizer + gradients

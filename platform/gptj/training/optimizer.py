@@ -19,7 +19,10 @@ SMALLEST = 4096  # smaller tensors keep fp32 moments
 KINDS = ("state1", "absmax1", "state2", "absmax2")
 IN_FP32 = -1.0  # as a scale: the codes are fp32 values
 AT_ONCE = 2**16 * BLOCK  # values quantized at once when restoring a checkpoint
-MOMENT_BYTES = 2 * (1 + SCALE_BYTES / BLOCK)  # of a weight's two moments
+# Bytes of a weight's two moments in memory, by their precision, and in a checkpoint, where 8-bit
+# codes and their scales take an fp32 number each.
+MOMENT_BYTES = {"fp32": 8.0, "8bit": 2 * (1 + SCALE_BYTES / BLOCK)}
+STORED_MOMENT_BYTES = {"fp32": 8, "8bit": 16}
 
 
 def own_optimizer(
