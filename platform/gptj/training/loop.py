@@ -37,6 +37,7 @@ from gptj.storage.lease import Claim, take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
+from gptj.training.dataset import set_aside
 from gptj.training.deepspeed_config import (
     clips_gradients,
     deepspeed_config,
@@ -146,7 +147,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
     with (
-        shared_scratch_folder(f"data-{submission}") as shared,
+        shared_scratch_folder(f"data-{submission}", left=set_aside) as shared,
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
