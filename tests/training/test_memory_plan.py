@@ -19,7 +19,7 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.lora import add_lora
 from gptj.live_bytes import LiveBytes
-from gptj.storage.lease import Claim
+from gptj.storage.lease import take_over
 from gptj.training import memory
 from gptj.training.memory import (
     as_long_as,
@@ -286,8 +286,23 @@ def test_a_run_that_has_fitted_before_resumes(
     settings = run_of(4, storage=str(tmp_path))
     refused = pytest.raises(SystemExit, match="the run does not fit")
     with nullcontext() if fitted else refused:
-        finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path, None)
+        claim = take_over(str(tmp_path / "lease"))
+        finetune.fine_tune(settings, True, claim, "submission", tmp_path, None)
     assert bool(trained) == fitted
+
+
+def test_a_driver_that_was_away_too_long_leaves_the_run_to_its_successor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would delete what the other prepares and uploads."""
+    changed: list[object] = []
+    monkeypatch.setattr(finetune, "check_inputs", lambda *_: changed.append(True))
+    claim, _ = (take_over(str(tmp_path / "lease")) for _ in range(2))
+    with pytest.raises(SystemExit, match="another process has taken over"):
+        finetune.fine_tune(
+            run_of(4, storage=str(tmp_path)), False, claim, "submission", tmp_path, None
+        )
+    assert not changed
 
 
 @pytest.mark.slow
