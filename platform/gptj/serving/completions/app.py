@@ -34,6 +34,7 @@ from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
+from gptj.serving.reply_threads import in_reply_thread
 from gptj.serving.tokenize import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -144,7 +145,7 @@ def generation_app(
                 return EventStreamResponse(server_sent(await service.stream(request)))
             reply = await service.complete(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
-        content = await asyncio.to_thread(reply.model_dump_json)
+        content = await in_reply_thread(reply.model_dump_json)
         return Response(content, media_type="application/json")
 
     @app.post(

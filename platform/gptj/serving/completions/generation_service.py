@@ -41,6 +41,7 @@ from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
 from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
+from gptj.serving.reply_threads import in_reply_thread
 from gptj.serving.tracing import RequestTrace
 from gptj.tokenizer import GPTJTokenizer
 
@@ -128,7 +129,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         async for index, piece in run.pieces():
             pieces[index].extend(piece)
         # Logprobs of long prompts take a while: not on the event loop.
-        return await asyncio.to_thread(self._reply_of, request, run, pieces, prompts)
+        return await in_reply_thread(self._reply_of, request, run, pieces, prompts)
 
     def _reply_of(
         self,
@@ -198,7 +199,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                     choice = self._delta(request, output, piece, False)
                 else:
                     # Logprobs of a long prompt take a while: not on the event loop.
-                    choice = await asyncio.to_thread(self._delta, request, output, piece, True)
+                    choice = await in_reply_thread(self._delta, request, output, piece, True)
                     fields = self._first_fields(request, output)
                     begun.add(index)
                 usage = run.usage() if options.continuous_usage_stats else None
