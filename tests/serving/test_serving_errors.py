@@ -477,6 +477,12 @@ def test_every_list_of_a_body_ends_at_its_first_wrong_item() -> None:
         assert all(each.get("fail_fast") for each in found), name
 
 
+@pytest.mark.parametrize("route", [COMPLETIONS, CHATS, CLASSIFICATION, EMBEDDINGS, ANSWERS])
+def test_many_unknown_fields_are_one_error(service: str, route: str) -> None:
+    body = {f"field{number}": 0 for number in range(50_000)}
+    assert_error(httpx.post(service + route, json=body, timeout=30), 422, "has 50000 fields")
+
+
 @pytest.mark.parametrize(
     ("route", "body"),
     [
