@@ -50,8 +50,8 @@ from gptj.serving.question_answering import question_answering_app
 from gptj_bench import machine
 from gptj_bench.decode import DTYPES, split_dtype
 from gptj_bench.vocabulary import gpt2_tokenizer
+from gptj_jobs import command_line
 from gptj_local.processes import HOST, free_ports, running
-from jobs import command_line
 
 PEER = Path(__file__).parent / "peers" / "pipeline.py"
 HEADS = {

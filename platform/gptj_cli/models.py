@@ -15,7 +15,7 @@ from gptj.adapters.stored import read_config
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
 from gptj.config import GPTJConfig
-from gptj.int4 import is_quantized
+from gptj.layers.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo

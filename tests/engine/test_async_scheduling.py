@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams, Failed, Finished, TokenEvent
+from gptj.engine.events import Failed, Finished, TokenEvent
 from gptj.engine.page_pool import extend_digests
+from gptj.engine.request import BeamParams
 from gptj.engine.runners.base import PAGE_SIZE, StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.sampler import PendingOutput

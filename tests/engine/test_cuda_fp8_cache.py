@@ -24,7 +24,7 @@ from gptj import GPTJForCausalLM
 from gptj.engine import backends as choice
 from gptj.engine.cache_size import page_bytes
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams
+from gptj.engine.request import BeamParams
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import launch

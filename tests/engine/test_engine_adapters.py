@@ -27,7 +27,7 @@ from plain_operations import PlainOperations
 from gptj import GPTJForCausalLM
 from gptj.engine.adapter_slots import Adapter, AdapterSlots, SlotsInUseError
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams
+from gptj.engine.request import BeamParams
 from gptj.engine.runners.base import Runner, StepBatch, TorchRunner
 from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.runner import CpuRunner

@@ -9,7 +9,7 @@ from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification
 from gptj.checkpoints.skeleton import without_weights
 from gptj.engine import memory
 from gptj.engine.runners.base import TorchRunner
-from gptj.live_bytes import LiveBytes
+from gptj.training.live_bytes import LiveBytes
 
 SIX_B = GPTJConfig.preset("6b")
 

@@ -29,7 +29,7 @@ from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
-from gptj.int4 import GROUP_SIZE, Int4Weight, quantize, quantize_blocks
+from gptj.layers.int4 import GROUP_SIZE, Int4Weight, quantize, quantize_blocks
 from gptj.sampling import SamplingParams
 
 PAGE = 16

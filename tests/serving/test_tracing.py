@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments import tracing as deployed
-from gptj.extras import MissingPackageError
+from gptj.environment.extras import MissingPackageError
 from gptj.serving import tracing
+from gptj.serving.completions import request_trace
 from gptj.serving.entry import tracing as entry
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.request_ids import RequestIds
@@ -38,7 +39,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
-    for module in (tracing, entry):
+    for module in (tracing, request_trace, entry):
         monkeypatch.setattr(module, "tracer", tracer)
         monkeypatch.setattr(module, "enabled", lambda: True)
     yield exporter

@@ -20,7 +20,7 @@ import torch
 from torch.distributed import HashStore
 from torch.utils import cpp_extension
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training import operators
 from gptj.training.operators import builders, guarded_builds
 

@@ -19,7 +19,7 @@ from gptj.adapters.lora import add_lora
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.packing import best_fit
 from gptj.data.rows import Row
-from gptj.varlen_attention import uses_flash
+from gptj.layers.varlen_attention import uses_flash
 from tests.support.packed_rows import documents_alone, loss_alone
 
 WORDS = "the cat is old and the dog is new so the house is so so and quite what it was".split()

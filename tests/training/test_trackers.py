@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptj import extras
+from gptj.environment import extras
 from gptj.training import loop, trackers
 from gptj.training.failures import StoppedError
 from gptj.training.packages import check_packages

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJTokenizer, int4
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJTokenizer
 from gptj.checkpoints.manifest import verify
 from gptj.data.rows import DataError
+from gptj.layers import int4
 from gptj.quantization.gptq import DAMPINGS, GPTQ, Hessian, relative_error
 from gptj.quantization.quantizer import Calibration, quantize_model
 from gptj.storage import AlreadyExistsError

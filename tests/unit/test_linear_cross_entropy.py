@@ -13,8 +13,8 @@ from torch import Tensor
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
-from gptj.linear_cross_entropy import CHUNK_NUMBERS, IGNORED_LABEL, linear_cross_entropy
-from gptj.live_bytes import LiveBytes
+from gptj.layers.linear_cross_entropy import CHUNK_NUMBERS, IGNORED_LABEL, linear_cross_entropy
+from gptj.training.live_bytes import LiveBytes
 
 VOCABULARY = 50400
 CONFIG: dict[str, Any] = {"vocab_size": 500, "n_embd": 32, "n_layer": 2, "n_head": 4}

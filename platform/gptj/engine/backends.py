@@ -17,7 +17,7 @@ from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import check_fp8, operations_for
 from gptj.engine.runners.cuda.weights import Format, freed_by_packing
 from gptj.engine.runners.lora import LoRALimits
-from gptj.int4 import is_int4
+from gptj.layers.int4 import is_int4
 from gptj.model import GPTJForCausalLM
 from gptj.pretrained import GPTJPreTrainedModel
 

@@ -83,7 +83,7 @@ def default_max_tokens(device: torch.device, max_rows: int, context_length: int)
 
 
 class TorchRowModel:
-    """The model's own modules, with attention within each row (see gptj.varlen_attention)."""
+    """The model's own modules, with attention within each row: gptj.layers.varlen_attention."""
 
     def __init__(self, model: GPTJModel, beat: Callable[[], None] = lambda: None) -> None:
         self._model = model

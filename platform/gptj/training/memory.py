@@ -34,9 +34,9 @@ from gptj.checkpoints.skeleton import without_weights
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.batches import micro_batches
 from gptj.data.examples import PAD_MULTIPLE
-from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET, sums_in_fp32
+from gptj.training.live_bytes import LiveBytes
 from gptj.training.optimizer import MOMENT_BYTES
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training.sections import OptimizerSettings
 
 bitsandbytes = Extra("bitsandbytes", "optimizer.moments=8bit")

@@ -22,8 +22,8 @@ from gptj.checkpoints.manifest import FileRecord, HashingFile
 from gptj.checkpoints.mapping import map_stretch
 from gptj.checkpoints.tensor_file import StoredTensor, read_header
 from gptj.checkpoints.weights import TensorSpec, write_tensors
+from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.training.optimizer import KINDS, moment_kinds, restore_moments, stored_moments
 
 # Imported by the processes that train, and by no driver: it takes seconds.

@@ -26,6 +26,7 @@ from gptj.serving.completions.generation_request import (
     Usage,
 )
 from gptj.serving.completions.prompts import PromptResolver, ResolvedPrompt
+from gptj.serving.completions.request_trace import RequestTrace
 from gptj.serving.completions.run import (
     CompletionRun,
     EventRouter,
@@ -41,7 +42,6 @@ from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.errors import APIError
 from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
-from gptj.serving.tracing import RequestTrace
 from gptj.tokenizer import GPTJTokenizer
 
 Request = TypeVar("Request", bound=GenerationRequest)

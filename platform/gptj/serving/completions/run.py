@@ -20,11 +20,11 @@ from gptj.serving.completions.generation_request import (
     Usage,
 )
 from gptj.serving.completions.prompts import ResolvedPrompt
+from gptj.serving.completions.request_trace import RequestTrace
 from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
 from gptj.serving.keys.account import current_account
 from gptj.serving.metrics import Recorder
 from gptj.serving.middleware.observing import request_seed
-from gptj.serving.tracing import RequestTrace
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError
 

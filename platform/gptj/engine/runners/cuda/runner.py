@@ -41,8 +41,8 @@ class CudaRunner:
         num_pages: of the cache; one page is added for padding.
         operations: for the model's device and dtype.
         quantization: of the layers' weights: int8 with a scale per output, or int4 in groups (see
-            gptj.int4), with the head in int8; a model's own 4-bit weights keep their values. Or fp8
-            (see `fp8`), with the head as it is.
+            gptj.layers.int4), with the head in int8; a model's own 4-bit weights keep their values.
+            Or fp8 (see `fp8`), with the head as it is.
         cache_dtype: torch.float8_e4m3fn, or None: the model's.
         lora: limits of the adapters to support.
         release: move the weights out of the model while fusing them, keeping one copy in memory;

@@ -12,7 +12,7 @@ from gptj.engine.runners.cuda.fp8 import ALIGNMENT, FP8
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.weights import Format
 from gptj.engine.runners.lora import LoRALimits
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.model import GPTJForCausalLM
 
 if TYPE_CHECKING:
