@@ -33,8 +33,9 @@ from gptj.engine.constraints.trial import Trial
 from gptj.engine.engine import Engine
 from gptj.engine.events import Finished, TokenEvent
 from gptj.engine.request import BeamParams
-from gptj.engine.runners.base import TorchRunner
-from gptj.engine.sampler import Sampler, excluded
+from gptj.engine.runners.torch_runner import TorchRunner
+from gptj.engine.sampler import Sampler
+from gptj.engine.sampling_batch import excluded
 from gptj.engine.speculation import Speculation
 from gptj.environment.extras import MissingPackageError
 from gptj.sampling import SamplingParams, adjust

@@ -32,7 +32,8 @@ from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import BeamParams, Ticket
-from gptj.engine.runners.base import StepBatch, TorchRunner
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.sampling import SamplingParams
 from gptj.workers.errors import ClosedError, QueueFullError
 

@@ -28,7 +28,8 @@ from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, TokenEvent
 from gptj.engine.request import BeamParams, Ticket
-from gptj.engine.runners.base import StepBatch, TorchRunner
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.sampling import SamplingParams
 
 

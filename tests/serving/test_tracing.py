@@ -39,7 +39,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
-    for module in (tracing, request_trace, entry):
+    monkeypatch.setattr(request_trace, "tracer", tracer)
+    for module in (tracing, entry):
         monkeypatch.setattr(module, "tracer", tracer)
         monkeypatch.setattr(module, "enabled", lambda: True)
     yield exporter

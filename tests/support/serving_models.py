@@ -27,8 +27,8 @@ from gptj.chat import template_of
 from gptj.engine.adapter_slots import AdapterSlots
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
-from gptj.engine.runners.base import TorchRunner
 from gptj.engine.runners.lora import LoRALimits
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.engine.speculation import Speculation
 from gptj.serving.adapters import Adapters
 from gptj.serving.batched_rows import Batching
