@@ -533,7 +533,7 @@ def test_top_p_that_keeps_more_tokens_than_it_looks_at_first_is_drawn_again(
     model: GPTJForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gptj.engine.sampling_batch.CANDIDATES", 2)
-    monkeypatch.setattr("gptj.engine.sampling_batch.FURTHER", 2)
+    monkeypatch.setattr("gptj.engine.sampling_batch.CANDIDATES_GROWTH", 2)
     chosen: list[dict[str, Any]] = [
         {"temperature": 1.5 + i, "top_p": 0.97, "seed": i, "max_tokens": 9 + i} for i in range(3)
     ]

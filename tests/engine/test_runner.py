@@ -23,7 +23,7 @@ from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine import sampler, sampling_batch
 from gptj.engine.backends import best_runner
 from gptj.engine.cache_size import page_bytes
-from gptj.engine.runners.base import PageCopy, Runner, StepBatch, independent
+from gptj.engine.runners.base import PageCopy, Runner, StepBatch, independent_groups
 from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
@@ -336,10 +336,10 @@ def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
 def test_dependent_page_copies_are_made_in_separate_groups() -> None:
     a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
     freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
-    assert list(independent([a, b])) == [[a, b]]
-    assert list(independent([a, freed])) == [[a], [freed]]  # page 1 was handed out again
-    assert list(independent([a, b, again, freed])) == [[a, b], [again, freed]]
-    assert list(independent([])) == []
+    assert list(independent_groups([a, b])) == [[a, b]]
+    assert list(independent_groups([a, freed])) == [[a], [freed]]  # page 1 was handed out again
+    assert list(independent_groups([a, b, again, freed])) == [[a, b], [again, freed]]
+    assert list(independent_groups([])) == []
 
 
 @needs_kernels

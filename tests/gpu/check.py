@@ -27,7 +27,7 @@ from results import Results
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-LEAST_SECONDS = 8  # of a part: less is not worth its start
+MIN_SECONDS = 8  # of a part: less is not worth its start
 GRACE_SECONDS = 3  # of a part whose time is over
 LOG_BYTES = 8 * 2**20
 INSTALL_SECONDS = 60
@@ -126,7 +126,7 @@ def _run(
     log: IO[bytes],
 ) -> None:
     """One part, until it ends or its time does; how it went is a line of the results."""
-    if limit < LEAST_SECONDS:
+    if limit < MIN_SECONDS:
         results.add("part", of=part.name, outcome="no time left", seconds=0)
         return
     log.write(f"\n==== {part.name}\n".encode())

@@ -136,7 +136,7 @@ def test_too_many_labels_are_regression_targets(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names are refused then; sets of few labels are not many."""
-    monkeypatch.setattr(label_rows, "MOST_LABELS", 5)
+    monkeypatch.setattr(label_rows, "MAX_LABELS", 5)
     many: dict[str, list[Any]] = {
         "measured": [n + 0.25 for n in range(30)],
         "sets": [[name for bit, name in enumerate("abcde") if n >> bit & 1] for n in range(30)],

@@ -163,7 +163,7 @@ def test_a_part_that_crashes_or_hangs_is_recorded_and_the_next_ones_run(
     parts = tuple(check.Part(name, seconds.get(name, 30)) for name in scripts)
     monkeypatch.setattr(check, "PARTS", parts)
     monkeypatch.setattr(check, "HERE", tmp_path)
-    monkeypatch.setattr(check, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(check, "MIN_SECONDS", 1)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(check, "PARTS", parts[:-1])

@@ -19,7 +19,7 @@ from gptj.engine.constraints.mask_threads import MaskThreads
 from gptj.engine.constraints.token_mask import TokenMask, packed
 from gptj.engine.events import TokenEvent
 from gptj.engine.runners.base import Draw
-from gptj.engine.runners.transfer import Arrival, sent
+from gptj.engine.runners.transfer import HostCopy, to_device
 from gptj.engine.sampling_batch import NO_DRAFTS, SamplingBatch, SamplingState
 from gptj.sampling import SamplingParams
 
@@ -155,7 +155,7 @@ class Sampler:
             logprobs_QV = logits_RV[batch.reporting_rows].log_softmax(dim=-1)
         if batch.adjusting:
             for row in batch.adjusting:
-                batch.states[row].note_due(row, batch, batch.before[row])
+                batch.states[row].collect_changes(row, batch, batch.before[row])
             batch.adjust(logits_RV)
         if batch.masked:
             self._threads.wait()
@@ -241,7 +241,7 @@ class Sampler:
         for start in range(0, len(following), ROWS):  # in parts, to bound memory
             tokens = following[start : start + ROWS]
             allowed = logits_LV[start : start + ROWS].index_fill(1, self._banned, -torch.inf)
-            chosen = sent(np.array(tokens, np.int64), allowed.device)
+            chosen = to_device(np.array(tokens, np.int64), allowed.device)
             found = _likeliest(allowed.log_softmax(dim=-1), chosen, count)
             reports = _reports(
                 tokens, [count] * len(tokens), *(each.numpy(force=True) for each in found)
@@ -279,26 +279,26 @@ class PendingOutput:
         self._likeliest_R = _argmax(logits_RV)
         self._uniform_D = batch.uniform() if batch.drawing else None
         self._logits_RV = logits_RV if batch.may_be_unsure else None  # to draw again
-        self._arrival = self._draw(logits_RV)
+        self._copy = self._draw(logits_RV)
         if not batch.may_be_unsure:
             self._logprobs_QV = None
 
     def result(self) -> SamplerOutput:
         """Wait for the tokens, and append them to the requests' states; call this once."""
         batch = self._batch
-        tokens_R, sums_R, *rest = self._arrival.numbers()
+        tokens_R, sums_R, *rest = self._copy.numbers()
         while self._logits_RV is not None and (unsure_D := rest.pop(0)).any():
-            batch.look_further(unsure_D)
+            batch.widen_candidates(unsure_D)
             self.revised = True
-            self._arrival = self._draw(self._logits_RV)
-            tokens_R, sums_R, *rest = self._arrival.numbers()
+            self._copy = self._draw(self._logits_RV)
+            tokens_R, sums_R, *rest = self._copy.numbers()
         tokens = tokens_R.tolist()
         reports: list[Report] = []
         if rest:
             reports = _reports([tokens[row] for row in batch.reporting], batch.asked, *rest)
         return self._finish(batch, tokens, np.isfinite(sums_R).tolist(), reports)
 
-    def _draw(self, logits_RV: Tensor) -> Arrival:
+    def _draw(self, logits_RV: Tensor) -> HostCopy:
         """Set `tokens_R`, and send the results to the host, together."""
         batch = self._batch
         self.tokens_R = self._likeliest_R
@@ -311,7 +311,7 @@ class PendingOutput:
         if self._logprobs_QV is not None:
             chosen_Q = self.tokens_R[batch.reporting_rows]
             results += _likeliest(self._logprobs_QV, chosen_Q, max(batch.asked))
-        return Arrival(self.tokens_R, *results)
+        return HostCopy(self.tokens_R, *results)
 
 
 def _is_masked(params: SamplingParams) -> bool:

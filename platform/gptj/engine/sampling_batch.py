@@ -17,12 +17,12 @@ from torch import Tensor
 
 from gptj.engine.constraints.token_mask import TokenMask, Words, unpacked
 from gptj.engine.runners.base import Draw
-from gptj.engine.runners.transfer import sent
+from gptj.engine.runners.transfer import to_device
 from gptj.sampling import SamplingParams
 
 CANDIDATES = 1024  # most likely tokens of a row to compute top_p on first
-MOST_TOP_K = 2**31 - 1  # as an int32: more than any vocabulary
-FURTHER = 8  # factor by which to extend them if they do not suffice
+MAX_TOP_K = 2**31 - 1  # as an int32: more than any vocabulary
+CANDIDATES_GROWTH = 8  # factor by which to extend them if they do not suffice
 NO_DRAFTS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
@@ -42,7 +42,7 @@ class SamplingState:
         self.draws = not params.greedy
         self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
         self.length = len(output_ids)  # of the output
-        self.candidates = CANDIDATES  # for top_p; see SamplingBatch.look_further
+        self.candidates = CANDIDATES  # for top_p; see SamplingBatch.widen_candidates
         self.stop_ids = np.array(sorted(stop_ids), np.int64)
         self.repeats = params.repetition_penalty != 1
         self.counts = params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -73,7 +73,7 @@ class SamplingState:
         if self.repeats or self.counts:
             self._count(token, 1)
 
-    def note_due(self, row: int, batch: SamplingBatch, before: Sequence[int]) -> None:
+    def collect_changes(self, row: int, batch: SamplingBatch, before: Sequence[int]) -> None:
         """Add this row's logits changes to the batch's.
 
         Args:
@@ -83,7 +83,7 @@ class SamplingState:
             known = len(self._places)
             for token in before:
                 self.advance(token)
-            self.note_due(row, batch, ())
+            self.collect_changes(row, batch, ())
             self._retreat(before, known)
             return
         params, size = self.params, len(self._places)
@@ -137,8 +137,8 @@ class LogitChanges:
             return None
         width = logits_RV.shape[-1]
         flat = [ids + row * width for row, ids in zip(self._rows, self._places, strict=True)]
-        places = sent(np.concatenate(flat), logits_RV.device)
-        values = sent(np.concatenate(self._values), logits_RV.device)
+        places = to_device(np.concatenate(flat), logits_RV.device)
+        values = to_device(np.concatenate(self._values), logits_RV.device)
         self.__init__()  # type: ignore[misc]
         return places, values
 
@@ -184,15 +184,15 @@ class SamplingBatch:
         self.drawing = [row for row in rows if states[row].draws]
         self.masked = [row for row in rows if states[row].mask is not None]
         self.asked = [states[row].params.logprobs or 0 for row in self.reporting]
-        self.reporting_rows = sent(np.array(self.reporting, np.int64), device)
-        self.drawing_rows = sent(np.array(self.drawing, np.int64), device)
+        self.reporting_rows = to_device(np.array(self.reporting, np.int64), device)
+        self.drawing_rows = to_device(np.array(self.drawing, np.int64), device)
         self.repeats = LogitChanges()
         self.additions = LogitChanges()
         drawn = [states[row] for row in self.drawing]
         self._drawn = drawn
         self._seeds = np.array([state.seed for state in drawn], np.uint64)
         params = [state.params for state in drawn]
-        self._top_k = [min(each.top_k, MOST_TOP_K) for each in params]
+        self._top_k = [min(each.top_k, MAX_TOP_K) for each in params]
         self._temperatures = _column([each.temperature for each in params], device)
         self._restricts_p = any(each.top_p < 1 for each in params)
         # Whether to look for more candidates, which the kernel does without.
@@ -203,7 +203,7 @@ class SamplingBatch:
         self._log_min_p = _column(least, device)
         if kernel is not None:
             self._min_p = _column([each.min_p for each in params], device)
-            self._top_k_D = sent(np.array(self._top_k, np.int32), device)
+            self._top_k_D = to_device(np.array(self._top_k, np.int32), device)
 
     def adjust(self, logits_RV: Tensor) -> None:
         """Repetition penalties first, then everything additive."""
@@ -229,7 +229,7 @@ class SamplingBatch:
             for row, allowed_V in zip(self.masked, allowed_CV, strict=True):
                 np.putmask(logits_RV[row].numpy(), ~allowed_V, -np.inf)
             return
-        rows_C = sent(np.array(self.masked, np.int64), logits_RV.device)
+        rows_C = to_device(np.array(self.masked, np.int64), logits_RV.device)
         excluded_CV = excluded(words_CW, logits_RV.shape[-1], logits_RV.device)
         logits_RV[rows_C] = logits_RV[rows_C].masked_fill(excluded_CV, -torch.inf)
 
@@ -237,13 +237,13 @@ class SamplingBatch:
         """A number in [0, 1) for each row that draws, (D)."""
         lengths = [self.states[row].length + len(self.before[row]) for row in self.drawing]
         numbers = uniforms(self._seeds, np.array(lengths, np.uint64))
-        return sent(numbers, self.drawing_rows.device)
+        return to_device(numbers, self.drawing_rows.device)
 
     def draw(self, logits_RV: Tensor, uniform_D: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (D) of the rows that draw, by inverse transform sampling.
 
-        Also whether top_p may keep more than the candidates, (D): if so, call `look_further` and
-        draw again. None: it never does.
+        Also whether top_p may keep more than the candidates, (D): if so, call `widen_candidates`
+        and draw again. None: it never does.
         """
         if self._kernel is not None:
             columns = (self._temperatures, self._top_k_D, self._top_p, self._min_p)
@@ -253,17 +253,17 @@ class SamplingBatch:
         sums_DV = scores_DV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         totals_D1 = sums_DV[:, -1:]
         # Below the total, and right of equal sums: tokens of probability 0 are never drawn.
-        wanted_D1 = torch.minimum(
+        targets_D1 = torch.minimum(
             uniform_D[:, None] * totals_D1, totals_D1.nextafter(torch.zeros_like(totals_D1))
         )
-        tokens_D = torch.searchsorted(sums_DV, wanted_D1, right=True)[:, 0]
+        tokens_D = torch.searchsorted(sums_DV, targets_D1, right=True)[:, 0]
         # Out of range if nothing is finite.
         return tokens_D.clamp(max=logits_RV.shape[-1] - 1), unsure_D
 
-    def look_further(self, unsure_D: npt.NDArray[np.bool_]) -> None:
+    def widen_candidates(self, unsure_D: npt.NDArray[np.bool_]) -> None:
         """Use more candidates for top_p as long as these rows' requests run."""
         states = [state for state, unsure in zip(self._drawn, unsure_D, strict=True) if unsure]
-        candidates = FURTHER * self._candidates
+        candidates = CANDIDATES_GROWTH * self._candidates
         for state in states:
             state.candidates = candidates
 
@@ -286,8 +286,8 @@ class SamplingBatch:
         limited = [k if 0 < k < width else 0 for k in self._top_k]
         if any(limited):
             values = scores_DV.topk(max(limited)).values
-            places = sent(np.array([[max(k, 1) - 1] for k in limited]), scores_DV.device)
-            free = sent(np.array([[k == 0] for k in limited]), scores_DV.device)
+            places = to_device(np.array([[max(k, 1) - 1] for k in limited]), scores_DV.device)
+            free = to_device(np.array([[k == 0] for k in limited]), scores_DV.device)
             least = values.gather(1, places).masked_fill(free, -torch.inf)
             scores_DV = scores_DV.masked_fill(scores_DV < least, -torch.inf)
         if self._restricts_p:
@@ -316,7 +316,7 @@ class SamplingBatch:
 
 def excluded(words_CW: Words, size: int, device: torch.device) -> Tensor:
     """Booleans (C, size) on a device: true for bits that are not set."""
-    words = sent(words_CW.view(np.int32), device)
+    words = to_device(words_CW.view(np.int32), device)
     bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=device)
     return (bits & 1 == 0).flatten(1)[:, :size]
 
@@ -341,4 +341,4 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return sent(np.array(values, np.float32), device)[:, None]
+    return to_device(np.array(values, np.float32), device)[:, None]

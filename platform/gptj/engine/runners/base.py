@@ -76,7 +76,7 @@ class PageCopy(NamedTuple):
     filled: int
 
 
-def independent(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
+def independent_groups(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
     """Group copies so that each group can be made in any order or in parallel.
 
     A page may have been freed and reallocated between copies, so order matters between groups.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptj.engine.runners.base import PAGE_SIZE, Draw, PageCopy, StepBatch
+from gptj.engine.runners.fp32_matmul import fp32_reduction, matmul_fp32
 from gptj.engine.runners.lora import (
     NONE,
     LoRAPair,
@@ -25,7 +26,6 @@ from gptj.engine.runners.lora import (
     TokenGroup,
     project,
 )
-from gptj.engine.runners.wide import multiply_wide, wide_sums
 from gptj.model import GPTJForCausalLM, Rotary, activate
 
 
@@ -57,7 +57,7 @@ class TorchRunner:
         self._values = torch.zeros_like(self._keys)
 
     def step(self, batch: StepBatch) -> Tensor:
-        with wide_sums():
+        with fp32_reduction():
             return self._step(batch)
 
     def _step(self, batch: StepBatch) -> Tensor:
@@ -74,9 +74,9 @@ class TorchRunner:
         x_TD = self._model.transformer.wte(ids_T)
         for layer, block in enumerate(self._model.transformer.h):
             x_TD = self._block(block, layer, x_TD, rotary, places_T, contexts, groups)
-        wanted_WD = x_TD[self._on_device(batch.logits_indices)]
+        hidden_WD = x_TD[self._on_device(batch.logits_indices)]
         head = self._model.lm_head
-        logits_WV = multiply_wide(self._model.transformer.ln_f(wanted_WD), head.weight)
+        logits_WV = matmul_fp32(self._model.transformer.ln_f(hidden_WD), head.weight)
         logits_WV += head.bias
         return logits_WV
 

@@ -26,7 +26,7 @@ from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
 from gptj.layers.int4 import Int4Linear, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, GPTJModel, Rotary
 
-LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
+MIN_BYTES = 2**21  # smallest allocation that gets huge pages
 
 
 class CpuRunner:
@@ -247,7 +247,7 @@ class CpuRunner:
 
     def _allocate(self, size: int) -> Tensor:
         memory = torch.empty(size, dtype=torch.uint8)
-        if size >= LEAST_BYTES:
+        if size >= MIN_BYTES:
             self._library.gptj_prefer_large_pages(memory.data_ptr(), size)
         return memory
 
