@@ -130,13 +130,15 @@ def copy(source: str, destination: str) -> Manifest:
         )
     with FolderWriter(destination) as writer:
         for name, record in manifest.files.items():
-            with storage.open_read(storage.join(source, name)) as file:
-                with writer.open(name, record.size) as target:
-                    left = record.size
-                    while left and (content := file.read(min(COPY_BYTES, left))):
-                        target.write(content)
-                        left -= len(content)
-                    manifest.check_content(name, record.size - left, target.hash.hexdigest())
+            with (
+                storage.open_read(storage.join(source, name)) as file,
+                writer.open(name, record.size) as target,
+            ):
+                left = record.size
+                while left and (content := file.read(min(COPY_BYTES, left))):
+                    target.write(content)
+                    left -= len(content)
+                manifest.check_content(name, record.size - left, target.hash.hexdigest())
     return verify(destination)
 
 

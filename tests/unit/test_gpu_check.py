@@ -474,12 +474,16 @@ def test_constants_that_change_nothing_are_an_error(
         attend()
     usual, changed = seen
     assert changed == {**usual, **changes} != usual
-    with pytest.raises(LookupError, match="no kernel attend was launched"):
-        with attention.overriding("attend", changes):
-            attend()
-    with pytest.raises(LookupError, match=f"{attention.DECODE_KERNEL} has no DEPTH"):
-        with attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}):
-            attend()
+    with (
+        pytest.raises(LookupError, match="no kernel attend was launched"),
+        attention.overriding("attend", changes),
+    ):
+        attend()
+    with (
+        pytest.raises(LookupError, match=f"{attention.DECODE_KERNEL} has no DEPTH"),
+        attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}),
+    ):
+        attend()
     monkeypatch.setattr(attention, "DECODE_KERNEL", "attend")
     attention.decode(each, layer, 2, 20, attention.TUNED_SINGLES[:1])
     errors = [row for row in read(tmp_path) if "error" in row]
