@@ -58,7 +58,7 @@ def random_cache(it: Setting) -> LayerCache:
     ]
     key_scales = 10 ** (torch.rand(shape) - 2.5)
     value_scales = 10 ** (10 * torch.rand(shape) - 8)
-    return LayerCache(*filled, key_scales.to(DEVICE), value_scales.to(DEVICE))
+    return LayerCache(*filled, key_scales.to(DEVICE), value_scales.to(DEVICE))  # type: ignore[call-arg]
 
 
 def dequantized(cache: LayerCache) -> LayerCache:

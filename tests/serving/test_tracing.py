@@ -213,7 +213,7 @@ def test_opentelemetrys_variables_select_the_exporter_or_are_refused(
         deployed.exporter()
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
     (processor,) = deployed.exporter()
-    assert isinstance(processor.span_exporter, ConsoleSpanExporter)
+    assert isinstance(processor.span_exporter, ConsoleSpanExporter)  # type: ignore[attr-defined]
     monkeypatch.delenv("OTEL_TRACES_EXPORTER")
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_PROTOCOL")
     monkeypatch.setattr(deployed, "HTTP", "opentelemetry.exporter.absent")

@@ -124,7 +124,7 @@ def test_a_models_outputs_change_less_than_by_nearest(
             quantized = GPTJForCausalLM.from_pretrained(target)
             difference = quantized(ids).logits - model(ids).logits
             errors.append(float(difference.square().mean()))
-            fields = quantized.config.quantization_config["config_groups"]["group_0"]["weights"]
+            fields = quantized.config.quantization_config["config_groups"]["group_0"]["weights"]  # type: ignore[attr-defined]
             assert fields["actorder"] == (None if name == "nearest" else "weight")
     assert errors[1] < 0.8 * errors[0]
     assert "block 2 of 2: " in caplog.text and "relative error" in caplog.text
