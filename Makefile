@@ -23,7 +23,7 @@ SIDE_BY_SIDE = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reord
 
 # For each edit: tests without a cluster, a server or a program that takes seconds to start.
 quick: environment
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not server and not alone"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not server and not alone"
 
 # Line coverage of the library. It slows the tests down, so it runs nightly.
 coverage: environment
