@@ -20,16 +20,17 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptj import GPTJConfig, GPTJForCausalLM
-from gptj.engine import sampler
+from gptj.engine import sampler, sampling_batch
 from gptj.engine.backends import best_runner
 from gptj.engine.cache_size import page_bytes
-from gptj.engine.runners.base import PageCopy, Runner, StepBatch, TorchRunner, independent
+from gptj.engine.runners.base import PageCopy, Runner, StepBatch, independent_groups
 from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.packing import KINDS, Kind, pack, quantized
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
-from gptj.int4 import GROUP_SIZE, Int4Weight, quantize, quantize_blocks
+from gptj.engine.runners.torch_runner import TorchRunner
+from gptj.layers.int4 import GROUP_SIZE, Int4Weight, quantize, quantize_blocks
 from gptj.sampling import SamplingParams
 
 PAGE = 16
@@ -320,7 +321,7 @@ def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
     narrow = replace(wide, top_p=0.2, presence_penalty=0.5, logit_bias={3: 1.0})
     logits_RV = torch.linspace(0, 1, 9000).repeat(2, 1)[:, torch.randperm(9000)]
     expected = []
-    for first in (sampler.CANDIDATES, 9000):
+    for first in (sampling_batch.CANDIDATES, 9000):
         chooser = sampler.Sampler([7], torch.device("cpu"), 9000)
         for key, params in enumerate((wide, narrow)):
             chooser.add(key, params, [1], [])
@@ -335,10 +336,10 @@ def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
 def test_dependent_page_copies_are_made_in_separate_groups() -> None:
     a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
     freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
-    assert list(independent([a, b])) == [[a, b]]
-    assert list(independent([a, freed])) == [[a], [freed]]  # page 1 was handed out again
-    assert list(independent([a, b, again, freed])) == [[a, b], [again, freed]]
-    assert list(independent([])) == []
+    assert list(independent_groups([a, b])) == [[a, b]]
+    assert list(independent_groups([a, freed])) == [[a], [freed]]  # page 1 was handed out again
+    assert list(independent_groups([a, b, again, freed])) == [[a, b], [again, freed]]
+    assert list(independent_groups([])) == []
 
 
 @needs_kernels

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from test_hub import GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
 
 from gptj.data.hub import check_one_split
 from gptj.data.rows import DataError
 from gptj.storage.addresses import AddressError, normalized, split_hub_data
 from gptj_local.processes import free_ports
-from tests.unit.test_hub import GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
 
 DATA = f"hf://datasets/{REPOSITORY}"
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.constraints.grammar import MAX_CHARACTERS, MAX_CHOICES, Grammar, GrammarError
-from gptj.extras import MissingPackageError
+from gptj.environment.extras import MissingPackageError
 from gptj.serving.errors import SCOPE, APIError, InvalidRequestError, OverloadedError
 from gptj.serving.metrics import Recorder
 from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text, examples

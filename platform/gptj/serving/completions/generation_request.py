@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, PlainValidator, PrivateAttr, WithJsonSche
 
 from gptj.engine.adapter_slots import Adapter
 from gptj.engine.constraints.compiler import CompiledGrammar
-from gptj.engine.events import BeamParams
+from gptj.engine.request import BeamParams
 from gptj.sampling import SamplingParams
 from gptj.serving.adapters import ServedAdapter
 from gptj.serving.completions.constraints import ConstraintFields

@@ -21,12 +21,9 @@ from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.generation_request import GenerationRequest
-from gptj.serving.completions.generation_service import (
-    EventStreamResponse,
-    GenerationService,
-    server_sent,
-)
+from gptj.serving.completions.generation_service import GenerationService
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
+from gptj.serving.completions.server_sent_events import EventStreamResponse, server_sent
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.errors import PermissionDeniedError
 from gptj.serving.keys.account import may_use_model
