@@ -39,7 +39,7 @@ check: environment
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests/gpu
-	$(BIN)/mypy --config-file tests/mypy.ini $(filter-out tests/gpu/ tests/mypy.ini,$(wildcard tests/*/)) tests/conftest.py
+	$(BIN)/mypy --config-file tests/mypy.ini $(filter-out tests/gpu/ tests/__pycache__/,$(wildcard tests/*/)) tests/conftest.py
 
 format: environment
 	$(BIN)/ruff format .
