@@ -24,8 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from gptj.config import GPTJConfig
 from gptj.generation import GenerationConfig, generate
 from gptj.kv_cache import KVCache
-from gptj.linear_cross_entropy import IGNORED_LABEL as IGNORED_LABEL
-from gptj.linear_cross_entropy import LanguageModelHead
+from gptj.layers.linear_cross_entropy import IGNORED_LABEL as IGNORED_LABEL
+from gptj.layers.linear_cross_entropy import LanguageModelHead
+from gptj.layers.varlen_attention import (
+    DocumentBorders,
+    DocumentsByLength,
+    attend_documents,
+    uses_flash,
+)
 from gptj.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -33,12 +39,6 @@ from gptj.outputs import (
     SequenceClassifierOutput,
 )
 from gptj.pretrained import GPTJPreTrainedModel as GPTJPreTrainedModel
-from gptj.varlen_attention import (
-    DocumentBorders,
-    DocumentsByLength,
-    attend_documents,
-    uses_flash,
-)
 
 ROTARY_BASE = 10000.0
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from task_data import make_data
 
 from gptj import GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
@@ -23,7 +24,6 @@ from gptj.training import dataset, room
 from gptj.training.dataset import node_data
 from gptj.training.failures import DiskFullError
 from gptj.training.settings import Settings, SettingsError
-from tests.support.task_data import make_data
 
 WORDS = "the cat is old and the dog is new, so the house is so so"
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -35,9 +35,10 @@ from gptj.training.failures import (
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import PROGRESS, manifest_name
 from gptj_bench import training_faults
-from jobs import finetune, preparing
+from gptj_jobs import preparing
+from gptj_jobs.stopping import PREEMPTED, Notices
+from jobs import finetune
 from jobs.finetune import EndAtOnce, check_address, explained
-from jobs.stopping import PREEMPTED, Notices
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.lora import add_lora
-from gptj.live_bytes import LiveBytes
 from gptj.storage.lease import take_over
 from gptj.training import memory
+from gptj.training.live_bytes import LiveBytes
 from gptj.training.memory import (
     as_long_as,
     certain_bytes,
@@ -33,9 +33,8 @@ from gptj.training.memory import (
 )
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
-from jobs import finetune
-from jobs import memory as job_memory
-from jobs.memory import (
+from gptj_jobs import memory as job_memory
+from gptj_jobs.memory import (
     Gpu,
     Host,
     check_gpu_memory,
@@ -43,6 +42,7 @@ from jobs.memory import (
     check_memory,
     roomiest_host,
 )
+from jobs import finetune
 
 GB = 10**9
 SIX = GPTJConfig.preset("6b")
@@ -229,7 +229,7 @@ def test_on_a_cpu_only_runs_that_certainly_do_not_fit_are_refused() -> None:
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **functions: Any) -> None:
-    """One node, as jobs.memory sees it."""
+    """One node, as gptj_jobs.memory sees it."""
     ray = {
         "nodes": lambda: [{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {}}],
         "cluster_resources": lambda: {"CPU": 2.0, **({"GPU": float(gpus)} if gpus else {})},

@@ -29,9 +29,9 @@ from gptj.adapters.quantization import count_weights
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder
-from gptj.devices import check_device
+from gptj.environment.devices import check_device
+from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.storage.lease import Claim, take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder

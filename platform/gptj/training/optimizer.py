@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training.sections import OptimizerSettings
 
 bitsandbytes = Extra("bitsandbytes", "optimizer.moments=8bit")
@@ -61,11 +61,11 @@ def stored_moments(state: dict[str, Any], start: int, end: int) -> dict[str, Ten
         codes = state[f"state{number}"].flatten()[start:end].float()
         scales = state.get(f"absmax{number}")
         if scales is None:
-            spread = torch.full_like(codes, IN_FP32)
+            expanded = torch.full_like(codes, IN_FP32)
         else:
             first, last = start // BLOCK, -(-end // BLOCK)
-            spread = _spread(scales[first:last])[start - first * BLOCK : end - first * BLOCK]
-        found |= {f"state{number}": codes, f"absmax{number}": spread}
+            expanded = _expand(scales[first:last])[start - first * BLOCK : end - first * BLOCK]
+        found |= {f"state{number}": codes, f"absmax{number}": expanded}
     return found
 
 
@@ -103,7 +103,7 @@ def restore_moments(optimizer: Optimizer) -> None:
 def _blocks(codes: Tensor, scales: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes as bytes, and one scale per block."""
     firsts = scales[::BLOCK].contiguous()
-    if torch.equal(_spread(firsts)[: len(scales)], scales) and not (scales == IN_FP32).any():
+    if torch.equal(_expand(firsts)[: len(scales)], scales) and not (scales == IN_FP32).any():
         return codes.to(torch.uint8), firsts
     numbers = _numbers(codes, scales, values)
     quantized, firsts = torch.ops.bitsandbytes.quantize_blockwise(numbers, values, BLOCK)
@@ -115,5 +115,5 @@ def _numbers(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
     return torch.where(plain, codes, values[codes.masked_fill(plain, 0).int()] * scales)
 
 
-def _spread(scales: Tensor) -> Tensor:
+def _expand(scales: Tensor) -> Tensor:
     return scales.repeat_interleave(BLOCK)
