@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from functools import cache
 from typing import Any
 
@@ -22,10 +23,12 @@ from gptj.serving.keys.ledger import Counts, Ledger, Limits, LocalLedger, Standi
 
 logger = logging.getLogger(__name__)
 
-NAME, NAMESPACE = "gptj-key-ledger", "serve"
+# An actor outlives its replicas' code: a change of its methods needs another name.
+NAME, NAMESPACE = "gptj-key-ledger-2", "serve"
 START_SECONDS = 60.0
 ANSWER_SECONDS = 1.0
 WITHOUT_SECONDS = 5.0  # until it is called again after it did not answer
+RENEW_SECONDS = 5.0  # several within the ledger's LEASE_SECONDS
 MAX_PENDING = 10_000  # calls per replica: bounds memory while it hangs
 
 
@@ -35,6 +38,12 @@ class ClusterLedger:
     def __init__(self) -> None:
         self._actor: Any = None
         self._local = LocalLedger()
+        self._holder = uuid.uuid4().hex  # this process
+        self._running: set[tuple[str, str]] = set()  # keys and requests
+        # Held while the actor is told, so that it hears of a request's end after its renewals.
+        self._telling = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._renew, name="key-leases", daemon=True).start()
         self._without_until = 0.0
         self._connecting = self._connect()
         self._connecting.join(START_SECONDS)  # ready for the first requests
@@ -56,9 +65,16 @@ class ClusterLedger:
             if self._actor is None:  # whatever was raised: avoid a thread per request
                 self._without_until = time.monotonic() + WITHOUT_SECONDS
 
+    def close(self) -> None:
+        self._ended.set()
+
     async def begin(self, key: str, limits: Limits, request: str) -> Standing:
-        standing: Standing | None = await self._ask("begin", key, limits, request)
-        return standing or await self._local.begin(key, limits, request)
+        standing: Standing | None = await self._ask("begin", key, limits, request, self._holder)
+        standing = standing or await self._local.begin(key, limits, request)
+        if standing.refused is None:
+            with self._telling:
+                self._running.add((key, request))
+        return standing
 
     async def reserve(self, key: str, limits: Limits, request: str, tokens: int) -> Standing:
         standing: Standing | None = await self._ask("reserve", key, limits, request, tokens)
@@ -68,12 +84,24 @@ class ClusterLedger:
         # Tell both: a begin that was not answered in time may be counted in either. Tell the actor
         # even if it does not answer now: otherwise its running requests would never go down.
         await self._local.end(key, request, tokens)
+        with self._telling:
+            self._running.discard((key, request))
+            self._tell("end", key, request, tokens)
+
+    def _renew(self) -> None:
+        """Renew the lease of this process's requests, also if its event loop is busy."""
+        while not self._ended.wait(RENEW_SECONDS):
+            with self._telling:
+                self._tell("renew", self._holder, list(self._running))
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Without waiting for an answer."""
         if self._actor is None:
             return
         try:
-            self._actor.end.remote(key, request, tokens)  # nothing to wait for
+            getattr(self._actor, method).remote(*arguments)
         except RayError as error:
-            logger.warning("cannot tell the ledger of keys that a request ended: %s", error)
+            logger.warning("cannot tell the ledger of keys (%s): %s", method, error)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         """The actor's answer; None on timeout or error."""

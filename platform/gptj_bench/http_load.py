@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 TIMEOUT_SECONDS = 300
@@ -60,6 +61,7 @@ class Load:
         seconds = time.perf_counter() - start
         first = sorted(reply.first for reply in measured)
         gaps = sorted((reply.end - reply.first) / max(reply.tokens - 1, 1) for reply in measured)
+        between = sorted(gap for reply in measured for gap in reply.gaps)
         return {
             "concurrency": concurrency,
             "requests": len(measured),
@@ -70,6 +72,8 @@ class Load:
             "ttft_p99_ms": _milliseconds(first, 0.99),
             "tpot_p50_ms": _milliseconds(gaps, 0.5),
             "tpot_p99_ms": _milliseconds(gaps, 0.99),
+            "gap_p50_ms": _milliseconds(between, 0.5),
+            "gap_p99_ms": _milliseconds(between, 0.99),
         }
 
     def _ask(self, prompt: list[int]) -> _Reply:
@@ -85,7 +89,8 @@ class Load:
         headers = {"content-type": "application/json", **self.headers}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         start = time.perf_counter()
-        first, tokens = None, 0
+        arrived: list[float] = []  # of the events with text
+        tokens = 0
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as lines:
             for line in lines:
                 if not line.startswith(b"data: {"):
@@ -93,13 +98,14 @@ class Load:
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise ValueError(event["error"])
-                if event["choices"] and first is None:
-                    first = time.perf_counter() - start
+                if event["choices"]:
+                    arrived.append(time.perf_counter() - start)
                 if event.get("usage"):
                     tokens = event["usage"]["completion_tokens"]
-        if first is None or tokens != self.new_tokens:
+        if not arrived or tokens != self.new_tokens:
             raise ValueError(f"got {tokens} of {self.new_tokens} tokens")
-        return _Reply(first, time.perf_counter() - start, tokens)
+        gaps = [later - earlier for earlier, later in pairwise(arrived)]
+        return _Reply(arrived[0], time.perf_counter() - start, tokens, gaps)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class _Reply:
     first: float  # seconds to the first token
     end: float
     tokens: int
+    gaps: list[float]  # seconds between its events; one may have several tokens
 
 
 def _milliseconds(values: list[float], share: float) -> float | None:

@@ -8,8 +8,9 @@ its own connection, and retries at once after a refusal; with --patient it waits
 `Retry-After` says. With --rates so many requests a second arrive instead, however long earlier
 ones take. With --stream answers are streamed, and the time to their first token is reported.
 --max-queue-seconds is the application's setting. Another client polls /health. Prints a line for
-each number, with the CPU seconds and the memory's growth of the proxy and the replica. A few
-clients, before all and five seconds after each number, show whether the service recovers.
+each number, with the CPU seconds and the memory's growth of the proxy and the replica, and the CPU
+seconds that other programs took: runs compare only if these are alike. A few clients, before all
+and five seconds after each number, show whether the service recovers.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Outcome:
     undeclared: int = 0  # refusals without our body, or without Retry-After
     health: Counter[int | str] = field(default_factory=Counter)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
+    other_cpu_seconds: float = 0.0  # of all other programs, and of a virtual machine's host
     growth_mb: dict[str, float] = field(default_factory=dict)  # at most, of memory in use
 
     def note(self, reply: Reply, start: float) -> None:
@@ -202,6 +204,7 @@ async def measure(service: LocalService, load: Load, seconds: float) -> Outcome:
         "replica": _processes(service, "ServeReplica"),
     }
     before = {each: cpu_seconds(each) for found in processes.values() for each in found}
+    busy = busy_seconds()
     end = time.monotonic() + seconds
     if load.at_rate:
         work = [arrivals(address, end, outcome, load)]
@@ -215,11 +218,18 @@ async def measure(service: LocalService, load: Load, seconds: float) -> Outcome:
         name: round(sum(cpu_seconds(each) - before[each] for each in found if each.is_running()), 1)
         for name, found in processes.items()
     }
+    outcome.other_cpu_seconds = busy_seconds() - busy - sum(outcome.cpu_seconds.values())
     return outcome
 
 
 def _processes(service: LocalService, actor: str) -> list[psutil.Process]:
     return [psutil.Process(each) for each in service.processes(actor).values()]
+
+
+def busy_seconds() -> float:
+    """The seconds of all cores that were not idle, or that the host gave to others."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -246,7 +256,8 @@ def line(load: Load, outcome: Outcome) -> str:
         f"p99 {_percentile(outcome.refused, 0.99):.3f} s, "
         f"longest {max(outcome.refused, default=0):.3f} s, "
         f"{outcome.undeclared} of them undeclared; statuses {dict(outcome.statuses)}; "
-        f"health {dict(outcome.health)}; CPU seconds {outcome.cpu_seconds}; "
+        f"health {dict(outcome.health)}; CPU seconds {outcome.cpu_seconds}, "
+        f"of others {outcome.other_cpu_seconds:.1f}; "
         f"memory grew by {outcome.growth_mb} MB"
     )
 

@@ -93,7 +93,7 @@ def test_haproxy_is_switched_on_and_its_program_is_in_the_image() -> None:
 
 @pytest.mark.parametrize("overlay", ["gpu", "local"])
 def test_a_training_that_is_told_to_stop_has_the_time_for_a_checkpoint(overlay: str) -> None:
-    """Ray kills it after three seconds by default, and Kubernetes a worker after its grace."""
+    """Ray kills it after three seconds by default, and Kubernetes a pod after its grace."""
     objects = build(overlay)
     (job,) = of_kind(objects, "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
@@ -101,8 +101,9 @@ def test_a_training_that_is_told_to_stop_has_the_time_for_a_checkpoint(overlay: 
     (source,) = head["envFrom"]
     environment = named(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
     (worker,) = cluster["workerGroupSpecs"]
-    grace = worker["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert 60 <= int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) < grace
+    for group in (worker, cluster["headGroupSpec"]):
+        grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert 60 <= int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) < grace
 
 
 @pytest.mark.parametrize("overlay", CARDS)

@@ -962,6 +962,7 @@ class Queue:
     def __init__(self, room: int, **settings: Any) -> None:
         self.room = room
         self.asked = 0
+        self.cleanup: asyncio.Event | None = None  # of requests whose replies are complete
         self.running: list[asyncio.Event] = []
         self.now = 0.0
         self._admission = Admission(self.serve, Gate(clock=lambda: self.now, **settings))
@@ -975,6 +976,8 @@ class Queue:
         await end.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body"})
+        if self.cleanup is not None:
+            await self.cleanup.wait()
 
     async def ask(self, path: str = "/v1/completions") -> int:
         status = 0
@@ -1037,6 +1040,25 @@ def test_the_bound_rises_gradually_after_a_service_grows() -> None:
         while service.running:
             await service.answer()
         await asyncio.gather(*held)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_counts_until_its_replys_last_byte() -> None:
+    """Not until Serve has cleaned up: its client may already have sent the next one."""
+
+    async def scenario() -> None:
+        service = Queue(room=1000, first_bound=2)
+        service.cleanup = asyncio.Event()
+        held = [await service.hold() for _ in range(2)]
+        assert await service.ask() == 429
+        await service.answer()
+        held.append(await service.hold())
+        assert service.asked == 3
+        service.cleanup.set()
+        while service.running:
+            await service.answer()
+        assert await asyncio.gather(*held) == [200] * 3
 
     asyncio.run(scenario())
 

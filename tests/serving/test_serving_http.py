@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 import openai
 import pytest
 from serving_client import ANSWERS, CLASSIFICATION, COMPLETIONS, assert_error
-from serving_models import CONTEXT, KEY
+from serving_models import CONTEXT, KEY, Models, applications
 
 from gptj.serving.keys.keyring import Keys
 from gptj.serving.middleware.limits import MAX_BODY_BYTES
@@ -141,3 +142,24 @@ def test_openais_client_succeeds_on_a_full_service_by_retrying(service: str) -> 
     assert all(reply.parse().choices for reply in replies)
     assert sum(reply.retries_taken for reply in replies) == len(waits) >= 1
     assert all(int(wait) >= 1 for wait in waits)
+
+
+def test_a_short_prompts_stream_does_not_wait_for_a_thread(models: Models) -> None:
+    """Others' long texts may hold all threads; a thread's turn also takes a busy replica 1 ms."""
+    held = threading.Event()
+
+    async def ask(app: Any) -> str:
+        pool = ThreadPoolExecutor(1)
+        pool.submit(held.wait)
+        asyncio.get_running_loop().set_default_executor(pool)
+        body = {"prompt": "The tower", "max_tokens": 4, "ignore_eos": True, "stream": True}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            try:
+                sent = client.post(COMPLETIONS, json=body)
+                return (await asyncio.wait_for(sent, 60)).text
+            finally:
+                held.set()
+
+    with applications(models) as apps:
+        assert asyncio.run(ask(apps["/"])).endswith("data: [DONE]\n\n")

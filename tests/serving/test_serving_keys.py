@@ -34,6 +34,7 @@ from gptj.serving.keys import keyring
 from gptj.serving.keys.account import Account, reserve_tokens
 from gptj.serving.keys.keyring import Key, Keys, digest
 from gptj.serving.keys.ledger import (
+    LEASE_SECONDS,
     WINDOW_SECONDS,
     Counts,
     Limits,
@@ -377,6 +378,8 @@ class FakeActor:
             @staticmethod
             def remote(*arguments: Any) -> Any:
                 result = getattr(self.counts, name)(*arguments)
+                if result is None:
+                    return None  # nobody waits for it
                 future = asyncio.get_running_loop().create_future()
                 if self.answers:
                     future.set_result(result)
@@ -406,6 +409,82 @@ def test_requests_end_in_a_ledger_that_did_not_answer_for_a_while(
         for request in ("third", "fourth"):
             assert (await cluster.begin("k", limits, request)).refused is None
         assert (await cluster.begin("k", limits, "fifth")).refused == "concurrent"
+
+    asyncio.run(run())
+
+
+def test_a_dead_replicas_requests_stop_counting_and_a_live_ones_do_not() -> None:
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(concurrent=2)
+    counts.begin("k", limits, "lost", "dead")
+    counts.begin("k", limits, "held", "live")
+    while now < 3 * LEASE_SECONDS:
+        now += LEASE_SECONDS / 3
+        counts.renew("live", [("k", "held")])
+        left = counts.begin("k", limits, "held", "live").remaining_concurrent
+        assert left == (0 if now < LEASE_SECONDS else 1)
+    assert counts.begin("k", limits, "new", "live").refused is None
+    assert counts.begin("k", limits, "newer", "live").refused == "concurrent"
+
+
+def test_a_retry_elsewhere_outlives_the_dead_replicas_lease() -> None:
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(concurrent=1)
+    counts.begin("k", limits, "retried", "dead")
+    now = LEASE_SECONDS - 1
+    counts.begin("k", limits, "retried", "live")
+    now = LEASE_SECONDS + 1
+    assert counts.begin("k", limits, "other", "live").refused == "concurrent"
+
+
+def test_a_replica_that_could_not_be_heard_gets_its_requests_back() -> None:
+    """As after a broken network, or the ledger's own restart."""
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(concurrent=1)
+    counts.begin("k", limits, "running", "cut off")
+    now = LEASE_SECONDS
+    assert counts.begin("k", limits, "other", "live").refused is None
+    counts.end("k", "other", 0)
+    counts.renew("cut off", [("k", "running")])
+    assert counts.begin("k", limits, "other", "live").refused == "concurrent"
+    counts.end("k", "running", 0)
+    assert counts.begin("k", limits, "other", "live").refused is None
+
+
+def test_a_replica_renews_its_running_requests_until_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actor = FakeActor()
+    renewed: list[list[tuple[str, str]]] = []
+    seen = threading.Event()
+
+    def renew(holder: str, running: list[tuple[str, str]]) -> None:
+        renewed.append(sorted(running))
+        seen.set()
+
+    monkeypatch.setattr(actor.counts, "renew", renew)
+    monkeypatch.setattr(ledger.ClusterLedger, "_start", lambda self: None)
+    monkeypatch.setattr(ledger, "RENEW_SECONDS", 0.01)
+    limits = Limits(concurrent=2)
+
+    async def next_renewal() -> list[tuple[str, str]]:
+        for _ in range(2):  # one may have begun before
+            seen.clear()
+            assert await asyncio.to_thread(seen.wait, 60)
+        return renewed[-1]
+
+    async def run() -> None:
+        cluster = ledger.ClusterLedger()
+        cluster._actor = actor
+        for request in ("first", "second", "refused"):
+            await cluster.begin("k", limits, request)
+        assert await next_renewal() == [("k", "first"), ("k", "second")]
+        await cluster.end("k", "first", 0)
+        assert await next_renewal() == [("k", "second")]
+        cluster.close()
 
     asyncio.run(run())
 

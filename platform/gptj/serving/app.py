@@ -16,9 +16,9 @@ from starlette.responses import Response
 
 from gptj.serving.errors import (
     SCOPE,
+    UNEXPECTED,
     APIError,
     InvalidRequestError,
-    ModelError,
     OverloadedError,
     UnavailableError,
     WrongShapeError,
@@ -163,7 +163,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
     # Starlette re-raises it after the reply, so it is logged.
-    return error_response(ModelError("an unexpected error of the service: see its log"))
+    return error_response(UNEXPECTED)
 
 
 def validated(model: type[Body], body: Any) -> Body:

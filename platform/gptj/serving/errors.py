@@ -130,6 +130,9 @@ class ModelError(APIError):
     type = "server_error"
 
 
+UNEXPECTED = ModelError("an unexpected error of the service: see its log")
+
+
 class UnavailableError(APIError):
     status = 503
     type = "server_error"

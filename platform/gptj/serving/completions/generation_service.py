@@ -106,6 +106,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
     def _first_chunk(self, request: Request) -> Chunk:
         """A chunk without choices, as a template for the others."""
 
+    def _resolves_at_once(self, request: Request) -> bool:
+        """Whether its prompts take less than a thread's turn, which costs a busy replica 1 ms."""
+        return False
+
     def _first_fields(self, request: Request, output: Output) -> dict[str, Any]:
         """Further fields of an output's first chunk."""
         return {}
@@ -193,8 +197,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                 if index in begun:
                     choice = self._delta(request, output, piece, False)
                 else:
-                    # Logprobs of a long prompt take a while: not on the event loop.
-                    choice = await in_reply_thread(self._delta, request, output, piece, True)
+                    if output.scored_by.prompt_logprobs is None:
+                        choice = self._delta(request, output, piece, True)
+                    else:  # those of a long prompt take a while: not on the event loop
+                        choice = await in_reply_thread(self._delta, request, output, piece, True)
                     fields = self._first_fields(request, output)
                     begun.add(index)
                 usage = run.usage() if options.continuous_usage_stats else None
@@ -284,8 +290,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         """Raises APIError."""
         self._resolver.check(request)
         grammar = await request.compiled(self._grammars, self._recorder)
-        # Long texts take a while: not on the event loop.
-        prompts = await asyncio.to_thread(self._resolved, request, grammar)
+        if self._resolves_at_once(request):
+            prompts = self._resolved(request, grammar)
+        else:  # a long text takes a while: not on the event loop
+            prompts = await asyncio.to_thread(self._resolved, request, grammar)
         await reserve_tokens(sum(prompt.most_tokens(request) for prompt in prompts))
         return prompts
 

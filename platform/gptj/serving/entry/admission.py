@@ -135,7 +135,13 @@ class Admission:
             self._gate.note_refusal()
             await error_response(FULL)(scope, receive, send)
             return
-        status, refused = 0, False
+        status, refused, inside = 0, False, True
+
+        def leave() -> None:
+            nonlocal inside
+            if inside:
+                inside = False
+                self._gate.leave(path, status, refused=refused)
 
         async def watch(message: Message) -> None:
             nonlocal status, refused
@@ -143,10 +149,12 @@ class Admission:
                 status = message["status"]
                 names = {name.lower() for name, _ in message.get("headers", ())}
                 refused = status == 429 and SCOPE.encode() not in names
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                leave()  # now: its client may send the next before Serve has cleaned up after it
             await send(message)
 
         self._gate.enter(path)
         try:
             await self._app(scope, receive, watch)
         finally:
-            self._gate.leave(path, status, refused=refused)
+            leave()

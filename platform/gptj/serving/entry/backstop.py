@@ -7,7 +7,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptj.serving.entry.event_stream import error_events
-from gptj.serving.errors import ModelError, error_response
+from gptj.serving.errors import UNEXPECTED, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ class Backstop:
             if scope["type"] != "http" or (started and not is_stream):
                 raise
             logger.exception("an unexpected error in front of the replicas")
-            error = ModelError("an unexpected error of the service: see its log")
             if started:
-                await send({"type": "http.response.body", "body": error_events(error)})
+                await send({"type": "http.response.body", "body": error_events(UNEXPECTED)})
             else:
-                await error_response(error)(scope, receive, send)
+                await error_response(UNEXPECTED)(scope, receive, send)

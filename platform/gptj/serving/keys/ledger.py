@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 WINDOW_SECONDS = 60.0
 # A request running longer than this has lost its replica and was not retried.
 MAX_SECONDS = 660.0
+LEASE_SECONDS = 30.0  # a holder of requests that was silent for so long has died with them
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,21 @@ class Window:
         return max(0.0, newest + WINDOW_SECONDS - now)
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A running request: since when, and in which process, if that reports its requests."""
+
+    since: float
+    holder: str | None
+
+
 @dataclass
 class _Use:
     """One key's use."""
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
-    running: OrderedDict[str, float] = field(default_factory=OrderedDict)  # since when
+    running: OrderedDict[str, _Running] = field(default_factory=OrderedDict)  # oldest first
     reserved: set[str] = field(default_factory=set)  # running requests with reserved tokens
 
 
@@ -113,8 +122,11 @@ class Counts:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._uses: defaultdict[str, _Use] = defaultdict(_Use)
+        self._heard: dict[str, float] = {}  # when from each holder
 
-    def begin(self, key: str, limits: Limits, request: str) -> Standing:
+    def begin(self, key: str, limits: Limits, request: str, holder: str | None = None) -> Standing:
+        if holder is not None:
+            self._heard[holder] = self._clock()
         use, now = self._use(key)
         again = request in use.running or request in use.requests
         if not again and limits.requests is not None and use.requests.total >= limits.requests:
@@ -125,7 +137,7 @@ class Counts:
             return self._standing(use, limits, now, "concurrent", 1.0)
         if request not in use.requests:
             use.requests.add(request, 1, now)
-        use.running[request] = now
+        use.running[request] = _Running(now, holder)
         use.running.move_to_end(request)  # the oldest is first
         return self._standing(use, limits, now)
 
@@ -147,17 +159,42 @@ class Counts:
         use.reserved.discard(request)
         use.tokens.change(request, tokens)
 
+    def renew(self, holder: str, running: Sequence[tuple[str, str]]) -> None:
+        """A holder lives, and has these requests, as (key, request).
+
+        One that could not be heard for a while gets its requests back.
+        """
+        now = self._heard[holder] = self._clock()
+        for key, request in running:
+            use = self._uses[key]
+            if request not in use.running:
+                use.running[request] = _Running(now, holder)
+
     def _use(self, key: str) -> tuple[_Use, float]:
+        self._end_leases()
         use, now = self._uses[key], self._clock()
         use.requests.expire(now)
         use.tokens.expire(now)
         while use.running:
-            request, since = next(iter(use.running.items()))
-            if now - since < MAX_SECONDS:
+            request, oldest = next(iter(use.running.items()))
+            if now - oldest.since < MAX_SECONDS:
                 break
             del use.running[request]
             use.reserved.discard(request)
         return use, now
+
+    def _end_leases(self) -> None:
+        """Drop the requests of silent holders."""
+        now = self._clock()
+        silent = {each for each, heard in self._heard.items() if now - heard >= LEASE_SECONDS}
+        if not silent:
+            return
+        for use in self._uses.values():
+            for request in [name for name, each in use.running.items() if each.holder in silent]:
+                del use.running[request]
+                use.reserved.discard(request)
+        for holder in silent:
+            del self._heard[holder]
 
     @staticmethod
     def _standing(
