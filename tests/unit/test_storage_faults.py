@@ -6,12 +6,15 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -366,3 +369,29 @@ for folder in sys.argv[1:]:
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     denied = f"{name}/data/closed: Permission denied; remedy: check its owner and mode"
     assert lines == [denied, denied, "['rows.txt']", "[]"]
+
+
+def test_files_that_others_delete_meanwhile_are_no_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a folder's listing and a look at what is in it: a file, a folder, then all."""
+    for name in ("kept", "gone", "gone-folder/file", "kept-folder/gone"):
+        storage.write_bytes(f"{tmp_path}/run/{name}", b"")
+    run, scandir = tmp_path / "run", os.scandir
+    inside = run / "kept-folder"
+
+    def slow(path: Any) -> Any:
+        with scandir(path) as listing:
+            entries = list(listing)
+        if path == run:
+            (run / "gone").unlink(missing_ok=True)
+            shutil.rmtree(run / "gone-folder", ignore_errors=True)
+        if path == inside:
+            shutil.rmtree(inside)
+        return nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    assert [file.name for file in storage.list_files(str(run))] == ["kept"]
+    monkeypatch.undo()
+    shutil.rmtree(run)
+    assert storage.list_files(str(run)) == []

@@ -28,7 +28,8 @@ _UNFINISHED = ".unfinished"
 
 
 def exists(address: str) -> bool:
-    return local_path(address).is_file()
+    with explaining(address):
+        return local_path(address).is_file()
 
 
 def size(address: str) -> int:
