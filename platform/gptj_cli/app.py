@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from gptj.extras import Extra, MissingPackageError, missing
 
@@ -433,7 +434,8 @@ def predict(
         typer.Argument(metavar="SETTINGS", help="data.columns.OURS=NAME … or data.delimiter=…"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Output file; default: standard output.")
+        Path | None,
+        typer.Option(help="Output file, replaced at the end; default: standard output."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens (language models).")] = 32,
@@ -467,10 +469,29 @@ def predict(
             rows, failed = rows + 1, failed + ("error" in result)
         return rows, failed
 
-    with open(output, "w") if output is not None else contextlib.nullcontext(sys.stdout) as target:
+    if output is not None:
+        predicting.check_output(output, file)
+    with _results(output) as target:
         rows, failed = asyncio.run(write(target))
     if failed:
         sys.exit(f"error: {failed} of {rows} rows failed: see error in their lines")
+
+
+@contextlib.contextmanager
+def _results(output: Path | None) -> Iterator[TextIO]:
+    """Where results go. A file that is there already stays as it is until all of them are."""
+    if output is None:
+        yield sys.stdout
+    elif output.exists() and not output.is_file():  # a pipe or device
+        with output.open("w", encoding="utf-8") as target:
+            yield target
+    else:
+        path = output.resolve()  # a link stays
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            with unfinished.open("w", encoding="utf-8") as target:
+                yield target
+            unfinished.replace(path)
 
 
 @app.command()
