@@ -238,7 +238,7 @@ def test_relative_addresses_become_absolute_and_others_stay(tmp_path: Path) -> N
         ("sqlite:///db/mlflow.db?timeout=9", "sqlite:///{here}/db/mlflow.db?timeout=9"),
         ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
         *((same, same) for same in ("http://mlflow:5000", "https://m", "databricks", "uc:me")),
-        *((same, same) for same in ("databricks://me", "postgresql://u@h/mlflow")),
+        *((same, same) for same in ("databricks://me", "postgresql://h/mlflow")),
     ],
 )
 def test_the_trackers_relative_paths_become_absolute(
