@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 from readme import blocks
 
+from gptj.data.batches import BatchOrder
+from gptj.data.batches import share as share_of_rank
 from gptj.training.deepspeed_config import deepspeed_config, learning_rate_share
 from gptj.training.settings import (
     OptimizerSettings,
@@ -147,6 +150,27 @@ def test_steps_replace_a_files_epochs_and_vice_versa(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="give one"):
         read("epochs: 3", "steps=10", "epochs=2")
     assert "epochs" not in read("epochs: 3", "steps=10").model_fields_set
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 5, 15, 16, 17, 40, 56, 72, 1000])
+def test_an_epoch_leaves_no_row_out(rows: int, batch: int) -> None:
+    """However often the run resumes, with other numbers of workers: here after each step."""
+    for epochs in (1, 2, 3):
+        settings = read_settings([f"epochs={epochs}", f"batch_size={batch}"])
+        order = BatchOrder(rows, batch, settings.seed)
+        seen: Counter[int] = Counter()
+        for step in range(settings.total_steps(rows)):
+            workers = 1 + step % min(batch, 4)
+            for rank in range(workers):
+                for part in share_of_rank(order.indices(step), rank, workers, micro_batch=2):
+                    seen.update(part)
+        assert len(seen) == rows
+        assert min(seen.values()) >= epochs
+        assert seen.total() < epochs * rows + batch
+    for tenths in range(1, 31):  # 0.1 * 30 is 3.0000000000000004 in floating point
+        part = read_settings([f"epochs={tenths / 10}", f"batch_size={batch}"])
+        assert part.total_steps(rows) == max(1, -(-tenths * rows // (10 * batch)))
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_once_the_data_is_known() -> None:
