@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from gptj import storage as stored
     from gptj.checkpoints import manifest as manifests
+    from gptj.serialization import json_object
     from gptj.storage import addresses as spellings
     from gptj.storage import errors as storage_errors
     from gptj.training import progress
@@ -49,6 +50,7 @@ else:
     rich_console, rich_live = Extra("rich.console", NEEDS), Extra("rich.live", NEEDS)
     stored = Extra("gptj.storage", NEEDS)
     manifests = Extra("gptj.checkpoints.manifest", NEEDS)
+    json_object = Extra("gptj.serialization.json_object", NEEDS)
     spellings = Extra("gptj.storage.addresses", NEEDS)
     storage_errors = Extra("gptj.storage.errors", NEEDS)
     progress = Extra("gptj.training.progress", NEEDS)
@@ -465,7 +467,7 @@ def predict(
     async def write(target: Any) -> tuple[int, int]:
         rows = failed = 0
         async for result in predicting.predict(address, file, options):
-            print(json.dumps(result, ensure_ascii=False), file=target, flush=True)
+            print(json_object.to_json(result, ensure_ascii=False), file=target, flush=True)
             rows, failed = rows + 1, failed + ("error" in result)
         return rows, failed
 
