@@ -42,7 +42,6 @@ if __name__ == "__main__":
 
 import asyncio
 import logging
-import math
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -439,7 +438,7 @@ class Answerer:
         """Whether a row was answered, and its output line."""
         if entry.row is None:
             return False, {**entry.key, "error": {"message": entry.problem}}
-        kept = {name: _plain(entry.row.values[name]) for name in self._task.keep}
+        kept = {name: entry.row.values[name] for name in self._task.keep}
         line = {**entry.key, **kept}
         try:
             route, body = request_of(self._task.service, entry.row, self._task.parameters)
@@ -491,11 +490,6 @@ class Answerer:
                         raise
                     # Not the fault of the rows that follow.
                     raise RuntimeError(f"the model has stopped working: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """None for a table's missing numbers, since JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _no_request(problem: str) -> Mapping[str, str]:

@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from gptj.environment.extras import Extra, MissingPackageError, missing
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from gptj import storage as stored
     from gptj.checkpoints import manifest as manifests
+    from gptj.serialization import json_object
     from gptj.storage import addresses as spellings
     from gptj.storage import errors as storage_errors
     from gptj.training import progress
@@ -48,6 +50,7 @@ else:
     rich_console, rich_live = Extra("rich.console", NEEDS), Extra("rich.live", NEEDS)
     stored = Extra("gptj.storage", NEEDS)
     manifests = Extra("gptj.checkpoints.manifest", NEEDS)
+    json_object = Extra("gptj.serialization.json_object", NEEDS)
     spellings = Extra("gptj.storage.addresses", NEEDS)
     storage_errors = Extra("gptj.storage.errors", NEEDS)
     progress = Extra("gptj.training.progress", NEEDS)
@@ -433,7 +436,8 @@ def predict(
         typer.Argument(metavar="SETTINGS", help="data.columns.OURS=NAME … or data.delimiter=…"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Output file; default: standard output.")
+        Path | None,
+        typer.Option(help="Output file, replaced at the end; default: standard output."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows computed together.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens (language models).")] = 32,
@@ -463,14 +467,33 @@ def predict(
     async def write(target: Any) -> tuple[int, int]:
         rows = failed = 0
         async for result in predicting.predict(address, file, options):
-            print(json.dumps(result, ensure_ascii=False), file=target, flush=True)
+            print(json_object.to_json(result, ensure_ascii=False), file=target, flush=True)
             rows, failed = rows + 1, failed + ("error" in result)
         return rows, failed
 
-    with open(output, "w") if output is not None else contextlib.nullcontext(sys.stdout) as target:
+    if output is not None:
+        predicting.check_output(output, file)
+    with _results(output) as target:
         rows, failed = asyncio.run(write(target))
     if failed:
         sys.exit(f"error: {failed} of {rows} rows failed: see error in their lines")
+
+
+@contextlib.contextmanager
+def _results(output: Path | None) -> Iterator[TextIO]:
+    """Where results go. A file that is there already stays as it is until all of them are."""
+    if output is None:
+        yield sys.stdout
+    elif output.exists() and not output.is_file():  # a pipe or device
+        with output.open("w", encoding="utf-8") as target:
+            yield target
+    else:
+        path = output.resolve()  # a link stays
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            with unfinished.open("w", encoding="utf-8") as target:
+                yield target
+            unfinished.replace(path)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from deployments.in_process import ARGUMENTS, InProcessService, ServiceName
 from gptj.config import GPTJConfig
 from gptj.data.examples import groups
 from gptj.data.rows import Row
-from gptj.data.sources import find_columns, read_rows
+from gptj.data.sources import data_files, find_columns, read_rows
 from gptj.serving.errors import APIError
 from gptj_jobs.row_requests import KINDS, fields_of, request_of, service_of
 
@@ -62,6 +63,17 @@ async def predict(address: str, data: str, options: Options) -> AsyncIterator[di
         answer = answerer(name, service, options)
         async for result in _in_order(rows, answer, 4 * options.batch_size):
             yield result
+
+
+def check_output(output: Path, data: str) -> None:
+    """ValueError if the output would replace some of the data."""
+    if output.exists():
+        for each in data_files(data):
+            if Path(each.address).exists() and output.samefile(each.address):
+                raise ValueError(
+                    f"--output {output} is one of the files of {data}, which it would replace: "
+                    f"choose another name"
+                )
 
 
 def device_of(options: Options) -> torch.device:

@@ -23,7 +23,10 @@ from gptj import (
     GPTJForQuestionAnswering,
     GPTJForSequenceClassification,
 )
+from gptj.checkpoints.skeleton import without_weights
 from gptj.engine import memory
+from gptj.training import room
+from gptj.training.settings import Settings, read_settings
 from gptj_local.ray import HAPROXY, SERVE
 
 SIX_B = GPTJConfig.preset("6b")
@@ -175,6 +178,67 @@ def test_the_checkpoint_cache_fits_on_its_volume(
     else:
         assert limit < quantity(volume["emptyDir"]["sizeLimit"])
         assert limit >= 3 * model
+
+
+EXAMPLES = 40e9  # bytes: those of ten billion tokens
+FROM_A_HUB = 24.3e9  # bytes of a 6B model in fp32, which goes to HOME
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "gpu+spot", "gpu+irsa", "gpu+kueue", "local"])
+def test_a_trainings_temporary_volume_holds_a_checkpoint(overlay: str) -> None:
+    """Of all the workers that share the pod, with moments in 8 bits too, which take the most."""
+    (job,) = of_kind(objects := build(overlay), "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    spare = EXAMPLES if overlay.startswith("gpu") else 1e9
+    volume, allowed = _temporary(group["template"]["spec"])
+    for settings in _trainings(objects):
+        workers = settings.workers.most
+        with without_weights():
+            preset = "6b" if settings.model.checkpoint else settings.model.preset
+            model = settings.task_definition.head(GPTJConfig.preset(preset))
+        in_a_pod = -(-workers // group["replicas"])
+        most = settings.model_dump(exclude_unset=True)
+        most["optimizer"]["moments"] = "8bit"
+        parts = [
+            room.checkpoint_bytes(Settings(**most), model, rank, workers) + room.SPARE_BYTES
+            for rank in range(workers)
+        ]
+        assert sum(sorted(parts)[-in_a_pod:]) + spare <= allowed
+        home = FROM_A_HUB if settings.model.checkpoint else 0
+        assert allowed + home <= volume
+    # The job's own process makes the examples too.
+    volume, allowed = _temporary(cluster["headGroupSpec"]["template"]["spec"])
+    assert spare <= allowed < volume
+
+
+def _trainings(objects: list[Object]) -> list[Settings]:
+    """The settings of the runs that a RayJob starts."""
+    (config,) = [
+        each["data"]
+        for each in of_kind(objects, "ConfigMap")
+        if each["metadata"]["name"].startswith("training-")
+        and not each["metadata"]["name"].startswith("training-environment")
+    ]
+    if text := config.get("finetune.yaml"):
+        return [Settings(**yaml.safe_load(text))]
+    (pattern,) = re.findall(r"jobs/settings/\S+\.yaml", config["quickstart.sh"])
+    found = [read_settings([str(each)]) for each in K8S.parent.glob(pattern)]
+    assert len(found) == 3
+    return found
+
+
+def _temporary(pod: Object) -> tuple[float, float]:
+    """Bytes of the volume where temporary files are, and how many of them ours may take."""
+    container = pod["containers"][0]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    (mount,) = [
+        each for each in container["volumeMounts"] if each["mountPath"] == variables["TMPDIR"]
+    ]
+    (volume,) = [each for each in pod["volumes"] if each["name"] == mount["name"]]
+    size = quantity(volume["emptyDir"]["sizeLimit"])
+    assert quantity(container["resources"]["requests"]["ephemeral-storage"]) >= size
+    return float(size), float(variables["GPTJ_SCRATCH_GB"]) * 1e9
 
 
 GROWN = [(1, 2), (2, 3), (4, 6), (6, 9)]

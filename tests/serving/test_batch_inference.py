@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import pickle
 import shutil
 import struct
 from collections.abc import Mapping
 from contextlib import closing
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from openai.types import Completion
@@ -24,8 +29,9 @@ from serving_models import PROMPTS, SENTENCES, TEMPLATE, Models
 from deployments.in_process import InProcessService
 from gptj import storage
 from gptj.checkpoints.manifest import verify
-from gptj.data.answers import Index, Plan, Record, begin, chunks, finish
+from gptj.data.answers import Chunk, Entry, Index, Plan, Record, begin, chunks, finish, write
 from gptj.data.rows import DataError
+from gptj.data.sources import read_rows
 from gptj.serving.errors import UnavailableError
 from jobs import batch_inference
 from jobs.batch_inference import (
@@ -84,9 +90,16 @@ def run(*words: str, most: int | None = None) -> Index | None:
 
 
 def lines(folder: str, kind: str) -> list[dict[str, Any]]:
-    """Of all files of a kind, in the order of their names."""
-    files = sorted(Path(folder).glob(f"{kind}*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    """Of all files of a kind, in the order of their names; strictly JSON, without NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [
+        json.loads(line, parse_constant=refuse)
+        for file in sorted(Path(folder).glob(f"{kind}*.jsonl"))
+        for line in file.read_text().removesuffix("\n").split("\n")
+    ]
 
 
 def written(path: Path, rows: list[Any]) -> str:
@@ -432,6 +445,32 @@ def test_rows_of_another_kind_are_refused(addresses: Mapping[str, str], tmp_path
     data = written(tmp_path / "rows.jsonl", [{"question": "x", "context": "y"}])
     with pytest.raises(ValueError, match=r"no column 'text'.* or .*messages"):
         planned(read_settings([addresses["generation"], data, str(tmp_path / "output")]))
+
+
+def test_lines_are_json_whatever_a_table_has(tmp_path: Path) -> None:
+    """NaN and infinities at any depth are null; what JSON has no form for is text."""
+    odd = {
+        "number": math.nan,
+        "list": [1.0, math.nan, -math.inf],
+        "struct": {"deep": [{"er": math.inf}], "none": None},
+        "decimal": Decimal("1.50"),
+        "date": date(2026, 1, 2),
+        "bytes": b"\xff",
+        "text": "caf\u00e9 \u2028",
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([odd]), tmp_path / "rows.parquet")
+    (row,) = read_rows(str(tmp_path / "rows.parquet"), list(odd))
+    plan = Plan("f", (("f",),), (1,), tuple(odd), {}, None, 256, {})
+    entries = [Entry("f", number, row) for number in (1, 2)]
+    line = {"file": "f", "row": 1, **row.values}
+    write(plan, str(tmp_path), Chunk(0, 0, entries), [line], [line])
+    for kind in ("output", "errors"):
+        (found,) = lines(str(tmp_path), kind)
+        assert found["number"] is None
+        assert found["list"] == [1.0, None, None]
+        assert found["struct"] == {"deep": [{"er": None}], "none": None}
+        assert (found["decimal"], found["date"]) == (1.5, "2026-01-02")
+        assert found["text"] == odd["text"]
 
 
 def test_answers_keep_the_rows_order_beyond_100_000_chunks(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from gptj.checkpoints.manifest import Manifest, describe
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
 from gptj.storage.lease import take_over
+from gptj.storage.scratch import scratch_folder
 from gptj.training import engine_state, room
 from gptj.training.failures import (
     DiskFullError,
@@ -123,6 +125,42 @@ def test_ranks_on_one_machine_share_its_disk_space(
     disks(monkeypatch, ("a", 60, 100), ("a", 60, 100))
     with pytest.raises(DiskFullError, match="on node node has no room for a checkpoint"):
         room.check_room(tmp_path, "s3://bucket/run", 60)
+
+
+@pytest.fixture
+def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder with 1 GB for our files, of which a part of a checkpoint takes 0.4 GB."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("GPTJ_SCRATCH_GB", "1")
+    with scratch_folder() as folder:
+        with (folder / "part").open("wb") as file:
+            file.truncate(4 * 10**8)
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage(10**13, 0, 10**13))
+        yield folder
+
+
+def test_a_checkpoint_fits_into_what_temporary_files_may_take(
+    limited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all ranks in the pod, though the disk, which is larger than the volume, has room."""
+    monkeypatch.setattr(room.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        room.dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(2), [mine] * 2)
+    )
+    room.check_room(limited, "s3://bucket/run", 2 * 10**8)
+    with pytest.raises(
+        DiskFullError,
+        match=r"GPTJ_SCRATCH_GB for .* has no room for a checkpoint: 0\.867 GB are needed there, "
+        r"for the parts of 2 workers, and 0\.6 GB are free; remedy: enlarge the volume",
+    ):
+        room.check_room(limited, "s3://bucket/run", 4 * 10**8)
+    room.check_room_for("s3://b/r/shard", 6 * 10**8, limited)
+    with pytest.raises(DiskFullError, match=r"no room for s3://b/r/shard: 0\.7 GB are needed"):
+        room.check_room_for("s3://b/r/shard", 7 * 10**8, limited)
+    room.check_room_for("s3://b/r/shard", 7 * 10**8, Path("/elsewhere"))
+    monkeypatch.setenv("GPTJ_SCRATCH_GB", "all")
+    with pytest.raises(ValueError, match="GPTJ_SCRATCH_GB must be a positive number of GB, got"):
+        room.check_room_for("s3://b/r/shard", 1, limited)
 
 
 def test_a_file_system_without_sizes_is_accepted(

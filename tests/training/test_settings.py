@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 from readme import blocks
 
+from gptj.data.batches import BatchOrder
+from gptj.data.batches import share as share_of_rank
 from gptj.training.deepspeed_config import deepspeed_config, learning_rate_share
 from gptj.training.settings import (
     OptimizerSettings,
@@ -149,6 +152,27 @@ def test_steps_replace_a_files_epochs_and_vice_versa(tmp_path: Path) -> None:
     assert "epochs" not in read("epochs: 3", "steps=10").model_fields_set
 
 
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 5, 15, 16, 17, 40, 56, 72, 1000])
+def test_an_epoch_leaves_no_row_out(rows: int, batch: int) -> None:
+    """However often the run resumes, with other numbers of workers: here after each step."""
+    for epochs in (1, 2, 3):
+        settings = read_settings([f"epochs={epochs}", f"batch_size={batch}"])
+        order = BatchOrder(rows, batch, settings.seed)
+        seen: Counter[int] = Counter()
+        for step in range(settings.total_steps(rows)):
+            workers = 1 + step % min(batch, 4)
+            for rank in range(workers):
+                for part in share_of_rank(order.indices(step), rank, workers, micro_batch=2):
+                    seen.update(part)
+        assert len(seen) == rows
+        assert min(seen.values()) >= epochs
+        assert seen.total() < epochs * rows + batch
+    for tenths in range(1, 31):  # 0.1 * 30 is 3.0000000000000004 in floating point
+        part = read_settings([f"epochs={tenths / 10}", f"batch_size={batch}"])
+        assert part.total_steps(rows) == max(1, -(-tenths * rows // (10 * batch)))
+
+
 def test_a_warm_up_longer_than_the_run_is_refused_once_the_data_is_known() -> None:
     settings = read_settings(["batch_size=16", "optimizer.warmup_steps=7"])
     assert settings.total_steps(7 * 16) == 7
@@ -238,7 +262,7 @@ def test_relative_addresses_become_absolute_and_others_stay(tmp_path: Path) -> N
         ("sqlite:///db/mlflow.db?timeout=9", "sqlite:///{here}/db/mlflow.db?timeout=9"),
         ("sqlite:////srv/mlflow.db", "sqlite:////srv/mlflow.db"),
         *((same, same) for same in ("http://mlflow:5000", "https://m", "databricks", "uc:me")),
-        *((same, same) for same in ("databricks://me", "postgresql://u@h/mlflow")),
+        *((same, same) for same in ("databricks://me", "postgresql://h/mlflow")),
     ],
 )
 def test_the_trackers_relative_paths_become_absolute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import struct
@@ -256,10 +257,38 @@ def test_a_server_without_scheme_or_host_is_refused(uri: str, message: str) -> N
         read_settings([f"tracking.mlflow='{uri}'"])
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://mlflow:hunter2@db/mlflow",
+        "mysql+pymysql://db/mlflow?user=mlflow&password=hunter2",
+        "http://user:hunter2@mlflow:5000",
+        "https://hunter2@mlflow",
+        "http://mlflow:5000?access_token=hunter2",
+        *(f"http://user:hun{mark}hunter2@mlflow:5000" for mark in "/?#@:"),
+        "user:hunter2@mlflow:5000",
+        "hunter2@mlflow:5000",
+        "//user:hunter2@mlflow",
+    ],
+)
+def test_a_trackers_password_is_refused_and_never_shown(uri: str, tmp_path: Path) -> None:
+    """In an argument or a file: the settings are printed, and go wherever the model goes."""
+    (tmp_path / "settings.yaml").write_text(json.dumps({"tracking": {"mlflow": uri}}))
+    for word in (f"tracking.mlflow='{uri}'", str(tmp_path / "settings.yaml")):
+        with pytest.raises(SettingsError) as refused:
+            read_settings([word])
+        assert "remedy: leave it out, and set MLFLOW_TRACKING_USERNAME" in str(refused.value)
+        assert "hunter2" not in str(refused.value)
+    with pytest.raises(ValueError, match="tracking") as invalid:
+        Settings(tracking={"mlflow": uri})  # type: ignore[arg-type]
+    assert "hunter2" not in str(invalid.value)
+
+
 def test_other_addresses_of_mlflow_are_accepted() -> None:
     for uri in (
         *("http://mlflow:5000", "./mlflow:5000", "mlruns", "databricks", "databricks://work"),
-        *("sqlite:///a.db", "postgresql+psycopg2://u:p@db:5432/mlflow", "file:runs"),
+        *("sqlite:///a.db", "postgresql+psycopg2://db:5432/mlflow", "file:runs"),
+        *("./me@work", "file:///home/me@work/runs", "sqlite:////home/me@work/a.db?mode=ro"),
     ):
         assert read_settings([f"tracking.mlflow={uri}"]).tracking.mlflow == uri
 

@@ -460,6 +460,39 @@ def test_a_bad_row_does_not_affect_the_others(addresses: dict[str, str], tmp_pat
     assert "context is 64" in found[1]["error"]
 
 
+def test_an_output_is_replaced_only_by_all_results(
+    addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    (tmp_path / "linked.jsonl").symlink_to(rows)
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
+    output.write_text("before")
+    model = addresses["classification"]
+
+    def fails(message: str, *words: str) -> None:
+        before = {path: path.read_text() for path in tmp_path.iterdir()}
+        result = run("predict", *words)
+        assert result.exit_code != 0
+        assert message in f"{result.output} {result.exception}"
+        assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+    fails("no-such-model", "/tmp/no-such-model", str(rows), "--output", str(output))
+    fails("no file", model, str(tmp_path / "absent"), "--output", str(output))
+    for data in (rows, tmp_path, tmp_path / "*.jsonl"):
+        for name in ("rows.jsonl", "linked.jsonl"):
+            same = ("--output", str(tmp_path / name))
+            fails("which it would replace: choose another name", model, str(data), *same)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot JSON\n')
+    fails("bad.jsonl", model, str(tmp_path / "bad.jsonl"), "--output", str(output))
+    output.unlink()
+    output.symlink_to(tmp_path / "real.jsonl")
+    assert run("predict", model, str(rows), "--output", str(output)).exit_code == 0
+    assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 2
+    assert output.is_symlink()
+    assert run("predict", model, str(rows), "--output", "/dev/null").exit_code == 0
+    assert Path("/dev/null").is_char_device()
+
+
 def test_embeddings_are_served_beside_others_or_alone(
     addresses: dict[str, str], models: Models, tmp_path: Path
 ) -> None:

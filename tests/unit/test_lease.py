@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import multiprocessing
 import os
 import secrets
@@ -184,3 +186,33 @@ def test_one_of_many_successors_wins(folder: str) -> None:
     won[0].release()
     names = [file.name for file in storage.list_files(folder)]
     assert names == ["00000001.json", "00000002.json"]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_holder_renews_after_errors_of_its_file_system(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network file systems return them now and then, for a listing or a file."""
+    folder, failed = str(tmp_path / "lease"), threading.Event()
+    scandir, opened = os.scandir, builtins.open
+
+    def failing(function: Any) -> Any:
+        def once(path: Any, *arguments: Any) -> Any:
+            if str(path).startswith(folder) and not failed.is_set():
+                failed.set()
+                raise OSError(code, os.strerror(code))
+            return function(path, *arguments)
+
+        return once
+
+    with Lease(folder, term=TERM) as held:
+        for module, name, function in ((os, "scandir", scandir), (builtins, "open", opened)):
+            failed.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, failing(function))
+                assert failed.wait(60)
+            before = storage.read_bytes(f"{folder}/00000001.json")
+            while storage.read_bytes(f"{folder}/00000001.json") == before:
+                assert held._thread.is_alive()
+                time.sleep(TERM / 10)
+        held.claim.check()

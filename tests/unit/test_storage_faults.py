@@ -6,19 +6,22 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 from faulty_s3 import Fault, FaultyS3, Reply, Request
 
 from gptj import storage
-from gptj.data.sources import read_rows
+from gptj.data.sources import data_files, read_rows
 from gptj.storage.addresses import AddressError
 from gptj.storage.scratch import scratch_folder
 from gptj.training.state import delete_old_checkpoints
@@ -304,3 +307,90 @@ for folder in sys.argv[1:]:
     for folder, line in zip((closed / "run", closed), lines, strict=True):
         assert f"cannot write to {folder}: Permission denied; remedy:" in line
         assert f"let user 65534 write to {closed}, which belongs to user 0 (mode 755)" in line
+
+
+def test_files_behind_links_are_listed_once(tmp_path: Path) -> None:
+    """Folders and files, at any depth, as cp -RL copies them; loops end."""
+    root, other = tmp_path / "data", tmp_path / "other"
+    for file in ("own.txt", "deep/er/own.txt"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("row")
+    (other / "deep").mkdir(parents=True)
+    (other / "file.txt").write_text("row")
+    (other / "deep" / "file.txt").write_text("row")
+    (root / "deep" / "file.txt").symlink_to(other / "file.txt")
+    (root / "deep" / "folder").symlink_to(other, target_is_directory=True)
+    (tmp_path / "linked").symlink_to(root)
+    subprocess.run(["cp", "-RL", root, tmp_path / "copy"], check=True)
+    copied = sorted(
+        os.path.relpath(os.path.join(folder, name), tmp_path / "copy")
+        for folder, _, names in os.walk(tmp_path / "copy")
+        for name in names
+    )
+    (root / "loop").symlink_to(root)
+    (other / "deep" / "up").symlink_to(root)
+    for folder in (root, tmp_path / "linked"):
+        assert [file.name for file in storage.list_files(str(folder))] == copied
+    rows = data_files(f"{root}/*/*/*.txt")
+    assert [os.path.relpath(each.address, root) for each in rows] == [
+        "deep/er/own.txt",
+        "deep/folder/file.txt",
+    ]
+
+
+@pytest.mark.slow
+def test_what_may_not_be_read_is_not_left_out(tmp_path: Path) -> None:
+    """A folder, as another user, or a link to a file that is not there."""
+    (tmp_path / "part").symlink_to(tmp_path / "not" / "mounted")
+    with pytest.raises(storage.StorageError, match=r"part is a broken link to .*mounted; remedy:"):
+        read_rows(str(tmp_path), ["text"])
+    if os.getuid() != 0:
+        pytest.skip("takes root, to become another user")
+    program = """
+import os, sys
+from gptj import storage
+os.setuid(65534)
+for folder in sys.argv[1:]:
+    try:
+        print([file.name for file in storage.list_files(folder)])
+    except storage.AccessDeniedError as error:
+        print(error)
+"""
+    with tempfile.TemporaryDirectory() as name:
+        for part in ("data/open", "data/closed", "disk/lost+found"):
+            (Path(name) / part).mkdir(parents=True)
+            (Path(name) / part / "rows.txt").write_text("row")
+        os.chmod(name, 0o755)
+        for closed in ("data/closed", "disk/lost+found"):
+            (Path(name) / closed).chmod(0o700)
+        folders = [f"{name}/{each}" for each in ("data", "data/closed", "data/open", "disk")]
+        command = [sys.executable, "-c", program, *folders]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    denied = f"{name}/data/closed: Permission denied; remedy: check its owner and mode"
+    assert lines == [denied, denied, "['rows.txt']", "[]"]
+
+
+def test_files_that_others_delete_meanwhile_are_no_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a folder's listing and a look at what is in it: a file, a folder, then all."""
+    for name in ("kept", "gone", "gone-folder/file", "kept-folder/gone"):
+        storage.write_bytes(f"{tmp_path}/run/{name}", b"")
+    run, scandir = tmp_path / "run", os.scandir
+    inside = run / "kept-folder"
+
+    def slow(path: Any) -> Any:
+        with scandir(path) as listing:
+            entries = list(listing)
+        if path == run:
+            (run / "gone").unlink(missing_ok=True)
+            shutil.rmtree(run / "gone-folder", ignore_errors=True)
+        if path == inside:
+            shutil.rmtree(inside)
+        return nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    assert [file.name for file in storage.list_files(str(run))] == ["kept"]
+    monkeypatch.undo()
+    shutil.rmtree(run)
+    assert storage.list_files(str(run)) == []

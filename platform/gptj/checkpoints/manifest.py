@@ -217,20 +217,35 @@ def nothing_at(address: str) -> str:
     return f"nothing is at {address}; remedy: gptj models ls {nearby}"
 
 
-def read_small(address: str) -> bytes:
-    """A whole file, in one request. CheckpointError if it has more than LIMIT_BYTES."""
-    content, size = storage.read_start(address, LIMIT_BYTES)
-    if size > LIMIT_BYTES:
+def read_small(address: str, limit: int = LIMIT_BYTES) -> bytes:
+    """A whole file, in one request. CheckpointError if it has more bytes than the limit."""
+    content, size = storage.read_start(address, limit)
+    if size > limit:
         raise CheckpointError(
-            f"{address} is damaged: it has {size} bytes, more than the limit of {LIMIT_BYTES}"
+            f"{address} is damaged: it has {size} bytes, more than the limit of {limit}"
         )
     return content
 
 
-def read_verified(folder: str, name: str, manifest: Manifest | None) -> bytes:
+def read_recorded(folder: str, name: str, manifest: Manifest) -> bytes:
+    """As read_verified, for a file that may grow beyond LIMIT_BYTES: the manifest has its size."""
+    recorded = manifest.record(name).size
+    if recorded <= LIMIT_BYTES:
+        return read_verified(folder, name, manifest)
+    try:
+        size = storage.size(storage.join(folder, name))
+    except storage.NotFoundError as error:
+        raise manifest.missing(name) from error
+    manifest.check_size(name, size)
+    return read_verified(folder, name, manifest, limit=recorded)
+
+
+def read_verified(
+    folder: str, name: str, manifest: Manifest | None, *, limit: int = LIMIT_BYTES
+) -> bytes:
     """A small file's content, checked against the manifest if there is one."""
     try:
-        content = read_small(storage.join(folder, name))
+        content = read_small(storage.join(folder, name), limit)
     except storage.NotFoundError as error:
         if manifest is None:
             raise

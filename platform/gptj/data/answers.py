@@ -19,7 +19,7 @@ from gptj import storage
 from gptj.checkpoints.manifest import FileRecord, Manifest
 from gptj.data.rows import DataError, NoRowsError, Row
 from gptj.data.sources import data_files, in_parts, read_rows
-from gptj.serialization.json_object import parse_object
+from gptj.serialization.json_object import parse_object, to_json
 from gptj.storage.addresses import SAMPLE
 
 CHUNK_ROWS = 256
@@ -267,9 +267,7 @@ def write(
         if not lines:
             storage.delete(address)  # left by an interrupted run
             continue
-        content = "".join(
-            json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines
-        )
+        content = "".join(to_json(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         # Lone surrogates in a bad row cannot be encoded as UTF-8.
         encoded = content.encode("utf-8", "backslashreplace")
         storage.write_bytes(address, encoded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,12 @@ def parse_object(content: bytes, address: str) -> dict[str, Any]:
 
 
 def to_json(
-    value: Any, *, indent: int | None = None, ensure_ascii: bool = True, sort_keys: bool = False
+    value: Any,
+    *,
+    indent: int | None = None,
+    ensure_ascii: bool = True,
+    sort_keys: bool = False,
+    default: Callable[[Any], Any] | None = None,
 ) -> str:
     """Like json.dumps, with null in place of NaN and infinities."""
     dumps = partial(
@@ -36,6 +41,7 @@ def to_json(
         indent=indent,
         ensure_ascii=ensure_ascii,
         sort_keys=sort_keys,
+        default=default,
         allow_nan=False,
     )
     try:

@@ -96,7 +96,8 @@ def stat(address: str) -> FileInfo:
 def list_files(folder: str) -> list[FileInfo]:
     """All files below a folder, sorted by name; empty if there are none.
 
-    NotFoundError if the bucket does not exist. Files still being written are not listed.
+    NotFoundError if the bucket does not exist, AccessDeniedError if a folder may not be read. Files
+    still being written are not listed. Linked local folders are followed.
     """
     return _of(folder).list_files(folder)
 

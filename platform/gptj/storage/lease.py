@@ -137,7 +137,7 @@ class Lease:
         try:
             self.claim.check()
             self._write(replace(self._record, released=True))
-        except (LeaseLostError, storage.StorageError) as error:
+        except (LeaseLostError, OSError) as error:
             logger.warning("cannot record the end in %s: %s", self.claim.folder, error)
 
     def _acquire(self, folder: str) -> int:
@@ -189,7 +189,7 @@ class Lease:
             except LeaseLostError as error:
                 logger.error("%s", error)
                 return
-            except storage.StorageError as error:
+            except OSError as error:  # the storage's and others'; the next time it may work
                 logger.warning(
                     "cannot record in %s that this process runs: %s", self.claim.folder, error
                 )

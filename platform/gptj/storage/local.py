@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import IO
 
 from gptj.storage.addresses import local_path
@@ -27,7 +28,8 @@ _UNFINISHED = ".unfinished"
 
 
 def exists(address: str) -> bool:
-    return local_path(address).is_file()
+    with explaining(address):
+        return local_path(address).is_file()
 
 
 def size(address: str) -> int:
@@ -38,23 +40,56 @@ def size(address: str) -> int:
 def stat(address: str) -> FileInfo:
     path = local_path(address)
     with explaining(address):
-        return _described(path, path.name)
-
-
-def _described(path: Path, name: str) -> FileInfo:
-    found = path.stat()
-    return FileInfo(str(path), name, found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
+        return _described(path, path.name, path.stat())
 
 
 def list_files(folder: str) -> list[FileInfo]:
-    root = local_path(folder)
-    paths = (path for path in root.rglob("*") if path.is_file())
-    files = [
-        _described(path, path.relative_to(root).as_posix())
-        for path in paths
-        if not path.name.endswith(_UNFINISHED)
-    ]
-    return sorted(files, key=lambda file: file.name)
+    return sorted(_below(local_path(folder)), key=lambda file: file.name)
+
+
+def _below(
+    folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[FileInfo]:
+    """The files below a folder, those behind links too.
+
+    None may be missing unnoticed: what cannot be read is an error, what others delete meanwhile is
+    not.
+
+    Args:
+        above: the folders that this one is in, by device and inode.
+    """
+    try:
+        with explaining(str(folder)):
+            status = folder.stat()
+            with os.scandir(folder) as listing:
+                entries = list(listing)
+    except NotFoundError:
+        return
+    except AccessDeniedError:
+        if folder.name == "lost+found":  # the file system's own, at its root
+            return
+        raise
+    if (here := (status.st_dev, status.st_ino)) in above:  # by a link to a folder that it is in
+        return
+    for entry in entries:
+        try:
+            with explaining(entry.path):
+                found = entry.stat()
+        except NotFoundError as error:
+            if os.path.islink(entry.path):
+                raise StorageError(
+                    f"{entry.path} is a broken link to {os.readlink(entry.path)}; remedy: restore "
+                    f"that, or delete the link"
+                ) from error
+            continue
+        if S_ISDIR(found.st_mode):
+            yield from _below(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
+        elif S_ISREG(found.st_mode) and not entry.name.endswith(_UNFINISHED):
+            yield _described(folder / entry.name, prefix + entry.name, found)
+
+
+def _described(path: Path, name: str, found: os.stat_result) -> FileInfo:
+    return FileInfo(str(path), name, found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
 
 
 def read_start(address: str, length: int) -> tuple[bytes, int]:
@@ -139,10 +174,11 @@ def delete_folder(address: str) -> None:
 def delete_unfinished(folder: str, chosen: Callable[[str], bool]) -> None:
     """Delete temporary files below a folder, left by writers that were killed."""
     root = local_path(folder)
-    for path in root.rglob(f"*{_UNFINISHED}"):
-        written = path.with_name(path.name.removesuffix(_UNFINISHED).rpartition(".")[0])
-        if chosen(written.relative_to(root).as_posix()):
-            delete(str(path))
+    for parent, _, names in os.walk(root):  # passes over what others delete meanwhile
+        for path in (Path(parent, name) for name in names if name.endswith(_UNFINISHED)):
+            written = path.with_name(path.name.removesuffix(_UNFINISHED).rpartition(".")[0])
+            if chosen(written.relative_to(root).as_posix()):
+                delete(str(path))
 
 
 def check_writable(folder: str) -> None:

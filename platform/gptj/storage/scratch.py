@@ -3,6 +3,11 @@
 Python's tempfile leaves its folders behind when a process is killed, and a worker's part of a 6B
 checkpoint is tens of gigabytes. Here all of a user's temporary folders share a parent, and creating
 a new one first deletes those whose owner is gone.
+
+    GPTJ_SCRATCH_GB=180
+
+says how much they may hold together where the file system does not: a pod's volume with a size
+limit reports the whole disk's room, and the kubelet evicts the pod once it holds more.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptj.storage.addresses import local_path
@@ -22,6 +27,7 @@ from gptj.storage.local import make_folder
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
+LIMIT_VARIABLE = "GPTJ_SCRATCH_GB"
 
 
 @contextmanager
@@ -86,6 +92,33 @@ def shared_scratch_folder(
         with FileLock(root / LOCK) as alone:
             alone.take()
             _delete_if_abandoned(folder)
+
+
+def room_left() -> int | None:
+    """Bytes that the system's temporary folder's scratch folders may still take; None: no limit.
+
+    ValueError if the limit is invalid.
+    """
+    text = os.environ.get(LIMIT_VARIABLE)
+    if not text:
+        return None
+    try:
+        limit = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise ValueError(f"{LIMIT_VARIABLE} must be a positive number of GB, got {text!r}")
+    return max(0, limit - _bytes_in(_root(None)))
+
+
+def _bytes_in(folder: Path) -> int:
+    """What the files below a folder take up, while others may delete some."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(parent, name)).st_size
+    return size
 
 
 def _root(parent: str | Path | None) -> Path:

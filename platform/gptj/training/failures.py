@@ -24,6 +24,10 @@ DISK_REMEDY = (
     "remedy: free space there, or set TMPDIR for the workers to a folder with room for each "
     "worker's part of a checkpoint"
 )
+LIMIT_REMEDY = (
+    "remedy: enlarge the volume of temporary files together with GPTJ_SCRATCH_GB, or spread the "
+    "workers over more nodes"
+)
 EXAMPLES_REMEDY = (
     "remedy: free space there, or set TMPDIR on each node to a folder with room for the data's "
     "tokens, four or five bytes each"

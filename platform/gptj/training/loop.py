@@ -55,7 +55,7 @@ from gptj.training.operators import guarded_builds
 from gptj.training.optimizer import own_optimizer
 from gptj.training.packages import check_packages
 from gptj.training.probe import Probe
-from gptj.training.progress import ProgressLog, duration, peak_memory
+from gptj.training.progress import ProgressLog, duration, peak_memory, thinned
 from gptj.training.provenance import hardware, provenance
 from gptj.training.room import check_room, checkpoint_bytes
 from gptj.training.settings import Settings, SettingsError
@@ -484,7 +484,7 @@ class _Run:
                 name: {**fields, "commit": commits.get(name)}
                 for name, fields in self.progress.data.items()
             },
-            "history": self.progress.history,
+            "history": thinned(self.progress.history),
             "checkpoint": self.progress.start,
             "workers": self.worker.world_size,
             **hardware(self.worker.device),

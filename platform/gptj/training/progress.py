@@ -28,6 +28,7 @@ HISTORY = "history.jsonl"
 CURVE = "loss.png"
 TENSORBOARD = "tensorboard"
 SHARES = ("exact_match", "accuracy")  # from 0 to 1
+MOST_POINTS = 20_000  # of each kind in a model folder, whose readers limit the size of files
 METRICS = (*SHARES, "mse", "perplexity")  # the curve shows the first that a task has
 
 
@@ -198,6 +199,17 @@ class ProgressLog:
                 self._board.add_scalar(
                     name.replace("evaluation_", "evaluation/"), value, int(point["step"])
                 )
+
+
+def thinned(
+    history: Sequence[Mapping[str, float | None]], most: int = MOST_POINTS
+) -> list[Mapping[str, float | None]]:
+    """At most so many points of the loss and of evaluations, evenly spaced, each with its last."""
+    kept: set[int] = set()
+    for key in ("loss", "evaluation_loss"):
+        found = [number for number, point in enumerate(history) if key in point]
+        kept |= {*found[:: -max(1, -(-len(found) // most))]}
+    return [history[number] for number in sorted(kept)]
 
 
 def draw_curve(history: Sequence[Mapping[str, float | None]], run: str) -> Any:

@@ -1,7 +1,7 @@
 """Check, before the first step, that the workers' disks have room for checkpoints.
 
 A rank writes its part of a checkpoint to its scratch folder, then copies it to the run's storage.
-Ranks on one node share a disk.
+Ranks on one node share a disk, and what GPTJ_SCRATCH_GB allows (gptj.storage.scratch).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import os
 import shutil
 import socket
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch.distributed as dist
 from torch import nn
 
 from gptj import storage
-from gptj.training.failures import DISK_REMEDY, DiskFullError, gigabytes
+from gptj.storage.scratch import LIMIT_VARIABLE, room_left
+from gptj.training.failures import DISK_REMEDY, LIMIT_REMEDY, DiskFullError, gigabytes
 from gptj.training.optimizer import STORED_MOMENT_BYTES
 from gptj.training.settings import Settings
 
 MASTER_BYTES = 4  # of a weight in fp32
+_ALLOWED = -1  # in place of a disk: the node's GPTJ_SCRATCH_GB
 SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
 
@@ -32,7 +35,7 @@ class Need:
 
     node: str
     boot: str  # the kernel's boot id: several machines may share a hostname
-    disk: int  # st_dev
+    disk: int  # st_dev, or _ALLOWED
     folder: str
     bytes: int
     free: int
@@ -62,6 +65,8 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
         DiskFullError: on all ranks, with the node, the folder, and the bytes needed and free.
     """
     mine = [_need(scratch, needed + SPARE_BYTES)]
+    if (allowed := room_left()) is not None:
+        mine.append(replace(mine[0], disk=_ALLOWED, free=allowed))
     if not storage.is_s3(results):
         mine.append(_need(Path(results), needed + SPARE_BYTES))
     found: list[Any] = [None] * dist.get_world_size()
@@ -69,19 +74,27 @@ def check_room(scratch: Path, results: str, needed: int) -> None:
     disks: dict[tuple[str, str, int], list[Need]] = {}
     for need in [need for each in found for need in each]:
         disks.setdefault((need.node, need.boot, need.disk), []).append(need)
-    for (node, _, _), needs in disks.items():
+    for (node, _, disk), needs in disks.items():
         total, free = sum(each.bytes for each in needs), min(each.free for each in needs)
         if total > free:
             folders = " and ".join(dict.fromkeys(each.folder for each in needs))
+            limit = disk == _ALLOWED
+            place = f"{LIMIT_VARIABLE} for" if limit else "the disk of"
             raise DiskFullError(
-                f"the disk of {folders} on node {node} has no room for a checkpoint: "
+                f"{place} {folders} on node {node} has no room for a checkpoint: "
                 f"{gigabytes(total)} are needed there, for the parts of {len(found)} workers, and "
-                f"{gigabytes(free)} are free; {DISK_REMEDY}"
+                f"{gigabytes(free)} are free; {LIMIT_REMEDY if limit else DISK_REMEDY}"
             )
 
 
 def check_room_for(address: str, size: int, folder: Path, remedy: str = DISK_REMEDY) -> None:
     """DiskFullError if a local folder lacks the room for a file of so many bytes."""
+    allowed = room_left()
+    if allowed is not None and allowed < size and folder.is_relative_to(tempfile.gettempdir()):
+        raise DiskFullError(
+            f"{LIMIT_VARIABLE} for {folder} has no room for {address}: {gigabytes(size)} are "
+            f"needed there, and {gigabytes(allowed)} are free; {LIMIT_REMEDY}"
+        )
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:
         raise DiskFullError(

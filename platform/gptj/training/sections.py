@@ -63,6 +63,7 @@ class Section(BaseModel):
         protected_namespaces=(),
         coerce_numbers_to_str=True,  # run=2024 is a name too
         allow_inf_nan=False,
+        hide_input_in_errors=True,  # a tracker's address may have a password
     )
 
 
@@ -208,6 +209,8 @@ class AdapterSettings(Section):
 
 
 _HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:]+\]):\d+(/.*)?")
+_AT_HOST = re.compile(r"[^/]+@[^/]+:\d+")  # without a scheme
+_SECRET = re.compile(r"(?i)[?&;][^=?&;]*(user|passw|pwd|token|secret|api_?key)[^=?&;]*=")
 _SQLITE = re.compile(r"(?P<scheme>sqlite(\+\w+)?:///)(?P<path>(?!:memory:)[^?]+)(?P<query>.*)")
 
 
@@ -227,12 +230,22 @@ def absolute_tracking_uri(uri: str) -> str:
 
 
 def _tracking_uri(uri: str) -> str:
+    parts = urlsplit(uri)
+    # Anywhere: in a password, / ? and # end what is parsed as user and host.
+    user = "@" in uri and (parts.scheme not in ("", "file", "sqlite") or _AT_HOST.match(uri))
+    if user or "@" in parts.netloc or _SECRET.search(uri):
+        raise ValueError(  # without the address
+            "the address has a user, password or token in it (any other @ is written %40), which "
+            "logs, checkpoints and the model's training.json would show; remedy: leave it out, and "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, "
+            "in the workers' environment; for a database, its own variables, such as PGUSER and "
+            "PGPASSWORD"
+        )
     if _HOST_AND_PORT.fullmatch(uri):  # to MLflow a folder, or an unknown scheme
         raise ValueError(
             f"{uri!r} has no scheme; remedy: http://{uri} or https://{uri} for a server, ./{uri} "
             f"for a folder"
         )
-    parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and not parts.hostname:
         raise ValueError(f"{uri!r} names no host; remedy: as in {parts.scheme}://mlflow:5000")
     return uri

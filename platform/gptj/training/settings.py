@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
@@ -45,7 +47,7 @@ class Settings(Section):
     storage: Address = "outputs"  # folder or s3://; results go to storage/run
     task: TaskName = "causal-lm"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    epochs: Annotated[float, Field(gt=0)] = 1  # passes over the training data
+    epochs: Annotated[float, Field(gt=0)] = 1  # passes over the data, rounded up to batches
     steps: Positive | None = None  # optimizer steps, instead of epochs
     batch_size: Positive = 16  # rows per optimizer step, over all workers
     micro_batch_size: Positive = 8  # most rows per forward pass of a worker
@@ -220,11 +222,14 @@ class Settings(Section):
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run on `examples` training examples.
 
+        Epochs leave none out: their last batch is filled with the first ones of the next.
+
         Raises SettingsError if the warm-up is longer.
         """
         total = self.steps
         if total is None:
-            total = max(1, round(self.epochs * examples / self.batch_size))
+            # The exact decimal: 0.1 * 30 is more than 3 in floating point.
+            total = max(1, ceil(Fraction(str(self.epochs)) * examples / self.batch_size))
         if self.optimizer.warmup_steps > total:
             raise SettingsError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than the run's "

@@ -25,7 +25,7 @@ from typing import Any
 from gptj import storage
 from gptj.adapters.base import Base
 from gptj.checkpoints.folder import TRAINING
-from gptj.checkpoints.manifest import Manifest, read_verified, verify
+from gptj.checkpoints.manifest import Manifest, read_recorded, verify
 from gptj.errors import CheckpointError
 from gptj.training.fingerprint import Fingerprint
 from gptj.training.settings import MAY_CHANGE, Settings, SettingsError, changed, extended
@@ -100,7 +100,7 @@ def read_progress(address: str) -> Progress:
             raise CheckpointError(
                 f"{address} was written by an older version; only that version can resume from it"
             )
-        content = read_verified(address, PROGRESS, manifest)
+        content = read_recorded(address, PROGRESS, manifest)  # with the whole history
         fields = json.loads(content)
         if "world" in fields:  # before it was renamed
             fields["world_size"] = fields.pop("world")
@@ -223,7 +223,7 @@ def is_complete(settings: Settings) -> bool:
     if Manifest.read(address) is None:
         return False
     manifest = verify(address)
-    training = json.loads(read_verified(address, TRAINING, manifest))
+    training = json.loads(read_recorded(address, TRAINING, manifest))
     now = settings.model_dump(mode="json")
     if different := changed(training["settings"], now):
         raise SettingsError(
