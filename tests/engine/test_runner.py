@@ -454,6 +454,19 @@ def test_several_weights_pack_like_their_concatenation(
     weights = [torch.randn(shape) for shape in shapes]
     if kind == "int4" and any(shape[1] % GROUP_SIZE for shape in shapes):
         weights = [torch.randn(shape[0], 128) for shape in shapes]
+    check_packed(weights, kind, beside)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_columns_is_packed(kind: Kind) -> None:
+    """They are packed 256 at a time, so the last ones may be any number, and fill no block."""
+    weight = torch.randn(288, GROUP_SIZE)
+    for columns in (*range(1, 256), *range(257, 288)):
+        check_packed([weight[:columns]], kind, beside=False)
+
+
+def check_packed(weights: list[Tensor], kind: Kind, beside: bool) -> None:
+    """Blocks of 32 columns of what PyTorch gives for the weights side by side."""
     spent: list[Tensor] = []
     packed = pack(weights, None, kind, new_bytes, beside=beside, spent=spent.append)
     whole = torch.cat(weights, dim=int(beside))
@@ -475,6 +488,25 @@ def test_several_weights_pack_like_their_concatenation(
     blocks, width, _ = packed.data.shape
     assert torch.equal(packed.data, words.view(blocks, 32, width).transpose(1, 2))
     assert (packed.columns, packed.inputs) == whole.shape
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_vocabulary_and_width_give_the_models_logits(kind: Kind) -> None:
+    """Also where 256 columns leave some that fill no block of 32."""
+    sizes = [{"vocab_size": vocabulary} for vocabulary in (20, 257, 258, 265, 272, 287, 289, 511)]
+    if kind != "int4":  # which has whole groups
+        # 3 * 88 projections, 12 and 268 inner columns, and 12 to leave the layer.
+        sizes += [{"n_embd": 88}, {"n_inner": 12}, {"n_inner": 268}, {"n_embd": 12, "n_head": 1}]
+    for changes in sizes:
+        model = random_model(n_layer=1, **changes)
+        ids = random_ids(3, model.config.vocab_size)
+        runner = CpuRunner(model, 1, kind)
+        if kind == "int4":
+            quantize_blocks(model.transformer.h)
+        (found,) = step(runner, (ids, 0, [0]))
+        runner.close()
+        assert_near(Case(model, runner, TOLERANCES[kind]), found, ids)
 
 
 @pytest.mark.parametrize("beside", [False, True])
