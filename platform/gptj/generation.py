@@ -497,22 +497,25 @@ class Beams:
 
     def step(self, candidates: list[tuple[float, int, int]]) -> None:
         """Advance with the best (score, beam, token) candidates, best first."""
-        going_on = []
+        going_on, stopped = [], []
         length = len(self.running[0].output) + 1
         for rank, (score, beam, token) in enumerate(candidates):
             output = [*self.running[beam].output, token]
             origins = (*self.running[beam].origins, beam)
             if length < self._max_tokens and not self._ends(output):
                 going_on.append(Beam(output, score, origins))
-            elif rank < self._width and self.open:
+                continue
+            stopped.append(Beam(output, score - 1e9, origins))
+            if rank < self._width and self.open:
                 self.ended.append(Beam(output, self._ranked(score, length), origins))
         self.ended.sort(key=lambda each: -each.score)
         del self.ended[self._width :]
-        if len(going_on) < self._width:  # the last step: all have finished
+        # Any number may complete a stop string: as in Hugging Face, finished ones then fill the
+        # batch, ranked last.
+        self.running = (going_on + stopped)[: self._width]
+        if not going_on:
             self.open = False
-            return
-        self.running = going_on[: self._width]
-        if len(self.ended) == self._width:
+        elif len(self.ended) == self._width:
             improvable = self._ranked(self.running[0].score, length) > self.ended[-1].score
             self.open = self.open and improvable and not self._early_stopping
 
