@@ -188,6 +188,15 @@ def test_stop_strings_end_rows_as_transformers_does(
     assert found.tolist() == expected.tolist()
 
 
+def test_beams_without_an_allowed_token_are_an_error() -> None:
+    ours, _ = models()
+    tokens, mask = prompts()
+    with pytest.raises(ValueError, match="min_new_tokens=3 and 60 ids in eos_token_id leave"):
+        ours.generate(
+            tokens, attention_mask=mask, num_beams=3, min_new_tokens=3, eos_token_id=[*range(60)]
+        )
+
+
 ASCII = [chr(code) for code in range(1, 127)]
 
 
