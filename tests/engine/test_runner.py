@@ -333,6 +333,39 @@ def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
     assert expected[0] == expected[1]
 
 
+@pytest.mark.slow
+def test_a_seeded_token_is_independent_of_other_rows_and_threads() -> None:
+    """At every top_p about the likeliest token's probability, whose last bit must be the same."""
+    logits_RV = torch.randn(32, 50400, generator=torch.Generator().manual_seed(0))
+    logits_RV[:, :3] += 11.5  # about as likely as all others together, so a token more is drawn
+    likeliest_R = logits_RV.softmax(dim=-1).amax(dim=-1).numpy()
+    tops_PR = [likeliest_R]
+    for direction in (0, 1):
+        near_R = likeliest_R
+        for _ in range(2):
+            near_R = np.nextafter(near_R, np.float32(direction))
+            tops_PR.append(near_R)
+    threads = torch.get_num_threads()
+    drawn = []
+    try:
+        for threads_used, rows in ((2, 1), (2, 32), (1, 32)):
+            torch.set_num_threads(threads_used)
+            tokens: list[int] = []
+            for top_p_R, seed in itertools.product(tops_PR, range(2)):
+                chooser = sampler.Sampler([], torch.device("cpu"), 50400)
+                for row, top_p in enumerate(top_p_R.tolist()):
+                    chooser.add(row, SamplingParams(top_p=top_p, seed=seed), [1], [])
+                for start in range(0, 32, rows):
+                    keys = list(range(start, start + rows))
+                    tokens += chooser.sample(logits_RV[keys].clone(), keys).tokens
+                chooser.close()
+            drawn.append(tokens)
+    finally:
+        torch.set_num_threads(threads)
+    assert drawn.count(drawn[0]) == len(drawn)
+    assert len(set(drawn[0])) > 1
+
+
 def test_dependent_page_copies_are_made_in_separate_groups() -> None:
     a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
     freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
