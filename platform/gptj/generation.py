@@ -7,6 +7,7 @@ follow Hugging Face's `generate`; greedy and beam results equal its results.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
@@ -435,6 +436,12 @@ def beam_search(
         for number, search in enumerate(searches)
         for each in search.ended[:num_return_sequences]
     ]
+    if len(results) < len(searches) * num_return_sequences:
+        raise ValueError(
+            f"min_new_tokens={params.min_tokens} and {len(eos_ids)} ids in eos_token_id leave a "
+            f"row fewer outputs than num_return_sequences={num_return_sequences}; remedy: "
+            f"min_new_tokens=0"
+        )
     longest = max(len(each.output) for _, each in results)
     new = torch.full((len(results), longest), padding, device=device)
     indices = torch.full((len(results), longest), -1, dtype=torch.int32, device=device)
@@ -497,22 +504,25 @@ class Beams:
 
     def step(self, candidates: list[tuple[float, int, int]]) -> None:
         """Advance with the best (score, beam, token) candidates, best first."""
-        going_on = []
+        going_on, stopped = [], []
         length = len(self.running[0].output) + 1
         for rank, (score, beam, token) in enumerate(candidates):
             output = [*self.running[beam].output, token]
             origins = (*self.running[beam].origins, beam)
             if length < self._max_tokens and not self._ends(output):
                 going_on.append(Beam(output, score, origins))
-            elif rank < self._width and self.open:
+                continue
+            stopped.append(Beam(output, score - 1e9, origins))
+            if rank < self._width and self.open and score != -math.inf:
                 self.ended.append(Beam(output, self._ranked(score, length), origins))
         self.ended.sort(key=lambda each: -each.score)
         del self.ended[self._width :]
-        if len(going_on) < self._width:  # the last step: all have finished
+        # Any number may complete a stop string: as in Hugging Face, finished ones then fill the
+        # batch, ranked last.
+        self.running = (going_on + stopped)[: self._width]
+        if not going_on or self.running[0].score == -math.inf:
             self.open = False
-            return
-        self.running = going_on[: self._width]
-        if len(self.ended) == self._width:
+        elif len(self.ended) == self._width:
             improvable = self._ranked(self.running[0].score, length) > self.ended[-1].score
             self.open = self.open and improvable and not self._early_stopping
 

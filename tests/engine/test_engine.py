@@ -29,6 +29,7 @@ from engine_caller import (
 )
 
 from gptj import GPTJForCausalLM
+from gptj.engine.constraints.grammar import GrammarError
 from gptj.engine.engine import Engine
 from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import BeamParams, Ticket
@@ -374,6 +375,55 @@ def test_beam_search_applies_min_tokens_and_penalties(
 def test_beam_search_with_every_token_as_a_stop_token(engine: Engine) -> None:
     found = search(engine, PROMPTS[0], BeamParams(4), max_tokens=3, stop_token_ids=tuple(range(97)))
     assert len(found.beams[0]) == 1
+
+
+PAIRS = [(7, 7), (7, 8), (8, 7), (8, 8)]  # all that may follow one another of 7 and 8
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"allowed_token_ids": (95,)},  # which is banned
+        {"allowed_token_ids": (EOS,), "min_tokens": 3},
+        {"allowed_token_ids": (7,), "bad_words_ids": ((7,),)},
+        {"allowed_token_ids": (7, 8), "bad_words_ids": tuple(PAIRS)},  # after the first
+        {"allowed_token_ids": (7, EOS), "bad_words_ids": ((7, 7),), "min_tokens": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("beams", [BeamParams(2, 2), BeamParams(3, 1, early_stopping=True)])
+def test_a_request_that_allows_no_further_token_fails_with_the_reason(
+    model: GPTJForCausalLM, params: dict[str, Any], beams: BeamParams
+) -> None:
+    """A beam search as a sampled one, and others of its steps are unharmed."""
+    engine = Engine(TorchRunner(model, 64), eos_ids=[EOS], banned_ids=[95, 96])
+    other = search(engine, PROMPTS[2], BeamParams(2, 2), max_tokens=5)
+    sampled = submit(engine, PROMPTS[0], max_tokens=5, **params)
+    found = search(engine, PROMPTS[0], beams, max_tokens=5, **params)
+    assert isinstance(found.error, GrammarError)
+    assert "allows no further token" in str(found.error)
+    assert str(found.error) == str(sampled.error)
+    assert other.beams == search(engine, PROMPTS[2], BeamParams(2, 2), max_tokens=5).beams
+    assert engine.stats().pages_used == 0
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "bad_words", "expected"),
+    [
+        ((7, 8), [pair for pair in PAIRS if pair != (8, 7)], [8, 7]),  # a single way on
+        ((7, EOS), [(7, 7), (7, EOS)], [EOS]),  # one that has ended, and a dead end
+    ],
+)
+def test_beams_without_a_further_token_are_no_results(
+    engine: Engine, allowed: tuple[int, ...], bad_words: list[tuple[int, ...]], expected: list[int]
+) -> None:
+    params = {"allowed_token_ids": allowed, "bad_words_ids": tuple(bad_words), "max_tokens": 2}
+    for width in (2, 3, 4):
+        assert search(engine, PROMPTS[0], BeamParams(width), **params).beams == [expected]
+    error = search(engine, PROMPTS[0], BeamParams(4, 4), **params).error
+    assert isinstance(error, GrammarError)
+    assert "of 4 outputs" in str(error)
 
 
 def test_a_cancelled_request_ends_and_the_others_continue(

@@ -333,6 +333,39 @@ def test_sampling_synchronizes_only_to_read_the_tokens() -> None:
     assert expected[0] == expected[1]
 
 
+@pytest.mark.slow
+def test_a_seeded_token_is_independent_of_other_rows_and_threads() -> None:
+    """At every top_p about the likeliest token's probability, whose last bit must be the same."""
+    logits_RV = torch.randn(32, 50400, generator=torch.Generator().manual_seed(0))
+    logits_RV[:, :3] += 11.5  # about as likely as all others together, so a token more is drawn
+    likeliest_R = logits_RV.softmax(dim=-1).amax(dim=-1).numpy()
+    tops_PR = [likeliest_R]
+    for direction in (0, 1):
+        near_R = likeliest_R
+        for _ in range(2):
+            near_R = np.nextafter(near_R, np.float32(direction))
+            tops_PR.append(near_R)
+    threads = torch.get_num_threads()
+    drawn = []
+    try:
+        for threads_used, rows in ((2, 1), (2, 32), (1, 32)):
+            torch.set_num_threads(threads_used)
+            tokens: list[int] = []
+            for top_p_R, seed in itertools.product(tops_PR, range(2)):
+                chooser = sampler.Sampler([], torch.device("cpu"), 50400)
+                for row, top_p in enumerate(top_p_R.tolist()):
+                    chooser.add(row, SamplingParams(top_p=top_p, seed=seed), [1], [])
+                for start in range(0, 32, rows):
+                    keys = list(range(start, start + rows))
+                    tokens += chooser.sample(logits_RV[keys].clone(), keys).tokens
+                chooser.close()
+            drawn.append(tokens)
+    finally:
+        torch.set_num_threads(threads)
+    assert drawn.count(drawn[0]) == len(drawn)
+    assert len(set(drawn[0])) > 1
+
+
 def test_dependent_page_copies_are_made_in_separate_groups() -> None:
     a, b = PageCopy(1, 2, 3), PageCopy(1, 4, 3)
     freed, again = PageCopy(5, 1, 7), PageCopy(2, 6, 1)
@@ -454,6 +487,19 @@ def test_several_weights_pack_like_their_concatenation(
     weights = [torch.randn(shape) for shape in shapes]
     if kind == "int4" and any(shape[1] % GROUP_SIZE for shape in shapes):
         weights = [torch.randn(shape[0], 128) for shape in shapes]
+    check_packed(weights, kind, beside)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_columns_is_packed(kind: Kind) -> None:
+    """They are packed 256 at a time, so the last ones may be any number, and fill no block."""
+    weight = torch.randn(288, GROUP_SIZE)
+    for columns in (*range(1, 256), *range(257, 288)):
+        check_packed([weight[:columns]], kind, beside=False)
+
+
+def check_packed(weights: list[Tensor], kind: Kind, beside: bool) -> None:
+    """Blocks of 32 columns of what PyTorch gives for the weights side by side."""
     spent: list[Tensor] = []
     packed = pack(weights, None, kind, new_bytes, beside=beside, spent=spent.append)
     whole = torch.cat(weights, dim=int(beside))
@@ -475,6 +521,25 @@ def test_several_weights_pack_like_their_concatenation(
     blocks, width, _ = packed.data.shape
     assert torch.equal(packed.data, words.view(blocks, 32, width).transpose(1, 2))
     assert (packed.columns, packed.inputs) == whole.shape
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_vocabulary_and_width_give_the_models_logits(kind: Kind) -> None:
+    """Also where 256 columns leave some that fill no block of 32."""
+    sizes = [{"vocab_size": vocabulary} for vocabulary in (20, 257, 258, 265, 272, 287, 289, 511)]
+    if kind != "int4":  # which has whole groups
+        # 3 * 88 projections, 12 and 268 inner columns, and 12 to leave the layer.
+        sizes += [{"n_embd": 88}, {"n_inner": 12}, {"n_inner": 268}, {"n_embd": 12, "n_head": 1}]
+    for changes in sizes:
+        model = random_model(n_layer=1, **changes)
+        ids = random_ids(3, model.config.vocab_size)
+        runner = CpuRunner(model, 1, kind)
+        if kind == "int4":
+            quantize_blocks(model.transformer.h)
+        (found,) = step(runner, (ids, 0, [0]))
+        runner.close()
+        assert_near(Case(model, runner, TOLERANCES[kind]), found, ids)
 
 
 @pytest.mark.parametrize("beside", [False, True])

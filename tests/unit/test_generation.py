@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import pydoc
 from typing import Any
@@ -185,6 +186,53 @@ def test_stop_strings_end_rows_as_transformers_does(
     )
     found = ours.generate(tokens, stop_strings=stops, tokenizer=our_tokenizer, **arguments)
     assert found.tolist() == expected.tolist()
+
+
+def test_beams_without_an_allowed_token_are_an_error() -> None:
+    ours, _ = models()
+    tokens, mask = prompts()
+    with pytest.raises(ValueError, match="min_new_tokens=3 and 60 ids in eos_token_id leave"):
+        ours.generate(
+            tokens, attention_mask=mask, num_beams=3, min_new_tokens=3, eos_token_id=[*range(60)]
+        )
+
+
+ASCII = [chr(code) for code in range(1, 127)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stops",
+    [ASCII[96:122], ASCII[31:109], ASCII],
+    ids=lambda stops: f"{len(stops)} strings",
+)
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_that_complete_stop_strings_end_as_in_transformers(
+    stops: list[str], beams: int, words: tuple[GPTJTokenizer, Any]
+) -> None:
+    """Also where fewer beams than the width go on, or none, in one row or in several."""
+    our_tokenizer, their_tokenizer = words
+    for seed, rows, results in itertools.product((2, 7), (1, 2), (1, beams)):
+        ours, theirs = worded(seed)
+        tokens = torch.randint(3, 280, (rows, 5), generator=torch.Generator().manual_seed(seed))
+        arguments: dict[str, Any] = {
+            "attention_mask": torch.ones_like(tokens),
+            "max_new_tokens": 8,
+            "num_beams": beams,
+            "num_return_sequences": results,
+            "pad_token_id": 2,
+            "stop_strings": stops,
+            "output_scores": True,
+            "return_dict_in_generate": True,
+        }
+        expected = theirs.generate(tokens, do_sample=False, tokenizer=their_tokenizer, **arguments)
+        found = ours.generate(tokens, tokenizer=our_tokenizer, **arguments)
+        assert found.sequences.tolist() == expected.sequences.tolist()
+        assert found.beam_indices.tolist() == expected.beam_indices.tolist()
+        assert len(found.scores) == len(expected.scores)
+        torch.testing.assert_close(
+            found.sequences_scores, expected.sequences_scores, rtol=1e-5, atol=1e-4
+        )
 
 
 def test_a_stop_string_ends_a_row_at_once(words: tuple[GPTJTokenizer, Any]) -> None:

@@ -84,13 +84,19 @@ class BeamSearch:
         return self._beams.candidates
 
     @property
+    def num_results(self) -> int:
+        """Results that the request wants."""
+        assert self.request.beams is not None
+        return self.request.beams.num_results
+
+    @property
     def outputs(self) -> list[list[int]]:
         """Each beam's output so far."""
         return [beam.output for beam in self._beams.running]
 
     def results(self) -> tuple[tuple[int, ...], ...]:
-        assert self.request.beams is not None
-        return tuple(map(tuple, self._beams.best(self.request.beams.num_results)))
+        """Fewer than wanted if the request allows no more."""
+        return tuple(map(tuple, self._beams.best(self.num_results)))
 
     def prepare(self) -> list[PageCopy]:
         """Give each beam its own page for its next position; returns the copies to make."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gptj.engine.beam_search import BeamSearch, Floats, likeliest
+from gptj.engine.constraints.grammar import GrammarError
+from gptj.engine.constraints.token_mask import NO_TOKEN
 from gptj.engine.decode_batch import Sequence
 from gptj.engine.events import BeamsFound, Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Request
@@ -274,6 +276,9 @@ class EngineCore:
         search.step(logprobs_WK, ids_WK)
         if not search.open:
             results = search.results()
+            if len(results) < search.num_results:
+                self._fail(request, _too_few(len(results), search.num_results))
+                return
             self.tokens_out += sum(map(len, results))
             self._report(request, BeamsFound(results))
             self._end(request, Finished("stop"))
@@ -301,6 +306,16 @@ class EngineCore:
 def _not_finite() -> ArithmeticError:
     return ArithmeticError(
         "the model's output is not finite: its weights are damaged, or overflow its dtype"
+    )
+
+
+def _too_few(found: int, wanted: int) -> GrammarError:
+    """Why a beam search has too few results."""
+    if found == 0:
+        return GrammarError(NO_TOKEN)
+    return GrammarError(
+        f"the request allows {found} of {wanted} outputs: its allowed_token_ids, bad_words and "
+        f"min_tokens leave no further token for the others; remedy: n={found}"
     )
 
 

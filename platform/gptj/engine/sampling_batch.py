@@ -303,10 +303,10 @@ class SamplingBatch:
 
         Also whether it may keep tokens beyond the candidates, (D).
         """
-        totals_D1 = scores_DV.logsumexp(dim=-1, keepdim=True)
         count = min(self._candidates, scores_DV.shape[-1])
-        values_DC = scores_DV.topk(count).values
-        probabilities = (values_DC - totals_D1).exp()
+        values_DC, places_DC = scores_DV.topk(count)
+        # Not by logsumexp: on CPUs a row's last bit may then depend on the number of rows.
+        probabilities = scores_DV.softmax(dim=-1).gather(1, places_DC)
         above = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
         kept = (above < self._top_p).sum(dim=-1, keepdim=True).clamp(min=1)
         unsure = (kept == count) & (self._top_p < 1) & (count < scores_DV.shape[-1])

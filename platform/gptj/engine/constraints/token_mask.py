@@ -16,6 +16,10 @@ from gptj.sampling import SamplingParams
 MEAN_SECONDS = 0.02  # per token, averaged over COUNTED or more
 COUNTED = 16
 AHEAD_SECONDS = 0.005  # for a draft's masks; beyond it, only a shorter draft is verified
+NO_TOKEN = (
+    "the request allows no further token: its grammar, allowed_token_ids, bad_words and "
+    "min_tokens contradict each other here"
+)
 
 Words = npt.NDArray[np.uint32]
 
@@ -120,10 +124,7 @@ class TokenMask:
         if self._matcher is not None and self._matcher.is_accepting():
             self.at_end = True
         else:
-            self.error = GrammarError(
-                "the request allows no further token: its grammar, allowed_token_ids, bad_words "
-                "and min_tokens contradict each other here"
-            )
+            self.error = GrammarError(NO_TOKEN)
 
     def _ban(self, words: Words, output: Sequence[int]) -> None:
         """Clear the bits of tokens that bad_words and min_tokens ban after an output."""

@@ -95,7 +95,7 @@ def pack(
 def _fill_blocks(blocks: Tensor, rows: Tensor, start: int) -> None:
     """Write rows (N, width) into blocks (B, width, BLOCK) as columns from `start` on."""
     first, whole = start // BLOCK, len(rows) // BLOCK
-    blocks[first : first + whole] = rows[: whole * BLOCK].view(whole, BLOCK, -1).mT
+    blocks[first : first + whole] = rows[: whole * BLOCK].view(whole, BLOCK, rows.shape[1]).mT
     rest = rows[whole * BLOCK :]
     if len(rest):
         blocks[first + whole, :, : len(rest)] = rest.T
