@@ -1099,6 +1099,26 @@ def test_an_upload_of_an_earlier_attempt_does_not_complete_what_the_next_has_del
     assert not any(name.startswith("manifest") for name in names)
 
 
+@pytest.mark.parametrize("taken_over", [True, False])
+def test_an_upload_whose_files_vanish_says_whether_the_run_was_taken_over(
+    taken_over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(str(tmp_path / "local" / "shard.safetensors"), b"x")
+    checks: list[Exception | None] = [None, LeaseLostError("taken over") if taken_over else None]
+
+    def fence() -> None:
+        if error := checks.pop(0):
+            raise error
+
+    def upload(path: Path, to: str) -> None:
+        raise storage.NotFoundError(f"{to} does not exist")
+
+    monkeypatch.setattr(storage, "upload", upload)
+    with pytest.raises(LeaseLostError if taken_over else storage.NotFoundError):
+        upload_state(tmp_path / "local", str(tmp_path / "run"), 0, 1, fence)
+    assert not checks
+
+
 def test_whoever_lost_the_run_during_an_upload_finishes_no_checkpoint(tmp_path: Path) -> None:
     """Nor does it touch one of those who have the run now."""
     folder, kept = tmp_path / "local", str(tmp_path / "run" / "checkpoint-00000001")

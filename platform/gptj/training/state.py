@@ -83,7 +83,13 @@ def upload_state(
     fence()
     manifest = manifest_name(rank, world_size)
     names = [file.name for file in storage.list_files(str(folder)) if file.name != manifest]
-    storage.for_each(lambda name: storage.upload(folder / name, storage.join(address, name)), names)
+    try:
+        storage.for_each(
+            lambda name: storage.upload(folder / name, storage.join(address, name)), names
+        )
+    except storage.StorageError:
+        fence()  # who has taken over deletes what this rank was writing
+        raise
     fence()
     storage.upload(folder / manifest, storage.join(address, manifest))
 
