@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -640,6 +641,30 @@ def test_an_unreadable_file_is_named(folder: Path, tmp_path: Path, name: str, co
     (tmp_path / name).write_bytes(content.encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match=name if name != "added_tokens.json" else "'<new>'.*id 7"):
         GPTJTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["two words", "\u2581the", "a\nb", "日本", "\x7f"])
+@pytest.mark.parametrize("format_", ["tokenizer.json", "vocab.json"])
+def test_an_entry_that_is_not_byte_level_is_named(
+    ours: GPTJTokenizer, tmp_path: Path, entry: str, format_: str
+) -> None:
+    """When it is loaded, not once its bytes are needed; as an added token it is its own text."""
+    content = json.loads(ours.files()["tokenizer.json"])
+    vocabulary = content["model"]["vocab"]
+    number = vocabulary[entry] = 51000
+    if format_ == "tokenizer.json":
+        (tmp_path / format_).write_text(json.dumps(content))
+    else:
+        (tmp_path / format_).write_text(json.dumps(vocabulary))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    named = re.escape(f"entry {entry!r} (id {number})")
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{named}"):
+        GPTJTokenizer.from_pretrained(tmp_path)
+    settings = {"additional_special_tokens": [entry]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = GPTJTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.token_bytes(number) == entry.encode()
+    assert tokenizer.encode(entry) == [number]
 
 
 def test_a_folder_without_a_tokenizer_names_the_missing_files(tmp_path: Path) -> None:

@@ -39,6 +39,19 @@ def add_tokens(tokenizer: Tokenizer, tokens: Mapping[str, int], *, special: bool
             )
 
 
+def check_byte_level(tokenizer: Tokenizer) -> None:
+    """ValueError for an entry, other than an added token, with a character that is no byte's."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
+        if not BYTE_OF_CHARACTER.keys() >= set(token) and token not in added:
+            other = min(set(token) - BYTE_OF_CHARACTER.keys())
+            raise ValueError(
+                f"the vocabulary is not a byte-level BPE's: entry {token!r} (id {number}) has "
+                f"{other!r}, which stands for no byte; remedy: make it an added token, or use a "
+                f"byte-level tokenizer"
+            )
+
+
 def make_special(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
     """Mark entries as special: never split, and omitted with skip_special_tokens."""
     added = tokenizer.get_added_tokens_decoder().values()

@@ -31,6 +31,7 @@ from gptj.tokenizer.bpe import (
     EXTRA_TOKENS,
     add_tokens,
     byte_level_bpe,
+    check_byte_level,
 )
 from gptj.tokenizer.files import TokenizerFiles
 from gptj.tokenizer.inputs import (
@@ -56,6 +57,9 @@ class GPTJTokenizer:
         model_max_length: the model's longest input, in tokens; None if unknown.
         padding_side: the default side of padding.
         chat_template: Jinja for gptj.chat, or several by name; None: no template.
+
+    Raises:
+        ValueError: if an entry is neither an added token nor of byte-level BPE's characters.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class GPTJTokenizer:
         padding_side: Side = "right",
         chat_template: str | dict[str, str] | None = None,
     ) -> None:
+        check_byte_level(tokenizer)
         self._tokenizer = tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -128,15 +133,18 @@ class GPTJTokenizer:
                 raise
             base = Base.of(folder)
             return cls.from_pretrained(base.address, revision=base.revision)
-        return cls(
-            found.tokenizer,
-            bos_token=found.bos_token,
-            eos_token=found.eos_token,
-            pad_token=found.pad_token,
-            model_max_length=found.model_max_length,
-            padding_side=found.padding_side,
-            chat_template=found.chat_template,
-        )
+        try:
+            return cls(
+                found.tokenizer,
+                bos_token=found.bos_token,
+                eos_token=found.eos_token,
+                pad_token=found.pad_token,
+                model_max_length=found.model_max_length,
+                padding_side=found.padding_side,
+                chat_template=found.chat_template,
+            )
+        except ValueError as error:
+            raise ValueError(f"cannot use the tokenizer of {folder.address}: {error}") from error
 
     @classmethod
     def from_vocabulary(
