@@ -1,5 +1,5 @@
 """Ray Serve applications, one file per head."""
 
-from gptj.extras import check_installed
+from gptj.environment.extras import check_installed
 
 check_installed("ray", "deployments")

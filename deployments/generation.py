@@ -56,13 +56,13 @@ from gptj.engine.limits import Limits
 from gptj.engine.runners.base import Runner
 from gptj.engine.runners.lora import MAX_RANK, LoRALimits
 from gptj.engine.speculation import Speculation
-from gptj.int4 import is_quantized
+from gptj.layers.int4 import is_quantized
 from gptj.serving.adapters import Adapters, check_adapter, check_name
 from gptj.serving.chat.service import ChatService
-from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.completions.vocabulary import Vocabulary
+from gptj.serving.generation import generation_app
 from gptj.serving.metrics import Recorder
 from gptj.storage.addresses import normalized
 

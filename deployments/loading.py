@@ -18,9 +18,9 @@ from gptj.adapters.base import check_base
 from gptj.adapters.lora import merge_lora
 from gptj.checkpoints.folder import ModelFolder
 from gptj.config import parse_dtype
-from gptj.devices import cpu_computes_bf16
 from gptj.engine.backends import IntQuantization
-from gptj.int4 import CONFIG_FIELD, check_config_fields, is_quantized
+from gptj.environment.devices import cpu_computes_bf16
+from gptj.layers.int4 import CONFIG_FIELD, check_config_fields, is_quantized
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.serving.app import HTTPOptions
 from gptj.serving.batched_rows import Batching

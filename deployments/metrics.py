@@ -12,14 +12,14 @@ from ray.serve import metrics
 from gptj.engine.stats import EngineStats
 from gptj.serving.metrics import Labels
 
-LEAST_SECONDS, MOST_SECONDS, RATIO = 1e-3, 600.0, 1.15  # buckets fine enough for percentiles
+MIN_SECONDS, MAX_SECONDS, RATIO = 1e-3, 600.0, 1.15  # buckets fine enough for percentiles
 REPORT_SECONDS = 1.0
 
 
 def boundaries() -> list[float]:
     """Histogram bucket bounds from a millisecond to ten minutes, each 15 % above the last."""
-    bounds = [LEAST_SECONDS]
-    while bounds[-1] < MOST_SECONDS:
+    bounds = [MIN_SECONDS]
+    while bounds[-1] < MAX_SECONDS:
         bounds.append(bounds[-1] * RATIO)
     return bounds
 

@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace.export import (
     SimpleSpanProcessor,
 )
 
-from gptj.extras import require
+from gptj.environment.extras import require
 
 HTTP = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")

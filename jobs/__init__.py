@@ -1,1 +1,1 @@
-"""Entry points for `ray job submit`, and the programs around them."""
+"""Entry points for `ray job submit`."""

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import sys
 
-from jobs.key_value import help_if_asked
+from gptj_jobs.key_value import help_if_asked
 
 if __name__ == "__main__":
     help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
@@ -78,13 +78,13 @@ from gptj.data.answers import CHUNK_ROWS, Chunk, Entry, Index, Plan, Record, beg
 from gptj.data.answers import write as write_chunk
 from gptj.data.rows import DataError, MissingColumnError, Row, shown
 from gptj.data.sources import find_columns, read_rows
-from gptj.extras import MissingPackageError, missing
+from gptj.environment.extras import MissingPackageError, missing
 from gptj.serving.errors import APIError, ModelError, OverloadedError, UnavailableError
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.workers.errors import QueueFullError
-from jobs.key_value import checked, parsed_yaml
-from jobs.row_requests import (
+from gptj_jobs.key_value import checked, parsed_yaml
+from gptj_jobs.row_requests import (
     BATCH,
     FIELDS,
     KINDS,
@@ -100,7 +100,7 @@ try:
     import ray.data
     from ray.exceptions import RayError
 
-    from jobs.ray_errors import reason
+    from gptj_jobs.ray_errors import reason
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/batch_inference.py", extra="train") from error
 

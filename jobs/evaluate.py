@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import sys
 
-from jobs.key_value import help_if_asked
+from gptj_jobs.key_value import help_if_asked
 
 if __name__ == "__main__":
     help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
@@ -66,10 +66,10 @@ from gptj.tokenizer import GPTJTokenizer
 from gptj.training.class_scores import class_scores
 from gptj.training.evaluation import collect
 from gptj.training.sections import DataSettings, Delimiter
-from gptj.training.tasks import TASKS, AnyTask
+from gptj.training.tasks import TASKS, AnyTask, task_of
 from gptj.training.tasks.causal_lm import unigram_perplexity
-from jobs import command_line
-from jobs.key_value import checked, parsed_yaml
+from gptj_jobs import command_line
+from gptj_jobs.key_value import checked, parsed_yaml
 
 PROGRESS_SECONDS = 5
 DEFAULT_STRIDE = 128  # tokens; a quarter of shorter windows
@@ -177,18 +177,6 @@ def measure(settings: Settings) -> dict[str, Any]:
         logits = np.array([part.outputs[index] for index in range(len(data))])
         result |= class_scores(logits, data.targets, data.labels)
     return result
-
-
-def task_of(config: GPTJConfig, checkpoint: str) -> AnyTask:
-    """The task of the model's head; ValueError if there is none."""
-    heads = {task.head.__name__: task for task in TASKS.values()}
-    for name in config.architectures or []:
-        if name in heads:
-            return heads[name]
-    raise ValueError(
-        f"{checkpoint}: config.json has architectures={config.architectures}, which must name "
-        f"one of {', '.join(heads)}"
-    )
 
 
 def make_data(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from gptj.checkpoints.weights import SHARD_BYTES
 from gptj.interop.exporter import EXPORT_FORMATS, export_weights
-from jobs import command_line
+from gptj_jobs import command_line
 from jobs.import_weights import DTYPES
 
 

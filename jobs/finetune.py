@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from jobs.key_value import help_if_asked
+from gptj_jobs.key_value import help_if_asked
 
 if __name__ == "__main__":
     help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
@@ -35,7 +35,7 @@ from gptj.checkpoints.folder import TRAINING
 from gptj.config import GPTJConfig
 from gptj.data import preparing
 from gptj.data.preparing import Plan
-from gptj.extras import missing
+from gptj.environment.extras import missing
 from gptj.storage.lease import Claim, Lease, LeaseHeldError, LeaseLostError
 from gptj.storage.scratch import shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
@@ -70,14 +70,14 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-    from jobs.attempts import NumberAttempts, this_attempt
-    from jobs.holding import hold
-    from jobs.memory import check_memory
-    from jobs.preparing import write_shards
-    from jobs.ray_errors import reason
-    from jobs.room import wait_for_room
-    from jobs.stopping import PREEMPTED, STOPPED, Notices, OnSigterm
-    from jobs.training_metrics import TrainingMetrics, count_failure
+    from gptj_jobs.attempts import NumberAttempts, this_attempt
+    from gptj_jobs.holding import hold
+    from gptj_jobs.memory import check_memory
+    from gptj_jobs.preparing import write_shards
+    from gptj_jobs.ray_errors import reason
+    from gptj_jobs.room import wait_for_room
+    from gptj_jobs.stopping import PREEMPTED, STOPPED, Notices, OnSigterm
+    from gptj_jobs.training_metrics import TrainingMetrics, count_failure
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/finetune.py", extra="train") from error
 

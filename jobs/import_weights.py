@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from gptj.interop.formats import FORMATS
 from gptj.interop.importer import import_weights
-from jobs import command_line
+from gptj_jobs import command_line
 
 DTYPES = ("float16", "bfloat16", "float32")
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from gptj.checkpoints.weights import SHARD_BYTES
 from gptj.interop.merging import merge_adapter
-from jobs import command_line
+from gptj_jobs import command_line
 
 DTYPES = ("float16", "bfloat16", "float32")
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import sys
 
-from jobs.key_value import help_if_asked
+from gptj_jobs.key_value import help_if_asked
 
 if __name__ == "__main__":
     help_if_asked(sys.argv[1:], __doc__)  # before the imports, which take seconds
@@ -49,16 +49,16 @@ from gptj.chat import read_template
 from gptj.data.prepared import Index
 from gptj.data.preparing import CHUNK_CHARACTERS, Plan, begin, finish, tokenizer_at
 from gptj.data.shards import TaskName
-from gptj.extras import missing
+from gptj.environment.extras import missing
 from gptj.storage.addresses import absolute, normalized
 from gptj.training.sections import Delimiter
 from gptj.training.tasks import TASKS
-from jobs.key_value import checked, parsed_yaml
+from gptj_jobs.key_value import checked, parsed_yaml
 
 try:
     import ray
 
-    from jobs.preparing import write_shards
+    from gptj_jobs.preparing import write_shards
 except ModuleNotFoundError as error:
     raise missing(error, "jobs/prepare_data.py", extra="train") from error
 

@@ -28,7 +28,7 @@ import torch
 
 from gptj.checkpoints.weights import SHARD_BYTES
 from gptj.quantization.quantizer import Calibration, Rounding, quantize_model
-from jobs import command_line
+from gptj_jobs import command_line
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from gptj.errors import CheckpointError
 from gptj.serialization.json_object import to_json
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
-MOST_LAYERS = 1000
-MOST_LABELS = 1_000_000
+MAX_LAYERS = 1000
+MAX_LABELS = 1_000_000
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Hugging Face's other names for the same fields.
@@ -259,8 +259,8 @@ class GPTJConfig:
                     f"label2id must map labels to their indices, got {shown(label2id)}"
                 )
             id2label = {index: label for label, index in label2id.items()}
-        if num_labels is not None and not _is_count(num_labels, MOST_LABELS):
-            raise ValueError(f"num_labels must be 1 to {MOST_LABELS}, got {shown(num_labels)}")
+        if num_labels is not None and not _is_count(num_labels, MAX_LABELS):
+            raise ValueError(f"num_labels must be 1 to {MAX_LABELS}, got {shown(num_labels)}")
         if id2label is None:
             count = 2 if num_labels is None else num_labels
             if count < 1:
@@ -282,8 +282,8 @@ class GPTJConfig:
             value = getattr(self, name)
             if not _is_count(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number of 1 or more, got {shown(value)}")
-        if self.n_layer > MOST_LAYERS:
-            raise ValueError(f"n_layer must be at most {MOST_LAYERS}, got {self.n_layer}")
+        if self.n_layer > MAX_LAYERS:
+            raise ValueError(f"n_layer must be at most {MAX_LAYERS}, got {self.n_layer}")
         for name in ("rotary_dim", "n_inner", "bos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:

@@ -24,8 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from gptj.config import GPTJConfig
 from gptj.generation import GenerationConfig, generate
 from gptj.kv_cache import KVCache
-from gptj.linear_cross_entropy import IGNORED_LABEL as IGNORED_LABEL
-from gptj.linear_cross_entropy import LanguageModelHead
+from gptj.layers.linear_cross_entropy import IGNORED_LABEL as IGNORED_LABEL
+from gptj.layers.linear_cross_entropy import LanguageModelHead
+from gptj.layers.varlen_attention import (
+    DocumentBorders,
+    DocumentsByLength,
+    attend_documents,
+    uses_flash,
+)
 from gptj.outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -33,12 +39,6 @@ from gptj.outputs import (
     SequenceClassifierOutput,
 )
 from gptj.pretrained import GPTJPreTrainedModel as GPTJPreTrainedModel
-from gptj.varlen_attention import (
-    DocumentBorders,
-    DocumentsByLength,
-    attend_documents,
-    uses_flash,
-)
 
 ROTARY_BASE = 10000.0
 
@@ -344,7 +344,13 @@ def attention_bias(attention_mask: Tensor | None, x_BLD: Tensor, past: int) -> A
     visible = (torch.arange(total, device=x_BLD.device)[None, :] <= rows)[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask.to(x_BLD.device, torch.bool)[:, None, None, :]
-    blind_rows = torch.is_grad_enabled() and not bool(visible.any(dim=-1).all())
+    # The first query sees the fewest positions. Asked of the mask, which may be on the host: a
+    # question to a GPU waits for it.
+    blind_rows = (
+        torch.is_grad_enabled()
+        and attention_mask is not None
+        and not bool(attention_mask[:, : past + 1].bool().any(dim=1).all())
+    )
     return AttentionBias(_hidden(visible, x_BLD.dtype), is_causal=False, blind_rows=blind_rows)
 
 

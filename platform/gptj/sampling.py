@@ -8,15 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gptj.engine.constraints.compiler import CompiledGrammar
-
 GREEDY_BELOW = 1e-5  # dividing by such a temperature would overflow
+
+
+class OutputGrammar(Protocol):
+    """A grammar for one tokenizer, as gptj.engine.constraints compiles it."""
+
+    words: int  # 32-bit words in a mask
+    eos_ids: tuple[int, ...]  # in the mask where an output may end
+
+    def matcher(self) -> Any:
+        """An llguidance.LLMatcher at the start of an output."""
+
+    def forget(self) -> None:
+        """Recompile it for the next request."""
+
+    def refuse(self, reason: str) -> None:
+        """Reject requests with it for a while."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None  # only these; None: all
     # Token sequences banned from the output: the last token is masked after the others.
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    grammar: CompiledGrammar | None = None  # the output must match it; only the engine applies it
+    grammar: OutputGrammar | None = None  # the output must match it; only the engine applies it
 
     def __post_init__(self) -> None:
         _check(self.max_tokens >= 0, "max_tokens", "0 or more", self.max_tokens)

@@ -66,7 +66,7 @@ from gptj_bench.perplexity import Perplexity
 from gptj_bench.serve import MODEL_NAME, ours, vllm
 from gptj_bench.speculation import SpeculationBenchmark
 from gptj_bench.vocabulary import gpt2_tokenizer
-from jobs import command_line
+from gptj_jobs import command_line
 
 Row = dict[str, Any]
 

@@ -41,8 +41,8 @@ from gptj_bench.decode import (
     load_runner,
     split_dtype,
 )
+from gptj_jobs import command_line
 from gptj_local.ray import LocalRay
-from jobs import command_line
 
 PROGRAM = Path(__file__).resolve().parents[2] / "jobs" / "batch_inference.py"
 LONGER = 3  # times the rows of the short run

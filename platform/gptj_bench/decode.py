@@ -22,12 +22,13 @@ from gptj.checkpoints.skeleton import without_weights
 from gptj.engine.adapter_slots import Adapter
 from gptj.engine.backends import Quantization, best_runner
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, TokenEvent, one_by_one
+from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.request import one_by_one
 from gptj.engine.runners.base import Runner
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.lora import LoRALimits
-from gptj.int4 import is_int4
+from gptj.layers.int4 import is_int4
 from gptj.sampling import SamplingParams
 from gptj_bench.machine import gpu_read_bandwidth
 from gptj_bench.pace import PaceProbe, Row, undisturbed

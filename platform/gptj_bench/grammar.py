@@ -24,9 +24,10 @@ from gptj.engine.constraints.compiler import JSON_OPTIONS, LIMITS, GrammarCompil
 from gptj.engine.constraints.grammar import Grammar
 from gptj.engine.constraints.token_mask import unpacked
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, one_by_one
+from gptj.engine.events import Event, Failed, Finished
+from gptj.engine.request import one_by_one
 from gptj.engine.runners.base import Runner
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.sampling import SamplingParams
 from gptj_bench.machine import installed
 from gptj_bench.schemas import SCHEMAS, whole

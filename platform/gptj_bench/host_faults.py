@@ -155,12 +155,12 @@ def _go_on(cluster: Cluster, run: Run) -> None:
 def _supervised(cluster: Cluster, run: Run, there: Callable[[], bool], what: str) -> None:
     """Wait; Ray's node is started again if it ends meanwhile."""
 
-    def look() -> bool:
+    def reached() -> bool:
         if cluster.revive_node():
             run.notes.append("Ray's second node ended, and was started again")
         return there()
 
-    run.wait(look, what)
+    run.wait(reached, what)
 
 
 FAULTS: dict[str, Callable[[Cluster, Run], None]] = {

@@ -184,7 +184,7 @@ def configuration(
     replicas: int,
     adapters: int,
     *,
-    spread: bool,
+    one_per_node: bool,
     arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> dict[str, Any]:
     """serve.yaml's generation with this many replicas; with `spread`, one per node."""
@@ -205,7 +205,7 @@ def configuration(
     (deployment,) = application["deployments"]
     deployment.pop("autoscaling_config")
     deployment["num_replicas"] = replicas
-    if spread:
+    if one_per_node:
         deployment["max_replicas_per_node"] = 1
         # The nodes share one address, so their proxies would share one port.
         config["proxy_location"] = "HeadOnly"
@@ -231,7 +231,9 @@ def local_service(
         arguments: more of the application's `args`.
     """
     save_model(folder, adapters)
-    config = configuration(folder, replicas, adapters, spread=workers > 0, arguments=arguments)
+    config = configuration(
+        folder, replicas, adapters, one_per_node=workers > 0, arguments=arguments
+    )
     with ExitStack() as stack:
         cpus, more_nodes = (0, True) if workers else (CPUS, False)
         node = stack.enter_context(LocalRay.start(folder, cpus=cpus, more_nodes=more_nodes))

@@ -21,7 +21,7 @@ from gptj.data.sources import read_rows
 from gptj_bench.decode import DTYPES, TEXT_IDS, split_dtype
 from gptj_bench.loadgen import MAX_TOKENS, MLPerf, Row, Scenario, load_generator
 from gptj_bench.serve import ours
-from jobs import command_line
+from gptj_jobs import command_line
 
 MAX_PROMPT_TOKENS = 1919
 

@@ -25,7 +25,7 @@ READ_BYTES = 2**28  # larger than caches
 MATRIX = 768  # rows and columns of a product that stays in caches
 TRIES = 3  # of a probe, which takes 30 ms
 TOLERANCE = 0.15  # of the pace before and after
-MOST_OTHERS = 0.05  # of all cores' time
+MAX_OTHERS = 0.05  # of all cores' time
 ATTEMPTS = 10
 WAITS, WAIT_SECONDS = 20, 3.0  # in each, for a slow machine to become faster
 TICKS = os.sysconf("SC_CLK_TCK")  # a second
@@ -87,7 +87,7 @@ def undisturbed(
     least_gb_per_s: float = 0.0,
     wait: Callable[[float], None] = time.sleep,
 ) -> Row:
-    """A row measured while the pace was steady and other programs took less than `MOST_OTHERS`.
+    """A row measured while the pace was steady and other programs took less than `MAX_OTHERS`.
 
     Args:
         own_processes: ids of those that do the work, all of whose threads belong to it.
@@ -117,7 +117,7 @@ def undisturbed(
             "others_share": round(max(0.0, share), 3),
         }
         disturbances = []
-        if share > MOST_OTHERS:
+        if share > MAX_OTHERS:
             disturbances.append("other programs")
         if not before.is_near(after):
             disturbances.append("the pace changed")

@@ -17,7 +17,8 @@ from gptj import GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.sources import read_rows
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, one_by_one
+from gptj.engine.events import Event, Failed, Finished, PromptLogprobs
+from gptj.engine.request import one_by_one
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import load_runner
 

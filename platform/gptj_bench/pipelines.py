@@ -50,8 +50,8 @@ from gptj.serving.question_answering import question_answering_app
 from gptj_bench import machine
 from gptj_bench.decode import DTYPES, split_dtype
 from gptj_bench.vocabulary import gpt2_tokenizer
+from gptj_jobs import command_line
 from gptj_local.processes import HOST, free_ports, running
-from jobs import command_line
 
 PEER = Path(__file__).parent / "peers" / "pipeline.py"
 HEADS = {
@@ -59,7 +59,7 @@ HEADS = {
     "question-answering": GPTJForQuestionAnswering,
 }
 SIGMA = 0.8  # of the lognormal distribution
-LEAST_WORDS, MOST_WORDS = 4, 280
+MIN_WORDS, MAX_WORDS = 4, 280
 CONTEXT_WORDS = 3  # times a text's
 START_SECONDS = 300
 Row = dict[str, Any]
@@ -269,7 +269,7 @@ def texts(task: str, number: int, median: int) -> list[Any]:
 
     def text(times: float) -> str:
         drawn = numbers.lognormvariate(math.log(median), SIGMA) * times
-        count = max(LEAST_WORDS, min(MOST_WORDS, round(drawn)))
+        count = max(MIN_WORDS, min(MAX_WORDS, round(drawn)))
         start = numbers.randrange(len(words) - count)
         return " ".join(words[start : start + count])
 

@@ -244,7 +244,7 @@ def serving(folder: Path, layers: int, width: int) -> Iterator[Service]:
     """Once all replicas run: Serve answers as soon as one does, and then has no choice."""
     shape = {"n_layer": layers, "n_embd": 64 * width, "n_head": width, "rotary_dim": 16}
     save_model(folder, ADAPTERS, **shape, n_positions=CONTEXT)
-    config = configuration(folder, REPLICAS, adapters=0, spread=False)
+    config = configuration(folder, REPLICAS, adapters=0, one_per_node=False)
     (ours,) = config["applications"]
     ours["args"] |= {
         "adapter_root": str(folder),

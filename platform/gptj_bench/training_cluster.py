@@ -243,7 +243,7 @@ class Run:
     def begin_fault(self) -> None:
         self._since = time.monotonic()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """See what is new, and submit the run again if it has ended."""
         before = self.furthest
         for line in self._new_lines():
@@ -278,12 +278,12 @@ class Run:
 
     def wait(self, there: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
         deadline = time.monotonic() + seconds
-        self.look()
+        self.poll()
         while not there():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{self.name}: no {what}: {tail(self.log, 4000)}")
             time.sleep(0.2)
-            self.look()
+            self.poll()
 
     def go_on(self, since: int) -> None:
         """Wait for some steps beyond one."""
@@ -307,7 +307,7 @@ class Run:
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             time.sleep(0.2)
-            self.look()
+            self.poll()
 
     def terminate(self) -> None:
         within(self.job).terminate()

@@ -44,8 +44,8 @@ from gptj.serialization.json_object import to_json
 from gptj.training.loop import Worker, train
 from gptj.training.settings import Settings
 from gptj_bench.machine import description
+from gptj_jobs import command_line
 from gptj_local.processes import HOST, free_ports
-from jobs import command_line
 
 PEER = Path(__file__).parent / "peers" / "train.py"
 PEER_STATES = {"bf16": ("bf16", "masters"), "fp32": ("fp32",)}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from gptj import GPTJTokenizer
-from gptj.extras import require
+from gptj.environment.extras import require
 
 
 def gpt2_tokenizer() -> GPTJTokenizer:

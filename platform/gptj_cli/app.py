@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from gptj.extras import Extra, MissingPackageError, missing
+from gptj.environment.extras import Extra, MissingPackageError, missing
 
 try:
     import typer
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gptj_cli import cluster, local, predicting, scores, serving, status_table, training
     from gptj_cli import models as folders
     from gptj_cli import status as watching
-    from jobs import command_line
+    from gptj_jobs import command_line
     from jobs import evaluate as evaluation_job
 else:
     NEEDS = "the program gptj"
@@ -61,7 +61,7 @@ else:
     folders = Extra("gptj_cli.models", NEEDS)
     status_table = Extra("gptj_cli.status_table", NEEDS)
     watching = Extra("gptj_cli.status", NEEDS)
-    command_line = Extra("jobs.command_line", NEEDS)
+    command_line = Extra("gptj_jobs.command_line", NEEDS)
     evaluation_job = Extra("jobs.evaluate", NEEDS)
 
 FOLDER = Path(".gptj")

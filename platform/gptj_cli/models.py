@@ -15,7 +15,7 @@ from gptj.adapters.stored import read_config
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING, ModelFolder
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
 from gptj.config import GPTJConfig
-from gptj.int4 import is_quantized
+from gptj.layers.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
 from gptj.storage.addresses import normalized
 from gptj.storage.listing import FileInfo
@@ -130,13 +130,15 @@ def copy(source: str, destination: str) -> Manifest:
         )
     with FolderWriter(destination) as writer:
         for name, record in manifest.files.items():
-            with storage.open_read(storage.join(source, name)) as file:
-                with writer.open(name, record.size) as target:
-                    left = record.size
-                    while left and (content := file.read(min(COPY_BYTES, left))):
-                        target.write(content)
-                        left -= len(content)
-                    manifest.check_content(name, record.size - left, target.hash.hexdigest())
+            with (
+                storage.open_read(storage.join(source, name)) as file,
+                writer.open(name, record.size) as target,
+            ):
+                left = record.size
+                while left and (content := file.read(min(COPY_BYTES, left))):
+                    target.write(content)
+                    left -= len(content)
+                manifest.check_content(name, record.size - left, target.hash.hexdigest())
     return verify(destination)
 
 

@@ -20,7 +20,7 @@ from gptj.data.examples import groups
 from gptj.data.rows import Row
 from gptj.data.sources import data_files, find_columns, read_rows
 from gptj.serving.errors import APIError
-from jobs.row_requests import KINDS, fields_of, request_of, service_of
+from gptj_jobs.row_requests import KINDS, fields_of, request_of, service_of
 
 Answer = Callable[[Row], Awaitable[dict[str, Any]]]
 

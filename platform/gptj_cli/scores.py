@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-MOST_COLUMNS = 12  # labels of a confusion matrix that a terminal has room for
+MAX_COLUMNS = 12  # labels of a confusion matrix that a terminal has room for
 SCORES = ("precision", "recall", "f1")
 
 
@@ -20,7 +20,7 @@ def rendered(result: Mapping[str, Any]) -> RenderableType:
         parts += ["", _by_label(classes)]
     if (confusion := result.get("confusion_matrix")) is not None:
         labels = result["labels"]
-        wide = len(labels) > MOST_COLUMNS
+        wide = len(labels) > MAX_COLUMNS
         note = f"a confusion matrix of {len(labels)} labels is in the output of --json"
         parts += ["", Text(note, "dim") if wide else _confusion(labels, confusion)]
     return Group(*parts)

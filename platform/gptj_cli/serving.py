@@ -30,8 +30,8 @@ from gptj.checkpoints.folder import ModelFolder
 from gptj.config import GPTJConfig
 from gptj.model import HEAD_CLASSES
 from gptj.storage.addresses import absolute
+from gptj.training.tasks import task_of
 from gptj_cli.cluster import is_here
-from jobs.evaluate import task_of
 
 TEMPLATE = Path(deployments.__file__).resolve().parents[1] / "k8s" / "base" / "serve.yaml"
 APPLICATIONS = {

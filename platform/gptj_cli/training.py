@@ -27,7 +27,7 @@ from gptj.training.dataset import checkpoint_labels
 from gptj.training.settings import Settings, read_settings
 from gptj.training.tasks import TASKS, TaskName
 from gptj_cli.cluster import is_here
-from jobs.holding import holding_jobs
+from gptj_jobs.holding import holding_jobs
 
 # Most columns first: question-answering data may also have a text or label.
 BY_COLUMNS: tuple[TaskName, ...] = ("question-answering", "classification", "causal-lm")

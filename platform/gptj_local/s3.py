@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj_local.processes import LOOPBACK, Host, free_ports, running, tail
 
 boto3 = Extra("boto3", "an S3 server on this machine")

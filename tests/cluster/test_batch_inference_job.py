@@ -139,7 +139,7 @@ def test_an_error_in_an_actor_is_reported_by_its_last_line(
 ) -> None:
     program = f"""
 import ray
-from jobs.ray_errors import reason
+from gptj_jobs.ray_errors import reason
 
 @ray.remote(num_cpus=0)
 class Actor:

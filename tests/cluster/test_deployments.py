@@ -174,7 +174,8 @@ def test_every_service_is_still_healthy(service: str) -> None:
 def test_a_training_without_room_is_told_which_services_have_it(deployed: Deployed) -> None:
     """In a process of its own, since Ray reads its token once."""
     script = (
-        "import ray; from jobs import room; ray.init(logging_level='ERROR'); room.ROOM_SECONDS = 0;"
+        "import ray; from gptj_jobs import room; ray.init(logging_level='ERROR');"
+        "room.ROOM_SECONDS = 0;"
         "room.wait_for_room({'CPU': 4})"
     )
     done = subprocess.run(

@@ -56,7 +56,7 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("routing")
     save_model(folder, ADAPTERS)
-    config = configuration(folder, replicas=2, adapters=ADAPTERS, spread=False)
+    config = configuration(folder, replicas=2, adapters=ADAPTERS, one_per_node=False)
     (application,) = config["applications"]
     application["args"]["cache_tokens"] = 16384
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from jobs_in_turn import run_in_turn
+from task_data import packed
 
 from gptj import GPTJTokenizer, storage
 from gptj.checkpoints.manifest import FolderWriter, verify
@@ -20,7 +21,6 @@ from gptj.data.sources import read_rows
 from gptj_local.processes import running, tail
 from gptj_local.ray import LocalRay
 from gptj_local.s3 import LocalS3
-from tests.support.task_data import packed
 
 pytestmark = pytest.mark.slow
 

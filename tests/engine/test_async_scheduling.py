@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams, Failed, Finished, TokenEvent
+from gptj.engine.events import Failed, Finished, TokenEvent
 from gptj.engine.page_pool import extend_digests
+from gptj.engine.request import BeamParams
 from gptj.engine.runners.base import PAGE_SIZE, StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.sampler import PendingOutput
@@ -531,8 +532,8 @@ def test_closing_with_a_step_in_flight_fails_its_requests(model: GPTJForCausalLM
 def test_top_p_that_keeps_more_tokens_than_it_looks_at_first_is_drawn_again(
     model: GPTJForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptj.engine.sampler.CANDIDATES", 2)
-    monkeypatch.setattr("gptj.engine.sampler.FURTHER", 2)
+    monkeypatch.setattr("gptj.engine.sampling_batch.CANDIDATES", 2)
+    monkeypatch.setattr("gptj.engine.sampling_batch.CANDIDATES_GROWTH", 2)
     chosen: list[dict[str, Any]] = [
         {"temperature": 1.5 + i, "top_p": 0.97, "seed": i, "max_tokens": 9 + i} for i in range(3)
     ]

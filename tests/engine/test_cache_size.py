@@ -18,8 +18,9 @@ from gptj.engine.backends import best_runner
 from gptj.engine.cache_size import CacheShare, fit_cache, free_bytes, page_bytes, tokens_within
 from gptj.engine.limits import Limits
 from gptj.engine.rehearsal import rehearse
-from gptj.engine.runners.base import ResizableRunner, TorchRunner
+from gptj.engine.runners.base import ResizableRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
+from gptj.engine.runners.torch_runner import TorchRunner
 
 CONFIG = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
 CPU = torch.device("cpu")

@@ -31,11 +31,13 @@ from gptj.engine.constraints.grammar import Grammar, GrammarError
 from gptj.engine.constraints.token_mask import TokenMask, packed, unpacked
 from gptj.engine.constraints.trial import Trial
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams, Finished, TokenEvent
-from gptj.engine.runners.base import TorchRunner
-from gptj.engine.sampler import Sampler, excluded
+from gptj.engine.events import Finished, TokenEvent
+from gptj.engine.request import BeamParams
+from gptj.engine.runners.torch_runner import TorchRunner
+from gptj.engine.sampler import Sampler
+from gptj.engine.sampling_batch import excluded
 from gptj.engine.speculation import Speculation
-from gptj.extras import MissingPackageError
+from gptj.environment.extras import MissingPackageError
 from gptj.sampling import SamplingParams, adjust
 from gptj.workers.errors import ClosedError, QueueFullError
 

@@ -27,7 +27,7 @@ from test_cuda_quantized_runner import (
 from test_cuda_runner import ElsewhereModel, decode_batch
 from torch import Tensor
 
-from gptj import GPTJConfig, int4
+from gptj import GPTJConfig
 from gptj.engine import backends as choice
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import fp8_linear, kernels
@@ -53,6 +53,7 @@ from gptj.engine.runners.cuda.support import operations_for
 from gptj.engine.runners.cuda.tuned_linear import Blocks, multiply_row
 from gptj.engine.runners.cuda.weights import freed_by_packing, take
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
+from gptj.layers import int4
 
 triton_interpreter.repair()
 ON_GPU = torch.cuda.is_available()

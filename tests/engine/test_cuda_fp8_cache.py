@@ -24,7 +24,7 @@ from gptj import GPTJForCausalLM
 from gptj.engine import backends as choice
 from gptj.engine.cache_size import page_bytes
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams
+from gptj.engine.request import BeamParams
 from gptj.engine.runners.base import PageCopy
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cuda import launch
@@ -58,7 +58,7 @@ def random_cache(it: Setting) -> LayerCache:
     ]
     key_scales = 10 ** (torch.rand(shape) - 2.5)
     value_scales = 10 ** (10 * torch.rand(shape) - 8)
-    return LayerCache(*filled, key_scales.to(DEVICE), value_scales.to(DEVICE))
+    return LayerCache(*filled, key_scales.to(DEVICE), value_scales.to(DEVICE))  # type: ignore[call-arg]
 
 
 def dequantized(cache: LayerCache) -> LayerCache:

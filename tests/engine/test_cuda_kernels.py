@@ -264,7 +264,7 @@ def test_add_and_norm(shape: str, dtype: torch.dtype) -> None:
         for operations in (it.triton, it.plain):
             x_TD = stream.clone()
             arguments = (None, None) if added is None else added
-            results.append((operations.add_and_norm(x_TD, *arguments, norm), x_TD))
+            results.append((operations.add_and_norm(x_TD, *arguments, norm), x_TD))  # type: ignore[call-arg]
         for ours, theirs in zip(*results, strict=True):
             it.near(ours, theirs)
 

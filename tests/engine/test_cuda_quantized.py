@@ -12,7 +12,6 @@ import torch
 from test_cuda_kernels import ERRORS, Broken
 from torch import Tensor
 
-from gptj import int4
 from gptj.engine.runners.cpu import packing
 from gptj.engine.runners.cuda import quantized_kernels as kernels
 from gptj.engine.runners.cuda import quantized_linear
@@ -29,6 +28,7 @@ from gptj.engine.runners.cuda.quantized_linear import (
     splits_for,
 )
 from gptj.engine.runners.cuda.quantized_matrix import Bits, QuantizedMatrix, pack
+from gptj.layers import int4
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -18,7 +18,7 @@ from test_cuda_kernels import ERRORS, Broken
 from test_cuda_runner import ElsewhereModel, decode_batch
 from torch import Tensor
 
-from gptj import GPTJConfig, GPTJForCausalLM, int4
+from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.config import TARGET_MODULES
 from gptj.engine import backends as choice
 from gptj.engine.adapter_weights import shape_of
@@ -35,6 +35,7 @@ from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for, try_out
 from gptj.engine.runners.cuda.weights import BITS, Format, freed_by_packing, take
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAPair, LoRAWeights
+from gptj.layers import int4
 
 CONFIG = GPTJConfig(
     vocab_size=97, n_positions=48, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_inner=192

@@ -102,7 +102,7 @@ def test_drafts_are_decode_rows_that_see_each_other(device: torch.device, beside
         wanted += [27]
     numbers = [np.array(each, np.int32) for each in (ids, positions, starts, wanted)]
     rows = 3 if beside else 2
-    logits = runner.step(StepBatch(*numbers[:3], pages[:rows], numbers[3])).cpu()
+    logits = runner.step(StepBatch(*numbers[:3], pages[:rows], numbers[3])).cpu()  # type: ignore[call-arg]
     with torch.inference_mode():
         theirs = model(torch.tensor([text[:20]], device=device)).logits[0].cpu()
         others = model(torch.tensor([other[:2]], device=device)).logits[0].cpu()
@@ -166,7 +166,7 @@ class Watched(PlainOperations):
 
     reduced: ClassVar[list[bool]] = []
 
-    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:
+    def multiply(self, x_TC: Tensor, weight: Tensor, *, wide: bool = False) -> Tensor:  # type: ignore[override]
         matmul = torch.backends.cuda.matmul
         self.reduced += [
             matmul.allow_fp16_reduced_precision_reduction,

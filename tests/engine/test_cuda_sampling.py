@@ -53,7 +53,7 @@ def drawn(
         )
     ]
     numbers = torch.tensor(rows, device=DEVICE)
-    return draw(logits_RV.to(DEVICE), numbers, *columns, uniforms.to(DEVICE)).tolist()
+    return draw(logits_RV.to(DEVICE), numbers, *columns, uniforms.to(DEVICE)).tolist()  # type: ignore[call-arg]
 
 
 def cumulative(logits_V: Tensor, restrictions: Restrictions) -> Tensor:

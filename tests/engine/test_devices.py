@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptj import GPTJForCausalLM
-from gptj.devices import UnsupportedDeviceError, check_device, runs_on
+from gptj.environment.devices import UnsupportedDeviceError, check_device, runs_on
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]

@@ -30,16 +30,10 @@ from engine_caller import (
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.events import (
-    BeamParams,
-    Event,
-    Failed,
-    Finished,
-    PromptLogprobs,
-    TokenEvent,
-)
-from gptj.engine.request import Ticket
-from gptj.engine.runners.base import StepBatch, TorchRunner
+from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEvent
+from gptj.engine.request import BeamParams, Ticket
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.sampling import SamplingParams
 from gptj.workers.errors import ClosedError, QueueFullError
 

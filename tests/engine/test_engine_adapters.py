@@ -27,14 +27,15 @@ from plain_operations import PlainOperations
 from gptj import GPTJForCausalLM
 from gptj.engine.adapter_slots import Adapter, AdapterSlots, SlotsInUseError
 from gptj.engine.engine import Engine
-from gptj.engine.events import BeamParams
-from gptj.engine.runners.base import Runner, StepBatch, TorchRunner
+from gptj.engine.request import BeamParams
+from gptj.engine.runners.base import Runner, StepBatch
 from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.inputs import with_drafts_as_rows
 from gptj.engine.runners.cuda.launch import TritonOperations
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.lora import NONE, LoRALimits
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.engine.speculation import Speculation
 from gptj.sampling import SamplingParams
 from gptj.workers.errors import QueueFullError

@@ -6,7 +6,7 @@ from engine_caller import submit, tiny_model
 
 from gptj.engine.engine import Engine
 from gptj.engine.limits import Limits
-from gptj.engine.runners.base import TorchRunner
+from gptj.engine.runners.torch_runner import TorchRunner
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -8,8 +8,8 @@ import torch
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification
 from gptj.checkpoints.skeleton import without_weights
 from gptj.engine import memory
-from gptj.engine.runners.base import TorchRunner
-from gptj.live_bytes import LiveBytes
+from gptj.engine.runners.torch_runner import TorchRunner
+from gptj.training.live_bytes import LiveBytes
 
 SIX_B = GPTJConfig.preset("6b")
 

@@ -124,7 +124,9 @@ def test_a_rows_states_do_not_depend_on_its_neighbours(
 
 def test_long_calls_report_progress(model: GPTJModel, rows: list[list[int]]) -> None:
     beats: list[None] = []
-    row_model = best_row_model(model, max_rows=8, max_tokens=24, beat=lambda: beats.append(None))
+    row_model = best_row_model(
+        model, max_rows=8, max_tokens=24, heartbeat=lambda: beats.append(None)
+    )
     row_model.hidden_states([rows[-1]], last_only=True)
     assert len(beats) >= 2
     row_model.close()

@@ -18,7 +18,7 @@ from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.constraints.grammar import Grammar
 from gptj.engine.engine import Engine
 from gptj.engine.events import Finished, TokenEvent
-from gptj.engine.runners.base import TorchRunner
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj_bench.schemas import SCHEMAS
 from gptj_bench.vocabulary import gpt2_tokenizer
 

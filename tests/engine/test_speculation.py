@@ -25,11 +25,12 @@ from plain_operations import PlainOperations
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.runners.base import Runner, StepBatch, TorchRunner
+from gptj.engine.runners.base import Runner, StepBatch
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import operations_for
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.engine.sampler import Sampler
 from gptj.engine.speculation import CANDIDATES, Drafter, NgramIndex, Speculation
 from gptj.sampling import SamplingParams

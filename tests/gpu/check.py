@@ -27,7 +27,7 @@ from results import Results
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-LEAST_SECONDS = 8  # of a part: less is not worth its start
+MIN_SECONDS = 8  # of a part: less is not worth its start
 GRACE_SECONDS = 3  # of a part whose time is over
 LOG_BYTES = 8 * 2**20
 INSTALL_SECONDS = 60
@@ -77,17 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + given.seconds
     chosen = [part for part in PARTS if not given.only or part.name in given.only]
     results.add("begins", parts=[part.name for part in chosen], rehearsal=given.rehearse)
-    with tempfile.TemporaryDirectory(prefix="gptj-check-", dir=_writable(given.out)) as folder:
-        with open(given.out / "log.txt", "ab", buffering=0) as log:
-            try:
-                environment = _environment(Path(folder), given, results, log)
-                for number, part in enumerate(chosen):
-                    limit = end - time.monotonic()
-                    if not given.rehearse:
-                        limit = limit_of(part, chosen[number + 1 :], limit)
-                    _run(part, limit, environment, given.out, results, log)
-            except Stopped:
-                results.add("stopped")
+    with (
+        tempfile.TemporaryDirectory(prefix="gptj-check-", dir=_writable(given.out)) as folder,
+        open(given.out / "log.txt", "ab", buffering=0) as log,
+    ):
+        try:
+            environment = _environment(Path(folder), given, results, log)
+            for number, part in enumerate(chosen):
+                limit = end - time.monotonic()
+                if not given.rehearse:
+                    limit = limit_of(part, chosen[number + 1 :], limit)
+                _run(part, limit, environment, given.out, results, log)
+        except Stopped:
+            results.add("stopped")
     print(report.write(given.out)[:SHOWN])
     return 0 if results.good() else 1
 
@@ -126,7 +128,7 @@ def _run(
     log: IO[bytes],
 ) -> None:
     """One part, until it ends or its time does; how it went is a line of the results."""
-    if limit < LEAST_SECONDS:
+    if limit < MIN_SECONDS:
         results.add("part", of=part.name, outcome="no time left", seconds=0)
         return
     log.write(f"\n==== {part.name}\n".encode())

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gptj import GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.events import Failed, Finished, TokenEvent, one_by_one
+from gptj.engine.events import Failed, Finished, TokenEvent
+from gptj.engine.request import one_by_one
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams

@@ -38,7 +38,7 @@ STEP_ROWS = (1, 2, 17, 64, 130)
 APART = 0.04  # logits, relative to their norm: fp16's last bit decides some numbers
 SUMS = 0.004  # products, likewise: tensor cores keep fewer bits of a sum than fp32 has
 LEFT_BYTES = 10e9  # of the GPU by the cache: graphs, logits and long steps
-MOST_TOKENS = 160_000  # of the cache
+MAX_TOKENS = 160_000  # of the cache
 WITH_CACHE = "fp8, fp8 KV cache"
 
 
@@ -66,7 +66,7 @@ def speed(check: Check, kv_cache_dtype: KVCacheDtype) -> None:
     )
     check.add("making a runner", dtype=dtype, seconds=seconds, weights_gb=runner.bytes_read / 1e9)
     check.add("memory", when=f"{dtype}: the runner is made", **check.device.memory())
-    pages = check.pick(MOST_TOKENS, 512) // runner.page_size
+    pages = check.pick(MAX_TOKENS, 512) // runner.page_size
     if not check.rehearsal:
         free = check.device.memory()["free_gb"] * 1e9 - LEFT_BYTES
         pages = min(pages, int(free / page_bytes(config, runner.cache_dtype)))

@@ -15,7 +15,7 @@ from results import Results, Row
 OUTCOMES = "GPTJ_CHECK_OUTCOMES"  # a file: a line for each test
 RESULTS = "GPTJ_CHECK_RESULTS"  # where results are added to
 PART = "GPTJ_CHECK_PART"
-MOST_FAILURES = 40  # that are results
+MAX_FAILURES = 40  # that are results
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +60,7 @@ class Recorder:
         if report.failed:
             row["message"] = _message(report)
             self._failures += 1
-            if self._failures <= MOST_FAILURES:
+            if self._failures <= MAX_FAILURES:
                 self._results.add(
                     "failed test", test=report.nodeid, message=row["message"], right=False
                 )

@@ -23,7 +23,8 @@ from models import (
     prompts,
 )
 
-from gptj.engine.events import BeamParams, Event, Failed, Finished, TokenEvent, one_by_one
+from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.request import BeamParams, one_by_one
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams
 from gptj_bench.decode import Timing, generate

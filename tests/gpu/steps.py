@@ -24,7 +24,8 @@ from checking import Check, run
 from models import new_engine, new_model, new_runner, one_chunk, prompts
 from torch.profiler import ProfilerActivity, profile
 
-from gptj.engine.events import BeamParams, Event, Finished, TokenEvent, one_by_one
+from gptj.engine.events import Event, Finished, TokenEvent
+from gptj.engine.request import BeamParams, one_by_one
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams

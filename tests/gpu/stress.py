@@ -13,7 +13,8 @@ from models import cache_bytes_a_token, cache_tokens, new_engine, new_model, new
 from torch import Tensor
 
 from gptj.engine.engine import Engine
-from gptj.engine.events import Event, Failed, Finished, TokenEvent, one_by_one
+from gptj.engine.events import Event, Failed, Finished, TokenEvent
+from gptj.engine.request import one_by_one
 from gptj.engine.runners.base import StepBatch
 from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.sampling import SamplingParams

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from checking import Check, run
 from models import matrix_parameters
+from task_data import make_data
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer, storage
 from gptj.adapters.config import TARGET_MODULES
@@ -33,7 +34,6 @@ from gptj.training.settings import Settings
 from gptj.training.state import upload_state
 from gptj.training.tokenizer import prepare_tokenizer
 from gptj_bench.decode import random_model
-from tests.support.task_data import make_data
 
 # Of the losses beside the CPU's in fp32. fp16 begins with steps that its loss scale lets go.
 NEAR = {"fp32": 1e-3, "bf16": 0.3, "fp16": 1.5}

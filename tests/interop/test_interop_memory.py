@@ -26,7 +26,7 @@ from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SINGLE_FILE, TensorSpec
 from gptj.interop import flax, tensorflow
 from gptj.interop.layout import Layout
-from gptj.saving import save_adapter_folder
+from gptj.pretrained.saving import save_adapter_folder
 
 pytestmark = pytest.mark.slow
 

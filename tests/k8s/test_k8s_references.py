@@ -25,8 +25,8 @@ from manifests import (
     templates,
 )
 
-from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
+from gptj.serving.generation import generation_app
 from gptj.serving.pages import docs, playground
 from gptj.training.settings import Settings, read_settings
 

@@ -214,13 +214,15 @@ def test_what_haproxy_answers_itself_has_our_body(run: str, replicas: list[Repli
 
 def burst(url: str, number: int) -> list[httpx.Response]:
     """So many requests at once."""
-    with httpx.Client(limits=httpx.Limits(max_connections=None), timeout=30) as client:
-        with ThreadPoolExecutor(number) as threads:
-            calls = [
-                threads.submit(client.post, url, json={}, headers={"X-Request-ID": f"r{each}"})
-                for each in range(number)
-            ]
-            return [each.result() for each in calls]
+    with (
+        httpx.Client(limits=httpx.Limits(max_connections=None), timeout=30) as client,
+        ThreadPoolExecutor(number) as threads,
+    ):
+        calls = [
+            threads.submit(client.post, url, json={}, headers={"X-Request-ID": f"r{each}"})
+            for each in range(number)
+        ]
+        return [each.result() for each in calls]
 
 
 @contextmanager
@@ -296,12 +298,14 @@ def test_the_longest_prefix_has_its_own_bound(
 ) -> None:
     """As serve.yaml's applications: one of them is at /, and so a prefix of all others."""
     prefixes = {"app": "/app", "root": "/"}
-    with Running(tmp_path, replicas, prefixes=prefixes).run() as url:
-        with full(f"{url}/{nested}", replicas):
-            same = httpx.post(f"{url}/{nested}/v1", json={})
-            assert same.status_code == 429 and by_haproxy(same)
-            other = "other" if nested == "app" else "app"
-            assert not by_haproxy(httpx.post(f"{url}/{other}/v1", json={}))
+    with (
+        Running(tmp_path, replicas, prefixes=prefixes).run() as url,
+        full(f"{url}/{nested}", replicas),
+    ):
+        same = httpx.post(f"{url}/{nested}/v1", json={})
+        assert same.status_code == 429 and by_haproxy(same)
+        other = "other" if nested == "app" else "app"
+        assert not by_haproxy(httpx.post(f"{url}/{other}/v1", json={}))
 
 
 def test_an_application_with_a_router_of_its_own_is_not_refused_for_another(

@@ -259,7 +259,7 @@ def test_a_changed_adapter_is_reloaded(
     lora: str, root: Path, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A damaged version changes nothing; a removed one is gone."""
-    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 0.0)
     name = "queries"
     first = complete(lora, prompt=PROMPT, model=name)["choices"][0]["text"]
     assert first == expected(merged, name)
@@ -276,7 +276,7 @@ def test_a_changed_adapter_is_reloaded(
 def test_a_storage_outage_only_affects_adapters_not_in_memory(
     lora: str, merged: dict[str, Models], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 0.0)
     text = complete(lora, prompt=PROMPT, model="queries")["choices"][0]["text"]
 
     def fail(address: str) -> str:
@@ -366,7 +366,7 @@ def test_names_without_a_folder_are_looked_up_now_and_then(
 def test_a_flood_of_names_holds_up_no_adapter_that_is_known(
     lora: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(served_adapters, "LOOK_WAIT_SECONDS", 0.2)
     assert ask(lora, "queries").status_code == 200
     version, answered = served_adapters._version, threading.Event()
@@ -391,7 +391,7 @@ def test_a_storage_that_hangs_delays_adapters_in_memory_once_and_others_are_503(
 ) -> None:
     """S3's requests are tried again for minutes."""
     assert ask(lora, "queries").status_code == 200
-    monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(served_adapters, "LOOK_WAIT_SECONDS", 0.3)
     monkeypatch.setattr(served_adapters, "LOAD_WAIT_SECONDS", 0.3)
     hanging, looked = threading.Event(), []
@@ -405,7 +405,7 @@ def test_a_storage_that_hangs_delays_adapters_in_memory_once_and_others_are_503(
     try:
         reply = complete(lora, prompt=PROMPT, model="queries")
         assert reply["choices"][0]["text"] == expected(merged, "queries")
-        monkeypatch.setattr(served_adapters, "LOOK_SECONDS", 60.0)
+        monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 60.0)
         assert ask(lora, "queries").status_code == 200
         assert len(looked) == 1
         assert_error(ask(lora, "team/everything"), 503, "could not be read in 0.3 s")

@@ -339,6 +339,8 @@ WRONG: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"logprobs": 2}, 422, "logprobs", "logprobs"),
     ({"n": 0}, 400, "n must be 1", "n"),
     ({"n": 129}, 400, "exceed the limit of 128", "n"),
+    ({"n": 100, "max_tokens": 1000, "logprobs": True, "top_logprobs": 20}, 400,
+     "may have 2100000 logprobs, more than 500000", "top_logprobs"),
     ({"temperature": -1}, 400, "temperature", "temperature"),
     ({"min_tokens": 13}, 400, "min_tokens", "min_tokens"),
     ({"stop": [""]}, 422, "empty string", "stop"),

@@ -926,14 +926,16 @@ def test_a_large_reply_may_take_longer_than_unread_seconds() -> None:
     async def large(scope: Scope, receive: Receive, send: Send) -> None:
         await _plain((200, b"x" * size), send)
 
-    with listening(large, LimitedProtocol.limited(QUICK)) as service:
-        with connect_little(service) as reader:
-            reader.sendall(request(b"GET", b"/", b"Connection: close\r\n"))
-            got = 0
-            while received := reader.recv(2048):
-                got += len(received)
-                time.sleep(0.005)  # 1.2 seconds in all
-            assert got > size
+    with (
+        listening(large, LimitedProtocol.limited(QUICK)) as service,
+        connect_little(service) as reader,
+    ):
+        reader.sendall(request(b"GET", b"/", b"Connection: close\r\n"))
+        got = 0
+        while received := reader.recv(2048):
+            got += len(received)
+            time.sleep(0.005)  # 1.2 seconds in all
+        assert got > size
 
 
 def test_waiting_bodies_take_bounded_memory(replicas: Replicas) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -44,6 +45,18 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (CHATS, b'{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}', 422, "surr"),
     (CHATS, b'{"messages": [{"role": "\\ud800", "content": "x"}]}', 422, "messages"),
     (CHATS, b'{"messages": ' + b"[" * 800 + b"]" * 800 + b"}", 422, "messages"),
+    (
+        COMPLETIONS,
+        {"prompt": [[1] * 1300] * 32, "prompt_logprobs": 20, "max_tokens": 0},
+        400,
+        "may have 873600 logprobs",
+    ),
+    (
+        COMPLETIONS,
+        {"prompt": [[1] * 500] * 2, "echo": True, "n": 60, "logprobs": 20},
+        400,
+        "may have 1300320 logprobs",
+    ),
     (COMPLETIONS, b"{", 400, "not valid JSON"),
     (COMPLETIONS, b"\xff\xfe{}", 400, "JSON"),
     (COMPLETIONS, b'{"prompt": "\xc3("}', 400, "JSON"),
@@ -432,3 +445,57 @@ def test_openais_client_retries_both_transient_errors(error: APIError) -> None:
         reply = client.completions.create(model="a-model", prompt="x")
     assert reply.choices[0].text == "at last"
     assert asked == ["0", "1"]
+
+
+def _subclasses(model: type[RequestModel]) -> Iterator[type[RequestModel]]:
+    for each in model.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def _lists(schema: Any) -> Iterator[dict[str, Any]]:
+    """The lists of a pydantic core schema whose items may be wrong."""
+    if isinstance(schema, list | tuple):
+        for each in schema:
+            yield from _lists(each)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "list" and schema["items_schema"]["type"] != "any":
+            yield schema
+        for name, each in schema.items():
+            if name not in ("metadata", "serialization"):
+                yield from _lists(each)
+
+
+def test_every_list_of_a_body_ends_at_its_first_wrong_item() -> None:
+    """A body of 1 MiB could otherwise make half a million errors, and stop all other requests."""
+    lists = {
+        model.__name__: list(_lists(model.__pydantic_core_schema__))
+        for model in _subclasses(RequestModel)
+    }
+    assert sum(map(len, lists.values())) > 10
+    for name, found in lists.items():
+        assert all(each.get("fail_fast") for each in found), name
+
+
+@pytest.mark.parametrize("route", [COMPLETIONS, CHATS, CLASSIFICATION, EMBEDDINGS, ANSWERS])
+def test_many_unknown_fields_are_one_error(service: str, route: str) -> None:
+    body = {f"field{number}": 0 for number in range(50_000)}
+    assert_error(httpx.post(service + route, json=body, timeout=30), 422, "has 50000 fields")
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (CHATS, {"messages": [{}] * 100_000}),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [""] * 100_000}),
+        (COMPLETIONS, {"prompt": [""] * 100 + [0.5] * 100_000}),
+        (EMBEDDINGS, {"input": [None] * 100_000}),
+        (CLASSIFICATION, {"inputs": [None] * 100_000}),
+        (ANSWERS, {"inputs": [{}] * 100_000}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_list_of_wrong_items_is_one_error(service: str, route: str, body: dict[str, Any]) -> None:
+    reply = httpx.post(service + route, json=body, timeout=30)
+    assert_error(reply, 422, "")
+    assert "more" not in reply.json()["error"]["message"]

@@ -22,8 +22,8 @@ from serving_models import CONTEXT, PROMPTS, SHORT_CONTEXT, Models
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from gptj.serving.completions.generation_service import EventStreamResponse, server_sent
 from gptj.serving.completions.schemas import ModelCard
+from gptj.serving.completions.server_sent_events import EventStreamResponse, server_sent
 
 pytest_plugins = ["serving_fixtures"]
 

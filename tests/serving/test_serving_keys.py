@@ -71,7 +71,7 @@ class KeyFile:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyring, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(keyring, "CHECK_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_pages_can_read_the_proxys_own_refusals(
         headers = {"Origin": origin, "Content-Length": str(LARGEST_BODY_BYTES + 1)}
         reply = client.post(path, content=b"{}", headers=headers)
         assert_error(reply, 413, str(LARGEST_BODY_BYTES))
-        return reply.headers
+        return reply.headers  # type: ignore[return-value]
 
     assert "access-control-allow-origin" not in refused(HERE)  # no reply has shown it yet
     headers = {"Origin": HERE, "Access-Control-Request-Method": "POST"}

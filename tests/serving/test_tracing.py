@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments import tracing as deployed
-from gptj.extras import MissingPackageError
+from gptj.environment.extras import MissingPackageError
 from gptj.serving import tracing
+from gptj.serving.completions import request_trace
 from gptj.serving.entry import tracing as entry
 from gptj.serving.entry.failover import Failover
 from gptj.serving.entry.request_ids import RequestIds
@@ -38,6 +39,7 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
+    monkeypatch.setattr(request_trace, "tracer", tracer)
     for module in (tracing, entry):
         monkeypatch.setattr(module, "tracer", tracer)
         monkeypatch.setattr(module, "enabled", lambda: True)
@@ -211,7 +213,7 @@ def test_opentelemetrys_variables_select_the_exporter_or_are_refused(
         deployed.exporter()
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
     (processor,) = deployed.exporter()
-    assert isinstance(processor.span_exporter, ConsoleSpanExporter)
+    assert isinstance(processor.span_exporter, ConsoleSpanExporter)  # type: ignore[attr-defined]
     monkeypatch.delenv("OTEL_TRACES_EXPORTER")
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_PROTOCOL")
     monkeypatch.setattr(deployed, "HTTP", "opentelemetry.exporter.absent")

@@ -13,18 +13,10 @@ from torch import Tensor
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.engine.engine import Engine
-from gptj.engine.events import (
-    BeamParams,
-    BeamsFound,
-    Event,
-    Failed,
-    Finished,
-    PromptLogprobs,
-    TokenEvent,
-    one_by_one,
-)
-from gptj.engine.request import Ticket
-from gptj.engine.runners.base import StepBatch, TorchRunner
+from gptj.engine.events import BeamsFound, Event, Failed, Finished, PromptLogprobs, TokenEvent
+from gptj.engine.request import BeamParams, Ticket, one_by_one
+from gptj.engine.runners.base import StepBatch
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.sampling import SamplingParams
 
 EOS = 1

@@ -50,7 +50,7 @@ def run_in_turn(
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, job],
         input="".join(json.dumps([*words]) + "\n" for words in commands),
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}"},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from gptj.adapters.stored import put_adapter, read_adapter
 from gptj.checkpoints.folder import ModelFolder
 from gptj.engine.adapter_weights import lora_weights
 from gptj.engine.runners.lora import MAX_RANK, LoRAWeights
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 
 peft = Extra("peft", "adapters to compare ours with")  # takes seconds to import
 

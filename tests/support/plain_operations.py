@@ -15,8 +15,8 @@ from gptj.engine.runners.cuda.lora import Adapted
 from gptj.engine.runners.cuda.operations import Cache, Inputs, LayerCache
 from gptj.engine.runners.cuda.quantized_matrix import QuantizedMatrix
 from gptj.engine.runners.cuda.weights import Matrix, Norm, Weights
+from gptj.engine.runners.fp32_matmul import matmul_fp32
 from gptj.engine.runners.lora import NONE
-from gptj.engine.runners.wide import multiply_wide
 from gptj.model import Rotary
 
 
@@ -49,7 +49,7 @@ class PlainOperations:
         if isinstance(weight, Fp8Matrix):
             in_fp32 = multiply_fp8(x_TC, weight)
             return in_fp32 if wide else in_fp32.to(x_TC.dtype)
-        return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
+        return matmul_fp32(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def add_and_norm(
         self, x_TD: Tensor, added_TD: Product | None, bias_D: Tensor | None, norm: Norm

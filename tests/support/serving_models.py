@@ -27,18 +27,18 @@ from gptj.chat import template_of
 from gptj.engine.adapter_slots import AdapterSlots
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.engine import Engine
-from gptj.engine.runners.base import TorchRunner
 from gptj.engine.runners.lora import LoRALimits
+from gptj.engine.runners.torch_runner import TorchRunner
 from gptj.engine.speculation import Speculation
 from gptj.serving.adapters import Adapters
 from gptj.serving.batched_rows import Batching
 from gptj.serving.chat.service import ChatService
 from gptj.serving.classification import ClassificationService, classification_app
-from gptj.serving.completions.app import generation_app
 from gptj.serving.completions.schemas import ModelCard
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.completions.vocabulary import Vocabulary
 from gptj.serving.embeddings import EmbeddingsService, embeddings_app
+from gptj.serving.generation import generation_app
 from gptj.serving.metrics import NoRecorder
 from gptj.serving.question_answering import QuestionAnsweringService, question_answering_app
 

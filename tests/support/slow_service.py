@@ -16,4 +16,4 @@ class Slow:
         return ray.get_runtime_context().get_node_id()
 
 
-app = Slow.bind()
+app = Slow.bind()  # type: ignore[attr-defined]

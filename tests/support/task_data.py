@@ -25,9 +25,9 @@ def make_data(settings: Settings, tokenizer: GPTJTokenizer) -> TaskData:
         labels = task.known_labels(config, checkpoint, settings.data)
     train = task.read(_rows(settings, settings.train_data), tokenizer, settings.data, labels)
     if settings.evaluation_data is None:
-        return TaskData(train, None, {})
+        return TaskData(train, None, {}, {})
     rows = _rows(settings, settings.evaluation_data, held_out=True)
-    return TaskData(train, task.read(rows, tokenizer, settings.data, train.labels), {})
+    return TaskData(train, task.read(rows, tokenizer, settings.data, train.labels), {}, {})
 
 
 def packed(

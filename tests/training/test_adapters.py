@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from packed_rows import loss_alone
 from safetensors.torch import load_file
+from task_data import make_data
 from test_training import (
     MODEL,
     RATES,
@@ -41,8 +43,6 @@ from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.state import check_resumable, is_complete, upload_state
 from gptj.training.tokenizer import prepare_tokenizer
 from jobs import evaluate as evaluate_job
-from tests.support.packed_rows import loss_alone
-from tests.support.task_data import make_data
 
 WORLD = 2
 ADAPTER: dict[str, Any] = {

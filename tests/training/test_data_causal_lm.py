@@ -54,7 +54,7 @@ def test_eos_is_learned_although_padding_is_the_same_token(tokenizer: GPTJTokeni
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     data = CausalLMData(rows("a dog", "a dog"), tokenizer, 64)
     labels = data.collate([data[0]])["labels"]
-    assert (labels == tokenizer.eos_token_id).sum() == 2
+    assert (labels == tokenizer.eos_token_id).sum() == 2  # type: ignore[attr-defined]
 
 
 def test_padding_does_not_change_the_loss(tokenizer: GPTJTokenizer) -> None:

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import transformers
+from task_data import make_data, packed
 
 from gptj import GPTJTokenizer
 from gptj.chat import ChatTemplateError, read_template
@@ -20,7 +21,6 @@ from gptj.data.sources import find_columns, read_rows
 from gptj.training.settings import Settings, read_settings
 from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
-from tests.support.task_data import make_data, packed
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}"

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import zstandard
+from task_data import make_data
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
@@ -23,7 +24,6 @@ from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import prepare_tokenizer
 from jobs.evaluate import measure
 from jobs.evaluate import read_settings as read_evaluation
-from tests.support.task_data import make_data
 
 PAIRS = [("Q: who is old?\nA:", " the cat"), ("Q: and new?\nA:", ' the "dog", ü'), ("", "so")]
 KINDS = TASKS["causal-lm"].row_kinds
@@ -205,9 +205,9 @@ def test_ambiguous_kinds_of_rows_are_refused_unless_a_column_is_set(tmp_path: Pa
     ):
         prepare_tokenizer(settings_of(tmp_path, content))
     settings = settings_of(tmp_path, content, "data.columns.prompt=prompt")
-    assert make_data(settings, prepare_tokenizer(settings)).train.learned is not None
+    assert make_data(settings, prepare_tokenizer(settings)).train.learned is not None  # type: ignore[attr-defined]
     settings = settings_of(tmp_path, content, "data.columns.text=text")
-    assert make_data(settings, prepare_tokenizer(settings)).train.learned is None
+    assert make_data(settings, prepare_tokenizer(settings)).train.learned is None  # type: ignore[attr-defined]
 
 
 def test_unknown_kinds_of_rows_and_inconsistent_columns_are_refused(tmp_path: Path) -> None:

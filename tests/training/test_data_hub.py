@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_hub import BRANCHES, GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.data.hub import check_one_split
@@ -14,7 +15,6 @@ from gptj.data.rows import DataError
 from gptj.storage.addresses import AddressError, normalized, split_hub_data
 from gptj.tokenizer import GPTJTokenizer
 from gptj_local.processes import free_ports
-from tests.unit.test_hub import BRANCHES, GATED, MAIN, OLD, REPOSITORY, Client, Hub, serving
 
 DATA = f"hf://datasets/{REPOSITORY}"
 

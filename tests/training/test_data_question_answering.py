@@ -372,7 +372,7 @@ def test_a_words_probability_is_the_sum_of_its_spans(
     ranked = sorted(expected, key=lambda place: -expected[place])[:top_k]
     assert [(span.start, span.end) for span in spans] == ranked
     for span in spans:
-        assert span.score == pytest.approx(expected[span.start, span.end], rel=1e-9)
+        assert span.score == pytest.approx(expected[span.start, span.end], rel=1e-9)  # type: ignore[attr-defined]
     assert sum(span.score for span in spans) < 1 + 1e-9
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from shutil import _ntuple_diskusage as usage  # type: ignore[attr-defined]
 from typing import Any
@@ -13,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from task_data import make_data
 
 from gptj import GPTJTokenizer
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.rows import DataError
+from gptj.storage.scratch import shared_scratch_folder
 from gptj.training import dataset, room
 from gptj.training.dataset import node_data
 from gptj.training.failures import DiskFullError
 from gptj.training.settings import Settings, SettingsError
-from tests.support.task_data import make_data
 
 WORDS = "the cat is old and the dog is new, so the house is so so"
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -117,6 +119,64 @@ def test_concurrent_processes_read_the_rows_once(
         process.join()
     assert noted.read_text() == "read\n" * 2  # of train and evaluation
     assert len(set(found)) == 1
+
+
+def die_holding(folder: Path, settings: Settings, tokenizer: GPTJTokenizer) -> None:
+    with shared_scratch_folder("data-1", folder, left=dataset.set_aside) as shared:
+        node_data(settings, tokenizer, shared)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def alter(ids: Path) -> None:
+    with ids.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (last,) = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "none": lambda ids: None,
+    "an altered byte": alter,
+    "a truncated file": lambda ids: os.truncate(ids, 100),
+    "a missing file": lambda ids: ids.unlink(),
+    "no end": lambda ids: (ids.parents[1] / dataset.FINGERPRINTS).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_restarted_group_of_workers_reuses_its_nodes_examples(
+    damage: str, tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless they are not as the killed workers have written them."""
+    settings = settings_of(tmp_path, "causal-lm")
+    killed = multiprocessing.get_context("fork").Process(
+        target=die_holding, args=(tmp_path, settings, tokenizer)
+    )
+    killed.start()
+    killed.join()
+    (left,) = tmp_path.glob("gptj-scratch-*/shared-data-1/content")
+    DAMAGES[damage](max(left.glob("train-*/*.npy"), key=lambda file: file.stat().st_size))
+    (left / "train-half").mkdir()  # of one that was killed before
+    made: list[Path] = []
+    write = CausalLMData.write
+
+    def noting(folder: Path, *arguments: Any) -> None:
+        made.append(folder)
+        write(folder, *arguments)
+
+    monkeypatch.setattr(CausalLMData, "write", noting)
+    with shared_scratch_folder("data-1", tmp_path, left=dataset.set_aside) as shared:
+        assert not (shared / "train-half").exists()
+        found = node_data(settings, tokenizer, shared)
+        assert bool(made) == (damage != "none")
+        expected = make_data(settings, tokenizer).train
+        assert [len(found.train), len(list(shared.glob("train-*")))] == [len(expected), 1]
+        for index in range(len(expected)):
+            theirs, ours = expected.collate([expected[index]]), found.train
+            for name, tensor in ours.collate([ours[index]]).items():
+                assert torch.equal(tensor, theirs[name])
+    assert not left.exists()
 
 
 def die_tokenizing(folder: Path, tokenizer: GPTJTokenizer) -> None:

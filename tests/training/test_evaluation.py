@@ -104,7 +104,7 @@ def case(name: str, tokenizer: GPTJTokenizer) -> tuple[Any, Any]:
         "regression": [0.5, 1.5, -1.0, 2.0, 0.0],
     }
     data = classification(tokenizer, labels[name])
-    names, kind = data.labels.id2label, data.labels.problem_type
+    names, kind = data.labels.id2label, data.labels.problem_type  # type: ignore[attr-defined]
     head = model(GPTJForSequenceClassification, tokenizer, id2label=names, problem_type=kind)
     return head, data
 

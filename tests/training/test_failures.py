@@ -23,7 +23,7 @@ from gptj import storage
 from gptj.checkpoints.manifest import Manifest, describe
 from gptj.data.sources import DataError
 from gptj.errors import CheckpointError
-from gptj.storage.lease import Claim
+from gptj.storage.lease import take_over
 from gptj.storage.scratch import scratch_folder
 from gptj.training import engine_state, room
 from gptj.training.failures import (
@@ -37,9 +37,10 @@ from gptj.training.failures import (
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.state import PROGRESS, manifest_name
 from gptj_bench import training_faults
-from jobs import finetune, preparing
+from gptj_jobs import preparing
+from gptj_jobs.stopping import PREEMPTED, Notices
+from jobs import finetune
 from jobs.finetune import EndAtOnce, check_address, explained
-from jobs.stopping import PREEMPTED, Notices
 
 
 @pytest.fixture
@@ -251,7 +252,14 @@ def test_a_controller_that_was_killed_is_said_to_be(
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: SimpleNamespace(fit=fit))
     monkeypatch.setattr(finetune, "count_failure", counted.append)
     with pytest.raises(SystemExit, match=r"controller has ended: .* the same command resumes"):
-        finetune.fine_tune(Settings(run="r"), False, Claim("", 1, ""), "submission", tmp_path, None)
+        finetune.fine_tune(
+            Settings(run="r"),
+            False,
+            take_over(str(tmp_path / "lease")),
+            "submission",
+            tmp_path,
+            None,
+        )
     assert counted == ["r"]
 
 
@@ -309,8 +317,9 @@ def test_a_worker_without_a_notice_stops_like_the_others(
     monkeypatch.setattr(finetune, "TrainingMetrics", _NoMetrics)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(finetune, "Claim", lambda **_: SimpleNamespace(check=lambda: None))
-    config = {"settings": {}, "claim": {}, "bell": None, "submission": "s", "prepared": {}}
+    monkeypatch.setenv("GPTJ_ATTEMPT", "1")
+    claim = {"folder": "", "generation": 1, "owner": ""}
+    config = {"settings": {}, "claim": claim, "bell": None, "submission": "s", "prepared": {}}
     with pytest.raises((RayActorError, StoppedError)) as ended:
         finetune.work(config)
     elsewhere = isinstance(ended.value, RayActorError) and ended.value.preempted

@@ -11,7 +11,7 @@ import torch
 from test_training import run_ranks, settings_of
 from torch import Tensor, nn
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training import deepspeed_config as plans
 from gptj.training.loop import _Run
 from gptj.training.operators import guarded_builds

@@ -18,9 +18,9 @@ import torch
 
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.lora import add_lora
-from gptj.live_bytes import LiveBytes
-from gptj.storage.lease import Claim
+from gptj.storage.lease import take_over
 from gptj.training import memory
+from gptj.training.live_bytes import LiveBytes
 from gptj.training.memory import (
     as_long_as,
     certain_bytes,
@@ -33,9 +33,8 @@ from gptj.training.memory import (
 )
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
-from jobs import finetune
-from jobs import memory as job_memory
-from jobs.memory import (
+from gptj_jobs import memory as job_memory
+from gptj_jobs.memory import (
     Gpu,
     Host,
     check_gpu_memory,
@@ -43,6 +42,7 @@ from jobs.memory import (
     check_memory,
     roomiest_host,
 )
+from jobs import finetune
 
 GB = 10**9
 SIX = GPTJConfig.preset("6b")
@@ -229,7 +229,7 @@ def test_on_a_cpu_only_runs_that_certainly_do_not_fit_are_refused() -> None:
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, gpus: int = 0, **functions: Any) -> None:
-    """One node, as jobs.memory sees it."""
+    """One node, as gptj_jobs.memory sees it."""
     ray = {
         "nodes": lambda: [{"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {}}],
         "cluster_resources": lambda: {"CPU": 2.0, **({"GPU": float(gpus)} if gpus else {})},
@@ -286,8 +286,23 @@ def test_a_run_that_has_fitted_before_resumes(
     settings = run_of(4, storage=str(tmp_path))
     refused = pytest.raises(SystemExit, match="the run does not fit")
     with nullcontext() if fitted else refused:
-        finetune.fine_tune(settings, True, Claim("", 1, ""), "submission", tmp_path, None)
+        claim = take_over(str(tmp_path / "lease"))
+        finetune.fine_tune(settings, True, claim, "submission", tmp_path, None)
     assert bool(trained) == fitted
+
+
+def test_a_driver_that_was_away_too_long_leaves_the_run_to_its_successor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would delete what the other prepares and uploads."""
+    changed: list[object] = []
+    monkeypatch.setattr(finetune, "check_inputs", lambda *_: changed.append(True))
+    claim, _ = (take_over(str(tmp_path / "lease")) for _ in range(2))
+    with pytest.raises(SystemExit, match="another process has taken over"):
+        finetune.fine_tune(
+            run_of(4, storage=str(tmp_path)), False, claim, "submission", tmp_path, None
+        )
+    assert not changed
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import torch
 from torch.distributed import HashStore
 from torch.utils import cpp_extension
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training import operators
 from gptj.training.operators import builders, guarded_builds
 
@@ -30,7 +30,7 @@ OpBuilder = builders.OpBuilder
 communication = Extra("deepspeed.comm.torch", "training", "deepspeed")
 
 
-class Small(OpBuilder):  # type: ignore[misc]
+class Small(OpBuilder):  # type: ignore[misc, valid-type]
     """One file; what compiles it, is replaced below."""
 
     def __init__(self, source: Path) -> None:

@@ -18,8 +18,9 @@ from gptj.data import answers
 from gptj.data.preparing import Plan, chunks, tokenizer_at
 from gptj.storage import retries, s3_client
 from gptj.training.settings import read_settings
+from gptj_jobs import preparing
 from gptj_local.s3 import LocalS3
-from jobs import batch_inference, finetune, preparing
+from jobs import batch_inference, finetune
 
 OUTAGE = 3 * retries.FIRST_TRIES  # failed requests
 

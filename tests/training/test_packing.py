@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_rows import documents_alone, loss_alone
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,8 +20,7 @@ from gptj.adapters.lora import add_lora
 from gptj.data.causal_lm import CausalLMData
 from gptj.data.packing import best_fit
 from gptj.data.rows import Row
-from gptj.varlen_attention import uses_flash
-from tests.support.packed_rows import documents_alone, loss_alone
+from gptj.layers.varlen_attention import uses_flash
 
 WORDS = "the cat is old and the dog is new so the house is so so and quite what it was".split()
 SHAPE: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_every_document_is_in_one_row_whole_or_in_parts(tokenizer: GPTJTokenizer
         ]
     expected = []
     for row in rows:
-        ids = [*tokenizer.encode(row.text("text")), tokenizer.eos_token_id]
+        ids = [*tokenizer.encode(row.text("text")), tokenizer.eos_token_id]  # type: ignore[attr-defined]
         parts = [tuple(ids[start : start + 32]) for start in range(0, len(ids), 32)]
         expected += [part for part in parts if len(part) > 1]
     assert sorted(found) == sorted(expected)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from task_data import packed
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJTokenizer
 from gptj.checkpoints.manifest import verify
@@ -24,7 +25,6 @@ from gptj.training.tokenizer import load_tokenizer, prepare_tokenizer
 from jobs.evaluate import measure
 from jobs.evaluate import read_settings as read_evaluation
 from jobs.prepare_data import read_settings as read_preparation
-from tests.support.task_data import packed
 
 TEXTS = [f"{'very ' * (n % 5)}old cat {n} and new dog {n * n}" for n in range(90)]
 SMALL = 500  # characters of a shard

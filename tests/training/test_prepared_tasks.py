@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from task_data import make_data
 
 from gptj import GPTJTokenizer
 from gptj.data import labels as label_rows
@@ -22,7 +23,6 @@ from gptj.data.sources import read_rows
 from gptj.training.dataset import node_data, prepare_run_data
 from gptj.training.loader import Loader
 from gptj.training.settings import Settings, SettingsError
-from tests.support.task_data import make_data
 
 WORDS = "the cat is old and the dog is new, so the house is so so"
 LABELS: dict[str, tuple[list[Any], dict[str, Any]]] = {
@@ -136,7 +136,7 @@ def test_too_many_labels_are_regression_targets(
     tmp_path: Path, tokenizer: GPTJTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names are refused then; sets of few labels are not many."""
-    monkeypatch.setattr(label_rows, "MOST_LABELS", 5)
+    monkeypatch.setattr(label_rows, "MAX_LABELS", 5)
     many: dict[str, list[Any]] = {
         "measured": [n + 0.25 for n in range(30)],
         "sets": [[name for bit, name in enumerate("abcde") if n >> bit & 1] for n in range(30)],

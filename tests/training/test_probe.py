@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from task_data import make_data
 
 from gptj.errors import CheckpointError
 from gptj.training import probe as module
@@ -17,7 +18,6 @@ from gptj.training.probe import ROWS, Probe
 from gptj.training.settings import Settings
 from gptj.training.tasks import TASKS
 from gptj.training.tokenizer import prepare_tokenizer
-from tests.support.task_data import make_data
 
 CPU = torch.device("cpu")
 SHAPE = {

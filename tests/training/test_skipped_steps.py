@@ -29,7 +29,7 @@ from test_training import (
 )
 
 from gptj import storage
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training import loop, progress
 from gptj.training.failures import UnrecoverableError
 from gptj.training.loop import Worker, train

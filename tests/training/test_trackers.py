@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptj import extras
+from gptj.environment import extras
 from gptj.training import loop, trackers
 from gptj.training.failures import StoppedError
 from gptj.training.packages import check_packages
@@ -173,9 +173,11 @@ def test_a_tracker_that_is_down_as_a_run_resumes_costs_a_warning(
     with pytest.raises(SettingsError, match=r"tracking\.wandb=team/gptj: the server is gone"):
         Trackers.open(settings, tmp_path)
     before = {"mlflow": file_store, "wandb": "team/gptj"}
-    with caplog.at_level(logging.WARNING, "gptj.training.trackers"):
-        with Trackers.open(settings, tmp_path, before=before) as found:
-            found.point(POINTS[0])
+    with (
+        caplog.at_level(logging.WARNING, "gptj.training.trackers"),
+        Trackers.open(settings, tmp_path, before=before) as found,
+    ):
+        found.point(POINTS[0])
     assert [type(each).__name__ for each in found._trackers] == ["MLflowTracker"]
     assert "without tracking.wandb=team/gptj until the next restart: the server" in caplog.text
 
@@ -296,11 +298,13 @@ def test_a_tracker_that_fails_later_costs_a_warning(
     tmp_path: Path, file_store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = settings_of(tmp_path, mlflow=file_store)
-    with caplog.at_level(logging.WARNING, "gptj.training.trackers"):
-        with opened(settings, tmp_path / "scratch") as trackers:
-            client = trackers._trackers[0]._client  # type: ignore[attr-defined]
-            client.log_batch = refuse
-            trackers.point({"step": 1, "loss": 1.0})
+    with (
+        caplog.at_level(logging.WARNING, "gptj.training.trackers"),
+        opened(settings, tmp_path / "scratch") as trackers,
+    ):
+        client = trackers._trackers[0]._client  # type: ignore[attr-defined]
+        client.log_batch = refuse
+        trackers.point({"step": 1, "loss": 1.0})
     assert "MLflowTracker: the server is gone" in caplog.text
 
 

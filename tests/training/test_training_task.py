@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from task_data import make_data
 
 from gptj import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, GPTJTokenizer
 from gptj.data.classification import ClassificationData
@@ -16,7 +17,6 @@ from gptj.data.rows import DataError
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError
 from gptj.training.tokenizer import prepare_tokenizer
-from tests.support.task_data import make_data
 
 TEXTS = ["good and fine", "bad", "so so, and rather long for a review"]
 SHAPE = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}

@@ -26,7 +26,7 @@ from gptj.checkpoints.__main__ import main
 from gptj.checkpoints.manifest import MANIFEST, FolderWriter, verify
 from gptj.checkpoints.weights import TensorSpec, read_weights, write_weights
 from gptj.errors import CheckpointError
-from gptj.saving import save_folder
+from gptj.pretrained.saving import save_folder
 from gptj_local.s3 import LocalS3
 
 CONFIG = GPTJConfig(

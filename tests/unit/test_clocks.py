@@ -29,7 +29,7 @@ READS = {
     "platform/gptj/serving/adapters.py": "`created` in a reply",
     "platform/gptj/serving/chat/schemas.py": "`created` in a reply",
     "platform/gptj/serving/completions/schemas.py": "`created` in a reply",
-    "platform/gptj/serving/tracing.py": "read once; a trace's times are relative to it",
+    "platform/gptj/serving/completions/request_trace.py": "read once, for relative times",
     "platform/gptj/storage/s3_clock.py": "compared with the server's",
     "platform/gptj/training/trackers.py": "shown by MLflow",
     "deployments/generation.py": "`created` in a reply",

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import logging
-from jobs import command_line
+from gptj_jobs import command_line
 command_line.log_to_stderr("job")
 for name in ("gptj.interop", "job", "botocore.credentials"):
     logging.getLogger(name).info("info of %s", name)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import gptj
-from gptj import extras
-from gptj.extras import EXTRA_OF, Extra
+from gptj.environment import extras
+from gptj.environment.extras import EXTRA_OF, Extra
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -185,7 +185,7 @@ from gptj.data.sources import read_rows
 from gptj import GPTJTokenizer
 from gptj.engine.constraints.compiler import GrammarCompiler
 from gptj.engine.constraints.grammar import Grammar
-from gptj.extras import Extra, MissingPackageError
+from gptj.environment.extras import Extra, MissingPackageError
 from gptj.interop.hdf5 import index_hdf5
 from gptj.interop.msgpack_file import plan_msgpack
 from gptj.interop.tar_stream import unpack

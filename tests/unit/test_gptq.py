@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJTokenizer, int4
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJTokenizer
 from gptj.checkpoints.manifest import verify
 from gptj.data.rows import DataError
+from gptj.layers import int4
 from gptj.quantization.gptq import DAMPINGS, GPTQ, Hessian, relative_error
 from gptj.quantization.quantizer import Calibration, quantize_model
 from gptj.storage import AlreadyExistsError
@@ -123,7 +124,7 @@ def test_a_models_outputs_change_less_than_by_nearest(
             quantized = GPTJForCausalLM.from_pretrained(target)
             difference = quantized(ids).logits - model(ids).logits
             errors.append(float(difference.square().mean()))
-            fields = quantized.config.quantization_config["config_groups"]["group_0"]["weights"]
+            fields = quantized.config.quantization_config["config_groups"]["group_0"]["weights"]  # type: ignore[attr-defined]
             assert fields["actorder"] == (None if name == "nearest" else "weight")
     assert errors[1] < 0.8 * errors[0]
     assert "block 2 of 2: " in caplog.text and "relative error" in caplog.text

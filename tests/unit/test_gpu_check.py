@@ -163,7 +163,7 @@ def test_a_part_that_crashes_or_hangs_is_recorded_and_the_next_ones_run(
     parts = tuple(check.Part(name, seconds.get(name, 30)) for name in scripts)
     monkeypatch.setattr(check, "PARTS", parts)
     monkeypatch.setattr(check, "HERE", tmp_path)
-    monkeypatch.setattr(check, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(check, "MIN_SECONDS", 1)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(check, "PARTS", parts[:-1])
@@ -474,12 +474,16 @@ def test_constants_that_change_nothing_are_an_error(
         attend()
     usual, changed = seen
     assert changed == {**usual, **changes} != usual
-    with pytest.raises(LookupError, match="no kernel attend was launched"):
-        with attention.overriding("attend", changes):
-            attend()
-    with pytest.raises(LookupError, match=f"{attention.DECODE_KERNEL} has no DEPTH"):
-        with attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}):
-            attend()
+    with (
+        pytest.raises(LookupError, match="no kernel attend was launched"),
+        attention.overriding("attend", changes),
+    ):
+        attend()
+    with (
+        pytest.raises(LookupError, match=f"{attention.DECODE_KERNEL} has no DEPTH"),
+        attention.overriding(attention.DECODE_KERNEL, {"DEPTH": 1}),
+    ):
+        attend()
     monkeypatch.setattr(attention, "DECODE_KERNEL", "attend")
     attention.decode(each, layer, 2, 20, attention.TUNED_SINGLES[:1])
     errors = [row for row in read(tmp_path) if "error" in row]

@@ -1,13 +1,13 @@
-"""Which part may import which: arrows point down, and no two modules import each other.
+"""Which part may import which: arrows point down, and no two modules or packages import each other.
 
-Read from the sources, so that imports inside functions count too. Those under TYPE_CHECKING do
-not: they never run. Modules that gptj.extras imports when they are used are no arrows either.
+Read from the sources, so that imports inside functions and under TYPE_CHECKING count too, as do
+modules that gptj.environment.extras imports when they are used.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -18,6 +18,7 @@ SOURCES = {
     "gptj": ROOT / "platform/gptj",
     "gptj_bench": ROOT / "platform/gptj_bench",
     "gptj_cli": ROOT / "platform/gptj_cli",
+    "gptj_jobs": ROOT / "platform/gptj_jobs",
     "gptj_local": ROOT / "platform/gptj_local",
     "deployments": ROOT / "deployments",
     "jobs": ROOT / "jobs",
@@ -25,21 +26,19 @@ SOURCES = {
 
 # From the bottom up: each line may import its own and those above it, but not beside it.
 LAYERS = [
-    "gptj.errors gptj.extras",
-    "gptj.devices gptj.kv_cache gptj.linear_cross_entropy "
-    "gptj.live_bytes gptj.sampling gptj.varlen_attention",
-    "gptj.outputs gptj.serialization gptj.storage",
-    "gptj.checkpoints",
+    "gptj.environment gptj.errors",
+    "gptj.kv_cache gptj.sampling gptj.serialization gptj.storage",
+    "gptj.checkpoints gptj.outputs",
     "gptj.adapters",
-    "gptj.config gptj.int4 gptj.tokenizer",
-    "gptj.chat gptj.generation gptj.resizing gptj.saving gptj.weight_loading",
-    "gptj.pretrained",
+    "gptj.config gptj.layers gptj.tokenizer",
+    "gptj.chat gptj.generation gptj.pretrained",
     "gptj.model",
     "gptj",  # its names for users
     "gptj.workers",
     "gptj.data gptj.engine gptj.interop gptj_local",
     "gptj.quantization gptj.serving gptj.training",
     "deployments",
+    "gptj_jobs",
     "jobs",
     "gptj_bench gptj_cli",
 ]
@@ -64,36 +63,39 @@ def part_of(module: str) -> str:
     return f"gptj.{rest[0]}" if first == "gptj" and rest else first
 
 
-def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """All of a module's statements but those under `if TYPE_CHECKING`."""
-    below = [tree]
-    while below:
-        for node in ast.iter_child_nodes(below.pop()):
-            if isinstance(node, ast.expr):
-                continue  # holds no statements
-            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-                yield from node.orelse
-                below += node.orelse
-            else:
-                yield node
-                below.append(node)
-
-
 def imported(node: ast.AST, modules: set[str]) -> set[str]:
-    """Which of the modules a statement imports: `from gptj import storage` is gptj.storage."""
+    """Which of the modules a node imports: `from gptj import storage` is gptj.storage."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
         assert node.module is not None and node.level == 0, "imports are absolute"
         whole = [f"{node.module}.{alias.name}" for alias in node.names]
         names = [name if name in modules else node.module for name in whole]
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Extra":
+        names = [str(ast.literal_eval(node.args[0]))]
     else:
         return set()
     return {name for name in names if name in modules}
 
 
 def imports(tree: ast.AST, modules: set[str]) -> set[str]:
-    return {name for node in statements(tree) for name in imported(node, modules)}
+    return {name for node in ast.walk(tree) for name in imported(node, modules)}
+
+
+def siblings(module: str, other: str) -> tuple[str, str] | None:
+    """The two names where the paths of two modules part; None if one's package holds the other."""
+    one, two = module.split("."), other.split(".")
+    for depth, (a, b) in enumerate(zip(one, two, strict=False), start=1):
+        if a != b:
+            return ".".join(one[:depth]), ".".join(two[:depth])
+    return None
+
+
+def fail_on_circles(arrows: Mapping[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +123,16 @@ def test_imports_only_point_down(arrows: dict[str, set[str]]) -> None:
 
 
 def test_no_modules_import_each_other(arrows: dict[str, set[str]]) -> None:
-    try:
-        TopologicalSorter(arrows).prepare()
-    except CycleError as error:
-        pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
+    fail_on_circles(arrows)
+
+
+def test_no_packages_import_each_other(arrows: dict[str, set[str]]) -> None:
+    """At each level: gptj.serving.chat and .completions, like gptj.engine and gptj.training."""
+    found: dict[str, set[str]] = {}
+    for module, others in arrows.items():
+        for pair in filter(None, (siblings(module, other) for other in others)):
+            found.setdefault(pair[0], set()).add(pair[1])
+    fail_on_circles(found)
 
 
 def test_no_function_imports_a_module_of_ours(trees: dict[str, ast.AST]) -> None:
@@ -163,6 +171,16 @@ def test_nested_imports_are_found() -> None:
         "from gptj.model import GPTJModel\n"
         "if TYPE_CHECKING:\n    import gptj.engine\nelse:\n    import gptj.data\n"
         "def f():\n    import gptj.config\n"
+        "chat, ray = Extra('gptj.chat', 'a test'), Extra('ray', 'a test')\n"
     )
-    modules = {"gptj", "gptj.storage", "gptj.model", "gptj.engine", "gptj.data", "gptj.config"}
-    assert imports(ast.parse(source), modules) == modules - {"gptj", "gptj.engine"}
+    names = ("storage", "model", "engine", "data", "config", "chat")
+    modules = {"gptj", *(f"gptj.{name}" for name in names)}
+    assert imports(ast.parse(source), modules) == modules - {"gptj"}
+
+
+def test_siblings_are_where_paths_part() -> None:
+    assert siblings("gptj.serving.chat.service", "gptj.serving.app") == (
+        "gptj.serving.chat",
+        "gptj.serving.app",
+    )
+    assert siblings("gptj.data", "gptj.data.rows") is None

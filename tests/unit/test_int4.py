@@ -13,7 +13,7 @@ import torch
 from deployments.embeddings import Arguments as EmbeddingsArguments
 from deployments.generation import Arguments, new_engine_runner
 from deployments.loading import check, load
-from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer, int4
+from gptj import GPTJConfig, GPTJForCausalLM, GPTJModel, GPTJTokenizer
 from gptj.adapters.base import Base
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
@@ -25,6 +25,7 @@ from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.runner import CpuRunner
 from gptj.errors import CheckpointError
 from gptj.interop.exporter import export_weights
+from gptj.layers import int4
 from gptj.quantization.quantizer import quantize_model
 from gptj.training.model_config import make_config
 from gptj.training.settings import Settings, SettingsError

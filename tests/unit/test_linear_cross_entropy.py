@@ -13,8 +13,8 @@ from torch import Tensor
 from gptj import GPTJConfig, GPTJForCausalLM
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import add_lora
-from gptj.linear_cross_entropy import CHUNK_NUMBERS, IGNORED_LABEL, linear_cross_entropy
-from gptj.live_bytes import LiveBytes
+from gptj.layers.linear_cross_entropy import CHUNK_NUMBERS, IGNORED_LABEL, linear_cross_entropy
+from gptj.training.live_bytes import LiveBytes
 
 VOCABULARY = 50400
 CONFIG: dict[str, Any] = {"vocab_size": 500, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -95,7 +95,7 @@ def test_a_loss_scale_beyond_fp16_reaches_the_gradients() -> None:
         assert each.grad is not None
         assert bool(each.grad.isfinite().all())
     exact = [each.detach().requires_grad_() for each in (x, weight, bias)]
-    (plain(*exact, labels) * 2.0**5).backward()
+    (plain(*exact, labels) * 2.0**5).backward()  # type: ignore[call-arg]
     torch.testing.assert_close(given[0].grad.float(), exact[0].grad, rtol=2e-2, atol=0.1)
 
 
@@ -167,7 +167,7 @@ def test_a_sequences_logits_are_never_materialized(dtype: torch.dtype) -> None:
     for trained, gradient in ((False, 0), (True, VOCABULARY * width * 4)):
         given = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trained)]
         with LiveBytes() as memory:
-            loss = linear_cross_entropy(*given, bias, labels)
+            loss = linear_cross_entropy(*given, bias, labels)  # type: ignore[call-arg]
         assert memory.peak < gradient + rows * width * 4 + 1.6 * chunk
         assert memory.peak < gradient + rows * VOCABULARY * dtype.itemsize
         del loss

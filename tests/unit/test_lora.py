@@ -27,7 +27,7 @@ from gptj.adapters.stored import StoredAdapter, read_adapter
 from gptj.checkpoints.folder import ModelFolder
 from gptj.checkpoints.manifest import CheckpointError, verify
 from gptj.engine.backends import best_runner
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.interop.merging import merge_adapter
 from gptj.model import GPTJPreTrainedModel
 from gptj.serialization.json_object import to_json

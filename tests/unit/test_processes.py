@@ -46,9 +46,11 @@ def test_a_program_that_ignores_sigterm_ends_with_its_children(tmp_path: Path) -
 
 def test_a_program_is_ended_when_the_block_raises(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with pytest.raises(ZeroDivisionError):
-        with running(command, environment=os.environ, log=tmp_path / "log") as process:
-            raise ZeroDivisionError
+    with (
+        pytest.raises(ZeroDivisionError),
+        running(command, environment=os.environ, log=tmp_path / "log") as process,
+    ):
+        raise ZeroDivisionError
     assert process.poll() is not None
 
 

@@ -19,7 +19,7 @@ from gptj.adapters.quantization import (
     count_weights,
     quantize_blocks,
 )
-from gptj.live_bytes import LiveBytes
+from gptj.training.live_bytes import LiveBytes
 
 # Appendix E of the QLoRA paper.
 NF4 = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -315,7 +314,7 @@ def test_combinations_are_complete() -> None:
 
 
 @pytest.fixture
-def lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
+def lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     options = ["--hours", "0.3", "--requests-per-s", "4", "--plot", str(tmp_path / "day.png")]
     main([str(SERVE_CONFIG), *options, "--set", "max_replicas=3"])
     return capsys.readouterr().out.splitlines()

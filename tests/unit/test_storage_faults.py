@@ -278,9 +278,8 @@ def test_an_impossible_folder_is_named(tmp_path: Path) -> None:
         assert ".writable" not in str(caught.value)
         with pytest.raises(storage.StorageError, match=message):
             storage.write_bytes(f"{folder}/name", b"")
-        with pytest.raises(storage.StorageError, match="cannot write to"):
-            with scratch_folder(folder):
-                raise AssertionError("it was made")
+        with pytest.raises(storage.StorageError, match="cannot write to"), scratch_folder(folder):
+            raise AssertionError("it was made")
 
 
 @pytest.mark.slow

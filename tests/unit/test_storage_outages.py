@@ -305,7 +305,7 @@ def test_a_writer_whose_request_stalls_never_alters_a_finished_folder(
             return None
         stalled.append(request)
         rival.finish(["weights", "config.json"])
-        return {"lost on the way": Reply(503), "arrives, reply lost": "lost"}.get(fate)
+        return {"lost on the way": Reply(503), "arrives, reply lost": "lost"}.get(fate)  # type: ignore[return-value]
 
     faulty.fault = stall
     with (

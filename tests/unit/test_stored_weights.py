@@ -21,7 +21,7 @@ from gptj.checkpoints.weights import TensorSpec, read_weights
 from gptj.errors import CheckpointError
 from gptj.interop.exporter import export_weights
 from gptj.interop.importer import import_weights
-from gptj.saving import save_folder
+from gptj.pretrained.saving import save_folder
 from jobs import evaluate
 
 CONFIG = GPTJConfig(

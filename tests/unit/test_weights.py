@@ -42,4 +42,4 @@ def test_reading_can_be_cancelled_at_any_time(tmp_path: Path, s3: LocalS3) -> No
         write_weights(writer, specs, tensors.values(), shard_bytes=1000)
     coming = read_weights(address, Manifest.read(address))
     next(coming)
-    coming.close()  # which waits for its threads: it must not hang
+    coming.close()  # type: ignore[attr-defined]  # which waits for its threads: it must not hang

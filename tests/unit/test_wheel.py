@@ -110,6 +110,7 @@ def test_the_wheel_holds_all_packages_with_the_kernels_sources_and_the_pages(whe
         ("platform/gptj", "gptj"),
         ("platform/gptj_bench", "gptj_bench"),
         ("platform/gptj_cli", "gptj_cli"),
+        ("platform/gptj_jobs", "gptj_jobs"),
         ("platform/gptj_local", "gptj_local"),
         ("deployments", "deployments"),
         ("jobs", "jobs"),

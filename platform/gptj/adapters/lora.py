@@ -6,16 +6,14 @@ A and B have PEFT's names (`…q_proj.lora_A.weight`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptj.adapters.config import TARGET_MODULES, LoRAConfig
+from gptj.adapters.model import AdaptableModel
 from gptj.adapters.quantization import QuantizedLinear
-
-if TYPE_CHECKING:
-    from gptj.pretrained import GPTJPreTrainedModel
 
 # Heads that a base model usually lacks and that are trained with an adapter, by model class.
 NEW_HEADS = {
@@ -80,7 +78,7 @@ class LoRAQuantizedLinear(_LoRA, QuantizedLinear):
         self._add(config, linear.weight_codes.device, linear.dtype)
 
 
-def add_lora(model: GPTJPreTrainedModel, config: LoRAConfig) -> None:
+def add_lora(model: AdaptableModel, config: LoRAConfig) -> None:
     """Freeze a model and add A and B to its target modules; only they and saved heads train.
 
     ValueError if it already has an adapter, lacks a head in modules_to_save, or has weights of a
@@ -120,7 +118,7 @@ def _adapted(layer: nn.Linear | QuantizedLinear, config: LoRAConfig) -> nn.Modul
     return LoRALinear(layer, config)
 
 
-def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: AdaptableModel) -> dict[str, nn.Parameter]:
     """The adapter's parameters by the model's names: A, B, and the saved heads."""
     heads = tuple(f"{head}." for head in model.adapter.modules_to_save) if model.adapter else ()
     return {
@@ -130,7 +128,7 @@ def adapter_parameters(model: GPTJPreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def merge_lora(model: GPTJPreTrainedModel) -> None:
+def merge_lora(model: AdaptableModel) -> None:
     """Merge the adapter into the weights in place, leaving a plain model.
 
     Does nothing to a model without an adapter. ValueError if the weights are quantized.

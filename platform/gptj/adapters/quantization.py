@@ -14,17 +14,15 @@ backward pass. The kernels are bitsandbytes', on CPUs and GPUs.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptj.adapters.config import TARGET_MODULES
-from gptj.extras import require
-
-if TYPE_CHECKING:
-    from gptj.pretrained import GPTJPreTrainedModel
+from gptj.adapters.model import AdaptableModel
+from gptj.environment.extras import require
 
 Quantization = Literal["int8", "nf4"]
 
@@ -93,7 +91,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def quantize_blocks(
-    model: GPTJPreTrainedModel,
+    model: AdaptableModel,
     quantization: Quantization,
     device: torch.device | str | None = None,
 ) -> None:

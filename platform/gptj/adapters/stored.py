@@ -1,14 +1,15 @@
 """Read an adapter's folder, and load it into its base model.
 
-It has PEFT's `adapter_config.json` and `adapter_model.safetensors`; our folders (gptj.saving) also
-have `base.json`, the adapted model's `config.json`, the tokenizer and `training.json`.
+It has PEFT's `adapter_config.json` and `adapter_model.safetensors`; our folders
+(gptj.pretrained.saving) also have `base.json`, the adapted model's `config.json`, the tokenizer and
+`training.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,10 @@ from gptj import storage
 from gptj.adapters.base import Base
 from gptj.adapters.config import HEADS, LoRAConfig
 from gptj.adapters.lora import adapter_parameters, add_lora
+from gptj.adapters.model import AdaptableModel
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, ModelFolder
 from gptj.checkpoints.skeleton import without_weights
 from gptj.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from gptj.pretrained import GPTJPreTrainedModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
 KINDS = (
@@ -126,7 +125,7 @@ def read_adapted_config(folder: ModelFolder, base: ModelFolder | None = None) ->
         return read_adapter(folder).adapted_fields(found.read_config())
 
 
-def put_adapter(model: GPTJPreTrainedModel, adapter: StoredAdapter) -> None:
+def put_adapter(model: AdaptableModel, adapter: StoredAdapter) -> None:
     """Load an adapter into a model of its base, in the model's dtype.
 
     Heads that the model does not have are skipped.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.storage.addresses import is_s3, normalized
 
 # Imported only when needed: its HTTP client takes a fifth of PyTorch's import time.

@@ -21,7 +21,7 @@ from gptj.serialization.json_object import parse_object
 
 HEADER_LIMIT = 16 * 2**20  # bytes; GPT-J's header has 40 KB
 FIRST_BYTES = 128 * 2**10  # read before the header's length is known
-MOST_DIMENSIONS = 8
+MAX_DIMENSIONS = 8
 LARGEST = 2**60  # elements
 
 DTYPES = {
@@ -120,7 +120,7 @@ def _tensor(name: str, fields: Any, data: int, address: str) -> StoredTensor:
         raise _damaged(
             address, name, f"its dtype {shown(dtype_name)} is not one of {', '.join(DTYPES)}"
         )
-    if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS:
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise _damaged(address, name, f"{shown(shape)} is not a valid shape")
     if math.prod(max(size, 1) for size in shape) > LARGEST:
         raise _damaged(address, name, f"the shape {shown(shape)} is too large")

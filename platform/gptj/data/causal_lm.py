@@ -18,7 +18,7 @@ from gptj.data.packing import WINDOW, Packed, Packing, pack
 from gptj.data.prepared import Prepared
 from gptj.data.rows import DataError, Row
 from gptj.data.shards import documents_in
-from gptj.linear_cross_entropy import IGNORED_LABEL
+from gptj.layers.linear_cross_entropy import IGNORED_LABEL
 from gptj.tokenizer import GPTJTokenizer
 
 

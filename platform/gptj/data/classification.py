@@ -43,7 +43,7 @@ from gptj.tokenizer import GPTJTokenizer
 __all__ = ["MULTI_LABEL", "REGRESSION", "SINGLE_LABEL", "ClassificationData", "LabelSet"]
 
 LABELS_AT_ONCE = 4096  # rows; multi-label targets take a number per row and label
-MOST_COUNTED = 20  # most labels listed in a summary
+MAX_COUNTED = 20  # most labels listed in a summary
 
 
 class ClassificationExample(NamedTuple):
@@ -197,8 +197,8 @@ class ClassificationData:
         else:
             counts = np.bincount(self.targets, minlength=len(names))
         counted = [f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
-        more = f", and {len(names) - MOST_COUNTED} more" if len(names) > MOST_COUNTED else ""
-        return f"{read}: {', '.join(counted[:MOST_COUNTED])}{more}"
+        more = f", and {len(names) - MAX_COUNTED} more" if len(names) > MAX_COUNTED else ""
+        return f"{read}: {', '.join(counted[:MAX_COUNTED])}{more}"
 
     def count_items(self, batch: dict[str, Tensor]) -> int:
         """Rows, which the loss averages over."""

@@ -23,7 +23,7 @@ from gptj.data.rows import shown
 
 DELIMITERS = (",", ";", "\t", "|")  # tried in this order
 POSITION = re.compile(r"_c(0|[1-9][0-9]*)")  # a column of a file without a header, as in Spark
-LARGEST_CELL = 2**28  # characters; an unclosed quote would make the rest of the file one cell
+MAX_CELL = 2**28  # characters; an unclosed quote would make the rest of the file one cell
 
 
 def read_csv(
@@ -42,7 +42,7 @@ def read_csv(
         on_bad: receives the error of a record, which is then skipped. Quoting errors are raised,
             since the next record's start is then unknown.
     """
-    csv.field_size_limit(LARGEST_CELL)  # process-wide; csv has no per-reader limit
+    csv.field_size_limit(MAX_CELL)  # process-wide; csv has no per-reader limit
     with decoded(file, newline="") as text:
         yield from _records(text, wanted, delimiter, on_bad)
 

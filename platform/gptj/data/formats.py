@@ -20,7 +20,7 @@ from gptj.data.records import (
     is_utf8,
     refuse,
 )
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 
 if TYPE_CHECKING:
     import pyarrow

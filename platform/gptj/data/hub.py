@@ -24,7 +24,7 @@ from huggingface_hub.hf_api import RepoFile
 from gptj import storage
 from gptj.data.formats import format_of
 from gptj.data.rows import DataError
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.storage.addresses import HUB_DATA, split_hub_data
 
 # Only its errors are used: without it, everything but the hub works.

@@ -21,7 +21,7 @@ from gptj.data.json_rows import parse_json
 from gptj.data.rows import DataError, Row, shown
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
-MOST_LABELS = 20_000  # distinct labels to examine in full when inferring the notation
+MAX_LABELS = 20_000  # distinct labels to examine in full when inferring the notation
 
 Array = np.ndarray[Any, Any]
 LabelNames = Sequence[str] | Mapping[str, str]  # names in order, or values in the data -> names
@@ -166,7 +166,7 @@ class DistinctLabels:
     """Keeps the rows of a stream that are informative about the labels' notation.
 
     `read_labels` infers the same from `rows` as from the whole stream. Each distinct label is kept
-    once. Beyond MOST_LABELS, labels must be measured values or sets of labels, and only those with
+    once. Beyond MAX_LABELS, labels must be measured values or sets of labels, and only those with
     a new element or length are kept.
     """
 
@@ -180,11 +180,11 @@ class DistinctLabels:
         if text in self._seen:
             return
         new: set[str | int] = {text}
-        if len(self.rows) >= MOST_LABELS:
+        if len(self.rows) >= MAX_LABELS:
             new = _features(row) - self._seen
         if not new:
             return
-        if len(self.rows) == 2 * MOST_LABELS:
+        if len(self.rows) == 2 * MAX_LABELS:
             raise row.error(
                 "label",
                 f"is one of more than {len(self.rows)} distinct names or class numbers, too many "
@@ -192,7 +192,7 @@ class DistinctLabels:
             )
         self._seen |= new
         self.rows.append(row)
-        if len(self.rows) == MOST_LABELS:
+        if len(self.rows) == MAX_LABELS:
             self._seen.update(*map(_features, self.rows))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from gptj.data.records import BadRecordError, DamagedFileError, Record, check_header
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 
 if TYPE_CHECKING:
     import pyarrow

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 INDEX = "index.json"
-MOST_NAMED = 100  # most bad rows named in an index or a log
+MAX_NAMED = 100  # most bad rows named in an index or a log
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Prepared:
         def skip(error: DataError) -> None:
             nonlocal count
             count += 1
-            if len(named) < MOST_NAMED:
+            if len(named) < MAX_NAMED:
                 named.append(str(error))
 
         yield skip

@@ -20,7 +20,7 @@ from gptj.checkpoints.manifest import MANIFEST, FileRecord, Manifest
 from gptj.data.labels import LabelNames
 from gptj.data.prepared import (
     INDEX,
-    MOST_NAMED,
+    MAX_NAMED,
     PLAN,
     UNFINISHED,
     Index,
@@ -248,7 +248,7 @@ class _BadRows:
         if self._refuse:
             raise error
         self.count += 1
-        if len(self.named) < MOST_NAMED:
+        if len(self.named) < MAX_NAMED:
             self.named.append(str(error))
 
     def clear(self) -> None:
@@ -305,7 +305,7 @@ def write_shard(plan: Plan, folder: str, chunk: Chunk, tokenizer: GPTJTokenizer)
         digest,
         encoded.digest,
         chunk.skipped + bad.count,
-        (*chunk.bad, *bad.named)[:MOST_NAMED],
+        (*chunk.bad, *bad.named)[:MAX_NAMED],
     )
     storage.write_bytes(record, json.dumps(asdict(shard)).encode())
     return shard
@@ -340,7 +340,7 @@ def finish(plan: Plan, folder: str, shards: Iterable[Shard], tokenizer: GPTJToke
         learned=sum(shard.learned for shard in ordered),
         skipped=sum(shard.skipped for shard in ordered),
         shards=ordered,
-        bad=[each for shard in ordered for each in shard.bad][:MOST_NAMED],
+        bad=[each for shard in ordered for each in shard.bad][:MAX_NAMED],
     )
     if not index.rows and index.skipped:
         raise DataError(f"all {index.skipped} rows of {plan.address} are bad: {index.bad[:1]}")

@@ -30,7 +30,7 @@ from gptj.data.examples import Ids, compact, groups
 from gptj.data.labels import LabelNames, check_label
 from gptj.data.questions import read_answers, usable_offsets
 from gptj.data.rows import DataError, Row
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.tokenizer import GPTJTokenizer
 
 if TYPE_CHECKING:

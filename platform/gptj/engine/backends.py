@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from gptj.engine.cache_size import CacheShare, fit_cache, free_bytes, tokens_within
-from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner, Runner, TorchRunner
+from gptj.engine.runners.base import PAGE_SIZE, ResizableRunner, Runner
 from gptj.engine.runners.cpu.library import UnsupportedError
 from gptj.engine.runners.cpu.packing import Kind
 from gptj.engine.runners.cpu.runner import CpuRunner
@@ -17,7 +17,8 @@ from gptj.engine.runners.cuda.runner import CudaRunner
 from gptj.engine.runners.cuda.support import check_fp8, operations_for
 from gptj.engine.runners.cuda.weights import Format, freed_by_packing
 from gptj.engine.runners.lora import LoRALimits
-from gptj.int4 import is_int4
+from gptj.engine.runners.torch_runner import TorchRunner
+from gptj.layers.int4 import is_int4
 from gptj.model import GPTJForCausalLM
 from gptj.pretrained import GPTJPreTrainedModel
 

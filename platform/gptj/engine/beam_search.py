@@ -17,7 +17,7 @@ from torch import Tensor
 from gptj.engine.page_pool import PagePool
 from gptj.engine.request import Request
 from gptj.engine.runners.base import Ints, PageCopy
-from gptj.engine.runners.transfer import sent
+from gptj.engine.runners.transfer import to_device
 from gptj.generation import Beams
 from gptj.sampling import adjust
 
@@ -176,7 +176,7 @@ def likeliest(
             held += product(range(row, row + rows), request.stop_ids)
         row += rows
     if held:
-        rows_N, ids_N = sent(np.array(held).T.copy(), logprobs_WV.device)
+        rows_N, ids_N = to_device(np.array(held).T.copy(), logprobs_WV.device)
         logprobs_WV[rows_N, ids_N] = -torch.inf
     count = max(search.candidates for search, _ in searches)
     top = logprobs_WV.topk(min(count, logprobs_WV.shape[-1]))

@@ -15,7 +15,7 @@ from gptj.engine.decode_batch import Sequence
 from gptj.engine.events import BeamsFound, Event, Failed, Finished, PromptLogprobs, TokenEvent
 from gptj.engine.request import Request
 from gptj.engine.runners.base import Ints, Runner, StepBatch
-from gptj.engine.runners.transfer import sent
+from gptj.engine.runners.transfer import to_device
 from gptj.engine.sampler import PendingOutput, Sampler, finite
 from gptj.engine.scheduler import Chunk, ScheduledStep, Scheduler
 from gptj.engine.speculation import Drafts
@@ -308,4 +308,4 @@ def _select(tensor: Tensor, rows: list[int]) -> Tensor:
     """These rows of logits or ids; a view if they are contiguous."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor[sent(np.array(rows), tensor.device)]
+    return tensor[to_device(np.array(rows), tensor.device)]

@@ -22,10 +22,10 @@ import torch
 
 from gptj.engine.adapter_slots import Adapter, AdapterSlots
 from gptj.engine.core import EngineCore, RequestEvent
-from gptj.engine.events import BeamParams, Event, Failed, Finished, OnEvents
+from gptj.engine.events import Event, Failed, Finished
 from gptj.engine.limits import Limits
 from gptj.engine.page_pool import PagePool
-from gptj.engine.request import Request, Ticket, check_ids
+from gptj.engine.request import BeamParams, OnEvents, Request, Ticket, check_ids
 from gptj.engine.runners.base import Runner
 from gptj.engine.sampler import Sampler
 from gptj.engine.scheduler import Scheduler

@@ -37,7 +37,7 @@ RAY_HOST_BYTES = 3 * GIB
 REPLICA_HOST_BYTES = 6 * GIB
 # A request's mean final length, for k8s/sizing.md.
 MEAN_REQUEST_TOKENS = 572
-MOST_REPLICAS_A_CARD = 2  # of batch services: more would compete for the same compute
+MAX_REPLICAS_PER_CARD = 2  # of batch services: more would compete for the same compute
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def batch_sizes(
     Raises ValueError if one row with a full context does not fit.
     """
     row = activation_bytes(config, 1, config.n_positions)
-    for replicas in range(MOST_REPLICAS_A_CARD, 0, -1):
+    for replicas in range(MAX_REPLICAS_PER_CARD, 0, -1):
         left = card_bytes / replicas - CONTEXT_BYTES - weight_bytes(cls, config)
         fitting = int(left * ALLOCATOR_SHARE // row)
         if fitting >= most or (replicas == 1 and fitting >= 1):

@@ -1,13 +1,13 @@
-"""A request in the engine: its parameters, its tokens so far, and its state."""
+"""A request in the engine: parameters, tokens so far, state, and its caller's handle."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gptj.engine.adapter_slots import Adapter
-from gptj.engine.events import BeamParams, OnEvents
+from gptj.engine.events import Event
 from gptj.engine.runners.lora import NONE
 from gptj.sampling import SamplingParams
 
@@ -18,6 +18,20 @@ def check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
         if not 0 <= token < vocabulary:
             raise ValueError(
                 f"{name}: {token} is not a token id of this model, which has {vocabulary}"
+            )
+
+
+@dataclass(frozen=True)
+class BeamParams:
+    num_beams: int  # beams kept at each step
+    num_results: int = 1  # of those, how many to return
+    length_penalty: float = 1.0  # rank by logprob / length ** length_penalty
+    early_stopping: bool = False  # stop once num_beams beams have ended
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_results <= self.num_beams:
+            raise ValueError(
+                f"num_results must be in [1, num_beams={self.num_beams}], got {self.num_results}"
             )
 
 
@@ -92,3 +106,23 @@ class Ticket:
     def cancel(self) -> None:
         """End the request: now if waiting, at the next step if running; no-op if ended."""
         self._cancel(self._request)
+
+
+# Called once per step with the events of all requests submitted with it.
+OnEvents = Callable[[Sequence[tuple["Ticket", Event]]], None]
+
+
+def one_by_one(on_event: Callable[[Event], None]) -> OnEvents:
+    """Adapt a callback for single events; if it raises, it still gets the remaining events."""
+
+    def on_events(events: Sequence[tuple[Ticket, Event]]) -> None:
+        errors = []
+        for _, event in events:
+            try:
+                on_event(event)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    return on_events

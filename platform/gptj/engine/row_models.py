@@ -42,7 +42,7 @@ def best_row_model(
     max_tokens: int,
     quantization: IntQuantization = "none",
     release: bool = False,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> RowModel:
     """Our kernels on CPUs with AVX2; otherwise PyTorch, with a warning on a CPU.
 
@@ -52,7 +52,7 @@ def best_row_model(
         max_tokens: of a step; a longer row takes several with the kernels.
         quantization: int8 and int4 store weights in 8 and 4 bits, whatever the model's dtype.
         release: move the weights out of the model instead of copying them; its head stays.
-        beat: called again and again while a call computes.
+        heartbeat: called again and again while a call computes.
 
     Raises:
         UnsupportedError: for int8 and int4 where the kernels cannot run.
@@ -62,7 +62,7 @@ def best_row_model(
         raise ValueError("the model's adapter must be merged first: gptj.adapters.lora.merge_lora")
     body = cast(GPTJModel, model.base_model)
     if body.device.type != "cpu" and quantization == "none":
-        return TorchRowModel(body, beat)
+        return TorchRowModel(body, heartbeat)
     try:
         kind = kind_of(body, quantization)
         page = CpuRunner.page_size
@@ -71,8 +71,8 @@ def best_row_model(
         runner = CpuRunner(body, pages, kind, release=release)
     except UnsupportedError as error:
         fall_back(error, quantization)
-        return TorchRowModel(body, beat)
-    return KernelRowModel(runner, max_tokens, beat)
+        return TorchRowModel(body, heartbeat)
+    return KernelRowModel(runner, max_tokens, heartbeat)
 
 
 def default_max_tokens(device: torch.device, max_rows: int, context_length: int) -> int:
@@ -83,11 +83,11 @@ def default_max_tokens(device: torch.device, max_rows: int, context_length: int)
 
 
 class TorchRowModel:
-    """The model's own modules, with attention within each row (see gptj.varlen_attention)."""
+    """The model's own modules, with attention within each row: gptj.layers.varlen_attention."""
 
-    def __init__(self, model: GPTJModel, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, model: GPTJModel, heartbeat: Callable[[], None] = lambda: None) -> None:
         self._model = model
-        self._hooks = [block.register_forward_hook(lambda *_: beat()) for block in model.h]
+        self._hooks = [block.register_forward_hook(lambda *_: heartbeat()) for block in model.h]
 
     @torch.inference_mode()
     def hidden_states(self, rows: Rows, *, last_only: bool) -> list[Tensor]:
@@ -112,11 +112,11 @@ class KernelRowModel:
     """
 
     def __init__(
-        self, runner: CpuRunner, max_tokens: int, beat: Callable[[], None] = lambda: None
+        self, runner: CpuRunner, max_tokens: int, heartbeat: Callable[[], None] = lambda: None
     ) -> None:
         self._runner = runner
         self._max_tokens = max_tokens
-        self._beat = beat
+        self._heartbeat = heartbeat
 
     def hidden_states(self, rows: Rows, *, last_only: bool) -> list[Tensor]:
         found: list[Tensor] = []
@@ -173,5 +173,5 @@ class KernelRowModel:
                 ends[1:] - 1 if last_only else np.arange(ends[-1], dtype=np.int32),
             )
         )
-        self._beat()
+        self._heartbeat()
         return list(x_WD.split(1 if last_only else lengths))

@@ -28,10 +28,10 @@ CANDIDATES = 16  # earlier occurrences to compare, latest first
 # measured with int8, 1 to 16 tokens and AVX-512 (bf16: 0.1); GPU: an estimate.
 TOKEN_COST = {"cpu": 0.15, "cuda": 0.004}
 FIRST_RATE = 0.5  # assumed acceptance rate before the first draft
-HIGHEST_RATE = 0.98
+MAX_RATE = 0.98
 WEIGHT = 0.3  # of the latest token in the rate
 TRIAL_SHARE = 0.015  # share of the steps' cost spent on trials after the first failure
-LONGEST_PAUSE = 256  # steps
+MAX_PAUSE = 256  # steps
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,14 @@ class Drafter:
     def note(self, drafted: int, accepted: int, worth: float) -> None:
         """Learn from a verified draft."""
         for _ in range(accepted):
-            self._rate += WEIGHT * (HIGHEST_RATE - self._rate)
+            self._rate += WEIGHT * (MAX_RATE - self._rate)
         if accepted < drafted:
             self._rate -= WEIGHT * self._rate
         if accepted:
             self._failures = 0
         elif self._rate <= worth:
             # Drafting a token in every step would cost the share `worth`.
-            self._pause = min(int(worth / TRIAL_SHARE * 2**self._failures), LONGEST_PAUSE)
+            self._pause = min(int(worth / TRIAL_SHARE * 2**self._failures), MAX_PAUSE)
             self._failures += 1
 
 

@@ -18,7 +18,7 @@ from gptj.interop.pieces import tensors_of, write_pieces
 from gptj.interop.source import Source, open_source
 from gptj.interop.tensors import StoredTensor
 from gptj.model import GPTJForCausalLM
-from gptj.saving import save_folder, write_small_files
+from gptj.pretrained.saving import save_folder, write_small_files
 from gptj.storage.addresses import normalized
 
 ExportFormat = Literal["huggingface", "flax", "tensorflow"]

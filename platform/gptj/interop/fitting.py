@@ -19,7 +19,7 @@ from gptj.model import (
     GPTJModel,
 )
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.weight_loading import OLD_BUFFERS, UNTIED
+from gptj.pretrained.weight_loading import OLD_BUFFERS, UNTIED
 
 PREFIX = GPTJPreTrainedModel.base_model_prefix + "."
 HEADS: dict[str, type[GPTJPreTrainedModel]] = {

@@ -9,7 +9,7 @@ from gptj.config import GPTJConfig, parse_dtype
 from gptj.interop.conversion import read_all, specs_of
 from gptj.interop.formats import FormatName
 from gptj.interop.source import open_source
-from gptj.saving import save_folder
+from gptj.pretrained.saving import save_folder
 from gptj.storage.addresses import normalized
 
 

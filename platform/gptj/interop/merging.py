@@ -29,7 +29,7 @@ from gptj.interop.source import Source, open_source
 from gptj.interop.tensors import StoredTensor, narrowed
 from gptj.model import HEAD_CLASSES, GPTJModel
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.saving import save_folder
+from gptj.pretrained.saving import save_folder
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
 

@@ -17,8 +17,8 @@ import torch
 
 from gptj import storage
 from gptj.checkpoints.weights import TensorSpec
+from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.interop.pieces import Piece
 from gptj.interop.tensors import StoredTensor, tensor_in_file
 

@@ -61,9 +61,11 @@ def index_npz(address: str) -> list[Member]:
     """
     total = storage.size(address)
     try:
-        with storage.open_read(address, buffer_bytes=2**16) as file:
-            with zipfile.ZipFile(file) as archive:
-                infos = archive.infolist()
+        with (
+            storage.open_read(address, buffer_bytes=2**16) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            infos = archive.infolist()
     except _DAMAGES as error:
         raise CheckpointError(f"{address} is not a readable .npz file: {error}") from error
     members: dict[int, Member] = {}

@@ -16,11 +16,11 @@ from gptj.checkpoints.manifest import Manifest, read_verified, verify
 from gptj.checkpoints.weights import weight_files
 from gptj.config import GPTJConfig
 from gptj.errors import CheckpointError
-from gptj.int4 import is_quantized
 from gptj.interop import mesh_transformer, tar_stream
 from gptj.interop.fitting import fit
 from gptj.interop.formats import MESH, FormatName, Place, find
 from gptj.interop.tensors import StoredTensor
+from gptj.layers.int4 import is_quantized
 from gptj.storage.addresses import normalized
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from gptj import storage
+from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.interop.progress import Progress
 
 if TYPE_CHECKING:

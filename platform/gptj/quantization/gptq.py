@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptj.int4 import GROUP_SIZE, ZERO_POINT, Int4Weight, group_scales, pack_codes
+from gptj.layers.int4 import GROUP_SIZE, ZERO_POINT, Int4Weight, group_scales, pack_codes
 
 # Added to the diagonal, as a share of its mean: the first with which the factorisation succeeds.
 DAMPINGS = (0.01, 0.1, 1.0)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptj import int4
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SHARD_BYTES, TensorSpec
 from gptj.config import GPTJConfig
@@ -21,17 +20,18 @@ from gptj.data.documents import read_documents, windows
 from gptj.data.packing import WINDOW, pack
 from gptj.data.rows import DataError
 from gptj.data.sources import read_rows
-from gptj.int4 import GROUP_SIZE, Int4Linear, Int4Weight
 from gptj.interop.conversion import specs_of
 from gptj.interop.importer import check_new
 from gptj.interop.source import Source, open_source
 from gptj.interop.tensors import StoredTensor
+from gptj.layers import int4
+from gptj.layers.int4 import GROUP_SIZE, Int4Linear, Int4Weight
 from gptj.model import AttentionBias, GPTJBlock, GPTJForCausalLM, Rotary
+from gptj.pretrained.saving import save_folder
+from gptj.pretrained.weight_loading import assign
 from gptj.quantization.gptq import GPTQ, Hessian, relative_error
-from gptj.saving import save_folder
 from gptj.storage.addresses import normalized
 from gptj.tokenizer import GPTJTokenizer
-from gptj.weight_loading import assign
 
 Rounding = Literal["gptq", "nearest"]
 

@@ -1,6 +1,6 @@
 """The HTTP services: request and reply types, errors, API keys."""
 
-from gptj.extras import require
+from gptj.environment.extras import require
 
 require("pydantic", "gptj.serving")
 require("fastapi", "gptj.serving")

@@ -44,7 +44,7 @@ from gptj.serving.errors import (
 from gptj.serving.metrics import Recorder
 from gptj.tokenizer import GPTJTokenizer
 
-LOOK_SECONDS = 10.0  # between checks for changes of a folder that is in use
+CHECK_SECONDS = 10.0  # between checks for changes of a folder that is in use
 # How long a request waits for a check before using the version in memory, and for loading: reads
 # from storage that is down can take minutes.
 LOOK_WAIT_SECONDS, LOAD_WAIT_SECONDS = 1.0, 60.0
@@ -91,7 +91,7 @@ class _Known:
 
     served: ServedAdapter | None = None  # perhaps no longer in memory, until it is looked at
     refused: tuple[str, str] | None = None  # a version that cannot be served, and why
-    looked: float = 0.0  # by time.monotonic
+    checked: float = 0.0  # by time.monotonic
     described: AdapterInfo | None = None  # while it is not in memory
     described_at: float = -math.inf  # by time.monotonic
 
@@ -133,7 +133,7 @@ class Adapters:
         self._known: OrderedDict[str, _Known] = OrderedDict()  # by name, least recently used first
         self._missing: OrderedDict[str, float] = OrderedDict()  # last miss by name; oldest first
         self._loads: dict[str, Future[ServedAdapter]] = {}
-        self._looks: dict[str, Future[AdapterInfo]] = {}
+        self._lookups: dict[str, Future[AdapterInfo]] = {}
         self._threads = ThreadPoolExecutor(LOADS_AT_ONCE, "adapters")
         # Held for good.
         self._named = {
@@ -168,10 +168,10 @@ class Adapters:
             if known.served is not None and known.served.loaded.in_memory:
                 return known.served.info
             if known.described is not None:
-                if time.monotonic() - known.described_at <= LOOK_SECONDS:
+                if time.monotonic() - known.described_at <= CHECK_SECONDS:
                     return known.described
-        look = self._once(self._looks, self._described, name)
-        return await _result(name, look, LOAD_WAIT_SECONDS)
+        lookup = self._once(self._lookups, self._described, name)
+        return await _result(name, lookup, LOAD_WAIT_SECONDS)
 
     def may_have(self, name: str) -> bool:
         """Whether an adapter of that name may exist, without looking it up."""
@@ -195,7 +195,7 @@ class Adapters:
             if time.monotonic() - self._missing.get(name, -math.inf) < MISSING_SECONDS:
                 raise unknown_model(name)
             known = self._known.get(name)
-            if known is None or time.monotonic() - known.looked > LOOK_SECONDS:
+            if known is None or time.monotonic() - known.checked > CHECK_SECONDS:
                 return None
             self._known.move_to_end(name)
             if known.served is not None and known.served.loaded.in_memory:
@@ -215,7 +215,7 @@ class Adapters:
         try:
             return await _result(name, load, LOOK_WAIT_SECONDS)
         except UnavailableError:
-            known.looked = time.monotonic()  # others need not wait
+            known.checked = time.monotonic()  # others need not wait
             return before
 
     def _once(
@@ -232,10 +232,10 @@ class Adapters:
             if name in pending:
                 return pending[name]
             # Clients can make up any number of names: known ones take precedence.
-            full = len(self._loads) + len(self._looks) >= MAX_PENDING
+            full = len(self._loads) + len(self._lookups) >= MAX_PENDING
             if full and name not in self._known:
                 raise _in_use("too many adapters are being looked up: try again later")
-            future = self._threads.submit(self._looked, work, name, address)
+            future = self._threads.submit(self._look_up, work, name, address)
             pending[name] = future
 
         def done(_: Future[Found]) -> None:
@@ -245,7 +245,7 @@ class Adapters:
         future.add_done_callback(done)
         return future
 
-    def _looked(
+    def _look_up(
         self, work: Callable[[str, str, _Known, str], Found], name: str, address: str
     ) -> Found:
         """Run `work` on a folder's current version. Raises APIError."""
@@ -306,7 +306,7 @@ class Adapters:
         with self._lock:
             known = self._known.setdefault(name, known)  # it may have been loaded meanwhile
             if refused is not None:
-                known.refused, known.looked = refused, time.monotonic()
+                known.refused, known.checked = refused, time.monotonic()
             known.described, known.described_at = described, time.monotonic()
             self._trim()
         if described is None:
@@ -333,7 +333,7 @@ class Adapters:
         self._recorder.adapter_load("loaded", time.monotonic() - start)
 
     def _remember(self, name: str, known: _Known) -> None:
-        known.looked = time.monotonic()
+        known.checked = time.monotonic()
         with self._lock:
             self._known[name] = known
             self._known.move_to_end(name)

@@ -66,7 +66,7 @@ class BatchedRows(Generic[Result]):
             max_tokens=limit,
             quantization=batching.quantization,
             release=batching.release,
-            beat=lambda: self._batcher.beat(),  # long batches report progress
+            heartbeat=lambda: self._batcher.heartbeat(),  # long batches report progress
         )
         self._batcher: Batcher[list[int], Result] = Batcher(
             name,

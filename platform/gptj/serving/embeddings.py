@@ -28,6 +28,7 @@ from gptj.serving.keys.account import reserve_tokens
 from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import Recorder
 from gptj.serving.openapi import errors
+from gptj.serving.reply_threads import in_reply_thread
 from gptj.serving.requests import RequestModel, bounds, examples
 from gptj.tokenizer import GPTJTokenizer
 
@@ -140,7 +141,7 @@ class EmbeddingsService:
                 f"{self._model.dtype}"
             )
         # A million numbers take a while: not on the event loop.
-        data = await asyncio.to_thread(_data, vectors, request.encoding_format)
+        data = await in_reply_thread(_data, vectors, request.encoding_format)
         usage = EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens)
         return Embeddings.model_construct(data=data, model=self.model_name, usage=usage)
 
@@ -248,7 +249,7 @@ def embeddings_app(
         """Embed texts or token ids, as OpenAI's embeddings API does."""
         reply = await service.embed(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
-        content = await asyncio.to_thread(reply.model_dump_json)
+        content = await in_reply_thread(reply.model_dump_json)
         return Response(content, media_type="application/json")
 
     return app

@@ -16,7 +16,7 @@ from importlib.resources.abc import Traversable
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gptj.extras import require
+from gptj.environment.extras import require
 from gptj.serving.middleware.paths import route_path
 
 MEDIA_TYPES = {

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from gptj.chat import ChatTemplate
 from gptj.serving.chat.messages import ChatMessage, TemplateFields
 from gptj.serving.errors import InvalidRequestError
-from gptj.serving.requests import RequestModel, bounds, checked_text, examples
+from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text, examples
 from gptj.tokenizer import GPTJTokenizer
 
 
@@ -25,7 +25,7 @@ class TokenizeRequest(TemplateFields):
     )
 
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage] | None, bounds(minItems=1)] = None
+    messages: Annotated[FailFastList[ChatMessage] | None, bounds(minItems=1)] = None
     model: str | None = None
     add_special_tokens: bool = True  # no effect: GPT-J's tokenizer adds none
     return_token_strs: bool = False
@@ -57,7 +57,7 @@ class TokenizeReply(BaseModel):
 class DetokenizeRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra=examples({"tokens": [818, 257]}))
 
-    tokens: Annotated[list[int], bounds(items={"type": "integer", "minimum": 0})]
+    tokens: Annotated[FailFastList[int], bounds(items={"type": "integer", "minimum": 0})]
     model: str | None = None
 
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.storage import local
 from gptj.storage.addresses import is_s3, join, split_s3
 from gptj.storage.errors import (

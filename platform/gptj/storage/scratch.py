@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,17 +63,26 @@ def scratch_folder(parent: str | Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def shared_scratch_folder(name: str, parent: str | Path | None = None) -> Iterator[Path]:
+def shared_scratch_folder(
+    name: str, parent: str | Path | None = None, *, left: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """A named folder shared by this node's processes, deleted when the last one leaves.
 
-    Arguments and errors as for scratch_folder.
+    Other arguments and errors as for scratch_folder.
+
+    Args:
+        left: receives a folder of this name whose users were all killed, before anyone else can
+            enter it; None: it is deleted.
     """
     root = _root(parent)
     folder = root / f"shared-{name}"
     with FileLock(root / LOCK) as alone:
         alone.take()
-        _delete_abandoned(root)
+        _delete_abandoned(root, kept=None if left is None else folder)
+        abandoned = folder.is_dir() and _is_abandoned(folder)
         (folder / "content").mkdir(parents=True, exist_ok=True)
+        if abandoned and left is not None:
+            left(folder / "content")
         held = FileLock(folder / LOCK)
         held.share()
     try:
@@ -121,18 +130,20 @@ def _root(parent: str | Path | None) -> Path:
     return root
 
 
-def _delete_abandoned(root: Path) -> None:
+def _delete_abandoned(root: Path, kept: Path | None = None) -> None:
     for folder in root.iterdir():
-        if _delete_if_abandoned(folder):
+        if folder != kept and _delete_if_abandoned(folder):
             logger.info("deleted %s, left by a process that was killed", folder)
 
 
 def _delete_if_abandoned(folder: Path) -> bool:
     """Delete a folder nobody holds. The caller holds the root's lock, so nobody can take it."""
-    if not folder.is_dir():
+    if not folder.is_dir() or not _is_abandoned(folder):
         return False
+    shutil.rmtree(folder)
+    return True
+
+
+def _is_abandoned(folder: Path) -> bool:
     with FileLock(folder / LOCK) as lock:
-        abandoned = lock.try_take()
-    if abandoned:
-        shutil.rmtree(folder)
-    return abandoned
+        return lock.try_take()

@@ -1,5 +1,5 @@
 """The training loop: settings, steps, evaluation, checkpoints and resume."""
 
-from gptj.extras import require
+from gptj.environment.extras import require
 
 require("pydantic", "gptj.training")

@@ -11,12 +11,13 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from gptj import storage
+from gptj.checkpoints.manifest import Manifest, describe
 from gptj.config import GPTJConfig
 from gptj.data.labels import LabelSet
 from gptj.data.prepared import Index, Prepared
@@ -31,6 +32,7 @@ from gptj.data.preparing import (
 )
 from gptj.data.rows import DataError, Row, refuse_row
 from gptj.data.split import Split
+from gptj.errors import CheckpointError
 from gptj.storage.file_lock import FileLock
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.failures import EXAMPLES_REMEDY, naming_full_disk
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 TOKEN_BYTES = 4
 LOCK = "tokenizing.lock"
 FINGERPRINTS = "fingerprints.json"  # written last
+EXAMPLES = "examples.json"  # a manifest of the examples' files
+LEFT = "left.json"  # fingerprints of killed processes' examples, until these are checked
 
 Prepare = Callable[[Plan, str, GPTJTokenizer], object]  # like gptj.data.preparing.prepare
 
@@ -117,7 +121,7 @@ def node_data(
     """
     with FileLock(folder / LOCK) as lock:
         lock.take()
-        if not (folder / FINGERPRINTS).exists():
+        if not (folder / FINGERPRINTS).exists() and not _recover(folder):
             with naming_full_disk(folder, remedy=EXAMPLES_REMEDY):
                 _make(settings, tokenizer, folder, prepared or {})
     task = settings.task_definition
@@ -128,6 +132,49 @@ def node_data(
         {name: Fingerprint(**each["fingerprint"]) for name, each in found.items()},
         {name: each["commit"] for name, each in found.items() if each["commit"] is not None},
     )
+
+
+def set_aside(folder: Path) -> None:
+    """Keep what killed processes have left in node_data's folder for it to check.
+
+    Call before anyone else uses the folder. Examples that are not finished are deleted.
+    """
+    names: set[str] = set()
+    for fingerprints in (folder / FINGERPRINTS, folder / LEFT):  # LEFT: killed as it was checking
+        if fingerprints.exists():
+            found = json.loads(fingerprints.read_text())
+            names = {EXAMPLES, LEFT, *(each["folder"] for each in found.values())}
+            fingerprints.rename(folder / LEFT)
+            break
+    _delete_all(folder, but=names)
+
+
+def _recover(folder: Path) -> bool:
+    """Whether killed processes have left their examples, complete and unaltered."""
+    if not (folder / LEFT).exists():
+        return False
+    try:
+        manifest = Manifest.read(str(folder), EXAMPLES)
+        if manifest is None:
+            raise CheckpointError(f"{folder} has no {EXAMPLES}")
+        manifest.check_files(manifest.files)
+    except (CheckpointError, storage.StorageError) as error:
+        logger.warning("making the examples again: %s", error)
+        _delete_all(folder, but={LOCK})
+        return False
+    (folder / LEFT).rename(folder / FINGERPRINTS)
+    logger.info("going on with this node's examples, which are complete")
+    return True
+
+
+def _delete_all(folder: Path, but: Set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name in but:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def raw_plan(
@@ -226,6 +273,13 @@ def _make(
             )
         shutil.rmtree(raw, ignore_errors=True)
     logger.info("made examples of %d rows in %.1f s", rows, time.monotonic() - started)
+    files = [
+        path.relative_to(folder).as_posix()
+        for each in found.values()
+        for path in (folder / str(each["folder"])).rglob("*")
+        if path.is_file()
+    ]
+    describe(str(folder), files).write(EXAMPLES)
     unfinished = folder / f"{FINGERPRINTS}.{suffix}"
     unfinished.write_text(json.dumps(found))
     unfinished.rename(folder / FINGERPRINTS)

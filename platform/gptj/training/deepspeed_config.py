@@ -22,17 +22,17 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
 
     https://www.deepspeed.ai/docs/config-json
     """
-    optimizer, spread = settings.optimizer, settings.deepspeed
+    optimizer, deepspeed = settings.optimizer, settings.deepspeed
     on_gpu = device_type == "cuda"
     zero: dict[str, Any] = {
-        "stage": spread.stage,
+        "stage": deepspeed.stage,
         "contiguous_gradients": True,
         "reduce_bucket_size": BUCKET,
         "overlap_comm": on_gpu,  # needs streams
     }
-    if spread.offload_optimizer:
+    if deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    if spread.offload_parameters:
+    if deepspeed.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     gradient_accumulation_steps = micro_batches(
         settings.batch_size, world_size, settings.micro_batch_size
@@ -45,12 +45,12 @@ def deepspeed_config(settings: Settings, device_type: str, world_size: int) -> d
         "train_batch_size": settings.micro_batch_size * gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "gradient_clipping": optimizer.gradient_clipping if clips_gradients(spread) else 0.0,
+        "gradient_clipping": optimizer.gradient_clipping if clips_gradients(deepspeed) else 0.0,
         **(own if optimizer.moments == "8bit" else {"optimizer": _adamw(optimizer, on_gpu)}),
         "zero_optimization": zero,
-        **(sums if sums_in_fp32(spread, gradient_accumulation_steps) else {}),
-        "bf16": {"enabled": spread.precision == "bf16"},
-        "fp16": {"enabled": spread.precision == "fp16"},
+        **(sums if sums_in_fp32(deepspeed, gradient_accumulation_steps) else {}),
+        "bf16": {"enabled": deepspeed.precision == "bf16"},
+        "fp16": {"enabled": deepspeed.precision == "fp16"},
         "steps_per_print": NEVER,  # the loop reports
     }
 
@@ -71,7 +71,7 @@ def _adamw(optimizer: OptimizerSettings, on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def sums_in_fp32(spread: DeepSpeedSettings, micro_batches: int) -> bool:
+def sums_in_fp32(deepspeed: DeepSpeedSettings, micro_batches: int) -> bool:
     """Whether the gradients of a step's micro-batches are added up in fp32, though they are bf16.
 
     In bf16, with 8 bits, what is added is rounded to the sum, which stops growing at 256 equal
@@ -79,20 +79,20 @@ def sums_in_fp32(spread: DeepSpeedSettings, micro_batches: int) -> bool:
     stage 3 fp32 two bytes a weight more. At stages 0 and 1 DeepSpeed has no such sum for our
     optimizers; at stage 2 with offload_optimizer it would lie on the GPU, in whole four bytes.
     """
-    if spread.precision != "bf16" or micro_batches == 1:
+    if deepspeed.precision != "bf16" or micro_batches == 1:
         return False
-    return spread.stage == 3 or (spread.stage == 2 and not spread.offload_optimizer)
+    return deepspeed.stage == 3 or (deepspeed.stage == 2 and not deepspeed.offload_optimizer)
 
 
-def sums_in_bf16(spread: DeepSpeedSettings, micro_batches: int) -> bool:
+def sums_in_bf16(deepspeed: DeepSpeedSettings, micro_batches: int) -> bool:
     """Whether the gradients of a step's micro-batches are added up in bf16."""
-    several = spread.precision == "bf16" and micro_batches > 1
-    return several and not sums_in_fp32(spread, micro_batches)
+    several = deepspeed.precision == "bf16" and micro_batches > 1
+    return several and not sums_in_fp32(deepspeed, micro_batches)
 
 
-def clips_gradients(spread: DeepSpeedSettings) -> bool:
+def clips_gradients(deepspeed: DeepSpeedSettings) -> bool:
     """Whether DeepSpeed clips; in fp32 at stage 0 it discards the norm, so the loop clips."""
-    return spread.stage > 0 or spread.precision != "fp32"
+    return deepspeed.stage > 0 or deepspeed.precision != "fp32"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

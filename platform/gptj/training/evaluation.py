@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from gptj.training.loader import to_device
 from gptj.training.tasks import AnyTask, Data, Part
 
 
@@ -74,8 +75,7 @@ def collect(
             mine = range(first, min(first + batch_size, len(data)))
             batch = data.collate([data[index] for index in mine or range(1)])
             items = data.count_items(batch)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss, output = task.forward(model, inputs, items)
+            loss, output = task.forward(model, to_device(batch, device), items)
             if mine:
                 part.loss += float(loss)
                 part.items += items

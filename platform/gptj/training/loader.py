@@ -7,11 +7,12 @@ ones. Collating copies from memory-mapped ids.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gptj.data.batches import BatchOrder, share
@@ -30,10 +31,23 @@ class StepBatches(NamedTuple):
     room: int  # tokens including padding
 
 
+def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """A batch on a device, without waiting for it.
+
+    The attention mask stays here: the model asks it whether there is padding, and would wait for
+    the device's answer.
+    """
+    return {
+        name: tensor if name == "attention_mask" else tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }
+
+
 class Loader:
     """This rank's batches, step by step; a context manager.
 
     Args:
+        pinned: whether they are copied to a GPU, from pinned memory, without waiting.
         first: the first step, counted from 0.
         last: the step to stop before.
     """
@@ -48,6 +62,7 @@ class Loader:
         micro_batch: int,
         first: int,
         last: int,
+        pinned: bool = False,
     ) -> None:
         self._data = data
         self._order = order
@@ -56,6 +71,7 @@ class Loader:
         self._micro_batch = micro_batch
         self._step = first
         self._last = last
+        self._pinned = pinned
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: Future[StepBatches] | None = None
 
@@ -93,6 +109,8 @@ class Loader:
         data, indices = self._data, self._order.indices(step)
         parts = share(indices, self._rank, self._world_size, self._micro_batch)
         batches = [data.collate([data[index] for index in part or indices[:1]]) for part in parts]
+        if self._pinned:
+            batches = [{name: each.pin_memory() for name, each in one.items()} for one in batches]
         counted = [batch for part, batch in zip(parts, batches, strict=True) if part]
         return StepBatches(
             batches,

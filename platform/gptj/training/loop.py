@@ -29,14 +29,15 @@ from gptj.adapters.quantization import count_weights
 from gptj.checkpoints.manifest import MANIFEST
 from gptj.config import GPTJConfig
 from gptj.data.batches import BatchOrder
-from gptj.devices import check_device
+from gptj.environment.devices import check_device
+from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.storage.lease import Claim, take_over
 from gptj.storage.scratch import scratch_folder, shared_scratch_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.agreement import agree, read_alike
+from gptj.training.dataset import set_aside
 from gptj.training.deepspeed_config import (
     clips_gradients,
     deepspeed_config,
@@ -48,7 +49,7 @@ from gptj.training.engine_state import load_state, save_state
 from gptj.training.evaluation import evaluate
 from gptj.training.failures import DivergedError, StoppedError, naming_full_disk
 from gptj.training.flops import StepFlops, matrix_peak
-from gptj.training.loader import Loader
+from gptj.training.loader import Loader, to_device
 from gptj.training.model_config import make_config
 from gptj.training.operators import guarded_builds
 from gptj.training.optimizer import own_optimizer
@@ -146,7 +147,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
     with (
-        shared_scratch_folder(f"data-{submission}") as shared,
+        shared_scratch_folder(f"data-{submission}", left=set_aside) as shared,
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
@@ -353,6 +354,7 @@ class _Run:
             micro_batch=settings.micro_batch_size,
             first=self.progress.step,
             last=self.total,
+            pinned=worker.device.type == "cuda",
         ) as loader:
             try:
                 return self._take_steps(engine, train_data, evaluation_data, order, loader)
@@ -549,8 +551,8 @@ class _Run:
                 limit = settings.optimizer.gradient_clipping
                 self._clipped = _clip_gradients(engine.module, limit)
             self._update(engine)
-        mean = float(self._sum(total))
-        norm = self._norm(engine)
+        # Together, since reading them waits for the device.
+        mean, norm = torch.cat((self._sum(total), self._norm(engine).to(total))).tolist()
         self.progress.step += 1
         self._check_finite("the training loss", mean)
         if settings.deepspeed.precision != "fp16" or engine.was_step_applied():
@@ -578,7 +580,7 @@ class _Run:
 
     def _loss(self, model: Any, data: Data, batch: dict[str, Tensor]) -> Tensor:
         """A micro-batch's loss, summed over its items."""
-        inputs = {name: tensor.to(self.worker.device) for name, tensor in batch.items()}
+        inputs = to_device(batch, self.worker.device)
         return self.task.forward(model, inputs, data.count_items(batch))[0]
 
     def _update(self, engine: Any) -> None:
@@ -602,10 +604,11 @@ class _Run:
         if lowest and last and engine.optimizer.overflow:
             raise self._diverged(what, ahead=1)
 
-    def _norm(self, engine: Any) -> float:
-        """The last gradients' norm before clipping; NaN if DeepSpeed found it not finite."""
-        norm = float(engine.optimizer._global_grad_norm if self._clipped is None else self._clipped)
-        return math.nan if norm < 0 else norm  # DeepSpeed reports it as -1
+    def _norm(self, engine: Any) -> Tensor:
+        """The last gradients' norm before clipping (1,); NaN if DeepSpeed found it not finite."""
+        given = engine.optimizer._global_grad_norm if self._clipped is None else self._clipped
+        norm = torch.as_tensor(given, dtype=torch.float64).view(1)
+        return norm.where(norm >= 0, math.nan)  # DeepSpeed reports it as -1
 
     def _skipping_spikes(self, engine: Any) -> UpdateGate:
         """A gate that skips updates of batches with an outlying gradient norm."""
@@ -615,7 +618,7 @@ class _Run:
 
         def is_usual() -> bool:
             # Norms may differ between ranks by rounding, but all must decide alike.
-            norm = float(self._broadcast(torch.tensor([self._norm(engine)], dtype=torch.float64)))
+            norm = float(self._broadcast(self._norm(engine)))
             skipped = spikes.is_spike(norm)
             if skipped and self._log is not None:
                 logger.warning(
@@ -808,12 +811,12 @@ class _Run:
         return values.cpu()
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, on the device that the backend supports."""
+        """Sum over all ranks, left on the device that the backend supports."""
         if self.worker.world_size == 1:
             return values
         values = values.to(self.worker.device)
         dist.all_reduce(values)
-        return values.cpu()
+        return values
 
 
 def _clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:

@@ -34,10 +34,10 @@ from gptj.checkpoints.skeleton import without_weights
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.batches import micro_batches
 from gptj.data.examples import PAD_MULTIPLE
-from gptj.live_bytes import LiveBytes
 from gptj.pretrained import GPTJPreTrainedModel
 from gptj.training.deepspeed_config import BUCKET, sums_in_fp32
-from gptj.training.optimizer import MOMENT_BYTES
+from gptj.training.live_bytes import LiveBytes
+from gptj.training.optimizer import MOMENT_BYTES, STORED_MOMENT_BYTES
 from gptj.training.sections import AdapterSettings
 from gptj.training.settings import Settings, SettingsError, read_settings
 from gptj.training.tasks import TASKS, TaskName
@@ -45,8 +45,6 @@ from gptj.training.tasks import TASKS, TaskName
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASTER = 4  # bytes of a trained weight in fp32
-MOMENTS = {"fp32": 8.0, "8bit": MOMENT_BYTES}  # bytes of Adam's two moments per trained weight
-STORED_MOMENTS = 16  # bytes per weight while 8-bit moments are restored from a checkpoint
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered
 REDUCED = 500_000_000  # gradients that stage 0 adds up at a time
 CONTEXT = 1_200_000_000  # bytes that CUDA and NCCL take on each GPU
@@ -83,17 +81,17 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     Args:
         config: the run's model configuration.
     """
-    spread, workers = settings.deepspeed, settings.workers.fewest
-    width, stage = WIDTHS[spread.precision], spread.stage
+    deepspeed, workers = settings.deepspeed, settings.workers.fewest
+    width, stage = WIDTHS[deepspeed.precision], deepspeed.stage
     counts = _count(settings.task, config, settings.adapter)
     total, trained, largest = counts.numbers, counts.trained, counts.largest
-    moments = MOMENTS[settings.optimizer.moments]
+    moments = MOMENT_BYTES[settings.optimizer.moments]
     rows = settings.micro_batch_size
     body, head = _activations(
         settings.task,
         config.to_json(),
         settings.adapter,
-        spread.precision,
+        deepspeed.precision,
         settings.model.gradient_checkpointing,
         rows,
         settings.data.sequence_length,
@@ -101,10 +99,10 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
 
     weights = counts.bytes(width) // (workers if stage == 3 else 1)
     gathered = min(total, LIVE) * width if stage == 3 else 0
-    masters = 0 if stage == 0 and spread.precision == "fp32" else MASTER
+    masters = 0 if stage == 0 and deepspeed.precision == "fp32" else MASTER
     optimizer = int(trained * (masters + moments)) // (workers if stage else 1)
     accumulation = micro_batches(settings.batch_size, workers, settings.micro_batch_size)
-    sums = sums_in_fp32(spread, accumulation)
+    sums = sums_in_fp32(deepspeed, accumulation)
     gradients = trained * (4 if sums else width) // (workers if stage >= 2 else 1)
     # DeepSpeed's optimizer reads gradients in fp32: in a copy, unless they are. Stage 3 copies them
     # into one tensor first, for one group of weights after the other.
@@ -121,9 +119,9 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
 
     device = {"weights": weights}
     host: dict[str, int] = {}
-    if spread.offload_parameters:
+    if deepspeed.offload_parameters:
         host["weights"], device["weights"] = weights, 0
-    if spread.offload_optimizer:  # gradients move along, in fp32
+    if deepspeed.offload_optimizer:  # gradients move along, in fp32
         host["optimizer"] = optimizer + trained * 4 // workers
         if stage == 3:  # with those of the micro-batches so far
             host["gradients"] = gradients
@@ -133,11 +131,11 @@ def plan_memory(settings: Settings, config: GPTJConfig, *, on_gpu: bool) -> Memo
     # Backward pass: a micro-batch's activations are freed as its gradients appear.
     together = accumulation > 1 or stage >= 2
     learning = body + head + gradients if together else max(body + head, gradients)
-    updating = gradients + (0 if spread.offload_optimizer else copies)
+    updating = gradients + (0 if deepspeed.offload_optimizer else copies)
     # A run that resumes reads moments in 8 bits with each number's scale, all in fp32.
     restoring = 0
     if settings.optimizer.moments == "8bit":
-        restoring = trained * STORED_MOMENTS // (workers if stage else 1)
+        restoring = trained * STORED_MOMENT_BYTES["8bit"] // (workers if stage else 1)
     if not on_gpu and restoring > max(learning, updating):
         device["restoring"] = restoring
     elif learning >= updating:
@@ -164,14 +162,16 @@ def certain_bytes(settings: Settings, config: GPTJConfig) -> int:
 
     A machine with less cannot run them.
     """
-    spread, workers = settings.deepspeed, settings.workers.fewest
-    width = WIDTHS[spread.precision]
+    deepspeed, workers = settings.deepspeed, settings.workers.fewest
+    width = WIDTHS[deepspeed.precision]
     counts = _count(settings.task, config, settings.adapter)
     trained = counts.trained
-    weights = counts.bytes(width) * (1 if spread.stage == 3 else workers)
-    state = MOMENTS[settings.optimizer.moments] + (0 if spread.precision == "fp32" else MASTER)
-    optimizer = int(trained * state) * (1 if spread.stage else workers)
-    gradients = trained * width * (1 if spread.stage >= 2 else workers)
+    weights = counts.bytes(width) * (1 if deepspeed.stage == 3 else workers)
+    state = MOMENT_BYTES[settings.optimizer.moments] + (
+        0 if deepspeed.precision == "fp32" else MASTER
+    )
+    optimizer = int(trained * state) * (1 if deepspeed.stage else workers)
+    gradients = trained * width * (1 if deepspeed.stage >= 2 else workers)
     return weights + optimizer + gradients
 
 

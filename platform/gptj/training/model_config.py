@@ -7,7 +7,7 @@ from typing import Any
 from gptj.adapters.base import check_plain
 from gptj.config import PRESETS, GPTJConfig
 from gptj.data.labels import LabelSet
-from gptj.int4 import is_quantized
+from gptj.layers.int4 import is_quantized
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings, SettingsError
 

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch.utils import cpp_extension
 
-from gptj.extras import Extra, require
+from gptj.environment.extras import Extra, require
 from gptj.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training.sections import OptimizerSettings
 
 bitsandbytes = Extra("bitsandbytes", "optimizer.moments=8bit")
@@ -19,7 +19,10 @@ SMALLEST = 4096  # smaller tensors keep fp32 moments
 KINDS = ("state1", "absmax1", "state2", "absmax2")
 IN_FP32 = -1.0  # as a scale: the codes are fp32 values
 AT_ONCE = 2**16 * BLOCK  # values quantized at once when restoring a checkpoint
-MOMENT_BYTES = 2 * (1 + SCALE_BYTES / BLOCK)  # of a weight's two moments
+# Bytes of a weight's two moments in memory, by their precision, and in a checkpoint, where 8-bit
+# codes and their scales take an fp32 number each.
+MOMENT_BYTES = {"fp32": 8.0, "8bit": 2 * (1 + SCALE_BYTES / BLOCK)}
+STORED_MOMENT_BYTES = {"fp32": 8, "8bit": 16}
 
 
 def own_optimizer(
@@ -58,11 +61,11 @@ def stored_moments(state: dict[str, Any], start: int, end: int) -> dict[str, Ten
         codes = state[f"state{number}"].flatten()[start:end].float()
         scales = state.get(f"absmax{number}")
         if scales is None:
-            spread = torch.full_like(codes, IN_FP32)
+            expanded = torch.full_like(codes, IN_FP32)
         else:
             first, last = start // BLOCK, -(-end // BLOCK)
-            spread = _spread(scales[first:last])[start - first * BLOCK : end - first * BLOCK]
-        found |= {f"state{number}": codes, f"absmax{number}": spread}
+            expanded = _expand(scales[first:last])[start - first * BLOCK : end - first * BLOCK]
+        found |= {f"state{number}": codes, f"absmax{number}": expanded}
     return found
 
 
@@ -100,7 +103,7 @@ def restore_moments(optimizer: Optimizer) -> None:
 def _blocks(codes: Tensor, scales: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes as bytes, and one scale per block."""
     firsts = scales[::BLOCK].contiguous()
-    if torch.equal(_spread(firsts)[: len(scales)], scales) and not (scales == IN_FP32).any():
+    if torch.equal(_expand(firsts)[: len(scales)], scales) and not (scales == IN_FP32).any():
         return codes.to(torch.uint8), firsts
     numbers = _numbers(codes, scales, values)
     quantized, firsts = torch.ops.bitsandbytes.quantize_blockwise(numbers, values, BLOCK)
@@ -112,5 +115,5 @@ def _numbers(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
     return torch.where(plain, codes, values[codes.masked_fill(plain, 0).int()] * scales)
 
 
-def _spread(scales: Tensor) -> Tensor:
+def _expand(scales: Tensor) -> Tensor:
     return scales.repeat_interleave(BLOCK)

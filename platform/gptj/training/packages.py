@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptj.extras import MissingPackageError, check_installed
+from gptj.environment.extras import MissingPackageError, check_installed
 from gptj.training.settings import Settings, SettingsError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gptj import storage
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.serialization.json_object import to_json
 from gptj.storage.lease import LeaseLostError
 from gptj.training.state import Progress

@@ -21,12 +21,10 @@ from torch import nn
 from gptj import storage
 from gptj.storage.scratch import LIMIT_VARIABLE, room_left
 from gptj.training.failures import DISK_REMEDY, LIMIT_REMEDY, DiskFullError, gigabytes
+from gptj.training.optimizer import STORED_MOMENT_BYTES
 from gptj.training.settings import Settings
 
 MASTER_BYTES = 4  # of a weight in fp32
-# Of Adam's moments per weight; 8-bit ones are stored in fp32 with a scale per element, see
-# gptj.training.optimizer.
-MOMENT_BYTES = {"fp32": 8, "8bit": 16}
 _ALLOWED = -1  # in place of a disk: the node's GPTJ_SCRATCH_GB
 SPARE_BYTES = 32 * 2**20  # for names, random states, TensorBoard's files, the curve
 
@@ -49,7 +47,7 @@ def checkpoint_bytes(settings: Settings, model: nn.Module, rank: int, world_size
     Frozen weights are not saved, so only trained ones count.
     """
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    size = trained * (MASTER_BYTES + MOMENT_BYTES[settings.optimizer.moments])
+    size = trained * (MASTER_BYTES + STORED_MOMENT_BYTES[settings.optimizer.moments])
     if settings.deepspeed.stage == 0:  # rank 0 writes all
         return size if rank == 0 else 0
     return -(-size // world_size)

@@ -1,10 +1,10 @@
-"""Optimizer state as stretches of parameters: fp32 masters and moments at any ZeRO stage.
+"""Optimizer state as fragments of parameters: fp32 masters and moments at any ZeRO stage.
 
 DeepSpeed packs fp32 masters and Adam's moments into flat tensors, whose layout depends on the ZeRO
-stage and the number of ranks. A shard is a safetensors file of one rank's stretches, each named
+stage and the number of ranks. A shard is a safetensors file of one rank's fragments, each named
 `KIND/START/PARAMETER`: the kind (master, exp_avg, exp_avg_sq), the index of its first number in
 the flattened parameter, and the parameter. A run can thus resume at another stage or with another
-number of ranks: each reads the stretches that it now holds.
+number of ranks: each reads the fragments that it now holds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gptj.checkpoints.manifest import FileRecord, HashingFile
 from gptj.checkpoints.mapping import map_stretch
 from gptj.checkpoints.tensor_file import StoredTensor, read_header
 from gptj.checkpoints.weights import TensorSpec, write_tensors
+from gptj.environment.extras import Extra
 from gptj.errors import CheckpointError
-from gptj.extras import Extra
 from gptj.training.optimizer import KINDS, moment_kinds, restore_moments, stored_moments
 
 # Imported by the processes that train, and by no driver: it takes seconds.
@@ -36,24 +36,24 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Fragment:
     """A part of one parameter that this rank's optimizer updates."""
 
     name: str  # the parameter's
     start: int  # its first element in the flattened parameter
     length: int
     flat: Tensor  # fp32, may hold other parameters too; keys the optimizer's state
-    offset: int  # where the stretch begins in `flat`
+    offset: int  # where the fragment begins in `flat`
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The stretch in `flat`, or in a tensor of the same shape, as a view."""
+        """The fragment in `flat`, or in a tensor of the same shape, as a view."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.length]
 
 
-def stretches(engine: Any) -> list[Stretch]:
-    """All stretches of this rank; at stage 0 every rank has all parameters whole."""
+def fragments(engine: Any) -> list[Fragment]:
+    """All fragments of this rank; at stage 0 every rank has all parameters whole."""
     optimizer, names = engine.optimizer, engine.param_names
-    found: list[Stretch] = []
+    found: list[Fragment] = []
     if isinstance(optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
         # Each parameter is cut into as many parts as there are ranks; the last may be padded.
         rank = dist.get_rank(optimizer.dp_process_group)
@@ -64,7 +64,7 @@ def stretches(engine: Any) -> list[Stretch]:
             for parameter in group:
                 size = parameter.partition_numel()
                 length = max(0, min(size, parameter.ds_numel - rank * size))
-                found.append(Stretch(names[parameter], rank * size, length, flat, offset))
+                found.append(Fragment(names[parameter], rank * size, length, flat, offset))
                 offset += size
     elif isinstance(optimizer, zero.stage_1_and_2.DeepSpeedZeroOptimizer):
         # The parameters are concatenated, and the whole is cut into equal parts.
@@ -78,42 +78,42 @@ def stretches(engine: Any) -> list[Stretch]:
                 start = max(0, first - begin)
                 end = min(parameter.numel(), first + flat.numel() - begin)
                 found.append(
-                    Stretch(names[parameter], start, end - start, flat, begin + start - first)
+                    Fragment(names[parameter], start, end - start, flat, begin + start - first)
                 )
     elif isinstance(optimizer, fp16.fused_optimizer.FP16_Optimizer):
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
             offset = 0
             for parameter in group:
-                found.append(Stretch(names[parameter], 0, parameter.numel(), flat, offset))
+                found.append(Fragment(names[parameter], 0, parameter.numel(), flat, offset))
                 offset += parameter.numel()
     elif isinstance(optimizer, fp16.unfused_optimizer.FP16_UnfusedOptimizer):
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, flat in zip(group, masters, strict=True):
-                found.append(Stretch(names[parameter], 0, parameter.numel(), flat, 0))
+                found.append(Fragment(names[parameter], 0, parameter.numel(), flat, 0))
     else:  # fp32 at stage 0: the plain optimizer, which holds the parameters themselves
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                found.append(Stretch(names[parameter], 0, parameter.numel(), parameter, 0))
+                found.append(Fragment(names[parameter], 0, parameter.numel(), parameter, 0))
     return [each for each in found if each.length > 0]
 
 
 def write_shard(engine: Any, path: Path) -> FileRecord:
-    """Write this rank's stretches, one at a time; all ranks must call it."""
+    """Write this rank's fragments, one at a time; all ranks must call it."""
     if isinstance(engine.optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
         # Release parameters that the last loss left gathered.
         engine.optimizer.checkpoint_event_prologue()
         engine.optimizer.checkpoint_event_epilogue()
-    mine = stretches(engine)
+    mine = fragments(engine)
     kinds = dict.fromkeys(kind for each in mine for kind in _kinds(engine, each.flat))
 
     def tensors() -> Iterator[Tensor]:
-        for stretch in mine:
-            yield stretch.of(stretch.flat)
-            moments = _moments(engine, stretch)
+        for fragment in mine:
+            yield fragment.of(fragment.flat)
+            moments = _moments(engine, fragment)
             for kind in kinds:
                 # A parameter without a gradient so far has no moments.
                 moment = moments.get(kind)
-                yield torch.zeros(stretch.length) if moment is None else moment
+                yield torch.zeros(fragment.length) if moment is None else moment
 
     specs = [
         TensorSpec(f"{kind}/{each.start}/{each.name}", (each.length,), torch.float32)
@@ -141,7 +141,7 @@ def counters(engine: Any) -> dict[str, Any]:
 
 
 class Restoration:
-    """Restores this rank's stretches, and with them the model, from shards.
+    """Restores this rank's fragments, and with them the model, from shards.
 
     Call `read` for each shard that `needs` selects; then all ranks call `finish` together.
     """
@@ -152,9 +152,9 @@ class Restoration:
         self._optimizer = engine.optimizer
         if isinstance(self._optimizer, zero.stage3.DeepSpeedZeroOptimizer_Stage3):
             self._optimizer.checkpoint_event_prologue()  # drops parameters that are gathered
-        self._mine: dict[str, list[Stretch]] = {}
-        for stretch in stretches(engine):
-            self._mine.setdefault(stretch.name, []).append(stretch)
+        self._mine: dict[str, list[Fragment]] = {}
+        for fragment in fragments(engine):
+            self._mine.setdefault(fragment.name, []).append(fragment)
         self._unknown: set[str] = set()
         self._read = 0  # numbers
         self._kinds: set[str] = set()
@@ -166,14 +166,14 @@ class Restoration:
     def read(self, path: Path) -> None:
         """Copy from a shard in a local, verified file."""
         with path.open("rb") as file:
-            for stored, kind, begin, stretch in self._overlaps(
+            for stored, kind, begin, fragment in self._overlaps(
                 read_header(str(path)).tensors, str(path)
             ):
                 source = stored.view(map_stretch(file.fileno(), stored.start, stored.size))
-                first = max(begin, stretch.start)
-                end = min(begin + len(source), stretch.start + stretch.length)
-                target = stretch.of(self._target(stretch.flat, kind))
-                target[first - stretch.start : end - stretch.start].copy_(
+                first = max(begin, fragment.start)
+                end = min(begin + len(source), fragment.start + fragment.length)
+                target = fragment.of(self._target(fragment.flat, kind))
+                target[first - fragment.start : end - fragment.start].copy_(
                     source[first - begin : end - begin]
                 )
                 self._read += end - first
@@ -186,7 +186,7 @@ class Restoration:
             CheckpointError: if the shards belong to another model, or are incomplete.
         """
         engine, optimizer = self._engine, self._optimizer
-        mine = [each for stretches in self._mine.values() for each in stretches]
+        mine = [each for fragments in self._mine.values() for each in fragments]
         expected = sum(each.length for each in mine) * len(self._kinds)
         if mine and (self._read != expected or MASTER not in self._kinds):
             raise CheckpointError(
@@ -222,8 +222,8 @@ class Restoration:
 
     def _overlaps(
         self, tensors: Iterable[StoredTensor], address: str
-    ) -> Iterator[tuple[StoredTensor, str, int, Stretch]]:
-        """(tensor, its kind, its start in the parameter, a stretch of ours that it overlaps)."""
+    ) -> Iterator[tuple[StoredTensor, str, int, Fragment]]:
+        """(tensor, its kind, its start in the parameter, a fragment of ours that it overlaps)."""
         known = set(self._engine.param_names.values())
         for stored in tensors:
             kind, start, name = [*stored.name.split("/", 2), "", ""][:3]
@@ -234,12 +234,12 @@ class Restoration:
             begin = int(start)
             if name not in known:
                 self._unknown.add(name)
-            for stretch in self._mine.get(name, []):
+            for fragment in self._mine.get(name, []):
                 if (
-                    begin < stretch.start + stretch.length
-                    and stretch.start < begin + stored.shape[0]
+                    begin < fragment.start + fragment.length
+                    and fragment.start < begin + stored.shape[0]
                 ):
-                    yield stored, kind, begin, stretch
+                    yield stored, kind, begin, fragment
 
     def _target(self, flat: Tensor, kind: str) -> Tensor:
         if kind == MASTER:
@@ -269,12 +269,12 @@ def _kinds(engine: Any, flat: Tensor) -> Sequence[str]:
     ]
 
 
-def _moments(engine: Any, stretch: Stretch) -> dict[str, Tensor]:
-    """One stretch's moments; only one, since 8-bit moments are stored several times as large."""
-    state = engine.basic_optimizer.state.get(stretch.flat, {})
+def _moments(engine: Any, fragment: Fragment) -> dict[str, Tensor]:
+    """One fragment's moments; only one, since 8-bit moments are stored several times as large."""
+    state = engine.basic_optimizer.state.get(fragment.flat, {})
     if moment_kinds(state):
-        return stored_moments(state, stretch.offset, stretch.offset + stretch.length)
-    return {kind: stretch.of(state[kind]) for kind in _kinds(engine, stretch.flat)}
+        return stored_moments(state, fragment.offset, fragment.offset + fragment.length)
+    return {kind: fragment.of(state[kind]) for kind in _kinds(engine, fragment.flat)}
 
 
 def _scaler(engine: Any) -> Any:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from gptj import storage
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.training.failures import StoppedError
 from gptj.training.settings import Settings, SettingsError
 

@@ -17,10 +17,10 @@ from gptj.adapters.quantization import Quantization, count_weights, quantize_blo
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import TensorSpec
 from gptj.config import GPTJConfig
-from gptj.extras import Extra, check_installed
+from gptj.environment.extras import Extra, check_installed
 from gptj.model import GPTJForCausalLM
 from gptj.pretrained import GPTJPreTrainedModel
-from gptj.saving import save_adapter_folder, save_folder
+from gptj.pretrained.saving import save_adapter_folder, save_folder
 from gptj.tokenizer import GPTJTokenizer
 from gptj.training.settings import Settings
 

@@ -93,9 +93,9 @@ class Batcher(Generic[Item, Result]):
         """See WorkerThread.alive."""
         return self._thread.alive(within_seconds)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Report progress from within `compute`."""
-        self._thread.beat()
+        self._thread.heartbeat()
 
     def close(self) -> None:
         """Stop after the running batch; waiting items fail with ClosedError."""

@@ -17,7 +17,7 @@ MEMORY = 32  # items that the pace averages over, at least; older ones weigh les
 TURNS = 8  # turns that the usual number of items per turn averages over
 
 
-class Pace:
+class Throughput:
     """Seconds per item while items wait for room: a mean of the last `memory` items."""
 
     def __init__(self, memory: int) -> None:
@@ -64,7 +64,7 @@ class BoundedQueue(Generic[Item]):
         self._max_seconds = max_seconds
         self._room = room
         self._clock = clock
-        self._pace = Pace(max(MEMORY, together))
+        self._throughput = Throughput(max(MEMORY, together))
         self._at_once = self._usual_turn = float(at_once)
         self._full_since: float | None = None  # the last turn's end, if there was no room for all
         self._taken = 0  # in the present turn
@@ -106,7 +106,7 @@ class BoundedQueue(Generic[Item]):
             if room < 1 and not self._at_once:
                 self._full_since = self._clock()
             return
-        expected = self._pace.expected(waiting + 1 - max(room, round(self._usual_turn)))
+        expected = self._throughput.expected(waiting + 1 - max(room, round(self._usual_turn)))
         if expected > limit:
             raise QueueFullError(
                 f"{waiting} requests are already waiting, and another would wait for about "
@@ -140,8 +140,8 @@ class BoundedQueue(Generic[Item]):
             if taken and self._full_since is not None:
                 seconds = now - self._full_since
                 # A turn that takes all might have taken more.
-                if self._items or seconds < self._pace.expected(taken):
-                    self._pace.note(seconds, taken)
+                if self._items or seconds < self._throughput.expected(taken):
+                    self._throughput.note(seconds, taken)
             if not self._items:
                 self._full_since = None
             elif taken or self._full_since is None:

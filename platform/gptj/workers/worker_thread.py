@@ -52,7 +52,7 @@ class WorkerThread:
     def start(self) -> None:
         self._thread.start()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Report progress; long steps call this themselves."""
         self._last_beat = time.monotonic()
 
@@ -71,7 +71,7 @@ class WorkerThread:
 
     def _loop(self) -> None:
         while not self._queue.closed:
-            self.beat()
+            self.heartbeat()
             if not len(self._queue) and not self._busy():
                 self._queue.wait(IDLE_SECONDS)
                 continue

@@ -42,7 +42,7 @@ from gptj_bench.autoscaling.machines import MACHINES, Machine
 from gptj_bench.autoscaling.report import Row, intervals, plot, summary, table
 from gptj_bench.autoscaling.simulation import Service, Signal, simulate
 from gptj_bench.autoscaling.traffic import Traffic, arrivals
-from jobs import command_line
+from gptj_jobs import command_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

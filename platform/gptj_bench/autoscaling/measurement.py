@@ -34,9 +34,9 @@ from gptj.serialization.json_object import to_json
 from gptj_bench import machine
 from gptj_bench.decode import TEXT_IDS, generate
 from gptj_bench.serve import SERVE_CONFIG
+from gptj_jobs import command_line
 from gptj_local.processes import free_ports
 from gptj_local.ray import LocalRay
-from jobs import command_line
 
 BATCHES = (1, 8, 16, 32, 64)
 PROMPTS = (16, 64, 256, 512)

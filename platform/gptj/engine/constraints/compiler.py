@@ -18,7 +18,7 @@ from typing import Any
 
 from gptj.engine.constraints.grammar import Grammar, GrammarError
 from gptj.engine.constraints.trial import TimeoutGrammarError, Trial
-from gptj.extras import Extra, MissingPackageError
+from gptj.environment.extras import Extra, MissingPackageError
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError, QueueFullError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
+def to_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Copy numbers to the device, without synchronizing a GPU.
 
     PyTorch does not reuse pinned memory before the copy from it has completed.
@@ -20,7 +20,7 @@ def sent(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor
 
 
-class Arrival:
+class HostCopy:
     """Tensors of one device on their way to the host."""
 
     def __init__(self, *tensors: Tensor) -> None:

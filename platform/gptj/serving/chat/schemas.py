@@ -17,7 +17,7 @@ from gptj.serving.completions.generation_request import (
 )
 from gptj.serving.completions.schemas import TokenIds
 from gptj.serving.middleware.observing import request_id
-from gptj.serving.requests import bounds, examples
+from gptj.serving.requests import FailFastList, bounds, examples
 
 HELLO = [{"role": "user", "content": "Where do penguins live?"}]
 
@@ -47,7 +47,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
     )
     prompt_field: ClassVar[str] = "messages"
 
-    messages: Annotated[list[ChatMessage], bounds(minItems=1)]
+    messages: Annotated[FailFastList[ChatMessage], bounds(minItems=1)]
     # Default: all that fit the context.
     max_completion_tokens: Annotated[int | None, bounds(minimum=1)] = None
     max_tokens: Annotated[int | None, bounds(minimum=1)] = None  # its former name
@@ -59,7 +59,7 @@ class ChatRequest(GenerationRequest, TemplateFields):
     tool_choice: Annotated[Any, bounds(enum=["none", "auto"])] = None
     function_call: Annotated[Any, bounds(enum=["none", "auto"])] = None  # its former name
     parallel_tool_calls: bool | None = None  # no effect without tools
-    modalities: list[Literal["text"]] | None = None
+    modalities: FailFastList[Literal["text"]] | None = None
     store: Literal[False] = False  # nothing is kept
     # Ignored: they concern OpenAI's own storage, prices, caches and abuse checks.
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -91,6 +91,10 @@ class ChatRequest(GenerationRequest, TemplateFields):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def logprobs_field(self) -> str:
+        return "top_logprobs"
 
     def check(self) -> None:
         for name in ("tools", "functions"):

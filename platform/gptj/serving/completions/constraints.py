@@ -10,10 +10,10 @@ from pydantic import ConfigDict, Field
 
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.constraints.grammar import MAX_CHARACTERS, MAX_CHOICES, Grammar, GrammarError
-from gptj.extras import MissingPackageError
+from gptj.environment.extras import MissingPackageError
 from gptj.serving.errors import SCOPE, APIError, InvalidRequestError, OverloadedError
 from gptj.serving.metrics import Recorder
-from gptj.serving.requests import RequestModel, bounds, checked_text, examples
+from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text, examples
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import QueueFullError
 
@@ -59,7 +59,8 @@ class StructuredOutputs(RequestModel):
     # Of the whole output, in the syntax of Rust's regex crate.
     regex: Annotated[str | None, bounds(**_TEXT)] = None
     choice: Annotated[
-        list[str] | None, bounds(items={"type": "string"}, minItems=1, maxItems=MAX_CHOICES)
+        FailFastList[str] | None,
+        bounds(items={"type": "string"}, minItems=1, maxItems=MAX_CHOICES),
     ] = None
     # In Lark's syntax as llguidance has it, or in GBNF.
     grammar_: Annotated[str | None, bounds(**_TEXT), Field(alias="grammar")] = None
@@ -90,11 +91,11 @@ class ConstraintFields(RequestModel):
     structured_outputs: StructuredOutputs | None = None
     # Banned words, as tokenized alone and after a space.
     bad_words: Annotated[
-        list[str], bounds(items={"type": "string", "minLength": 1}, maxItems=MAX_BAD_WORDS)
+        FailFastList[str], bounds(items={"type": "string", "minLength": 1}, maxItems=MAX_BAD_WORDS)
     ] = Field(default_factory=list)
     # Only these tokens; eos must be among them for an output to end by itself.
     allowed_token_ids: Annotated[
-        list[int] | None,
+        FailFastList[int] | None,
         bounds(items={"type": "integer", "minimum": 0}, minItems=1, maxItems=MAX_ALLOWED_TOKENS),
     ] = None
 

@@ -10,12 +10,12 @@ from pydantic import BaseModel, Field, PlainValidator, PrivateAttr, WithJsonSche
 
 from gptj.engine.adapter_slots import Adapter
 from gptj.engine.constraints.compiler import CompiledGrammar
-from gptj.engine.events import BeamParams
+from gptj.engine.request import BeamParams
 from gptj.sampling import SamplingParams
 from gptj.serving.adapters import ServedAdapter
 from gptj.serving.completions.constraints import ConstraintFields
 from gptj.serving.errors import APIError, InvalidRequestError
-from gptj.serving.requests import RequestModel, bounds, checked_text
+from gptj.serving.requests import FailFastList, RequestModel, bounds, checked_text
 
 MAX_SEQUENCES = 128  # outputs of one request: prompts times candidates
 MAX_LOGPROBS = 20  # vLLM's limit; OpenAI's completions have 5
@@ -109,7 +109,7 @@ class GenerationRequest(ConstraintFields):
     min_tokens: Annotated[int, bounds(minimum=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: Annotated[
-        list[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_BIASES)
+        FailFastList[int], bounds(items={"type": "integer", "minimum": 0}, maxItems=MAX_BIASES)
     ] = Field(default_factory=list)
     # Keep only this many of the prompt's last tokens; -1: as many as fit beside the new tokens.
     truncate_prompt_tokens: Annotated[int | None, bounds(minimum=-1, **{"not": {"const": 0}})] = (
@@ -164,6 +164,11 @@ class GenerationRequest(ConstraintFields):
     def prompt_alternatives(self) -> int | None:
         """Number of top tokens to report per prompt position; None: no logprobs."""
         return self.alternatives if self.shows_prompt else None
+
+    @property
+    def logprobs_field(self) -> str:
+        """The field to lower if there are too many logprobs."""
+        return "logprobs" if self.alternatives is not None else "prompt_logprobs"
 
     @property
     def shows_prompt(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
@@ -11,14 +10,13 @@ from contextlib import aclosing
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
-from starlette.responses import StreamingResponse
-from starlette.types import Send
 
 from gptj.engine.constraints.compiler import CompiledGrammar, GrammarCompiler
 from gptj.engine.engine import Engine
 from gptj.engine.events import BeamsFound
 from gptj.engine.request import Ticket
 from gptj.serving.access_log import current_entry
+from gptj.serving.completions.engine_events import EventRouter, EventStream
 from gptj.serving.completions.generation_request import (
     GenerationRequest,
     Prompt,
@@ -26,10 +24,9 @@ from gptj.serving.completions.generation_request import (
     Usage,
 )
 from gptj.serving.completions.prompts import PromptResolver, ResolvedPrompt
+from gptj.serving.completions.request_trace import RequestTrace
 from gptj.serving.completions.run import (
     CompletionRun,
-    EventRouter,
-    EventStream,
     Output,
     Piece,
     failure,
@@ -38,10 +35,9 @@ from gptj.serving.completions.run import (
     usage_of,
 )
 from gptj.serving.completions.vocabulary import Vocabulary
-from gptj.serving.errors import APIError
 from gptj.serving.keys.account import current_account, reserve_tokens
 from gptj.serving.metrics import Recorder
-from gptj.serving.tracing import RequestTrace
+from gptj.serving.reply_threads import in_reply_thread
 from gptj.tokenizer import GPTJTokenizer
 
 Request = TypeVar("Request", bound=GenerationRequest)
@@ -128,7 +124,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         async for index, piece in run.pieces():
             pieces[index].extend(piece)
         # Logprobs of long prompts take a while: not on the event loop.
-        return await asyncio.to_thread(self._reply_of, request, run, pieces, prompts)
+        return await in_reply_thread(self._reply_of, request, run, pieces, prompts)
 
     def _reply_of(
         self,
@@ -198,7 +194,7 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                     choice = self._delta(request, output, piece, False)
                 else:
                     # Logprobs of a long prompt take a while: not on the event loop.
-                    choice = await asyncio.to_thread(self._delta, request, output, piece, True)
+                    choice = await in_reply_thread(self._delta, request, output, piece, True)
                     fields = self._first_fields(request, output)
                     begun.add(index)
                 usage = run.usage() if options.continuous_usage_stats else None
@@ -295,43 +291,6 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
     def _resolved(self, request: Request, grammar: CompiledGrammar | None) -> list[ResolvedPrompt]:
         return self._resolver.resolve(request, self._prompts(request), grammar)
-
-
-class EventStreamResponse(StreamingResponse):
-    """Closes the events when the client leaves rather than at garbage collection.
-
-    Otherwise the engine would keep working, and the key would be charged all reserved tokens.
-    """
-
-    def __init__(self, events: AsyncGenerator[str]) -> None:
-        self._events = events
-        # Proxies must not buffer the stream.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._events):
-            await super().stream_response(send)
-
-
-async def server_sent(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
-    """Chunks as server-sent events; errors too, since the status has already been sent."""
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield f"data: {on_one_line(chunk.model_dump_json())}\n\n"
-    except APIError as error:
-        yield f"data: {json.dumps(error.body())}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def on_one_line(content: str) -> str:
-    """Escape the three line separators that JSON allows but some clients split lines at."""
-    if content.isascii():
-        return content
-    for separator in ("\u0085", "\u2028", "\u2029"):
-        content = content.replace(separator, f"\\u{ord(separator):04x}")
-    return content
 
 
 async def _chained(first: Chunk, rest: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +13,18 @@ from gptj.engine.events import Event, Failed, Finished, PromptLogprobs, TokenEve
 from gptj.engine.request import Ticket
 from gptj.serving.access_log import Entry, current_entry
 from gptj.serving.completions.detokenizer import TextStream
+from gptj.serving.completions.engine_events import EventStream
 from gptj.serving.completions.generation_request import (
     GenerationRequest,
     PromptTokensDetails,
     Usage,
 )
 from gptj.serving.completions.prompts import ResolvedPrompt
+from gptj.serving.completions.request_trace import RequestTrace
 from gptj.serving.errors import APIError, InvalidRequestError, ModelError, UnavailableError
 from gptj.serving.keys.account import current_account
 from gptj.serving.metrics import Recorder
 from gptj.serving.middleware.observing import request_seed
-from gptj.serving.tracing import RequestTrace
 from gptj.tokenizer import GPTJTokenizer
 from gptj.workers.errors import ClosedError
 
@@ -258,68 +258,6 @@ class OutputClock:
                 end=now,
                 tokens=new_tokens,
             )
-
-
-class EventRouter:
-    """Passes a step's events from the engine's thread to the streams of one event loop.
-
-    Waking the loop costs a system call, so this does it once per step, not per event.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._streams: dict[Ticket, tuple[EventStream, int]] = {}
-
-    def __call__(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        """Called on the engine's thread. Raises RuntimeError once the loop is closed."""
-        self.loop.call_soon_threadsafe(self._route, events)
-
-    def add(self, ticket: Ticket, stream: EventStream, index: int) -> None:
-        """Call on the loop's thread, in the same callback that submits the ticket."""
-        self._streams[ticket] = stream, index
-
-    def remove(self, ticket: Ticket) -> None:
-        self._streams.pop(ticket, None)
-
-    def _route(self, events: Sequence[tuple[Ticket, Event]]) -> None:
-        for ticket, event in events:
-            if (found := self._streams.get(ticket)) is not None:
-                stream, index = found
-                stream.put(index, event)
-
-
-class EventStream:
-    """The events of one HTTP request, which is one or several engine requests."""
-
-    def __init__(self, router: EventRouter) -> None:
-        self.tickets: list[Ticket] = []
-        self.router = router
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-    def follow(self, tickets: Sequence[Ticket]) -> None:
-        """Receive their events, numbered in order."""
-        for ticket in tickets:
-            self.router.add(ticket, self, len(self.tickets))
-            self.tickets.append(ticket)
-
-    def put(self, index: int, event: Event) -> None:
-        self._queue.put_nowait((index, event))
-
-    async def get(self) -> tuple[int, Event]:
-        return await self._queue.get()
-
-    async def get_all(self) -> list[tuple[int, Event]]:
-        """All events that have arrived; waits for at least one."""
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
-        return events
-
-    def cancel(self) -> None:
-        """Cancel running requests and stop receiving events."""
-        for ticket in self.tickets:
-            self.router.remove(ticket)
-            ticket.cancel()
 
 
 def text_stream(

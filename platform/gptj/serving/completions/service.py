@@ -20,7 +20,7 @@ from gptj.serving.completions.schemas import (
     PromptLogprob,
 )
 
-LEAST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
+MIN_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
 
 
 class CompletionService(GenerationService[CompletionRequest, Completion, Completion]):
@@ -118,4 +118,4 @@ def _scored(output: Output) -> Sequence[TokenEvent]:
 
 def finite(logprob: float | None) -> float:
     assert logprob is not None
-    return logprob if math.isfinite(logprob) else LEAST_LOGPROB
+    return logprob if math.isfinite(logprob) else MIN_LOGPROB

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "GPTJ_API_KEYS"  # comma separated
 FILE_VARIABLE = "GPTJ_KEYS_FILE"
 SCHEME = b"bearer "
-LOOK_SECONDS = 1.0  # between checks for changes of the file
+CHECK_SECONDS = 1.0  # between checks for changes of the file
 
 Limit = Annotated[int, Field(ge=1)] | None
 
@@ -87,7 +87,7 @@ class Keys:
         ]
         self._path = path
         self._stamp: tuple[int, int, int] | None = None
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         self._named = self._read() if path is not None else []
 
     def __bool__(self) -> bool:
@@ -130,8 +130,8 @@ class Keys:
 
     def _present(self) -> list[Key]:
         now = time.monotonic()
-        if self._path is not None and now - self._looked >= LOOK_SECONDS:
-            self._looked = now
+        if self._path is not None and now - self._checked >= CHECK_SECONDS:
+            self._checked = now
             try:
                 self._named = self._read()
             except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 WINDOW_SECONDS = 60.0
 # A request running longer than this has lost its replica and was not retried.
-LONGEST_SECONDS = 660.0
+MAX_SECONDS = 660.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Counts:
         use.tokens.expire(now)
         while use.running:
             request, since = next(iter(use.running.items()))
-            if now - since < LONGEST_SECONDS:
+            if now - since < MAX_SECONDS:
                 break
             del use.running[request]
             use.reserved.discard(request)

@@ -20,9 +20,12 @@ FLAGS = (
     "-Wall -Wno-uninitialized -Wno-maybe-uninitialized"  # false positives in GCC's headers
 ).split()
 BUILD_SECONDS = 300
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 # Highest first: each level's processor flags, and the compiler's.
 LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "avx512": (("avx512f", "avx512bw", "avx512dq", "avx512vl"), ()),
+    "avx512_bf16": ((*_AVX512, "avx512_vnni", "avx512_bf16"), ()),
+    "avx512_vnni": ((*_AVX512, "avx512_vnni"), ("-mno-avx512bf16",)),
+    "avx512": (_AVX512, ("-mno-avx512bf16", "-mno-avx512vnni")),
     "avx2": (("avx2", "fma"), ("-mno-avx512f",)),
 }
 # An environment variable: the highest level to use, or `none`, like oneDNN's ONEDNN_MAX_CPU_ISA.

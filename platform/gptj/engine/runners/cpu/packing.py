@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gptj import int4
 from gptj.config import GPTJConfig
 from gptj.engine.runners.cpu.library import UnsupportedError
-from gptj.int4 import Int4Weight
+from gptj.layers import int4
+from gptj.layers.int4 import Int4Weight
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 

@@ -23,10 +23,10 @@ from gptj.engine.runners.cpu import library
 from gptj.engine.runners.cpu.adapters import LANES, PackedAdapter, pack_adapter
 from gptj.engine.runners.cpu.packing import KINDS, Kind, PackedLinear, check_int4_widths, pack
 from gptj.engine.runners.lora import NONE, LoRALimits, LoRAWeights
-from gptj.int4 import Int4Linear, is_int4
+from gptj.layers.int4 import Int4Linear, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, GPTJModel, Rotary
 
-LEAST_BYTES = 2**21  # smallest allocation that gets huge pages
+MIN_BYTES = 2**21  # smallest allocation that gets huge pages
 
 
 class CpuRunner:
@@ -40,8 +40,9 @@ class CpuRunner:
             the final hidden states (W, D) instead of logits.
         num_pages: of the cache.
         kind: of the weights; int8 is symmetric with a scale per output, and also quantizes
-            activations, with a scale per 128 inputs. int4 (see gptj.int4) quantizes activations to
-            8 bits with a scale per group of 64 inputs, and the head's weights in int8.
+            activations, with a scale per 128 inputs. int4 (see gptj.layers.int4) quantizes
+            activations to 8 bits with a scale per group of 64 inputs, and the head's weights in
+            int8.
         threads: including the caller's; default: PyTorch's setting.
         lora: whether there can be adapters, whose matrices are fp32 and not quantized.
         release: move the weights out of the model piece by piece, keeping one copy in memory; the
@@ -246,7 +247,7 @@ class CpuRunner:
 
     def _allocate(self, size: int) -> Tensor:
         memory = torch.empty(size, dtype=torch.uint8)
-        if size >= LEAST_BYTES:
+        if size >= MIN_BYTES:
             self._library.gptj_prefer_large_pages(memory.data_ptr(), size)
         return memory
 

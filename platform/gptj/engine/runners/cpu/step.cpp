@@ -35,20 +35,20 @@ constexpr int kQueries = 6, kMoreQueries = 5, kScores = 6, kValues = 6;
 constexpr int64_t kMaxRank = 64;  // of an adapter
 constexpr int64_t kRanks = 8;     // rows of an adapter's A per work item
 
-thread_local int thread_number = 0;  // in its team; the caller is 0
+thread_local int thread_number = 0;  // in its pool; the caller is 0
 
 // Threads that run one function together. They sleep between runs; at barriers they spin briefly,
 // then yield.
-class Team {
+class ThreadPool {
  public:
-  explicit Team(int size) : size_(size) {
+  explicit ThreadPool(int size) : size_(size) {
     for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] {
         thread_number = i;
         work();
       });
   }
 
-  ~Team() {
+  ~ThreadPool() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       ended_ = true;
@@ -165,7 +165,7 @@ class Runner {
         m_(model),
         layers_(model.layers, model.layers + sizes.layers),
         kind_(Kind(sizes.kind)),
-        team_(int(sizes.threads)) {
+        pool_(int(sizes.threads)) {
     m_.layers = layers_.data();
   }
 
@@ -191,7 +191,7 @@ class Runner {
     }
     counters_ = std::vector<Counter>(size_t((9 * s_.layers + 5) * s_.threads));
     const std::function<void()> job = [this] { run(); };
-    team_.run(job);
+    pool_.run(job);
   }
 
  private:
@@ -261,7 +261,7 @@ class Runner {
       auto& taken = stretches[stretch].next;
       for (int64_t k; (k = start + taken.fetch_add(1, std::memory_order_relaxed)) < end;) work(k);
     }
-    team_.barrier();
+    pool_.barrier();
   }
 
   template <class Done>
@@ -478,7 +478,7 @@ class Runner {
       }
       switch (count) {
 #define QUERIES(Q) \
-  case Q: look<K, Q>(layer, head, t, pages, words.data(), scores, weights); break;
+  case Q: attend_queries<K, Q>(layer, head, t, pages, words.data(), scores, weights); break;
         QUERIES(1) QUERIES(2) QUERIES(3) QUERIES(4) QUERIES(kMoreQueries) QUERIES(kQueries)
 #undef QUERIES
       }
@@ -516,8 +516,9 @@ class Runner {
   // Attention of Q consecutive queries, the first of them token t. Scores of the whole context,
   // then their softmax, then the values: each query's own sums in the order of positions.
   template <class K, int Q>
-  void look(int64_t layer, int64_t head, int32_t t, const int32_t* pages, const uint32_t* queries,
-            std::vector<float>& score_buffer, std::vector<float>& weight_buffer) {
+  void attend_queries(int64_t layer, int64_t head, int32_t t, const int32_t* pages,
+                      const uint32_t* queries, std::vector<float>& score_buffer,
+                      std::vector<float>& weight_buffer) {
     const int64_t length = b_->positions[t] + Q;  // the last query's context
     const int64_t page_count = ceil_div(length, kPage);
     const int64_t stride = (page_count | 1) * kPage;  // odd in lines of cache, to use all its sets
@@ -628,7 +629,7 @@ class Runner {
   Model m_;
   const std::vector<Layer> layers_;
   const Kind kind_;  // of the cache and the embedding
-  Team team_;
+  ThreadPool pool_;
   const Step* b_ = nullptr;
   std::vector<Counter> counters_;
   std::vector<float> x_, qkv_, branches_, scales_;
@@ -677,7 +678,7 @@ void gptj_discard(void* data, int64_t bytes) { advise(data, bytes, MADV_DONTNEED
 
 // Reads `bytes` (a multiple of 64) once on this many threads: the lower bound of a step's time.
 int64_t gptj_read(const void* data, int64_t bytes, int threads) {
-  Team team(threads);
+  ThreadPool pool(threads);
   std::atomic<int64_t> next{0}, total{0};
   const int64_t piece = 1 << 17;
   const std::function<void()> job = [&] {
@@ -688,7 +689,7 @@ int64_t gptj_read(const void* data, int64_t bytes, int threads) {
           sums[v] = add_long(sums[v], load_ints(static_cast<const char*>(data) + i + 64 * v));
     for (const auto& sum : sums) total += sum_of_long(sum);
   };
-  team.run(job);
+  pool.run(job);
   return total;
 }
 }

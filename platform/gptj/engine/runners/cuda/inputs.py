@@ -20,11 +20,11 @@ Vector = TypeVar("Vector", Tensor, Ints)
 
 DRAFTED = 16  # most tokens of a sequence that are computed as decode rows
 ALONE = (0, 0)  # Inputs.groups_R2 of a sequence without a group
-LEAST_SHARED = 4  # pages that are worth a group: each of its tokens has one more split
+MIN_SHARED_PAGES = 4  # pages that are worth a group: each of its tokens has one more split
 ALIGNED = 4  # int32s: Triton specializes kernels for 16-byte alignment
 
 
-class Outline:
+class Layout:
     """The layout of a step's arrays within one vector."""
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
@@ -64,12 +64,12 @@ class InputsMaker:
         self._page_size = page_size
         self._scratch = scratch
         # Graphs always read their inputs here.
-        size = self._decode_outline(max_decodes).size
+        size = self._decode_layout(max_decodes).size
         self._static = torch.zeros(size, dtype=torch.int32, device=device)
 
     def static(self, size: int) -> Inputs:
         """A decode step's inputs for that size, always at the same address."""
-        views = self._decode_outline(size).views(self._static)
+        views = self._decode_layout(size).views(self._static)
         ids_T, positions_T, slots_T, adapters_T, groups_R2, page_table_RP = views
         return Inputs(
             ids_T, positions_T, slots_T, page_table_RP, groups_R2, size, adapters_T=adapters_T
@@ -78,9 +78,9 @@ class InputsMaker:
     def fill(self, batch: StepBatch, size: int) -> None:
         """Copy a decode batch into `static(size)`, padded with the scratch page."""
         count = len(batch.ids_T)
-        outline = self._decode_outline(size)
-        vector = self._vector(outline.size)
-        ids, positions, slots, adapters, groups, tables = outline.views(vector.numpy())
+        layout = self._decode_layout(size)
+        vector = self._vector(layout.size)
+        ids, positions, slots, adapters, groups, tables = layout.views(vector.numpy())
         ids[count:], positions[count:] = 0, 0
         slots[count:] = self._scratch * self._page_size
         adapters[count:] = NONE
@@ -92,7 +92,7 @@ class InputsMaker:
         slots[:count] = self._slots(batch, np.arange(count))
         groups[:count] = groups_of(batch.page_table_RP, batch.positions_T // self._page_size)
         self._fill_tables(tables[:count], batch)
-        self._static[: outline.size].copy_(vector, non_blocking=True)
+        self._static[: layout.size].copy_(vector, non_blocking=True)
         if batch.device_ids is not None:
             self._static[: len(batch.device_ids)].copy_(batch.device_ids)
 
@@ -107,7 +107,7 @@ class InputsMaker:
             if row >= num_decodes
         )
         tiles = [tile for chunk in chunks for tile in self._tiles(chunk)]
-        outline = Outline(
+        layout = Layout(
             (tokens,),
             (tokens,),
             (tokens,),
@@ -117,8 +117,8 @@ class InputsMaker:
             (len(tiles), 4),
             batch.logits_indices.shape,
         )
-        vector = self._vector(outline.size)
-        parts = outline.views(vector.numpy())
+        vector = self._vector(layout.size)
+        parts = layout.views(vector.numpy())
         parts[0][:] = batch.ids_T
         parts[1][:] = batch.positions_T
         parts[2][:] = self._slots(batch, np.repeat(np.arange(rows), lengths))
@@ -131,8 +131,8 @@ class InputsMaker:
         if tiles:
             parts[6][:] = tiles
         parts[7][:] = batch.logits_indices
-        sent = outline.views(vector.to(self._device, non_blocking=True))
-        ids_T, positions_T, slots_T, adapters_T, page_table_RP, groups_R2, *others = sent
+        arrived = layout.views(vector.to(self._device, non_blocking=True))
+        ids_T, positions_T, slots_T, adapters_T, page_table_RP, groups_R2, *others = arrived
         tiles_N4, logits_indices_W = others
         if batch.device_ids is not None:
             ids_T[: len(batch.device_ids)].copy_(batch.device_ids)
@@ -149,8 +149,8 @@ class InputsMaker:
             logits_indices_W,
         )
 
-    def _decode_outline(self, size: int) -> Outline:
-        return Outline((size,), (size,), (size,), (size,), (size, 2), (size, self._max_pages))
+    def _decode_layout(self, size: int) -> Layout:
+        return Layout((size,), (size,), (size,), (size,), (size, 2), (size, self._max_pages))
 
     def _vector(self, size: int) -> Tensor:
         # PyTorch does not reuse pinned memory before the copy from it has completed.
@@ -188,7 +188,7 @@ def groups_of(page_table_RP: Ints, full_R: Ints) -> Ints:
     groups = np.empty((rows, 2), np.int32)
     groups[:] = ALONE
     equal = page_table_RP[1:] == page_table_RP[:-1]
-    if not equal[:, :LEAST_SHARED].all(axis=1).any():
+    if not equal[:, :MIN_SHARED_PAGES].all(axis=1).any():
         return groups
     # Pages that a sequence shares with the one before it.
     common = np.where(equal.all(axis=1), equal.shape[1], equal.argmin(axis=1))
@@ -199,7 +199,7 @@ def groups_of(page_table_RP: Ints, full_R: Ints) -> Ints:
         while first + count < rows and count < MAX_GROUP:
             fewer = min(shared, common[first + count - 1])
             # A sequence with much less in common would leave the others less to share.
-            if fewer < max(LEAST_SHARED, shared // 2):
+            if fewer < max(MIN_SHARED_PAGES, shared // 2):
                 break
             count, shared = count + 1, fewer
         if count > 1:

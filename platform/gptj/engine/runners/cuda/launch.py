@@ -34,7 +34,7 @@ from gptj.engine.runners.cuda.sampling import draw
 from gptj.engine.runners.cuda.tuned_linear import TunedLinear
 from gptj.engine.runners.cuda.weights import BITS, HEAD_BITS, Format, Matrix, Norm, Weights
 from gptj.engine.runners.lora import NONE, LoRALimits
-from gptj.engine.runners.transfer import sent
+from gptj.engine.runners.transfer import to_device
 
 BLOCK_INNER = 1024
 MAX_SPLITS = 32
@@ -69,7 +69,7 @@ PREFILL_BLOCKS = (
 )
 # Of a cache in fp8, whose conversion takes registers: with more places or fewer stages they spill.
 FP8_PREFILL_PLACES, FP8_PREFILL_STAGES = 32, 3
-LEAST_SHARED_MEMORY = 101_376  # of the GPUs that the kernels support
+MIN_SHARED_MEMORY = 101_376  # of the GPUs that the kernels support
 
 
 class TritonOperations:
@@ -86,7 +86,7 @@ class TritonOperations:
         config: GPTJConfig,
         dtype: torch.dtype,
         processors: int,
-        shared_memory: int = LEAST_SHARED_MEMORY,
+        shared_memory: int = MIN_SHARED_MEMORY,
     ) -> None:
         self._config = config
         self._prefill_blocks = next(
@@ -317,7 +317,7 @@ class TritonOperations:
         kernels.copy_pages[(len(copies), parts * layers, heads)](
             cache.data,
             cache.scales,
-            sent(np.array(copies, np.int32), cache.data.device),
+            to_device(np.array(copies, np.int32), cache.data.device),
             pages,
             HEADS=heads,
             HEAD_DIM=head_dim,

@@ -20,7 +20,7 @@ from gptj.engine.runners.lora import LoRALimits, LoRAPair, LoRAWeights
 
 FIRST = ("q_proj", "k_proj", "v_proj", "fc_in")
 SECOND = ("out_proj", "fc_out")
-LEAST_RANK = 8  # of a slot: the kernels' block size
+MIN_RANK = 8  # of a slot: the kernels' block size
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class AdaptedLayer:
         cls, config: GPTJConfig, limits: LoRALimits, dtype: torch.dtype, ranks: Ranks
     ) -> AdaptedLayer:
         width, inner = config.n_embd, config.inner_dim
-        rank = max(LEAST_RANK, 1 << (limits.max_lora_rank - 1).bit_length())
+        rank = max(MIN_RANK, 1 << (limits.max_lora_rank - 1).bit_length())
 
         def adapted(inputs: tuple[int, ...], columns: tuple[int, ...], *, beside: bool) -> Adapted:
             slots = limits.max_loras

@@ -20,7 +20,7 @@ from torch import Tensor
 from gptj.engine.runners.cuda import quantized_kernels as kernels
 from gptj.engine.runners.cuda.quantized_matrix import WORDS, Bits, QuantizedMatrix
 from gptj.engine.runners.cuda.tuned_linear import LAUNCH_ERRORS, seconds_of
-from gptj.engine.runners.wide import multiply_wide
+from gptj.engine.runners.fp32_matmul import matmul_fp32
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ ONE = 0x3F800000  # the bits of 1.0
 QUAD = 4  # words of 4 bytes that a thread loads together
 BLOCK_WORDS, BLOCK_SIZE = 256, 1024  # of the kernel that dequantizes: words, of all columns
 BLOCK_SUM = 1024
-MOST_SPLITS = 16
-LEAST_BLOCKS = 4  # of a split
+MAX_SPLITS = 16
+MIN_BLOCKS = 4  # of a split
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class QuantizedLinear:
             splits = splits_for(len(x_TC), weight, blocks, self._processors)
             return multiply_rows(x_TC, weight, blocks, splits, wide=wide)
         dequantized = self._dequantized(weight, x_TC.dtype)
-        return multiply_wide(x_TC, dequantized) if wide else F.linear(x_TC, dequantized)
+        return matmul_fp32(x_TC, dequantized) if wide else F.linear(x_TC, dequantized)
 
     def reserve(self, weights: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
         """Allocate memory for any of these weights, dequantized: graphs keep its address."""
@@ -214,9 +214,9 @@ def splits_for(rows: int, weight: QuantizedMatrix, blocks: RowsBlocks, processor
     """Number of parts of the inputs, a power of 2, to occupy all multiprocessors."""
     programs = triton.cdiv(rows, blocks.rows) * triton.cdiv(len(weight.words), blocks.columns)
     wanted: int = triton.next_power_of_2(triton.cdiv(blocks.programs * processors, programs))
-    while wanted > 1 and wanted * LEAST_BLOCKS > weight.blocks:
+    while wanted > 1 and wanted * MIN_BLOCKS > weight.blocks:
         wanted //= 2
-    return min(wanted, MOST_SPLITS)
+    return min(wanted, MAX_SPLITS)
 
 
 def multiply_rows(

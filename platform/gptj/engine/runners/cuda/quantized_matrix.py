@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits, in the layout that the GPU's kernels read.
 
-int8 is symmetric with a scale per column, rounded to nearest; int4 is as in gptj.int4. Both are the
-numbers that the CPU's runner computes with (`gptj.engine.runners.cpu.packing`).
+int8 is symmetric with a scale per column, rounded to nearest; int4 is as in gptj.layers.int4. Both
+are the numbers that the CPU's runner computes with (`gptj.engine.runners.cpu.packing`).
 
 A block of a column is 16 words of 32 bits: 64 inputs in int8, 128 in int4. Byte or nibble p of word
 w is the block's input 16 p + w, so a thread that loads four words multiplies each of their planes p
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptj import int4
 from gptj.engine.runners.cpu import packing
-from gptj.int4 import Int4Weight
+from gptj.layers import int4
+from gptj.layers.int4 import Int4Weight
 
 Bits = Literal[8, 4]
 

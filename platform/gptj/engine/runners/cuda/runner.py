@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch, independent
+from gptj.engine.runners.base import PAGE_SIZE, PageCopy, StepBatch, independent_groups
 from gptj.engine.runners.cuda.fp8 import Product
 from gptj.engine.runners.cuda.graphs import MAX_SIZE, Graphs, size_for
 from gptj.engine.runners.cuda.inputs import InputsMaker, with_drafts_as_rows
 from gptj.engine.runners.cuda.lora import LoRASlots
 from gptj.engine.runners.cuda.operations import Cache, Inputs, LayerCache, Operations
 from gptj.engine.runners.cuda.weights import Format, take
+from gptj.engine.runners.fp32_matmul import fp32_reduction
 from gptj.engine.runners.lora import LoRALimits, LoRAWeights
-from gptj.engine.runners.wide import wide_sums
 from gptj.model import GPTJForCausalLM
 
 
@@ -41,8 +41,8 @@ class CudaRunner:
         num_pages: of the cache; one page is added for padding.
         operations: for the model's device and dtype.
         quantization: of the layers' weights: int8 with a scale per output, or int4 in groups (see
-            gptj.int4), with the head in int8; a model's own 4-bit weights keep their values. Or fp8
-            (see `fp8`), with the head as it is.
+            gptj.layers.int4), with the head in int8; a model's own 4-bit weights keep their values.
+            Or fp8 (see `fp8`), with the head as it is.
         cache_dtype: torch.float8_e4m3fn, or None: the model's.
         lora: limits of the adapters to support.
         release: move the weights out of the model while fusing them, keeping one copy in memory;
@@ -136,7 +136,7 @@ class CudaRunner:
     @torch.inference_mode()
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         with self._computing():
-            for run in independent(copies):
+            for run in independent_groups(copies):
                 self._operations.copy_pages(self._cache, run)
 
     def load_adapter(self, slot: int, weights: LoRAWeights) -> None:
@@ -213,7 +213,7 @@ class CudaRunner:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Make the device current: Triton launches kernels there."""
-        with self._on_device(), wide_sums():
+        with self._on_device(), fp32_reduction():
             yield
 
     def _on_device(self) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from gptj.engine.runners.cuda.fp8 import ALIGNMENT, FP8
 from gptj.engine.runners.cuda.operations import Operations
 from gptj.engine.runners.cuda.weights import Format
 from gptj.engine.runners.lora import LoRALimits
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 from gptj.model import GPTJForCausalLM
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ tuned_linear = Extra(
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
+MIN_CAPABILITY = (8, 0)  # Ampere: bf16 and asynchronous copies
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: tensor cores for e4m3, and conversions
 
 
@@ -70,10 +70,10 @@ def operations_for(
     if quantization == "int4":
         check_int4_widths(config)
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < LEAST_CAPABILITY:
+    if (properties.major, properties.minor) < MIN_CAPABILITY:
         raise UnsupportedError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "
-            f"the kernels need {'.'.join(map(str, LEAST_CAPABILITY))} or more"
+            f"the kernels need {'.'.join(map(str, MIN_CAPABILITY))} or more"
             + ("; remedy: serve the model's original weights" if quantization is not None else "")
         )
     try:
@@ -113,7 +113,7 @@ def check_fp8(
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     if capability < FP8_CAPABILITY:
-        if setting == "quantization" and capability < LEAST_CAPABILITY:
+        if setting == "quantization" and capability < MIN_CAPABILITY:
             instead = "leave quantization out"
         raise UnsupportedError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}, but "

@@ -18,14 +18,14 @@ import triton
 from torch import Tensor
 
 from gptj.engine.runners.cuda import kernels
-from gptj.engine.runners.wide import multiply_wide
+from gptj.engine.runners.fp32_matmul import matmul_fp32
 
 logger = logging.getLogger(__name__)
 
 # Of Triton, its passes, the assembler and C compiler, and a full or read-only cache folder.
 LAUNCH_ERRORS = (triton.TritonError, RuntimeError, OSError, subprocess.CalledProcessError)
 MEASURED_BYTES = 4 * 2**30  # read per measurement: many times a GPU's cache
-MOST_ROUNDS = 20  # for small weights, which matter little
+MAX_ROUNDS = 20  # for small weights, which matter little
 
 
 class Stored(Protocol):
@@ -61,7 +61,7 @@ class TunedLinear:
         blocks = self._chosen.get(weight.shape) if len(x_TC) == 1 else None
         if blocks is not None:
             return multiply_row(x_TC, weight, blocks, wide=wide)
-        return multiply_wide(x_TC, weight) if wide else F.linear(x_TC, weight)
+        return matmul_fp32(x_TC, weight) if wide else F.linear(x_TC, weight)
 
     def tune(self, weights: Sequence[Tensor], *, wide: bool = False) -> None:
         """Choose the fastest implementation for weights of one shape and dtype, on their GPU."""
@@ -135,7 +135,7 @@ def seconds_of(
             current stream, unless that is the default one, which cannot be captured; cuBLAS keeps
             a workspace for each stream.
     """
-    rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MOST_ROUNDS)
+    rounds = min(-(-MEASURED_BYTES // sum(weight.nbytes for weight in weights)), MAX_ROUNDS)
 
     def multiply_all() -> None:
         for weight in weights:

@@ -22,7 +22,7 @@ from gptj.engine.runners.cuda.quantized_matrix import (
     pack,
     packed_bytes,
 )
-from gptj.int4 import Int4Linear, Int4Weight, is_int4
+from gptj.layers.int4 import Int4Linear, Int4Weight, is_int4
 from gptj.model import GPTJBlock, GPTJForCausalLM, Rotary
 
 Matrix = Tensor | QuantizedMatrix | Fp8Matrix

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 from gptj.training.settings import SettingsError
-from jobs.bell import Bell
+from gptj_jobs.bell import Bell
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gptj.checkpoints.weights import one_dtype
 from gptj.errors import CheckpointError
-from gptj.int4 import PARAMETERS, Int4Linear
+from gptj.layers.int4 import PARAMETERS, Int4Linear
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptj.extras import Extra
+from gptj.environment.extras import Extra
 
 if TYPE_CHECKING:
     from torch.nn.attention import varlen

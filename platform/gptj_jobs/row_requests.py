@@ -20,7 +20,7 @@ from gptj.data.json_rows import parse_json
 from gptj.data.rows import Row
 from gptj.serving.completions.generation_request import GenerationRequest
 from gptj.serving.errors import APIError
-from jobs.evaluate import task_of
+from gptj.training.tasks import task_of
 
 BATCH = ("custom_id", "url", "body")  # OpenAI's batch files
 METHOD = "method"  # which they should have, too

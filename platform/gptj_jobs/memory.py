@@ -13,7 +13,7 @@ import ray
 import torch
 
 from gptj.config import GPTJConfig
-from gptj.devices import cpu_computes_bf16
+from gptj.environment.devices import cpu_computes_bf16
 from gptj.training.memory import (
     as_long_as,
     certain_bytes,

@@ -1,4 +1,4 @@
-"""Base class of the model and its heads: configuration, loading, saving."""
+"""Base class of the model and its heads: from_pretrained, save_pretrained, resizing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gptj import int4
 from gptj.adapters.base import Base, digest_of
 from gptj.adapters.config import LoRAConfig
 from gptj.adapters.lora import adapter_parameters
@@ -20,13 +19,14 @@ from gptj.checkpoints.hub import upload
 from gptj.checkpoints.skeleton import without_weights
 from gptj.checkpoints.weights import SHARD_BYTES, TensorSpec
 from gptj.config import GPTJConfig, check_overrides, is_field, parse_dtype
-from gptj.devices import check_device
+from gptj.environment.devices import check_device
 from gptj.errors import CheckpointError
-from gptj.resizing import resized, resized_bias
-from gptj.saving import save_adapter_folder, save_folder
+from gptj.layers import int4
+from gptj.pretrained.resizing import resized, resized_bias
+from gptj.pretrained.saving import save_adapter_folder, save_folder
+from gptj.pretrained.weight_loading import load_weights
 from gptj.storage.scratch import scratch_folder
 from gptj.tokenizer import GPTJTokenizer
-from gptj.weight_loading import load_weights
 
 Model = TypeVar("Model", bound="GPTJPreTrainedModel")
 
@@ -73,10 +73,10 @@ class GPTJPreTrainedModel(nn.Module):
 
         Weights are loaded straight into `dtype` on `device`, without a second copy of the model,
         and the model is in evaluation mode. 4-bit weights stay in 4 bits, and PyTorch dequantizes a
-        layer for each product: see gptj.int4. Logs when a head missing from the checkpoint is newly
-        initialised, when mixed dtypes are unified (to the configuration's, if among them, else the
-        majority's), and when a stored lm_head that differs from the embedding is kept although the
-        configuration ties them. Another head's weights are skipped.
+        layer for each product: see gptj.layers.int4. Logs when a head missing from the checkpoint
+        is newly initialised, when mixed dtypes are unified (to the configuration's, if among them,
+        else the majority's), and when a stored lm_head that differs from the embedding is kept
+        although the configuration ties them. Another head's weights are skipped.
 
         Args:
             dtype: of the weights; None or "auto" keeps the checkpoint's. `torch_dtype` is the

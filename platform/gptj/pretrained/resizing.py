@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, constraints
 
-SPREAD = 1e-9  # new rows' covariance, as a fraction of the old rows'
+COVARIANCE_SHARE = 1e-9  # new rows' covariance, as a fraction of the old rows'
 
 
 @torch.no_grad()
@@ -36,15 +36,15 @@ def resized_bias(old: Tensor, rows: int, mean_resizing: bool) -> nn.Parameter:
     new[:kept] = old[:kept]
     if rows > len(old) and mean_resizing:
         mean, std = old.float().mean(), old.float().std()
-        new[len(old) :].normal_(mean=float(mean), std=SPREAD * float(std))
+        new[len(old) :].normal_(mean=float(mean), std=COVARIANCE_SHARE * float(std))
     return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
 def _around_mean(old: Tensor, count: int) -> Tensor:
-    """Draw (count, D) with the rows' mean and SPREAD times their covariance."""
+    """Draw (count, D) with the rows' mean and COVARIANCE_SHARE times their covariance."""
     mean = old.mean(dim=0)
     centered = old - mean
-    covariance = SPREAD * (centered.T @ centered / len(old))
+    covariance = COVARIANCE_SHARE * (centered.T @ centered / len(old))
     definite = constraints.positive_definite.check(covariance)
     if not bool(definite.all()):  # for example with fewer rows than columns
         return mean.expand(count, -1)

@@ -21,12 +21,9 @@ from gptj.serving.app import DEFAULTS, HTTPOptions, add_health, new_app
 from gptj.serving.chat.schemas import ChatCompletion, ChatRequest
 from gptj.serving.chat.service import ChatService
 from gptj.serving.completions.generation_request import GenerationRequest
-from gptj.serving.completions.generation_service import (
-    EventStreamResponse,
-    GenerationService,
-    server_sent,
-)
+from gptj.serving.completions.generation_service import GenerationService
 from gptj.serving.completions.schemas import Completion, CompletionRequest, ModelCard, ModelList
+from gptj.serving.completions.server_sent_events import EventStreamResponse, server_sent
 from gptj.serving.completions.service import CompletionService
 from gptj.serving.errors import PermissionDeniedError
 from gptj.serving.keys.account import may_use_model
@@ -34,6 +31,7 @@ from gptj.serving.keys.ledger import Ledger
 from gptj.serving.metrics import NoRecorder, Recorder
 from gptj.serving.openapi import errors
 from gptj.serving.pages import playground
+from gptj.serving.reply_threads import in_reply_thread
 from gptj.serving.tokenize import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -144,7 +142,7 @@ def generation_app(
                 return EventStreamResponse(server_sent(await service.stream(request)))
             reply = await service.complete(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
-        content = await asyncio.to_thread(reply.model_dump_json)
+        content = await in_reply_thread(reply.model_dump_json)
         return Response(content, media_type="application/json")
 
     @app.post(

@@ -19,7 +19,7 @@ from gptj.data.prepared import Shard, tokenizer_digest
 from gptj.data.preparing import Plan, chunks, write_shard
 from gptj.data.rows import DataError
 from gptj.tokenizer import GPTJTokenizer
-from jobs.ray_errors import reason
+from gptj_jobs.ray_errors import reason
 
 PROGRESS_SECONDS = 10
 

@@ -16,7 +16,7 @@ from torch import Tensor
 BLOCK = 4096  # columns whose weights are converted to fp32 together, on a CPU
 
 
-def multiply_wide(x_TC: Tensor, weight: Tensor) -> Tensor:
+def matmul_fp32(x_TC: Tensor, weight: Tensor) -> Tensor:
     """x (T, inputs) by weight (columns, inputs): (T, columns) in fp32, without rounding."""
     if x_TC.dtype == torch.float32 == weight.dtype:
         return F.linear(x_TC, weight)
@@ -27,7 +27,7 @@ def multiply_wide(x_TC: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def wide_sums() -> Iterator[None]:
+def fp32_reduction() -> Iterator[None]:
     """Make cuBLAS also reduce split-K sums of fp16 and bf16 in fp32.
 
     This is a process-wide setting in PyTorch, restored after the block.

@@ -1,0 +1,1 @@
+"""Layers beyond PyTorch's, and the functions that they compute."""

@@ -1,0 +1,1 @@
+"""What the jobs share: their command lines, and their use of Ray."""
