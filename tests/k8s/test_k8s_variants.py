@@ -27,6 +27,7 @@ from gptj.checkpoints.skeleton import without_weights
 from gptj.engine import memory
 from gptj.training import room
 from gptj.training.settings import Settings, read_settings
+from gptj_jobs import pre_stop
 from gptj_local.ray import HAPROXY, SERVE
 
 SIX_B = GPTJConfig.preset("6b")
@@ -103,6 +104,10 @@ def test_a_training_that_is_told_to_stop_has_the_time_for_a_checkpoint(overlay: 
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     (source,) = head["envFrom"]
     environment = named(objects, "ConfigMap", source["configMapRef"]["name"])["data"]
+    hook = head["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook == ["python", "-m", pre_stop.__name__]
+    scripts = [each["data"] for each in of_kind(objects, "ConfigMap")]
+    assert f"{pre_stop.PROGRAM} " in f"{job['spec']['entrypoint']} {scripts}"
     (worker,) = cluster["workerGroupSpecs"]
     for group in (worker, cluster["headGroupSpec"]):
         grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
