@@ -169,8 +169,8 @@ def test_an_epoch_leaves_no_row_out(rows: int, batch: int) -> None:
         assert min(seen.values()) >= epochs
         assert seen.total() < epochs * rows + batch
     for tenths in range(1, 31):  # 0.1 * 30 is 3.0000000000000004 in floating point
-        part = read_settings([f"epochs={tenths / 10}", f"batch_size={batch}"])
-        assert part.total_steps(rows) == max(1, -(-tenths * rows // (10 * batch)))
+        some = read_settings([f"epochs={tenths / 10}", f"batch_size={batch}"])
+        assert some.total_steps(rows) == max(1, -(-tenths * rows // (10 * batch)))
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_once_the_data_is_known() -> None:
