@@ -23,7 +23,8 @@ from gptj.serving.keys.ledger import Counts, Ledger, Limits, LocalLedger, Standi
 
 logger = logging.getLogger(__name__)
 
-# An actor outlives its replicas' code: a change of its methods needs another name.
+# An actor outlives its replicas' code: a change of its methods needs another name. While replicas
+# are replaced, the old and the new ones count apart.
 NAME, NAMESPACE = "gptj-key-ledger-2", "serve"
 START_SECONDS = 60.0
 ANSWER_SECONDS = 1.0
@@ -91,15 +92,19 @@ class ClusterLedger:
     def _renew(self) -> None:
         """Renew the lease of this process's requests, also if its event loop is busy."""
         while not self._ended.wait(RENEW_SECONDS):
-            with self._telling:
-                self._tell("renew", self._holder, list(self._running))
+            try:
+                with self._telling:
+                    self._tell("renew", self._holder, list(self._running))
+            except Exception:  # a thread that ends would let live requests stop counting
+                logger.exception("cannot renew the requests in the ledger of keys")
 
     def _tell(self, method: str, *arguments: Any) -> None:
         """Without waiting for an answer."""
-        if self._actor is None:
+        actor = self._actor  # which another thread may set to None
+        if actor is None:
             return
         try:
-            getattr(self._actor, method).remote(*arguments)
+            getattr(actor, method).remote(*arguments)
         except RayError as error:
             logger.warning("cannot tell the ledger of keys (%s): %s", method, error)
 

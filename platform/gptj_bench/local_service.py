@@ -187,7 +187,7 @@ def configuration(
     one_per_node: bool,
     arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> dict[str, Any]:
-    """serve.yaml's generation with this many replicas; with `spread`, one per node."""
+    """serve.yaml's generation with this many replicas; or `one_per_node`."""
     config: dict[str, Any] = yaml.safe_load(SERVE_CONFIG.read_text())
     (port,) = free_ports(1)
     config["http_options"]["port"] = port

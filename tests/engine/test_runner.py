@@ -616,6 +616,8 @@ def test_each_level_of_the_processor_gives_the_same_logits(
     """Up to the order in which a vector's lanes, or bf16's halves, are added up."""
     if kind == "int4" and shape == "odd sizes":
         pytest.skip("int4 needs whole groups")
+    if len(KERNEL_LEVELS) == 1:
+        pytest.skip("the processor has only one level")
     model = random_model(**SHAPES[shape])
     ids = random_ids(LENGTH + 1, model.config.vocab_size)
     found = []
@@ -674,6 +676,7 @@ def test_the_kernels_compile_for_levels_that_this_machine_lacks(
         pytest.skip("other tests run this level")
     flags = [flag for flag in library.FLAGS if not flag.startswith(("-march", "-O"))]
     source = Path(library.__file__).parent / library.SOURCES[0]
+    flags += library.LEVELS[level][1]
     command = [library._compiler(), *flags, "-O0", f"-march={processor}", "-Werror"]
     subprocess.run([*command, "-o", str(tmp_path / "step.so"), str(source)], check=True)
 

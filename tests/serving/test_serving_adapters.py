@@ -367,7 +367,7 @@ def test_a_flood_of_names_holds_up_no_adapter_that_is_known(
     lora: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(served_adapters, "LOOK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(served_adapters, "CHECK_WAIT_SECONDS", 0.2)
     assert ask(lora, "queries").status_code == 200
     version, answered = served_adapters._version, threading.Event()
 
@@ -392,7 +392,7 @@ def test_a_storage_that_hangs_delays_adapters_in_memory_once_and_others_are_503(
     """S3's requests are tried again for minutes."""
     assert ask(lora, "queries").status_code == 200
     monkeypatch.setattr(served_adapters, "CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(served_adapters, "LOOK_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(served_adapters, "CHECK_WAIT_SECONDS", 0.3)
     monkeypatch.setattr(served_adapters, "LOAD_WAIT_SECONDS", 0.3)
     hanging, looked = threading.Event(), []
 

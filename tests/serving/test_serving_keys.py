@@ -35,6 +35,7 @@ from gptj.serving.keys.account import Account, reserve_tokens
 from gptj.serving.keys.keyring import Key, Keys, digest
 from gptj.serving.keys.ledger import (
     LEASE_SECONDS,
+    MAX_SECONDS,
     WINDOW_SECONDS,
     Counts,
     Limits,
@@ -454,6 +455,26 @@ def test_a_replica_that_could_not_be_heard_gets_its_requests_back() -> None:
     assert counts.begin("k", limits, "other", "live").refused is None
 
 
+def test_a_request_that_its_replica_does_not_have_stops_counting() -> None:
+    """It was counted after its replica had given up waiting, or its end was lost."""
+    now = 0.0
+    counts = Counts(lambda: now)
+    limits = Limits(concurrent=2)
+    counts.begin("k", limits, "lost", "live")
+    counts.begin("k", limits, "long", "live")
+    while now < LEASE_SECONDS - 5:
+        now += 5
+        counts.renew("live", [("k", "long")])
+        assert counts.begin("k", limits, "other", "live").refused == "concurrent"
+    now = LEASE_SECONDS
+    counts.renew("live", [("k", "long")])
+    assert counts.begin("k", limits, "other", "live").refused is None
+    while now < 2 * MAX_SECONDS:  # a live one counts as long as it runs
+        now += LEASE_SECONDS / 2
+        counts.renew("live", [("k", "long"), ("k", "other")])
+    assert counts.begin("k", limits, "third", "live").refused == "concurrent"
+
+
 def test_a_replica_renews_its_running_requests_until_they_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -464,6 +485,8 @@ def test_a_replica_renews_its_running_requests_until_they_end(
     def renew(holder: str, running: list[tuple[str, str]]) -> None:
         renewed.append(sorted(running))
         seen.set()
+        if len(renewed) == 1:
+            raise RuntimeError("not any error that we know")
 
     monkeypatch.setattr(actor.counts, "renew", renew)
     monkeypatch.setattr(ledger.ClusterLedger, "_start", lambda self: None)

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from gptj.sampling import SamplingParams
 from gptj.serving.completions.prompts import ResolvedPrompt
 from gptj.serving.completions.schemas import CompletionRequest
-from gptj.serving.reply_threads import MAX_THREADS, in_reply_thread
+from gptj.serving.reply_threads import LONG, MAX_THREADS, in_reply_thread
 
 name: ContextVar[str] = ContextVar("name")
 
@@ -20,9 +20,12 @@ def test_long_replies_leave_the_other_threads_alone() -> None:
 
     async def check() -> None:
         name.set("ours")
-        replies = [asyncio.ensure_future(in_reply_thread(reply, number)) for number in range(50)]
+        replies = [
+            asyncio.ensure_future(in_reply_thread(LONG + 1, reply, number)) for number in range(50)
+        ]
         await asyncio.sleep(0)
         assert await asyncio.wait_for(asyncio.to_thread(name.get), 30) == "ours"
+        assert await asyncio.wait_for(in_reply_thread(LONG, name.get), 30) == "ours"  # a short one
         threads = [each for each in threading.enumerate() if each.name.startswith("reply")]
         assert len(threads) == MAX_THREADS
         proceed.set()

@@ -315,7 +315,7 @@ def _too_few(found: int, wanted: int) -> GrammarError:
         return GrammarError(NO_TOKEN)
     return GrammarError(
         f"the request allows {found} of {wanted} outputs: its allowed_token_ids, bad_words and "
-        f"min_tokens leave no further token for the others; remedy: n={found}"
+        f"min_tokens leave no further token for the others; remedy: allow more tokens, or lower n"
     )
 
 

@@ -47,7 +47,7 @@ from gptj.tokenizer import GPTJTokenizer
 CHECK_SECONDS = 10.0  # between checks for changes of a folder that is in use
 # How long a request waits for a check before using the version in memory, and for loading: reads
 # from storage that is down can take minutes.
-LOOK_WAIT_SECONDS, LOAD_WAIT_SECONDS = 1.0, 60.0
+CHECK_WAIT_SECONDS, LOAD_WAIT_SECONDS = 1.0, 60.0
 MISSING_SECONDS = 3.0  # until a name without a folder is looked up again
 LOADS_AT_ONCE = 2
 MAX_PENDING = 32  # names that are being looked up or loaded
@@ -213,7 +213,7 @@ class Adapters:
         if known is None or before is None or not before.loaded.in_memory:
             return await _result(name, load, LOAD_WAIT_SECONDS)
         try:
-            return await _result(name, load, LOOK_WAIT_SECONDS)
+            return await _result(name, load, CHECK_WAIT_SECONDS)
         except UnavailableError:
             known.checked = time.monotonic()  # others need not wait
             return before

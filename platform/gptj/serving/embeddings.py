@@ -141,7 +141,8 @@ class EmbeddingsService:
                 f"{self._model.dtype}"
             )
         # A million numbers take a while: not on the event loop.
-        data = await in_reply_thread(_data, vectors, request.encoding_format)
+        numbers = sum(vector.numel() for vector in vectors)
+        data = await in_reply_thread(numbers, _data, vectors, request.encoding_format)
         usage = EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens)
         return Embeddings.model_construct(data=data, model=self.model_name, usage=usage)
 
@@ -249,7 +250,8 @@ def embeddings_app(
         """Embed texts or token ids, as OpenAI's embeddings API does."""
         reply = await service.embed(request)
         # Serialized here: FastAPI would validate it again, on the event loop.
-        content = await in_reply_thread(reply.model_dump_json)
+        numbers = sum(len(each.embedding) for each in reply.data)
+        content = await in_reply_thread(numbers, reply.model_dump_json)
         return Response(content, media_type="application/json")
 
     return app

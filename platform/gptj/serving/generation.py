@@ -141,8 +141,11 @@ def generation_app(
             if request.stream:
                 return EventStreamResponse(server_sent(await service.stream(request)))
             reply = await service.complete(request)
+        used = reply.usage
+        assert used is not None
+        logprobs = request.count_logprobs(used.prompt_tokens, used.completion_tokens)
         # Serialized here: FastAPI would validate it again, on the event loop.
-        content = await in_reply_thread(reply.model_dump_json)
+        content = await in_reply_thread(logprobs, reply.model_dump_json)
         return Response(content, media_type="application/json")
 
     @app.post(

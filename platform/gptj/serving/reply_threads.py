@@ -1,7 +1,7 @@
-"""Threads that build and serialize long replies.
+"""Threads that build and serialize replies.
 
-They are few, and not those of `asyncio.to_thread`, which tokenize requests: short requests need not
-wait for long replies.
+Long ones have a few threads of their own, apart from those of `asyncio.to_thread`, which tokenize
+requests and build short replies.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 MAX_THREADS = 2
+LONG = 5_000  # numbers of a reply: 50 ms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,7 +22,10 @@ T = TypeVar("T")
 _threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="reply")
 
 
-async def in_reply_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Like asyncio.to_thread, in a thread for replies."""
+async def in_reply_thread(
+    numbers: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Like asyncio.to_thread, for a function of a reply with so many logprobs or other numbers."""
     call = partial(copy_context().run, function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_threads, call)
+    executor = _threads if numbers > LONG else None
+    return await asyncio.get_running_loop().run_in_executor(executor, call)

@@ -27,7 +27,7 @@ class _FailFast(FailFast):
 # half a million, whose errors would take seconds of the event loop and a gigabyte.
 FailFastList = Annotated[list[Item], _FailFast()]
 
-MAX_FIELDS = 256  # of a body, or an object in one
+MAX_FIELDS = 256  # of a body, or of a model in one
 MAX_BITS = 1024  # of integers: a float's range; Python cannot print more than 4,300 digits
 
 
@@ -134,7 +134,7 @@ def given_fields(fields: Mapping[str, Any], known: Container[str]) -> dict[str, 
         _warn_of(unknown)
         given = {name: value for name, value in given.items() if name in known}
     elif len(given) > MAX_FIELDS:  # each unknown one would be an error
-        raise ValueError(f"has {len(given)} fields, more than any object here")
+        raise ValueError(f"has {len(given)} fields, more than the limit of {MAX_FIELDS}")
     return given
 
 

@@ -13,12 +13,12 @@ from gptj.workers.errors import ClosedError, QueueFullError
 
 Item = TypeVar("Item")
 
-MEMORY = 32  # items that the pace averages over, at least; older ones weigh less and less
+MEMORY = 32  # items that the expected wait averages over, at least; older ones weigh less and less
 TURNS = 8  # turns that the usual number of items per turn averages over
 
 
-class Throughput:
-    """Seconds per item while items wait for room: a mean of the last `memory` items."""
+class WaitEstimate:
+    """How long items wait for room, by a mean of the last `memory` items."""
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
@@ -42,7 +42,7 @@ class BoundedQueue(Generic[Item]):
     Args:
         max_queued: most items that may wait.
         max_seconds: longest that an item may be expected to wait for others before it, by the
-            recent pace; None: no limit. An empty queue takes any item.
+            recent waits; None: no limit. An empty queue takes any item.
         at_once: most items that a turn takes, however many are running; items of the next turn do
             not count as waiting for others. 0: as many as `room`.
         room: returns how many items could be taken now; called only while no item waits for room.
@@ -64,7 +64,7 @@ class BoundedQueue(Generic[Item]):
         self._max_seconds = max_seconds
         self._room = room
         self._clock = clock
-        self._throughput = Throughput(max(MEMORY, together))
+        self._wait = WaitEstimate(max(MEMORY, together))
         self._at_once = self._usual_turn = float(at_once)
         self._full_since: float | None = None  # the last turn's end, if there was no room for all
         self._taken = 0  # in the present turn
@@ -106,7 +106,7 @@ class BoundedQueue(Generic[Item]):
             if room < 1 and not self._at_once:
                 self._full_since = self._clock()
             return
-        expected = self._throughput.expected(waiting + 1 - max(room, round(self._usual_turn)))
+        expected = self._wait.expected(waiting + 1 - max(room, round(self._usual_turn)))
         if expected > limit:
             raise QueueFullError(
                 f"{waiting} requests are already waiting, and another would wait for about "
@@ -140,8 +140,8 @@ class BoundedQueue(Generic[Item]):
             if taken and self._full_since is not None:
                 seconds = now - self._full_since
                 # A turn that takes all might have taken more.
-                if self._items or seconds < self._throughput.expected(taken):
-                    self._throughput.note(seconds, taken)
+                if self._items or seconds < self._wait.expected(taken):
+                    self._wait.note(seconds, taken)
             if not self._items:
                 self._full_since = None
             elif taken or self._full_since is None:

@@ -165,6 +165,15 @@ class GenerationRequest(ConstraintFields):
         """Number of top tokens to report per prompt position; None: no logprobs."""
         return self.alternatives if self.shows_prompt else None
 
+    def count_logprobs(self, prompt_tokens: int, output_tokens: int) -> int:
+        """Logprobs in a reply with so many tokens; each output repeats its prompt's."""
+        found = 0
+        if self.prompt_alternatives is not None:
+            found += self.n * prompt_tokens * (1 + self.prompt_alternatives)
+        if self.alternatives is not None:
+            found += output_tokens * (1 + self.alternatives)
+        return found
+
     @property
     def logprobs_field(self) -> str:
         """The field to lower if there are too many logprobs."""

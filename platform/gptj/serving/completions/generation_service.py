@@ -82,7 +82,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
 
     @abstractmethod
     def _prompts(self, request: Request) -> Sequence[Prompt] | None:
-        """None: use bos as the prompt. Raises APIError; not called on the event loop."""
+        """None: use bos as the prompt. Raises APIError.
+
+        Called on the event loop only if `_resolves_at_once`.
+        """
 
     @abstractmethod
     def _choice(self, request: Request, output: Output, piece: Piece, index: int) -> Any:
@@ -128,7 +131,9 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
         async for index, piece in run.pieces():
             pieces[index].extend(piece)
         # Logprobs of long prompts take a while: not on the event loop.
-        return await in_reply_thread(self._reply_of, request, run, pieces, prompts)
+        used = run.usage()
+        logprobs = request.count_logprobs(used.prompt_tokens, used.completion_tokens)
+        return await in_reply_thread(logprobs, self._reply_of, request, run, pieces, prompts)
 
     def _reply_of(
         self,
@@ -200,7 +205,10 @@ class GenerationService(ABC, Generic[Request, Reply, Chunk]):
                     if output.scored_by.prompt_logprobs is None:
                         choice = self._delta(request, output, piece, True)
                     else:  # those of a long prompt take a while: not on the event loop
-                        choice = await in_reply_thread(self._delta, request, output, piece, True)
+                        logprobs = request.count_logprobs(len(output.prompt.ids), 0)
+                        choice = await in_reply_thread(
+                            logprobs, self._delta, request, output, piece, True
+                        )
                     fields = self._first_fields(request, output)
                     begun.add(index)
                 usage = run.usage() if options.continuous_usage_stats else None

@@ -33,13 +33,9 @@ class ResolvedPrompt:
         return len(self.ids) + outputs * self.params[0].max_tokens
 
     def most_logprobs(self, request: GenerationRequest) -> int:
-        """Most logprobs that a reply, or a stream's chunk, holds: those of outputs are streamed."""
-        found = 0
-        if (prompt := request.prompt_alternatives) is not None:
-            found += request.n * len(self.ids) * (1 + prompt)
-        if (output := request.alternatives) is not None and not request.stream:
-            found += request.candidates * self.params[0].max_tokens * (1 + output)
-        return found
+        """Most logprobs that a request keeps until it replies: those of outputs are streamed."""
+        outputs = 0 if request.stream else request.candidates
+        return request.count_logprobs(len(self.ids), outputs * self.params[0].max_tokens)
 
 
 class PromptResolver:

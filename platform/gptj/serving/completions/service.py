@@ -21,6 +21,7 @@ from gptj.serving.completions.schemas import (
 )
 
 SHORT_PROMPTS = 512  # characters or ids of a request's prompts: 0.3 ms
+FEW_OUTPUTS = 4  # whose parameters take little time to check
 MIN_LOGPROB = -9999.0  # JSON has no -inf; vLLM's value
 
 
@@ -33,7 +34,12 @@ class CompletionService(GenerationService[CompletionRequest, Completion, Complet
         return request.prompt
 
     def _resolves_at_once(self, request: CompletionRequest) -> bool:
-        return not request.bad_words and sum(map(len, request.prompt or ())) <= SHORT_PROMPTS
+        prompts = request.prompt or [""]
+        return (
+            len(prompts) * request.candidates <= FEW_OUTPUTS
+            and sum(map(len, prompts)) <= SHORT_PROMPTS
+            and not (request.bad_words or request.logit_bias or request.allowed_token_ids)
+        )
 
     def _reply(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 WINDOW_SECONDS = 60.0
-# A request running longer than this has lost its replica and was not retried.
+# A request of no holder that runs longer than this has ended unnoticed.
 MAX_SECONDS = 660.0
 LEASE_SECONDS = 30.0  # a holder of requests that was silent for so long has died with them
 
@@ -37,7 +37,7 @@ class Standing:
     remaining_tokens: int | None = None
     reset_requests: float = 0.0  # seconds until the whole limit is free again
     reset_tokens: float = 0.0
-    remaining_concurrent: int | None = None  # also None from an actor of an older version
+    remaining_concurrent: int | None = None
 
 
 class Ledger(Protocol):
@@ -162,9 +162,17 @@ class Counts:
     def renew(self, holder: str, running: Sequence[tuple[str, str]]) -> None:
         """A holder lives, and has these requests, as (key, request).
 
-        One that could not be heard for a while gets its requests back.
+        One that could not be heard for a while gets its requests back. Requests that it does not
+        have are dropped, unless it may just have begun them.
         """
         now = self._heard[holder] = self._clock()
+        held = set(running)
+        for key, use in self._uses.items():
+            for request, each in list(use.running.items()):
+                begun = now - each.since < LEASE_SECONDS
+                if each.holder == holder and not begun and (key, request) not in held:
+                    del use.running[request]
+                    use.reserved.discard(request)
         for key, request in running:
             use = self._uses[key]
             if request not in use.running:
@@ -177,7 +185,7 @@ class Counts:
         use.tokens.expire(now)
         while use.running:
             request, oldest = next(iter(use.running.items()))
-            if now - oldest.since < MAX_SECONDS:
+            if oldest.holder is not None or now - oldest.since < MAX_SECONDS:
                 break
             del use.running[request]
             use.reserved.discard(request)

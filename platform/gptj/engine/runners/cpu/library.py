@@ -21,11 +21,12 @@ FLAGS = (
 ).split()
 BUILD_SECONDS = 300
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
-# Highest first: each level's processor flags, and the compiler's.
+# Highest first: each level's processor flags, and the compiler's. Macros choose the instructions;
+# older compilers do not know `-mno-avx512bf16`.
 LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512_bf16": ((*_AVX512, "avx512_vnni", "avx512_bf16"), ()),
-    "avx512_vnni": ((*_AVX512, "avx512_vnni"), ("-mno-avx512bf16",)),
-    "avx512": (_AVX512, ("-mno-avx512bf16", "-mno-avx512vnni")),
+    "avx512_vnni": ((*_AVX512, "avx512_vnni"), ("-U__AVX512BF16__",)),
+    "avx512": (_AVX512, ("-U__AVX512BF16__", "-U__AVX512VNNI__")),
     "avx2": (("avx2", "fma"), ("-mno-avx512f",)),
 }
 # An environment variable: the highest level to use, or `none`, like oneDNN's ONEDNN_MAX_CPU_ISA.
