@@ -1159,6 +1159,29 @@ def test_a_checkpoint_needs_all_ranks_manifests(tmp_path: Path) -> None:
     assert latest_checkpoint(str(tmp_path / "nothing")) is None
 
 
+def test_linked_checkpoints_count_and_are_unlinked(tmp_path: Path) -> None:
+    """Moved to another disk, or as the link `latest` beside them, which may lead nowhere."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for step in (1, 2, 3):
+        name = checkpoint_name(step)
+        storage.write_bytes(str(disk / name / "manifest-00000-of-00001.json"), b"{}")
+        run.mkdir(exist_ok=True)
+        (run / name).symlink_to(disk / name)
+    (run / "latest").symlink_to(run / checkpoint_name(1))
+    delete_old_checkpoints(str(run), keep=1)
+    assert sorted(path.name for path in run.iterdir()) == [checkpoint_name(3), "latest"]
+    assert not (run / "latest").exists()
+    assert latest_checkpoint(str(run)) == str(run / checkpoint_name(3))
+    (disk / checkpoint_name(3) / "manifest-00000-of-00001.json").rename(disk / "manifest")
+    (disk / checkpoint_name(3) / "half").touch()
+    delete_unfinished_checkpoints(str(run), 1)
+    assert [path.name for path in run.iterdir()] == ["latest"]
+    assert sorted(path.name for path in disk.glob("*/*")) == [
+        "half",
+        *("manifest-00000-of-00001.json",) * 2,
+    ]
+
+
 def test_unfinished_shards_do_not_join_another_world_sizes_checkpoint(
     tmp_path: Path,
 ) -> None:
