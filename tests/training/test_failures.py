@@ -246,7 +246,7 @@ def test_a_controller_that_was_killed_is_said_to_be(
         raise ActorDiedError
 
     counted: list[str] = []
-    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (None, 9, {}))
+    monkeypatch.setattr(finetune, "check_inputs", lambda settings, shared: (None, 9, None))
     monkeypatch.setattr(finetune, "_has_fitted", lambda settings: True)
     monkeypatch.setattr(finetune, "OnSigterm", lambda bell: nullcontext())
     monkeypatch.setattr(finetune, "build_trainer", lambda *_: SimpleNamespace(fit=fit))

@@ -192,34 +192,41 @@ def down(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("before", "restarted", "refused"),
+    ("before", "opened_by", "refused"),
     [
-        (None, False, True),  # a new run
-        ({}, False, True),  # the setting is new, or has changed: it may be mistyped
-        ({"mlflow": "http://mlflow"}, False, True),
-        ({"mlflow": "the same"}, False, False),
-        (None, True, False),  # of a submission that has begun
+        (None, None, True),  # a new run, or one whose workers died before they opened them
+        ({}, None, True),  # the setting is new, or has changed: it may be mistyped
+        ({"mlflow": "http://mlflow"}, None, True),
+        ({"mlflow": "the same"}, None, False),
+        (None, "other", True),  # submitted again, perhaps with another setting
+        (None, "this", False),
     ],
 )
 def test_a_tracker_that_is_down_ends_a_run_only_if_it_never_worked(
     before: dict[str, str] | None,
-    restarted: bool,
+    opened_by: str | None,
     refused: bool,
     down: str,
     tmp_path: Path,
+    file_store: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "agree", lambda value: value)
-    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse, restarted=restarted)
+    worker = loop.Worker(0, 1, torch.device("cpu"), report=refuse)
     settings = settings_of(tmp_path, mlflow=down)
+    if opened_by is not None:
+        working = settings_of(tmp_path, mlflow=file_store)
+        loop._trackers(working, worker, tmp_path, opened_by, None).__exit__(None, None, None)
     if before == {"mlflow": "the same"}:
         before = {"mlflow": down}
     with pytest.raises(SettingsError, match=down) if refused else nullcontext():
-        loop._trackers(settings, worker, tmp_path, before)
+        loop._trackers(settings, worker, tmp_path, "this", before)
 
 
-@pytest.mark.parametrize(("status", "refused"), [(401, True), (404, True), (503, False)])
-def test_a_resumed_run_needs_the_trackers_consent_but_not_its_presence(
+@pytest.mark.parametrize(
+    ("status", "refused"), [(401, True), (404, True), (408, False), (429, False), (503, False)]
+)
+def test_a_resumed_run_ends_if_its_tracker_refuses_but_not_if_it_is_down(
     status: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Credentials are given anew to each submission, and can be wrong."""
@@ -234,7 +241,11 @@ def test_a_resumed_run_needs_the_trackers_consent_but_not_its_presence(
         settings = settings_of(tmp_path, mlflow=f"http://{HOST}:{server.server_port}")
         before = {"mlflow": settings.tracking.mlflow}
         try:
-            with pytest.raises(SettingsError, match=str(status)) if refused else nullcontext():
+            with (
+                pytest.raises(SettingsError, match=f"error code {status}")
+                if refused
+                else nullcontext()
+            ):
                 Trackers.open(settings, tmp_path, before=before)
         finally:
             server.shutdown()
