@@ -233,10 +233,10 @@ def check_workers(settings: Settings) -> bool:
         needed = {"CPU": count * workers.cpus, "GPU": float(count * on_gpu)}
         wait_for_room({name: amount for name, amount in needed.items() if amount})
     if not on_gpu:
-        spread = settings.deepspeed
-        if spread.precision == "fp16":
+        deepspeed = settings.deepspeed
+        if deepspeed.precision == "fp16":
             raise SettingsError("deepspeed.precision=fp16 needs GPUs: use bf16 or fp32")
-        if spread.offload_optimizer or spread.offload_parameters:
+        if deepspeed.offload_optimizer or deepspeed.offload_parameters:
             raise SettingsError(
                 "deepspeed.offload_… moves state from GPUs to host memory, where CPU workers "
                 "already keep it; leave it out"

@@ -260,6 +260,7 @@ def test_a_resumed_run_ends_if_its_tracker_refuses_but_not_if_it_is_down(
         ("my_host.example.com:80", "has no scheme"),
         ("http:/mlflow:5000", "names no host; remedy: as in http://mlflow:5000"),
         ("https://", "names no host"),
+        ("http://[mlflow", "is not an address: Invalid IPv6 URL"),
     ],
 )
 def test_a_server_without_scheme_or_host_is_refused(uri: str, message: str) -> None:
@@ -280,6 +281,11 @@ def test_a_server_without_scheme_or_host_is_refused(uri: str, message: str) -> N
         "user:hunter2@mlflow:5000",
         "hunter2@mlflow:5000",
         "//user:hunter2@mlflow",
+        "user:hunter2@mlflow",
+        "file://user:hunter2@host/runs",
+        "sqlite+pysqlite://user:hunter2@host/a.db",
+        "http://user:hunter2@h℀st",  # which urlsplit refuses, and shows
+        "http://[user:hunter2@host",
     ],
 )
 def test_a_trackers_password_is_refused_and_never_shown(uri: str, tmp_path: Path) -> None:
@@ -300,6 +306,7 @@ def test_other_addresses_of_mlflow_are_accepted() -> None:
         *("http://mlflow:5000", "./mlflow:5000", "mlruns", "databricks", "databricks://work"),
         *("sqlite:///a.db", "postgresql+psycopg2://db:5432/mlflow", "file:runs"),
         *("./me@work", "file:///home/me@work/runs", "sqlite:////home/me@work/a.db?mode=ro"),
+        *("sqlite+pysqlite:////home/me@work/a.db", "http://mlflow:5000/me%40work"),
     ):
         assert read_settings([f"tracking.mlflow={uri}"]).tracking.mlflow == uri
 

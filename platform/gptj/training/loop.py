@@ -150,7 +150,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
     with (
-        shared_scratch_folder(f"data-{submission}", left=set_aside) as shared,
+        shared_scratch_folder(f"data-{submission}", on_abandoned=set_aside) as shared,
         scratch_folder() as scratch,
         naming_full_disk(scratch),
         guarded_builds(),
