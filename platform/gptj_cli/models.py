@@ -14,7 +14,7 @@ from gptj import storage
 from gptj.adapters.base import Base
 from gptj.adapters.stored import read_config
 from gptj.checkpoints.folder import ADAPTER_CONFIG, CONFIG, TRAINING, ModelFolder
-from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_verified, verify
+from gptj.checkpoints.manifest import MANIFEST, FolderWriter, Manifest, read_recorded, verify
 from gptj.config import GPTJConfig
 from gptj.layers.int4 import is_quantized
 from gptj.serialization.json_object import parse_object
@@ -85,9 +85,8 @@ def describe(address: str) -> dict[str, Any]:
         "manifest": "present" if manifest else "none: not written by this platform",
     }
     if storage.exists(storage.join(address, TRAINING)):
-        training = parse_object(
-            read_verified(address, TRAINING, manifest), storage.join(address, TRAINING)
-        )
+        content = read_recorded(address, TRAINING, manifest)
+        training = parse_object(content, storage.join(address, TRAINING))
         settings = training.get("settings", {})
         result |= {
             "run": settings.get("run"),

@@ -1028,7 +1028,9 @@ def test_a_delayed_attempt_does_not_take_the_run_from_a_later_one(
         for number in (1, 2)
     )
     live, _ = loop._begin_attempt(settings, live)
-    with pytest.raises(LeaseLostError, match="started later has already taken over"):
+    with pytest.raises(
+        LeaseLostError, match=r"started later has already taken over.*remedy.*: delete"
+    ):
         loop._begin_attempt(settings, delayed)
     live.fence()
 
