@@ -224,17 +224,38 @@ def test_a_tracker_that_is_down_ends_a_run_only_if_it_never_worked(
 
 
 @pytest.mark.parametrize(
-    ("status", "refused"), [(401, True), (404, True), (408, False), (429, False), (503, False)]
+    ("status", "code", "refused"),
+    [
+        (401, None, True),
+        (404, None, True),
+        (403, "PERMISSION_DENIED", True),
+        (408, None, False),
+        (400, "REQUEST_LIMIT_EXCEEDED", False),
+        (400, "RESOURCE_EXHAUSTED", False),
+        (429, None, False),
+        (503, None, False),
+    ],
 )
 def test_a_resumed_run_ends_if_its_tracker_refuses_but_not_if_it_is_down(
-    status: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int,
+    code: str | None,  # MLflow's own, which counts more than HTTP's
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Credentials are given anew to each submission, and can be wrong."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
     class Answering(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(status)
+            if code is None:
+                self.send_error(status)
+                return
+            content = json.dumps({"error_code": code, "message": f"error code {status}"}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
     with HTTPServer((HOST, 0), Answering) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

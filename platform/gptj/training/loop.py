@@ -149,6 +149,7 @@ def train(settings: Settings, worker: Worker) -> dict[str, float]:
         progress.settings = settings.model_dump(mode="json")
         progress.world_size = worker.world_size
     submission = agree(worker.submission or uuid.uuid4().hex)
+    assert submission is not None
     with (
         shared_scratch_folder(f"data-{submission}", on_abandoned=set_aside) as shared,
         scratch_folder() as scratch,
